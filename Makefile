@@ -1,0 +1,73 @@
+# `make` prints the targets. The first target that needs it creates .venv from requirements.lock;
+# .venv belongs to make, which makes it anew when requirements.lock changes.
+
+# Candidates for the interpreter of .venv: the first that runs and is of a supported version.
+PYTHON ?= python3.13 python3.12 python3.11 python3
+# More arguments for the command behind a target: make train ARGS="--config.seed=1"
+ARGS ?=
+# The interpreter of `make test-gpu`: one whose JAX has a GPU, which the pinned JAX of .venv has not.
+GPU_PYTHON ?= .venv/bin/python
+
+# Bytecode is compiled on first use, not on installation: few of the installed modules are imported.
+PIP_INSTALL := .venv/bin/python -m pip install -qq --no-input --disable-pip-version-check --no-compile
+# One file for all supported versions of Python; pins that still fit are kept.
+UV_COMPILE := build/uv/bin/uv pip compile -q --universal --python-version 3.11 --no-annotate \
+  --no-emit-index-url --no-python-downloads --custom-compile-command "make lock"
+
+IS_SUPPORTED := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+FOUND_PYTHON = $(or $(shell for p in $(PYTHON); do \
+  if "$$p" -c '$(IS_SUPPORTED)' >/dev/null 2>&1; then echo "$$p"; break; fi; done),$(error \
+  no Python 3.11, 3.12 or 3.13 with venv found (tried: $(PYTHON)); name one: make PYTHON=/path/to/python3))
+
+.PHONY: help train test test-all test-gpu lint lock clean
+.DELETE_ON_ERROR:
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+train: .venv/project.stamp  ## train a small ViT on the digits in the package, on any CPU
+	.venv/bin/python -m vit_jax.main --config=configs/digits.py --workdir=runs/digits $(ARGS)
+
+test: .venv/project.stamp  ## run the tests, without the slow ones
+	.venv/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: .venv/project.stamp  ## run all tests that need no GPU
+	.venv/bin/python -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),.venv/project.stamp)  ## run the tests that need a GPU, with GPU_PYTHON=python
+	$(GPU_PYTHON) -m pytest -m gpu $(ARGS)
+
+lint: .venv/project.stamp .venv/lint.stamp  ## check style and types: ruff and pyright
+	PATH="$$PWD/.venv/bin:$$PATH" PYRIGHT_PYTHON_IGNORE_WARNINGS=1 \
+	  .venv/bin/python -m pre_commit run --all-files $(ARGS)
+
+lock: build/uv/bin/uv  ## pin what setup.py asks for; with ARGS=--upgrade, the newest of it
+	echo setuptools | $(UV_COMPILE) setup.py - --extra test -o requirements.lock $(ARGS)
+	test ! -f requirements-lint.lock || cp requirements-lint.lock build/lint.lock
+	$(UV_COMPILE) setup.py --extra lint -c requirements.lock -o build/lint.lock $(ARGS)
+	{ echo '# Made by `make lock`: what linting needs besides requirements.lock.'; \
+	  grep -vxFf requirements.lock build/lint.lock; } > requirements-lint.lock
+
+clean:  ## remove .venv, build output and caches; runs/ stays
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/deps.stamp: requirements.lock
+	@python="$(FOUND_PYTHON)" && echo "Creating .venv with $$python." && "$$python" -m venv --clear .venv
+	@echo "Installing pinned dependencies (about a minute)."
+	@$(PIP_INSTALL) --no-deps -r requirements.lock
+	@touch $@
+
+.venv/project.stamp: .venv/deps.stamp setup.py pyproject.toml
+	@echo "Installing vit_jax in editable mode."
+	@$(PIP_INSTALL) --no-build-isolation --no-deps -e .
+	@touch $@
+
+.venv/lint.stamp: .venv/deps.stamp requirements-lint.lock
+	@echo "Installing pinned linters."
+	@$(PIP_INSTALL) --no-deps -r requirements-lint.lock
+	@touch $@
+
+build/uv/bin/uv:
+	@python="$(FOUND_PYTHON)" && echo "Installing uv in build/uv." && "$$python" -m venv --clear build/uv
+	@build/uv/bin/python -m pip install -qq --disable-pip-version-check uv

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packaging of vit_jax: `pip install .`, or with extras: `pip install '.[tpu]'`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+def read_version() -> str:
+    """Returns `__version__` as written in `vit_jax/__init__.py`, without importing the package."""
+    text = (Path(__file__).parent / "vit_jax" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r"""^__version__\s*=\s*["']([^"']+)["']""", text, flags=re.MULTILINE)
+    if match is None:
+        raise RuntimeError('vit_jax/__init__.py: expected a line `__version__ = "..."`')
+    return match.group(1)
+
+
+setup(
+    name="vit_jax",
+    version=read_version(),
+    description="Train Vision Transformers with JAX and Flax, from one device to TPU pods.",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["vit_jax", "vit_jax.*"]),
+    package_data={"vit_jax.data.datasets.digits": ["*"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "array-record>=0.8.1",
+        "clu>=0.0.12",
+        "etils[epath]>=1.9.1",
+        "flax>=0.12",
+        "grain>=0.2.15",
+        "importlib-resources>=6.0",  # tensorflow-datasets imports it and does not declare it.
+        "jax>=0.10",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "opencv-python-headless>=4.10.0.84",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.30",
+        "rich>=13.0",
+        "tensorboardX>=2.6.2",
+        "tensorflow-datasets>=4.9.10",  # the first that works with protobuf 7
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "scikit-learn>=1.5"],
+        # pyright[nodejs] brings its own Node.js as a wheel; plain pyright would download one.
+        "lint": ["pre-commit", "pyright[nodejs]", "ruff"],
+    },
+)

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file fits a model up to the head and the resolution; all else is refused by name."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from vit_jax.checkpoint.pretrained.adapt import adapt_params
+from vit_jax.checkpoint.pretrained.posemb import resize_posemb
+from vit_jax.utils.errors import UserError
+
+POSEMB = "Transformer/posembed_input/pos_embedding"
+HEAD_AND_PRE_LOGITS = ("head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias")
+
+
+def make_params(seed, *, classes=10, tokens=17, width=6, pre_logits=None, layers=2, cls=True):
+    """Random parameters with paths like a ViT's, flat."""
+    shapes = {POSEMB: (1, tokens, width), "embedding/kernel": (2, 2, 3, width)}
+    if cls:
+        shapes["cls"] = (1, 1, width)
+    for i in range(layers):
+        shapes[f"Transformer/encoderblock_{i}/LayerNorm_0/scale"] = (width,)
+        shapes[f"Transformer/encoderblock_{i}/LayerNorm_0/bias"] = (width,)
+    if pre_logits:
+        shapes |= {"pre_logits/kernel": (width, pre_logits), "pre_logits/bias": (pre_logits,)}
+    if classes:
+        shapes |= {"head/kernel": (pre_logits or width, classes), "head/bias": (classes,)}
+    rng = np.random.default_rng(seed)
+    return {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+
+
+def adapt(source, target, *, grid=(4, 4), prefix=1):
+    params, notes = adapt_params(
+        traverse_util.unflatten_dict(source, sep="/"),
+        traverse_util.unflatten_dict(target, sep="/"),
+        target_grid=grid,
+        num_prefix_tokens=prefix,
+    )
+    params = traverse_util.flatten_dict(params, sep="/")
+    assert {path: x.shape for path, x in params.items()} == {
+        path: x.shape for path, x in target.items()
+    }
+    assert all(note and "\n" not in note for note in notes)
+    return params, notes
+
+
+def refusal(source, target, **kwargs):
+    with pytest.raises(UserError) as caught:
+        adapt(source, target, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "init_from" in message
+    return message
+
+
+def assert_taken_from(origin, params, paths):
+    for path in paths:
+        np.testing.assert_array_equal(params[path], origin[path], err_msg=path)
+
+
+def body(flat):
+    """The paths that no rule but "same path and shape" speaks of."""
+    return [path for path in flat if path not in (POSEMB, *HEAD_AND_PRE_LOGITS)]
+
+
+def test_same_model_is_loaded_whole_and_without_a_word():
+    source, target = make_params(0, pre_logits=8), make_params(1, pre_logits=8)
+    params, notes = adapt(source, target)
+    assert_taken_from(source, params, target)
+    assert notes == []
+
+
+def test_result_has_the_type_of_the_model():
+    source = make_params(0)
+    target = {path: x.astype(ml_dtypes.bfloat16) for path, x in make_params(1).items()}
+    params, _ = adapt(source, target)
+    assert all(x.dtype == ml_dtypes.bfloat16 for x in params.values())
+    np.testing.assert_array_equal(params["cls"], source["cls"].astype(ml_dtypes.bfloat16))
+
+
+def test_head_of_other_classes_starts_anew():
+    source, target = make_params(0, classes=10), make_params(1, classes=5)
+    params, notes = adapt(source, target)
+    assert_taken_from(target, params, ["head/kernel", "head/bias"])
+    assert_taken_from(source, params, [POSEMB, *body(target)])
+    assert notes == ["head: 10 classes in the file, 5 here: re-initialised"]
+
+
+def test_head_of_another_width_starts_anew_with_its_bias():
+    source, target = make_params(0, pre_logits=8), make_params(1)
+    params, notes = adapt(source, target)
+    assert_taken_from(target, params, ["head/kernel", "head/bias"])
+    assert "head: kernel (8, 10) in the file, (6, 10) here: re-initialised" in notes
+
+
+def test_file_without_a_head():
+    source, target = make_params(0, classes=None), make_params(1)
+    params, notes = adapt(source, target)
+    assert_taken_from(target, params, ["head/kernel", "head/bias"])
+    assert notes == ["head: none in the file: initialised"]
+
+
+def test_model_without_a_head():
+    source, target = make_params(0), make_params(1, classes=None)
+    params, notes = adapt(source, target)
+    assert "head/kernel" not in params
+    assert notes == ["head: none here: dropped"]
+
+
+def test_zero_head_is_kept_and_noted():
+    source, target = make_params(0), make_params(1)
+    source["head/kernel"] = np.zeros_like(source["head/kernel"])
+    params, notes = adapt(source, target)
+    assert_taken_from(source, params, ["head/kernel", "head/bias"])
+    assert len(notes) == 1
+    assert "all zero" in notes[0]
+
+
+def test_pre_logits_of_the_file_are_dropped():
+    source, target = make_params(0, pre_logits=8), make_params(1, classes=5)
+    params, notes = adapt(source, target)
+    assert "pre_logits/kernel" not in params
+    assert_taken_from(source, params, [POSEMB, *body(target)])
+    assert "pre_logits: none here: dropped" in notes
+
+
+def test_pre_logits_of_the_model_start_anew():
+    source, target = make_params(0), make_params(1, pre_logits=8)
+    params, notes = adapt(source, target)
+    assert_taken_from(target, params, ["pre_logits/kernel", "pre_logits/bias"])
+    assert_taken_from(source, params, [POSEMB, *body(target)])
+    assert "pre_logits: none in the file: initialised" in notes
+
+
+def test_pre_logits_of_another_width_are_refused():
+    message = refusal(make_params(0, pre_logits=8), make_params(1, pre_logits=9))
+    assert "pre_logits/kernel is (6, 8) in the file, (6, 9) in the model" in message
+
+
+def test_head_kept_without_its_pre_logits_is_noted():
+    source, target = make_params(0, pre_logits=6), make_params(1)
+    params, notes = adapt(source, target)
+    assert_taken_from(source, params, ["head/kernel", "head/bias"])
+    assert "head: kept, but it was trained with another pre_logits than here" in notes
+
+
+@pytest.mark.parametrize(("prefix", "cls"), [(1, True), (0, False)])
+@pytest.mark.parametrize("grid", [(8, 8), (3, 3), (2, 5)])
+def test_position_embeddings_are_resized(prefix, cls, grid):
+    source = make_params(0, tokens=prefix + 16, cls=cls)
+    target = make_params(1, tokens=prefix + grid[0] * grid[1], cls=cls)
+    params, notes = adapt(source, target, grid=grid, prefix=prefix)
+    expected = resize_posemb(
+        source[POSEMB], source_grid=(4, 4), target_grid=grid, num_prefix_tokens=prefix
+    )
+    np.testing.assert_array_equal(params[POSEMB], expected)
+    assert_taken_from(source, params, ["head/kernel", "head/bias", *body(target)])
+    assert notes == [f"position embeddings resized from 4x4 to {grid[0]}x{grid[1]}"]
+
+
+@pytest.mark.parametrize("tokens", [1, 18])
+def test_position_embeddings_of_no_square_grid_are_refused(tokens):
+    message = refusal(make_params(0, tokens=tokens), make_params(1))
+    assert f"{tokens} position embeddings in the file, less 1" in message
+    assert "square" in message
+
+
+def test_class_token_of_the_file_only_points_to_the_classifier():
+    message = refusal(make_params(0), make_params(1, tokens=16, cls=False), prefix=0)
+    assert "model.classifier" in message
+
+
+def test_missing_parameters_are_listed():
+    message = refusal(make_params(0, layers=1), make_params(1, layers=2))
+    assert "Transformer/encoderblock_1/LayerNorm_0/scale (6,) is not in the file" in message
+    assert "more" not in message
+
+
+def test_extra_parameters_are_listed():
+    message = refusal(make_params(0) | {"gn_root/scale": np.zeros(6)}, make_params(1))
+    assert "gn_root/scale (6,) is not in the model" in message
+
+
+def test_misshapen_parameters_are_listed_with_both_shapes():
+    source, target = make_params(0), make_params(1)
+    source["embedding/kernel"] = np.zeros((4, 4, 3, 6), np.float32)
+    message = refusal(source, target)
+    assert "embedding/kernel is (4, 4, 3, 6) in the file, (2, 2, 3, 6) in the model" in message
+
+
+def test_position_embeddings_of_another_width_are_listed_not_resized():
+    message = refusal(make_params(0, tokens=17, width=7), make_params(1, tokens=65), grid=(8, 8))
+    assert f"{POSEMB} is (1, 17, 7) in the file, (1, 65, 6) in the model" in message
+
+
+def test_a_long_list_is_cut_short():
+    message = refusal(make_params(0, layers=1), make_params(1, layers=12))
+    assert message.count("is not in the file") == 4
+    assert "and 18 more" in message

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Position embeddings are resized as for the published numbers: bilinear, corners aligned."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vit_jax.checkpoint.pretrained.posemb import resize_posemb
+
+GOLDEN = Path(__file__).parents[2] / "testdata" / "golden"
+PATCH = 8
+
+SIZES = [*((source, range(1, 25)) for source in range(1, 13)), (28, [48]), (16, [30])]
+
+
+def random_posemb(length, *, width=5, dtype=np.float32):
+    return np.random.default_rng(0).normal(size=(1, length, width)).astype(dtype)
+
+
+def align_corners(grid, target):
+    """The closed form, in float64, one axis after the other."""
+    for axis, size in enumerate(target):
+        last = grid.shape[axis] - 1
+        at = np.linspace(0, last, size)
+        grid = np.apply_along_axis(
+            lambda values, at=at: np.interp(at, np.arange(len(values)), values), axis, grid
+        )
+    return grid
+
+
+@pytest.mark.parametrize(
+    ("case", "prefix", "image_size"),
+    [("vit_token", 1, 48), ("vit_token", 1, 64), ("vit_gap", 0, 48)],
+)
+def test_original_code_gives_the_same(case, prefix, image_size):
+    with np.load(GOLDEN / f"{case}.npz") as file, np.load(GOLDEN / f"{case}_io.npz") as io:
+        posemb = file["Transformer/posembed_input/pos_embedding"]
+        expected = io[f"posemb_{image_size}"]
+    size = image_size // PATCH
+    resized = resize_posemb(
+        posemb, source_grid=(4, 4), target_grid=(size, size), num_prefix_tokens=prefix
+    )
+    assert resized.dtype == np.float32
+    np.testing.assert_allclose(resized, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("source", "targets"), SIZES)
+def test_equals_the_closed_form(source, targets):
+    for target in targets:
+        # The columns go another way than the rows, so that the two axes can't be confused.
+        source_grid, target_grid = (source, target), (target, source)
+        posemb = random_posemb(1 + source * target)
+        resized = resize_posemb(
+            posemb, source_grid=source_grid, target_grid=target_grid, num_prefix_tokens=1
+        )
+        assert resized.shape == posemb.shape
+        grid = posemb[0, 1:].reshape(*source_grid, -1).astype(np.float64)
+        expected = align_corners(grid, target_grid)
+        np.testing.assert_allclose(
+            resized[0, 1:].reshape(expected.shape), expected, rtol=0, atol=1e-6, err_msg=str(target)
+        )
+
+
+@pytest.mark.parametrize(("source", "target"), [(28, 48), (16, 30), (15, 26), (32, 16)])
+def test_last_row_and_column_are_those_of_the_source(source, target):
+    posemb = random_posemb(source**2)
+    resized = resize_posemb(
+        posemb, source_grid=(source, source), target_grid=(target, target), num_prefix_tokens=0
+    )
+    grid, resized = posemb.reshape(source, source, 5), resized.reshape(target, target, 5)
+    np.testing.assert_array_equal(
+        resized[[0, 0, -1, -1], [0, -1, 0, -1]], grid[[0, 0, -1, -1], [0, -1, 0, -1]]
+    )
+    assert np.all(np.any(resized[-1] != 0, axis=-1))
+    assert np.all(np.any(resized[:, -1] != 0, axis=-1))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("num_prefix_tokens", [0, 1, 5])
+def test_prefix_and_type_are_kept(num_prefix_tokens, dtype):
+    posemb = random_posemb(num_prefix_tokens + 9, dtype=dtype)
+    resized = resize_posemb(
+        posemb, source_grid=(3, 3), target_grid=(2, 7), num_prefix_tokens=num_prefix_tokens
+    )
+    assert resized.dtype == dtype
+    assert resized.shape == (1, num_prefix_tokens + 14, 5)
+    np.testing.assert_array_equal(resized[:, :num_prefix_tokens], posemb[:, :num_prefix_tokens])
+
+
+def test_same_grid_is_the_identity():
+    posemb = random_posemb(1 + 12)
+    resized = resize_posemb(posemb, source_grid=(3, 4), target_grid=(3, 4), num_prefix_tokens=1)
+    np.testing.assert_array_equal(resized, posemb)

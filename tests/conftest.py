@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight CPU devices for all tests, and datasets in a folder of their own."""
+
+import os
+
+# Before jax is imported.
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import cv2
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from absl import flags
+
+from vit_jax.data.sources import open_source
+
+if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A TFDS folder with `digits` prepared."""
+    folder = str(tmp_path_factory.mktemp("tfds"))
+    open_source("digits", "train", data_dir=folder, key="split")
+    return folder
+
+
+class Stripes(tfds.core.GeneratorBasedBuilder):
+    """Images of varying size whose stripes are vertical (0) or horizontal (1): a foreign dataset."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+                    "label": tfds.features.ClassLabel(num_classes=2),
+                    "name": tfds.features.Text(),
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._examples(64), "validation": self._examples(13)}
+
+    def _examples(self, count: int):
+        for i in range(count):
+            image = np.zeros((40 + i, 60, 3), np.uint8)
+            label = i % 2
+            if label:
+                image[::8] = 255
+            else:
+                image[:, ::8] = 255
+            jpeg = cv2.imencode(".jpg", image)[1].tobytes()
+            yield i, {"image": jpeg, "label": label, "name": f"stripes {i}"}

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Resizes position embeddings, so that a model can be fine-tuned at another resolution."""
+
+import numpy as np
+
+
+def resize_posemb(
+    posemb: np.ndarray,
+    *,
+    source_grid: tuple[int, int],
+    target_grid: tuple[int, int],
+    num_prefix_tokens: int,
+) -> np.ndarray:
+    """Interpolates position embeddings from one grid of patches to another.
+
+    Bilinear with aligned corners: the first and the last row (column) keep their values, and the
+    others are evenly spaced between them; a single row takes the first. The published checkpoints
+    were fine-tuned, and their accuracies measured, with this rule. The half-pixel rule of
+    `jax.image.resize` places every embedding elsewhere, and gives other logits.
+
+    Source: Dosovitskiy et al., arXiv:2010.11929, section 3.2 ("2D interpolation"), done there by
+    `scipy.ndimage.zoom(order=1)`. That call also zeroes the last row and column for some pairs of
+    sizes (28 to 48), where a position is rounded past the last one; here none is.
+
+    Args:
+      posemb: `[1, num_prefix_tokens + rows * columns, width]`.
+      source_grid: (rows, columns) of `posemb`.
+      target_grid: (rows, columns) wanted.
+      num_prefix_tokens: tokens in front of the grid (the class token), kept verbatim.
+
+    Returns:
+      `[1, num_prefix_tokens + target rows * target columns, width]`, of the same type.
+    """
+    prefix, grid = np.split(np.asarray(posemb), [num_prefix_tokens], axis=1)
+    width = grid.shape[-1]
+    grid = grid.reshape(*source_grid, width)
+    rows, columns = map(_interpolation_matrix, source_grid, target_grid)
+    grid = np.einsum("ri,cj,ijw->rcw", rows, columns, grid, optimize=True)
+    return np.concatenate([prefix, grid.reshape(1, -1, width).astype(prefix.dtype)], axis=1)
+
+
+def _interpolation_matrix(source: int, target: int) -> np.ndarray:
+    """Returns float64 `[target, source]`: row `i` holds the weights of output `i`."""
+    # Output i lies at i * (source - 1) / (target - 1). Whole numbers keep the last one exact.
+    gaps = max(target - 1, 1)
+    lower, remainder = np.divmod(np.arange(target) * (source - 1), gaps)
+    upper = np.minimum(lower + 1, source - 1)
+    fraction = (remainder / gaps)[:, None]
+    identity = np.eye(source)
+    return (1 - fraction) * identity[lower] + fraction * identity[upper]

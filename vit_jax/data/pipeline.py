@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches as arithmetic of position.
+
+The example at position p of the endless training stream, and every random choice made for it, are
+functions of (seed, p). Step s takes positions s*B to (s+1)*B, and each host a block of those: the
+batches are the same for any number of hosts, and to resume is to start at another step.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from vit_jax.data import preprocess
+from vit_jax.data.image_ops import Features
+from vit_jax.data.sources import DatasetInfo, Source, dataset_info, open_source, placeholder
+from vit_jax.utils.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetSpec:
+    """One split of a dataset and how its examples are prepared.
+
+    Attributes:
+      name: of a TFDS dataset.
+      split: TFDS split with slices, such as `train[:98%]`.
+      preprocess: see `vit_jax.data.preprocess`.
+      batch_size: of the whole job, all hosts together.
+      data_dir: where TFDS keeps its datasets; None for its default.
+      key: the config section, for errors.
+      num_threads: that decode and crop; None for one a core, but one.
+    """
+
+    name: str
+    split: str
+    preprocess: str
+    batch_size: int
+    data_dir: str | None
+    key: str
+    num_threads: int | None = None
+
+    @property
+    def info(self) -> DatasetInfo:
+        return dataset_info(self.name, data_dir=self.data_dir)
+
+    def ops(self) -> tuple:
+        return preprocess.parse_preprocess(self.preprocess, key=f"{self.key}.preprocess")
+
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of preprocessed images, found without reading any.
+
+        Raises:
+          UserError: the preprocessing leaves images of different shapes.
+        """
+        shapes = set()
+        for fill in (64, 600):
+            features = {"image": placeholder(self.info.image_shape, fill), "label": np.int32(0)}
+            image = preprocess.apply(self.ops(), features, np.random.default_rng(0))["image"]
+            if not isinstance(image, np.ndarray):
+                raise UserError(
+                    f"{self.key}.preprocess={self.preprocess!r} leaves encoded bytes: start it "
+                    "with 'decode'"
+                )
+            shapes.add(image.shape)
+        if len(shapes) > 1:
+            raise UserError(
+                f"{self.key}.preprocess={self.preprocess!r} leaves images of {self.name} in "
+                "different sizes: add resize(SIZE) or a crop"
+            )
+        return shapes.pop()
+
+    def open(self) -> Source:
+        return open_source(self.name, self.split, data_dir=self.data_dir, key=f"{self.key}.split")
+
+
+class _Preprocess(grain.transforms.RandomMap):
+    def __init__(self, spec: DatasetSpec):
+        self._ops = spec.ops()
+
+    def random_map(self, element: Any, rng: np.random.Generator) -> Any:
+        return preprocess.apply(self._ops, element, rng)
+
+
+def train_batches(
+    spec: DatasetSpec, *, seed: int, step: int, host: int = 0, hosts: int = 1
+) -> Iterator[Batch]:
+    """Endless batches from `step` on: `{"image": uint8 [b, h, w, c], "label": int32 [b]}`.
+
+    Args:
+      spec: what to read; the split is shuffled anew in each epoch.
+      seed: of order and augmentation.
+      step: the first batch to yield.
+      host: which of `hosts` equal parts of each batch to yield; b is batch_size / hosts.
+      hosts: number of parts.
+    """
+    local = spec.batch_size // hosts
+    examples = grain.MapDataset.source(spec.open()).seed(seed).shuffle().repeat()
+    # After `repeat`: a generator of its own for each position, not for each record.
+    batches = examples.random_map(_Preprocess(spec)).batch(local, drop_remainder=True)
+    return iter(_prefetch(batches[step * hosts + host :: hosts], spec))
+
+
+def eval_batches(spec: DatasetSpec, *, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
+    """Every example once, in order, as `image`, `label` and `mask` (float32 [b]).
+
+    The last batch is filled up with examples of mask 0, so that all batches have one shape and all
+    hosts the same number of them.
+    """
+    source = _Padded(spec.open(), spec.batch_size)
+    examples = grain.MapDataset.source(source).seed(0).random_map(_Preprocess(spec))
+    batches = examples.batch(spec.batch_size // hosts)
+    return iter(_prefetch(batches[host::hosts], spec))
+
+
+class _Padded:
+    """A source with a mask, filled up to a multiple of the batch size."""
+
+    def __init__(self, source: Source, batch_size: int):
+        self._source = source
+        self._length = -(-len(source) // batch_size) * batch_size
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Features:
+        real = index < len(self._source)
+        return self._source[index if real else 0] | {"mask": np.float32(real)}
+
+
+def _prefetch(batches: grain.MapDataset, spec: DatasetSpec) -> grain.IterDataset:
+    threads = spec.num_threads or max(1, (os.cpu_count() or 1) - 1)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return batches.to_iter_dataset(options)

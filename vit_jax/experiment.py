@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The config becomes an experiment. Nothing else reads the config."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from vit_jax import state as state_lib
+from vit_jax.checkpoint.manager import CheckpointOptions, make_checkpoint_options
+from vit_jax.checkpoint.pretrained.adapt import adapt_params
+from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.data.pipeline import DatasetSpec, train_batches
+from vit_jax.evaluators.classification import EVALUATORS
+from vit_jax.models.variants import MODELS
+from vit_jax.models.vit import VisionTransformer
+from vit_jax.objectives.base import Objective
+from vit_jax.objectives.supervised import OBJECTIVES
+from vit_jax.observe.console import say
+from vit_jax.observe.profiler import Profile, make_profile
+from vit_jax.optim.optimizer import DIRECTIONS, Optimizer, make_optimizer
+from vit_jax.parallel.mesh import (
+    batch_sharding,
+    check_batch_size,
+    make_mesh,
+    process_shard,
+    put_batch,
+)
+from vit_jax.parallel.sharding import constrain, infer_shardings
+from vit_jax.state import TrainState
+from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.registry import bind, check_type, keywords, lookup
+
+# Keys of google-research/vision_transformer configs, and where their values go here.
+RENAMED = {
+    "accum_steps": "optimizer.accum_steps",
+    "base_lr": "optimizer.lr",
+    "batch": "data.batch_size",
+    "batch_eval": "evals.NAME.batch_size",
+    "checkpoint_every": "checkpoint.every",
+    "dataset": "data.name",
+    "decay_type": "optimizer.schedule",
+    "eval_every": "evals.NAME.every",
+    "grad_norm_clip": "optimizer.grad_clip_norm",
+    "model_name": "model.variant",
+    "model_or_filename": "init_from",
+    "optim_dtype": "optimizer.momentum_dtype",
+    "pp": "data.preprocess",
+    "pretrained_dir": "init_from",
+    "progress_every": "log_every",
+    "steps": "total_steps",
+    "tfds_data_dir": "data.data_dir",
+    "warmup_steps": "optimizer.warmup_steps",
+}
+
+
+def _top_level(
+    *,
+    model: dict,
+    data: dict,
+    optimizer: dict,
+    seed: int = 0,
+    total_steps: int | None = None,
+    epochs: int | float | None = None,
+    mesh: dict | None = None,
+    objective: dict | None = None,
+    ema_decay: float | None = None,
+    init_from: str | None = None,
+    checkpoint: dict | None = None,
+    evals: dict | None = None,
+    log_every: int = 50,
+    profile: dict | None = None,
+) -> None:
+    """The keys of a config; only its signature is used."""
+
+
+def _train_data(
+    *,
+    name: str,
+    split: str,
+    batch_size: int,
+    preprocess: str,
+    data_dir: str | None = None,
+    num_threads: int | None = None,
+) -> None:
+    """The keys of `data`; only its signature is used."""
+
+
+def _eval_data(*, split: str, preprocess: str, batch_size: int | None = None) -> None:
+    """The keys of an evaluator's data; name and folder are those of `data`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """All parts of a run, put together on a mesh."""
+
+    model: VisionTransformer
+    objective: Objective
+    optimizer: Optimizer
+    mesh: Mesh
+    train_data: DatasetSpec
+    evaluators: tuple[Any, ...]
+    total_steps: int
+    seed: int
+    ema_decay: float | None
+    init_from: str | None
+    checkpoint: CheckpointOptions
+    log_every: int
+    profile: Profile
+    config: dict[str, Any]
+
+    @classmethod
+    def from_config(
+        cls, config: ConfigDict | Mapping[str, Any], *, devices: Sequence[Any] | None = None
+    ) -> "Experiment":
+        """Builds the experiment that a config describes.
+
+        Args:
+          config: see `docs/architecture.md` for the keys.
+          devices: of the mesh; all by default.
+
+        Raises:
+          UserError: an unknown key or name, or values that don't go together.
+        """
+        config = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+        _check_top_level(config)
+        (top,) = bind(config, _top_level, key="config")
+        sections = {k: dict(top[k] or {}) for k in ("mesh", "model", "objective", "data")}
+        sections |= {k: dict(top[k] or {}) for k in ("optimizer", "checkpoint", "evals", "profile")}
+
+        (mesh_args,) = bind(sections["mesh"], make_mesh, key="mesh", given=("devices",))
+        mesh = make_mesh(**mesh_args, devices=devices)
+
+        (data_args,) = bind(sections["data"], _train_data, key="data")
+        check_batch_size(data_args["batch_size"], mesh, key="data.batch_size")
+        train_data = DatasetSpec(**data_args, key="data")
+        num_classes = train_data.info.num_classes
+
+        model_name, make_model = _by_name(sections["model"], MODELS, "vit", key="model")
+        sections["model"].setdefault("num_classes", num_classes)
+        (model_args,) = bind(sections["model"], make_model, key="model", given=("constrain",))
+        if model_args["num_classes"] < num_classes:
+            raise UserError(
+                f"model.num_classes={model_args['num_classes']} is less than the {num_classes} "
+                f"classes of data.name={train_data.name!r}"
+            )
+        model = make_model(**model_args, constrain=functools.partial(constrain, mesh=mesh))
+        image_shape = train_data.image_shape()
+        model.grid(image_shape[:2])
+        _check_heads(model, mesh)
+
+        objective_name, make_objective = _by_name(
+            sections["objective"], OBJECTIVES, "supervised", key="objective"
+        )
+        given = ("model", "num_classes")
+        (objective_args,) = bind(
+            sections["objective"], make_objective, key="objective", given=given
+        )
+        objective = make_objective(model=model, num_classes=model.num_classes, **objective_args)
+
+        total_steps = _total_steps(top, train_data)
+        direction_name, direction = _by_name(
+            sections["optimizer"], DIRECTIONS, "adamw", key="optimizer"
+        )
+        optimizer_args, direction_args = bind(
+            sections["optimizer"],
+            make_optimizer,
+            direction,
+            key="optimizer",
+            given=("direction", "total_steps"),
+        )
+        optimizer = make_optimizer(
+            direction=direction(**direction_args), total_steps=total_steps, **optimizer_args
+        )
+        batch_size, accum_steps = train_data.batch_size, optimizer.accum_steps
+        if batch_size % accum_steps:
+            raise UserError(
+                f"optimizer.accum_steps={accum_steps} does not divide data.batch_size={batch_size}"
+            )
+        check_batch_size(
+            batch_size // accum_steps, mesh, key="data.batch_size / optimizer.accum_steps"
+        )
+
+        evaluators, eval_args = _make_evaluators(
+            sections["evals"], train_data, objective, mesh, image_shape
+        )
+        (checkpoint_args,) = bind(sections["checkpoint"], make_checkpoint_options, key="checkpoint")
+        checkpoint = make_checkpoint_options(**checkpoint_args)
+        _check_keep_best(checkpoint, evaluators)
+        (profile_args,) = bind(sections["profile"], make_profile, key="profile")
+
+        ema_decay = top["ema_decay"]
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise UserError(f"ema_decay={ema_decay}: expected 0 <= value < 1, or None")
+        if top["log_every"] < 1:
+            raise UserError(f"log_every={top['log_every']}: expected at least 1")
+
+        resolved = top | {
+            "mesh": mesh_args,
+            "data": data_args,
+            "model": {"name": model_name} | model_args,
+            "objective": {"name": objective_name} | objective_args,
+            "optimizer": {"name": direction_name} | optimizer_args | direction_args,
+            "checkpoint": checkpoint_args,
+            "evals": eval_args,
+            "profile": profile_args,
+        }
+        return cls(
+            model=model,
+            objective=objective,
+            optimizer=optimizer,
+            mesh=mesh,
+            train_data=train_data,
+            evaluators=evaluators,
+            total_steps=total_steps,
+            seed=top["seed"],
+            ema_decay=ema_decay,
+            init_from=top["init_from"],
+            checkpoint=checkpoint,
+            log_every=top["log_every"],
+            profile=make_profile(**profile_args),
+            config=resolved,
+        )
+
+    @functools.cached_property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a global batch."""
+        sharding, size = batch_sharding(self.mesh), self.train_data.batch_size
+        image = (size, *self.train_data.image_shape())
+        return {
+            "image": jax.ShapeDtypeStruct(image, jnp.uint8, sharding=sharding),
+            "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding),
+        }
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the train state."""
+        shapes = jax.eval_shape(self._make_state)
+        shardings = infer_shardings(shapes, self.mesh)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+        )
+
+    def _make_state(self, params: Any = None) -> TrainState:
+        batch = {k: jnp.zeros((1, *v.shape[1:]), v.dtype) for k, v in self.abstract_batch.items()}
+        return state_lib.init_state(
+            state_lib.init_rng(self.seed),
+            batch,
+            objective=self.objective,
+            tx=self.optimizer.tx,
+            ema=self.ema_decay is not None,
+            params=params,
+        )
+
+    def init_state(self) -> TrainState:
+        """A fresh state, each array born on the devices that hold it.
+
+        With `init_from`, the parameters come from there, adapted to this model; what was adapted
+        is said on the screen.
+        """
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        if self.init_from is None:
+            return jax.jit(self._make_state, out_shardings=shardings)()
+        target = jax.device_get(jax.jit(lambda: self._make_state().params)())
+        params, notes = adapt_params(
+            load_pretrained(self.init_from),
+            target,
+            target_grid=self.model.grid(self.train_data.image_shape()[:2]),
+            num_prefix_tokens=self.model.num_prefix_tokens,
+        )
+        say(f"parameters from {self.init_from}")
+        for note in notes:
+            say(f"  {note}")
+        return jax.jit(self._make_state, out_shardings=shardings)(params)
+
+    @functools.cached_property
+    def train_step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+        """The jitted `state.train_step` of this experiment; donates the state."""
+        step = functools.partial(
+            state_lib.train_step,
+            objective=self.objective,
+            optimizer=self.optimizer,
+            ema_decay=self.ema_decay,
+            seed=self.seed,
+            split=self._split,
+        )
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        return jax.jit(
+            step,
+            in_shardings=(shardings, batch_sharding(self.mesh)),
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
+        )
+
+    def _split(self, micro_batches: jax.Array) -> jax.Array:
+        names = (None, "batch", *(None,) * (micro_batches.ndim - 2))
+        return constrain(micro_batches, names, mesh=self.mesh)
+
+    def train_batches(self, step: int) -> Iterator[dict[str, jax.Array]]:
+        """Global batches on the mesh, from those of step `step + 1` on."""
+        host, hosts = process_shard(self.mesh)
+        batches = train_batches(self.train_data, seed=self.seed, step=step, host=host, hosts=hosts)
+        return (put_batch(batch, self.mesh) for batch in batches)
+
+    def open_data(self) -> None:
+        """Opens every split that the run will need, so that a missing one is found at once."""
+        for data in (self.train_data, *(e.data for e in self.evaluators)):
+            data.open()
+
+
+def _check_top_level(config: Mapping[str, Any]) -> None:
+    allowed = keywords(_top_level)
+    for key, value in config.items():
+        if key in RENAMED and key not in allowed:
+            raise UserError(f"config.{key} is now config.{RENAMED[key]}")
+        if key not in allowed:
+            raise UserError(f"unknown config key {key}{suggest(key, allowed)}")
+        check_type(value, allowed[key].annotation, key=f"config.{key}")
+
+
+def _by_name(
+    section: dict[str, Any], table: Mapping[str, Any], default: str, *, key: str
+) -> tuple[str, Any]:
+    name = section.pop("name", default)
+    return name, lookup(table, name, key=f"{key}.name")
+
+
+def _check_heads(model: VisionTransformer, mesh: Mesh) -> None:
+    if model.num_heads % mesh.shape["tensor"]:
+        raise UserError(
+            f"mesh.tensor={mesh.shape['tensor']} does not divide model.num_heads={model.num_heads}"
+        )
+
+
+def _total_steps(top: Mapping[str, Any], data: DatasetSpec) -> int:
+    steps, epochs = top["total_steps"], top["epochs"]
+    if (steps is None) == (epochs is None):
+        raise UserError(f"total_steps={steps} and epochs={epochs}: expected exactly one of them")
+    if steps is None:
+        steps = round(epochs * len(data.open()) / data.batch_size)
+    if steps < 1:
+        raise UserError(
+            f"total_steps={top['total_steps']}, epochs={epochs}: expected at least 1 step"
+        )
+    return steps
+
+
+def _make_evaluators(
+    sections: Mapping[str, Any],
+    train_data: DatasetSpec,
+    objective: Objective,
+    mesh: Mesh,
+    image_shape: tuple[int, int, int],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    evaluators, resolved = [], {}
+    for name, section in sections.items():
+        if section is None:  # --config.evals.NAME=None leaves one out
+            continue
+        key = f"evals.{name}"
+        check_type(section, dict, key=key)
+        section = dict(section)
+        kind, make = _by_name(section, EVALUATORS, "classification", key=key)
+        given = ("name", "data", "objective", "mesh")
+        data_args, args = bind(section, _eval_data, make, key=key, given=given)
+        data_args["batch_size"] = data_args["batch_size"] or train_data.batch_size
+        check_batch_size(data_args["batch_size"], mesh, key=f"{key}.batch_size")
+        data = dataclasses.replace(train_data, **data_args, key=key)
+        if data.image_shape() != image_shape:
+            raise UserError(
+                f"{key}.preprocess gives images of {data.image_shape()}, data.preprocess of "
+                f"{image_shape}: expected the same"
+            )
+        evaluators.append(make(name=name, data=data, objective=objective, mesh=mesh, **args))
+        resolved[name] = {"name": kind} | data_args | args
+    return tuple(evaluators), resolved
+
+
+def _check_keep_best(checkpoint: CheckpointOptions, evaluators: tuple[Any, ...]) -> None:
+    if checkpoint.keep_best is None:
+        return
+    every = {e.name: e.every for e in evaluators}
+    name, _, metric = checkpoint.keep_best.partition("/")
+    if name not in every or metric not in ("top1", "loss"):
+        raise UserError(
+            f"checkpoint.keep_best={checkpoint.keep_best!r}: expected NAME/top1 or NAME/loss of "
+            f"one of the evals: {', '.join(every) or 'none'}"
+        )
+    if not every[name] or checkpoint.every % every[name]:
+        raise UserError(
+            f"checkpoint.every={checkpoint.every} with keep_best={checkpoint.keep_best!r}: "
+            f"expected a multiple of evals.{name}.every={every[name]}, to judge each checkpoint"
+        )

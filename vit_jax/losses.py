@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses, one value for each example.
+
+The label is picked by a product with one-hot targets, not by indexing: over logits that are
+sharded by classes the sums become small all-reduces, and no device gathers all classes.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def softmax_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross entropy of `[batch, classes]` logits with target distributions of the same shape."""
+    return jax.nn.logsumexp(logits, axis=-1) * targets.sum(-1) - (targets * logits).sum(-1)
+
+
+def sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Sum over classes of binary cross entropies with targets in [0, 1] (arXiv:2006.07159)."""
+    return -(
+        targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)
+    ).sum(axis=-1)
+
+
+def smooth_labels(targets: jax.Array, smoothing: float) -> jax.Array:
+    """Moves `smoothing` of each target's mass to the uniform distribution (arXiv:1512.00567)."""
+    if not smoothing:
+        return targets
+    return targets * (1 - smoothing) + jnp.float32(smoothing) / targets.shape[-1]
+
+
+LOSSES = {"softmax": softmax_cross_entropy, "sigmoid": sigmoid_cross_entropy}

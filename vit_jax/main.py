@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains what a config describes.
+
+python -m vit_jax.main --config=configs/digits.py --workdir=runs/digits --config.seed=1
+"""
+
+import ast
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from vit_jax.observe import console
+from vit_jax.observe.progress import DivergedError
+from vit_jax.train import train
+from vit_jax.utils.errors import UserError
+
+_CONFIG = flags.DEFINE_string(
+    "config",
+    None,
+    "Config file, and its arguments after a colon: configs/vit.py:b16,cifar10. "
+    "--config.KEY=VALUE overrides a key.",
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of checkpoints and metrics; made if absent."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "For a job of several processes: HOST:PORT of process 0, with --num_processes and "
+    "--process_id; or 'auto' on a TPU pod, Slurm and others that JAX knows.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the job.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0.")
+
+_OVERRIDE = "--config."
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
+    """Runs `get_config` of a config file and puts overrides into its result.
+
+    Args:
+      value: path of the file, with its arguments after a colon.
+      overrides: values by dotted key, as in `{"data.batch_size": 64}`.
+
+    Raises:
+      UserError: the file is missing or fails, or a key lies below a value.
+    """
+    path, colon, argument = value.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"--config={value}: there is no file {path}")
+    try:
+        get_config = runpy.run_path(path)["get_config"]
+        config = get_config(argument) if colon else get_config()
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"--config={value}: {type(e).__name__}: {e}") from e
+    config = config.to_dict()
+    for key, override in overrides.items():
+        *parents, leaf = key.split(".")
+        section = config
+        for parent in parents:
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
+            if not isinstance(section, dict):
+                raise UserError(
+                    f"unknown config key {key}: {parent}={section!r} has nothing below it"
+                )
+        section[leaf] = override
+    return ConfigDict(config)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses absl flags; `--config.KEY=VALUE` goes to the config instead."""
+    rest, arguments = [], iter(argv)
+    for argument in arguments:
+        if argument.startswith(_OVERRIDE):
+            key, equals, text = argument.removeprefix(_OVERRIDE).partition("=")
+            if not equals:
+                text = next(arguments, "")
+            overrides[key] = _literal(text)
+        else:
+            rest.append(argument)
+    try:
+        unused = flags.FLAGS(rest)[1:]
+    except flags.Error as e:
+        raise UserError(str(e)) from None
+    for name, flag in (("config", _CONFIG), ("workdir", _WORKDIR)):
+        if not flag.value:
+            raise UserError(f"--{name} is missing; see python -m vit_jax.main --help")
+    if unused:
+        raise UserError(f"{unused[0]!r} is no flag; expected --name=value")
+    return rest[:1]
+
+
+overrides: dict[str, Any] = {}
+
+
+def _literal(text: str) -> Any:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def main(argv: list[str]) -> None:
+    """Called by absl with the flags parsed."""
+    del argv
+    if _COORDINATOR.value == "auto":
+        jax.distributed.initialize()
+    elif _COORDINATOR.value:
+        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    console.set_up(quiet=jax.process_index() > 0)
+    config = load_config(_CONFIG.value or "", overrides)
+    command = f"python -m vit_jax.main {shlex.join(sys.argv[1:])}"
+    train(config, _WORKDIR.value or "", command=command)
+
+
+def run() -> None:
+    """The command: one line and exit code 2 for bad input, 1 for a run that went wrong."""
+    logging.set_verbosity(logging.ERROR)
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except (UserError, DivergedError) as e:
+        print(f"vit_jax: error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(e, UserError) else 1)
+    except KeyboardInterrupt:
+        print("vit_jax: interrupted; the same command goes on from the last checkpoint")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

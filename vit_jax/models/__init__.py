@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flax Linen models; pure functions of parameters and images."""

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run gets on: speed, data wait and loss, on the screen and in the metric files."""
+
+import contextlib
+import datetime
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import rich.progress
+
+from vit_jax.observe.console import console, say
+from vit_jax.observe.writer import MetricWriter
+
+
+class DivergedError(Exception):
+    """The loss is no longer a number."""
+
+
+class Monitor:
+    """Follows the training loop. A context manager, for the progress bar.
+
+    Metrics are fetched one step late, when the next step is already queued, so that the device
+    never waits for the host. A terminal gets a bar; anything else one line for each logged step.
+    """
+
+    def __init__(self, writer: MetricWriter, *, step: int, total_steps: int, batch_size: int):
+        self._writer = writer
+        self._step, self._total, self._batch_size = step, total_steps, batch_size
+        self._pending: tuple[int, Any, bool] | None = None
+        self._restart_clock()
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("step {task.completed}/{task.total}"),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=total_steps, completed=step)
+
+    def __enter__(self) -> "Monitor":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for the next batch."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around work that is not training: its time does not count as such."""
+        self.flush()
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def step(self, step: int, metrics: Any, *, log: bool) -> None:
+        """Takes the metrics of a step that has been queued, and handles those of the one before.
+
+        Raises:
+          DivergedError: the loss of the step before is not finite.
+        """
+        self.flush()
+        self._pending = (step, metrics, log)
+
+    def flush(self) -> None:
+        """Waits for the last step given to `step`, and handles its metrics."""
+        if self._pending is None:
+            return
+        step, metrics, log = self._pending
+        self._pending = None
+        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        if not math.isfinite(metrics["loss"]):
+            raise DivergedError(f"the loss of step {step} is {metrics['loss']}")
+        self._bar.update(self._task, completed=step)
+        if log:
+            self._log(step, metrics)
+
+    def results(self, step: int, results: Mapping[str, float]) -> None:
+        """Takes the results of evaluators, such as `val/top1`."""
+        if not results:
+            return
+        self._writer.write(step, results)
+        words = [f"{k} {v:.4f}" for k, v in results.items() if not k.endswith("/count")]
+        say(f"step {step}/{self._total}  {'  '.join(words)}")
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
+        steps = step - self._step
+        wait = min(self._waited / seconds, 1.0)
+        perf = {
+            "perf/images_per_sec": steps * self._batch_size / seconds,
+            "perf/step_ms": 1000 * seconds / steps,
+            "perf/data_wait": wait,
+        }
+        self._writer.write(step, {f"train/{k}": v for k, v in metrics.items()} | perf)
+        text = (
+            f"loss {metrics['loss']:.4f}  {perf['perf/images_per_sec']:,.0f} images/s  "
+            f"data-wait {wait:.1%}"
+        )
+        self._bar.update(self._task, description=text)
+        if not console.is_terminal:
+            left = datetime.timedelta(seconds=round(seconds / steps * (self._total - step)))
+            say(f"step {step}/{self._total}  {text}  ETA {left}")
+        self._step = step
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._started, self._waited, self._paused = time.perf_counter(), 0.0, 0.0

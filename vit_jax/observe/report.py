@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands on the screen before and after a run."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich.box
+import rich.table
+from clu import parameter_overview
+from jax.sharding import Mesh
+
+import vit_jax
+from vit_jax.observe.console import console, say
+from vit_jax.observe.writer import METRICS, TENSORBOARD, read_metrics
+
+
+def report_start(*, mesh: Mesh, params: Any) -> None:
+    """Devices, mesh and parameters (a tree of arrays or shapes)."""
+    table = rich.table.Table(box=rich.box.SIMPLE, title="devices", title_justify="left")
+    for name in ("process", "device", "count", "mesh"):
+        table.add_column(name)
+    kinds = Counter((d.process_index, d.device_kind) for d in mesh.devices.flat)
+    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    for i, ((process, kind), count) in enumerate(sorted(kinds.items())):
+        table.add_row(str(process), kind, str(count), "" if i else shape)
+    say(f"vit_jax {vit_jax.__version__}, jax {jax.__version__}")
+    console.print(table)
+    say(parameter_overview.get_parameter_overview(params, include_stats=False))
+
+
+def report_end(
+    *, workdir: Path, step: int, total_steps: int, checkpoint: Path, command: str
+) -> None:
+    """Where the run stands, and what to do next."""
+    say("")
+    say(f"finished at step {step} of {total_steps}")
+    for name, value in sorted(last_results(workdir).items()):
+        if name.endswith("/top1"):
+            split = name.removesuffix("/top1")
+            count = last_results(workdir).get(f"{split}/count", 0)
+            right = f"{round(value * count)} of {count} images"
+            say(f"  {split + ' accuracy':<15} {100 * value:.2f} %  ({right})")
+    say(f"  {'checkpoint':<15} {checkpoint}")
+    say(f"  {'logs':<15} {workdir / METRICS}, {workdir / TENSORBOARD}")
+    say(f"  {'next':<15} train on: {command} --config.total_steps={2 * total_steps}")
+
+
+def last_results(workdir: Path) -> dict[str, float]:
+    """The newest value of each metric."""
+    results: dict[str, float] = {}
+    for record in read_metrics(workdir):
+        results |= record
+    return results

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metric files of a run: `metrics.jsonl` and TensorBoard events."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorboardX
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+class MetricWriter:
+    """Writes each record to both files at once. A context manager.
+
+    Args:
+      workdir: where the files are.
+      step: the run starts after this step. Records of later ones, left by a run that was killed,
+        are dropped, and so is half a line.
+      active: False for a writer that does nothing, on all processes but one.
+    """
+
+    def __init__(self, workdir: Path, *, step: int, active: bool):
+        self._active = active
+        if not active:
+            return
+        path = workdir / METRICS
+        kept = [r for r in read_metrics(workdir) if r["step"] <= step]
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(fresh, path)
+        self._jsonl = open(path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
+        self._tensorboard = tensorboardX.SummaryWriter(
+            str(workdir / TENSORBOARD), purge_step=step + 1 if step else None, flush_secs=30
+        )
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._active:
+            self._jsonl.close()
+            self._tensorboard.close()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one record."""
+        if not self._active:
+            return
+        self._jsonl.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The records of a workdir; a torn last line is left out."""
+    path = workdir / METRICS
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device mesh and how a batch lies on it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vit_jax.utils.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+# The batch is split over both: fsdp is data parallelism whose parameters are sharded too.
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """A mesh with the axes `data, fsdp, tensor` over all devices.
+
+    Args:
+      data: devices that hold copies of the parameters; -1 takes what the other axes leave.
+      fsdp: devices over which parameters and optimizer state are sharded; -1 likewise.
+      tensor: devices over which attention heads, MLPs and the head are split; -1 likewise.
+      devices: all of the job's by default.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices, or more than one is -1.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    for axis, size in sizes.items():
+        if size != -1 and size < 1:
+            raise UserError(f"mesh.{axis}={size}: expected at least 1, or -1 for what is left")
+    if len(free) > 1:
+        raise UserError(f"mesh.{free[1]}=-1: only one axis can fill, and mesh.{free[0]} does")
+    if free:
+        sizes[free[0]] = len(devices) // known
+    if int(np.prod(list(sizes.values()))) != len(devices):
+        shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise UserError(
+            f"mesh: {shape} does not make {len(devices)} device(s): set mesh.data, mesh.fsdp and "
+            "mesh.tensor so that they multiply to it"
+        )
+    # Explicit axes, the default of jax.make_mesh, do not work with Flax Linen.
+    auto = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, auto, devices=devices)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, *, key: str) -> None:
+    """Raises `UserError` unless the batch splits evenly over the mesh."""
+    shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    if batch_size < 1 or batch_size % shards:
+        raise UserError(
+            f"{key}={batch_size} is not divisible by {shards}, the devices that the batch is split "
+            f"over (mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']})"
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays whose first dimension is the batch."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def process_shard(mesh: Mesh) -> tuple[int, int]:
+    """Which part of each batch this process loads, as (index, number of parts).
+
+    Processes that share rows of the batch, because the tensor axis spans them, load the same part.
+
+    Raises:
+      UserError: the rows of this process are not one block of equal parts.
+    """
+    devices = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    rows = [i for i, row in enumerate(devices) if any(d.process_index == _process() for d in row)]
+    parts = len(devices) // len(rows)
+    index = rows[0] // len(rows)
+    if rows != list(range(index * len(rows), (index + 1) * len(rows))):
+        raise UserError(
+            f"mesh: process {_process()} holds rows {rows} of the batch, which is not one block of "
+            "equal parts: choose mesh.data, mesh.fsdp and mesh.tensor so that it is"
+        )
+    return index, parts
+
+
+def _process() -> int:
+    return jax.process_index()
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+    """Makes global arrays of this process's part of the batch."""
+    sharding = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

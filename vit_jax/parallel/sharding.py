@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where parameters and activations lie, decided by rules outside the model.
+
+Tensor parallelism goes by a table of parameter paths; what it leaves is sharded over `fsdp` along
+the largest dimension that divides. Optimizer state and EMA carry the parameters' paths at the end
+of theirs, so one function shards the whole train state.
+"""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vit_jax.parallel.mesh import BATCH_AXES
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.tree import path_str
+
+# Path of a parameter, and the dimension split over `tensor`. A second number is the dimension to
+# take where the first does not divide: a head of 21,843 classes is then stored by rows, and its
+# logits are still computed by classes.
+TENSOR_RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
+    (r"MultiHeadDotProductAttention_0/(query|key|value)/kernel$", (1,)),
+    (r"MultiHeadDotProductAttention_0/(query|key|value)/bias$", (0,)),
+    (r"MultiHeadDotProductAttention_0/out/kernel$", (0,)),
+    (r"MlpBlock_0/Dense_0/kernel$", (1,)),
+    (r"MlpBlock_0/Dense_0/bias$", (0,)),
+    (r"MlpBlock_0/Dense_1/kernel$", (0,)),
+    (r"(^|/)pre_logits/kernel$", (1, 0)),
+    (r"(^|/)head/kernel$", (1, 0)),
+)
+
+# Logical names that models give to the dimensions of activations.
+ACTIVATION_AXES = {
+    "batch": BATCH_AXES,
+    "heads": "tensor",
+    "mlp": "tensor",
+    "classes": "tensor",
+}
+
+# Below this many values a parameter is cheaper to copy than to gather.
+MIN_FSDP_SIZE = 1024
+
+
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The `PartitionSpec` of one leaf of the train state.
+
+    Raises:
+      UserError: a dimension that tensor parallelism must split is not divisible.
+    """
+    spec: list[str | None] = [None] * len(shape)
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    if tensor > 1:
+        for pattern, dims in TENSOR_RULES:
+            if re.search(pattern, path):
+                dim = next((d for d in dims if shape[d] % tensor == 0), None)
+                if dim is None:
+                    raise UserError(
+                        f"mesh.tensor={tensor} does not divide {shape[dims[0]]}, dimension "
+                        f"{dims[0]} of {path}: choose a divisor"
+                    )
+                spec[dim] = "tensor"
+                break
+    if fsdp > 1 and _size(shape) >= MIN_FSDP_SIZE:
+        free = [d for d in range(len(shape)) if spec[d] is None and shape[d] % fsdp == 0]
+        if free:
+            spec[max(free, key=lambda d: shape[d])] = "fsdp"
+    return PartitionSpec(*spec)
+
+
+def infer_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A `NamedSharding` for each leaf of a tree of arrays or shapes."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, param_spec(path_str(path), leaf.shape, mesh)), tree
+    )
+
+
+def constrain(x: jax.Array, names: tuple[str | None, ...], *, mesh: Mesh) -> jax.Array:
+    """Places an activation whose dimensions have these logical names (see `ACTIVATION_AXES`).
+
+    An unknown name is a `KeyError`: a constraint is never left out in silence.
+    """
+    if len(names) != x.ndim:
+        raise ValueError(f"{len(names)} names {names} for the {x.ndim} dimensions of {x.shape}")
+    spec = PartitionSpec(*(None if n is None else ACTIVATION_AXES[n] for n in names))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for dim in shape:
+        size *= dim
+    return size

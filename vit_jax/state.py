@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The train state and the one step that updates it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from vit_jax.objectives.base import Batch, Objective, Params
+from vit_jax.optim.optimizer import Optimizer
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a checkpoint holds: arrays only."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    ema_params: Params | None
+
+
+def init_rng(seed: int) -> jax.Array:
+    """The key of the initial parameters."""
+    return jax.random.fold_in(jax.random.key(seed), 0)
+
+
+def step_rng(seed: int, step: jax.Array | int) -> jax.Array:
+    """The key of all random choices of the step after `step` updates."""
+    return jax.random.fold_in(jax.random.key(seed), step + 1)
+
+
+def init_state(
+    rng: jax.Array,
+    batch: Batch,
+    *,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    ema: bool,
+    params: Params = None,
+) -> TrainState:
+    """A fresh state, from `params` where they are given (a checkpoint to start from)."""
+    start: Params = objective.init(rng, batch) if params is None else params
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=start,
+        opt_state=tx.init(start),
+        # A copy, so that the state can be donated: no buffer may stand in it twice.
+        ema_params=jax.tree.map(jnp.copy, start) if ema else None,
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    objective: Objective,
+    optimizer: Optimizer,
+    ema_decay: float | None,
+    seed: int,
+    split: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update. All randomness is a function of (seed, step).
+
+    Args:
+      state: donated by the caller.
+      batch: a global batch, as it comes from the data.
+      objective: what is minimised.
+      optimizer: its `accum_steps` cuts the batch into micro-batches of equal size.
+      ema_decay: of the parameter average, which is warmed up; None for no average.
+      seed: of the run.
+      split: places `[micro-batches, batch, ...]` arrays on the mesh.
+
+    Returns:
+      The new state and the metrics `loss, lr, grad_norm, param_norm` as scalars.
+    """
+    augment_rng, loss_rng = jax.random.split(step_rng(seed, state.step))
+    batch = objective.augment(batch, augment_rng)
+    grads, metrics = accumulate_gradients(
+        objective, state.params, batch, loss_rng, steps=optimizer.accum_steps, split=split
+    )
+    updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+    params: Params = optax.apply_updates(state.params, updates)
+    metrics |= {
+        "lr": jnp.asarray(optimizer.schedule(state.step), jnp.float32),
+        "grad_norm": optax.global_norm(grads),
+        "param_norm": optax.global_norm(params),
+    }
+    ema_params = state.ema_params
+    if ema_decay is not None:
+        # Early on the average would be the initial values: let it follow quickly first.
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        ema_params = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema_params, params)
+    return TrainState(state.step + 1, params, opt_state, ema_params), metrics
+
+
+def accumulate_gradients(
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    rng: jax.Array,
+    *,
+    steps: int,
+    split: Callable[[jax.Array], jax.Array],
+) -> tuple[Params, dict[str, jax.Array]]:
+    """Mean gradient and metrics over a batch, computed in `steps` micro-batches one by one."""
+    grad_fn = jax.grad(objective.loss, has_aux=True)
+    if steps == 1:
+        return grad_fn(params, batch, rng)
+
+    def micro_batches(x: jax.Array) -> jax.Array:
+        # Every steps-th row, so that each micro-batch lies on all devices as the batch did.
+        return split(x.reshape(x.shape[0] // steps, steps, *x.shape[1:]).swapaxes(0, 1))
+
+    def body(total: Any, xs: Any) -> tuple[Any, None]:
+        i, micro = xs
+        out = grad_fn(params, micro, jax.random.fold_in(rng, i))
+        return jax.tree.map(jnp.add, total, out), None
+
+    micro = jax.tree.map(micro_batches, batch)
+    shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], micro), rng)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(body, zeros, (jnp.arange(steps), micro))
+    return jax.tree.map(lambda x: x / steps, total)

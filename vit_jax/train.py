@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop."""
+
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vit_jax.checkpoint.manager import CheckpointManager
+from vit_jax.experiment import Experiment
+from vit_jax.observe.console import say
+from vit_jax.observe.profiler import Profiler
+from vit_jax.observe.progress import Monitor
+from vit_jax.observe.report import report_end, report_start
+from vit_jax.observe.writer import MetricWriter
+from vit_jax.state import TrainState
+from vit_jax.workdir import open_workdir
+
+
+def train(config: ConfigDict, workdir: str, *, command: str) -> None:
+    """Trains what the config describes, going on from the workdir's newest checkpoint.
+
+    Args:
+      config: of the experiment.
+      workdir: folder for checkpoints, metrics and config; one experiment each.
+      command: that was typed, to be shown with what to do next.
+
+    Raises:
+      UserError: bad input.
+      DivergedError: the loss is no longer finite.
+    """
+    experiment = Experiment.from_config(config)
+    main_process = jax.process_index() == 0
+    folder = open_workdir(workdir, experiment.config, write=main_process)
+    total = experiment.total_steps
+    with CheckpointManager(folder, experiment.checkpoint) as checkpoints:
+        start = checkpoints.latest_step() or 0
+        if start < total:
+            experiment.open_data()
+            report_start(mesh=experiment.mesh, params=experiment.abstract_state.params)
+            with MetricWriter(folder, step=start, active=main_process) as writer:
+                run(experiment, checkpoints, writer, Profiler(folder, experiment.profile), start)
+        else:
+            say(f"nothing to do: {folder} is at step {start} of {total}")
+        report_end(
+            workdir=folder,
+            step=checkpoints.latest_step() or 0,
+            total_steps=total,
+            checkpoint=checkpoints.path(checkpoints.latest_step() or 0),
+            command=command,
+        )
+
+
+def run(
+    experiment: Experiment,
+    checkpoints: CheckpointManager,
+    writer: MetricWriter,
+    profiler: Profiler,
+    start: int,
+) -> None:
+    """Takes the steps after `start`, to the end."""
+    if start:
+        state = checkpoints.restore(experiment.abstract_state)
+        say(f"going on from {checkpoints.path(start)}")
+    else:
+        state = experiment.init_state()
+    total, batch_size = experiment.total_steps, experiment.train_data.batch_size
+    batches = experiment.train_batches(start)
+    monitor = Monitor(writer, step=start, total_steps=total, batch_size=batch_size)
+    with monitor, profiler:
+        for step in range(start + 1, total + 1):
+            with monitor.waiting():
+                batch = next(batches)
+            state, metrics = experiment.train_step(state, batch)
+            monitor.step(step, metrics, log=due(step, experiment.log_every, total))
+            profiler.step(step)
+
+            results = {}
+            for evaluator in experiment.evaluators:
+                if due(step, evaluator.every, total):
+                    with monitor.paused():
+                        results |= evaluate(evaluator, state)
+            monitor.results(step, results)
+            if due(step, experiment.checkpoint.every, total):
+                with monitor.paused():
+                    checkpoints.save(step, state, results)
+
+
+def evaluate(evaluator: Any, state: TrainState) -> dict[str, float]:
+    """Results on the raw parameters, `NAME/...`, and on their average, `NAME_ema/...`."""
+    params = {evaluator.name: state.params}
+    if state.ema_params is not None:
+        params[f"{evaluator.name}_ema"] = state.ema_params
+    return {
+        f"{prefix}/{metric}": value
+        for prefix, tree in params.items()
+        for metric, value in evaluator.run(tree).items()
+    }
+
+
+def due(step: int, every: int, total: int) -> bool:
+    """Whether something that happens every `every` steps (0: at the end only) happens now."""
+    return step == total or (every > 0 and step % every == 0)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From config sections to constructor calls.
+
+A config section is the keyword arguments of one constructor (or of two that share the section)
+plus `name`. The constructor's signature is therefore the only list of keys and defaults, and its
+annotations say which values fit. Everything else is refused here, with the key that is wrong.
+"""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vit_jax.utils.errors import UserError, suggest
+
+
+def lookup(table: Mapping[str, Any], name: Any, *, key: str) -> Any:
+    """Returns `table[name]`; an unknown name is a `UserError` with the nearest one."""
+    if name not in table:
+        raise UserError(f"{key}={name!r} is unknown{suggest(str(name), table)}")
+    return table[name]
+
+
+def keywords(fn: Callable) -> dict[str, inspect.Parameter]:
+    """The parameters of `fn` that a config may give: keyword-only and with simple types."""
+    parameters = inspect.signature(fn).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str, ...] = ()):
+    """Splits a config section into one dict of keyword arguments for each of `fns`.
+
+    Args:
+      section: what the config says, without `name`.
+      *fns: constructors whose keyword-only parameters are the allowed keys.
+      key: where the section stands in the config, for errors.
+      given: parameters that the caller supplies itself; a config may not.
+
+    Returns:
+      A list with one dict for each constructor, defaults filled in, so that it can be written down
+      as the resolved config.
+
+    Raises:
+      UserError: an unknown key, a missing one, or a value of the wrong type.
+    """
+    allowed: dict[str, inspect.Parameter] = {}
+    for fn in fns:
+        allowed |= {n: p for n, p in keywords(fn).items() if n not in given}
+    for name, value in section.items():
+        if name not in allowed:
+            raise UserError(f"unknown config key {key}.{name}{suggest(name, allowed)}")
+        check_type(value, allowed[name].annotation, key=f"{key}.{name}")
+    bound = []
+    for fn in fns:
+        kwargs = {}
+        for name, parameter in keywords(fn).items():
+            if name in given:
+                continue
+            if name not in section and parameter.default is parameter.empty:
+                raise UserError(f"{key}.{name} is missing, and has no default")
+            kwargs[name] = section.get(name, parameter.default)
+        bound.append(kwargs)
+    return bound
+
+
+def check_type(value: Any, annotation: Any, *, key: str) -> None:
+    """Raises `UserError` unless `value` fits a simple annotation (str, int | None, ...)."""
+    if annotation is Any or annotation is inspect.Parameter.empty:
+        return
+    members = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    if any(_fits(value, member) for member in members):
+        return
+    names = " or ".join("None" if m is types.NoneType else _type_name(m) for m in members)
+    raise UserError(f"{key}={value!r} is a {type(value).__name__}; expected {names}")
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _type_name(annotation: Any) -> str:
+    return str(annotation) if typing.get_origin(annotation) else annotation.__name__
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Literal:
+        return value in typing.get_args(annotation)
+    if origin is tuple:
+        sizes = typing.get_args(annotation)
+        return (
+            isinstance(value, tuple | list)
+            and len(value) == len(sizes)
+            and all(_fits(v, a) for v, a in zip(value, sizes, strict=True))
+        )
+    if isinstance(value, bool):
+        return annotation is bool
+    if annotation is float:
+        return isinstance(value, int | float)
+    return isinstance(value, origin or annotation)

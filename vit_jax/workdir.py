@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: one experiment each, told apart by `config.json`."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vit_jax.checkpoint import manager
+from vit_jax.observe.console import say
+from vit_jax.observe.writer import METRICS
+from vit_jax.utils.errors import UserError
+
+CONFIG = "config.json"
+
+# What may change between two runs in one workdir: how long, where and how often, not what.
+_FREE = ("total_steps", "epochs", "mesh", "checkpoint", "evals", "log_every", "profile")
+_FREE_KEYS = ("init_from", "data.data_dir", "data.num_threads")
+
+
+def open_workdir(path: str, config: dict[str, Any], *, write: bool) -> Path:
+    """Makes or reopens the workdir of an experiment and writes its `config.json`.
+
+    Args:
+      path: a local or shared folder.
+      config: the resolved config.
+      write: False on all processes but one.
+
+    Raises:
+      UserError: it can't be written to, or belongs to another experiment or program.
+    """
+    if "://" in path:
+        raise UserError(f"--workdir={path!r}: expected a folder; mount a bucket to use it as one")
+    workdir = Path(path)
+    file = workdir / CONFIG
+    try:
+        if write:
+            workdir.mkdir(parents=True, exist_ok=True)
+        previous = json.loads(file.read_text()) if file.exists() else None
+    except (OSError, ValueError) as e:
+        raise UserError(f"--workdir={path!r} can't be used: {type(e).__name__}: {e}") from None
+    if previous is None:
+        for name in (manager.FOLDER, METRICS):
+            if (workdir / name).exists():
+                raise UserError(
+                    f"--workdir={path!r} holds {name!r} but no {CONFIG}: it is not a workdir of "
+                    "vit_jax; choose another"
+                )
+    else:
+        _compare(path, _flatten(previous), _flatten(config))
+    if write:
+        _write(file, json.dumps(config, indent=1, sort_keys=True) + "\n", path)
+        if previous is None:
+            say(f"wrote {file}")
+    return workdir
+
+
+def _compare(path: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if before == after:
+            continue
+        if key.split(".")[0] not in _FREE and key not in _FREE_KEYS:
+            raise UserError(
+                f"--workdir={path!r} belongs to another experiment: config.{key} is {before!r} "
+                f"there and {after!r} here; choose another workdir, or the same value"
+            )
+        say(f"config.{key}: {before!r} before, {after!r} now")
+
+
+def _write(file: Path, text: str, path: str) -> None:
+    fresh = file.with_suffix(".tmp")
+    try:
+        fresh.write_text(text)
+        os.replace(fresh, file)
+    except OSError as e:
+        raise UserError(f"--workdir={path!r} can't be written to: {e.strerror}") from None
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
