@@ -2,12 +2,17 @@
 """Eight CPU devices for all tests, and datasets in a folder of their own."""
 
 import os
+import tempfile
 
 # Before jax is imported.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Many tests compile the same step: the second time it comes from here.
+_CACHE = tempfile.TemporaryDirectory(prefix="vit_jax_tests_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import cv2
 import numpy as np

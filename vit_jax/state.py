@@ -86,8 +86,8 @@ def train_step(
     params: Params = optax.apply_updates(state.params, updates)
     metrics |= {
         "lr": jnp.asarray(optimizer.schedule(state.step), jnp.float32),
-        "grad_norm": optax.global_norm(grads),
-        "param_norm": optax.global_norm(params),
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(params),
     }
     ema_params = state.ema_params
     if ema_decay is not None:

@@ -52,21 +52,27 @@ class CheckpointManager:
     def __init__(self, workdir: Path, options: CheckpointOptions):
         self._directory = workdir.absolute() / FOLDER
         preserve: list[Any] = [policies.LatestN(options.keep)]
-        if best := options.keep_best:
+        self._best = best = options.keep_best
+
+        def score(metrics: Mapping[str, float]) -> float:
+            return metrics[best or ""]
+
+        if best:
             preserve.append(
                 policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[best],
+                    get_metric_fn=score,
                     reverse=best.endswith("loss"),
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._best = options.keep_best
         self._manager = ocp.CheckpointManager(
             self._directory,
             item_names=("params", "ema_params", "training"),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(preserve),
+                # Without it Orbax does not store the metrics for the next run.
+                best_fn=score if best else None,
                 # What a killed run left half written.
                 cleanup_tmp_directories=True,
             ),

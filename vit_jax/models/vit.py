@@ -4,7 +4,7 @@
 Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv:2010.11929, section 3.1.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -111,10 +111,15 @@ class VisionTransformer(nn.Module):
                 dtype=jnp.float32,
                 kernel_init=nn.initializers.zeros,
                 bias_init=nn.initializers.constant(self.head_bias_init),
+                dot_general=self._dot_by_classes,
                 name="head",
             )(x)
             out["logits"] = x = self.constrain(x, ("batch", *(None,) * (x.ndim - 2), "classes"))
         return x, out
+
+    def _dot_by_classes(self, x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any):
+        # However the kernel is stored, no device shall compute the logits of all classes.
+        return jax.lax.dot_general(x, self.constrain(kernel, (None, "classes")), *args, **kwargs)
 
     def _pool(self, encoded: jax.Array) -> jax.Array:
         if self.classifier == "token":

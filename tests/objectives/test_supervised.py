@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses and on-device augmentation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vit_jax.losses import sigmoid_cross_entropy, smooth_labels, softmax_cross_entropy
+from vit_jax.models.variants import make_vit
+from vit_jax.objectives.mixing import mixup
+from vit_jax.objectives.supervised import make_supervised, to_float
+from vit_jax.utils.errors import UserError
+
+LOGITS = jnp.array([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0]])
+TARGETS = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.3, 0.7]])
+
+
+def test_losses_equal_those_of_optax():
+    softmax = optax.softmax_cross_entropy(LOGITS, TARGETS)
+    sigmoid = optax.sigmoid_binary_cross_entropy(LOGITS, TARGETS).sum(-1)
+    np.testing.assert_allclose(softmax_cross_entropy(LOGITS, TARGETS), softmax, rtol=1e-6)
+    np.testing.assert_allclose(sigmoid_cross_entropy(LOGITS, TARGETS), sigmoid, rtol=1e-6)
+
+
+def test_losses_survive_extreme_logits():
+    logits = jnp.array([[1e4, -1e4, 0.0]])
+    for loss in (softmax_cross_entropy, sigmoid_cross_entropy):
+        assert np.isfinite(loss(logits, TARGETS[:1])).all()
+        assert np.isfinite(jax.grad(lambda x, f=loss: f(x, TARGETS[:1]).sum())(logits)).all()
+
+
+def test_smoothing_spreads_mass_over_all_classes():
+    smooth = smooth_labels(TARGETS[:1], 0.3)
+    np.testing.assert_allclose(smooth, [[0.8, 0.1, 0.1]], rtol=1e-6)
+
+
+def test_pixels_go_from_minus_one_to_one():
+    np.testing.assert_allclose(to_float(jnp.array([0, 255], jnp.uint8)), [-1, 1])
+
+
+def test_mixup_blends_neighbours_and_their_labels_alike():
+    images = jnp.eye(4).reshape(4, 2, 2, 1)
+    mixed, targets = mixup(jax.random.key(3), images, jnp.eye(4), alpha=1.0)
+    weight = float(targets[0, 0])
+    assert 0.5 <= weight < 1
+    np.testing.assert_allclose(targets, weight * np.eye(4) + (1 - weight) * np.roll(np.eye(4), 1, 0))
+    np.testing.assert_allclose(mixed.reshape(4, 4), targets)
+
+
+def supervised(**options):
+    model = make_vit(
+        num_classes=3, patch_size=4, hidden_size=8, num_layers=1, num_heads=2, mlp_dim=8
+    )
+    return make_supervised(model=model, num_classes=3, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "want"),
+    [({}, np.log(3)), ({"loss": "sigmoid"}, 3 * np.log(2)), ({"mixup": 0.5}, np.log(3))],
+)
+def test_zero_head_starts_at_the_loss_of_a_guess(options, want):
+    objective = supervised(**options)
+    batch = {"image": jnp.ones((4, 8, 8, 3), jnp.uint8), "label": jnp.arange(4) % 3}
+    params = objective.init(jax.random.key(0), batch)
+    augmented = objective.augment(batch, jax.random.key(1))
+    loss, metrics = objective.loss(params, augmented, jax.random.key(2))
+    assert float(loss) == pytest.approx(want, rel=1e-5)
+    assert float(metrics["loss"]) == float(loss)
+    assert set(objective.predict(params, batch)) == {"encoded", "pre_logits", "logits"}
+
+
+@pytest.mark.parametrize("wrong", [{"label_smoothing": 1.0}, {"mixup": -0.1}])
+def test_values_out_of_range_are_refused(wrong):
+    with pytest.raises(UserError, match=f"objective.{next(iter(wrong))}="):
+        supervised(**wrong)

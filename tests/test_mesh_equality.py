@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same config on any mesh: the same losses."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.tiny import tiny_config
+from vit_jax.experiment import Experiment
+from vit_jax.utils.tree import flatten
+
+
+def losses(data_dir, *, steps=20, devices=None, **changes):
+    changes = {
+        "model__dropout_rate": 0.1,
+        "model__representation_size": 16,
+        "objective__mixup": 0.2,
+    } | changes
+    config = tiny_config(data_dir, total_steps=steps, **changes)
+    experiment = Experiment.from_config(config, devices=devices)
+    state, found = experiment.init_state(), []
+    batches = experiment.train_batches(0)
+    for _ in range(steps):
+        state, metrics = experiment.train_step(state, next(batches))
+        found.append(float(metrics["loss"]))
+    return np.array(found), state
+
+
+@pytest.fixture(scope="module")
+def one_device(data_dir):
+    return losses(data_dir, devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"data": 8},
+        {"fsdp": 8, "data": 1},
+        {"fsdp": 4, "tensor": 2},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+    ],
+    ids=lambda mesh: "-".join(f"{k}{v}" for k, v in mesh.items()),
+)
+def test_losses_do_not_depend_on_the_mesh(mesh, one_device, data_dir):
+    want, _ = one_device
+    got, state = losses(data_dir, mesh=mesh)
+    assert want[-1] < want[0]
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    kernel = flatten(state.params)["Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel"]
+    used = {axis for axis in kernel.sharding.spec if axis}
+    assert used == {axis for axis in ("fsdp", "tensor") if mesh.get(axis, 1) > 1} - (
+        {"fsdp"} if kernel.size < 1024 else set()
+    )
+
+
+def test_gradient_accumulation_equals_the_large_batch(data_dir):
+    changes = {"model__dropout_rate": 0.0, "mesh": {"data": 4, "fsdp": 2}}
+    want, _ = losses(data_dir, steps=6, data__batch_size=32, **changes)
+    got, _ = losses(data_dir, steps=6, data__batch_size=32, optimizer__accum_steps=4, **changes)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_bfloat16_trains_close_to_float32(data_dir, one_device):
+    got, state = losses(data_dir, model__dtype="bfloat16")
+    np.testing.assert_allclose(got, one_device[0], rtol=0.05)
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}

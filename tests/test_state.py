@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The train step against closed forms."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax.optim.optimizer import make_optimizer, sgd
+from vit_jax.state import init_rng, init_state, step_rng, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Quadratic:
+    """Loss |w - mean(target)|^2 / 2, whose gradient is known."""
+
+    noise: float = 0.0
+
+    def init(self, rng, batch):
+        return {"layer": {"kernel": jnp.full((2,), 4.0), "bias": jnp.full((2,), 4.0)}}
+
+    def augment(self, batch, rng):
+        return batch
+
+    def loss(self, params, batch, rng):
+        target = batch["target"] + self.noise * jax.random.normal(rng, batch["target"].shape)
+        differences = jax.tree.map(lambda w: w - target[:, None], params)
+        loss = sum(jnp.square(d).sum(-1).mean() / 2 for d in jax.tree.leaves(differences))
+        return loss, {"loss": loss}
+
+
+BATCH = {"target": jnp.arange(4.0)}
+
+
+def take_step(*, objective=None, ema_decay=None, seed=0, **options):
+    objective = objective or Quadratic()
+    options = {"lr": 0.5, "total_steps": 10, "schedule": "constant"} | options
+    optimizer = make_optimizer(direction=sgd(momentum=0.0), **options)
+    state = init_state(
+        jax.random.key(0), BATCH, objective=objective, tx=optimizer.tx, ema=ema_decay is not None
+    )
+    return train_step(
+        state, BATCH, objective=objective, optimizer=optimizer, ema_decay=ema_decay, seed=seed
+    )
+
+
+def test_plain_step_goes_down_the_gradient():
+    state, metrics = take_step()
+    np.testing.assert_allclose(state.params["layer"]["kernel"], 4 - 0.5 * (4 - 1.5))
+    assert int(state.step) == 1
+    assert float(metrics["lr"]) == 0.5
+    assert float(metrics["grad_norm"]) == pytest.approx(2 * 2.5)
+
+
+def test_clipping_scales_to_the_global_norm():
+    state, metrics = take_step(grad_clip_norm=1.0)
+    step = 4 - np.asarray(jax.tree.leaves(state.params))
+    assert np.sqrt(np.square(step).sum()) == pytest.approx(0.5)
+    assert float(metrics["grad_norm"]) == pytest.approx(5.0)  # as it was before clipping
+
+
+def test_weight_decay_shrinks_kernels_by_lr_times_decay_and_nothing_else():
+    plain, _ = take_step()
+    decayed, _ = take_step(weight_decay=0.1)
+    difference = jax.tree.map(lambda a, b: a - b, plain.params, decayed.params)["layer"]
+    np.testing.assert_allclose(difference["kernel"], 0.5 * 0.1 * 4, rtol=1e-5)
+    np.testing.assert_array_equal(difference["bias"], 0)
+
+
+@pytest.mark.parametrize("accum_steps", [2, 4])
+def test_micro_batches_give_the_gradient_of_the_whole(accum_steps):
+    whole, metrics = take_step()
+    parts, part_metrics = take_step(accum_steps=accum_steps)
+    np.testing.assert_allclose(parts.params["layer"]["bias"], whole.params["layer"]["bias"])
+    assert float(part_metrics["loss"]) == pytest.approx(float(metrics["loss"]))
+
+
+def test_micro_batches_draw_different_random_numbers():
+    # Were the noise of both halves the same, its mean over the batch would have that of one half.
+    one, _ = take_step(objective=Quadratic(noise=1.0), accum_steps=4)
+    two, _ = take_step(objective=Quadratic(noise=1.0), accum_steps=2)
+    assert not np.allclose(one.params["layer"]["bias"], two.params["layer"]["bias"])
+
+
+def test_average_follows_quickly_at_first():
+    state, _ = take_step(ema_decay=0.999)
+    new = state.params["layer"]["bias"]
+    np.testing.assert_allclose(state.ema_params["layer"]["bias"], 0.1 * 4 + 0.9 * new, rtol=1e-6)
+    assert take_step()[0].ema_params is None
+
+
+def test_random_numbers_depend_on_seed_and_step_only():
+    keys = [step_rng(0, 0), step_rng(0, 1), step_rng(1, 0), init_rng(0)]
+    assert len({tuple(jax.random.key_data(k).tolist()) for k in keys}) == 4
+    noisy = Quadratic(noise=1.0)
+    first, _ = take_step(objective=noisy)
+    again, _ = take_step(objective=noisy)
+    other, _ = take_step(objective=noisy, seed=1)
+    np.testing.assert_array_equal(first.params["layer"]["bias"], again.params["layer"]["bias"])
+    assert not np.allclose(first.params["layer"]["bias"], other.params["layer"]["bias"])

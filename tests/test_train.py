@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs as a whole: train, stop, go on, be killed, change meshes, fine-tune."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests.tiny import tiny_config
+from vit_jax import train as train_module
+from vit_jax.checkpoint.manager import CheckpointManager, load_params
+from vit_jax.experiment import Experiment
+from vit_jax.observe import console
+from vit_jax.observe.progress import DivergedError, Monitor
+from vit_jax.observe.writer import read_metrics
+from vit_jax.train import due, train
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.tree import flatten
+
+ROOT = Path(__file__).parent.parent
+
+
+def assert_same(a, b):
+    a, b = flatten(a), flatten(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = []
+    monkeypatch.setattr(console.console, "print", lambda *text, **_: lines.append(str(text[0])))
+    return lines
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """The workdir of an uninterrupted run of 8 steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    train(tiny_config(data_dir), str(workdir), command="train")
+    return workdir
+
+
+def test_due_counts_steps_and_always_takes_the_last():
+    assert [s for s in range(1, 8) if due(s, 3, 7)] == [3, 6, 7]
+    assert [s for s in range(1, 8) if due(s, 0, 7)] == [7]
+
+
+def test_a_run_leaves_config_metrics_and_checkpoint(finished):
+    assert sorted(p.name for p in finished.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+    ]
+    assert [p.name for p in (finished / "checkpoints").iterdir()] == ["8"]
+    config = json.loads((finished / "config.json").read_text())
+    assert config["data"]["batch_size"] == 16
+    assert config["model"]["classifier"] == "token"  # a default, written down
+    records = read_metrics(finished)
+    assert [r["step"] for r in records if "train/loss" in r] == [2, 4, 6, 8]
+    assert [r["step"] for r in records if "val/top1" in r] == [4, 8]
+    assert {r["val/count"] for r in records if "val/count" in r} == {50}
+    names = {"train/loss", "train/lr", "train/grad_norm", "perf/images_per_sec", "perf/data_wait"}
+    assert names <= records[0].keys()
+    assert list((finished / "tensorboard").glob("events*"))
+
+
+def test_a_second_run_does_nothing_and_says_so(finished, data_dir, said):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.name != "config.json"}
+    train(tiny_config(data_dir), str(finished), command="train")
+    after = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.name != "config.json"}
+    assert before == after
+    assert any("nothing to do" in line and "step 8 of 8" in line for line in said)
+    assert any("val accuracy" in line and "of 50 images" in line for line in said)
+
+
+def test_a_stopped_run_ends_as_an_uninterrupted_one(finished, data_dir, tmp_path, monkeypatch):
+    def stop(self, step, metrics, *, log):
+        if step == 6:
+            raise KeyboardInterrupt
+        original(self, step, metrics, log=log)
+
+    original = Monitor.step
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(data_dir), str(tmp_path / "w"), command="train")
+    train(tiny_config(data_dir), str(tmp_path / "w"), command="train")
+    assert_same(load_params(tmp_path / "w"), load_params(finished))
+    records = read_metrics(tmp_path / "w")
+    assert [r["step"] for r in records if "train/loss" in r] == [2, 4, 6, 8]
+
+
+CONFIG_FILE = """
+from tests.tiny import tiny_config
+def get_config(data_dir):
+    return tiny_config(
+        data_dir, total_steps=40, checkpoint__every=5, evals__val__every=10, ema_decay=0.9
+    )
+"""
+
+
+def start(tmp_path, workdir, data_dir):
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG_FILE)
+    command = [sys.executable, "-m", "vit_jax.main", f"--config={config}:{data_dir}"]
+    return subprocess.Popen(
+        [*command, f"--workdir={workdir}"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(data_dir, tmp_path):
+    straight = start(tmp_path, tmp_path / "straight", data_dir)
+    output, _ = straight.communicate(timeout=300)
+    assert straight.returncode == 0, output
+    rng, kills = random.Random(0), 0
+    for _ in range(20):
+        run = start(tmp_path, tmp_path / "killed", data_dir)
+        metrics = tmp_path / "killed" / "metrics.jsonl"
+        size = metrics.stat().st_size if metrics.exists() else 0
+        while run.poll() is None and not (metrics.exists() and metrics.stat().st_size > size):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        if run.poll() is None and kills < 3:
+            run.send_signal(signal.SIGKILL)
+            kills += 1
+        output, _ = run.communicate(timeout=300)
+        if run.returncode == 0:
+            break
+        assert run.returncode == -signal.SIGKILL, output
+    assert kills
+    assert "finished at step 40 of 40" in output
+    assert_same(load_params(tmp_path / "killed"), load_params(tmp_path / "straight"))
+    steps = [r["step"] for r in read_metrics(tmp_path / "killed") if "train/loss" in r]
+    assert steps == list(range(2, 41, 2))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices"), [({"fsdp": 4, "tensor": 2}, 8), ({"data": 2}, 2), ({}, 1)]
+)
+def test_a_checkpoint_restores_on_another_mesh(mesh, devices, finished, data_dir):
+    config = tiny_config(data_dir, mesh=mesh)
+    experiment = Experiment.from_config(config, devices=jax.devices()[:devices])
+    with CheckpointManager(finished, experiment.checkpoint) as checkpoints:
+        state = checkpoints.restore(experiment.abstract_state)
+    assert_same(state.params, load_params(finished))
+    assert int(state.step) == 8
+    for leaf, wanted in zip(
+        jax.tree.leaves(state), jax.tree.leaves(experiment.abstract_state), strict=True
+    ):
+        assert leaf.sharding == wanted.sharding
+
+
+def test_a_longer_run_goes_on_from_where_it_was(data_dir, tmp_path, said):
+    for steps in (4, 8):
+        config = tiny_config(data_dir, total_steps=steps)
+        train(config, str(tmp_path / "w"), command="train")
+    assert any(line.endswith("checkpoints/4") and "going on from" in line for line in said)
+    assert any(line == "config.total_steps: 4 before, 8 now" for line in said)
+    records = read_metrics(tmp_path / "w")
+    assert [r["step"] for r in records if "train/loss" in r] == [2, 4, 6, 8]
+
+
+def test_newest_and_best_checkpoints_are_kept(data_dir, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.9, 0.3, 0.2, 0.4])
+    monkeypatch.setattr(
+        train_module, "evaluate", lambda evaluator, state: {"val/top1": next(scores)}
+    )
+    options = {"checkpoint__keep": 2, "checkpoint__keep_best": "val/top1", "checkpoint__every": 2}
+    for steps in (6, 10):  # the second run must know of the first one's best
+        config = tiny_config(data_dir, total_steps=steps, evals__val__every=2, **options)
+        train(config, str(tmp_path / "w"), command="train")
+    kept = {int(p.name) for p in (tmp_path / "w" / "checkpoints").iterdir()}
+    assert kept == {4, 8, 10}
+
+
+def test_average_is_evaluated_under_a_name_of_its_own(data_dir, tmp_path):
+    train(tiny_config(data_dir, ema_decay=0.9), str(tmp_path / "w"), command="train")
+    last = read_metrics(tmp_path / "w")[-1]
+    assert {"val/top1", "val_ema/top1", "val_ema/loss"} <= last.keys()
+    assert last["val/loss"] != last["val_ema/loss"]
+
+
+def test_loss_that_is_no_number_stops_the_run(data_dir, tmp_path):
+    config = tiny_config(data_dir, optimizer__lr=1e30, optimizer__warmup_steps=0)
+    with pytest.raises(DivergedError, match="the loss of step"):
+        train(config, str(tmp_path / "w"), command="train")
+    assert not list((tmp_path / "w" / "checkpoints").glob("8"))
+
+
+def test_profile_is_written_where_it_says(data_dir, tmp_path, said):
+    config = tiny_config(data_dir, profile={"start": 2, "steps": 2})
+    train(config, str(tmp_path / "w"), command="train")
+    assert list((tmp_path / "w" / "profile").rglob("*.xplane.pb"))
+    assert any(line.startswith(f"wrote profile {tmp_path / 'w' / 'profile'}") for line in said)
+
+
+def test_fine_tuning_takes_the_body_and_starts_a_new_head(finished, data_dir, said):
+    config = tiny_config(
+        data_dir, init_from=str(finished), data__preprocess="decode|resize(16)", evals={}
+    )
+    state = Experiment.from_config(config).init_state()
+    source = load_params(finished)
+    assert_same(
+        state.params["Transformer"]["encoderblock_1"], source["Transformer"]["encoderblock_1"]
+    )
+    posemb = state.params["Transformer"]["posembed_input"]["pos_embedding"]
+    assert posemb.shape == (1, 65, 16)
+    assert any("resized from 4x4 to 8x8" in line for line in said)
+    assert int(state.step) == 0
+
+
+@pytest.mark.parametrize("init_from", ["nowhere", "{root}", "{root}/README.md"])
+def test_start_from_what_is_no_checkpoint_is_refused(init_from, data_dir):
+    init_from = init_from.format(root=ROOT)
+    experiment = Experiment.from_config(tiny_config(data_dir, init_from=init_from))
+    with pytest.raises(UserError, match="init_from"):
+        experiment.init_state()
