@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
         "num_layers": 4,
         "num_heads": 4,
         "mlp_dim": 192,
-        "classifier": "gap",
+        "representation_size": 48,
     }
     config.objective = {"name": "supervised", "mixup": 0.2, "label_smoothing": 0.05}
     config.data = {

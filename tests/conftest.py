@@ -35,7 +35,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Stripes(tfds.core.GeneratorBasedBuilder):
-    """Images of varying size whose stripes are vertical (0) or horizontal (1): a foreign dataset."""
+    """Images of varying size, with vertical (0) or horizontal (1) stripes: a foreign dataset."""
 
     VERSION = tfds.core.Version("1.0.0")
 

@@ -308,6 +308,13 @@ class Experiment:
         batches = train_batches(self.train_data, seed=self.seed, step=step, host=host, hosts=hosts)
         return (put_batch(batch, self.mesh) for batch in batches)
 
+    def override_for_twice_as_long(self) -> str:
+        """What to add to the command for a run of double length."""
+        epochs = self.config["epochs"]
+        if epochs is None:
+            return f"--config.total_steps={2 * self.total_steps}"
+        return f"--config.epochs={2 * epochs}"
+
     def open_data(self) -> None:
         """Opens every split that the run will need, so that a missing one is found at once."""
         for data in (self.train_data, *(e.data for e in self.evaluators)):

@@ -39,6 +39,7 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the j
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0.")
 
 _OVERRIDE = "--config."
+_LENGTHS = ("total_steps", "epochs")
 _WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -113,6 +114,11 @@ def _literal(text: str) -> Any:
         return text
 
 
+def _command_without(argv: list[str], *keys: str) -> str:
+    kept = [a for a in argv if not a.startswith(tuple(f"{_OVERRIDE}{key}=" for key in keys))]
+    return f"python -m vit_jax.main {shlex.join(kept)}"
+
+
 def main(argv: list[str]) -> None:
     """Called by absl with the flags parsed."""
     del argv
@@ -122,8 +128,7 @@ def main(argv: list[str]) -> None:
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     console.set_up(quiet=jax.process_index() > 0)
     config = load_config(_CONFIG.value or "", overrides)
-    command = f"python -m vit_jax.main {shlex.join(sys.argv[1:])}"
-    train(config, _WORKDIR.value or "", command=command)
+    train(config, _WORKDIR.value or "", command=_command_without(sys.argv[1:], *_LENGTHS))
 
 
 def run() -> None:

@@ -14,7 +14,7 @@ from vit_jax.observe.progress import Monitor
 from vit_jax.observe.report import report_end, report_start
 from vit_jax.observe.writer import MetricWriter
 from vit_jax.state import TrainState
-from vit_jax.workdir import open_workdir
+from vit_jax.workdir import open_workdir, write_config
 
 
 def train(config: ConfigDict, workdir: str, *, command: str) -> None:
@@ -23,47 +23,53 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
     Args:
       config: of the experiment.
       workdir: folder for checkpoints, metrics and config; one experiment each.
-      command: that was typed, to be shown with what to do next.
+      command: that was typed, without the length of the run, to show what to do next.
 
     Raises:
       UserError: bad input.
       DivergedError: the loss is no longer finite.
     """
     experiment = Experiment.from_config(config)
+    folder = open_workdir(workdir, experiment.config)
     main_process = jax.process_index() == 0
-    folder = open_workdir(workdir, experiment.config, write=main_process)
     total = experiment.total_steps
     with CheckpointManager(folder, experiment.checkpoint) as checkpoints:
         start = checkpoints.latest_step() or 0
-        if start < total:
+        if start >= total:
+            say(f"nothing to do: {folder} is at step {start} of {total}")
+        else:
             experiment.open_data()
             report_start(mesh=experiment.mesh, params=experiment.abstract_state.params)
+            if start:
+                state = checkpoints.restore(experiment.abstract_state)
+                say(f"going on from {checkpoints.path(start)}")
+            else:
+                state = experiment.init_state()
+            if main_process:
+                write_config(folder, experiment.config)
             with MetricWriter(folder, step=start, active=main_process) as writer:
-                run(experiment, checkpoints, writer, Profiler(folder, experiment.profile), start)
-        else:
-            say(f"nothing to do: {folder} is at step {start} of {total}")
+                profiler = Profiler(folder, experiment.profile)
+                run(experiment, state, checkpoints, writer, profiler, start=start)
+        last = checkpoints.latest_step() or 0
         report_end(
             workdir=folder,
-            step=checkpoints.latest_step() or 0,
+            step=last,
             total_steps=total,
-            checkpoint=checkpoints.path(checkpoints.latest_step() or 0),
-            command=command,
+            checkpoint=checkpoints.path(last),
+            longer=f"{command} {experiment.override_for_twice_as_long()}",
         )
 
 
 def run(
     experiment: Experiment,
+    state: TrainState,
     checkpoints: CheckpointManager,
     writer: MetricWriter,
     profiler: Profiler,
+    *,
     start: int,
 ) -> None:
     """Takes the steps after `start`, to the end."""
-    if start:
-        state = checkpoints.restore(experiment.abstract_state)
-        say(f"going on from {checkpoints.path(start)}")
-    else:
-        state = experiment.init_state()
     total, batch_size = experiment.total_steps, experiment.train_data.batch_size
     batches = experiment.train_batches(start)
     monitor = Monitor(writer, step=start, total_steps=total, batch_size=batch_size)

@@ -3,6 +3,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,12 @@ _FREE = ("total_steps", "epochs", "mesh", "checkpoint", "evals", "log_every", "p
 _FREE_KEYS = ("init_from", "data.data_dir", "data.num_threads")
 
 
-def open_workdir(path: str, config: dict[str, Any], *, write: bool) -> Path:
-    """Makes or reopens the workdir of an experiment and writes its `config.json`.
+def open_workdir(path: str, config: dict[str, Any]) -> Path:
+    """Makes a workdir, or checks that one that exists is of this experiment.
 
     Args:
       path: a local or shared folder.
       config: the resolved config.
-      write: False on all processes but one.
 
     Raises:
       UserError: it can't be written to, or belongs to another experiment or program.
@@ -34,25 +34,31 @@ def open_workdir(path: str, config: dict[str, Any], *, write: bool) -> Path:
     workdir = Path(path)
     file = workdir / CONFIG
     try:
-        if write:
-            workdir.mkdir(parents=True, exist_ok=True)
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
         previous = json.loads(file.read_text()) if file.exists() else None
     except (OSError, ValueError) as e:
         raise UserError(f"--workdir={path!r} can't be used: {type(e).__name__}: {e}") from None
-    if previous is None:
-        for name in (manager.FOLDER, METRICS):
-            if (workdir / name).exists():
-                raise UserError(
-                    f"--workdir={path!r} holds {name!r} but no {CONFIG}: it is not a workdir of "
-                    "vit_jax; choose another"
-                )
-    else:
+    if previous is not None:
         _compare(path, _flatten(previous), _flatten(config))
-    if write:
-        _write(file, json.dumps(config, indent=1, sort_keys=True) + "\n", path)
-        if previous is None:
-            say(f"wrote {file}")
+    else:
+        checkpoints = workdir / manager.FOLDER
+        if (workdir / METRICS).exists() or (checkpoints.exists() and any(checkpoints.iterdir())):
+            raise UserError(
+                f"--workdir={path!r} holds metrics or checkpoints but no {CONFIG}: it is not a "
+                "workdir of vit_jax; choose another"
+            )
     return workdir
+
+
+def write_config(workdir: Path, config: dict[str, Any]) -> None:
+    """Writes `config.json`, whole or not at all."""
+    file = workdir / CONFIG
+    fresh = file.with_suffix(".tmp")
+    fresh.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    os.replace(fresh, file)
+    say(f"wrote {file}")
 
 
 def _compare(path: str, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -66,15 +72,6 @@ def _compare(path: str, old: dict[str, Any], new: dict[str, Any]) -> None:
                 f"there and {after!r} here; choose another workdir, or the same value"
             )
         say(f"config.{key}: {before!r} before, {after!r} now")
-
-
-def _write(file: Path, text: str, path: str) -> None:
-    fresh = file.with_suffix(".tmp")
-    try:
-        fresh.write_text(text)
-        os.replace(fresh, file)
-    except OSError as e:
-        raise UserError(f"--workdir={path!r} can't be written to: {e.strerror}") from None
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -45,7 +45,9 @@ def test_mixup_blends_neighbours_and_their_labels_alike():
     mixed, targets = mixup(jax.random.key(3), images, jnp.eye(4), alpha=1.0)
     weight = float(targets[0, 0])
     assert 0.5 <= weight < 1
-    np.testing.assert_allclose(targets, weight * np.eye(4) + (1 - weight) * np.roll(np.eye(4), 1, 0))
+    np.testing.assert_allclose(
+        targets, weight * np.eye(4) + (1 - weight) * np.roll(np.eye(4), 1, 0)
+    )
     np.testing.assert_allclose(mixed.reshape(4, 4), targets)
 
 

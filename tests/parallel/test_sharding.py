@@ -69,9 +69,17 @@ BLOCK = "Transformer/encoderblock_0"
 @pytest.mark.parametrize(
     ("path", "shape", "spec"),
     [
-        (f"{BLOCK}/MultiHeadDotProductAttention_0/query/kernel", (64, 4, 16), ("fsdp", "tensor", None)),
+        (
+            f"{BLOCK}/MultiHeadDotProductAttention_0/query/kernel",
+            (64, 4, 16),
+            ("fsdp", "tensor", None),
+        ),
         (f"{BLOCK}/MultiHeadDotProductAttention_0/query/bias", (4, 16), ("tensor", None)),
-        (f"{BLOCK}/MultiHeadDotProductAttention_0/out/kernel", (4, 16, 64), ("tensor", None, "fsdp")),
+        (
+            f"{BLOCK}/MultiHeadDotProductAttention_0/out/kernel",
+            (4, 16, 64),
+            ("tensor", None, "fsdp"),
+        ),
         (f"{BLOCK}/MlpBlock_0/Dense_0/kernel", (64, 256), ("fsdp", "tensor")),
         (f"{BLOCK}/MlpBlock_0/Dense_0/bias", (256,), ("tensor",)),
         (f"{BLOCK}/MlpBlock_0/Dense_1/kernel", (256, 64), ("tensor", "fsdp")),
@@ -92,7 +100,7 @@ def test_parameters_go_by_the_rules(path, shape, spec):
 
 def test_heads_that_tensor_parallelism_does_not_divide_are_refused():
     mesh = make_mesh(data=4, tensor=2)
-    with pytest.raises(UserError, match="mesh.tensor=2 does not divide 3"):
+    with pytest.raises(UserError, match=r"mesh\.tensor=2 does not divide 3"):
         param_spec(f"{BLOCK}/MultiHeadDotProductAttention_0/query/kernel", (192, 3, 64), mesh)
 
 

@@ -41,7 +41,7 @@ def test_what_does_not_fit_is_refused(section, message):
 
 
 def test_a_key_that_the_caller_gives_is_not_for_the_config():
-    with pytest.raises(UserError, match="unknown config key it.width"):
+    with pytest.raises(UserError, match=r"unknown config key it\.width"):
         bind({"width": 1}, shape, key="it", given=("width",))
 
 
@@ -62,5 +62,5 @@ def test_values_that_do_not_fit(value, annotation):
 
 
 def test_unknown_name_lists_what_there_is():
-    with pytest.raises(UserError, match="model.name='zzz' is unknown; there is: mixer, vit"):
+    with pytest.raises(UserError, match=r"model\.name='zzz' is unknown; there is: mixer, vit"):
         lookup({"vit": 1, "mixer": 2}, "zzz", key="model.name")

@@ -31,20 +31,21 @@ def report_start(*, mesh: Mesh, params: Any) -> None:
 
 
 def report_end(
-    *, workdir: Path, step: int, total_steps: int, checkpoint: Path, command: str
+    *, workdir: Path, step: int, total_steps: int, checkpoint: Path, longer: str
 ) -> None:
-    """Where the run stands, and what to do next."""
+    """Where the run stands, and the command that goes on from there."""
     say("")
     say(f"finished at step {step} of {total_steps}")
-    for name, value in sorted(last_results(workdir).items()):
+    results = last_results(workdir)
+    for name, value in sorted(results.items()):
         if name.endswith("/top1"):
             split = name.removesuffix("/top1")
-            count = last_results(workdir).get(f"{split}/count", 0)
+            count = results.get(f"{split}/count", 0)
             right = f"{round(value * count)} of {count} images"
             say(f"  {split + ' accuracy':<15} {100 * value:.2f} %  ({right})")
     say(f"  {'checkpoint':<15} {checkpoint}")
     say(f"  {'logs':<15} {workdir / METRICS}, {workdir / TENSORBOARD}")
-    say(f"  {'next':<15} train on: {command} --config.total_steps={2 * total_steps}")
+    say(f"  {'next':<15} to train on, {longer}")
 
 
 def last_results(workdir: Path) -> dict[str, float]:

@@ -138,11 +138,12 @@ def test_pre_logits_of_another_width_are_refused():
     assert "pre_logits/kernel is (6, 8) in the file, (6, 9) in the model" in message
 
 
-def test_head_kept_without_its_pre_logits_is_noted():
+def test_head_that_followed_pre_logits_starts_anew_without_them():
     source, target = make_params(0, pre_logits=6), make_params(1)
     params, notes = adapt(source, target)
-    assert_taken_from(source, params, ["head/kernel", "head/bias"])
-    assert "head: kept, but it was trained with another pre_logits than here" in notes
+    assert_taken_from(target, params, ["head/kernel", "head/bias"])
+    note = "head: in the file it follows another pre_logits than here: re-initialised"
+    assert note in notes
 
 
 @pytest.mark.parametrize(("prefix", "cls"), [(1, True), (0, False)])

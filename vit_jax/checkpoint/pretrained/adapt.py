@@ -29,7 +29,8 @@ def adapt_params(
 ) -> tuple[dict[str, Any], list[str]]:
     """Fills a model's parameters from those of a file.
 
-    - The head is kept if it has the model's shapes, else it starts anew.
+    - The head is kept if it and `pre_logits`, its input, have the model's shapes, else it starts
+      anew.
     - `pre_logits` is dropped if only the file has it, and starts anew if only the model has it.
     - Position embeddings are resized if their number differs. The file's are taken for a square
       grid, as no file says what its grid was.
@@ -62,13 +63,11 @@ def adapt_params(
 
 
 def _fit_head(params: _Flat, initial: _Flat) -> tuple[_Flat, list[str]]:
-    if _shapes(params, "head/") == _shapes(initial, "head/"):
-        notes = []
+    same_input = _shapes(params, "pre_logits/") == _shapes(initial, "pre_logits/")
+    if same_input and _shapes(params, "head/") == _shapes(initial, "head/"):
         if "head/kernel" in params and not np.any(params["head/kernel"]):
-            notes.append("head: the kernel in the file is all zero: it was published untrained")
-        elif _shapes(params, "pre_logits/") != _shapes(initial, "pre_logits/"):
-            notes.append("head: kept, but it was trained with another pre_logits than here")
-        return params, notes
+            return params, ["head: the kernel in the file is all zero: it was published untrained"]
+        return params, []
     return _replace(params, initial, "head/"), [_describe_new_head(params, initial)]
 
 
@@ -80,6 +79,8 @@ def _describe_new_head(params: _Flat, initial: _Flat) -> str:
     theirs, ours = params["head/kernel"].shape, initial["head/kernel"].shape
     if theirs[-1] != ours[-1]:
         return f"head: {theirs[-1]} classes in the file, {ours[-1]} here: re-initialised"
+    if theirs == ours:
+        return "head: in the file it follows another pre_logits than here: re-initialised"
     return f"head: kernel {theirs} in the file, {ours} here: re-initialised"
 
 
