@@ -9,16 +9,12 @@ not. Takes about ten seconds on a CPU. One test image is 0.28 points of accuracy
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sklearn
 from rich.console import Console
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression
@@ -28,6 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
 
+from benchmarks.environment import describe_environment
 from vit_jax.data.datasets.digits.table import MAX_VALUE, load_digits, split_indices
 
 SEEDS = range(5)
@@ -70,30 +67,6 @@ def measure(name: str) -> dict[str, Any]:
     }
 
 
-def describe_run() -> dict[str, object]:
-    """When, on what and with which versions the numbers were taken."""
-    return {
-        "data": "digits 1.0.0: 1437 train, 360 test",
-        "seeds": list(SEEDS),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "system": platform.system()},
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "scikit-learn": sklearn.__version__,
-        },
-    }
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def _range(counts: list[int]) -> str:
     low, high = min(counts), max(counts)
     return str(low) if low == high else f"{low} to {high}"
@@ -123,7 +96,13 @@ def main() -> None:
 
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(describe_run() | {"results": results}, indent=2) + "\n")
+        text = json.dumps(
+            {"data": "digits 1.0.0: 1437 train, 360 test", "seeds": list(SEEDS)}
+            | describe_environment("numpy", "scikit-learn")
+            | {"results": results},
+            indent=2,
+        )
+        args.json.write_text(text + "\n")
         print(f"wrote {args.json}")
 
 
