@@ -27,6 +27,8 @@ help:  ## print this list
 
 train: .venv/project.stamp  ## train a small ViT on the digits in the package, on any CPU
 	.venv/bin/python -m vit_jax.main --config=configs/digits.py --workdir=runs/digits $(ARGS)
+	@echo "Next, fine-tune it at twice the resolution:"
+	@echo "  .venv/bin/python -m vit_jax.main --config=configs/digits_finetune.py --workdir=runs/digits_finetune"
 
 test: .venv/project.stamp  ## run the tests, without the slow ones
 	.venv/bin/python -m pytest -m "not slow and not gpu" $(ARGS)

@@ -20,6 +20,8 @@ setup(
     name="vit_jax",
     version=read_version(),
     description="Train Vision Transformers with JAX and Flax, from one device to TPU pods.",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     classifiers=[

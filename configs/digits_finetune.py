@@ -19,7 +19,7 @@ def get_config(init_from: str = "runs/digits") -> ConfigDict:
     config.init_from = init_from
     config.model = {
         "name": "vit",
-        "patch_size": 2,
+        "patch_size": 4,
         "hidden_size": 48,
         "num_layers": 4,
         "num_heads": 4,
@@ -28,7 +28,7 @@ def get_config(init_from: str = "runs/digits") -> ConfigDict:
     config.data = {
         "name": "digits",
         "split": "train[:90%]",
-        "preprocess": "decode|random_shift(1)|resize(16)",
+        "preprocess": "decode|resize(32)|random_shift(4)",
         "batch_size": 64,
     }
     config.optimizer = {
@@ -39,7 +39,7 @@ def get_config(init_from: str = "runs/digits") -> ConfigDict:
         "warmup_steps": 50,
         "grad_clip_norm": 1.0,
     }
-    preprocess = "decode|resize(16)"
+    preprocess = "decode|resize(32)"
     config.evals = {
         "val": {"split": "train[90%:]", "preprocess": preprocess, "every": 250},
         "test": {"split": "test", "preprocess": preprocess},

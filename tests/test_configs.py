@@ -14,8 +14,8 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 # Config with arguments, number of parameters, image size.
 BUILDS = [
-    ("digits.py", 117_514, 8),
-    ("digits_finetune.py", 117_514 - 48 * 49 + 48 * 48, 16),
+    ("digits.py", 119_242, 16),
+    ("digits_finetune.py", 119_242 - 48 * 49 + 48 * 48, 32),
     ("vit.py:b16,cifar10", 86_567_656 - 990 * 769 + (576 - 196) * 768, 384),
     ("vit.py:l32,imagenet2012", 306_535_400 + (144 - 49) * 1024, 384),
     ("vit.py:s16,cifar100", 22_050_664 - 900 * 385 + (576 - 196) * 384, 384),

@@ -59,7 +59,7 @@ BAD_INPUT = {
     "mesh and devices": (["--config.mesh.fsdp=3"], ["mesh", "fsdp=3", "8 device"]),
     "image and patch": (
         ["--config.model.patch_size=3"],
-        ["image of 8x8", "patches of 3x3", "model.patch_size"],
+        ["image of 16x16", "patches of 3x3", "model.patch_size"],
     ),
     "heads and width": (
         ["--config.model.num_heads=5"],

@@ -48,6 +48,8 @@ def test_losses_do_not_depend_on_the_mesh(mesh, one_device, data_dir):
     np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
     np.testing.assert_allclose(got, want, rtol=1e-4)
     kernel = flatten(state.params)["Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel"]
+    moments = [x for path, x in flatten(state.opt_state).items() if path.endswith("Dense_0/kernel")]
+    assert {x.sharding for x in moments} == {kernel.sharding}
     used = {axis for axis in kernel.sharding.spec if axis}
     assert used == {axis for axis in ("fsdp", "tensor") if mesh.get(axis, 1) > 1} - (
         {"fsdp"} if kernel.size < 1024 else set()

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-Dtype = jnp.dtype | str
 # Places an activation on the mesh, given one logical name for each of its dimensions.
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
@@ -31,7 +31,7 @@ class AddPositionEmbs(nn.Module):
     Call: `[batch, length, hidden]` to the same shape. Source: arXiv:2010.11929, section 3.1.
     """
 
-    dtype: Dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -45,7 +45,7 @@ class MlpBlock(nn.Module):
 
     mlp_dim: int
     dropout_rate: float = 0.0
-    dtype: Dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     constrain: Constrain = unconstrained
 
     @nn.compact
@@ -75,7 +75,7 @@ class MultiHeadDotProductAttention(nn.Module):
 
     num_heads: int
     dropout_rate: float = 0.0
-    dtype: Dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     constrain: Constrain = unconstrained
 
     @nn.compact
@@ -113,7 +113,7 @@ class Encoder1DBlock(nn.Module):
     mlp_dim: int
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
-    dtype: Dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     constrain: Constrain = unconstrained
 
     @nn.compact
@@ -146,7 +146,7 @@ class Encoder(nn.Module):
     mlp_dim: int
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
-    dtype: Dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     constrain: Constrain = unconstrained
 
     @nn.compact

@@ -40,7 +40,7 @@ def make_vit(
     dropout_rate: float = 0.0,
     attention_dropout_rate: float = 0.0,
     head_bias_init: float = 0.0,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Literal["float32", "bfloat16"] = "float32",
     constrain: Constrain = unconstrained,
 ) -> VisionTransformer:
     """A `VisionTransformer` of a named size, of given sizes, or of a named one with changes.

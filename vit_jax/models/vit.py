@@ -9,8 +9,9 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from vit_jax.models.layers import Constrain, Dtype, Encoder, unconstrained
+from vit_jax.models.layers import Constrain, Encoder, unconstrained
 from vit_jax.utils.errors import UserError
 
 Classifier = Literal["token", "gap", "unpooled", "token_unpooled"]
@@ -53,7 +54,7 @@ class VisionTransformer(nn.Module):
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     head_bias_init: float = 0.0
-    dtype: Dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     constrain: Constrain = unconstrained
 
     @property

@@ -28,9 +28,10 @@ class Monitor:
 
     def __init__(self, writer: MetricWriter, *, step: int, total_steps: int, batch_size: int):
         self._writer = writer
-        self._step, self._total, self._batch_size = step, total_steps, batch_size
+        self._total, self._batch_size = total_steps, batch_size
+        self._first = True
         self._pending: tuple[int, Any, bool] | None = None
-        self._restart_clock()
+        self._restart_clock(step)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("step {task.completed}/{task.total}"),
             rich.progress.BarColumn(),
@@ -82,6 +83,12 @@ class Monitor:
         if not math.isfinite(metrics["loss"]):
             raise DivergedError(f"the loss of step {step} is {metrics['loss']}")
         self._bar.update(self._task, completed=step)
+        if self._first:
+            # Mostly compilation: left out of the speeds.
+            seconds, self._first = time.perf_counter() - self._started, False
+            self._writer.write(step, {"perf/first_step_s": seconds})
+            say(f"first step after {seconds:.1f} s")
+            self._restart_clock(step)
         if log:
             self._log(step, metrics)
 
@@ -94,25 +101,27 @@ class Monitor:
         say(f"step {step}/{self._total}  {'  '.join(words)}")
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
-        seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
-        steps = step - self._step
-        wait = min(self._waited / seconds, 1.0)
-        perf = {
-            "perf/images_per_sec": steps * self._batch_size / seconds,
-            "perf/step_ms": 1000 * seconds / steps,
-            "perf/data_wait": wait,
-        }
-        self._writer.write(step, {f"train/{k}": v for k, v in metrics.items()} | perf)
-        text = (
-            f"loss {metrics['loss']:.4f}  {perf['perf/images_per_sec']:,.0f} images/s  "
-            f"data-wait {wait:.1%}"
-        )
+        record, text = {f"train/{k}": v for k, v in metrics.items()}, f"loss {metrics['loss']:.4f}"
+        if steps := step - self._step:
+            seconds = max(time.perf_counter() - self._started - self._paused, 1e-9) / steps
+            speed = self._batch_size / seconds
+            wait = min(self._waited / (seconds * steps), 1.0)
+            record |= {
+                "perf/images_per_sec": speed,
+                "perf/step_ms": 1000 * seconds,
+                "perf/data_wait": wait,
+            }
+            left = datetime.timedelta(seconds=round(seconds * (self._total - step)))
+            text += f"  {speed:,.0f} images/s  data-wait {wait:.1%}"
+            if not console.is_terminal:
+                text += f"  ETA {left}"
+        self._writer.write(step, record)
         self._bar.update(self._task, description=text)
         if not console.is_terminal:
-            left = datetime.timedelta(seconds=round(seconds / steps * (self._total - step)))
-            say(f"step {step}/{self._total}  {text}  ETA {left}")
-        self._step = step
-        self._restart_clock()
+            say(f"step {step}/{self._total}  {text}")
+        self._restart_clock(step)
 
-    def _restart_clock(self) -> None:
+    def _restart_clock(self, step: int) -> None:
+        """Speeds are of the time since, and of the steps after this one."""
+        self._step = step
         self._started, self._waited, self._paused = time.perf_counter(), 0.0, 0.0

@@ -45,7 +45,7 @@ def report_end(
             say(f"  {split + ' accuracy':<15} {100 * value:.2f} %  ({right})")
     say(f"  {'checkpoint':<15} {checkpoint}")
     say(f"  {'logs':<15} {workdir / METRICS}, {workdir / TENSORBOARD}")
-    say(f"  {'next':<15} to train on, {longer}")
+    say(f"  {'to train on':<15} {longer}")
 
 
 def last_results(workdir: Path) -> dict[str, float]:

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Trains on all hosts of a TPU VM (one host or a pod slice), from this checkout.
+#
+#   launch/tpu_vm.sh NAME ZONE --config=configs/vit_i1k.py:variant=B/16 --workdir=/mnt/runs/b16
+#
+# NAME and ZONE are those of a running TPU VM; project and account are gcloud's current ones. The
+# workdir and the datasets must lie on storage that all hosts see, such as a bucket mounted at the
+# same place on each. The command can be given again: it goes on from the last checkpoint.
+set -euo pipefail
+
+if [ "$#" -lt 4 ]; then
+  sed -n '/^# Trains/,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2
+  exit 2
+fi
+name=$1 zone=$2
+shift 2
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+on_all_hosts() {
+  gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"
+}
+
+archive=$(mktemp)
+trap 'rm -f "$archive"' EXIT
+git -C "$here" archive --format=tar.gz --output="$archive" HEAD
+
+echo "Copying the last commit to all hosts of $name."
+gcloud compute tpus tpu-vm scp "$archive" "$name:/tmp/vit_jax.tar.gz" --zone="$zone" --worker=all
+echo "Installing."
+on_all_hosts 'rm -rf ~/vit_jax && mkdir -p ~/vit_jax && tar -xzf /tmp/vit_jax.tar.gz -C ~/vit_jax &&
+  python3 -m venv ~/vit_jax_env && ~/vit_jax_env/bin/pip install -q -e "$HOME/vit_jax[tpu]"'
+echo "Training."
+on_all_hosts "cd ~/vit_jax &&
+  exec ~/vit_jax_env/bin/python -m vit_jax.main --coordinator=auto $(printf '%q ' "$@")"
