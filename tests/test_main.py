@@ -65,6 +65,19 @@ BAD_INPUT = {
         ["--config.model.num_heads=5"],
         ["model.num_heads=5", "model.hidden_size=48"],
     ),
+    "tokens and labels": (
+        ["--config.model.classifier=unpooled"],
+        ["model.classifier='unpooled'", "'token' or 'gap'"],
+    ),
+    "average": (["--config.ema_decay=1.5"], ["ema_decay=1.5", "value < 1"]),
+    "micro-batches": (
+        ["--config.optimizer.accum_steps=3"],
+        ["optimizer.accum_steps=3", "data.batch_size=64"],
+    ),
+    "best of nothing": (
+        ["--config.checkpoint.keep_best=best/top1"],
+        ["checkpoint.keep_best='best/top1'", "test, val"],
+    ),
     "steps and epochs": (["--config.epochs=3"], ["total_steps=4", "epochs=3", "exactly one"]),
     "old learning rate": (["--config.base_lr=0.1"], ["config.base_lr", "config.optimizer.lr"]),
     "old checkpoint": (

@@ -59,6 +59,9 @@ RENAMED = {
 }
 
 
+_SECTIONS = ("mesh", "model", "objective", "data", "optimizer", "checkpoint", "evals", "profile")
+
+
 def _top_level(
     *,
     model: dict,
@@ -130,101 +133,42 @@ class Experiment:
         config = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
         _check_top_level(config)
         (top,) = bind(config, _top_level, key="config")
-        sections = {k: dict(top[k] or {}) for k in ("mesh", "model", "objective", "data")}
-        sections |= {k: dict(top[k] or {}) for k in ("optimizer", "checkpoint", "evals", "profile")}
+        section = {k: dict(top[k] or {}) for k in _SECTIONS}
 
-        (mesh_args,) = bind(sections["mesh"], make_mesh, key="mesh", given=("devices",))
-        mesh = make_mesh(**mesh_args, devices=devices)
-
-        (data_args,) = bind(sections["data"], _train_data, key="data")
-        check_batch_size(data_args["batch_size"], mesh, key="data.batch_size")
-        train_data = DatasetSpec(**data_args, key="data")
-        num_classes = train_data.info.num_classes
-
-        model_name, make_model = _by_name(sections["model"], MODELS, "vit", key="model")
-        sections["model"].setdefault("num_classes", num_classes)
-        (model_args,) = bind(sections["model"], make_model, key="model", given=("constrain",))
-        if model_args["num_classes"] < num_classes:
-            raise UserError(
-                f"model.num_classes={model_args['num_classes']} is less than the {num_classes} "
-                f"classes of data.name={train_data.name!r}"
-            )
-        model = make_model(**model_args, constrain=functools.partial(constrain, mesh=mesh))
-        image_shape = train_data.image_shape()
-        model.grid(image_shape[:2])
-        _check_heads(model, mesh)
-
-        objective_name, make_objective = _by_name(
-            sections["objective"], OBJECTIVES, "supervised", key="objective"
-        )
-        given = ("model", "num_classes")
-        (objective_args,) = bind(
-            sections["objective"], make_objective, key="objective", given=given
-        )
-        objective = make_objective(model=model, num_classes=model.num_classes, **objective_args)
-
-        total_steps = _total_steps(top, train_data)
-        direction_name, direction = _by_name(
-            sections["optimizer"], DIRECTIONS, "adamw", key="optimizer"
-        )
-        optimizer_args, direction_args = bind(
-            sections["optimizer"],
-            make_optimizer,
-            direction,
-            key="optimizer",
-            given=("direction", "total_steps"),
-        )
-        optimizer = make_optimizer(
-            direction=direction(**direction_args), total_steps=total_steps, **optimizer_args
-        )
-        batch_size, accum_steps = train_data.batch_size, optimizer.accum_steps
-        if batch_size % accum_steps:
-            raise UserError(
-                f"optimizer.accum_steps={accum_steps} does not divide data.batch_size={batch_size}"
-            )
-        check_batch_size(
-            batch_size // accum_steps, mesh, key="data.batch_size / optimizer.accum_steps"
-        )
-
-        evaluators, eval_args = _make_evaluators(
-            sections["evals"], train_data, objective, mesh, image_shape
-        )
-        (checkpoint_args,) = bind(sections["checkpoint"], make_checkpoint_options, key="checkpoint")
-        checkpoint = make_checkpoint_options(**checkpoint_args)
-        _check_keep_best(checkpoint, evaluators)
-        (profile_args,) = bind(sections["profile"], make_profile, key="profile")
-
-        ema_decay = top["ema_decay"]
-        if ema_decay is not None and not 0 <= ema_decay < 1:
-            raise UserError(f"ema_decay={ema_decay}: expected 0 <= value < 1, or None")
-        if top["log_every"] < 1:
-            raise UserError(f"log_every={top['log_every']}: expected at least 1")
-
-        resolved = top | {
-            "mesh": mesh_args,
-            "data": data_args,
-            "model": {"name": model_name} | model_args,
-            "objective": {"name": objective_name} | objective_args,
-            "optimizer": {"name": direction_name} | optimizer_args | direction_args,
-            "checkpoint": checkpoint_args,
-            "evals": eval_args,
-            "profile": profile_args,
-        }
+        mesh, mesh_args = _make_mesh(section["mesh"], devices)
+        data, data_args = _make_data(section["data"], mesh)
+        model, model_args = _make_model(section["model"], data, mesh)
+        objective, objective_args = _make_objective(section["objective"], model)
+        total_steps = _total_steps(top, data)
+        optimizer, optimizer_args = _make_optimizer(section["optimizer"], total_steps, data, mesh)
+        evaluators, eval_args = _make_evaluators(section["evals"], data, objective, mesh)
+        checkpoint, checkpoint_args = _make_checkpoint(section["checkpoint"], evaluators)
+        (profile_args,) = bind(section["profile"], make_profile, key="profile")
         return cls(
             model=model,
             objective=objective,
             optimizer=optimizer,
             mesh=mesh,
-            train_data=train_data,
+            train_data=data,
             evaluators=evaluators,
             total_steps=total_steps,
             seed=top["seed"],
-            ema_decay=ema_decay,
+            ema_decay=top["ema_decay"],
             init_from=top["init_from"],
             checkpoint=checkpoint,
             log_every=top["log_every"],
             profile=make_profile(**profile_args),
-            config=resolved,
+            config=top
+            | {
+                "mesh": mesh_args,
+                "data": data_args,
+                "model": model_args,
+                "objective": objective_args,
+                "optimizer": optimizer_args,
+                "checkpoint": checkpoint_args,
+                "evals": eval_args,
+                "profile": profile_args,
+            },
         )
 
     @functools.cached_property
@@ -329,20 +273,84 @@ def _check_top_level(config: Mapping[str, Any]) -> None:
         if key not in allowed:
             raise UserError(f"unknown config key {key}{suggest(key, allowed)}")
         check_type(value, allowed[key].annotation, key=f"config.{key}")
+    ema_decay, log_every = config.get("ema_decay"), config.get("log_every", 1)
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise UserError(f"ema_decay={ema_decay}: expected 0 <= value < 1, or None")
+    if log_every < 1:
+        raise UserError(f"log_every={log_every}: expected at least 1")
+
+
+# Each of the functions below makes one part from its section of the config, and returns with it the
+# section with all defaults filled in.
+_Section = dict[str, Any]
 
 
 def _by_name(
-    section: dict[str, Any], table: Mapping[str, Any], default: str, *, key: str
+    section: _Section, table: Mapping[str, Any], default: str, *, key: str
 ) -> tuple[str, Any]:
     name = section.pop("name", default)
     return name, lookup(table, name, key=f"{key}.name")
 
 
-def _check_heads(model: VisionTransformer, mesh: Mesh) -> None:
+def _make_mesh(section: _Section, devices: Sequence[Any] | None) -> tuple[Mesh, _Section]:
+    (args,) = bind(section, make_mesh, key="mesh", given=("devices",))
+    return make_mesh(**args, devices=devices), args
+
+
+def _make_data(section: _Section, mesh: Mesh) -> tuple[DatasetSpec, _Section]:
+    (args,) = bind(section, _train_data, key="data")
+    check_batch_size(args["batch_size"], mesh, key="data.batch_size")
+    return DatasetSpec(**args, key="data"), args
+
+
+def _make_model(
+    section: _Section, data: DatasetSpec, mesh: Mesh
+) -> tuple[VisionTransformer, _Section]:
+    name, make = _by_name(section, MODELS, "vit", key="model")
+    section.setdefault("num_classes", data.info.num_classes)
+    (args,) = bind(section, make, key="model", given=("constrain",))
+    if args["num_classes"] < data.info.num_classes:
+        raise UserError(
+            f"model.num_classes={args['num_classes']} is less than the {data.info.num_classes} "
+            f"classes of data.name={data.name!r}"
+        )
+    model = make(**args, constrain=functools.partial(constrain, mesh=mesh))
+    model.grid(data.image_shape()[:2])
     if model.num_heads % mesh.shape["tensor"]:
         raise UserError(
             f"mesh.tensor={mesh.shape['tensor']} does not divide model.num_heads={model.num_heads}"
         )
+    return model, {"name": name} | args
+
+
+def _make_objective(section: _Section, model: VisionTransformer) -> tuple[Objective, _Section]:
+    name, make = _by_name(section, OBJECTIVES, "supervised", key="objective")
+    (args,) = bind(section, make, key="objective", given=("model", "num_classes"))
+    if model.classifier not in ("token", "gap"):
+        raise UserError(
+            f"model.classifier={model.classifier!r} classifies every token; expected 'token' or "
+            f"'gap' for objective.name={name!r}"
+        )
+    return make(model=model, num_classes=model.num_classes, **args), {"name": name} | args
+
+
+def _make_optimizer(
+    section: _Section, total_steps: int, data: DatasetSpec, mesh: Mesh
+) -> tuple[Optimizer, _Section]:
+    name, direction = _by_name(section, DIRECTIONS, "adamw", key="optimizer")
+    given = ("direction", "total_steps")
+    args, direction_args = bind(section, make_optimizer, direction, key="optimizer", given=given)
+    optimizer = make_optimizer(
+        direction=direction(**direction_args), total_steps=total_steps, **args
+    )
+    if data.batch_size % optimizer.accum_steps:
+        raise UserError(
+            f"optimizer.accum_steps={optimizer.accum_steps} does not divide "
+            f"data.batch_size={data.batch_size}"
+        )
+    micro_batch = data.batch_size // optimizer.accum_steps
+    check_batch_size(micro_batch, mesh, key="data.batch_size / optimizer.accum_steps")
+    return optimizer, {"name": name} | args | direction_args
 
 
 def _total_steps(top: Mapping[str, Any], data: DatasetSpec) -> int:
@@ -363,8 +371,8 @@ def _make_evaluators(
     train_data: DatasetSpec,
     objective: Objective,
     mesh: Mesh,
-    image_shape: tuple[int, int, int],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+) -> tuple[tuple[Any, ...], _Section]:
+    image_shape = train_data.image_shape()
     evaluators, resolved = [], {}
     for name, section in sections.items():
         if section is None:  # --config.evals.NAME=None leaves one out
@@ -388,18 +396,23 @@ def _make_evaluators(
     return tuple(evaluators), resolved
 
 
-def _check_keep_best(checkpoint: CheckpointOptions, evaluators: tuple[Any, ...]) -> None:
-    if checkpoint.keep_best is None:
-        return
+def _make_checkpoint(
+    section: _Section, evaluators: tuple[Any, ...]
+) -> tuple[CheckpointOptions, _Section]:
+    (args,) = bind(section, make_checkpoint_options, key="checkpoint")
+    options = make_checkpoint_options(**args)
+    if options.keep_best is None:
+        return options, args
     every = {e.name: e.every for e in evaluators}
-    name, _, metric = checkpoint.keep_best.partition("/")
+    name, _, metric = options.keep_best.partition("/")
     if name not in every or metric not in ("top1", "loss"):
         raise UserError(
-            f"checkpoint.keep_best={checkpoint.keep_best!r}: expected NAME/top1 or NAME/loss of "
-            f"one of the evals: {', '.join(every) or 'none'}"
+            f"checkpoint.keep_best={options.keep_best!r}: expected NAME/top1 or NAME/loss of one "
+            f"of the evals: {', '.join(every) or 'none'}"
         )
-    if not every[name] or checkpoint.every % every[name]:
+    if not every[name] or options.every % every[name]:
         raise UserError(
-            f"checkpoint.every={checkpoint.every} with keep_best={checkpoint.keep_best!r}: "
-            f"expected a multiple of evals.{name}.every={every[name]}, to judge each checkpoint"
+            f"checkpoint.every={options.every} with keep_best={options.keep_best!r}: expected a "
+            f"multiple of evals.{name}.every={every[name]}, to judge each checkpoint"
         )
+    return options, args
