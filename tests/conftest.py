@@ -52,9 +52,9 @@ class Stripes(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        return {"train": self._examples(64), "validation": self._examples(13)}
+        return {"train": self._generate_examples(64), "validation": self._generate_examples(13)}
 
-    def _examples(self, count: int):
+    def _generate_examples(self, count: int):
         for i in range(count):
             image = np.zeros((40 + i, 60, 3), np.uint8)
             label = i % 2

@@ -38,7 +38,10 @@ def decode_image(encoded: bytes) -> np.ndarray:
     Raises:
       ValueError: the bytes are no image that OpenCV can read.
     """
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+    try:
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error:
+        image = None
     if image is None:
         raise ValueError(f"{len(encoded)} bytes that are no readable image")
     return image
@@ -112,6 +115,13 @@ class InceptionCrop(Random):
     size: int
     area_min: float = 5
     area_max: float = 100
+
+    def __post_init__(self) -> None:
+        if not 0 < self.area_min <= self.area_max <= 100:
+            raise ValueError(
+                f"area_min={self.area_min}, area_max={self.area_max}: expected "
+                "0 < area_min <= area_max <= 100"
+            )
 
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
         image = features["image"]

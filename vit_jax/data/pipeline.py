@@ -15,7 +15,7 @@ import grain
 import numpy as np
 
 from vit_jax.data import preprocess
-from vit_jax.data.image_ops import Features
+from vit_jax.data.image_ops import Decode, Features
 from vit_jax.data.sources import DatasetInfo, Source, dataset_info, open_source, placeholder
 from vit_jax.utils.errors import UserError
 
@@ -55,17 +55,17 @@ class DatasetSpec:
         """Height, width and channels of preprocessed images, found without reading any.
 
         Raises:
-          UserError: the preprocessing leaves images of different shapes.
+          UserError: the preprocessing does not decode, or leaves images of different shapes.
         """
+        ops = self.ops()
+        if [isinstance(op, Decode) for op in ops] != [True] + [False] * (len(ops) - 1):
+            raise UserError(
+                f"{self.key}.preprocess={self.preprocess!r}: expected 'decode' first, and once"
+            )
         shapes = set()
-        for fill in (64, 600):
+        for fill in ((64, 96), (600, 400)):
             features = {"image": placeholder(self.info.image_shape, fill), "label": np.int32(0)}
-            image = preprocess.apply(self.ops(), features, np.random.default_rng(0))["image"]
-            if not isinstance(image, np.ndarray):
-                raise UserError(
-                    f"{self.key}.preprocess={self.preprocess!r} leaves encoded bytes: start it "
-                    "with 'decode'"
-                )
+            image = preprocess.apply(ops, features, np.random.default_rng(0))["image"]
             shapes.add(image.shape)
         if len(shapes) > 1:
             raise UserError(

@@ -3,6 +3,7 @@
 
 import ast
 import inspect
+from typing import Any
 
 import numpy as np
 
@@ -38,18 +39,29 @@ def _parse_op(text: str, *, key: str) -> Transform | Random:
     op = OPS[name.id]
     signature = inspect.signature(op)
     try:
-        args = [ast.literal_eval(a) for a in call.args] if call else []
-        kwargs = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords} if call else {}
-        bound = signature.bind(*args, **kwargs)
+        arguments = _bind(signature, call)
     except (TypeError, ValueError):
         usage = f"{name.id}{signature}".replace(" -> None", "")
         raise UserError(f"{key}: wrong arguments in {text!r}: expected {usage}") from None
-    for argument, value in bound.arguments.items():
+    for argument, value in arguments.items():
         annotation = signature.parameters[argument].annotation
         check_type(value, annotation, key=f"{key}: {name.id}: {argument}")
-        if isinstance(value, int | float) and value < 0:
-            raise UserError(f"{key}: {text!r}: {argument}={value} is negative")
-    return op(*args, **kwargs)
+        if isinstance(value, int | float) and value <= 0:
+            raise UserError(f"{key}: {text!r}: {argument}={value}: expected more than 0")
+    try:
+        return op(**arguments)
+    except ValueError as e:
+        raise UserError(f"{key}: {text!r}: {e}") from None
+
+
+def _bind(signature: inspect.Signature, call: ast.Call | None) -> dict[str, Any]:
+    if call is None:
+        return dict(signature.bind().arguments)
+    args = [ast.literal_eval(a) for a in call.args]
+    kwargs = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    if len(kwargs) < len(call.keywords):
+        raise TypeError("an argument is given twice")
+    return dict(signature.bind(*args, **kwargs).arguments)
 
 
 def apply(

@@ -46,7 +46,7 @@ def _builder(name: str, data_dir: str | None) -> Any:  # types of TFDS are of li
     if base not in known and not folder.exists():
         raise UserError(f"data.name={name!r} is no TFDS dataset{suggest(base, known)[:200]}")
     try:
-        return tfds.builder(name, data_dir=data_dir, file_format="array_record", try_gcs=False)
+        return tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except Exception as e:
         raise UserError(f"data.name={name!r} can't be opened by TFDS: {_one_line(e)}") from e
 
@@ -99,23 +99,25 @@ def open_source(name: str, split: str, *, data_dir: str | None, key: str) -> Sou
     builder = _builder(name, data_dir)
     if not builder.is_prepared():
         _prepare(builder)
-        _builder.cache_clear()  # a builder does not see what another process prepared
+    if not builder.info.splits:
+        # Prepared by another process since: a builder reads what there is only when it is made.
+        _builder.cache_clear()
         builder = _builder(name, data_dir)
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
-            f"data.name={name!r} is prepared in {builder.data_dir} as {builder.info.file_format}; "
+            f"data.name={name!r} is prepared in {builder.data_dir} as {builder.info.file_format.value}; "
             "expected array_record: prepare it again with file_format='array_record'"
         )
     try:
-        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-        length = len(records)
+        length = builder.info.splits[split].num_examples
     except (ValueError, KeyError, AssertionError) as e:
         raise UserError(
             f"{key}={split!r}: {_one_line(e)}; {name} has {', '.join(builder.info.splits)}"
         ) from None
     if not length:
         raise UserError(f"{key}={split!r} of {name} holds no examples")
-    return Source(records)
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    return Source(builder.as_data_source(split, decoders=decoders))
 
 
 def _prepare(builder: Any) -> None:
@@ -126,7 +128,7 @@ def _prepare(builder: Any) -> None:
     quiet = contextlib.nullcontext() if builder.url_infos else _silent()
     try:
         with quiet:
-            builder.download_and_prepare()
+            builder.download_and_prepare(file_format="array_record")
     except Exception as e:
         # Another process may have finished the same work first.
         if not (isinstance(e, OSError) and os.path.exists(builder.data_dir)):
@@ -156,9 +158,9 @@ def _silent():
         yield
 
 
-def placeholder(shape: tuple[int | None, ...], fill: int) -> bytes:
-    """An encoded image of this shape, `fill` pixels where a side varies: to try operations on."""
-    height, width = (side or fill for side in shape[:2])
+def placeholder(shape: tuple[int | None, ...], fill: tuple[int, int]) -> bytes:
+    """An encoded image of this shape, or of `fill` where a side varies: to try operations on."""
+    height, width = (side or other for side, other in zip(shape[:2], fill, strict=True))
     return cv2.imencode(".png", np.zeros((height, width, 3), np.uint8))[1].tobytes()
 
 

@@ -3,6 +3,7 @@
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,11 @@ class MetricWriter:
         os.replace(fresh, path)
         self._jsonl = open(path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
         self._tensorboard = tensorboardX.SummaryWriter(
-            str(workdir / TENSORBOARD), purge_step=step + 1 if step else None, flush_secs=30
+            str(workdir / TENSORBOARD),
+            purge_step=step + 1 if step else None,
+            flush_secs=30,
+            # The name has the time in seconds, and a second run in one would overwrite it.
+            filename_suffix=f".{time.time_ns()}",
         )
 
     def __enter__(self) -> "MetricWriter":

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: what is in them, which are kept, and which are refused."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vit_jax.checkpoint.manager import (
+    CheckpointManager,
+    CheckpointOptions,
+    load_params,
+    make_checkpoint_options,
+)
+from vit_jax.parallel.mesh import make_mesh
+from vit_jax.state import TrainState
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.tree import flatten
+
+
+def make_state(step=4, *, ema=False, width=16, tx=None):
+    """A small state with other values in each leaf, its kernel sharded over eight devices."""
+    mesh = make_mesh(fsdp=8)
+    kernel = jax.device_put(
+        jnp.arange(width * 3, dtype=jnp.float32).reshape(width, 3) + step,
+        NamedSharding(mesh, PartitionSpec("fsdp")),
+    )
+    bias = jax.device_put(jnp.full(3, -1.0 * step), NamedSharding(mesh, PartitionSpec()))
+    params = {"head": {"kernel": kernel, "bias": bias}, "cls": bias + 7}
+    tx = tx or optax.adam(1e-3)
+    _, opt_state = tx.update(params, tx.init(params), params)
+    count = jax.device_put(jnp.int32(step), NamedSharding(mesh, PartitionSpec()))
+    averages = jax.tree.map(lambda x: x / 2, params) if ema else None
+    return TrainState(step=count, params=params, opt_state=opt_state, ema_params=averages)
+
+
+def abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def save(workdir, *states, metrics=({},), **options):
+    """Saves states, under the steps that they hold."""
+    metrics = list(metrics) * (len(states) if len(metrics) == 1 else 1)
+    with CheckpointManager(workdir, CheckpointOptions(**options)) as checkpoints:
+        for state, values in zip(states, metrics, strict=True):
+            checkpoints.save(int(state.step), state, values)
+
+
+def restore(workdir, wanted):
+    with CheckpointManager(workdir, CheckpointOptions()) as checkpoints:
+        return checkpoints.restore(wanted)
+
+
+def kept(workdir):
+    return {p.name for p in (workdir / "checkpoints").iterdir()}
+
+
+def assert_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    got, want = flatten(got), flatten(want)
+    for path in want:
+        assert got[path].dtype == want[path].dtype
+        np.testing.assert_array_equal(got[path], want[path], err_msg=path)
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_a_state_is_restored_bit_for_bit_where_it_was(ema, tmp_path):
+    state = make_state(ema=ema)
+    save(tmp_path, state)
+    restored = restore(tmp_path, abstract(state))
+    assert_same(restored, state)
+    for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        assert got.sharding == want.sharding
+
+
+def test_the_newest_checkpoint_is_the_one_restored(tmp_path):
+    save(tmp_path, make_state(2), make_state(10), keep=2)
+    assert kept(tmp_path) == {"2", "10"}
+    with CheckpointManager(tmp_path, CheckpointOptions()) as checkpoints:
+        assert checkpoints.latest_step() == 10
+        assert checkpoints.path(10) == tmp_path / "checkpoints" / "10"
+    assert int(restore(tmp_path, abstract(make_state())).step) == 10
+    np.testing.assert_array_equal(load_params(tmp_path)["head"]["bias"], [-10.0] * 3)
+
+
+def test_a_state_may_be_donated_as_soon_as_its_save_has_begun(tmp_path):
+    state, want = make_state(), make_state()
+    with CheckpointManager(tmp_path, CheckpointOptions()) as checkpoints:
+        checkpoints.save(4, state, {})
+        zero = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+        jax.block_until_ready(zero(state))
+    assert_same(restore(tmp_path, abstract(want)), want)
+
+
+def test_parameters_load_without_knowing_the_optimizer(tmp_path):
+    state = make_state(ema=True)
+    save(tmp_path, state)
+    shutil.rmtree(tmp_path / "checkpoints" / "4" / "training")
+    shutil.rmtree(tmp_path / "checkpoints" / "4" / "ema_params")
+    params = load_params(tmp_path)
+    assert_same(params, state.params)
+    assert {len(x.devices()) for x in jax.tree.leaves(params)} == {1}
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_the_average_is_stored_only_where_there_is_one(ema, tmp_path):
+    save(tmp_path, make_state(ema=ema))
+    folders = {p.name for p in (tmp_path / "checkpoints" / "4").iterdir() if p.is_dir()}
+    assert folders == {"params", "training"} | ({"ema_params"} if ema else set())
+
+
+@pytest.mark.parametrize("written", ["nothing", "parameters", "all but the name"])
+def test_a_half_written_checkpoint_is_ignored_and_the_next_save_removes_it(written, tmp_path):
+    state, finished = make_state(4), tmp_path / "checkpoints" / "4"
+    save(tmp_path, state)
+    half = tmp_path / "checkpoints" / f"8{ocp.utils.TMP_DIR_SUFFIX}"
+    half.mkdir()
+    if written == "parameters":
+        shutil.copytree(finished / "params", half / f"params{ocp.utils.TMP_DIR_SUFFIX}")
+    elif written == "all but the name":
+        shutil.copytree(finished, half, dirs_exist_ok=True)
+    assert_same(load_params(tmp_path), state.params)
+    with CheckpointManager(tmp_path, CheckpointOptions()) as checkpoints:
+        assert checkpoints.latest_step() == 4
+        assert_same(checkpoints.restore(abstract(state)), state)
+        checkpoints.save(5, make_state(5), {})
+    assert kept(tmp_path) == {"5"}
+
+
+def test_a_half_written_checkpoint_is_not_in_the_way_of_a_new_one(tmp_path):
+    save(tmp_path, make_state(4))
+    shutil.copytree(
+        tmp_path / "checkpoints" / "4",
+        tmp_path / "checkpoints" / f"8{ocp.utils.TMP_DIR_SUFFIX}",
+    )
+    save(tmp_path, make_state(8))
+    assert kept(tmp_path) == {"8"}
+    assert_same(restore(tmp_path, abstract(make_state())), make_state(8))
+
+
+def test_a_checkpoint_has_its_name_only_once_it_is_complete(tmp_path):
+    state = make_state()
+    with CheckpointManager(tmp_path, CheckpointOptions()) as checkpoints:
+        checkpoints.save(4, state, {})
+        while "4" not in (names := kept(tmp_path)):
+            assert all(name.startswith(f"4{ocp.utils.TMP_DIR_SUFFIX}") for name in names)
+        assert_same(load_params(tmp_path), state.params)
+
+
+# What can't be restored
+
+# Where one array can't be read, Orbax drops the reads of the others with complaints of its own.
+abandoned_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@abandoned_reads
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        ({}, {"width": 24}),
+        ({}, {"tx": optax.sgd(1e-3, momentum=0.9)}),
+        ({"tx": optax.sgd(1e-3)}, {}),
+        ({}, {"ema": True}),
+    ],
+    ids=["other shapes", "other optimizer", "no moments", "no average"],
+)
+def test_a_checkpoint_of_something_else_is_refused(stored, wanted, tmp_path):
+    save(tmp_path, make_state(**stored))
+    with pytest.raises(UserError) as error:
+        restore(tmp_path, abstract(make_state(**wanted)))
+    for word in ("--workdir", str(tmp_path / "checkpoints" / "4"), "can't be restored"):
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@abandoned_reads
+@pytest.mark.parametrize("item", ["params", "training"])
+def test_a_checkpoint_with_missing_files_is_refused(item, tmp_path):
+    save(tmp_path, make_state())
+    for path in (tmp_path / "checkpoints" / "4" / item).rglob("*"):
+        if path.is_file():
+            path.unlink()
+    with pytest.raises(UserError, match=r"checkpoints/4 can't be restored"):
+        restore(tmp_path, abstract(make_state()))
+
+
+def test_parameters_of_a_run_without_checkpoint_are_refused(tmp_path):
+    for workdir in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match=r"init_from=.* has no checkpoint yet"):
+            load_params(workdir)
+
+
+def test_parameters_that_can_not_be_read_are_refused(tmp_path):
+    save(tmp_path, make_state())
+    shutil.rmtree(tmp_path / "checkpoints" / "4" / "params")
+    with pytest.raises(UserError, match=r"init_from=.*checkpoints/4/params can't be read"):
+        load_params(tmp_path)
+
+
+# Which are kept
+
+
+def test_the_newest_are_kept(tmp_path):
+    save(tmp_path, *map(make_state, (1, 2, 3, 4)), keep=2)
+    assert kept(tmp_path) == {"3", "4"}
+
+
+@pytest.mark.parametrize(("metric", "best"), [("val/top1", "2"), ("val/loss", "3")])
+def test_the_best_is_kept_as_well_and_a_loss_is_best_when_low(metric, best, tmp_path):
+    metrics = [{metric: value, "other": 1.0} for value in (0.5, 0.9, 0.1, 0.6, 0.4)]
+    states = [make_state(step) for step in (1, 2, 3, 4, 5)]
+    save(tmp_path, *states, metrics=metrics, keep_best=metric)
+    assert kept(tmp_path) == {best, "5"}
+
+
+@pytest.mark.parametrize("key", ["every", "keep"])
+def test_options_below_one_are_refused(key):
+    with pytest.raises(UserError, match=f"checkpoint.{key}=0: expected at least 1"):
+        make_checkpoint_options(**{key: 0})

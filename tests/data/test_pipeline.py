@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches by position, and the datasets that they are read from."""
+
+import dataclasses
+import itertools
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from vit_jax.data import sources
+from vit_jax.data.datasets import Digits
+from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
+from vit_jax.data.sources import dataset_info, open_source
+from vit_jax.utils.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Sentences(tfds.core.GeneratorBasedBuilder):
+    """A dataset that is not for classification."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {}
+
+    def _generate_examples(self):
+        yield from ()
+
+
+@pytest.fixture(scope="module")
+def digits(data_dir):
+    """50 digits with random shifts, 16 a batch."""
+    return DatasetSpec(
+        name="digits",
+        split="train[:50]",
+        preprocess="decode|random_shift(2)",
+        batch_size=16,
+        data_dir=data_dir,
+        key="data",
+    )
+
+
+@pytest.fixture(scope="module")
+def records(data_dir):
+    """The 50 digits as TFDS gives them, each as (pixels, label), in the order of the files."""
+    source = tfds.data_source("digits", split="train[:50]", data_dir=data_dir)
+    return [(r["image"].repeat(3, axis=-1).tobytes(), int(r["label"])) for r in source]
+
+
+@pytest.fixture(scope="module")
+def stripes_dir(tmp_path_factory):
+    """A TFDS folder with `stripes` prepared."""
+    folder = str(tmp_path_factory.mktemp("stripes"))
+    open_source("stripes", "train", data_dir=folder, key="data.split")
+    return folder
+
+
+def stripes(data_dir, preprocess):
+    return DatasetSpec("stripes", "train", preprocess, 8, data_dir, "data")
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def train(spec, steps, *, seed=0, step=0, **hosts):
+    return take(train_batches(spec, seed=seed, step=step, **hosts), steps)
+
+
+def examples(batches):
+    """(pixels, label) of each example."""
+    images = np.concatenate([b["image"] for b in batches])
+    labels = np.concatenate([b["label"] for b in batches])
+    return [(i.tobytes(), int(label)) for i, label in zip(images, labels, strict=True)]
+
+
+def join(parts):
+    """One batch from the parts of all hosts."""
+    return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+
+
+def assert_same(got, want):
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].dtype == b[key].dtype
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def plain(spec):
+    return dataclasses.replace(spec, preprocess="decode")
+
+
+# Training batches
+
+
+def test_train_batches_are_uint8_images_and_int32_labels(digits):
+    (batch,) = train(digits, 1)
+    assert {k: (v.dtype, v.shape) for k, v in batch.items()} == {
+        "image": (np.uint8, (16, 8, 8, 3)),
+        "label": (np.int32, (16,)),
+    }
+
+
+@pytest.mark.parametrize("step", [1, 3, 7])
+def test_a_batch_is_the_same_from_any_first_step(step, digits):
+    assert_same(train(digits, 10)[step:], train(digits, 10 - step, step=step))
+
+
+def test_a_far_step_is_there_at_once_and_belongs_to_its_position(digits):
+    # Both are positions 16,000,000 to 16,000,016.
+    whole = train(digits, 1, step=1_000_000)
+    halves = train(dataclasses.replace(digits, batch_size=8), 2, step=2_000_000)
+    assert_same([join(halves)], whole)
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_together_load_the_batch_of_one_host(hosts, digits):
+    parts = [train(digits, 5, step=2, host=host, hosts=hosts) for host in range(hosts)]
+    assert {len(b["label"]) for part in parts for b in part} == {16 // hosts}
+    assert_same([join(part) for part in zip(*parts, strict=True)], train(digits, 5, step=2))
+
+
+def test_threads_do_not_change_the_batches(digits):
+    one, three = (train(dataclasses.replace(digits, num_threads=n), 12, seed=3) for n in (1, 3))
+    assert_same(one, three)
+
+
+def test_each_epoch_of_positions_holds_every_example_once_in_an_order_of_its_own(digits, records):
+    stream = examples(train(plain(digits), 10))
+    epochs = [stream[start : start + 50] for start in (0, 50, 100)]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(records)
+    assert records not in epochs
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_other_seeds_give_another_order(digits):
+    orders = {seed: examples(train(plain(digits), 10, seed=seed)) for seed in (0, 1, 2)}
+    # Nor may an epoch of one seed come again as a later epoch of another.
+    epochs = [tuple(order[i : i + 50]) for order in orders.values() for i in (0, 50, 100)]
+    assert len(set(epochs)) == 9
+
+
+def test_augmentation_does_not_change_the_order(digits):
+    assert [b["label"].tolist() for b in train(digits, 5)] == [
+        b["label"].tolist() for b in train(plain(digits), 5)
+    ]
+
+
+def test_a_record_is_augmented_differently_in_each_epoch(digits):
+    spec = dataclasses.replace(digits, split="train[:16]")  # a step is an epoch
+    seen = {}
+    for original, augmented in zip(train(plain(spec), 6), train(spec, 6), strict=True):
+        for record, image in zip(examples([original]), examples([augmented]), strict=True):
+            seen.setdefault(record, []).append(image)
+    # Of 25 shifts, six draws give 5.4 different ones on average.
+    assert np.mean([len(set(images)) for images in seen.values()]) > 4
+
+
+def test_other_seeds_augment_differently(digits):
+    spec = dataclasses.replace(digits, split="train[:1]")  # 16 times the same record
+    zero, one = (train(spec, 1, seed=seed)[0]["image"] for seed in (0, 1))
+    assert len(set(map(bytes, zero))) > 4
+    assert not np.array_equal(zero, one)
+
+
+# Evaluation batches
+
+
+@pytest.mark.parametrize("batch_size", [8, 16, 64])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_evaluation_sees_each_example_once_in_order(batch_size, hosts, digits, records):
+    spec = dataclasses.replace(plain(digits), batch_size=batch_size)
+    parts = [list(eval_batches(spec, host=host, hosts=hosts)) for host in range(hosts)]
+    assert [len(part) for part in parts] == [-(-50 // batch_size)] * hosts
+    batches = [join(part) for part in zip(*parts, strict=True)]
+    for batch in batches:
+        assert {k: (v.dtype, v.shape) for k, v in batch.items()} == {
+            "image": (np.uint8, (batch_size, 8, 8, 3)),
+            "label": (np.int32, (batch_size,)),
+            "mask": (np.float32, (batch_size,)),
+        }
+    mask = np.concatenate([b["mask"] for b in batches])
+    np.testing.assert_array_equal(mask, np.arange(len(mask)) < 50)
+    assert examples(batches)[:50] == records
+
+
+def test_a_split_that_fills_its_batches_is_not_padded(digits):
+    spec = dataclasses.replace(plain(digits), batch_size=10)
+    assert [b["mask"].sum() for b in eval_batches(spec)] == [10] * 5
+
+
+# Shapes
+
+
+def test_image_shape_is_known_without_data(tmp_path):
+    spec = DatasetSpec("digits", "train", "decode|resize(12, 20)", 8, str(tmp_path), "data")
+    assert spec.image_shape() == (12, 20, 3)
+    assert dataclasses.replace(spec, preprocess="decode").image_shape() == (8, 8, 3)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "preprocess",
+    ["decode|resize(24)", "decode|resize_small(24)|central_crop(24)", "decode|inception_crop(24)"],
+)
+def test_images_of_varying_size_are_read_at_one_size(preprocess, stripes_dir):
+    spec = stripes(stripes_dir, preprocess)
+    assert spec.image_shape() == (24, 24, 3)
+    batches = train(spec, 8)
+    assert {b["image"].shape for b in batches} == {(8, 24, 24, 3)}
+    labels = np.concatenate([b["label"] for b in batches])
+    assert np.bincount(labels).tolist() == [32, 32]
+
+
+def test_labels_stay_with_their_images(stripes_dir):
+    for batch in train(stripes(stripes_dir, "decode|central_crop(32)"), 8):
+        image = batch["image"].astype(np.float32).mean(-1)
+        down, across = image.mean(2).std(1), image.mean(1).std(1)
+        np.testing.assert_array_equal(down > across, batch["label"] == 1)
+
+
+@pytest.mark.parametrize("preprocess", ["decode", "decode|flip_lr", "decode|resize_small(24)"])
+def test_preprocessing_that_leaves_different_sizes_is_refused(preprocess, stripes_dir):
+    with pytest.raises(UserError, match=r"data\.preprocess=.* different sizes: add resize\(SIZE\)"):
+        stripes(stripes_dir, preprocess).image_shape()
+
+
+@pytest.mark.parametrize("preprocess", ["flip_lr", "resize(8)", "flip_lr|decode", "decode|decode"])
+def test_preprocessing_that_does_not_start_with_decode_is_refused(preprocess, digits):
+    spec = dataclasses.replace(digits, preprocess=preprocess)
+    with pytest.raises(UserError, match=r"data\.preprocess=.*'decode'"):
+        spec.image_shape()
+
+
+# Sources
+
+
+def test_dataset_info_tells_classes_and_shape(digits, tmp_path):
+    assert digits.info.num_classes == 10
+    assert digits.info.image_shape == (8, 8, 1)
+    info = dataset_info("stripes", data_dir=str(tmp_path))
+    assert (info.num_classes, info.image_shape) == (2, (None, None, 3))
+
+
+def test_a_source_gives_encoded_images_by_position(stripes_dir):
+    source = open_source("stripes", "validation", data_dir=stripes_dir, key="data.split")
+    assert len(source) == 13
+    assert {source[i].keys() == {"image", "label"} for i in range(13)} == {True}
+    assert source[4]["image"].startswith(b"\xff\xd8")  # the JPEG itself
+    assert source[4]["label"].dtype == np.int32
+    heights = [
+        cv2.imdecode(np.frombuffer(source[i]["image"], np.uint8), cv2.IMREAD_COLOR).shape[0]
+        for i in range(13)
+    ]
+    assert sorted(heights) == list(range(40, 53))
+    assert [source[i]["label"] for i in range(13)] == [h % 2 for h in heights]
+
+
+def test_a_source_survives_pickling(data_dir):
+    source = open_source("digits", "train", data_dir=data_dir, key="data.split")
+    copy = pickle.loads(pickle.dumps(source))
+    assert len(copy) == 1437
+    assert copy[7] == source[7]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("digitz", ["data.name='digitz'", "no TFDS dataset", "did you mean 'digits'?"]),
+        ("digits:9.9.9", ["data.name='digits:9.9.9'", "9.9.9"]),
+        ("sentences", ["data.name='sentences'", "['text']", "an 'image' and a class 'label'"]),
+    ],
+)
+def test_a_dataset_that_will_not_do_is_refused(name, words, tmp_path):
+    with pytest.raises(UserError) as error:
+        dataset_info(name, data_dir=str(tmp_path))
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("trian", ["trian", "digits has train, test"]),
+        ("train[:5%", ["digits has train, test"]),
+        ("train[9:9]", ["digits holds no examples"]),
+    ],
+)
+def test_a_split_that_will_not_do_is_refused(split, words, data_dir):
+    with pytest.raises(UserError) as error:
+        open_source("digits", split, data_dir=data_dir, key="evals.val.split")
+    assert str(error.value).startswith(f"evals.val.split={split!r}")
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_dataset_in_another_format_is_refused_in_one_line(stripes_dir, tmp_path):
+    shutil.copytree(stripes_dir, tmp_path, dirs_exist_ok=True)
+    info = tmp_path / "stripes" / "1.0.0" / "dataset_info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "tfrecord"}))
+    assert dataset_info("stripes", data_dir=str(tmp_path)).num_classes == 2
+    with pytest.raises(UserError) as error:
+        open_source("stripes", "train", data_dir=str(tmp_path), key="data.split")
+    for word in ("data.name='stripes'", str(info.parent), "tfrecord", "expected array_record"):
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# Preparing
+
+
+def test_what_another_process_prepared_since_is_found(data_dir, tmp_path):
+    folder = str(tmp_path)
+    assert dataset_info("digits", data_dir=folder).num_classes == 10  # not prepared yet
+    shutil.copytree(Path(data_dir) / "digits", tmp_path / "digits")
+    assert len(open_source("digits", "train", data_dir=folder, key="data.split")) == 1437
+
+
+def test_another_process_may_finish_preparing_first(data_dir, tmp_path, monkeypatch):
+    def split_generators(self, dl_manager):
+        shutil.copytree(Path(data_dir) / "digits", tmp_path / "digits", dirs_exist_ok=True)
+        return original(self, dl_manager)
+
+    original = Digits._split_generators
+    monkeypatch.setattr(Digits, "_split_generators", split_generators)
+    source = open_source("digits", "test", data_dir=str(tmp_path), key="data.split")
+    assert len(source) == 360
+    assert [p.name for p in (tmp_path / "digits").iterdir()] == ["1.0.0"]
+
+
+def test_preparing_that_fails_is_one_line_that_names_the_folder(tmp_path, monkeypatch):
+    def split_generators(self, dl_manager):
+        raise RuntimeError("no such\nluck")
+
+    monkeypatch.setattr(Digits, "_split_generators", split_generators)
+    with pytest.raises(UserError) as error:
+        open_source("digits", "train", data_dir=str(tmp_path), key="data.split")
+    for word in ("data.name='digits'", str(tmp_path), "RuntimeError: no such luck", "data_dir"):
+        assert word in str(error.value)
+
+
+def test_a_host_that_can_not_be_reached_is_named_at_once(tmp_path, monkeypatch):
+    def no_network(*_):
+        raise OSError
+
+    monkeypatch.setattr(sources.socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(sources.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(
+        Digits, "url_infos", {"https://example.org/digits.zip": None}, raising=False
+    )
+    with pytest.raises(UserError, match=r"'digits' .*example\.org can't be reached.*data_dir"):
+        open_source("digits", "train", data_dir=str(tmp_path), key="data.split")
+
+
+PREPARE = """
+import sys, time
+from pathlib import Path
+from vit_jax.data.sources import dataset_info, open_source
+
+folder, me = Path(sys.argv[1]), sys.argv[2]
+dataset_info("digits", data_dir=str(folder / "tfds"))
+(folder / me).touch()
+while not all((folder / name).exists() for name in "ab"):
+    time.sleep(0.001)
+print(len(open_source("digits", "train", data_dir=str(folder / "tfds"), key="data.split")))
+"""
+
+
+def test_two_processes_may_prepare_a_dataset_at_once(tmp_path):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PREPARE, str(tmp_path), me],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for me in "ab"
+    ]
+    try:
+        for process in processes:
+            output, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+            assert output == "1437\n"
+    finally:
+        for process in processes:
+            process.kill()

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The preprocessing line and every operation in it, against references of their own."""
+
+import os
+from collections import Counter
+
+import cv2
+import numpy as np
+import pytest
+
+from vit_jax.data import image_ops
+from vit_jax.data.image_ops import decode_image, resize_image
+from vit_jax.data.preprocess import apply, parse_preprocess
+from vit_jax.utils.errors import UserError
+
+
+def parse(text):
+    return parse_preprocess(text, key="data.preprocess")
+
+
+def run(text, image, seed=0):
+    """The image that a line makes of an array or of encoded bytes."""
+    features = {"image": image, "label": 3}
+    out = apply(parse(text), features, np.random.default_rng(seed))
+    assert out["label"] == 3
+    assert features["image"] is image  # the input is left as it was
+    return out["image"]
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encode(image, extension=".png"):
+    """OpenCV takes channels as BGR(A)."""
+    return cv2.imencode(extension, image)[1].tobytes()
+
+
+# The line
+
+
+def test_a_line_is_read_into_operations_in_order():
+    assert parse("decode|inception_crop(224)|flip_lr") == (
+        image_ops.Decode(),
+        image_ops.InceptionCrop(224),
+        image_ops.FlipLr(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("decode()", image_ops.Decode()),
+        (" decode ", image_ops.Decode()),
+        ("resize(8, 9)", image_ops.Resize(8, 9)),
+        ("resize(8, width=9)", image_ops.Resize(8, 9)),
+        ("resize(8, None)", image_ops.Resize(8)),
+        ("inception_crop(8, 5.5, area_max=90)", image_ops.InceptionCrop(8, 5.5, 90)),
+        ("random_shift(pixels=2)", image_ops.RandomShift(2)),
+    ],
+)
+def test_arguments_are_given_as_in_python(text, want):
+    assert parse(text) == (want,)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("", ["''", "expected op or op("]),
+        ("8", ["'8'", "expected op or op("]),
+        ("resize(8", ["'resize(8'", "expected op or op("]),
+        ("decode,resize(8)", ["'decode,resize(8)'", "expected op or op("]),
+        ("os.remove(8)", ["'os.remove(8)'", "expected op or op("]),
+        ("resize(8)(9)", ["'resize(8)(9)'", "expected op or op("]),
+        ("resise(8)", ["'resise'", "did you mean 'resize'?"]),
+        ("Decode", ["'Decode'", "did you mean 'decode'?"]),
+        ("eval('1')", ["unknown operation 'eval'", "there is: central_crop, decode,"]),
+        ("resize", ["'resize'", "expected resize(height: int, width: int | None = None)"]),
+        ("resize()", ["'resize()'", "expected resize(height: int, width"]),
+        ("resize(1, 2, 3)", ["'resize(1, 2, 3)'", "expected resize(height: int, width"]),
+        ("resize(8, depth=3)", ["'resize(8, depth=3)'", "expected resize(height: int, width"]),
+        ("resize(8, height=8)", ["'resize(8, height=8)'", "expected resize(height: int, width"]),
+        ("resize(height=8, height=9)", ["height=9)'", "expected resize(height: int, width"]),
+        ("resize(4 * 2)", ["'resize(4 * 2)'", "expected resize(height: int, width"]),
+        ("resize(*[8])", ["'resize(*[8])'", "expected resize(height: int, width"]),
+        ("resize(**{'height': 8})", ["{'height': 8}", "expected resize(height: int, width"]),
+        ("resize(size)", ["'resize(size)'", "expected resize(height: int, width"]),
+        ("resize('8')", ["resize: height='8' is a str; expected int"]),
+        ("resize(8.0)", ["resize: height=8.0 is a float; expected int"]),
+        ("resize(True)", ["resize: height=True is a bool; expected int"]),
+        ("resize(8, (8,))", ["resize: width=(8,) is a tuple; expected int or None"]),
+        ("resize(-8)", ["'resize(-8)'", "height=-8"]),
+        ("resize(0)", ["'resize(0)'", "height=0"]),
+        ("resize(8, 0)", ["'resize(8, 0)'", "width=0"]),
+        ("resize_small(0)", ["'resize_small(0)'", "size=0"]),
+        ("central_crop(0)", ["'central_crop(0)'", "size=0"]),
+        ("inception_crop(0)", ["'inception_crop(0)'", "size=0"]),
+        ("inception_crop(8, -5)", ["inception_crop", "area_min=-5"]),
+        ("inception_crop(8, 60, 20)", ["inception_crop", "area_min=60", "area_max=20"]),
+        ("inception_crop(8, 5, 101)", ["inception_crop", "area_max=101"]),
+    ],
+)
+def test_what_is_wrong_in_a_line_is_named(part, words):
+    with pytest.raises(UserError) as error:
+        parse(f"decode|{part}|flip_lr")
+    assert str(error.value).startswith("data.preprocess: ")
+    assert "flip_lr" not in str(error.value).partition("there is:")[0]
+    assert "->" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_nothing_in_a_line_is_evaluated(monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "getcwd", lambda: calls.append("called") or "/")
+    for part in ("resize(__import__('os').getcwd())", "__import__('os').getcwd()"):
+        with pytest.raises(UserError, match="getcwd"):
+            parse(f"decode|{part}")
+    assert not calls
+
+
+# decode
+
+
+def test_colour_png_is_decoded_exactly():
+    image = noise(5, 7, 3)
+    decoded = run("decode", encode(image))
+    assert decoded.dtype == np.uint8
+    np.testing.assert_array_equal(decoded, image[..., ::-1])  # RGB
+
+
+def test_grey_png_gets_three_equal_channels():
+    image = noise(5, 7)
+    np.testing.assert_array_equal(decode_image(encode(image)), image[..., None].repeat(3, -1))
+
+
+def test_transparency_is_dropped():
+    image = noise(5, 7, 4)
+    np.testing.assert_array_equal(decode_image(encode(image)), image[..., 2::-1])
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)], ids=["grey", "colour"])
+def test_sixteen_bits_become_the_upper_eight(shape):
+    image = np.random.default_rng(0).integers(0, 65536, shape, dtype=np.uint16)
+    decoded = decode_image(encode(image))
+    assert decoded.dtype == np.uint8
+    upper = (image >> 8).astype(np.uint8)
+    want = upper[..., ::-1] if len(shape) == 3 else upper[..., None].repeat(3, -1)
+    np.testing.assert_array_equal(decoded, want)
+
+
+def test_jpeg_of_one_colour_decodes_to_it():
+    red = np.zeros((16, 24, 3), np.uint8)
+    red[..., 2] = 200
+    decoded = decode_image(encode(red, ".jpg"))
+    assert decoded.shape == (16, 24, 3)
+    # Colours are stored as rounded luma and chroma: each channel may be off by a few levels.
+    assert np.abs(decoded.astype(int) - [200, 0, 0]).max() <= 3
+
+
+def test_smooth_jpeg_is_close_to_what_was_encoded():
+    y, x = np.mgrid[:64, :96]
+    image = np.stack([y * 3, x * 2, 255 - y - x], -1).astype(np.uint8)
+    jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
+    assert np.abs(decode_image(jpeg).astype(int) - image).mean() < 1
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [b"", b"no image", encode(noise(50, 50, 3))[:400], encode(noise(50, 50, 3), ".jpg")[:400]],
+    ids=["nothing", "text", "half a png", "half a jpeg"],
+)
+def test_broken_bytes_are_a_value_error(broken):
+    with pytest.raises(ValueError, match=f"{len(broken)} bytes that are no readable image"):
+        decode_image(broken)
+
+
+# Sizes
+
+
+def bilinear(image, height, width):
+    """Half-pixel centres, no antialiasing, edges repeated; in float64."""
+    for axis, size in ((0, height), (1, width)):
+        old = image.shape[axis]
+        at = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
+        low = np.floor(at).astype(int)
+        weight = (at - low).reshape([-1 if a == axis else 1 for a in range(3)])
+        below, above = image.take(low, axis), image.take(np.minimum(low + 1, old - 1), axis)
+        image = below * (1 - weight) + above * weight
+    return image
+
+
+SIZES = [
+    ((8, 8), (16, 16)),
+    ((8, 8), (11, 5)),
+    ((5, 7), (64, 3)),
+    ((1, 1), (4, 4)),
+    ((100, 60), (10, 6)),
+    ((300, 200), (224, 224)),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), SIZES, ids=str)
+def test_resize_is_bilinear_with_half_pixel_centres_and_no_antialiasing(old, new):
+    image = noise(*old, 3)
+    resized = run(f"resize{new}", image)
+    assert resized.dtype == np.uint8
+    assert resized.shape == (*new, 3)
+    # OpenCV rounds the weights of uint8 images: the result is next to the exact one.
+    assert np.abs(resized - bilinear(image.astype(np.float64), *new)).max() < 1
+    exact = resize_image(image.astype(np.float32), *new)
+    np.testing.assert_allclose(exact, bilinear(image.astype(np.float64), *new), atol=1e-3)
+
+
+def test_resize_with_one_number_gives_a_square():
+    assert run("resize(12)", noise(8, 20, 3)).shape == (12, 12, 3)
+
+
+def test_resize_to_the_same_size_changes_nothing():
+    image = noise(8, 20, 3)
+    np.testing.assert_array_equal(run("resize(8, 20)", image), image)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((40, 60), (20, 30)),
+        ((60, 40), (30, 20)),
+        ((10, 10), (20, 20)),
+        ((7, 9), (20, 26)),  # 25.7
+        ((3, 400), (20, 2667)),
+    ],
+)
+def test_resize_small_keeps_the_aspect(old, new):
+    image = noise(*old, 3)
+    resized = run("resize_small(20)", image)
+    assert resized.shape == (*new, 3)
+    np.testing.assert_array_equal(resized, run(f"resize{new}", image))
+
+
+@pytest.mark.parametrize(
+    ("shape", "top", "left"), [((10, 8), 3, 2), ((9, 4), 2, 0), ((4, 5), 0, 0)]
+)
+def test_central_crop_takes_the_middle(shape, top, left):
+    image = noise(*shape, 3)
+    np.testing.assert_array_equal(
+        run("central_crop(4)", image), image[top : top + 4, left : left + 4]
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (8, 3)])
+def test_central_crop_of_a_smaller_image_is_refused(shape):
+    with pytest.raises(UserError, match=rf"central_crop\(4\) of a {shape[0]}x{shape[1]} image"):
+        run("central_crop(4)", noise(*shape, 3))
+
+
+# Random operations
+
+
+def crops(monkeypatch, text, image, draws):
+    """Top, left, height and width of each crop, found from pixels that know where they are."""
+    seen = []
+
+    def resize(crop, height, width):
+        top, left = crop[0, 0, :2]
+        seen.append((int(top), int(left), *crop.shape[:2]))
+        return resize_image(crop, height, width)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_ops, "resize_image", resize)
+        (op,) = parse(text)
+        rng = np.random.default_rng(0)
+        for _ in range(draws):
+            assert op({"image": image}, rng)["image"].shape == (op.size, op.size, 3)
+    return np.array(seen)
+
+
+def places(height, width):
+    """An image whose pixels hold their row and column."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows, columns, 0 * rows], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(200, 250), (250, 120)], ids=str)
+def test_inception_crop_draws_areas_and_aspects_from_their_ranges(shape, monkeypatch):
+    top, left, height, width = crops(monkeypatch, "inception_crop(4)", places(*shape), 4000).T
+    assert (top + height <= shape[0]).all()
+    assert (left + width <= shape[1]).all()
+    share = height * width / (shape[0] * shape[1])
+    aspect = width / height
+    part = share < 1  # the whole image is the fallback
+    assert part.mean() > 0.95
+    # Rounding to whole pixels moves the limits by one pixel in the smallest crop's side.
+    least = np.sqrt(0.05 * shape[0] * shape[1] * 3 / 4)
+    assert 0.05 * (1 - 2 / least) < share.min() < 0.06
+    assert share.max() > 0.85
+    assert 3 / 4 * (1 - 2 / least) < aspect[part].min() < 0.77
+    assert 1.3 < aspect[part].max() < 4 / 3 * (1 + 2 / least)
+
+
+def test_inception_crop_draws_areas_and_places_evenly(monkeypatch):
+    top, left, height, width = crops(
+        monkeypatch, "inception_crop(4, 10, 40)", places(200, 200), 4000
+    ).T
+    share = height * width / 200**2
+    assert 0.095 < share.min() < 0.105
+    assert 0.39 < share.max() < 0.405
+    # Crops of at most 40 % always fit, so nothing is drawn again and the draws stay uniform.
+    assert np.histogram(share, bins=4, range=(0.1, 0.4))[0] == pytest.approx([1000] * 4, rel=0.1)
+    for place, side in ((top, height), (left, width)):
+        where = place / (200 - side)
+        assert np.histogram(where, bins=4, range=(0, 1))[0] == pytest.approx([1000] * 4, rel=0.1)
+        assert where.min() == 0
+        assert where.max() == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 2), (3, 5)], ids=str)
+def test_inception_crop_of_tiny_images_stays_inside(shape, monkeypatch):
+    top, left, height, width = crops(monkeypatch, "inception_crop(4)", places(*shape), 300).T
+    assert (height >= 1).all()
+    assert (width >= 1).all()
+    assert (top + height <= shape[0]).all()
+    assert (left + width <= shape[1]).all()
+    assert len(set(zip(top, left, height, width, strict=True))) > (shape != (1, 1))
+
+
+def test_inception_crop_takes_the_whole_image_where_no_part_fits(monkeypatch):
+    # All of the area with an aspect near one does not fit into a strip.
+    found = crops(monkeypatch, "inception_crop(4, 100, 100)", places(20, 200), 50)
+    assert set(map(tuple, found)) == {(0, 0, 20, 200)}
+
+
+def test_inception_crop_resizes_the_part(monkeypatch):
+    image = noise(40, 40, 3)
+    image[..., :2] = places(40, 40)[..., :2]
+    ((top, left, height, width),) = crops(monkeypatch, "inception_crop(16)", image, 1)
+    part = image[top : top + height, left : left + width]
+    np.testing.assert_array_equal(run("inception_crop(16)", image), run("resize(16)", part))
+
+
+def test_flip_lr_mirrors_half_of_the_images():
+    image = noise(4, 6, 3)
+    (op,) = parse("flip_lr")
+    rng = np.random.default_rng(0)
+    results = Counter(op({"image": image}, rng)["image"].tobytes() for _ in range(1000))
+    mirrored = np.stack([image[:, 5 - column] for column in range(6)], axis=1)
+    assert results.keys() == {image.tobytes(), mirrored.tobytes()}
+    assert 450 < results[mirrored.tobytes()] < 550
+
+
+def test_random_shift_makes_every_shift_equally_often_and_repeats_the_edge():
+    height, width, pixels = 5, 7, 2
+    image = noise(height, width, 3)
+    wanted = {}
+    for down in range(-pixels, pixels + 1):
+        for right in range(-pixels, pixels + 1):
+            rows = np.clip(np.arange(height) + down, 0, height - 1)
+            columns = np.clip(np.arange(width) + right, 0, width - 1)
+            wanted[image[rows][:, columns].tobytes()] = down, right
+    assert len(wanted) == (2 * pixels + 1) ** 2
+    (op,) = parse(f"random_shift({pixels})")
+    rng = np.random.default_rng(0)
+    found = Counter(wanted[op({"image": image}, rng)["image"].tobytes()] for _ in range(5000))
+    assert len(found) == len(wanted)
+    assert 140 < min(found.values()) <= max(found.values()) < 260
+
+
+@pytest.mark.parametrize("text", ["inception_crop(4)", "flip_lr", "random_shift(2)"])
+def test_random_choices_come_from_the_generator_alone(text):
+    image = noise(8, 8, 3)
+    draws = [[run(text, image, seed).tobytes() for seed in range(8)] for _ in range(2)]
+    assert draws[0] == draws[1]
+    assert len(set(draws[0])) > 1
+
+
+def test_a_line_is_run_from_left_to_right():
+    image = noise(10, 10, 3)
+    crop_last = run("decode|resize(6)|central_crop(4)", encode(image[..., ::-1]))
+    np.testing.assert_array_equal(crop_last, run("resize(6)", image)[1:5, 1:5])

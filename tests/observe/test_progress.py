@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The monitor: speeds by a clock of its own, metrics one step late, lines or a bar."""
+
+import io
+import types
+
+import jax.numpy as jnp
+import pytest
+import rich.console
+
+from vit_jax.observe import console, progress
+from vit_jax.observe.progress import DivergedError, Monitor
+
+
+class Clock:
+    """Time that passes only when told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+    def pass_(self, seconds):
+        self.now += seconds
+
+
+class Records(list):
+    """Takes the place of the metric writer."""
+
+    def write(self, step, metrics):
+        self.append((step, dict(metrics)))
+
+    def of(self, key):
+        """The records that have this key."""
+        return [(step, record) for step, record in self if key in record]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(perf_counter=clock.perf_counter))
+    return clock
+
+
+@pytest.fixture
+def records():
+    return Records()
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    """Makes a terminal, or a file, the screen; what it shows is to be read from the result."""
+
+    def make(*, terminal):
+        file = io.StringIO()
+        screen = rich.console.Console(
+            file=file,
+            force_terminal=terminal,
+            width=200,
+            color_system=None,
+            highlight=False,
+            _environ={"TERM": "xterm"},
+        )
+        for module in (console, progress):
+            monkeypatch.setattr(module, "console", screen)
+        return file
+
+    return make
+
+
+def monitor(records, *, step=0, total_steps=20, batch_size=32):
+    return Monitor(records, step=step, total_steps=total_steps, batch_size=batch_size)
+
+
+def loss(value):
+    return {"loss": jnp.float32(value)}
+
+
+def take(monitor, clock, step, *, log, wait=1.0, work=3.0):
+    """One turn of the training loop."""
+    with monitor.waiting():
+        clock.pass_(wait)
+    monitor.step(step, loss(0.5), log=log)
+    clock.pass_(work)
+
+
+def test_metrics_are_handled_when_the_next_step_is_queued(records, screen):
+    screen(terminal=False)
+    with monitor(records) as m:
+        m.step(1, loss(3.0), log=True)
+        assert records == []
+        m.step(2, loss(2.0), log=False)
+        assert [(s, r["train/loss"]) for s, r in records.of("train/loss")] == [(1, 3.0)]
+        m.step(3, loss(1.0), log=True)
+        assert len(records.of("train/loss")) == 1  # step 2 was not to be logged
+        m.flush()
+        assert [(s, r["train/loss"]) for s, r in records.of("train/loss")] == [(1, 3.0), (3, 1.0)]
+        before = len(records)
+        m.flush()
+        assert len(records) == before
+
+
+def test_all_metrics_of_a_step_are_written_as_numbers(records, screen):
+    screen(terminal=False)
+    with monitor(records) as m:
+        m.step(1, loss(0.5), log=False)
+        m.step(2, {"loss": jnp.float32(0.5), "lr": jnp.float32(0.25)}, log=True)
+        m.flush()
+    ((step, record),) = records.of("train/loss")
+    assert step == 2
+    assert record.keys() == {
+        *("train/loss", "train/lr"),
+        *("perf/images_per_sec", "perf/step_ms", "perf/data_wait"),
+    }
+    assert (record["train/loss"], record["train/lr"]) == (0.5, 0.25)
+    assert {type(v) for v in record.values()} == {float}
+
+
+def test_the_first_step_is_timed_apart_and_has_no_speed(records, clock, screen):
+    file = screen(terminal=False)
+    with monitor(records, step=10) as m:
+        take(m, clock, 11, log=True, work=60.0)
+        take(m, clock, 12, log=True)
+        m.flush()
+    first, logged, second = records
+    # Known when step 12 is queued, after its wait.
+    assert first == (11, {"perf/first_step_s": 62.0})
+    assert logged == (11, {"train/loss": 0.5})
+    assert second[1]["perf/step_ms"] == pytest.approx(3000)
+    assert file.getvalue().splitlines()[:2] == [
+        "first step after 62.0 s",
+        "step 11/20  loss 0.5000",
+    ]
+
+
+def test_speed_and_data_wait_are_those_of_the_steps_since_the_last_record(records, clock, screen):
+    screen(terminal=False)
+    with monitor(records, step=10) as m:
+        take(m, clock, 11, log=False)
+        take(m, clock, 12, log=False)
+        take(m, clock, 13, log=True)
+        take(m, clock, 14, log=False, wait=2.0, work=0.0)
+        take(m, clock, 15, log=True, wait=0.0, work=6.0)
+        m.flush()
+    (first, one), (second, two) = records.of("train/loss")
+    assert (first, second) == (13, 15)
+    # Steps 12 and 13, from when 12 was queued until 14 was: 3 + (1 + 3) + 2 seconds, 3 of waiting.
+    assert one["perf/images_per_sec"] == pytest.approx(2 * 32 / 9)
+    assert one["perf/step_ms"] == pytest.approx(4500)
+    assert one["perf/data_wait"] == pytest.approx(3 / 9)
+    assert two["perf/images_per_sec"] == pytest.approx(2 * 32 / 6)
+    assert two["perf/step_ms"] == pytest.approx(3000)
+    assert two["perf/data_wait"] == 0
+
+
+def test_what_is_not_training_does_not_count_as_such(records, clock, screen):
+    screen(terminal=False)
+    with monitor(records) as m:
+        take(m, clock, 1, log=False)
+        take(m, clock, 2, log=False)
+        with m.paused():  # before the record is due
+            clock.pass_(50)
+        take(m, clock, 3, log=True)
+        with m.paused():  # this makes the record first
+            assert [step for step, _ in records.of("train/loss")] == [3]
+            clock.pass_(70)
+        take(m, clock, 4, log=True)
+        m.flush()
+    (_, one), (_, two) = records.of("train/loss")
+    # Steps 2 and 3 in 3 + (1 + 3) seconds, step 4 in 1 + 3.
+    assert (one["perf/step_ms"], one["perf/data_wait"]) == pytest.approx((3500, 1 / 7))
+    assert (two["perf/step_ms"], two["perf/data_wait"]) == pytest.approx((4000, 1 / 4))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("log", [True, False])
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(value, log, records, screen):
+    screen(terminal=False)
+    with monitor(records) as m:
+        m.step(6, loss(1.0), log=False)
+        m.step(7, loss(float(value)), log=log)
+        with pytest.raises(DivergedError, match=f"^the loss of step 7 is {value}$"):
+            m.step(8, loss(1.0), log=True)
+    assert records.of("train/loss") == []
+
+
+def test_nothing_is_saved_or_evaluated_after_a_loss_that_is_no_number(records, screen):
+    screen(terminal=False)
+    with monitor(records) as m:
+        m.step(7, loss(float("nan")), log=False)
+        with pytest.raises(DivergedError, match="step 7"), m.paused():
+            pytest.fail("the pause has begun")
+
+
+def test_a_file_gets_one_line_for_each_logged_step(records, clock, screen):
+    file = screen(terminal=False)
+    with monitor(records, step=10) as m:
+        for step in (11, 12, 13, 14):
+            take(m, clock, step, log=step % 2 == 0)
+        m.flush()
+    # Step 12 in 3 + 1 seconds; steps 13 and 14 in 3 + (1 + 3).
+    assert file.getvalue().splitlines() == [
+        "first step after 5.0 s",
+        "step 12/20  loss 0.5000  8 images/s  data-wait 25.0%  ETA 0:00:32",
+        "step 14/20  loss 0.5000  9 images/s  data-wait 14.3%  ETA 0:00:21",
+    ]
+
+
+def test_a_terminal_gets_a_bar_and_no_lines(records, clock, screen):
+    file = screen(terminal=True)
+    with monitor(records, step=10) as m:
+        for step in (11, 12, 13):
+            take(m, clock, step, log=step == 12)
+        m.flush()
+    shown = file.getvalue()
+    assert "step 13/20 ━" in shown
+    assert "loss 0.5000  8 images/s  data-wait 25.0%" in shown
+    assert "step 12/20  loss" not in shown
+    assert "ETA" not in shown
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_results_are_written_and_shown_without_counts(terminal, records, screen):
+    file = screen(terminal=terminal)
+    results = {"val/top1": 0.98765, "val/loss": 0.1, "val/count": 50}
+    with monitor(records, step=3) as m:
+        m.results(4, results)
+        m.results(5, {})
+    assert records == [(4, results)]
+    assert "step 4/20  val/top1 0.9877  val/loss 0.1000" in file.getvalue()
+    assert "count" not in file.getvalue()
+    assert "step 5/20" not in file.getvalue()
+
+
+def test_a_quiet_process_shows_nothing(records, clock, screen):
+    file = screen(terminal=False)
+    progress.console.quiet = True
+    with monitor(records) as m:
+        for step in (1, 2):
+            take(m, clock, step, log=True)
+        m.results(2, {"val/top1": 0.5})
+    assert file.getvalue() == ""

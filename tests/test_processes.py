@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A job of two processes, two devices each, does what one process with four devices does."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax.checkpoint.manager import load_params
+from vit_jax.experiment import Experiment
+from vit_jax.main import load_config
+from vit_jax.observe.writer import read_metrics
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+
+# Over fsdp each process holds a half of the large kernels, and writes it to the checkpoint.
+CONFIG_FILE = """
+from tests.tiny import tiny_config
+def get_config(data_dir):
+    return tiny_config(
+        data_dir,
+        total_steps=6,
+        model__num_layers=1,
+        model__mlp_dim=64,
+        mesh={"data": -1, "fsdp": 4},
+        evals__val__every=3,
+        checkpoint__every=3,
+        log_every=1,
+        ema_decay=0.9,
+    )
+"""
+
+
+# Runs in each process at its start, and tells which files of the workdir it opens to write to.
+SITE_FILE = """
+import sys
+from pathlib import Path
+
+def tell(event, args):
+    if event == "open" and args[1] and set(args[1]) & set("wa"):
+        path = Path(str(args[0]))
+        if "workdir" in (path.parent.name, path.parent.parent.name):
+            print("opened", path.name, file=sys.stderr)
+
+sys.addaudithook(tell)
+"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def run(folder, data_dir, *, processes, devices, arguments=(), timeout=180):
+    """Runs a job to its end; the exit codes, and what each process wrote to stdout and stderr."""
+    config = folder / "config.py"
+    config.write_text(CONFIG_FILE)
+    (folder / "sitecustomize.py").write_text(SITE_FILE)
+    command = [sys.executable, "-m", "vit_jax.main", f"--config={config}:{data_dir}"]
+    command += [f"--workdir={folder / 'workdir'}", *arguments]
+    if processes > 1:
+        command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={processes}"]
+    started = []
+    try:
+        for i in range(processes):
+            started.append(
+                subprocess.Popen(
+                    [*command, f"--process_id={i}"] if processes > 1 else command,
+                    cwd=ROOT,
+                    env=os.environ
+                    | {
+                        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
+                        "JAX_PLATFORMS": "cpu",
+                        # Compiles in half the time.
+                        "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+                        f"--xla_force_host_platform_device_count={devices}",
+                    },
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        outputs = [process.communicate(timeout=timeout) for process in started]
+        return [(p.returncode, *output) for p, output in zip(started, outputs, strict=True)]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def one(data_dir, tmp_path_factory):
+    """Folder of the job of one process."""
+    folder = tmp_path_factory.mktemp("one")
+    ((code, _, errors),) = run(folder, data_dir, processes=1, devices=4)
+    assert code == 0, errors
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(data_dir, tmp_path_factory):
+    """Folder of the job of two processes, and what they printed."""
+    folder = tmp_path_factory.mktemp("two")
+    done = run(folder, data_dir, processes=2, devices=2)
+    assert [code for code, _, _ in done] == [0, 0], done
+    return folder, done
+
+
+def metric(folder, name):
+    """Values of a metric by step; none comes twice."""
+    found = [(r["step"], r[name]) for r in read_metrics(folder / "workdir") if name in r]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def test_two_processes_train_as_one(one, two):
+    folder, _ = two
+    want, got = metric(one, "train/loss"), metric(folder, "train/loss")
+    assert list(want) == list(got) == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-5)
+
+
+def test_two_processes_evaluate_as_one(one, two):
+    folder, _ = two
+    for name in ("val/top1", "val_ema/top1"):
+        assert metric(folder, name) == metric(one, name)
+    for name in ("val/count", "val_ema/count"):
+        assert metric(folder, name) == {3: 50, 6: 50}
+    for name in ("val/loss", "val_ema/loss"):
+        want, got = metric(one, name), metric(folder, name)
+        assert list(want) == list(got) == [3, 6]
+        np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-5)
+
+
+def said(output):
+    """What the package printed, without what the transport between CPU processes does."""
+    return [line for line in output.splitlines() if not line.startswith("[Gloo]")]
+
+
+def opened(errors):
+    """Names of the files of the workdir that a process opened to write to."""
+    lines = errors.splitlines()
+    return [line.removeprefix("opened ") for line in lines if line.startswith("opened ")]
+
+
+def test_only_the_first_process_prints_and_writes_metrics(two):
+    folder, ((_, first, first_errors), (_, second, second_errors)) = two
+    assert "finished at step 6 of 6" in said(first)
+    assert sum(line.startswith("step 6/6  loss") for line in said(first)) == 1
+    assert said(second) == []
+    workdir = folder / "workdir"
+    assert sorted(p.name for p in workdir.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+    ]
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+    assert {name.split(".")[0] for name in opened(first_errors)} == {"config", "events", "metrics"}
+    assert opened(second_errors) == []
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two(two, data_dir):
+    folder, _ = two
+    workdir = folder / "workdir"
+    assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["6"]
+    stored, losses = load_params(workdir), metric(folder, "train/loss")
+    arguments = ["--config.total_steps=8", "--config.mesh.fsdp=1"]
+    ((code, output, errors),) = run(folder, data_dir, processes=1, devices=1, arguments=arguments)
+    assert code == 0, errors
+    assert f"going on from {workdir / 'checkpoints' / '6'}" in said(output)
+    assert "finished at step 8 of 8" in said(output)
+    after = metric(folder, "train/loss")
+    assert list(after) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert {step: after[step] for step in losses} == losses
+    # The first new loss is that of the stored parameters on the next batch.
+    config = load_config(f"{folder / 'config.py'}:{data_dir}", {"mesh.fsdp": 1})
+    experiment = Experiment.from_config(config, devices=jax.devices()[:1])
+    objective, key = experiment.objective, jax.random.key(0)
+    batch = objective.augment(next(experiment.train_batches(6)), key)
+    loss, _ = objective.loss(stored, batch, key)
+    np.testing.assert_allclose(after[7], loss, rtol=1e-5)
