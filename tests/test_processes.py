@@ -2,6 +2,7 @@
 """A job of two processes, two devices each, does what one process with four devices does."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -168,21 +169,21 @@ def test_only_the_first_process_prints_and_writes_metrics(two):
     assert opened(second_errors) == []
 
 
-def test_one_process_goes_on_from_the_checkpoint_of_two(two, data_dir):
-    folder, _ = two
-    workdir = folder / "workdir"
+def test_one_process_goes_on_from_the_checkpoint_of_two(two, data_dir, tmp_path):
+    workdir = tmp_path / "workdir"
+    shutil.copytree(two[0] / "workdir", workdir)
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["6"]
-    stored, losses = load_params(workdir), metric(folder, "train/loss")
+    stored, losses = load_params(workdir), metric(tmp_path, "train/loss")
     arguments = ["--config.total_steps=8", "--config.mesh.fsdp=1"]
-    ((code, output, errors),) = run(folder, data_dir, processes=1, devices=1, arguments=arguments)
+    ((code, output, errors),) = run(tmp_path, data_dir, processes=1, devices=1, arguments=arguments)
     assert code == 0, errors
     assert f"going on from {workdir / 'checkpoints' / '6'}" in said(output)
     assert "finished at step 8 of 8" in said(output)
-    after = metric(folder, "train/loss")
+    after = metric(tmp_path, "train/loss")
     assert list(after) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert {step: after[step] for step in losses} == losses
     # The first new loss is that of the stored parameters on the next batch.
-    config = load_config(f"{folder / 'config.py'}:{data_dir}", {"mesh.fsdp": 1})
+    config = load_config(f"{tmp_path / 'config.py'}:{data_dir}", {"mesh.fsdp": 1})
     experiment = Experiment.from_config(config, devices=jax.devices()[:1])
     objective, key = experiment.objective, jax.random.key(0)
     batch = objective.augment(next(experiment.train_batches(6)), key)
