@@ -45,7 +45,7 @@ setup(
         "jax>=0.10",
         "ml-collections>=1.0",
         "numpy>=2.0",
-        "opencv-python-headless>=4.10.0.84",
+        "opencv-python-headless>=4.11.0.86",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30",
         "rich>=13.0",

@@ -16,6 +16,13 @@ if [ "$#" -lt 4 ]; then
 fi
 name=$1 zone=$2
 shift 2
+case " $* " in
+  *" --workdir=/"*) ;;
+  *)
+    echo "tpu_vm.sh: --workdir must be an absolute path: the checkout on the hosts is replaced" >&2
+    exit 2
+    ;;
+esac
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 on_all_hosts() {
@@ -30,7 +37,8 @@ echo "Copying the last commit to all hosts of $name."
 gcloud compute tpus tpu-vm scp "$archive" "$name:/tmp/vit_jax.tar.gz" --zone="$zone" --worker=all
 echo "Installing."
 on_all_hosts 'rm -rf ~/vit_jax && mkdir -p ~/vit_jax && tar -xzf /tmp/vit_jax.tar.gz -C ~/vit_jax &&
-  python3 -m venv ~/vit_jax_env && ~/vit_jax_env/bin/pip install -q -e "$HOME/vit_jax[tpu]"'
+  python3 -m pip install -q --user uv && python3 -m uv venv -q --clear --python 3.12 ~/vit_jax_env &&
+  python3 -m uv pip install -q --python ~/vit_jax_env -e "$HOME/vit_jax[tpu]"'
 echo "Training."
 on_all_hosts "cd ~/vit_jax &&
   exec ~/vit_jax_env/bin/python -m vit_jax.main --coordinator=auto $(printf '%q ' "$@")"

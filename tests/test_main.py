@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vit_jax.main import load_config, parse_flags
-from vit_jax.main import overrides as parsed_overrides
+from vit_jax.main import load_config, parse_overrides
 from vit_jax.train import train
 from vit_jax.utils.errors import UserError
 
@@ -84,6 +83,14 @@ BAD_INPUT = {
         ["--config.pretrained_dir=/tmp"],
         ["config.pretrained_dir", "config.init_from"],
     ),
+    "negative seed": (["--config.seed=-1"], ["seed=-1", "expected 0"]),
+    "name of a name": (["--config.model.name=[1]"], ["model.name=[1]"]),
+    "share of everything": (["--config.model.dropout_rate=1.0"], ["model.dropout_rate=1.0"]),
+    "taken name": (
+        ["--config.evals.train.split=test", "--config.evals.train.preprocess=decode"],
+        ["evals.train", "name of metrics"],
+    ),
+    "half a job": (["--num_processes=2"], ["--coordinator=None", "--num_processes=2"]),
     "missing checkpoint": (["--config.init_from=no.npz"], ["no.npz", "init_from"]),
     "missing config": (["--config=configs/none.py"], ["configs/none.py"]),
     "foreign flag": (["--wrokdir=x"], ["wrokdir"]),
@@ -135,8 +142,16 @@ def snapshot(folder):
             ["--config.total_steps=3"],
             ["checkpoints/2", "can't be restored"],
         ),
+        (
+            lambda w: [
+                os.truncate(p, p.stat().st_size // 2)
+                for p in (w / "checkpoints/2/params/d").iterdir()
+            ],
+            ["--config.total_steps=3"],
+            ["checkpoints/2", "can't be restored"],
+        ),
     ],
-    ids=["other model", "other seed", "no config", "torn config", "gutted checkpoint"],
+    ids=["other model", "other seed", "no config", "torn config", "gutted", "truncated"],
 )
 def test_a_workdir_of_something_else_is_left_alone(
     spoil, arguments, words, trained, data_dir, tmp_path
@@ -185,11 +200,9 @@ def test_help_shows_the_flags():
     assert "--workdir" in done.stdout
 
 
-def test_overrides_reach_the_config(monkeypatch):
-    parsed_overrides.clear()
-    parse_flags(
+def test_overrides_reach_the_config():
+    overrides, rest = parse_overrides(
         [
-            "main",
             "--config=x",
             "--workdir=w",
             "--config.model.patch_size=(2, 4)",
@@ -200,7 +213,8 @@ def test_overrides_reach_the_config(monkeypatch):
             "--config.data.split=train[:5%]",
         ]
     )
-    config = load_config(str(DIGITS), parsed_overrides).to_dict()
+    assert rest == ["--config=x", "--workdir=w"]
+    config = load_config(str(DIGITS), overrides).to_dict()
     assert config["model"]["patch_size"] == (2, 4)
     assert config["mesh"] == {"fsdp": 4}
     assert config["evals"]["val"] is None

@@ -62,7 +62,7 @@ def test_a_run_leaves_config_metrics_and_checkpoint(finished):
         "metrics.jsonl",
         "tensorboard",
     ]
-    assert [p.name for p in (finished / "checkpoints").iterdir()] == ["8"]
+    assert {p.name for p in (finished / "checkpoints").iterdir()} == {"4", "8"}
     config = json.loads((finished / "config.json").read_text())
     assert config["data"]["batch_size"] == 16
     assert config["model"]["classifier"] == "token"  # a default, written down
@@ -199,7 +199,7 @@ def test_average_is_evaluated_under_a_name_of_its_own(data_dir, tmp_path):
 
 def test_loss_that_is_no_number_stops_the_run(data_dir, tmp_path):
     config = tiny_config(data_dir, optimizer__lr=1e30, optimizer__warmup_steps=0)
-    with pytest.raises(DivergedError, match="the loss of step"):
+    with pytest.raises(DivergedError, match=r"of step [12] is"):
         train(config, str(tmp_path / "w"), command="train")
     assert not list((tmp_path / "w" / "checkpoints").glob("8"))
 
@@ -232,3 +232,26 @@ def test_start_from_what_is_no_checkpoint_is_refused(init_from, data_dir):
     experiment = Experiment.from_config(tiny_config(data_dir, init_from=init_from))
     with pytest.raises(UserError, match="init_from"):
         experiment.init_state()
+
+
+def test_parameters_that_are_no_numbers_are_never_saved(data_dir, tmp_path, monkeypatch):
+    def step(self, step, metrics, *, log):
+        if step == 5:
+            metrics = metrics | {"param_norm": np.float32("nan")}
+        original(self, step, metrics, log=log)
+
+    original = Monitor.step
+    monkeypatch.setattr(Monitor, "step", step)
+    config = tiny_config(data_dir, checkpoint__every=1)
+    with pytest.raises(DivergedError, match="the param_norm of step 5 is nan"):
+        train(config, str(tmp_path / "w"), command="train")
+    assert {p.name for p in (tmp_path / "w" / "checkpoints").iterdir()} == {"3", "4"}
+
+
+def test_best_checkpoint_may_be_judged_by_another_metric_later(data_dir, tmp_path):
+    options = {"checkpoint__keep": 1, "checkpoint__every": 2, "evals__val__every": 2}
+    for steps, metric in ((4, "val/top1"), (6, "val/loss")):
+        config = tiny_config(data_dir, total_steps=steps, checkpoint__keep_best=metric, **options)
+        train(config, str(tmp_path / "w"), command="train")
+    assert load_params(tmp_path / "w")
+    assert (tmp_path / "w" / "checkpoints" / "6").is_dir()

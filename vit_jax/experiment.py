@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from vit_jax import state as state_lib
-from vit_jax.checkpoint.manager import CheckpointOptions, make_checkpoint_options
+from vit_jax.checkpoint.manager import CheckpointOptions
 from vit_jax.checkpoint.pretrained.adapt import adapt_params
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.data.pipeline import DatasetSpec, train_batches
@@ -22,19 +22,19 @@ from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives.base import Objective
 from vit_jax.objectives.supervised import OBJECTIVES
 from vit_jax.observe.console import say
-from vit_jax.observe.profiler import Profile, make_profile
+from vit_jax.observe.profiler import Profile
 from vit_jax.optim.optimizer import DIRECTIONS, Optimizer, make_optimizer
 from vit_jax.parallel.mesh import (
     batch_sharding,
     check_batch_size,
     make_mesh,
-    process_shard,
+    process_shards,
     put_batch,
 )
 from vit_jax.parallel.sharding import constrain, infer_shardings
 from vit_jax.state import TrainState
-from vit_jax.utils.errors import UserError, suggest
-from vit_jax.utils.registry import bind, check_type, keywords, lookup
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import bind, check_type, lookup
 
 # Keys of google-research/vision_transformer configs, and where their values go here.
 RENAMED = {
@@ -131,8 +131,9 @@ class Experiment:
           UserError: an unknown key or name, or values that don't go together.
         """
         config = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-        _check_top_level(config)
+        _check_renamed(config)
         (top,) = bind(config, _top_level, key="config")
+        _check_top_level(top)
         section = {k: dict(top[k] or {}) for k in _SECTIONS}
 
         mesh, mesh_args = _make_mesh(section["mesh"], devices)
@@ -143,7 +144,7 @@ class Experiment:
         optimizer, optimizer_args = _make_optimizer(section["optimizer"], total_steps, data, mesh)
         evaluators, eval_args = _make_evaluators(section["evals"], data, objective, mesh)
         checkpoint, checkpoint_args = _make_checkpoint(section["checkpoint"], evaluators)
-        (profile_args,) = bind(section["profile"], make_profile, key="profile")
+        (profile_args,) = bind(section["profile"], Profile, key="profile")
         return cls(
             model=model,
             objective=objective,
@@ -157,7 +158,7 @@ class Experiment:
             init_from=top["init_from"],
             checkpoint=checkpoint,
             log_every=top["log_every"],
-            profile=make_profile(**profile_args),
+            profile=Profile(**profile_args),
             config=top
             | {
                 "mesh": mesh_args,
@@ -248,8 +249,10 @@ class Experiment:
 
     def train_batches(self, step: int) -> Iterator[dict[str, jax.Array]]:
         """Global batches on the mesh, from those of step `step + 1` on."""
-        host, hosts = process_shard(self.mesh)
-        batches = train_batches(self.train_data, seed=self.seed, step=step, host=host, hosts=hosts)
+        shards, num_shards = process_shards(self.mesh)
+        batches = train_batches(
+            self.train_data, seed=self.seed, step=step, shards=shards, num_shards=num_shards
+        )
         return (put_batch(batch, self.mesh) for batch in batches)
 
     def override_for_twice_as_long(self) -> str:
@@ -265,19 +268,20 @@ class Experiment:
             data.open()
 
 
-def _check_top_level(config: Mapping[str, Any]) -> None:
-    allowed = keywords(_top_level)
-    for key, value in config.items():
-        if key in RENAMED and key not in allowed:
+def _check_renamed(config: Mapping[str, Any]) -> None:
+    for key in config:
+        if key in RENAMED:
             raise UserError(f"config.{key} is now config.{RENAMED[key]}")
-        if key not in allowed:
-            raise UserError(f"unknown config key {key}{suggest(key, allowed)}")
-        check_type(value, allowed[key].annotation, key=f"config.{key}")
-    ema_decay, log_every = config.get("ema_decay"), config.get("log_every", 1)
-    if ema_decay is not None and not 0 <= ema_decay < 1:
-        raise UserError(f"ema_decay={ema_decay}: expected 0 <= value < 1, or None")
-    if log_every < 1:
-        raise UserError(f"log_every={log_every}: expected at least 1")
+
+
+def _check_top_level(top: Mapping[str, Any]) -> None:
+    # 32 bits are what jax makes a key of.
+    if not 0 <= top["seed"] < 2**32:
+        raise UserError(f"seed={top['seed']}: expected 0 to {2**32 - 1}")
+    if top["ema_decay"] is not None and not 0 <= top["ema_decay"] < 1:
+        raise UserError(f"ema_decay={top['ema_decay']}: expected 0 <= value < 1, or None")
+    if top["log_every"] < 1:
+        raise UserError(f"log_every={top['log_every']}: expected at least 1")
 
 
 # Each of the functions below makes one part from its section of the config, and returns with it the
@@ -300,6 +304,8 @@ def _make_mesh(section: _Section, devices: Sequence[Any] | None) -> tuple[Mesh, 
 def _make_data(section: _Section, mesh: Mesh) -> tuple[DatasetSpec, _Section]:
     (args,) = bind(section, _train_data, key="data")
     check_batch_size(args["batch_size"], mesh, key="data.batch_size")
+    if args["num_threads"] is not None and args["num_threads"] < 1:
+        raise UserError(f"data.num_threads={args['num_threads']}: expected at least 1, or None")
     return DatasetSpec(**args, key="data"), args
 
 
@@ -316,10 +322,10 @@ def _make_model(
         )
     model = make(**args, constrain=functools.partial(constrain, mesh=mesh))
     model.grid(data.image_shape()[:2])
-    if model.num_heads % mesh.shape["tensor"]:
-        raise UserError(
-            f"mesh.tensor={mesh.shape['tensor']} does not divide model.num_heads={model.num_heads}"
-        )
+    for key in ("num_heads", "mlp_dim"):
+        size, parts = getattr(model, key), mesh.shape["tensor"]
+        if size % parts:
+            raise UserError(f"mesh.tensor={parts} does not divide model.{key}={size}")
     return model, {"name": name} | args
 
 
@@ -357,7 +363,9 @@ def _total_steps(top: Mapping[str, Any], data: DatasetSpec) -> int:
     steps, epochs = top["total_steps"], top["epochs"]
     if (steps is None) == (epochs is None):
         raise UserError(f"total_steps={steps} and epochs={epochs}: expected exactly one of them")
-    if steps is None:
+    if epochs is not None:
+        if not 0 < epochs < 1e9:
+            raise UserError(f"epochs={epochs}: expected more than 0")
         steps = round(epochs * len(data.open()) / data.batch_size)
     if steps < 1:
         raise UserError(
@@ -378,6 +386,8 @@ def _make_evaluators(
         if section is None:  # --config.evals.NAME=None leaves one out
             continue
         key = f"evals.{name}"
+        if name in ("train", "perf") or "/" in name or name.endswith("_ema"):
+            raise UserError(f"{key}: {name!r} can't be a name of metrics; try 'val'")
         check_type(section, dict, key=key)
         section = dict(section)
         kind, make = _by_name(section, EVALUATORS, "classification", key=key)
@@ -399,8 +409,8 @@ def _make_evaluators(
 def _make_checkpoint(
     section: _Section, evaluators: tuple[Any, ...]
 ) -> tuple[CheckpointOptions, _Section]:
-    (args,) = bind(section, make_checkpoint_options, key="checkpoint")
-    options = make_checkpoint_options(**args)
+    (args,) = bind(section, CheckpointOptions, key="checkpoint")
+    options = CheckpointOptions(**args)
     if options.keep_best is None:
         return options, args
     every = {e.name: e.every for e in evaluators}

@@ -5,6 +5,7 @@ python -m vit_jax.main --config=configs/digits.py --workdir=runs/digits --config
 """
 
 import ast
+import os
 import runpy
 import shlex
 import sys
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.observe import console
 from vit_jax.observe.progress import DivergedError
+from vit_jax.parallel import processes
 from vit_jax.train import train
 from vit_jax.utils.errors import UserError
 
@@ -39,7 +41,6 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the j
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0.")
 
 _OVERRIDE = "--config."
-_LENGTHS = ("total_steps", "epochs")
 _WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -63,6 +64,8 @@ def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
         raise
     except Exception as e:
         raise UserError(f"--config={value}: {type(e).__name__}: {e}") from e
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={value}: get_config gives {config!r}; expected a ConfigDict")
     config = config.to_dict()
     for key, override in overrides.items():
         *parents, leaf = key.split(".")
@@ -79,17 +82,24 @@ def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
     return ConfigDict(config)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses absl flags; `--config.KEY=VALUE` goes to the config instead."""
-    rest, arguments = [], iter(argv)
-    for argument in arguments:
+def parse_overrides(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Takes `--config.KEY=VALUE` out of command-line arguments; returns them and the rest.
+
+    Values are Python literals, `true`, `false` and `none`; all else is a string.
+    """
+    overrides, rest, todo = {}, [], iter(arguments)
+    for argument in todo:
         if argument.startswith(_OVERRIDE):
             key, equals, text = argument.removeprefix(_OVERRIDE).partition("=")
-            if not equals:
-                text = next(arguments, "")
-            overrides[key] = _literal(text)
+            overrides[key] = _literal(text if equals else next(todo, ""))
         else:
             rest.append(argument)
+    return overrides, rest
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses absl flags; leaves overrides of the config, which are no flags, for `main`."""
+    _, rest = parse_overrides(argv)
     try:
         unused = flags.FLAGS(rest)[1:]
     except flags.Error as e:
@@ -99,10 +109,7 @@ def parse_flags(argv: list[str]) -> list[str]:
             raise UserError(f"--{name} is missing; see python -m vit_jax.main --help")
     if unused:
         raise UserError(f"{unused[0]!r} is no flag; expected --name=value")
-    return rest[:1]
-
-
-overrides: dict[str, Any] = {}
+    return argv
 
 
 def _literal(text: str) -> Any:
@@ -114,21 +121,17 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _command_without(argv: list[str], *keys: str) -> str:
-    kept = [a for a in argv if not a.startswith(tuple(f"{_OVERRIDE}{key}=" for key in keys))]
-    return f"python -m vit_jax.main {shlex.join(kept)}"
-
-
 def main(argv: list[str]) -> None:
     """Called by absl with the flags parsed."""
-    del argv
-    if _COORDINATOR.value == "auto":
-        jax.distributed.initialize()
-    elif _COORDINATOR.value:
-        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    processes.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     console.set_up(quiet=jax.process_index() > 0)
-    config = load_config(_CONFIG.value or "", overrides)
-    train(config, _WORKDIR.value or "", command=_command_without(sys.argv[1:], *_LENGTHS))
+    overrides, _ = parse_overrides(argv[1:])
+    # Given again with a longer run, it goes on; the last of two overrides counts.
+    python = os.path.relpath(sys.executable) if sys.prefix.startswith(os.getcwd()) else "python"
+    command = f"{python} -m vit_jax.main {shlex.join(argv[1:])}"
+    with processes.all_agree():
+        config = load_config(_CONFIG.value or "", overrides)
+    train(config, _WORKDIR.value or "", command=command)
 
 
 def run() -> None:

@@ -13,6 +13,7 @@ from vit_jax.observe.profiler import Profiler
 from vit_jax.observe.progress import Monitor
 from vit_jax.observe.report import report_end, report_start
 from vit_jax.observe.writer import MetricWriter
+from vit_jax.parallel.processes import all_agree
 from vit_jax.state import TrainState
 from vit_jax.workdir import open_workdir, write_config
 
@@ -23,22 +24,24 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
     Args:
       config: of the experiment.
       workdir: folder for checkpoints, metrics and config; one experiment each.
-      command: that was typed, without the length of the run, to show what to do next.
+      command: that was typed, to show what to do next.
 
     Raises:
       UserError: bad input.
       DivergedError: the loss is no longer finite.
     """
-    experiment = Experiment.from_config(config)
-    folder = open_workdir(workdir, experiment.config)
     main_process = jax.process_index() == 0
+    with all_agree():
+        experiment = Experiment.from_config(config)
+        folder = open_workdir(workdir, experiment.config)
     total = experiment.total_steps
     with CheckpointManager(folder, experiment.checkpoint) as checkpoints:
         start = checkpoints.latest_step() or 0
         if start >= total:
             say(f"nothing to do: {folder} is at step {start} of {total}")
         else:
-            experiment.open_data()
+            with all_agree():
+                experiment.open_data()
             report_start(mesh=experiment.mesh, params=experiment.abstract_state.params)
             if start:
                 state = checkpoints.restore(experiment.abstract_state)
@@ -48,7 +51,7 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
             if main_process:
                 write_config(folder, experiment.config)
             with MetricWriter(folder, step=start, active=main_process) as writer:
-                profiler = Profiler(folder, experiment.profile)
+                profiler = Profiler(folder, experiment.profile, active=main_process)
                 run(experiment, state, checkpoints, writer, profiler, start=start)
         last = checkpoints.latest_step() or 0
         report_end(
@@ -79,7 +82,7 @@ def run(
                 batch = next(batches)
             state, metrics = experiment.train_step(state, batch)
             monitor.step(step, metrics, log=due(step, experiment.log_every, total))
-            profiler.step(step)
+            profiler.step(state)
 
             results = {}
             for evaluator in experiment.evaluators:

@@ -38,6 +38,8 @@ def open_workdir(path: str, config: dict[str, Any]) -> Path:
         with tempfile.TemporaryFile(dir=workdir):
             pass
         previous = json.loads(file.read_text()) if file.exists() else None
+        if not isinstance(previous, dict | None):
+            raise ValueError(f"{file} holds no config")
     except (OSError, ValueError) as e:
         raise UserError(f"--workdir={path!r} can't be used: {type(e).__name__}: {e}") from None
     if previous is not None:

@@ -15,7 +15,6 @@ from vit_jax.checkpoint.manager import (
     CheckpointManager,
     CheckpointOptions,
     load_params,
-    make_checkpoint_options,
 )
 from vit_jax.parallel.mesh import make_mesh
 from vit_jax.state import TrainState
@@ -48,7 +47,7 @@ def abstract(state):
 def save(workdir, *states, metrics=({},), **options):
     """Saves states, under the steps that they hold."""
     metrics = list(metrics) * (len(states) if len(metrics) == 1 else 1)
-    with CheckpointManager(workdir, CheckpointOptions(**options)) as checkpoints:
+    with CheckpointManager(workdir, CheckpointOptions(**({"keep": 1} | options))) as checkpoints:
         for state, values in zip(states, metrics, strict=True):
             checkpoints.save(int(state.step), state, values)
 
@@ -83,7 +82,7 @@ def test_a_state_is_restored_bit_for_bit_where_it_was(ema, tmp_path):
 def test_the_newest_checkpoint_is_the_one_restored(tmp_path):
     save(tmp_path, make_state(2), make_state(10), keep=2)
     assert kept(tmp_path) == {"2", "10"}
-    with CheckpointManager(tmp_path, CheckpointOptions()) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointOptions(keep=1)) as checkpoints:
         assert checkpoints.latest_step() == 10
         assert checkpoints.path(10) == tmp_path / "checkpoints" / "10"
     assert int(restore(tmp_path, abstract(make_state())).step) == 10
@@ -92,7 +91,7 @@ def test_the_newest_checkpoint_is_the_one_restored(tmp_path):
 
 def test_a_state_may_be_donated_as_soon_as_its_save_has_begun(tmp_path):
     state, want = make_state(), make_state()
-    with CheckpointManager(tmp_path, CheckpointOptions()) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointOptions(keep=1)) as checkpoints:
         checkpoints.save(4, state, {})
         zero = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
         jax.block_until_ready(zero(state))
@@ -127,7 +126,7 @@ def test_a_half_written_checkpoint_is_ignored_and_the_next_save_removes_it(writt
     elif written == "all but the name":
         shutil.copytree(finished, half, dirs_exist_ok=True)
     assert_same(load_params(tmp_path), state.params)
-    with CheckpointManager(tmp_path, CheckpointOptions()) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointOptions(keep=1)) as checkpoints:
         assert checkpoints.latest_step() == 4
         assert_same(checkpoints.restore(abstract(state)), state)
         checkpoints.save(5, make_state(5), {})
@@ -147,7 +146,7 @@ def test_a_half_written_checkpoint_is_not_in_the_way_of_a_new_one(tmp_path):
 
 def test_a_checkpoint_has_its_name_only_once_it_is_complete(tmp_path):
     state = make_state()
-    with CheckpointManager(tmp_path, CheckpointOptions()) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointOptions(keep=1)) as checkpoints:
         checkpoints.save(4, state, {})
         while "4" not in (names := kept(tmp_path)):
             assert all(name.startswith(f"4{ocp.utils.TMP_DIR_SUFFIX}") for name in names)
@@ -223,4 +222,4 @@ def test_the_best_is_kept_as_well_and_a_loss_is_best_when_low(metric, best, tmp_
 @pytest.mark.parametrize("key", ["every", "keep"])
 def test_options_below_one_are_refused(key):
     with pytest.raises(UserError, match=f"checkpoint.{key}=0: expected at least 1"):
-        make_checkpoint_options(**{key: 0})
+        CheckpointOptions(**{key: 0})

@@ -130,7 +130,7 @@ def test_a_far_step_is_there_at_once_and_belongs_to_its_position(digits):
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_together_load_the_batch_of_one_host(hosts, digits):
-    parts = [train(digits, 5, step=2, host=host, hosts=hosts) for host in range(hosts)]
+    parts = [train(digits, 5, step=2, shards=(host,), num_shards=hosts) for host in range(hosts)]
     assert {len(b["label"]) for part in parts for b in part} == {16 // hosts}
     assert_same([join(part) for part in zip(*parts, strict=True)], train(digits, 5, step=2))
 
@@ -186,7 +186,7 @@ def test_other_seeds_augment_differently(digits):
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_evaluation_sees_each_example_once_in_order(batch_size, hosts, digits, records):
     spec = dataclasses.replace(plain(digits), batch_size=batch_size)
-    parts = [list(eval_batches(spec, host=host, hosts=hosts)) for host in range(hosts)]
+    parts = [list(eval_batches(spec, shards=(host,), num_shards=hosts)) for host in range(hosts)]
     assert [len(part) for part in parts] == [-(-50 // batch_size)] * hosts
     batches = [join(part) for part in zip(*parts, strict=True)]
     for batch in batches:
@@ -403,3 +403,13 @@ def test_two_processes_may_prepare_a_dataset_at_once(tmp_path):
     finally:
         for process in processes:
             process.kill()
+
+
+@pytest.mark.parametrize("batch_size", [16, 256])
+def test_blocks_of_a_host_need_not_be_neighbours(batch_size, digits):
+    spec = dataclasses.replace(digits, split="train", batch_size=batch_size)
+    (whole,) = train(spec, 1, step=3)
+    parts = [train(spec, 1, step=3, shards=s, num_shards=4)[0] for s in ((0, 3), (1, 2))]
+    blocks = [np.split(part["image"], 2) for part in parts]
+    together = [blocks[0][0], blocks[1][0], blocks[1][1], blocks[0][1]]
+    np.testing.assert_array_equal(np.concatenate(together), whole["image"])

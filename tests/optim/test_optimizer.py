@@ -15,7 +15,8 @@ from vit_jax.utils.errors import UserError
     ("shape", "middle", "end"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1, 1)]
 )
 def test_schedule_warms_up_and_decays(shape, middle, end):
-    rate = make_schedule(lr=1.0, total_steps=110, schedule=shape, warmup_steps=10, end_lr=0.1)
+    end_lr = 0.0 if shape == "constant" else 0.1
+    rate = make_schedule(lr=1.0, total_steps=110, schedule=shape, warmup_steps=10, end_lr=end_lr)
     got = [float(rate(step)) for step in (0, 5, 10, 60, 110)]
     np.testing.assert_allclose(got, [0, 0.5, 1, middle, end], rtol=1e-5)
 

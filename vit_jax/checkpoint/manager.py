@@ -6,6 +6,8 @@ checkpoint appears under its name only once it is complete.
 """
 
 import dataclasses
+import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from vit_jax.utils.errors import UserError
 FOLDER = "checkpoints"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
     """When checkpoints are written and which are kept.
 
@@ -32,18 +34,13 @@ class CheckpointOptions:
     """
 
     every: int = 1000
-    keep: int = 1
+    keep: int = 2
     keep_best: str | None = None
 
-
-def make_checkpoint_options(
-    *, every: int = 1000, keep: int = 1, keep_best: str | None = None
-) -> CheckpointOptions:
-    """`CheckpointOptions` from config values, checked."""
-    for name, value in (("every", every), ("keep", keep)):
-        if value < 1:
-            raise UserError(f"checkpoint.{name}={value}: expected at least 1")
-    return CheckpointOptions(every, keep, keep_best)
+    def __post_init__(self) -> None:
+        for name, value in (("every", self.every), ("keep", self.keep)):
+            if value < 1:
+                raise UserError(f"checkpoint.{name}={value}: expected at least 1")
 
 
 class CheckpointManager:
@@ -54,8 +51,11 @@ class CheckpointManager:
         preserve: list[Any] = [policies.LatestN(options.keep)]
         self._best = best = options.keep_best
 
+        worst = math.inf if best and best.endswith("loss") else -math.inf
+
         def score(metrics: Mapping[str, float]) -> float:
-            return metrics[best or ""]
+            # Checkpoints of an earlier run may have been judged by another metric.
+            return metrics.get(best or "", worst)
 
         if best:
             preserve.append(
@@ -112,14 +112,16 @@ class CheckpointManager:
         """
         step = self.latest_step()
         items = {k: ocp.args.StandardRestore(v) for k, v in _items(abstract_state).items()}
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as e:
+            sys.unraisablehook = hook
+        except (ValueError, KeyError, TypeError, OSError) as e:
+            # The hook stays: Orbax drops the reads under way, and they complain later.
             reason = " ".join(str(e).split())[:160]
             raise UserError(
                 f"--workdir: the checkpoint {self._directory / str(step)} can't be restored "
-                f"({type(e).__name__}: {reason}); expected one of this experiment: use a new "
-                "workdir, or remove that folder to go on from an older one"
+                f"({type(e).__name__}: {reason}); expected a whole one of this experiment"
             ) from e
         return TrainState(
             params=found["params"], ema_params=found.get("ema_params"), **found["training"]

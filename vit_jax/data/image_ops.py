@@ -39,7 +39,9 @@ def decode_image(encoded: bytes) -> np.ndarray:
       ValueError: the bytes are no image that OpenCV can read.
     """
     try:
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+        # EXIF orientation is left alone, as it was for the published weights.
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     except cv2.error:
         image = None
     if image is None:

@@ -2,13 +2,14 @@
 """Batches as arithmetic of position.
 
 The example at position p of the endless training stream, and every random choice made for it, are
-functions of (seed, p). Step s takes positions s*B to (s+1)*B, and each host a block of those: the
-batches are the same for any number of hosts, and to resume is to start at another step.
+functions of (seed, p). Step s takes positions s*B to (s+1)*B, and each host some blocks of those:
+the batches are the same for any number of hosts, and to resume is to start at another step.
 """
 
 import dataclasses
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -87,7 +88,7 @@ class _Preprocess(grain.transforms.RandomMap):
 
 
 def train_batches(
-    spec: DatasetSpec, *, seed: int, step: int, host: int = 0, hosts: int = 1
+    spec: DatasetSpec, *, seed: int, step: int, shards: tuple[int, ...] = (0,), num_shards: int = 1
 ) -> Iterator[Batch]:
     """Endless batches from `step` on: `{"image": uint8 [b, h, w, c], "label": int32 [b]}`.
 
@@ -95,17 +96,19 @@ def train_batches(
       spec: what to read; the split is shuffled anew in each epoch.
       seed: of order and augmentation.
       step: the first batch to yield.
-      host: which of `hosts` equal parts of each batch to yield; b is batch_size / hosts.
-      hosts: number of parts.
+      shards: which of `num_shards` equal blocks of each batch to yield, one after the other; b is
+        batch_size / num_shards for each.
+      num_shards: number of blocks.
     """
-    local = spec.batch_size // hosts
     examples = grain.MapDataset.source(spec.open()).seed(seed).shuffle().repeat()
     # After `repeat`: a generator of its own for each position, not for each record.
-    batches = examples.random_map(_Preprocess(spec)).batch(local, drop_remainder=True)
-    return iter(_prefetch(batches[step * hosts + host :: hosts], spec))
+    examples = examples.random_map(_Preprocess(spec))
+    return _load(examples, spec, step=step, steps=None, shards=shards, num_shards=num_shards)
 
 
-def eval_batches(spec: DatasetSpec, *, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
+def eval_batches(
+    spec: DatasetSpec, *, shards: tuple[int, ...] = (0,), num_shards: int = 1
+) -> Iterator[Batch]:
     """Every example once, in order, as `image`, `label` and `mask` (float32 [b]).
 
     The last batch is filled up with examples of mask 0, so that all batches have one shape and all
@@ -113,8 +116,8 @@ def eval_batches(spec: DatasetSpec, *, host: int = 0, hosts: int = 1) -> Iterato
     """
     source = _Padded(spec.open(), spec.batch_size)
     examples = grain.MapDataset.source(source).seed(0).random_map(_Preprocess(spec))
-    batches = examples.batch(spec.batch_size // hosts)
-    return iter(_prefetch(batches[host::hosts], spec))
+    steps = len(source) // spec.batch_size
+    return _load(examples, spec, step=0, steps=steps, shards=shards, num_shards=num_shards)
 
 
 class _Padded:
@@ -132,7 +135,60 @@ class _Padded:
         return self._source[index if real else 0] | {"mask": np.float32(real)}
 
 
-def _prefetch(batches: grain.MapDataset, spec: DatasetSpec) -> grain.IterDataset:
-    threads = spec.num_threads or max(1, (os.cpu_count() or 1) - 1)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return batches.to_iter_dataset(options)
+# Examples that one thread prepares at a time: enough to share its overhead, few enough that what
+# is prepared ahead stays small beside a batch.
+_CHUNK = 64
+
+
+def _load(
+    examples: grain.MapDataset,
+    spec: DatasetSpec,
+    *,
+    step: int,
+    steps: int | None,
+    shards: tuple[int, ...],
+    num_shards: int,
+) -> Iterator[Batch]:
+    block = spec.batch_size // num_shards
+    size = max(n for n in range(1, min(block, _CHUNK) + 1) if block % n == 0)
+    per_block = block // size
+    mine = [shard * per_block + i for shard in shards for i in range(per_block)]
+    chunks = _Chunks(
+        examples.batch(size, drop_remainder=True), mine, num_shards * per_block, step, steps
+    )
+    threads = spec.num_threads or max(1, _usable_cores() - 1)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads + len(mine))
+    loaded = grain.MapDataset.source(chunks).to_iter_dataset(options)
+    return iter(loaded.batch(len(mine), drop_remainder=True, batch_fn=_concatenate))
+
+
+class _Chunks:
+    """The chunks of each step that are this host's, in order."""
+
+    def __init__(
+        self, chunks: grain.MapDataset, mine: list[int], per_step: int, step: int, steps: int | None
+    ):
+        self._chunks, self._mine, self._per_step, self._step = chunks, mine, per_step, step
+        endless = sys.maxsize // (2 * per_step) - step
+        self._length = (endless if steps is None else steps) * len(mine)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Batch:
+        step, i = divmod(index, len(self._mine))
+        chunk = self._chunks[(self._step + step) * self._per_step + self._mine[i]]
+        assert chunk is not None  # nothing here filters
+        return chunk
+
+
+def _concatenate(chunks: Sequence[Batch]) -> Batch:
+    if len(chunks) == 1:
+        return chunks[0]
+    return {k: np.concatenate([chunk[k] for chunk in chunks]) for k in chunks[0]}
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

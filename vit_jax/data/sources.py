@@ -105,8 +105,9 @@ def open_source(name: str, split: str, *, data_dir: str | None, key: str) -> Sou
         builder = _builder(name, data_dir)
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
-            f"data.name={name!r} is prepared in {builder.data_dir} as {builder.info.file_format.value}; "
-            "expected array_record: prepare it again with file_format='array_record'"
+            f"data.name={name!r} is prepared in {builder.data_dir} as "
+            f"{builder.info.file_format.value}; expected array_record: prepare it again with "
+            "file_format='array_record'"
         )
     try:
         length = builder.info.splits[split].num_examples

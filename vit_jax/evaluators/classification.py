@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vit_jax.data.pipeline import DatasetSpec, eval_batches
 from vit_jax.losses import softmax_cross_entropy
 from vit_jax.objectives.base import Batch, Objective, Params
-from vit_jax.parallel.mesh import process_shard, put_batch
+from vit_jax.parallel.mesh import process_shards, put_batch
 from vit_jax.utils.errors import UserError
 
 
@@ -54,8 +54,8 @@ class Classification:
 
     def run(self, params: Params) -> dict[str, float]:
         """Returns the means `top1` and `loss` and the `count` of examples seen."""
-        host, hosts = process_shard(self.mesh)
-        batches = eval_batches(self.data, host=host, hosts=hosts)
+        shards, num_shards = process_shards(self.mesh)
+        batches = eval_batches(self.data, shards=shards, num_shards=num_shards)
         sums = [self._batch_sums(params, put_batch(batch, self.mesh)) for batch in batches]
         total = {k: sum(float(s[k]) for s in jax.device_get(sums)) for k in sums[0]}
         count = total.pop("count")

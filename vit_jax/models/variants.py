@@ -81,6 +81,13 @@ def make_vit(
             f"model.num_heads={sizes['num_heads']} does not divide "
             f"model.hidden_size={sizes['hidden_size']}"
         )
+    rates: dict[str, Any] = {
+        "dropout_rate": dropout_rate,
+        "attention_dropout_rate": attention_dropout_rate,
+    }
+    for key, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise UserError(f"model.{key}={rate}: expected 0 <= value < 1")
     patch = sizes.pop("patch_size")
     return VisionTransformer(
         num_classes=num_classes,
@@ -88,8 +95,7 @@ def make_vit(
         **sizes,
         classifier=classifier,
         representation_size=representation_size,
-        dropout_rate=dropout_rate,
-        attention_dropout_rate=attention_dropout_rate,
+        **rates,
         head_bias_init=head_bias_init,
         dtype=jnp.dtype(dtype),
         constrain=constrain,

@@ -3,6 +3,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -12,27 +13,32 @@ from vit_jax.utils.errors import UserError
 FOLDER = "profile"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Records `steps` steps after step `start`; 0 steps for none."""
+    """Records `steps` steps, none by default, once a run has taken `start` of them."""
 
     start: int = 10
     steps: int = 0
 
-
-def make_profile(*, start: int = 10, steps: int = 0) -> Profile:
-    """A `Profile` from config values, checked."""
-    for name, value in (("start", start), ("steps", steps)):
-        if value < 0:
-            raise UserError(f"profile.{name}={value}: expected at least 0")
-    return Profile(start, steps)
+    def __post_init__(self) -> None:
+        if self.start < 1:
+            raise UserError(f"profile.start={self.start}: expected at least 1")
+        if self.steps < 0:
+            raise UserError(f"profile.steps={self.steps}: expected at least 0")
 
 
 class Profiler:
-    """Starts and stops the trace as the loop passes the window. A context manager."""
+    """Starts and stops the trace as the loop passes the window. A context manager.
 
-    def __init__(self, workdir: Path, profile: Profile):
-        self._folder, self._profile, self._running = workdir / FOLDER, profile, False
+    Args:
+      workdir: the trace goes to its folder `profile`.
+      profile: the window; it counts from the start of this run, so a resumed run has one too.
+      active: False for a profiler that does nothing, on all processes but one.
+    """
+
+    def __init__(self, workdir: Path, profile: Profile, *, active: bool):
+        self._folder, self._profile = workdir / FOLDER, profile
+        self._active, self._running, self._taken = active and profile.steps > 0, False, 0
 
     def __enter__(self) -> "Profiler":
         return self
@@ -40,19 +46,20 @@ class Profiler:
     def __exit__(self, *exc: object) -> None:
         self._stop()
 
-    def step(self, step: int) -> None:
-        """Called when a step has been queued."""
-        if not self._profile.steps:
+    def step(self, state: Any) -> None:
+        """Called when a step has been queued, with the state that it gives."""
+        if not self._active:
             return
-        if step == self._profile.start + self._profile.steps:
-            self._stop()
-        elif step == self._profile.start:
+        self._taken += 1
+        if self._taken == self._profile.start:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
+        elif self._taken == self._profile.start + self._profile.steps:
+            jax.block_until_ready(state)
+            self._stop()
 
     def _stop(self) -> None:
         if self._running:
-            jax.effects_barrier()
             jax.profiler.stop_trace()
             self._running = False
             say(f"wrote profile {self._folder}: open it with TensorBoard or Perfetto")

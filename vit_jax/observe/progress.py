@@ -16,7 +16,7 @@ from vit_jax.observe.writer import MetricWriter
 
 
 class DivergedError(Exception):
-    """The loss is no longer a number."""
+    """The loss, the gradient or the parameters are no longer numbers."""
 
 
 class Monitor:
@@ -68,7 +68,7 @@ class Monitor:
         """Takes the metrics of a step that has been queued, and handles those of the one before.
 
         Raises:
-          DivergedError: the loss of the step before is not finite.
+          DivergedError: a metric of the step before is not finite.
         """
         self.flush()
         self._pending = (step, metrics, log)
@@ -80,8 +80,9 @@ class Monitor:
         step, metrics, log = self._pending
         self._pending = None
         metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        if not math.isfinite(metrics["loss"]):
-            raise DivergedError(f"the loss of step {step} is {metrics['loss']}")
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise DivergedError(f"the {name} of step {step} is {value}")
         self._bar.update(self._task, completed=step)
         if self._first:
             # Mostly compilation: left out of the speeds.

@@ -15,7 +15,7 @@ TENSORBOARD = "tensorboard"
 
 
 class MetricWriter:
-    """Writes each record to both files at once. A context manager.
+    """Writes each record to both files, to `metrics.jsonl` at once. A context manager.
 
     Args:
       workdir: where the files are.

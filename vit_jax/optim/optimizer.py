@@ -29,6 +29,9 @@ def adamw(
     mu_dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> optax.GradientTransformation:
     """Adam's direction; with `weight_decay` it is AdamW (arXiv:1711.05101)."""
+    for key, value in (("b1", b1), ("b2", b2)):
+        if not 0 <= value < 1:
+            raise UserError(f"optimizer.{key}={value}: expected 0 <= value < 1")
     return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
 
@@ -39,6 +42,8 @@ def sgd(
     momentum_dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> optax.GradientTransformation:
     """Heavy-ball momentum."""
+    if not 0 <= momentum < 1:
+        raise UserError(f"optimizer.momentum={momentum}: expected 0 <= value < 1")
     return optax.trace(decay=momentum, nesterov=nesterov, accumulator_dtype=momentum_dtype)
 
 

@@ -25,6 +25,8 @@ def make_schedule(
             f"optimizer.warmup_steps={warmup_steps}: expected 0 or more, and less than "
             f"total_steps={total_steps}"
         )
+    if schedule == "constant" and end_lr:
+        raise UserError(f"optimizer.end_lr={end_lr}: a constant schedule has none")
     steps = total_steps - warmup_steps
     decays = {
         "cosine": lambda: optax.cosine_decay_schedule(lr, steps, alpha=end_lr / lr if lr else 0.0),

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.utils.errors import UserError
@@ -50,9 +51,12 @@ def make_mesh(
             f"mesh: {shape} does not make {len(devices)} device(s): set mesh.data, mesh.fsdp and "
             "mesh.tensor so that they multiply to it"
         )
+    # Where the wiring of the chips does not fit the axes, an axis is laid over several of them.
+    grid = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
     # Explicit axes, the default of jax.make_mesh, do not work with Flax Linen.
-    auto = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, auto, devices=devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, *, key: str) -> None:
@@ -70,28 +74,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def process_shard(mesh: Mesh) -> tuple[int, int]:
-    """Which part of each batch this process loads, as (index, number of parts).
+def process_shards(mesh: Mesh) -> tuple[tuple[int, ...], int]:
+    """Which of the equal parts of each batch this process loads, and how many there are.
 
-    Processes that share rows of the batch, because the tensor axis spans them, load the same part.
-
-    Raises:
-      UserError: the rows of this process are not one block of equal parts.
+    A part is what one row of the mesh, with all of its tensor axis, works on. The rows of a process
+    need not be neighbours: a mesh follows the wires between the chips. Processes that the tensor
+    axis connects load the same part.
     """
-    devices = mesh.devices.reshape(-1, mesh.shape["tensor"])
-    rows = [i for i, row in enumerate(devices) if any(d.process_index == _process() for d in row)]
-    parts = len(devices) // len(rows)
-    index = rows[0] // len(rows)
-    if rows != list(range(index * len(rows), (index + 1) * len(rows))):
-        raise UserError(
-            f"mesh: process {_process()} holds rows {rows} of the batch, which is not one block of "
-            "equal parts: choose mesh.data, mesh.fsdp and mesh.tensor so that it is"
-        )
-    return index, parts
-
-
-def _process() -> int:
-    return jax.process_index()
+    rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    me = jax.process_index()
+    mine = (i for i, row in enumerate(rows) if any(d.process_index == me for d in row))
+    return tuple(mine), len(rows)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from vit_jax.utils.errors import UserError, suggest
 
 def lookup(table: Mapping[str, Any], name: Any, *, key: str) -> Any:
     """Returns `table[name]`; an unknown name is a `UserError` with the nearest one."""
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise UserError(f"{key}={name!r} is unknown{suggest(str(name), table)}")
     return table[name]
 
