@@ -37,7 +37,7 @@ test-all: .venv/project.stamp  ## run all tests that need no GPU
 	.venv/bin/python -m pytest -m "not gpu" $(ARGS)
 
 test-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),.venv/project.stamp)  ## run the tests that need a GPU, with GPU_PYTHON=python
-	$(GPU_PYTHON) -m pytest -m gpu $(ARGS)
+	JAX_PLATFORMS=cuda,cpu $(GPU_PYTHON) -m pytest -m gpu $(ARGS)
 
 lint: .venv/project.stamp .venv/lint.stamp  ## check style and types: ruff and pyright
 	PATH="$$PWD/.venv/bin:$$PATH" PYRIGHT_PYTHON_IGNORE_WARNINGS=1 \

@@ -17,8 +17,6 @@ from vit_jax.experiment import Experiment
 from vit_jax.main import load_config
 from vit_jax.observe.writer import read_metrics
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parent.parent
 
 # Over fsdp each process holds a half of the large kernels, and writes it to the checkpoint.
@@ -60,10 +58,10 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run(folder, data_dir, *, processes, devices, arguments=(), timeout=180):
+def run(folder, data_dir, *, processes, devices, arguments=(), text=CONFIG_FILE, timeout=180):
     """Runs a job to its end; the exit codes, and what each process wrote to stdout and stderr."""
     config = folder / "config.py"
-    config.write_text(CONFIG_FILE)
+    config.write_text(text)
     (folder / "sitecustomize.py").write_text(SITE_FILE)
     command = [sys.executable, "-m", "vit_jax.main", f"--config={config}:{data_dir}"]
     command += [f"--workdir={folder / 'workdir'}", *arguments]
@@ -172,7 +170,7 @@ def test_only_the_first_process_prints_and_writes_metrics(two):
 def test_one_process_goes_on_from_the_checkpoint_of_two(two, data_dir, tmp_path):
     workdir = tmp_path / "workdir"
     shutil.copytree(two[0] / "workdir", workdir)
-    assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["6"]
+    assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"3", "6"}
     stored, losses = load_params(workdir), metric(tmp_path, "train/loss")
     arguments = ["--config.total_steps=8", "--config.mesh.fsdp=1"]
     ((code, output, errors),) = run(tmp_path, data_dir, processes=1, devices=1, arguments=arguments)
@@ -189,3 +187,14 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(two, data_dir, tmp_path)
     batch = objective.augment(next(experiment.train_batches(6)), key)
     loss, _ = objective.loss(stored, batch, key)
     np.testing.assert_allclose(after[7], loss, rtol=1e-5)
+
+
+def test_what_one_process_refuses_all_refuse(data_dir, tmp_path):
+    text = "import sys\n" + CONFIG_FILE.replace(
+        "total_steps=6,", 'data__split="trian" if "--process_id=1" in sys.argv else "train",'
+    )
+    done = run(tmp_path, data_dir, processes=2, devices=2, text=text, timeout=60)
+    assert [code for code, _, _ in done] == [2, 2], done
+    first, second = (errors for _, _, errors in done)
+    assert "vit_jax: error: process 1 refused its input" in first
+    assert "vit_jax: error: data.split='trian'" in second

@@ -26,6 +26,9 @@ from vit_jax.utils.errors import UserError, suggest
 
 _DEFAULT_DIR = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
 
+# A dataset up to this size is kept in memory, encoded.
+_KEPT_BYTES = 2**24
+
 logger = logging.getLogger(__name__)
 
 
@@ -71,17 +74,29 @@ def dataset_info(name: str, *, data_dir: str | None) -> DatasetInfo:
 
 
 class Source:
-    """Records of one split by position: `{"image": encoded bytes, "label": int}`."""
+    """Records of one split by position: `{"image": encoded bytes, "label": int}`.
 
-    def __init__(self, records: Any):
+    Args:
+      records: of TFDS.
+      keep: whether records stay in memory once they were read. Parsing one takes longer than
+        decoding a small image.
+    """
+
+    def __init__(self, records: Any, *, keep: bool):
         self._records = records
+        self._kept: dict[int, dict[str, Any]] | None = {} if keep else None
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if self._kept is not None and index in self._kept:
+            return self._kept[index]
         record = self._records[index]
-        return {"image": record["image"], "label": np.int32(record["label"])}
+        record = {"image": record["image"], "label": np.int32(record["label"])}
+        if self._kept is not None:
+            self._kept[index] = record
+        return record
 
 
 def open_source(name: str, split: str, *, data_dir: str | None, key: str) -> Source:
@@ -118,7 +133,8 @@ def open_source(name: str, split: str, *, data_dir: str | None, key: str) -> Sou
     if not length:
         raise UserError(f"{key}={split!r} of {name} holds no examples")
     decoders = {"image": tfds.decode.SkipDecoding()}
-    return Source(builder.as_data_source(split, decoders=decoders))
+    records = builder.as_data_source(split, decoders=decoders)
+    return Source(records, keep=builder.info.dataset_size <= _KEPT_BYTES)
 
 
 def _prepare(builder: Any) -> None:

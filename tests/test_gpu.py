@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same step on a GPU and on a CPU. `make test-gpu` runs it where JAX has both."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.tiny import tiny_config
+from vit_jax.experiment import Experiment
+
+
+def losses(data_dir, devices, **changes):
+    experiment = Experiment.from_config(tiny_config(data_dir, **changes), devices=devices)
+    state, found = experiment.init_state(), []
+    batches = experiment.train_batches(0)
+    for _ in range(8):
+        state, metrics = experiment.train_step(state, next(batches))
+        found.append(float(metrics["loss"]))
+    return np.array(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_losses_on_a_gpu_are_those_on_a_cpu(dtype, tolerance, data_dir):
+    with jax.default_matmul_precision("highest"):
+        want = losses(data_dir, jax.devices("cpu")[:1])
+        got = losses(data_dir, jax.devices("gpu")[:1], model__dtype=dtype)
+    np.testing.assert_allclose(got, want, rtol=tolerance)
