@@ -6,6 +6,7 @@ arguments in a preprocessing string. `Random` ones also take a generator that de
 but the seed and the example's position. Images stay uint8: the device makes floats of them.
 """
 
+import abc
 import dataclasses
 import math
 from typing import Any
@@ -18,18 +19,18 @@ from vit_jax.utils.errors import UserError
 Features = dict[str, Any]
 
 
-class Transform:
+class Transform(abc.ABC):
     """Features to features, the same each time."""
 
-    def __call__(self, features: Features) -> Features:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __call__(self, features: Features) -> Features: ...
 
 
-class Random:
+class Random(abc.ABC):
     """Features to features, with random choices."""
 
-    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __call__(self, features: Features, rng: np.random.Generator) -> Features: ...
 
 
 def decode_image(encoded: bytes) -> np.ndarray:

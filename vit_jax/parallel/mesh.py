@@ -62,7 +62,9 @@ def make_mesh(
 def check_batch_size(batch_size: int, mesh: Mesh, *, key: str) -> None:
     """Raises `UserError` unless the batch splits evenly over the mesh."""
     shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
-    if batch_size < 1 or batch_size % shards:
+    if batch_size < 1:
+        raise UserError(f"{key}={batch_size}: expected at least 1")
+    if batch_size % shards:
         raise UserError(
             f"{key}={batch_size} is not divisible by {shards}, the devices that the batch is split "
             f"over (mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']})"

@@ -80,6 +80,8 @@ def _is_union(annotation: Any) -> bool:
 
 
 def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(annotation)))
     return str(annotation) if typing.get_origin(annotation) else annotation.__name__
 
 
