@@ -33,7 +33,10 @@ setup(
     ],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vit_jax", "vit_jax.*"]),
-    package_data={"vit_jax.data.datasets.digits": ["*"]},
+    package_data={
+        "vit_jax.checkpoint.pretrained": ["catalogue.csv"],
+        "vit_jax.data.datasets.digits": ["*"],
+    },
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8.1",

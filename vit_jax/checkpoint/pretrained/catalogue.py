@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The published checkpoints by name: `catalogue.csv`, one row for each file.
+
+A name is `COLLECTION:MODEL[@PIXELS]`; collections are the folders in which the files are published
+(`imagenet21k`, `augreg`, `sam`, ...), and `@PIXELS` tells files fine-tuned at several resolutions
+apart. `augreg:B/16` is the recommended one of its size; of the other 50,000 AugReg files each has
+the name `augreg:FILENAME`, and `augreg:B_16` is the best B/16 by their own `index.csv`.
+"""
+
+import csv
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from vit_jax.utils.errors import UserError, suggest
+
+CATALOGUE = Path(__file__).with_name("catalogue.csv")
+AUGREG_FOLDER = "gs://vit_models/augreg/"
+AUGREG_INDEX = AUGREG_FOLDER + "index.csv"
+
+# A collection has neither dot nor slash: `weights.npz:params` and `gs://...` are no names.
+_NAME = re.compile(r"([\w+-]+):(?!//)(.+)")
+_GOOGLE_STORAGE = "https://storage.googleapis.com/"
+_NUM_CLASSES = {
+    "imagenet2012": 1000,
+    "imagenet21k": 21843,
+    "cifar100": 100,
+    "oxford_iiit_pet": 37,
+    "resisc45": 45,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+    """One published checkpoint; what is not known is None or empty.
+
+    Attributes:
+      name: by which it is found.
+      model: `model.name` of the config.
+      variant: `model.variant` of the config.
+      image_size: height and width that its position embeddings are for.
+      pretraining: datasets it was trained on, in order.
+      num_classes: width of the head in the file.
+      head: "valid", "zero" (all zeros) or "none".
+      mean: of pixels in [0, 1], as in training; with `std`, 0.5 and 0.5 give [-1, 1].
+      std: see `mean`.
+      eval: value of `data.preprocess` for evaluation.
+      top1: published ImageNet accuracy in percent.
+      top1_image_size: height and width at which `top1` was measured.
+      images_per_sec: published speed of inference; for comparison within a collection only.
+      size: of the file in bytes.
+      sha256: of the file.
+      recommended: by its publishers, among files of one size.
+      licence: SPDX name.
+      url_gs: `gs://BUCKET/PATH`.
+      url_https: the same file for everybody.
+      source: where the file and the numbers are published.
+      note: what else one has to know.
+    """
+
+    name: str
+    model: str
+    variant: str
+    image_size: int
+    pretraining: str
+    num_classes: int | None
+    head: str
+    mean: float
+    std: float
+    eval: str
+    top1: float | None = None
+    top1_image_size: int | None = None
+    images_per_sec: float | None = None
+    size: int | None = None
+    sha256: str = ""
+    recommended: bool = False
+    licence: str = ""
+    url_gs: str = ""
+    url_https: str = ""
+    source: str = ""
+    note: str = ""
+
+
+def load_catalogue(path: Path = CATALOGUE) -> dict[str, Published]:
+    """The rows of a catalogue file by name, in their order.
+
+    Raises:
+      UserError: it has other columns than `Published`, an unreadable value, or a name twice.
+    """
+    fields = {field.name: field.type for field in dataclasses.fields(Published)}
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if list(reader.fieldnames or ()) != list(fields):
+            raise UserError(f"{path} has the columns {reader.fieldnames}; expected {list(fields)}")
+        catalogue: dict[str, Published] = {}
+        for row in reader:
+            try:
+                published = Published(**{k: _parse(row[k], t) for k, t in fields.items()})
+            except (TypeError, ValueError) as e:
+                raise UserError(f"{path}, line {reader.line_num}: {e}") from None
+            if published.name in catalogue:
+                raise UserError(f"{path}, line {reader.line_num}: a second {published.name!r}")
+            catalogue[published.name] = published
+    return catalogue
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` has the form of a name, and not that of a path or URL."""
+    return _NAME.fullmatch(text) is not None
+
+
+def needs_index(name: str) -> bool:
+    """Whether only AugReg's index tells which file `name` is, as it does for `augreg:B_16`."""
+    collection, _, model = name.partition(":")
+    return collection == "augreg" and "/" not in model and "-" not in model
+
+
+def find(name: str, *, catalogue: Mapping[str, Published] | None = None) -> Published:
+    """The checkpoint of that name; for a name with `needs_index` see `select_augreg`.
+
+    Args:
+      name: one of the catalogue's, or `augreg:FILENAME` with or without `.npz`.
+      catalogue: the one to look in; that of the package by default.
+
+    Raises:
+      UserError: there is none; the message names the nearest.
+    """
+    catalogue = load_catalogue() if catalogue is None else catalogue
+    if name in catalogue:
+        return catalogue[name]
+    collection, _, model = name.partition(":")
+    if collection == "augreg" and "-" in model and "/" not in model:
+        return _find_augreg(model, catalogue)
+    models: dict[str, list[str]] = {}
+    for known in catalogue:
+        models.setdefault(known.partition(":")[0], []).append(known)
+    if collection not in models:
+        raise UserError(f"{name!r}: unknown collection {collection!r}{suggest(collection, models)}")
+    raise UserError(f"{name!r} is not published{suggest(name, models[collection])}")
+
+
+def select_augreg(
+    index: Path | str, model: str, *, catalogue: Mapping[str, Published] | None = None
+) -> Published:
+    """Picks the AugReg checkpoint to start from, by the rule of its publishers.
+
+    Of the files pre-trained on ImageNet-21k for 300 epochs whose name starts with `model`, the one
+    with the highest final accuracy on held-out ImageNet-21k.
+
+    Args:
+      index: the published `index.csv`, its path or its text.
+      model: as file names start: `B_16`, `R_Ti_16`; a whole file name is taken as it is.
+      catalogue: as in `find`.
+
+    Raises:
+      UserError: no file starts so, or the index is something else.
+    """
+    catalogue = load_catalogue() if catalogue is None else catalogue
+    if "-" in model:
+        return _find_augreg(model, catalogue)
+    text = index.read_text(encoding="utf-8") if isinstance(index, Path) else index
+    place = str(index) if isinstance(index, Path) else "the AugReg index"
+    accuracies: dict[str, float] = {}
+    try:
+        # A file has a row for each of its fine-tuned ones.
+        for row in csv.DictReader(text.splitlines()):
+            if row["ds"] == "i21k":
+                accuracies[row["filename"]] = float(row["final_val"] or math.nan)
+        models = {filename.split("-")[0] for filename in accuracies}
+    except (AttributeError, KeyError, TypeError, ValueError, csv.Error):
+        raise UserError(
+            f"{place} is no AugReg index: expected CSV with ds, filename and final_val; delete it "
+            "to have it fetched again"
+        ) from None
+    found = {f: a for f, a in accuracies.items() if f.split("-")[0] == model and not math.isnan(a)}
+    if not found:
+        raise UserError(f"'augreg:{model}' is not in {place}{suggest(model, models)}")
+    return _find_augreg(max(found, key=found.__getitem__), catalogue)
+
+
+def describe_augreg(filename: str) -> Published:
+    """What the name of a file in the AugReg bucket says of it.
+
+    Args:
+      filename: such as `Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0`, which may go on
+        with `--imagenet2012-steps_20k-lr_0.03-res_384`; with `.npz` or without.
+
+    Raises:
+      UserError: the name has another form.
+    """
+    stem = filename.removesuffix(".npz")
+    before, dashes, after = stem.partition("--")
+    pretrained = re.fullmatch(r"([A-Z]\w*_\d+)-(i1k|i21k)(?:_\d+)?-[\w.-]+", before)
+    finetuned = re.fullmatch(r"(\w+)-[\w.-]+-res_(\d+)", after)
+    if pretrained is None or (dashes and finetuned is None):
+        raise UserError(
+            f"'augreg:{filename}' is no AugReg file; expected a name such as B_16-i21k-300ep-..., "
+            "or augreg:B/16 for the recommended one"
+        )
+    *backbone, size, patch = pretrained[1].split("_")
+    datasets = [{"i1k": "imagenet2012", "i21k": "imagenet21k"}[pretrained[2]]]
+    image_size, preprocess = 224, "decode|resize_small(256)|central_crop(224)"
+    if finetuned:
+        datasets.append(finetuned[1])
+        image_size = int(finetuned[2])
+        preprocess = f"decode|resize({image_size})"
+    url = f"{AUGREG_FOLDER}{stem}.npz"
+    return Published(
+        name=f"augreg:{stem}",
+        model="vit",
+        variant=f"{'+'.join([*backbone, size])}/{patch}",
+        image_size=image_size,
+        pretraining="+".join(datasets),
+        num_classes=_NUM_CLASSES.get(datasets[-1]),
+        head="valid",
+        mean=0.5,
+        std=0.5,
+        eval=preprocess,
+        licence="Apache-2.0",
+        url_gs=url,
+        url_https=to_https(url),
+        source=AUGREG_INDEX,
+    )
+
+
+def to_https(url: str) -> str:
+    """The `https` address of an object in Google storage; other addresses stay as they are."""
+    if not url.startswith("gs://"):
+        return url
+    return _GOOGLE_STORAGE + quote(url.removeprefix("gs://"))
+
+
+def make_table(catalogue: Iterable[Published]) -> str:
+    """The catalogue as a Markdown table, for the documentation."""
+    lines = [
+        "| name | `model` | pixels | trained on | classes | ImageNet top-1 | images/s | MiB |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for p in catalogue:
+        classes = {"zero": "zeros", "none": "none"}.get(p.head, f"{p.num_classes:,}")
+        top1 = "" if p.top1 is None else str(p.top1)
+        speed = "" if p.images_per_sec is None else f"{p.images_per_sec:,.0f}"
+        size = "" if p.size is None else f"{p.size / 2**20:,.0f}"
+        name = f"**`{p.name}`**" if p.recommended else f"`{p.name}`"
+        model = f"{p.model} {p.variant}"
+        cells = (name, model, p.image_size, p.pretraining, classes, top1, speed, size)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _find_augreg(filename: str, catalogue: Mapping[str, Published]) -> Published:
+    """The row of this file if it has one, which knows more than its name does."""
+    described = describe_augreg(filename)
+    rows = (row for row in catalogue.values() if row.url_gs == described.url_gs)
+    return next(rows, described)
+
+
+def _parse(text: str | None, annotation: Any) -> Any:
+    if text is None:
+        raise ValueError("a cell is missing")
+    if annotation is str:
+        return text
+    if annotation is bool:
+        if text not in ("yes", ""):
+            raise ValueError(f"{text!r}: expected yes or nothing")
+        return text == "yes"
+    if not text and annotation in (int | None, float | None):
+        return None
+    return float(text) if annotation in (float, float | None) else int(text)

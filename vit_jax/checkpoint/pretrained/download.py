@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fetches published files into a cache, once.
+
+A file gets its name only when it is whole: until then it is `NAME.part`, which a later call goes on
+with. What has been fetched, or put in its place by hand, works without a network.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import http.client
+import os
+import re
+import urllib.error
+import urllib.request
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
+
+import rich.progress
+
+from vit_jax.checkpoint.pretrained.catalogue import (
+    AUGREG_INDEX,
+    Published,
+    find,
+    is_name,
+    load_catalogue,
+    needs_index,
+    select_augreg,
+    to_https,
+)
+from vit_jax.observe.console import console, say
+from vit_jax.utils.errors import UserError
+
+_CHUNK = 2**20
+_TIMEOUT = 60  # seconds without a byte
+
+
+def resolve(name: str, *, cache_dir: Path | None = None) -> tuple[Path, Published] | None:
+    """The file and the description of a published checkpoint, fetched if need be.
+
+    Args:
+      name: such as `augreg:B/16`; see `catalogue`.
+      cache_dir: see `fetch`.
+
+    Returns:
+      None if `name` is something that exists here, or has the form of a path or URL.
+
+    Raises:
+      UserError: no checkpoint has that name, or its file cannot be had.
+    """
+    if not is_name(name) or Path(name).exists():
+        return None
+    catalogue = load_catalogue()
+    if needs_index(name):
+        index = fetch(AUGREG_INDEX, cache_dir=cache_dir)
+        published = select_augreg(index, name.partition(":")[2], catalogue=catalogue)
+    else:
+        published = find(name, catalogue=catalogue)
+    return fetch(published, cache_dir=cache_dir), published
+
+
+def fetch(source: Published | str, *, cache_dir: Path | None = None) -> Path:
+    """The cached file of a checkpoint or URL, downloaded if it is not there.
+
+    Args:
+      source: a row of the catalogue, or an `https://` or `gs://` URL.
+      cache_dir: where files are kept; by default `$VIT_JAX_CACHE`, or else `~/.cache/vit_jax`.
+
+    Raises:
+      UserError: the file cannot be had, or is not the one that was published.
+    """
+    wanted = _want(source, cache_dir)
+    path = wanted.path
+    if path.is_file():
+        _check(path, wanted, remedy=f"delete {path} to have it fetched again")
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _own_part(path) as part:
+            if part is None:
+                return path
+            say(f"fetching {wanted.url}\n      to {path}")
+            _download(part, wanted)
+            try:
+                _check(Path(part.name), wanted, remedy="it was deleted; try again")
+            except UserError:
+                os.unlink(part.name)
+                raise
+            os.replace(part.name, path)
+    except OSError as e:  # Of the disk: those of the network become a UserError in _download.
+        reason = e.strerror or str(e)
+        raise UserError(f"can't write {path}: {reason}; set VIT_JAX_CACHE to another folder") from e
+    say(f"wrote {path} ({_mib(path.stat().st_size)})")
+    return path
+
+
+def cache_path(source: Published | str, *, cache_dir: Path | None = None) -> Path:
+    """Where `fetch` keeps a file: `CACHE/BUCKET/PATH`, or `CACHE/HOST/PATH` for other hosts."""
+    url = source.url_https if isinstance(source, Published) else to_https(source)
+    parts = urlsplit(url)
+    names = [name for name in unquote(parts.path).split("/") if name]
+    if parts.scheme not in ("http", "https") or not names or {".", ".."} & {*names, parts.netloc}:
+        raise UserError(f"{url!r}: expected the https:// or gs:// address of a file")
+    if parts.netloc != "storage.googleapis.com":
+        names.insert(0, parts.netloc.replace(":", "_"))
+    default = os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax"
+    return (cache_dir or Path(default).expanduser()).joinpath(*names)
+
+
+def compute_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """A file to fetch: what is known of it, and where it goes."""
+
+    url: str
+    size: int | None
+    sha256: str
+    path: Path
+
+    @property
+    def by_hand(self) -> str:
+        return f"fetch it on another machine and put it at {self.path}"
+
+
+def _want(source: Published | str, cache_dir: Path | None) -> _Wanted:
+    path = cache_path(source, cache_dir=cache_dir)
+    if isinstance(source, Published):
+        return _Wanted(source.url_https, source.size, source.sha256, path)
+    return _Wanted(to_https(source), None, "", path)
+
+
+class _CutError(Exception):
+    """The connection failed or ended too early; the message says how."""
+
+
+def _download(part: BinaryIO, wanted: _Wanted) -> None:
+    """Brings the part to its full length, going on after cuts as long as they bring something.
+
+    Raises:
+      UserError: it can't; what has come stays in the part.
+    """
+    complete = False
+    while not complete:
+        offset = part.seek(0, os.SEEK_END)
+        try:
+            complete = _receive(part, offset, wanted)
+        except _CutError as e:
+            size = part.seek(0, os.SEEK_END)
+            if size > offset:
+                continue
+            kept = f"; {_mib(size)} are kept, try again to go on; or" if size else ";"
+            raise UserError(f"can't fetch {wanted.url}: {e}{kept} {wanted.by_hand}") from e
+
+
+def _receive(part: BinaryIO, offset: int, wanted: _Wanted) -> bool:
+    """Appends what the server sends from `offset` on; False if it is to be asked anew from 0."""
+    request = urllib.request.Request(wanted.url, headers={"User-Agent": "vit_jax"})
+    if offset:
+        request.add_header("Range", f"bytes={offset}-")
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+    except urllib.error.HTTPError as e:
+        with e:
+            if e.code == 416 and offset:  # The part is complete, or longer than the file.
+                is_complete = e.headers.get("Content-Range") == f"bytes */{offset}"
+                part.truncate(offset if is_complete else 0)
+                return is_complete
+            reason = f"HTTP {e.code} {e.reason}"
+            raise UserError(f"can't fetch {wanted.url}: {reason}; {wanted.by_hand}") from None
+    except (OSError, http.client.HTTPException) as e:
+        raise _CutError(str(getattr(e, "reason", e)) or type(e).__name__) from e
+    with response:
+        if response.headers.get_content_type() == "text/html":
+            raise UserError(
+                f"can't fetch {wanted.url}: got a web page instead, as networks send that want a "
+                f"login; {wanted.by_hand}"
+            )
+        start, total = _range(response)
+        if wanted.size is not None and total not in (None, wanted.size):
+            raise UserError(
+                f"{wanted.url} has {total} bytes, but {wanted.size} in the catalogue: it is not "
+                "the published file"
+            )
+        if start != offset:
+            part.truncate(0)  # The server ignores ranges.
+            if start:
+                return False
+        with _progress(wanted.path.name, done=start, total=total) as advance:
+            while chunk := _read(response):
+                part.write(chunk)
+                advance(len(chunk))
+        part.flush()
+    size = part.tell()
+    if total is not None and size < total:
+        raise _CutError(f"cut after {size} of {total} bytes")
+    return True
+
+
+def _range(response: http.client.HTTPResponse) -> tuple[int, int | None]:
+    """Where the body starts in the file, and how long the file is if the server says so."""
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+    if response.status == 206 and match:
+        return int(match[1]), None if match[2] == "*" else int(match[2])
+    length = response.headers.get("Content-Length")
+    return 0, int(length) if length else None
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read(_CHUNK)
+    except (OSError, http.client.HTTPException) as e:
+        raise _CutError(str(e) or type(e).__name__) from e
+
+
+def _check(path: Path, wanted: _Wanted, *, remedy: str) -> None:
+    """Raises `UserError` unless the file is what was published, as far as can be known."""
+    size = path.stat().st_size
+    if wanted.size not in (None, size):
+        raise UserError(f"{path} has {size} bytes, but {wanted.size} in the catalogue: {remedy}")
+    with path.open("rb") as file:
+        is_page = file.read(100).lstrip()[:1] == b"<"
+    if is_page or (wanted.path.suffix == ".npz" and not zipfile.is_zipfile(path)):
+        kind = "a web page" if is_page else f"{size} bytes that are no whole .npz file"
+        raise UserError(f"{path}, from {wanted.url}, is {kind}: {remedy}")
+    if wanted.sha256 and (sha256 := compute_sha256(path)) != wanted.sha256:
+        raise UserError(
+            f"{path} has the SHA-256 {sha256}, but {wanted.sha256} in the catalogue: {remedy}"
+        )
+
+
+@contextlib.contextmanager
+def _own_part(path: Path) -> Iterator[BinaryIO | None]:
+    """Opens `NAME.part` for this process alone; None if another one has completed the file."""
+    part = path.with_name(path.name + ".part")
+    while True:
+        with part.open("a+b") as file:
+            is_locked = _lock(file, path)
+            if path.is_file():
+                part.unlink(missing_ok=True)
+                yield None
+                return
+            if not is_locked:
+                break
+            if not _is_at(file, part):
+                continue  # Who had the lock before has removed this file.
+            try:
+                yield file
+            finally:
+                if _is_at(file, part) and not os.fstat(file.fileno()).st_size:
+                    part.unlink()
+            return
+    # A file system without locks: each process has a file of its own, and no other goes on with it.
+    part.unlink(missing_ok=True)
+    own = part.with_name(f"{part.name}.{uuid.uuid4().hex}")
+    try:
+        with own.open("a+b") as file:
+            yield file
+    finally:
+        own.unlink(missing_ok=True)
+
+
+def _lock(file: BinaryIO, path: Path) -> bool:
+    """Waits until this process alone has the file; False where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say(f"waiting for the process that fetches {path}")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _progress(name: str, *, done: int, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, elsewhere a line for each tenth; call the result with new bytes."""
+    bar = rich.progress.Progress(
+        rich.progress.BarColumn(),
+        rich.progress.DownloadColumn(binary_units=True),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task(name, total=total, completed=done)
+    step = (total or 10 * 2**26) / 10  # 64 MiB if nobody knows the length
+
+    def advance(count: int) -> None:
+        nonlocal done
+        before, done = done, done + count
+        bar.update(task, completed=done)
+        if not console.is_terminal and before // step < done // step and done != total:
+            say(f"  {_mib(done)}" + (f" of {_mib(total)}" if total else ""))
+
+    with bar:
+        yield advance
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
