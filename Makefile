@@ -7,6 +7,8 @@ PYTHON ?= python3.13 python3.12 python3.11 python3
 ARGS ?=
 # The interpreter of `make test-gpu`: one whose JAX has a GPU, which the pinned JAX of .venv has not.
 GPU_PYTHON ?= .venv/bin/python
+# Images for `make verify-published`: a folder with a folder for each class.
+IMAGES ?=
 
 # Bytecode is compiled on first use, not on installation: few of the installed modules are imported.
 PIP_INSTALL := .venv/bin/python -m pip install -qq --no-input --disable-pip-version-check --no-compile
@@ -19,11 +21,11 @@ FOUND_PYTHON = $(or $(shell for p in $(PYTHON); do \
   if "$$p" -c '$(IS_SUPPORTED)' >/dev/null 2>&1; then echo "$$p"; break; fi; done),$(error \
   no Python 3.11, 3.12 or 3.13 with venv found (tried: $(PYTHON)); name one: make PYTHON=/path/to/python3))
 
-.PHONY: help train test test-all test-gpu lint lock clean
+.PHONY: help train test test-all test-gpu verify-published lint lock clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 train: .venv/project.stamp  ## train a small ViT on the digits in the package, on any CPU
 	.venv/bin/python -m vit_jax.main --config=configs/digits.py --workdir=runs/digits $(ARGS)
@@ -38,6 +40,9 @@ test-all: .venv/project.stamp  ## run all tests that need no GPU
 
 test-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),.venv/project.stamp)  ## run the tests that need a GPU, with GPU_PYTHON=python
 	JAX_PLATFORMS=cuda,cpu $(GPU_PYTHON) -m pytest -m gpu $(ARGS)
+
+verify-published: .venv/project.stamp  ## fetch small published checkpoints and evaluate them on IMAGES=folder
+	.venv/bin/python -m tools.verify_published $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
 
 lint: .venv/project.stamp .venv/lint.stamp  ## check style and types: ruff and pyright
 	PATH="$$PWD/.venv/bin:$$PATH" PYRIGHT_PYTHON_IGNORE_WARNINGS=1 \
