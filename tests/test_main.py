@@ -66,7 +66,7 @@ BAD_INPUT = {
     ),
     "tokens and labels": (
         ["--config.model.classifier=unpooled"],
-        ["model.classifier='unpooled'", "'token' or 'gap'"],
+        ["model.classifier='unpooled'", "'token', 'gap' or 'map'"],
     ),
     "average": (["--config.ema_decay=1.5"], ["ema_decay=1.5", "value < 1"]),
     "micro-batches": (

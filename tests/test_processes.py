@@ -171,7 +171,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(two, data_dir, tmp_path)
     workdir = tmp_path / "workdir"
     shutil.copytree(two[0] / "workdir", workdir)
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"3", "6"}
-    stored, losses = load_params(workdir), metric(tmp_path, "train/loss")
+    stored, losses = load_params(workdir)[0], metric(tmp_path, "train/loss")
     arguments = ["--config.total_steps=8", "--config.mesh.fsdp=1"]
     ((code, output, errors),) = run(tmp_path, data_dir, processes=1, devices=1, arguments=arguments)
     assert code == 0, errors

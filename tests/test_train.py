@@ -97,7 +97,7 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one(finished, data_dir, tmp_path
         with pytest.raises(KeyboardInterrupt):
             train(tiny_config(data_dir), str(tmp_path / "w"), command="train")
     train(tiny_config(data_dir), str(tmp_path / "w"), command="train")
-    assert_same(load_params(tmp_path / "w"), load_params(finished))
+    assert_same(load_params(tmp_path / "w")[0], load_params(finished)[0])
     records = read_metrics(tmp_path / "w")
     assert [r["step"] for r in records if "train/loss" in r] == [2, 4, 6, 8]
 
@@ -146,7 +146,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(data_dir, tmp_pat
         assert run.returncode == -signal.SIGKILL, output
     assert kills
     assert "finished at step 40 of 40" in output
-    assert_same(load_params(tmp_path / "killed"), load_params(tmp_path / "straight"))
+    assert_same(load_params(tmp_path / "killed")[0], load_params(tmp_path / "straight")[0])
     steps = [r["step"] for r in read_metrics(tmp_path / "killed") if "train/loss" in r]
     assert steps == list(range(2, 41, 2))
 
@@ -157,9 +157,9 @@ def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(data_dir, tmp_pat
 def test_a_checkpoint_restores_on_another_mesh(mesh, devices, finished, data_dir):
     config = tiny_config(data_dir, mesh=mesh)
     experiment = Experiment.from_config(config, devices=jax.devices()[:devices])
-    with CheckpointManager(finished, experiment.checkpoint) as checkpoints:
+    with CheckpointManager(finished, experiment.checkpoint, {}) as checkpoints:
         state = checkpoints.restore(experiment.abstract_state)
-    assert_same(state.params, load_params(finished))
+    assert_same(state.params, load_params(finished)[0])
     assert int(state.step) == 8
     for leaf, wanted in zip(
         jax.tree.leaves(state), jax.tree.leaves(experiment.abstract_state), strict=True
@@ -216,7 +216,7 @@ def test_fine_tuning_takes_the_body_and_starts_a_new_head(finished, data_dir, sa
         data_dir, init_from=str(finished), data__preprocess="decode|resize(16)", evals={}
     )
     state = Experiment.from_config(config).init_state()
-    source = load_params(finished)
+    source = load_params(finished)[0]
     assert_same(
         state.params["Transformer"]["encoderblock_1"], source["Transformer"]["encoderblock_1"]
     )
@@ -253,5 +253,5 @@ def test_best_checkpoint_may_be_judged_by_another_metric_later(data_dir, tmp_pat
     for steps, metric in ((4, "val/top1"), (6, "val/loss")):
         config = tiny_config(data_dir, total_steps=steps, checkpoint__keep_best=metric, **options)
         train(config, str(tmp_path / "w"), command="train")
-    assert load_params(tmp_path / "w")
+    assert load_params(tmp_path / "w")[0]
     assert (tmp_path / "w" / "checkpoints" / "6").is_dir()

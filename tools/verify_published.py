@@ -23,15 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.checkpoint.pretrained.adapt import adapt_params
+from vit_jax.checkpoint.pretrained.adapt import adapt_params, check_arguments
 from vit_jax.checkpoint.pretrained.catalogue import CATALOGUE, Published, find, load_catalogue
 from vit_jax.checkpoint.pretrained.download import compute_sha256, fetch
-from vit_jax.checkpoint.pretrained.npz import load_npz
+from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.data.preprocess import apply, parse_preprocess
 from vit_jax.models.variants import MODELS
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import lookup
-from vit_jax.utils.tree import flatten
 
 SMALL = (
     "augreg+imagenet2012:Ti/16@384",
@@ -57,13 +56,15 @@ def load_model(published: Published, path: Path) -> tuple[nn.Module, dict[str, A
     image = jax.ShapeDtypeStruct((1, published.image_size, published.image_size, 3), jnp.float32)
     init = functools.partial(model.init, train=False)
     target = jax.eval_shape(init, jax.random.key(0), image)["params"]
-    prefix = int("cls" in target)
-    posemb = flatten(target).get("Transformer/posembed_input/pos_embedding")
-    side = math.isqrt(posemb.shape[1] - prefix) if posemb is not None else 0
+    weights = read_npz(path)
+    check_arguments(weights, model)
     params, notes = adapt_params(
-        load_npz(path), target, target_grid=(side, side), num_prefix_tokens=prefix
+        weights,
+        target,
+        target_grid=model.grid((published.image_size, published.image_size)),
+        num_class_tokens=model.num_class_tokens,
     )
-    if notes:
+    if any("kept" not in note for note in notes):
         raise UserError(f"{path} does not fit {published.name}: {'; '.join(notes)}")
     return model, params
 

@@ -3,20 +3,23 @@
 
 import dataclasses
 import functools
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from vit_jax import state as state_lib
 from vit_jax.checkpoint.manager import CheckpointOptions
-from vit_jax.checkpoint.pretrained.adapt import adapt_params
+from vit_jax.checkpoint.pretrained.adapt import adapt_params, check_arguments
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.data.pipeline import DatasetSpec, train_batches
 from vit_jax.evaluators.classification import EVALUATORS
+from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.variants import MODELS
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives.base import Objective
@@ -59,7 +62,19 @@ RENAMED = {
 }
 
 
-_SECTIONS = ("mesh", "model", "objective", "data", "optimizer", "checkpoint", "evals", "profile")
+Model = VisionTransformer | MlpMixer
+
+_SECTIONS = (
+    "mesh",
+    "model",
+    "adapt",
+    "objective",
+    "data",
+    "optimizer",
+    "checkpoint",
+    "evals",
+    "profile",
+)
 
 
 def _top_level(
@@ -74,6 +89,7 @@ def _top_level(
     objective: dict | None = None,
     ema_decay: float | None = None,
     init_from: str | None = None,
+    adapt: dict | None = None,
     checkpoint: dict | None = None,
     evals: dict | None = None,
     log_every: int = 50,
@@ -102,7 +118,7 @@ def _eval_data(*, split: str, preprocess: str, batch_size: int | None = None) ->
 class Experiment:
     """All parts of a run, put together on a mesh."""
 
-    model: VisionTransformer
+    model: Model
     objective: Objective
     optimizer: Optimizer
     mesh: Mesh
@@ -112,6 +128,7 @@ class Experiment:
     seed: int
     ema_decay: float | None
     init_from: str | None
+    adapt: dict[str, Any]
     checkpoint: CheckpointOptions
     log_every: int
     profile: Profile
@@ -144,6 +161,8 @@ class Experiment:
         optimizer, optimizer_args = _make_optimizer(section["optimizer"], total_steps, data, mesh)
         evaluators, eval_args = _make_evaluators(section["evals"], data, objective, mesh)
         checkpoint, checkpoint_args = _make_checkpoint(section["checkpoint"], evaluators)
+        given = ("target_grid", "num_class_tokens")
+        (adapt_args,) = bind(section["adapt"], adapt_params, key="adapt", given=given)
         (profile_args,) = bind(section["profile"], Profile, key="profile")
         return cls(
             model=model,
@@ -156,6 +175,7 @@ class Experiment:
             seed=top["seed"],
             ema_decay=top["ema_decay"],
             init_from=top["init_from"],
+            adapt=adapt_args,
             checkpoint=checkpoint,
             log_every=top["log_every"],
             profile=Profile(**profile_args),
@@ -164,6 +184,7 @@ class Experiment:
                 "mesh": mesh_args,
                 "data": data_args,
                 "model": model_args,
+                "adapt": adapt_args,
                 "objective": objective_args,
                 "optimizer": optimizer_args,
                 "checkpoint": checkpoint_args,
@@ -211,17 +232,56 @@ class Experiment:
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         if self.init_from is None:
             return jax.jit(self._make_state, out_shardings=shardings)()
+        try:
+            weights = load_pretrained(self.init_from)
+        except UserError as e:
+            raise UserError(f"init_from={self.init_from!r}: {e}") from e
+        check_arguments(weights, self.model)
         target = jax.device_get(jax.jit(lambda: self._make_state().params)())
         params, notes = adapt_params(
-            load_pretrained(self.init_from),
+            weights,
             target,
             target_grid=self.model.grid(self.train_data.image_shape()[:2]),
-            num_prefix_tokens=self.model.num_prefix_tokens,
+            num_class_tokens=self.model.num_class_tokens,
+            **self.adapt,
         )
-        say(f"parameters from {self.init_from}")
-        for note in notes:
+        say(f"parameters from {self.init_from} ({weights.layout})")
+        for note in (*weights.notes, *notes, *self._compare_preprocess(weights.preprocess)):
             say(f"  {note}")
         return jax.jit(self._make_state, out_shardings=shardings)(params)
+
+    @functools.cached_property
+    def description(self) -> dict[str, Any]:
+        """What one must know to use the parameters; goes into each checkpoint, as JSON."""
+        model = {
+            field.name: getattr(self.model, field.name)
+            for field in dataclasses.fields(self.model)
+            if field.name not in ("parent", "name", "constrain")
+        }
+        evaluated = self.evaluators[0].data if self.evaluators else self.train_data
+        return {
+            "model": {"name": self.config["model"]["name"]} | model,
+            "preprocess": {
+                "mean": self.config["objective"].get("pixel_mean"),
+                "std": self.config["objective"].get("pixel_std"),
+                "image_size": self.train_data.image_shape()[:2],
+                "eval": evaluated.preprocess,
+            },
+        }
+
+    def _compare_preprocess(self, theirs: Mapping[str, Any]) -> list[str]:
+        """A line for each way in which images are not prepared as the weights expect."""
+        ours = self.description["preprocess"]
+        keys = {"mean": "objective.pixel_mean", "std": "objective.pixel_std"}
+        notes = [
+            f"pixels: the weights expect {key.partition('_')[2]} {theirs[name]}, here it is "
+            f"{ours[name]}: add --config.{key}={shlex.quote(str(theirs[name]))}"
+            for name, key in keys.items()
+            if name in theirs and not np.allclose(theirs[name], ours[name])
+        ]
+        if theirs.get("eval") not in (None, ours["eval"]):
+            notes.append(f"evaluation images: {theirs['eval']} there, {ours['eval']} here")
+        return notes
 
     @functools.cached_property
     def train_step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -309,9 +369,7 @@ def _make_data(section: _Section, mesh: Mesh) -> tuple[DatasetSpec, _Section]:
     return DatasetSpec(**args, key="data"), args
 
 
-def _make_model(
-    section: _Section, data: DatasetSpec, mesh: Mesh
-) -> tuple[VisionTransformer, _Section]:
+def _make_model(section: _Section, data: DatasetSpec, mesh: Mesh) -> tuple[Model, _Section]:
     name, make = _by_name(section, MODELS, "vit", key="model")
     section.setdefault("num_classes", data.info.num_classes)
     (args,) = bind(section, make, key="model", given=("constrain",))
@@ -322,20 +380,21 @@ def _make_model(
         )
     model = make(**args, constrain=functools.partial(constrain, mesh=mesh))
     model.grid(data.image_shape()[:2])
-    for key in ("num_heads", "mlp_dim"):
-        size, parts = getattr(model, key), mesh.shape["tensor"]
+    for key in ("num_heads", "mlp_dim", "tokens_mlp_dim", "channels_mlp_dim"):
+        size, parts = getattr(model, key, 0), mesh.shape["tensor"]
         if size % parts:
             raise UserError(f"mesh.tensor={parts} does not divide model.{key}={size}")
-    return model, {"name": name} | args
+    # What the variant decides is written down as decided.
+    return model, {"name": name} | args | {"classifier": model.classifier}
 
 
-def _make_objective(section: _Section, model: VisionTransformer) -> tuple[Objective, _Section]:
+def _make_objective(section: _Section, model: Model) -> tuple[Objective, _Section]:
     name, make = _by_name(section, OBJECTIVES, "supervised", key="objective")
     (args,) = bind(section, make, key="objective", given=("model", "num_classes"))
-    if model.classifier not in ("token", "gap"):
+    if "unpooled" in model.classifier:
         raise UserError(
-            f"model.classifier={model.classifier!r} classifies every token; expected 'token' or "
-            f"'gap' for objective.name={name!r}"
+            f"model.classifier={model.classifier!r} classifies every token; expected 'token', "
+            f"'gap' or 'map' for objective.name={name!r}"
         )
     return make(model=model, num_classes=model.num_classes, **args), {"name": name} | args
 

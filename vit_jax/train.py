@@ -35,7 +35,7 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
         experiment = Experiment.from_config(config)
         folder = open_workdir(workdir, experiment.config)
     total = experiment.total_steps
-    with CheckpointManager(folder, experiment.checkpoint) as checkpoints:
+    with CheckpointManager(folder, experiment.checkpoint, experiment.description) as checkpoints:
         start = checkpoints.latest_step() or 0
         if start >= total:
             say(f"nothing to do: {folder} is at step {start} of {total}")

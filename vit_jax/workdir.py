@@ -64,9 +64,12 @@ def write_config(workdir: Path, config: dict[str, Any]) -> None:
 
 
 def _compare(path: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    if added := [f"{key}={new[key]!r}" for key in sorted(new.keys() - old.keys())]:
+        # A later version of the package has more keys; their defaults are what was there before.
+        say(f"config keys that the run was started without: {', '.join(added)}")
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
-        if before == after:
+        if before == after or key not in old:
             continue
         if key.split(".")[0] not in _FREE and key not in _FREE_KEYS:
             raise UserError(

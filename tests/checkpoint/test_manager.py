@@ -47,13 +47,15 @@ def abstract(state):
 def save(workdir, *states, metrics=({},), **options):
     """Saves states, under the steps that they hold."""
     metrics = list(metrics) * (len(states) if len(metrics) == 1 else 1)
-    with CheckpointManager(workdir, CheckpointOptions(**({"keep": 1} | options))) as checkpoints:
+    with CheckpointManager(
+        workdir, CheckpointOptions(**({"keep": 1} | options)), {}
+    ) as checkpoints:
         for state, values in zip(states, metrics, strict=True):
             checkpoints.save(int(state.step), state, values)
 
 
 def restore(workdir, wanted):
-    with CheckpointManager(workdir, CheckpointOptions()) as checkpoints:
+    with CheckpointManager(workdir, CheckpointOptions(), {}) as checkpoints:
         return checkpoints.restore(wanted)
 
 
@@ -82,16 +84,16 @@ def test_a_state_is_restored_bit_for_bit_where_it_was(ema, tmp_path):
 def test_the_newest_checkpoint_is_the_one_restored(tmp_path):
     save(tmp_path, make_state(2), make_state(10), keep=2)
     assert kept(tmp_path) == {"2", "10"}
-    with CheckpointManager(tmp_path, CheckpointOptions(keep=1)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointOptions(keep=1), {}) as checkpoints:
         assert checkpoints.latest_step() == 10
         assert checkpoints.path(10) == tmp_path / "checkpoints" / "10"
     assert int(restore(tmp_path, abstract(make_state())).step) == 10
-    np.testing.assert_array_equal(load_params(tmp_path)["head"]["bias"], [-10.0] * 3)
+    np.testing.assert_array_equal(load_params(tmp_path)[0]["head"]["bias"], [-10.0] * 3)
 
 
 def test_a_state_may_be_donated_as_soon_as_its_save_has_begun(tmp_path):
     state, want = make_state(), make_state()
-    with CheckpointManager(tmp_path, CheckpointOptions(keep=1)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointOptions(keep=1), {}) as checkpoints:
         checkpoints.save(4, state, {})
         zero = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
         jax.block_until_ready(zero(state))
@@ -103,7 +105,7 @@ def test_parameters_load_without_knowing_the_optimizer(tmp_path):
     save(tmp_path, state)
     shutil.rmtree(tmp_path / "checkpoints" / "4" / "training")
     shutil.rmtree(tmp_path / "checkpoints" / "4" / "ema_params")
-    params = load_params(tmp_path)
+    params = load_params(tmp_path)[0]
     assert_same(params, state.params)
     assert {len(x.devices()) for x in jax.tree.leaves(params)} == {1}
 
@@ -112,7 +114,7 @@ def test_parameters_load_without_knowing_the_optimizer(tmp_path):
 def test_the_average_is_stored_only_where_there_is_one(ema, tmp_path):
     save(tmp_path, make_state(ema=ema))
     folders = {p.name for p in (tmp_path / "checkpoints" / "4").iterdir() if p.is_dir()}
-    assert folders == {"params", "training"} | ({"ema_params"} if ema else set())
+    assert folders == {"params", "training", "description"} | ({"ema_params"} if ema else set())
 
 
 @pytest.mark.parametrize("written", ["nothing", "parameters", "all but the name"])
@@ -125,8 +127,8 @@ def test_a_half_written_checkpoint_is_ignored_and_the_next_save_removes_it(writt
         shutil.copytree(finished / "params", half / f"params{ocp.utils.TMP_DIR_SUFFIX}")
     elif written == "all but the name":
         shutil.copytree(finished, half, dirs_exist_ok=True)
-    assert_same(load_params(tmp_path), state.params)
-    with CheckpointManager(tmp_path, CheckpointOptions(keep=1)) as checkpoints:
+    assert_same(load_params(tmp_path)[0], state.params)
+    with CheckpointManager(tmp_path, CheckpointOptions(keep=1), {}) as checkpoints:
         assert checkpoints.latest_step() == 4
         assert_same(checkpoints.restore(abstract(state)), state)
         checkpoints.save(5, make_state(5), {})
@@ -146,11 +148,11 @@ def test_a_half_written_checkpoint_is_not_in_the_way_of_a_new_one(tmp_path):
 
 def test_a_checkpoint_has_its_name_only_once_it_is_complete(tmp_path):
     state = make_state()
-    with CheckpointManager(tmp_path, CheckpointOptions(keep=1)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointOptions(keep=1), {}) as checkpoints:
         checkpoints.save(4, state, {})
         while "4" not in (names := kept(tmp_path)):
             assert all(name.startswith(f"4{ocp.utils.TMP_DIR_SUFFIX}") for name in names)
-        assert_same(load_params(tmp_path), state.params)
+        assert_same(load_params(tmp_path)[0], state.params)
 
 
 # What can't be restored
@@ -192,15 +194,42 @@ def test_a_checkpoint_with_missing_files_is_refused(item, tmp_path):
 
 def test_parameters_of_a_run_without_checkpoint_are_refused(tmp_path):
     for workdir in (tmp_path, tmp_path / "none"):
-        with pytest.raises(UserError, match=r"init_from=.* has no checkpoint yet"):
+        with pytest.raises(UserError, match=r"has no checkpoint; expected the workdir of a run"):
             load_params(workdir)
 
 
 def test_parameters_that_can_not_be_read_are_refused(tmp_path):
     save(tmp_path, make_state())
-    shutil.rmtree(tmp_path / "checkpoints" / "4" / "params")
-    with pytest.raises(UserError, match=r"init_from=.*checkpoints/4/params can't be read"):
+    (tmp_path / "checkpoints" / "4" / "params" / "_METADATA").write_text("{")
+    with pytest.raises(UserError, match=r"checkpoints/4/params can't be read"):
         load_params(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "4" / "params")
+    with pytest.raises(UserError, match=r"there is no .*checkpoints/4/params"):
+        load_params(tmp_path)
+
+
+def test_parameters_are_found_from_the_workdir_down(tmp_path):
+    state = make_state(ema=True)
+    save(tmp_path, state)
+    for folder in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "4"):
+        assert_same(load_params(folder)[0], state.params)
+    assert_same(load_params(tmp_path, item="ema_params")[0], state.ema_params)
+    params, described = load_params(tmp_path / "checkpoints" / "4" / "params")
+    assert_same(params, state.params)
+    assert described == {}
+
+
+def test_a_run_without_averages_has_none_to_load(tmp_path):
+    save(tmp_path, make_state())
+    with pytest.raises(UserError, match=r"there is no .*checkpoints/4/ema_params"):
+        load_params(tmp_path, item="ema_params")
+
+
+def test_checkpoints_say_what_model_they_are_of(tmp_path):
+    description = {"model": {"patch_size": [2, 2]}, "preprocess": {"mean": 0.5}}
+    with CheckpointManager(tmp_path, CheckpointOptions(), description) as checkpoints:
+        checkpoints.save(4, make_state(), {})
+    assert load_params(tmp_path)[1] == description
 
 
 # Which are kept

@@ -31,6 +31,12 @@ def init(model, shape=(2, 8, 8, 3), seed=0):
         ("L/16", 224, 304_326_632),
         ("L/32", 224, 306_535_400),
         ("H/14", 224, 632_045_800),
+        ("B/16-gap-norep", 224, 86_566_120),
+        ("R+Ti/16", 224, 6_337_704),
+        ("R26+S/32", 224, 36_431_912),
+        ("R26+B/32", 224, 101_383_976),
+        ("R50+B/16", 224, 98_659_112),
+        ("R50+L/32", 224, 328_994_856),
     ],
 )
 def test_named_sizes_have_the_published_parameter_counts(variant, size, parameters):
@@ -40,7 +46,26 @@ def test_named_sizes_have_the_published_parameter_counts(variant, size, paramete
     assert count(shapes) == parameters
 
 
-@pytest.mark.parametrize(("variant", "width", "depth"), [("g", 1408, 40), ("G/14", 1664, 48)])
+@pytest.mark.parametrize("variant", ["S/16", "S/32", "B/32"])
+def test_gap_norep_differs_by_the_class_token_only(variant):
+    def size(variant):
+        model = make_vit(num_classes=1000, variant=variant)
+        image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+        return count(jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image))
+
+    # The token itself and its position embedding.
+    width = make_vit(num_classes=1000, variant=variant).hidden_size
+    assert size(variant) - size(f"{variant}-gap-norep") == 2 * width
+
+
+def test_hybrids_have_as_many_tokens_as_their_names_say_but_for_the_smallest():
+    for variant, grid in (("R50+B/16", 14), ("R26+S/32", 7), ("R50+L/32", 7), ("R+Ti/16", 7)):
+        assert make_vit(num_classes=2, variant=variant).grid((224, 224)) == (grid, grid)
+
+
+@pytest.mark.parametrize(
+    ("variant", "width", "depth"), [("g", 1408, 40), ("G/14", 1664, 48), ("So400m/14", 1152, 27)]
+)
 def test_large_sizes_exist_at_any_patch_size(variant, width, depth):
     model = make_vit(num_classes=10, variant=variant, patch_size=28)
     assert (model.hidden_size, model.num_layers, model.patch_size) == (width, depth, (28, 28))

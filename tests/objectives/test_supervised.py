@@ -10,7 +10,7 @@ import pytest
 from vit_jax.losses import sigmoid_cross_entropy, smooth_labels, softmax_cross_entropy
 from vit_jax.models.variants import make_vit
 from vit_jax.objectives.mixing import mixup
-from vit_jax.objectives.supervised import make_supervised, to_float
+from vit_jax.objectives.supervised import make_supervised
 from vit_jax.utils.errors import UserError
 
 LOGITS = jnp.array([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0]])
@@ -34,10 +34,6 @@ def test_losses_survive_extreme_logits():
 def test_smoothing_spreads_mass_over_all_classes():
     smooth = smooth_labels(TARGETS[:1], 0.3)
     np.testing.assert_allclose(smooth, [[0.8, 0.1, 0.1]], rtol=1e-6)
-
-
-def test_pixels_go_from_minus_one_to_one():
-    np.testing.assert_allclose(to_float(jnp.array([0, 255], jnp.uint8)), [-1, 1])
 
 
 def test_mixup_blends_neighbours_and_their_labels_alike():
@@ -77,3 +73,21 @@ def test_zero_head_starts_at_the_loss_of_a_guess(options, want):
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match=f"objective.{next(iter(wrong))}="):
         supervised(**wrong)
+
+
+def test_pixels_go_from_minus_one_to_one():
+    batch = {
+        "image": jnp.array([0, 255], jnp.uint8).reshape(2, 1, 1, 1),
+        "label": jnp.zeros(2, int),
+    }
+    images = supervised().augment(batch, jax.random.key(0))["image"]
+    np.testing.assert_array_equal(images.ravel(), [-1, 1])
+
+
+def test_pixels_of_other_weights_have_a_mean_and_a_deviation_for_each_channel():
+    objective = supervised(pixel_mean=[0.1, 0.2, 0.3], pixel_std=[0.5, 0.25, 0.125])
+    batch = {"image": jnp.full((1, 1, 1, 3), 51, jnp.uint8), "label": jnp.zeros(1, int)}
+    images = objective.augment(batch, jax.random.key(0))["image"]
+    np.testing.assert_allclose(images.ravel(), [0.1 / 0.5, 0, -0.1 / 0.125], atol=1e-6)
+    with pytest.raises(UserError, match=r"objective\.pixel_std="):
+        supervised(pixel_std=[0.5, 0.0, 0.5])

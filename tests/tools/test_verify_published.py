@@ -12,11 +12,12 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from tests.file_server import serve
 from tools import verify_published
 from vit_jax.checkpoint.pretrained.catalogue import CATALOGUE, load_catalogue
-from vit_jax.checkpoint.pretrained.npz import load_npz
+from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.utils.errors import UserError
 
@@ -80,7 +81,9 @@ def predictions(images):
     """What the model takes them for."""
     pixels = np.stack([cv2.resize(image, (32, 32)) for image in images]) / np.float32(127.5) - 1
     model = make_model(types.SimpleNamespace(num_classes=10))
-    params = {"params": load_npz(GOLDEN / "vit_token.npz")}
+    params = {
+        "params": traverse_util.unflatten_dict(read_npz(GOLDEN / "vit_token.npz").params, sep="/")
+    }
     logits, _ = jax.jit(lambda params, x: model.apply(params, x, train=False))(params, pixels)
     return np.argmax(logits, -1)
 

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a run: `WORKDIR/checkpoints/STEP/{params, ema_params, training}`, by Orbax.
 
-Parameters are an item of their own, so that they can be read without knowing the optimizer. A
-checkpoint appears under its name only once it is complete.
+Parameters are an item of their own, so that they can be read without knowing the optimizer; another
+says which model they are of, and what it expects of images. A checkpoint appears under its name
+only once it is complete.
 """
 
 import dataclasses
+import json
 import math
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +23,7 @@ from vit_jax.state import TrainState
 from vit_jax.utils.errors import UserError
 
 FOLDER = "checkpoints"
+_DESCRIPTION = "description"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,9 +48,17 @@ class CheckpointOptions:
 
 
 class CheckpointManager:
-    """Saves in the background, restores onto any mesh. A context manager: leaving waits."""
+    """Saves in the background, restores onto any mesh. A context manager: leaving waits.
 
-    def __init__(self, workdir: Path, options: CheckpointOptions):
+    Args:
+      workdir: of the run.
+      options: when to write and what to keep.
+      description: written into each checkpoint as JSON: the arguments of the `model`, and how
+        images are prepared for it (`preprocess`).
+    """
+
+    def __init__(self, workdir: Path, options: CheckpointOptions, description: Mapping[str, Any]):
+        self._description = dict(description)
         self._directory = workdir.absolute() / FOLDER
         preserve: list[Any] = [policies.LatestN(options.keep)]
         self._best = best = options.keep_best
@@ -66,15 +78,14 @@ class CheckpointManager:
                     keep_checkpoints_without_metrics=False,
                 )
             )
+        _remove_halves(self._directory)
         self._manager = ocp.CheckpointManager(
             self._directory,
-            item_names=("params", "ema_params", "training"),
+            item_names=("params", "ema_params", "training", _DESCRIPTION),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(preserve),
                 # Without it Orbax does not store the metrics for the next run.
                 best_fn=score if best else None,
-                # What a killed run left half written.
-                cleanup_tmp_directories=True,
             ),
         )
 
@@ -100,7 +111,8 @@ class CheckpointManager:
           state: may be donated to the next step afterwards.
           metrics: of this step; needed are those that `keep_best` names.
         """
-        items = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
+        items: dict[str, Any] = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
+        items[_DESCRIPTION] = ocp.args.JsonSave(self._description)
         best = {self._best: float(metrics[self._best])} if self._best else None
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=best)
 
@@ -128,6 +140,16 @@ class CheckpointManager:
         )
 
 
+def _remove_halves(directory: Path) -> None:
+    """Removes what a killed run left half written.
+
+    Orbax would do it in a thread that complains if the run ends before it, as one with bad input.
+    """
+    if jax.process_index() == 0:
+        for half in directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(half)
+
+
 def _items(state: TrainState) -> dict[str, Any]:
     items = {
         "params": state.params,
@@ -136,26 +158,52 @@ def _items(state: TrainState) -> dict[str, Any]:
     return items if state.ema_params is None else items | {"ema_params": state.ema_params}
 
 
-def load_params(workdir: Path) -> dict[str, Any]:
-    """Parameters of the newest checkpoint of a workdir, as arrays on one local device.
+def load_params(folder: Path, *, item: str = "params") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads parameters of a run, or of any Orbax checkpoint.
+
+    Args:
+      folder: a workdir (its newest checkpoint is read), one of its checkpoints, or a folder into
+        which Orbax saved a tree of arrays.
+      item: of a checkpoint: "params", or "ema_params" for their average.
+
+    Returns:
+      The parameters as arrays on one local device, and what the checkpoint says of its experiment:
+      see `CheckpointManager`.
 
     Raises:
       UserError: there is no complete checkpoint, or it can't be read.
     """
-    steps = [int(p.name) for p in (workdir / FOLDER).glob("*") if p.name.isdigit()]
-    if not steps:
-        raise UserError(f"init_from={str(workdir)!r} has no checkpoint yet; expected a trained run")
-    path = (workdir / FOLDER / str(max(steps)) / "params").absolute()
+    checkpoint = _find_checkpoint(folder)
+    path = checkpoint if (checkpoint / "_METADATA").exists() else checkpoint / item
+    if not path.is_dir():
+        raise UserError(
+            f"there is no {path}; expected a whole checkpoint with params, and with ema_params "
+            "where ema_decay was set"
+        )
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with ocp.StandardCheckpointer() as checkpointer:
-        try:
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
             stored = checkpointer.metadata(path).item_metadata.tree
             abstract = jax.tree.map(
                 lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), stored
             )
-            return checkpointer.restore(path, abstract)
-        except Exception as e:
-            raise UserError(
-                f"init_from={str(workdir)!r}: the checkpoint {path} can't be read "
-                f"({type(e).__name__})"
-            ) from e
+            params = checkpointer.restore(path, abstract)
+        description = checkpoint / _DESCRIPTION / "metadata"
+        described = json.loads(description.read_text()) if description.exists() else {}
+    except Exception as e:
+        raise UserError(
+            f"the checkpoint {path} can't be read ({type(e).__name__}); expected a whole one"
+        ) from e
+    return params, described
+
+
+def _find_checkpoint(folder: Path) -> Path:
+    runs = folder / FOLDER if (folder / FOLDER).is_dir() else folder
+    steps = [int(p.name) for p in runs.glob("*") if p.name.isdigit()]
+    if steps:
+        return (runs / str(max(steps))).absolute()
+    if any((folder / name).exists() for name in ("params", "_METADATA")):
+        return folder.absolute()
+    raise UserError(
+        f"{str(folder)!r} has no checkpoint; expected the workdir of a run, or a checkpoint"
+    )

@@ -7,16 +7,27 @@ Parameters, norm statistics and the softmax are float32; everything else runs in
 """
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from vit_jax.models.positions import Rotation, rotate
+
 # Places an activation on the mesh, given one logical name for each of its dimensions.
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
-LAYER_NORM_EPSILON = 1e-6
+Activation = Literal["gelu_tanh", "gelu_erf", "swiglu"]
+Remat = Literal["none", "dots", "full"]
+
+# What of a block's forward pass is kept for the backward pass, rather than computed again. "dots"
+# keeps the results of the dense layers and recomputes attention weights, norms and activations.
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
@@ -40,50 +51,123 @@ class AddPositionEmbs(nn.Module):
         return x + embedding.astype(self.dtype)
 
 
+class PatchDropout(nn.Module):
+    """Keeps a random share of the patches of each image, while training.
+
+    Call: `[batch, prefix + patches, hidden]` and the number of prefix tokens, which all stay, to
+    the tokens kept and their indices `[batch, prefix + kept]`, None where all are kept.
+    Source: arXiv:2212.00794.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, prefix: int, *, train: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        if not train or not self.rate:
+            return x, None
+        batch, length, _ = x.shape
+        kept = max(1, round((length - prefix) * (1 - self.rate)))
+        noise = jax.random.uniform(self.make_rng("dropout"), (batch, length - prefix))
+        patches = jnp.sort(jax.lax.top_k(noise, kept)[1]) + prefix
+        first = jnp.broadcast_to(jnp.arange(prefix), (batch, prefix))
+        indices = jnp.concatenate([first, patches], axis=1)
+        return jnp.take_along_axis(x, indices[..., None], axis=1), indices
+
+
+class StochasticDepth(nn.Module):
+    """Drops a residual branch for whole samples, and scales it up for the others.
+
+    Call: the branch `[batch, length, hidden]` and the rate. Source: arXiv:1603.09382.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rate: jax.Array | float, *, train: bool) -> jax.Array:
+        if not train or (isinstance(rate, float) and not rate):
+            return x
+        keep = jnp.asarray(1.0 - rate, jnp.float32)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0], 1, 1))
+        return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+class LayerScale(nn.Module):
+    """Scales each channel of a residual branch. Source: arXiv:2103.17239, section 2.1."""
+
+    initial: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.constant(self.initial)
+        return x * self.param("scale", init, (x.shape[-1],)).astype(self.dtype)
+
+
 class MlpBlock(nn.Module):
-    """Dense, GELU, dropout, Dense, dropout; hidden width `mlp_dim`."""
+    """Dense, activation, dropout, Dense, dropout; hidden width `mlp_dim`.
+
+    With the activation "swiglu" the hidden state is Dense(x) * silu(gate(x)) (arXiv:2002.05202).
+    """
 
     mlp_dim: int
     dropout_rate: float = 0.0
+    activation: Activation = "gelu_tanh"
+    kernel_init: Callable[..., Any] = nn.initializers.xavier_uniform()
+    bias_init: Callable[..., Any] = nn.initializers.normal(stddev=1e-6)
     dtype: DTypeLike = jnp.float32
     constrain: Constrain = unconstrained
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        def dense(features: int) -> nn.Dense:
+        def dense(features: int, name: str | None = None) -> nn.Dense:
             return nn.Dense(
                 features,
                 dtype=self.dtype,
-                kernel_init=nn.initializers.xavier_uniform(),
-                bias_init=nn.initializers.normal(stddev=1e-6),
+                kernel_init=self.kernel_init,
+                bias_init=self.bias_init,
+                name=name,
             )
 
         width = x.shape[-1]
-        x = nn.gelu(dense(self.mlp_dim)(x), approximate=True)
-        x = self.constrain(x, ("batch", None, "mlp"))
-        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-        x = dense(width)(x)
+        hidden = dense(self.mlp_dim)(x)
+        if self.activation == "swiglu":
+            hidden = hidden * nn.silu(dense(self.mlp_dim, "gate")(x))
+        else:
+            hidden = nn.gelu(hidden, approximate=self.activation == "gelu_tanh")
+        hidden = self.constrain(hidden, ("batch", None, "mlp"))
+        hidden = nn.Dropout(self.dropout_rate, deterministic=not train)(hidden)
+        x = dense(width)(hidden)
         return nn.Dropout(self.dropout_rate, deterministic=not train)(x)
 
 
 class MultiHeadDotProductAttention(nn.Module):
-    """Self-attention with `num_heads` heads, biases on all four projections.
+    """Attention with `num_heads` heads, biases on all four projections.
 
-    Call: `[batch, length, hidden]` to the same shape. The softmax is taken in float32 whatever
-    `dtype` is. Source: arXiv:1706.03762, section 3.2.
+    Call: queries come from `x` `[batch, length, hidden]`, keys and values from `context`, or from
+    `x` too; gives the shape of `x`. The softmax is taken in float32 whatever `dtype` is.
+    Sources: arXiv:1706.03762, section 3.2; `qk_norm`: arXiv:2302.05442; `rope`: see `positions`.
     """
 
     num_heads: int
     dropout_rate: float = 0.0
+    qk_norm: bool = False
+    norm_epsilon: float = 1e-6
     dtype: DTypeLike = jnp.float32
     constrain: Constrain = unconstrained
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        rope: Rotation | None = None,
+        train: bool,
+    ) -> jax.Array:
         width = x.shape[-1]
         head_dim = width // self.num_heads
 
-        def project(name: str) -> jax.Array:
+        def project(x: jax.Array, name: str) -> jax.Array:
             dense = nn.DenseGeneral(
                 (self.num_heads, head_dim),
                 dtype=self.dtype,
@@ -92,7 +176,14 @@ class MultiHeadDotProductAttention(nn.Module):
             )
             return self.constrain(dense(x), ("batch", None, "heads", None))
 
-        query, key, value = project("query"), project("key"), project("value")
+        context = x if context is None else context
+        query, key = project(x, "query"), project(context, "key")
+        value = project(context, "value")
+        if self.qk_norm:
+            query = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name="query_norm")(query)
+            key = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name="key_norm")(key)
+        if rope is not None:
+            query, key = rotate(query, rope), rotate(key, rope)
         scores = jnp.einsum("bqhd,bkhd->bhqk", query / jnp.sqrt(head_dim).astype(self.dtype), key)
         weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(self.dtype)
         weights = nn.Dropout(self.dropout_rate, deterministic=not train)(weights)
@@ -107,61 +198,146 @@ class MultiHeadDotProductAttention(nn.Module):
 
 
 class Encoder1DBlock(nn.Module):
-    """One pre-norm transformer block: attention and MLP, each with a residual connection."""
+    """One pre-norm transformer block: attention and MLP, each with a residual connection.
+
+    Call: `[batch, length, hidden]`, the rate of stochastic depth in this block, and the rotation of
+    queries and keys, to the same shape.
+    """
 
     num_heads: int
     mlp_dim: int
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
+    activation: Activation = "gelu_tanh"
+    qk_norm: bool = False
+    layer_scale_init: float | None = None
+    norm_epsilon: float = 1e-6
     dtype: DTypeLike = jnp.float32
     constrain: Constrain = unconstrained
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
-        x = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=self.dtype)(inputs)
+    def __call__(
+        self,
+        inputs: jax.Array,
+        stochastic_depth_rate: jax.Array | float,
+        rope: Rotation | None,
+        *,
+        train: bool,
+    ) -> jax.Array:
+        def residual(x: jax.Array) -> jax.Array:
+            if self.layer_scale_init is not None:
+                x = LayerScale(self.layer_scale_init, dtype=self.dtype)(x)
+            return StochasticDepth()(x, stochastic_depth_rate, train=train)
+
+        x = nn.LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype)(inputs)
         x = MultiHeadDotProductAttention(
             num_heads=self.num_heads,
             dropout_rate=self.attention_dropout_rate,
+            qk_norm=self.qk_norm,
+            norm_epsilon=self.norm_epsilon,
             dtype=self.dtype,
             constrain=self.constrain,
-        )(x, train=train)
+        )(x, rope=rope, train=train)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-        x = self.constrain(x + inputs, ("batch", None, None))
+        x = self.constrain(inputs + residual(x), ("batch", None, None))
 
-        y = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=self.dtype)(x)
+        y = nn.LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype)(x)
         y = MlpBlock(
             mlp_dim=self.mlp_dim,
             dropout_rate=self.dropout_rate,
+            activation=self.activation,
             dtype=self.dtype,
             constrain=self.constrain,
         )(y, train=train)
-        return self.constrain(x + y, ("batch", None, None))
+        return self.constrain(x + residual(y), ("batch", None, None))
 
 
 class Encoder(nn.Module):
-    """Position embeddings, `num_layers` blocks and a final norm."""
+    """Learned position embeddings, register tokens, `num_layers` blocks and a final norm.
 
+    Attributes:
+      block: makes a block, given its name.
+      num_layers: number of blocks.
+      num_class_tokens: 1 if the first token is the class token, else 0.
+      num_registers: learned tokens put behind the class token, without a position.
+      learned_positions: whether position embeddings are added.
+      dropout_rate: after the position embeddings.
+      patch_dropout_rate: share of patches left out in training.
+      stochastic_depth_rate: of the last block; the rates of the others rise to it from 0.
+      final_norm: whether the output is normalised.
+      norm_epsilon: of the final norm.
+      scan: one block, compiled once, runs over parameters stacked along a leading axis
+        (`encoderblock`), in place of blocks with parameters of their own (`encoderblock_3`).
+      remat: what is recomputed in the backward pass, a key of `REMAT_POLICIES`.
+      dtype: of the computation.
+      constrain: places activations on a mesh.
+
+    Call: `[batch, class token + patches, hidden]` and the rotation of each of the tokens after
+    insertion of the registers, to `[batch, class token + registers + patches, hidden]`.
+    """
+
+    block: Callable[..., nn.Module]
     num_layers: int
-    num_heads: int
-    mlp_dim: int
+    num_class_tokens: int
+    num_registers: int = 0
+    learned_positions: bool = True
     dropout_rate: float = 0.0
-    attention_dropout_rate: float = 0.0
+    patch_dropout_rate: float = 0.0
+    stochastic_depth_rate: float = 0.0
+    final_norm: bool = True
+    norm_epsilon: float = 1e-6
+    scan: bool = False
+    remat: Remat = "none"
     dtype: DTypeLike = jnp.float32
     constrain: Constrain = unconstrained
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        x = AddPositionEmbs(dtype=self.dtype, name="posembed_input")(x)
+    def __call__(self, x: jax.Array, rope: Rotation | None, *, train: bool) -> jax.Array:
+        if self.learned_positions:
+            x = AddPositionEmbs(dtype=self.dtype, name="posembed_input")(x)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        x = self._insert_registers(x)
+        prefix = self.num_class_tokens + self.num_registers
+        x, kept = PatchDropout(self.patch_dropout_rate)(x, prefix, train=train)
+        if rope is not None and kept is not None:
+            rope = jax.tree.map(lambda table: table[kept], rope)
         x = self.constrain(x, ("batch", None, None))
-        for i in range(self.num_layers):
-            x = Encoder1DBlock(
-                num_heads=self.num_heads,
-                mlp_dim=self.mlp_dim,
-                dropout_rate=self.dropout_rate,
-                attention_dropout_rate=self.attention_dropout_rate,
-                dtype=self.dtype,
-                constrain=self.constrain,
-                name=f"encoderblock_{i}",
-            )(x, train=train)
-        return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=self.dtype, name="encoder_norm")(x)
+        x = self._run_blocks(x, rope, train=train)
+        if not self.final_norm:
+            return x
+        return nn.LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name="encoder_norm")(x)
+
+    def _insert_registers(self, x: jax.Array) -> jax.Array:
+        if not self.num_registers:
+            return x
+        shape = (1, self.num_registers, x.shape[-1])
+        registers = self.param("registers", nn.initializers.normal(stddev=0.02), shape)
+        registers = jnp.broadcast_to(registers.astype(x.dtype), (x.shape[0], *shape[1:]))
+        first, patches = jnp.split(x, [self.num_class_tokens], axis=1)
+        return jnp.concatenate([first, registers, patches], axis=1)
+
+    def _run_blocks(self, x: jax.Array, rope: Rotation | None, *, train: bool) -> jax.Array:
+        def run(block: nn.Module, x: jax.Array, rate: jax.Array | float) -> jax.Array:
+            return block(x, rate, rope, train=train)
+
+        if self.remat != "none":
+            policy = REMAT_POLICIES[self.remat]
+            # Under scan XLA has nothing to merge; elsewhere it would undo the recomputation.
+            run = nn.remat(run, policy=policy, prevent_cse=not self.scan)
+        last = max(self.num_layers - 1, 1)
+        rates = [self.stochastic_depth_rate * i / last for i in range(self.num_layers)]
+        if not self.scan:
+            for i, rate in enumerate(rates):
+                x = run(self.block(name=f"encoderblock_{i}"), x, rate)
+            return x
+
+        def step(block: nn.Module, x: jax.Array, rate: jax.Array) -> tuple[jax.Array, None]:
+            return run(block, x, rate if self.stochastic_depth_rate else 0.0), None
+
+        scan = nn.scan(
+            step,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=self.num_layers,
+        )
+        return scan(self.block(name="encoderblock"), x, jnp.asarray(rates, jnp.float32))[0]

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models by name and size.
 
-Sizes: Table 1 of arXiv:2010.11929 (B, L, H), Table 2 of arXiv:2106.04560 (g, G) and
-arXiv:2106.10270 (Ti, S).
+Sizes: Table 1 of arXiv:2010.11929 (B, L, H), Table 2 of arXiv:2106.04560 (g, G), arXiv:2106.10270
+(Ti, S and the hybrids), arXiv:2305.13035 (So400m) and Table 1 of arXiv:2105.01601 (Mixer).
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-import jax.numpy as jnp
-
-from vit_jax.models.layers import Constrain, unconstrained
+from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.vit import Classifier, VisionTransformer
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.registry import lookup
+from vit_jax.utils.registry import lookup, takes_options_of
 
 _KEYS = ("hidden_size", "num_layers", "mlp_dim", "num_heads")
 SIZES = {
@@ -23,45 +22,54 @@ SIZES = {
     "H": (1280, 32, 5120, 16),
     "g": (1408, 40, 6144, 16),
     "G": (1664, 48, 8192, 16),
+    "So400m": (1152, 27, 4304, 16),
+}
+# A ResNet's units in each stage, a size, and the patch in cells of the ResNet's output. The number
+# in the name is not the patch: it is close to the pixels that a token stands for.
+HYBRIDS: dict[str, tuple[tuple[int, ...], str, int]] = {
+    "R+Ti/16": ((), "Ti", 8),
+    "R26+S/32": ((2, 2, 2, 2), "S", 1),
+    "R26+B/32": ((2, 2, 2, 2), "B", 1),
+    "R50+B/16": ((3, 4, 9), "B", 1),
+    "R50+L/32": ((3, 4, 6, 3), "L", 1),
+}
+_GAP = "-gap-norep"  # as published: the mean over patches, and no layer before the head
+
+_MIXER_KEYS = ("hidden_size", "num_layers", "tokens_mlp_dim", "channels_mlp_dim")
+MIXER_SIZES = {
+    "S": (512, 8, 256, 2048),
+    "B": (768, 12, 384, 3072),
+    "L": (1024, 24, 512, 4096),
+    "H": (1280, 32, 640, 5120),
 }
 
 
+@takes_options_of(VisionTransformer)
 def make_vit(
     *,
-    num_classes: int,
     variant: str | None = None,
     patch_size: int | tuple[int, int] | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
     num_heads: int | None = None,
     mlp_dim: int | None = None,
-    classifier: Classifier = "token",
-    representation_size: int | None = None,
-    dropout_rate: float = 0.0,
-    attention_dropout_rate: float = 0.0,
-    head_bias_init: float = 0.0,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    constrain: Constrain = unconstrained,
+    classifier: Classifier | None = None,
+    resnet_layers: tuple[int, ...] | None = None,
+    **options: Any,
 ) -> VisionTransformer:
     """A `VisionTransformer` of a named size, of given sizes, or of a named one with changes.
 
     Args:
-      num_classes: width of the head.
-      variant: a name in `SIZES`, with the patch size or without: "B/16", "B".
+      variant: a size, with the patch or without ("B/16", "B"), or a hybrid ("R50+B/16"); with the
+        ending "-gap-norep" the classifier is `gap`.
       patch_size: pixels, one number for a square; needed if `variant` does not say it.
-      hidden_size: as the rest, see `VisionTransformer`; defaults to the variant's.
+      hidden_size: this and the rest: see `VisionTransformer`. Where the variant says more than the
+        default, that is the default.
 
     Raises:
-      UserError: an unknown variant, a size missing, heads that don't divide the width.
+      UserError: an unknown variant, a size missing or impossible, options that exclude each other.
     """
-    named: dict[str, Any] = {}
-    if variant is not None:
-        name, _, patch = variant.partition("/")
-        named = dict(zip(_KEYS, lookup(SIZES, name, key="model.variant"), strict=True))
-        if patch:
-            if not patch.isdigit():
-                raise UserError(f"model.variant={variant!r}: expected SIZE/PATCH such as B/16")
-            named["patch_size"] = int(patch)
+    named = {} if variant is None else _parse_variant(variant)
     given = {
         "hidden_size": hidden_size,
         "num_layers": num_layers,
@@ -69,37 +77,107 @@ def make_vit(
         "num_heads": num_heads,
         "patch_size": patch_size,
     }
-    sizes: dict[str, Any] = named | {k: v for k, v in given.items() if v is not None}
-    for key in given:
-        if key not in sizes:
-            raise UserError(f"model.{key} is missing: give it, or a model.variant such as 'B/16'")
-        value = sizes[key]
-        if min(value if isinstance(value, tuple | list) else (value,)) < 1:
-            raise UserError(f"model.{key}={value!r}: expected at least 1")
+    sizes = _fill_sizes(named, given)
     if sizes["hidden_size"] % sizes["num_heads"]:
         raise UserError(
             f"model.num_heads={sizes['num_heads']} does not divide "
             f"model.hidden_size={sizes['hidden_size']}"
         )
-    rates: dict[str, Any] = {
-        "dropout_rate": dropout_rate,
-        "attention_dropout_rate": attention_dropout_rate,
+    pooling: Classifier = classifier or named.get("classifier", "token")
+    resnet_layers = named.get("resnet_layers") if resnet_layers is None else tuple(resnet_layers)
+    _check_rates(options)
+    _check_positions(sizes, options)
+    if options.get("num_registers", 0) < 0:
+        raise UserError(f"model.num_registers={options['num_registers']}: expected at least 0")
+    if pooling == "unpooled" and options.get("norm_after_pooling"):
+        raise UserError("model.norm_after_pooling with model.classifier='unpooled': nothing pools")
+    return VisionTransformer(classifier=pooling, resnet_layers=resnet_layers, **sizes, **options)
+
+
+@takes_options_of(MlpMixer)
+def make_mixer(
+    *,
+    variant: str | None = None,
+    patch_size: int | tuple[int, int] | None = None,
+    hidden_size: int | None = None,
+    num_layers: int | None = None,
+    tokens_mlp_dim: int | None = None,
+    channels_mlp_dim: int | None = None,
+    **options: Any,
+) -> MlpMixer:
+    """An `MlpMixer` of a named size ("B/16"), of given sizes, or of a named one with changes.
+
+    Raises:
+      UserError: an unknown variant, a size missing or impossible.
+    """
+    named = {} if variant is None else _parse_size(variant, MIXER_SIZES, _MIXER_KEYS)
+    given = {
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "tokens_mlp_dim": tokens_mlp_dim,
+        "channels_mlp_dim": channels_mlp_dim,
+        "patch_size": patch_size,
     }
-    for key, rate in rates.items():
-        if not 0 <= rate < 1:
+    _check_rates(options)
+    return MlpMixer(**_fill_sizes(named, given), **options)
+
+
+def _parse_variant(variant: str) -> dict[str, Any]:
+    base = variant.removesuffix(_GAP)
+    pooling = {"classifier": "gap"} if base != variant else {}
+    if "+" not in base:
+        return _parse_size(base, SIZES, _KEYS) | pooling
+    layers, size, patch = lookup(HYBRIDS, base, key="model.variant")
+    sizes = dict(zip(_KEYS, SIZES[size], strict=True))
+    return sizes | {"resnet_layers": layers, "patch_size": patch} | pooling
+
+
+def _parse_size(
+    variant: str, table: Mapping[str, tuple[int, ...]], keys: tuple[str, ...]
+) -> dict[str, Any]:
+    name, _, patch = variant.partition("/")
+    sizes: dict[str, Any] = dict(zip(keys, lookup(table, name, key="model.variant"), strict=True))
+    if not patch:
+        return sizes
+    if not patch.isdigit():
+        raise UserError(f"model.variant={variant!r}: expected SIZE/PATCH such as B/16")
+    return sizes | {"patch_size": int(patch)}
+
+
+def _fill_sizes(named: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = {}
+    for key, value in given.items():
+        value = named.get(key) if value is None else value
+        if value is None:
+            raise UserError(f"model.{key} is missing: give it, or a model.variant such as 'B/16'")
+        if min(value if isinstance(value, tuple | list) else (value,)) < 1:
+            raise UserError(f"model.{key}={value!r}: expected at least 1")
+        sizes[key] = value
+    patch = sizes["patch_size"]
+    return sizes | {"patch_size": (patch, patch) if isinstance(patch, int) else tuple(patch)}
+
+
+def _check_rates(options: Mapping[str, Any]) -> None:
+    for key, rate in options.items():
+        if key.endswith("_rate") and not 0 <= rate < 1:
             raise UserError(f"model.{key}={rate}: expected 0 <= value < 1")
-    patch = sizes.pop("patch_size")
-    return VisionTransformer(
-        num_classes=num_classes,
-        patch_size=(patch, patch) if isinstance(patch, int) else (patch[0], patch[1]),
-        **sizes,
-        classifier=classifier,
-        representation_size=representation_size,
-        **rates,
-        head_bias_init=head_bias_init,
-        dtype=jnp.dtype(dtype),
-        constrain=constrain,
-    )
 
 
-MODELS = {"vit": make_vit}
+def _check_positions(sizes: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    head_dim = sizes["hidden_size"] // sizes["num_heads"]
+    theta = options.get("rope_theta")
+    if theta is not None and theta <= 0:
+        raise UserError(f"model.rope_theta={theta}: expected more than 0, such as 100.0")
+    if theta is not None and head_dim % 4:
+        raise UserError(
+            f"model.rope_theta={theta}: the {head_dim} channels of a head can't be halved into "
+            "pairs for rows and columns; choose model.num_heads so that they divide by 4"
+        )
+    if options.get("position_embedding") == "sincos2d" and sizes["hidden_size"] % 4:
+        raise UserError(
+            f"model.hidden_size={sizes['hidden_size']} with position_embedding='sincos2d': "
+            "expected a multiple of 4"
+        )
+
+
+MODELS = {"vit": make_vit, "mixer": make_mixer}

@@ -4,36 +4,66 @@
 Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv:2010.11929, section 3.1.
 """
 
-from typing import Any, Literal
+import functools
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from vit_jax.models.layers import Constrain, Encoder, unconstrained
-from vit_jax.utils.errors import UserError
+from vit_jax.models import resnet
+from vit_jax.models.heads import MAPHead, apply_head
+from vit_jax.models.layers import (
+    Activation,
+    Constrain,
+    Encoder,
+    Encoder1DBlock,
+    Remat,
+    unconstrained,
+)
+from vit_jax.models.positions import Rotation, patch_grid, rotation_2d, sincos_2d
 
-Classifier = Literal["token", "gap", "unpooled", "token_unpooled"]
+Classifier = Literal["token", "gap", "map", "unpooled", "token_unpooled"]
+PositionEmbedding = Literal["learned", "sincos2d", "none"]
+Dtype = Literal["float32", "bfloat16"]
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(nn.Module, kw_only=True):
     """Images to logits.
 
     Attributes:
       num_classes: width of the `head`; 0 for no head, only the representation.
-      patch_size: (height, width) of a patch in pixels.
+      patch_size: (height, width) of a patch in pixels, or in cells of the ResNet's output.
       hidden_size: width of the encoder.
       num_layers: number of encoder blocks.
       num_heads: attention heads; must divide `hidden_size`.
       mlp_dim: hidden width of the MLP blocks.
       classifier: what represents the image: the final state of the class `token`; the mean over
-        patches (`gap`, no class token); or every token (`unpooled`, `token_unpooled`).
+        patches (`gap`); attention pooling (`map`), both without a class token; or every token
+        (`unpooled`, `token_unpooled`).
       representation_size: width of the tanh layer `pre_logits` of the pre-training head; None for
         the fine-tuning head, which is one linear layer.
+      resnet_layers: units in each stage of a ResNet in front of the patches (a hybrid); `()` for
+        its first layers only, None for no ResNet.
+      resnet_width: factor on the ResNet's 64 channels.
+      position_embedding: `learned`, fixed 2D sines and cosines (`sincos2d`), or none.
+      rope_theta: of a 2D rotary embedding of queries and keys, such as 100.0; None for none.
+      num_registers: learned tokens beside the patches (arXiv:2309.16588).
+      activation: of the MLP blocks: GELU by its tanh approximation, as in the published weights,
+        exact GELU, or SwiGLU.
+      qk_norm: whether queries and keys are normalised.
+      layer_scale_init: initial factor on residual branches (LayerScale); None for no factor.
+      norm_epsilon: of all LayerNorms.
+      norm_after_pooling: whether the final norm (`fc_norm`) comes after pooling, not before.
       dropout_rate: after the position embeddings, the attention and both MLP layers.
       attention_dropout_rate: on the attention weights.
+      stochastic_depth_rate: of dropping the last block's branches for a sample; 0 in the first.
+      patch_dropout_rate: share of patches left out in training.
       head_bias_init: initial value of the head's bias.
+      scan: whether one compiled block runs over stacked parameters: faster to compile, slower to
+        run on a CPU.
+      remat: what the backward pass computes again to save memory: nothing (`none`), all but the
+        dense layers (`dots`), or everything (`full`).
       dtype: of the computation. Parameters and logits are float32.
       constrain: places activations on a mesh.
 
@@ -51,84 +81,141 @@ class VisionTransformer(nn.Module):
     mlp_dim: int
     classifier: Classifier = "token"
     representation_size: int | None = None
+    resnet_layers: tuple[int, ...] | None = None
+    resnet_width: float = 1.0
+    position_embedding: PositionEmbedding = "learned"
+    rope_theta: float | None = None
+    num_registers: int = 0
+    activation: Activation = "gelu_tanh"
+    qk_norm: bool = False
+    layer_scale_init: float | None = None
+    norm_epsilon: float = 1e-6
+    norm_after_pooling: bool = False
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
+    stochastic_depth_rate: float = 0.0
+    patch_dropout_rate: float = 0.0
     head_bias_init: float = 0.0
-    dtype: DTypeLike = jnp.float32
+    scan: bool = False
+    remat: Remat = "none"
+    dtype: Dtype = "float32"
     constrain: Constrain = unconstrained
 
     @property
-    def num_prefix_tokens(self) -> int:
-        """Tokens in front of the patches: 1 with a class token, else 0."""
+    def num_class_tokens(self) -> int:
+        """1 with a class token, else 0."""
         return int(self.classifier in ("token", "token_unpooled"))
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens in front of the patches of `encoded`: the class token and the registers."""
+        return self.num_class_tokens + self.num_registers
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """(height, width) in pixels that a patch stands for."""
+        shrink = 1 if self.resnet_layers is None else resnet.total_stride(self.resnet_layers)
+        return self.patch_size[0] * shrink, self.patch_size[1] * shrink
 
     def grid(self, image_size: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of patches in an image of (height, width) pixels."""
-        for size, patch in zip(image_size, self.patch_size, strict=True):
-            if size % patch:
-                raise UserError(
-                    f"an image of {_by(image_size)} can't be cut into patches of "
-                    f"{_by(self.patch_size)}: set model.patch_size to a divisor, or resize in "
-                    "data.preprocess"
-                )
-        return image_size[0] // self.patch_size[0], image_size[1] // self.patch_size[1]
+        return patch_grid(image_size, self.stride)
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-        self.grid(images.shape[1:3])
-        x = nn.Conv(
+        grid = self.grid(images.shape[1:3])
+        encoded = self._encode(self._embed(images), grid, train=train)
+        x = self._pool(encoded, train=train)
+        if self.norm_after_pooling:
+            x = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name="fc_norm")(x)
+        if self.representation_size is not None:
+            x = nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x)
+            x = nn.tanh(x)
+        out = {"encoded": encoded, "pre_logits": x}
+        if self.num_classes:
+            x = apply_head(
+                x, self.num_classes, bias_init=self.head_bias_init, constrain=self.constrain
+            )
+            out["logits"] = x
+        return x, out
+
+    def _embed(self, images: jax.Array) -> jax.Array:
+        """Images to `[batch, rows, columns, hidden]`."""
+        x = images
+        if self.resnet_layers is not None:
+            width = round(64 * self.resnet_width)
+            x = resnet.apply_root(x, width, self.dtype)
+            x = resnet.apply_stages(x, self.resnet_layers, width, self.dtype)
+        return nn.Conv(
             self.hidden_size,
             self.patch_size,
             strides=self.patch_size,
             padding="VALID",
             dtype=self.dtype,
             name="embedding",
-        )(images)
-        n, h, w, c = x.shape
-        x = x.reshape(n, h * w, c)
-        if self.num_prefix_tokens:
+        )(x)
+
+    def _encode(self, patches: jax.Array, grid: tuple[int, int], *, train: bool) -> jax.Array:
+        n, h, w, c = patches.shape
+        x = patches.reshape(n, h * w, c)
+        if self.position_embedding == "sincos2d":
+            x = x + jnp.asarray(sincos_2d(grid, c), self.dtype)
+        if self.num_class_tokens:
             cls = self.param("cls", nn.initializers.zeros, (1, 1, c)).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(cls, (n, 1, c)), x], axis=1)
-
-        encoded = Encoder(
+        return Encoder(
+            block=functools.partial(
+                Encoder1DBlock,
+                num_heads=self.num_heads,
+                mlp_dim=self.mlp_dim,
+                dropout_rate=self.dropout_rate,
+                attention_dropout_rate=self.attention_dropout_rate,
+                activation=self.activation,
+                qk_norm=self.qk_norm,
+                layer_scale_init=self.layer_scale_init,
+                norm_epsilon=self.norm_epsilon,
+                dtype=self.dtype,
+                constrain=self.constrain,
+            ),
             num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            mlp_dim=self.mlp_dim,
+            num_class_tokens=self.num_class_tokens,
+            num_registers=self.num_registers,
+            learned_positions=self.position_embedding == "learned",
             dropout_rate=self.dropout_rate,
-            attention_dropout_rate=self.attention_dropout_rate,
+            patch_dropout_rate=self.patch_dropout_rate,
+            stochastic_depth_rate=self.stochastic_depth_rate,
+            final_norm=not self.norm_after_pooling,
+            norm_epsilon=self.norm_epsilon,
+            scan=self.scan,
+            remat=self.remat,
             dtype=self.dtype,
             constrain=self.constrain,
             name="Transformer",
-        )(x, train=train)
+        )(x, self._rotation(grid), train=train)
 
-        x = self._pool(encoded)
-        if self.representation_size is not None:
-            x = nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x)
-            x = nn.tanh(x)
-        out = {"encoded": encoded, "pre_logits": x}
-        if self.num_classes:
-            x = nn.Dense(
-                self.num_classes,
-                dtype=jnp.float32,
-                kernel_init=nn.initializers.zeros,
-                bias_init=nn.initializers.constant(self.head_bias_init),
-                dot_general=self._dot_by_classes,
-                name="head",
-            )(x)
-            out["logits"] = x = self.constrain(x, ("batch", *(None,) * (x.ndim - 2), "classes"))
-        return x, out
+    def _rotation(self, grid: tuple[int, int]) -> Rotation | None:
+        if self.rope_theta is None:
+            return None
+        return rotation_2d(
+            grid,
+            self.hidden_size // self.num_heads,
+            theta=self.rope_theta,
+            num_prefix_tokens=self.num_prefix_tokens,
+        )
 
-    def _dot_by_classes(self, x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any):
-        # However the kernel is stored, no device shall compute the logits of all classes.
-        return jax.lax.dot_general(x, self.constrain(kernel, (None, "classes")), *args, **kwargs)
-
-    def _pool(self, encoded: jax.Array) -> jax.Array:
+    def _pool(self, encoded: jax.Array, *, train: bool) -> jax.Array:
         if self.classifier == "token":
             return encoded[:, 0]
         if self.classifier == "gap":
-            return encoded.mean(axis=1)
+            return encoded[:, self.num_prefix_tokens :].mean(axis=1)
+        if self.classifier == "map":
+            return MAPHead(
+                num_heads=self.num_heads,
+                mlp_dim=self.mlp_dim,
+                activation=self.activation,
+                norm_epsilon=self.norm_epsilon,
+                dtype=self.dtype,
+                constrain=self.constrain,
+                name="MAPHead_0",
+            )(encoded, train=train)
         return encoded
-
-
-def _by(size: tuple[int, ...]) -> str:
-    return f"{size[0]}x{size[1]}"

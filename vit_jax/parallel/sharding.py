@@ -16,19 +16,24 @@ from vit_jax.parallel.mesh import BATCH_AXES
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import path_str
 
-# Path of a parameter, and the dimension split over `tensor`. A second number is the dimension to
-# take where the first does not divide: a head of 21,843 classes is then stored by rows, and its
-# logits are still computed by classes.
+# Path of a parameter, and the dimension split over `tensor`, counted from the last because blocks
+# may be stacked along a leading one. A second number is the dimension to take where the first does
+# not divide: a head of 21,843 classes is then stored by rows, and its logits are still computed by
+# classes.
+_MLP = r"(MlpBlock_0|token_mixing|channel_mixing)"
 TENSOR_RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
-    (r"MultiHeadDotProductAttention_0/(query|key|value)/kernel$", (1,)),
-    (r"MultiHeadDotProductAttention_0/(query|key|value)/bias$", (0,)),
-    (r"MultiHeadDotProductAttention_0/out/kernel$", (0,)),
-    (r"MlpBlock_0/Dense_0/kernel$", (1,)),
-    (r"MlpBlock_0/Dense_0/bias$", (0,)),
-    (r"MlpBlock_0/Dense_1/kernel$", (0,)),
-    (r"(^|/)pre_logits/kernel$", (1, 0)),
-    (r"(^|/)head/kernel$", (1, 0)),
+    (r"MultiHeadDotProductAttention_0/(query|key|value)/kernel$", (-2,)),
+    (r"MultiHeadDotProductAttention_0/(query|key|value)/bias$", (-2,)),
+    (r"MultiHeadDotProductAttention_0/out/kernel$", (-3,)),
+    (_MLP + r"/(Dense_0|gate)/kernel$", (-1,)),
+    (_MLP + r"/(Dense_0|gate)/bias$", (-1,)),
+    (_MLP + r"/Dense_1/kernel$", (-2,)),
+    (r"(^|/)pre_logits/kernel$", (-1, -2)),
+    (r"(^|/)head/kernel$", (-1, -2)),
 )
+# Parameters of blocks that are stacked along their first dimension, which stays whole: each step of
+# the scan over it takes one layer.
+_STACKED = re.compile(r"(^|/)encoderblock/")
 
 # Logical names that models give to the dimensions of activations.
 ACTIVATION_AXES = {
@@ -57,12 +62,14 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
                 if dim is None:
                     raise UserError(
                         f"mesh.tensor={tensor} does not divide {shape[dims[0]]}, dimension "
-                        f"{dims[0]} of {path}: choose a divisor"
+                        f"{len(shape) + dims[0]} of {path}: choose a divisor"
                     )
                 spec[dim] = "tensor"
                 break
     if fsdp > 1 and _size(shape) >= MIN_FSDP_SIZE:
-        free = [d for d in range(len(shape)) if spec[d] is None and shape[d] % fsdp == 0]
+        first = 1 if _STACKED.search(path) else 0
+        dims = range(first, len(shape))
+        free = [d for d in dims if spec[d] is None and shape[d] % fsdp == 0]
         if free:
             spec[max(free, key=lambda d: shape[d])] = "fsdp"
     return PartitionSpec(*spec)

@@ -6,6 +6,7 @@ plus `name`. The constructor's signature is therefore the only list of keys and 
 annotations say which values fit. Everything else is refused here, with the key that is wrong.
 """
 
+import dataclasses
 import inspect
 import types
 import typing
@@ -13,6 +14,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vit_jax.utils.errors import UserError, suggest
+
+# Fields that Flax adds to every module.
+_FLAX_FIELDS = {"parent", "name"}
 
 
 def lookup(table: Mapping[str, Any], name: Any, *, key: str) -> Any:
@@ -26,6 +30,24 @@ def keywords(fn: Callable) -> dict[str, inspect.Parameter]:
     """The parameters of `fn` that a config may give: keyword-only and with simple types."""
     parameters = inspect.signature(fn).parameters.values()
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def takes_options_of(cls: type) -> Callable[[Callable], Callable]:
+    """Decorates a function whose `**options` go to a dataclass.
+
+    Its signature then lists them: the keyword-only fields of `cls` that it does not name itself.
+    So their defaults stand once, and a config may give them.
+    """
+
+    def decorate(fn: Callable) -> Callable:
+        signature = inspect.signature(fn)
+        own = {n: p for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+        fields = {f.name for f in dataclasses.fields(cls)} - own.keys() - _FLAX_FIELDS
+        options = [p for n, p in keywords(cls).items() if n in fields]
+        fn.__signature__ = signature.replace(parameters=[*own.values(), *options])
+        return fn
+
+    return decorate
 
 
 def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str, ...] = ()):
@@ -90,12 +112,12 @@ def _fits(value: Any, annotation: Any) -> bool:
     if origin is typing.Literal:
         return value in typing.get_args(annotation)
     if origin is tuple:
-        sizes = typing.get_args(annotation)
-        return (
-            isinstance(value, tuple | list)
-            and len(value) == len(sizes)
-            and all(_fits(v, a) for v, a in zip(value, sizes, strict=True))
-        )
+        if not isinstance(value, tuple | list):
+            return False
+        members = typing.get_args(annotation)
+        if members[1:] == (...,):
+            members = members[:1] * len(value)
+        return len(value) == len(members) and all(map(_fits, value, members))
     if isinstance(value, bool):
         return annotation is bool
     if annotation is float:

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published files are read under their Linen names; bad files are refused and run no code."""
 
+import dataclasses
 import os
 import pickle
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import traverse_util
 
-from vit_jax.checkpoint.pretrained.npz import load_npz, rename_to_linen
+from vit_jax.checkpoint.pretrained.npz import POSEMB, read_npz, rename_to_linen, write_npz
+from vit_jax.checkpoint.pretrained.weights import stack_blocks
 from vit_jax.utils.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "testdata" / "golden"
@@ -32,16 +35,16 @@ def save_npz(path, **flat):
 
 def refusal(path):
     with pytest.raises(UserError) as caught:
-        load_npz(path)
+        read_npz(path)
     message = str(caught.value)
     assert "\n" not in message
     assert str(path) in message
-    assert "init_from" in message
+    assert "expected" in message
     return message
 
 
 def test_published_blocks_get_their_linen_names():
-    params = load_npz(GOLDEN / "vit_token.npz")
+    params = traverse_util.unflatten_dict(read_npz(GOLDEN / "vit_token.npz").params, sep="/")
     assert params.keys() == {"cls", "embedding", "Transformer", "head"}
     assert params["Transformer"]["encoderblock_1"].keys() == {
         "LayerNorm_0",
@@ -61,7 +64,7 @@ def test_published_blocks_get_their_linen_names():
 
 
 def test_renaming_leaves_linen_names_alone():
-    params = load_npz(GOLDEN / "vit_token.npz")
+    params = traverse_util.unflatten_dict(read_npz(GOLDEN / "vit_token.npz").params, sep="/")
     again = traverse_util.flatten_dict(rename_to_linen(params))
     params = traverse_util.flatten_dict(params)
     assert again.keys() == params.keys()
@@ -97,19 +100,141 @@ def test_a_block_that_is_not_there_is_not_made_up_from_the_next():
 @pytest.mark.parametrize("wrapper", ["", "params/", "opt/target/", "opt/target/params/"])
 def test_wrappers_are_stripped(tmp_path, wrapper):
     beside = {"opt/state/step": np.array(3)} if wrapper.startswith("opt") else {}
-    kernel = np.ones((2, 3), np.float32)
-    path = save_npz(tmp_path / "w.npz", **{f"{wrapper}head/kernel": kernel}, **beside)
-    params = load_npz(path)
-    assert traverse_util.flatten_dict(params, sep="/").keys() == {"head/kernel"}
-    np.testing.assert_array_equal(params["head"]["kernel"], kernel)
+    with np.load(GOLDEN / "vit_token.npz") as file:
+        wrapped = {f"{wrapper}{name}": file[name] for name in file.files}
+    params = read_npz(save_npz(tmp_path / "w.npz", **wrapped, **beside)).params
+    assert_same(params, read_npz(GOLDEN / "vit_token.npz").params)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def assert_same(params, expected):
+    assert params.keys() == expected.keys()
+    for path, value in params.items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ml_dtypes.bfloat16])
 def test_arrays_are_float32(tmp_path, dtype):
-    path = save_npz(tmp_path / "d.npz", cls=np.full((1, 1, 2), 0.5, dtype))
-    cls = load_npz(str(path))["cls"]
-    assert cls.dtype == np.float32
-    np.testing.assert_array_equal(cls, np.full((1, 1, 2), 0.5))
+    kernel = np.full((2, 2, 3, 4), 0.5, dtype)
+    path = save_npz(tmp_path / "d.npz", **{"embedding/kernel": kernel})
+    if dtype is ml_dtypes.bfloat16:
+        with np.load(path) as file:
+            assert file["embedding/kernel"].dtype == np.dtype("V2"), "not as big_vision stores it"
+    value = read_npz(str(path)).params["embedding/kernel"]
+    assert value.dtype == np.float32
+    np.testing.assert_array_equal(value, kernel.astype(np.float32))
+
+
+def test_group_norms_lose_their_empty_dimensions():
+    params = read_npz(GOLDEN / "hybrid_stages.npz").params
+    assert params["gn_root/scale"].shape == (32,)
+    assert params["block2/unit1/gn_proj/bias"].shape == (256,)
+
+
+@pytest.mark.parametrize(
+    ("case", "model"),
+    [
+        ("vit_token", {"name": "vit", "classifier": "token", "patch_size": (8, 8), "num_heads": 4}),
+        ("vit_gap", {"classifier": "gap", "hidden_size": 32, "mlp_dim": 64, "num_layers": 2}),
+        ("vit_pre_logits", {"representation_size": 48}),
+        ("hybrid_root", {"resnet_layers": (), "resnet_width": 0.5, "patch_size": (2, 2)}),
+        ("hybrid_stages", {"resnet_layers": (1, 2), "resnet_width": 0.5}),
+        ("mixer", {"name": "mixer", "tokens_mlp_dim": 24, "channels_mlp_dim": 64}),
+    ],
+)
+def test_the_model_is_inferred(case, model):
+    weights = read_npz(GOLDEN / f"{case}.npz")
+    assert weights.model.items() >= model.items()
+    assert weights.model["activation"] == "gelu_tanh"
+    assert weights.preprocess == {"mean": 0.5, "std": 0.5}
+
+
+def as_big_vision(params, *, scan=False, fold=False):
+    """The same function in the layout of big_vision: positions at the root, without a class slot.
+
+    `fold` moves the position of the class token into the token, where it has one.
+    """
+    params = dict(params)
+    posemb = params.pop(POSEMB)
+    if "cls" in params:
+        params["cls"] = params["cls"] + posemb[:, :1] if fold else params["cls"]
+        posemb = posemb[:, 1:]
+    params["pos_embedding"] = posemb
+    return stack_blocks(params) if scan else params
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("case", ["vit_token", "vit_gap"])
+def test_big_vision_files_are_the_same_function(tmp_path, case, scan):
+    expected = dict(read_npz(GOLDEN / f"{case}.npz").params)
+    file = as_big_vision(expected, scan=scan, fold=True)
+    weights = read_npz(save_npz(tmp_path / "bv.npz", **{f"params/{k}": v for k, v in file.items()}))
+    if case == "vit_token":
+        expected["cls"] = expected["cls"] + expected[POSEMB][:, :1]
+        expected[POSEMB] = expected[POSEMB].copy()
+        expected[POSEMB][:, 0] = 0
+    assert weights.layout == "big_vision npz"
+    assert_same(weights.params, expected)
+
+
+def test_pooling_modules_at_the_root_become_a_head(tmp_path):
+    old = {
+        "probe": np.ones((1, 1, 4), np.float32),
+        "LayerNorm_0/scale": np.ones(4, np.float32),
+        "MlpBlock_0/Dense_0/bias": np.ones(8, np.float32),
+        "MultiHeadDotProductAttention_0/query/bias": np.ones((2, 2), np.float32),
+        "embedding/kernel": np.ones((2, 2, 3, 4), np.float32),
+        "pos_embedding": np.ones((1, 4, 4), np.float32),
+    }
+    weights = read_npz(save_npz(tmp_path / "map.npz", **old))
+    assert weights.model["classifier"] == "map"
+    assert weights.params.keys() == {
+        "MAPHead_0/probe",
+        "MAPHead_0/LayerNorm_0/scale",
+        "MAPHead_0/MlpBlock_0/Dense_0/bias",
+        "MAPHead_0/MultiHeadDotProductAttention_0/query/bias",
+        "embedding/kernel",
+        POSEMB,
+    }
+
+
+def test_a_file_without_position_embeddings_has_fixed_ones(tmp_path):
+    params = {k: v for k, v in read_npz(GOLDEN / "vit_gap.npz").params.items() if k != POSEMB}
+    model = read_npz(save_npz(tmp_path / "fixed.npz", **params)).model
+    assert model["position_embedding"] == "sincos2d"
+
+
+def test_a_part_of_a_file_is_selected_by_name(tmp_path):
+    image = read_npz(GOLDEN / "vit_gap.npz").params
+    both = {f"params/img/{k}": v for k, v in image.items()}
+    both |= {"params/txt/head/bias": np.ones(3, np.float32), "params/t": np.ones(1, np.float32)}
+    path = save_npz(tmp_path / "two_towers.npz", **both)
+    assert_same(read_npz(path, subtree="img").params, image)
+    assert f"name the part to take: {path}:img" in refusal(path)
+    with pytest.raises(UserError, match=r"two_towers\.npz:text: there is nothing of that name"):
+        read_npz(path, subtree="text")
+
+
+@pytest.mark.parametrize(
+    "case", ["vit_token", "vit_gap", "vit_pre_logits", "hybrid_root", "hybrid_stages", "mixer"]
+)
+def test_a_written_file_is_the_published_one(tmp_path, case):
+    written = write_npz(tmp_path / "out.npz", read_npz(GOLDEN / f"{case}.npz"))
+    assert written == [tmp_path / "out.npz", tmp_path / "out.json"]
+    with np.load(GOLDEN / f"{case}.npz") as expected, np.load(tmp_path / "out.npz") as got:
+        assert_same(dict(got), dict(expected))
+    assert sorted(tmp_path.iterdir()) == sorted(written)
+
+
+def test_what_the_layout_has_no_place_for_stands_beside_the_file(tmp_path):
+    weights = read_npz(GOLDEN / "vit_gap.npz")
+    model = weights.model | {"activation": "gelu_erf", "norm_epsilon": 1e-12}
+    preprocess = {"mean": (0.4, 0.5, 0.6), "std": 0.5, "image_size": (32, 32)}
+    write_npz(tmp_path / "w.npz", dataclasses.replace(weights, model=model, preprocess=preprocess))
+    again = read_npz(tmp_path / "w.npz")
+    assert (again.model, again.preprocess) == (model, preprocess)
+    (tmp_path / "w.json").write_text("[")
+    with pytest.raises(UserError, match=r"w\.json"):
+        read_npz(tmp_path / "w.npz")
 
 
 def test_missing_file(tmp_path):

@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,7 +12,7 @@ from vit_jax.checkpoint.pretrained.posemb import resize_posemb
 GOLDEN = Path(__file__).parents[2] / "testdata" / "golden"
 PATCH = 8
 
-SIZES = [*((source, range(1, 25)) for source in range(1, 13)), (28, [48]), (16, [30])]
+SIZES = [(source, range(2, 41)) for source in range(2, 41)] + [(1, range(1, 5)), (5, [1])]
 
 
 def random_posemb(length, *, width=5, dtype=np.float32):
@@ -92,3 +93,19 @@ def test_same_grid_is_the_identity():
     posemb = random_posemb(1 + 12)
     resized = resize_posemb(posemb, source_grid=(3, 4), target_grid=(3, 4), num_prefix_tokens=1)
     np.testing.assert_array_equal(resized, posemb)
+
+
+@pytest.mark.parametrize(("source", "target"), [(4, 9), (9, 4), (7, 12), (14, 5), (3, 3)])
+def test_bicubic_is_the_antialiased_one_of_images(source, target):
+    posemb = random_posemb(1 + source * source)
+    got = resize_posemb(
+        posemb,
+        source_grid=(source, source),
+        target_grid=(target, target),
+        num_prefix_tokens=1,
+        method="bicubic",
+    )
+    grid = posemb[:, 1:].reshape(source, source, -1)
+    want = jax.image.resize(grid, (target, target, grid.shape[-1]), "cubic", antialias=True)
+    np.testing.assert_array_equal(got[:, 0], posemb[:, 0])
+    np.testing.assert_allclose(got[0, 1:], want.reshape(target * target, -1), atol=1e-5)

@@ -1,20 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the `.npz` files in which Vision Transformers are published.
+"""Reads and writes the `.npz` files in which Vision Transformers are published.
 
 The files are untrusted: pickled data in them is refused, so reading one runs none of its code.
 """
 
 import collections
+import json
 import os
 import re
 import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from etils import epath
 from flax import traverse_util
 
+from vit_jax.checkpoint.pretrained.weights import (
+    Weights,
+    as_tuples,
+    infer_model,
+    unstack_blocks,
+)
 from vit_jax.utils.errors import UserError
+
+POSEMB = "Transformer/posembed_input/pos_embedding"
 
 # What training code of several ages put around the parameters, outermost first.
 _WRAPPERS = ("opt/target/", "params/")
@@ -22,31 +34,98 @@ _WRAPPERS = ("opt/target/", "params/")
 # Flax numbers the submodules that have no name of their own; their names start with a class name.
 _NUMBERED = re.compile(r"([A-Z]\w*)_(\d+)")
 
+_GROUP_NORM = re.compile(r"(.*/)?gn(\d+|_root|_proj)/(scale|bias)")
+_BLOCK = re.compile(r"(Transformer/encoderblock_\d+/)(.*)")
+_PRE_LINEN = {
+    "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
+    "LayerNorm_1": "LayerNorm_2",
+    "MlpBlock_0": "MlpBlock_3",
+}
+# Modules that older files with attention pooling have at the root.
+_POOLING = re.compile(r"(probe$|(MultiHeadDotProductAttention|LayerNorm|MlpBlock)_0/)")
 
-def load_npz(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the parameters of a published ViT.
+
+def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
+    """Reads a published `.npz` of the Vision Transformer, a hybrid or an MLP-Mixer.
+
+    Both layouts in use are read: that of google-research/vision_transformer, with names from before
+    Flax Linen and any wrapper, and that of big_vision, with position embeddings at the root, blocks
+    stacked for scan, and bfloat16.
 
     Args:
       path: of the file, local or `gs://` (which needs the package `gcsfs`).
+      subtree: path of the model within a file that holds several, such as "img".
 
     Returns:
-      A nested dict of float32 numpy arrays with the names of `VisionTransformer`'s parameters.
+      Weights in float32.
 
     Raises:
       UserError: the file is missing, damaged or something else than a published checkpoint.
     """
+    path = epath.Path(path)
+    params = read_arrays(path, subtree=subtree)
+    is_big_vision = "pos_embedding" in params
+    params = _move_to_our_names(params)
+    model = infer_model(params)
+    if not model:
+        raise UserError(
+            f"{path}: expected a Vision Transformer or an MLP-Mixer, but it holds "
+            f"{_list_names(params)}{_advise_subtree(params, path)}"
+        )
+    if model["name"] == "vit" and POSEMB not in params:
+        model["position_embedding"] = "sincos2d"
+    described = _read_description(path)
+    return Weights(
+        params=params,
+        layout="big_vision npz" if is_big_vision else "published npz",
+        model=model
+        | {"activation": "gelu_tanh", "norm_epsilon": 1e-6}
+        | described.get("model", {}),
+        preprocess=described.get("preprocess", {"mean": 0.5, "std": 0.5}),
+    )
+
+
+def write_npz(path: str | os.PathLike[str], weights: Weights) -> list[Path]:
+    """Writes the layout and the names of the files published with vision_transformer.
+
+    What the layout has no place for, the arguments of the model and the preprocessing, goes to a
+    `.json` beside it, which `read_npz` finds again.
+
+    Returns:
+      The files written. Each appears under its name when it is complete.
+    """
+    file, description = Path(path), _description_path(Path(path))
+    arrays = {_published_name(name): value for name, value in weights.params.items()}
+    for name, value in arrays.items():
+        if _GROUP_NORM.fullmatch(name):
+            arrays[name] = value.reshape(1, 1, 1, -1)
+    fresh = file.with_name(file.name + ".tmp")
+    with fresh.open("wb") as f:
+        np.savez(f, **arrays)  # pyright: ignore[reportArgumentType]
+    text = json.dumps({"vit_jax": {"model": weights.model, "preprocess": weights.preprocess}})
+    fresh_description = description.with_name(description.name + ".tmp")
+    fresh_description.write_text(text + "\n")
+    os.replace(fresh_description, description)
+    os.replace(fresh, file)
+    return [file, description]
+
+
+def read_arrays(path: epath.Path, *, subtree: str = "") -> dict[str, np.ndarray]:
+    """The parameters in a file under its own names, less what wraps them, in float32."""
     try:
-        tree = traverse_util.unflatten_dict(_read_arrays(epath.Path(path)), sep="/")
+        arrays = _read_arrays(path, subtree)
     except FileNotFoundError as error:
         raise UserError(
-            f"{os.fspath(path)}: no such file; set init_from to the .npz file of a published ViT"
+            f"{path}: no such file; expected the .npz file of a published model"
         ) from error
+    except UserError:
+        raise
     except Exception as error:  # Storage, zip, zlib and numpy each have their own for a bad file.
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{os.fspath(path)}: {reason}; set init_from to the whole .npz file of a published ViT"
+            f"{path}: {reason}; expected the whole .npz file of a published model"
         ) from error
-    return rename_to_linen(tree)
+    return arrays
 
 
 def rename_to_linen(tree: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +148,51 @@ def rename_to_linen(tree: dict[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def _read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
+def _move_to_our_names(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    levels = {name[:i] for name in params for i, c in enumerate(name) if c == "/"}
+    if levels & params.keys():  # No model, as `infer_model` will find.
+        return dict(params)
+    tree = traverse_util.unflatten_dict(dict(params), sep="/")
+    params = unstack_blocks(traverse_util.flatten_dict(rename_to_linen(tree), sep="/"))
+    for path, value in params.items():
+        if _GROUP_NORM.fullmatch(path):
+            params[path] = value.reshape(value.shape[-1])
+    if "probe" in params:
+        params = {f"MAPHead_0/{p}" if _POOLING.match(p) else p: x for p, x in params.items()}
+    for root in ("pos_embedding", "Transformer/pos_embedding"):
+        if root in params:
+            posemb = params.pop(root)
+            if "cls" in params:
+                # There the class token has no position, or one that is added into it.
+                posemb = np.concatenate([np.zeros_like(posemb[:, :1]), posemb], axis=1)
+            params[POSEMB] = posemb
+    return params
+
+
+def _published_name(path: str) -> str:
+    if not (match := _BLOCK.fullmatch(path)):
+        return path
+    module, slash, rest = match[2].partition("/")
+    return f"{match[1]}{_PRE_LINEN.get(module, module)}{slash}{rest}"
+
+
+def _description_path(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _read_description(path: epath.Path) -> dict[str, Any]:
+    beside = path.with_suffix(".json")
+    if not beside.exists():
+        return {}
+    try:
+        content = json.loads(beside.read_text())
+        described = content.get("vit_jax", {})
+        return {section: as_tuples(values) for section, values in described.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{beside}: {error}; expected what was written with {path.name}") from error
+
+
+def _read_arrays(path: epath.Path, subtree: str) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         if not zipfile.is_zipfile(file):  # np.load would take it for a pickle, and say so.
             file.seek(0)
@@ -78,12 +201,17 @@ def _read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
             raise ValueError(f"not a whole zip archive but {size} bytes that start with {start!r}")
         file.seek(0)
         with np.load(file, allow_pickle=False) as archive:
-            return {name: _read_array(archive, key) for name, key in _unwrap(archive.files).items()}
+            names = _unwrap(archive.files)
+            if subtree:
+                names = _select(names, subtree.strip("/") + "/", path)
+            return {name: _read_array(archive, key) for name, key in names.items()}
 
 
 def _read_array(archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
     array = np.asarray(archive[key])
-    if not np.issubdtype(array.dtype, np.floating):
+    if array.dtype == np.dtype("V2"):  # numpy has no bfloat16 of its own, so its name is lost.
+        array = array.view(ml_dtypes.bfloat16)
+    elif not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{key} is of type {array.dtype}, not a float")
     return array.astype(np.float32, copy=False)
 
@@ -95,6 +223,26 @@ def _unwrap(keys: list[str]) -> dict[str, str]:
         inside = {n.removeprefix(wrapper): key for n, key in names.items() if n.startswith(wrapper)}
         names = inside or names
     return names
+
+
+def _select(names: Mapping[str, str], prefix: str, path: epath.Path) -> dict[str, str]:
+    inside = {n.removeprefix(prefix): key for n, key in names.items() if n.startswith(prefix)}
+    if not inside:
+        raise UserError(
+            f"{path}:{prefix.rstrip('/')}: there is nothing of that name in the file; expected one "
+            f"of {_list_names(names)}"
+        )
+    return inside
+
+
+def _list_names(names: Iterable[str]) -> str:
+    first = sorted({name.partition("/")[0] for name in names})
+    return ", ".join(first[:8]) + (", ..." if len(first) > 8 else "") if first else "nothing"
+
+
+def _advise_subtree(names: Iterable[str], path: epath.Path) -> str:
+    inside = sorted(n.removesuffix("/embedding/kernel") for n in names if "/embedding/kernel" in n)
+    return f"; name the part to take: {path}:{inside[0]}" if inside else ""
 
 
 def _natural_key(name: str) -> list[str | int]:

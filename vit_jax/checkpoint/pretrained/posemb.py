@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Resizes position embeddings, so that a model can be fine-tuned at another resolution."""
 
+from typing import Literal
+
 import numpy as np
+
+Method = Literal["bilinear", "bicubic"]
 
 
 def resize_posemb(
@@ -10,13 +14,17 @@ def resize_posemb(
     source_grid: tuple[int, int],
     target_grid: tuple[int, int],
     num_prefix_tokens: int,
+    method: Method = "bilinear",
 ) -> np.ndarray:
     """Interpolates position embeddings from one grid of patches to another.
 
-    Bilinear with aligned corners: the first and the last row (column) keep their values, and the
-    others are evenly spaced between them; a single row takes the first. The published checkpoints
-    were fine-tuned, and their accuracies measured, with this rule. The half-pixel rule of
-    `jax.image.resize` places every embedding elsewhere, and gives other logits.
+    "bilinear" is that with aligned corners: the first and the last row (column) keep their values,
+    and the others are evenly spaced between them; a single row takes the first. The published
+    checkpoints were fine-tuned, and their accuracies measured, with this rule. The half-pixel rule
+    of `jax.image.resize` places every embedding elsewhere, and gives other logits.
+
+    "bicubic" is that of images, as used by timm: half-pixel centres, Keys' kernel with a = -0.5,
+    widened where the grid becomes smaller.
 
     Source: Dosovitskiy et al., arXiv:2010.11929, section 3.2 ("2D interpolation"), done there by
     `scipy.ndimage.zoom(order=1)`. That call also zeroes the last row and column for some pairs of
@@ -27,6 +35,7 @@ def resize_posemb(
       source_grid: (rows, columns) of `posemb`.
       target_grid: (rows, columns) wanted.
       num_prefix_tokens: tokens in front of the grid (the class token), kept verbatim.
+      method: see above.
 
     Returns:
       `[1, num_prefix_tokens + target rows * target columns, width]`, of the same type.
@@ -34,12 +43,13 @@ def resize_posemb(
     prefix, grid = np.split(np.asarray(posemb), [num_prefix_tokens], axis=1)
     width = grid.shape[-1]
     grid = grid.reshape(*source_grid, width)
-    rows, columns = map(_interpolation_matrix, source_grid, target_grid)
+    make_matrix = {"bilinear": _align_corners_matrix, "bicubic": _bicubic_matrix}[method]
+    rows, columns = map(make_matrix, source_grid, target_grid)
     grid = np.einsum("ri,cj,ijw->rcw", rows, columns, grid, optimize=True)
     return np.concatenate([prefix, grid.reshape(1, -1, width).astype(prefix.dtype)], axis=1)
 
 
-def _interpolation_matrix(source: int, target: int) -> np.ndarray:
+def _align_corners_matrix(source: int, target: int) -> np.ndarray:
     """Returns float64 `[target, source]`: row `i` holds the weights of output `i`."""
     # Output i lies at i * (source - 1) / (target - 1). Whole numbers keep the last one exact.
     gaps = max(target - 1, 1)
@@ -48,3 +58,14 @@ def _interpolation_matrix(source: int, target: int) -> np.ndarray:
     fraction = (remainder / gaps)[:, None]
     identity = np.eye(source)
     return (1 - fraction) * identity[lower] + fraction * identity[upper]
+
+
+def _bicubic_matrix(source: int, target: int) -> np.ndarray:
+    """Returns float64 `[target, source]`: row `i` holds the weights of output `i`."""
+    scale = source / target
+    centres = (np.arange(target) + 0.5) * scale - 0.5
+    x = np.abs(centres[:, None] - np.arange(source)) / max(scale, 1.0)
+    near = (1.5 * x - 2.5) * x**2 + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    return weights / weights.sum(axis=1, keepdims=True)

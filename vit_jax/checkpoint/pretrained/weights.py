@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is read from a published file, and what is written to one."""
+"""Weights under this package's names, and what they say of the model that they belong to."""
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+_BLOCK = re.compile(r"(.*/)?encoderblock_(\d+)/(.*)")
+_STACK = re.compile(r"(.*/)?encoderblock/(.*)")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Parameters under this package's names, and what must be known to use them.
+    """Parameters of a file, and what must be known to use them.
 
     Attributes:
       params: arrays by path, as in `Transformer/encoderblock_0/LayerNorm_0/scale`; blocks are never
-        stacked. The type is that of the file, bfloat16 included.
-      layout: what the file was, for the screen: "timm safetensors".
-      model: arguments of the model that parameters do not show and the layout fixes or its
-        metadata state, as in `{"activation": "gelu_erf", "norm_epsilon": 1e-12}`.
+        stacked.
+      layout: what the file is, for the screen: "timm safetensors".
+      model: arguments of `make_vit` or `make_mixer` (then with `name`) that rebuild the model, as
+        far as they are known: sizes, and what parameters do not show, such as
+        `{"activation": "gelu_erf", "norm_epsilon": 1e-12}`.
       preprocess: what the weights expect of images, as far as it is known: `mean` and `std` of
         pixels in [0, 1] (one number or one for each channel), `image_size` (height, width), and
         `eval`, a value for `data.preprocess`.
@@ -28,3 +34,108 @@ class Weights:
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     preprocess: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+def as_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as read from JSON, which has lists only."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives each block of a scanned encoder its own paths; leaves others alone."""
+    flat = {}
+    for path, value in params.items():
+        if match := _STACK.fullmatch(path):
+            prefix, rest = match[1] or "", match[2]
+            flat |= {f"{prefix}encoderblock_{i}/{rest}": value[i] for i in range(value.shape[0])}
+        else:
+            flat[path] = value
+    return flat
+
+
+def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of `unstack_blocks`."""
+    flat, blocks = {}, {}
+    for path, value in params.items():
+        if match := _BLOCK.fullmatch(path):
+            blocks.setdefault(f"{match[1] or ''}encoderblock/{match[3]}", {})[int(match[2])] = value
+        else:
+            flat[path] = value
+    return flat | {
+        path: np.stack([layers[i] for i in sorted(layers)]) for path, layers in blocks.items()
+    }
+
+
+def is_stacked(params: Mapping[str, Any]) -> bool:
+    """Whether the blocks' parameters are those of a scanned encoder."""
+    return any(_STACK.fullmatch(path) for path in params)
+
+
+def infer_model(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `make_vit` or `make_mixer` that the shapes of parameters show.
+
+    Args:
+      params: arrays or shapes by path, blocks not stacked.
+
+    Returns:
+      Keyword arguments, `name` among them; empty if it is no model of this package.
+    """
+    shapes = {path: tuple(value.shape) for path, value in params.items()}
+    if "stem/kernel" in shapes:
+        return _infer_mixer(shapes)
+    if len(shapes.get("embedding/kernel", ())) == 4:
+        return _infer_vit(shapes)
+    return {}
+
+
+def _infer_mixer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    height, width, _, hidden = shapes["stem/kernel"]
+    return {
+        "name": "mixer",
+        "patch_size": (height, width),
+        "hidden_size": hidden,
+        "num_layers": _count(shapes, r"MixerBlock_(\d+)/"),
+        "tokens_mlp_dim": shapes.get("MixerBlock_0/token_mixing/Dense_0/bias", (0,))[0],
+        "channels_mlp_dim": shapes.get("MixerBlock_0/channel_mixing/Dense_0/bias", (0,))[0],
+    }
+
+
+def _infer_vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    height, width, _, hidden = shapes["embedding/kernel"]
+    block = "Transformer/encoderblock_0"
+    attention = f"{block}/MultiHeadDotProductAttention_0"
+    found: dict[str, Any] = {
+        "name": "vit",
+        "patch_size": (height, width),
+        "hidden_size": hidden,
+        "num_layers": _count(shapes, r"Transformer/encoderblock_(\d+)/"),
+        "mlp_dim": shapes.get(f"{block}/MlpBlock_0/Dense_0/bias", (0,))[0],
+        "num_heads": shapes.get(f"{attention}/query/bias", (0,))[0],
+        "classifier": "token"
+        if "cls" in shapes
+        else "map"
+        if "MAPHead_0/probe" in shapes
+        else "gap",
+    }
+    if "pre_logits/bias" in shapes:
+        found["representation_size"] = shapes["pre_logits/bias"][0]
+    if "conv_root/kernel" in shapes:
+        stages = _count(shapes, r"block(\d+)/")
+        units = (_count(shapes, rf"block{i + 1}/unit(\d+)/") for i in range(stages))
+        found["resnet_layers"] = tuple(units)
+        found["resnet_width"] = shapes["conv_root/kernel"][-1] / 64
+    if "Transformer/registers" in shapes:
+        found["num_registers"] = shapes["Transformer/registers"][1]
+    if f"{block}/MlpBlock_0/gate/kernel" in shapes:
+        found["activation"] = "swiglu"
+    if f"{attention}/query_norm/scale" in shapes:
+        found["qk_norm"] = True
+    if f"{block}/LayerScale_0/scale" in shapes:
+        found["layer_scale_init"] = 1e-5  # Only where training starts anew does it matter.
+    if "fc_norm/scale" in shapes:
+        found["norm_after_pooling"] = True
+    return found
+
+
+def _count(shapes: Mapping[str, Any], pattern: str) -> int:
+    return len({match[1] for path in shapes if (match := re.match(pattern, path))})

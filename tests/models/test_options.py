@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the Vision Transformer: what each computes, and that it costs nothing when off."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from vit_jax.models.heads import MAPHead
+from vit_jax.models.layers import (
+    Encoder1DBlock,
+    MlpBlock,
+    MultiHeadDotProductAttention,
+    PatchDropout,
+    StochasticDepth,
+)
+from vit_jax.models.positions import sincos_2d
+from vit_jax.models.variants import make_vit
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.tree import flatten
+
+TINY = {"patch_size": 4, "hidden_size": 16, "num_layers": 3, "num_heads": 4, "mlp_dim": 32}
+
+
+def init(model, shape=(2, 8, 12, 3)):
+    images = jax.random.uniform(jax.random.key(9), shape, minval=-1)
+    params = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), images)[
+        "params"
+    ]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    # Nothing may hide behind a zero or a one.
+    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, leaves), images
+
+
+def run(model, params, images, *, train=False, seed=0):
+    rngs = {"dropout": jax.random.key(seed)}
+    apply = jax.jit(functools.partial(model.apply, train=train))
+    return apply({"params": params}, images, rngs=rngs)
+
+
+def dense(x, params):
+    return np.asarray(x) @ params["kernel"] + params["bias"]
+
+
+def normalise(x, params, epsilon=1e-6):
+    x = np.asarray(x)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
+    return x * params["scale"] + params["bias"]
+
+
+def attend(query, key, value):
+    scores = np.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(query.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def project(x, params, name):
+    return np.einsum("bld,dhk->blhk", x, params[name]["kernel"]) + params[name]["bias"]
+
+
+def test_exact_gelu():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    mlp = MlpBlock(mlp_dim=8, activation="gelu_erf")
+    variables = mlp.init(jax.random.key(1), x, train=False)
+    p = variables["params"]
+    h = dense(x, p["Dense_0"])
+    want = dense(0.5 * h * (1 + erf(h / np.sqrt(2))), p["Dense_1"])
+    np.testing.assert_allclose(mlp.apply(variables, x, train=False), want, atol=1e-6)
+
+
+def test_swiglu():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    mlp = MlpBlock(mlp_dim=8, activation="swiglu")
+    variables = mlp.init(jax.random.key(1), x, train=False)
+    p = variables["params"]
+    gate = dense(x, p["gate"])
+    want = dense(dense(x, p["Dense_0"]) * gate / (1 + np.exp(-gate)), p["Dense_1"])
+    np.testing.assert_allclose(mlp.apply(variables, x, train=False), want, atol=1e-6)
+
+
+def test_qk_norm_normalises_queries_and_keys_over_the_head():
+    x = jax.random.normal(jax.random.key(0), (1, 3, 8))
+    attention = MultiHeadDotProductAttention(num_heads=2, qk_norm=True)
+    p = attention.init(jax.random.key(1), x, train=False)["params"]
+    p["query_norm"]["scale"] = jnp.arange(4.0)
+    query = normalise(project(x, p, "query"), p["query_norm"])
+    key = normalise(project(x, p, "key"), p["key_norm"])
+    heads = attend(query, key, project(x, p, "value"))
+    want = np.einsum("bqhd,hdk->bqk", heads, p["out"]["kernel"]) + p["out"]["bias"]
+    np.testing.assert_allclose(attention.apply({"params": p}, x, train=False), want, atol=1e-5)
+
+
+def test_map_head_is_a_probe_that_attends_and_an_mlp():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    head = MAPHead(num_heads=2, mlp_dim=12)
+    p = head.init(jax.random.key(1), x, train=False)["params"]
+    attention = p["MultiHeadDotProductAttention_0"]
+    probe = np.broadcast_to(p["probe"], (2, 1, 8))
+    heads = attend(
+        project(probe, attention, "query"),
+        project(x, attention, "key"),
+        project(x, attention, "value"),
+    )
+    pooled = np.einsum("bqhd,hdk->bqk", heads, attention["out"]["kernel"])
+    pooled += attention["out"]["bias"]
+    h = dense(normalise(pooled, p["LayerNorm_0"]), p["MlpBlock_0"]["Dense_0"])
+    h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+    want = (pooled + dense(h, p["MlpBlock_0"]["Dense_1"]))[:, 0]
+    np.testing.assert_allclose(head.apply({"params": p}, x, train=False), want, atol=1e-5)
+
+
+def test_map_classifier_has_no_class_token():
+    model = make_vit(num_classes=5, classifier="map", **TINY)
+    params, images = init(model)
+    logits, out = run(model, params, images)
+    assert logits.shape == (2, 5)
+    assert "cls" not in params
+    head = MAPHead(num_heads=4, mlp_dim=32)
+    want = head.apply({"params": params["MAPHead_0"]}, out["encoded"], train=False)
+    np.testing.assert_allclose(out["pre_logits"], want, atol=1e-6)
+
+
+def test_layer_scale_scales_both_branches():
+    x = jax.random.normal(jax.random.key(0), (1, 3, 8))
+    plain = Encoder1DBlock(num_heads=2, mlp_dim=12)
+    scaled = Encoder1DBlock(num_heads=2, mlp_dim=12, layer_scale_init=1e-5)
+    variables = scaled.init(jax.random.key(1), x, 0.0, None, train=False)
+    p = variables["params"]
+    np.testing.assert_array_equal(p["LayerScale_0"]["scale"], np.full(8, 1e-5, np.float32))
+    p["LayerScale_0"]["scale"] = 2.0 * jnp.ones(8)
+    p["LayerScale_1"]["scale"] = jnp.arange(8.0)
+    got = scaled.apply({"params": p}, x, 0.0, None, train=False)
+
+    # The same block with the factors put into the last layers of its branches.
+    folded = {k: v for k, v in p.items() if not k.startswith("LayerScale")}
+    for path, scale in (
+        (("MultiHeadDotProductAttention_0", "out"), 2.0 * np.ones(8)),
+        (("MlpBlock_0", "Dense_1"), np.arange(8.0)),
+    ):
+        module = {k: v * scale for k, v in p[path[0]][path[1]].items()}
+        folded[path[0]] = folded[path[0]] | {path[1]: module}
+    want = plain.apply({"params": folded}, x, 0.0, None, train=False)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_registers_stand_behind_the_class_token_and_have_no_position():
+    model = make_vit(num_classes=5, num_registers=2, **TINY)
+    params, images = init(model)
+    assert params["Transformer"]["registers"].shape == (1, 2, 16)
+    assert params["Transformer"]["posembed_input"]["pos_embedding"].shape == (1, 7, 16)
+    logits, out = run(model, params, images)
+    assert out["encoded"].shape == (2, 9, 16)
+    assert model.num_prefix_tokens == 3
+
+    plain = make_vit(num_classes=5, **TINY)
+    rest = {k: v for k, v in params["Transformer"].items() if k != "registers"}
+    without, _ = run(plain, params | {"Transformer": rest}, images)
+    assert np.abs(logits - without).max() > 1e-3
+    # Their order is of no consequence, since nothing says where they are.
+    swapped = params | {
+        "Transformer": params["Transformer"]
+        | {"registers": params["Transformer"]["registers"][:, ::-1]}
+    }
+    np.testing.assert_allclose(run(model, swapped, images)[0], logits, atol=1e-5)
+
+
+def test_gap_leaves_registers_out():
+    model = make_vit(num_classes=5, classifier="gap", num_registers=2, **TINY)
+    params, images = init(model)
+    _, out = run(model, params, images)
+    np.testing.assert_allclose(out["pre_logits"], out["encoded"][:, 2:].mean(axis=1), atol=1e-6)
+
+
+def test_norm_after_pooling():
+    model = make_vit(num_classes=5, classifier="gap", norm_after_pooling=True, **TINY)
+    params, images = init(model)
+    _, out = run(model, params, images)
+    assert "encoder_norm" not in params["Transformer"]
+    want = normalise(out["encoded"].mean(axis=1), params["fc_norm"])
+    np.testing.assert_allclose(out["pre_logits"], want, atol=1e-5)
+
+
+def test_norm_epsilon_reaches_every_norm():
+    model = make_vit(num_classes=5, norm_epsilon=0.1, qk_norm=True, **TINY)
+    params, images = init(model)
+    text = str(jax.make_jaxpr(lambda: run(model, params, images)[0])())
+    # Two norms, of queries and of keys in each block, and the final one, add it to the variance.
+    assert sum(" rsqrt " in line for line in text.splitlines()) == 3 * 4 + 1
+    assert len(re.findall(r"add \w+ 0\.1\d*:f32", text)) == 3 * 4 + 1
+
+
+def test_fixed_positions_equal_learned_ones_of_the_same_values():
+    fixed = make_vit(num_classes=5, position_embedding="sincos2d", **TINY)
+    learned = make_vit(num_classes=5, **TINY)
+    params, images = init(fixed)
+    assert "posembed_input" not in params["Transformer"]
+    embedding = np.concatenate([np.zeros((1, 1, 16)), sincos_2d((2, 3), 16)], axis=1)
+    same = params | {
+        "Transformer": params["Transformer"]
+        | {"posembed_input": {"pos_embedding": embedding.astype(np.float32)}}
+    }
+    got, want = run(fixed, params, images)[0], run(learned, same, images)[0]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_without_positions_the_order_of_patches_is_lost_and_rope_brings_it_back():
+    shuffled = {}
+    for theta in (None, 100.0):
+        model = make_vit(num_classes=5, position_embedding="none", rope_theta=theta, **TINY)
+        params, images = init(model)
+        flipped = jnp.concatenate([images[:, 4:], images[:, :4]], axis=1)
+        shuffled[theta] = np.abs(
+            run(model, params, images)[0] - run(model, params, flipped)[0]
+        ).max()
+    assert shuffled[None] < 1e-5
+    assert shuffled[100.0] > 1e-3
+
+
+def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
+    x = jnp.ones((4000, 2, 3))
+    y = StochasticDepth().apply({}, x, 0.25, train=True, rngs={"dropout": jax.random.key(0)})
+    samples = np.asarray(y).reshape(4000, -1)
+    assert (samples == samples[:, :1]).all()
+    assert set(np.unique(samples)) == {0.0, np.float32(1 / 0.75)}
+    assert samples.mean() == pytest.approx(1.0, abs=0.05)
+
+
+def test_stochastic_depth_rises_linearly_from_zero():
+    # With a rate just under 1 the last block's branches are as good as always dropped, and the
+    # first block's never.
+    model = make_vit(num_classes=5, stochastic_depth_rate=1 - 1e-6, **(TINY | {"num_layers": 2}))
+    first = make_vit(num_classes=5, **(TINY | {"num_layers": 1}))
+    params, images = init(model)
+    got = run(model, params, images, train=True)[1]["encoded"]
+    one = params | {
+        "Transformer": {k: v for k, v in params["Transformer"].items() if k != "encoderblock_1"}
+    }
+    np.testing.assert_allclose(got, run(first, one, images)[1]["encoded"], atol=1e-5)
+
+
+def test_patch_dropout_keeps_the_prefix_and_a_share_of_patches():
+    x = jnp.arange(2 * 11.0).reshape(2, 11, 1)
+    rngs = {"dropout": jax.random.key(0)}
+    y, kept = PatchDropout(0.5).apply({}, x, 3, train=True, rngs=rngs)
+    assert y.shape == (2, 3 + 4, 1)
+    np.testing.assert_array_equal(kept[:, :3], [[0, 1, 2]] * 2)
+    assert (np.diff(kept, axis=1) > 0).all()
+    assert (kept[0] != kept[1]).any()
+    np.testing.assert_array_equal(y[1, :, 0], kept[1] + 11)
+
+
+def test_patch_dropout_keeps_the_rotations_of_the_patches_it_keeps():
+    model = make_vit(
+        num_classes=5, position_embedding="none", rope_theta=100.0, patch_dropout_rate=0.5, **TINY
+    )
+    params, images = init(model, (2, 16, 16, 3))
+    logits, out = run(model, params, images, train=True)
+    assert out["encoded"].shape == (2, 1 + 8, 16)
+    assert np.isfinite(logits).all()
+
+
+TRAIN_ONLY = ["stochastic_depth_rate", "patch_dropout_rate", "dropout_rate"]
+OFF = {
+    "rope_theta": (None, 100.0),
+    "num_registers": (0, 2),
+    "qk_norm": (False, True),
+    "layer_scale_init": (None, 1.0),
+    "remat": ("none", "full"),
+    "stochastic_depth_rate": (0.0, 0.5),
+    "patch_dropout_rate": (0.0, 0.5),
+    "dropout_rate": (0.0, 0.5),
+}
+
+
+def equations(train, **options):
+    """The operations of a training step's forward pass, one line each."""
+    model = make_vit(num_classes=5, **TINY, **options)
+    images = jax.ShapeDtypeStruct((2, 8, 12, 3), jnp.float32)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    text = str(jax.make_jaxpr(lambda p, x: run(model, p["params"], x, train=train))(shapes, images))
+    return sorted(re.findall(r"= (\w+)", text))
+
+
+@pytest.mark.parametrize("option", OFF)
+def test_an_option_that_is_off_adds_no_operation(option):
+    off, on = OFF[option]
+    assert equations(True, **{option: off}) == equations(True)
+    assert equations(True, **{option: on}) != equations(True)
+    if option in TRAIN_ONLY:
+        assert equations(False, **{option: on}) == equations(False)
+
+
+def stack_blocks(params):
+    blocks = [params["Transformer"][f"encoderblock_{i}"] for i in range(3)]
+    stacked = {k: v for k, v in params["Transformer"].items() if "encoderblock" not in k}
+    stacked["encoderblock"] = jax.tree.map(lambda *x: jnp.stack(x), *blocks)
+    return params | {"Transformer": stacked}
+
+
+def loss_and_gradients(model, params, images, **kwargs):
+    def loss(params):
+        logits, _ = run(model, params, images, train=True, **kwargs)
+        return (logits * jnp.cos(jnp.arange(logits.size).reshape(logits.shape))).sum()
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_scan_gives_the_function_and_the_gradients_of_the_loop(remat):
+    options = {"qk_norm": True, "layer_scale_init": 0.5, "rope_theta": 100.0, "num_registers": 1}
+    loop = make_vit(num_classes=5, **TINY, **options)
+    scan = make_vit(num_classes=5, **TINY, **options, scan=True, remat=remat)
+    params, images = init(loop)
+    value, gradients = loss_and_gradients(loop, params, images)
+    scanned_value, scanned_gradients = loss_and_gradients(scan, stack_blocks(params), images)
+    np.testing.assert_allclose(scanned_value, value, rtol=1e-5)
+    expected = flatten(stack_blocks(gradients))
+    assert flatten(scanned_gradients).keys() == expected.keys()
+    for path, gradient in flatten(scanned_gradients).items():
+        np.testing.assert_allclose(gradient, expected[path], atol=2e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_gives_the_same_with_all_that_is_random(remat):
+    options = {"dropout_rate": 0.2, "stochastic_depth_rate": 0.5, "patch_dropout_rate": 0.3}
+    plain = make_vit(num_classes=5, **TINY, **options)
+    again = make_vit(num_classes=5, **TINY, **options, remat=remat)
+    params, images = init(plain)
+    value, gradients = loss_and_gradients(plain, params, images, seed=3)
+    other_value, other_gradients = loss_and_gradients(again, params, images, seed=3)
+    np.testing.assert_allclose(other_value, value, rtol=1e-6)
+    for path, gradient in flatten(other_gradients).items():
+        np.testing.assert_allclose(
+            gradient, flatten(gradients)[path], rtol=1e-5, atol=1e-6, err_msg=path
+        )
+
+
+def test_scan_drops_branches_by_the_rate_of_the_layer():
+    options = {"stochastic_depth_rate": 1 - 1e-6}
+    model = make_vit(num_classes=5, scan=True, **(TINY | {"num_layers": 2}), **options)
+    first = make_vit(num_classes=5, **(TINY | {"num_layers": 1}))
+    params, images = init(model)
+    got = run(model, params, images, train=True)[1]["encoded"]
+    transformer = dict(params["Transformer"])
+    transformer["encoderblock_0"] = jax.tree.map(lambda x: x[0], transformer.pop("encoderblock"))
+    want = run(first, params | {"Transformer": transformer}, images)[1]["encoded"]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_scanned_blocks_start_with_values_of_their_own():
+    model = make_vit(num_classes=5, scan=True, **TINY)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)["params"]
+    kernel = params["Transformer"]["encoderblock"]["MlpBlock_0"]["Dense_0"]["kernel"]
+    assert kernel.shape == (3, 16, 32)
+    assert np.abs(kernel[0] - kernel[1]).max() > 0.1
+    # Xavier's bound is that of one layer, not of the stack.
+    assert np.abs(kernel).max() == pytest.approx(np.sqrt(6 / (16 + 32)), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rope_theta": 0.0}, "model.rope_theta=0.0: expected more than 0"),
+        ({"rope_theta": 10.0, "hidden_size": 24}, "the 6 channels of a head can't be halved"),
+        ({"position_embedding": "sincos2d", "hidden_size": 6, "num_heads": 2}, "a multiple of 4"),
+        ({"stochastic_depth_rate": 1.0}, "model.stochastic_depth_rate=1.0: expected 0 <= value"),
+        ({"num_registers": -1}, "model.num_registers=-1: expected at least 0"),
+        ({"classifier": "unpooled", "norm_after_pooling": True}, "nothing pools"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        make_vit(num_classes=2, **(TINY | options))

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Positions that are computed: closed forms on rectangular grids."""
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax.models.positions import patch_grid, rotate, rotation_2d, sincos_2d
+from vit_jax.utils.errors import UserError
+
+
+def test_sincos_has_a_quarter_of_the_channels_for_each_function_and_axis():
+    embedding = sincos_2d((2, 3), 12)
+    assert embedding.shape == (1, 6, 12)
+    row, column = 1, 2
+    frequencies = np.array([1.0, 1e-2, 1e-4])
+    want = [np.sin(column * frequencies), np.cos(column * frequencies)]
+    want += [np.sin(row * frequencies), np.cos(row * frequencies)]
+    np.testing.assert_allclose(embedding[0, row * 3 + column], np.concatenate(want), atol=1e-7)
+
+
+def test_rotation_turns_pairs_by_row_then_by_column():
+    rotation = rotation_2d((2, 3), 8, theta=100.0, num_prefix_tokens=1)
+    x = np.random.default_rng(0).normal(size=(1, 7, 2, 8)).astype(np.float32)
+    turned = np.asarray(rotate(jax.numpy.asarray(x), rotation))
+    np.testing.assert_array_equal(turned[:, 0], x[:, 0])  # the prefix has no position
+    row, column = 1, 2
+    angles = np.array([row, row * 0.1, column, column * 0.1])
+    pairs = x[0, 1 + row * 3 + column].reshape(2, 4, 2)
+    as_complex = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)
+    want = np.stack([as_complex.real, as_complex.imag], axis=-1).reshape(2, 8)
+    np.testing.assert_allclose(turned[0, 1 + row * 3 + column], want, atol=1e-6)
+
+
+def test_products_of_rotated_vectors_depend_on_the_offset_only():
+    rotation = rotation_2d((4, 4), 8, theta=100.0, num_prefix_tokens=0)
+    rng = np.random.default_rng(0)
+    query, key = (np.broadcast_to(rng.normal(size=8), (1, 16, 1, 8)) for _ in range(2))
+    queries = np.asarray(rotate(jax.numpy.asarray(query), rotation))[0, :, 0]
+    keys = np.asarray(rotate(jax.numpy.asarray(key), rotation))[0, :, 0]
+    products = (queries @ keys.T).reshape(4, 4, 4, 4)
+    np.testing.assert_allclose(products[0, 0, 1, 2], products[2, 1, 3, 3], atol=1e-5)
+    assert abs(products[0, 0, 1, 2] - products[0, 0, 2, 1]) > 1e-3
+
+
+def test_grid_of_a_rectangle():
+    assert patch_grid((32, 48), (16, 8)) == (2, 6)
+    with pytest.raises(UserError, match="image of 32x50 can't be cut into patches of 16x8"):
+        patch_grid((32, 50), (16, 8))

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MLP-Mixer, with the names and numerics of the published checkpoints.
+
+Source: Tolstikhin et al., arXiv:2105.01601.
+"""
+
+import flax.linen as nn
+import jax
+
+from vit_jax.models.heads import apply_head
+from vit_jax.models.layers import Constrain, MlpBlock, StochasticDepth, unconstrained
+from vit_jax.models.positions import patch_grid
+from vit_jax.models.vit import Dtype
+
+LAYER_NORM_EPSILON = 1e-6
+
+
+class MixerBlock(nn.Module):
+    """An MLP over tokens, then one over channels, each pre-norm with a residual connection.
+
+    Call: `[batch, tokens, channels]` and the rate of stochastic depth, to the same shape.
+    """
+
+    tokens_mlp_dim: int
+    channels_mlp_dim: int
+    dropout_rate: float
+    dtype: Dtype
+    constrain: Constrain
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rate: float, *, train: bool) -> jax.Array:
+        def mlp(mlp_dim: int, name: str) -> MlpBlock:
+            return MlpBlock(
+                mlp_dim=mlp_dim,
+                dropout_rate=self.dropout_rate,
+                kernel_init=nn.initializers.lecun_normal(),
+                bias_init=nn.initializers.zeros,
+                dtype=self.dtype,
+                constrain=self.constrain,
+                name=name,
+            )
+
+        y = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x).swapaxes(1, 2)
+        y = mlp(self.tokens_mlp_dim, "token_mixing")(y, train=train).swapaxes(1, 2)
+        x = x + StochasticDepth()(y, rate, train=train)
+        y = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
+        y = mlp(self.channels_mlp_dim, "channel_mixing")(y, train=train)
+        x = x + StochasticDepth()(y, rate, train=train)
+        return self.constrain(x, ("batch", None, None))
+
+
+class MlpMixer(nn.Module, kw_only=True):
+    """Images of one size to logits.
+
+    Attributes:
+      num_classes: width of the `head`; 0 for no head, only the representation.
+      patch_size: (height, width) of a patch in pixels.
+      hidden_size: width of the blocks.
+      num_layers: number of blocks.
+      tokens_mlp_dim: hidden width of the MLPs over tokens.
+      channels_mlp_dim: hidden width of the MLPs over channels.
+      dropout_rate: after both layers of each MLP.
+      stochastic_depth_rate: of dropping the last block's branches for a sample; 0 in the first.
+      head_bias_init: initial value of the head's bias.
+      dtype: of the computation. Parameters and logits are float32.
+      constrain: places activations on a mesh.
+
+    Call: as `VisionTransformer`. The parameters fit one number of patches only.
+    """
+
+    num_classes: int
+    patch_size: tuple[int, int]
+    hidden_size: int
+    num_layers: int
+    tokens_mlp_dim: int
+    channels_mlp_dim: int
+    dropout_rate: float = 0.0
+    stochastic_depth_rate: float = 0.0
+    head_bias_init: float = 0.0
+    dtype: Dtype = "float32"
+    constrain: Constrain = unconstrained
+
+    # What represents an image, in the words of `VisionTransformer`.
+    classifier = "gap"
+    num_class_tokens = 0
+    num_prefix_tokens = 0
+
+    def grid(self, image_size: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns of patches in an image of (height, width) pixels."""
+        return patch_grid(image_size, self.patch_size)
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self.grid(images.shape[1:3])
+        x = nn.Conv(
+            self.hidden_size,
+            self.patch_size,
+            strides=self.patch_size,
+            padding="VALID",
+            dtype=self.dtype,
+            name="stem",
+        )(images)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        last = max(self.num_layers - 1, 1)
+        for i in range(self.num_layers):
+            x = MixerBlock(
+                self.tokens_mlp_dim,
+                self.channels_mlp_dim,
+                self.dropout_rate,
+                self.dtype,
+                self.constrain,
+                name=f"MixerBlock_{i}",
+            )(x, self.stochastic_depth_rate * i / last, train=train)
+        encoded = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="pre_head_layer_norm")(x)
+        x = encoded.mean(axis=1)
+        out = {"encoded": encoded, "pre_logits": x}
+        if self.num_classes:
+            x = apply_head(
+                x, self.num_classes, bias_init=self.head_bias_init, constrain=self.constrain
+            )
+            out["logits"] = x
+        return x, out

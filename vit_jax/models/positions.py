@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The grid of patches, and positions on it that are computed, not learned.
+
+Sine-cosine and rotary embeddings are functions of the row and the column of a patch, so they fit a
+grid of any size and shape.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.utils.errors import UserError
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of the angle of each pair of channels, each given twice.
+
+    Shapes: `[length, head_dim]`, or `[batch, length, head_dim]`.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def patch_grid(image_size: tuple[int, ...], stride: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches in an image of (height, width) pixels.
+
+    Raises:
+      UserError: patches of `stride` pixels do not fill the image.
+    """
+    for size, step in zip(image_size, stride, strict=True):
+        if size % step:
+            raise UserError(
+                f"an image of {image_size[0]}x{image_size[1]} can't be cut into patches of "
+                f"{stride[0]}x{stride[1]}: set model.patch_size to a divisor, or resize in "
+                "data.preprocess"
+            )
+    return image_size[0] // stride[0], image_size[1] // stride[1]
+
+
+def sincos_2d(grid: tuple[int, int], width: int, *, temperature: float = 10_000.0) -> np.ndarray:
+    """Fixed 2D position embeddings, float32 `[1, rows * columns, width]`.
+
+    A quarter of the channels each hold sin(x w), cos(x w), sin(y w), cos(y w), with frequencies w
+    from 1 to 1 / temperature in equal ratios, both ends included. Source: arXiv:2205.01580.
+    """
+    frequencies = temperature ** -np.linspace(0, 1, width // 4)
+    rows, columns = np.indices(grid).reshape(2, -1, 1) * frequencies
+    channels = [np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)]
+    return np.concatenate(channels, axis=1)[None].astype(np.float32)
+
+
+def rotation_2d(
+    grid: tuple[int, int], head_dim: int, *, theta: float, num_prefix_tokens: int
+) -> Rotation:
+    """Axial 2D rotary embedding: half of the channels turn with the row, half with the column.
+
+    The angle of pair j of an axis is position * theta^(-4 j / head_dim). Prefix tokens, which have
+    no position, are not turned. Sources: arXiv:2104.09864; in 2D: arXiv:2403.13298, section 3.2
+    ("axial").
+
+    Args:
+      grid: (rows, columns) of patches.
+      head_dim: channels of a head; divisible by 4.
+      theta: of the frequencies.
+      num_prefix_tokens: in front of the patches.
+    """
+    frequencies = theta ** -(4 * np.arange(head_dim // 4) / head_dim)
+    angles = np.indices(grid).reshape(2, -1, 1) * frequencies
+    angles = np.repeat(np.concatenate(list(angles), axis=1), 2, axis=1)
+    angles = np.concatenate([np.zeros((num_prefix_tokens, head_dim)), angles])
+    return Rotation(
+        cos=jnp.asarray(np.cos(angles), jnp.float32), sin=jnp.asarray(np.sin(angles), jnp.float32)
+    )
+
+
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Turns each pair (2 j, 2 j + 1) of channels of `[batch, length, heads, head_dim]`."""
+    cos, sin = (table[..., None, :] for table in rotation)
+    even, odd = x[..., ::2], x[..., 1::2]
+    turned = jnp.stack([-odd, even], axis=-1).reshape(x.shape)
+    return (x * cos + turned * sin).astype(x.dtype)

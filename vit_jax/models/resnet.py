@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The convolutional stem of hybrid Vision Transformers: a ResNet with weight standardisation.
+
+Names and numerics are those of the published hybrids. Source: arXiv:2010.11929, section 3.1
+("Hybrid Architecture"); Kolesnikov et al., arXiv:1912.11370.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+class StdConv(nn.Module):
+    """A convolution without bias whose kernel is standardised for each output channel.
+
+    "SAME" padding; the kernel's mean goes to 0 and its deviation to 1 (1e-5 is added to the
+    deviation). Source: arXiv:1903.10520.
+    """
+
+    features: int
+    kernel_size: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = kernel - kernel.mean(axis=(0, 1, 2))
+        kernel = kernel / (kernel.std(axis=(0, 1, 2)) + 1e-5)
+        return jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            self.strides,
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+class ResidualUnit(nn.Module):
+    """A bottleneck: 1x1, 3x3 and 1x1 convolutions; the output has 4 x `features` channels."""
+
+    features: int
+    strides: tuple[int, int]
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def conv(features: int, size: int, name: str, strides: tuple[int, int] = (1, 1)) -> StdConv:
+            return StdConv(features, (size, size), strides, dtype=self.dtype, name=name)
+
+        def norm(name: str, scale_init: Callable[..., Any] = nn.initializers.ones) -> nn.GroupNorm:
+            return nn.GroupNorm(dtype=self.dtype, scale_init=scale_init, name=name)
+
+        width = 4 * self.features
+        shortcut = x
+        if x.shape[-1] != width or self.strides != (1, 1):
+            shortcut = norm("gn_proj")(conv(width, 1, "conv_proj", self.strides)(x))
+        x = nn.relu(norm("gn1")(conv(self.features, 1, "conv1")(x)))
+        x = nn.relu(norm("gn2")(conv(self.features, 3, "conv2", self.strides)(x)))
+        x = norm("gn3", nn.initializers.zeros)(conv(width, 1, "conv3")(x))
+        return nn.relu(shortcut + x)
+
+
+class ResNetStage(nn.Module):
+    """`num_units` bottlenecks, of which the first has the stride."""
+
+    num_units: int
+    features: int
+    strides: tuple[int, int]
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i in range(self.num_units):
+            strides = (1, 1) if i else self.strides
+            x = ResidualUnit(self.features, strides, dtype=self.dtype, name=f"unit{i + 1}")(x)
+        return x
+
+
+def apply_root(x: jax.Array, width: int, dtype: DTypeLike) -> jax.Array:
+    """The first layers, which make an image 4 times smaller; called inside a compact module."""
+    x = StdConv(width, (7, 7), (2, 2), dtype=dtype, name="conv_root")(x)
+    x = nn.relu(nn.GroupNorm(dtype=dtype, name="gn_root")(x))
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+
+
+def apply_stages(
+    x: jax.Array, num_units: tuple[int, ...], width: int, dtype: DTypeLike
+) -> jax.Array:
+    """The stages `block1`, `block2`, ... after the root; each but the first halves the image."""
+    for i, units in enumerate(num_units):
+        strides = (2, 2) if i else (1, 1)
+        stage = ResNetStage(units, width * 2**i, strides, dtype=dtype, name=f"block{i + 1}")
+        x = stage(x)
+    return x
+
+
+def total_stride(num_units: tuple[int, ...]) -> int:
+    """How many times smaller than the image the output of a ResNet is."""
+    return 4 * 2 ** max(len(num_units) - 1, 0)
