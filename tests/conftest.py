@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 
 from vit_jax.data.sources import open_source
+from vit_jax.observe import console
 
 if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
@@ -64,3 +65,11 @@ class Stripes(tfds.core.GeneratorBasedBuilder):
                 image[:, ::8] = 255
             jpeg = cv2.imencode(".jpg", image)[1].tobytes()
             yield i, {"image": jpeg, "label": label, "name": f"stripes {i}"}
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """The lines that the package prints."""
+    lines = []
+    monkeypatch.setattr(console.console, "print", lambda *text, **_: lines.append(str(text[0])))
+    return lines

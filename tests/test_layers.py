@@ -25,6 +25,7 @@ LAYERS = {
     "vit_jax.experiment": 3,
     "vit_jax.train": 3,
     "vit_jax.main": 4,
+    "vit_jax.convert": 4,
 }
 ALLOWED_IN = {
     "ml_collections": ("vit_jax.main", "vit_jax.experiment", "vit_jax.train"),

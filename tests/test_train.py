@@ -18,7 +18,6 @@ from tests.tiny import tiny_config
 from vit_jax import train as train_module
 from vit_jax.checkpoint.manager import CheckpointManager, load_params
 from vit_jax.experiment import Experiment
-from vit_jax.observe import console
 from vit_jax.observe.progress import DivergedError, Monitor
 from vit_jax.observe.writer import read_metrics
 from vit_jax.train import due, train
@@ -33,13 +32,6 @@ def assert_same(a, b):
     assert a.keys() == b.keys()
     for path in a:
         np.testing.assert_array_equal(a[path], b[path], err_msg=path)
-
-
-@pytest.fixture
-def said(monkeypatch):
-    lines = []
-    monkeypatch.setattr(console.console, "print", lambda *text, **_: lines.append(str(text[0])))
-    return lines
 
 
 @pytest.fixture(scope="module")

@@ -114,6 +114,10 @@ def _eval_data(*, split: str, preprocess: str, batch_size: int | None = None) ->
     """The keys of an evaluator's data; name and folder are those of `data`."""
 
 
+# Fields of a model that are Flax's, or say how it is run and not what it computes.
+_NO_PART_OF_A_MODEL = ("parent", "name", "constrain", "scan", "remat")
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """All parts of a run, put together on a mesh."""
@@ -256,7 +260,7 @@ class Experiment:
         model = {
             field.name: getattr(self.model, field.name)
             for field in dataclasses.fields(self.model)
-            if field.name not in ("parent", "name", "constrain")
+            if field.name not in _NO_PART_OF_A_MODEL
         }
         evaluated = self.evaluators[0].data if self.evaluators else self.train_data
         return {

@@ -138,10 +138,11 @@ def run() -> None:
     """The command: one line and exit code 2 for bad input, 1 for a run that went wrong."""
     logging.set_verbosity(logging.ERROR)
     try:
-        app.run(main, flags_parser=parse_flags)
-    except (UserError, DivergedError) as e:
-        print(f"vit_jax: error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(e, UserError) else 1)
+        with console.report_errors():
+            app.run(main, flags_parser=parse_flags)
+    except DivergedError as e:
+        console.print_error(e)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("vit_jax: interrupted; the same command goes on from the last checkpoint")
         sys.exit(130)

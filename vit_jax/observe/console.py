@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The screen. Only process 0 writes to it."""
 
+import contextlib
 import logging
+import sys
+from collections.abc import Iterator
 
 import rich.console
+
+from vit_jax.utils.errors import UserError
 
 console = rich.console.Console(highlight=False)
 
@@ -20,6 +25,21 @@ def set_up(*, quiet: bool) -> None:
 def say(text: str) -> None:
     """Prints a line as it is: no markup, no wrapping of paths."""
     console.print(text, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def report_errors() -> Iterator[None]:
+    """Makes of bad input one line and exit code 2; for the outermost level of a command."""
+    try:
+        yield
+    except UserError as e:
+        print_error(e)
+        sys.exit(2)
+
+
+def print_error(error: Exception) -> None:
+    """Prints what went wrong in one line, to stderr."""
+    print(f"vit_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 class _ConsoleHandler(logging.Handler):

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command that looks into checkpoints and converts them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests.tiny import tiny_config
+from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.convert import main
+from vit_jax.experiment import Experiment
+from vit_jax.models.variants import MODELS
+from vit_jax.train import train
+from vit_jax.utils.errors import UserError
+
+GOLDEN = Path(__file__).parent / "testdata" / "golden"
+
+
+@pytest.fixture(scope="module")
+def run(data_dir, tmp_path_factory):
+    """A workdir with averages."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    model = {"scan": True, "num_registers": 1, "activation": "gelu_erf", "layer_scale_init": 0.1}
+    config = tiny_config(data_dir, ema_decay=0.5, objective={"pixel_mean": 0.4})
+    config.model.update(model)
+    train(config, str(workdir), command="train")
+    return workdir
+
+
+def assert_same(params, expected):
+    assert params.keys() == expected.keys()
+    for path, value in params.items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+def test_without_a_destination_it_says_what_the_file_is(capfd):
+    main([str(GOLDEN / "vit_pre_logits.npz")])
+    out = capfd.readouterr().out
+    assert "layout      published npz" in out
+    assert "head        21 classes" in out
+    assert "representation_size=48" in out
+
+
+def test_a_run_becomes_a_file_that_says_all_that_the_run_knew(run, tmp_path, capfd):
+    main([str(run), str(tmp_path / "out.npz")])
+    out = capfd.readouterr().out
+    assert f"wrote {tmp_path / 'out.npz'}" in out
+    assert f"wrote {tmp_path / 'out.json'}" in out
+    source, written = load_pretrained(str(run)), load_pretrained(str(tmp_path / "out.npz"))
+    assert_same(written.params, source.params)
+    assert (written.model, written.preprocess) == (source.model, source.preprocess)
+    assert written.model["activation"] == "gelu_erf"
+    assert written.preprocess == {
+        "mean": 0.4,
+        "std": 0.5,
+        "image_size": (8, 8),
+        "eval": "decode",
+    }
+
+
+def test_a_model_is_built_from_what_a_checkpoint_says(run):
+    weights = load_pretrained(str(run))
+    arguments = dict(weights.model)
+    model = MODELS[arguments.pop("name")](**arguments)
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)), train=False)["params"]
+    )
+    assert {p: x.shape for p, x in weights.params.items()} == {
+        jax.tree_util.keystr(p, simple=True, separator="/"): x.shape
+        for p, x in jax.tree_util.tree_leaves_with_path(shapes)
+    }
+
+
+def test_the_average_of_a_run_is_a_part_of_it(run, tmp_path):
+    main([f"{run}:ema_params", str(tmp_path / "ema.npz")])
+    raw, average = load_pretrained(str(run)), load_pretrained(str(tmp_path / "ema.npz"))
+    assert np.abs(raw.params["embedding/kernel"] - average.params["embedding/kernel"]).max() > 1e-6
+
+
+def test_a_converted_file_starts_a_run_of_the_same_function(run, tmp_path, data_dir, said):
+    main([str(run), str(tmp_path / "out.npz")])
+    config = tiny_config(data_dir, init_from=str(tmp_path / "out.npz"))
+    with pytest.raises(UserError, match=r"--config.model.activation=gelu_erf"):
+        Experiment.from_config(config).init_state()
+    config.model.update({"activation": "gelu_erf", "num_registers": 1, "layer_scale_init": 1.0})
+    state = Experiment.from_config(config).init_state()
+    assert any("pixels: the weights expect pixel_mean 0.4, here it is 0.5" in x for x in said)
+    assert "  head: kept, 10 classes" in said
+    expected = load_pretrained(str(run)).params["Transformer/registers"]
+    np.testing.assert_array_equal(state.params["Transformer"]["registers"], expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{golden}", "{tmp}/out.pth"], "expected a file that ends in .npz"),
+        (["{golden}", "{tmp}/there.npz"], "there.npz exists; remove it, or choose another"),
+        (["{golden}", "{tmp}/no/out.npz"], "can't be written: No such file or directory"),
+        (["{tmp}/none.npz"], "none.npz: no such file"),
+        (["{tmp}"], "has no checkpoint; expected the workdir of a run"),
+    ],
+)
+def test_bad_input_is_one_line_and_loses_nothing(arguments, message, tmp_path):
+    there = tmp_path / "there.npz"
+    there.write_text("mine")
+    arguments = [a.format(golden=GOLDEN / "vit_gap.npz", tmp=tmp_path) for a in arguments]
+    with pytest.raises(UserError) as caught:
+        main(arguments)
+    assert message in str(caught.value)
+    assert there.read_text() == "mine"
+
+
+def test_the_command_exits_with_2_on_bad_input(tmp_path):
+    command = [sys.executable, "-m", "vit_jax.convert", str(tmp_path / "none.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("vit_jax: error: ")
