@@ -1,0 +1,483 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of timm and Hugging Face give their logits here, and files written here are timm's."""
+
+import json
+import os
+import pickle
+import shutil
+import struct
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from flax import traverse_util
+
+from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, write_safetensors
+from vit_jax.checkpoint.pretrained.tensor_file import read_tensors, write_tensors
+from vit_jax.models.variants import make_vit
+from vit_jax.utils.errors import UserError
+
+GOLDEN = Path(__file__).parents[2] / "testdata" / "torch"
+CASES = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
+# Of timm's ways to write the same parameters, those that differ from that of `write_safetensors`:
+# no biases, a class token that is not used, a second head, channels in another order.
+ONE_WAY = {"timm_vit_average", "timm_deit_distilled", "timm_eva_rope_ape"}
+WRITTEN_BACK = [name for name in CASES if name.startswith("timm") and name not in ONE_WAY]
+# timm standardises kernels by another rule; see `vit_jax.checkpoint.pretrained.timm`. With the rule
+# of the model here timm's logits are within 1e-6.
+TOLERANCE = {"timm_hybrid": 1e-4}
+POSEMB = "Transformer/posembed_input/pos_embedding"
+
+
+def read_case(name):
+    return read_safetensors(GOLDEN / name / "model.safetensors")
+
+
+def raw_tensors(path):
+    return read_tensors(epath.Path(path))
+
+
+def copy_weights(name, folder):
+    """Copies the weights alone, without the files beside them."""
+    return shutil.copy(GOLDEN / name / "model.safetensors", folder / "any_name.safetensors")
+
+
+def make(model, num_classes):
+    assert model["name"] == "vit"
+    return make_vit(**{k: v for k, v in model.items() if k != "name"}, num_classes=num_classes)
+
+
+def run(model, params, image, num_classes):
+    vit = make(model, num_classes)
+    params = {path: np.asarray(x, np.float32) for path, x in params.items()}
+    nested = traverse_util.unflatten_dict(params, sep="/")
+    init = jax.eval_shape(lambda x: vit.init(jax.random.key(0), x, train=False), image)["params"]
+    expected = {k: x.shape for k, x in traverse_util.flatten_dict(init, sep="/").items()}
+    assert {path: x.shape for path, x in params.items()} == expected
+    with jax.default_matmul_precision("highest"):
+        return vit.apply({"params": nested}, image, train=False)[1]
+
+
+def random_params(seed=0, **model):
+    """Returns `(params, model)` of a tiny model with all parameters random."""
+    sizes = {
+        "name": "vit",
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "mlp_dim": 24,
+    }
+    model = sizes | model
+    vit = make(model, 3)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+    init = jax.eval_shape(lambda x: vit.init(jax.random.key(0), x, train=False), images)["params"]
+    rng = np.random.default_rng(seed)
+    shapes = {k: x.shape for k, x in traverse_util.flatten_dict(init, sep="/").items()}
+    return {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}, model
+
+
+def write(path, params, model, **preprocess):
+    write_safetensors(path, params, model=model, preprocess=preprocess)
+    return path
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        assert actual[name].dtype == x.dtype, name
+        np.testing.assert_array_equal(actual[name], x, err_msg=name)
+
+
+def refusal(call, *args, **kwargs):
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_are_those_of_the_original_code(name):
+    weights = read_case(name)
+    with np.load(GOLDEN / name / "io.npz") as file:
+        io = dict(file)
+    image, classes = io.pop("image"), io["logits"].shape[-1] if "logits" in io else 0
+    out = run(weights.model, weights.params, image, classes)
+    for key, expected in io.items():
+        atol = TOLERANCE.get(name, 1e-5)
+        np.testing.assert_allclose(out[key], expected, rtol=0, atol=atol, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("timm_vit", "timm safetensors"),
+        ("timm_hybrid", "timm hybrid safetensors"),
+        ("hf_vit", "Hugging Face ViT safetensors"),
+        ("hf_deit", "Hugging Face DeiT safetensors"),
+        ("hf_dinov2", "Hugging Face DINOv2 safetensors"),
+        ("hf_dinov2_registers", "Hugging Face DINOv2 with registers safetensors"),
+    ],
+)
+def test_the_layout_is_known_by_the_tensor_names(name, layout, tmp_path):
+    assert read_safetensors(copy_weights(name, tmp_path), num_heads=4).layout == layout
+
+
+@pytest.mark.parametrize("name", WRITTEN_BACK)
+def test_what_timm_wrote_is_written_back(name, tmp_path):
+    weights = read_case(name)
+    path = write(tmp_path / "model.safetensors", weights.params, weights.model)
+    expected, _ = raw_tensors(GOLDEN / name / "model.safetensors")
+    expected = dict(expected)
+    if name == "timm_vit_registers":  # Positions of registers: they are part of the registers here.
+        slots, expected["pos_embed"] = np.split(expected["pos_embed"], [2], axis=1)
+        expected["reg_token"] = expected["reg_token"] + slots
+    if name == "timm_vit_no_embed_class":  # Without registers the class token has a slot here.
+        expected["pos_embed"] = np.pad(expected["pos_embed"], ((0, 0), (1, 0), (0, 0)))
+        for i in range(2):
+            expected[f"blocks.{i}.attn.qkv.bias"] = np.zeros(96, np.float32)
+    assert_same(raw_tensors(path)[0], expected)
+
+
+MODELS = {
+    "token": {},
+    "gap": {"classifier": "gap", "norm_after_pooling": True, "norm_epsilon": 1e-12},
+    "map": {"classifier": "map", "num_registers": 2, "activation": "gelu_erf"},
+    "unpooled": {"classifier": "unpooled"},
+    "token_unpooled": {"classifier": "token_unpooled"},
+    "swiglu": {"activation": "swiglu", "qk_norm": True, "layer_scale_init": 0.1},
+    "oblong": {"patch_size": (4, 8)},
+    "rope": {
+        "classifier": "gap",
+        "rope_theta": 100.0,
+        "position_embedding": "none",
+        "num_registers": 1,
+        "activation": "gelu_erf",
+        "layer_scale_init": 0.1,
+    },
+    "hybrid": {"resnet_layers": (1, 2), "resnet_width": 0.5, "patch_size": 1},
+    "stem": {"resnet_layers": (), "patch_size": 2},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_written_file_gives_the_same_parameters_and_model(name, tmp_path):
+    params, model = random_params(**MODELS[name])
+    preprocess = {"mean": 0.5, "std": (0.5, 0.4, 0.3), "image_size": (32, 32), "eval": "decode"}
+    path = write(tmp_path / "x.safetensors", params, model | {"dropout_rate": 0.1}, **preprocess)
+    weights = read_safetensors(path)
+    assert_same(weights.params, params)
+    assert weights.layout == "vit_jax safetensors"
+    assert weights.preprocess == preprocess
+    assert weights.notes == ()
+    assert make(weights.model, 3) == make(model, 3)
+
+
+def test_bfloat16_stays_bfloat16(tmp_path):
+    params, model = random_params()
+    params = {path: x.astype(jnp.bfloat16) for path, x in params.items()}
+    assert_same(read_safetensors(write(tmp_path / "x", params, model)).params, params)
+    assert {x.dtype for x in read_case("timm_vit_bfloat16").params.values()} == {
+        np.dtype(jnp.bfloat16)
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_registers": 2},
+        {"position_embedding": "sincos2d"},
+        {"position_embedding": "sincos2d", "num_registers": 2},
+    ],
+    ids=["registers", "sincos2d", "both"],
+)
+def test_merged_position_embeddings_leave_the_function_as_it_is(change, tmp_path):
+    params, model = random_params(**change)
+    path = write(tmp_path / "x", params, model, image_size=(32, 32))
+    weights = read_safetensors(path)
+    image = np.random.default_rng(1).normal(size=(1, 32, 32, 3)).astype(np.float32)
+    before = run(model, params, image, 3)["encoded"]
+    after = run(weights.model, weights.params, image, 3)["encoded"]
+    np.testing.assert_array_equal(after, before)
+    again, _ = raw_tensors(write(tmp_path / "y", weights.params, weights.model))
+    assert_same(again, raw_tensors(path)[0])
+
+
+def test_biases_of_keys_are_left_out_where_timm_has_none(tmp_path):
+    params, model = random_params(**MODELS["rope"])
+    names, _ = raw_tensors(write(tmp_path / "x", params, model))
+    assert "blocks.0.attn.qkv.bias" in names
+    params |= {k: np.zeros_like(x) for k, x in params.items() if k.endswith("/key/bias")}
+    path = write(tmp_path / "y", params, model)
+    names, _ = raw_tensors(path)
+    assert "blocks.0.attn.qkv.bias" not in names
+    assert names["blocks.0.attn.q_bias"].shape == (16,)
+    assert_same(read_safetensors(path).params, params)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"representation_size": 8}, "pre_logits"),
+        ({"rope_theta": 100.0}, "model.activation"),
+        ({"rope_theta": 9.0, "activation": "swiglu", "resnet_layers": (), "patch_size": 2}, "hyb"),
+        ({"classifier": "map", "activation": "swiglu"}, "SwiGLU"),
+        ({"position_embedding": "sincos2d"}, "preprocess.image_size"),
+    ],
+)
+def test_what_timm_cannot_express_is_refused(change, words, tmp_path):
+    params, model = random_params(**change)
+    message = refusal(write, tmp_path / "x.safetensors", params, model)
+    assert words in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_parameters_are_not_written(tmp_path):
+    params, model = random_params()
+    params["txt/head/kernel"] = np.zeros((2, 2), np.float32)
+    assert "txt/head/kernel" in refusal(write, tmp_path / "x", params, model)
+
+
+def test_a_missing_parameter_is_named(tmp_path):
+    params, model = random_params()
+    path = "Transformer/encoderblock_1/MultiHeadDotProductAttention_0/key/bias"
+    del params[path]
+    assert path in refusal(write, tmp_path / "x", params, model)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    params, model = random_params()
+    path = write(tmp_path / "x.safetensors", params, model)
+    before = path.read_bytes()
+
+    def fail(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    params["head/bias"] = params["head/bias"] + 1
+    assert "No space left" in refusal(write, path, params, model)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
+
+
+def test_settings_come_from_the_files_beside_the_weights():
+    weights = read_case("timm_vit_map")
+    assert weights.model["activation"] == "gelu_tanh"  # As this architecture of timm has it.
+    assert weights.preprocess == {
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "image_size": (32, 32),
+        "eval": "decode|resize_small(35)|central_crop(32)",
+    }
+    assert weights.notes == (
+        "images: resized by bicubic interpolation in evaluation there, by bilinear here",
+    )
+    weights = read_case("hf_vit_pooler")
+    assert weights.model["activation"] == "gelu_tanh"
+    assert weights.model["norm_epsilon"] == 1e-3
+    assert weights.preprocess["mean"] == (0.5, 0.5, 0.5)
+    assert weights.preprocess["eval"] == "decode|resize(32, 32)"
+
+
+@pytest.mark.parametrize(
+    ("name", "epsilon"), [("timm_vit", 1e-6), ("hf_vit", 1e-12), ("hf_dinov2", 1e-6)]
+)
+def test_settings_that_nothing_states_are_noted(name, epsilon, tmp_path):
+    weights = read_safetensors(copy_weights(name, tmp_path), num_heads=2)
+    assert weights.model["num_heads"] == 2
+    assert weights.model["norm_epsilon"] == epsilon
+    assert weights.model["activation"] == "gelu_erf"
+    assert weights.preprocess == {"image_size": (32, 32)}
+    assert any("activation='gelu_erf'" in note and str(epsilon) in note for note in weights.notes)
+    assert any("mean and std" in note for note in weights.notes)
+
+
+def test_heads_of_a_width_are_usual_or_noted(tmp_path):
+    def heads(width, depth):
+        params, model = random_params(hidden_size=width, num_layers=depth)
+        tensors, _ = raw_tensors(write(tmp_path / "own", params, model))
+        write_tensors(tmp_path / "x", tensors, metadata={})
+        weights = read_safetensors(tmp_path / "x")
+        return weights.model["num_heads"], [n for n in weights.notes if "num_heads" in n]
+
+    assert heads(192, 1) == (3, [])
+    assert heads(128, 1) == (2, ["num_heads: nothing states it; 2, of 64 channels each, taken"])
+    with pytest.raises(UserError, match="num_heads"):
+        heads(16, 1)
+
+
+def test_preprocessing_with_a_crop_is_described(tmp_path):
+    path = copy_weights("hf_dinov2", tmp_path)
+    settings = {"size": {"shortest_edge": 256}, "do_center_crop": True, "resample": 3}
+    settings |= {"crop_size": {"height": 224, "width": 224}, "do_normalize": False}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    weights = read_safetensors(path, num_heads=4)
+    assert weights.preprocess == {
+        "mean": 0.0,
+        "std": 1.0,
+        "image_size": (224, 224),
+        "eval": "decode|resize_small(256)|central_crop(224)",
+    }
+    assert any("bicubic" in note for note in weights.notes)
+
+
+def test_other_programs_files_beside_the_weights_do_not_matter(tmp_path):
+    path = copy_weights("timm_vit", tmp_path)
+    alone = read_safetensors(path, num_heads=4)
+    (tmp_path / "config.json").write_text('{"model": {"variant": "B/16"}, "model_args": 3}')
+    assert read_safetensors(path, num_heads=4).model == alone.model
+
+
+def test_layers_that_no_model_here_has_are_dropped_with_a_note():
+    for name, words in [("hf_deit", "head_dist"), ("hf_dinov2", "mask_token")]:
+        assert any(words in note and "dropped" in note for note in read_case(name).notes)
+    assert any("cls" in note for note in read_case("timm_vit_average").notes)
+
+
+def test_heads_that_read_other_features_are_dropped_with_a_note(tmp_path):
+    tensors, _ = raw_tensors(GOLDEN / "hf_dinov2" / "model.safetensors")
+    tensors |= {"classifier.weight": np.zeros((3, 64), np.float32)}
+    write_tensors(tmp_path / "x", tensors, metadata={})
+    weights = read_safetensors(tmp_path / "x", num_heads=4)
+    assert "head/kernel" not in weights.params
+    assert any("head" in note and "dropped" in note for note in weights.notes)
+
+    tensors |= {"classifier.weight": np.zeros((3, 32), np.float32)}
+    tensors |= {"pooler.dense.weight": np.zeros((32, 32), np.float32)}
+    write_tensors(tmp_path / "x", tensors, metadata={})
+    weights = read_safetensors(tmp_path / "x", num_heads=4)
+    assert "head/kernel" in weights.params
+    assert "pre_logits/kernel" not in weights.params
+    assert any("pre_logits" in note and "dropped" in note for note in weights.notes)
+
+
+def test_unknown_tensors_keep_their_names(tmp_path):
+    for name, odd in [("timm_vit", "blocks.0.mlp.norm.weight"), ("hf_vit", "decoder.norm.weight")]:
+        tensors, _ = raw_tensors(GOLDEN / name / "model.safetensors")
+        tensors[odd] = np.arange(3, dtype=np.float32)
+        write_tensors(tmp_path / "x", tensors, metadata={})
+        weights = read_safetensors(tmp_path / "x", num_heads=4)
+        np.testing.assert_array_equal(weights.params[odd], tensors[odd])
+
+
+def test_names_of_the_original_dinov2_are_those_of_timm(tmp_path):
+    tensors, _ = raw_tensors(GOLDEN / "timm_vit_swiglu" / "model.safetensors")
+    renamed = {
+        name.replace("reg_token", "register_tokens").replace("fc1", "w12").replace("fc2", "w3"): x
+        for name, x in tensors.items()
+    }
+    write_tensors(tmp_path / "x", renamed, metadata={})
+    assert_same(
+        read_safetensors(tmp_path / "x", num_heads=4).params, read_case("timm_vit_swiglu").params
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "config", "words"),
+    [
+        ("timm_vit", {"norm_pre.weight": (32,)}, {}, "norm_pre"),
+        ("timm_eva_rope", {"rope.freqs": (2, 2)}, {}, "rope.freqs"),
+        ("timm_eva_rope", {"cls_token": (1, 1, 32)}, {}, "config.json"),
+        ("timm_eva_rope", {"pos_embed": (1, 24, 32)}, {}, "config.json"),
+        ("timm_eva_rope", {}, {"architecture": "vit_small_patch16_dinov3"}, "dinov3"),
+        ("timm_vit_map", {"reg_token": (1, 2, 32)}, {}, "registers"),
+        ("timm_vit", {}, {"architecture": "vit_base_patch16_rpn_224"}, "rpn"),
+        ("timm_vit", {}, {"architecture": "x", "global_pool": "max"}, "global_pool='max'"),
+        (
+            "timm_vit",
+            {},
+            {"architecture": "x", "model_args": {"act_layer": "quick_gelu"}},
+            "act_layer='quick_gelu'",
+        ),
+        ("hf_vit", {}, {"model_type": "vit", "hidden_act": "relu"}, "hidden_act='relu'"),
+        ("hf_vit", {}, {"model_type": "vit", "pooler_act": "gelu"}, "pooler_act='gelu'"),
+        ("timm_vit", {"blocks.0.attn.qkv.weight": (95, 32)}, {}, "reshape"),
+    ],
+)
+def test_models_that_are_not_here_are_refused(name, changes, config, words, tmp_path):
+    tensors, _ = raw_tensors(GOLDEN / name / "model.safetensors")
+    tensors |= {k: np.zeros(shape, np.float32) for k, shape in changes.items()}
+    write_tensors(tmp_path / "x.safetensors", tensors, metadata={})
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    message = refusal(read_safetensors, tmp_path / "x.safetensors", num_heads=4)
+    assert words in message
+    assert str(tmp_path) in message
+
+
+def test_rotary_embeddings_without_config_are_timms_with_a_note(tmp_path):
+    weights = read_safetensors(copy_weights("timm_eva_rope", tmp_path), num_heads=2)
+    assert weights.model == read_case("timm_eva_rope").model
+    assert any("rope_theta" in note for note in weights.notes)
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def header(text):
+    return struct.pack("<Q", len(text)) + text
+
+
+ENTRY = b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "not a whole safetensors file"),
+        (b"<!DOCTYPE html><html>...</html>", "<!DOCTYPE html>"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "version https"),
+        (b"PK\x03\x04" + bytes(60), "not a whole safetensors file"),
+        (header(b"{not json}"), "no JSON"),
+        (header(b"[1, 2]  "), "not a whole safetensors file"),
+        (header(b"{" + b'"a":[' * 100_000), "no JSON"),
+        (header(ENTRY) + bytes(7), "7 bytes of numbers, expected 8"),
+        (header(ENTRY) + bytes(9), "9 bytes of numbers, expected 8"),
+        (header(ENTRY.replace(b"[2]", b"[3]")) + bytes(8), "x is F32 [3], in 8 bytes"),
+        (header(ENTRY.replace(b"[2]", b"[-2]")) + bytes(8), "damaged"),
+        (header(ENTRY.replace(b"[2]", b"[2.0]")) + bytes(8), "damaged"),
+        (header(ENTRY.replace(b"[2]", b'"2"')) + bytes(8), "damaged"),
+        (header(ENTRY.replace(b"0,8", b"8,0")) + bytes(8), "damaged"),
+        (header(ENTRY.replace(b"0,8", b"8,16")) + bytes(16), "at byte 0"),
+        (header(ENTRY.replace(b"F32", b"F8_E4M3")) + bytes(8), "F8_E4M3"),
+        (header(b'{"x":3}'), "damaged"),
+        (header(b'{"__metadata__":3}'), "damaged"),
+        (header(b'{"__metadata__":{"vit_jax":"{"}}'), "Expecting"),
+        (header(ENTRY) + bytes(8), "1 tensors such as x"),
+    ],
+)
+def test_bad_files_are_refused(content, words, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    message = refusal(read_safetensors, path)
+    assert words in message
+    assert str(path) in message
+    assert "expected the whole .safetensors file" in message
+
+
+def test_a_pickle_is_refused_and_not_run(tmp_path):
+    path, trap = tmp_path / "x.safetensors", tmp_path / "trap"
+    path.write_bytes(pickle.dumps(Trap(trap)))
+    refusal(read_safetensors, path)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.999])
+def test_a_truncated_file_is_refused(kept, tmp_path):
+    content = (GOLDEN / "timm_vit" / "model.safetensors").read_bytes()
+    (tmp_path / "x").write_bytes(content[: int(kept * len(content))])
+    refusal(read_safetensors, tmp_path / "x")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert "no such file" in refusal(read_safetensors, tmp_path / "x.safetensors")

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes `torch/`: small random models of timm and transformers, and what they compute.
+
+Run it with an interpreter that has torch, timm 1.0.31, transformers 5.23 and safetensors:
+
+  python tests/testdata/make_torch_golden.py
+
+All parameters are random, so that none hides behind a zero or a one. Outputs are computed in
+float64 and stored in float32.
+"""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import transformers
+from safetensors.torch import save_file
+from timm.layers import HybridEmbed, StdConv2dSame, SwiGLUPacked
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.resnetv2 import ResNetV2, create_resnetv2_stem
+from timm.models.vision_transformer import VisionTransformer
+
+OUT = Path(__file__).parent / "torch"
+IMAGES = {
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "interpolation": "bicubic",
+    "crop_pct": 0.9,
+    "crop_mode": "center",
+}
+PROCESSOR = {
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "resample": 2,
+    "rescale_factor": 1 / 255,
+    "size": {"height": 32, "width": 32},
+}
+
+
+def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Draws all parameters anew; scales lie around 1, the rest around 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        leaf, parent = name.split(".")[-1], name.split(".")[-2] if "." in name else ""
+        is_scale = leaf.startswith(("gamma", "lambda")) or (leaf == "weight" and "norm" in parent)
+        with torch.no_grad():
+            p.copy_(1 + 0.3 * noise if is_scale else 0.2 * noise)
+    return model.eval()
+
+
+def draw_images(height: int, width: int) -> torch.Tensor:
+    """Returns float32 `[1, 3, height, width]`."""
+    return torch.randn((1, 3, height, width), generator=torch.Generator().manual_seed(7))
+
+
+def save_case(name: str, tensors: dict, images: torch.Tensor, outputs: dict, **files: dict) -> None:
+    """Writes the weights, what they compute, and the JSON files published beside them."""
+    folder = OUT / name
+    folder.mkdir(parents=True)
+    tensors = {k: v.contiguous().clone() for k, v in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    arrays = {k: v.detach().float().numpy() for k, v in outputs.items()}
+    np.savez(folder / "io.npz", image=images.permute(0, 2, 3, 1).numpy(), **arrays)
+    for file, content in files.items():
+        text = json.dumps(content, indent=2, sort_keys=True)
+        (folder / f"{file}.json").write_text(text + "\n")
+
+
+def save_timm(
+    name: str, model: torch.nn.Module, *, architecture: str, heads: int, pool: str, seed: int
+) -> None:
+    """Saves a model of timm; `architecture` is the published one that has its options."""
+    model = randomize(model, seed)
+    size = model.patch_embed.img_size
+    images = draw_images(*size)
+    config = {
+        "architecture": architecture,
+        "global_pool": pool,
+        "num_classes": model.num_classes,
+        "model_args": {"num_heads": heads},
+        "pretrained_cfg": {"input_size": [3, *size], **IMAGES},
+    }
+    tensors = model.state_dict()
+    if name == "timm_vit_bfloat16":
+        tensors = {k: v.bfloat16() for k, v in tensors.items()}
+        model.load_state_dict({k: v.float() for k, v in tensors.items()})
+    model = model.double()
+    with torch.no_grad():
+        features = model.forward_features(images.double())
+        logits = model(images.double())
+        if hasattr(model, "head_dist"):
+            logits = model.head(features[:, 0])
+    save_case(name, tensors, images, {"logits": logits}, config=config)
+
+
+def save_transformers(name: str, model: torch.nn.Module, *, seed: int) -> None:
+    """Saves a model of transformers, with the files that its `save_pretrained` writes."""
+    model = randomize(model, seed)
+    folder = OUT / name
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder)
+    images = draw_images(32, 32)
+    with torch.no_grad():
+        out = model.double()(images.double())
+    outputs = {
+        "encoded": out.get("last_hidden_state"),
+        "pre_logits": out.get("pooler_output"),
+        "logits": out.get("cls_logits", out.get("logits")),
+    }
+    outputs = {k: v.float().numpy() for k, v in outputs.items() if v is not None}
+    if model.config.model_type != "vit":
+        outputs.pop("pre_logits", None)
+    np.savez(folder / "io.npz", image=images.permute(0, 2, 3, 1).numpy(), **outputs)
+    text = json.dumps(PROCESSOR, indent=2, sort_keys=True)
+    (folder / "preprocessor_config.json").write_text(text + "\n")
+
+
+def hybrid(layers: tuple[int, ...], **kwargs) -> VisionTransformer:
+    """A ResNet of half the usual width, or the usual first layers, and a transformer on top."""
+    conv = partial(StdConv2dSame, eps=1e-8)
+    if layers:
+        backbone = ResNetV2(
+            layers,
+            num_classes=0,
+            global_pool="",
+            preact=False,
+            stem_type="same",
+            conv_layer=conv,
+            width_factor=0.5,
+        )
+    else:
+        backbone = create_resnetv2_stem(3, stem_type="same", preact=False, conv_layer=conv)
+    return VisionTransformer(embed_layer=partial(HybridEmbed, backbone=backbone), **kwargs)
+
+
+def save_all_timm() -> None:
+    small = {"patch_size": 8, "embed_dim": 32, "depth": 2, "mlp_ratio": 2, "num_classes": 5}
+    plain = {"img_size": 32, "num_heads": 4, **small}
+    save = partial(save_timm, heads=4)
+    vit = VisionTransformer
+    save("timm_vit", vit(**plain), architecture="vit_tiny_patch16_224", pool="token", seed=0)
+    save(
+        "timm_vit_bfloat16", vit(**plain), architecture="vit_tiny_patch16_224", pool="token", seed=1
+    )
+    save(
+        "timm_vit_no_embed_class",
+        vit(**plain, no_embed_class=True, init_values=1.0, qkv_bias=False),
+        architecture="deit3_small_patch16_224",
+        pool="token",
+        seed=2,
+    )
+    save(
+        "timm_vit_average",
+        vit(**plain, global_pool="avg"),
+        architecture="eva_large_patch14_196",
+        pool="avg",
+        seed=3,
+    )
+    options = {"class_token": False, "reg_tokens": 2, "init_values": 1.0, "qk_norm": True}
+    save(
+        "timm_vit_registers",
+        vit(**plain, **options, global_pool="avg"),
+        architecture="vit_so150m_patch16_reg4_gap_256",
+        pool="avg",
+        seed=4,
+    )
+    options = {"reg_tokens": 3, "no_embed_class": True, "init_values": 1.0}
+    save(
+        "timm_vit_swiglu",
+        vit(**plain, **options, mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU),
+        architecture="vit_giant_patch14_reg4_dinov2",
+        pool="token",
+        seed=5,
+    )
+    options = {"class_token": False, "global_pool": "map", "act_layer": "gelu_tanh"}
+    save(
+        "timm_vit_map",
+        vit(**plain, **options),
+        architecture="vit_base_patch32_siglip_256",
+        pool="map",
+        seed=6,
+    )
+    save(
+        "timm_deit_distilled",
+        VisionTransformerDistilled(**plain),
+        architecture="deit_tiny_distilled_patch16_224",
+        pool="token",
+        seed=7,
+    )
+    rope = {**small, "img_size": (32, 48), "num_heads": 2, "init_values": 1.0}
+    rope |= {"use_rot_pos_emb": True, "num_classes": 5}
+    save_timm(
+        "timm_eva_rope",
+        Eva(**rope, class_token=False, num_reg_tokens=1, use_abs_pos_emb=False),
+        architecture="vit_medium_patch16_rope_reg1_gap_256",
+        pool="avg",
+        heads=2,
+        seed=8,
+    )
+    options = {"attn_type": "rope", "rope_grid_indexing": "xy", "rope_temperature": 100.0}
+    options |= {"no_embed_class": True, "global_pool": "token"}
+    save_timm(
+        "timm_eva_rope_ape",
+        Eva(**rope | {"img_size": 32}, **options),
+        architecture="vit_base_patch16_rope_ape_224",
+        pool="token",
+        heads=2,
+        seed=9,
+    )
+    options = {"embed_dim": 32, "depth": 1, "mlp_ratio": 2, "num_classes": 5, "num_heads": 4}
+    save(
+        "timm_hybrid",
+        hybrid((1, 1), img_size=32, patch_size=1, **options),
+        architecture="vit_small_r26_s32_224",
+        pool="token",
+        seed=10,
+    )
+    save(
+        "timm_hybrid_stem",
+        hybrid((), img_size=32, patch_size=2, **options),
+        architecture="vit_tiny_r_s16_p8_224",
+        pool="token",
+        seed=11,
+    )
+
+
+def save_all_transformers() -> None:
+    tf = transformers
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"image_size": 32, "patch_size": 8}
+    vit = {**sizes, "intermediate_size": 64, "layer_norm_eps": 1e-3}
+    labels = {"id2label": {i: str(i) for i in range(5)}}
+    save_transformers(
+        "hf_vit", tf.ViTForImageClassification(tf.ViTConfig(**vit, **labels)), seed=20
+    )
+    save_transformers(
+        "hf_vit_pooler",
+        tf.ViTModel(tf.ViTConfig(**vit, hidden_act="gelu_pytorch_tanh", pooler_output_size=24)),
+        seed=21,
+    )
+    save_transformers(
+        "hf_deit",
+        tf.DeiTForImageClassificationWithTeacher(tf.DeiTConfig(**vit, **labels)),
+        seed=22,
+    )
+    dinov2 = {**sizes, "mlp_ratio": 2}
+    save_transformers("hf_dinov2", tf.Dinov2Model(tf.Dinov2Config(**dinov2)), seed=23)
+    registers = {**dinov2, "num_register_tokens": 3, "use_swiglu_ffn": True}
+    save_transformers(
+        "hf_dinov2_registers",
+        tf.Dinov2WithRegistersModel(tf.Dinov2WithRegistersConfig(**registers)),
+        seed=24,
+    )
+
+
+if __name__ == "__main__":
+    for folder in filter(Path.is_dir, OUT.iterdir()):
+        shutil.rmtree(folder)
+    print(f"timm {timm.__version__}, transformers {transformers.__version__}")
+    save_all_timm()
+    save_all_transformers()

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensor names and settings of Hugging Face's ViT, DeiT and DINOv2, in the words of timm.
+
+Source: transformers 5.23, `models/vit`, `deit`, `dinov2` and `dinov2_with_registers`; the names are
+those that its files have.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+_PATCHES = "embeddings.patch_embeddings.projection.weight"
+_NAMES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^embeddings\.cls_token$", "cls_token"),
+        (r"^embeddings\.distillation_token$", "dist_token"),
+        (r"^embeddings\.register_tokens$", "reg_token"),
+        (r"^embeddings\.mask_token$", "mask_token"),
+        (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
+        (r"\.attention\.attention\.(q|k|v)(uery|ey|alue)\.", r".attn.\1_proj."),
+        (r"\.attention\.output\.dense\.", ".attn.proj."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"\.output\.dense\.", ".mlp.fc2."),
+        (r"\.mlp\.weights_in\.", ".mlp.w12."),
+        (r"\.mlp\.weights_out\.", ".mlp.w3."),
+        (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+        (r"^layernorm\.", "norm."),
+        (r"^pooler\.dense\.", "pre_logits.fc."),
+        (r"^(cls_)?classifier\.", "head."),
+        (r"^distillation_classifier\.", "head_dist."),
+    )
+)
+_INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # as in PIL
+_ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def is_huggingface(tensors: Mapping[str, Any]) -> bool:
+    """Whether the names are those of a Vision Transformer of Hugging Face."""
+    return any(name.endswith(_PATCHES) for name in tensors)
+
+
+def to_timm_names(
+    tensors: Mapping[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], str, list[str]]:
+    """Renames tensors as `vit_jax.checkpoint.pretrained.timm.to_linen` knows them.
+
+    Returns:
+      `(tensors, kind, notes)`: kind is the model's name, as in "DINOv2 with registers".
+    """
+    prefix = next(name for name in tensors if name.endswith(_PATCHES)).removesuffix(_PATCHES)
+    renamed = {}
+    for name, x in tensors.items():
+        if name.startswith(prefix) or "classifier." in name:
+            name = name.removeprefix(prefix)
+            for pattern, replacement in _NAMES:
+                name = pattern.sub(replacement, name)
+        renamed[name] = x
+    kind = "ViT"
+    if any(name.endswith(".ls1.gamma") for name in renamed):
+        kind = "DINOv2 with registers" if "reg_token" in renamed else "DINOv2"
+    elif "dist_token" in renamed:
+        kind = "DeiT"
+    return renamed, kind, _drop_unused(renamed)
+
+
+def _drop_unused(tensors: dict[str, np.ndarray]) -> list[str]:
+    """Removes layers that the model's classes do not apply, or that no head here has."""
+    notes = []
+    width = tensors["patch_embed.proj.weight"].shape[0]
+    head = tensors.get("head.weight")
+    if head is not None and head.shape[1] == 2 * width:
+        del tensors["head.weight"]
+        tensors.pop("head.bias", None)
+        notes.append(
+            "head: it reads the class token beside the mean over patches, as no head here: dropped"
+        )
+    if head is not None and tensors.pop("pre_logits.fc.weight", None) is not None:
+        tensors.pop("pre_logits.fc.bias", None)
+        notes.append("pre_logits: the pooler is not in front of the classifier: dropped")
+    return notes
+
+
+def read_settings(config: Mapping[str, Any], *, kind: str) -> tuple[dict[str, Any], list[str]]:
+    """Returns arguments of the model from config.json, or the defaults of the kind and a note.
+
+    Raises:
+      ValueError: an activation that no model here has.
+    """
+    epsilon = 1e-6 if kind.startswith("DINOv2") else 1e-12
+    missing = [key for key in ("hidden_act", "layer_norm_eps") if key not in config]
+    act = config.get("hidden_act", "gelu")
+    if act not in _ACTIVATIONS:
+        raise ValueError(
+            f"hidden_act={act!r} in config.json: expected one of {', '.join(_ACTIVATIONS)}"
+        )
+    if config.get("pooler_act", "tanh") != "tanh":
+        raise ValueError(f"pooler_act={config['pooler_act']!r} in config.json: expected 'tanh'")
+    model = {
+        "activation": _ACTIVATIONS[act],
+        "norm_epsilon": float(config.get("layer_norm_eps", epsilon)),
+    }
+    if not missing:
+        return model, []
+    return model, [
+        f"no config.json states {' and '.join(missing)}: activation={model['activation']!r}, "
+        f"norm_epsilon={model['norm_epsilon']}, the defaults of Hugging Face's {kind}, taken"
+    ]
+
+
+def read_preprocess(
+    processor: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns what preprocessor_config.json, or else config.json, says about images, and notes."""
+    found: dict[str, Any] = {}
+    if processor.get("do_normalize", True) and "image_mean" in processor:
+        found |= {"mean": tuple(processor["image_mean"]), "std": tuple(processor["image_std"])}
+    elif processor.get("do_normalize") is False:
+        found |= {"mean": 0.0, "std": 1.0}
+    if abs(processor.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        found = {}  # The mean is not that of pixels in [0, 1].
+    size = processor.get("size")
+    if processor.get("do_resize", True) and size is not None:
+        crop = processor.get("crop_size") if processor.get("do_center_crop") else None
+        found |= _describe_resize(size, crop)
+    if "image_size" not in found and "image_size" in config:
+        found["image_size"] = _pair(config["image_size"])
+    resample = processor.get("resample", 2)
+    return found, describe_interpolation(_INTERPOLATIONS.get(resample, resample))
+
+
+def describe_interpolation(name: Any) -> list[str]:
+    """Returns a note if images were resized by another rule than that of the operations here."""
+    if name == "bilinear":
+        return []
+    return [f"images: resized by {name} interpolation in evaluation there, by bilinear here"]
+
+
+def _describe_resize(size: Any, crop: Any) -> dict[str, Any]:
+    shortest = size.get("shortest_edge") if isinstance(size, Mapping) else None
+    resize = f"resize_small({shortest})" if shortest else f"resize{_pair(size)}"
+    if crop is None:
+        return {} if shortest else {"image_size": _pair(size), "eval": f"decode|{resize}"}
+    height, width = _pair(crop)
+    found: dict[str, Any] = {"image_size": (height, width)}
+    if height == width:
+        found["eval"] = f"decode|{resize}|central_crop({height})"
+    return found
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    """(height, width) of what a config says: a number, two, or a mapping."""
+    if isinstance(size, Mapping):
+        return size["height"], size["width"]
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
