@@ -9,6 +9,8 @@ ARGS ?=
 GPU_PYTHON ?= .venv/bin/python
 # Images for `make verify-published`: a folder with a folder for each class.
 IMAGES ?=
+# More arguments for pip in `make verify-torch`, such as an index that has PyTorch for CPUs alone.
+TORCH_PIP_ARGS ?=
 
 # Bytecode is compiled on first use, not on installation: few of the installed modules are imported.
 PIP_INSTALL := .venv/bin/python -m pip install -qq --no-input --disable-pip-version-check --no-compile
@@ -21,7 +23,7 @@ FOUND_PYTHON = $(or $(shell for p in $(PYTHON); do \
   if "$$p" -c '$(IS_SUPPORTED)' >/dev/null 2>&1; then echo "$$p"; break; fi; done),$(error \
   no Python 3.11, 3.12 or 3.13 with venv found (tried: $(PYTHON)); name one: make PYTHON=/path/to/python3))
 
-.PHONY: help train test test-all test-gpu verify-published lint lock clean
+.PHONY: help train test test-all test-gpu verify-published verify-torch lint lock clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
@@ -43,6 +45,9 @@ test-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),.venv/project.stamp)  ## run the 
 
 verify-published: .venv/project.stamp  ## fetch small published checkpoints and evaluate them on IMAGES=folder
 	.venv/bin/python -m tools.verify_published $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
+
+verify-torch: .venv/project.stamp build/torch/timm.stamp  ## install PyTorch and timm in build/torch, and compare logits
+	TORCH_PYTHON=build/torch/bin/python .venv/bin/python -m pytest -m slow tests/test_torch.py $(ARGS)
 
 lint: .venv/project.stamp .venv/lint.stamp  ## check style and types: ruff and pyright
 	PATH="$$PWD/.venv/bin:$$PATH" PYRIGHT_PYTHON_IGNORE_WARNINGS=1 \
@@ -78,3 +83,10 @@ clean:  ## remove .venv, build output and caches; runs/ stays
 build/uv/bin/uv:
 	@python="$(FOUND_PYTHON)" && echo "Installing uv in build/uv." && "$$python" -m venv --clear build/uv
 	@build/uv/bin/python -m pip install -qq --disable-pip-version-check uv
+
+build/torch/timm.stamp:
+	@python="$(FOUND_PYTHON)" && echo "Installing PyTorch and timm in build/torch (minutes)." && "$$python" -m venv --clear build/torch
+	@build/torch/bin/python -m pip install -qq --no-input --disable-pip-version-check \
+	  $(TORCH_PIP_ARGS) torch timm==1.0.31 || { echo "PyTorch and timm could not be installed: that" \
+	  "needs a network, or settings of pip (TORCH_PIP_ARGS) with which it finds them." >&2; exit 1; }
+	@touch $@
