@@ -52,6 +52,7 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30",
         "rich>=13.0",
+        "safetensors>=0.5",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.10",  # the first that works with protobuf 7
     ],

@@ -15,6 +15,7 @@ import pytest
 from flax import traverse_util
 
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, write_safetensors
+from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.models.variants import make_vit
 
 ROOT = Path(__file__).parents[1]
@@ -196,7 +197,8 @@ def folder(tmp_path_factory):
         image = np.random.default_rng(1).normal(size=(2, size, size, 3)).astype(np.float32)
         np.save(folder / name / "image.npy", image)
         params = random_params(make_vit(**options, num_classes=CLASSES), size)
-        write_safetensors(folder / name / "ours.safetensors", params, model=options, preprocess={})
+        weights = Weights(params=params, layout="test", model=options)
+        write_safetensors(folder / name / "ours.safetensors", weights)
         specs[name] = (function, arguments | {"num_classes": CLASSES})
     (folder / "cases.json").write_text(json.dumps(specs))
     script = ROOT / "tests" / "testdata" / "run_timm.py"

@@ -13,18 +13,23 @@ Examples:
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.npz import write_npz
-from vit_jax.checkpoint.pretrained.weights import Weights
+from vit_jax.checkpoint.pretrained.safetensors import write_safetensors
+from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights
 from vit_jax.observe.console import report_errors, say
 from vit_jax.utils.errors import UserError
 
-WRITERS: dict[str, Callable[[Path, Weights], list[Path]]] = {".npz": write_npz}
+# By the ending of a file: what writes it, and the endings of all files that it writes.
+WRITERS: dict[str, tuple[Callable[[Path, Weights], None], tuple[str, ...]]] = {
+    ".npz": (write_npz, (".npz", ".json")),
+    ".safetensors": (write_safetensors, (".safetensors",)),
+}
 
 
 def describe(weights: Weights) -> list[str]:
@@ -47,7 +52,7 @@ def describe(weights: Weights) -> list[str]:
     ]
 
 
-def convert(weights: Weights, destination: Path) -> list[Path]:
+def convert(weights: Weights, destination: Path) -> list[str]:
     """Writes weights to a file and reads them back.
 
     Args:
@@ -55,36 +60,58 @@ def convert(weights: Weights, destination: Path) -> list[Path]:
       destination: `.npz` or `.safetensors`; must not exist.
 
     Returns:
-      The files written.
+      Lines for the screen: the files written, and how they compare with the weights.
 
     Raises:
       UserError: the ending is another, the file exists or can't be written, the layout can't hold
         this model, or what is read back differs.
     """
-    write = WRITERS.get(destination.suffix)
-    if write is None:
+    if destination.suffix not in WRITERS:
         raise UserError(f"DST={destination}: expected a file that ends in {' or '.join(WRITERS)}")
-    for path in (destination, destination.with_suffix(".json")):
+    write, endings = WRITERS[destination.suffix]
+    files = [destination.with_suffix(ending) for ending in endings]
+    for path in files:
         if path.exists():
             raise UserError(f"DST={destination}: {path} exists; remove it, or choose another name")
     try:
-        written = write(destination, weights)
+        write(destination, weights)
     except OSError as e:
         raise UserError(f"DST={destination} can't be written: {e.strerror or e}") from e
-    again = load_pretrained(str(destination))
-    different = [
-        path
-        for path in {**weights.params, **again.params}
-        if path not in weights.params
-        or path not in again.params
-        or not np.array_equal(weights.params[path], again.params[path])
-    ]
-    if different:
+    lines = [f"wrote {path} ({path.stat().st_size / 2**20:,.1f} MiB)" for path in files]
+    return [*lines, _compare(weights, load_pretrained(str(destination)), destination)]
+
+
+def _compare(weights: Weights, again: Weights, destination: Path) -> str:
+    if not _list_differences(weights.params, again.params):
+        return "read back: every parameter is the same"
+    ours, theirs = (_fold_positions(w.params) for w in (weights, again))
+    if weights.model.get("position_embedding") == "sincos2d":
+        theirs.pop(POSEMB, None)  # They are written as learned ones.
+    if different := _list_differences(ours, theirs):
         raise UserError(
             f"DST={destination}: {len(different)} parameters are not the same when read back, "
             f"{different[0]} among them; this is a bug"
         )
-    return written
+    return "read back: the same function; positions are put where this layout has them"
+
+
+def _list_differences(
+    ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
+) -> list[str]:
+    return [
+        path
+        for path in sorted(ours.keys() | theirs.keys())
+        if path not in ours or path not in theirs or not np.array_equal(ours[path], theirs[path])
+    ]
+
+
+def _fold_positions(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Adds the class token's position embedding into the token, which gives the same function."""
+    folded = dict(params)
+    if "cls" in folded and POSEMB in folded:
+        first, rest = np.split(folded[POSEMB], [1], axis=1)
+        folded |= {"cls": folded["cls"] + first, POSEMB: rest}
+    return folded
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -102,9 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for line in describe(weights):
         say(line)
     if args.DST is not None:
-        for path in convert(weights, args.DST):
-            say(f"wrote {path} ({path.stat().st_size / 2**20:,.1f} MiB)")
-        say("read back: every parameter is the same")
+        for line in convert(weights, args.DST):
+            say(line)
 
 
 if __name__ == "__main__":

@@ -278,7 +278,7 @@ class Experiment:
         ours = self.description["preprocess"]
         keys = {"mean": "objective.pixel_mean", "std": "objective.pixel_std"}
         notes = [
-            f"pixels: the weights expect {key.partition('_')[2]} {theirs[name]}, here it is "
+            f"pixels: the weights expect {key.partition('.')[2]} {theirs[name]}, here it is "
             f"{ours[name]}: add --config.{key}={shlex.quote(str(theirs[name]))}"
             for name, key in keys.items()
             if name in theirs and not np.allclose(theirs[name], ours[name])

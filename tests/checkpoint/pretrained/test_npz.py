@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from vit_jax.checkpoint.pretrained.npz import POSEMB, read_npz, rename_to_linen, write_npz
-from vit_jax.checkpoint.pretrained.weights import stack_blocks
+from vit_jax.checkpoint.pretrained.npz import read_npz, rename_to_linen, write_npz
+from vit_jax.checkpoint.pretrained.weights import POSEMB, stack_blocks
 from vit_jax.utils.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "testdata" / "golden"
@@ -218,11 +218,10 @@ def test_a_part_of_a_file_is_selected_by_name(tmp_path):
     "case", ["vit_token", "vit_gap", "vit_pre_logits", "hybrid_root", "hybrid_stages", "mixer"]
 )
 def test_a_written_file_is_the_published_one(tmp_path, case):
-    written = write_npz(tmp_path / "out.npz", read_npz(GOLDEN / f"{case}.npz"))
-    assert written == [tmp_path / "out.npz", tmp_path / "out.json"]
+    write_npz(tmp_path / "out.npz", read_npz(GOLDEN / f"{case}.npz"))
     with np.load(GOLDEN / f"{case}.npz") as expected, np.load(tmp_path / "out.npz") as got:
         assert_same(dict(got), dict(expected))
-    assert sorted(tmp_path.iterdir()) == sorted(written)
+    assert {path.name for path in tmp_path.iterdir()} == {"out.npz", "out.json"}
 
 
 def test_what_the_layout_has_no_place_for_stands_beside_the_file(tmp_path):

@@ -13,9 +13,9 @@ import numpy as np
 from flax import traverse_util
 
 from vit_jax.checkpoint.pretrained.embedding import change_channels, resize_patches
-from vit_jax.checkpoint.pretrained.npz import POSEMB
 from vit_jax.checkpoint.pretrained.posemb import Method, resize_posemb
 from vit_jax.checkpoint.pretrained.weights import (
+    POSEMB,
     Weights,
     is_stacked,
     stack_blocks,

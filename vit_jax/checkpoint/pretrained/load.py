@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from vit_jax.checkpoint.manager import load_params
 from vit_jax.checkpoint.pretrained.download import fetch, resolve
 from vit_jax.checkpoint.pretrained.npz import read_npz
+from vit_jax.checkpoint.pretrained.safetensors import read_safetensors
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
     as_tuples,
@@ -60,7 +62,24 @@ def _split(source: str) -> tuple[str, str]:
 
 
 def _read_file(path: str | Path, part: str) -> Weights:
-    return read_npz(path, subtree=part)
+    file = epath.Path(path)
+    if not _is_safetensors(file):
+        return read_npz(file, subtree=part)
+    if part:
+        raise UserError(f"{path}:{part}: a .safetensors file has no parts; leave out :{part}")
+    return read_safetensors(file)
+
+
+def _is_safetensors(file: epath.Path) -> bool:
+    """Told by the bytes; by the name only where they are of neither kind, or can't be read."""
+    try:
+        with file.open("rb") as f:
+            start = f.read(9)
+    except Exception:  # The reader will say what is wrong, storage has errors of many types.
+        start = b""
+    if start.startswith(b"PK"):
+        return False
+    return start[8:] == b"{" or file.suffix == ".safetensors"
 
 
 def _read_run(folder: Path, part: str) -> Weights:

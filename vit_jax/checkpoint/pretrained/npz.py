@@ -19,14 +19,13 @@ from etils import epath
 from flax import traverse_util
 
 from vit_jax.checkpoint.pretrained.weights import (
+    POSEMB,
     Weights,
     as_tuples,
     infer_model,
     unstack_blocks,
 )
 from vit_jax.utils.errors import UserError
-
-POSEMB = "Transformer/posembed_input/pos_embedding"
 
 # What training code of several ages put around the parameters, outermost first.
 _WRAPPERS = ("opt/target/", "params/")
@@ -85,16 +84,14 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
     )
 
 
-def write_npz(path: str | os.PathLike[str], weights: Weights) -> list[Path]:
+def write_npz(path: str | os.PathLike[str], weights: Weights) -> None:
     """Writes the layout and the names of the files published with vision_transformer.
 
     What the layout has no place for, the arguments of the model and the preprocessing, goes to a
-    `.json` beside it, which `read_npz` finds again.
-
-    Returns:
-      The files written. Each appears under its name when it is complete.
+    `.json` beside it, which `read_npz` finds again. Each file appears under its name when it is
+    complete.
     """
-    file, description = Path(path), _description_path(Path(path))
+    file, description = Path(path), Path(path).with_suffix(".json")
     arrays = {_published_name(name): value for name, value in weights.params.items()}
     for name, value in arrays.items():
         if _GROUP_NORM.fullmatch(name):
@@ -107,7 +104,6 @@ def write_npz(path: str | os.PathLike[str], weights: Weights) -> list[Path]:
     fresh_description.write_text(text + "\n")
     os.replace(fresh_description, description)
     os.replace(fresh, file)
-    return [file, description]
 
 
 def read_arrays(path: epath.Path, *, subtree: str = "") -> dict[str, np.ndarray]:
@@ -174,10 +170,6 @@ def _published_name(path: str) -> str:
         return path
     module, slash, rest = match[2].partition("/")
     return f"{match[1]}{_PRE_LINEN.get(module, module)}{slash}{rest}"
-
-
-def _description_path(path: Path) -> Path:
-    return path.with_suffix(".json")
 
 
 def _read_description(path: epath.Path) -> dict[str, Any]:

@@ -19,12 +19,11 @@ from etils import epath
 
 from vit_jax.checkpoint.pretrained import huggingface, timm
 from vit_jax.checkpoint.pretrained.tensor_file import read_tensors, write_tensors
-from vit_jax.checkpoint.pretrained.weights import Weights, as_tuples, infer_model
+from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights, as_tuples, infer_model
 from vit_jax.models.resnet import total_stride
 from vit_jax.utils.errors import UserError
 
 _METADATA = "vit_jax"
-_POSEMB = "Transformer/posembed_input/pos_embedding"
 # Arguments of the model that change what it computes; the rest is of no use to who loads a file.
 _MODEL_KEYS = (
     "name",
@@ -99,13 +98,7 @@ def read_safetensors(path: str | os.PathLike[str], *, num_heads: int | None = No
     return weights
 
 
-def write_safetensors(
-    path: str | os.PathLike[str],
-    params: Mapping[str, np.ndarray],
-    *,
-    model: Mapping[str, Any],
-    preprocess: Mapping[str, Any],
-) -> None:
+def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
     """Writes a file that timm loads with `load_state_dict(strict=True)`, whole or not at all.
 
     The class is `VisionTransformer`, with rotary embeddings `Eva`. What its arguments must be, and
@@ -115,14 +108,12 @@ def write_safetensors(
 
     Args:
       path: of the file, in a folder that exists.
-      params: arrays by path; blocks are not stacked.
-      model: arguments of `make_vit`.
-      preprocess: as in `Weights`.
+      weights: of a model of `make_vit`.
 
     Raises:
       UserError: timm has no such model, or the file can't be written.
     """
-    arrays = {name: np.asarray(x) for name, x in params.items()}
+    arrays, model, preprocess = weights.params, weights.model, weights.preprocess
     stated = _describe(arrays, rope_theta=None)
     stated |= {key: model[key] for key in _MODEL_KEYS if key in model}
     try:
@@ -222,7 +213,7 @@ def _read_huggingface(
 
 def _describe(params: Mapping[str, np.ndarray], *, rope_theta: float | None) -> dict[str, Any]:
     """Returns the arguments of the model that do not depend on who trained it."""
-    positions = "learned" if _POSEMB in params else "none"
+    positions = "learned" if POSEMB in params else "none"
     return infer_model(params) | {"position_embedding": positions, "rope_theta": rope_theta}
 
 
@@ -284,7 +275,7 @@ def _read_timm_images(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
 
 def _infer_image_size(params: Mapping[str, np.ndarray], model: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the size that fits the position embeddings, if they are of a square."""
-    posemb = params.get(_POSEMB)
+    posemb = params.get(POSEMB)
     if posemb is None:
         return {}
     patches = posemb.shape[1] - int("cls" in params)

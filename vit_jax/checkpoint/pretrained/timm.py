@@ -20,14 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint.pretrained.weights import infer_model
+from vit_jax.checkpoint.pretrained.weights import POSEMB, infer_model
 from vit_jax.models.positions import sincos_2d
 from vit_jax.models.variants import SIZES
 
 _Arrays = dict[str, np.ndarray]
 
 NORM_EPSILON = 1e-6
-_POSEMB = "Transformer/posembed_input/pos_embedding"
 _HEADS_BY_WIDTH = {width: heads for width, _, _, heads in SIZES.values()} | {1152: 16}
 _ATTENTION = ("query", "key", "value")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -276,7 +275,7 @@ def _read_tokens(rest: _Arrays, params: _Arrays, *, num_slots: int | None, avera
         slots, patches = np.split(posemb, [num_slots], axis=1)
         no_slot = np.zeros_like(patches, shape=(1, with_class, patches.shape[-1]))
         first = slots[:, :1] if num_slots and with_class else no_slot
-        params[_POSEMB] = np.concatenate([first, patches], axis=1)
+        params[POSEMB] = np.concatenate([first, patches], axis=1)
         if tokens:
             tokens = [_add_slots(np.concatenate(tokens, axis=1), slots, start=with_class)]
     if not tokens:
@@ -393,7 +392,7 @@ def _write_tokens(
     grid: tuple[int, int] | None,
 ) -> None:
     cls, registers = rest.pop("cls", None), rest.pop("Transformer/registers", None)
-    posemb = rest.pop(_POSEMB, None)
+    posemb = rest.pop(POSEMB, None)
     if model.get("position_embedding") == "sincos2d" and grid is not None:
         posemb = sincos_2d(grid, model["hidden_size"])
         if cls is not None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+POSEMB = "Transformer/posembed_input/pos_embedding"
+
 _BLOCK = re.compile(r"(.*/)?encoderblock_(\d+)/(.*)")
 _STACK = re.compile(r"(.*/)?encoderblock/(.*)")
 
