@@ -11,11 +11,9 @@ from vit_jax.utils.tree import flatten
 
 
 def losses(data_dir, *, steps=20, devices=None, **changes):
-    changes = {
-        "model__dropout_rate": 0.1,
-        "model__representation_size": 16,
-        "objective__mixup": 0.2,
-    } | changes
+    if "model" not in changes:
+        changes |= {"model__dropout_rate": 0.1, "model__representation_size": 16} | changes
+    changes.setdefault("objective__mixup", 0.2)
     config = tiny_config(data_dir, total_steps=steps, **changes)
     experiment = Experiment.from_config(config, devices=devices)
     state, found = experiment.init_state(), []
@@ -67,3 +65,35 @@ def test_bfloat16_trains_close_to_float32(data_dir, one_device):
     got, state = losses(data_dir, model__dtype="bfloat16")
     np.testing.assert_allclose(got, one_device[0], rtol=0.05)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}
+
+
+EVERYTHING = {
+    "num_registers": 2,
+    "layer_scale_init": 0.5,
+    "qk_norm": True,
+    "activation": "swiglu",
+    "rope_theta": 100.0,
+    "classifier": "map",
+    "stochastic_depth_rate": 0.3,
+    "patch_dropout_rate": 0.2,
+}
+HYBRID = {"resnet_layers": (1,), "resnet_width": 0.5, "patch_size": 1}
+MIXER = {"name": "mixer", "tokens_mlp_dim": 8, "channels_mlp_dim": 32}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [EVERYTHING, EVERYTHING | {"scan": True, "remat": "dots"}, HYBRID, MIXER],
+    ids=["every_option", "scan", "hybrid", "mixer"],
+)
+def test_every_model_gives_the_same_losses_on_a_mesh(options, data_dir):
+    sizes = {"patch_size": 2, "hidden_size": 16, "num_layers": 2, "dropout_rate": 0.1}
+    if "name" not in options:
+        sizes |= {"num_heads": 4, "mlp_dim": 32}
+    changes = {"model": sizes | options, "steps": 5}
+    if options is HYBRID:  # Its first layers make the image four times smaller.
+        changes |= {"data__preprocess": "decode|resize(16)", "evals": {}}
+    want, _ = losses(data_dir, devices=jax.devices()[:1], **changes)
+    got, _ = losses(data_dir, mesh={"data": 2, "fsdp": 2, "tensor": 2}, **changes)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
