@@ -47,14 +47,38 @@ def test_a_key_that_the_caller_gives_is_not_for_the_config():
 
 @pytest.mark.parametrize(
     ("value", "annotation"),
-    [(1, float), ((1, 2), tuple[int, int]), ([1, 2], int | tuple[int, int]), (None, str | None)],
+    [
+        (1, float),
+        ((1, 2), tuple[int, int]),
+        ([1, 2], int | tuple[int, int]),
+        (None, str | None),
+        ((), tuple[str, ...]),
+        (("a", "b", "c"), tuple[str, ...]),
+        (["a"], tuple[str, ...]),
+        ((1, None), tuple[int | None, ...]),
+        ((("a", 1.0), ("b", 2)), tuple[tuple[str, float], ...]),
+        ([["a", 1.0]], tuple[tuple[str, float], ...]),
+    ],
 )
 def test_values_that_fit(value, annotation):
     check_type(value, annotation, key="it")
 
 
 @pytest.mark.parametrize(
-    ("value", "annotation"), [((1, 2, 3), tuple[int, int]), ("1", int), (1, str), (True, float)]
+    ("value", "annotation"),
+    [
+        ((1, 2, 3), tuple[int, int]),
+        ("1", int),
+        (1, str),
+        (True, float),
+        ("abc", tuple[str, ...]),
+        (("a", 1), tuple[str, ...]),
+        ((True,), tuple[float, ...]),
+        (("a", 1.0), tuple[tuple[str, float], ...]),
+        ((("a", 1.0, 2.0),), tuple[tuple[str, float], ...]),
+        ((("a", "1"),), tuple[tuple[str, float], ...]),
+        ({"a": 1.0}, tuple[tuple[str, float], ...]),
+    ],
 )
 def test_values_that_do_not_fit(value, annotation):
     with pytest.raises(UserError, match="it="):

@@ -87,12 +87,14 @@ def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str,
 
 
 def check_type(value: Any, annotation: Any, *, key: str) -> None:
-    """Raises `UserError` unless `value` fits a simple annotation (str, int | None, ...)."""
-    if annotation is Any or annotation is inspect.Parameter.empty:
+    """Raises `UserError` unless `value` fits a simple annotation.
+
+    Those are str, int | None, Literal["a", "b"], tuple[int, int], tuple[str, ...] and the like. A
+    list fits where a tuple is expected: JSON and the command line give lists.
+    """
+    if _fits(value, annotation):
         return
     members = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    if any(_fits(value, member) for member in members):
-        return
     names = " or ".join("None" if m is types.NoneType else _type_name(m) for m in members)
     raise UserError(f"{key}={value!r} is a {type(value).__name__}; expected {names}")
 
@@ -108,13 +110,16 @@ def _type_name(annotation: Any) -> str:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    origin = typing.get_origin(annotation)
+    if annotation is Any or annotation is inspect.Parameter.empty:
+        return True
+    origin, members = typing.get_origin(annotation), typing.get_args(annotation)
+    if _is_union(annotation):
+        return any(_fits(value, member) for member in members)
     if origin is typing.Literal:
-        return value in typing.get_args(annotation)
+        return value in members
     if origin is tuple:
         if not isinstance(value, tuple | list):
             return False
-        members = typing.get_args(annotation)
         if members[1:] == (...,):
             members = members[:1] * len(value)
         return len(value) == len(members) and all(map(_fits, value, members))
