@@ -83,6 +83,14 @@ BAD_INPUT = {
         ["--config.pretrained_dir=/tmp"],
         ["config.pretrained_dir", "config.init_from"],
     ),
+    "rule that matches nothing": (
+        ["--config.optimizer.freeze=('hed/.*',)"],
+        ["optimizer.freeze", "'hed/.*'", "head/kernel"],
+    ),
+    "rule that is no pair": (
+        ["--config.optimizer.lr_multipliers=('head/.*', 10.0)"],
+        ["optimizer.lr_multipliers=", "tuple[tuple[str, float], ...]"],
+    ),
     "negative seed": (["--config.seed=-1"], ["seed=-1", "expected 0"]),
     "name of a name": (["--config.model.name=[1]"], ["model.name=[1]"]),
     "share of everything": (["--config.model.dropout_rate=1.0"], ["model.dropout_rate=1.0"]),
@@ -211,6 +219,7 @@ def test_overrides_reach_the_config():
             "--config.evals.val=None",
             "--config.optimizer.nesterov=true",
             "--config.data.split=train[:5%]",
+            "--config.optimizer.lr_multipliers=(('head/.*', 10.0),)",
         ]
     )
     assert rest == ["--config=x", "--workdir=w"]
@@ -221,6 +230,7 @@ def test_overrides_reach_the_config():
     assert config["optimizer"]["nesterov"] is True
     assert config["data"]["split"] == "train[:5%]"
     assert config["data"]["batch_size"] == 64
+    assert config["optimizer"]["lr_multipliers"] == (("head/.*", 10.0),)
 
 
 def test_a_key_below_a_value_is_refused():

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vit_jax.models.variants import make_vit
+from vit_jax.objectives.supervised import make_supervised
 from vit_jax.optim.optimizer import make_optimizer, sgd
-from vit_jax.state import init_rng, init_state, step_rng, train_step
+from vit_jax.state import TrainState, init_rng, init_state, step_rng, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +91,58 @@ def test_average_follows_quickly_at_first():
     new = state.params["layer"]["bias"]
     np.testing.assert_allclose(state.ema_params["layer"]["bias"], 0.1 * 4 + 0.9 * new, rtol=1e-6)
     assert take_step()[0].ema_params is None
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_frozen_parameters_and_their_average_stay_and_count_in_no_gradient(accum_steps):
+    options = {"freeze": ("layer/kernel",), "weight_decay": 0.1, "grad_clip_norm": 1.0}
+    state, metrics = take_step(accum_steps=accum_steps, ema_decay=0.999, **options)
+    np.testing.assert_array_equal(state.params["layer"]["kernel"], [4, 4])
+    np.testing.assert_array_equal(state.ema_params["layer"]["kernel"], [4, 4])
+    assert float(metrics["grad_norm"]) == pytest.approx(2**0.5 * 2.5)
+    step = 4 - np.asarray(state.params["layer"]["bias"])
+    assert np.sqrt(np.square(step).sum()) == pytest.approx(0.5)  # clipped without the kernel
+    norm = np.sqrt(np.square(np.concatenate(list(state.params["layer"].values()))).sum())
+    assert float(metrics["param_norm"]) == pytest.approx(norm)
+
+
+def test_nothing_is_differentiated_for_the_frozen_start_of_a_model():
+    model = make_vit(
+        num_classes=5, patch_size=4, hidden_size=32, num_layers=2, num_heads=2, mlp_dim=128
+    )
+    objective = make_supervised(model=model, num_classes=5)
+    batch = {
+        "image": jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((8,), jnp.int32),
+    }
+
+    def flops(*freeze: str) -> float:
+        optimizer = make_optimizer(direction=sgd(), total_steps=9, lr=0.1, freeze=freeze)
+
+        def step(batch):
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+            rng = jax.random.key(0)
+            return init_state(rng, zeros, objective=objective, tx=optimizer.tx, ema=False)
+
+        def update(state: TrainState, batch):
+            options = {"objective": objective, "optimizer": optimizer}
+            return train_step(state, batch, **options, ema_decay=None, seed=0)
+
+        state = jax.eval_shape(step, batch)
+        return jax.jit(update).lower(state, batch).cost_analysis()["flops"]
+
+    params = jax.eval_shape(lambda b: objective.init(jax.random.key(0), b), batch)
+    rngs = jax.random.key(0)
+    augmented = jax.eval_shape(objective.augment, batch, rngs)
+    forward = jax.jit(objective.loss).lower(params, augmented, rngs).cost_analysis()["flops"]
+    everything, block, head = (
+        flops(),
+        flops("(?!Transformer/encoder(block_1|_norm)|head).*"),
+        flops("(?!head/).*"),
+    )
+    assert everything > 2.5 * forward
+    assert block == pytest.approx((everything + forward) / 2, rel=0.1)
+    assert head < 1.1 * forward
 
 
 def test_random_numbers_depend_on_seed_and_step_only():

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from tests.tiny import tiny_config
 from vit_jax import train as train_module
@@ -77,15 +78,21 @@ def test_a_second_run_does_nothing_and_says_so(finished, data_dir, said):
     assert any("val accuracy" in line and "of 50 images" in line for line in said)
 
 
-def test_a_stopped_run_ends_as_an_uninterrupted_one(finished, data_dir, tmp_path, monkeypatch):
+def stop_at(last):
+    """A `Monitor.step` that is interrupted."""
+
     def stop(self, step, metrics, *, log):
-        if step == 6:
+        if step == last:
             raise KeyboardInterrupt
         original(self, step, metrics, log=log)
 
     original = Monitor.step
+    return stop
+
+
+def test_a_stopped_run_ends_as_an_uninterrupted_one(finished, data_dir, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Monitor, "step", stop)
+        patch.setattr(Monitor, "step", stop_at(6))
         with pytest.raises(KeyboardInterrupt):
             train(tiny_config(data_dir), str(tmp_path / "w"), command="train")
     train(tiny_config(data_dir), str(tmp_path / "w"), command="train")
@@ -216,6 +223,71 @@ def test_fine_tuning_takes_the_body_and_starts_a_new_head(finished, data_dir, sa
     assert posemb.shape == (1, 65, 16)
     assert any("resized from 4x4 to 8x8" in line for line in said)
     assert int(state.step) == 0
+
+
+FREEZE = ("embedding/.*", ".*/encoderblock_0/.*")
+
+
+def test_frozen_parameters_stay_bit_for_bit_and_leave_nothing_in_the_checkpoint(
+    data_dir, tmp_path, said, monkeypatch
+):
+    rules = {
+        "optimizer__freeze": FREEZE,
+        "optimizer__lr_multipliers": (("head/.*", 10.0),),
+        "optimizer__layer_decay": 0.8,
+    }
+    options = {"optimizer__accum_steps": 2, "ema_decay": 0.9, "evals": {}}
+    config = tiny_config(data_dir, **rules, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "step", stop_at(6))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, str(tmp_path / "w"), command="train")
+    train(config, str(tmp_path / "w"), command="train")
+    assert any("going on from" in line for line in said)
+    experiment = Experiment.from_config(config)
+    first = experiment.init_state()
+    with CheckpointManager(tmp_path / "w", experiment.checkpoint, {}) as checkpoints:
+        last = checkpoints.restore(experiment.abstract_state)
+    trained, frozen = map(flatten, experiment.optimizer.rules.split(last.params))
+    assert len(frozen) == 2 + 16
+    for path, leaf in frozen.items():
+        for tree in (first.params, first.ema_params, last.ema_params):
+            np.testing.assert_array_equal(leaf, flatten(tree)[path], err_msg=path)
+    for path, leaf in trained.items():
+        assert not np.array_equal(leaf, flatten(first.params)[path]), path
+    stored = json.loads((tmp_path / "w/checkpoints/8/training/_METADATA").read_text())
+    paths = {key.replace("'", "").strip("()").replace(", ", "/") for key in stored["tree_metadata"]}
+    for moment in ("mu", "nu"):
+        found = {path.partition(f"/{moment}/")[2] for path in paths if f"/{moment}/" in path}
+        assert found == set(trained)
+    config.optimizer.freeze = ("cls",)
+    with pytest.raises(UserError, match=r"config\.optimizer\.freeze"):
+        train(config, str(tmp_path / "w"), command="train")
+    counts = [sum(x.size for x in flat.values()) for flat in (trained, frozen)]
+    assert "trained: {:,} parameters, frozen: {:,}".format(*counts) in said
+
+
+def test_moments_lie_where_their_parameters_lie(data_dir):
+    config = tiny_config(
+        data_dir, model__mlp_dim=128, mesh={"fsdp": 4, "tensor": 2}, optimizer__freeze=FREEZE
+    )
+    state = Experiment.from_config(config).abstract_state
+    params, opt_state = flatten(state.params), flatten(state.opt_state)
+    moments = {path: x for path, x in opt_state.items() if "/mu/" in path or "/nu/" in path}
+    specs = set()
+    for path, moment in moments.items():
+        parameter = params[path.partition("/mu/" if "/mu/" in path else "/nu/")[2]]
+        assert (moment.shape, moment.sharding) == (parameter.shape, parameter.sharding), path
+        specs.add(moment.sharding.spec)
+    assert PartitionSpec("fsdp", "tensor") in specs or PartitionSpec("tensor", "fsdp") in specs
+    assert len(moments) == 2 * (len(params) - 18)
+
+
+def test_rules_that_match_nothing_are_refused_before_anything_is_written(data_dir, tmp_path):
+    config = tiny_config(data_dir, optimizer__lr_multipliers=(("haed/.*", 10.0),))
+    with pytest.raises(UserError, match=r"optimizer\.lr_multipliers: 'haed/\.\*' .*head/bias"):
+        train(config, str(tmp_path / "w"), command="train")
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("init_from", ["nowhere", "{root}", "{root}/README.md"])

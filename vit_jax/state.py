@@ -11,6 +11,7 @@ import optax
 
 from vit_jax.objectives.base import Batch, Objective, Params
 from vit_jax.optim.optimizer import Optimizer
+from vit_jax.utils.tree import merge
 
 
 @flax.struct.dataclass
@@ -75,15 +76,23 @@ def train_step(
       split: places `[micro-batches, batch, ...]` arrays on the mesh.
 
     Returns:
-      The new state and the metrics `loss, lr, grad_norm, param_norm` as scalars.
+      The new state and the metrics `loss, lr, grad_norm, param_norm` as scalars; `grad_norm` is
+      over the trained parameters, `param_norm` over all.
     """
     augment_rng, loss_rng = jax.random.split(step_rng(seed, state.step))
     batch = objective.augment(batch, augment_rng)
+    trained, frozen = optimizer.rules.split(state.params)
+
+    # Of the trained parameters alone, so that nothing is differentiated for the frozen ones.
+    def loss(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Any]:
+        return objective.loss(merge(params, frozen), batch, rng)
+
     grads, metrics = accumulate_gradients(
-        objective, state.params, batch, loss_rng, steps=optimizer.accum_steps, split=split
+        loss, trained, batch, loss_rng, steps=optimizer.accum_steps, split=split
     )
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
-    params: Params = optax.apply_updates(state.params, updates)
+    trained = optax.apply_updates(trained, updates)
+    params = merge(trained, frozen)
     metrics |= {
         "lr": jnp.asarray(optimizer.schedule(state.step), jnp.float32),
         "grad_norm": optax.tree.norm(grads),
@@ -93,12 +102,14 @@ def train_step(
     if ema_decay is not None:
         # Early on the average would be the initial values: let it follow quickly first.
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-        ema_params = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema_params, params)
+        average, same = optimizer.rules.split(state.ema_params)
+        average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, trained)
+        ema_params = merge(average, same)
     return TrainState(state.step + 1, params, opt_state, ema_params), metrics
 
 
 def accumulate_gradients(
-    objective: Objective,
+    loss: Callable[[Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
     params: Params,
     batch: Batch,
     rng: jax.Array,
@@ -106,8 +117,8 @@ def accumulate_gradients(
     steps: int,
     split: Callable[[jax.Array], jax.Array],
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """Mean gradient and metrics over a batch, computed in `steps` micro-batches one by one."""
-    grad_fn = jax.grad(objective.loss, has_aux=True)
+    """Mean gradient of `loss` and its metrics over a batch, in `steps` micro-batches one by one."""
+    grad_fn = jax.grad(loss, has_aux=True)
     if steps == 1:
         return grad_fn(params, batch, rng)
 

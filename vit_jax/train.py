@@ -33,6 +33,8 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
     main_process = jax.process_index() == 0
     with all_agree():
         experiment = Experiment.from_config(config)
+        # Parameters that the config's rules do not fit are refused before anything is written.
+        params = experiment.abstract_state.params
         folder = open_workdir(workdir, experiment.config)
     total = experiment.total_steps
     with CheckpointManager(folder, experiment.checkpoint, experiment.description) as checkpoints:
@@ -42,7 +44,8 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
         else:
             with all_agree():
                 experiment.open_data()
-            report_start(mesh=experiment.mesh, params=experiment.abstract_state.params)
+            _, frozen = experiment.optimizer.rules.split(params)
+            report_start(mesh=experiment.mesh, params=params, frozen=frozen)
             if start:
                 state = checkpoints.restore(experiment.abstract_state)
                 say(f"going on from {checkpoints.path(start)}")

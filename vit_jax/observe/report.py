@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 import vit_jax
 from vit_jax.observe.console import console, say
 from vit_jax.observe.writer import METRICS, TENSORBOARD, read_metrics
+from vit_jax.utils import tree
 
 
-def report_start(*, mesh: Mesh, params: Any) -> None:
-    """Devices, mesh and parameters (a tree of arrays or shapes)."""
+def report_start(*, mesh: Mesh, params: Any, frozen: Any) -> None:
+    """Devices, mesh, parameters and those of them that are frozen (trees of arrays or shapes)."""
     table = rich.table.Table(box=rich.box.SIMPLE, title="devices", title_justify="left")
     for name in ("process", "device", "count", "mesh"):
         table.add_column(name)
@@ -28,6 +29,9 @@ def report_start(*, mesh: Mesh, params: Any) -> None:
     say(f"vit_jax {vit_jax.__version__}, jax {jax.__version__}")
     console.print(table)
     say(parameter_overview.get_parameter_overview(params, include_stats=False))
+    if frozen:
+        fixed = tree.count(frozen)
+        say(f"trained: {tree.count(params) - fixed:,} parameters, frozen: {fixed:,}")
 
 
 def report_end(

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameter trees as flat dicts from a path (`a/b/kernel`) to a leaf."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 
 def path_str(path: tuple[Any, ...]) -> str:
@@ -14,6 +16,23 @@ def path_str(path: tuple[Any, ...]) -> str:
 def flatten(tree: Any) -> dict[str, Any]:
     """Leaves of any pytree by path."""
     return {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def partition(tree: dict[str, Any], chosen: Callable[[str], bool]) -> tuple[Any, Any]:
+    """Cuts a nested dict in two: the leaves with a chosen path, and the rest; paths stay."""
+    parts: tuple[dict, dict] = ({}, {})
+    for path, leaf in traverse_util.flatten_dict(tree).items():
+        parts[0 if chosen("/".join(path)) else 1][path] = leaf
+    first, second = map(traverse_util.unflatten_dict, parts)
+    return first, second
+
+
+def merge(first: Any, second: dict[str, Any]) -> Any:
+    """Puts the two parts of `partition` together again."""
+    if not second:
+        return first
+    flat = traverse_util.flatten_dict(first) | traverse_util.flatten_dict(second)
+    return traverse_util.unflatten_dict(flat)
 
 
 def count(tree: Any) -> int:

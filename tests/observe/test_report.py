@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is said at the start of a run."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vit_jax.observe import console
+from vit_jax.observe.report import report_start
+from vit_jax.parallel.mesh import make_mesh
+
+BODY = {"body": {"kernel": jax.ShapeDtypeStruct((100, 30), jnp.float32)}}
+HEAD = {"head": {"kernel": jax.ShapeDtypeStruct((30, 2), jnp.float32)}}
+
+
+@pytest.mark.parametrize(
+    ("frozen", "want"), [(BODY, ["trained: 60 parameters, frozen: 3,000"]), ({}, [])]
+)
+def test_frozen_parameters_are_counted_where_there_are_some(frozen, want, monkeypatch):
+    said = []
+    monkeypatch.setattr(console.console, "print", lambda *text, **_: said.append(str(text[0])))
+    report_start(mesh=make_mesh(), params=BODY | HEAD, frozen=frozen)
+    assert [line for line in said if "frozen" in line] == want

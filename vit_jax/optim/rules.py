@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameters are trained, and how fast: rules by regular expressions on their paths.
+
+A path is as in `utils.tree`: `Transformer/encoderblock_3/MlpBlock_0/Dense_0/kernel`. An expression
+must match all of it, so `head/.*` is the head, and `head` nothing.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.tree import flatten, partition
+
+# Where parameters stand in the order of the layers. Blocks that are scanned are stacked in one
+# array each; then the block has no number.
+_BLOCK = r"Transformer/encoderblock(?:_(\d+))?/.*"
+_BEFORE = r"(embedding|conv_root|gn_root|block\d+)/.*|cls|(.*/)?(registers|pos_embedding)"
+_AFTER = r"(Transformer/encoder_norm|fc_norm|MAPHead_0|pre_logits|head)/.*"
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamRules:
+    """Rules for single parameters; `make_optimizer` says what they mean.
+
+    Attributes:
+      freeze: expressions of parameters that are not trained.
+      lr_multipliers: pairs of an expression and a factor; the first that matches counts.
+      layer_decay: factor on the learning rate from one layer to the one before; None for 1.
+    """
+
+    freeze: tuple[str, ...] = ()
+    lr_multipliers: tuple[tuple[str, float], ...] = ()
+    layer_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        for pattern in self.freeze:
+            _check_regex(pattern, key="optimizer.freeze")
+        for pattern, factor in self.lr_multipliers:
+            _check_regex(pattern, key="optimizer.lr_multipliers")
+            if factor == 0:
+                raise UserError(
+                    f"optimizer.lr_multipliers: {pattern!r} has factor 0; expected above 0: "
+                    "parameters that stay as they are belong in optimizer.freeze"
+                )
+            if not 0 < factor < math.inf:
+                raise UserError(
+                    f"optimizer.lr_multipliers: {pattern!r} has factor {factor}; expected above 0"
+                )
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise UserError(
+                f"optimizer.layer_decay={self.layer_decay}: expected 0 < value <= 1, or None"
+            )
+
+    def check(self, params: Any) -> None:
+        """Holds the rules against the parameters of a model (arrays or shapes).
+
+        Raises:
+          UserError: an expression that matches nothing, nothing left to train, or a layer decay
+            for a model whose layers are not known.
+        """
+        paths = list(flatten(params))
+        for pattern in self.freeze:
+            _check_match(pattern, paths, key="optimizer.freeze", what="parameter")
+        trained = list(flatten(self.split(params)[0]))
+        if not trained:
+            raise UserError(
+                f"optimizer.freeze={self.freeze} matches all {len(paths)} parameters; expected "
+                "some to be left to train, as by '(?!head/).*'"
+            )
+        what = "parameter that is trained" if self.freeze else "parameter"
+        for pattern, _ in self.lr_multipliers:
+            _check_match(pattern, trained, key="optimizer.lr_multipliers", what=what)
+        self.lr_factors(params)
+
+    def split(self, params: Any) -> tuple[Any, Any]:
+        """Cuts a tree of parameters into those trained and those frozen; see `tree.partition`."""
+        if not self.freeze:
+            return params, {}
+        return partition(params, lambda path: not any(re.fullmatch(p, path) for p in self.freeze))
+
+    def lr_factors(self, params: Any) -> dict[str, Any]:
+        """What the learning rate of each parameter is multiplied with, by path; empty if all 1.
+
+        Scanned blocks have one factor each, as an array `[num_layers, 1, ...]`.
+        """
+        if not self.lr_multipliers and self.layer_decay is None:
+            return {}
+        leaves = flatten(params)
+        layers = layer_decay_factors(leaves, self.layer_decay) if self.layer_decay else {}
+        return {path: self._multiplier(path) * layers.get(path, 1.0) for path in leaves}
+
+    def _multiplier(self, path: str) -> float:
+        factors = (float(f) for pattern, f in self.lr_multipliers if re.fullmatch(pattern, path))
+        return next(factors, 1.0)
+
+
+def layer_decay_factors(leaves: dict[str, Any], decay: float) -> dict[str, Any]:
+    """Factors that fall by `decay` with each layer further from the output.
+
+    Of a ViT with L blocks, the embedding with its tokens has decay^(L+1), block i from 0 to L-1
+    decay^(L-i), and everything after the blocks 1. Source: arXiv:2106.08254 (BEiT), as in
+    fine-tuning of arXiv:2111.06377 (MAE).
+
+    Args:
+      leaves: parameters (arrays or shapes) by path.
+      decay: from one layer to the one before.
+
+    Returns:
+      Factors by path: numbers, or arrays `[L, 1, ...]` for scanned blocks.
+
+    Raises:
+      UserError: a parameter whose layer is not known.
+    """
+    blocks = {path: match[1] for path in leaves if (match := re.fullmatch(_BLOCK, path))}
+    depths = (leaves[path].shape[0] if i is None else int(i) + 1 for path, i in blocks.items())
+    depth = max(depths, default=0)
+    factors: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        if path in blocks:
+            if blocks[path] is None:
+                powers = decay ** np.arange(depth, 0, -1, dtype=np.float64)
+                factors[path] = powers.astype(np.float32).reshape(-1, *(1,) * (leaf.ndim - 1))
+            else:
+                factors[path] = decay ** (depth - int(blocks[path]))
+        elif re.fullmatch(_BEFORE, path):
+            factors[path] = decay ** (depth + 1)
+        elif re.fullmatch(_AFTER, path):
+            factors[path] = 1.0
+        else:
+            raise UserError(
+                f"optimizer.layer_decay={decay}: the layer of {path} is not known; expected the "
+                "parameters of a ViT: leave layer_decay out for this model"
+            )
+    return factors
+
+
+def _check_regex(pattern: str, *, key: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        raise UserError(f"{key}: {pattern!r} is no regular expression: {e}") from None
+
+
+def _check_match(pattern: str, paths: list[str], *, key: str, what: str) -> None:
+    if any(re.fullmatch(pattern, path) for path in paths):
+        return
+    # What it matches in part is what was meant, most likely: `head` for `head/.*`.
+    near = [path for path in paths if re.search(pattern, path)]
+    text = re.sub(r"[^\w/]+", "", pattern)
+    near = near or difflib.get_close_matches(text, paths, n=3, cutoff=0)
+    raise UserError(
+        f"{key}: {pattern!r} matches no {what}; expected an expression for whole paths, such as "
+        f"{', '.join(near[:3])}"
+    )
