@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from vit_jax.checkpoint.pretrained.catalogue import find, is_name, needs_index
 from vit_jax.experiment import Experiment
 from vit_jax.main import load_config
 from vit_jax.utils.errors import UserError
@@ -19,6 +20,16 @@ BUILDS = [
     ("vit.py:b16,cifar10", 86_567_656 - 990 * 769 + (576 - 196) * 768, 384),
     ("vit.py:l32,imagenet2012", 306_535_400 + (144 - 49) * 1024, 384),
     ("vit.py:s16,cifar100", 22_050_664 - 900 * 385 + (576 - 196) * 384, 384),
+    ("vit.py:ti16,imagenet2012,eval=central", 5_717_416 + (576 - 196) * 192, 384),
+    ("vit.py:h14,cifar100", 632_045_800 - 900 * 1281 + (27**2 - 16**2) * 1280, 378),
+    ("vit.py:r50_b16,cifar10", 98_659_112 - 990 * 769 + (576 - 196) * 768, 384),
+    ("augreg.py:R_Ti_16", 6_337_704 - (1000 - 37) * 193 + (144 - 49) * 192, 384),
+    ("augreg.py:R26_S_32", 36_431_912 - (1000 - 37) * 385 + (144 - 49) * 384, 384),
+    ("mixer.py:b16,cifar10", 59_880_472 - 990 * 769, 224),
+    ("mixer.py:b32,imagenet2012", 60_293_428, 224),
+    ("augreg.py:Ti_16", 5_717_416 - (1000 - 37) * 193 + (576 - 196) * 192, 384),
+    ("augreg.py:B_8", 86_576_872 - (1000 - 37) * 769 + (48**2 - 28**2) * 768, 384),
+    ("augreg.py:S_32-i21k-300ep", 22_878_952 - (1000 - 37) * 385 + (144 - 49) * 384, 384),
     ("vit_i1k.py:variant=B/16", 86_567_656 + 769 * 768, 224),
     ("vit_i1k.py:variant=Ti/16", 5_717_416 + 193 * 192, 224),
 ]
@@ -33,13 +44,108 @@ def test_config_builds(config, parameters, size, tmp_path):
     assert experiment.evaluators
 
 
+# Config with arguments, then model, steps, warmup, learning rate, dropout and images as published.
+RECIPES = [
+    ("vit.py:b16,cifar10", "B/16", "imagenet21k:B/16", 10_000, 500, 0.01, 0.0, "resize(384)"),
+    ("vit.py:b16,cifar100", "B/16", "imagenet21k:B/16", 10_000, 500, 0.03, 0.0, "resize(384)"),
+    ("vit.py:l16,imagenet2012", "L/16", "imagenet21k:L/16", 20_000, 500, 0.03, 0.1, "resize(384)"),
+    ("vit.py:l32,cifar10", "L/32", "imagenet21k:L/32", 10_000, 500, 0.03, 0.0, "resize(384)"),
+    ("vit.py:h14,cifar10", "H/14", "imagenet21k:H/14", 10_000, 500, 0.03, 0.1, "resize(378)"),
+    (
+        "vit.py:b32,cifar10,eval=central",
+        *(
+            "B/32",
+            "imagenet21k:B/32",
+            10_000,
+            500,
+            0.03,
+            0.0,
+            "resize_small(448)|central_crop(384)",
+        ),
+    ),
+    (
+        "vit.py:r50_b16,cifar10",
+        *("R50+B/16", "imagenet21k:R50+B/16", 10_000, 500, 0.03, 0.1, "resize(384)"),
+    ),
+    (
+        "vit.py:r_ti16,cifar100,eval=squash",
+        *("R+Ti/16", "augreg:R_Ti_16", 10_000, 500, 0.03, 0.0, "resize(384)"),
+    ),
+    ("augreg.py:R_Ti_16", "R+Ti/16", "augreg:R_Ti_16", 500, 100, 0.03, 0.0, "resize(384)"),
+    ("augreg.py:R50_L_32", "R50+L/32", "augreg:R50_L_32", 500, 100, 0.03, 0.0, "resize(384)"),
+    (
+        "augreg.py:R26_S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0",
+        "R26+S/32",
+        "augreg:R26_S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0",
+        *(500, 100, 0.03, 0.0, "resize(384)"),
+    ),
+    ("augreg.py:in/L_16-x.npz", "L/16", "in/L_16-x.npz", 500, 100, 0.03, 0.0, "resize(384)"),
+    (
+        "mixer.py:b16,cifar10",
+        "B/16",
+        "mixer-imagenet21k:B/16",
+        10_000,
+        500,
+        0.03,
+        0.0,
+        "resize(224)",
+    ),
+    ("mixer.py:b32,cifar10", "B/32", "mixer-sam:B/32", 10_000, 500, 0.03, 0.0, "resize(224)"),
+    (
+        "mixer.py:l16,cifar100",
+        "L/16",
+        "mixer-imagenet21k:L/16",
+        10_000,
+        500,
+        0.03,
+        0.0,
+        "resize(224)",
+    ),
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=[r[0] for r in RECIPES])
+def test_recipes_are_as_published(recipe):
+    name, variant, init_from, steps, warmup, lr, dropout, images = recipe
+    config = load_config(str(CONFIGS / name), {})
+    assert config.model.variant == variant
+    assert config.model.get("dropout_rate", 0.0) == dropout
+    assert config.init_from == init_from
+    if is_name(init_from) and not needs_index(init_from):
+        assert find(init_from).variant == variant
+    assert config.total_steps == steps
+    assert config.data.batch_size == 512
+    assert config.optimizer.to_dict() == {
+        "name": "sgd",
+        "lr": lr,
+        "momentum": 0.9,
+        "momentum_dtype": "bfloat16",
+        "schedule": "cosine",
+        "warmup_steps": warmup,
+        "grad_clip_norm": 1.0,
+        "accum_steps": 8,
+    }
+    assert {e.preprocess for e in config.evals.values()} == {f"decode|{images}"}
+    size = images.rpartition("(")[2]
+    assert config.data.preprocess == f"decode|inception_crop({size}|flip_lr"
+
+
 def test_every_config_is_built_here():
     assert {p.name for p in CONFIGS.glob("*.py")} == {b[0].partition(":")[0] for b in BUILDS}
 
 
 @pytest.mark.parametrize(
     "config",
-    ["vit.py:x16,cifar10", "vit.py:b16,cifar11", "vit.py:b16", "vit_i1k.py:B/16"],
+    [
+        "vit.py:x16,cifar10",
+        "vit.py:b16,cifar11",
+        "vit.py:b16",
+        "vit.py:b16,cifar10,eval=crop",
+        "vit_i1k.py:B/16",
+        "augreg.py:M_16",
+        "mixer.py:b8,cifar10",
+        "mixer.py:b16,cifar",
+    ],
 )
 def test_wrong_arguments_are_refused(config):
     with pytest.raises(UserError, match="--config: "):
