@@ -14,8 +14,18 @@ from vit_jax.utils.errors import UserError
 
 CONFIG = "config.json"
 
-# What may change between two runs in one workdir: how long, where and how often, not what.
-_FREE = ("total_steps", "epochs", "mesh", "checkpoint", "evals", "log_every", "profile")
+# What may change between two runs in one workdir: how long, where, how often and from what, but not
+# what is trained.
+_FREE = (
+    "total_steps",
+    "epochs",
+    "mesh",
+    "adapt",
+    "checkpoint",
+    "evals",
+    "log_every",
+    "profile",
+)
 _FREE_KEYS = ("init_from", "data.data_dir", "data.num_threads")
 
 
