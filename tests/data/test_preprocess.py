@@ -3,13 +3,15 @@
 
 import os
 from collections import Counter
+from typing import get_args
 
 import cv2
 import numpy as np
 import pytest
 
-from vit_jax.data import image_ops
-from vit_jax.data.image_ops import decode_image, resize_image
+from vit_jax.data import augment_ops, image_ops
+from vit_jax.data.geometry import Method, resize_image
+from vit_jax.data.image_ops import decode_image
 from vit_jax.data.preprocess import apply, parse_preprocess
 from vit_jax.utils.errors import UserError
 
@@ -57,6 +59,11 @@ def test_a_line_is_read_into_operations_in_order():
         ("resize(8, None)", image_ops.Resize(8)),
         ("inception_crop(8, 5.5, area_max=90)", image_ops.InceptionCrop(8, 5.5, 90)),
         ("random_shift(pixels=2)", image_ops.RandomShift(2)),
+        ("resize(8, method='area')", image_ops.Resize(8, None, "area")),
+        ("pad(2, 0)", image_ops.Pad(2, 0)),
+        ("keep('image', 'label')", image_ops.Keep("image", "label")),
+        ("randaug(2, 0)", augment_ops.RandAug(2, 0)),
+        ("color_jitter(0.3, 0)", augment_ops.ColorJitter(0.3, 0)),
     ],
 )
 def test_arguments_are_given_as_in_python(text, want):
@@ -74,17 +81,17 @@ def test_arguments_are_given_as_in_python(text, want):
         ("resize(8)(9)", ["'resize(8)(9)'", "expected op or op("]),
         ("resise(8)", ["'resise'", "did you mean 'resize'?"]),
         ("Decode", ["'Decode'", "did you mean 'decode'?"]),
-        ("eval('1')", ["unknown operation 'eval'", "there is: central_crop, decode,"]),
-        ("resize", ["'resize'", "expected resize(height: int, width: int | None = None)"]),
-        ("resize()", ["'resize()'", "expected resize(height: int, width"]),
-        ("resize(1, 2, 3)", ["'resize(1, 2, 3)'", "expected resize(height: int, width"]),
-        ("resize(8, depth=3)", ["'resize(8, depth=3)'", "expected resize(height: int, width"]),
-        ("resize(8, height=8)", ["'resize(8, height=8)'", "expected resize(height: int, width"]),
-        ("resize(height=8, height=9)", ["height=9)'", "expected resize(height: int, width"]),
-        ("resize(4 * 2)", ["'resize(4 * 2)'", "expected resize(height: int, width"]),
-        ("resize(*[8])", ["'resize(*[8])'", "expected resize(height: int, width"]),
-        ("resize(**{'height': 8})", ["{'height': 8}", "expected resize(height: int, width"]),
-        ("resize(size)", ["'resize(size)'", "expected resize(height: int, width"]),
+        ("eval('1')", ["unknown operation 'eval'", "there is: auto_augment, central_crop,"]),
+        ("resize", ["'resize'", "expected resize(height, width=None, method='bilinear')"]),
+        ("resize()", ["'resize()'", "expected resize(height, width"]),
+        ("resize(1, 2, 'area', 3)", ["'area', 3)\"", "expected resize(height, width"]),
+        ("resize(8, depth=3)", ["'resize(8, depth=3)'", "expected resize(height, width"]),
+        ("resize(8, height=8)", ["'resize(8, height=8)'", "expected resize(height, width"]),
+        ("resize(height=8, height=9)", ["height=9)'", "expected resize(height, width"]),
+        ("resize(4 * 2)", ["'resize(4 * 2)'", "expected resize(height, width"]),
+        ("resize(*[8])", ["'resize(*[8])'", "expected resize(height, width"]),
+        ("resize(**{'height': 8})", ["{'height': 8}", "expected resize(height, width"]),
+        ("resize(size)", ["'resize(size)'", "expected resize(height, width"]),
         ("resize('8')", ["resize: height='8' is a str; expected int"]),
         ("resize(8.0)", ["resize: height=8.0 is a float; expected int"]),
         ("resize(True)", ["resize: height=True is a bool; expected int"]),
@@ -93,11 +100,29 @@ def test_arguments_are_given_as_in_python(text, want):
         ("resize(0)", ["'resize(0)'", "height=0"]),
         ("resize(8, 0)", ["'resize(8, 0)'", "width=0"]),
         ("resize_small(0)", ["'resize_small(0)'", "size=0"]),
-        ("central_crop(0)", ["'central_crop(0)'", "size=0"]),
+        ("central_crop(0)", ["'central_crop(0)'", "height=0"]),
         ("inception_crop(0)", ["'inception_crop(0)'", "size=0"]),
         ("inception_crop(8, -5)", ["inception_crop", "area_min=-5"]),
         ("inception_crop(8, 60, 20)", ["inception_crop", "area_min=60", "area_max=20"]),
         ("inception_crop(8, 5, 101)", ["inception_crop", "area_max=101"]),
+        ("inception_crop(8, 5, 50, 2, 1)", ["inception_crop", "aspect_min=2, aspect_max=1"]),
+        ("resize(8, method='cubic')", ["resize: method='cubic'", "or 'bicubic' or 'area'"]),
+        ("pad(0)", ["'pad(0)'", "pixels=0: expected more than 0"]),
+        ("pad(1, -1)", ["'pad(1, -1)'", "value=-1: expected 0 or more"]),
+        ("pad_to(8, value=256)", ["value=256: expected 0 to 255"]),
+        ("keep()", ["'keep()'", "expected 'image' among the names"]),
+        ("keep('image', 3)", ["keep: names=('image', 3) is a tuple; expected tuple[str, ...]"]),
+        ("keep(names='image')", ["expected keep(*names)"]),
+        ("randaug(2)", ["'randaug(2)'", "expected randaug(num_layers, magnitude)"]),
+        ("randaug(2, -1)", ["magnitude=-1: expected 0 or more"]),
+        ("auto_augment('v1')", ["auto_augment: policy='v1'", "expected 'original' or 'v0'"]),
+        ("grayscale(1.5)", ["'grayscale(1.5)'", "probability=1.5: expected at most 1"]),
+        ("gaussian_blur(2, 1)", ["sigma_min=2, sigma_max=1: expected"]),
+        ("normalize((0.5,), (0.5,))", ["objective.pixel_mean and objective.pixel_std"]),
+        ("value_range(-1, 1)", ["'value_range(-1, 1)' is no operation here", "pixel_mean"]),
+        ("onehot(1000)", ["'onehot(1000)' is no operation here", "by the objective"]),
+        ("random_erasing(0.25)", ["set objective.random_erasing"]),
+        ("cutmix", ["set objective.cutmix"]),
     ],
 )
 def test_what_is_wrong_in_a_line_is_named(part, words):
@@ -248,10 +273,73 @@ def test_central_crop_takes_the_middle(shape, top, left):
     )
 
 
+def test_central_crop_takes_a_rectangle_too():
+    image = noise(10, 9, 3)
+    np.testing.assert_array_equal(run("central_crop(4, 7)", image), image[3:7, 1:8])
+
+
 @pytest.mark.parametrize("shape", [(3, 8), (8, 3)])
-def test_central_crop_of_a_smaller_image_is_refused(shape):
-    with pytest.raises(UserError, match=rf"central_crop\(4\) of a {shape[0]}x{shape[1]} image"):
-        run("central_crop(4)", noise(*shape, 3))
+@pytest.mark.parametrize("name", ["central_crop", "random_crop"])
+def test_a_crop_of_a_smaller_image_is_refused(name, shape):
+    with pytest.raises(UserError, match=rf"{name}\(4\) of a {shape[0]}x{shape[1]} image"):
+        run(f"{name}(4)", noise(*shape, 3))
+    with pytest.raises(UserError, match=rf"{name}\(4, 9\) of a {shape[0]}x{shape[1]} image"):
+        run(f"{name}(4, 9)", noise(*shape, 3))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [((40, 60), (13, 20)), ((60, 40), (20, 13)), ((3, 400), (1, 20))]
+)
+def test_resize_long_keeps_the_aspect(old, new):
+    image = noise(*old, 3)
+    np.testing.assert_array_equal(run("resize_long(20)", image), run(f"resize{new}", image))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "resize(20, method={})",
+        "resize_small(12, {})",
+        "resize_long(12, method={})",
+        "inception_crop(12, method={})",
+    ],
+)
+def test_each_resizing_takes_a_method(line):
+    image = noise(40, 50, 3)
+    methods = get_args(Method)
+    results = {run(line.format(repr(method)), image).tobytes() for method in methods}
+    assert len(results) == len(methods)
+
+
+@pytest.mark.parametrize(
+    ("line", "mode", "value"),
+    [
+        ("pad(2)", "constant", {"constant_values": 0}),
+        ("pad(2, 7)", "constant", {"constant_values": 7}),
+        ("pad(2, mode='edge')", "edge", {}),
+        ("pad(2, mode='reflect')", "reflect", {}),
+    ],
+)
+def test_pad_puts_pixels_on_each_side(line, mode, value):
+    image = noise(4, 5, 3)
+    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode, **value)
+    np.testing.assert_array_equal(run(line, image), padded)
+
+
+def test_pad_to_fills_up_around_the_image():
+    image = noise(4, 5, 3)
+    padded = np.pad(image, ((1, 2), (0, 0), (0, 0)), constant_values=9)
+    np.testing.assert_array_equal(run("pad_to(7, 5, value=9)", image), padded)
+    assert run("pad_to(6)", image).shape == (6, 6, 3)
+    np.testing.assert_array_equal(run("pad_to(3)", image), image)
+
+
+def test_keep_drops_other_features_but_the_mask():
+    features = {"image": noise(2, 2, 3), "label": 1, "name": "x", "mask": 1.0}
+    (op,) = parse("keep('image', 'label')")
+    assert op(features).keys() == {"image", "label", "mask"}
+    with pytest.raises(UserError, match=r"keep\('image', 'class'\): expected some of image, label"):
+        parse("keep('image', 'class')")[0](features)
 
 
 # Random operations
@@ -261,10 +349,10 @@ def crops(monkeypatch, text, image, draws):
     """Top, left, height and width of each crop, found from pixels that know where they are."""
     seen = []
 
-    def resize(crop, height, width):
+    def resize(crop, height, width, method):
         top, left = crop[0, 0, :2]
         seen.append((int(top), int(left), *crop.shape[:2]))
-        return resize_image(crop, height, width)
+        return resize_image(crop, height, width, method)
 
     with monkeypatch.context() as patch:
         patch.setattr(image_ops, "resize_image", resize)
@@ -324,6 +412,14 @@ def test_inception_crop_of_tiny_images_stays_inside(shape, monkeypatch):
     assert len(set(zip(top, left, height, width, strict=True))) > (shape != (1, 1))
 
 
+def test_inception_crop_draws_aspects_from_other_ranges(monkeypatch):
+    line = "inception_crop(4, 10, 20, aspect_min=2, aspect_max=3)"
+    _, _, height, width = crops(monkeypatch, line, places(240, 240), 500).T
+    aspect = width / height
+    assert 1.93 < aspect.min() < 2.1
+    assert 2.9 < aspect.max() < 3.1
+
+
 def test_inception_crop_takes_the_whole_image_where_no_part_fits(monkeypatch):
     # All of the area with an aspect near one does not fit into a strip.
     found = crops(monkeypatch, "inception_crop(4, 100, 100)", places(20, 200), 50)
@@ -336,6 +432,16 @@ def test_inception_crop_resizes_the_part(monkeypatch):
     ((top, left, height, width),) = crops(monkeypatch, "inception_crop(16)", image, 1)
     part = image[top : top + height, left : left + width]
     np.testing.assert_array_equal(run("inception_crop(16)", image), run("resize(16)", part))
+
+
+def test_random_crop_takes_every_place_equally_often():
+    image = noise(5, 6, 3)
+    wanted = {image[y : y + 3, x : x + 4].tobytes(): (y, x) for y in range(3) for x in range(3)}
+    (op,) = parse("random_crop(3, 4)")
+    rng = np.random.default_rng(0)
+    found = Counter(wanted[op({"image": image}, rng)["image"].tobytes()] for _ in range(1800))
+    assert len(found) == 9
+    assert 150 < min(found.values()) <= max(found.values()) < 250
 
 
 def test_flip_lr_mirrors_half_of_the_images():
@@ -365,7 +471,23 @@ def test_random_shift_makes_every_shift_equally_often_and_repeats_the_edge():
     assert 140 < min(found.values()) <= max(found.values()) < 260
 
 
-@pytest.mark.parametrize("text", ["inception_crop(4)", "flip_lr", "random_shift(2)"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "inception_crop(4)",
+        "flip_lr",
+        "random_shift(2)",
+        "random_crop(5)",
+        "randaug(2, 10)",
+        "rand_augment",
+        "auto_augment",
+        "three_augment",
+        "color_jitter(0.3)",
+        "gaussian_blur",
+        "grayscale(0.5)",
+        "solarize(99, probability=0.5)",
+    ],
+)
 def test_random_choices_come_from_the_generator_alone(text):
     image = noise(8, 8, 3)
     draws = [[run(text, image, seed).tobytes() for seed in range(8)] for _ in range(2)]

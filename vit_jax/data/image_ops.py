@@ -9,11 +9,12 @@ but the seed and the example's position. Images stay uint8: the device makes flo
 import abc
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import cv2
 import numpy as np
 
+from vit_jax.data.geometry import Method, resize_image
 from vit_jax.utils.errors import UserError
 
 Features = dict[str, Any]
@@ -22,12 +23,17 @@ Features = dict[str, Any]
 class Transform(abc.ABC):
     """Features to features, the same each time."""
 
+    # Arguments that may be 0; numbers are more than that otherwise.
+    may_be_zero: ClassVar[tuple[str, ...]] = ()
+
     @abc.abstractmethod
     def __call__(self, features: Features) -> Features: ...
 
 
 class Random(abc.ABC):
     """Features to features, with random choices."""
+
+    may_be_zero: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def __call__(self, features: Features, rng: np.random.Generator) -> Features: ...
@@ -50,13 +56,6 @@ def decode_image(encoded: bytes) -> np.ndarray:
     return image
 
 
-def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear, half-pixel centres, no antialiasing: as the published models were trained."""
-    if image.shape[:2] == (height, width):
-        return image
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-
-
 @dataclasses.dataclass(frozen=True)
 class Decode(Transform):
     """Encoded bytes to uint8 RGB."""
@@ -66,15 +65,39 @@ class Decode(Transform):
 
 
 @dataclasses.dataclass(frozen=True)
+class Keep(Transform):
+    """The features of these names alone, and the mask that evaluation counts by."""
+
+    names: tuple[str, ...]
+
+    def __init__(self, *names: str):
+        if "image" not in names:
+            raise ValueError("expected 'image' among the names")
+        object.__setattr__(self, "names", names)
+
+    def __call__(self, features: Features) -> Features:
+        missing = set(self.names) - features.keys()
+        if missing:
+            raise UserError(
+                f"keep({', '.join(map(repr, self.names))}): expected some of "
+                f"{', '.join(sorted(features))}"
+            )
+        return {k: v for k, v in features.items() if k in self.names or k == "mask"}
+
+
+@dataclasses.dataclass(frozen=True)
 class Resize(Transform):
     """To `height` x `width` (a square if one is given); the aspect is not kept."""
 
     height: int
     width: int | None = None
+    method: Method = "bilinear"
 
     def __call__(self, features: Features) -> Features:
         width = self.width or self.height
-        return features | {"image": resize_image(features["image"], self.height, width)}
+        return features | {
+            "image": resize_image(features["image"], self.height, width, self.method)
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,48 +105,151 @@ class ResizeSmall(Transform):
     """The shorter side to `size`, the aspect kept."""
 
     size: int
+    method: Method = "bilinear"
 
     def __call__(self, features: Features) -> Features:
         image = features["image"]
         scale = self.size / min(image.shape[:2])
         height, width = (max(self.size, round(side * scale)) for side in image.shape[:2])
-        return features | {"image": resize_image(image, height, width)}
+        return features | {"image": resize_image(image, height, width, self.method)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizeLong(Transform):
+    """The longer side to `size`, the aspect kept."""
+
+    size: int
+    method: Method = "bilinear"
+
+    def __call__(self, features: Features) -> Features:
+        image = features["image"]
+        scale = self.size / max(image.shape[:2])
+        height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+        return features | {"image": resize_image(image, height, width, self.method)}
 
 
 @dataclasses.dataclass(frozen=True)
 class CentralCrop(Transform):
-    """The middle `size` x `size` pixels of an image that has as many."""
+    """The middle `height` x `width` (a square if one is given) of an image that has as many."""
 
-    size: int
+    height: int
+    width: int | None = None
+
+    def __call__(self, features: Features) -> Features:
+        image, width = features["image"], self.width or self.height
+        _check_crop("central_crop", image, self.height, width)
+        top, left = (image.shape[0] - self.height) // 2, (image.shape[1] - width) // 2
+        return features | {"image": image[top : top + self.height, left : left + width]}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCrop(Random):
+    """Any `height` x `width` (a square if one is given) of an image that has as many."""
+
+    height: int
+    width: int | None = None
+
+    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
+        image, width = features["image"], self.width or self.height
+        _check_crop("random_crop", image, self.height, width)
+        top = int(rng.integers(image.shape[0] - self.height + 1))
+        left = int(rng.integers(image.shape[1] - width + 1))
+        return features | {"image": image[top : top + self.height, left : left + width]}
+
+
+def _check_crop(name: str, image: np.ndarray, height: int, width: int) -> None:
+    if image.shape[0] < height or image.shape[1] < width:
+        size = f"{height}" if width == height else f"{height}, {width}"
+        raise UserError(
+            f"{name}({size}) of a {image.shape[0]}x{image.shape[1]} image: put resize_small or pad "
+            "before it"
+        )
+
+
+_BORDERS = {
+    "constant": cv2.BORDER_CONSTANT,
+    "edge": cv2.BORDER_REPLICATE,
+    "reflect": cv2.BORDER_REFLECT_101,
+}
+_Border = Literal["constant", "edge", "reflect"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pad(Transform):
+    """More `pixels` on each side: all of one `value`, or as the edge, or as its reflection."""
+
+    pixels: int
+    value: int = 0
+    mode: _Border = "constant"
+    may_be_zero = ("value",)
+
+    def __post_init__(self) -> None:
+        _check_value(self.value)
+
+    def __call__(self, features: Features) -> Features:
+        p = self.pixels
+        return features | {"image": _pad(features["image"], (p, p, p, p), self.value, self.mode)}
+
+
+@dataclasses.dataclass(frozen=True)
+class PadTo(Transform):
+    """Around an image that is smaller, up to `height` x `width` (a square if one is given)."""
+
+    height: int
+    width: int | None = None
+    value: int = 0
+    mode: _Border = "constant"
+    may_be_zero = ("value",)
+
+    def __post_init__(self) -> None:
+        _check_value(self.value)
 
     def __call__(self, features: Features) -> Features:
         image = features["image"]
-        height, width = image.shape[:2]
-        if min(height, width) < self.size:
-            raise UserError(
-                f"central_crop({self.size}) of a {height}x{width} image: put resize_small before it"
-            )
-        top, left = (height - self.size) // 2, (width - self.size) // 2
-        return features | {"image": image[top : top + self.size, left : left + self.size]}
+        more_y = max(0, self.height - image.shape[0])
+        more_x = max(0, (self.width or self.height) - image.shape[1])
+        sides = (more_y // 2, more_y - more_y // 2, more_x // 2, more_x - more_x // 2)
+        return features | {"image": _pad(image, sides, self.value, self.mode)}
+
+
+def _pad(
+    image: np.ndarray, sides: tuple[int, int, int, int], value: int, mode: _Border
+) -> np.ndarray:
+    top, bottom, left, right = sides
+    color = (value, value, value)
+    return cv2.copyMakeBorder(image, top, bottom, left, right, _BORDERS[mode], value=color)
+
+
+def _check_value(value: int) -> None:
+    if not 0 <= value <= 255:
+        raise ValueError(f"value={value}: expected 0 to 255")
 
 
 @dataclasses.dataclass(frozen=True)
 class InceptionCrop(Random):
     """A random part of the image, resized to `size` x `size` (arXiv:1409.4842).
 
-    The part has `area_min` to `area_max` percent of the area and an aspect of 3/4 to 4/3; where
-    ten draws find none, the whole image is taken.
+    The part has `area_min` to `area_max` percent of the area and an aspect (width by height) of
+    `aspect_min` to `aspect_max`; where ten draws find none, the whole image is taken.
     """
 
     size: int
     area_min: float = 5
     area_max: float = 100
+    aspect_min: float = 3 / 4
+    aspect_max: float = 4 / 3
+    method: Method = "bilinear"
 
     def __post_init__(self) -> None:
         if not 0 < self.area_min <= self.area_max <= 100:
             raise ValueError(
                 f"area_min={self.area_min}, area_max={self.area_max}: expected "
                 "0 < area_min <= area_max <= 100"
+            )
+        if self.aspect_min > self.aspect_max:
+            raise ValueError(
+                f"aspect_min={self.aspect_min}, aspect_max={self.aspect_max}: expected "
+                "aspect_min <= aspect_max"
             )
 
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
@@ -132,7 +258,7 @@ class InceptionCrop(Random):
         top, left, h, w = 0, 0, height, width
         for _ in range(10):
             area = height * width * rng.uniform(self.area_min, self.area_max) / 100
-            aspect = rng.uniform(3 / 4, 4 / 3)
+            aspect = rng.uniform(self.aspect_min, self.aspect_max)
             crop_h, crop_w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
             if 0 < crop_h <= height and 0 < crop_w <= width:
                 h, w = crop_h, crop_w
@@ -140,7 +266,7 @@ class InceptionCrop(Random):
                 left = int(rng.integers(width - w + 1))
                 break
         crop = image[top : top + h, left : left + w]
-        return features | {"image": resize_image(crop, self.size, self.size)}
+        return features | {"image": resize_image(crop, self.size, self.size, self.method)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,10 +294,15 @@ class RandomShift(Random):
 
 OPS: dict[str, type] = {
     "decode": Decode,
+    "keep": Keep,
     "resize": Resize,
     "resize_small": ResizeSmall,
+    "resize_long": ResizeLong,
     "central_crop": CentralCrop,
+    "random_crop": RandomCrop,
     "inception_crop": InceptionCrop,
+    "pad": Pad,
+    "pad_to": PadTo,
     "flip_lr": FlipLr,
     "random_shift": RandomShift,
 }

@@ -7,9 +7,26 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.image_ops import OPS, Features, Random, Transform
+from vit_jax.data import augment_ops, image_ops
+from vit_jax.data.image_ops import Features, Random, Transform
 from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.registry import check_type
+
+OPS = image_ops.OPS | augment_ops.OPS
+
+# What other projects have among these operations and this one has elsewhere.
+_PIXELS = "images stay uint8 up to the device; set objective.pixel_mean and objective.pixel_std"
+_LABELS = "labels become one-hot on the device, by the objective"
+_ELSEWHERE = {
+    "normalize": _PIXELS,
+    "value_range": _PIXELS,
+    "vgg_value_range": _PIXELS,
+    "one_hot": _LABELS,
+    "onehot": _LABELS,
+    "random_erasing": "it runs on the device; set objective.random_erasing",
+    "mixup": "it runs on the device; set objective.mixup",
+    "cutmix": "it runs on the device; set objective.cutmix",
+}
 
 
 def parse_preprocess(text: str, *, key: str) -> tuple[Transform | Random, ...]:
@@ -34,34 +51,51 @@ def _parse_op(text: str, *, key: str) -> Transform | Random:
     name = call.func if call else node
     if not isinstance(name, ast.Name):
         raise UserError(f"{key}: can't read {text!r}: expected op or op(argument, name=argument)")
+    if name.id in _ELSEWHERE:
+        raise UserError(f"{key}: {text!r} is no operation here: {_ELSEWHERE[name.id]}")
     if name.id not in OPS:
         raise UserError(f"{key}: unknown operation {name.id!r}{suggest(name.id, OPS)}")
     op = OPS[name.id]
     signature = inspect.signature(op)
     try:
-        arguments = _bind(signature, call)
+        bound = _bind(signature, call)
     except (TypeError, ValueError):
-        usage = f"{name.id}{signature}".replace(" -> None", "")
+        usage = f"{name.id}({', '.join(map(_describe, signature.parameters.values()))})"
         raise UserError(f"{key}: wrong arguments in {text!r}: expected {usage}") from None
-    for argument, value in arguments.items():
-        annotation = signature.parameters[argument].annotation
+    for argument, value in bound.arguments.items():
+        parameter = signature.parameters[argument]
+        annotation = parameter.annotation
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            annotation = tuple[annotation, ...]
         check_type(value, annotation, key=f"{key}: {name.id}: {argument}")
-        if isinstance(value, int | float) and value <= 0:
-            raise UserError(f"{key}: {text!r}: {argument}={value}: expected more than 0")
+        _check_sign(value, argument, op, where=f"{key}: {text!r}")
     try:
-        return op(**arguments)
+        return op(*bound.args, **bound.kwargs)
     except ValueError as e:
         raise UserError(f"{key}: {text!r}: {e}") from None
 
 
-def _bind(signature: inspect.Signature, call: ast.Call | None) -> dict[str, Any]:
+def _bind(signature: inspect.Signature, call: ast.Call | None) -> inspect.BoundArguments:
     if call is None:
-        return dict(signature.bind().arguments)
+        return signature.bind()
     args = [ast.literal_eval(a) for a in call.args]
     kwargs = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
     if len(kwargs) < len(call.keywords):
         raise TypeError("an argument is given twice")
-    return dict(signature.bind(*args, **kwargs).arguments)
+    return signature.bind(*args, **kwargs)
+
+
+def _describe(parameter: inspect.Parameter) -> str:
+    return str(parameter.replace(annotation=parameter.empty))
+
+
+def _check_sign(value: Any, argument: str, op: type, *, where: str) -> None:
+    if not isinstance(value, int | float):
+        return
+    if argument in op.may_be_zero and value < 0:
+        raise UserError(f"{where}: {argument}={value}: expected 0 or more")
+    if argument not in op.may_be_zero and value <= 0:
+        raise UserError(f"{where}: {argument}={value}: expected more than 0")
 
 
 def apply(
