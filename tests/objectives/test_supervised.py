@@ -9,7 +9,6 @@ import pytest
 
 from vit_jax.losses import sigmoid_cross_entropy, smooth_labels, softmax_cross_entropy
 from vit_jax.models.variants import make_vit
-from vit_jax.objectives.mixing import mixup
 from vit_jax.objectives.supervised import make_supervised
 from vit_jax.utils.errors import UserError
 
@@ -36,17 +35,6 @@ def test_smoothing_spreads_mass_over_all_classes():
     np.testing.assert_allclose(smooth, [[0.8, 0.1, 0.1]], rtol=1e-6)
 
 
-def test_mixup_blends_neighbours_and_their_labels_alike():
-    images = jnp.eye(4).reshape(4, 2, 2, 1)
-    mixed, targets = mixup(jax.random.key(3), images, jnp.eye(4), alpha=1.0)
-    weight = float(targets[0, 0])
-    assert 0.5 <= weight < 1
-    np.testing.assert_allclose(
-        targets, weight * np.eye(4) + (1 - weight) * np.roll(np.eye(4), 1, 0)
-    )
-    np.testing.assert_allclose(mixed.reshape(4, 4), targets)
-
-
 def supervised(**options):
     model = make_vit(
         num_classes=3, patch_size=4, hidden_size=8, num_layers=1, num_heads=2, mlp_dim=8
@@ -56,7 +44,12 @@ def supervised(**options):
 
 @pytest.mark.parametrize(
     ("options", "want"),
-    [({}, np.log(3)), ({"loss": "sigmoid"}, 3 * np.log(2)), ({"mixup": 0.5}, np.log(3))],
+    [
+        ({}, np.log(3)),
+        ({"loss": "sigmoid"}, 3 * np.log(2)),
+        ({"mixup": 0.5}, np.log(3)),
+        ({"cutmix": 1.0, "random_erasing": 0.5, "color_jitter": 0.3}, np.log(3)),
+    ],
 )
 def test_zero_head_starts_at_the_loss_of_a_guess(options, want):
     objective = supervised(**options)

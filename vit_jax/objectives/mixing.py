@@ -1,8 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixing of examples within a batch, on the device."""
+"""Mixing of examples within a batch, on the device: each with its neighbour, all of them alike."""
 
 import jax
 import jax.numpy as jnp
+
+
+def mix(
+    rng: jax.Array,
+    images: jax.Array,
+    targets: jax.Array,
+    *,
+    mixup_alpha: float,
+    cutmix_alpha: float,
+    switch_prob: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Mixup or cutmix; where both are on, cutmix in a share `switch_prob` of the steps.
+
+    Args:
+      rng: key of this step.
+      images: float `[batch, height, width, channels]`.
+      targets: `[batch, classes]`.
+      mixup_alpha: 0 for none.
+      cutmix_alpha: 0 for none.
+      switch_prob: 0 to 1.
+    """
+    if not cutmix_alpha:
+        return mixup(rng, images, targets, alpha=mixup_alpha) if mixup_alpha else (images, targets)
+    if not mixup_alpha:
+        return cutmix(rng, images, targets, alpha=cutmix_alpha)
+    switch_rng, mixup_rng, cutmix_rng = jax.random.split(rng, 3)
+    switch = jax.random.bernoulli(switch_rng, switch_prob)
+    weight = _draw_weight(mixup_rng, mixup_alpha)
+    stays = _draw_box(cutmix_rng, images.shape, cutmix_alpha)
+    return _blend(
+        images,
+        targets,
+        jnp.where(switch, stays, weight),
+        jnp.where(switch, stays.mean(), weight),
+    )
 
 
 def mixup(
@@ -18,10 +53,53 @@ def mixup(
 
     Source: arXiv:1710.09412.
     """
-    weight = jax.random.beta(rng, alpha, alpha)
-    weight = jnp.maximum(weight, 1 - weight)
+    weight = _draw_weight(rng, alpha)
+    return _blend(images, targets, weight, weight)
 
-    def blend(x: jax.Array) -> jax.Array:
+
+def cutmix(
+    rng: jax.Array, images: jax.Array, targets: jax.Array, *, alpha: float
+) -> tuple[jax.Array, jax.Array]:
+    """Replaces a box of each image by the same one of its neighbour, one box a batch.
+
+    The box has 1 - Beta(alpha, alpha) of the area and the image's aspect. It is cut off at the
+    border, and targets are weighted by the area that is left of it.
+
+    Args:
+      rng: key of this step.
+      images: float `[batch, height, width, channels]`.
+      targets: `[batch, classes]`.
+      alpha: of the Beta distribution.
+
+    Source: arXiv:1905.04899.
+    """
+    stays = _draw_box(rng, images.shape, alpha)
+    return _blend(images, targets, stays, stays.mean())
+
+
+def _draw_weight(rng: jax.Array, alpha: float) -> jax.Array:
+    weight = jax.random.beta(rng, alpha, alpha)
+    return jnp.maximum(weight, 1 - weight)
+
+
+def _draw_box(rng: jax.Array, shape: tuple[int, ...], alpha: float) -> jax.Array:
+    """1 where the own image stays and 0 in the box, `[height, width, 1]`."""
+    weight_rng, y_rng, x_rng = jax.random.split(rng, 3)
+    share = jnp.sqrt(1 - jax.random.beta(weight_rng, alpha, alpha))
+    inside = []
+    for key, side in ((y_rng, shape[1]), (x_rng, shape[2])):
+        half = jnp.floor(jnp.floor(side * share) / 2)
+        centre = jax.random.randint(key, (), 0, side)
+        place = jnp.arange(side)
+        inside.append((place >= centre - half) & (place < centre + half))
+    rows, columns = inside
+    return 1.0 - (rows[:, None] & columns)[..., None]
+
+
+def _blend(
+    images: jax.Array, targets: jax.Array, image_weight: jax.Array, target_weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    def blend(x: jax.Array, weight: jax.Array) -> jax.Array:
         return weight * x + (1 - weight) * jnp.roll(x, 1, axis=0)
 
-    return blend(images), blend(targets)
+    return blend(images, image_weight), blend(targets, target_weight)

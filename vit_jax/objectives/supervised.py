@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.losses import LOSSES, smooth_labels
+from vit_jax.objectives.augment import ERASE_KEY, Augmentation, distort, erase
 from vit_jax.objectives.base import Batch, Params
-from vit_jax.objectives.mixing import mixup
+from vit_jax.objectives.mixing import mix
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import takes_options_of
 
 # One number for all channels, or one for each.
 Pixels = float | tuple[float, ...]
@@ -27,7 +29,7 @@ class Supervised:
       num_classes: width of the targets.
       loss_name: key of `LOSSES`.
       label_smoothing: share of the target's mass that is spread over all classes.
-      mixup_alpha: of the Beta distribution that mixup draws from; 0 for none.
+      augmentation: of training images, on the device.
       pixel_mean: of pixels in [0, 1], subtracted from them; one number, or one for each channel.
       pixel_std: what they are divided by then.
     """
@@ -36,7 +38,7 @@ class Supervised:
     num_classes: int
     loss_name: str = "softmax"
     label_smoothing: float = 0.0
-    mixup_alpha: float = 0.0
+    augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     pixel_mean: Pixels = 0.5
     pixel_std: Pixels = 0.5
 
@@ -44,11 +46,25 @@ class Supervised:
         return dict(self.model.init(rng, self._to_float(batch["image"][:1]), train=False))["params"]
 
     def augment(self, batch: Batch, rng: jax.Array) -> Batch:
-        images = self._to_float(batch["image"])
+        options = self.augmentation
+        images = self._to_float(distort(rng, batch["image"], options))
+        if options.random_erasing:
+            images = erase(
+                jax.random.fold_in(rng, ERASE_KEY),
+                images,
+                probability=options.random_erasing,
+                mode=options.random_erasing_mode,
+            )
         targets = jax.nn.one_hot(batch["label"], self.num_classes)
         targets = smooth_labels(targets, self.label_smoothing)
-        if self.mixup_alpha:
-            images, targets = mixup(rng, images, targets, alpha=self.mixup_alpha)
+        images, targets = mix(
+            rng,
+            images,
+            targets,
+            mixup_alpha=options.mixup,
+            cutmix_alpha=options.cutmix,
+            switch_prob=options.mixup_switch_prob,
+        )
         return {"image": images, "target": targets}
 
     def loss(
@@ -67,32 +83,29 @@ class Supervised:
         return outputs[1]
 
     def _to_float(self, images: jax.Array) -> jax.Array:
-        """uint8 images to float32; to [-1, 1] by default, as the published weights want them."""
+        """0 to 255 to float32; to [-1, 1] by default, as the published weights want them."""
         mean, std = (np.asarray(x, np.float32) for x in (self.pixel_mean, self.pixel_std))
         return images.astype(jnp.float32) / (255 * std) - mean / std
 
 
+@takes_options_of(Augmentation)
 def make_supervised(
     *,
     model: nn.Module,
     num_classes: int,
     loss: Literal["softmax", "sigmoid"] = "softmax",
     label_smoothing: float = 0.0,
-    mixup: float = 0.0,
     pixel_mean: Pixels = 0.5,
     pixel_std: Pixels = 0.5,
+    **augmentation: Any,
 ) -> Supervised:
-    """A `Supervised` objective from config values.
+    """A `Supervised` objective from config values; `augmentation` are fields of `Augmentation`.
 
     Raises:
-      UserError: label smoothing outside [0, 1), a negative mixup, or a deviation of 0.
+      UserError: label smoothing outside [0, 1), a deviation of 0, or a wrong augmentation.
     """
     if not 0 <= label_smoothing < 1:
         raise UserError(f"objective.label_smoothing={label_smoothing}: expected 0 <= value < 1")
-    if mixup < 0:
-        raise UserError(
-            f"objective.mixup={mixup}: expected 0 (none) or the Beta's alpha, such as 0.2"
-        )
     if min(np.ravel(pixel_std)) <= 0:
         raise UserError(f"objective.pixel_std={pixel_std}: expected more than 0")
     return Supervised(
@@ -100,7 +113,7 @@ def make_supervised(
         num_classes,
         loss,
         label_smoothing,
-        mixup,
+        Augmentation(**augmentation),
         _hashable(pixel_mean),
         _hashable(pixel_std),
     )
