@@ -32,6 +32,7 @@ BUILDS = [
     ("augreg.py:S_32-i21k-300ep", 22_878_952 - (1000 - 37) * 385 + (144 - 49) * 384, 384),
     ("vit_i1k.py:variant=B/16", 86_567_656 + 769 * 768, 224),
     ("vit_i1k.py:variant=Ti/16", 5_717_416 + 193 * 192, 224),
+    ("vit_i1k.py:variant=B/16,aug=strong2", 86_567_656 + 769 * 768, 224),
 ]
 
 
@@ -142,6 +143,9 @@ def test_every_config_is_built_here():
         "vit.py:b16",
         "vit.py:b16,cifar10,eval=crop",
         "vit_i1k.py:B/16",
+        "vit_i1k.py:variant=X/16",
+        "vit_i1k.py:variant=B/16,aug=hard",
+        "vit_i1k.py:variant=B/16,lr=1",
         "augreg.py:M_16",
         "mixer.py:b8,cifar10",
         "mixer.py:b16,cifar",
@@ -155,3 +159,21 @@ def test_wrong_arguments_are_refused(config):
 def test_recipes_stay_short():
     for file in CONFIGS.glob("*.py"):
         assert len(file.read_text().splitlines()) <= 120, file.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "randaug", "mixup"),
+    [
+        ("variant=Ti/16", "|randaug(2, 0)", 0.0),
+        ("variant=S/32", "|randaug(2, 15)", 0.2),
+        ("variant=S/16", "|randaug(2, 15)", 0.5),
+        ("variant=L/16", "|randaug(2, 15)", 0.5),
+        ("variant=Ti/16,aug=none", "", 0.0),
+        ("aug=light2,variant=B/32", "|randaug(2, 10)", 0.2),
+        ("variant=B/16,aug=strong2", "|randaug(2, 20)", 0.8),
+    ],
+)
+def test_augmentation_goes_by_the_levels_of_augreg(arguments, randaug, mixup):
+    config = load_config(str(CONFIGS / f"vit_i1k.py:{arguments}"), {})
+    assert config.data.preprocess == f"decode|inception_crop(224)|flip_lr{randaug}"
+    assert config.objective.mixup == mixup
