@@ -7,7 +7,8 @@ PYTHON ?= python3.13 python3.12 python3.11 python3
 ARGS ?=
 # The interpreter of `make test-gpu`: one whose JAX has a GPU, which the pinned JAX of .venv has not.
 GPU_PYTHON ?= .venv/bin/python
-# Images for `make verify-published`: a folder with a folder for each class.
+# Images for `make verify-published`: a folder with a folder for each class. For
+# `make show-preprocess`: any folder of images.
 IMAGES ?=
 # More arguments for pip in `make verify-torch`, such as an index that has PyTorch for CPUs alone.
 TORCH_PIP_ARGS ?=
@@ -23,7 +24,7 @@ FOUND_PYTHON = $(or $(shell for p in $(PYTHON); do \
   if "$$p" -c '$(IS_SUPPORTED)' >/dev/null 2>&1; then echo "$$p"; break; fi; done),$(error \
   no Python 3.11, 3.12 or 3.13 with venv found (tried: $(PYTHON)); name one: make PYTHON=/path/to/python3))
 
-.PHONY: help train test test-all test-gpu verify-published verify-torch lint lock clean
+.PHONY: help train test test-all test-gpu verify-published verify-torch show-preprocess lint lock clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
@@ -48,6 +49,9 @@ verify-published: .venv/project.stamp  ## fetch small published checkpoints and 
 
 verify-torch: .venv/project.stamp build/torch/timm.stamp  ## install PyTorch and timm in build/torch, and compare logits
 	TORCH_PYTHON=build/torch/bin/python .venv/bin/python -m pytest -m slow tests/test_torch.py $(ARGS)
+
+show-preprocess: .venv/project.stamp  ## render what preprocessing makes of the images in IMAGES=folder
+	.venv/bin/python -m tools.show_preprocess $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
 
 lint: .venv/project.stamp .venv/lint.stamp  ## check style and types: ruff and pyright
 	PATH="$$PWD/.venv/bin:$$PATH" PYRIGHT_PYTHON_IGNORE_WARNINGS=1 \

@@ -2,7 +2,9 @@
 """The preprocessing line and every operation in it, against references of their own."""
 
 import os
+import re
 from collections import Counter
+from pathlib import Path
 from typing import get_args
 
 import cv2
@@ -12,7 +14,7 @@ import pytest
 from vit_jax.data import augment_ops, image_ops
 from vit_jax.data.geometry import Method, resize_image
 from vit_jax.data.image_ops import decode_image
-from vit_jax.data.preprocess import apply, parse_preprocess
+from vit_jax.data.preprocess import OPS, apply, parse_preprocess
 from vit_jax.utils.errors import UserError
 
 
@@ -68,6 +70,16 @@ def test_a_line_is_read_into_operations_in_order():
 )
 def test_arguments_are_given_as_in_python(text, want):
     assert parse(text) == (want,)
+
+
+def test_the_documentation_has_all_operations_and_lines_that_can_be_read():
+    docs = Path(__file__).parents[2] / "docs"
+    text = "".join((docs / f"{name}.md").read_text() for name in ("augmentation", "preprocessing"))
+    lines = re.findall(r"decode\|[^`\"\n]+", text.replace("\\|", "|"))
+    assert len(lines) > 15
+    for line in lines:
+        assert parse(line)
+    assert {name for name in OPS if re.search(rf"^\| `{name}[`(]", text, re.MULTILINE)} == set(OPS)
 
 
 @pytest.mark.parametrize(
