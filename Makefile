@@ -12,6 +12,8 @@ GPU_PYTHON ?= .venv/bin/python
 IMAGES ?=
 # More arguments for pip in `make verify-torch`, such as an index that has PyTorch for CPUs alone.
 TORCH_PIP_ARGS ?=
+# Tests run in a process for each core; JAX needs some GB in each.
+PARALLEL := -n logical --maxprocesses=4 --dist worksteal
 
 # Bytecode is compiled on first use, not on installation: few of the installed modules are imported.
 PIP_INSTALL := .venv/bin/python -m pip install -qq --no-input --disable-pip-version-check --no-compile
@@ -36,10 +38,10 @@ train: .venv/project.stamp  ## train a small ViT on the digits in the package, o
 	@echo "  .venv/bin/python -m vit_jax.main --config=configs/digits_finetune.py --workdir=runs/digits_finetune"
 
 test: .venv/project.stamp  ## run the tests, without the slow ones
-	.venv/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+	.venv/bin/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 test-all: .venv/project.stamp build/torch/timm.stamp  ## run all tests that need no GPU; installs PyTorch in build/torch
-	TORCH_PYTHON=build/torch/bin/python .venv/bin/python -m pytest -m "not gpu" $(ARGS)
+	TORCH_PYTHON=build/torch/bin/python .venv/bin/python -m pytest $(PARALLEL) -m "not gpu" $(ARGS)
 
 test-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),.venv/project.stamp)  ## run the tests that need a GPU, with GPU_PYTHON=python
 	JAX_PLATFORMS=cuda,cpu $(GPU_PYTHON) -m pytest -m gpu $(ARGS)
