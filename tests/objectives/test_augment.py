@@ -191,7 +191,8 @@ def test_colours_change_before_normalisation_and_erasing_comes_after():
     assert 0.999 < pixels.max() < 1 + 1e-5
     plain = augment(batch, **options)
     erased = augment(batch, random_erasing=1.0, random_erasing_mode="const", **options)
-    assert ((erased == plain) | (erased == 0)).all()
+    # Two programs may round differently.
+    assert (np.isclose(erased, plain, rtol=0, atol=1e-6) | (erased == 0)).all()
     assert (erased != plain).any((1, 2, 3)).all()
 
 
