@@ -62,6 +62,13 @@ def test_a_run_becomes_a_file_that_says_all_that_the_run_knew(run, tmp_path, cap
     }
 
 
+def test_a_run_is_read_without_warnings(run):
+    command = [sys.executable, "-m", "vit_jax.convert", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout
+    assert done.stderr == ""
+
+
 def test_a_model_is_built_from_what_a_checkpoint_says(run):
     weights = load_pretrained(str(run))
     arguments = dict(weights.model)

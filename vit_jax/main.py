@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict
 
 from vit_jax.observe import console
@@ -136,7 +136,6 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """The command: one line and exit code 2 for bad input, 1 for a run that went wrong."""
-    logging.set_verbosity(logging.ERROR)
     try:
         with console.report_errors():
             app.run(main, flags_parser=parse_flags)

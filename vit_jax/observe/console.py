@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 
+import absl.logging
 import rich.console
 
 from vit_jax.utils.errors import UserError
@@ -29,7 +30,11 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
-    """Makes of bad input one line and exit code 2; for the outermost level of a command."""
+    """Makes of bad input one line and exit code 2; for the outermost level of a command.
+
+    What the libraries warn of is for their authors: errors alone are shown.
+    """
+    absl.logging.set_verbosity(absl.logging.ERROR)
     try:
         yield
     except UserError as e:
