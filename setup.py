@@ -51,6 +51,7 @@ setup(
         "opencv-python-headless>=4.11.0.86",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30",
+        "pillow>=10.0",
         "rich>=13.0",
         "safetensors>=0.5",
         "tensorboardX>=2.6.2",
@@ -59,7 +60,14 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "scikit-learn>=1.5"],
+        "parquet": ["pyarrow>=15.0"],
+        "test": [
+            "pyarrow>=15.0",
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
+            "scikit-learn>=1.5",
+        ],
         # pyright[nodejs] brings its own Node.js as a wheel; plain pyright would download one.
         "lint": ["pre-commit", "pyright[nodejs]", "ruff"],
     },

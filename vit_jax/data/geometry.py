@@ -8,6 +8,8 @@ from typing import Literal
 import cv2
 import numpy as np
 
+from vit_jax.data.decode import check_size
+
 # How an image is resized. Without antialiasing: "bilinear", as published models were trained, and
 # "bicubic" (a = -0.75, as in OpenCV and PyTorch). "area" averages where it shrinks and is bilinear
 # where it enlarges. The last two are what Pillow calls BILINEAR and BICUBIC.
@@ -23,6 +25,7 @@ def resize_image(
     old_height, old_width = image.shape[:2]
     if (old_height, old_width) == (height, width):
         return image
+    check_size(width, height)  # a strip of one pixel grows without limit if its aspect is kept
     if method.endswith("_antialias"):
         return _resample(image, height, width, method)
     if method == "area" and height <= old_height and width <= old_width:

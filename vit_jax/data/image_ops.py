@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import cv2
 import numpy as np
 
+from vit_jax.data.decode import decode_image
 from vit_jax.data.geometry import Method, resize_image
 from vit_jax.utils.errors import UserError
 
@@ -39,29 +40,14 @@ class Random(abc.ABC):
     def __call__(self, features: Features, rng: np.random.Generator) -> Features: ...
 
 
-def decode_image(encoded: bytes) -> np.ndarray:
-    """JPEG, PNG, ... bytes to uint8 `[height, width, 3]` in RGB.
-
-    Raises:
-      ValueError: the bytes are no image that OpenCV can read.
-    """
-    try:
-        # EXIF orientation is left alone, as it was for the published weights.
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
-    except cv2.error:
-        image = None
-    if image is None:
-        raise ValueError(f"{len(encoded)} bytes that are no readable image")
-    return image
-
-
 @dataclasses.dataclass(frozen=True)
 class Decode(Transform):
-    """Encoded bytes to uint8 RGB."""
+    """Encoded bytes to uint8 RGB; with `orient`, upright as EXIF says, and not as stored."""
+
+    orient: bool = False
 
     def __call__(self, features: Features) -> Features:
-        return features | {"image": decode_image(features["image"])}
+        return features | {"image": decode_image(features["image"], orient=self.orient)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,7 +90,7 @@ def _describe(parameter: inspect.Parameter) -> str:
 
 
 def _check_sign(value: Any, argument: str, op: type, *, where: str) -> None:
-    if not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if argument in op.may_be_zero and value < 0:
         raise UserError(f"{where}: {argument}={value}: expected 0 or more")
