@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.images import write_folder
 from vit_jax.checkpoint.pretrained.catalogue import find, is_name, needs_index
 from vit_jax.experiment import Experiment
 from vit_jax.main import load_config
@@ -16,6 +17,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 # Config with arguments, number of parameters, image size.
 BUILDS = [
     ("digits.py", 119_242, 16),
+    ("folder.py", 2_693_194, 32),
     ("digits_finetune.py", 119_242 - 48 * 49 + 48 * 48, 32),
     ("vit.py:b16,cifar10", 86_567_656 - 990 * 769 + (576 - 196) * 768, 384),
     ("vit.py:l32,imagenet2012", 306_535_400 + (144 - 49) * 1024, 384),
@@ -38,7 +40,11 @@ BUILDS = [
 
 @pytest.mark.parametrize(("config", "parameters", "size"), BUILDS, ids=[b[0] for b in BUILDS])
 def test_config_builds(config, parameters, size, tmp_path):
-    config = load_config(str(CONFIGS / config), {"data.data_dir": str(tmp_path)})
+    overrides = {"data.data_dir": str(tmp_path)}
+    if config == "folder.py":
+        counts = {f"{split}/class {n}": 60 for split in ("train", "test") for n in range(10)}
+        overrides["data.name"] = f"folder:{write_folder(tmp_path, counts)}"
+    config = load_config(str(CONFIGS / config), overrides)
     experiment = Experiment.from_config(config)
     assert count(experiment.abstract_state.params) == parameters
     assert experiment.abstract_batch["image"].shape[1:] == (size, size, 3)

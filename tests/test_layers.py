@@ -15,6 +15,9 @@ LAYERS = {
     "vit_jax.losses": 1,
     "vit_jax.optim": 1,
     "vit_jax.parallel": 1,
+    # Commands, which write to the screen.
+    "vit_jax.data.check": 4,
+    "vit_jax.data.prepare": 4,
     "vit_jax.data": 1,
     "vit_jax.objectives": 2,
     "vit_jax.evaluators": 2,

@@ -17,6 +17,8 @@ from vit_jax import state as state_lib
 from vit_jax.checkpoint.manager import CheckpointOptions
 from vit_jax.checkpoint.pretrained.adapt import adapt_params, check_arguments
 from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.data.corrupt import MAX_CORRUPT, CorruptCounter
+from vit_jax.data.mixture import check_same_classes
 from vit_jax.data.pipeline import DatasetSpec, train_batches
 from vit_jax.evaluators.classification import EVALUATORS
 from vit_jax.models.mixer import MlpMixer
@@ -100,18 +102,22 @@ def _top_level(
 
 def _train_data(
     *,
-    name: str,
-    split: str,
     batch_size: int,
     preprocess: str,
+    name: str | None = None,
+    split: str | None = None,
+    mixture: tuple[tuple[str, str, float], ...] = (),
     data_dir: str | None = None,
     num_threads: int | None = None,
+    max_corrupt: float = MAX_CORRUPT,
 ) -> None:
     """The keys of `data`; only its signature is used."""
 
 
-def _eval_data(*, split: str, preprocess: str, batch_size: int | None = None) -> None:
-    """The keys of an evaluator's data; name and folder are those of `data`."""
+def _eval_data(
+    *, split: str, preprocess: str, data_name: str | None = None, batch_size: int | None = None
+) -> None:
+    """The keys of an evaluator's data; its folder is that of `data`, and its name by default."""
 
 
 # Fields of a model that are Flax's, or say how it is run and not what it computes.
@@ -127,6 +133,7 @@ class Experiment:
     optimizer: Optimizer
     mesh: Mesh
     train_data: DatasetSpec
+    max_corrupt: float
     evaluators: tuple[Any, ...]
     total_steps: int
     seed: int
@@ -160,7 +167,7 @@ class Experiment:
         mesh, mesh_args = _make_mesh(section["mesh"], devices)
         data, data_args = _make_data(section["data"], mesh)
         model, model_args = _make_model(section["model"], data, mesh)
-        objective, objective_args = _make_objective(section["objective"], model)
+        objective, objective_args = _make_objective(section["objective"], model, data)
         total_steps = _total_steps(top, data)
         optimizer, optimizer_args = _make_optimizer(section["optimizer"], total_steps, data, mesh)
         evaluators, eval_args = _make_evaluators(section["evals"], data, objective, mesh)
@@ -174,6 +181,7 @@ class Experiment:
             optimizer=optimizer,
             mesh=mesh,
             train_data=data,
+            max_corrupt=data_args["max_corrupt"],
             evaluators=evaluators,
             total_steps=total_steps,
             seed=top["seed"],
@@ -201,10 +209,9 @@ class Experiment:
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a global batch."""
         sharding, size = batch_sharding(self.mesh), self.train_data.batch_size
-        image = (size, *self.train_data.image_shape())
         return {
-            "image": jax.ShapeDtypeStruct(image, jnp.uint8, sharding=sharding),
-            "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding),
+            k: jax.ShapeDtypeStruct((size, *v.shape), v.dtype, sharding=sharding)
+            for k, v in self.train_data.blank().items()
         }
 
     @functools.cached_property
@@ -311,11 +318,23 @@ class Experiment:
         names = (None, "batch", *(None,) * (micro_batches.ndim - 2))
         return constrain(micro_batches, names, mesh=self.mesh)
 
-    def train_batches(self, step: int) -> Iterator[dict[str, jax.Array]]:
-        """Global batches on the mesh, from those of step `step + 1` on."""
+    def train_batches(
+        self, step: int, *, corrupt: CorruptCounter | None = None
+    ) -> Iterator[dict[str, jax.Array]]:
+        """Global batches on the mesh, from those of step `step + 1` on.
+
+        Args:
+          step: after which to begin.
+          corrupt: counts this process's records that can't be read.
+        """
         shards, num_shards = process_shards(self.mesh)
         batches = train_batches(
-            self.train_data, seed=self.seed, step=step, shards=shards, num_shards=num_shards
+            self.train_data,
+            seed=self.seed,
+            step=step,
+            shards=shards,
+            num_shards=num_shards,
+            corrupt=corrupt or CorruptCounter(self.max_corrupt),
         )
         return (put_batch(batch, self.mesh) for batch in batches)
 
@@ -327,9 +346,19 @@ class Experiment:
         return f"--config.epochs={2 * epochs}"
 
     def open_data(self) -> None:
-        """Opens every split that the run will need, so that a missing one is found at once."""
-        for data in (self.train_data, *(e.data for e in self.evaluators)):
-            data.open()
+        """Opens every split that the run will need, so that a missing one is found at once.
+
+        Raises:
+          UserError: a split is missing or empty, or holds less than a batch to train on.
+        """
+        length = len(self.train_data.open())
+        if length < self.train_data.batch_size:
+            raise UserError(
+                f"data.batch_size={self.train_data.batch_size} is more than the {length} examples "
+                f"to train on of {self.train_data}: expected at most that many"
+            )
+        for evaluator in self.evaluators:
+            evaluator.data.open()
 
 
 def _check_renamed(config: Mapping[str, Any]) -> None:
@@ -370,7 +399,36 @@ def _make_data(section: _Section, mesh: Mesh) -> tuple[DatasetSpec, _Section]:
     check_batch_size(args["batch_size"], mesh, key="data.batch_size")
     if args["num_threads"] is not None and args["num_threads"] < 1:
         raise UserError(f"data.num_threads={args['num_threads']}: expected at least 1, or None")
-    return DatasetSpec(**args, key="data"), args
+    if not 0 <= args["max_corrupt"] <= 1:
+        raise UserError(f"data.max_corrupt={args['max_corrupt']}: expected a fraction, 0 to 1")
+    return _make_spec(args), args
+
+
+def _make_spec(args: _Section) -> DatasetSpec:
+    name, split, mixture = args["name"], args["split"], args["mixture"]
+    if mixture and (name, split) != (None, None):
+        raise UserError(
+            f"data.mixture and data.name={name!r}, data.split={split!r}: expected either a mixture "
+            "or a name and a split"
+        )
+    if not mixture:
+        for key in ("name", "split"):
+            if args[key] is None:
+                raise UserError(f"data.{key} is missing, and has no default")
+    spec = DatasetSpec(
+        name=name or "",
+        split=split or "",
+        preprocess=args["preprocess"],
+        batch_size=args["batch_size"],
+        data_dir=args["data_dir"],
+        key="data",
+        num_threads=args["num_threads"],
+        # As tuples, whether they come from a config or from the command line.
+        mixture=tuple(tuple(part) for part in mixture),
+    )
+    if mixture:
+        spec.schedule()
+    return spec
 
 
 def _make_model(section: _Section, data: DatasetSpec, mesh: Mesh) -> tuple[Model, _Section]:
@@ -380,7 +438,7 @@ def _make_model(section: _Section, data: DatasetSpec, mesh: Mesh) -> tuple[Model
     if args["num_classes"] < data.info.num_classes:
         raise UserError(
             f"model.num_classes={args['num_classes']} is less than the {data.info.num_classes} "
-            f"classes of data.name={data.name!r}"
+            f"classes of {data}"
         )
     model = make(**args, constrain=functools.partial(constrain, mesh=mesh))
     model.grid(data.image_shape()[:2])
@@ -392,13 +450,20 @@ def _make_model(section: _Section, data: DatasetSpec, mesh: Mesh) -> tuple[Model
     return model, {"name": name} | args | {"classifier": model.classifier}
 
 
-def _make_objective(section: _Section, model: Model) -> tuple[Objective, _Section]:
+def _make_objective(
+    section: _Section, model: Model, data: DatasetSpec
+) -> tuple[Objective, _Section]:
     name, make = _by_name(section, OBJECTIVES, "supervised", key="objective")
     (args,) = bind(section, make, key="objective", given=("model", "num_classes"))
     if "unpooled" in model.classifier:
         raise UserError(
             f"model.classifier={model.classifier!r} classifies every token; expected 'token', "
             f"'gap' or 'map' for objective.name={name!r}"
+        )
+    if data.info.multi_label and args["loss"] == "softmax":
+        raise UserError(
+            f"objective.loss='softmax' takes one label an example, and {data} has several: "
+            "expected objective.loss='sigmoid'"
         )
     return make(model=model, num_classes=model.num_classes, **args), {"name": name} | args
 
@@ -458,7 +523,7 @@ def _make_evaluators(
         data_args, args = bind(section, _eval_data, make, key=key, given=given)
         data_args["batch_size"] = data_args["batch_size"] or train_data.batch_size
         check_batch_size(data_args["batch_size"], mesh, key=f"{key}.batch_size")
-        data = dataclasses.replace(train_data, **data_args, key=key)
+        data = _make_eval_spec(data_args, train_data, key=key)
         if data.image_shape() != image_shape:
             raise UserError(
                 f"{key}.preprocess gives images of {data.image_shape()}, data.preprocess of "
@@ -467,6 +532,29 @@ def _make_evaluators(
         evaluators.append(make(name=name, data=data, objective=objective, mesh=mesh, **args))
         resolved[name] = {"name": kind} | data_args | args
     return tuple(evaluators), resolved
+
+
+def _make_eval_spec(args: _Section, train_data: DatasetSpec, *, key: str) -> DatasetSpec:
+    name = args["data_name"]
+    if name is None and train_data.mixture:
+        raise UserError(
+            f"{key}.data_name is missing: data.mixture is for training, so expected the dataset to "
+            "evaluate on"
+        )
+    data = dataclasses.replace(
+        train_data,
+        name=name or train_data.name,
+        split=args["split"],
+        preprocess=args["preprocess"],
+        batch_size=args["batch_size"],
+        mixture=(),
+        key=key,
+    )
+    if name is not None:
+        check_same_classes(
+            train_data.info, data.info, str(train_data), name, key=f"{key}.data_name"
+        )
+    return data
 
 
 def _make_checkpoint(

@@ -21,6 +21,18 @@ def sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     ).sum(axis=-1)
 
 
+def make_targets(labels: jax.Array, num_classes: int) -> jax.Array:
+    """Targets float32 `[batch, num_classes]`.
+
+    Args:
+      labels: int32 `[batch]`, or `[batch, classes]` of zeros and ones, which stay as they are.
+      num_classes: at least those of the labels.
+    """
+    if labels.ndim == 1:
+        return jax.nn.one_hot(labels, num_classes)
+    return jnp.pad(labels, ((0, 0), (0, num_classes - labels.shape[-1])))
+
+
 def smooth_labels(targets: jax.Array, smoothing: float) -> jax.Array:
     """Moves `smoothing` of each target's mass to the uniform distribution (arXiv:1512.00567)."""
     if not smoothing:

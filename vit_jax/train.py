@@ -7,15 +7,16 @@ import jax
 from ml_collections import ConfigDict
 
 from vit_jax.checkpoint.manager import CheckpointManager
+from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.experiment import Experiment
 from vit_jax.observe.console import say
 from vit_jax.observe.profiler import Profiler
 from vit_jax.observe.progress import Monitor
 from vit_jax.observe.report import report_end, report_start
 from vit_jax.observe.writer import MetricWriter
-from vit_jax.parallel.processes import all_agree
+from vit_jax.parallel.processes import all_agree, sum_over_processes
 from vit_jax.state import TrainState
-from vit_jax.workdir import open_workdir, write_config
+from vit_jax.workdir import open_workdir, write_config, write_labels
 
 
 def train(config: ConfigDict, workdir: str, *, command: str) -> None:
@@ -35,7 +36,8 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
         experiment = Experiment.from_config(config)
         # Parameters that the config's rules do not fit are refused before anything is written.
         params = experiment.abstract_state.params
-        folder = open_workdir(workdir, experiment.config)
+        class_names = experiment.train_data.info.class_names
+        folder = open_workdir(workdir, experiment.config, class_names)
     total = experiment.total_steps
     with CheckpointManager(folder, experiment.checkpoint, experiment.description) as checkpoints:
         start = checkpoints.latest_step() or 0
@@ -53,6 +55,7 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
                 state = experiment.init_state()
             if main_process:
                 write_config(folder, experiment.config)
+                write_labels(folder, class_names)
             with MetricWriter(folder, step=start, active=main_process) as writer:
                 profiler = Profiler(folder, experiment.profile, active=main_process)
                 run(experiment, state, checkpoints, writer, profiler, start=start)
@@ -77,14 +80,18 @@ def run(
 ) -> None:
     """Takes the steps after `start`, to the end."""
     total, batch_size = experiment.total_steps, experiment.train_data.batch_size
-    batches = experiment.train_batches(start)
+    corrupt = CorruptCounter(experiment.max_corrupt)
+    batches = experiment.train_batches(start, corrupt=corrupt)
     monitor = Monitor(writer, step=start, total_steps=total, batch_size=batch_size)
     with monitor, profiler:
         for step in range(start + 1, total + 1):
             with monitor.waiting():
                 batch = next(batches)
             state, metrics = experiment.train_step(state, batch)
-            monitor.step(step, metrics, log=due(step, experiment.log_every, total))
+            log = due(step, experiment.log_every, total)
+            if log:
+                metrics = metrics | {"data/corrupt": sum_over_processes(corrupt.count)}
+            monitor.step(step, metrics, log=log)
             profiler.step(state)
 
             results = {}

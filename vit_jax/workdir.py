@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a run: one experiment each, told apart by `config.json`."""
 
+import itertools
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from vit_jax.observe.writer import METRICS
 from vit_jax.utils.errors import UserError
 
 CONFIG = "config.json"
+LABELS = "labels.txt"
 
 # What may change between two runs in one workdir: how long, where, how often and from what, but not
 # what is trained.
@@ -26,18 +29,22 @@ _FREE = (
     "log_every",
     "profile",
 )
-_FREE_KEYS = ("init_from", "data.data_dir", "data.num_threads")
+_FREE_KEYS = ("init_from", "data.data_dir", "data.num_threads", "data.max_corrupt")
 
 
-def open_workdir(path: str, config: dict[str, Any]) -> Path:
+def open_workdir(
+    path: str, config: dict[str, Any], class_names: tuple[str, ...] | None = None
+) -> Path:
     """Makes a workdir, or checks that one that exists is of this experiment.
 
     Args:
       path: a local or shared folder.
       config: the resolved config.
+      class_names: by label, where the data knows them.
 
     Raises:
-      UserError: it can't be written to, or belongs to another experiment or program.
+      UserError: it can't be written to, belongs to another experiment or program, or was trained
+        with other class names.
     """
     if "://" in path:
         raise UserError(f"--workdir={path!r}: expected a folder; mount a bucket to use it as one")
@@ -48,12 +55,16 @@ def open_workdir(path: str, config: dict[str, Any]) -> Path:
         with tempfile.TemporaryFile(dir=workdir):
             pass
         previous = json.loads(file.read_text()) if file.exists() else None
+        labels = workdir / LABELS
+        old_names = labels.read_text(encoding="utf-8").split("\n")[:-1] if labels.exists() else None
         if not isinstance(previous, dict | None):
             raise ValueError(f"{file} holds no config")
     except (OSError, ValueError) as e:
         raise UserError(f"--workdir={path!r} can't be used: {type(e).__name__}: {e}") from None
     if previous is not None:
         _compare(path, _flatten(previous), _flatten(config))
+        if class_names is not None and old_names is not None:
+            _compare_labels(path, old_names, class_names)
     else:
         checkpoints = workdir / manager.FOLDER
         if (workdir / METRICS).exists() or (checkpoints.exists() and any(checkpoints.iterdir())):
@@ -71,6 +82,27 @@ def write_config(workdir: Path, config: dict[str, Any]) -> None:
     fresh.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     os.replace(fresh, file)
     say(f"wrote {file}")
+
+
+def write_labels(workdir: Path, class_names: tuple[str, ...] | None) -> None:
+    """Writes `labels.txt`, a class name a line, if they are known and it is not there."""
+    file = workdir / LABELS
+    if class_names is None or file.exists():
+        return
+    fresh = file.with_suffix(".tmp")
+    fresh.write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
+    os.replace(fresh, file)
+    say(f"wrote {file}: {len(class_names)} class names")
+
+
+def _compare_labels(path: str, old: Sequence[str], new: Sequence[str]) -> None:
+    for label, (before, now) in enumerate(itertools.zip_longest(old, new)):
+        if before != now:
+            raise UserError(
+                f"--workdir={path!r}: {LABELS} has {len(old)} classes, the data {len(new)}; label "
+                f"{label} is {before!r} there and {now!r} here: expected the same, or another "
+                "workdir"
+            )
 
 
 def _compare(path: str, old: dict[str, Any], new: dict[str, Any]) -> None:

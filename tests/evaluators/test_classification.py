@@ -96,6 +96,21 @@ def test_padding_never_counts():
     assert {float(v) for v in batch_sums(PARAMS, nothing, objective=Linear()).values()} == {0}
 
 
+def test_with_several_labels_any_of_them_is_a_hit():
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    logits = np.asarray(Linear().predict(PARAMS, {"image": images})["logits"], np.float64)
+    best = logits.argmax(1)
+    labels = np.zeros((4, 10), np.float32)
+    labels[0, [best[0], (best[0] + 1) % 10]] = 1
+    labels[1, (best[1] + 1) % 10] = 1  # not the best; the third has none, the last is padding
+    labels[3, best[3]] = 1
+    batch = {"image": images, "label": labels, "mask": np.array([1, 1, 1, 0], np.float32)}
+    sums = batch_sums(PARAMS, batch, objective=Linear())
+    assert (float(sums["top1"]), float(sums["count"])) == (1, 3)
+    losses = np.logaddexp(0, -logits) * labels + np.logaddexp(0, logits) * (1 - labels)
+    np.testing.assert_allclose(sums["loss"], losses[:3].sum(), rtol=1e-5)
+
+
 def test_sums_are_float32_whatever_the_model_computes_in():
     batch = {
         "image": jnp.full((4, 8, 8, 3), 200, jnp.uint8),

@@ -62,6 +62,14 @@ def test_zero_head_starts_at_the_loss_of_a_guess(options, want):
     assert set(objective.predict(params, batch)) == {"encoded", "pre_logits", "logits"}
 
 
+def test_several_labels_are_targets_as_they_are():
+    objective = supervised(loss="sigmoid")
+    labels = jnp.array([[1.0, 1.0], [0.0, 0.0]])  # of data with a class less than the model
+    batch = {"image": jnp.ones((2, 8, 8, 3), jnp.uint8), "label": labels}
+    target = objective.augment(batch, jax.random.key(1))["target"]
+    np.testing.assert_array_equal(target, [[1, 1, 0], [0, 0, 0]])
+
+
 @pytest.mark.parametrize("wrong", [{"label_smoothing": 1.0}, {"mixup": -0.1}])
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match=f"objective.{next(iter(wrong))}="):

@@ -127,7 +127,7 @@ def read_header(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
                 return "BMP", struct.unpack_from("<HH", encoded, 18)
             width, height = struct.unpack_from("<ii", encoded, 18)
             return "BMP", (abs(width), abs(height))  # rows from the top have a negative height
-    except (struct.error, IndexError):
+    except (struct.error, IndexError, ValueError):  # it ends before the size, or has none
         raise ImageError(f"{len(encoded)} bytes that are no readable image") from None
     return None, None
 
@@ -136,7 +136,7 @@ def _jpeg_size(encoded: bytes) -> tuple[int, int] | None:
     at = 2
     while True:
         if encoded[at] != 0xFF:  # bytes between segments, which decoders skip too
-            at = encoded.index(b"\xff", at) if b"\xff" in encoded[at:] else len(encoded)
+            at = encoded.index(b"\xff", at)
         marker = encoded[at + 1]
         if marker == 0xFF:
             at += 1

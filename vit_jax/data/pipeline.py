@@ -7,6 +7,7 @@ the batches are the same for any number of hosts, and to resume is to start at a
 """
 
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,12 @@ import grain
 import numpy as np
 
 from vit_jax.data import preprocess
+from vit_jax.data.base import DatasetInfo, Source
+from vit_jax.data.corrupt import CorruptCounter
+from vit_jax.data.decode import ImageError
 from vit_jax.data.image_ops import Decode, Features
-from vit_jax.data.sources import DatasetInfo, Source, dataset_info, open_source, placeholder
+from vit_jax.data.mixture import Mixture, Schedule, make_schedule, merge_infos
+from vit_jax.data.sources import dataset_info, open_source, placeholder
 from vit_jax.utils.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -25,16 +30,17 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class DatasetSpec:
-    """One split of a dataset and how its examples are prepared.
+    """One split of a dataset, or a mixture of several, and how its examples are prepared.
 
     Attributes:
-      name: of a TFDS dataset.
-      split: TFDS split with slices, such as `train[:98%]`.
+      name: of a TFDS dataset, or `folder:PATH`, `manifest:PATH`, `parquet:PATH`.
+      split: with slices, such as `train[:98%]`.
       preprocess: see `vit_jax.data.preprocess`.
       batch_size: of the whole job, all hosts together.
       data_dir: where TFDS keeps its datasets; None for its default.
       key: the config section, for errors.
       num_threads: that decode and crop; None for one a core, but one.
+      mixture: (name, split, weight) of each source to mix, in place of `name` and `split`.
     """
 
     name: str
@@ -44,13 +50,28 @@ class DatasetSpec:
     data_dir: str | None
     key: str
     num_threads: int | None = None
+    mixture: tuple[tuple[str, str, float], ...] = ()
 
     @property
     def info(self) -> DatasetInfo:
-        return dataset_info(self.name, data_dir=self.data_dir)
+        names = [name for name, *_ in self.mixture] or [self.name]
+        infos = [dataset_info(name, data_dir=self.data_dir) for name in names]
+        return merge_infos(infos, names, key=f"{self.key}.mixture")
 
     def ops(self) -> tuple:
         return preprocess.parse_preprocess(self.preprocess, key=f"{self.key}.preprocess")
+
+    def label_shape(self) -> tuple[int, ...]:
+        """`()`, or `(classes,)` if an example may have several labels."""
+        return (self.info.num_classes,) if self.info.multi_label else ()
+
+    def blank(self) -> Features:
+        """A prepared example of zeros."""
+        dtype = np.float32 if self.info.multi_label else np.int32
+        return {
+            "image": np.zeros(self.image_shape(), np.uint8),
+            "label": np.zeros(self.label_shape(), dtype)[()],
+        }
 
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of preprocessed images, found without reading any.
@@ -70,27 +91,96 @@ class DatasetSpec:
             shapes.add(image.shape)
         if len(shapes) > 1:
             raise UserError(
-                f"{self.key}.preprocess={self.preprocess!r} leaves images of {self.name} in "
+                f"{self.key}.preprocess={self.preprocess!r} leaves images of {self} in "
                 "different sizes: add resize(SIZE) or a crop"
             )
         return shapes.pop()
 
     def open(self) -> Source:
-        return open_source(self.name, self.split, data_dir=self.data_dir, key=f"{self.key}.split")
+        """The records; of a mixture those of all its sources, one after the other."""
+        if not self.mixture:
+            return self._open(self.name, self.split, "split")
+        return Mixture([self._open(name, split, "mixture") for name, split, _ in self.mixture])
+
+    def _open(self, name: str, split: str, key: str) -> Source:
+        return open_source(name, split, data_dir=self.data_dir, key=f"{self.key}.{key}")
+
+    def schedule(self) -> Schedule:
+        """Which source of the mixture each position takes."""
+        weights = tuple(weight for *_, weight in self.mixture)
+        return make_schedule(weights, key=f"{self.key}.mixture")
+
+    def __str__(self) -> str:
+        return ", ".join(name for name, *_ in self.mixture) or self.name
 
 
-class _Preprocess(grain.transforms.RandomMap):
-    def __init__(self, spec: DatasetSpec):
-        self._ops = spec.ops()
+class _Prepare(grain.transforms.RandomMap):
+    """From the index of a record to the features of a prepared example."""
 
-    def random_map(self, element: Any, rng: np.random.Generator) -> Any:
-        return preprocess.apply(self._ops, element, rng)
+    def __init__(self, source: Source, ops: tuple, corrupt: CorruptCounter):
+        self._source, self._ops, self._corrupt = source, ops, corrupt
+
+    def random_map(self, element: int, rng: np.random.Generator) -> Any:
+        self._corrupt.see()
+        # The next record that can be read stands in for one that can't.
+        for _ in range(len(self._source)):
+            try:
+                return preprocess.apply(self._ops, self._source[element], rng)
+            except ImageError as e:
+                self._corrupt.add(self._source.describe(element), e)
+                element = self._source.successor(element)
+        raise UserError(f"no image near {self._source.describe(element)} can be read")
+
+
+class _PrepareMasked(grain.transforms.RandomMap):
+    """The same for evaluation: a record that can't be read, or is not there, has the mask 0."""
+
+    def __init__(self, spec: DatasetSpec, source: Source, corrupt: CorruptCounter):
+        self._source, self._ops, self._corrupt = source, spec.ops(), corrupt
+        self._blank = spec.blank()
+
+    def random_map(self, element: int, rng: np.random.Generator) -> Any:
+        if element < len(self._source):
+            try:
+                features = preprocess.apply(self._ops, self._source[element], rng)
+                return features | {"mask": np.float32(1)}
+            except ImageError as e:
+                self._corrupt.add(self._source.describe(element), e)
+        return self._blank | {"mask": np.float32(0)}
+
+
+class _MixedOrder:
+    """Indices into a mixture by position: each source is shuffled anew in each of its epochs."""
+
+    def __init__(self, mixture: Mixture, schedule: Schedule, seed: int):
+        self._schedule = schedule
+        self._orders = [
+            grain.MapDataset.range(*limits)
+            .shuffle(int(np.random.SeedSequence((seed, k)).generate_state(1)[0]))
+            .repeat()
+            for k, limits in enumerate(itertools.pairwise(mixture.starts))
+        ]
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Any:
+        k, turn = self._schedule[index]
+        return self._orders[k][turn]
 
 
 def train_batches(
-    spec: DatasetSpec, *, seed: int, step: int, shards: tuple[int, ...] = (0,), num_shards: int = 1
+    spec: DatasetSpec,
+    *,
+    seed: int,
+    step: int,
+    shards: tuple[int, ...] = (0,),
+    num_shards: int = 1,
+    corrupt: CorruptCounter | None = None,
 ) -> Iterator[Batch]:
     """Endless batches from `step` on: `{"image": uint8 [b, h, w, c], "label": int32 [b]}`.
+
+    Labels are float32 `[b, classes]` where an example may have several.
 
     Args:
       spec: what to read; the split is shuffled anew in each epoch.
@@ -99,40 +189,35 @@ def train_batches(
       shards: which of `num_shards` equal blocks of each batch to yield, one after the other; b is
         batch_size / num_shards for each.
       num_shards: number of blocks.
+      corrupt: counts records that can't be read, in whose place the next ones stand.
     """
-    examples = grain.MapDataset.source(spec.open()).seed(seed).shuffle().repeat()
+    source = spec.open()
+    if isinstance(source, Mixture):
+        order = grain.MapDataset.source(_MixedOrder(source, spec.schedule(), seed)).seed(seed)
+    else:
+        order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     # After `repeat`: a generator of its own for each position, not for each record.
-    examples = examples.random_map(_Preprocess(spec))
+    examples = order.random_map(_Prepare(source, spec.ops(), corrupt or CorruptCounter()))
     return _load(examples, spec, step=step, steps=None, shards=shards, num_shards=num_shards)
 
 
 def eval_batches(
-    spec: DatasetSpec, *, shards: tuple[int, ...] = (0,), num_shards: int = 1
+    spec: DatasetSpec,
+    *,
+    shards: tuple[int, ...] = (0,),
+    num_shards: int = 1,
+    corrupt: CorruptCounter | None = None,
 ) -> Iterator[Batch]:
     """Every example once, in order, as `image`, `label` and `mask` (float32 [b]).
 
     The last batch is filled up with examples of mask 0, so that all batches have one shape and all
-    hosts the same number of them.
+    hosts the same number of them. Records that can't be read have the mask 0 too.
     """
-    source = _Padded(spec.open(), spec.batch_size)
-    examples = grain.MapDataset.source(source).seed(0).random_map(_Preprocess(spec))
-    steps = len(source) // spec.batch_size
+    source = spec.open()
+    steps = -(-len(source) // spec.batch_size)
+    order = grain.MapDataset.range(steps * spec.batch_size).seed(0)
+    examples = order.random_map(_PrepareMasked(spec, source, corrupt or CorruptCounter(None)))
     return _load(examples, spec, step=0, steps=steps, shards=shards, num_shards=num_shards)
-
-
-class _Padded:
-    """A source with a mask, filled up to a multiple of the batch size."""
-
-    def __init__(self, source: Source, batch_size: int):
-        self._source = source
-        self._length = -(-len(source) // batch_size) * batch_size
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Features:
-        real = index < len(self._source)
-        return self._source[index if real else 0] | {"mask": np.float32(real)}
 
 
 # Examples that one thread prepares at a time: enough to share its overhead, few enough that what

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.losses import LOSSES, smooth_labels
+from vit_jax.losses import LOSSES, make_targets, smooth_labels
 from vit_jax.objectives.augment import ERASE_KEY, Augmentation, distort, erase
 from vit_jax.objectives.base import Batch, Params
 from vit_jax.objectives.mixing import mix
@@ -55,7 +55,7 @@ class Supervised:
                 probability=options.random_erasing,
                 mode=options.random_erasing_mode,
             )
-        targets = jax.nn.one_hot(batch["label"], self.num_classes)
+        targets = make_targets(batch["label"], self.num_classes)
         targets = smooth_labels(targets, self.label_smoothing)
         images, targets = mix(
             rng,

@@ -98,11 +98,13 @@ class Monitor:
         if not results:
             return
         self._writer.write(step, results)
-        words = [f"{k} {v:.4f}" for k, v in results.items() if not k.endswith("/count")]
+        shown = {k: v for k, v in results.items() if not k.endswith("/count")}
+        words = [f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4f}" for k, v in shown.items()]
         say(f"step {step}/{self._total}  {'  '.join(words)}")
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
-        record, text = {f"train/{k}": v for k, v in metrics.items()}, f"loss {metrics['loss']:.4f}"
+        record = {k if "/" in k else f"train/{k}": v for k, v in metrics.items()}
+        text = f"loss {metrics['loss']:.4f}"
         if steps := step - self._step:
             seconds = max(time.perf_counter() - self._started - self._paused, 1e-9) / steps
             speed = self._batch_size / seconds
@@ -114,6 +116,8 @@ class Monitor:
             }
             left = datetime.timedelta(seconds=round(seconds * (self._total - step)))
             text += f"  {speed:,.0f} images/s  data-wait {wait:.1%}"
+            if corrupt := metrics.get("data/corrupt"):
+                text += f"  corrupt {corrupt:,.0f}"
             if not console.is_terminal:
                 text += f"  ETA {left}"
         self._writer.write(step, record)

@@ -44,6 +44,13 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         raise UserError(f"--coordinator={coordinator}: {e}") from e
 
 
+def sum_over_processes(count: int) -> int:
+    """The sum of each process's count; all processes have to ask for it."""
+    if jax.process_count() == 1:
+        return count
+    return int(multihost_utils.process_allgather(np.asarray(count, np.int32)).sum())
+
+
 @contextlib.contextmanager
 def all_agree() -> Iterator[None]:
     """All processes go on, or none does: one that stopped alone would leave the others waiting.

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a small ViT from scratch on images in a folder for each class.
+
+python -m vit_jax.main --config=configs/folder.py --workdir=runs/mine \
+    --config.data.name=folder:/data/mine
+
+The folder holds train/CLASS/IMAGE and test/CLASS/IMAGE; docs/data.md has the other layouts. The
+sizes fit images of 32x32 pixels such as CIFAR-10's, and all images are brought to that size. The
+last 2 % of the training images are for validation: no gradient sees them. Without a folder test,
+add --config.evals.test.split=validation.
+
+For larger images set data.preprocess='decode|inception_crop(224)|flip_lr', the same size in both
+evals.NAME.preprocess, and model.patch_size=16.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    preprocess = "decode|resize(32)"
+
+    config = ConfigDict()
+    config.seed = 0
+    config.epochs = 100
+    config.model = {
+        "name": "vit",
+        "patch_size": 4,
+        "hidden_size": 192,
+        "num_layers": 6,
+        "num_heads": 3,
+        "mlp_dim": 768,
+        "classifier": "gap",
+    }
+    config.objective = {"name": "supervised", "mixup": 0.2, "label_smoothing": 0.1}
+    config.data = {
+        "name": "folder:data",
+        "split": "train[:98%]",
+        "preprocess": f"{preprocess}|random_shift(4)|flip_lr",
+        "batch_size": 512,
+    }
+    config.optimizer = {
+        "name": "adamw",
+        "lr": 1e-3,
+        "schedule": "cosine",
+        "warmup_steps": 500,
+        "weight_decay": 0.1,
+        "grad_clip_norm": 1.0,
+    }
+    config.evals = {
+        "val": {"split": "train[98%:]", "preprocess": preprocess, "every": 500},
+        "test": {"split": "test", "preprocess": preprocess},
+    }
+    config.checkpoint = {"every": 500}
+    return config

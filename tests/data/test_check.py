@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands that check and prepare datasets."""
+
+import io
+import re
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.images import encode, write_folder
+from vit_jax.data import check, prepare
+from vit_jax.data.datasets import Digits
+from vit_jax.utils.errors import UserError
+
+
+@pytest.fixture
+def mixed_bag(tmp_path):
+    """12 images with something of everything."""
+    root = write_folder(tmp_path / "bag", {"train/cat": 6, "test/dog": 2})
+    (root / "train/cat/broken.jpg").write_bytes(encode(1, ".jpg")[:-40])
+    (root / "train/cat/wrong.jpg").write_bytes(encode(100))
+    (root / "test/dog/again.png").write_bytes(encode(3))  # 003.png of cat
+    file = io.BytesIO()
+    Image.new("CMYK", (300, 9)).save(file, "JPEG")
+    (root / "test/dog/print.jpg").write_bytes(file.getvalue())
+    return f"folder:{root}"
+
+
+def test_everything_wrong_or_odd_is_reported(mixed_bag, said):
+    assert check.main([mixed_bag]) == 1
+    text = "\n".join(said)
+    assert said[0] == "12 images, 2 classes"
+    for words in (
+        "corrupt: 1\n.*broken.jpg: .* no readable image",
+        "odd: PNG named .jpg: 1\n.*wrong.jpg",
+        "odd: mode CMYK: 1\n.*print.jpg",
+        "odd: more than 8 times as long as wide: 1\n.*print.jpg",
+        "duplicates: 1\n.* = .* with different labels",
+        "images of a class: 4 to 8, median 6",
+        r"shorter side: 8 to 9, median 8\n  8 to 15 +11 #+",
+    ):
+        assert re.search(words, text), words
+
+
+def test_a_split_without_faults_is_exit_code_0(mixed_bag, said):
+    assert check.main([mixed_bag, "--split=test", "--num_threads=2"]) == 0
+    assert said[0] == "4 images, 2 classes"
+    assert "corrupt: 0" in said
+
+
+def test_the_contact_sheet_shows_what_the_model_sees(mixed_bag, said, tmp_path):
+    preprocess = "--preprocess=decode|resize(20)"
+    check.main([mixed_bag, "--split=train[:1]", preprocess, f"--output={tmp_path / 'out'}"])
+    sheet = cv2.imread(str(tmp_path / "out" / "contact_sheet.png"))
+    assert sheet.shape == (8 * 22, 8 * 22, 3)
+    tile = sheet[1:21, 1:21]
+    assert len(np.unique(tile)) == 1
+    np.testing.assert_array_equal(sheet[23:43, 45:65], tile)
+    assert said[-1] == f"wrote {tmp_path / 'out' / 'contact_sheet.png'}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["folder:/nowhere"], "folder:/nowhere"),
+        (["{bag}", "--split=dev"], "--split='dev'"),
+        (["{bag}", "--num_threads=0"], "--num_threads=0"),
+        (["{bag}", "--preprocess=decode|resise(8)"], "'resise'"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, words, mixed_bag):
+    with pytest.raises(UserError, match=re.escape(words)):
+        check.main([a.format(bag=mixed_bag) for a in arguments])
+
+
+def test_a_dataset_of_tfds_is_prepared_and_checked(tmp_path, said):
+    for _ in range(2):  # the second time it is there
+        prepare.main(["digits", f"--data_dir={tmp_path}"])
+        assert f"digits is prepared in {tmp_path}/digits/1.0.0" in said
+        assert "  train                  1,437 examples" in said
+    assert check.main(["digits", "--split=test[:50]", f"--data_dir={tmp_path}"]) == 0
+    assert "50 images, 10 classes" in said
+
+
+def test_folders_need_no_preparation():
+    with pytest.raises(UserError, match="read as it is"):
+        prepare.main(["folder:/data"])
+
+
+def test_a_builder_that_needs_tensorflow_says_how_to_prepare_it(tmp_path, monkeypatch):
+    def split_generators(self, dl_manager):
+        try:
+            raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
+        except ImportError as e:
+            raise RuntimeError("failed to generate") from e
+
+    monkeypatch.setattr(Digits, "_split_generators", split_generators)
+    with pytest.raises(
+        UserError, match=r"needs TensorFlow: .* tfds build digits --file_format=arr"
+    ):
+        prepare.main(["digits", f"--data_dir={tmp_path}"])

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records that can't be read: replaced, counted, masked out, and too many of them."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from tests.images import write_folder
+from vit_jax.data.corrupt import GRACE, CorruptCounter
+from vit_jax.data.mixture import Mixture
+from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
+from vit_jax.utils.errors import UserError
+
+PREPROCESS = "decode|resize(8)|random_shift(1)"
+
+
+@pytest.fixture
+def spoiled(tmp_path):
+    """40 images of greys 0 to 39; those of 3, 4 and 30 are spoiled in different ways."""
+    root = write_folder(tmp_path, {"train/a": 20, "train/b": 20})
+    (root / "train/a/003.png").write_bytes(b"")
+    (root / "train/a/004.png").write_text("no image")
+    (root / "train/b/010.png").unlink()
+    spec = DatasetSpec(f"folder:{root}", "train", PREPROCESS, 8, None, "data")
+    # Listed before it is gone.
+    write_folder(tmp_path, {"train/b": 20}, start=20)
+    spec.open()
+    (root / "train/b/010.png").unlink()
+    return spec
+
+
+BAD = {"a/003.png", "a/004.png", "b/010.png"}
+
+
+def take(spec, steps, **options):
+    return list(itertools.islice(train_batches(spec, seed=0, **({"step": 0} | options)), steps))
+
+
+def greys(batches):
+    return np.concatenate([b["image"][:, 4, 4, 0] for b in batches]).astype(int)
+
+
+def names(source):
+    return [source.describe(i)[-9:] for i in range(len(source))]
+
+
+def test_the_next_record_that_can_be_read_stands_in(spoiled):
+    corrupt = CorruptCounter()
+    values = greys(take(spoiled, 5, corrupt=corrupt))  # an epoch
+    order = [20 * (n[0] == "b") + int(n[2:5]) for n in names(spoiled.open())]
+    stand_ins = []
+    for index, name in enumerate(names(spoiled.open())):
+        if name in BAD:
+            following = [(index + step) % 40 for step in range(1, 40)]
+            stand_ins.append(
+                order[next(i for i in following if names(spoiled.open())[i] not in BAD)]
+            )
+    good = [
+        grey for grey, name in zip(order, names(spoiled.open()), strict=True) if name not in BAD
+    ]
+    assert sorted(values) == sorted(good + stand_ins)
+    assert corrupt.count >= 3
+
+
+@pytest.mark.parametrize(("hosts", "threads"), [(1, 3), (2, 1), (8, 2)])
+def test_stand_ins_are_the_same_on_any_hosts_and_threads(hosts, threads, spoiled):
+    want = take(spoiled, 8)
+    spec = DatasetSpec(**{**vars(spoiled), "num_threads": threads})
+    parts = [take(spec, 8, shards=(host,), num_shards=hosts) for host in range(hosts)]
+    for part, batch in zip(zip(*parts, strict=True), want, strict=True):
+        for key in batch:
+            np.testing.assert_array_equal(np.concatenate([p[key] for p in part]), batch[key])
+    np.testing.assert_array_equal(take(spoiled, 2, step=6)[1]["image"], want[7]["image"])
+
+
+def test_a_record_is_named_once_with_the_reason(spoiled, caplog):
+    take(spoiled, 15)  # three epochs
+    lines = [r.message for r in caplog.records if r.message.startswith("corrupt: ")]
+    assert len(lines) == 3
+    assert {line.split(": ")[1][-9:] for line in lines} == BAD
+    assert any("0 bytes" in line for line in lines)
+    assert any("FileNotFoundError" in line for line in lines)
+
+
+def test_stand_ins_come_from_the_same_source_of_a_mixture(tmp_path):
+    write_folder(tmp_path / "a", {"train/x": 3})
+    write_folder(tmp_path / "b", {"train/x": 3}, start=100)
+    sources = [
+        DatasetSpec(f"folder:{tmp_path / name}", "train", PREPROCESS, 2, None, "data").open()
+        for name in "ab"
+    ]
+    mixture = Mixture(sources)
+    assert [mixture.successor(i) for i in range(6)] == [1, 2, 0, 4, 5, 3]
+    assert mixture.describe(4) == sources[1].describe(1)
+
+
+def test_evaluation_masks_out_what_can_not_be_read(spoiled):
+    corrupt = CorruptCounter(None)
+    batches = list(eval_batches(spoiled, corrupt=corrupt))
+    mask = np.concatenate([b["mask"] for b in batches])
+    np.testing.assert_array_equal(mask, [name not in BAD for name in names(spoiled.open())])
+    assert corrupt.count == 3
+    assert {b["image"].shape for b in batches} == {(8, 8, 8, 3)}
+    assert not np.concatenate([b["image"] for b in batches])[mask == 0].any()
+
+
+def test_too_many_stop_the_run_in_one_line(tmp_path):
+    root = write_folder(tmp_path, {"train/a": 40})
+    for path in sorted(root.rglob("*.png"))[:20]:
+        path.write_bytes(b"broken")
+    spec = DatasetSpec(f"folder:{root}", "train", PREPROCESS, 8, None, "data")
+    with pytest.raises(UserError, match=r"examples have images that can't be read.*\.png.*0\.001"):
+        take(spec, 20)
+    assert len(take(spec, 20, corrupt=CorruptCounter(None))) == 20
+
+
+def test_a_few_are_let_pass_unless_none_may_be():
+    counter = CorruptCounter(0.5)
+    for _ in range(GRACE):
+        counter.add("x", ValueError())
+    with pytest.raises(UserError, match=f"{GRACE + 1} of 0 examples"):
+        counter.add("x", ValueError())
+    with pytest.raises(UserError, match=r"data\.max_corrupt=0"):
+        CorruptCounter(0).add("x", ValueError())
+    counter = CorruptCounter(0.01)
+    for _ in range(2000):
+        counter.see()
+    for _ in range(20):
+        counter.add("x", ValueError())
+    with pytest.raises(UserError, match="21 of 2000"):
+        counter.add("x", ValueError())
+
+
+def test_a_split_that_can_not_be_read_at_all_ends(tmp_path):
+    root = write_folder(tmp_path, {"train/a": 4})
+    for path in root.rglob("*.png"):
+        path.write_bytes(b"")
+    spec = DatasetSpec(f"folder:{root}", "train", PREPROCESS, 4, None, "data")
+    with pytest.raises(UserError, match=r"no image near .* can be read"):
+        take(spec, 1, corrupt=CorruptCounter(None))

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures: exact proportions, each source in epochs of its own."""
+
+import dataclasses
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from tests.images import write_folder
+from vit_jax.data.mixture import make_schedule
+from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
+from vit_jax.utils.errors import UserError
+
+
+def random_weights():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        yield tuple(int(w) for w in rng.integers(1, 60, rng.integers(2, 9)))
+    # Nearly equal ones, and one beside many small ones, are the hard cases.
+    yield (10, 9, 9, 9, 9, 9, 1)
+    yield (100, *[1] * 20)
+
+
+WEIGHTS = [(1,), (1, 1), (0.7, 0.3), (0.1, 0.2, 0.7), (3, 2.5, 0.25), *random_weights()]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_shares_of_any_first_positions_are_within_one(weights):
+    exact = [Fraction(str(w)) for w in weights]
+    shares = [w / sum(exact) for w in exact]
+    schedule = make_schedule(weights, key="data.mixture")
+    counts = [0] * len(weights)
+    for n in range(1500):
+        k, turn = schedule[n]
+        assert turn == counts[k]  # every turn of a source once, in order
+        counts[k] += 1
+        for count, share in zip(counts, shares, strict=True):
+            assert abs(count - (n + 1) * share) < 1
+
+
+def test_far_positions_are_exact_and_need_no_table():
+    schedule = make_schedule((0.7, 0.3), key="data.mixture")
+    k, turn = schedule[10**15]
+    assert (k, turn) == (schedule[0][0], 7 * 10**14 if k == 0 else 3 * 10**14)
+
+
+def folders(tmp_path):
+    """20 images of greys 0 to 19, and 30 of 100 to 129."""
+    write_folder(tmp_path / "a", {"train/x": 12, "train/y": 8})
+    write_folder(tmp_path / "b", {"train/x": 14, "train/y": 16}, start=100)
+    return f"folder:{tmp_path / 'a'}", f"folder:{tmp_path / 'b'}"
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    a, b = folders(tmp_path)
+    return DatasetSpec(
+        name="",
+        split="",
+        preprocess="decode|resize(8)|random_shift(1)",
+        batch_size=16,
+        data_dir=None,
+        key="data",
+        mixture=((a, "train", 0.7), (b, "train[:90%]", 0.3)),
+    )
+
+
+def take(spec, steps, *, seed=0, step=0, **hosts):
+    return list(itertools.islice(train_batches(spec, seed=seed, step=step, **hosts), steps))
+
+
+def greys(batches):
+    return np.concatenate([b["image"][:, 4, 4, 0] for b in batches]).astype(int)
+
+
+def test_the_stream_has_the_shares_and_each_source_its_epochs(mixed):
+    stream = greys(take(mixed, 25))  # 400 positions
+    first, second = stream[stream < 100], stream[stream >= 100]
+    assert (len(first), len(second)) == (280, 120)
+    for values, length in ((first, 20), (second, 27)):
+        epochs = [tuple(values[i : i + length]) for i in range(0, len(values) - length, length)]
+        assert {len(set(epoch)) for epoch in epochs} == {length}
+        assert len(set(epochs)) == len(epochs)
+
+
+def test_other_seeds_give_another_order_in_the_same_shares(mixed):
+    zero, one = (greys(take(mixed, 10, seed=seed)) for seed in (0, 1))
+    assert zero.tolist() != one.tolist()
+    np.testing.assert_array_equal(zero < 100, one < 100)
+
+
+@pytest.mark.parametrize(("hosts", "threads"), [(1, 3), (2, 1), (4, 2), (8, 1)])
+@pytest.mark.parametrize("step", [0, 4])
+def test_batches_are_the_same_on_any_hosts_threads_and_first_step(hosts, threads, step, mixed):
+    want = take(mixed, 10)[step:]
+    spec = dataclasses.replace(mixed, num_threads=threads)
+    parts = [
+        take(spec, 10 - step, step=step, shards=(host,), num_shards=hosts) for host in range(hosts)
+    ]
+    for part, batch in zip(zip(*parts, strict=True), want, strict=True):
+        for key in batch:
+            together = np.concatenate([p[key] for p in part])
+            np.testing.assert_array_equal(together, batch[key], err_msg=key)
+
+
+def test_a_far_step_belongs_to_its_position(mixed):
+    (whole,) = take(mixed, 1, step=1_000_000)
+    halves = take(dataclasses.replace(mixed, batch_size=8), 2, step=2_000_000)
+    np.testing.assert_array_equal(np.concatenate([h["image"] for h in halves]), whole["image"])
+
+
+def test_records_of_all_sources_are_the_examples_of_a_mixture(mixed):
+    assert len(mixed.open()) == 20 + 27
+    assert mixed.info.class_names == ("x", "y")
+    assert str(mixed) == ", ".join(name for name, *_ in mixed.mixture)
+    assert len(set(greys(eval_batches(mixed))[:47])) == 47
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"x": 3, "z": 3}, ["label 1 is 'z'", "'y'", "same order"]),
+        ({"x": 3, "y": 3, "z": 3}, ["3 classes", "has 2"]),
+    ],
+)
+def test_classes_that_differ_are_refused(other, words, mixed, tmp_path):
+    write_folder(tmp_path / "c", {f"train/{name}": n for name, n in other.items()})
+    mixture = (mixed.mixture[0], (f"folder:{tmp_path / 'c'}", "train", 1.0))
+    with pytest.raises(UserError) as error:
+        _ = dataclasses.replace(mixed, mixture=mixture).info
+    for word in ("data.mixture", *words):
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ((0.7, 0), ["weight 0", "more than 0"]),
+        ((0.7, -1), ["weight -1"]),
+        ((1, float("nan")), ["weight nan"]),
+        ((0.333333, 0.666667), ["1,000,000 parts", "such as 333, 667"]),
+    ],
+)
+def test_weights_that_will_not_do_are_refused(weights, words):
+    with pytest.raises(UserError) as error:
+        make_schedule(weights, key="data.mixture")
+    for word in ("data.mixture", *words):
+        assert word in str(error.value)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all sources of examples have in common: what is known of them, splits, records."""
+
+import abc
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from vit_jax.utils.errors import UserError
+
+# More classes are taken for ids in place of labels.
+MAX_CLASSES = 2**20
+
+# Of the seeded splits and orders: a dataset is cut the same way in all runs, whatever their seed.
+_SEED = 0
+_VALIDATION = 0.1
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """What is known of a dataset before it is read.
+
+    Attributes:
+      num_classes: labels are below it.
+      image_shape: height, width, channels; None where they vary.
+      class_names: by label, where they are known.
+      multi_label: whether an example has any number of labels, as a vector of zeros and ones.
+    """
+
+    num_classes: int
+    image_shape: tuple[int | None, ...]
+    class_names: tuple[str, ...] | None = None
+    multi_label: bool = False
+
+
+class Source(abc.ABC):
+    """Records of one split by position: `{"image": encoded bytes, "label": ...}`.
+
+    The label is an int32, or float32 `[num_classes]` if an example may have several.
+    """
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Reads a record; an `ImageError` says that its image can't be read."""
+
+    @abc.abstractmethod
+    def describe(self, index: int) -> str:
+        """Where a record comes from: a path, or a dataset and a position."""
+
+    def successor(self, index: int) -> int:
+        """The position of the record that stands in for one that can't be read."""
+        return (index + 1) % len(self)
+
+
+class Records(abc.ABC):
+    """All encoded images of a dataset, in a fixed order. Reading is safe from many threads."""
+
+    @abc.abstractmethod
+    def read(self, row: int) -> bytes:
+        """The file of an image; an `ImageError` says that it can't be read."""
+
+    @abc.abstractmethod
+    def describe(self, row: int) -> str:
+        """Where an image comes from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Images with labels, and which of them belong to which split.
+
+    Attributes:
+      name: in the config, such as `folder:/data/birds`.
+      info: classes and shape.
+      records: the images.
+      labels: int32 `[rows]`, or for several labels the ints of each row.
+      splits: rows of each split, in order.
+    """
+
+    name: str
+    info: DatasetInfo
+    records: Records
+    labels: np.ndarray | Sequence[np.ndarray]
+    splits: Mapping[str, np.ndarray]
+
+    def open(self, split: str, *, key: str) -> "Rows":
+        """The examples of a split with slices, such as `train[:98%]`.
+
+        Raises:
+          UserError: no such split, or an empty one.
+        """
+        lengths = {name: len(rows) for name, rows in self.splits.items()}
+        parts = select(split, lengths, name=self.name, key=key)
+        return Rows(self, np.concatenate([self.splits[n][start:stop] for n, start, stop in parts]))
+
+
+class Rows(Source):
+    """Some rows of a dataset."""
+
+    def __init__(self, dataset: Dataset, rows: np.ndarray):
+        self._dataset, self._rows = dataset, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = int(self._rows[index])
+        return {"image": self._dataset.records.read(row), "label": self.label(index)}
+
+    def label(self, index: int) -> Any:
+        """The label alone, without reading the image."""
+        label = self._dataset.labels[self._rows[index]]
+        if not self._dataset.info.multi_label:
+            return np.int32(label)
+        several = np.zeros(self._dataset.info.num_classes, np.float32)
+        several[label] = 1
+        return several
+
+    def describe(self, index: int) -> str:
+        return self._dataset.records.describe(int(self._rows[index]))
+
+
+def select(
+    split: str, lengths: Mapping[str, int], *, name: str, key: str
+) -> list[tuple[str, int, int]]:
+    """What a split of TFDS's language, such as `train[:98%]+test`, takes: name, start and stop.
+
+    Raises:
+      UserError: it can't be read, there is no such split, or it is empty.
+    """
+    infos = {
+        n: tfds.core.SplitInfo(name=n, shard_lengths=[length], num_bytes=0)
+        for n, length in lengths.items()
+    }
+    try:
+        instructions = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+    except (ValueError, KeyError, AssertionError) as e:
+        raise UserError(
+            f"{key}={split!r}: {' '.join(str(e).split())[:200]}; {name} has "
+            f"{', '.join(f'{n} ({length:,})' for n, length in lengths.items())}"
+        ) from None
+    parts = []
+    for part in instructions:
+        stop = lengths[part.splitname] if part.to is None else part.to
+        parts.append((part.splitname, part.from_ or 0, stop))
+    if not sum(stop - start for _, start, stop in parts):
+        raise UserError(f"{key}={split!r} of {name} holds no examples")
+    return parts
+
+
+def make_splits(
+    labels: np.ndarray | Sequence[np.ndarray], split_of_row: Sequence[str] | None
+) -> dict[str, np.ndarray]:
+    """Rows of each split, in a seeded order, so that any slice is a fair sample.
+
+    Args:
+      labels: of the rows, whose order must not depend on the file system.
+      split_of_row: where rows belong; None to make `train` and `validation` of 90 and 10 percent
+        of each class.
+    """
+    order = np.random.default_rng(_SEED).permutation(len(labels))
+    if split_of_row is not None:
+        names = np.asarray(split_of_row)[order]
+        return {str(name): order[names == name] for name in sorted(set(split_of_row))}
+    # By class, then in the seeded order; for several labels there is just one class of rows.
+    classes = labels[order] if isinstance(labels, np.ndarray) else np.zeros(len(order), np.int32)
+    by_class = np.argsort(classes, kind="stable")
+    _, starts, counts = np.unique(classes[by_class], return_index=True, return_counts=True)
+    held = np.zeros(len(order), bool)
+    for start, count in zip(starts, counts, strict=True):
+        held[by_class[start : start + round(count * _VALIDATION)]] = True
+    return {"train": order[~held], "validation": order[held]}
+
+
+def check_class_names(names: Sequence[str], *, name: str) -> tuple[str, ...]:
+    """The names as they will stand in a text file, one a line.
+
+    Raises:
+      UserError: one is empty or has a line break, or there are too many.
+    """
+    for class_name in names:
+        if class_name.splitlines() != [class_name]:
+            raise UserError(
+                f"data.name={name!r}: the class name {class_name!r} is empty or has a line break"
+            )
+    if len(names) > MAX_CLASSES:
+        raise UserError(
+            f"data.name={name!r} has {len(names):,} different labels; expected at most "
+            f"{MAX_CLASSES:,}"
+        )
+    return tuple(names)

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads every image of a dataset, and reports what is wrong or odd with it.
+
+Exit code 1 says that some images can't be read.
+
+Examples:
+  python -m vit_jax.data.check folder:/data/birds
+  python -m vit_jax.data.check folder:/data/birds --split=train --output=sheets \
+      --preprocess='decode|inception_crop(224)|flip_lr'
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import itertools
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import rich.progress
+from PIL import Image
+
+from vit_jax.data.base import DatasetInfo, Source
+from vit_jax.data.corrupt import CorruptCounter
+from vit_jax.data.decode import ImageError, decode_image, read_header
+from vit_jax.data.pipeline import DatasetSpec, train_batches
+from vit_jax.data.sources import dataset_info, open_source
+from vit_jax.observe.console import console, report_errors, say, set_up
+from vit_jax.utils.errors import UserError
+
+# What an ending says of the content.
+_ENDINGS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+}
+_USUAL_MODES = ("RGB", "L")
+# Sides, and longer by shorter side, outside of which a size is odd.
+_SMALL, _LONG = 8, 8
+
+_LISTED = 10  # names in the report of each kind of finding
+_SHEET = 8  # rows and columns of the contact sheet
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What is known of one record once it was read.
+
+    Attributes:
+      record: its path, or dataset and position.
+      digest: of the file; None if that can't be read.
+      label: its class; None if it may have several.
+      size: height and width; None for a corrupt image.
+      corrupt: why it can't be read.
+      odd: what is unusual, in words of a kind: "mode CMYK", "PNG named .jpg".
+    """
+
+    record: str
+    digest: bytes | None = None
+    label: int | None = None
+    size: tuple[int, int] | None = None
+    corrupt: str | None = None
+    odd: tuple[str, ...] = ()
+
+
+def inspect_record(source: Source, index: int) -> Finding:
+    """Reads and decodes one record."""
+    record = source.describe(index)
+    try:
+        features = source[index]
+    except ImageError as e:
+        return Finding(record, corrupt=str(e))
+    encoded, label = features["image"], features["label"]
+    finding = Finding(
+        record,
+        digest=hashlib.blake2b(encoded, digest_size=16).digest(),
+        label=int(label) if np.ndim(label) == 0 else None,
+    )
+    try:
+        height, width = decode_image(encoded).shape[:2]
+    except ImageError as e:
+        return dataclasses.replace(finding, corrupt=str(e))
+    odd = list(_list_odd(encoded, os.path.splitext(record)[1].lower()))
+    if min(height, width) < _SMALL:
+        odd.append(f"a side below {_SMALL} pixels")
+    if max(height, width) > _LONG * min(height, width):
+        odd.append(f"more than {_LONG} times as long as wide")
+    return dataclasses.replace(finding, size=(height, width), odd=tuple(odd))
+
+
+def _list_odd(encoded: bytes, ending: str) -> Iterator[str]:
+    kind, _ = read_header(encoded)
+    if ending in _ENDINGS and kind != _ENDINGS[ending]:
+        yield f"{kind or 'another format'} named {ending}"
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:  # reads the header alone
+            if image.mode not in _USUAL_MODES:
+                yield f"mode {image.mode}"
+            if getattr(image, "n_frames", 1) > 1:
+                yield "several frames, of which the first counts"
+            if image.getexif().get(0x112, 1) != 1:
+                yield "turned by EXIF, heeded by decode(orient=True) alone"
+    except Exception:  # whatever a broken header leads Pillow to; the image itself was read
+        yield "a header that Pillow can't read"
+
+
+def inspect(source: Source, *, num_threads: int) -> list[Finding]:
+    """Reads all records, with a progress bar on a terminal."""
+    bar = iter(
+        rich.progress.track(
+            range(len(source)), "reading", console=console, disable=not console.is_terminal
+        )
+    )
+    findings = []
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+        # A few at a time, so that no queue of a million is made.
+        while indices := list(itertools.islice(bar, 64 * num_threads)):
+            findings += pool.map(lambda i: inspect_record(source, i), indices)
+    return findings
+
+
+def report(findings: Sequence[Finding], info: DatasetInfo) -> list[str]:
+    """The lines of the report."""
+    good = [f for f in findings if f.size is not None]
+    corrupt = [f for f in findings if f.corrupt is not None]
+    lines = [f"{len(findings):,} images, {info.num_classes:,} classes"]
+    lines += _listing("corrupt", [f"{f.record}: {f.corrupt}" for f in corrupt])
+    odd = collections.defaultdict(list)
+    for finding in good:
+        for word in finding.odd:
+            odd[word].append(finding.record)
+    for word in sorted(odd):
+        lines += _listing(f"odd: {word}", odd[word])
+    lines += _report_duplicates(findings)
+    labels = [f.label for f in findings if f.label is not None]
+    if labels:
+        lines += _report_balance(np.bincount(labels, minlength=info.num_classes), info)
+    if good:
+        lines += _report_sizes([f.size for f in good if f.size])
+    return lines
+
+
+def _listing(title: str, names: Sequence[str]) -> list[str]:
+    more = [f"  and {len(names) - _LISTED:,} more"] if len(names) > _LISTED else []
+    return [f"{title}: {len(names):,}", *(f"  {name}" for name in names[:_LISTED]), *more]
+
+
+def _report_duplicates(findings: Iterable[Finding]) -> list[str]:
+    same = collections.defaultdict(list)
+    for finding in findings:
+        if finding.digest is not None:
+            same[finding.digest].append(finding)
+    groups = [group for group in same.values() if len(group) > 1]
+    names = []
+    # First those that contradict each other.
+    for group in sorted(groups, key=lambda g: len({f.label for f in g}) == 1):
+        labels = {f.label for f in group}
+        note = " with different labels" if len(labels) > 1 else ""
+        names.append(" = ".join(f.record for f in group[:3]) + note)
+    return _listing("duplicates", names)
+
+
+def _report_balance(counts: np.ndarray, info: DatasetInfo) -> list[str]:
+    order = np.argsort(-counts, kind="stable")
+    shown = order if len(order) <= _LISTED else [*order[: _LISTED // 2], *order[-_LISTED // 2 :]]
+    lines = [
+        f"images of a class: {counts.min():,} to {counts.max():,}, median {np.median(counts):,.0f}"
+    ]
+    for label in shown:
+        name = info.class_names[label] if info.class_names else str(label)
+        lines.append(
+            f"  {name:<20.20} {counts[label]:>9,} {_bar(int(counts[label]), int(counts.max()))}"
+        )
+    return lines
+
+
+def _report_sizes(sizes: Sequence[tuple[int, int]]) -> list[str]:
+    sides = np.array([min(size) for size in sizes])
+    powers = np.floor(np.log2(sides)).astype(int)
+    lines = [f"shorter side: {sides.min():,} to {sides.max():,}, median {np.median(sides):,.0f}"]
+    counts = np.bincount(powers)
+    for power in range(powers.min(), powers.max() + 1):
+        span = f"{2**power:,} to {2 ** (power + 1) - 1:,}"
+        lines.append(f"  {span:<20} {counts[power]:>9,} {_bar(counts[power], counts.max())}")
+    return lines
+
+
+def _bar(count: int, largest: int) -> str:
+    return "#" * round(40 * count / max(largest, 1))
+
+
+def write_contact_sheet(path: Path, spec: DatasetSpec, *, seed: int = 0) -> None:
+    """Writes a PNG of the first training images, prepared as the model would see them."""
+    (batch,) = itertools.islice(
+        train_batches(spec, seed=seed, step=0, corrupt=CorruptCounter(None)), 1
+    )
+    images = np.pad(batch["image"], ((0, 0), (1, 1), (1, 1), (0, 0)))
+    _, height, width, channels = images.shape
+    rows = images.reshape(_SHEET, -1, height, width, channels).swapaxes(1, 2)
+    sheet = rows.reshape(_SHEET * height, -1, channels)
+    png = cv2.imencode(".png", sheet[..., ::-1])[1].tobytes()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png)
+    except OSError as e:
+        raise UserError(f"--output={path.parent}: {e.strerror}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Checks, says what was found, and returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vit_jax.data.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("SRC", help="as data.name of a config, such as folder:/data/birds")
+    parser.add_argument("--split", default="all", help="with slices; all by default")
+    parser.add_argument("--data_dir", help="where TFDS keeps its datasets")
+    parser.add_argument("--preprocess", default="decode|resize(224)", help="of the contact sheet")
+    parser.add_argument("--output", type=Path, help="folder for contact_sheet.png")
+    parser.add_argument("--num_threads", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args(argv)
+    if args.num_threads < 1:
+        raise UserError(f"--num_threads={args.num_threads}: expected at least 1")
+    spec = DatasetSpec(
+        args.SRC,
+        args.split,
+        args.preprocess,
+        _SHEET**2,
+        args.data_dir,
+        "check",
+        num_threads=args.num_threads,
+    )
+    spec.ops()
+    source = open_source(args.SRC, args.split, data_dir=args.data_dir, key="--split")
+    findings = inspect(source, num_threads=args.num_threads)
+    for line in report(findings, dataset_info(args.SRC, data_dir=args.data_dir)):
+        say(line)
+    if args.output and any(f.size for f in findings):
+        sheet = args.output / "contact_sheet.png"
+        spec.image_shape()
+        write_contact_sheet(sheet, spec)
+        say(f"wrote {sheet}")
+    return 1 if any(f.corrupt for f in findings) else 0
+
+
+if __name__ == "__main__":
+    set_up(quiet=False)
+    with report_errors():
+        sys.exit(main())

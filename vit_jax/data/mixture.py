@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several sources in fixed proportions.
+
+Which source an example comes from is a function of its position alone: no random choice, no drift.
+Grain's own mixing rounds weights to a hundredth of the smallest, which adds up over a long run.
+"""
+
+import bisect
+import functools
+import itertools
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from vit_jax.data.base import DatasetInfo, Source
+from vit_jax.utils.errors import UserError
+
+# The schedule repeats after as many positions as it takes to hold all shares exactly.
+MAX_PERIOD = 2**16
+
+
+class Schedule:
+    """Which source each position takes, and which of that source's examples.
+
+    For every n and source k, the first n positions hold fewer than one example more or fewer than
+    n times its share. Each turn of a source has a window of positions that keeps this; the turn
+    whose window closes first is taken, for which unit jobs always fit (Baruah et al., Proportionate
+    progress, Algorithmica 15, 1996).
+    """
+
+    def __init__(self, parts: Sequence[int]):
+        """`parts` are the shares, in units of one over their sum."""
+        period = sum(parts)
+        self._parts = np.array(parts)
+        self._source = np.zeros(period, np.int32)
+        self._turn = np.zeros(period, np.int32)  # of the source within the period
+        counts = [0] * len(parts)
+        for position in range(period):
+            ready = (
+                (-(-(count + 1) * period // part), k)
+                for k, (count, part) in enumerate(zip(counts, parts, strict=True))
+                if count * period < (position + 1) * part
+            )
+            _, k = min(ready)
+            self._source[position], self._turn[position] = k, counts[k]
+            counts[k] += 1
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """The source, and the number of examples taken from it before."""
+        round_, within = divmod(position, len(self._source))
+        k = int(self._source[within])
+        return k, round_ * int(self._parts[k]) + int(self._turn[within])
+
+
+@functools.cache
+def make_schedule(weights: tuple[float, ...], *, key: str) -> Schedule:
+    """The schedule of weights, which are taken as the decimal numbers that they are written as.
+
+    Raises:
+      UserError: a weight is not above 0, or the shares have no common denominator up to
+        `MAX_PERIOD`.
+    """
+    for weight in weights:
+        if not 0 < weight < float("inf"):
+            raise UserError(f"{key}: weight {weight}: expected more than 0")
+    exact = [Fraction(str(weight)) for weight in weights]
+    unit = functools.reduce(_common_measure, exact)
+    parts = [int(weight / unit) for weight in exact]
+    if sum(parts) > MAX_PERIOD:
+        shares = [float(weight / sum(exact)) for weight in exact]
+        close = [max(1, round(1000 * share)) for share in shares]
+        raise UserError(
+            f"{key}: the weights {', '.join(map(str, weights))} need {sum(parts):,} parts to be "
+            f"exact; expected at most {MAX_PERIOD:,}, such as {', '.join(map(str, close))}"
+        )
+    return Schedule(parts)
+
+
+def _common_measure(a: Fraction, b: Fraction) -> Fraction:
+    while b:
+        a, b = b, a % b
+    return a
+
+
+class Mixture(Source):
+    """Sources one after the other."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = tuple(sources)
+        self.starts = (0, *itertools.accumulate(map(len, sources)))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def _find(self, index: int) -> tuple[Source, int, int]:
+        k = bisect.bisect_right(self.starts, index) - 1
+        return self.sources[k], index - self.starts[k], self.starts[k]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        source, within, _ = self._find(index)
+        return source[within]
+
+    def describe(self, index: int) -> str:
+        source, within, _ = self._find(index)
+        return source.describe(within)
+
+    def successor(self, index: int) -> int:
+        source, within, start = self._find(index)
+        return start + source.successor(within)
+
+
+def merge_infos(infos: Sequence[DatasetInfo], names: Sequence[str], *, key: str) -> DatasetInfo:
+    """What is known of a mixture.
+
+    Raises:
+      UserError: labels do not mean the same in all sources.
+    """
+    first = infos[0]
+    if len(infos) == 1:
+        return first
+    for info, name in zip(infos[1:], names[1:], strict=True):
+        check_same_classes(first, info, names[0], name, key=key)
+    shapes = zip(*(info.image_shape for info in infos), strict=True)
+    height, width, _ = (sizes[0] if len(set(sizes)) == 1 else None for sizes in shapes)
+    named = next((info.class_names for info in infos if info.class_names), None)
+    return DatasetInfo(first.num_classes, (height, width, 3), named, first.multi_label)
+
+
+def check_same_classes(
+    a: DatasetInfo, b: DatasetInfo, a_name: str, b_name: str, *, key: str
+) -> None:
+    """Raises `UserError` unless labels mean the same in two datasets."""
+    if a.multi_label != b.multi_label:
+        one, several = (b_name, a_name) if a.multi_label else (a_name, b_name)
+        raise UserError(
+            f"{key}: {several} has several labels an example, {one} has one: expected the same"
+        )
+    if a.num_classes != b.num_classes:
+        raise UserError(
+            f"{key}: {b_name} has {b.num_classes} classes, {a_name} has {a.num_classes}: expected "
+            "the same"
+        )
+    if a.class_names and b.class_names and a.class_names != b.class_names:
+        label = next(
+            i for i, (x, y) in enumerate(zip(a.class_names, b.class_names, strict=True)) if x != y
+        )
+        raise UserError(
+            f"{key}: label {label} is {b.class_names[label]!r} in {b_name} and "
+            f"{a.class_names[label]!r} in {a_name}: expected the same classes in the same order"
+        )

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prepares a TFDS dataset in the form that training reads: downloads, extracts, writes records.
+
+Training does that too on first use; here it can be done before, on a machine with a network.
+
+Example:
+  python -m vit_jax.data.prepare cifar10 --data_dir=/data/tfds
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vit_jax.data.sources import prepare
+from vit_jax.observe.console import report_errors, say, set_up
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prepares, and says what is there then."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vit_jax.data.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("NAME", help="of the dataset, with config and version if need be")
+    parser.add_argument("--data_dir", help="where TFDS keeps its datasets")
+    args = parser.parse_args(argv)
+    folder, lengths = prepare(args.NAME, data_dir=args.data_dir)
+    say(f"{args.NAME} is prepared in {folder}")
+    for split, length in lengths.items():
+        say(f"  {split:<15} {length:>12,} examples")
+
+
+if __name__ == "__main__":
+    set_up(quiet=False)
+    with report_errors():
+        main(sys.argv[1:])
