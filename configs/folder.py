@@ -5,19 +5,19 @@ python -m vit_jax.main --config=configs/folder.py --workdir=runs/mine \
     --config.data.name=folder:/data/mine
 
 The folder holds train/CLASS/IMAGE and test/CLASS/IMAGE; docs/data.md has the other layouts. The
-sizes fit images of 32x32 pixels such as CIFAR-10's, and all images are brought to that size. The
-last 2 % of the training images are for validation: no gradient sees them. Without a folder test,
-add --config.evals.test.split=validation.
+sizes fit images of 32x32 pixels such as CIFAR-10's, and all images are brought to that size, upright
+as their EXIF orientation says. The last 2 % of the training images are for validation: no gradient
+sees them. Without a folder test, add --config.evals.test.split=validation.
 
-For larger images set data.preprocess='decode|inception_crop(224)|flip_lr', the same size in both
-evals.NAME.preprocess, and model.patch_size=16.
+For larger images set data.preprocess='decode(orient=True)|inception_crop(224)|flip_lr',
+'decode(orient=True)|resize(224)' as both evals.NAME.preprocess, and model.patch_size=16.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    preprocess = "decode|resize(32)"
+    preprocess = "decode(orient=True)|resize(32)"
 
     config = ConfigDict()
     config.seed = 0
@@ -36,13 +36,13 @@ def get_config() -> ConfigDict:
         "name": "folder:data",
         "split": "train[:98%]",
         "preprocess": f"{preprocess}|random_shift(4)|flip_lr",
-        "batch_size": 512,
+        "batch_size": 128,
     }
     config.optimizer = {
         "name": "adamw",
         "lr": 1e-3,
         "schedule": "cosine",
-        "warmup_steps": 500,
+        "warmup_steps": 50,  # below the steps of 100 epochs of any folder that fills a batch
         "weight_decay": 0.1,
         "grad_clip_norm": 1.0,
     }

@@ -25,6 +25,7 @@ def config(name=None, **changes):
         "data__batch_size": 8,
         "evals__val": {"split": "test", "preprocess": "decode|resize(8)", "every": 2},
         "checkpoint__every": 2,
+        "optimizer__warmup_steps": 0,
         "log_every": 1,
     }
     made = tiny_config("", **(own | changes))
@@ -77,7 +78,7 @@ def test_corrupt_images_are_counted_in_the_metrics(animals, tmp_path, said):
     assert any("images/s" in line and "  corrupt " in line for line in said)
     evaluated = [r for r in records if "val/count" in r]
     assert {(r["val/count"], r["val/corrupt"]) for r in evaluated} == {(10, 1)}
-    assert any("val/corrupt 1  " in line for line in said)
+    assert any("val/corrupt 1" in line.split("  ") for line in said)
 
 
 def test_too_many_corrupt_images_stop_the_run(animals, tmp_path):

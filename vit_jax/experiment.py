@@ -397,8 +397,8 @@ def _make_mesh(section: _Section, devices: Sequence[Any] | None) -> tuple[Mesh, 
 def _make_data(section: _Section, mesh: Mesh) -> tuple[DatasetSpec, _Section]:
     (args,) = bind(section, _train_data, key="data")
     check_batch_size(args["batch_size"], mesh, key="data.batch_size")
-    if args["num_threads"] is not None and args["num_threads"] < 1:
-        raise UserError(f"data.num_threads={args['num_threads']}: expected at least 1, or None")
+    if args["num_threads"] is not None and args["num_threads"] < 0:
+        raise UserError(f"data.num_threads={args['num_threads']}: expected 0 or more, or None")
     if not 0 <= args["max_corrupt"] <= 1:
         raise UserError(f"data.max_corrupt={args['max_corrupt']}: expected a fraction, 0 to 1")
     return _make_spec(args), args

@@ -199,7 +199,7 @@ def assert_same(got, want):
             np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
-@pytest.mark.parametrize(("hosts", "threads"), [(1, 3), (2, 1), (4, 2), (8, 1)])
+@pytest.mark.parametrize(("hosts", "threads"), [(1, 0), (1, 3), (2, 2), (4, 0), (8, 3)])
 @pytest.mark.parametrize("step", [0, 5])
 def test_batches_are_the_same_on_any_hosts_threads_and_first_step(hosts, threads, step, plain):
     want = take(train_batches(spec(plain), seed=3, step=0), 15)[step:]  # beyond an epoch of 90

@@ -91,7 +91,7 @@ def test_other_seeds_give_another_order_in_the_same_shares(mixed):
     np.testing.assert_array_equal(zero < 100, one < 100)
 
 
-@pytest.mark.parametrize(("hosts", "threads"), [(1, 3), (2, 1), (4, 2), (8, 1)])
+@pytest.mark.parametrize(("hosts", "threads"), [(1, 0), (1, 3), (2, 2), (4, 0), (8, 3)])
 @pytest.mark.parametrize("step", [0, 4])
 def test_batches_are_the_same_on_any_hosts_threads_and_first_step(hosts, threads, step, mixed):
     want = take(mixed, 10)[step:]

@@ -39,7 +39,7 @@ class DatasetSpec:
       batch_size: of the whole job, all hosts together.
       data_dir: where TFDS keeps its datasets; None for its default.
       key: the config section, for errors.
-      num_threads: that decode and crop; None for one a core, but one.
+      num_threads: that decode and crop; 0 for none beside the caller, None for one a core, but one.
       mixture: (name, split, weight) of each source to mix, in place of `name` and `split`.
     """
 
@@ -241,7 +241,7 @@ def _load(
     chunks = _Chunks(
         examples.batch(size, drop_remainder=True), mine, num_shards * per_block, step, steps
     )
-    threads = spec.num_threads or max(1, _usable_cores() - 1)
+    threads = max(1, _usable_cores() - 1) if spec.num_threads is None else spec.num_threads
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads + len(mine))
     loaded = grain.MapDataset.source(chunks).to_iter_dataset(options)
     return iter(loaded.batch(len(mine), drop_remainder=True, batch_fn=_concatenate))
