@@ -5,7 +5,7 @@ python -m vit_jax.main --config=configs/folder.py --workdir=runs/mine \
     --config.data.name=folder:/data/mine
 
 The folder holds train/CLASS/IMAGE and test/CLASS/IMAGE; docs/data.md has the other layouts. The
-sizes fit images of 32x32 pixels such as CIFAR-10's, and all images are brought to that size, upright
+sizes fit images of 32x32 pixels, such as CIFAR-10; all images are brought to that size, upright
 as their EXIF orientation says. The last 2 % of the training images are for validation: no gradient
 sees them. Without a folder test, add --config.evals.test.split=validation.
 

@@ -2,6 +2,7 @@
 """A job of two processes, two devices each, does what one process with four devices does."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.images import write_folder
 from vit_jax.checkpoint.manager import load_params
 from vit_jax.experiment import Experiment
 from vit_jax.main import load_config
@@ -198,3 +200,23 @@ def test_what_one_process_refuses_all_refuse(data_dir, tmp_path):
     first, second = (errors for _, _, errors in done)
     assert "vit_jax: error: process 1 refused its input" in first
     assert "vit_jax: error: data.split='trian'" in second
+
+
+def test_images_that_one_process_can_not_read_stop_all(tmp_path):
+    for name in ("good", "bad"):
+        write_folder(tmp_path / name, {"train/cat": 40, "train/dog": 40, "test/cat": 1})
+    for path in sorted((tmp_path / "bad").glob("train/*/*.png"))[:60]:
+        path.write_bytes(b"")
+    changes = """total_steps=6,
+        data__name=data_dir + ("bad" if "--process_id=1" in sys.argv else "good"),
+        data__preprocess="decode|resize(8)",
+        evals__val__split="test",
+        evals__val__preprocess="decode|resize(8)","""
+    text = "import sys\n" + CONFIG_FILE.replace("total_steps=6,", changes)
+    done = run(tmp_path, f"folder:{tmp_path}/", processes=2, devices=2, text=text, timeout=60)
+    assert [code for code, _, _ in done] == [2, 2], done
+    (_, screen, first), (_, _, second) = done
+    for errors in (first, second):
+        assert re.search("vit_jax: error: .* data.max_corrupt=0.001 allows no more", errors)
+    assert ".png" not in screen + first
+    assert "0 bytes that are no readable image" in second

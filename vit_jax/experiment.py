@@ -334,7 +334,7 @@ class Experiment:
             step=step,
             shards=shards,
             num_shards=num_shards,
-            corrupt=corrupt or CorruptCounter(self.max_corrupt),
+            corrupt=corrupt,
         )
         return (put_batch(batch, self.mesh) for batch in batches)
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop."""
 
+import dataclasses
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from vit_jax.checkpoint.manager import CheckpointManager
-from vit_jax.data.corrupt import CorruptCounter
+from vit_jax.data.corrupt import CorruptCounter, Counts, check_counts
 from vit_jax.experiment import Experiment
 from vit_jax.observe.console import say
 from vit_jax.observe.profiler import Profiler
@@ -78,19 +79,27 @@ def run(
     *,
     start: int,
 ) -> None:
-    """Takes the steps after `start`, to the end."""
+    """Takes the steps after `start`, to the end.
+
+    Raises:
+      UserError: too many images can't be read, in all processes at the same step.
+    """
     total, batch_size = experiment.total_steps, experiment.train_data.batch_size
-    corrupt = CorruptCounter(experiment.max_corrupt)
+    corrupt, counts = CorruptCounter(), Counts()
     batches = experiment.train_batches(start, corrupt=corrupt)
     monitor = Monitor(writer, step=start, total_steps=total, batch_size=batch_size)
     with monitor, profiler:
         for step in range(start + 1, total + 1):
             with monitor.waiting():
                 batch = next(batches)
-            state, metrics = experiment.train_step(state, batch)
             log = due(step, experiment.log_every, total)
+            save = due(step, experiment.checkpoint.every, total)
+            if log or save or step == start + 1:
+                counts = Counts(*sum_over_processes(*dataclasses.astuple(corrupt.counts)))
+                check_counts(counts, experiment.max_corrupt)
+            state, metrics = experiment.train_step(state, batch)
             if log:
-                metrics = metrics | {"data/corrupt": sum_over_processes(corrupt.count)}
+                metrics = metrics | {"data/corrupt": counts.corrupt}
             monitor.step(step, metrics, log=log)
             profiler.step(state)
 
@@ -100,7 +109,7 @@ def run(
                     with monitor.paused():
                         results |= evaluate(evaluator, state)
             monitor.results(step, results)
-            if due(step, experiment.checkpoint.every, total):
+            if save:
                 with monitor.paused():
                     checkpoints.save(step, state, results)
 

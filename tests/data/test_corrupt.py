@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.images import write_folder
-from vit_jax.data.corrupt import GRACE, CorruptCounter
+from vit_jax.data.corrupt import GRACE, CorruptCounter, Counts, check_counts
 from vit_jax.data.mixture import Mixture
 from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
 from vit_jax.utils.errors import UserError
@@ -60,7 +60,9 @@ def test_the_next_record_that_can_be_read_stands_in(spoiled):
         grey for grey, name in zip(order, names(spoiled.open()), strict=True) if name not in BAD
     ]
     assert sorted(values) == sorted(good + stand_ins)
-    assert corrupt.count >= 3
+    assert corrupt.counts.corrupt >= 3
+    assert corrupt.counts.seen >= 40
+    assert corrupt.counts.lost == 0
 
 
 @pytest.mark.parametrize(("hosts", "threads"), [(1, 0), (2, 3), (8, 2)])
@@ -96,46 +98,55 @@ def test_stand_ins_come_from_the_same_source_of_a_mixture(tmp_path):
 
 
 def test_evaluation_masks_out_what_can_not_be_read(spoiled):
-    corrupt = CorruptCounter(None)
+    corrupt = CorruptCounter()
     batches = list(eval_batches(spoiled, corrupt=corrupt))
     mask = np.concatenate([b["mask"] for b in batches])
     np.testing.assert_array_equal(mask, [name not in BAD for name in names(spoiled.open())])
-    assert corrupt.count == 3
+    assert corrupt.counts.corrupt == 3
     assert {b["image"].shape for b in batches} == {(8, 8, 8, 3)}
     assert not np.concatenate([b["image"] for b in batches])[mask == 0].any()
 
 
-def test_too_many_stop_the_run_in_one_line(tmp_path):
-    root = write_folder(tmp_path, {"train/a": 40})
-    for path in sorted(root.rglob("*.png"))[:20]:
-        path.write_bytes(b"broken")
-    spec = DatasetSpec(f"folder:{root}", "train", PREPROCESS, 8, None, "data")
-    with pytest.raises(UserError, match=r"examples have images that can't be read.*\.png.*0\.001"):
-        take(spec, 20)
-    assert len(take(spec, 20, corrupt=CorruptCounter(None))) == 20
+@pytest.mark.parametrize(
+    ("counts", "limit"),
+    [
+        (Counts(seen=1, corrupt=GRACE), 0.001),
+        (Counts(seen=20_000, corrupt=20), 0.001),
+        (Counts(seen=2000, corrupt=2000), 1.0),
+        (Counts(seen=2000), 0.0),
+    ],
+)
+def test_a_few_are_let_pass(counts, limit):
+    check_counts(counts, limit)
 
 
-def test_a_few_are_let_pass_unless_none_may_be():
-    counter = CorruptCounter(0.5)
-    for _ in range(GRACE):
-        counter.add("x", ValueError())
-    with pytest.raises(UserError, match=f"{GRACE + 1} of 0 examples"):
-        counter.add("x", ValueError())
-    with pytest.raises(UserError, match=r"data\.max_corrupt=0"):
-        CorruptCounter(0).add("x", ValueError())
-    counter = CorruptCounter(0.01)
-    for _ in range(2000):
-        counter.see()
-    for _ in range(20):
-        counter.add("x", ValueError())
-    with pytest.raises(UserError, match="21 of 2000"):
-        counter.add("x", ValueError())
+@pytest.mark.parametrize(
+    ("counts", "limit"),
+    [
+        (Counts(seen=1, corrupt=GRACE + 1), 0.001),
+        (Counts(seen=20_000, corrupt=21), 0.001),
+        (Counts(seen=20_000, corrupt=1), 0.0),
+    ],
+)
+def test_too_many_are_an_error_in_one_line(counts, limit):
+    with pytest.raises(UserError) as error:
+        check_counts(counts, limit)
+    for word in (
+        f"{counts.corrupt} records of {counts.seen:,}",
+        f"data.max_corrupt={limit} allows",
+    ):
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_split_that_can_not_be_read_at_all_ends(tmp_path):
+def test_where_nothing_can_be_read_blanks_stand_in_and_are_an_error_at_any_limit(tmp_path):
     root = write_folder(tmp_path, {"train/a": 4})
     for path in root.rglob("*.png"):
         path.write_bytes(b"")
-    spec = DatasetSpec(f"folder:{root}", "train", PREPROCESS, 4, None, "data")
-    with pytest.raises(UserError, match=r"no image near .* can be read"):
-        take(spec, 1, corrupt=CorruptCounter(None))
+    spec = DatasetSpec(f"folder:{root}", "train", PREPROCESS, 4, None, "data", num_threads=0)
+    corrupt = CorruptCounter()
+    (batch,) = take(spec, 1, corrupt=corrupt)
+    assert not batch["image"].any()
+    assert corrupt.counts == Counts(seen=4, corrupt=16, lost=4)
+    with pytest.raises(UserError, match="nor have those after them"):
+        check_counts(corrupt.counts, 1.0)

@@ -27,7 +27,6 @@ import rich.progress
 from PIL import Image
 
 from vit_jax.data.base import DatasetInfo, Source
-from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.decode import ImageError, decode_image, read_header
 from vit_jax.data.pipeline import DatasetSpec, train_batches
 from vit_jax.data.sources import dataset_info, open_source
@@ -202,9 +201,7 @@ def _bar(count: int, largest: int) -> str:
 
 def write_contact_sheet(path: Path, spec: DatasetSpec, *, seed: int = 0) -> None:
     """Writes a PNG of the first training images, prepared as the model would see them."""
-    (batch,) = itertools.islice(
-        train_batches(spec, seed=seed, step=0, corrupt=CorruptCounter(None)), 1
-    )
+    batch = next(train_batches(spec, seed=seed, step=0))
     images = np.pad(batch["image"], ((0, 0), (1, 1), (1, 1), (0, 0)))
     _, height, width, channels = images.shape
     rows = images.reshape(_SHEET, -1, height, width, channels).swapaxes(1, 2)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts records whose image can't be read, and stops a run that meets too many."""
+"""Counts records whose image can't be read, and says when they are too many."""
 
+import dataclasses
 import logging
 import threading
 
@@ -14,25 +15,32 @@ GRACE = 10
 logger = logging.getLogger(__name__)
 
 
-class CorruptCounter:
-    """Counted by many threads; each record is named once in the log.
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What was met so far.
 
-    Args:
-      max_fraction: of the examples seen so far that may be corrupt; None for any number. Up to
-        `GRACE` of them are let pass, unless it is 0.
+    Attributes:
+      seen: examples, whichever records they are made of.
+      corrupt: records that could not be read; one that is met twice counts twice.
+      lost: examples for which no record near by could be read; they are blank.
     """
 
-    def __init__(self, max_fraction: float | None = MAX_CORRUPT):
-        self._max = max_fraction
+    seen: int = 0
+    corrupt: int = 0
+    lost: int = 0
+
+
+class CorruptCounter:
+    """Counted by many threads; each record is named once in the log."""
+
+    def __init__(self):
         self._lock = threading.Lock()
         self._named: set[str] = set()
-        self._seen = 0
-        self._count = 0
+        self._seen = self._corrupt = self._lost = 0
 
     @property
-    def count(self) -> int:
-        """Records met that could not be read; one that is met twice counts twice."""
-        return self._count
+    def counts(self) -> Counts:
+        return Counts(self._seen, self._corrupt, self._lost)
 
     def see(self) -> None:
         """Counts an example, whichever record it is made of."""
@@ -40,20 +48,36 @@ class CorruptCounter:
             self._seen += 1
 
     def add(self, record: str, reason: Exception) -> None:
-        """Counts a record that can't be read.
-
-        Raises:
-          UserError: they are too many.
-        """
+        """Counts a record that can't be read, and names it if it is new."""
         with self._lock:
-            self._count += 1
-            count, seen = self._count, self._seen
+            self._corrupt += 1
             new = record not in self._named
             self._named.add(record)
         if new:
             logger.warning("corrupt: %s: %s", record, reason)
-        if self._max is not None and count > max(self._max * seen, GRACE if self._max else 0):
-            raise UserError(
-                f"{count} of {seen} examples have images that can't be read, such as {record}; "
-                f"data.max_corrupt={self._max} allows no more"
-            )
+
+    def lose(self) -> None:
+        """Counts an example for which no record could be read."""
+        with self._lock:
+            self._lost += 1
+
+
+def check_counts(counts: Counts, max_fraction: float) -> None:
+    """Checks what all processes met together, so that all of them stop or none.
+
+    Args:
+      counts: sums over processes.
+      max_fraction: of the examples seen that may be corrupt. Up to `GRACE` are let pass, unless it
+        is 0.
+
+    Raises:
+      UserError: they are too many, or an example had nothing to stand in for it.
+    """
+    met = f"{counts.corrupt:,} records of {counts.seen:,} examples have images that can't be read"
+    if counts.lost:
+        raise UserError(f"{met}, and nor have those after them; the lines 'corrupt: ...' name them")
+    if counts.corrupt > max(max_fraction * counts.seen, GRACE if max_fraction else 0):
+        raise UserError(
+            f"{met}, and data.max_corrupt={max_fraction} allows no more; the lines 'corrupt: ...' "
+            "name them"
+        )

@@ -114,22 +114,29 @@ class DatasetSpec:
         return ", ".join(name for name, *_ in self.mixture) or self.name
 
 
+# Records that are tried in place of one that can't be read: beyond that the storage is at fault.
+_TRIES = 100
+
+
 class _Prepare(grain.transforms.RandomMap):
     """From the index of a record to the features of a prepared example."""
 
-    def __init__(self, source: Source, ops: tuple, corrupt: CorruptCounter):
-        self._source, self._ops, self._corrupt = source, ops, corrupt
+    def __init__(self, spec: DatasetSpec, source: Source, corrupt: CorruptCounter):
+        self._source, self._ops, self._corrupt = source, spec.ops(), corrupt
+        self._blank = spec.blank()
 
     def random_map(self, element: int, rng: np.random.Generator) -> Any:
         self._corrupt.see()
         # The next record that can be read stands in for one that can't.
-        for _ in range(len(self._source)):
+        for _ in range(min(_TRIES, len(self._source))):
             try:
                 return preprocess.apply(self._ops, self._source[element], rng)
             except ImageError as e:
                 self._corrupt.add(self._source.describe(element), e)
                 element = self._source.successor(element)
-        raise UserError(f"no image near {self._source.describe(element)} can be read")
+        # No error here, which other processes would wait for: all stop by the counts.
+        self._corrupt.lose()
+        return self._blank
 
 
 class _PrepareMasked(grain.transforms.RandomMap):
@@ -189,7 +196,8 @@ def train_batches(
       shards: which of `num_shards` equal blocks of each batch to yield, one after the other; b is
         batch_size / num_shards for each.
       num_shards: number of blocks.
-      corrupt: counts records that can't be read, in whose place the next ones stand.
+      corrupt: counts records that can't be read, in whose place the next ones stand; blank images
+        if those can't be read either.
     """
     source = spec.open()
     if isinstance(source, Mixture):
@@ -197,7 +205,7 @@ def train_batches(
     else:
         order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     # After `repeat`: a generator of its own for each position, not for each record.
-    examples = order.random_map(_Prepare(source, spec.ops(), corrupt or CorruptCounter()))
+    examples = order.random_map(_Prepare(spec, source, corrupt or CorruptCounter()))
     return _load(examples, spec, step=step, steps=None, shards=shards, num_shards=num_shards)
 
 
@@ -216,7 +224,7 @@ def eval_batches(
     source = spec.open()
     steps = -(-len(source) // spec.batch_size)
     order = grain.MapDataset.range(steps * spec.batch_size).seed(0)
-    examples = order.random_map(_PrepareMasked(spec, source, corrupt or CorruptCounter(None)))
+    examples = order.random_map(_PrepareMasked(spec, source, corrupt or CorruptCounter()))
     return _load(examples, spec, step=0, steps=steps, shards=shards, num_shards=num_shards)
 
 

@@ -56,7 +56,7 @@ class Classification:
     @functools.cached_property
     def _corrupt(self) -> CorruptCounter:
         # Of all evaluations, so that a record is named but once.
-        return CorruptCounter(None)
+        return CorruptCounter()
 
     @functools.cached_property
     def _batch_sums(self):

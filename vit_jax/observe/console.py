@@ -15,7 +15,11 @@ console = rich.console.Console(highlight=False)
 
 
 def set_up(*, quiet: bool) -> None:
-    """Sends the package's log messages to the console; `quiet` silences a process."""
+    """Sends the package's log messages to the console.
+
+    Args:
+      quiet: whether to silence a process, but for warnings.
+    """
     console.quiet = quiet
     logger = logging.getLogger("vit_jax")
     logger.setLevel(logging.INFO)
@@ -49,4 +53,8 @@ def print_error(error: Exception) -> None:
 
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
+        # What a quiet process has to warn of is its own, such as a file that only it can't read.
+        if console.quiet and record.levelno >= logging.WARNING:
+            print(record.getMessage(), file=sys.stderr)
+        else:
+            say(record.getMessage())

@@ -44,11 +44,15 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         raise UserError(f"--coordinator={coordinator}: {e}") from e
 
 
-def sum_over_processes(count: int) -> int:
-    """The sum of each process's count; all processes have to ask for it."""
+def sum_over_processes(*counts: int) -> list[int]:
+    """The sums of each process's counts; all processes have to ask for them.
+
+    Between processes numbers go as float32, in which those above 2**24 are rounded.
+    """
     if jax.process_count() == 1:
-        return count
-    return int(multihost_utils.process_allgather(np.asarray(count, np.int32)).sum())
+        return list(counts)
+    gathered = multihost_utils.process_allgather(np.array(counts, np.float32))
+    return [int(total) for total in np.asarray(gathered, np.float64).sum(axis=0)]
 
 
 @contextlib.contextmanager
