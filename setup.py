@@ -60,6 +60,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        "gcs": ["etils[epath-gcs]>=1.9.1"],
         "parquet": ["pyarrow>=15.0"],
         "test": [
             "pyarrow>=15.0",

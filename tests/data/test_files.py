@@ -123,6 +123,7 @@ def test_endings_of_any_case_and_wrong_ones_are_read_by_content(tmp_path):
 
 
 def test_what_is_no_image_is_ignored_and_counted(tmp_path, caplog):
+    caplog.set_level("INFO", "vit_jax")
     root = write_folder(tmp_path, {"a": 3, "b": 2, ".git/objects": 1, "a/.thumbs": 1})
     for name in ("a/.DS_Store", "a/notes.txt", "b/more.txt", "b/Makefile"):
         (root / name).write_text("no image")
@@ -326,7 +327,8 @@ def test_several_labels_are_a_vector_of_zeros_and_ones(ending, tmp_path):
         ("image,label\n0.png,3\n0.png,-1\n", ["row 2", "label -1 is out of range"]),
         ("image,label\n0.png,123456789\n", ["label 123456789 is out of range"]),
         ("image,label\nno.png,a\n", ["none of its first images", "no.png", "manifest's folder"]),
-        ("image,label\ngs://no-bucket/x.png,a\n", ["gs://no-bucket/x.png", "URLs"]),
+        ("image,label\ngs://no-bucket/x.png,a\n", ["gs://no-bucket/x.png", "credentials"]),
+        ("image,label\nhttps://x.org/x.png,a\n", ["row 1", "https://x.org/x.png", "gs:// or s3"]),
     ],
 )
 def test_manifests_that_will_not_do_are_refused(text, words, tmp_path, monkeypatch):
@@ -352,6 +354,24 @@ def test_manifests_that_will_not_do_are_refused(text, words, tmp_path, monkeypat
 def test_json_that_will_not_do_is_refused(text, words, tmp_path):
     (tmp_path / "list.jsonl").write_text(text)
     refuse(lambda: info(f"manifest:{tmp_path}/list.jsonl"), *words)
+
+
+def test_a_manifest_may_be_in_a_bucket_beside_its_images(monkeypatch):
+    class Bucket:
+        def __init__(self, url):
+            self.url = url
+
+        def read_bytes(self):
+            files = {"gs://b/list.csv": b"image,label\nx/0.png,a\n", "gs://b/x/0.png": encode(9)}
+            if self.url not in files:
+                raise PermissionError("401\nno credentials")
+            return files[self.url]
+
+    monkeypatch.setattr(epath, "Path", Bucket)
+    source = open_split("manifest:gs://b/list.csv")
+    assert source.describe(0) == "gs://b/x/0.png"
+    assert source[0]["image"] == encode(9)
+    refuse(lambda: info("manifest:gs://b/no.csv"), "gs://b/no.csv", "PermissionError: 401 no cred")
 
 
 def test_other_files_are_no_manifests(tmp_path):

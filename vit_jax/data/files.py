@@ -4,13 +4,13 @@
 import concurrent.futures
 import csv
 import functools
+import io
 import json
 import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,12 +37,20 @@ SPLITS = {
 }
 _IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _COLUMNS = ("image", "label", "labels", "split")
+_STORES = ("gs://", "s3://")
 _ANY_SHAPE = (None, None, 3)
 
 # Threads that list folders: they mostly wait, above all for network file systems.
 _LISTERS = 16
 
 logger = logging.getLogger(__name__)
+
+
+def _read_file(path: str) -> bytes:
+    if "://" in path:
+        return epath.Path(path).read_bytes()
+    with open(path, "rb") as file:
+        return file.read()
 
 
 class Files(Records):
@@ -52,19 +60,19 @@ class Files(Records):
         self._root, self._paths = root, paths
 
     def read(self, row: int) -> bytes:
-        path = self.describe(row)
         try:
-            if "://" in path:
-                return epath.Path(path).read_bytes()
-            with open(path, "rb") as file:
-                return file.read()
+            return _read_file(self.describe(row))
         # A storage client raises errors of its own, not only OSError.
         except Exception as e:
-            raise ImageError(f"it can't be read: {type(e).__name__}: {e}") from e
+            raise ImageError(f"it can't be read: {_one_line(e)}") from e
 
     def describe(self, row: int) -> str:
         path = self._paths[row]
         return path if "://" in path else os.path.join(self._root, path)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 # Folders
@@ -106,7 +114,7 @@ def folder_dataset(path: str) -> Dataset:
     rows = sorted((path, label_of[c], s) for s, c, paths in found for path in paths)
     if ignored:
         few = ", ".join(f"{n:,} {kind}" for kind, n in ignored.most_common(5))
-        logger.warning("%s: ignored what is no image: %s", name, few)
+        logger.info("%s: ignored what is no image: %s", name, few)
     if (seconds := time.monotonic() - started) > 2:
         logger.info("%s: listed %s images in %.1f s", name, f"{len(rows):,}", seconds)
     labels = np.array([label for _, label, _ in rows], np.int32)
@@ -178,7 +186,7 @@ def _leads_back(link: str) -> bool:
 
 @functools.cache
 def manifest_dataset(path: str) -> Dataset:
-    """A dataset of a `.csv`, `.tsv` or `.jsonl` file with one image a row.
+    """A dataset of a `.csv`, `.tsv` or `.jsonl` file or gs:// URL with one image a row.
 
     Columns: `image` (a path from the manifest's folder, an absolute one or a URL); `label` (a class
     name or an integer) or `labels` (several: `a|b`, in JSON a list); `split` if there are any.
@@ -187,19 +195,21 @@ def manifest_dataset(path: str) -> Dataset:
       UserError: the file can't be read, or a column or a value is not as it should be.
     """
     name = f"manifest:{path}"
-    file = Path(path).expanduser().absolute()
+    file = path if "://" in path else os.path.abspath(os.path.expanduser(path))
+    ending = os.path.splitext(file)[1]
     readers: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = {
         ".csv": csv.DictReader,
         ".tsv": functools.partial(csv.DictReader, delimiter="\t"),
         ".jsonl": lambda lines: (json.loads(line) for line in lines if line.strip()),
     }
-    if file.suffix not in readers:
+    if ending not in readers:
         raise UserError(f"data.name={name!r}: expected a file that ends in {', '.join(readers)}")
     try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            rows = list(readers[file.suffix](lines))
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as e:
-        raise UserError(f"data.name={name!r} can't be read: {type(e).__name__}: {e}") from None
+        text = _read_file(file).decode("utf-8-sig")
+        rows = list(readers[ending](io.StringIO(text, newline="")))
+    # A storage client raises errors of its own.
+    except Exception as e:
+        raise UserError(f"data.name={name!r} can't be read: {_one_line(e)}") from None
     columns = _check_columns(rows, name)
     kind = "labels" if "labels" in columns else "label"
     paths = [str(row["image"]) for row in rows]
@@ -210,7 +220,7 @@ def manifest_dataset(path: str) -> Dataset:
     splits = None
     if "split" in columns:
         splits = [SPLITS.get(str(row["split"]), str(row["split"])) for row in rows]
-    records = Files(str(file.parent), paths)
+    records = Files(os.path.dirname(file), paths)
     _check_access(records, paths, name)
     return Dataset(name, info, records, labels, make_splits(labels, splits))
 
@@ -320,6 +330,12 @@ def _is_integer(label: int | str) -> bool:
 
 def _check_access(records: Files, paths: Sequence[str], name: str) -> None:
     """A wrong folder or missing credentials spoil every record: find out before the run."""
+    for row, path in enumerate(paths):
+        if "://" in path and not path.startswith(_STORES):
+            raise UserError(
+                f"data.name={name!r}: row {row + 1}: image {path!r}: expected a path, or a URL of "
+                f"{' or '.join(_STORES)}"
+            )
     for remote in (False, True):
         rows = [row for row, path in enumerate(paths) if ("://" in path) == remote][:8]
         error = None
@@ -334,5 +350,5 @@ def _check_access(records: Files, paths: Sequence[str], name: str) -> None:
                 raise UserError(
                     f"data.name={name!r}: none of its first images can be read, such as "
                     f"{records.describe(rows[-1])}: {error}; expected paths from the manifest's "
-                    "folder, or URLs that this machine may read"
+                    "folder, or URLs that this machine has the credentials and the package for"
                 )
