@@ -338,6 +338,14 @@ class Experiment:
         )
         return (put_batch(batch, self.mesh) for batch in batches)
 
+    def augmented_images(self) -> np.ndarray:
+        """The images of the first step as the model sees them, uint8 `[b, height, width, 3]`."""
+        rng, _ = jax.random.split(state_lib.step_rng(self.seed, 0))
+        images = self.objective.augment(next(self.train_batches(0)), rng)["image"]
+        args = self.config["objective"]
+        pixels = np.asarray(images) * args["pixel_std"] + args["pixel_mean"]
+        return np.uint8(np.round(255 * pixels.clip(0, 1)))
+
     def override_for_twice_as_long(self) -> str:
         """What to add to the command for a run of double length."""
         epochs = self.config["epochs"]

@@ -15,6 +15,12 @@ from vit_jax.data.datasets import Digits
 from vit_jax.utils.errors import UserError
 
 
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Where the contact sheets go."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def mixed_bag(tmp_path):
     """12 images with something of everything."""
@@ -54,11 +60,36 @@ def test_the_contact_sheet_shows_what_the_model_sees(mixed_bag, said, tmp_path):
     preprocess = "--preprocess=decode|resize(20)"
     check.main([mixed_bag, "--split=train[:1]", preprocess, f"--output={tmp_path / 'out'}"])
     sheet = cv2.imread(str(tmp_path / "out" / "contact_sheet.png"))
-    assert sheet.shape == (8 * 22, 8 * 22, 3)
-    tile = sheet[1:21, 1:21]
+    assert sheet.shape == (8 * 102, 8 * 102, 3)
+    tile = sheet[1:101, 1:101]
     assert len(np.unique(tile)) == 1
-    np.testing.assert_array_equal(sheet[23:43, 45:65], tile)
+    np.testing.assert_array_equal(sheet[103:203, 205:305], tile)
     assert said[-1] == f"wrote {tmp_path / 'out' / 'contact_sheet.png'}"
+
+
+def test_the_contact_sheet_shows_the_augmentation_of_a_config(said, tmp_path):
+    name = f"folder:{write_folder(tmp_path / 'bag', {'train/a': 40, 'test/a': 40}, start=60)}"
+    sheets = []
+    for extra in ({}, {"random_erasing": 1.0}):
+        config = tmp_path / "config.py"
+        config.write_text(
+            "from tests.tiny import tiny_config\n"
+            "def get_config():\n"
+            f"    return tiny_config(None, objective={extra}, mesh={{'fsdp': 4}},\n"
+            "        data__preprocess='decode|resize(8)', evals={}, data__batch_size=4096)\n"
+        )
+        assert check.main([name, f"--config={config}"]) == 0
+        assert said[-1] == "wrote runs/check/contact_sheet.png"
+        sheets.append(cv2.imread("runs/check/contact_sheet.png"))
+    whole, erased = (
+        s.reshape(8, 98, 8, 98, 3)[:, 1:97:12, :, 1:97:12].swapaxes(1, 2) for s in sheets
+    )
+    grey = whole[:, :, :1, :1]
+    assert (whole == grey).all()
+    assert set(grey.flatten()) == set(range(60, 100))
+    changed = (erased != whole).any(axis=(2, 3, 4))
+    assert changed.mean() > 0.9
+    assert (erased == whole).mean() > 0.5
 
 
 @pytest.mark.parametrize(
@@ -68,6 +99,7 @@ def test_the_contact_sheet_shows_what_the_model_sees(mixed_bag, said, tmp_path):
         (["{bag}", "--split=dev"], "--split='dev'"),
         (["{bag}", "--num_threads=0"], "--num_threads=0"),
         (["{bag}", "--preprocess=decode|resise(8)"], "'resise'"),
+        (["{bag}", "--config=none.py"], "--config=none.py: there is no file"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, words, mixed_bag):

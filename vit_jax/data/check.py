@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads every image of a dataset, and reports what is wrong or odd with it.
+"""Reads every image of a dataset, reports what is wrong or odd with it, and shows some of them.
 
 Exit code 1 says that some images can't be read.
 
 Examples:
   python -m vit_jax.data.check folder:/data/birds
-  python -m vit_jax.data.check folder:/data/birds --split=train --output=sheets \
-      --preprocess='decode|inception_crop(224)|flip_lr'
+  python -m vit_jax.data.check folder:/data/birds --config=configs/folder.py
 """
 
 import argparse
@@ -29,7 +28,10 @@ from PIL import Image
 from vit_jax.data.base import DatasetInfo, Source
 from vit_jax.data.decode import ImageError, decode_image, read_header
 from vit_jax.data.pipeline import DatasetSpec, train_batches
+from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources import dataset_info, open_source
+from vit_jax.experiment import Experiment
+from vit_jax.main import load_config
 from vit_jax.observe.console import console, report_errors, say, set_up
 from vit_jax.utils.errors import UserError
 
@@ -50,6 +52,7 @@ _SMALL, _LONG = 8, 8
 
 _LISTED = 10  # names in the report of each kind of finding
 _SHEET = 8  # rows and columns of the contact sheet
+_TILE = 96  # pixels of an image there at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,10 +202,34 @@ def _bar(count: int, largest: int) -> str:
     return "#" * round(40 * count / max(largest, 1))
 
 
-def write_contact_sheet(path: Path, spec: DatasetSpec, *, seed: int = 0) -> None:
-    """Writes a PNG of the first training images, prepared as the model would see them."""
-    batch = next(train_batches(spec, seed=seed, step=0))
-    images = np.pad(batch["image"], ((0, 0), (1, 1), (1, 1), (0, 0)))
+def prepare_images(args: argparse.Namespace) -> np.ndarray:
+    """Training images as a model would see them, uint8 `[64, height, width, 3]`.
+
+    Raises:
+      UserError: the config or the preprocessing won't do.
+    """
+    count = _SHEET**2
+    if args.config is None:
+        spec = DatasetSpec(args.SRC, args.split, args.preprocess, count, args.data_dir, "check")
+        spec.image_shape()
+        return next(train_batches(spec, seed=0, step=0))["image"]
+    # A batch for the sheet alone, on whichever devices there are.
+    overrides = {
+        "data.name": args.SRC,
+        "data.batch_size": count,
+        "optimizer.accum_steps": 1,
+        "mesh": {},
+    }
+    if args.data_dir is not None:
+        overrides["data.data_dir"] = args.data_dir
+    return Experiment.from_config(load_config(args.config, overrides)).augmented_images()
+
+
+def write_contact_sheet(path: Path, images: np.ndarray) -> None:
+    """Writes a PNG of uint8 images `[64, height, width, 3]`, small ones enlarged to be seen."""
+    times = -(-_TILE // max(images.shape[1:3]))
+    images = images.repeat(times, axis=1).repeat(times, axis=2)
+    images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     _, height, width, channels = images.shape
     rows = images.reshape(_SHEET, -1, height, width, channels).swapaxes(1, 2)
     sheet = rows.reshape(_SHEET * height, -1, channels)
@@ -224,31 +251,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("SRC", help="as data.name of a config, such as folder:/data/birds")
     parser.add_argument("--split", default="all", help="with slices; all by default")
     parser.add_argument("--data_dir", help="where TFDS keeps its datasets")
-    parser.add_argument("--preprocess", default="decode|resize(224)", help="of the contact sheet")
-    parser.add_argument("--output", type=Path, help="folder for contact_sheet.png")
+    sheet = parser.add_mutually_exclusive_group()
+    sheet.add_argument("--config", help="whose augmentation the contact sheet shows")
+    sheet.add_argument(
+        "--preprocess",
+        default="decode|inception_crop(224)|flip_lr",
+        help="of the contact sheet, where there is no config; %(default)r by default",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/check"),
+        help="folder for contact_sheet.png; %(default)s by default",
+    )
     parser.add_argument("--num_threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     if args.num_threads < 1:
         raise UserError(f"--num_threads={args.num_threads}: expected at least 1")
-    spec = DatasetSpec(
-        args.SRC,
-        args.split,
-        args.preprocess,
-        _SHEET**2,
-        args.data_dir,
-        "check",
-        num_threads=args.num_threads,
-    )
-    spec.ops()
+    parse_preprocess(args.preprocess, key="--preprocess")
     source = open_source(args.SRC, args.split, data_dir=args.data_dir, key="--split")
     findings = inspect(source, num_threads=args.num_threads)
     for line in report(findings, dataset_info(args.SRC, data_dir=args.data_dir)):
         say(line)
-    if args.output and any(f.size for f in findings):
-        sheet = args.output / "contact_sheet.png"
-        spec.image_shape()
-        write_contact_sheet(sheet, spec)
-        say(f"wrote {sheet}")
+    if any(f.size for f in findings):
+        path = args.output / "contact_sheet.png"
+        write_contact_sheet(path, prepare_images(args))
+        say(f"wrote {path}")
     return 1 if any(f.corrupt for f in findings) else 0
 
 

@@ -25,6 +25,8 @@ def set_up(*, quiet: bool) -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers = [_ConsoleHandler()]
+    # TFDS warns of each folder that is not prepared yet.
+    logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def say(text: str) -> None:
