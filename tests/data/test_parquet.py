@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.images import encode
+from vit_jax.data import parquet
 from vit_jax.data.decode import ImageError
 from vit_jax.data.parquet import RowGroups
 from vit_jax.data.pipeline import DatasetSpec, eval_batches
@@ -158,6 +159,25 @@ def test_labels_outside_of_the_names_are_refused(tmp_path):
     refuse(f"parquet:{tmp_path}", "row 2", "label 3 is out of range", "0 to 1")
     write(tmp_path / "y.parquet", [1, 2], ["a", "bb"], names=["a", "b"])
     refuse(f"parquet:{tmp_path / 'y.parquet'}", "row 2", "unknown label 'bb'")
+
+
+def test_files_that_contradict_each_other_are_refused(tmp_path):
+    write(tmp_path / "train-0.parquet", [1, 2], [0, 1], names=["a", "b"])
+    write(tmp_path / "train-1.parquet", [1, 2], [0, 1], names=["b", "a"])
+    refuse(f"parquet:{tmp_path}", "train-1.parquet has other class names", "train-0.parquet")
+    write(tmp_path / "some" / "train-0.parquet", [1, 2], [0, 1])
+    write(tmp_path / "some" / "more.parquet", [1, 2], [0, 1])
+    refuse(f"parquet:{tmp_path / 'some'}", "only some of its files are named for a split")
+
+
+def test_slow_reading_is_announced(birds, caplog, monkeypatch):
+    caplog.set_level("INFO", "vit_jax")
+    dataset_info(birds, data_dir=None)
+    assert not caplog.records
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 100)
+    parquet.parquet_dataset.cache_clear()
+    dataset_info(birds, data_dir=None)
+    assert "a row group, here of 3 rows" in caplog.records[0].message
 
 
 def test_without_pyarrow_the_extra_is_named(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ import collections
 import functools
 import glob
 import json
+import logging
 import os
 import re
 import threading
@@ -16,6 +17,8 @@ from vit_jax.data.base import Dataset, Records, make_splits
 from vit_jax.data.decode import ImageError
 from vit_jax.data.files import SPLITS, encode_labels
 from vit_jax.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # Images of row groups that were read stay in memory up to this size, all files together.
 CACHE_BYTES = 2**30
@@ -45,13 +48,13 @@ def parquet_dataset(path: str) -> Dataset:
     paths = sorted(glob.glob(pattern, recursive=True))
     if not paths:
         raise UserError(f"data.name={name!r}: there are no files {pattern}")
-    labels, splits, schemas = [], [], []
+    labels, splits, names = [], [], []
     try:
         files = [pq.ParquetFile(file, memory_map=True) for file in paths]
         for file_path, file in zip(paths, files, strict=True):
             schema = file.schema_arrow
             _check_schema(schema, file_path, name)
-            schemas.append(schema)
+            names.append(_class_names(schema))
             columns = [c for c in ("label", "split") if c in schema.names]
             table = file.read(columns=columns)
             labels += table.column("label").to_pylist()
@@ -63,10 +66,20 @@ def parquet_dataset(path: str) -> Dataset:
         raise UserError(
             f"data.name={name!r} can't be read: {' '.join(str(e).split())[:200]}"
         ) from None
-    info, codes = encode_labels(
-        labels, multi_label=False, name=name, class_names=_class_names(schemas[0])
-    )
+    for file_path, other in zip(paths, names, strict=True):
+        if other != names[0]:
+            raise UserError(
+                f"data.name={name!r}: {file_path} has other class names than {paths[0]}; expected "
+                "the same in all files"
+            )
+    info, codes = encode_labels(labels, multi_label=False, name=name, class_names=names[0])
+    _check_size(files, name)
     if None in splits:
+        if set(splits) != {None}:
+            raise UserError(
+                f"data.name={name!r}: only some of its files are named for a split; expected all, "
+                "as in train-0.parquet, or none"
+            )
         by_split = make_splits(codes, None)
     else:
         # In the order of the files: then evaluation reads each row group once.
@@ -91,6 +104,21 @@ def _check_schema(schema: Any, path: str, name: str) -> None:
         raise UserError(
             f"data.name={name!r}: {path}: column image is {image}; expected bytes, or a struct "
             "with bytes"
+        )
+
+
+def _check_size(files: list[Any], name: str) -> None:
+    """Says so where shuffled reading will be slow."""
+    groups = [f.metadata.row_group(g) for f in files for g in range(f.metadata.num_row_groups)]
+    size, rows = sum(g.total_byte_size for g in groups), sum(g.num_rows for g in groups)
+    if size > CACHE_BYTES:
+        logger.info(
+            "%s: %.1f GB, of which %.1f stay in memory: in a shuffled order most images cost the "
+            "read of a row group, here of %d rows on average; smaller ones read faster",
+            name,
+            size / 1e9,
+            CACHE_BYTES / 1e9,
+            rows // len(groups),
         )
 
 
