@@ -359,12 +359,7 @@ class Experiment:
         Raises:
           UserError: a split is missing or empty, or holds less than a batch to train on.
         """
-        length = len(self.train_data.open())
-        if length < self.train_data.batch_size:
-            raise UserError(
-                f"data.batch_size={self.train_data.batch_size} is more than the {length} examples "
-                f"to train on of {self.train_data}: expected at most that many"
-            )
+        _count_examples(self.train_data)
         for evaluator in self.evaluators:
             evaluator.data.open()
 
@@ -495,6 +490,16 @@ def _make_optimizer(
     return optimizer, {"name": name} | args | direction_args
 
 
+def _count_examples(data: DatasetSpec) -> int:
+    length = len(data.open())
+    if length < data.batch_size:
+        raise UserError(
+            f"data.batch_size={data.batch_size} is more than the {length} examples to train on of "
+            f"{data}: expected at most that many"
+        )
+    return length
+
+
 def _total_steps(top: Mapping[str, Any], data: DatasetSpec) -> int:
     steps, epochs = top["total_steps"], top["epochs"]
     if (steps is None) == (epochs is None):
@@ -502,7 +507,7 @@ def _total_steps(top: Mapping[str, Any], data: DatasetSpec) -> int:
     if epochs is not None:
         if not 0 < epochs < 1e9:
             raise UserError(f"epochs={epochs}: expected more than 0")
-        steps = round(epochs * len(data.open()) / data.batch_size)
+        steps = round(epochs * _count_examples(data) / data.batch_size)
     if steps < 1:
         raise UserError(
             f"total_steps={top['total_steps']}, epochs={epochs}: expected at least 1 step"

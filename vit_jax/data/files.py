@@ -48,7 +48,10 @@ logger = logging.getLogger(__name__)
 
 def _read_file(path: str) -> bytes:
     if "://" in path:
-        return epath.Path(path).read_bytes()
+        try:
+            return epath.Path(path).read_bytes()
+        except ImportError as e:
+            raise ImportError(f"{e}; vit_jax[gcs] has what reads gs://") from e
     with open(path, "rb") as file:
         return file.read()
 
