@@ -32,7 +32,7 @@ LAYERS = {
 }
 ALLOWED_IN = {
     "ml_collections": ("vit_jax.main", "vit_jax.experiment", "vit_jax.train"),
-    "absl": ("vit_jax.main",),
+    "absl": ("vit_jax.main", "vit_jax.observe.console"),
     "orbax": ("vit_jax.checkpoint",),
     "tensorflow_datasets": ("vit_jax.data",),
     "grain": ("vit_jax.data",),

@@ -17,14 +17,16 @@ from vit_jax import state as state_lib
 from vit_jax.checkpoint.manager import CheckpointOptions
 from vit_jax.checkpoint.pretrained.adapt import adapt_params, check_arguments
 from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.data.corrupt import MAX_CORRUPT, CorruptCounter
 from vit_jax.data.mixture import check_same_classes
 from vit_jax.data.pipeline import DatasetSpec, train_batches
-from vit_jax.evaluators.classification import EVALUATORS
+from vit_jax.evaluators.base import Evaluator
+from vit_jax.evaluators.kinds import EVALUATORS, JUDGE_HEAD
 from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.variants import MODELS
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.objectives.base import Objective
+from vit_jax.objectives.base import Objective, Params
 from vit_jax.objectives.supervised import OBJECTIVES
 from vit_jax.observe.console import say
 from vit_jax.observe.profiler import Profile
@@ -134,7 +136,7 @@ class Experiment:
     mesh: Mesh
     train_data: DatasetSpec
     max_corrupt: float
-    evaluators: tuple[Any, ...]
+    evaluators: tuple[Evaluator, ...]
     total_steps: int
     seed: int
     ema_decay: float | None
@@ -171,7 +173,9 @@ class Experiment:
         total_steps = _total_steps(top, data)
         optimizer, optimizer_args = _make_optimizer(section["optimizer"], total_steps, data, mesh)
         evaluators, eval_args = _make_evaluators(section["evals"], data, objective, mesh)
-        checkpoint, checkpoint_args = _make_checkpoint(section["checkpoint"], evaluators)
+        checkpoint, checkpoint_args = _make_checkpoint(
+            section["checkpoint"], evaluators, top["ema_decay"] is not None
+        )
         given = ("target_grid", "num_class_tokens")
         (adapt_args,) = bind(section["adapt"], adapt_params, key="adapt", given=given)
         (profile_args,) = bind(section["profile"], Profile, key="profile")
@@ -247,19 +251,43 @@ class Experiment:
             weights = load_pretrained(self.init_from)
         except UserError as e:
             raise UserError(f"init_from={self.init_from!r}: {e}") from e
+        params, notes = self.fit_params(weights, self.initial_params())
+        say(f"parameters from {self.init_from} ({weights.layout})")
+        for note in notes:
+            say(f"  {note}")
+        return jax.jit(self._make_state, out_shardings=shardings)(params)
+
+    def initial_params(self) -> Params:
+        """Parameters before any training, in the memory of the host."""
+        return jax.device_get(jax.jit(lambda: self._make_state().params)())
+
+    def fit_params(self, weights: Weights, initial: Params) -> tuple[Params, list[str]]:
+        """Adapts the parameters of a checkpoint to this model.
+
+        Args:
+          weights: of the checkpoint.
+          initial: what starts anew is taken from there.
+
+        Returns:
+          The parameters, and a line for each thing to know of them.
+
+        Raises:
+          UserError: they don't fit.
+        """
         check_arguments(weights, self.model)
-        target = jax.device_get(jax.jit(lambda: self._make_state().params)())
         params, notes = adapt_params(
             weights,
-            target,
+            initial,
             target_grid=self.model.grid(self.train_data.image_shape()[:2]),
             num_class_tokens=self.model.num_class_tokens,
             **self.adapt,
         )
-        say(f"parameters from {self.init_from} ({weights.layout})")
-        for note in (*weights.notes, *notes, *self._compare_preprocess(weights.preprocess)):
-            say(f"  {note}")
-        return jax.jit(self._make_state, out_shardings=shardings)(params)
+        return params, [*weights.notes, *notes, *self._compare_preprocess(weights.preprocess)]
+
+    def place_params(self, params: Params) -> Params:
+        """Puts parameters in the memory of the host on the devices that hold them."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state.params)
+        return jax.jit(lambda x: x, out_shardings=shardings)(params)
 
     @functools.cached_property
     def description(self) -> dict[str, Any]:
@@ -361,7 +389,7 @@ class Experiment:
         """
         _count_examples(self.train_data)
         for evaluator in self.evaluators:
-            evaluator.data.open()
+            evaluator.open()
 
 
 def _check_renamed(config: Mapping[str, Any]) -> None:
@@ -520,7 +548,7 @@ def _make_evaluators(
     train_data: DatasetSpec,
     objective: Objective,
     mesh: Mesh,
-) -> tuple[tuple[Any, ...], _Section]:
+) -> tuple[tuple[Evaluator, ...], _Section]:
     image_shape = train_data.image_shape()
     evaluators, resolved = [], {}
     for name, section in sections.items():
@@ -536,7 +564,8 @@ def _make_evaluators(
         data_args, args = bind(section, _eval_data, make, key=key, given=given)
         data_args["batch_size"] = data_args["batch_size"] or train_data.batch_size
         check_batch_size(data_args["batch_size"], mesh, key=f"{key}.batch_size")
-        data = _make_eval_spec(data_args, train_data, key=key)
+        same_classes = kind in JUDGE_HEAD
+        data = _make_eval_spec(data_args, train_data, key=key, same_classes=same_classes)
         if data.image_shape() != image_shape:
             raise UserError(
                 f"{key}.preprocess gives images of {data.image_shape()}, data.preprocess of "
@@ -547,7 +576,9 @@ def _make_evaluators(
     return tuple(evaluators), resolved
 
 
-def _make_eval_spec(args: _Section, train_data: DatasetSpec, *, key: str) -> DatasetSpec:
+def _make_eval_spec(
+    args: _Section, train_data: DatasetSpec, *, key: str, same_classes: bool
+) -> DatasetSpec:
     name = args["data_name"]
     if name is None and train_data.mixture:
         raise UserError(
@@ -563,7 +594,7 @@ def _make_eval_spec(args: _Section, train_data: DatasetSpec, *, key: str) -> Dat
         mixture=(),
         key=key,
     )
-    if name is not None:
+    if name is not None and same_classes:
         check_same_classes(
             train_data.info, data.info, str(train_data), name, key=f"{key}.data_name"
         )
@@ -571,22 +602,24 @@ def _make_eval_spec(args: _Section, train_data: DatasetSpec, *, key: str) -> Dat
 
 
 def _make_checkpoint(
-    section: _Section, evaluators: tuple[Any, ...]
+    section: _Section, evaluators: tuple[Evaluator, ...], ema: bool
 ) -> tuple[CheckpointOptions, _Section]:
     (args,) = bind(section, CheckpointOptions, key="checkpoint")
     options = CheckpointOptions(**args)
     if options.keep_best is None:
         return options, args
-    every = {e.name: e.every for e in evaluators}
-    name, _, metric = options.keep_best.partition("/")
-    if name not in every or metric not in ("top1", "loss"):
+    judges = {f"{e.name}/{metric}": e for e in evaluators for metric in e.metrics}
+    if ema:
+        judges |= {f"{e.name}_ema/{metric}": e for e in evaluators for metric in e.metrics}
+    if options.keep_best not in judges:
         raise UserError(
-            f"checkpoint.keep_best={options.keep_best!r}: expected NAME/top1 or NAME/loss of one "
-            f"of the evals: {', '.join(every) or 'none'}"
+            f"checkpoint.keep_best={options.keep_best!r}: expected a metric of one of the evals: "
+            f"{', '.join(sorted(judges)) or 'none'}"
         )
-    if not every[name] or options.every % every[name]:
+    judge = judges[options.keep_best]
+    if not judge.every or options.every % judge.every:
         raise UserError(
             f"checkpoint.every={options.every} with keep_best={options.keep_best!r}: expected a "
-            f"multiple of evals.{name}.every={every[name]}, to judge each checkpoint"
+            f"multiple of evals.{judge.name}.every={judge.every}, to judge each checkpoint"
         )
     return options, args

@@ -2,13 +2,14 @@
 """The training loop."""
 
 import dataclasses
-from typing import Any
+from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.data.corrupt import CorruptCounter, Counts, check_counts
+from vit_jax.evaluators.base import evaluate
 from vit_jax.experiment import Experiment
 from vit_jax.observe.console import say
 from vit_jax.observe.profiler import Profiler
@@ -59,7 +60,7 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
                 write_labels(folder, class_names)
             with MetricWriter(folder, step=start, active=main_process) as writer:
                 profiler = Profiler(folder, experiment.profile, active=main_process)
-                run(experiment, state, checkpoints, writer, profiler, start=start)
+                run(experiment, state, checkpoints, writer, profiler, folder=folder, start=start)
         last = checkpoints.latest_step() or 0
         report_end(
             workdir=folder,
@@ -77,6 +78,7 @@ def run(
     writer: MetricWriter,
     profiler: Profiler,
     *,
+    folder: Path,
     start: int,
 ) -> None:
     """Takes the steps after `start`, to the end.
@@ -106,24 +108,15 @@ def run(
             results = {}
             for evaluator in experiment.evaluators:
                 if due(step, evaluator.every, total):
+                    details = (folder, step) if step == total else None
                     with monitor.paused():
-                        results |= evaluate(evaluator, state)
+                        results |= evaluate(
+                            evaluator, state.params, state.ema_params, details=details
+                        )
             monitor.results(step, results)
             if save:
                 with monitor.paused():
                     checkpoints.save(step, state, results)
-
-
-def evaluate(evaluator: Any, state: TrainState) -> dict[str, float]:
-    """Results on the raw parameters, `NAME/...`, and on their average, `NAME_ema/...`."""
-    params = {evaluator.name: state.params}
-    if state.ema_params is not None:
-        params[f"{evaluator.name}_ema"] = state.ema_params
-    return {
-        f"{prefix}/{metric}": value
-        for prefix, tree in params.items()
-        for metric, value in evaluator.run(tree).items()
-    }
 
 
 def due(step: int, every: int, total: int) -> bool:

@@ -19,6 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from vit_jax.evaluators.base import lower_is_better
 from vit_jax.state import TrainState
 from vit_jax.utils.errors import UserError
 
@@ -34,7 +35,7 @@ class CheckpointOptions:
       every: steps from one to the next; the last step always has one.
       keep: how many of the newest are kept.
       keep_best: a metric such as `val/top1`; the checkpoint that is best by it is kept as well.
-        Higher is better, but for metrics that end in `loss`.
+        Which of two values is the better is known for each metric.
     """
 
     every: int = 1000
@@ -63,7 +64,8 @@ class CheckpointManager:
         preserve: list[Any] = [policies.LatestN(options.keep)]
         self._best = best = options.keep_best
 
-        worst = math.inf if best and best.endswith("loss") else -math.inf
+        lower = best is not None and lower_is_better(best)
+        worst = math.inf if lower else -math.inf
 
         def score(metrics: Mapping[str, float]) -> float:
             # Checkpoints of an earlier run may have been judged by another metric.
@@ -73,7 +75,7 @@ class CheckpointManager:
             preserve.append(
                 policies.BestN(
                     get_metric_fn=score,
-                    reverse=best.endswith("loss"),
+                    reverse=lower,
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 )
@@ -173,7 +175,7 @@ def load_params(folder: Path, *, item: str = "params") -> tuple[dict[str, Any], 
     Raises:
       UserError: there is no complete checkpoint, or it can't be read.
     """
-    checkpoint = _find_checkpoint(folder)
+    checkpoint = find_checkpoint(folder)
     path = checkpoint if (checkpoint / "_METADATA").exists() else checkpoint / item
     if not path.is_dir():
         raise UserError(
@@ -197,7 +199,17 @@ def load_params(folder: Path, *, item: str = "params") -> tuple[dict[str, Any], 
     return params, described
 
 
-def _find_checkpoint(folder: Path) -> Path:
+def list_steps(workdir: Path) -> list[int]:
+    """Steps of the complete checkpoints of a workdir."""
+    return sorted(int(p.name) for p in (workdir / FOLDER).glob("*") if p.name.isdigit())
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint of a workdir, or of a folder of checkpoints; or the one it is.
+
+    Raises:
+      UserError: it is none of them.
+    """
     runs = folder / FOLDER if (folder / FOLDER).is_dir() else folder
     steps = [int(p.name) for p in runs.glob("*") if p.name.isdigit()]
     if steps:

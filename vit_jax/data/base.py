@@ -4,6 +4,7 @@
 import abc
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,10 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def describe(self, index: int) -> str:
         """Where a record comes from: a path, or a dataset and a position."""
+
+    def file_name(self, index: int) -> str:
+        """Name of the image's file, as far as it is known."""
+        return os.path.basename(self.describe(index))
 
     def successor(self, index: int) -> int:
         """The position of the record that stands in for one that can't be read."""

@@ -41,6 +41,7 @@ class DatasetSpec:
       key: the config section, for errors.
       num_threads: that decode and crop; 0 for none beside the caller, None for one a core, but one.
       mixture: (name, split, weight) of each source to mix, in place of `name` and `split`.
+      split_key: of the split in the config section, for errors.
     """
 
     name: str
@@ -51,6 +52,7 @@ class DatasetSpec:
     key: str
     num_threads: int | None = None
     mixture: tuple[tuple[str, str, float], ...] = ()
+    split_key: str = "split"
 
     @property
     def info(self) -> DatasetInfo:
@@ -99,7 +101,7 @@ class DatasetSpec:
     def open(self) -> Source:
         """The records; of a mixture those of all its sources, one after the other."""
         if not self.mixture:
-            return self._open(self.name, self.split, "split")
+            return self._open(self.name, self.split, self.split_key)
         return Mixture([self._open(name, split, "mixture") for name, split, _ in self.mixture])
 
     def _open(self, name: str, split: str, key: str) -> Source:

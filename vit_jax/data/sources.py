@@ -120,6 +120,10 @@ class TfdsSource(Source):
     def describe(self, index: int) -> str:
         return f"{self._name}[{index}]"
 
+    def file_name(self, index: int) -> str:
+        name = self._records[index].get("file_name", self.describe(index))
+        return name.decode() if isinstance(name, bytes) else str(name)
+
 
 def open_source(name: str, split: str, *, data_dir: str | None, key: str) -> Source:
     """Opens a split, preparing a TFDS dataset first if that was never done.

@@ -1,43 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy and loss over a whole split, exact on any mesh."""
+"""Accuracy, loss and calibration of a classifier over a whole split, exact on any mesh."""
 
+import csv
 import dataclasses
 import functools
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh
 
 from vit_jax.data.corrupt import CorruptCounter
-from vit_jax.data.pipeline import DatasetSpec, eval_batches
+from vit_jax.data.pipeline import DatasetSpec
+from vit_jax.evaluators.base import (
+    check_every,
+    map_split,
+    replicate_outputs,
+    write_details,
+    write_file,
+)
+from vit_jax.evaluators.metrics import accuracy_by_class, average_precisions
+from vit_jax.evaluators.real import find_labels, read_labels
 from vit_jax.losses import make_targets, sigmoid_cross_entropy, softmax_cross_entropy
 from vit_jax.objectives.base import Batch, Objective, Params
-from vit_jax.parallel.mesh import process_shards, put_batch
+from vit_jax.observe.console import say
 from vit_jax.utils.errors import UserError
+
+# Of the confidence, for the calibration error.
+NUM_BINS = 15
+
+# The label has to be among so many of the most likely classes; not shown for so few in all.
+_TOP = 5
 
 
 def batch_sums(params: Params, batch: Batch, *, objective: Objective) -> dict[str, jax.Array]:
     """Sums over the examples of a batch whose mask is 1.
 
     Where examples have several labels, `top1` counts those whose most likely class is one of them,
-    and `loss` is the sum of binary cross entropies.
+    and `loss` is the sum of binary cross entropies. Else there are `top5`, if there are more than 5
+    classes, and for each bin of confidence `bin_confidence` and `bin_hits`.
     """
     logits = objective.predict(params, batch)["logits"].astype(jnp.float32)
-    mask = batch["mask"]
-    targets = make_targets(batch["label"], logits.shape[-1])
-    several = batch["label"].ndim == 2
+    return _sum_up(logits, batch)
+
+
+def batch_results(
+    params: Params, batch: Batch, *, objective: Objective
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """`batch_sums`, and what is needed of each example: `label, mask, predicted` or `logits`."""
+    logits = objective.predict(params, batch)["logits"].astype(jnp.float32)
+    rows = {"label": batch["label"], "mask": batch["mask"]}
+    if batch["label"].ndim == 2:
+        rows["logits"] = logits[:, : batch["label"].shape[-1]]
+    else:
+        rows["predicted"] = jnp.argmax(logits, axis=-1)
+    return _sum_up(logits, batch), rows
+
+
+def _sum_up(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    label, mask = batch["label"], batch["mask"]
+    targets = make_targets(label, logits.shape[-1])
+    several = label.ndim == 2
     hits = jnp.take_along_axis(targets, jnp.argmax(logits, axis=-1)[:, None], axis=-1)[:, 0]
     loss = sigmoid_cross_entropy if several else softmax_cross_entropy
-    return {
+    sums = {
         "top1": jnp.sum(mask * hits),
         "loss": jnp.sum(mask * loss(logits, targets)),
         "count": jnp.sum(mask),
     }
+    if several:
+        return sums
+    if logits.shape[-1] > _TOP:
+        sums["top5"] = jnp.sum(mask * (_rank(logits, label) < _TOP))
+    confidence = jnp.exp(logits.max(axis=-1) - jax.nn.logsumexp(logits, axis=-1))
+    # Bins are open below and closed above, as published.
+    bins = jnp.clip(jnp.ceil(confidence * NUM_BINS).astype(jnp.int32) - 1, 0, NUM_BINS - 1)
+    in_bin = mask[:, None] * jax.nn.one_hot(bins, NUM_BINS)
+    sums["bin_confidence"] = jnp.sum(in_bin * confidence[:, None], axis=0)
+    sums["bin_hits"] = jnp.sum(in_bin * hits[:, None], axis=0)
+    return sums
+
+
+def _rank(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """How many classes come before the label; of equal ones, those of smaller index.
+
+    Counted, not sorted, so that logits that are sharded by classes stay so. What is no number
+    comes first.
+    """
+    index = jnp.arange(logits.shape[-1])
+    own = jnp.sum(jnp.where(index == label[:, None], logits, 0), axis=-1, keepdims=True)
+    behind = (logits < own) | ((logits == own) & (index >= label[:, None]))
+    return jnp.sum(~behind, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-    """Top-1 accuracy and cross entropy.
+    """Judges the logits.
 
     Attributes:
       name: prefix of its metrics, such as `val`.
@@ -45,6 +107,7 @@ class Classification:
       every: steps between evaluations; 0 for the end only.
       objective: whose predictions are judged.
       mesh: that the batches are put on.
+      real_json: file of the ReaL labels; None to leave them out.
     """
 
     name: str
@@ -52,6 +115,15 @@ class Classification:
     every: int
     objective: Objective
     mesh: Mesh
+    real_json: str | None = None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        if self.data.info.multi_label:
+            return ("top1", "loss", "mAP")
+        top5 = ("top5",) if self.data.info.num_classes > _TOP else ()
+        real = ("real_top1",) if self.real_json else ()
+        return ("top1", *top5, "loss", "ece", "mean_per_class", *real)
 
     @functools.cached_property
     def _corrupt(self) -> CorruptCounter:
@@ -59,42 +131,128 @@ class Classification:
         return CorruptCounter()
 
     @functools.cached_property
-    def _batch_sums(self):
-        replicated = NamedSharding(self.mesh, PartitionSpec())
-        return jax.jit(
-            functools.partial(batch_sums, objective=self.objective), out_shardings=replicated
+    def _batch_results(self):
+        return replicate_outputs(
+            functools.partial(batch_results, objective=self.objective), self.mesh
         )
 
-    def run(self, params: Params) -> dict[str, float]:
-        """Returns the means `top1` and `loss` and the `count` of examples seen.
+    @functools.cached_property
+    def _real(self) -> list[frozenset[int]]:
+        key = f"evals.{self.name}.real_json"
+        return find_labels(read_labels(self.real_json or "", key=key), self.data.open(), key=key)
+
+    def open(self) -> None:
+        self.data.open()
+        if self.real_json:
+            _ = self._real
+
+    def run(self, params: Params, *, details: Path | None = None) -> dict[str, float]:
+        """Means over the split by metric, and the `count` of examples seen.
 
         Records that can't be read are left out; if there are any, `corrupt` is their number.
 
         Raises:
           UserError: none can be read.
         """
-        shards, num_shards = process_shards(self.mesh)
-        batches = eval_batches(
-            self.data, shards=shards, num_shards=num_shards, corrupt=self._corrupt
-        )
-        sums = [self._batch_sums(params, put_batch(batch, self.mesh)) for batch in batches]
-        total = {k: sum(float(s[k]) for s in jax.device_get(sums)) for k in sums[0]}
+        total: dict[str, Any] = {}
+        collected: list[dict[str, np.ndarray]] = []
+        for sums, rows in map_split(
+            self._batch_results,
+            params,
+            self.data,
+            name=self.name,
+            mesh=self.mesh,
+            corrupt=self._corrupt,
+        ):
+            for k, v in sums.items():
+                total[k] = total.get(k, 0.0) + np.asarray(v, np.float64)
+            collected.append(rows)
         count = int(total.pop("count"))
         if not count:
             raise UserError(f"evals.{self.name}: no image of {self.data.split} can be read")
-        results = {k: v / count for k, v in total.items()} | {"count": count}
+        rows = {k: np.concatenate([r[k] for r in collected]) for k in collected[0]}
+        seen = np.flatnonzero(rows.pop("mask"))
+        rows = {k: v[seen] for k, v in rows.items()}
+        if "bin_hits" in total:
+            # The mean gap between confidence and accuracy of Guo et al., arXiv:1706.04599, eq. 3.
+            total["ece"] = np.abs(total.pop("bin_confidence") - total.pop("bin_hits")).sum()
+        results = {k: float(v) / count for k, v in total.items()}
+        more, written = self._judge_rows(rows, seen)
+        results |= more | {"count": count}
         if corrupt := len(self.data.open()) - count:
             results["corrupt"] = corrupt
+        if details is not None:
+            write_details(details, {"results": results, "classes": written})
+            if "predicted" in rows:
+                _write_confusion(details, rows["label"], rows["predicted"], self.data)
         return results
+
+    def _judge_rows(
+        self, rows: dict[str, np.ndarray], seen: np.ndarray
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics of the whole split, and a record for each class."""
+        names = self.data.info.class_names
+        if "logits" in rows:
+            values = average_precisions(rows["logits"], rows["label"])
+            counts = rows["label"].sum(axis=0).astype(int)
+            metric, results = "average_precision", {"mAP": _mean(values)}
+        else:
+            num_classes = self.data.info.num_classes
+            values, counts = accuracy_by_class(rows["label"], rows["predicted"], num_classes)
+            metric, results = "accuracy", {"mean_per_class": _mean(values)}
+        if self.real_json:
+            results |= _judge_real(rows["predicted"], [self._real[i] for i in seen])
+        return results, [
+            {
+                "label": label,
+                "name": names[label] if names else None,
+                "count": int(counts[label]),
+                metric: float(values[label]) if counts[label] else None,
+            }
+            for label in range(len(values))
+        ]
+
+
+def _mean(values: np.ndarray) -> float:
+    """Over the classes that have examples."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else 0.0
+
+
+def _judge_real(predicted: np.ndarray, labels: Sequence[frozenset[int]]) -> dict[str, float]:
+    """Accuracy where any of the labels is right; images without labels do not count."""
+    hits = [int(p) in several for p, several in zip(predicted, labels, strict=True) if several]
+    return {"real_top1": float(np.mean(hits)) if hits else 0.0, "real_count": len(hits)}
+
+
+def _write_confusion(
+    details: Path, labels: np.ndarray, predicted: np.ndarray, data: DatasetSpec
+) -> None:
+    """Writes the confusion matrix as `label,predicted,count`, without its zeros."""
+    pairs, counts = np.unique(np.stack([labels, predicted], 1), axis=0, return_counts=True)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("label", "predicted", "count"))
+    writer.writerows([*pair, count] for pair, count in zip(pairs.tolist(), counts, strict=True))
+    path = Path(f"{details}_confusion.csv")
+    write_file(path, text.getvalue())
+    say(f"wrote {details}.json and {path}: results by class of {data.split}")
 
 
 def make_classification(
-    *, name: str, data: DatasetSpec, objective: Objective, mesh: Mesh, every: int = 0
+    *,
+    name: str,
+    data: DatasetSpec,
+    objective: Objective,
+    mesh: Mesh,
+    every: int = 0,
+    real_json: str | None = None,
 ) -> Classification:
     """A `Classification` from config values, checked."""
-    if every < 0:
-        raise UserError(f"evals.{name}.every={every}: expected steps, or 0 for the end only")
-    return Classification(name, data, every, objective, mesh)
-
-
-EVALUATORS = {"classification": make_classification}
+    check_every(every, name=name)
+    if real_json is not None and data.info.multi_label:
+        raise UserError(
+            f"evals.{name}.real_json={real_json!r}: expected a dataset with one label an example, "
+            f"and {data} has several"
+        )
+    return Classification(name, data, every, objective, mesh, real_json)

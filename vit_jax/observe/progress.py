@@ -14,6 +14,37 @@ import rich.progress
 from vit_jax.observe.console import console, say
 from vit_jax.observe.writer import MetricWriter
 
+# Seconds between two lines of `Pace`.
+_PACE = 10.0
+
+
+class Pace:
+    """Says every ten seconds how far a long piece of work is; nothing if it is a short one.
+
+    Args:
+      work: what is done, for the screen.
+      total: number of units to do.
+      unit: what is counted, such as "images".
+    """
+
+    def __init__(self, work: str, *, total: int, unit: str):
+        self._work, self._total, self._unit, self._done = work, total, unit, 0
+        self._started = self._said = time.perf_counter()
+
+    def advance(self, count: int) -> None:
+        """Counts units that are done."""
+        self._done = min(self._done + count, self._total)
+        now = time.perf_counter()
+        if now - self._said < _PACE:
+            return
+        self._said = now
+        speed = self._done / (now - self._started)
+        left = datetime.timedelta(seconds=round((self._total - self._done) / speed))
+        say(
+            f"{self._work}  {self._done:,}/{self._total:,} {self._unit}  {speed:,.0f} "
+            f"{self._unit}/s  ETA {left}"
+        )
+
 
 class DivergedError(Exception):
     """The loss, the gradient or the parameters are no longer numbers."""
@@ -98,7 +129,7 @@ class Monitor:
         if not results:
             return
         self._writer.write(step, results)
-        shown = {k: v for k, v in results.items() if not k.endswith("/count")}
+        shown = {k: v for k, v in results.items() if not k.endswith("count")}
         words = [f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4f}" for k, v in shown.items()]
         say(f"step {step}/{self._total}  {'  '.join(words)}")
 
