@@ -66,7 +66,15 @@ def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
         raise UserError(f"--config={value}: {type(e).__name__}: {e}") from e
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={value}: get_config gives {config!r}; expected a ConfigDict")
-    config = config.to_dict()
+    return override_config(config.to_dict(), overrides)
+
+
+def override_config(config: dict[str, Any], overrides: dict[str, Any]) -> ConfigDict:
+    """Puts values by dotted key into the sections of a config.
+
+    Raises:
+      UserError: a key lies below a value.
+    """
     for key, override in overrides.items():
         *parents, leaf = key.split(".")
         section = config

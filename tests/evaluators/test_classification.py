@@ -167,7 +167,7 @@ def test_a_negative_cadence_is_refused(data_dir):
         make_classification(name="val", data=data, objective=Linear(), mesh=make_mesh(), every=-1)
 
 
-def test_details_have_each_class_and_the_confusion_matrix(data_dir, tmp_path, want, said):
+def test_details_have_each_class_and_the_confusion_matrix(data_dir, tmp_path, want):
     results = evaluator(data_dir).run(PARAMS, details=tmp_path / "evals" / "val_7")
     details = json.loads((tmp_path / "evals" / "val_7.json").read_text())
     assert details["results"] == results
@@ -178,7 +178,6 @@ def test_details_have_each_class_and_the_confusion_matrix(data_dir, tmp_path, wa
         pairs = {(r["label"], r["predicted"]): r["count"] for r in csv.DictReader(file)}
     matrix = [[int(pairs.get((str(i), str(j)), 0)) for j in range(10)] for i in range(10)]
     np.testing.assert_array_equal(matrix, want["confusion"])
-    assert any("val_7_confusion.csv" in line for line in said)
 
 
 def test_a_class_without_examples_is_left_out_of_the_mean():
@@ -209,7 +208,7 @@ def test_equal_logits_are_ranked_by_class_and_what_is_no_number_is_wrong():
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_mean_average_precision_is_that_of_scikit_learn(devices, tmp_path, said):
+def test_mean_average_precision_is_that_of_scikit_learn(devices, tmp_path):
     rng = np.random.default_rng(5)
     lines = ["image,labels"]
     for i in range(21):

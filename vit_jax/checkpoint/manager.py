@@ -6,12 +6,13 @@ says which model they are of, and what it expects of images. A checkpoint appear
 only once it is complete.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,10 @@ class CheckpointManager:
         """
         step = self.latest_step()
         items = {k: ocp.args.StandardRestore(v) for k, v in _items(abstract_state).items()}
-        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
         try:
-            found = self._manager.restore(step, args=ocp.args.Composite(**items))
-            sys.unraisablehook = hook
+            with _quiet_reads():
+                found = self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, TypeError, OSError) as e:
-            # The hook stays: Orbax drops the reads under way, and they complain later.
             reason = " ".join(str(e).split())[:160]
             raise UserError(
                 f"--workdir: the checkpoint {self._directory / str(step)} can't be restored "
@@ -140,6 +139,14 @@ class CheckpointManager:
         return TrainState(
             params=found["params"], ema_params=found.get("ema_params"), **found["training"]
         )
+
+
+@contextlib.contextmanager
+def _quiet_reads() -> Iterator[None]:
+    """Around a restore: if it fails, Orbax drops the reads under way, and they complain later."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    yield
+    sys.unraisablehook = hook  # After a failure the other one stays.
 
 
 def _remove_halves(directory: Path) -> None:
@@ -189,7 +196,8 @@ def load_params(folder: Path, *, item: str = "params") -> tuple[dict[str, Any], 
             abstract = jax.tree.map(
                 lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), stored
             )
-            params = checkpointer.restore(path, abstract)
+            with _quiet_reads():
+                params = checkpointer.restore(path, abstract)
         description = checkpoint / _DESCRIPTION / "metadata"
         described = json.loads(description.read_text()) if description.exists() else {}
     except Exception as e:

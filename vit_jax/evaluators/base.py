@@ -70,7 +70,7 @@ def evaluate(
     params: Params,
     ema_params: Params | None,
     *,
-    details: tuple[Path, int] | None = None,
+    details: tuple[Path, int | str] | None = None,
 ) -> dict[str, float]:
     """Results on the raw parameters, `NAME/...`, and on their average, `NAME_ema/...`.
 
@@ -78,7 +78,7 @@ def evaluate(
       evaluator: that judges.
       params: raw parameters.
       ema_params: their average, if there is one.
-      details: the workdir and the step of files with further results, `evals/NAME_STEP...`; None
+      details: the workdir and the step, for files of further results, `evals/NAME_STEP...`; None
         for none.
     """
     trees = {evaluator.name: params}

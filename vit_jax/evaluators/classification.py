@@ -27,7 +27,6 @@ from vit_jax.evaluators.metrics import accuracy_by_class, average_precisions
 from vit_jax.evaluators.real import find_labels, read_labels
 from vit_jax.losses import make_targets, sigmoid_cross_entropy, softmax_cross_entropy
 from vit_jax.objectives.base import Batch, Objective, Params
-from vit_jax.observe.console import say
 from vit_jax.utils.errors import UserError
 
 # Of the confidence, for the calibration error.
@@ -178,13 +177,16 @@ class Classification:
             total["ece"] = np.abs(total.pop("bin_confidence") - total.pop("bin_hits")).sum()
         results = {k: float(v) / count for k, v in total.items()}
         more, written = self._judge_rows(rows, seen)
-        results |= more | {"count": count}
+        results |= more
+        # In the order of importance, for the screen.
+        results = {k: results.pop(k) for k in self.metrics if k in results} | results
+        results["count"] = count
         if corrupt := len(self.data.open()) - count:
             results["corrupt"] = corrupt
         if details is not None:
             write_details(details, {"results": results, "classes": written})
             if "predicted" in rows:
-                _write_confusion(details, rows["label"], rows["predicted"], self.data)
+                _write_confusion(details, rows["label"], rows["predicted"])
         return results
 
     def _judge_rows(
@@ -225,18 +227,14 @@ def _judge_real(predicted: np.ndarray, labels: Sequence[frozenset[int]]) -> dict
     return {"real_top1": float(np.mean(hits)) if hits else 0.0, "real_count": len(hits)}
 
 
-def _write_confusion(
-    details: Path, labels: np.ndarray, predicted: np.ndarray, data: DatasetSpec
-) -> None:
+def _write_confusion(details: Path, labels: np.ndarray, predicted: np.ndarray) -> None:
     """Writes the confusion matrix as `label,predicted,count`, without its zeros."""
     pairs, counts = np.unique(np.stack([labels, predicted], 1), axis=0, return_counts=True)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("label", "predicted", "count"))
     writer.writerows([*pair, count] for pair, count in zip(pairs.tolist(), counts, strict=True))
-    path = Path(f"{details}_confusion.csv")
-    write_file(path, text.getvalue())
-    say(f"wrote {details}.json and {path}: results by class of {data.split}")
+    write_file(Path(f"{details}_confusion.csv"), text.getvalue())
 
 
 def make_classification(

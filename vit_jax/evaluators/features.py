@@ -80,6 +80,11 @@ class FeatureEvaluator(abc.ABC):
         return results
 
     @functools.cached_property
+    def _said(self) -> set[str]:
+        # Splits whose size has been said.
+        return set()
+
+    @functools.cached_property
     def _corrupt(self) -> CorruptCounter:
         return CorruptCounter(None)
 
@@ -117,11 +122,13 @@ class FeatureEvaluator(abc.ABC):
                 f"evals.{self.name}: the model gives features of the shape {shape} for an image; "
                 "expected a vector: set model.classifier to 'token', 'gap' or 'map'"
             )
-        size = 4 * total * shape[0] / 2**20
-        say(
-            f"{self.name}: features of {total:,} images of {data}, {shape[0]:,} values each: "
-            f"{size:,.1f} MiB of host memory"
-        )
+        if data.split not in self._said:
+            self._said.add(data.split)
+            size = 4 * total * shape[0] / 2**20
+            say(
+                f"{self.name}: features of {total:,} images of {data}, {shape[0]:,} values each: "
+                f"{size:,.1f} MiB of host memory"
+            )
         return Features(np.empty((total, *shape), np.float32), np.empty(total, np.int32))
 
 

@@ -14,13 +14,15 @@ from vit_jax.utils.errors import UserError
 console = rich.console.Console(highlight=False)
 
 
-def set_up(*, quiet: bool) -> None:
+def set_up(*, quiet: bool, to_stderr: bool = False) -> None:
     """Sends the package's log messages to the console.
 
     Args:
       quiet: whether to silence a process, but for warnings.
+      to_stderr: whether to write there, and to leave stdout for what a program reads.
     """
     console.quiet = quiet
+    console.stderr = to_stderr
     logger = logging.getLogger("vit_jax")
     logger.setLevel(logging.INFO)
     logger.propagate = False

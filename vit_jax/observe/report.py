@@ -12,6 +12,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 import vit_jax
+from vit_jax.evaluators.base import FOLDER
 from vit_jax.observe.console import console, say
 from vit_jax.observe.writer import METRICS, TENSORBOARD, read_metrics
 from vit_jax.utils import tree
@@ -49,6 +50,8 @@ def report_end(
             say(f"  {split + ' accuracy':<15} {100 * value:.2f} %  ({right})")
     say(f"  {'checkpoint':<15} {checkpoint}")
     say(f"  {'logs':<15} {workdir / METRICS}, {workdir / TENSORBOARD}")
+    if (workdir / FOLDER).is_dir():
+        say(f"  {'by class':<15} {workdir / FOLDER}")
     say(f"  {'to train on':<15} {longer}")
 
 

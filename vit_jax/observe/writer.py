@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metric files of a run: `metrics.jsonl` and TensorBoard events."""
 
+import contextlib
 import json
 import os
 import time
@@ -68,4 +69,25 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError:
             break
+    return records
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends an object as a line, on a line of its own even after half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        file.seek(0, os.SEEK_END)
+        torn = False
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read() != b"\n"
+        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects that `append_record` wrote; lines that are torn are left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
     return records

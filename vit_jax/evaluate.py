@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Evaluates checkpoints: one of a run, one of others, or all that a run writes, as it writes them.
+
+The evaluators are those of the config, which is the workdir's own or that of --config.
+
+Examples:
+  python -m vit_jax.evaluate --workdir=runs/digits
+  python -m vit_jax.evaluate --workdir=runs/digits --checkpoint=2000 --details
+  python -m vit_jax.evaluate --workdir=runs/digits --follow
+  python -m vit_jax.evaluate --workdir=runs/digits --config.evals.near.name=knn \
+      --config.evals.near.train_split=train --config.evals.near.split=test \
+      --config.evals.near.preprocess='decode|resize(16)'
+  python -m vit_jax.evaluate --config=configs/vit.py:b16,imagenet2012 \
+      --init_from=augreg+imagenet2012:B/16@384 --output=b16.jsonl
+"""
+
+import argparse
+import json
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from vit_jax.checkpoint.manager import FOLDER, find_checkpoint, list_steps
+from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.evaluators.base import FOLDER as DETAILS
+from vit_jax.evaluators.base import evaluate
+from vit_jax.evaluators.kinds import JUDGE_HEAD
+from vit_jax.experiment import Experiment
+from vit_jax.main import load_config, override_config, parse_overrides
+from vit_jax.objectives.base import Params
+from vit_jax.observe import console
+from vit_jax.observe.console import say
+from vit_jax.observe.writer import append_record, read_records
+from vit_jax.utils.errors import UserError
+from vit_jax.workdir import CONFIG
+
+RESULTS = "evals.jsonl"
+
+# Seconds between two looks into the workdir, and what the removal of a checkpoint may take.
+_POLL = 2.0
+_REMOVAL = 10.0
+
+
+class FollowTimeoutError(Exception):
+    """No new checkpoint has come for too long."""
+
+
+class Judge:
+    """Evaluates one checkpoint after the other by the evaluators of one experiment.
+
+    Args:
+      experiment: whose model, mesh and evaluators are used.
+      workdir: that details are written to; None to write none.
+    """
+
+    def __init__(self, experiment: Experiment, *, workdir: Path | None = None):
+        self._experiment, self._workdir = experiment, workdir
+        self._initial = experiment.initial_params()
+        self._notes: list[str] = []
+
+    @property
+    def names(self) -> set[str]:
+        """Of the evaluators."""
+        return {evaluator.name for evaluator in self._experiment.evaluators}
+
+    def load(self, source: str) -> tuple[Params, Params | None]:
+        """Reads the parameters of a checkpoint and, if it has one, their average.
+
+        How they were made to fit is said when it differs from the checkpoint before.
+
+        Args:
+          source: as `load_pretrained` takes it.
+
+        Raises:
+          UserError: they can't be read or don't fit, or a head that is judged is not in it.
+        """
+        params = self._load(source)
+        if not (Path(source) / "ema_params").is_dir():
+            return params, None
+        return params, self._load(f"{source}:ema_params")
+
+    def record(self, source: str, loaded: tuple[Params, Params | None]) -> dict[str, Any]:
+        """The results of all evaluators on what `load` gave, with `checkpoint` and `step`.
+
+        The step is that of the run's checkpoint, None for weights of another kind.
+        """
+        name = Path(source).name
+        step = int(name) if name.isdigit() else None
+        record: dict[str, Any] = {"checkpoint": source, "step": step}
+        files = re.sub(r"[^\w.-]+", "_", source) if step is None else step
+        details = None if self._workdir is None else (self._workdir, files)
+        for evaluator in self._experiment.evaluators:
+            record |= evaluate(evaluator, *loaded, details=details)
+        return record
+
+    def _load(self, source: str) -> Params:
+        weights = load_pretrained(source)
+        params, notes = self._experiment.fit_params(weights, self._initial)
+        self._check_head(params, source)
+        say(f"evaluating {source} ({weights.layout})")
+        if notes != self._notes:
+            for note in notes:
+                say(f"  {note}")
+        self._notes = notes
+        return self._experiment.place_params(params)
+
+    def _check_head(self, params: Params, source: str) -> None:
+        evals = self._experiment.config["evals"]
+        judged = [name for name, section in evals.items() if section["name"] in JUDGE_HEAD]
+        if not judged or "head" not in params:
+            return
+        kernel = params["head"]["kernel"]
+        fresh = kernel is self._initial["head"]["kernel"]
+        if fresh or not np.any(kernel):
+            state = "does not fit this model" if fresh else "was published untrained, all zero"
+            raise UserError(
+                f"{source}: its head {state}, so evals.{judged[0]} would judge a random one: "
+                "set config.model and config.data to those of the checkpoint, or leave it out "
+                f"with --config.evals.{judged[0]}=None"
+            )
+
+
+def follow(
+    judge: Judge,
+    workdir: Path,
+    output: Path,
+    *,
+    total: int,
+    timeout: float,
+    report: Callable[[dict[str, Any]], None],
+) -> None:
+    """Evaluates the checkpoints of a run as another process writes them, each once.
+
+    Args:
+      judge: that evaluates.
+      workdir: of the run.
+      output: of the results: a step that it has with all evaluators is not evaluated again.
+      total: the step after which the run is complete.
+      timeout: seconds to wait for the next checkpoint.
+      report: takes the record of each checkpoint.
+
+    Raises:
+      FollowTimeoutError: none has come for so long.
+    """
+    done = {
+        record["step"]
+        for record in read_records(output)
+        if isinstance(record.get("step"), int)
+        and judge.names <= {key.partition("/")[0] for key in record}
+    }
+    since = time.monotonic()
+    while True:
+        todo = [step for step in list_steps(workdir) if step not in done]
+        if todo:
+            # The oldest first: it will be removed first.
+            done.add(todo[0])
+            _follow_step(judge, workdir / FOLDER / str(todo[0]), report)
+            since = time.monotonic()
+        elif max(done, default=0) >= total:
+            return
+        elif time.monotonic() - since > timeout:
+            raise FollowTimeoutError(
+                f"no new checkpoint in {workdir / FOLDER} for {timeout:g} s; the newest is of "
+                f"step {max(done, default=0)} of {total}"
+            )
+        else:
+            time.sleep(_POLL)
+
+
+def _follow_step(judge: Judge, checkpoint: Path, report: Callable[[dict[str, Any]], None]) -> None:
+    try:
+        loaded = judge.load(str(checkpoint))
+    except UserError:
+        # Removing takes a while, and what is half removed can't be read.
+        until = time.monotonic() + _REMOVAL
+        while checkpoint.exists() and time.monotonic() < until:
+            time.sleep(_REMOVAL / 100)
+        if checkpoint.exists():
+            raise
+        say(f"{checkpoint} was removed before it was evaluated")
+        return
+    report(judge.record(str(checkpoint), loaded))
+
+
+def show(record: Mapping[str, Any]) -> list[str]:
+    """A record as the lines of a table: a metric a line, by raw parameters and by their average."""
+    table: dict[str, dict[str, Any]] = {}
+    for key, value in record.items():
+        name, slash, metric = key.partition("/")
+        if slash:
+            column = "average" if name.endswith("_ema") else "parameters"
+            table.setdefault(f"{name.removesuffix('_ema')}/{metric}", {})[column] = value
+    columns = [c for c in ("parameters", "average") if any(c in row for row in table.values())]
+    width = max(map(len, table), default=0)
+    lines = [f"{record['checkpoint']}", " ".join([" " * width, *(f"{c:>11}" for c in columns)])]
+    for metric, row in table.items():
+        cells = [_format(row[c]) if c in row else "" for c in columns]
+        lines.append(" ".join([f"{metric:<{width}}", *(f"{cell:>11}" for cell in cells)]))
+    return lines
+
+
+def _format(value: float) -> str:
+    return (
+        f"{value:,}"
+        if isinstance(value, int)
+        else f"{value:.4g}"
+        if value < 1e-3
+        else f"{value:.4f}"
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's arguments, without overrides of the config.
+
+    Raises:
+      UserError: they don't go together.
+    """
+    parser = _Parser(
+        prog="python -m vit_jax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", type=Path, help="of the run")
+    parser.add_argument("--config", help="file in place of the workdir's; --config.KEY=VALUE too")
+    parser.add_argument("--checkpoint", help="a step of the run, or a path; the newest by default")
+    parser.add_argument("--init_from", help="weights of any kind, as in a config")
+    parser.add_argument("--json", action="store_true", help="print an object a line, no table")
+    parser.add_argument("--output", type=Path, help=f"file to append to; WORKDIR/{RESULTS}")
+    parser.add_argument(
+        "--details", action="store_true", help="write results by class, ... to WORKDIR/evals"
+    )
+    parser.add_argument("--follow", action="store_true", help="evaluate all checkpoints to come")
+    parser.add_argument(
+        "--timeout", type=float, default=3600, help="of --follow: seconds without a checkpoint"
+    )
+    args = parser.parse_args(argv)
+    if args.workdir is None and args.config is None:
+        raise UserError("--workdir and --config are missing: expected one of them, or both")
+    if args.workdir is None and not (args.init_from or args.checkpoint):
+        raise UserError("--workdir, --checkpoint and --init_from are missing: expected one of them")
+    if args.init_from and args.checkpoint:
+        raise UserError(
+            f"--init_from={args.init_from} and --checkpoint={args.checkpoint}: expected one of them"
+        )
+    if args.follow and (args.workdir is None or args.init_from or args.checkpoint):
+        raise UserError("--follow: expected --workdir, and no --checkpoint or --init_from")
+    if args.details and args.workdir is None:
+        raise UserError("--details: expected --workdir, in which to write them")
+    return args
+
+
+def make_experiment(args: argparse.Namespace, overrides: dict[str, Any]) -> Experiment:
+    """The experiment of --config or of the workdir, with what only training needs left out.
+
+    Raises:
+      UserError: there is no config, it is wrong, or it has no evaluator.
+    """
+    if args.config:
+        config = load_config(args.config, {}).to_dict()
+    else:
+        config = _read_config(args.workdir / CONFIG, wait=args.timeout if args.follow else 0)
+    # A checkpoint of the run has all that the run started anew, its head among them.
+    adapt = {k: v for k, v in (config.get("adapt") or {}).items() if k != "dont_load"}
+    config |= {"adapt": adapt, "init_from": None, "checkpoint": None, "profile": None}
+    experiment = Experiment.from_config(override_config(config, overrides))
+    if not experiment.evaluators:
+        raise UserError(
+            "config.evals is empty: expected evaluators, such as --config.evals.val.split=test "
+            "with --config.evals.val.preprocess=..."
+        )
+    for evaluator in experiment.evaluators:
+        evaluator.open()
+    return experiment
+
+
+def _read_config(file: Path, *, wait: float) -> dict[str, Any]:
+    until = time.monotonic() + wait
+    while not file.exists() and time.monotonic() < until:
+        time.sleep(_POLL)
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"--workdir={str(file.parent)!r}: {file} can't be read ({type(e).__name__}); expected "
+            "the workdir of a run, or --config"
+        ) from None
+    return _as_tuples(config)
+
+
+def _as_tuples(value: Any) -> Any:
+    """JSON has lists for tuples."""
+    if isinstance(value, dict):
+        return {k: _as_tuples(v) for k, v in value.items()}
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def find_source(args: argparse.Namespace) -> str:
+    """What is to be evaluated, as `load_pretrained` takes it; of a run its newest checkpoint.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    source = args.init_from or args.checkpoint or str(args.workdir)
+    if args.checkpoint and args.checkpoint.isdigit():
+        steps = list_steps(args.workdir) if args.workdir else []
+        if int(args.checkpoint) not in steps:
+            raise UserError(
+                f"--checkpoint={args.checkpoint}: --workdir={args.workdir} has "
+                f"{', '.join(map(str, steps)) or 'no checkpoints'}"
+            )
+        return str(args.workdir / FOLDER / args.checkpoint)
+    return str(find_checkpoint(Path(source))) if Path(source).is_dir() else source
+
+
+def main(argv: Sequence[str]) -> None:
+    """Evaluates, shows the results and appends them to a file."""
+    overrides, rest = parse_overrides(list(argv))
+    args = parse_arguments(rest)
+    console.set_up(quiet=False, to_stderr=args.json)
+    output = args.output or (args.workdir / RESULTS if args.workdir else None)
+
+    def report(record: dict[str, Any]) -> None:
+        if output is not None:
+            append_record(output, record)
+        if args.json:
+            print(json.dumps(record), flush=True)
+        else:
+            for line in show(record):
+                say(line)
+
+    source = None if args.follow else find_source(args)
+    experiment = make_experiment(args, overrides)
+    judge = Judge(experiment, workdir=args.workdir if args.details else None)
+    if source is not None:
+        report(judge.record(source, judge.load(source)))
+    else:
+        assert output is not None  # --follow comes with --workdir
+        total = experiment.total_steps
+        follow(judge, args.workdir, output, total=total, timeout=args.timeout, report=report)
+        say(f"{args.workdir} is complete at step {total}")
+    if output is not None:
+        say(f"results are in {output}")
+    if args.details:
+        say(f"details are in {args.workdir / DETAILS}")
+
+
+def run() -> None:
+    """The command: exit code 2 for bad input, 1 if --follow has waited too long."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        with console.report_errors():
+            main(sys.argv[1:])
+    except FollowTimeoutError as e:
+        console.print_error(e)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("vit_jax: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()
