@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command that evaluates checkpoints, once or beside a run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.tiny import tiny_config
+from vit_jax import evaluate
+from vit_jax.checkpoint.manager import list_steps
+from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.checkpoint.pretrained.npz import write_npz
+from vit_jax.evaluate import FollowTimeoutError, main
+from vit_jax.observe.writer import append_record, read_metrics, read_records
+from vit_jax.train import train
+from vit_jax.utils.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+# Evaluators of features, as a person adds them to the evaluators of a run.
+FEATURES = [
+    f"--config.evals.{name}.{key}={value}"
+    for name, options in {
+        "near": {"name": "knn", "k": "(1,5)"},
+        "few": {"name": "fewshot", "shots": "(1,5)", "seeds": 1},
+        "probe": {"name": "linear_probe", "steps": 20},
+    }.items()
+    for key, value in {
+        **options,
+        "split": "test[:50]",
+        "train_split": "train[:100]",
+        "preprocess": "decode",
+    }.items()
+]
+
+
+def config(data_dir, **changes):
+    return tiny_config(data_dir, ema_decay=0.5, checkpoint__keep=9, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """A workdir with checkpoints of the steps 4 and 8."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    train(config(data_dir), str(workdir), command="train")
+    return workdir
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it, to write to."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def config_file(data_dir, tmp_path):
+    """The config of the run as a file."""
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict({config(data_dir).to_dict()!r})\n"
+    )
+    return file
+
+
+def test_the_newest_checkpoint_scores_what_the_run_said(run, said):
+    main([f"--workdir={run}"])
+    (record,) = read_records(run / "evals.jsonl")
+    trained = read_metrics(run)[-1]
+    scores = {k: v for k, v in trained.items() if k.startswith("val")}
+    assert {"val/top1", "val_ema/top1", "val/ece", "val_ema/loss"} <= scores.keys()
+    assert record == {"checkpoint": str(run / "checkpoints" / "8"), "step": 8} | scores
+    lines = "\n".join(said)
+    assert "parameters     average" in lines
+    assert f"val/top1               {scores['val/top1']:.4f}" in lines
+    assert not (run / "evals" / "near_8.json").exists()
+
+
+def test_a_step_is_evaluated_by_all_evaluators_with_details(run):
+    main([f"--workdir={run}", "--checkpoint=4", "--details", *FEATURES])
+    (record,) = read_records(run / "evals.jsonl")
+    trained = next(r for r in read_metrics(run) if r["step"] == 4 and "val/top1" in r)
+    assert record["step"] == 4
+    assert {k: record[k] for k in trained if k.startswith("val")} == {
+        k: v for k, v in trained.items() if k.startswith("val")
+    }
+    for metric in ("near/1nn", "near_ema/5nn", "few/1shot", "few_ema/5shot", "probe/top1"):
+        assert 0 <= record[metric] <= 1
+    names = {path.name for path in (run / "evals").iterdir()}
+    assert {"val_4.json", "val_ema_4_confusion.csv", "few_4.json", "probe_ema_4.json"} <= names
+
+
+def test_json_is_all_that_stands_on_stdout(run, tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "vit_jax.evaluate",
+            f"--workdir={run}",
+            "--json",
+            f"--output={tmp_path / 'out.jsonl'}",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(done.stdout)] == read_records(tmp_path / "out.jsonl")
+    assert "head: kept, 10 classes" in done.stderr
+    assert not (run / "evals.jsonl").exists()
+
+
+def test_weights_of_others_need_a_config_and_no_workdir(run, config_file, tmp_path, said):
+    write_npz(tmp_path / "vit.npz", load_pretrained(str(run)))
+    output = tmp_path / "out" / "npz.jsonl"
+    main([f"--config={config_file}", f"--init_from={tmp_path / 'vit.npz'}", f"--output={output}"])
+    (record,) = read_records(output)
+    assert record["step"] is None
+    trained = read_metrics(run)[-1]
+    for metric in ("val/top1", "val/loss"):
+        np.testing.assert_allclose(record[metric], trained[metric], rtol=1e-6)
+    assert "val_ema/top1" not in record
+    assert any("head: kept, 10 classes" in line for line in said)
+
+
+def test_what_is_adapted_is_said(run, said):
+    small = "decode|resize(6)"
+    sizes = [f"--config.data.preprocess={small}", f"--config.evals.val.preprocess={small}"]
+    main([f"--workdir={run}", *sizes])
+    assert any("position embeddings: resized from 4x4 to 3x3" in line for line in said)
+
+
+def test_what_a_run_started_anew_is_loaded_from_its_own_checkpoint(run):
+    stored = json.loads((run / "config.json").read_text())
+    stored["adapt"]["dont_load"] = ["head/.*"]
+    stored["init_from"] = "augreg:B/16"
+    (run / "config.json").write_text(json.dumps(stored))
+    main([f"--workdir={run}"])
+    (record,) = read_records(run / "evals.jsonl")
+    assert record["val/top1"] == read_metrics(run)[-1]["val/top1"]
+
+
+@pytest.fixture
+def headless(run, tmp_path):
+    """Files of the run's weights: with another head, and with one of zeros."""
+    weights = load_pretrained(str(run))
+    files = []
+    for name, head in (("other", np.ones((16, 21))), ("zero", np.zeros((16, 10)))):
+        weights.params.update({"head/kernel": head, "head/bias": np.zeros(head.shape[1])})
+        weights.params.update({k: v.astype(np.float32) for k, v in weights.params.items()})
+        files.append(tmp_path / f"{name}.npz")
+        write_npz(files[-1], weights)
+    return files
+
+
+def test_a_head_that_was_not_trained_is_refused_where_it_is_judged(headless, config_file, tmp_path):
+    for file, reason in zip(headless, ("does not fit", "published untrained"), strict=True):
+        with pytest.raises(UserError, match=reason) as e:
+            main([f"--config={config_file}", f"--init_from={file}"])
+        assert "--config.evals.val=None" in str(e.value)
+        features = [f"--output={tmp_path / file.stem}", "--config.evals.val=None", *FEATURES[:5]]
+        main([f"--config={config_file}", f"--init_from={file}", *features])
+        assert "near/1nn" in read_records(tmp_path / file.stem)[0]
+
+
+def test_following_a_run_evaluates_each_checkpoint_once(run, tmp_path, monkeypatch, said):
+    monkeypatch.setattr(evaluate, "_POLL", 0.05)
+    store = tmp_path / "store"
+    shutil.move(run / "checkpoints", store)
+    settings = (run / "config.json").read_text()
+    (run / "config.json").unlink()
+
+    def write():
+        """As a run does it: the config first, a checkpoint whole under its name."""
+        time.sleep(0.2)
+        (run / "config.json").write_text(settings)
+        (run / "checkpoints").mkdir()
+        for step in ("4", "8"):
+            time.sleep(0.3)
+            os.replace(store / step, run / "checkpoints" / step)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    main([f"--workdir={run}", "--follow", "--timeout=60"])
+    writer.join()
+    records = read_records(run / "evals.jsonl")
+    assert [r["step"] for r in records] == [4, 8]
+    said.clear()
+    main([f"--workdir={run}", "--follow", "--timeout=60"])
+    assert read_records(run / "evals.jsonl") == records
+    assert not any("evaluating" in line for line in said)
+    # With one more evaluator they are not done.
+    main([f"--workdir={run}", "--follow", "--config.evals.val=None", *FEATURES[:5]])
+    assert [r["step"] for r in read_records(run / "evals.jsonl")] == [4, 8, 4, 8]
+
+
+def test_following_ends_when_no_checkpoint_comes(run, monkeypatch):
+    monkeypatch.setattr(evaluate, "_POLL", 0.05)
+    shutil.rmtree(run / "checkpoints" / "8")
+    with pytest.raises(FollowTimeoutError, match=r"newest is of step 4 of 8"):
+        main([f"--workdir={run}", "--follow", "--timeout=0.1"])
+    assert [r["step"] for r in read_records(run / "evals.jsonl")] == [4]
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(run, monkeypatch, said):
+    load = evaluate.Judge.load
+
+    def load_late(judge, source):
+        if source.endswith("/4"):  # Half of it is gone, and the rest will be in a moment.
+            shutil.rmtree(Path(source) / "params")
+            threading.Timer(0.2, shutil.rmtree, [source]).start()
+        return load(judge, source)
+
+    monkeypatch.setattr(evaluate.Judge, "load", load_late)
+    main([f"--workdir={run}", "--follow"])
+    assert [r["step"] for r in read_records(run / "evals.jsonl")] == [8]
+    assert any("checkpoints/4 was removed before it was evaluated" in line for line in said)
+
+
+def test_a_damaged_checkpoint_ends_following(run, monkeypatch):
+    monkeypatch.setattr(evaluate, "_REMOVAL", 0.1)
+    shutil.rmtree(run / "checkpoints" / "4" / "params")
+    with pytest.raises(UserError, match=r"there is no .*4/params"):
+        main([f"--workdir={run}", "--follow"])
+
+
+BAD = {
+    "nothing": ([], ["--workdir and --config are missing"]),
+    "only a config": (["--config=x.py"], ["--checkpoint and --init_from are missing"]),
+    "unknown flag": (["--wrkdir=x"], ["--wrkdir=x"]),
+    "no run": (["--workdir=/nowhere", "--checkpoint=1"], ["/nowhere", "no checkpoints"]),
+    "no config": (
+        ["--workdir=/nowhere", "--init_from=a.npz"],
+        ["/nowhere/config.json", "--config"],
+    ),
+    "no such step": (["--workdir=RUN", "--checkpoint=5"], ["--checkpoint=5", "has 4, 8"]),
+    "two sources": (
+        ["--workdir=RUN", "--checkpoint=4", "--init_from=x.npz"],
+        ["--init_from=x.npz", "--checkpoint=4"],
+    ),
+    "following one": (["--workdir=RUN", "--follow", "--checkpoint=4"], ["--follow"]),
+    "details nowhere": (["--config=x.py", "--init_from=x.npz", "--details"], ["--details"]),
+    "no evaluators": (["--workdir=RUN", "--config.evals=None"], ["config.evals is empty"]),
+    "unknown key": (
+        ["--workdir=RUN", "--config.evals.val.shot=5"],
+        ["evals.val.shot"],
+    ),
+    "unknown evaluator": (
+        ["--workdir=RUN", "--config.evals.val.name=knnn"],
+        ["evals.val.name='knnn'", "'knn'"],
+    ),
+    "unknown training split": (
+        ["--workdir=RUN", "--config.evals.val.name=knn", "--config.evals.val.train_split=trian"],
+        ["evals.val.train_split='trian'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case, finished):
+    arguments, named = BAD[case]
+    with pytest.raises(UserError) as e:
+        main([a.replace("RUN", str(finished)) for a in arguments])
+    for text in named:
+        assert text in str(e.value)
+    assert "\n" not in str(e.value)
+    assert list_steps(finished) == [4, 8]
+
+
+def test_bad_input_is_one_line_and_exit_code_2():
+    done = subprocess.run(
+        [sys.executable, "-m", "vit_jax.evaluate", "--workdir"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("vit_jax: error: argument --workdir")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_torn_record_does_not_spoil_the_next(tmp_path):
+    path = tmp_path / "evals.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "val')
+    append_record(path, {"step": 3})
+    assert read_records(path) == [{"step": 1}, {"step": 3}]
+
+
+def test_the_best_checkpoint_by_a_metric_of_the_average_is_kept(data_dir, tmp_path):
+    best = {"every": 2, "keep": 1, "keep_best": "val_ema/ece"}
+    changes = {"evals__val__every": 2, "checkpoint": best, "optimizer__lr": 0.1}
+    train(tiny_config(data_dir, ema_decay=0.5, **changes), str(tmp_path / "w"), command="train")
+    errors = {r["step"]: r["val_ema/ece"] for r in read_metrics(tmp_path / "w") if "val/ece" in r}
+    assert sorted(errors) == [2, 4, 6, 8]
+    assert list_steps(tmp_path / "w") == sorted({min(errors, key=errors.__getitem__), 8})
