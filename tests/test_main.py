@@ -75,7 +75,7 @@ BAD_INPUT = {
     ),
     "best of nothing": (
         ["--config.checkpoint.keep_best=best/top1"],
-        ["checkpoint.keep_best='best/top1'", "test, val"],
+        ["checkpoint.keep_best='best/top1'", "test/ece", "val/top1"],
     ),
     "steps and epochs": (["--config.epochs=3"], ["total_steps=4", "epochs=3", "exactly one"]),
     "old learning rate": (["--config.base_lr=0.1"], ["config.base_lr", "config.optimizer.lr"]),
