@@ -52,9 +52,14 @@ def test_a_run_leaves_config_metrics_and_checkpoint(finished):
     assert sorted(p.name for p in finished.iterdir()) == [
         "checkpoints",
         "config.json",
+        "evals",
         "metrics.jsonl",
         "tensorboard",
     ]
+    assert {p.name for p in (finished / "evals").iterdir()} == {
+        "val_8.json",
+        "val_8_confusion.csv",
+    }
     assert {p.name for p in (finished / "checkpoints").iterdir()} == {"4", "8"}
     config = json.loads((finished / "config.json").read_text())
     assert config["data"]["batch_size"] == 16
