@@ -183,9 +183,7 @@ def test_a_longer_run_goes_on_from_where_it_was(data_dir, tmp_path, said):
 
 def test_newest_and_best_checkpoints_are_kept(data_dir, tmp_path, monkeypatch):
     scores = iter([0.1, 0.9, 0.3, 0.2, 0.4])
-    monkeypatch.setattr(
-        train_module, "evaluate", lambda evaluator, state: {"val/top1": next(scores)}
-    )
+    monkeypatch.setattr(train_module, "evaluate", lambda *_, details: {"val/top1": next(scores)})
     options = {"checkpoint__keep": 2, "checkpoint__keep_best": "val/top1", "checkpoint__every": 2}
     for steps in (6, 10):  # the second run must know of the first one's best
         config = tiny_config(data_dir, total_steps=steps, evals__val__every=2, **options)
