@@ -372,7 +372,7 @@ class Experiment:
         images = self.objective.augment(next(self.train_batches(0)), rng)["image"]
         args = self.config["objective"]
         pixels = np.asarray(images) * args["pixel_std"] + args["pixel_mean"]
-        return np.uint8(np.round(255 * pixels.clip(0, 1)))
+        return np.round(255 * pixels.clip(0, 1)).astype(np.uint8)
 
     def override_for_twice_as_long(self) -> str:
         """What to add to the command for a run of double length."""
