@@ -16,7 +16,6 @@ Examples:
 
 import argparse
 import json
-import logging
 import re
 import sys
 import time
@@ -206,13 +205,9 @@ def show(record: Mapping[str, Any]) -> list[str]:
 
 
 def _format(value: float) -> str:
-    return (
-        f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:.4g}"
-        if value < 1e-3
-        else f"{value:.4f}"
-    )
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if value < 1e-3 else f"{value:.4f}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -358,7 +353,6 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """The command: exit code 2 for bad input, 1 if --follow has waited too long."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         with console.report_errors():
             main(sys.argv[1:])
