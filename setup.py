@@ -49,7 +49,7 @@ setup(
         "ml-collections>=1.0",
         "numpy>=2.0",
         "opencv-python-headless>=4.11.0.86",
-        "optax>=0.2.5",
+        "optax>=0.2.8",
         "orbax-checkpoint>=0.11.30",
         "pillow>=10.0",
         "rich>=13.0",

@@ -42,13 +42,15 @@ def get_config() -> ConfigDict:
         "name": "adamw",
         "lr": 1e-3,
         "schedule": "cosine",
-        "warmup_steps": 50,  # below the steps of 100 epochs of any folder that fills a batch
+        "warmup_percent": 5,
+        "lr_scaling": "sqrt",
+        "base_batch_size": 512,
         "weight_decay": 0.1,
         "grad_clip_norm": 1.0,
     }
     config.evals = {
-        "val": {"split": "train[98%:]", "preprocess": preprocess, "every": 500},
+        "val": {"split": "train[98%:]", "preprocess": preprocess, "every_percent": 5},
         "test": {"split": "test", "preprocess": preprocess},
     }
-    config.checkpoint = {"every": 500}
+    config.checkpoint = {"every_percent": 5}
     return config

@@ -10,7 +10,8 @@ import pytest
 
 from vit_jax.models.variants import make_vit
 from vit_jax.objectives.supervised import make_supervised
-from vit_jax.optim.optimizer import make_optimizer, sgd
+from vit_jax.optim.directions import sgd
+from vit_jax.optim.optimizer import make_optimizer
 from vit_jax.state import TrainState, init_rng, init_state, step_rng, train_step
 
 

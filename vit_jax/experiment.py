@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,9 @@ from vit_jax.objectives.base import Objective, Params
 from vit_jax.objectives.supervised import OBJECTIVES
 from vit_jax.observe.console import say
 from vit_jax.observe.profiler import Profile
-from vit_jax.optim.optimizer import DIRECTIONS, Optimizer, make_optimizer
+from vit_jax.optim.directions import DIRECTIONS
+from vit_jax.optim.optimizer import Optimizer, make_optimizer
+from vit_jax.optim.schedules import drop_other_units
 from vit_jax.parallel.mesh import (
     batch_sharding,
     check_batch_size,
@@ -40,6 +42,14 @@ from vit_jax.parallel.mesh import (
 )
 from vit_jax.parallel.sharding import constrain, infer_shardings
 from vit_jax.state import TrainState
+from vit_jax.utils.durations import (
+    LENGTH,
+    Clock,
+    every_steps,
+    find_duration,
+    split_every,
+    to_steps,
+)
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import bind, check_type, lookup
 
@@ -88,7 +98,8 @@ def _top_level(
     optimizer: dict,
     seed: int = 0,
     total_steps: int | None = None,
-    epochs: int | float | None = None,
+    epochs: float | None = None,
+    examples: float | None = None,
     mesh: dict | None = None,
     objective: dict | None = None,
     ema_decay: float | None = None,
@@ -149,19 +160,26 @@ class Experiment:
 
     @classmethod
     def from_config(
-        cls, config: ConfigDict | Mapping[str, Any], *, devices: Sequence[Any] | None = None
+        cls,
+        config: ConfigDict | Mapping[str, Any],
+        *,
+        devices: Sequence[Any] | None = None,
+        epoch_examples: int | None = None,
     ) -> "Experiment":
         """Builds the experiment that a config describes.
 
         Args:
           config: see `docs/architecture.md` for the keys.
           devices: of the mesh; all by default.
+          epoch_examples: of the training data, where that is not at hand; it is opened to count
+            them if a duration needs it.
 
         Raises:
           UserError: an unknown key or name, or values that don't go together.
         """
         config = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
         _check_renamed(config)
+        config, log_every = split_every(config, "log_every")
         (top,) = bind(config, _top_level, key="config")
         _check_top_level(top)
         section = {k: dict(top[k] or {}) for k in _SECTIONS}
@@ -170,12 +188,19 @@ class Experiment:
         data, data_args = _make_data(section["data"], mesh)
         model, model_args = _make_model(section["model"], data, mesh)
         objective, objective_args = _make_objective(section["objective"], model, data)
-        total_steps = _total_steps(top, data)
-        optimizer, optimizer_args = _make_optimizer(section["optimizer"], total_steps, data, mesh)
-        evaluators, eval_args = _make_evaluators(section["evals"], data, objective, mesh)
-        checkpoint, checkpoint_args = _make_checkpoint(
-            section["checkpoint"], evaluators, top["ema_decay"] is not None
+        clock = _make_clock(data, epoch_examples)
+        total_steps = _total_steps(top, clock)
+        every = functools.partial(_resolve_every, clock=clock, total_steps=total_steps)
+        optimizer, optimizer_args = _make_optimizer(section["optimizer"], total_steps, clock, mesh)
+        evaluators, eval_args = _make_evaluators(
+            section["evals"], data, objective, mesh, every=every
         )
+        checkpoint, checkpoint_args = _make_checkpoint(
+            section["checkpoint"], evaluators, top["ema_decay"] is not None, every=every
+        )
+        if log_every:
+            steps = every_steps(log_every, "log_every", clock=clock, total_steps=total_steps)
+            top["log_every"] = max(steps, 1)
         given = ("target_grid", "num_class_tokens")
         (adapt_args,) = bind(section["adapt"], adapt_params, key="adapt", given=given)
         (profile_args,) = bind(section["profile"], Profile, key="profile")
@@ -195,7 +220,8 @@ class Experiment:
             checkpoint=checkpoint,
             log_every=top["log_every"],
             profile=Profile(**profile_args),
-            config=top
+            config={k: v for k, v in top.items() if not (log_every and k == "log_every")}
+            | log_every
             | {
                 "mesh": mesh_args,
                 "data": data_args,
@@ -222,7 +248,7 @@ class Experiment:
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the train state."""
         shapes = jax.eval_shape(self._make_state)
-        shardings = infer_shardings(shapes, self.mesh)
+        shardings = infer_shardings(shapes, self.mesh, params=shapes.params)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
         )
@@ -376,10 +402,8 @@ class Experiment:
 
     def override_for_twice_as_long(self) -> str:
         """What to add to the command for a run of double length."""
-        epochs = self.config["epochs"]
-        if epochs is None:
-            return f"--config.total_steps={2 * self.total_steps}"
-        return f"--config.epochs={2 * epochs}"
+        key = next(key for key in LENGTH if self.config[key] is not None)
+        return f"--config.{key}={2 * self.config[key]}"
 
     def open_data(self) -> None:
         """Opens every split that the run will need, so that a missing one is found at once.
@@ -500,22 +524,22 @@ def _make_objective(
 
 
 def _make_optimizer(
-    section: _Section, total_steps: int, data: DatasetSpec, mesh: Mesh
+    section: _Section, total_steps: int, clock: Clock, mesh: Mesh
 ) -> tuple[Optimizer, _Section]:
     name, direction = _by_name(section, DIRECTIONS, "adamw", key="optimizer")
-    given = ("direction", "total_steps")
+    given = ("direction", "total_steps", "clock")
     args, direction_args = bind(section, make_optimizer, direction, key="optimizer", given=given)
     optimizer = make_optimizer(
-        direction=direction(**direction_args), total_steps=total_steps, **args
+        direction=direction(**direction_args), total_steps=total_steps, clock=clock, **args
     )
-    if data.batch_size % optimizer.accum_steps:
+    if clock.batch_size % optimizer.accum_steps:
         raise UserError(
             f"optimizer.accum_steps={optimizer.accum_steps} does not divide "
-            f"data.batch_size={data.batch_size}"
+            f"data.batch_size={clock.batch_size}"
         )
-    micro_batch = data.batch_size // optimizer.accum_steps
+    micro_batch = clock.batch_size // optimizer.accum_steps
     check_batch_size(micro_batch, mesh, key="data.batch_size / optimizer.accum_steps")
-    return optimizer, {"name": name} | args | direction_args
+    return optimizer, {"name": name} | drop_other_units(args) | direction_args
 
 
 def _count_examples(data: DatasetSpec) -> int:
@@ -528,19 +552,43 @@ def _count_examples(data: DatasetSpec) -> int:
     return length
 
 
-def _total_steps(top: Mapping[str, Any], data: DatasetSpec) -> int:
-    steps, epochs = top["total_steps"], top["epochs"]
-    if (steps is None) == (epochs is None):
-        raise UserError(f"total_steps={steps} and epochs={epochs}: expected exactly one of them")
-    if epochs is not None:
-        if not 0 < epochs < 1e9:
-            raise UserError(f"epochs={epochs}: expected more than 0")
-        steps = round(epochs * _count_examples(data) / data.batch_size)
+def _make_clock(data: DatasetSpec, epoch_examples: int | None) -> Clock:
+    def count() -> int:
+        return _count_examples(data) if epoch_examples is None else epoch_examples
+
+    return Clock(data.batch_size, count)
+
+
+def _total_steps(top: Mapping[str, Any], clock: Clock) -> int:
+    lengths = " and ".join(f"{key}={top[key]}" for key in LENGTH)
+    found = find_duration(top, LENGTH)
+    if found is None:
+        raise UserError(f"{lengths}: expected exactly one of them")
+    key, value = found
+    steps = to_steps(value, LENGTH[key], clock=clock)
     if steps < 1:
-        raise UserError(
-            f"total_steps={top['total_steps']}, epochs={epochs}: expected at least 1 step"
-        )
+        raise UserError(f"{key}={value}: expected at least 1 step")
     return steps
+
+
+class _Every(Protocol):
+    """Gives a section with `every` in steps, and the key that it has in its place, if any."""
+
+    def __call__(self, section: _Section, *, key: str) -> tuple[_Section, _Section]: ...
+
+
+def _resolve_every(
+    section: _Section, *, key: str, clock: Clock, total_steps: int
+) -> tuple[_Section, _Section]:
+    rest, given = split_every(section, "every", prefix=f"{key}.")
+    if given:
+        rest["every"] = every_steps(given, "every", clock=clock, total_steps=total_steps)
+    return rest, given
+
+
+def _as_given(args: _Section, given: _Section) -> _Section:
+    """Arguments for writing down, with a duration as the config has it."""
+    return {k: v for k, v in args.items() if not (given and k == "every")} | given
 
 
 def _make_evaluators(
@@ -548,6 +596,8 @@ def _make_evaluators(
     train_data: DatasetSpec,
     objective: Objective,
     mesh: Mesh,
+    *,
+    every: _Every,
 ) -> tuple[tuple[Evaluator, ...], _Section]:
     image_shape = train_data.image_shape()
     evaluators, resolved = [], {}
@@ -558,7 +608,7 @@ def _make_evaluators(
         if name in ("train", "perf") or "/" in name or name.endswith("_ema"):
             raise UserError(f"{key}: {name!r} can't be a name of metrics; try 'val'")
         check_type(section, dict, key=key)
-        section = dict(section)
+        section, every_given = every(dict(section), key=key)
         kind, make = _by_name(section, EVALUATORS, "classification", key=key)
         given = ("name", "data", "objective", "mesh")
         data_args, args = bind(section, _eval_data, make, key=key, given=given)
@@ -572,7 +622,7 @@ def _make_evaluators(
                 f"{image_shape}: expected the same"
             )
         evaluators.append(make(name=name, data=data, objective=objective, mesh=mesh, **args))
-        resolved[name] = {"name": kind} | data_args | args
+        resolved[name] = {"name": kind} | data_args | _as_given(args, every_given)
     return tuple(evaluators), resolved
 
 
@@ -602,12 +652,13 @@ def _make_eval_spec(
 
 
 def _make_checkpoint(
-    section: _Section, evaluators: tuple[Evaluator, ...], ema: bool
+    section: _Section, evaluators: tuple[Evaluator, ...], ema: bool, *, every: _Every
 ) -> tuple[CheckpointOptions, _Section]:
+    section, every_given = every(section, key="checkpoint")
     (args,) = bind(section, CheckpointOptions, key="checkpoint")
     options = CheckpointOptions(**args)
     if options.keep_best is None:
-        return options, args
+        return options, _as_given(args, every_given)
     judges = {f"{e.name}/{metric}": e for e in evaluators for metric in e.metrics}
     if ema:
         judges |= {f"{e.name}_ema/{metric}": e for e in evaluators for metric in e.metrics}
@@ -622,4 +673,4 @@ def _make_checkpoint(
             f"checkpoint.every={options.every} with keep_best={options.keep_best!r}: expected a "
             f"multiple of evals.{judge.name}.every={judge.every}, to judge each checkpoint"
         )
-    return options, args
+    return options, _as_given(args, every_given)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The train state and the one step that updates it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -77,7 +78,8 @@ def train_step(
 
     Returns:
       The new state and the metrics `loss, lr, grad_norm, param_norm` as scalars; `grad_norm` is
-      over the trained parameters, `param_norm` over all.
+      over the trained parameters, `param_norm` over all. Under SAM the loss is at the parameters,
+      and the gradient the one that is followed.
     """
     augment_rng, loss_rng = jax.random.split(step_rng(seed, state.step))
     batch = objective.augment(batch, augment_rng)
@@ -87,14 +89,26 @@ def train_step(
     def loss(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Any]:
         return objective.loss(merge(params, frozen), batch, rng)
 
-    grads, metrics = accumulate_gradients(
-        loss, trained, batch, loss_rng, steps=optimizer.accum_steps, split=split
+    gradients = functools.partial(
+        accumulate_gradients,
+        loss,
+        batch=batch,
+        rng=loss_rng,
+        steps=optimizer.accum_steps,
+        split=split,
     )
+    lr = jnp.asarray(optimizer.schedule(state.step), jnp.float32)
+    point = optimizer.gradient_point(state.opt_state, trained)
+    grads, metrics = gradients(point)
+    if sam := optimizer.sam:
+        radius = sam.radius(lr / (optimizer.peak_lr or 1))
+        perturbed, _ = gradients(sam.perturb(point, grads, radius))
+        grads = sam.combine(grads, perturbed)
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
     trained = optax.apply_updates(trained, updates)
     params = merge(trained, frozen)
     metrics |= {
-        "lr": jnp.asarray(optimizer.schedule(state.step), jnp.float32),
+        "lr": lr,
         "grad_norm": optax.tree.norm(grads),
         "param_norm": optax.tree.norm(params),
     }

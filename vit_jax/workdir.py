@@ -22,11 +22,15 @@ LABELS = "labels.txt"
 _FREE = (
     "total_steps",
     "epochs",
+    "examples",
     "mesh",
     "adapt",
     "checkpoint",
     "evals",
     "log_every",
+    "log_every_epochs",
+    "log_every_examples",
+    "log_every_percent",
     "profile",
 )
 _FREE_KEYS = ("init_from", "data.data_dir", "data.num_threads", "data.max_corrupt")

@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from vit_jax.optim.optimizer import adamw, decay_mask, make_optimizer, sgd
+from vit_jax.optim.directions import adamw, sgd
+from vit_jax.optim.optimizer import make_optimizer
 from vit_jax.optim.schedules import make_schedule
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten
@@ -58,8 +59,8 @@ def test_sgd_has_heavy_ball_momentum():
 
 def test_momentum_can_be_kept_in_bfloat16():
     params = {"kernel": jnp.ones((2,))}
-    assert sgd(momentum_dtype="bfloat16").init(params).trace["kernel"].dtype == jnp.bfloat16
-    assert adamw(mu_dtype="bfloat16").init(params).mu["kernel"].dtype == jnp.bfloat16
+    assert sgd(momentum_dtype="bfloat16").tx.init(params).trace["kernel"].dtype == jnp.bfloat16
+    assert adamw(mu_dtype="bfloat16").tx.init(params).mu["kernel"].dtype == jnp.bfloat16
 
 
 PARAMS = {
@@ -90,8 +91,8 @@ def test_without_rules_numbers_and_state_are_those_of_the_plain_chain(direction)
     ours = make_optimizer(direction=direction(), total_steps=9, lr=0.1, **options)
     plain = optax.chain(
         optax.clip_by_global_norm(1.0),
-        direction(),
-        optax.add_decayed_weights(0.2, mask=decay_mask),
+        direction().tx,
+        optax.add_decayed_weights(0.2, mask=ours.rules.decay_mask),
         optax.scale_by_learning_rate(ours.schedule),
     )
     assert_same(train(ours.tx, PARAMS), train(plain, PARAMS))

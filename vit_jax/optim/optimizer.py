@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers by name: clipping, a direction, weight decay on kernels, a schedule."""
+"""An optimizer from its parts: clipping, a direction, weight decay, rates and a schedule."""
 
 import dataclasses
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
+from optax import contrib
 
-from vit_jax.optim.rules import ParamRules
-from vit_jax.optim.schedules import Schedule, make_schedule
+from vit_jax.optim.directions import Direction
+from vit_jax.optim.rules import DECAYED, ParamRules
+from vit_jax.optim.sam import Sam
+from vit_jax.optim.schedules import ScheduleOptions
+from vit_jax.utils.durations import Clock
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import bind, takes_options_of
 from vit_jax.utils.tree import path_str
+
+LrScaling = Literal["none", "linear", "sqrt"]
+DecayTimes = Literal["lr", "schedule"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,129 +32,242 @@ class Optimizer:
       schedule: learning rate by number of updates.
       rules: for single parameters.
       accum_steps: micro-batches that make one update.
+      peak_lr: of the schedule, scaled to the batch.
+      lr: as the config gives it.
+      weight_decay: that multiplies the learning rate.
+      sam: of the train step; None for the plain gradient.
+      averaging: of `Direction`.
     """
 
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     rules: ParamRules
     accum_steps: int
+    peak_lr: float
+    lr: float
+    weight_decay: float
+    sam: Sam | None = None
+    averaging: float | None = None
+
+    def gradient_point(self, opt_state: Any, trained: Any) -> Any:
+        """Where gradients are taken: at the parameters, but for schedule-free optimizers."""
+        if self.averaging is None:
+            return trained
+        return _interpolate(trained, opt_state.z, self.averaging)
 
 
-def adamw(
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    mu_dtype: Literal["float32", "bfloat16"] = "float32",
-) -> optax.GradientTransformation:
-    """Adam's direction; with `weight_decay` it is AdamW (arXiv:1711.05101)."""
-    for key, value in (("b1", b1), ("b2", b2)):
-        if not 0 <= value < 1:
-            raise UserError(f"optimizer.{key}={value}: expected 0 <= value < 1")
-    return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
-
-
-def sgd(
-    *,
-    momentum: float = 0.9,
-    nesterov: bool = False,
-    momentum_dtype: Literal["float32", "bfloat16"] = "float32",
-) -> optax.GradientTransformation:
-    """Heavy-ball momentum."""
-    if not 0 <= momentum < 1:
-        raise UserError(f"optimizer.momentum={momentum}: expected 0 <= value < 1")
-    return optax.trace(decay=momentum, nesterov=nesterov, accumulator_dtype=momentum_dtype)
-
-
-DIRECTIONS = {"adamw": adamw, "sgd": sgd}
-
-
+@takes_options_of(ScheduleOptions)
 def make_optimizer(
     *,
-    direction: optax.GradientTransformation,
+    direction: Direction,
     total_steps: int,
+    clock: Clock | None = None,
     lr: float,
-    schedule: Schedule = "cosine",
-    warmup_steps: int = 0,
-    end_lr: float = 0.0,
+    lr_scaling: LrScaling = "none",
+    base_batch_size: int | None = None,
     weight_decay: float = 0.0,
+    weight_decay_times: DecayTimes = "lr",
+    weight_decay_params: tuple[str, ...] = DECAYED,
     grad_clip_norm: float | None = None,
     accum_steps: int = 1,
     freeze: tuple[str, ...] = (),
     lr_multipliers: tuple[tuple[str, float], ...] = (),
     layer_decay: float | None = None,
+    schedules: tuple[tuple[str, dict], ...] = (),
+    sam: dict | None = None,
+    **options: Any,
 ) -> Optimizer:
     """Puts an optimizer together.
 
     Args:
       direction: from `DIRECTIONS`.
       total_steps: length of the schedule in updates.
+      clock: batch size and length of an epoch; needed where a duration or `lr_scaling` asks for it.
       lr: peak learning rate.
-      schedule: its shape after the warmup.
-      warmup_steps: updates of linear warmup from 0.
-      end_lr: learning rate at the end.
-      weight_decay: decoupled; each update shrinks kernels by lr x weight_decay. Biases, norms,
-        position embeddings and the class token are left alone.
+      lr_scaling: by the batch: times data.batch_size / base_batch_size, or the root of that.
+      base_batch_size: for which `lr` is meant.
+      weight_decay: decoupled.
+      weight_decay_times: what it is multiplied with in each update: "lr", or "schedule", which is
+        the learning rate over its peak. Multipliers of single parameters count for "lr" only.
+      weight_decay_params: regular expressions for whole paths of parameters that decay; by default
+        kernels, but no biases, norms, position embeddings and class tokens.
       grad_clip_norm: global norm to which gradients are clipped; None for no clipping.
       accum_steps: micro-batches that the batch is cut into inside a step.
-      freeze: regular expressions for whole paths of parameters that stay as they are. They have
-        no gradient, no optimizer state and no weight decay.
-      lr_multipliers: pairs of such an expression and a factor on the learning rate, and with it
-        on weight decay; the first that matches counts, and 1 where none does.
+      freeze: expressions of parameters that stay as they are. They have no gradient, no optimizer
+        state and no weight decay.
+      lr_multipliers: pairs of an expression and a factor on the learning rate; the first that
+        matches counts, and 1 where none does.
       layer_decay: factor on the learning rate from each layer to the one before it, see
         `rules.layer_decay_factors`; it multiplies with `lr_multipliers`.
+      schedules: pairs of an expression and the options of a schedule that differ; the first that
+        matches counts.
+      sam: the options of `Sam`; None for the plain gradient.
+      **options: of the schedule, see `ScheduleOptions`.
 
     Raises:
       UserError: a value outside its range; by `tx.init`, rules that do not fit the parameters.
     """
-    for key, value, least in (
-        ("lr", lr, 0),
-        ("weight_decay", weight_decay, 0),
-        ("end_lr", end_lr, 0),
-    ):
-        if value < least:
-            raise UserError(f"optimizer.{key}={value}: expected at least {least}")
+    _check_values(lr, weight_decay, accum_steps, grad_clip_norm)
+    (sam_options,) = bind(sam, Sam, key="optimizer.sam") if sam is not None else (None,)
+    rules = ParamRules(
+        tuple(freeze),
+        tuple((p, f) for p, f in lr_multipliers),
+        layer_decay,
+        tuple(weight_decay_params),
+        tuple(pattern for pattern, _ in schedules),
+    )
+    peak = lr * _batch_factor(lr_scaling, base_batch_size, clock)
+    own = ScheduleOptions(**options)
+    others = [own.replace(changes, key="optimizer.schedules") for _, changes in schedules]
+    rates = [o.make(lr=peak, total_steps=total_steps, clock=clock) for o in (own, *others)]
+    if direction.averaging is not None:
+        _check_schedule_free([own, *others])
+    decay = _relative_decay(weight_decay, weight_decay_times, peak, direction)
+    clip = [] if grad_clip_norm is None else [optax.clip_by_global_norm(grad_clip_norm)]
+    scale = [_scale_by_factors()] if lr_multipliers or layer_decay is not None else []
+    shrink = [optax.add_decayed_weights(decay, mask=rules.decay_mask)] if decay else []
+    if weight_decay_times == "schedule":
+        scale, shrink = [], [*scale, *shrink]
+    after = [direction.after_decay(rules.decay_mask)] if direction.after_decay else []
+    tx = optax.chain(*clip, direction.tx, *shrink, *after, _scale_by_rates(rates, rules), *scale)
+    if direction.averaging is not None:
+        tx = _schedule_free(tx, rates[0], direction.averaging)
+    return Optimizer(
+        tx=_apply_rules(tx, rules),
+        schedule=rates[0],
+        rules=rules,
+        accum_steps=accum_steps,
+        peak_lr=peak,
+        lr=lr,
+        weight_decay=decay,
+        sam=None if sam_options is None else Sam(**sam_options),
+        averaging=direction.averaging,
+    )
+
+
+def _check_values(
+    lr: float, weight_decay: float, accum_steps: int, grad_clip_norm: float | None
+) -> None:
+    for key, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if value < 0:
+            raise UserError(f"optimizer.{key}={value}: expected at least 0")
     if accum_steps < 1:
         raise UserError(f"optimizer.accum_steps={accum_steps}: expected at least 1")
     if grad_clip_norm is not None and grad_clip_norm <= 0:
         raise UserError(f"optimizer.grad_clip_norm={grad_clip_norm}: expected above 0, or None")
-    rules = ParamRules(tuple(freeze), tuple((p, f) for p, f in lr_multipliers), layer_decay)
-    rate = make_schedule(
-        lr=lr, total_steps=total_steps, schedule=schedule, warmup_steps=warmup_steps, end_lr=end_lr
-    )
-    parts = []
-    if grad_clip_norm is not None:
-        parts.append(optax.clip_by_global_norm(grad_clip_norm))
-    parts.append(direction)
-    if weight_decay:
-        parts.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
-    parts.append(optax.scale_by_learning_rate(rate))
-    return Optimizer(_apply_rules(optax.chain(*parts), rules), rate, rules, accum_steps)
+
+
+def _batch_factor(scaling: LrScaling, base: int | None, clock: Clock | None) -> float:
+    if scaling == "none":
+        if base is not None:
+            raise UserError(
+                f"optimizer.base_batch_size={base}: expected optimizer.lr_scaling='linear' or "
+                "'sqrt' with it"
+            )
+        return 1.0
+    if base is None or base < 1:
+        raise UserError(
+            f"optimizer.lr_scaling={scaling!r} with optimizer.base_batch_size={base}: expected the "
+            "batch size that optimizer.lr is for"
+        )
+    assert clock is not None
+    ratio = clock.batch_size / base
+    return ratio if scaling == "linear" else ratio**0.5
+
+
+def _relative_decay(decay: float, times: DecayTimes, peak: float, direction: Direction) -> float:
+    """The weight decay that, multiplied with the learning rate, is the one asked for."""
+    if times == "lr" or not decay:
+        return decay
+    if direction.after_decay is not None:
+        raise UserError(
+            "optimizer.weight_decay_times='schedule': this optimizer scales the decay with its "
+            "direction; expected 'lr'"
+        )
+    if not peak:
+        raise UserError("optimizer.weight_decay_times='schedule': expected optimizer.lr above 0")
+    return decay / peak
+
+
+def _check_schedule_free(options: list[ScheduleOptions]) -> None:
+    own, *others = options
+    cooled = any(v for k, v in vars(own).items() if k.startswith("cooldown"))
+    if own.schedule != "constant" or cooled or others:
+        raise UserError(
+            f"optimizer.schedule={own.schedule!r}: a schedule-free optimizer has none but a warmup;"
+            " expected 'constant', no cooldown and no optimizer.schedules"
+        )
 
 
 def _apply_rules(
     tx: optax.GradientTransformation, rules: ParamRules
 ) -> optax.GradientTransformation:
-    """Keeps frozen parameters from `tx`, and multiplies the updates that it gives."""
+    """Keeps frozen parameters from `tx`, and hands it the multipliers of the others."""
+    inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> optax.OptState:
         rules.check(params)
-        return tx.init(rules.split(params)[0])
+        return inner.init(rules.split(params)[0])
 
     def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, Any]:
-        updates, state = tx.update(updates, state, rules.split(params)[0])
+        # Of all parameters: the depth of a model does not depend on what is frozen.
         factors = rules.lr_factors(params)
-        if factors:
-            updates = jax.tree_util.tree_map_with_path(
-                lambda path, update: factors[path_str(path)] * update, updates
-            )
-        return updates, state
+        return inner.update(updates, state, rules.split(params)[0], factors=factors)
 
     return optax.GradientTransformation(init, update)
 
 
-def decay_mask(params: Any) -> Any:
-    """True for kernels, the only parameters that weight decay shrinks."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path_str(path).endswith("kernel"), params
+def _scale_by_factors() -> optax.GradientTransformationExtraArgs:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        factors = extra["factors"]
+        scaled = jax.tree_util.tree_map_with_path(
+            lambda path, update: factors[path_str(path)] * update, updates
+        )
+        return scaled, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _scale_by_rates(rates: list[optax.Schedule], rules: ParamRules) -> optax.GradientTransformation:
+    """Scales by minus the learning rate: `rates[0]`, or the one of `rules.schedules`."""
+    if len(rates) == 1:
+        return optax.scale_by_learning_rate(rates[0])
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        now = [jnp.asarray(rate(state.count)) for rate in rates]
+
+        def scale(path: Any, update: jax.Array) -> jax.Array:
+            index = rules.schedule_index(path_str(path))
+            rate = now[0 if index is None else index + 1]
+            return jnp.asarray(-rate, update.dtype) * update
+
+        scaled = jax.tree_util.tree_map_with_path(scale, updates)
+        return scaled, optax.ScaleByScheduleState(count=state.count + 1)
+
+    return optax.GradientTransformation(
+        lambda params: optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32)), update
     )
+
+
+def _interpolate(x: Any, z: Any, b1: float) -> Any:
+    return jax.tree.map(lambda x, z: b1 * x + (1 - b1) * z, x, z)
+
+
+def _schedule_free(
+    tx: optax.GradientTransformation, rate: optax.Schedule, b1: float
+) -> optax.GradientTransformation:
+    """Schedule-free steps of the average x.
+
+    That of optax steps from one point of the gradients, y, to the next. Here the parameters of the
+    train state are x, so that what is evaluated, averaged, saved and exported is right by itself.
+    """
+    # It counts updates from 1.
+    inner = contrib.schedule_free(tx, lambda count: rate(count - 1), b1=b1)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        point = _interpolate(params, state.z, b1)
+        updates, state = inner.update(updates, state, point, **extra)
+        after = contrib.schedule_free_eval_params(state, optax.apply_updates(point, updates))
+        return jax.tree.map(jnp.subtract, after, params), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -11,16 +11,25 @@ import math
 import re
 from typing import Any
 
+import jax
 import numpy as np
 
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.tree import flatten, partition
+from vit_jax.utils.tree import flatten, partition, path_str
 
 # Where parameters stand in the order of the layers. Blocks that are scanned are stacked in one
 # array each; then the block has no number.
 _BLOCK = r"Transformer/encoderblock(?:_(\d+))?/.*"
 _BEFORE = r"(embedding|conv_root|gn_root|block\d+)/.*|cls|(.*/)?(registers|pos_embedding)"
 _AFTER = r"(Transformer/encoder_norm|fc_norm|MAPHead_0|pre_logits|head)/.*"
+
+# What weight decay shrinks by default: no biases, norms, position embeddings and class tokens.
+DECAYED = (".*kernel",)
+
+
+def is_stacked(path: str) -> bool:
+    """Whether this is of blocks that are scanned: the first dimension is that of the layers."""
+    return re.search(r"(^|/)encoderblock/", path) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +40,22 @@ class ParamRules:
       freeze: expressions of parameters that are not trained.
       lr_multipliers: pairs of an expression and a factor; the first that matches counts.
       layer_decay: factor on the learning rate from one layer to the one before; None for 1.
+      decayed: expressions of parameters that weight decay shrinks.
+      schedules: expressions of parameters with a schedule of their own; the first that matches
+        counts.
     """
 
     freeze: tuple[str, ...] = ()
     lr_multipliers: tuple[tuple[str, float], ...] = ()
     layer_decay: float | None = None
+    decayed: tuple[str, ...] = DECAYED
+    schedules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for pattern in self.decayed:
+            _check_regex(pattern, key="optimizer.weight_decay_params")
+        for pattern in self.schedules:
+            _check_regex(pattern, key="optimizer.schedules")
         for pattern in self.freeze:
             _check_regex(pattern, key="optimizer.freeze")
         for pattern, factor in self.lr_multipliers:
@@ -75,7 +93,22 @@ class ParamRules:
         what = "parameter that is trained" if self.freeze else "parameter"
         for pattern, _ in self.lr_multipliers:
             _check_match(pattern, trained, key="optimizer.lr_multipliers", what=what)
+        for pattern in self.schedules:
+            _check_match(pattern, trained, key="optimizer.schedules", what=what)
+        for pattern in self.decayed if self.decayed != DECAYED else ():
+            _check_match(pattern, paths, key="optimizer.weight_decay_params", what="parameter")
         self.lr_factors(params)
+
+    def decay_mask(self, params: Any) -> Any:
+        """True for what weight decay shrinks: a tree like `params`."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: any(re.fullmatch(p, path_str(path)) for p in self.decayed), params
+        )
+
+    def schedule_index(self, path: str) -> int | None:
+        """Which of `schedules` a parameter has; None for that of the optimizer."""
+        matches = (i for i, p in enumerate(self.schedules) if re.fullmatch(p, path))
+        return next(matches, None)
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """Cuts a tree of parameters into those trained and those frozen; see `tree.partition`."""

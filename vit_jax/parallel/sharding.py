@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.parallel.mesh import BATCH_AXES
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.tree import path_str
+from vit_jax.utils.tree import flatten, path_str
 
 # Path of a parameter, and the dimension split over `tensor`, counted from the last because blocks
 # may be stacked along a leading one. A second number is the dimension to take where the first does
@@ -75,11 +75,26 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def infer_shardings(tree: Any, mesh: Mesh) -> Any:
-    """A `NamedSharding` for each leaf of a tree of arrays or shapes."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, param_spec(path_str(path), leaf.shape, mesh)), tree
-    )
+def infer_shardings(tree: Any, mesh: Mesh, *, params: Any = None) -> Any:
+    """A `NamedSharding` for each leaf of a tree of arrays or shapes.
+
+    Args:
+      tree: a train state, or parameters.
+      mesh: to lie on.
+      params: parameters (arrays or shapes) that the tree holds state of. State with the path of one
+        but not its shape, such as the rows and columns of Adafactor, is small, and copied.
+    """
+    shapes = {} if params is None else {p: leaf.shape for p, leaf in flatten(params).items()}
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        name = path_str(path)
+        parts = name.split("/")
+        ends = ("/".join(parts[i:]) for i in range(len(parts)))
+        shape = next((shapes[end] for end in ends if end in shapes), leaf.shape)
+        spec = param_spec(name, leaf.shape, mesh) if leaf.shape == shape else PartitionSpec()
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def constrain(x: jax.Array, names: tuple[str | None, ...], *, mesh: Mesh) -> jax.Array:
