@@ -50,6 +50,7 @@ def test_a_run_becomes_a_file_that_says_all_that_the_run_knew(run, tmp_path, cap
     out = capfd.readouterr().out
     assert f"wrote {tmp_path / 'out.npz'}" in out
     assert f"wrote {tmp_path / 'out.json'}" in out
+    assert "note        the parameters as they are, not their average" in out
     source, written = load_pretrained(str(run)), load_pretrained(str(tmp_path / "out.npz"))
     assert_same(written.params, source.params)
     assert (written.model, written.preprocess) == (source.model, source.preprocess)
@@ -82,8 +83,10 @@ def test_a_model_is_built_from_what_a_checkpoint_says(run):
     }
 
 
-def test_the_average_of_a_run_is_a_part_of_it(run, tmp_path):
-    main([f"{run}:ema_params", str(tmp_path / "ema.npz")])
+@pytest.mark.parametrize("arguments", [["{run}:ema_params"], ["{run}", "--params=ema"]])
+def test_the_average_of_a_run_is_a_part_of_it(run, tmp_path, arguments, capfd):
+    main([a.format(run=run) for a in arguments] + [str(tmp_path / "ema.npz")])
+    assert "note        the average of the parameters" in capfd.readouterr().out
     raw, average = load_pretrained(str(run)), load_pretrained(str(tmp_path / "ema.npz"))
     assert np.abs(raw.params["embedding/kernel"] - average.params["embedding/kernel"]).max() > 1e-6
 
@@ -108,6 +111,7 @@ def test_a_converted_file_starts_a_run_of_the_same_function(run, tmp_path, data_
         (["{golden}", "{tmp}/there.npz"], "there.npz exists; remove it, or choose another"),
         (["{golden}", "{tmp}/no/out.npz"], "can't be written: No such file or directory"),
         (["{tmp}/none.npz"], "none.npz: no such file"),
+        (["{golden}", "--params=ema"], "vit_gap.npz is no run; leave --params out"),
         (["{tmp}"], "has no checkpoint; expected the workdir of a run"),
     ],
 )

@@ -10,9 +10,11 @@ import pytest
 
 from vit_jax.models.variants import make_vit
 from vit_jax.objectives.supervised import make_supervised
-from vit_jax.optim.directions import sgd
+from vit_jax.optim.directions import schedule_free_adamw, sgd
 from vit_jax.optim.optimizer import make_optimizer
+from vit_jax.optim.sam import Sam
 from vit_jax.state import TrainState, init_rng, init_state, step_rng, train_step
+from vit_jax.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +36,30 @@ class Quadratic:
         return loss, {"loss": loss}
 
 
+@dataclasses.dataclass(frozen=True)
+class Valley(Quadratic):
+    """One parameter whose loss is steeper in its second value."""
+
+    def init(self, rng, batch):
+        return {"layer": {"kernel": jnp.full((2,), 4.0)}}
+
+    def loss(self, params, batch, rng):
+        difference = params["layer"]["kernel"] - batch["target"][:, None]
+        loss = (jnp.square(difference) * jnp.array([1.0, 3.0])).sum(-1).mean() / 2
+        return loss, {"loss": loss}
+
+
 BATCH = {"target": jnp.arange(4.0)}
 
 
-def take_step(*, objective=None, ema_decay=None, seed=0, **options):
+def take_step(*, objective=None, ema_decay=None, seed=0, step=0, **options):
     objective = objective or Quadratic()
     options = {"lr": 0.5, "total_steps": 10, "schedule": "constant"} | options
     optimizer = make_optimizer(direction=sgd(momentum=0.0), **options)
     state = init_state(
         jax.random.key(0), BATCH, objective=objective, tx=optimizer.tx, ema=ema_decay is not None
     )
+    state = state.replace(step=jnp.int32(step))
     return train_step(
         state, BATCH, objective=objective, optimizer=optimizer, ema_decay=ema_decay, seed=seed
     )
@@ -85,6 +101,60 @@ def test_micro_batches_draw_different_random_numbers():
     one, _ = take_step(objective=Quadratic(noise=1.0), accum_steps=4)
     two, _ = take_step(objective=Quadratic(noise=1.0), accum_steps=2)
     assert not np.allclose(one.params["layer"]["bias"], two.params["layer"]["bias"])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_sam_follows_the_gradient_a_step_uphill(alpha, accum_steps):
+    sam = {"rho": 0.5, "alpha": alpha}
+    state, metrics = take_step(objective=Valley(), sam=sam, accum_steps=accum_steps)
+    w = np.array([4.0, 4.0])
+    curvature = np.array([1.0, 3.0])
+    plain = curvature * (w - 1.5)
+    perturbed = curvature * (w + 0.5 * plain / np.linalg.norm(plain) - 1.5)
+    orthogonal = plain - (plain @ perturbed) / (perturbed @ perturbed) * perturbed
+    gradient = perturbed - alpha * orthogonal
+    np.testing.assert_allclose(state.params["layer"]["kernel"], w - 0.5 * gradient, rtol=1e-5)
+    assert float(metrics["loss"]) == pytest.approx((curvature * ((w - 1.5) ** 2 + 1.25)).sum() / 2)
+
+
+def test_the_radius_of_sam_follows_the_learning_rate():
+    sam = Sam(rho=0.6, rho_min=0.1)
+    np.testing.assert_allclose([sam.radius(x) for x in (1.0, 0.5, 0.0)], [0.6, 0.35, 0.1])
+    # One step in the middle of the schedule, where the rate is half of its peak.
+    options = {"schedule": "linear", "lr": 0.5, "total_steps": 2}
+    half, _ = take_step(objective=Valley(), sam={"rho": 0.6, "rho_min": 0.1}, step=1, **options)
+    fixed, _ = take_step(objective=Valley(), sam={"rho": 0.35}, step=1, **options)
+    np.testing.assert_allclose(half.params["layer"]["kernel"], fixed.params["layer"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("sam", "message"),
+    [
+        ({"rho": 0.0}, r"optimizer\.sam\.rho=0\.0: expected above 0"),
+        ({"rho": 0.1, "rho_min": 0.2}, r"optimizer\.sam\.rho_min=0\.2: expected 0 to rho=0\.1"),
+        ({"rho": 0.1, "alpha": -1.0}, r"optimizer\.sam\.alpha=-1\.0"),
+        ({"rho": 0.1, "alfa": 1.0}, r"unknown config key optimizer\.sam\.alfa; did you mean"),
+        ({}, r"optimizer\.sam\.rho is missing"),
+    ],
+)
+def test_values_of_sam_out_of_range_are_refused(sam, message):
+    with pytest.raises(UserError, match=message):
+        take_step(sam=sam)
+
+
+@pytest.mark.parametrize("direction", [sgd(), schedule_free_adamw()])
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.99])
+def test_average_of_parameters_is_warmed_up_with_any_optimizer(direction, decay):
+    optimizer = make_optimizer(direction=direction, lr=0.1, total_steps=9, schedule="constant")
+    state = init_state(jax.random.key(0), BATCH, objective=Quadratic(), tx=optimizer.tx, ema=True)
+    average = np.full(2, 4.0)
+    for step in range(3):
+        options = {"objective": Quadratic(), "optimizer": optimizer, "seed": 0}
+        state, _ = train_step(state, BATCH, ema_decay=decay, **options)
+        share = min(decay, (1 + step) / (10 + step))
+        average = share * average + (1 - share) * state.params["layer"]["bias"]
+        np.testing.assert_allclose(state.ema_params["layer"]["bias"], average, rtol=1e-6)
 
 
 def test_average_follows_quickly_at_first():

@@ -8,7 +8,7 @@ Examples:
   python -m vit_jax.convert ViT-B_16.npz
   python -m vit_jax.convert augreg:B/16 vit_b16.safetensors
   python -m vit_jax.convert runs/digits digits.npz
-  python -m vit_jax.convert runs/digits:ema_params digits.safetensors
+  python -m vit_jax.convert runs/digits digits.safetensors --params=ema
 """
 
 import argparse
@@ -123,8 +123,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("SRC", help="file, workdir, Orbax checkpoint, or name of the catalogue")
     parser.add_argument("DST", nargs="?", type=Path, help="file to write")
+    parser.add_argument(
+        "--params",
+        choices=("raw", "ema"),
+        help="of a run: the parameters as they are (raw, the default), or their average (ema)",
+    )
     args = parser.parse_args(argv)
-    weights = load_pretrained(args.SRC)
+    source = args.SRC
+    if args.params is not None:
+        if not Path(source).is_dir():
+            raise UserError(f"--params={args.params}: {source} is no run; leave --params out")
+        source += ":ema_params" if args.params == "ema" else ""
+    weights = load_pretrained(source)
     say(args.SRC)
     for line in describe(weights):
         say(line)

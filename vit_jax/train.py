@@ -16,6 +16,7 @@ from vit_jax.observe.profiler import Profiler
 from vit_jax.observe.progress import Monitor
 from vit_jax.observe.report import report_end, report_start
 from vit_jax.observe.writer import MetricWriter
+from vit_jax.optim.summary import describe_rates, group_params, summarize_params
 from vit_jax.parallel.processes import all_agree, sum_over_processes
 from vit_jax.state import TrainState
 from vit_jax.workdir import open_workdir, write_config, write_labels
@@ -49,7 +50,13 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
             with all_agree():
                 experiment.open_data()
             _, frozen = experiment.optimizer.rules.split(params)
-            report_start(mesh=experiment.mesh, params=params, frozen=frozen)
+            report_start(
+                mesh=experiment.mesh,
+                params=params,
+                frozen=frozen,
+                groups=group_params(summarize_params(experiment.optimizer, params)),
+                rates=describe_rates(experiment.optimizer),
+            )
             if start:
                 state = checkpoints.restore(experiment.abstract_state)
                 say(f"going on from {checkpoints.path(start)}")

@@ -7,9 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from vit_jax.optim.directions import adamw, sgd
+from vit_jax.optim.directions import adamw, lamb, sgd
 from vit_jax.optim.optimizer import make_optimizer
-from vit_jax.optim.schedules import make_schedule
+from vit_jax.optim.schedules import ScheduleOptions, make_schedule
+from vit_jax.utils.durations import Clock
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten
 
@@ -27,6 +28,57 @@ def test_schedule_warms_up_and_decays(shape, middle, end):
 def test_schedule_without_warmup_starts_at_its_peak():
     rate = make_schedule(lr=2.0, total_steps=10, schedule="cosine", warmup_steps=0, end_lr=0.0)
     assert float(rate(0)) == 2.0
+
+
+def test_a_rate_by_the_root_of_time_halves_its_square_after_its_timescale():
+    rate = make_schedule(lr=1.0, total_steps=99, schedule="rsqrt", warmup_steps=4, timescale=10)
+    got = [float(rate(step)) for step in (0, 2, 4, 14, 34)]
+    np.testing.assert_allclose(got, [0, 0.5, 1, 0.5**0.5, 0.5], rtol=1e-6)
+    slow = make_schedule(lr=1.0, total_steps=99, schedule="rsqrt")
+    assert float(slow(10_000)) == pytest.approx(0.5**0.5)
+
+
+def test_cooldown_brings_any_schedule_to_its_end():
+    options = {"lr": 1.0, "total_steps": 100, "cooldown_steps": 20}
+    flat = make_schedule(**options, schedule="constant")
+    np.testing.assert_allclose([flat(t) for t in (0, 80, 90, 95, 100)], [1, 1, 0.5, 0.25, 0])
+    high = make_schedule(**options, schedule="constant", end_lr=0.2)
+    np.testing.assert_allclose([high(t) for t in (80, 90, 100)], [1, 0.6, 0.2], rtol=1e-6)
+    root = make_schedule(**options, schedule="rsqrt", timescale=90)
+    np.testing.assert_allclose([root(t) for t in (90, 100)], [0.5**0.5 / 2, 0], atol=1e-6)
+
+
+def test_warmup_can_start_above_zero():
+    rate = make_schedule(lr=1.0, total_steps=9, schedule="constant", warmup_steps=4, start_lr=0.2)
+    np.testing.assert_allclose([rate(t) for t in (0, 2, 4)], [0.2, 0.6, 1], rtol=1e-6)
+
+
+def test_durations_of_a_schedule_have_four_units():
+    clock = Clock(batch_size=10, epoch_examples=lambda: 200)
+    for key, value in (("steps", 30), ("epochs", 1.5), ("examples", 300), ("percent", 15)):
+        options = ScheduleOptions(schedule="constant", **{f"warmup_{key}": value})
+        rate = options.make(lr=1.0, total_steps=200, clock=clock)
+        assert float(rate(15)) == 0.5
+    assert float(ScheduleOptions(cooldown_percent=50).make(lr=1, total_steps=8, clock=None)(8)) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"warmup_steps": 3, "warmup_epochs": 1}, "warmup_steps=3 and optimizer.warmup_epochs=1"),
+        ({"warmup_percent": 101}, "warmup_percent=101: expected a part of the run"),
+        ({"warmup_steps": 6, "cooldown_steps": 5}, "cooldown_steps=5: .* at most total_steps=10"),
+        ({"cooldown_steps": -1}, "cooldown_steps=-1: expected 0 or more"),
+        ({"schedule": "constant", "end_lr": 0.1}, "end_lr=0.1: a constant schedule has none"),
+        ({"schedule": "rsqrt", "end_lr": 0.1}, "end_lr=0.1: a rsqrt schedule has none"),
+        ({"timescale": 5}, "timescale=5: .*schedule='rsqrt'"),
+        ({"start_lr": 0.1}, "start_lr=0.1: expected a warmup"),
+        ({"end_lr": -0.1}, "end_lr=-0.1: expected at least 0"),
+    ],
+)
+def test_schedules_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(UserError, match=f"optimizer.{message}"):
+        ScheduleOptions(**options).make(lr=1.0, total_steps=10, clock=None)
 
 
 @pytest.mark.parametrize("warmup", [-1, 10, 11])
@@ -145,10 +197,106 @@ def test_layer_decay_of_scanned_blocks_is_that_of_single_ones():
     np.testing.assert_array_equal(scale, -np.array([[0.125] * 2, [0.25] * 2, [0.5] * 2]))
 
 
+ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
+
+
+def shrink(**options):
+    """What each parameter loses in update 1 of 4 without a gradient, relative to its size."""
+    options = {"lr": 0.1, "total_steps": 4, "weight_decay": 0.02, "schedule": "linear"} | options
+    optimizer = make_optimizer(direction=sgd(momentum=0.0), **options)
+    state = optimizer.tx.init(PARAMS)
+    for _ in range(2):
+        update, state = optimizer.tx.update(ZEROS, state, PARAMS)
+    loss = jax.tree.map(lambda u, p: float((-u / p).ravel()[0]), update, PARAMS)
+    return {path: pytest.approx(value, rel=1e-5) for path, value in flatten(loss).items()}
+
+
+def test_weight_decay_times_the_learning_rate_or_the_schedule_alone():
+    assert shrink()["head/kernel"] == 0.02 * 0.1 * 0.75
+    by_schedule = shrink(weight_decay_times="schedule")
+    assert by_schedule["head/kernel"] == 0.02 * 0.75
+    # Of a decay of 1e-4 in one convention and 0.1 in the other, at a learning rate of 1e-3.
+    same = shrink(lr=1e-3, weight_decay=0.1)["head/kernel"]
+    assert (
+        same
+        == shrink(lr=1e-3, weight_decay=1e-4, weight_decay_times="schedule")["head/kernel"].expected
+    )
+
+
+def test_multipliers_do_not_change_decay_that_goes_by_the_schedule():
+    options = {"lr_multipliers": (("head/.*", 10.0),)}
+    assert shrink(**options)["head/kernel"] == 10 * 0.02 * 0.1 * 0.75
+    by_schedule = shrink(**options, weight_decay_times="schedule")
+    assert by_schedule["head/kernel"] == 0.02 * 0.75
+
+
+def test_expressions_choose_what_decays():
+    assert {p for p, x in shrink().items() if x != 0.0} == {"head/kernel", "embedding/kernel"}
+    chosen = shrink(weight_decay_params=("head/.*",))
+    assert {p for p, x in chosen.items() if x != 0.0} == {"head/kernel", "head/bias"}
+
+
+def test_single_parameters_can_have_a_schedule_of_their_own():
+    own = {"schedule": "constant", "warmup_percent": 50}
+    options = {"total_steps": 4, "lr": 0.1, "schedule": "linear", "warmup_steps": 0}
+    optimizer = make_optimizer(
+        direction=sgd(momentum=0.0), **options, schedules=(("head/.*", own), (".*bias", {}))
+    )
+    ones, state, found = jax.tree.map(jnp.ones_like, PARAMS), optimizer.tx.init(PARAMS), []
+    for _ in range(4):
+        update, state = optimizer.tx.update(ones, state, PARAMS)
+        found.append({path: -float(x.ravel()[0]) for path, x in flatten(update).items()})
+    np.testing.assert_allclose([u["head/kernel"] for u in found], [0, 0.05, 0.1, 0.1])
+    for path in ("embedding/kernel", "embedding/bias"):
+        np.testing.assert_allclose([u[path] for u in found], [0.1, 0.075, 0.05, 0.025])
+
+
+@pytest.mark.parametrize(("scaling", "want"), [("linear", 0.4), ("sqrt", 0.2), ("none", 0.1)])
+def test_learning_rates_are_scaled_to_the_batch(scaling, want):
+    base = {} if scaling == "none" else {"base_batch_size": 512}
+    optimizer = make_optimizer(
+        direction=sgd(),
+        total_steps=9,
+        clock=Clock(2048, lambda: 0),
+        lr=0.1,
+        lr_scaling=scaling,
+        **base,
+    )
+    assert optimizer.peak_lr == pytest.approx(want)
+    assert float(optimizer.schedule(0)) == pytest.approx(want)
+
+
 def test_rules_that_do_not_fit_the_parameters_are_refused_before_there_is_a_state():
     optimizer = make_optimizer(direction=sgd(), total_steps=9, lr=0.1, freeze=("haed/.*",))
     with pytest.raises(UserError, match=r"optimizer\.freeze: 'haed/"):
         jax.eval_shape(optimizer.tx.init, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_decay_params": ("hed/.*",)}, r"weight_decay_params: 'hed/.*head/bias"),
+        ({"weight_decay_params": ("(",)}, r"weight_decay_params: '\(' is no regular expression"),
+        ({"schedules": (("hed/.*", {}),)}, r"schedules: 'hed/.*' matches no parameter"),
+        ({"schedules": ((".*", {"warmup": 3}),)}, r"schedules\.warmup; did you mean"),
+        ({"schedules": ((".*", {"end_lr": "x"}),)}, r"schedules\.end_lr='x' is a str"),
+        ({"lr_scaling": "linear"}, r"lr_scaling='linear' with optimizer\.base_batch_size=None"),
+        ({"base_batch_size": 8}, r"base_batch_size=8: expected optimizer\.lr_scaling"),
+        (
+            {"weight_decay_times": "schedule", "weight_decay": 0.1, "lr": 0.0},
+            r"weight_decay_times='schedule': expected optimizer\.lr above 0",
+        ),
+        (
+            {"weight_decay_times": "schedule", "weight_decay": 0.1, "direction": lamb()},
+            r"weight_decay_times='schedule': this optimizer scales the decay",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(UserError, match=rf"optimizer\.{message}"):
+        make_optimizer(**({"direction": sgd(), "total_steps": 9, "lr": 0.1} | options)).tx.init(
+            PARAMS
+        )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 """What stands on the screen before and after a run."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,23 @@ from vit_jax.observe.writer import METRICS, TENSORBOARD, read_metrics
 from vit_jax.utils import tree
 
 
-def report_start(*, mesh: Mesh, params: Any, frozen: Any) -> None:
-    """Devices, mesh, parameters and those of them that are frozen (trees of arrays or shapes)."""
+def report_start(
+    *,
+    mesh: Mesh,
+    params: Any,
+    frozen: Any,
+    groups: Sequence[tuple[str, ...]] = (),
+    rates: Sequence[str] = (),
+) -> None:
+    """Devices, mesh, parameters and what becomes of them.
+
+    Args:
+      mesh: of the run.
+      params: all parameters (arrays or shapes).
+      frozen: those that are not trained.
+      groups: rows of the table of parameters that are treated alike.
+      rates: lines on the learning rate and weight decay.
+    """
     table = rich.table.Table(box=rich.box.SIMPLE, title="devices", title_justify="left")
     for name in ("process", "device", "count", "mesh"):
         table.add_column(name)
@@ -33,6 +49,15 @@ def report_start(*, mesh: Mesh, params: Any, frozen: Any) -> None:
     if frozen:
         fixed = tree.count(frozen)
         say(f"trained: {tree.count(params) - fixed:,} parameters, frozen: {fixed:,}")
+    if groups:
+        table = rich.table.Table(box=rich.box.SIMPLE, title="optimizer", title_justify="left")
+        for name in ("parameters", "arrays", "values", "weight decay", "learning rate"):
+            table.add_column(name)
+        for row in groups:
+            table.add_row(*row)
+        console.print(table)
+    for line in rates:
+        say(line)
 
 
 def report_end(

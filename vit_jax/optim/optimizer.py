@@ -34,6 +34,7 @@ class Optimizer:
       accum_steps: micro-batches that make one update.
       peak_lr: of the schedule, scaled to the batch.
       lr: as the config gives it.
+      scaled_to: batch size that `lr` is for, and that of the run; None for no scaling.
       weight_decay: that multiplies the learning rate.
       sam: of the train step; None for the plain gradient.
       averaging: of `Direction`.
@@ -45,6 +46,7 @@ class Optimizer:
     accum_steps: int
     peak_lr: float
     lr: float
+    scaled_to: tuple[int, int] | None
     weight_decay: float
     sam: Sam | None = None
     averaging: float | None = None
@@ -139,6 +141,7 @@ def make_optimizer(
         accum_steps=accum_steps,
         peak_lr=peak,
         lr=lr,
+        scaled_to=(base_batch_size, clock.batch_size) if base_batch_size and clock else None,
         weight_decay=decay,
         sam=None if sam_options is None else Sam(**sam_options),
         averaging=direction.averaging,

@@ -24,6 +24,12 @@ from vit_jax.utils.tree import flatten
 
 _SUBTREE = re.compile(r"(.+):(?!//)([^:]+)")
 
+# What was taken of a run, by the part that was asked for.
+_WHICH = {
+    "": "the parameters as they are, not their average",
+    "ema_params": "the average of the parameters (ema_decay)",
+}
+
 
 def load_pretrained(source: str) -> Weights:
     """Reads weights of any kind, told apart by what is in them.
@@ -97,4 +103,5 @@ def _read_run(folder: Path, part: str) -> Weights:
         layout="vit_jax checkpoint" if described else "Orbax checkpoint",
         model=model | as_tuples(described.get("model", {})),
         preprocess=as_tuples(described.get("preprocess", {})),
+        notes=(_WHICH[part],) if described and part in _WHICH else (),
     )

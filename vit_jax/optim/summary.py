@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an optimizer does with the parameters of a model, for people to read."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from vit_jax.optim.optimizer import Optimizer
+from vit_jax.utils.tree import flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSummary:
+    """One parameter.
+
+    Attributes:
+      path: as in `utils.tree`.
+      shape: of its array.
+      frozen: whether it stays as it is.
+      decayed: whether weight decay shrinks it.
+      lr_factors: least and largest factor on the learning rate; scanned blocks have several.
+      schedule: expression of the schedule of its own; None for that of the optimizer.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    frozen: bool
+    decayed: bool
+    lr_factors: tuple[float, float]
+    schedule: str | None
+
+
+def summarize_params(optimizer: Optimizer, params: Any) -> list[ParamSummary]:
+    """A `ParamSummary` for each parameter (array or shape), in the order of the tree."""
+    rules = optimizer.rules
+    trained = flatten(rules.split(params)[0])
+    mask, factors = flatten(rules.decay_mask(params)), rules.lr_factors(params)
+    rows = []
+    for path, leaf in flatten(params).items():
+        frozen, index = path not in trained, rules.schedule_index(path)
+        factor = np.asarray(factors.get(path, 1.0), np.float64)
+        rows.append(
+            ParamSummary(
+                path=path,
+                shape=leaf.shape,
+                frozen=frozen,
+                decayed=bool(optimizer.weight_decay and mask[path] and not frozen),
+                lr_factors=(0.0, 0.0) if frozen else (float(factor.min()), float(factor.max())),
+                schedule=None if index is None or frozen else rules.schedules[index],
+            )
+        )
+    return rows
+
+
+def group_params(rows: Iterable[ParamSummary]) -> list[tuple[str, ...]]:
+    """Lines `what, arrays, parameters, decay, lr` of a table: what is treated alike is one."""
+    groups: dict[tuple[Any, ...], list[ParamSummary]] = {}
+    for row in rows:
+        groups.setdefault((row.frozen, not row.decayed, row.schedule or ""), []).append(row)
+    lines = []
+    for (frozen, no_decay, schedule), members in sorted(groups.items()):
+        least = min(row.lr_factors[0] for row in members)
+        most = max(row.lr_factors[1] for row in members)
+        factor = f"x {most:.4g}" if math.isclose(least, most) else f"x {least:.4g} to {most:.4g}"
+        lines.append(
+            (
+                f"schedule of {schedule}" if schedule else "frozen" if frozen else "trained",
+                f"{len(members):,}",
+                f"{sum(math.prod(row.shape) for row in members):,}",
+                "no" if no_decay else "yes",
+                "" if frozen else factor,
+            )
+        )
+    return lines
+
+
+def describe_rates(optimizer: Optimizer) -> list[str]:
+    """The effective learning rate and weight decay, in lines; the latter in both conventions."""
+    text = f"learning rate: peak {optimizer.peak_lr:.4g}"
+    if optimizer.scaled_to is not None:
+        ratio = optimizer.peak_lr / optimizer.lr if optimizer.lr else 1.0
+        base, batch = optimizer.scaled_to
+        text += f" for batches of {batch}: {optimizer.lr:.4g} for {base}, times {ratio:.4g}"
+    decay = optimizer.weight_decay
+    by_schedule = decay * optimizer.peak_lr
+    return [
+        text,
+        f"weight decay: {decay:.4g} x learning rate = {by_schedule:.4g} x schedule"
+        if decay
+        else "weight decay: none",
+    ]
