@@ -26,7 +26,7 @@ FOUND_PYTHON = $(or $(shell for p in $(PYTHON); do \
   if "$$p" -c '$(IS_SUPPORTED)' >/dev/null 2>&1; then echo "$$p"; break; fi; done),$(error \
   no Python 3.11, 3.12 or 3.13 with venv found (tried: $(PYTHON)); name one: make PYTHON=/path/to/python3))
 
-.PHONY: help train test test-all test-gpu verify-published verify-torch show-preprocess lint lock clean
+.PHONY: help train test test-all test-gpu verify-published verify-torch show-preprocess golden lint lock clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
@@ -54,6 +54,9 @@ verify-torch: .venv/project.stamp build/torch/timm.stamp  ## install PyTorch and
 
 show-preprocess: .venv/project.stamp  ## render what preprocessing makes of the images in IMAGES=folder
 	.venv/bin/python -m tools.show_preprocess $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
+
+golden: .venv/project.stamp  ## write anew what the tests expect of configs/
+	.venv/bin/python -m tools.config_dumps $(ARGS)
 
 lint: .venv/project.stamp .venv/lint.stamp  ## check style and types: ruff and pyright
 	PATH="$$PWD/.venv/bin:$$PATH" PYRIGHT_PYTHON_IGNORE_WARNINGS=1 \

@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices=("raw", "ema"),
         help="of a run: the parameters as they are (raw, the default), or their average (ema)",
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     source = args.SRC
     if args.params is not None:
         if not Path(source).is_dir():
