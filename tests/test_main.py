@@ -43,7 +43,6 @@ BAD_INPUT = {
     "unknown key": (["--config.model.hiden_size=64"], ["model.hiden_size", "'hidden_size'"]),
     "unknown section": (["--config.modle.hidden_size=64"], ["modle", "'model'"]),
     "unknown model": (["--config.model.name=vitt"], ["model.name='vitt'", "'vit'"]),
-    "unknown optimizer": (["--config.optimizer.name=adam"], ["optimizer.name='adam'", "'adamw'"]),
     "unknown dataset": (["--config.data.name=digitz"], ["data.name='digitz'", "'digits'"]),
     "unknown split": (["--config.data.split=trian"], ["data.split='trian'", "train, test"]),
     "unknown operation": (
@@ -78,6 +77,26 @@ BAD_INPUT = {
         ["checkpoint.keep_best='best/top1'", "test/ece", "val/top1"],
     ),
     "steps and epochs": (["--config.epochs=3"], ["total_steps=4", "epochs=3", "exactly one"]),
+    "two cadences": (
+        ["--config.evals.test.every=2", "--config.evals.test.every_epochs=1"],
+        ["evals.test.every=2", "evals.test.every_epochs=1", "exactly one"],
+    ),
+    "two warmups": (
+        ["--config.optimizer.warmup_percent=5"],
+        ["optimizer.warmup_steps=200", "optimizer.warmup_percent=5", "exactly one"],
+    ),
+    "unknown schedule": (
+        ["--config.optimizer.schedule=cosin"],
+        ["optimizer.schedule='cosin'", "'cosine'", "'rsqrt'"],
+    ),
+    "unknown optimizer": (
+        ["--config.optimizer.name=adamv"],
+        ["optimizer.name='adamv'", "did you mean 'adam"],
+    ),
+    "decay that matches nothing": (
+        ["--config.optimizer.weight_decay_params=('kernels',)"],
+        ["optimizer.weight_decay_params", "'kernels'", "/kernel"],
+    ),
     "old learning rate": (["--config.base_lr=0.1"], ["config.base_lr", "config.optimizer.lr"]),
     "old checkpoint": (
         ["--config.pretrained_dir=/tmp"],

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh
 
 from vit_jax.experiment import Experiment
@@ -37,7 +38,7 @@ def dump_config(file: Path, *, data_dir: str) -> str:
     """The text of one config; `data_dir` is where the digits are or will be prepared."""
     overrides = {"data.data_dir": data_dir}
     config = load_config(str(file), overrides)
-    if (config.data.get("name") or "").startswith("folder:"):
+    if str(config.to_dict()["data"].get("name")).startswith("folder:"):
         config = load_config(str(file), overrides | {"data.name": "digits"})
     experiment = Experiment.from_config(
         config, devices=jax.devices()[:1], epoch_examples=EPOCH_EXAMPLES
@@ -46,7 +47,7 @@ def dump_config(file: Path, *, data_dir: str) -> str:
     rows = summarize_params(optimizer, experiment.abstract_state.params)
     mesh, specs = _shard(rows)
     steps = range(min(RATES, experiment.total_steps))
-    rates = " ".join(f"{float(optimizer.schedule(step)):.4g}" for step in steps)
+    rates = " ".join(f"{np.asarray(optimizer.schedule(step)):.4g}" for step in steps)
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.items())
     return "\n".join(
         [

@@ -44,7 +44,11 @@ def test_cadences_are_taken_out_and_at_least_one_step():
 @pytest.mark.parametrize(
     ("section", "keys", "message"),
     [
-        ({"epochs": 3, "examples": 9}, LENGTH, "^epochs=3 and examples=9: expected one of them"),
+        (
+            {"epochs": 3, "examples": 9},
+            LENGTH,
+            "^epochs=3 and examples=9: expected exactly one of them",
+        ),
         ({"total_steps": 1.5}, LENGTH, "total_steps=1.5 is a float; expected int"),
         ({"epochs": "x"}, LENGTH, "epochs='x' is a str; expected float"),
         ({"epochs": -1}, LENGTH, "epochs=-1: expected 0 or more epochs"),

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.parallel.mesh import BATCH_AXES
 from vit_jax.utils.errors import UserError
@@ -47,7 +47,7 @@ ACTIVATION_AXES = {
 MIN_FSDP_SIZE = 1024
 
 
-def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The `PartitionSpec` of one leaf of the train state.
 
     Raises:
