@@ -6,8 +6,8 @@ import pytest
 from tests.tiny import tiny_config
 from vit_jax.experiment import Experiment
 from vit_jax.optim.summary import describe_rates, group_params, summarize_params
-from vit_jax.train import train
 from vit_jax.utils.errors import UserError
+from vit_jax.workdir import open_workdir, write_config
 
 
 def build(data_dir, **changes):
@@ -34,6 +34,7 @@ def test_cadences_have_four_units_and_stay_as_given(data_dir):
         total_steps=40,
         checkpoint={"every_epochs": 0.5},
         evals={"val": {"split": "test", "preprocess": "decode", "every_percent": 25}},
+        log_every=None,
         log_every_examples=64,
         optimizer={"lr": 0.1, "warmup_percent": 10},
     )
@@ -100,21 +101,22 @@ def test_parameters_that_are_treated_alike_are_one_row(data_dir):
     )
     rows = summarize_params(experiment.optimizer, experiment.abstract_state.params)
     assert group_params(rows) == [
-        ("trained", "12", "3,968", "yes", "x 0.25 to 0.5"),
+        ("trained", "12", "4,096", "yes", "x 0.25 to 0.5"),
         ("schedule of head/kernel", "1", "160", "yes", "x 1"),
-        ("trained", "25", "714", "no", "x 0.125 to 1"),
+        ("trained", "25", "682", "no", "x 0.125 to 1"),
         ("frozen", "2", "208", "no", ""),
     ]
 
 
-def test_a_longer_run_may_count_in_epochs_and_keeps_its_warmup(data_dir, tmp_path, said):
-    changes = {"optimizer": {"lr": 1e-2, "warmup_percent": 25}, "evals": {}}
-    workdir = str(tmp_path / "w")
-    train(tiny_config(data_dir, total_steps=2, **changes), workdir, command="train")
-    assert any("learning rate: peak 0.01" in line for line in said)
-    longer = tiny_config(data_dir, total_steps=None, examples=64, **changes)
-    train(longer, workdir, command="train")
-    assert "finished at step 4 of 4" in said
-    other = tiny_config(data_dir, total_steps=8, evals={}, optimizer={"lr": 1e-2})
+def test_a_longer_run_may_be_counted_otherwise_but_keeps_its_warmup(data_dir, tmp_path):
+    def start(**changes):
+        config = build(data_dir, evals={}, **changes).config
+        write_config(open_workdir(str(tmp_path), config), config)
+
+    warmup = {"optimizer": {"lr": 1e-2, "warmup_percent": 25}}
+    start(total_steps=4, **warmup)
+    start(total_steps=None, epochs=2, **warmup)
+    start(total_steps=None, examples=640, log_every=None, log_every_epochs=1, **warmup)
+    start(total_steps=80, checkpoint={"every_percent": 50}, **warmup)
     with pytest.raises(UserError, match=r"config\.optimizer\.warmup_percent is 25 there"):
-        train(other, workdir, command="train")
+        start(total_steps=80, optimizer={"lr": 1e-2, "warmup_steps": 20})

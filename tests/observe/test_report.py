@@ -21,3 +21,12 @@ def test_frozen_parameters_are_counted_where_there_are_some(frozen, want, monkey
     monkeypatch.setattr(console.console, "print", lambda *text, **_: said.append(str(text[0])))
     report_start(mesh=make_mesh(), params=BODY | HEAD, frozen=frozen)
     assert [line for line in said if "frozen" in line] == want
+
+
+def test_groups_of_parameters_and_effective_rates_are_shown(capsys):
+    groups = [("trained", "2", "60", "yes", "x 0.5 to 1"), ("frozen", "1", "3,000", "no", "")]
+    mesh, params = make_mesh(), BODY | HEAD
+    report_start(mesh=mesh, params=params, frozen={}, groups=groups, rates=["learning rate: 1"])
+    shown = capsys.readouterr().out
+    for word in ("weight decay", "x 0.5 to 1", "3,000", "learning rate: 1"):
+        assert word in shown
