@@ -120,6 +120,7 @@ def _train_data(
     name: str | None = None,
     split: str | None = None,
     mixture: tuple[tuple[str, str, float], ...] = (),
+    repeats: int = 1,
     data_dir: str | None = None,
     num_threads: int | None = None,
     max_corrupt: float = MAX_CORRUPT,
@@ -454,6 +455,10 @@ def _make_data(section: _Section, mesh: Mesh) -> tuple[DatasetSpec, _Section]:
     check_batch_size(args["batch_size"], mesh, key="data.batch_size")
     if args["num_threads"] is not None and args["num_threads"] < 0:
         raise UserError(f"data.num_threads={args['num_threads']}: expected 0 or more, or None")
+    if not 1 <= args["repeats"] <= args["batch_size"]:
+        raise UserError(
+            f"data.repeats={args['repeats']}: expected 1 to data.batch_size={args['batch_size']}"
+        )
     if not 0 <= args["max_corrupt"] <= 1:
         raise UserError(f"data.max_corrupt={args['max_corrupt']}: expected a fraction, 0 to 1")
     return _make_spec(args), args
@@ -480,6 +485,7 @@ def _make_spec(args: _Section) -> DatasetSpec:
         num_threads=args["num_threads"],
         # As tuples, whether they come from a config or from the command line.
         mixture=tuple(tuple(part) for part in mixture),
+        repeats=args["repeats"],
     )
     if mixture:
         spec.schedule()

@@ -413,3 +413,29 @@ def test_blocks_of_a_host_need_not_be_neighbours(batch_size, digits):
     blocks = [np.split(part["image"], 2) for part in parts]
     together = [blocks[0][0], blocks[1][0], blocks[1][1], blocks[0][1]]
     np.testing.assert_array_equal(np.concatenate(together), whole["image"])
+
+
+def test_repeated_images_stand_in_one_batch_and_are_augmented_each_time(digits):
+    spec = dataclasses.replace(digits, preprocess="decode", repeats=4)
+    plain = dataclasses.replace(digits, preprocess="decode", batch_size=4)
+    first = take(train_batches(plain, seed=3, step=0), 2)
+    batches = take(train_batches(spec, seed=3, step=0), 2)
+    for batch, once in zip(batches, first, strict=True):
+        np.testing.assert_array_equal(batch["image"], np.concatenate([once["image"]] * 4))
+    shifted = take(train_batches(dataclasses.replace(digits, repeats=4), seed=3, step=0), 1)[0]
+    copies = shifted["image"].reshape(4, 4, -1)
+    assert all(len({copy.tobytes() for copy in copies[:, i]}) > 1 for i in range(4))
+
+
+def test_repeats_are_arithmetic_of_position(digits):
+    """The same for any hosts and after resuming; a rest leaves some images with a copy less."""
+    spec = dataclasses.replace(digits, repeats=3)
+    whole = take(train_batches(spec, seed=0, step=0), 3)
+    resumed = take(train_batches(spec, seed=0, step=2), 1)
+    np.testing.assert_array_equal(resumed[0]["image"], whole[2]["image"])
+    half = take(train_batches(spec, seed=0, step=0, shards=(1,), num_shards=2), 1)
+    np.testing.assert_array_equal(half[0]["image"], whole[0]["image"][8:])
+    plain = dataclasses.replace(spec, preprocess="decode")
+    images = take(train_batches(plain, seed=0, step=0), 1)[0]["image"]
+    counts = np.unique([x.tobytes() for x in images], return_counts=True)[1]
+    assert sorted(counts) == [2, 2, 3, 3, 3, 3]

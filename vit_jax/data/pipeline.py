@@ -42,6 +42,7 @@ class DatasetSpec:
       num_threads: that decode and crop; 0 for none beside the caller, None for one a core, but one.
       mixture: (name, split, weight) of each source to mix, in place of `name` and `split`.
       split_key: of the split in the config section, for errors.
+      repeats: how often each image stands in a batch of training, each time augmented anew.
     """
 
     name: str
@@ -53,6 +54,7 @@ class DatasetSpec:
     num_threads: int | None = None
     mixture: tuple[tuple[str, str, float], ...] = ()
     split_key: str = "split"
+    repeats: int = 1
 
     @property
     def info(self) -> DatasetInfo:
@@ -178,6 +180,25 @@ class _MixedOrder:
         return self._orders[k][turn]
 
 
+class _RepeatedOrder:
+    """Each batch holds the next batch_size / repeats of an order, `repeats` times.
+
+    Copies lie a whole round apart: mixing with the neighbour mixes different images. Where the
+    division leaves a rest, some stand in the batch once less.
+    """
+
+    def __init__(self, order: grain.MapDataset, batch_size: int, repeats: int):
+        self._order, self._batch_size = order, batch_size
+        self._distinct = -(-batch_size // repeats)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Any:
+        step, row = divmod(index, self._batch_size)
+        return self._order[step * self._distinct + row % self._distinct]
+
+
 def train_batches(
     spec: DatasetSpec,
     *,
@@ -206,6 +227,9 @@ def train_batches(
         order = grain.MapDataset.source(_MixedOrder(source, spec.schedule(), seed)).seed(seed)
     else:
         order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    if spec.repeats > 1:
+        repeated = _RepeatedOrder(order, spec.batch_size, spec.repeats)
+        order = grain.MapDataset.source(repeated).seed(seed)
     # After `repeat`: a generator of its own for each position, not for each record.
     examples = order.random_map(_Prepare(spec, source, corrupt or CorruptCounter()))
     return _load(examples, spec, step=step, steps=None, shards=shards, num_shards=num_shards)
