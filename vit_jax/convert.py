@@ -18,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
+from vit_jax.checkpoint.pretrained.adapt import describe_own
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.npz import write_npz
 from vit_jax.checkpoint.pretrained.safetensors import write_safetensors
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights
+from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.observe.console import report_errors, say
 from vit_jax.utils.errors import UserError
 
@@ -48,7 +50,7 @@ def describe(weights: Weights) -> list[str]:
         f"  head        {state}",
         f"  model       {model}",
         f"  images      {preprocess or 'nothing is known of their preparation'}",
-        *(f"  note        {note}" for note in weights.notes),
+        *(f"  note        {note}" for note in (*weights.notes, *describe_own(weights))),
     ]
 
 
@@ -85,7 +87,7 @@ def _compare(weights: Weights, again: Weights, destination: Path) -> str:
     if not _list_differences(weights.params, again.params):
         return "read back: every parameter is the same"
     ours, theirs = (_fold_positions(w.params) for w in (weights, again))
-    if weights.model.get("position_embedding") == "sincos2d":
+    if weights.model.get("position_embedding") in FIXED_POSITIONS:
         theirs.pop(POSEMB, None)  # They are written as learned ones.
     if different := _list_differences(ours, theirs):
         raise UserError(

@@ -378,3 +378,54 @@ def test_scanned_blocks_start_with_values_of_their_own():
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         make_vit(num_classes=2, **(TINY | options))
+
+
+def test_the_distillation_token_has_a_head_of_its_own():
+    model = make_vit(num_classes=5, distillation_token=True, num_registers=1, **TINY)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 12, 3)), jnp.float32)
+    params = model.init(jax.random.key(0), images, train=False)["params"]
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+    logits, out = model.apply({"params": params}, images, train=False)
+    tokens = out["encoded"]
+    first, second = (
+        tokens[:, i] @ params[name]["kernel"] + params[name]["bias"]
+        for i, name in enumerate(("head", "head_dist"))
+    )
+    np.testing.assert_allclose(out["class_logits"], first, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out["distillation_logits"], second, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits, (first + second) / 2, rtol=1e-5, atol=1e-5)
+    positions = params["Transformer"]["posembed_input"]["pos_embedding"]
+    assert tokens.shape[1] == positions.shape[1] + 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("classifier", "gap"), ("representation_size", 4), ("norm_after_pooling", True)],
+)
+def test_options_that_exclude_a_distillation_token_are_refused(key, value):
+    with pytest.raises(UserError, match=rf"model\.distillation_token with model\.{key}={value!r}"):
+        make_vit(num_classes=5, distillation_token=True, **TINY, **{key: value})
+
+
+@pytest.mark.parametrize("positions", ["learned", "sincos2d_mae"])
+def test_patches_left_out_are_as_if_no_other_token_saw_them(positions):
+    model = make_vit(num_classes=0, position_embedding=positions, rope_theta=100.0, **TINY)
+    images = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype(np.float32)
+    params = model.init(jax.random.key(0), images, train=False)["params"]
+    all_patches = jnp.broadcast_to(jnp.arange(6), (2, 6))
+    whole = model.apply({"params": params}, images, train=True)[1]["encoded"]
+    same = model.apply({"params": params}, images, train=True, patches=all_patches)[1]["encoded"]
+    np.testing.assert_array_equal(same, whole)
+
+    patches = jnp.array([[5, 0], [2, 3]])
+    some = model.apply({"params": params}, images, train=True, patches=patches)[1]["encoded"]
+    assert some.shape[1] == 1 + 2
+    noise = images.copy()  # All pixels but those of the kept patches, of 4x4, change.
+    kept = np.zeros((2, 2, 3), bool)
+    for i in range(2):
+        kept[i].ravel()[np.asarray(patches[i])] = True
+    mask = kept.repeat(4, axis=1).repeat(4, axis=2)[..., None]
+    noise = np.where(mask, noise, 9.0).astype(np.float32)
+    again = model.apply({"params": params}, noise, train=True, patches=patches)[1]["encoded"]
+    np.testing.assert_array_equal(again, some)

@@ -47,3 +47,12 @@ def test_grid_of_a_rectangle():
     assert patch_grid((32, 48), (16, 8)) == (2, 6)
     with pytest.raises(UserError, match="image of 32x50 can't be cut into patches of 16x8"):
         patch_grid((32, 50), (16, 8))
+
+
+def test_without_the_endpoint_frequencies_are_those_of_mae():
+    """arXiv:2111.06377 takes 10000^(-i / n) for n frequencies, and columns before rows."""
+    row, column, width = 1, 2, 16
+    powers = 10_000.0 ** -(np.arange(4) / 4)
+    want = [f(x * powers) for x in (column, row) for f in (np.sin, np.cos)]
+    got = sincos_2d((2, 3), width, endpoint=False)[0, 3 * row + column]
+    np.testing.assert_allclose(got, np.concatenate(want), rtol=1e-6)

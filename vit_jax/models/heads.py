@@ -46,15 +46,16 @@ class MAPHead(nn.Module):
 
 
 def apply_head(
-    x: jax.Array, num_classes: int, *, bias_init: float, constrain: Constrain
+    x: jax.Array, num_classes: int, *, bias_init: float, constrain: Constrain, name: str = "head"
 ) -> jax.Array:
-    """The linear layer `head`, zero at the start; called inside a compact module.
+    """A linear layer, zero at the start; called inside a compact module.
 
     Args:
       x: `[batch, ..., width]`.
       num_classes: width of the logits.
       bias_init: initial value of the bias.
       constrain: places activations on a mesh.
+      name: of the layer.
 
     Returns:
       Logits in float32, split over classes where the mesh splits them.
@@ -70,6 +71,6 @@ def apply_head(
         kernel_init=nn.initializers.zeros,
         bias_init=nn.initializers.constant(bias_init),
         dot_general=dot_by_classes,
-        name="head",
+        name=name,
     )(x)
     return constrain(logits, ("batch", *(None,) * (x.ndim - 2), "classes"))

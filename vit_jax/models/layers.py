@@ -70,10 +70,23 @@ class PatchDropout(nn.Module):
         batch, length, _ = x.shape
         kept = max(1, round((length - prefix) * (1 - self.rate)))
         noise = jax.random.uniform(self.make_rng("dropout"), (batch, length - prefix))
-        patches = jnp.sort(jax.lax.top_k(noise, kept)[1]) + prefix
-        first = jnp.broadcast_to(jnp.arange(prefix), (batch, prefix))
-        indices = jnp.concatenate([first, patches], axis=1)
-        return jnp.take_along_axis(x, indices[..., None], axis=1), indices
+        return take_patches(x, jnp.sort(jax.lax.top_k(noise, kept)[1]), prefix)
+
+
+def take_patches(x: jax.Array, patches: jax.Array, prefix: int) -> tuple[jax.Array, jax.Array]:
+    """Leaves out tokens: all but the first `prefix` and those of `patches`.
+
+    Args:
+      x: `[batch, prefix + patches, hidden]`.
+      patches: which to keep, `[batch, kept]`, counted from the first patch.
+      prefix: number of tokens in front of the patches.
+
+    Returns:
+      `[batch, prefix + kept, hidden]`, and the indices of the tokens `[batch, prefix + kept]`.
+    """
+    first = jnp.broadcast_to(jnp.arange(prefix), (x.shape[0], prefix))
+    indices = jnp.concatenate([first, patches + prefix], axis=1)
+    return jnp.take_along_axis(x, indices[..., None], axis=1), indices
 
 
 class StochasticDepth(nn.Module):
@@ -258,8 +271,8 @@ class Encoder(nn.Module):
     Attributes:
       block: makes a block, given its name.
       num_layers: number of blocks.
-      num_class_tokens: 1 if the first token is the class token, else 0.
-      num_registers: learned tokens put behind the class token, without a position.
+      num_class_tokens: class and distillation tokens, the first ones.
+      num_registers: learned tokens put behind these, without a position.
       learned_positions: whether position embeddings are added.
       dropout_rate: after the position embeddings.
       patch_dropout_rate: share of patches left out in training.
@@ -272,8 +285,9 @@ class Encoder(nn.Module):
       dtype: of the computation.
       constrain: places activations on a mesh.
 
-    Call: `[batch, class token + patches, hidden]` and the rotation of each of the tokens after
-    insertion of the registers, to `[batch, class token + registers + patches, hidden]`.
+    Call: `[batch, class tokens + patches, hidden]`, the rotation of each of the tokens after
+    insertion of the registers, and the patches to encode, `[batch, kept]`, None for all; to
+    `[batch, class tokens + registers + patches, hidden]`.
     """
 
     block: Callable[..., nn.Module]
@@ -292,13 +306,23 @@ class Encoder(nn.Module):
     constrain: Constrain = unconstrained
 
     @nn.compact
-    def __call__(self, x: jax.Array, rope: Rotation | None, *, train: bool) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: Rotation | None,
+        patches: jax.Array | None = None,
+        *,
+        train: bool,
+    ) -> jax.Array:
         if self.learned_positions:
             x = AddPositionEmbs(dtype=self.dtype, name="posembed_input")(x)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         x = self._insert_registers(x)
         prefix = self.num_class_tokens + self.num_registers
-        x, kept = PatchDropout(self.patch_dropout_rate)(x, prefix, train=train)
+        if patches is None:
+            x, kept = PatchDropout(self.patch_dropout_rate)(x, prefix, train=train)
+        else:
+            x, kept = take_patches(x, patches, prefix)
         if rope is not None and kept is not None:
             rope = jax.tree.map(lambda table: table[kept], rope)
         x = self.constrain(x, ("batch", None, None))

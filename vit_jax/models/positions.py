@@ -13,6 +13,9 @@ import numpy as np
 
 from vit_jax.utils.errors import UserError
 
+# Values of `model.position_embedding` that are computed, and the `endpoint` of `sincos_2d`.
+FIXED_POSITIONS = {"sincos2d": True, "sincos2d_mae": False}
+
 
 class Rotation(NamedTuple):
     """Cosine and sine of the angle of each pair of channels, each given twice.
@@ -40,16 +43,26 @@ def patch_grid(image_size: tuple[int, ...], stride: tuple[int, int]) -> tuple[in
     return image_size[0] // stride[0], image_size[1] // stride[1]
 
 
-def sincos_2d(grid: tuple[int, int], width: int, *, temperature: float = 10_000.0) -> np.ndarray:
+def sincos_2d(
+    grid: tuple[int, int], width: int, *, temperature: float = 10_000.0, endpoint: bool = True
+) -> np.ndarray:
     """Fixed 2D position embeddings, float32 `[1, rows * columns, width]`.
 
     A quarter of the channels each hold sin(x w), cos(x w), sin(y w), cos(y w), with frequencies w
-    from 1 to 1 / temperature in equal ratios, both ends included. Source: arXiv:2205.01580.
+    that fall from 1 in equal ratios: to 1 / temperature, which is the last one (arXiv:2205.01580),
+    or without `endpoint` would be the next one (arXiv:2111.06377).
     """
-    frequencies = temperature ** -np.linspace(0, 1, width // 4)
+    frequencies = temperature ** -np.linspace(0, 1, width // 4, endpoint=endpoint)
     rows, columns = np.indices(grid).reshape(2, -1, 1) * frequencies
     channels = [np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)]
     return np.concatenate(channels, axis=1)[None].astype(np.float32)
+
+
+def fixed_positions(kind: str | None, grid: tuple[int, int], width: int) -> np.ndarray | None:
+    """The table that `model.position_embedding` names; None where it names none."""
+    if kind not in FIXED_POSITIONS:
+        return None
+    return sincos_2d(grid, width, endpoint=FIXED_POSITIONS[kind])
 
 
 def rotation_2d(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vit_jax.models.mixer import MlpMixer
+from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.models.vit import Classifier, VisionTransformer
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import lookup, takes_options_of
@@ -91,6 +92,7 @@ def make_vit(
         raise UserError(f"model.num_registers={options['num_registers']}: expected at least 0")
     if pooling == "unpooled" and options.get("norm_after_pooling"):
         raise UserError("model.norm_after_pooling with model.classifier='unpooled': nothing pools")
+    _check_distillation_token(pooling, options)
     return VisionTransformer(classifier=pooling, resnet_layers=resnet_layers, **sizes, **options)
 
 
@@ -163,6 +165,18 @@ def _check_rates(options: Mapping[str, Any]) -> None:
             raise UserError(f"model.{key}={rate}: expected 0 <= value < 1")
 
 
+def _check_distillation_token(pooling: Classifier, options: Mapping[str, Any]) -> None:
+    if not options.get("distillation_token"):
+        return
+    expected = {"classifier": "token", "representation_size": None, "norm_after_pooling": False}
+    for key, value in expected.items():
+        given = pooling if key == "classifier" else options.get(key, value)
+        if given != value:
+            raise UserError(
+                f"model.distillation_token with model.{key}={given!r}: expected {value!r}"
+            )
+
+
 def _check_positions(sizes: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     head_dim = sizes["hidden_size"] // sizes["num_heads"]
     theta = options.get("rope_theta")
@@ -173,9 +187,10 @@ def _check_positions(sizes: Mapping[str, Any], options: Mapping[str, Any]) -> No
             f"model.rope_theta={theta}: the {head_dim} channels of a head can't be halved into "
             "pairs for rows and columns; choose model.num_heads so that they divide by 4"
         )
-    if options.get("position_embedding") == "sincos2d" and sizes["hidden_size"] % 4:
+    positions = options.get("position_embedding")
+    if positions in FIXED_POSITIONS and sizes["hidden_size"] % 4:
         raise UserError(
-            f"model.hidden_size={sizes['hidden_size']} with position_embedding='sincos2d': "
+            f"model.hidden_size={sizes['hidden_size']} with position_embedding={positions!r}: "
             "expected a multiple of 4"
         )
 

@@ -21,10 +21,10 @@ from vit_jax.models.layers import (
     Remat,
     unconstrained,
 )
-from vit_jax.models.positions import Rotation, patch_grid, rotation_2d, sincos_2d
+from vit_jax.models.positions import Rotation, fixed_positions, patch_grid, rotation_2d
 
 Classifier = Literal["token", "gap", "map", "unpooled", "token_unpooled"]
-PositionEmbedding = Literal["learned", "sincos2d", "none"]
+PositionEmbedding = Literal["learned", "sincos2d", "sincos2d_mae", "none"]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -46,9 +46,12 @@ class VisionTransformer(nn.Module, kw_only=True):
       resnet_layers: units in each stage of a ResNet in front of the patches (a hybrid); `()` for
         its first layers only, None for no ResNet.
       resnet_width: factor on the ResNet's 64 channels.
-      position_embedding: `learned`, fixed 2D sines and cosines (`sincos2d`), or none.
+      position_embedding: `learned`, fixed 2D sines and cosines (`sincos2d`, or `sincos2d_mae` with
+        the frequencies of arXiv:2111.06377), or none.
       rope_theta: of a 2D rotary embedding of queries and keys, such as 100.0; None for none.
       num_registers: learned tokens beside the patches (arXiv:2309.16588).
+      distillation_token: whether a second class token with a head of its own (`head_dist`) follows
+        the first (arXiv:2012.12877); the logits are the mean of both heads.
       activation: of the MLP blocks: GELU by its tanh approximation, as in the published weights,
         exact GELU, or SwiGLU.
       qk_norm: whether queries and keys are normalised.
@@ -70,7 +73,9 @@ class VisionTransformer(nn.Module, kw_only=True):
     Call: images `[batch, height, width, channels]` (float, [-1, 1] for published weights; height
     and width divisible by the patch) to `(logits, out)`: logits are float32 `[batch, num_classes]`
     (`[batch, length, num_classes]` if unpooled); `out` holds `encoded` `[batch, length, hidden]`,
-    `pre_logits` (the input of the head) and `logits`.
+    `pre_logits` (the input of the head) and `logits`; with a distillation token also the logits of
+    each head, `class_logits` and `distillation_logits`. `patches` `[batch, kept]` are the only ones
+    to be encoded, by their number in the grid, row by row; None for all.
     """
 
     num_classes: int
@@ -86,6 +91,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     position_embedding: PositionEmbedding = "learned"
     rope_theta: float | None = None
     num_registers: int = 0
+    distillation_token: bool = False
     activation: Activation = "gelu_tanh"
     qk_norm: bool = False
     layer_scale_init: float | None = None
@@ -103,12 +109,13 @@ class VisionTransformer(nn.Module, kw_only=True):
 
     @property
     def num_class_tokens(self) -> int:
-        """1 with a class token, else 0."""
-        return int(self.classifier in ("token", "token_unpooled"))
+        """Tokens in front of the patches that have positions: class and distillation token."""
+        with_class = self.classifier in ("token", "token_unpooled")
+        return int(with_class) + int(self.distillation_token)
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens in front of the patches of `encoded`: the class token and the registers."""
+        """Tokens in front of the patches of `encoded`: class tokens and registers."""
         return self.num_class_tokens + self.num_registers
 
     @property
@@ -122,9 +129,11 @@ class VisionTransformer(nn.Module, kw_only=True):
         return patch_grid(image_size, self.stride)
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(
+        self, images: jax.Array, *, train: bool, patches: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         grid = self.grid(images.shape[1:3])
-        encoded = self._encode(self._embed(images), grid, train=train)
+        encoded = self._encode(self._embed(images), grid, patches, train=train)
         x = self._pool(encoded, train=train)
         if self.norm_after_pooling:
             x = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name="fc_norm")(x)
@@ -132,12 +141,20 @@ class VisionTransformer(nn.Module, kw_only=True):
             x = nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x)
             x = nn.tanh(x)
         out = {"encoded": encoded, "pre_logits": x}
-        if self.num_classes:
-            x = apply_head(
-                x, self.num_classes, bias_init=self.head_bias_init, constrain=self.constrain
-            )
-            out["logits"] = x
-        return x, out
+        if not self.num_classes:
+            return x, out
+        head = functools.partial(
+            apply_head,
+            num_classes=self.num_classes,
+            bias_init=self.head_bias_init,
+            constrain=self.constrain,
+        )
+        logits = head(x)
+        if self.distillation_token:
+            second = head(encoded[:, 1], name="head_dist")
+            out |= {"class_logits": logits, "distillation_logits": second}
+            logits = (logits + second) / 2
+        return logits, out | {"logits": logits}
 
     def _embed(self, images: jax.Array) -> jax.Array:
         """Images to `[batch, rows, columns, hidden]`."""
@@ -155,14 +172,27 @@ class VisionTransformer(nn.Module, kw_only=True):
             name="embedding",
         )(x)
 
-    def _encode(self, patches: jax.Array, grid: tuple[int, int], *, train: bool) -> jax.Array:
-        n, h, w, c = patches.shape
-        x = patches.reshape(n, h * w, c)
-        if self.position_embedding == "sincos2d":
-            x = x + jnp.asarray(sincos_2d(grid, c), self.dtype)
-        if self.num_class_tokens:
-            cls = self.param("cls", nn.initializers.zeros, (1, 1, c)).astype(self.dtype)
-            x = jnp.concatenate([jnp.broadcast_to(cls, (n, 1, c)), x], axis=1)
+    def _encode(
+        self,
+        embedded: jax.Array,
+        grid: tuple[int, int],
+        patches: jax.Array | None,
+        *,
+        train: bool,
+    ) -> jax.Array:
+        n, h, w, c = embedded.shape
+        x = embedded.reshape(n, h * w, c)
+        positions = fixed_positions(self.position_embedding, grid, c)
+        if positions is not None:
+            x = x + jnp.asarray(positions, self.dtype)
+        tokens = []
+        if self.classifier in ("token", "token_unpooled"):
+            tokens.append(self.param("cls", nn.initializers.zeros, (1, 1, c)))
+        if self.distillation_token:
+            tokens.append(self.param("dist", nn.initializers.normal(stddev=0.02), (1, 1, c)))
+        if tokens:
+            first = jnp.concatenate(tokens, axis=1).astype(self.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(first, (n, *first.shape[1:])), x], axis=1)
         return Encoder(
             block=functools.partial(
                 Encoder1DBlock,
@@ -191,7 +221,7 @@ class VisionTransformer(nn.Module, kw_only=True):
             dtype=self.dtype,
             constrain=self.constrain,
             name="Transformer",
-        )(x, self._rotation(grid), train=train)
+        )(x, self._rotation(grid), patches, train=train)
 
     def _rotation(self, grid: tuple[int, int]) -> Rotation | None:
         if self.rope_theta is None:

@@ -20,8 +20,8 @@ from vit_jax.utils.tree import flatten, partition, path_str
 # Where parameters stand in the order of the layers. Blocks that are scanned are stacked in one
 # array each; then the block has no number.
 _BLOCK = r"Transformer/encoderblock(?:_(\d+))?/.*"
-_BEFORE = r"(embedding|conv_root|gn_root|block\d+)/.*|cls|(.*/)?(registers|pos_embedding)"
-_AFTER = r"(Transformer/encoder_norm|fc_norm|MAPHead_0|pre_logits|head)/.*"
+_BEFORE = r"(embedding|conv_root|gn_root|block\d+)/.*|cls|dist|(.*/)?(registers|pos_embedding)"
+_AFTER = r"(Transformer/encoder_norm|fc_norm|MAPHead_0|pre_logits|head|head_dist)/.*"
 
 # What weight decay shrinks by default: no biases, norms, position embeddings and class tokens.
 DECAYED = (".*kernel",)

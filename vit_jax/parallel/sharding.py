@@ -29,7 +29,7 @@ TENSOR_RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
     (_MLP + r"/(Dense_0|gate)/bias$", (-1,)),
     (_MLP + r"/Dense_1/kernel$", (-2,)),
     (r"(^|/)pre_logits/kernel$", (-1, -2)),
-    (r"(^|/)head/kernel$", (-1, -2)),
+    (r"(^|/)(head|head_dist)/kernel$", (-1, -2)),
 )
 # Parameters of blocks that are stacked along their first dimension, which stays whole: each step of
 # the scan over it takes one layer.

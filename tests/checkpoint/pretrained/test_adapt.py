@@ -9,7 +9,8 @@ from flax import traverse_util
 from vit_jax.checkpoint.pretrained.adapt import adapt_params, check_arguments
 from vit_jax.checkpoint.pretrained.embedding import change_channels, resize_patches
 from vit_jax.checkpoint.pretrained.posemb import resize_posemb
-from vit_jax.checkpoint.pretrained.weights import Weights, stack_blocks
+from vit_jax.checkpoint.pretrained.weights import REGISTERS, Weights, stack_blocks
+from vit_jax.models.positions import sincos_2d
 from vit_jax.models.variants import make_vit
 from vit_jax.utils.errors import UserError
 
@@ -321,3 +322,62 @@ def test_weights_of_a_model_that_computes_something_else_are_refused():
     assert "num_heads" not in message
     same = make_vit(variant="Ti/16", num_classes=2, activation="gelu_erf", norm_epsilon=1e-12)
     check_arguments(Weights(params={}, layout="timm safetensors", model=theirs), same)
+
+
+def test_tokens_that_no_head_here_reads_become_registers():
+    source = make_params(0) | make_registers(1, count=2)
+    source |= {"dist": np.full((1, 1, 6), 3, np.float32)}
+    source[POSEMB] = np.concatenate([source[POSEMB][:, :1], source[POSEMB]], axis=1)
+    source |= {"head_dist/kernel": np.ones((6, 10)), "head_dist/bias": np.ones(10)}
+    target = make_params(2) | make_registers(3, count=3)
+    params, notes = adapt(source, target)
+    np.testing.assert_array_equal(params["cls"], source["cls"])
+    first = source["dist"] + source[POSEMB][:, 1:2]
+    want = np.concatenate([first, source[REGISTERS]], axis=1)
+    np.testing.assert_array_equal(params[REGISTERS], want)
+    np.testing.assert_array_equal(params[POSEMB], np.delete(source[POSEMB], 1, axis=1))
+    assert "dist: a register here, with its position embedding added" in notes
+
+    del target["cls"]
+    target[POSEMB], target[REGISTERS] = target[POSEMB][:, 1:], np.zeros((1, 4, 6), np.float32)
+    params, _ = adapt(source, target, prefix=0)
+    np.testing.assert_array_equal(params[REGISTERS][:, :1], source["cls"] + source[POSEMB][:, :1])
+    np.testing.assert_array_equal(params[POSEMB], source[POSEMB][:, 2:])
+
+
+def make_registers(seed, *, count):
+    shape = (1, count, 6)
+    return {REGISTERS: np.random.default_rng(seed).normal(size=shape).astype(np.float32)}
+
+
+def test_a_distillation_token_that_only_the_model_has_starts_anew():
+    source, target = make_params(0), make_params(1)
+    posemb = np.random.default_rng(2).normal(size=(1, 18, 6)).astype(np.float32)
+    target |= {POSEMB: posemb, "dist": np.full((1, 1, 6), 3, np.float32)}
+    target |= {"head_dist/kernel": np.ones((6, 10)), "head_dist/bias": np.ones(10)}
+    params, notes = adapt(source, target, prefix=2)
+    assert_taken_from(target, params, ["dist", "head_dist/kernel"])
+    np.testing.assert_array_equal(params[POSEMB][:, 1], posemb[:, 1])
+    np.testing.assert_array_equal(np.delete(params[POSEMB], 1, axis=1), source[POSEMB])
+    assert "head_dist: none in the file: initialised" in notes
+
+
+def test_learned_positions_start_from_fixed_ones():
+    source, target = make_params(0, width=8), make_params(1, width=8)
+    del source[POSEMB]
+    weights = Weights(params=source, layout="test", model={"position_embedding": "sincos2d_mae"})
+    params, notes = adapt_params(
+        weights,
+        traverse_util.unflatten_dict(target, sep="/"),
+        target_grid=(4, 4),
+        num_class_tokens=1,
+    )
+    posemb = params["Transformer"]["posembed_input"]["pos_embedding"]
+    np.testing.assert_array_equal(posemb[:, :1], 0)
+    np.testing.assert_array_equal(posemb[:, 1:], sincos_2d((4, 4), 8, endpoint=False))
+    assert any("learned here, from sincos2d_mae on" in note for note in notes)
+    check_arguments(weights, make_vit(num_classes=3, variant="Ti/16"))
+    with pytest.raises(UserError, match="position_embedding"):
+        check_arguments(
+            weights, make_vit(num_classes=3, variant="Ti/16", position_embedding="none")
+        )

@@ -15,12 +15,15 @@ from flax import traverse_util
 from vit_jax.checkpoint.pretrained.embedding import change_channels, resize_patches
 from vit_jax.checkpoint.pretrained.posemb import Method, resize_posemb
 from vit_jax.checkpoint.pretrained.weights import (
+    OWN_PARAMS,
     POSEMB,
+    REGISTERS,
     Weights,
     is_stacked,
     stack_blocks,
     unstack_blocks,
 )
+from vit_jax.models.positions import FIXED_POSITIONS, fixed_positions
 from vit_jax.utils.errors import UserError
 
 _MAX_LISTED = 4  # More parameters than this in one line and nobody reads it.
@@ -49,7 +52,10 @@ def adapt_params(
     - The head is kept if it and `pre_logits`, its input, have the model's shapes, else it starts
       anew.
     - `pre_logits` is dropped if only the file has it, and starts anew if only the model has it.
-    - Position embeddings are resized if the grids differ. Without an image size in the weights'
+    - A class or distillation token that the model has not becomes a register, if it has one more of
+      these than the file; a distillation token that only the model has starts anew.
+    - Position embeddings are resized if the grids differ. Fixed ones are where learned ones
+      start. Without an image size in the weights'
       `preprocess`, the file's grid is taken to be square, as no published file says what it was.
     - The first convolution fits other patches and another number of channels (`embedding`).
     - Parameters that `dont_load` names start anew, or are dropped if the model has none.
@@ -59,7 +65,7 @@ def adapt_params(
       weights: of the file.
       target: nested dict of the model's freshly initialised parameters.
       target_grid: (rows, columns) of patches in the model's input.
-      num_class_tokens: 1 if position embeddings start with one of the class token, else 0.
+      num_class_tokens: tokens in front of the patches that have position embeddings.
       dont_load: regular expressions; each must match the whole path of a parameter.
       posemb_resize: how position embeddings are interpolated, see `resize_posemb`.
 
@@ -74,9 +80,13 @@ def adapt_params(
     stacked = is_stacked(initial)
     initial = unstack_blocks(initial)
     params, notes = _leave_out(weights.params, initial, dont_load)
-    for fit in (_fit_channels, _fit_patches):
+    for fit in (_fit_tokens, _fit_channels, _fit_patches):
         params, more = fit(params, initial)
         notes += more
+    params, more = _compute_posemb(
+        weights, params, initial, target_grid=target_grid, num_class_tokens=num_class_tokens
+    )
+    notes += more
     params, more = _fit_posemb(
         params,
         initial,
@@ -108,6 +118,9 @@ def check_arguments(weights: Weights, model: Any) -> None:
     """
     theirs = {k: weights.model[k] for k in _ARGUMENTS if k in weights.model and hasattr(model, k)}
     different = {k: value for k, value in theirs.items() if value != getattr(model, k)}
+    fixed = different.get("position_embedding") in FIXED_POSITIONS
+    if fixed and model.position_embedding == "learned":  # Learned ones start from the fixed ones.
+        del different["position_embedding"]
     if different:
         found = ", ".join(f"{k}={v!r} (here {getattr(model, k)!r})" for k, v in different.items())
         overrides = " ".join(f"--config.model.{k}={v}" for k, v in different.items())
@@ -115,6 +128,41 @@ def check_arguments(weights: Weights, model: Any) -> None:
             f"init_from: these weights ({weights.layout}) belong to a model with {found}: "
             f"add {overrides}"
         )
+
+
+def fit_own_params(
+    weights: Weights, initial: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Parameters of an objective: taken over where the file has the same ones, else anew.
+
+    Args:
+      weights: of the file; what belongs to its objective is in `weights.own_params`.
+      initial: nested dict of those of the objective here, freshly initialised.
+
+    Returns:
+      `(params, notes)`, as `adapt_params`.
+    """
+    params, notes = {}, []
+    theirs = {path: tuple(x.shape) for path, x in weights.own_params.items()}
+    for name, part in initial.items():
+        flat: _Flat = dict(traverse_util.flatten_dict({name: part}, sep="/"))
+        if all(theirs.get(path) == tuple(x.shape) for path, x in flat.items()):
+            flat = {path: _cast(weights.own_params[path], like=x) for path, x in flat.items()}
+            notes.append(f"{name}: kept")
+        else:
+            notes.append(f"{name}: none like it in the file: initialised")
+        params |= traverse_util.unflatten_dict(flat, sep="/")
+    return params, notes + [note for note in describe_own(weights) if _name(note) not in initial]
+
+
+def describe_own(weights: Weights) -> list[str]:
+    """A line for each part that belongs to the objective of a run, and not to its model."""
+    names = {path.partition("/")[0] for path in weights.own_params}
+    return [f"{name}: {OWN_PARAMS[name]}: dropped" for name in sorted(names)]
+
+
+def _name(note: str) -> str:
+    return note.partition(":")[0]
 
 
 def _leave_out(
@@ -140,6 +188,51 @@ def _leave_out(
         notes += [f"{path}: not loaded: initialised" for path in anew]
         notes += [f"{path}: not loaded: dropped" for path in dropped]
     return kept, notes
+
+
+def _fit_tokens(params: _Flat, initial: _Flat) -> tuple[_Flat, list[str]]:
+    params, notes = dict(params), []
+    registers = initial[REGISTERS].shape[1] if REGISTERS in initial else 0
+    for name in ("dist", "cls"):
+        theirs = [x for x in ("cls", "dist") if x in params]
+        found = params[REGISTERS].shape[1] if REGISTERS in params else 0
+        if name not in params or name in initial or registers <= found:
+            continue
+        token, slot = params.pop(name), theirs.index(name)
+        if POSEMB in params:
+            token = token + params[POSEMB][:, slot : slot + 1]
+            params[POSEMB] = np.delete(params[POSEMB], slot, axis=1)
+        others = [params[REGISTERS]] if found else []
+        params[REGISTERS] = np.concatenate([token, *others], axis=1)
+        notes.append(f"{name}: a register here, with its position embedding added")
+        if name == "dist" and "head_dist/kernel" in params:
+            params = _replace(params, {}, "head_dist/")
+            notes.append("head_dist: none here: dropped; the file is meant to average both heads")
+    if "dist" in initial and "dist" not in params and "cls" in params:
+        params["dist"] = initial["dist"]
+        if POSEMB in params and POSEMB in initial:
+            slot = np.asarray(initial[POSEMB])[:, 1:2]
+            params[POSEMB] = np.insert(params[POSEMB], [1], slot, axis=1)
+        notes.append("dist: none in the file: initialised")
+    return params, notes
+
+
+def _compute_posemb(
+    weights: Weights,
+    params: _Flat,
+    initial: _Flat,
+    *,
+    target_grid: tuple[int, int],
+    num_class_tokens: int,
+) -> tuple[_Flat, list[str]]:
+    if POSEMB in params or POSEMB not in initial:
+        return params, []
+    kind, width = weights.model.get("position_embedding"), initial[POSEMB].shape[-1]
+    fixed = fixed_positions(kind, target_grid, width)
+    if fixed is None:
+        return params, []
+    posemb = np.pad(fixed, ((0, 0), (num_class_tokens, 0), (0, 0)))
+    return {**params, POSEMB: posemb}, [f"position embeddings: learned here, from {kind} on"]
 
 
 def _fit_channels(params: _Flat, initial: _Flat) -> tuple[_Flat, list[str]]:
@@ -216,6 +309,15 @@ def _fit_posemb(
 
 
 def _fit_head(params: _Flat, initial: _Flat) -> tuple[_Flat, list[str]]:
+    params, notes = _fit_first_head(params, initial)
+    if _shapes(params, "head_dist/") == _shapes(initial, "head_dist/"):
+        return params, notes
+    what = "another one here" if "head_dist/kernel" in params else "none in the file"
+    what = f"{what}: initialised" if "head_dist/kernel" in initial else "none here: dropped"
+    return _replace(params, initial, "head_dist/"), [*notes, f"head_dist: {what}"]
+
+
+def _fit_first_head(params: _Flat, initial: _Flat) -> tuple[_Flat, list[str]]:
     same_input = _shapes(params, "pre_logits/") == _shapes(initial, "pre_logits/")
     if same_input and _shapes(params, "head/") == _shapes(initial, "head/"):
         if "head/kernel" not in params:

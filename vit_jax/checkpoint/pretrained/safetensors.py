@@ -20,6 +20,7 @@ from etils import epath
 from vit_jax.checkpoint.pretrained import huggingface, timm
 from vit_jax.checkpoint.pretrained.tensor_file import read_tensors, write_tensors
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights, as_tuples, infer_model
+from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.models.resnet import total_stride
 from vit_jax.utils.errors import UserError
 
@@ -39,6 +40,7 @@ _MODEL_KEYS = (
     "position_embedding",
     "rope_theta",
     "num_registers",
+    "distillation_token",
     "activation",
     "qk_norm",
     "layer_scale_init",
@@ -118,7 +120,7 @@ def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
     stated |= {key: model[key] for key in _MODEL_KEYS if key in model}
     try:
         tensors = timm.to_timm(arrays, model=stated, grid=_find_grid(stated, preprocess))
-        if stated.get("position_embedding") == "sincos2d":
+        if stated.get("position_embedding") in FIXED_POSITIONS:
             stated["position_embedding"] = "learned"  # As such they are in the file.
         text = json.dumps({"model": stated, "preprocess": dict(preprocess)})
         write_tensors(Path(path), tensors, metadata={"format": "pt", _METADATA: text})
@@ -136,7 +138,7 @@ def _read_own(
     params, notes = timm.to_linen(
         tensors,
         num_heads=num_heads or model["num_heads"],
-        num_slots=0 if "reg_token" in tensors else int("cls_token" in tensors),
+        num_slots=0 if "reg_token" in tensors else _count_class_tokens(tensors),
     )
     return Weights(
         params=params,
@@ -211,6 +213,10 @@ def _read_huggingface(
     )
 
 
+def _count_class_tokens(tensors: Mapping[str, Any]) -> int:
+    return int("cls_token" in tensors) + int("dist_token" in tensors)
+
+
 def _describe(params: Mapping[str, np.ndarray], *, rope_theta: float | None) -> dict[str, Any]:
     """Returns the arguments of the model that do not depend on who trained it."""
     positions = "learned" if POSEMB in params else "none"
@@ -278,7 +284,7 @@ def _infer_image_size(params: Mapping[str, np.ndarray], model: Mapping[str, Any]
     posemb = params.get(POSEMB)
     if posemb is None:
         return {}
-    patches = posemb.shape[1] - int("cls" in params)
+    patches = posemb.shape[1] - int("cls" in params) - int("dist" in params)
     side = math.isqrt(patches)
     rows, columns = _stride(model)
     return {"image_size": (side * rows, side * columns)} if side * side == patches else {}

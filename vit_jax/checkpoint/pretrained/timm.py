@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.checkpoint.pretrained.weights import POSEMB, infer_model
-from vit_jax.models.positions import sincos_2d
+from vit_jax.models.positions import FIXED_POSITIONS, fixed_positions
 from vit_jax.models.variants import SIZES
 
 _Arrays = dict[str, np.ndarray]
@@ -52,8 +52,6 @@ _FUSED = (
 # What a file may hold that no model here has, and why that does not matter.
 _DROPPED = {
     "mask_token": "only for pre-training: dropped",
-    "head_dist.": "the second head, on the distillation token: dropped; published results of "
-    "distilled models average both heads",
 }
 
 
@@ -192,6 +190,8 @@ def _check_expressible(model: Mapping[str, Any], grid: tuple[int, int] | None) -
         raise ValueError("no Vision Transformer; only these have a layout of timm here")
     if model.get("representation_size") is not None:
         raise ValueError("timm has no pre_logits; fine-tune with model.representation_size=None")
+    if model.get("distillation_token") and model.get("num_registers"):
+        raise ValueError("timm has no model with both a distillation token and registers")
     if rope and model.get("activation", "gelu_tanh") == "gelu_tanh":
         raise ValueError(
             "timm's model with rotary embeddings computes exact GELU; train with "
@@ -201,7 +201,7 @@ def _check_expressible(model: Mapping[str, Any], grid: tuple[int, int] | None) -
         raise ValueError("timm has no hybrid with rotary embeddings (model.rope_theta)")
     if model["classifier"] == "map" and model.get("activation") == "swiglu":
         raise ValueError("timm's attention pooling has no SwiGLU; set model.classifier='gap'")
-    if model.get("position_embedding") == "sincos2d" and grid is None:
+    if model.get("position_embedding") in FIXED_POSITIONS and grid is None:
         raise ValueError("fixed position embeddings depend on preprocess.image_size: give it")
 
 
@@ -251,6 +251,7 @@ def _modules(layers: int, units: Sequence[int]) -> Iterator[tuple[str, str]]:
     yield "fc_norm", "fc_norm"
     yield "pre_logits.fc", "pre_logits"
     yield "head", "head"
+    yield "head_dist", "head_dist"
     backbone = "patch_embed.backbone"
     yield f"{backbone}.stem.conv", "conv_root"
     yield f"{backbone}.stem.norm", "gn_root"
@@ -265,16 +266,18 @@ def _modules(layers: int, units: Sequence[int]) -> Iterator[tuple[str, str]]:
 
 
 def _read_tokens(rest: _Arrays, params: _Arrays, *, num_slots: int | None, average: bool) -> None:
+    # A distillation token that no head reads is one token more, which is a register here.
+    distilled = "head_dist.weight" in rest and not average
     found = [rest.pop(name, None) for name in ("cls_token", "dist_token", "reg_token")]
     tokens = [x for x in found if x is not None]
-    with_class = int(found[0] is not None and not average)
+    with_class = int(found[0] is not None and not average) + int(distilled)
     posemb = rest.pop("pos_embed", None)
     if posemb is not None:
         if num_slots is None:
             num_slots = _guess_slots(posemb.shape[1], found)
         slots, patches = np.split(posemb, [num_slots], axis=1)
         no_slot = np.zeros_like(patches, shape=(1, with_class, patches.shape[-1]))
-        first = slots[:, :1] if num_slots and with_class else no_slot
+        first = slots[:, :with_class] if num_slots and with_class else no_slot
         params[POSEMB] = np.concatenate([first, patches], axis=1)
         if tokens:
             tokens = [_add_slots(np.concatenate(tokens, axis=1), slots, start=with_class)]
@@ -282,7 +285,9 @@ def _read_tokens(rest: _Arrays, params: _Arrays, *, num_slots: int | None, avera
         return
     classes, registers = np.split(np.concatenate(tokens, axis=1), [with_class], axis=1)
     if with_class:
-        params["cls"] = classes
+        params["cls"] = classes[:, :1]
+    if distilled:
+        params["dist"] = classes[:, 1:]
     if registers.shape[1]:
         params["Transformer/registers"] = registers
 
@@ -392,15 +397,15 @@ def _write_tokens(
     grid: tuple[int, int] | None,
 ) -> None:
     cls, registers = rest.pop("cls", None), rest.pop("Transformer/registers", None)
-    posemb = rest.pop(POSEMB, None)
-    if model.get("position_embedding") == "sincos2d" and grid is not None:
-        posemb = sincos_2d(grid, model["hidden_size"])
-        if cls is not None:
-            posemb = np.pad(posemb, ((0, 0), (1, 0), (0, 0)))
+    dist, posemb = rest.pop("dist", None), rest.pop(POSEMB, None)
+    fixed = grid and fixed_positions(model.get("position_embedding"), grid, model["hidden_size"])
+    if fixed is not None:
+        num_class_tokens = sum(x is not None for x in (cls, dist))
+        posemb = np.pad(fixed, ((0, 0), (num_class_tokens, 0), (0, 0)))
     if posemb is not None and cls is not None and registers is not None:
         slot, posemb = np.split(posemb, [1], axis=1)
         cls = _add_slots(cls, slot, start=0)
-    found = {"cls_token": cls, "reg_token": registers, "pos_embed": posemb}
+    found = {"cls_token": cls, "dist_token": dist, "reg_token": registers, "pos_embed": posemb}
     tensors |= {name: x for name, x in found.items() if x is not None}
 
 

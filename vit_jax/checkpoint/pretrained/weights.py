@@ -9,6 +9,13 @@ from typing import Any
 import numpy as np
 
 POSEMB = "Transformer/posembed_input/pos_embedding"
+REGISTERS = "Transformer/registers"
+
+# What objectives add to the parameters of a model.
+OWN_PARAMS = {
+    "decoder": "only for pre-training",
+    "probe": "the heads of a linear probe",
+}
 
 _BLOCK = re.compile(r"(.*/)?encoderblock_(\d+)/(.*)")
 _STACK = re.compile(r"(.*/)?encoderblock/(.*)")
@@ -28,6 +35,7 @@ class Weights:
       preprocess: what the weights expect of images, as far as it is known: `mean` and `std` of
         pixels in [0, 1] (one number or one for each channel), `image_size` (height, width), and
         `eval`, a value for `data.preprocess`.
+      own_params: arrays by path that a run has trained beside its model's, such as a decoder.
       notes: what was left out or changed while reading, one line each.
     """
 
@@ -35,6 +43,7 @@ class Weights:
     layout: str
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     preprocess: dict[str, Any] = dataclasses.field(default_factory=dict)
+    own_params: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -128,6 +137,8 @@ def _infer_vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         found["resnet_width"] = shapes["conv_root/kernel"][-1] / 64
     if "Transformer/registers" in shapes:
         found["num_registers"] = shapes["Transformer/registers"][1]
+    if "dist" in shapes:
+        found["distillation_token"] = True
     if f"{block}/MlpBlock_0/gate/kernel" in shapes:
         found["activation"] = "swiglu"
     if f"{attention}/query_norm/scale" in shapes:
