@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vit_jax.models.variants import make_vit
+from vit_jax.objectives.base import Objective
 from vit_jax.objectives.supervised import make_supervised
 from vit_jax.optim.directions import schedule_free_adamw, sgd
 from vit_jax.optim.optimizer import make_optimizer
@@ -18,7 +19,7 @@ from vit_jax.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Quadratic:
+class Quadratic(Objective):
     """Loss |w - mean(target)|^2 / 2, whose gradient is known."""
 
     noise: float = 0.0

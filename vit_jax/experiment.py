@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import state as state_lib
 from vit_jax.checkpoint.manager import CheckpointOptions
-from vit_jax.checkpoint.pretrained.adapt import adapt_params, check_arguments
+from vit_jax.checkpoint.pretrained.adapt import adapt_params, check_arguments, fit_own_params
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.data.corrupt import MAX_CORRUPT, CorruptCounter
@@ -27,7 +27,7 @@ from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.variants import MODELS
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives.base import Objective, Params
-from vit_jax.objectives.supervised import OBJECTIVES
+from vit_jax.objectives.kinds import HEADLESS, OBJECTIVES
 from vit_jax.observe.console import say
 from vit_jax.observe.profiler import Profile
 from vit_jax.optim.directions import DIRECTIONS
@@ -51,7 +51,7 @@ from vit_jax.utils.durations import (
     to_steps,
 )
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.registry import bind, check_type, lookup
+from vit_jax.utils.registry import bind, check_type, keywords, lookup
 
 # Keys of google-research/vision_transformer configs, and where their values go here.
 RENAMED = {
@@ -187,12 +187,15 @@ class Experiment:
 
         mesh, mesh_args = _make_mesh(section["mesh"], devices)
         data, data_args = _make_data(section["data"], mesh)
-        model, model_args = _make_model(section["model"], data, mesh)
+        headless = section["objective"].get("name") in HEADLESS
+        model, model_args = _make_model(section["model"], data, mesh, headless=headless)
         objective, objective_args = _make_objective(section["objective"], model, data)
         clock = _make_clock(data, epoch_examples)
         total_steps = _total_steps(top, clock)
         every = functools.partial(_resolve_every, clock=clock, total_steps=total_steps)
-        optimizer, optimizer_args = _make_optimizer(section["optimizer"], total_steps, clock, mesh)
+        optimizer, optimizer_args = _make_optimizer(
+            section["optimizer"], total_steps, clock, mesh, objective
+        )
         evaluators, eval_args = _make_evaluators(
             section["evals"], data, objective, mesh, every=every
         )
@@ -302,14 +305,17 @@ class Experiment:
           UserError: they don't fit.
         """
         check_arguments(weights, self.model)
+        own = {name: initial[name] for name in self.objective.own_params}
         params, notes = adapt_params(
             weights,
-            initial,
+            {name: x for name, x in initial.items() if name not in own},
             target_grid=self.model.grid(self.train_data.image_shape()[:2]),
             num_class_tokens=self.model.num_class_tokens,
             **self.adapt,
         )
-        return params, [*weights.notes, *notes, *self._compare_preprocess(weights.preprocess)]
+        own, more = fit_own_params(weights, own)
+        notes = [*weights.notes, *notes, *more, *self._compare_preprocess(weights.preprocess)]
+        return params | own, notes
 
     def place_params(self, params: Params) -> Params:
         """Puts parameters in the memory of the host on the devices that hold them."""
@@ -362,12 +368,15 @@ class Experiment:
         )
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         replicated = NamedSharding(self.mesh, PartitionSpec())
-        return jax.jit(
-            step,
-            in_shardings=(shardings, batch_sharding(self.mesh)),
-            out_shardings=(shardings, replicated),
-            donate_argnums=0,
-        )
+        placed = (shardings, batch_sharding(self.mesh))
+        options: dict[str, Any] = {"out_shardings": (shardings, replicated), "donate_argnums": 0}
+        constants = self.objective.constants()
+        if not constants:
+            return jax.jit(step, in_shardings=placed, **options)
+        where = infer_shardings(constants, self.mesh)
+        constants = jax.jit(lambda x: x, out_shardings=where)(constants)
+        jitted = jax.jit(step, in_shardings=(*placed, where), **options)
+        return lambda state, batch: jitted(state, batch, constants)
 
     def _split(self, micro_batches: jax.Array) -> jax.Array:
         names = (None, "batch", *(None,) * (micro_batches.ndim - 2))
@@ -492,11 +501,18 @@ def _make_spec(args: _Section) -> DatasetSpec:
     return spec
 
 
-def _make_model(section: _Section, data: DatasetSpec, mesh: Mesh) -> tuple[Model, _Section]:
+def _make_model(
+    section: _Section, data: DatasetSpec, mesh: Mesh, *, headless: bool
+) -> tuple[Model, _Section]:
     name, make = _by_name(section, MODELS, "vit", key="model")
-    section.setdefault("num_classes", data.info.num_classes)
+    section.setdefault("num_classes", 0 if headless else data.info.num_classes)
     (args,) = bind(section, make, key="model", given=("constrain",))
-    if args["num_classes"] < data.info.num_classes:
+    if headless and args["num_classes"]:
+        raise UserError(
+            f"model.num_classes={args['num_classes']}: this objective trains a model without its "
+            "head: expected 0, or leave it out"
+        )
+    if not headless and args["num_classes"] < data.info.num_classes:
         raise UserError(
             f"model.num_classes={args['num_classes']} is less than the {data.info.num_classes} "
             f"classes of {data}"
@@ -515,29 +531,48 @@ def _make_objective(
     section: _Section, model: Model, data: DatasetSpec
 ) -> tuple[Objective, _Section]:
     name, make = _by_name(section, OBJECTIVES, "supervised", key="objective")
-    (args,) = bind(section, make, key="objective", given=("model", "num_classes"))
+    given = {
+        "model": model,
+        "num_classes": model.num_classes or data.info.num_classes,
+        "image_shape": data.image_shape(),
+        "multi_label": data.info.multi_label,
+    }
+    (args,) = bind(section, make, key="objective", given=tuple(given))
     if "unpooled" in model.classifier:
         raise UserError(
             f"model.classifier={model.classifier!r} classifies every token; expected 'token', "
             f"'gap' or 'map' for objective.name={name!r}"
         )
-    if data.info.multi_label and args["loss"] == "softmax":
+    if data.info.multi_label and args.get("loss") == "softmax":
         raise UserError(
             f"objective.loss='softmax' takes one label an example, and {data} has several: "
             "expected objective.loss='sigmoid'"
         )
-    return make(model=model, num_classes=model.num_classes, **args), {"name": name} | args
+    taken = {key: value for key, value in given.items() if key in keywords(make)}
+    return make(**taken, **args), {"name": name} | args
 
 
 def _make_optimizer(
-    section: _Section, total_steps: int, clock: Clock, mesh: Mesh
+    section: _Section, total_steps: int, clock: Clock, mesh: Mesh, objective: Objective
 ) -> tuple[Optimizer, _Section]:
     name, direction = _by_name(section, DIRECTIONS, "adamw", key="optimizer")
     given = ("direction", "total_steps", "clock")
     args, direction_args = bind(section, make_optimizer, direction, key="optimizer", given=given)
+    rules = {
+        "freeze": (*args["freeze"], *objective.frozen),
+        "lr_multipliers": (*args["lr_multipliers"], *objective.lr_multipliers()),
+    }
     optimizer = make_optimizer(
-        direction=direction(**direction_args), total_steps=total_steps, clock=clock, **args
+        direction=direction(**direction_args),
+        total_steps=total_steps,
+        clock=clock,
+        **(args | rules),
     )
+    if len(objective.lr_multipliers()) > 1 and args["grad_clip_norm"] is not None:
+        raise UserError(
+            f"optimizer.grad_clip_norm={args['grad_clip_norm']}: expected None, since the heads of "
+            "objective.lr_factors are trained as if each were alone, and a norm would be of all"
+        )
     if clock.batch_size % optimizer.accum_steps:
         raise UserError(
             f"optimizer.accum_steps={optimizer.accum_steps} does not divide "

@@ -8,17 +8,44 @@ sharded by classes the sums become small all-reduces, and no device gathers all 
 import jax
 import jax.numpy as jnp
 
+ClassWeights = tuple[float, ...] | None
 
-def softmax_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross entropy of `[batch, classes]` logits with target distributions of the same shape."""
+
+def softmax_cross_entropy(
+    logits: jax.Array, targets: jax.Array, class_weights: ClassWeights = None
+) -> jax.Array:
+    """Cross entropy of `[batch, classes]` logits with target distributions of the same shape.
+
+    `class_weights`, one for each class, multiply its terms: -sum_c w_c t_c log p_c.
+    """
+    if class_weights is not None:
+        targets = targets * jnp.asarray(class_weights, jnp.float32)
     return jax.nn.logsumexp(logits, axis=-1) * targets.sum(-1) - (targets * logits).sum(-1)
 
 
-def sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Sum over classes of binary cross entropies with targets in [0, 1] (arXiv:2006.07159)."""
-    return -(
-        targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)
-    ).sum(axis=-1)
+def sigmoid_cross_entropy(
+    logits: jax.Array, targets: jax.Array, class_weights: ClassWeights = None
+) -> jax.Array:
+    """Sum over classes of binary cross entropies with targets in [0, 1] (arXiv:2006.07159).
+
+    `class_weights`, one for each class, multiply its terms.
+    """
+    terms = targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)
+    if class_weights is not None:
+        terms = terms * jnp.asarray(class_weights, jnp.float32)
+    return -terms.sum(axis=-1)
+
+
+def distillation_divergence(
+    logits: jax.Array, teacher_logits: jax.Array, temperature: float
+) -> jax.Array:
+    """KL divergence of the student from the teacher, softened and scaled: t^2 KL(p_T || p_S).
+
+    Both logits, `[batch, classes]`, are divided by the temperature t (arXiv:1503.02531).
+    """
+    teacher = jax.nn.log_softmax(teacher_logits / temperature)
+    student = jax.nn.log_softmax(logits / temperature)
+    return temperature**2 * (jnp.exp(teacher) * (teacher - student)).sum(axis=-1)
 
 
 def make_targets(labels: jax.Array, num_classes: int) -> jax.Array:

@@ -58,6 +58,7 @@ def init_state(
 def train_step(
     state: TrainState,
     batch: Batch,
+    constants: Params = None,
     *,
     objective: Objective,
     optimizer: Optimizer,
@@ -70,6 +71,7 @@ def train_step(
     Args:
       state: donated by the caller.
       batch: a global batch, as it comes from the data.
+      constants: those of the objective, on the mesh.
       objective: what is minimised.
       optimizer: its `accum_steps` cuts the batch into micro-batches of equal size.
       ema_decay: of the parameter average, which is warmed up; None for no average.
@@ -87,7 +89,7 @@ def train_step(
 
     # Of the trained parameters alone, so that nothing is differentiated for the frozen ones.
     def loss(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Any]:
-        return objective.loss(merge(params, frozen), batch, rng)
+        return objective.loss({**merge(params, frozen), **(constants or {})}, batch, rng)
 
     gradients = functools.partial(
         accumulate_gradients,
@@ -106,7 +108,8 @@ def train_step(
         grads = sam.combine(grads, perturbed)
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
     trained = optax.apply_updates(trained, updates)
-    params = merge(trained, frozen)
+    statistics = metrics
+    params, metrics = objective.track(merge(trained, frozen), statistics)
     metrics |= {
         "lr": lr,
         "grad_norm": optax.tree.norm(grads),
@@ -118,7 +121,7 @@ def train_step(
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         average, same = optimizer.rules.split(state.ema_params)
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, trained)
-        ema_params = merge(average, same)
+        ema_params, _ = objective.track(merge(average, same), statistics)
     return TrainState(state.step + 1, params, opt_state, ema_params), metrics
 
 

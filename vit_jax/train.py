@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.data.corrupt import CorruptCounter, Counts, check_counts
 from vit_jax.evaluators.base import evaluate
+from vit_jax.evaluators.probes import Probes
 from vit_jax.experiment import Experiment
 from vit_jax.observe.console import say
 from vit_jax.observe.profiler import Profiler
@@ -37,6 +38,7 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
     main_process = jax.process_index() == 0
     with all_agree():
         experiment = Experiment.from_config(config)
+        notes = experiment.objective.notes()
         # Parameters that the config's rules do not fit are refused before anything is written.
         params = experiment.abstract_state.params
         class_names = experiment.train_data.info.class_names
@@ -57,6 +59,8 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
                 groups=group_params(summarize_params(experiment.optimizer, params)),
                 rates=describe_rates(experiment.optimizer),
             )
+            for note in notes:
+                say(note)
             if start:
                 state = checkpoints.restore(experiment.abstract_state)
                 say(f"going on from {checkpoints.path(start)}")
@@ -69,12 +73,16 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
                 profiler = Profiler(folder, experiment.profile, active=main_process)
                 run(experiment, state, checkpoints, writer, profiler, folder=folder, start=start)
         last = checkpoints.latest_step() or 0
+        probes = [e for e in experiment.evaluators if isinstance(e, Probes)]
         report_end(
             workdir=folder,
             step=last,
             total_steps=total,
             checkpoint=checkpoints.path(last),
             longer=f"{command} {experiment.override_for_twice_as_long()}",
+            heads=probes[0].objective.head_names if probes else (),
+            # The split that chooses comes first.
+            judged_on=[e.name for e in sorted(probes, key=lambda e: not e.choose)],
         )
 
 

@@ -34,6 +34,7 @@ class Linear:
     """Logits as a product of the pixels with the parameters."""
 
     dtype: str = "float32"
+    classifies = True
 
     def predict(self, params, batch):
         pixels = batch["image"].reshape(len(batch["image"]), -1) / 255

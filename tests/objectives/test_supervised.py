@@ -92,3 +92,61 @@ def test_pixels_of_other_weights_have_a_mean_and_a_deviation_for_each_channel():
     np.testing.assert_allclose(images.ravel(), [0.1 / 0.5, 0, -0.1 / 0.125], atol=1e-6)
     with pytest.raises(UserError, match=r"objective\.pixel_std="):
         supervised(pixel_std=[0.5, 0.0, 0.5])
+
+
+WEIGHTS = (1.0, 2.0, 0.5)
+
+
+def test_class_weights_multiply_the_terms_of_each_class():
+    log_p = np.asarray(jax.nn.log_softmax(LOGITS))
+    want = -(np.array(WEIGHTS) * np.asarray(TARGETS) * log_p).sum(-1)
+    np.testing.assert_allclose(softmax_cross_entropy(LOGITS, TARGETS, WEIGHTS), want, rtol=1e-6)
+    p = 1 / (1 + np.exp(-np.asarray(LOGITS, np.float64)))
+    targets = np.asarray(TARGETS)
+    terms = -(targets * np.log(p) + (1 - targets) * np.log(1 - p))
+    want = (np.array(WEIGHTS) * terms).sum(-1)
+    np.testing.assert_allclose(sigmoid_cross_entropy(LOGITS, TARGETS, WEIGHTS), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_class_weights_reach_the_loss(from_file, tmp_path):
+    file = tmp_path / "weights.txt"
+    file.write_text("1\n2\n0.5\n")
+    objective = supervised(class_weights=str(file) if from_file else list(WEIGHTS))
+    batch = {"image": jnp.ones((3, 8, 8, 3), jnp.uint8), "label": jnp.arange(3)}
+    params = objective.init(jax.random.key(0), batch)
+    augmented = objective.augment(batch, jax.random.key(1))
+    loss, _ = objective.loss(params, augmented, jax.random.key(2))
+    assert float(loss) == pytest.approx(np.log(3) * np.mean(WEIGHTS), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ((1.0, 2.0), "2 weights; expected one for each of 3"),
+        ((1.0, -2.0, 1.0), "at least 0"),
+        ((0.0, 0.0, 0.0), "not all 0"),
+        ("nowhere.txt", "one number a line"),
+    ],
+)
+def test_wrong_class_weights_are_refused(wrong, words):
+    with pytest.raises(UserError, match=rf"objective\.class_weights.*{words}"):
+        supervised(class_weights=wrong)
+
+
+def test_head_starts_with_the_bias_given():
+    model = make_vit(
+        num_classes=3,
+        patch_size=4,
+        hidden_size=8,
+        num_layers=1,
+        num_heads=2,
+        mlp_dim=8,
+        head_bias_init=-6.9,
+    )
+    objective = make_supervised(model=model, num_classes=3, loss="sigmoid")
+    batch = {"image": jnp.ones((2, 8, 8, 3), jnp.uint8), "label": jnp.arange(2)}
+    params = objective.init(jax.random.key(0), batch)
+    np.testing.assert_array_equal(params["head"]["bias"], np.float32(-6.9))
+    loss, _ = objective.loss(params, objective.augment(batch, jax.random.key(1)), jax.random.key(2))
+    assert float(loss) == pytest.approx(6.9 + 3 * np.log1p(np.exp(-6.9)), rel=1e-5)

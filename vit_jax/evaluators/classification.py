@@ -253,4 +253,9 @@ def make_classification(
             f"evals.{name}.real_json={real_json!r}: expected a dataset with one label an example, "
             f"and {data} has several"
         )
+    if not objective.classifies:
+        raise UserError(
+            f"evals.{name}.name='classification': this objective has no single prediction of "
+            "classes; expected 'reconstruction' for 'mae', 'probes' for 'linear_probe'"
+        )
     return Classification(name, data, every, objective, mesh, real_json)

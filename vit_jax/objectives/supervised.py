@@ -2,26 +2,24 @@
 """Supervised classification."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.losses import LOSSES, make_targets, smooth_labels
 from vit_jax.objectives.augment import ERASE_KEY, Augmentation, distort, erase
-from vit_jax.objectives.base import Batch, Params
+from vit_jax.objectives.base import Batch, Objective, Params
 from vit_jax.objectives.mixing import mix
+from vit_jax.objectives.pixels import Pixels, check_pixels, normalize
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import takes_options_of
 
-# One number for all channels, or one for each.
-Pixels = float | tuple[float, ...]
-
 
 @dataclasses.dataclass(frozen=True)
-class Supervised:
+class Supervised(Objective):
     """A classifier trained on labels.
 
     Attributes:
@@ -32,6 +30,7 @@ class Supervised:
       augmentation: of training images, on the device.
       pixel_mean: of pixels in [0, 1], subtracted from them; one number, or one for each channel.
       pixel_std: what they are divided by then.
+      class_weights: factors on the terms of the loss, one for each class; None for 1.
     """
 
     model: nn.Module
@@ -41,9 +40,11 @@ class Supervised:
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     pixel_mean: Pixels = 0.5
     pixel_std: Pixels = 0.5
+    class_weights: tuple[float, ...] | None = None
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
-        return dict(self.model.init(rng, self._to_float(batch["image"][:1]), train=False))["params"]
+        images = self._to_float(batch["image"][:1])
+        return dict(self.model.init(rng, images, train=False))["params"]
 
     def augment(self, batch: Batch, rng: jax.Array) -> Batch:
         options = self.augmentation
@@ -70,10 +71,8 @@ class Supervised:
     def loss(
         self, params: Params, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        outputs: Any = self.model.apply(
-            {"params": params}, batch["image"], train=True, rngs={"dropout": rng}
-        )
-        loss = LOSSES[self.loss_name](outputs[0], batch["target"]).mean()
+        logits, _ = self.apply(params, batch["image"], rng)
+        loss = self.losses(logits, batch["target"]).mean()
         return loss, {"loss": loss}
 
     def predict(self, params: Params, batch: Batch) -> dict[str, Any]:
@@ -82,10 +81,17 @@ class Supervised:
         )
         return outputs[1]
 
+    def apply(self, params: Params, images: jax.Array, rng: jax.Array) -> Any:
+        """`(logits, out)` in training, for images as `augment` leaves them."""
+        return self.model.apply({"params": params}, images, train=True, rngs={"dropout": rng})
+
+    def losses(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
+        """The loss of each example, for logits and targets `[batch, classes]`."""
+        return LOSSES[self.loss_name](logits, targets, self.class_weights)
+
     def _to_float(self, images: jax.Array) -> jax.Array:
-        """0 to 255 to float32; to [-1, 1] by default, as the published weights want them."""
-        mean, std = (np.asarray(x, np.float32) for x in (self.pixel_mean, self.pixel_std))
-        return images.astype(jnp.float32) / (255 * std) - mean / std
+        """To [-1, 1] by default, as the published weights want them."""
+        return normalize(images, self.pixel_mean, self.pixel_std)
 
 
 @takes_options_of(Augmentation)
@@ -95,32 +101,44 @@ def make_supervised(
     num_classes: int,
     loss: Literal["softmax", "sigmoid"] = "softmax",
     label_smoothing: float = 0.0,
+    class_weights: tuple[float, ...] | str | None = None,
     pixel_mean: Pixels = 0.5,
     pixel_std: Pixels = 0.5,
     **augmentation: Any,
 ) -> Supervised:
     """A `Supervised` objective from config values; `augmentation` are fields of `Augmentation`.
 
+    `class_weights` may be a text file with one number a line.
+
     Raises:
-      UserError: label smoothing outside [0, 1), a deviation of 0, or a wrong augmentation.
+      UserError: label smoothing outside [0, 1), a deviation of 0, class weights that are not one
+        for each class, or a wrong augmentation.
     """
     if not 0 <= label_smoothing < 1:
         raise UserError(f"objective.label_smoothing={label_smoothing}: expected 0 <= value < 1")
-    if min(np.ravel(pixel_std)) <= 0:
-        raise UserError(f"objective.pixel_std={pixel_std}: expected more than 0")
+    mean, std = check_pixels(pixel_mean, pixel_std)
     return Supervised(
         model,
         num_classes,
         loss,
         label_smoothing,
         Augmentation(**augmentation),
-        _hashable(pixel_mean),
-        _hashable(pixel_std),
+        mean,
+        std,
+        None if class_weights is None else _read_class_weights(class_weights, num_classes),
     )
 
 
-def _hashable(pixels: Pixels) -> Pixels:
-    return pixels if isinstance(pixels, float | int) else tuple(pixels)
-
-
-OBJECTIVES = {"supervised": make_supervised}
+def _read_class_weights(given: tuple[float, ...] | str, num_classes: int) -> tuple[float, ...]:
+    key = f"objective.class_weights={given!r}" if isinstance(given, str) else "class_weights"
+    key = key if key.startswith("objective") else f"objective.{key}"
+    try:
+        lines = Path(given).read_text().split() if isinstance(given, str) else given
+        weights = tuple(float(x) for x in lines)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{key}: {e}; expected a text file with one number a line") from None
+    if len(weights) != num_classes:
+        raise UserError(f"{key}: {len(weights)} weights; expected one for each of {num_classes}")
+    if not all(0 <= x < np.inf for x in weights) or not any(weights):
+        raise UserError(f"{key}: expected finite weights of at least 0, and not all 0")
+    return weights

@@ -2,7 +2,7 @@
 """What stands on the screen before and after a run."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +61,58 @@ def report_start(
 
 
 def report_end(
-    *, workdir: Path, step: int, total_steps: int, checkpoint: Path, longer: str
+    *,
+    workdir: Path,
+    step: int,
+    total_steps: int,
+    checkpoint: Path,
+    longer: str,
+    heads: Sequence[str] = (),
+    judged_on: Sequence[str] = (),
 ) -> None:
-    """Where the run stands, and the command that goes on from there."""
+    """Where the run stands, and the command that goes on from there.
+
+    Args:
+      workdir: of the run.
+      step: that it has reached.
+      total_steps: of the config.
+      checkpoint: the newest.
+      longer: the command.
+      heads: names of the heads of a linear probe.
+      judged_on: names of their evaluators, the first of which chooses the head.
+    """
     say("")
     say(f"finished at step {step} of {total_steps}")
     results = last_results(workdir)
     for name, value in sorted(results.items()):
-        if name.endswith("/top1"):
+        if name.endswith("/top1") and not heads:
             split = name.removesuffix("/top1")
             count = results.get(f"{split}/count", 0)
             right = f"{round(value * count)} of {count} images"
             say(f"  {split + ' accuracy':<15} {100 * value:.2f} %  ({right})")
+    for line in describe_best_head(results, heads=heads, judged_on=judged_on):
+        say(line)
     say(f"  {'checkpoint':<15} {checkpoint}")
     say(f"  {'logs':<15} {workdir / METRICS}, {workdir / TENSORBOARD}")
     if (workdir / FOLDER).is_dir():
         say(f"  {'by class':<15} {workdir / FOLDER}")
     say(f"  {'to train on':<15} {longer}")
+
+
+def describe_best_head(
+    results: Mapping[str, float], *, heads: Sequence[str], judged_on: Sequence[str]
+) -> list[str]:
+    """The accuracy of the head that is best on the first split, on all of them."""
+    splits = [split for split in judged_on if f"{split}/count" in results]
+    if not heads or not splits:
+        return []
+    best = max(heads, key=lambda head: results[f"{splits[0]}/{head}_top1"])
+    lines = [f"  {'best head':<15} {best} optimizer.lr, chosen on {splits[0]}"]
+    for split in splits:
+        value, count = results[f"{split}/{best}_top1"], results[f"{split}/count"]
+        right = f"{round(value * count)} of {count} images"
+        lines.append(f"  {split + ' accuracy':<15} {100 * value:.2f} %  ({right})")
+    return lines
 
 
 def last_results(workdir: Path) -> dict[str, float]:

@@ -6,7 +6,6 @@ plus `name`. The constructor's signature is therefore the only list of keys and 
 annotations say which values fit. Everything else is refused here, with the key that is wrong.
 """
 
-import dataclasses
 import inspect
 import types
 import typing
@@ -32,18 +31,18 @@ def keywords(fn: Callable) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def takes_options_of(cls: type) -> Callable[[Callable], Callable]:
-    """Decorates a function whose `**options` go to a dataclass.
+def takes_options_of(target: Callable) -> Callable[[Callable], Callable]:
+    """Decorates a function whose `**options` go to a dataclass or to another constructor.
 
-    Its signature then lists them: the keyword-only fields of `cls` that it does not name itself.
-    So their defaults stand once, and a config may give them.
+    Its signature then lists them: the keyword-only arguments of `target` that it does not name
+    itself. So their defaults stand once, and a config may give them.
     """
 
     def decorate(fn: Callable) -> Callable:
         signature = inspect.signature(fn)
         own = {n: p for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
-        fields = {f.name for f in dataclasses.fields(cls)} - own.keys() - _FLAX_FIELDS
-        options = [p for n, p in keywords(cls).items() if n in fields]
+        taken = own.keys() | _FLAX_FIELDS
+        options = [p for n, p in keywords(target).items() if n not in taken]
         fn.__signature__ = signature.replace(parameters=[*own.values(), *options])
         return fn
 

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs with each objective: on any mesh, stopped and resumed, and one after the other."""
+
+import functools
+import json
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from tests.test_train import assert_same, stop_at
+from tests.tiny import tiny_config
+from vit_jax.checkpoint.manager import load_params
+from vit_jax.checkpoint.pretrained.adapt import describe_own
+from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.checkpoint.pretrained.weights import OWN_PARAMS
+from vit_jax.experiment import Experiment
+from vit_jax.objectives.linear_probe import LinearProbe
+from vit_jax.objectives.mae import MaskedAutoencoder
+from vit_jax.observe.progress import Monitor
+from vit_jax.observe.writer import read_metrics
+from vit_jax.train import train
+from vit_jax.utils.errors import UserError
+
+MODEL = {"patch_size": 2, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "mlp_dim": 32}
+FIXED = MODEL | {"position_embedding": "sincos2d_mae"}
+VAL = {"split": "test[:50]", "preprocess": "decode", "every": 2}
+
+
+def changes(name, teacher):
+    """Of the tiny config, for an objective."""
+    if name == "mae":
+        decoder = {"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
+        return {
+            "model": FIXED,
+            "objective": {"name": "mae", **decoder},
+            "evals": {"val": VAL | {"name": "reconstruction"}},
+        }
+    if name == "linear_probe":
+        return {
+            "model": FIXED,
+            "objective": {"name": "linear_probe", "lr_factors": (0.5, 1.0)},
+            "optimizer__grad_clip_norm": None,
+            "evals": {
+                "val": VAL | {"name": "probes", "choose": True},
+                "test": VAL | {"name": "probes", "split": "test[50:90]"},
+            },
+        }
+    return {
+        "model": MODEL | {"distillation_token": True},
+        "objective": {"name": "distillation", "teacher": teacher, "mixup": 0.2},
+        "evals": {"val": VAL},
+    }
+
+
+NAMES = ["mae", "linear_probe", "distillation"]
+
+
+@pytest.fixture(scope="module")
+def teacher(data_dir, tmp_path_factory):
+    """A workdir with a model of another width."""
+    workdir = tmp_path_factory.mktemp("teacher") / "run"
+    config = tiny_config(data_dir, total_steps=3, model__hidden_size=8, evals={})
+    train(config, str(workdir), command="train")
+    return str(workdir)
+
+
+@pytest.fixture(scope="module")
+def run_dir(data_dir, teacher, tmp_path_factory):
+    """Gives the workdir of an uninterrupted run with an objective."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def make(name):
+        config = tiny_config(data_dir, total_steps=4, checkpoint__every=2, **changes(name, teacher))
+        train(config, str(folder / name), command="train")
+        return folder / name
+
+    return make
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_do_not_depend_on_the_mesh(name, data_dir, teacher):
+    options = changes(name, teacher) | {"evals": {}}
+    want = run_losses(data_dir, options, devices=jax.devices()[:1])
+    got = run_losses(data_dir, options, mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def run_losses(data_dir, options, *, mesh=None, devices=None):
+    config = tiny_config(data_dir, total_steps=5, mesh=mesh or {}, **options)
+    experiment = Experiment.from_config(config, devices=devices)
+    state, found = experiment.init_state(), []
+    batches = experiment.train_batches(0)
+    for _ in range(5):
+        state, metrics = experiment.train_step(state, next(batches))
+        found.append(float(metrics["loss"]))
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stopped_run_ends_as_an_uninterrupted_one(
+    name, run_dir, data_dir, teacher, tmp_path, monkeypatch
+):
+    config = tiny_config(data_dir, total_steps=4, checkpoint__every=2, **changes(name, teacher))
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "step", stop_at(3))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, str(tmp_path / "w"), command="train")
+    train(config, str(tmp_path / "w"), command="train")
+    assert_same(load_params(tmp_path / "w")[0], load_params(run_dir(name))[0])
+
+
+def test_a_teacher_leaves_nothing_in_the_checkpoint(run_dir):
+    student = load_pretrained(str(run_dir("distillation")))
+    assert student.model["distillation_token"]
+    assert not student.own_params
+    stored = json.loads((run_dir("distillation") / "checkpoints/4/training/_METADATA").read_text())
+    assert not any("teacher" in key for key in stored["tree_metadata"])
+
+
+def test_an_autoencoder_is_fine_tuned_without_its_decoder(run_dir, data_dir, said):
+    config = tiny_config(data_dir, init_from=str(run_dir("mae")), model=FIXED, evals={})
+    state = Experiment.from_config(config).init_state()
+    source = load_params(run_dir("mae"))[0]
+    assert_same(state.params["Transformer"], source["Transformer"])
+    assert "decoder" in source
+    assert "decoder" not in state.params
+    notes = [line.strip() for line in said if line.startswith("  decoder")]
+    assert notes == ["decoder: only for pre-training: dropped"]
+    assert any("head: none in the file: initialised" in line for line in said)
+
+
+def test_the_same_objective_takes_its_own_parameters_over(run_dir, data_dir, teacher):
+    """So that a checkpoint is evaluated with the decoder that it was trained with."""
+    workdir = run_dir("mae")
+    experiment = Experiment.from_config(tiny_config(data_dir, **changes("mae", teacher)))
+    weights = load_pretrained(str(workdir))
+    params, notes = experiment.fit_params(weights, experiment.initial_params())
+    assert_same(params, load_params(workdir)[0])
+    assert "decoder: kept" in notes
+    last = read_metrics(workdir)[-1]
+    (evaluator,) = experiment.evaluators
+    again = evaluator.run(experiment.place_params(params))
+    np.testing.assert_allclose(again["loss"], last["val/loss"], rtol=1e-6)
+
+
+def test_learned_positions_and_a_register_go_on_from_an_autoencoder(run_dir, data_dir):
+    config = tiny_config(
+        data_dir,
+        init_from=str(run_dir("mae")),
+        model=MODEL | {"classifier": "gap", "num_registers": 1},
+        evals={},
+    )
+    state = Experiment.from_config(config).init_state()
+    source = load_params(run_dir("mae"))[0]
+    np.testing.assert_array_equal(state.params["Transformer"]["registers"], source["cls"])
+
+
+def test_an_autoencoder_shows_what_it_reconstructs(run_dir):
+    grid = cv2.imread(str(run_dir("mae") / "evals/val_4.png"))
+    assert grid.shape == (3 * 64, 8 * 64, 3)
+    records = [r for r in read_metrics(run_dir("mae")) if "val/loss" in r]
+    assert [r["step"] for r in records] == [2, 4]
+    assert {r["val/count"] for r in records} == {50}
+
+
+def test_a_probe_starts_from_an_autoencoder_and_names_the_best_head(
+    run_dir, data_dir, teacher, tmp_path, said
+):
+    options = changes("linear_probe", teacher) | {"init_from": str(run_dir("mae"))}
+    train(tiny_config(data_dir, total_steps=4, **options), str(tmp_path / "w"), command="train")
+    source, params = load_params(run_dir("mae"))[0], load_params(tmp_path / "w")[0]
+    assert_same(params["Transformer"], source["Transformer"])
+    assert "  probe: none like it in the file: initialised" in said
+    assert "  decoder: only for pre-training: dropped" in said
+    last = read_metrics(tmp_path / "w")[-1]
+    assert last["test/count"] == 40
+    heads = {name: last[f"val/{name}_top1"] for name in ("x0.5", "x1")}
+    assert last["val/top1"] == max(heads.values())
+    best = max(heads, key=heads.get)
+    assert f"  best head       {best} optimizer.lr, chosen on val" in said
+    assert any(line.startswith("  test accuracy ") for line in said)
+    assert describe_own(load_pretrained(str(tmp_path / "w"))) == [
+        "probe: the heads of a linear probe: dropped"
+    ]
+
+
+def test_loading_knows_what_objectives_add():
+    own = {name for cls in (MaskedAutoencoder, LinearProbe) for name in cls.own_params}
+    assert own == OWN_PARAMS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("mae", {"model": FIXED | {"num_classes": 10}}, r"model\.num_classes=10"),
+        ("mae", {"evals": {"val": VAL}}, r"evals\.val\.name='classification'"),
+        ("mae", {"model": {"name": "mixer", "variant": "S/8"}}, "expected model.name='vit'"),
+        ("linear_probe", {"evals": {"val": VAL | {"name": "reconstruction"}}}, "judges .*'mae'"),
+        ("linear_probe", {"optimizer__grad_clip_norm": 1.0}, r"optimizer\.grad_clip_norm=1\.0"),
+        ("distillation", {"evals": {"val": VAL | {"name": "probes"}}}, "judges .*'linear_probe'"),
+        ("distillation", {"model": MODEL | {"num_classes": 12}}, "10 classes and the student 12"),
+        ("mae", {"data__repeats": 0}, r"data\.repeats=0: expected 1 to data\.batch_size=16"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(name, change, words, data_dir, teacher):
+    config = tiny_config(data_dir, **(changes(name, teacher) | change))
+    with pytest.raises(UserError, match=words) as caught:
+        Experiment.from_config(config).objective.notes()
+    assert "\n" not in str(caught.value)

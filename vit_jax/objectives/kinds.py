@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objectives by name."""
+
+from vit_jax.objectives.distillation import make_distillation
+from vit_jax.objectives.linear_probe import make_linear_probe
+from vit_jax.objectives.mae import make_mae
+from vit_jax.objectives.supervised import make_supervised
+
+OBJECTIVES = {
+    "supervised": make_supervised,
+    "distillation": make_distillation,
+    "mae": make_mae,
+    "linear_probe": make_linear_probe,
+}
+# Those that train a model without its head.
+HEADLESS = ("mae", "linear_probe")

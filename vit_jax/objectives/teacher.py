@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model whose predictions are learned from."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.checkpoint.pretrained.adapt import adapt_params
+from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.checkpoint.pretrained.weights import Weights
+from vit_jax.models.variants import MODELS
+from vit_jax.objectives.base import Params
+from vit_jax.objectives.pixels import Pixels, check_pixels
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import keywords
+
+# How a model is run, and what it does in training only: not taken from the teacher's file.
+_NOT_TAKEN = ("constrain", "scan", "remat", "dtype")
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A model with its parameters.
+
+    Attributes:
+      model: called as `model(images, train=False)`.
+      params: nested dict of arrays on the host.
+      pixel_mean: of pixels in [0, 1], as the teacher wants them.
+      pixel_std: likewise.
+      notes: what was done to make it fit, one line each.
+    """
+
+    model: nn.Module
+    params: Params = dataclasses.field(repr=False, compare=False)
+    pixel_mean: Pixels = 0.5
+    pixel_std: Pixels = 0.5
+    notes: tuple[str, ...] = ()
+
+
+def load_teacher(
+    source: str, *, student: Any, num_classes: int, image_shape: tuple[int, int, int]
+) -> Teacher:
+    """Loads a model of any size and kind, whose classes are the student's.
+
+    Args:
+      source: see `load_pretrained`.
+      student: whose `dtype` and `constrain` the teacher takes over.
+      num_classes: that it must have.
+      image_shape: height, width and channels; position embeddings are resized to fit.
+
+    Raises:
+      UserError: it can't be read, or has no head or one of other classes.
+    """
+    key = f"objective.teacher={source!r}"
+    try:
+        weights = load_pretrained(source)
+        model = _make_model(weights, student)
+        _check_classes(weights, num_classes)
+        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        # Only shapes matter: all of it comes from the file.
+        init: Callable[..., Any] = lambda x: model.init(jax.random.key(0), x, train=False)  # noqa: E731
+        shapes = jax.eval_shape(init, images)["params"]
+        params, notes = adapt_params(
+            weights,
+            jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes),
+            target_grid=model.grid(image_shape[:2]),
+            num_class_tokens=model.num_class_tokens,
+        )
+    except UserError as e:
+        raise UserError(f"{key}: {e}") from e
+    mean, std = (weights.preprocess.get(name, 0.5) for name in ("mean", "std"))
+    mean, std = check_pixels(mean, std)
+    return Teacher(model, params, mean, std, (*weights.notes, *notes))
+
+
+def _make_model(weights: Weights, student: Any) -> Any:
+    make = MODELS[weights.model["name"]]
+    known = keywords(make).keys() - set(_NOT_TAKEN)
+    args = {name: value for name, value in weights.model.items() if name in known}
+    head = weights.params.get("head/kernel")
+    args["num_classes"] = 0 if head is None else head.shape[-1]
+    return make(**args, dtype=student.dtype, constrain=student.constrain)
+
+
+def _check_classes(weights: Weights, num_classes: int) -> None:
+    head = weights.params.get("head/kernel")
+    if head is None:
+        raise UserError("it has no head; expected a classifier")
+    if head.shape[-1] != num_classes:
+        raise UserError(
+            f"it has {head.shape[-1]} classes and the student {num_classes}: expected the same"
+        )
+    if not np.any(head):
+        raise UserError("its head is all zeros: it was published untrained; expected a classifier")
