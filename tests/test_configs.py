@@ -35,6 +35,13 @@ BUILDS = [
     ("vit_i1k.py:variant=B/16", 86_567_656 + 769 * 768, 224),
     ("vit_i1k.py:variant=Ti/16", 5_717_416 + 193 * 192, 224),
     ("vit_i1k.py:variant=B/16,aug=strong2", 86_567_656 + 769 * 768, 224),
+    ("digits_mae.py", 115_584 + 28_656, 16),
+    ("digits_mae.py:runs/digits_mae", 115_584 + 490, 16),
+    ("digits_probe.py", 115_584 + 5 * 490 + 2 * 48, 16),
+    ("digits_distill.py", 11_948, 16),
+    ("mae.py", 111_655_680, 224),
+    ("mae_finetune.py", 86_567_656 - 768, 224),
+    ("distill.py", 22_436_432, 224),
 ]
 
 

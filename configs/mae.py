@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-trains ViT-B/16 on ImageNet-1k without labels, as a masked autoencoder (arXiv:2111.06377).
+
+python -m vit_jax.main --config=configs/mae.py --workdir=runs/mae
+python -m vit_jax.main --config=configs/mae_finetune.py:runs/mae --workdir=runs/mae_finetune
+
+Published: 800 epochs of batch 4096; fine-tuned as in mae_finetune.py it reaches 83.3 %, and 83.6 %
+after 1600 epochs (--config.total_steps=500456). The class token of the paper, which nothing reads
+but the other tokens, is a register here. Other sizes: --config.model.variant=L/16.
+"""
+
+from ml_collections import ConfigDict
+
+TRAIN_EXAMPLES = 1_281_167
+
+
+def get_config() -> ConfigDict:
+    batch_size, epochs, warmup_epochs = 4096, 800, 40
+
+    config = ConfigDict()
+    config.seed = 0
+    config.total_steps = round(epochs * TRAIN_EXAMPLES / batch_size)
+    config.model = {
+        "name": "vit",
+        "variant": "B/16",
+        "classifier": "gap",
+        "num_registers": 1,
+        "position_embedding": "sincos2d_mae",
+        "activation": "gelu_erf",
+        "dtype": "bfloat16",
+    }
+    config.objective = {
+        "name": "mae",
+        "mask_ratio": 0.75,
+        "norm_pix": True,
+        "decoder_width": 512,
+        "decoder_depth": 8,
+        "decoder_heads": 16,
+        "pixel_mean": (0.485, 0.456, 0.406),
+        "pixel_std": (0.229, 0.224, 0.225),
+    }
+    config.data = {
+        "name": "imagenet2012",
+        "split": "train",
+        "preprocess": "decode|inception_crop(224, area_min=20, method='bicubic_antialias')|flip_lr",
+        "batch_size": batch_size,
+    }
+    config.optimizer = {
+        "name": "adamw",
+        "lr": 1.5e-4 * batch_size / 256,
+        "b2": 0.95,
+        "schedule": "cosine",
+        "warmup_steps": round(warmup_epochs * TRAIN_EXAMPLES / batch_size),
+        "weight_decay": 0.05,
+    }
+    config.evals = {
+        "val": {
+            "name": "reconstruction",
+            "split": "validation",
+            "preprocess": "decode|resize_small(256, method='bicubic_antialias')|central_crop(224)",
+            "every": 12_500,
+        },
+    }
+    config.checkpoint = {"every": 2500}
+    config.log_every = 50
+    return config
