@@ -27,8 +27,6 @@ def set_up(*, quiet: bool, to_stderr: bool = False) -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers = [_ConsoleHandler()]
-    # TFDS warns of each folder that is not prepared yet.
-    logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def say(text: str) -> None:
