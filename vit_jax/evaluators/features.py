@@ -86,7 +86,7 @@ class FeatureEvaluator(abc.ABC):
 
     @functools.cached_property
     def _corrupt(self) -> CorruptCounter:
-        return CorruptCounter(None)
+        return CorruptCounter()
 
     @functools.cached_property
     def _batch_features(self):
