@@ -2,6 +2,7 @@
 """Batches by position, and the datasets that they are read from."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import pickle
@@ -11,11 +12,12 @@ import sys
 from pathlib import Path
 
 import cv2
+import grain
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from vit_jax.data import sources
+from vit_jax.data import image_ops, preprocess, sources
 from vit_jax.data.datasets import Digits
 from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
 from vit_jax.data.sources import dataset_info, open_source
@@ -170,6 +172,42 @@ def test_a_record_is_augmented_differently_in_each_epoch(digits):
             seen.setdefault(record, []).append(image)
     # Of 25 shifts, six draws give 5.4 different ones on average.
     assert np.mean([len(set(images)) for images in seen.values()]) > 4
+
+
+@pytest.mark.parametrize("shards", [(0,), (1, 2)])
+@pytest.mark.parametrize("step", [0, 1000])
+def test_examples_and_their_random_choices_are_those_of_grain(step, shards, digits):
+    num_shards = 1 if shards == (0,) else 4
+    source, ops = digits.open(), digits.ops()
+    examples = grain.MapDataset.source(source).seed(5).shuffle().repeat()
+    examples = examples.random_map(lambda record, rng: preprocess.apply(ops, record, rng))
+    block = 16 // num_shards
+    for offset, batch in enumerate(
+        train(digits, 3, seed=5, step=step, shards=shards, num_shards=num_shards)
+    ):
+        first = (step + offset) * 16
+        want = [examples[first + s * block + i] for s in shards for i in range(block)]
+        np.testing.assert_array_equal(batch["image"], [w["image"] for w in want])
+        np.testing.assert_array_equal(batch["label"], [w["label"] for w in want])
+
+
+def test_order_and_augmentation_stay_as_they_are(digits):
+    # Written once, when Grain still decoded: a checkpoint of then must see the same examples now.
+    (batch,) = train(digits, 1, seed=3, step=11)
+    assert batch["label"].tolist() == [9, 0, 0, 4, 8, 4, 2, 4, 3, 9, 4, 3, 6, 1, 9, 5]
+    assert (
+        hashlib.sha256(batch["image"].tobytes()).hexdigest()
+        == "895198b56cf248b3d4659c3fd72d1fe89fcecc1ab51de17978f3ace27b45f8b2"
+    )
+
+
+def test_an_error_in_a_record_comes_in_one_line_and_ends_the_threads(digits, monkeypatch):
+    spec = dataclasses.replace(digits, preprocess="decode|central_crop(8)")
+    batches = train_batches(spec, seed=0, step=0)
+    monkeypatch.setattr(image_ops, "decode_image", lambda *_, **__: np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(UserError, match=r"^central_crop\(8\) of a 4x4 image.*resize_small"):
+        next(batches)
+    assert list(batches) == []
 
 
 def test_other_seeds_augment_differently(digits):

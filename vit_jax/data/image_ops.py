@@ -95,9 +95,13 @@ class ResizeSmall(Transform):
 
     def __call__(self, features: Features) -> Features:
         image = features["image"]
-        scale = self.size / min(image.shape[:2])
-        height, width = (max(self.size, round(side * scale)) for side in image.shape[:2])
+        height, width = self.shape(*image.shape[:2])
         return features | {"image": resize_image(image, height, width, self.method)}
+
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the result for an image of this height and width."""
+        scale = self.size / min(height, width)
+        return max(self.size, round(height * scale)), max(self.size, round(width * scale))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,18 +245,21 @@ class InceptionCrop(Random):
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
         image = features["image"]
         height, width = image.shape[:2]
-        top, left, h, w = 0, 0, height, width
+        top, left, h, w = self.draw(height, width, rng)
+        crop = image[top : top + h, left : left + w]
+        return features | {"image": resize_image(crop, self.size, self.size, self.method)}
+
+    def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """Top, left, height and width of the part of an image of this height and width."""
         for _ in range(10):
             area = height * width * rng.uniform(self.area_min, self.area_max) / 100
             aspect = rng.uniform(self.aspect_min, self.aspect_max)
             crop_h, crop_w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
             if 0 < crop_h <= height and 0 < crop_w <= width:
-                h, w = crop_h, crop_w
-                top = int(rng.integers(height - h + 1))
-                left = int(rng.integers(width - w + 1))
-                break
-        crop = image[top : top + h, left : left + w]
-        return features | {"image": resize_image(crop, self.size, self.size, self.method)}
+                top = int(rng.integers(height - crop_h + 1))
+                left = int(rng.integers(width - crop_w + 1))
+                return top, left, crop_h, crop_w
+        return 0, 0, height, width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,8 +267,12 @@ class FlipLr(Random):
     """Mirrors left and right in half of the cases."""
 
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
-        flip = rng.random() < 0.5
-        return features | {"image": features["image"][:, ::-1] if flip else features["image"]}
+        image = features["image"]
+        return features | {"image": image[:, ::-1] if self.draw(rng) else image}
+
+    def draw(self, rng: np.random.Generator) -> bool:
+        """Whether to mirror."""
+        return rng.random() < 0.5
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,15 +8,14 @@ the batches are the same for any number of hosts, and to resume is to start at a
 
 import dataclasses
 import itertools
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import grain
 import numpy as np
 
-from vit_jax.data import preprocess
+from vit_jax.data import loader, preprocess
 from vit_jax.data.base import DatasetInfo, Source
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.decode import ImageError
@@ -39,7 +38,7 @@ class DatasetSpec:
       batch_size: of the whole job, all hosts together.
       data_dir: where TFDS keeps its datasets; None for its default.
       key: the config section, for errors.
-      num_threads: that decode and crop; 0 for none beside the caller, None for one a core, but one.
+      num_threads: that decode and crop; 0 for none beside the caller, None for one a core.
       mixture: (name, split, weight) of each source to mix, in place of `name` and `split`.
       split_key: of the split in the config section, for errors.
       repeats: how often each image stands in a batch of training, each time augmented anew.
@@ -207,7 +206,7 @@ def train_batches(
     shards: tuple[int, ...] = (0,),
     num_shards: int = 1,
     corrupt: CorruptCounter | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Endless batches from `step` on: `{"image": uint8 [b, h, w, c], "label": int32 [b]}`.
 
     Labels are float32 `[b, classes]` where an example may have several.
@@ -221,6 +220,8 @@ def train_batches(
       num_shards: number of blocks.
       corrupt: counts records that can't be read, in whose place the next ones stand; blank images
         if those can't be read either.
+
+    Threads load ahead until the iterator is closed or dropped.
     """
     source = spec.open()
     if isinstance(source, Mixture):
@@ -232,7 +233,7 @@ def train_batches(
         order = grain.MapDataset.source(repeated).seed(seed)
     # After `repeat`: a generator of its own for each position, not for each record.
     examples = order.random_map(_Prepare(spec, source, corrupt or CorruptCounter()))
-    return _load(examples, spec, step=step, steps=None, shards=shards, num_shards=num_shards)
+    return _load(examples, spec, itertools.count(step), shards, num_shards)
 
 
 def eval_batches(
@@ -241,73 +242,64 @@ def eval_batches(
     shards: tuple[int, ...] = (0,),
     num_shards: int = 1,
     corrupt: CorruptCounter | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Every example once, in order, as `image`, `label` and `mask` (float32 [b]).
 
     The last batch is filled up with examples of mask 0, so that all batches have one shape and all
     hosts the same number of them. Records that can't be read have the mask 0 too.
     """
     source = spec.open()
-    steps = -(-len(source) // spec.batch_size)
-    order = grain.MapDataset.range(steps * spec.batch_size).seed(0)
+    steps = range(-(-len(source) // spec.batch_size))
+    order = grain.MapDataset.range(len(steps) * spec.batch_size).seed(0)
     examples = order.random_map(_PrepareMasked(spec, source, corrupt or CorruptCounter()))
-    return _load(examples, spec, step=0, steps=steps, shards=shards, num_shards=num_shards)
+    return _load(examples, spec, steps, shards, num_shards)
 
 
-# Examples that one thread prepares at a time: enough to share its overhead, few enough that what
-# is prepared ahead stays small beside a batch.
-_CHUNK = 64
+@dataclasses.dataclass
+class _Buffer:
+    """A batch in the making: images `[b, h, w, c]` and the other features of each row."""
+
+    images: np.ndarray
+    rest: list[Features]
+
+    def batch(self) -> Batch:
+        rest = {k: np.stack([features[k] for features in self.rest]) for k in self.rest[0]}
+        return {"image": self.images} | rest
 
 
 def _load(
     examples: grain.MapDataset,
     spec: DatasetSpec,
-    *,
-    step: int,
-    steps: int | None,
+    steps: Iterable[int],
     shards: tuple[int, ...],
     num_shards: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     block = spec.batch_size // num_shards
-    size = max(n for n in range(1, min(block, _CHUNK) + 1) if block % n == 0)
-    per_block = block // size
-    mine = [shard * per_block + i for shard in shards for i in range(per_block)]
-    chunks = _Chunks(
-        examples.batch(size, drop_remainder=True), mine, num_shards * per_block, step, steps
+    rows = [shard * block + i for shard in shards for i in range(block)]
+    shape = spec.image_shape()
+
+    def make(step: int) -> _Buffer:
+        return _Buffer(np.empty((len(rows), *shape), np.uint8), [{}] * len(rows))
+
+    def fill(buffer: _Buffer, step: int, start: int, stop: int) -> None:
+        for i in range(start, stop):
+            features: Any = examples[step * spec.batch_size + rows[i]]
+            image = features["image"]
+            if image.shape != shape or image.dtype != np.uint8:
+                raise UserError(
+                    f"{spec.key}.preprocess={spec.preprocess!r} made an image of {image.dtype} "
+                    f"{image.shape}; expected uint8 {shape}"
+                )
+            buffer.images[i] = image
+            buffer.rest[i] = {k: v for k, v in features.items() if k != "image"}
+
+    threads = loader.count_threads(spec.num_threads)
+    buffers = loader.Loader(
+        steps,
+        make=make,
+        fill=fill,
+        rows=len(rows),
+        num_threads=threads,
+        ahead=loader.count_ahead(len(rows), threads),
     )
-    threads = max(1, _usable_cores() - 1) if spec.num_threads is None else spec.num_threads
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads + len(mine))
-    loaded = grain.MapDataset.source(chunks).to_iter_dataset(options)
-    return iter(loaded.batch(len(mine), drop_remainder=True, batch_fn=_concatenate))
-
-
-class _Chunks:
-    """The chunks of each step that are this host's, in order."""
-
-    def __init__(
-        self, chunks: grain.MapDataset, mine: list[int], per_step: int, step: int, steps: int | None
-    ):
-        self._chunks, self._mine, self._per_step, self._step = chunks, mine, per_step, step
-        endless = sys.maxsize // (2 * per_step) - step
-        self._length = (endless if steps is None else steps) * len(mine)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Batch:
-        step, i = divmod(index, len(self._mine))
-        chunk = self._chunks[(self._step + step) * self._per_step + self._mine[i]]
-        assert chunk is not None  # nothing here filters
-        return chunk
-
-
-def _concatenate(chunks: Sequence[Batch]) -> Batch:
-    if len(chunks) == 1:
-        return chunks[0]
-    return {k: np.concatenate([chunk[k] for chunk in chunks]) for k in chunks[0]}
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return (buffer.batch() for buffer in buffers)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches filled in the background by threads of this process, a few ahead of the one in use.
+
+A batch is cut into runs of rows, which threads fill in order, straight into the batch's memory.
+That work must release the GIL for most of its time, as decoding does. Nothing here knows of images.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+# What to do next, and where its end or error is told; None to stop.
+_Queue = queue.SimpleQueue[tuple[concurrent.futures.Future[None], Callable[[], None]] | None]
+
+# Rows that a thread fills at a time: enough to share its overhead, few enough that all threads end
+# a batch at about the same time.
+RUN = 32
+
+
+def count_threads(num_threads: int | None) -> int:
+    """`num_threads`, or one for each core that this process may use."""
+    if num_threads is not None:
+        return num_threads
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def count_ahead(rows: int, num_threads: int) -> int:
+    """Batches to be worked on at a time, so that no thread waits for the end of a batch."""
+    runs = -(-rows // RUN)
+    return 2 + -(-2 * num_threads // runs)
+
+
+class Loader(Iterator[T], Generic[T]):
+    """Yields a filled batch for each step, in order.
+
+    Work starts with the first batch that is asked for. It ends, and so do the threads, when the
+    loader is exhausted, closed or dropped, when it raises, or when the program ends.
+
+    Args:
+      steps: to be loaded; may be endless.
+      make: `make(step)` is an empty batch.
+      fill: `fill(batch, step, start, stop)` fills rows `start` to `stop`, in any thread. The first
+        exception that it raises, in the order of rows, is raised by the loader.
+      rows: of each batch.
+      num_threads: that fill; 0 to fill each batch when it is asked for, in the caller's thread.
+      ahead: how many batches are in the work at a time, besides those that the caller holds.
+    """
+
+    def __init__(
+        self,
+        steps: Iterable[int],
+        *,
+        make: Callable[[int], T],
+        fill: Callable[[T, int, int, int], None],
+        rows: int,
+        num_threads: int,
+        ahead: int,
+    ):
+        self._steps, self._make, self._rows, self._ahead = iter(steps), make, rows, ahead
+        self._batches: collections.deque[tuple[T, list[concurrent.futures.Future[None]]]] = (
+            collections.deque()
+        )
+        self._fill, self._num_threads = fill, num_threads
+        self._work: _Queue = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        # At the end of the program too, and before the interpreter is taken apart.
+        self._stop = weakref.finalize(self, _stop, self._work, self._threads)
+
+    def __next__(self) -> T:
+        try:
+            return self._next()
+        except BaseException:
+            self.close()
+            raise
+
+    def _next(self) -> T:
+        if not self._num_threads and self._stop.alive:
+            step = next(self._steps)
+            batch = self._make(step)
+            self._fill(batch, step, 0, self._rows)
+            return batch
+        if not self._threads and self._stop.alive:
+            for i in range(self._num_threads):
+                # No program waits for a daemon: `_stop` does, which first ends the work.
+                thread = threading.Thread(
+                    target=_run, args=(self._work,), name=f"input {i}", daemon=True
+                )
+                self._threads.append(thread)
+                thread.start()
+        while self._stop.alive and len(self._batches) < self._ahead:
+            step = next(self._steps, None)
+            if step is None:
+                break
+            batch = self._make(step)
+            runs = [(start, min(start + RUN, self._rows)) for start in range(0, self._rows, RUN)]
+            futures = [concurrent.futures.Future() for _ in runs]
+            for future, run in zip(futures, runs, strict=True):
+                self._work.put((future, functools.partial(self._fill, batch, step, *run)))
+            self._batches.append((batch, futures))
+        if not self._batches:
+            raise StopIteration
+        batch, futures = self._batches.popleft()
+        for future in futures:
+            future.result()
+        return batch
+
+    def close(self) -> None:
+        """Ends the work and waits for the threads; what follows is `StopIteration`."""
+        self._stop()
+        self._batches.clear()
+
+
+def _run(work: _Queue) -> None:
+    while (item := work.get()) is not None:
+        future, fill = item
+        try:
+            future.set_result(fill())
+        except BaseException as e:
+            future.set_exception(e)
+        del item, future, fill  # they hold the batch
+
+
+def _stop(work: _Queue, threads: list[threading.Thread]) -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            work.get_nowait()
+    for _ in threads:
+        work.put(None)
+    for thread in threads:
+        if thread is not threading.current_thread():  # whichever the garbage collector ran in
+            thread.join()
