@@ -70,7 +70,7 @@ lock: build/uv/bin/uv  ## pin what setup.py asks for; with ARGS=--upgrade, the n
 	  grep -vxFf requirements.lock build/lint.lock; } > requirements-lint.lock
 
 clean:  ## remove .venv, build output and caches; runs/ stays
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache vit_jax/data/_jpeg.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/deps.stamp: requirements.lock
@@ -79,7 +79,7 @@ clean:  ## remove .venv, build output and caches; runs/ stays
 	@$(PIP_INSTALL) --no-deps -r requirements.lock
 	@touch $@
 
-.venv/project.stamp: .venv/deps.stamp setup.py pyproject.toml
+.venv/project.stamp: .venv/deps.stamp setup.py pyproject.toml vit_jax/data/_jpeg.c
 	@echo "Installing vit_jax in editable mode."
 	@$(PIP_INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@

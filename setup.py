@@ -4,7 +4,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 
 def read_version() -> str:
@@ -33,6 +33,16 @@ setup(
     ],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vit_jax", "vit_jax.*"]),
+    # Without a compiler or the headers of libjpeg-turbo it is left out, and OpenCV does its work.
+    ext_modules=[
+        Extension(
+            "vit_jax.data._jpeg",
+            ["vit_jax/data/_jpeg.c"],
+            libraries=["jpeg"],
+            extra_compile_args=["-O3"],
+            optional=True,
+        )
+    ],
     package_data={
         "vit_jax.checkpoint.pretrained": ["catalogue.csv"],
         "vit_jax.data.datasets.digits": ["*"],

@@ -19,6 +19,7 @@ from vit_jax.data import loader, preprocess
 from vit_jax.data.base import DatasetInfo, Source
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.decode import ImageError
+from vit_jax.data.fused import fuse
 from vit_jax.data.image_ops import Decode, Features
 from vit_jax.data.mixture import Mixture, Schedule, make_schedule, merge_infos
 from vit_jax.data.sources import dataset_info, open_source, placeholder
@@ -125,7 +126,7 @@ class _Prepare(grain.transforms.RandomMap):
     """From the index of a record to the features of a prepared example."""
 
     def __init__(self, spec: DatasetSpec, source: Source, corrupt: CorruptCounter):
-        self._source, self._ops, self._corrupt = source, spec.ops(), corrupt
+        self._source, self._ops, self._corrupt = source, fuse(spec.ops()), corrupt
         self._blank = spec.blank()
 
     def random_map(self, element: int, rng: np.random.Generator) -> Any:
@@ -146,7 +147,7 @@ class _PrepareMasked(grain.transforms.RandomMap):
     """The same for evaluation: a record that can't be read, or is not there, has the mask 0."""
 
     def __init__(self, spec: DatasetSpec, source: Source, corrupt: CorruptCounter):
-        self._source, self._ops, self._corrupt = source, spec.ops(), corrupt
+        self._source, self._ops, self._corrupt = source, fuse(spec.ops()), corrupt
         self._blank = spec.blank()
 
     def random_map(self, element: int, rng: np.random.Generator) -> Any:

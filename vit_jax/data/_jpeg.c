@@ -1,0 +1,308 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Crops, resizes and mirrors a JPEG in one pass, without the GIL.
+ *
+ * Only the rows and columns that the crop needs are decoded, by libjpeg-turbo. The pixels are those
+ * of OpenCV's imdecode, crop and resize (INTER_LINEAR). What is unusual in a file, and every warning
+ * of the decoder, makes decode() leave the image to the caller.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <jpeglib.h>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+/* Larger images, and progressive ones of more scans, are left to the caller. */
+#define MAX_PIXELS (1 << 26)
+#define MAX_SCANS 100
+/* Columns decoded on both sides of a crop, so that chroma is interpolated there as within a whole
+ * image: the sampling factor is at most 4. */
+#define MARGIN 4
+/* Bits of the weights of a resize. */
+#define WEIGHT 11
+/* Bytes after a row of pixels that may be read, and after a resized row that may be written. */
+#define SLACK 16
+
+/* What to make of an image: the part [top, left, height, width] of it, resized to full_height x
+ * full_width, and of that the window of out_height x out_width at (window_top, window_left);
+ * mirrored if flip. */
+typedef struct {
+  int top, left, height, width;
+  int full_height, full_width;
+  int window_top, window_left, out_height, out_width;
+  int flip;
+} Plan;
+
+/* Where an output pixel lies: its first input pixel, and the weights of that and the next one. */
+typedef struct {
+  int32_t place;
+  int16_t first, second;
+} Tap;
+
+/* All that must be freed, whichever way decoding ends. */
+typedef struct {
+  struct jpeg_decompress_struct info;
+  struct jpeg_error_mgr errors;
+  struct jpeg_progress_mgr progress;
+  jmp_buf jump;
+  uint8_t *row;     /* decoded pixels */
+  int16_t *rows[2]; /* resized horizontally, times 2^7 */
+  Tap *columns;     /* by output column; places are bytes in `row` */
+} Decoder;
+
+/* `info` comes first in Decoder. */
+static void on_error(j_common_ptr info) { longjmp(((Decoder *)info)->jump, 1); }
+
+static void on_message(j_common_ptr info, int level) {
+  if (level < 0) on_error(info);
+}
+
+static void on_output(j_common_ptr info) { (void)info; }
+
+static void on_progress(j_common_ptr info) {
+  if (((j_decompress_ptr)info)->input_scan_number > MAX_SCANS) on_error(info);
+}
+
+/* Height and width in the header of a baseline or progressive JPEG of 8 bits with one or three
+ * components; 0 if it is something else, or cut off at the end. */
+static int read_size(const uint8_t *data, size_t size, int *height, int *width) {
+  size_t i = 2;
+  if (size < 4 || data[0] != 0xff || data[1] != 0xd8) return 0;
+  if (data[size - 2] != 0xff || data[size - 1] != 0xd9) return 0;
+  while (i + 10 <= size && data[i] == 0xff) {
+    uint8_t marker = data[i + 1];
+    size_t length = (size_t)data[i + 2] << 8 | data[i + 3];
+    if (marker == 0xff) { /* fill byte */
+      i++;
+      continue;
+    }
+    if (marker >= 0xc0 && marker <= 0xc2) {
+      *height = data[i + 5] << 8 | data[i + 6];
+      *width = data[i + 7] << 8 | data[i + 8];
+      return length >= 8 && data[i + 4] == 8 && (data[i + 9] == 1 || data[i + 9] == 3) &&
+             *height > 0 && *width > 0 && (int64_t)*height * *width <= MAX_PIXELS;
+    }
+    /* Tables, comments and applications' data may come before; other frames and pixels may not. */
+    if (length < 2 || !(marker == 0xc4 || (marker >= 0xdb && marker <= 0xfe))) return 0;
+    i += 2 + length;
+  }
+  return 0;
+}
+
+static int clip(int i, int size) { return i < 0 ? 0 : i < size ? i : size - 1; }
+
+/* The tap of output pixel i of `out` in `in` pixels, as OpenCV computes it. */
+static Tap locate(int i, int in, int out) {
+  double scale = 1.0 / ((double)out / in);
+  float position = (float)((i + 0.5) * scale - 0.5);
+  int place = (int)floorf(position);
+  float second = position - place;
+  Tap tap = {place, (int16_t)lrintf((1.0f - second) * (1 << WEIGHT)),
+             (int16_t)lrintf(second * (1 << WEIGHT))};
+  return tap;
+}
+
+/* The taps of the columns that `plan` takes from a row of the image that starts at `start`. */
+static void find_columns(Tap *columns, const Plan *plan, int start) {
+  int x;
+  for (x = 0; x < plan->out_width; x++) {
+    Tap tap = locate(plan->window_left + x, plan->width, plan->full_width);
+    if (tap.place < 0 || tap.place >= plan->width - 1) {
+      tap.first = 1 << WEIGHT;
+      tap.second = 0;
+    }
+    tap.place = 3 * (plan->left + clip(tap.place, plan->width) - start);
+    columns[plan->flip ? plan->out_width - 1 - x : x] = tap;
+  }
+}
+
+static void resize_row(const uint8_t *row, const Tap *columns, int width, int16_t *out) {
+  int x;
+  for (x = 0; x < width; x++) {
+    const uint8_t *in = row + columns[x].place;
+#if defined(__SSE2__)
+    int32_t both;
+    __m128i left = _mm_loadl_epi64((const __m128i *)in);
+    __m128i pairs = _mm_unpacklo_epi8(left, _mm_srli_si128(left, 3));
+    __m128i sums;
+    memcpy(&both, &columns[x].first, sizeof both);
+    sums = _mm_madd_epi16(_mm_unpacklo_epi8(pairs, _mm_setzero_si128()), _mm_set1_epi32(both));
+    _mm_storel_epi64((__m128i *)(out + 3 * x), _mm_packs_epi32(_mm_srai_epi32(sums, 4), sums));
+#else
+    int c;
+    for (c = 0; c < 3; c++)
+      out[3 * x + c] = (int16_t)((in[c] * columns[x].first + in[3 + c] * columns[x].second) >> 4);
+#endif
+  }
+}
+
+static void mix_rows(const int16_t *a, const int16_t *b, Tap tap, int size, uint8_t *out) {
+  int i = 0;
+#if defined(__SSE2__)
+  const __m128i first = _mm_set1_epi16(tap.first), second = _mm_set1_epi16(tap.second);
+  const __m128i half = _mm_set1_epi16(2);
+  for (; i + 8 <= size; i += 8) {
+    __m128i x = _mm_mulhi_epi16(_mm_loadu_si128((const __m128i *)(a + i)), first);
+    __m128i y = _mm_mulhi_epi16(_mm_loadu_si128((const __m128i *)(b + i)), second);
+    x = _mm_srai_epi16(_mm_add_epi16(_mm_add_epi16(x, y), half), 2);
+    _mm_storel_epi64((__m128i *)(out + i), _mm_packus_epi16(x, x));
+  }
+#endif
+  for (; i < size; i++) {
+    int value = (((a[i] * tap.first) >> 16) + ((b[i] * tap.second) >> 16) + 2) >> 2;
+    out[i] = (uint8_t)(value > 255 ? 255 : value);
+  }
+}
+
+static int fits(const Plan *p, int height, int width) {
+  return p->top >= 0 && p->left >= 0 && p->height > 0 && p->width > 0 &&
+         p->height <= height - p->top && p->width <= width - p->left && p->window_top >= 0 &&
+         p->window_left >= 0 && p->out_height <= p->full_height - p->window_top &&
+         p->out_width <= p->full_width - p->window_left;
+}
+
+/* Restricts decoding to the columns that are needed, and allocates what a row needs. */
+static int prepare_rows(Decoder *d, const Plan *plan) {
+  struct jpeg_decompress_struct *info = &d->info;
+  JDIMENSION start, columns;
+  int width = plan->out_width, low, high, i;
+  d->columns = malloc((size_t)width * sizeof(Tap));
+  for (i = 0; i < 2; i++) d->rows[i] = malloc((size_t)width * 3 * sizeof(int16_t) + SLACK);
+  if (!d->columns || !d->rows[0] || !d->rows[1]) return 0;
+
+  find_columns(d->columns, plan, 0);
+  low = d->columns[plan->flip ? width - 1 : 0].place / 3 - MARGIN;
+  high = d->columns[plan->flip ? 0 : width - 1].place / 3 + 2 + MARGIN;
+  start = (JDIMENSION)(low > 0 ? low : 0);
+  columns = (high < (int)info->output_width ? (JDIMENSION)high : info->output_width) - start;
+  if (columns < info->output_width) {
+    jpeg_crop_scanline(info, &start, &columns);
+    find_columns(d->columns, plan, (int)start);
+  }
+  d->row = calloc((size_t)columns * 3 + SLACK, 1);
+  return d->row != NULL;
+}
+
+/* Reads up to `row`, of which the pixels are kept. */
+static int read_row(Decoder *d, int row) {
+  struct jpeg_decompress_struct *info = &d->info;
+  JDIMENSION skipped, wanted = (JDIMENSION)row;
+  /* Rows that share their chroma are not skipped in part: libjpeg-turbo 2.1 then takes the chroma
+   * of other rows where it does not interpolate it. */
+  while (info->output_scanline < wanted &&
+         info->output_scanline % (JDIMENSION)info->max_v_samp_factor)
+    if (jpeg_read_scanlines(info, &d->row, 1) != 1) return 0;
+  skipped = wanted - info->output_scanline;
+  if (skipped > 0 && jpeg_skip_scanlines(info, skipped) != skipped) return 0;
+  return jpeg_read_scanlines(info, &d->row, 1) == 1;
+}
+
+/* Decodes one image; 0 if that is left to the caller. */
+static int decode_image(Decoder *d, const uint8_t *data, size_t size, const Plan *plan,
+                        uint8_t *out) {
+  struct jpeg_decompress_struct *info = &d->info;
+  int held[2] = {-1, -1}; /* which row of the image each of d->rows is made of */
+  int height, width, y, k;
+
+  if (!read_size(data, size, &height, &width) || !fits(plan, height, width)) return 0;
+  info->err = jpeg_std_error(&d->errors);
+  d->errors.error_exit = on_error;
+  d->errors.emit_message = on_message;
+  d->errors.output_message = on_output;
+  if (setjmp(d->jump)) return 0;
+  jpeg_create_decompress(info);
+  d->progress.progress_monitor = on_progress;
+  info->progress = &d->progress;
+  jpeg_mem_src(info, (unsigned char *)data, (unsigned long)size);
+  jpeg_read_header(info, TRUE);
+  if ((int)info->image_height != height || (int)info->image_width != width || info->arith_code ||
+      (info->num_components != 1 && info->num_components != 3))
+    return 0;
+  info->out_color_space = JCS_RGB;
+  jpeg_start_decompress(info);
+  if (info->output_components != 3 || !prepare_rows(d, plan)) return 0;
+
+  for (y = 0; y < plan->out_height; y++) {
+    Tap tap = locate(plan->window_top + y, plan->height, plan->full_height);
+    int rows[2] = {plan->top + clip(tap.place, plan->height),
+                   plan->top + clip(tap.place + 1, plan->height)};
+    int slots[2];
+    for (k = 0; k < 2; k++) {
+      slots[k] = held[0] == rows[k] ? 0 : 1;
+      if (held[slots[k]] != rows[k]) {
+        /* Rows come in order, so the older one is not needed any more. */
+        slots[k] = held[0] < held[1] ? 0 : 1;
+        if (!read_row(d, rows[k])) return 0;
+        resize_row(d->row, d->columns, plan->out_width, d->rows[slots[k]]);
+        held[slots[k]] = rows[k];
+      }
+    }
+    mix_rows(d->rows[slots[0]], d->rows[slots[1]], tap, 3 * plan->out_width,
+             out + (size_t)y * plan->out_width * 3);
+  }
+  return 1;
+}
+
+static PyObject *size_of(PyObject *module, PyObject *argument) {
+  Py_buffer data;
+  int height, width, known;
+  (void)module;
+  if (PyObject_GetBuffer(argument, &data, PyBUF_SIMPLE)) return NULL;
+  known = read_size(data.buf, (size_t)data.len, &height, &width);
+  PyBuffer_Release(&data);
+  if (!known) Py_RETURN_NONE;
+  return Py_BuildValue("(ii)", height, width);
+}
+
+static PyObject *decode(PyObject *module, PyObject *args) {
+  Py_buffer data, out;
+  Plan p;
+  int done = 0;
+  (void)module;
+  if (!PyArg_ParseTuple(args, "y*w*(iiii)(ii)(iiii)p", &data, &out, &p.top, &p.left, &p.height,
+                        &p.width, &p.full_height, &p.full_width, &p.window_top, &p.window_left,
+                        &p.out_height, &p.out_width, &p.flip))
+    return NULL;
+  if (p.out_height < 1 || p.out_width < 1 || p.out_height > 65535 || p.out_width > 65535 ||
+      out.len != (Py_ssize_t)p.out_height * p.out_width * 3) {
+    PyErr_SetString(PyExc_ValueError, "out has another size than its window");
+  } else {
+    Py_BEGIN_ALLOW_THREADS
+    Decoder decoder;
+    memset(&decoder, 0, sizeof decoder);
+    done = decode_image(&decoder, data.buf, (size_t)data.len, &p, out.buf);
+    jpeg_destroy_decompress(&decoder.info);
+    free(decoder.row);
+    free(decoder.rows[0]);
+    free(decoder.rows[1]);
+    free(decoder.columns);
+    Py_END_ALLOW_THREADS
+  }
+  PyBuffer_Release(&data);
+  PyBuffer_Release(&out);
+  return PyErr_Occurred() ? NULL : PyBool_FromLong(done);
+}
+
+static PyMethodDef methods[] = {
+    {"size", size_of, METH_O,
+     "size(encoded) -> (height, width), or None for what decode() leaves to the caller."},
+    {"decode", decode, METH_VARARGS,
+     "decode(encoded, out, part, full, window, flip) -> whether it is done.\n\n"
+     "The part (top, left, height, width) of an image is resized to full (height, width), of which "
+     "out is the window (top, left, height, width), mirrored if flip."},
+    {NULL, NULL, 0, NULL}};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_jpeg", NULL, 0, methods,
+                                        NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__jpeg(void) { return PyModule_Create(&definition); }

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode, crop, resize and mirror in one pass over a JPEG, in native code.
+
+Stands in for the first operations of a list where they are of a known form: the pixels are those of
+the operations themselves, and so are their random draws. Without the extension, and for whatever it
+does not take (PNG, CMYK, damaged files), the operations run as they are.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vit_jax.data import preprocess
+from vit_jax.data.decode import MAX_PIXELS
+from vit_jax.data.image_ops import (
+    CentralCrop,
+    Decode,
+    Features,
+    FlipLr,
+    InceptionCrop,
+    Random,
+    Resize,
+    ResizeSmall,
+    Transform,
+)
+
+try:
+    from vit_jax.data import _jpeg  # pyright: ignore[reportAttributeAccessIssue]
+except ImportError:  # installed without a compiler, or without libjpeg-turbo
+    extension: Any = None
+else:
+    extension = _jpeg
+
+
+class Plan(NamedTuple):
+    """What to make of an image: a part of it, resized to `full`, and of that a window."""
+
+    part: tuple[int, int, int, int]  # top, left, height, width
+    full: tuple[int, int]  # height, width
+    window: tuple[int, int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused(Random):
+    """`decode`, operations that crop and resize, and `flip_lr` if there is one, as one operation.
+
+    Attributes:
+      ops: what it stands in for.
+    """
+
+    ops: tuple[Transform | Random, ...]
+
+    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
+        encoded = features["image"]
+        size = extension.size(encoded)
+        if size is not None:
+            state = rng.bit_generator.state
+            plan = _plan(self.ops[1:], *size, rng)
+            if plan is not None:
+                flip = isinstance(self.ops[-1], FlipLr) and self.ops[-1].draw(rng)
+                image = np.empty((*plan.window[2:], 3), np.uint8)
+                if extension.decode(encoded, image, *plan, flip):
+                    return features | {"image": image}
+            rng.bit_generator.state = state
+        return preprocess.apply(self.ops, features, rng)
+
+
+def fuse(ops: Sequence[Transform | Random]) -> tuple[Transform | Random, ...]:
+    """The same operations, of which the first are one if they have a known form.
+
+    Known are `decode|inception_crop(N)`, `decode|resize(N)` and
+    `decode|resize_small(N)|central_crop(M)`, bilinear, each with `|flip_lr` or without.
+    """
+    if extension is None or not ops or ops[0] != Decode():
+        return tuple(ops)
+    kinds = tuple(type(op) for op in ops[1:])
+    for form in ((InceptionCrop,), (Resize,), (ResizeSmall, CentralCrop)):
+        # Other ways to resize are not those of the extension.
+        if kinds[: len(form)] == form and getattr(ops[1], "method", None) == "bilinear":
+            end = 1 + len(form)
+            end += kinds[end - 1 : end] == (FlipLr,)
+            return (Fused(tuple(ops[:end])), *ops[end:])
+    return tuple(ops)
+
+
+def _plan(ops: Sequence[Any], height: int, width: int, rng: np.random.Generator) -> Plan | None:
+    """What the operations make of an image of this size; None where they must tell what's wrong."""
+    whole = (0, 0, height, width)
+    first = ops[0]
+    if isinstance(first, InceptionCrop):
+        full = (first.size, first.size)
+        return Plan(first.draw(height, width, rng), full, (0, 0, *full))
+    if isinstance(first, Resize):
+        full = (first.height, first.width or first.height)
+        return Plan(whole, full, (0, 0, *full))
+    full = first.shape(height, width)
+    size = (ops[1].height, ops[1].width or ops[1].height)
+    if full[0] * full[1] > MAX_PIXELS or size[0] > full[0] or size[1] > full[1]:
+        return None
+    top, left = (full[0] - size[0]) // 2, (full[1] - size[1]) // 2
+    return Plan(whole, full, (top, left, *size))
