@@ -27,6 +27,7 @@ LAYERS = {
     "vit_jax.workdir": 2,
     "vit_jax.experiment": 3,
     "vit_jax.train": 3,
+    "vit_jax.benchmark": 4,
     "vit_jax.main": 4,
     "vit_jax.convert": 4,
     "vit_jax.evaluate": 4,

@@ -57,7 +57,8 @@ class Fused(Random):
         size = extension.size(encoded)
         if size is not None:
             state = rng.bit_generator.state
-            plan = _plan(self.ops[1:], *size, rng)
+            height, width = size
+            plan = _plan(self.ops[1:], height, width, rng)
             if plan is not None:
                 flip = isinstance(self.ops[-1], FlipLr) and self.ops[-1].draw(rng)
                 image = np.empty((*plan.window[2:], 3), np.uint8)

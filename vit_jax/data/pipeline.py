@@ -225,6 +225,14 @@ def train_batches(
     Threads load ahead until the iterator is closed or dropped.
     """
     source = spec.open()
+    order = train_order(spec, source, seed=seed)
+    # After `repeat`: a generator of its own for each position, not for each record.
+    examples = order.random_map(_Prepare(spec, source, corrupt or CorruptCounter()))
+    return _load(examples, spec, itertools.count(step), shards, num_shards)
+
+
+def train_order(spec: DatasetSpec, source: Source, *, seed: int) -> grain.MapDataset:
+    """The index in `source` at each position of the endless training stream."""
     if isinstance(source, Mixture):
         order = grain.MapDataset.source(_MixedOrder(source, spec.schedule(), seed)).seed(seed)
     else:
@@ -232,9 +240,7 @@ def train_batches(
     if spec.repeats > 1:
         repeated = _RepeatedOrder(order, spec.batch_size, spec.repeats)
         order = grain.MapDataset.source(repeated).seed(seed)
-    # After `repeat`: a generator of its own for each position, not for each record.
-    examples = order.random_map(_Prepare(spec, source, corrupt or CorruptCounter()))
-    return _load(examples, spec, itertools.count(step), shards, num_shards)
+    return order
 
 
 def eval_batches(

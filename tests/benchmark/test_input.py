@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command that says how fast the input pipeline is, and where its time goes."""
+
+import itertools
+import json
+import time
+
+import numpy as np
+import pytest
+
+from vit_jax.benchmark.__main__ import main
+from vit_jax.benchmark.input import (
+    STAGES,
+    Speed,
+    measure_speed,
+    measure_stages,
+    measure_wait,
+    predict_wait,
+)
+from vit_jax.data import image_ops
+from vit_jax.data.pipeline import DatasetSpec
+from vit_jax.utils.errors import UserError
+
+
+def batches(seconds):
+    """Batches of 8 that take a time to make, and none of the processor's."""
+    for _ in itertools.count():
+        time.sleep(seconds)
+        yield {"image": np.zeros((8, 4, 4, 3), np.uint8)}
+
+
+def test_speed_is_that_of_the_batches():
+    speed = measure_speed(batches(0.02), 8, seconds=0.4)
+    assert 200 < speed.images_per_sec <= 400
+    assert speed.images_per_core > 2 * speed.images_per_sec
+
+
+@pytest.mark.parametrize(("step", "wait"), [(0.01, 0.75), (0.04, 0.0), (0.1, 0.0)])
+def test_the_predicted_wait_is_what_the_step_does_not_hide(step, wait):
+    assert predict_wait(Speed(200.0, 200.0), 8, step) == pytest.approx(wait)
+
+
+def test_the_wait_seen_is_the_share_of_the_loop():
+    # Nothing loads ahead here: each batch takes 20 ms, each step 20 ms.
+    assert 0.3 < measure_wait(batches(0.02), 0.02, seconds=0.5) < 0.7
+
+
+def test_a_slow_operation_shows_in_its_stage(data_dir, monkeypatch):
+    spec = DatasetSpec("digits", "train", "decode|resize(8)|flip_lr", 8, data_dir, "data")
+    assert set(measure_stages(spec, seconds=0.1)) == set(STAGES)
+    flip = image_ops.FlipLr.draw
+    monkeypatch.setattr(image_ops.FlipLr, "draw", lambda *a: time.sleep(0.02) or flip(*a))
+    monkeypatch.setattr("vit_jax.data.fused.extension", None)
+    shares = measure_stages(spec, seconds=0.3)
+    assert shares["augment"] > 0.5
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_the_command_prints_and_writes_what_it_measured(data_dir, said, tmp_path):
+    path = tmp_path / "new" / "input.json"
+    main(
+        f"input --source=digits --data_dir={data_dir} --preprocess=decode|resize(8) "
+        f"--batch_size=16 --num_threads=1 --seconds=0.3 --step_ms=5 --json={path}".split()
+    )
+    results = json.loads(path.read_text())
+    assert "digits: 1,437 images, batches of 16 at 8x8, 1 threads" in said[0]
+    assert f"{results['images_per_sec']:,.0f} images/s" in said[1]
+    assert results["images_per_sec"] > 0
+    assert set(results["stages"]) == set(STAGES)
+    assert "with steps of 5 ms: data-wait" in said[3]
+    assert results["data_wait"].keys() == {"step_ms", "predicted", "seen"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--seconds=0", "--seconds=0.0: expected more than 0"),
+        ("--batch_size=-1", "--batch_size=-1: expected more than 0"),
+        ("--preprocess=resize(8)", "expected 'decode' first"),
+    ],
+)
+def test_bad_input_is_one_line(flag, words, data_dir):
+    with pytest.raises(UserError) as error:
+        main(["input", "--source=digits", f"--data_dir={data_dir}", flag])
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_results_that_can_not_be_written_are_one_line(data_dir, said, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--json="):
+        main(
+            f"input --source=digits --data_dir={data_dir} --preprocess=decode --seconds=0.1 "
+            f"--json={tmp_path}/file/a.json".split()
+        )

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures how fast a part of a run is on this machine.
+
+Example:
+  python -m vit_jax.benchmark input --source=folder:/data/birds --step_ms=100
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from vit_jax.benchmark import input as input_benchmark
+from vit_jax.observe.console import report_errors, say, set_up
+from vit_jax.utils.errors import UserError
+
+# Each has `add_arguments(parser)` and `run(args)`, which returns what goes into the JSON and the
+# lines to print.
+PARTS = {"input": input_benchmark}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, prints and writes the results."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vit_jax.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
+    for name, part in PARTS.items():
+        sub = parts.add_parser(
+            name,
+            help=(part.__doc__ or "").splitlines()[0],
+            description=part.__doc__,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        part.add_arguments(sub)
+        sub.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
+    args = parser.parse_args(argv)
+    results, lines = PARTS[args.part].run(args)
+    for line in lines:
+        say(line)
+    if args.json:
+        try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(results, indent=2) + "\n")
+        except OSError as e:
+            raise UserError(f"--json={args.json}: {e.strerror}") from None
+
+
+if __name__ == "__main__":
+    set_up(quiet=False)
+    with report_errors():
+        main()

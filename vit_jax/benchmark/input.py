@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images a second that the input pipeline makes, and where its time goes."""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+
+from vit_jax.data import fused, image_ops, loader, preprocess
+from vit_jax.data.corrupt import CorruptCounter
+from vit_jax.data.pipeline import Batch, DatasetSpec, train_batches, train_order
+from vit_jax.utils.errors import UserError
+
+# Operations that belong to the stage "decode"; what comes after the last of them is "augment".
+_DECODE = (
+    fused.Fused,
+    image_ops.Decode,
+    image_ops.Resize,
+    image_ops.ResizeSmall,
+    image_ops.ResizeLong,
+    image_ops.CentralCrop,
+    image_ops.RandomCrop,
+    image_ops.InceptionCrop,
+)
+STAGES = ("order", "read", "decode", "augment", "assemble")
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Of the pipeline, with nothing else to do.
+
+    Attributes:
+      images_per_sec: by the clock.
+      images_per_core: images a second of CPU time, that of all threads together.
+    """
+
+    images_per_sec: float
+    images_per_core: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `run` reads."""
+    parser.add_argument("--source", required=True, help="as data.name, such as folder:/data/birds")
+    parser.add_argument("--split", default="train", help="with slices")
+    parser.add_argument("--preprocess", default="decode|inception_crop(224)|flip_lr", help="line")
+    parser.add_argument("--batch_size", type=int, default=128, help="of this process")
+    parser.add_argument("--data_dir", help="where TFDS keeps its datasets")
+    parser.add_argument("--num_threads", type=int, help="as data.num_threads")
+    parser.add_argument("--seconds", type=float, default=10, help="that each measurement takes")
+    parser.add_argument("--step_ms", type=float, help="of a training step, to see its data-wait")
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Measures; returns the results and the lines that say them."""
+    for name in ("batch_size", "seconds", "num_threads", "step_ms"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name}={value}: expected more than 0")
+    spec = DatasetSpec(
+        args.source,
+        args.split,
+        args.preprocess,
+        args.batch_size,
+        args.data_dir,
+        "--source",
+        num_threads=args.num_threads,
+    )
+    height, width, _ = spec.image_shape()
+    batches = train_batches(spec, seed=0, step=0, corrupt=CorruptCounter())
+    speed = measure_speed(batches, spec.batch_size, seconds=args.seconds)
+    wait = {}
+    if args.step_ms:
+        predicted = predict_wait(speed, spec.batch_size, args.step_ms / 1000)
+        seen = measure_wait(batches, args.step_ms / 1000, seconds=args.seconds)
+        wait = {"step_ms": args.step_ms, "predicted": round(predicted, 4), "seen": round(seen, 4)}
+    batches.close()
+    shares = measure_stages(spec, seconds=args.seconds / 2)
+    threads = loader.count_threads(spec.num_threads)
+    decoder = "the C extension" if fused.extension else "OpenCV: the C extension was not built"
+    lines = [
+        f"{spec}: {len(spec.open()):,} images, batches of {spec.batch_size} at {height}x{width}, "
+        f"{threads} threads; JPEGs by {decoder}",
+        f"{speed.images_per_sec:,.0f} images/s, {speed.images_per_core:,.0f} images/s per core",
+        "of a thread's time: " + ", ".join(f"{k} {share:.1%}" for k, share in shares.items()),
+    ]
+    if wait:
+        lines.append(
+            f"with steps of {args.step_ms:g} ms: data-wait {wait['seen']:.1%} "
+            f"(predicted {wait['predicted']:.1%})"
+        )
+    results = {
+        "source": args.source,
+        "preprocess": args.preprocess,
+        "batch_size": args.batch_size,
+        "threads": threads,
+        "extension": fused.extension is not None,
+        "images_per_sec": round(speed.images_per_sec, 1),
+        "images_per_core": round(speed.images_per_core, 1),
+        "stages": {k: round(share, 4) for k, share in shares.items()},
+        "data_wait": wait or None,
+    }
+    return results, lines
+
+
+def measure_speed(batches: Generator[Batch], batch_size: int, *, seconds: float) -> Speed:
+    """Takes batches as fast as they come."""
+    _drain(batches, seconds / 10)
+    start, start_cpu, count = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - start < seconds:
+        next(batches)
+        count += batch_size
+    elapsed, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+    return Speed(count / elapsed, count / cpu)
+
+
+def predict_wait(speed: Speed, batch_size: int, step: float) -> float:
+    """The share of a loop's time that it waits, if its steps take `step` seconds on a device."""
+    return max(0.0, 1 - step * speed.images_per_sec / batch_size)
+
+
+def measure_wait(batches: Generator[Batch], step: float, *, seconds: float) -> float:
+    """The same, seen in a loop that sleeps for `step` seconds in place of a step."""
+    _drain(batches, seconds / 10)
+    start, waited = time.perf_counter(), 0.0
+    while (now := time.perf_counter()) - start < seconds:
+        next(batches)
+        waited += time.perf_counter() - now
+        time.sleep(step)
+    return waited / (time.perf_counter() - start)
+
+
+def _drain(batches: Generator[Batch], seconds: float) -> None:
+    """Takes what was loaded ahead, and has threads and caches warm."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        next(batches)
+
+
+def measure_stages(spec: DatasetSpec, *, seconds: float) -> dict[str, float]:
+    """The share of each of `STAGES` in the time that one thread takes for an image."""
+    source, ops = spec.open(), fused.fuse(spec.ops())
+    split = 1 + max(i for i, op in enumerate(ops) if isinstance(op, _DECODE))
+    spent = dict.fromkeys(STAGES, 0.0)
+
+    def prepare(index: int, rng: np.random.Generator) -> Any:
+        times = [time.perf_counter()]
+        features = source[index]
+        times.append(time.perf_counter())
+        features = preprocess.apply(ops[:split], features, rng)
+        times.append(time.perf_counter())
+        features = preprocess.apply(ops[split:], features, rng)
+        times.append(time.perf_counter())
+        for name, begin, end in zip(STAGES[1:4], times, times[1:], strict=False):
+            spent[name] += end - begin
+        return features["image"], times[-1] - times[0]
+
+    examples = train_order(spec, source, seed=0).random_map(prepare)
+    images = np.empty((spec.batch_size, *spec.image_shape()), np.uint8)
+    start, position = time.perf_counter(), 0
+    while (begin := time.perf_counter()) - start < seconds:
+        example: Any = examples[position]
+        image, within = example
+        end = time.perf_counter()
+        spent["order"] += end - begin - within
+        images[position % spec.batch_size] = image
+        spent["assemble"] += time.perf_counter() - end
+        position += 1
+    total = sum(spent.values())
+    return {name: time_spent / total for name, time_spent in spent.items()}
