@@ -8,9 +8,9 @@ ARGS ?=
 # The interpreter of `make test-gpu`: one whose JAX has a GPU, which the pinned JAX of .venv has not.
 GPU_PYTHON ?= .venv/bin/python
 # Images for `make verify-published`: a folder with a folder for each class. For
-# `make show-preprocess`: any folder of images.
+# `make show-preprocess` and `make bench-input`: any folder of images.
 IMAGES ?=
-# More arguments for pip in `make verify-torch`, such as an index that has PyTorch for CPUs alone.
+# More arguments for pip where it installs PyTorch, such as an index that has it for CPUs alone.
 TORCH_PIP_ARGS ?=
 # Tests run in a process for each core; JAX needs some GB in each.
 PARALLEL := -n logical --maxprocesses=4 --dist worksteal
@@ -26,7 +26,7 @@ FOUND_PYTHON = $(or $(shell for p in $(PYTHON); do \
   if "$$p" -c '$(IS_SUPPORTED)' >/dev/null 2>&1; then echo "$$p"; break; fi; done),$(error \
   no Python 3.11, 3.12 or 3.13 with venv found (tried: $(PYTHON)); name one: make PYTHON=/path/to/python3))
 
-.PHONY: help train test test-all test-gpu verify-published verify-torch show-preprocess golden lint lock clean
+.PHONY: help train test test-all test-gpu verify-published verify-torch show-preprocess golden bench-input lint lock clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
@@ -57,6 +57,10 @@ show-preprocess: .venv/project.stamp  ## render what preprocessing makes of the 
 
 golden: .venv/project.stamp  ## write anew what the tests expect of configs/
 	.venv/bin/python -m tools.config_dumps $(ARGS)
+
+bench-input: .venv/project.stamp build/torch/timm.stamp build/tensorflow/cpu.stamp  ## compare the input pipeline with those of TensorFlow and timm, on JPEGs made of IMAGES=folder
+	.venv/bin/python -m benchmarks.input --tf_python=build/tensorflow/bin/python \
+	  --torch_python=build/torch/bin/python $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
 
 lint: .venv/project.stamp .venv/lint.stamp  ## check style and types: ruff and pyright
 	PATH="$$PWD/.venv/bin:$$PATH" PYRIGHT_PYTHON_IGNORE_WARNINGS=1 \
@@ -98,4 +102,10 @@ build/torch/timm.stamp:
 	@build/torch/bin/python -m pip install -qq --no-input --disable-pip-version-check \
 	  $(TORCH_PIP_ARGS) torch timm==1.0.31 || { echo "PyTorch and timm could not be installed: that" \
 	  "needs a network, or settings of pip (TORCH_PIP_ARGS) with which it finds them." >&2; exit 1; }
+	@touch $@
+
+build/tensorflow/cpu.stamp:
+	@python="$(FOUND_PYTHON)" && echo "Installing TensorFlow in build/tensorflow (minutes)." && "$$python" -m venv --clear build/tensorflow
+	@build/tensorflow/bin/python -m pip install -qq --no-input --disable-pip-version-check \
+	  tensorflow-cpu || { echo "TensorFlow could not be installed: that needs a network." >&2; exit 1; }
 	@touch $@

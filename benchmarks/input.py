@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images a second of the input pipeline, beside those of other loaders on the same JPEGs.
+
+    python -m benchmarks.input --images folder --json benchmarks/results/input.json
+
+All give uint8 batches of 224x224, of random resized crops of 5 to 100 % of the area, flipped in
+half of the cases. The loaders stay alive and take turns, a few seconds each, so that what else the
+machine does hits all of them; medians over the rounds are shown, and medians of the ratios of each
+round. The JPEGs are made of photographs: those in a folder, or else scikit-learn's two.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import sklearn.datasets
+
+from benchmarks.environment import describe_environment
+from benchmarks.input_loaders import BATCH
+from vit_jax.data import fused
+
+ROOT = Path(__file__).parent.parent
+# Width, height, quality and number of the JPEGs.
+KINDS = {"500x375": (500, 375, 96, 1000), "1600x1200": (1600, 1200, 90, 250)}
+# Packages whose versions matter, of the environments of the loaders.
+VERSIONS = {"tf_data": "tensorflow-cpu", "timm": "torch timm Pillow"}
+
+
+def read_photos(folder: Path | None) -> list[np.ndarray]:
+    """Photographs, BGR."""
+    if folder is None:
+        found = sklearn.datasets.load_sample_images().images
+        return [np.ascontiguousarray(image[..., ::-1]) for image in found]
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    images = [cv2.imread(str(path)) for path in paths]
+    if not images:
+        sys.exit(f"--images={folder}: there are no .jpg, .jpeg or .png files in it")
+    return [image for image in images if image is not None]
+
+
+def write_jpegs(photos: list[np.ndarray], kind: str, folder: Path) -> None:
+    """Crops of photographs at the size of `kind`, 4:2:0, in two classes, unless they are there."""
+    width, height, quality, count = KINDS[kind]
+    done = folder / "done"
+    if done.exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    rng = np.random.default_rng(0)
+    sampling = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420)
+    for number in range(count):
+        photo = photos[number % len(photos)]
+        # At most as large as the photo allows, so that its structures are not blown up further.
+        scale = min(photo.shape[1] / width, photo.shape[0] / height) * rng.uniform(0.8, 1)
+        w, h = int(width * scale), int(height * scale)
+        x, y = rng.integers(photo.shape[1] - w + 1), rng.integers(photo.shape[0] - h + 1)
+        way = cv2.INTER_AREA if scale > 1 else cv2.INTER_CUBIC
+        image = cv2.resize(photo[y : y + h, x : x + w], (width, height), interpolation=way)
+        path = folder / "train" / "ab"[number % 2] / f"{number:04}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, quality, *sampling])
+    done.touch()
+
+
+class Loader:
+    """A loader in a process of its own, idle until it is its turn."""
+
+    def __init__(self, python: str, loader: str, dataset: str, threads: int):
+        self._process = subprocess.Popen(
+            [python, str(ROOT / "benchmarks" / "input_loaders.py"), loader, dataset, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "CUDA_VISIBLE_DEVICES": "",
+                "TF_ENABLE_ONEDNN_OPTS": "0",
+            },
+            start_new_session=True,
+        )
+
+    def measure(self, seconds: float) -> dict[str, float]:
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(f"{seconds}\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@contextlib.contextmanager
+def start(pythons: dict[str, str], entries: dict[str, tuple[str, str]], threads: int) -> Iterator:
+    loaders = {}
+    try:
+        for name, (loader, dataset) in entries.items():
+            loaders[name] = Loader(pythons.get(loader, sys.executable), loader, dataset, threads)
+        yield loaders
+    finally:
+        for loader in loaders.values():
+            loader.close()
+
+
+def compare(loaders: dict[str, Loader], *, rounds: int, seconds: float) -> dict[str, Any]:
+    """Runs the loaders by turns, in an order that rotates."""
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in loaders}
+    names = list(loaders)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            runs[name].append(loaders[name].measure(seconds))
+    ours = runs["vit_jax"]
+    results = {}
+    for name, theirs in runs.items():
+        results[name] = {
+            key: round(statistics.median(run[key] for run in theirs), 1) for key in theirs[0]
+        }
+        ratios = (
+            their["images_per_sec"] / our["images_per_sec"]
+            for their, our in zip(theirs, ours, strict=True)
+        )
+        results[name]["of_vit_jax"] = round(statistics.median(ratios), 3)
+        results[name]["rounds"] = [round(run["images_per_sec"], 1) for run in theirs]
+    return results
+
+
+def versions_of(python: str, packages: str) -> dict[str, str]:
+    program = "import importlib.metadata as m, json, sys\n"
+    program += "print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
+    done = subprocess.run(
+        [python, "-c", program, *packages.split()], check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=Path, help="folder of photographs to make JPEGs of")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench-input")
+    parser.add_argument("--tf_python", help="an interpreter that has TensorFlow")
+    parser.add_argument("--torch_python", help="an interpreter that has PyTorch and timm")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=3, help="of each turn")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
+    args = parser.parse_args()
+    pythons = {"tf_data": args.tf_python, "timm": args.torch_python}
+    pythons = {name: python for name, python in pythons.items() if python}
+    for name in VERSIONS.keys() - pythons.keys():
+        print(f"{name} is left out: no interpreter was given for it")
+
+    environment = describe_environment("numpy", "opencv-python-headless", "grain")
+    for name, python in pythons.items():
+        environment["versions"] |= versions_of(python, VERSIONS[name])  # pyright: ignore
+    photos, results = read_photos(args.images), {}
+    for kind in KINDS:
+        folder = args.folder / f"{args.images.name if args.images else 'sklearn'}-{kind}"
+        write_jpegs(photos, kind, folder)
+        sizes = [path.stat().st_size for path in folder.glob("train/*/*.jpg")]
+        entries = {"vit_jax": ("vit_jax", f"folder:{folder}")}
+        for name in ("vit_jax_opencv", "libjpeg_turbo", *pythons):
+            entries[name] = (name, f"folder:{folder}")
+        if fused.extension is None:
+            print("the C extension was not built: vit_jax is vit_jax_opencv")
+            del entries["libjpeg_turbo"]
+        with start(pythons, entries, args.threads) as loaders:
+            table = compare(loaders, rounds=args.rounds, seconds=args.seconds)
+        print(f"\n{kind}, {len(sizes)} JPEGs of {np.mean(sizes) / 1000:.0f} KB on average")
+        print(f"{'loader':<18}{'images/s':>10}{'a core':>10}{'of vit_jax':>12}")
+        for name, row in table.items():
+            rate, core = row["images_per_sec"], row["images_per_core"]
+            print(f"{name:<18}{rate:>10,.0f}{core:>10,.0f}{row['of_vit_jax']:>12.2f}")
+        results[kind] = {"mean_kb": round(float(np.mean(sizes)) / 1000, 1), "loaders": table}
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        notes = {
+            "batch": BATCH,
+            "threads": args.threads,
+            "photos": "a folder" if args.images else "scikit-learn's",
+            "load_at_end": [round(load, 1) for load in os.getloadavg()],
+        }
+        args.json.write_text(
+            json.dumps(environment | notes | {"results": results}, indent=2) + "\n"
+        )
+        print(f"wrote {args.json}")
+
+
+if __name__ == "__main__":
+    main()
