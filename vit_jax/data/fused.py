@@ -7,7 +7,7 @@ does not take (PNG, CMYK, damaged files), the operations run as they are.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,9 @@ else:
     extension = _jpeg
 
 
+Allocate = Callable[[tuple[int, ...]], np.ndarray]
+
+
 class Plan(NamedTuple):
     """What to make of an image: a part of it, resized to `full`, and of that a window."""
 
@@ -48,9 +51,11 @@ class Fused(Random):
 
     Attributes:
       ops: what it stands in for.
+      allocate: gives memory for an image by its shape.
     """
 
     ops: tuple[Transform | Random, ...]
+    allocate: Allocate
 
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
         encoded = features["image"]
@@ -61,18 +66,26 @@ class Fused(Random):
             plan = _plan(self.ops[1:], height, width, rng)
             if plan is not None:
                 flip = isinstance(self.ops[-1], FlipLr) and self.ops[-1].draw(rng)
-                image = np.empty((*plan.window[2:], 3), np.uint8)
+                image = self.allocate((*plan.window[2:], 3))
                 if extension.decode(encoded, image, *plan, flip):
                     return features | {"image": image}
             rng.bit_generator.state = state
         return preprocess.apply(self.ops, features, rng)
 
 
-def fuse(ops: Sequence[Transform | Random]) -> tuple[Transform | Random, ...]:
+def fuse(
+    ops: Sequence[Transform | Random],
+    *,
+    allocate: Allocate = lambda shape: np.empty(shape, np.uint8),
+) -> tuple[Transform | Random, ...]:
     """The same operations, of which the first are one if they have a known form.
 
     Known are `decode|inception_crop(N)`, `decode|resize(N)` and
     `decode|resize_small(N)|central_crop(M)`, bilinear, each with `|flip_lr` or without.
+
+    Args:
+      ops: of a preprocessing line.
+      allocate: where the images of the first operation are to be.
     """
     if extension is None or not ops or ops[0] != Decode():
         return tuple(ops)
@@ -82,7 +95,7 @@ def fuse(ops: Sequence[Transform | Random]) -> tuple[Transform | Random, ...]:
         if kinds[: len(form)] == form and getattr(ops[1], "method", None) == "bilinear":
             end = 1 + len(form)
             end += kinds[end - 1 : end] == (FlipLr,)
-            return (Fused(tuple(ops[:end])), *ops[end:])
+            return (Fused(tuple(ops[:end]), allocate), *ops[end:])
     return tuple(ops)
 
 

@@ -9,6 +9,7 @@ the batches are the same for any number of hosts, and to resume is to start at a
 import dataclasses
 import itertools
 import sys
+import threading
 from collections.abc import Generator, Iterable
 from typing import Any
 
@@ -122,11 +123,25 @@ class DatasetSpec:
 _TRIES = 100
 
 
+class _Rows(threading.local):
+    """Where each thread wants its next image: a row of a batch. Operations may heed it or not."""
+
+    def __init__(self) -> None:
+        self.row: np.ndarray | None = None
+
+    def allocate(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The row if it has this shape, else other memory."""
+        if self.row is not None and self.row.shape == shape:
+            return self.row
+        return np.empty(shape, np.uint8)
+
+
 class _Prepare(grain.transforms.RandomMap):
     """From the index of a record to the features of a prepared example."""
 
-    def __init__(self, spec: DatasetSpec, source: Source, corrupt: CorruptCounter):
-        self._source, self._ops, self._corrupt = source, fuse(spec.ops()), corrupt
+    def __init__(self, spec: DatasetSpec, source: Source, rows: _Rows, corrupt: CorruptCounter):
+        self._source, self._corrupt = source, corrupt
+        self._ops = fuse(spec.ops(), allocate=rows.allocate)
         self._blank = spec.blank()
 
     def random_map(self, element: int, rng: np.random.Generator) -> Any:
@@ -146,8 +161,9 @@ class _Prepare(grain.transforms.RandomMap):
 class _PrepareMasked(grain.transforms.RandomMap):
     """The same for evaluation: a record that can't be read, or is not there, has the mask 0."""
 
-    def __init__(self, spec: DatasetSpec, source: Source, corrupt: CorruptCounter):
-        self._source, self._ops, self._corrupt = source, fuse(spec.ops()), corrupt
+    def __init__(self, spec: DatasetSpec, source: Source, rows: _Rows, corrupt: CorruptCounter):
+        self._source, self._corrupt = source, corrupt
+        self._ops = fuse(spec.ops(), allocate=rows.allocate)
         self._blank = spec.blank()
 
     def random_map(self, element: int, rng: np.random.Generator) -> Any:
@@ -227,8 +243,9 @@ def train_batches(
     source = spec.open()
     order = train_order(spec, source, seed=seed)
     # After `repeat`: a generator of its own for each position, not for each record.
-    examples = order.random_map(_Prepare(spec, source, corrupt or CorruptCounter()))
-    return _load(examples, spec, itertools.count(step), shards, num_shards)
+    prepare = _Prepare(spec, source, rows := _Rows(), corrupt or CorruptCounter())
+    examples = order.random_map(prepare)
+    return _load(examples, rows, spec, itertools.count(step), shards, num_shards)
 
 
 def train_order(spec: DatasetSpec, source: Source, *, seed: int) -> grain.MapDataset:
@@ -258,8 +275,8 @@ def eval_batches(
     source = spec.open()
     steps = range(-(-len(source) // spec.batch_size))
     order = grain.MapDataset.range(len(steps) * spec.batch_size).seed(0)
-    examples = order.random_map(_PrepareMasked(spec, source, corrupt or CorruptCounter()))
-    return _load(examples, spec, steps, shards, num_shards)
+    prepare = _PrepareMasked(spec, source, rows := _Rows(), corrupt or CorruptCounter())
+    return _load(order.random_map(prepare), rows, spec, steps, shards, num_shards)
 
 
 @dataclasses.dataclass
@@ -276,6 +293,7 @@ class _Buffer:
 
 def _load(
     examples: grain.MapDataset,
+    wanted: _Rows,
     spec: DatasetSpec,
     steps: Iterable[int],
     shards: tuple[int, ...],
@@ -290,6 +308,7 @@ def _load(
 
     def fill(buffer: _Buffer, step: int, start: int, stop: int) -> None:
         for i in range(start, stop):
+            wanted.row = buffer.images[i]
             features: Any = examples[step * spec.batch_size + rows[i]]
             image = features["image"]
             if image.shape != shape or image.dtype != np.uint8:
@@ -297,8 +316,10 @@ def _load(
                     f"{spec.key}.preprocess={spec.preprocess!r} made an image of {image.dtype} "
                     f"{image.shape}; expected uint8 {shape}"
                 )
-            buffer.images[i] = image
+            if image is not wanted.row:
+                buffer.images[i] = image
             buffer.rest[i] = {k: v for k, v in features.items() if k != "image"}
+        wanted.row = None  # it would keep the batch alive
 
     threads = loader.count_threads(spec.num_threads)
     buffers = loader.Loader(
