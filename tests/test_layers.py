@@ -17,6 +17,7 @@ LAYERS = {
     "vit_jax.parallel": 1,
     # Commands, which write to the screen.
     "vit_jax.data.check": 4,
+    "vit_jax.data.pack": 4,
     "vit_jax.data.prepare": 4,
     "vit_jax.data": 1,
     "vit_jax.objectives": 2,

@@ -173,6 +173,14 @@ def test_operations_that_follow_run_after_it():
         assert a[1] == b[1]
 
 
+@needs_extension
+def test_pixels_in_place_of_a_file_are_resized_natively_too(monkeypatch):
+    for size in SIZES:
+        pixels = picture(*size)
+        pixels.flags.writeable = False
+        assert_native_and_equal(pixels, monkeypatch)
+
+
 WHOLE = encode(picture(60, 80))
 START = WHOLE.index(b"\xff\xda")
 FRAME = WHOLE.index(b"\xff\xc0")

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Crops, resizes and mirrors a JPEG in one pass, without the GIL.
+ * Crops, resizes and mirrors a JPEG or an array of pixels in one pass, without the GIL.
  *
  * Only the rows and columns that the crop needs are decoded, by libjpeg-turbo. The pixels are those
  * of OpenCV's imdecode, crop and resize (INTER_LINEAR). What is unusual in a file, and every warning
@@ -55,7 +55,10 @@ typedef struct {
   struct jpeg_error_mgr errors;
   struct jpeg_progress_mgr progress;
   jmp_buf jump;
-  uint8_t *row;     /* decoded pixels */
+  const uint8_t *pixels; /* of the image, if it is decoded already */
+  size_t stride;         /* bytes of a row in `pixels` */
+  size_t skip, take;     /* bytes of such a row that are left out, and that are needed after these */
+  uint8_t *row;     /* pixels of one row, or of its columns that are needed */
   int16_t *rows[2]; /* resized horizontally, times 2^7 */
   Tap *columns;     /* by output column; places are bytes in `row` */
 } Decoder;
@@ -171,9 +174,8 @@ static int fits(const Plan *p, int height, int width) {
          p->out_width <= p->full_width - p->window_left;
 }
 
-/* Restricts decoding to the columns that are needed, and allocates what a row needs. */
-static int prepare_rows(Decoder *d, const Plan *plan) {
-  struct jpeg_decompress_struct *info = &d->info;
+/* Allocates what a row needs, and restricts reading to the columns from `start` that are needed. */
+static int prepare_rows(Decoder *d, const Plan *plan, int image_width) {
   JDIMENSION start, columns;
   int width = plan->out_width, low, high, i;
   d->columns = malloc((size_t)width * sizeof(Tap));
@@ -184,12 +186,13 @@ static int prepare_rows(Decoder *d, const Plan *plan) {
   low = d->columns[plan->flip ? width - 1 : 0].place / 3 - MARGIN;
   high = d->columns[plan->flip ? 0 : width - 1].place / 3 + 2 + MARGIN;
   start = (JDIMENSION)(low > 0 ? low : 0);
-  columns = (high < (int)info->output_width ? (JDIMENSION)high : info->output_width) - start;
-  if (columns < info->output_width) {
-    jpeg_crop_scanline(info, &start, &columns);
-    find_columns(d->columns, plan, (int)start);
-  }
-  d->row = calloc((size_t)columns * 3 + SLACK, 1);
+  columns = (JDIMENSION)(high < image_width ? high : image_width) - start;
+  if (!d->pixels && columns < (JDIMENSION)image_width)
+    jpeg_crop_scanline(&d->info, &start, &columns); /* makes them whole blocks */
+  find_columns(d->columns, plan, (int)start);
+  d->skip = (size_t)start * 3;
+  d->take = (size_t)columns * 3;
+  d->row = calloc(d->take + SLACK, 1);
   return d->row != NULL;
 }
 
@@ -197,6 +200,10 @@ static int prepare_rows(Decoder *d, const Plan *plan) {
 static int read_row(Decoder *d, int row) {
   struct jpeg_decompress_struct *info = &d->info;
   JDIMENSION skipped, wanted = (JDIMENSION)row;
+  if (d->pixels) {
+    memcpy(d->row, d->pixels + (size_t)row * d->stride + d->skip, d->take);
+    return 1;
+  }
   /* Rows that share their chroma are not skipped in part: libjpeg-turbo 2.1 then takes the chroma
    * of other rows where it does not interpolate it. */
   while (info->output_scanline < wanted &&
@@ -207,31 +214,10 @@ static int read_row(Decoder *d, int row) {
   return jpeg_read_scanlines(info, &d->row, 1) == 1;
 }
 
-/* Decodes one image; 0 if that is left to the caller. */
-static int decode_image(Decoder *d, const uint8_t *data, size_t size, const Plan *plan,
-                        uint8_t *out) {
-  struct jpeg_decompress_struct *info = &d->info;
+/* Reads and resizes row by row. */
+static int resize_all(Decoder *d, const Plan *plan, uint8_t *out) {
   int held[2] = {-1, -1}; /* which row of the image each of d->rows is made of */
-  int height, width, y, k;
-
-  if (!read_size(data, size, &height, &width) || !fits(plan, height, width)) return 0;
-  info->err = jpeg_std_error(&d->errors);
-  d->errors.error_exit = on_error;
-  d->errors.emit_message = on_message;
-  d->errors.output_message = on_output;
-  if (setjmp(d->jump)) return 0;
-  jpeg_create_decompress(info);
-  d->progress.progress_monitor = on_progress;
-  info->progress = &d->progress;
-  jpeg_mem_src(info, (unsigned char *)data, (unsigned long)size);
-  jpeg_read_header(info, TRUE);
-  if ((int)info->image_height != height || (int)info->image_width != width || info->arith_code ||
-      (info->num_components != 1 && info->num_components != 3))
-    return 0;
-  info->out_color_space = JCS_RGB;
-  jpeg_start_decompress(info);
-  if (info->output_components != 3 || !prepare_rows(d, plan)) return 0;
-
+  int y, k;
   for (y = 0; y < plan->out_height; y++) {
     Tap tap = locate(plan->window_top + y, plan->height, plan->full_height);
     int rows[2] = {plan->top + clip(tap.place, plan->height),
@@ -253,6 +239,42 @@ static int decode_image(Decoder *d, const uint8_t *data, size_t size, const Plan
   return 1;
 }
 
+/* Decodes one image; 0 if that is left to the caller. */
+static int decode_jpeg(Decoder *d, const uint8_t *data, size_t size, const Plan *plan,
+                       uint8_t *out) {
+  struct jpeg_decompress_struct *info = &d->info;
+  int height, width;
+
+  if (!read_size(data, size, &height, &width) || !fits(plan, height, width)) return 0;
+  info->err = jpeg_std_error(&d->errors);
+  d->errors.error_exit = on_error;
+  d->errors.emit_message = on_message;
+  d->errors.output_message = on_output;
+  if (setjmp(d->jump)) return 0;
+  jpeg_create_decompress(info);
+  d->progress.progress_monitor = on_progress;
+  info->progress = &d->progress;
+  jpeg_mem_src(info, (unsigned char *)data, (unsigned long)size);
+  jpeg_read_header(info, TRUE);
+  if ((int)info->image_height != height || (int)info->image_width != width || info->arith_code ||
+      (info->num_components != 1 && info->num_components != 3))
+    return 0;
+  info->out_color_space = JCS_RGB;
+  jpeg_start_decompress(info);
+  return info->output_components == 3 && prepare_rows(d, plan, width) && resize_all(d, plan, out);
+}
+
+/* The same for uint8 [height, width, 3]. */
+static int resize_pixels(Decoder *d, const Py_buffer *image, const Plan *plan, uint8_t *out) {
+  const Py_ssize_t *shape = image->shape;
+  if (image->itemsize != 1 || shape[2] != 3 || shape[0] > 65535 || shape[1] > 65535 ||
+      !fits(plan, (int)shape[0], (int)shape[1]))
+    return 0;
+  d->pixels = image->buf;
+  d->stride = (size_t)shape[1] * 3;
+  return prepare_rows(d, plan, (int)shape[1]) && resize_all(d, plan, out);
+}
+
 static PyObject *size_of(PyObject *module, PyObject *argument) {
   Py_buffer data;
   int height, width, known;
@@ -264,42 +286,52 @@ static PyObject *size_of(PyObject *module, PyObject *argument) {
   return Py_BuildValue("(ii)", height, width);
 }
 
+/* Of pixels if `image` has three dimensions, else of a JPEG. */
+static int run(const Py_buffer *image, const Plan *plan, uint8_t *out) {
+  Decoder decoder;
+  int done;
+  memset(&decoder, 0, sizeof decoder);
+  done = image->ndim == 3 ? resize_pixels(&decoder, image, plan, out)
+                          : decode_jpeg(&decoder, image->buf, (size_t)image->len, plan, out);
+  jpeg_destroy_decompress(&decoder.info);
+  free(decoder.row);
+  free(decoder.rows[0]);
+  free(decoder.rows[1]);
+  free(decoder.columns);
+  return done;
+}
+
 static PyObject *decode(PyObject *module, PyObject *args) {
-  Py_buffer data, out;
+  PyObject *image, *result = NULL;
+  Py_buffer in, out;
   Plan p;
-  int done = 0;
+  int done;
   (void)module;
-  if (!PyArg_ParseTuple(args, "y*w*(iiii)(ii)(iiii)p", &data, &out, &p.top, &p.left, &p.height,
+  if (!PyArg_ParseTuple(args, "Ow*(iiii)(ii)(iiii)p", &image, &out, &p.top, &p.left, &p.height,
                         &p.width, &p.full_height, &p.full_width, &p.window_top, &p.window_left,
                         &p.out_height, &p.out_width, &p.flip))
     return NULL;
   if (p.out_height < 1 || p.out_width < 1 || p.out_height > 65535 || p.out_width > 65535 ||
       out.len != (Py_ssize_t)p.out_height * p.out_width * 3) {
     PyErr_SetString(PyExc_ValueError, "out has another size than its window");
-  } else {
+  } else if (!PyObject_GetBuffer(image, &in, PyBUF_ND)) {
     Py_BEGIN_ALLOW_THREADS
-    Decoder decoder;
-    memset(&decoder, 0, sizeof decoder);
-    done = decode_image(&decoder, data.buf, (size_t)data.len, &p, out.buf);
-    jpeg_destroy_decompress(&decoder.info);
-    free(decoder.row);
-    free(decoder.rows[0]);
-    free(decoder.rows[1]);
-    free(decoder.columns);
+    done = run(&in, &p, out.buf);
     Py_END_ALLOW_THREADS
+    PyBuffer_Release(&in);
+    result = PyBool_FromLong(done);
   }
-  PyBuffer_Release(&data);
   PyBuffer_Release(&out);
-  return PyErr_Occurred() ? NULL : PyBool_FromLong(done);
+  return result;
 }
 
 static PyMethodDef methods[] = {
     {"size", size_of, METH_O,
      "size(encoded) -> (height, width), or None for what decode() leaves to the caller."},
     {"decode", decode, METH_VARARGS,
-     "decode(encoded, out, part, full, window, flip) -> whether it is done.\n\n"
-     "The part (top, left, height, width) of an image is resized to full (height, width), of which "
-     "out is the window (top, left, height, width), mirrored if flip."},
+     "decode(image, out, part, full, window, flip) -> whether it is done.\n\n"
+     "The part (top, left, height, width) of a JPEG or uint8 [height, width, 3] is resized to full "
+     "(height, width), of which out is the window (top, left, height, width), mirrored if flip."},
     {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_jpeg", NULL, 0, methods,

@@ -43,7 +43,8 @@ class DatasetInfo:
 class Source(abc.ABC):
     """Records of one split by position: `{"image": encoded bytes, "label": ...}`.
 
-    The label is an int32, or float32 `[num_classes]` if an example may have several.
+    In place of bytes there may be pixels, uint8 `[height, width, 3]`, not to be written to. The
+    label is an int32, or float32 `[num_classes]` if an example may have several.
     """
 
     @abc.abstractmethod
@@ -70,8 +71,8 @@ class Records(abc.ABC):
     """All encoded images of a dataset, in a fixed order. Reading is safe from many threads."""
 
     @abc.abstractmethod
-    def read(self, row: int) -> bytes:
-        """The file of an image; an `ImageError` says that it can't be read."""
+    def read(self, row: int) -> bytes | np.ndarray:
+        """The file of an image, or its pixels; an `ImageError` says that it can't be read."""
 
     @abc.abstractmethod
     def describe(self, row: int) -> str:

@@ -93,7 +93,9 @@ def inspect_record(source: Source, index: int) -> Finding:
         height, width = decode_image(encoded).shape[:2]
     except ImageError as e:
         return dataclasses.replace(finding, corrupt=str(e))
-    odd = list(_list_odd(encoded, os.path.splitext(record)[1].lower()))
+    odd = []
+    if isinstance(encoded, bytes):
+        odd += _list_odd(encoded, os.path.splitext(record)[1].lower())
     if min(height, width) < _SMALL:
         odd.append(f"a side below {_SMALL} pixels")
     if max(height, width) > _LONG * min(height, width):

@@ -33,19 +33,21 @@ class ImageError(ValueError):
     """A record without a readable image. Such records are replaced or left out, and counted."""
 
 
-def decode_image(encoded: bytes, *, orient: bool = False) -> np.ndarray:
+def decode_image(encoded: bytes | np.ndarray, *, orient: bool = False) -> np.ndarray:
     """JPEG, PNG, WebP, BMP, GIF (first frame) ... bytes to uint8 `[height, width, 3]` in RGB.
 
     The content decides on the format. Transparency is dropped, of 16 bits the upper 8 stay.
 
     Args:
-      encoded: a file.
+      encoded: a file; pixels stay as they are.
       orient: whether to turn the image upright, as its EXIF orientation says. The published
         weights saw images as they are stored.
 
     Raises:
       ImageError: no readable image, one that ends too early, or one of more than `MAX_PIXELS`.
     """
+    if isinstance(encoded, np.ndarray):
+        return encoded
     kind, size = read_header(encoded)
     if size is not None:
         check_size(*size)

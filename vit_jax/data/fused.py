@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode, crop, resize and mirror in one pass over a JPEG, in native code.
+"""Decode, crop, resize and mirror in one pass over a JPEG or over pixels, in native code.
 
 Stands in for the first operations of a list where they are of a known form: the pixels are those of
 the operations themselves, and so are their random draws. Without the extension, and for whatever it
@@ -58,8 +58,8 @@ class Fused(Random):
     allocate: Allocate
 
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
-        encoded = features["image"]
-        size = extension.size(encoded)
+        source = features["image"]
+        size = source.shape[:2] if isinstance(source, np.ndarray) else extension.size(source)
         if size is not None:
             state = rng.bit_generator.state
             height, width = size
@@ -67,7 +67,7 @@ class Fused(Random):
             if plan is not None:
                 flip = isinstance(self.ops[-1], FlipLr) and self.ops[-1].draw(rng)
                 image = self.allocate((*plan.window[2:], 3))
-                if extension.decode(encoded, image, *plan, flip):
+                if extension.decode(source, image, *plan, flip):
                     return features | {"image": image}
             rng.bit_generator.state = state
         return preprocess.apply(self.ops, features, rng)

@@ -42,7 +42,10 @@ class Random(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Decode(Transform):
-    """Encoded bytes to uint8 RGB; with `orient`, upright as EXIF says, and not as stored."""
+    """Encoded bytes to uint8 RGB; with `orient`, upright as EXIF says, and not as stored.
+
+    What a source gives as pixels stays as it is.
+    """
 
     orient: bool = False
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datasets by name, read by position.
 
-`folder:PATH`, `manifest:PATH` and `parquet:PATH` are the user's own; any other name is that of a
-TFDS dataset in `array_record` form. `digits` comes with the package.
+`folder:PATH`, `manifest:PATH` and `parquet:PATH` are the user's own, `packed:PATH` and `raw:PATH`
+what was packed of another dataset; any other name is that of a TFDS dataset in `array_record` form.
+`digits` comes with the package.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from etils import epath
 import vit_jax.data.datasets  # noqa: F401  (registers the package's own TFDS builders)
 from vit_jax.data.base import Dataset, DatasetInfo, Source
 from vit_jax.data.files import folder_dataset, manifest_dataset
+from vit_jax.data.packed import packed_dataset, raw_dataset
 from vit_jax.data.parquet import parquet_dataset
 from vit_jax.utils.errors import UserError, suggest
 
@@ -38,6 +40,8 @@ KINDS: dict[str, Callable[[str], Dataset]] = {
     "folder": folder_dataset,
     "manifest": manifest_dataset,
     "parquet": parquet_dataset,
+    "packed": packed_dataset,
+    "raw": raw_dataset,
 }
 
 logger = logging.getLogger(__name__)
@@ -154,6 +158,18 @@ def open_source(name: str, split: str, *, data_dir: str | None, key: str) -> Sou
     return TfdsSource(records, name=f"{name}:{split}", keep=keep)
 
 
+def split_lengths(name: str, *, data_dir: str | None) -> dict[str, int]:
+    """The number of examples of each split. Prepares a TFDS dataset if that was never done.
+
+    Raises:
+      UserError: the dataset can't be prepared or read.
+    """
+    if dataset := _dataset(name):
+        return {split: len(rows) for split, rows in dataset.splits.items()}
+    builder = _open_builder(name, data_dir, quiet=False)
+    return {split: info.num_examples for split, info in builder.info.splits.items()}
+
+
 def prepare(name: str, *, data_dir: str | None) -> tuple[str, dict[str, int]]:
     """Prepares a TFDS dataset if that was never done.
 
@@ -165,9 +181,8 @@ def prepare(name: str, *, data_dir: str | None) -> tuple[str, dict[str, int]]:
     """
     if name.partition(":")[0] in KINDS:
         raise UserError(f"{name!r} is read as it is: only datasets of TFDS have to be prepared")
-    builder = _open_builder(name, data_dir, quiet=False)
-    lengths = {split: info.num_examples for split, info in builder.info.splits.items()}
-    return str(builder.data_dir), lengths
+    lengths = split_lengths(name, data_dir=data_dir)
+    return str(_open_builder(name, data_dir, quiet=False).data_dir), lengths
 
 
 def _open_builder(name: str, data_dir: str | None, *, quiet: bool) -> Any:

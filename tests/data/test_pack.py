@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packing: what comes out reads like the source, and what is killed goes on."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax.data import check, fused, pipeline
+from vit_jax.data.decode import ImageError, decode_image
+from vit_jax.data.geometry import resize_image
+from vit_jax.data.image_ops import Decode
+from vit_jax.data.pack import main
+from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
+from vit_jax.data.sources import dataset_info, open_source
+from vit_jax.utils.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def jpeg(height, width, seed):
+    rng = np.random.default_rng(seed)
+    image = cv2.resize(rng.uniform(0, 255, (4, 4, 3)), (width, height))
+    return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two splits of two classes: 21 JPEGs of 40 to 60 x 80, of which one is broken, and a PNG."""
+    root = tmp_path / "photos"
+    for number in range(22):
+        split = "train" if number < 15 else "test"
+        path = root / split / ("cat", "dog")[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"nothing" if number == 4 else jpeg(40 + number, 80, number))
+    Image.fromarray(np.full((20, 30, 3), 7, np.uint8)).save(path.with_suffix(".png"))
+    return root
+
+
+def pack(source, target, *flags):
+    main([f"folder:{source}" if isinstance(source, Path) else source, str(target), *flags])
+
+
+def read(name, split):
+    source = open_source(name, split, data_dir=None, key="data.split")
+    return [source[i] if readable(source, i) else None for i in range(len(source))]
+
+
+def readable(source, index):
+    try:
+        Decode()(source[index])
+    except ImageError:
+        return False
+    return True
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("split", ["train", "test", "train[3:9]", "train+test"])
+def test_packed_jpegs_are_those_of_the_source_made_smaller(split, folder, tmp_path, said):
+    pack(folder, tmp_path / "dst", "--short_side=32", "--shard_size=4")
+    before, after = read(f"folder:{folder}", split), read(f"packed:{tmp_path / 'dst'}", split)
+    assert len(before) == len(after)
+    for a, b in zip(before, after, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a["label"] == b["label"]
+            old, new = decode_image(a["image"]), decode_image(b["image"])
+            if min(old.shape[:2]) <= 32:
+                assert a["image"] == b["image"]
+            else:
+                assert min(new.shape[:2]) == 32
+                aspects = (image.shape[1] / image.shape[0] for image in (old, new))
+                assert next(aspects) == pytest.approx(next(aspects), rel=0.02)
+                want = resize_image(old, *new.shape[:2], "area")
+                assert np.abs(new.astype(int) - want).mean() < 3
+
+
+def test_raw_pixels_are_the_middle_of_the_image(folder, tmp_path, said):
+    pack(folder, tmp_path / "dst", "--raw=24", "--shard_size=4")
+    before, after = read(f"folder:{folder}", "all"), read(f"raw:{tmp_path / 'dst'}", "all")
+    for a, b in zip(before, after, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a["label"] == b["label"]
+            old = decode_image(a["image"])
+            height, width = old.shape[:2]
+            scaled = resize_image(old, 24, round(width * 24 / height), "area")
+            left = (scaled.shape[1] - 24) // 2
+            np.testing.assert_array_equal(b["image"], scaled[:, left : left + 24])
+    assert (tmp_path / "dst" / "train.pixels").stat().st_size == 15 * 24 * 24 * 3
+
+
+def test_class_names_travel_and_the_end_says_what_is_there(folder, tmp_path, said):
+    pack(folder, tmp_path / "dst", "--short_side=32")
+    info = dataset_info(f"packed:{tmp_path / 'dst'}", data_dir=None)
+    assert info == dataset_info(f"folder:{folder}", data_dir=None)
+    assert said[0].startswith("packed 23 images")
+    assert "1 of them can't be read" in "\n".join(said)
+    assert f"--config.data.name=packed:{tmp_path / 'dst'}" in said[-1]
+
+
+def test_several_labels_travel(tmp_path, said):
+    rows = [("a|b", 0), ("", 1), ("b|c", 2), ("c", 3)]
+    for _, number in rows:
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(20, 20, number))
+    lines = [f"{number}.jpg,{labels},train" for labels, number in rows]
+    (tmp_path / "list.csv").write_text("\n".join(["image,labels,split", *lines]))
+    name = f"manifest:{tmp_path / 'list.csv'}"
+    pack(name, tmp_path / "dst", "--short_side=32", "--shard_size=3")
+    packed = f"packed:{tmp_path / 'dst'}"
+    assert dataset_info(packed, data_dir=None) == dataset_info(name, data_dir=None)
+    for a, b in zip(read(name, "train"), read(packed, "train"), strict=True):
+        np.testing.assert_array_equal(a["label"], b["label"])
+        assert a["label"].dtype == b["label"].dtype
+
+
+def test_tfds_datasets_are_packed(data_dir, tmp_path, said):
+    main(["digits", str(tmp_path / "dst"), "--raw=8", f"--data_dir={data_dir}"])
+    plain = DatasetSpec("digits", "test", "decode", 64, data_dir, "data")
+    packed = dataclasses.replace(plain, name=f"raw:{tmp_path / 'dst'}")
+    assert packed.image_shape() == (8, 8, 3)
+    for a, b in zip(eval_batches(plain), eval_batches(packed), strict=True):
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+@pytest.mark.parametrize("extension", [True, False])
+def test_raw_pixels_train_like_any_images(extension, folder, tmp_path, said, monkeypatch):
+    if not extension:
+        monkeypatch.setattr(fused, "extension", None)
+    pack(folder, tmp_path / "dst", "--raw=24")
+    line = "decode|inception_crop(16)|flip_lr"
+    spec = DatasetSpec(f"raw:{tmp_path / 'dst'}", "train", line, 8, None, "data")
+    batches = itertools.islice(train_batches(spec, seed=1, step=0), 4)
+    digest = hashlib.sha256(b"".join(b["image"].tobytes() for b in batches)).hexdigest()
+    monkeypatch.setattr(pipeline, "fuse", lambda ops, **_: ops)
+    batches = itertools.islice(train_batches(spec, seed=1, step=0), 4)
+    assert digest == hashlib.sha256(b"".join(b["image"].tobytes() for b in batches)).hexdigest()
+
+
+def test_what_was_packed_can_be_packed_and_checked(folder, tmp_path, said):
+    pack(folder, tmp_path / "raw", "--raw=24")
+    pack(f"raw:{tmp_path / 'raw'}", tmp_path / "dst", "--short_side=32", "--quality=100")
+    name = f"packed:{tmp_path / 'dst'}"
+    for a, b in zip(read(f"raw:{tmp_path / 'raw'}", "all"), read(name, "all"), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            close = decode_image(b["image"]).astype(int) - a["image"]
+            assert np.abs(close).mean() < 3
+    for kind in (f"raw:{tmp_path / 'raw'}", name):
+        assert check.main([kind]) == 1
+        assert any("corrupt: 1" in line for line in said)
+        said.clear()
+
+
+PACK = [sys.executable, "-m", "vit_jax.data.pack"]
+
+
+def test_a_pack_that_was_killed_goes_on_to_the_same_bytes(tmp_path, said):
+    for number in range(240):
+        path = tmp_path / "photos" / "train" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(300, 300, number))
+    flags = ["--short_side=32", "--shard_size=8", "--num_threads=1"]
+    for kind in ([], ["--raw=32"]):
+        whole, killed = (tmp_path / f"{name}{len(kind)}" for name in ("whole", "killed"))
+        pack(tmp_path / "photos", whole, *flags, *kind)
+        command = [*PACK, f"folder:{tmp_path / 'photos'}", str(killed), *flags, *kind]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        while len(list(killed.glob("*.npz"))) < 3:
+            time.sleep(0.001)
+            assert process.poll() is None
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert len(list(killed.glob("*.npz"))) < 30
+        name = f"{'raw' if kind else 'packed'}:{killed}"
+        with pytest.raises(UserError, match=r"of 30 shards are missing.*run the same"):
+            dataset_info(name, data_dir=None)
+        pack(tmp_path / "photos", killed, *flags, *kind)
+        assert contents(killed) == contents(whole)
+        assert dataset_info(name, data_dir=None).num_classes == 2
+
+
+def test_a_finished_pack_is_not_written_again(folder, tmp_path, said):
+    pack(folder, tmp_path / "dst", "--short_side=32")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "dst").iterdir()}
+    pack(folder, tmp_path / "dst", "--short_side=32")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "dst").iterdir()} == times
+
+
+def test_threads_do_not_change_the_bytes(folder, tmp_path, said):
+    for threads in (1, 4):
+        flags = ("--short_side=32", "--shard_size=4", f"--num_threads={threads}")
+        pack(folder, tmp_path / f"dst{threads}", *flags)
+    assert contents(tmp_path / "dst1") == contents(tmp_path / "dst4")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--short_side=0"], ["--short_side=0: expected at least 1"]),
+        (["--raw=-1"], ["--raw=-1"]),
+        (["--quality=101"], ["--quality=101"]),
+    ],
+)
+def test_bad_flags_are_one_line(flags, words, folder, tmp_path):
+    assert_refused(folder, tmp_path / "dst", *flags, words=words)
+
+
+def test_another_pack_in_the_folder_is_refused(folder, tmp_path, said):
+    pack(folder, tmp_path / "dst", "--short_side=32")
+    words = ["holds another pack", "short_side='32'", "'40'", "another folder"]
+    assert_refused(folder, tmp_path / "dst", "--short_side=40", words=words)
+
+
+def test_a_folder_that_can_not_be_written_is_refused(folder, tmp_path):
+    (tmp_path / "file").touch()
+    words = ["DST=", str(tmp_path / "file"), "can't be written"]
+    assert_refused(folder, tmp_path / "file" / "dst", words=words)
+
+
+@pytest.mark.parametrize("kind", [[], ["--raw=64"]])
+def test_a_full_disk_is_one_line(kind, folder, tmp_path):
+    program = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from vit_jax.data.pack import main\n"
+        "from vit_jax.observe.console import report_errors\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "with report_errors():\n"
+        "    main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", program, f"folder:{folder}", str(tmp_path / "dst"), *kind]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "File too large" in done.stderr
+    assert str(tmp_path / "dst") in done.stderr
+
+
+def assert_refused(source, target, *flags, words):
+    with pytest.raises(UserError) as error:
+        pack(source, target, *flags)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("packed:{dst}", ["expected raw:"]),
+        ("raw:{dst}/none", ["pack.json", "a folder that python -m vit_jax.data.pack wrote"]),
+        ("raw:{tmp}/broken", ["can't be read"]),
+    ],
+)
+def test_what_was_not_packed_is_refused_in_one_line(name, words, folder, tmp_path, said):
+    pack(folder, tmp_path / "dst", "--raw=8")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "pack.json").write_text(json.dumps({"source": "x"}))
+    with pytest.raises(UserError) as error:
+        dataset_info(name.format(dst=tmp_path / "dst", tmp=tmp_path), data_dir=None)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)

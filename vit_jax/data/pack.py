@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packs a dataset for fast reading: smaller JPEGs in few files, or their pixels.
+
+All splits are packed, in the order of the source. What is killed goes on where it was when the same
+command is run again. Images whose shorter side is no longer than --short_side are kept as they are.
+
+Examples:
+  python -m vit_jax.data.pack folder:/data/birds /fast/birds --short_side=256
+  python -m vit_jax.main ... --config.data.name=packed:/fast/birds
+
+  python -m vit_jax.data.pack folder:/data/birds /fast/birds_raw --raw=256
+  python -m vit_jax.main ... --config.data.name=raw:/fast/birds_raw
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import fcntl
+import functools
+import io
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import rich.progress
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from vit_jax.data.base import Rows, Source
+from vit_jax.data.decode import ImageError, decode_image
+from vit_jax.data.geometry import resize_image
+from vit_jax.data.image_ops import CentralCrop, ResizeSmall
+from vit_jax.data.loader import count_threads
+from vit_jax.data.packed import MANIFEST, Manifest, Shard, read_manifest
+from vit_jax.data.sources import dataset_info, open_source, split_lengths
+from vit_jax.observe.console import console, report_errors, say, set_up
+from vit_jax.utils.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """One example: its image (None if that can't be read), and its labels as integers."""
+
+    image: Any
+    labels: np.ndarray
+
+
+def shrink_jpeg(encoded: Any, *, short_side: int, quality: int) -> bytes:
+    """The image with its shorter side at `short_side` at most, the aspect kept.
+
+    Raises:
+      ImageError: it can't be read.
+    """
+    image = decode_image(encoded)  # also of what is kept as it is: is it whole?
+    if min(image.shape[:2]) > short_side:
+        height, width = ResizeSmall(short_side).shape(*image.shape[:2])
+        image = resize_image(image, height, width, "area")
+    elif isinstance(encoded, bytes):
+        return encoded
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality]
+    return cv2.imencode(".jpg", image[..., ::-1], options)[1].tobytes()
+
+
+def make_square(encoded: Any, *, size: int) -> np.ndarray:
+    """The middle of the image as uint8 `[size, size, 3]`, its shorter side scaled to `size`.
+
+    Raises:
+      ImageError: it can't be read.
+    """
+    features = {"image": decode_image(encoded)}
+    features = CentralCrop(size)(ResizeSmall(size, method="area")(features))
+    return features["image"]
+
+
+def _shrinking(manifest: Manifest) -> Callable[[Any], Any]:
+    """What makes of a file what is packed."""
+    if manifest.raw is not None:
+        return functools.partial(make_square, size=manifest.raw)
+    assert manifest.short_side is not None
+    assert manifest.quality is not None
+    return functools.partial(shrink_jpeg, short_side=manifest.short_side, quality=manifest.quality)
+
+
+def pack(
+    manifest: Manifest,
+    folder: Path,
+    *,
+    open_split: Callable[[str], Source],
+    num_threads: int,
+) -> int:
+    """Writes all shards that are not there; returns how many images can't be read, of all.
+
+    Raises:
+      OSError, RuntimeError: a file can't be written.
+    """
+    corrupt, total = 0, sum(manifest.splits.values())
+    bar = rich.progress.Progress(console=console, disable=not console.is_terminal)
+    with bar, concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+        task = bar.add_task("packing", total=total)
+        for split, shards in itertools.groupby(manifest.shards(), key=lambda s: s.split):
+            source = None
+            for shard in shards:
+                labels = folder / f"{shard.name}.npz"
+                if not labels.exists():
+                    source = source or open_split(split)
+                    examples = _prepare(source, shard, manifest, pool, num_threads)
+                    _write_shard(examples, shard, manifest, folder)
+                corrupt += int(np.sum(~np.load(labels)["good"]))
+                bar.update(task, advance=shard.stop - shard.start)
+    return corrupt
+
+
+def _prepare(
+    source: Source,
+    shard: Shard,
+    manifest: Manifest,
+    pool: concurrent.futures.ThreadPoolExecutor,
+    num_threads: int,
+) -> Iterator[Packed]:
+    """Examples in order, a few of them prepared ahead."""
+
+    def prepare(index: int) -> Packed:
+        label = source.label(index) if isinstance(source, Rows) else np.int32(0)
+        try:
+            features = source[index]
+            label = features["label"]
+            return Packed(shrink(features["image"]), _as_integers(label))
+        except ImageError:
+            return Packed(None, _as_integers(label))
+
+    shrink = _shrinking(manifest)
+    indices = iter(range(shard.start, shard.stop))
+    while chunk := list(itertools.islice(indices, 16 * num_threads)):
+        yield from pool.map(prepare, chunk)
+
+
+def _as_integers(label: Any) -> np.ndarray:
+    several = np.flatnonzero(label) if np.ndim(label) else [label]
+    return np.asarray(several, np.int32)
+
+
+def _write_shard(
+    examples: Iterator[Packed], shard: Shard, manifest: Manifest, folder: Path
+) -> None:
+    """Writes the images of a shard, and when they are on the disk its labels."""
+    write = _write_jpegs if manifest.raw is None else _write_pixels
+    labels, good = [], []
+    for example in write(examples, shard, manifest, folder):
+        labels.append(example.labels)
+        good.append(example.image is not None)
+    file = io.BytesIO()
+    np.savez(
+        file,
+        labels=np.concatenate(labels),
+        counts=np.array(list(map(len, labels)), np.int32),
+        good=np.array(good),
+    )
+    _replace(folder / f"{shard.name}.npz", file.getvalue())
+
+
+def _write_jpegs(
+    examples: Iterator[Packed], shard: Shard, manifest: Manifest, folder: Path
+) -> Iterator[Packed]:
+    path = folder / f"{shard.name}.array_record"
+    unfinished = path.with_suffix(".unfinished")
+    # JPEGs can't be compressed further; groups of one are read at any place at once.
+    writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
+    try:
+        for example in examples:
+            writer.write(example.image or b"")
+            yield example
+    finally:
+        writer.close()
+    with open(unfinished, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def _write_pixels(
+    examples: Iterator[Packed], shard: Shard, manifest: Manifest, folder: Path
+) -> Iterator[Packed]:
+    assert manifest.raw is not None
+    size = manifest.raw**2 * 3
+    with open(folder / f"{shard.split}.pixels", "ab") as file:
+        # All of it, so that a disk that is too small is found now. What is written stays.
+        os.posix_fallocate(file.fileno(), 0, size * manifest.splits[shard.split])
+    with open(folder / f"{shard.split}.pixels", "r+b") as file:
+        file.seek(size * shard.start)
+        for example in examples:
+            file.write(bytes(size) if example.image is None else example.image.tobytes())
+            yield example
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file that is there whole or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    with open(unfinished, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def _check_same(manifest: Manifest, folder: Path) -> None:
+    """Raises `UserError` if the folder holds another pack."""
+    there = read_manifest(folder, key=f"DST={str(folder)!r}")
+    for field in dataclasses.fields(Manifest):
+        old, new = getattr(there, field.name), getattr(manifest, field.name)
+        if old != new:
+            raise UserError(
+                f"DST={str(folder)!r} holds another pack, of {field.name}={str(old)[:80]!r} where "
+                f"this one has {str(new)[:80]!r}: choose another folder, or delete it"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Packs, and says what is there then."""
+    args = _parse(argv)
+    for name in ("short_side", "quality", "raw", "shard_size", "num_threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}={value}: expected at least 1")
+    if args.quality > 100:
+        raise UserError(f"--quality={args.quality}: expected 1 to 100")
+    info = dataset_info(args.SRC, data_dir=args.data_dir)
+    manifest = Manifest(
+        source=args.SRC,
+        splits=split_lengths(args.SRC, data_dir=args.data_dir),
+        num_classes=info.num_classes,
+        multi_label=info.multi_label,
+        class_names=info.class_names,
+        short_side=None if args.raw else args.short_side,
+        quality=None if args.raw else args.quality,
+        raw=args.raw,
+        shard_size=args.shard_size,
+    )
+    folder = args.DST.expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / MANIFEST).exists():
+            _check_same(manifest, folder)
+        else:
+            text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False)
+            _replace(folder / MANIFEST, f"{text}\n".encode())
+        with open(folder / MANIFEST, "rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"DST={str(folder)!r}: another process is packing there") from None
+            corrupt = pack(
+                manifest,
+                folder,
+                open_split=lambda split: open_source(
+                    args.SRC, split, data_dir=args.data_dir, key="split"
+                ),
+                num_threads=count_threads(args.num_threads),
+            )
+    # Files of records tell of a full disk by RuntimeError.
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"DST={str(folder)!r} can't be written: {e}") from None
+    _report(manifest, folder, corrupt)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m vit_jax.data.pack",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("SRC", help="as data.name of a config, such as folder:/data/birds")
+    parser.add_argument("DST", type=Path, help="folder to write to")
+    parser.add_argument("--short_side", type=int, default=256, help="of the JPEGs; 256 by default")
+    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs; 90 by default")
+    parser.add_argument("--raw", type=int, metavar="SIZE", help="write pixels, SIZE x SIZE")
+    parser.add_argument("--data_dir", help="where TFDS keeps its datasets")
+    parser.add_argument("--shard_size", type=int, default=4096, help="examples a file; 4096")
+    parser.add_argument("--num_threads", type=int, help="one for each core by default")
+    return parser.parse_args(argv)
+
+
+def _report(manifest: Manifest, folder: Path, corrupt: int) -> None:
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    total = sum(manifest.splits.values())
+    say(f"packed {total:,} images, {size / 1e6:,.1f} MB, in {folder}")
+    for split, length in manifest.splits.items():
+        say(f"  {split:<15} {length:>12,} examples")
+    if corrupt:
+        say(f"  {corrupt:,} of them can't be read: their places are empty")
+    say(f"  read it by      --config.data.name={manifest.kind}:{folder}")
+
+
+if __name__ == "__main__":
+    set_up(quiet=False)
+    with report_errors():
+        main(sys.argv[1:])
