@@ -32,6 +32,8 @@ from vit_jax.data import fused
 ROOT = Path(__file__).parent.parent
 # Width, height, quality and number of the JPEGs. An order of few records takes Grain long.
 KINDS = {"500x375": (500, 375, 96, 4000), "1600x1200": (1600, 1200, 90, 1000)}
+# What `vit_jax.data.pack` is told.
+PACKS = {"packed": ("--short_side=256",), "raw": ("--raw=256",)}
 # Packages whose versions matter, of the environments of the loaders.
 VERSIONS = {"tf_data": "tensorflow-cpu", "timm": "torch timm Pillow"}
 
@@ -171,6 +173,22 @@ def main() -> None:
         write_jpegs(photos, kind, folder)
         sizes = [path.stat().st_size for path in folder.glob("train/*/*.jpg")]
         entries = {"vit_jax": ("vit_jax", f"folder:{folder}")}
+        for name, flags in PACKS.items():
+            packed = folder.with_name(f"{folder.name}-{name}")
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "vit_jax.data.pack",
+                    f"folder:{folder}",
+                    str(packed),
+                    *flags,
+                ],
+                cwd=ROOT,
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+            entries[f"vit_jax, {name}"] = ("vit_jax", f"{name}:{packed}")
         for name in ("vit_jax_opencv", "libjpeg_turbo", *pythons):
             entries[name] = (name, f"folder:{folder}")
         if fused.extension is None:
