@@ -20,7 +20,7 @@ from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.data.corrupt import MAX_CORRUPT, CorruptCounter
 from vit_jax.data.mixture import check_same_classes
-from vit_jax.data.pipeline import DatasetSpec, train_batches
+from vit_jax.data.pipeline import DatasetSpec, plan_buffers, train_batches
 from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.kinds import EVALUATORS, JUDGE_HEAD
 from vit_jax.models.mixer import MlpMixer
@@ -124,6 +124,7 @@ def _train_data(
     data_dir: str | None = None,
     num_threads: int | None = None,
     max_corrupt: float = MAX_CORRUPT,
+    max_ram_gb: float | None = None,
 ) -> None:
     """The keys of `data`; only its signature is used."""
 
@@ -410,6 +411,19 @@ class Experiment:
         pixels = np.asarray(images) * args["pixel_std"] + args["pixel_mean"]
         return np.round(255 * pixels.clip(0, 1)).astype(np.uint8)
 
+    def input_bytes(self) -> dict[str, int]:
+        """Memory for batches of this process, by what they are for: at most `data.max_ram_gb` each.
+
+        Raises:
+          UserError: that is too little.
+        """
+        shards, num_shards = process_shards(self.mesh)
+        data = {"train": self.train_data} | {e.name: e.data for e in self.evaluators}
+        return {
+            name: plan_buffers(spec, num_shards=num_shards, shards=len(shards)).nbytes
+            for name, spec in data.items()
+        }
+
     def override_for_twice_as_long(self) -> str:
         """What to add to the command for a run of double length."""
         key = next(key for key in LENGTH if self.config[key] is not None)
@@ -492,6 +506,7 @@ def _make_spec(args: _Section) -> DatasetSpec:
         data_dir=args["data_dir"],
         key="data",
         num_threads=args["num_threads"],
+        max_ram_gb=args["max_ram_gb"],
         # As tuples, whether they come from a config or from the command line.
         mixture=tuple(tuple(part) for part in mixture),
         repeats=args["repeats"],

@@ -51,11 +51,13 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
         else:
             with all_agree():
                 experiment.open_data()
+                input_bytes = experiment.input_bytes()
             _, frozen = experiment.optimizer.rules.split(params)
             report_start(
                 mesh=experiment.mesh,
                 params=params,
                 frozen=frozen,
+                input_bytes=input_bytes,
                 groups=group_params(summarize_params(experiment.optimizer, params)),
                 rates=describe_rates(experiment.optimizer),
             )

@@ -33,7 +33,13 @@ _FREE = (
     "log_every_percent",
     "profile",
 )
-_FREE_KEYS = ("init_from", "data.data_dir", "data.num_threads", "data.max_corrupt")
+_FREE_KEYS = (
+    "init_from",
+    "data.data_dir",
+    "data.num_threads",
+    "data.max_corrupt",
+    "data.max_ram_gb",
+)
 
 
 def open_workdir(

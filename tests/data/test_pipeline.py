@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 
 from vit_jax.data import image_ops, preprocess, sources
 from vit_jax.data.datasets import Digits
-from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
+from vit_jax.data.pipeline import Buffers, DatasetSpec, eval_batches, plan_buffers, train_batches
 from vit_jax.data.sources import dataset_info, open_source
 from vit_jax.utils.errors import UserError
 
@@ -215,6 +215,53 @@ def test_other_seeds_augment_differently(digits):
     zero, one = (train(spec, 1, seed=seed)[0]["image"] for seed in (0, 1))
     assert len(set(map(bytes, zero))) > 4
     assert not np.array_equal(zero, one)
+
+
+# Memory
+
+
+def test_memory_for_batches_is_planned_and_limited(digits):
+    batch = 16 * 8 * 8 * 3
+    spec = dataclasses.replace(digits, num_threads=4)
+    free = plan_buffers(spec)
+    assert free.nbytes == (free.ahead + 2) * batch
+    assert free.ahead > 2
+    assert plan_buffers(spec, num_shards=4, shards=2).nbytes < free.nbytes
+    limited = dataclasses.replace(spec, max_ram_gb=4.5 * batch / 1e9)
+    assert plan_buffers(limited) == Buffers(2, 4 * batch)
+    assert_same(train(limited, 10), train(spec, 10))
+    with pytest.raises(
+        UserError, match=r"^data\.max_ram_gb=1e-06: 3 batches of 0\.0 MB.*batch_size"
+    ):
+        plan_buffers(dataclasses.replace(spec, max_ram_gb=1e-6))
+
+
+RESIDENT = """
+import sys
+from vit_jax.data.pipeline import DatasetSpec, train_batches
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+line = "decode|random_shift(1)"
+spec = DatasetSpec("digits", "train", line, 16, sys.argv[1], "data", num_threads=2)
+sizes = []
+for step, batch in enumerate(train_batches(spec, seed=0, step=0)):
+    if step % 1000 == 0:
+        sizes.append(resident())
+    if step == 10_000:
+        break
+print(sizes[-1] - sizes[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stays_the_same_over_ten_thousand_batches(data_dir):
+    command = [sys.executable, "-c", RESIDENT, data_dir]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 3_000_000
 
 
 # Evaluation batches

@@ -8,6 +8,7 @@ the batches are the same for any number of hosts, and to resume is to start at a
 
 import dataclasses
 import itertools
+import math
 import sys
 import threading
 from collections.abc import Generator, Iterable
@@ -44,6 +45,7 @@ class DatasetSpec:
       mixture: (name, split, weight) of each source to mix, in place of `name` and `split`.
       split_key: of the split in the config section, for errors.
       repeats: how often each image stands in a batch of training, each time augmented anew.
+      max_ram_gb: limit of `plan_buffers`, in 10**9 bytes.
     """
 
     name: str
@@ -56,6 +58,7 @@ class DatasetSpec:
     mixture: tuple[tuple[str, str, float], ...] = ()
     split_key: str = "split"
     repeats: int = 1
+    max_ram_gb: float | None = None
 
     @property
     def info(self) -> DatasetInfo:
@@ -279,6 +282,49 @@ def eval_batches(
     return _load(order.random_map(prepare), rows, spec, steps, shards, num_shards)
 
 
+# Batches outside of the loader: the one that is trained on, and one on its way to the devices.
+_HELD = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffers:
+    """Memory for the batches of a process.
+
+    Attributes:
+      ahead: batches that are filled at a time.
+      nbytes: of these, and of those that were handed out and are still in use.
+    """
+
+    ahead: int
+    nbytes: int
+
+
+def plan_buffers(spec: DatasetSpec, *, num_shards: int = 1, shards: int = 1) -> Buffers:
+    """How many batches are loaded ahead: enough for all threads, or what `max_ram_gb` allows.
+
+    Args:
+      spec: of the data.
+      num_shards: blocks that a batch is cut into.
+      shards: how many of them this process loads.
+
+    Raises:
+      UserError: `max_ram_gb` is not enough for one batch ahead.
+    """
+    rows = spec.batch_size // num_shards * shards
+    batch = rows * math.prod(spec.image_shape())
+    ahead = loader.count_ahead(rows, loader.count_threads(spec.num_threads))
+    if spec.max_ram_gb is not None:
+        least = (1 + _HELD) * batch / 1e9
+        if spec.max_ram_gb < least:
+            raise UserError(
+                f"data.max_ram_gb={spec.max_ram_gb}: {1 + _HELD} batches of {batch / 1e6:,.1f} MB "
+                f"on each host are the least: expected {least:.2g} or more, or a smaller "
+                f"{spec.key}.batch_size"
+            )
+        ahead = min(ahead, int(spec.max_ram_gb * 1e9 / batch) - _HELD)
+    return Buffers(ahead, (ahead + _HELD) * batch)
+
+
 @dataclasses.dataclass
 class _Buffer:
     """A batch in the making: images `[b, h, w, c]` and the other features of each row."""
@@ -321,13 +367,12 @@ def _load(
             buffer.rest[i] = {k: v for k, v in features.items() if k != "image"}
         wanted.row = None  # it would keep the batch alive
 
-    threads = loader.count_threads(spec.num_threads)
     buffers = loader.Loader(
         steps,
         make=make,
         fill=fill,
         rows=len(rows),
-        num_threads=threads,
-        ahead=loader.count_ahead(len(rows), threads),
+        num_threads=loader.count_threads(spec.num_threads),
+        ahead=plan_buffers(spec, num_shards=num_shards, shards=len(shards)).ahead,
     )
     return (buffer.batch() for buffer in buffers)

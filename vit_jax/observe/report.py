@@ -24,6 +24,7 @@ def report_start(
     mesh: Mesh,
     params: Any,
     frozen: Any,
+    input_bytes: Mapping[str, int],
     groups: Sequence[tuple[str, ...]] = (),
     rates: Sequence[str] = (),
 ) -> None:
@@ -33,6 +34,7 @@ def report_start(
       mesh: of the run.
       params: all parameters (arrays or shapes).
       frozen: those that are not trained.
+      input_bytes: memory of this host for batches, by what they are for.
       groups: rows of the table of parameters that are treated alike.
       rates: lines on the learning rate and weight decay.
     """
@@ -58,6 +60,8 @@ def report_start(
         console.print(table)
     for line in rates:
         say(line)
+    sizes = (f"{name} {size / 1e9:.3f} GB" for name, size in input_bytes.items())
+    say(f"memory of this host for batches: {', '.join(sizes)}")
 
 
 def report_end(
