@@ -54,7 +54,7 @@ def write_jpegs(photos: list[np.ndarray], kind: str, folder: Path) -> None:
     """Crops of photographs at the size of `kind`, 4:2:0, in two classes, unless they are there."""
     width, height, quality, count = KINDS[kind]
     done = folder / "done"
-    if done.exists():
+    if done.exists() and done.read_text() == str(KINDS[kind]):
         return
     shutil.rmtree(folder, ignore_errors=True)
     rng = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def write_jpegs(photos: list[np.ndarray], kind: str, folder: Path) -> None:
         path = folder / "train" / "ab"[number % 2] / f"{number:04}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, quality, *sampling])
-    done.touch()
+    done.write_text(str(KINDS[kind]))
 
 
 class Loader:
@@ -128,11 +128,10 @@ def compare(loaders: dict[str, Loader], *, rounds: int, seconds: float) -> dict[
         results[name] = {
             key: round(statistics.median(run[key] for run in theirs), 1) for key in theirs[0]
         }
-        ratios = (
-            their["images_per_sec"] / our["images_per_sec"]
-            for their, our in zip(theirs, ours, strict=True)
-        )
-        results[name]["of_vit_jax"] = round(statistics.median(ratios), 3)
+        for key in theirs[0]:
+            pairs = zip(theirs, ours, strict=True)
+            ratio = statistics.median(their[key] / our[key] for their, our in pairs)
+            results[name][f"{key}_of_vit_jax"] = round(ratio, 3)
         results[name]["rounds"] = [round(run["images_per_sec"], 1) for run in theirs]
     return results
 
@@ -174,7 +173,7 @@ def main() -> None:
         sizes = [path.stat().st_size for path in folder.glob("train/*/*.jpg")]
         entries = {"vit_jax": ("vit_jax", f"folder:{folder}")}
         for name, flags in PACKS.items():
-            packed = folder.with_name(f"{folder.name}-{name}")
+            packed = folder.with_name(f"{folder.name}-{len(sizes)}-{name}")
             subprocess.run(
                 [
                     sys.executable,
@@ -197,10 +196,12 @@ def main() -> None:
         with start(pythons, entries, args.threads) as loaders:
             table = compare(loaders, rounds=args.rounds, seconds=args.seconds)
         print(f"\n{kind}, {len(sizes)} JPEGs of {np.mean(sizes) / 1000:.0f} KB on average")
-        print(f"{'loader':<18}{'images/s':>10}{'a core':>10}{'of vit_jax':>12}")
+        print(f"{'loader':<18}{'images/s':>10}{'ratio':>8}{'a core':>10}{'ratio':>8}")
         for name, row in table.items():
-            rate, core = row["images_per_sec"], row["images_per_core"]
-            print(f"{name:<18}{rate:>10,.0f}{core:>10,.0f}{row['of_vit_jax']:>12.2f}")
+            values = (row[key] for key in ("images_per_sec", "images_per_core"))
+            ratios = (row[f"{key}_of_vit_jax"] for key in ("images_per_sec", "images_per_core"))
+            pairs = (f"{v:>10,.0f}{r:>8.2f}" for v, r in zip(values, ratios, strict=True))
+            print(f"{name:<18}{''.join(pairs)}")
         results[kind] = {"mean_kb": round(float(np.mean(sizes)) / 1000, 1), "loaders": table}
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

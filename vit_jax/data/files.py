@@ -52,8 +52,17 @@ def _read_file(path: str) -> bytes:
             return epath.Path(path).read_bytes()
         except ImportError as e:
             raise ImportError(f"{e}; vit_jax[gcs] has what reads gs://") from e
-    with open(path, "rb") as file:
-        return file.read()
+    # The same as `open(path, "rb").read()`, in a third of the system calls.
+    file = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(file).st_size
+        content = os.read(file, size)
+        # Of a long file, or from a network, it may be just a part.
+        while len(content) < size and (more := os.read(file, size - len(content))):
+            content += more
+        return content
+    finally:
+        os.close(file)
 
 
 class Files(Records):

@@ -255,8 +255,10 @@ class InceptionCrop(Random):
     def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """Top, left, height and width of the part of an image of this height and width."""
         for _ in range(10):
-            area = height * width * rng.uniform(self.area_min, self.area_max) / 100
-            aspect = rng.uniform(self.aspect_min, self.aspect_max)
+            # As `rng.uniform` draws, but several times as fast.
+            percent = self.area_min + (self.area_max - self.area_min) * rng.random()
+            aspect = self.aspect_min + (self.aspect_max - self.aspect_min) * rng.random()
+            area = height * width * percent / 100
             crop_h, crop_w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
             if 0 < crop_h <= height and 0 < crop_w <= width:
                 top = int(rng.integers(height - crop_h + 1))
