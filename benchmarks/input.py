@@ -163,6 +163,7 @@ def main() -> None:
     for name in VERSIONS.keys() - pythons.keys():
         print(f"{name} is left out: no interpreter was given for it")
 
+    load_at_start = [round(load, 1) for load in os.getloadavg()]
     environment = describe_environment("numpy", "opencv-python-headless", "grain")
     for name, python in pythons.items():
         environment["versions"] |= versions_of(python, VERSIONS[name])  # pyright: ignore
@@ -209,6 +210,7 @@ def main() -> None:
             "batch": BATCH,
             "threads": args.threads,
             "photos": "a folder" if args.images else "scikit-learn's",
+            "load_at_start": load_at_start,
             "load_at_end": [round(load, 1) for load in os.getloadavg()],
         }
         args.json.write_text(
