@@ -46,7 +46,7 @@ def libjpeg_turbo(dataset, threads):
 
     files = [path.read_bytes() for path in sorted(Path(folder(dataset)).glob("*/*.jpg"))]
     rng, crop = np.random.default_rng(0), InceptionCrop(SIZE)
-    parts = [crop.draw(*fused.extension.size(file), rng) for file in files]
+    parts = [crop.draw(*fused.extension.size(file)[:2], rng) for file in files]
 
     def decode(start):
         out = np.empty((SIZE, SIZE, 3), np.uint8)

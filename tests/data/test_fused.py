@@ -6,6 +6,7 @@ import io
 import itertools
 import resource
 import shutil
+import struct
 import subprocess
 import sysconfig
 
@@ -149,7 +150,6 @@ def test_large_and_small_crops_of_a_large_image_are_equal(monkeypatch):
     [
         "decode",
         "decode|flip_lr",
-        "decode(orient=True)|inception_crop(32)",
         "decode|inception_crop(32, method='area')",
         "decode|resize(32, method='bicubic')",
         "decode|resize_small(40)|random_crop(32)",
@@ -179,6 +179,44 @@ def test_pixels_in_place_of_a_file_are_resized_natively_too(monkeypatch):
         pixels = picture(*size)
         pixels.flags.writeable = False
         assert_native_and_equal(pixels, monkeypatch)
+
+
+def exif(orientation, order="<"):
+    """EXIF data of two entries: a description, and the orientation if there is one."""
+    entries = [struct.pack(f"{order}HHI4s", 0x10E, 2, 4, b"abc\0")]
+    if orientation is not None:
+        entries.append(struct.pack(f"{order}HHIHH", 0x112, 3, 1, orientation, 0))
+    header = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 8)
+    body = header + struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)
+    return b"Exif\0\0" + body
+
+
+@needs_extension
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("orientation", [None, 1, 0, 9, *range(2, 9)])
+def test_images_are_turned_upright_where_that_is_asked_for(orientation, order, monkeypatch):
+    encoded = save(picture(60, 80), exif=exif(orientation, order))
+    ops, native = operations("decode(orient=True)|resize_small(40)|central_crop(40)")
+    want, got = run(ops, encoded, 0), run(native, encoded, 0)
+    np.testing.assert_array_equal(got[0], want[0])
+    stored = run(operations("decode|resize_small(40)|central_crop(40)")[0], encoded, 0)
+    assert np.array_equal(got[0], stored[0]) == (orientation in (None, 0, 1, 9))
+    lines = ["decode|inception_crop(32)|flip_lr"]
+    if orientation in (None, 1):
+        lines.append("decode(orient=True)|inception_crop(32)|flip_lr")
+    assert_native_and_equal(encoded, monkeypatch, lines=lines)
+
+
+@needs_extension
+def test_any_exif_data_are_what_the_operations_make_of_them():
+    ops, native = operations("decode(orient=True)|resize(24)")
+    data, rng = exif(6), np.random.default_rng(0)
+    for number in range(300):
+        changed = bytearray(data[: rng.integers(6, len(data) + 1)] if number % 2 else data)
+        for place in rng.integers(6, max(7, len(changed)), number % 4):
+            changed[min(place, len(changed) - 1)] = rng.integers(256)
+        encoded = save(picture(20, 30), exif=bytes(changed))
+        np.testing.assert_array_equal(run(native, encoded, 0)[0], run(ops, encoded, 0)[0])
 
 
 WHOLE = encode(picture(60, 80))

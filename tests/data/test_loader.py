@@ -152,3 +152,4 @@ def test_all_threads_find_work_ahead():
         runs = -(-rows // RUN)
         assert (count_ahead(rows, num_threads) - 2) * runs >= 2 * num_threads
     assert count_ahead(4096, 16) == 3
+    assert count_ahead(4096, 0) == 1

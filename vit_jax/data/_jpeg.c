@@ -76,10 +76,38 @@ static void on_progress(j_common_ptr info) {
   if (((j_decompress_ptr)info)->input_scan_number > MAX_SCANS) on_error(info);
 }
 
+static unsigned get(const uint8_t *p, int bytes, int little) {
+  unsigned value = 0;
+  int i;
+  for (i = 0; i < bytes; i++) value = value << 8 | p[little ? bytes - 1 - i : i];
+  return value;
+}
+
+/* Whether a segment is EXIF data that say that the image is to be turned, or can't be read. */
+static int is_turned(const uint8_t *p, size_t size) {
+  size_t entry, count, i;
+  int little;
+  if (size < 6 || memcmp(p, "Exif\0", 6)) return 0;
+  p += 6;
+  size -= 6;
+  if (size < 8) return 1;
+  little = p[0] == 'I';
+  entry = get(p + 4, 4, little);
+  if (entry > size - 2) return 1;
+  count = get(p + entry, 2, little);
+  entry += 2;
+  for (i = 0; i < count; i++, entry += 12) {
+    if (entry + 12 > size) return 1;
+    if (get(p + entry, 2, little) == 0x112) return get(p + entry + 8, 2, little) != 1;
+  }
+  return 0;
+}
+
 /* Height and width in the header of a baseline or progressive JPEG of 8 bits with one or three
- * components; 0 if it is something else, or cut off at the end. */
-static int read_size(const uint8_t *data, size_t size, int *height, int *width) {
+ * components, and whether it is to be turned; 0 if it is something else, or cut off at the end. */
+static int read_size(const uint8_t *data, size_t size, int *height, int *width, int *turned) {
   size_t i = 2;
+  *turned = 0;
   if (size < 4 || data[0] != 0xff || data[1] != 0xd8) return 0;
   if (data[size - 2] != 0xff || data[size - 1] != 0xd9) return 0;
   while (i + 10 <= size && data[i] == 0xff) {
@@ -96,6 +124,8 @@ static int read_size(const uint8_t *data, size_t size, int *height, int *width) 
              *height > 0 && *width > 0 && (int64_t)*height * *width <= MAX_PIXELS;
     }
     /* Tables, comments and applications' data may come before; other frames and pixels may not. */
+    if (marker == 0xe1 && length >= 2 && i + 2 + length <= size)
+      *turned |= is_turned(data + i + 4, length - 2);
     if (length < 2 || !(marker == 0xc4 || (marker >= 0xdb && marker <= 0xfe))) return 0;
     i += 2 + length;
   }
@@ -243,9 +273,9 @@ static int resize_all(Decoder *d, const Plan *plan, uint8_t *out) {
 static int decode_jpeg(Decoder *d, const uint8_t *data, size_t size, const Plan *plan,
                        uint8_t *out) {
   struct jpeg_decompress_struct *info = &d->info;
-  int height, width;
+  int height, width, turned;
 
-  if (!read_size(data, size, &height, &width) || !fits(plan, height, width)) return 0;
+  if (!read_size(data, size, &height, &width, &turned) || !fits(plan, height, width)) return 0;
   info->err = jpeg_std_error(&d->errors);
   d->errors.error_exit = on_error;
   d->errors.emit_message = on_message;
@@ -277,13 +307,13 @@ static int resize_pixels(Decoder *d, const Py_buffer *image, const Plan *plan, u
 
 static PyObject *size_of(PyObject *module, PyObject *argument) {
   Py_buffer data;
-  int height, width, known;
+  int height, width, turned, known;
   (void)module;
   if (PyObject_GetBuffer(argument, &data, PyBUF_SIMPLE)) return NULL;
-  known = read_size(data.buf, (size_t)data.len, &height, &width);
+  known = read_size(data.buf, (size_t)data.len, &height, &width, &turned);
   PyBuffer_Release(&data);
   if (!known) Py_RETURN_NONE;
-  return Py_BuildValue("(ii)", height, width);
+  return Py_BuildValue("(iiO)", height, width, turned ? Py_True : Py_False);
 }
 
 /* Of pixels if `image` has three dimensions, else of a JPEG. */
@@ -327,7 +357,8 @@ static PyObject *decode(PyObject *module, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"size", size_of, METH_O,
-     "size(encoded) -> (height, width), or None for what decode() leaves to the caller."},
+     "size(encoded) -> (height, width, whether EXIF data may say that it is to be turned), or None "
+     "for what decode() leaves to the caller."},
     {"decode", decode, METH_VARARGS,
      "decode(image, out, part, full, window, flip) -> whether it is done.\n\n"
      "The part (top, left, height, width) of a JPEG or uint8 [height, width, 3] is resized to full "

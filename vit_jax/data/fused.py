@@ -59,7 +59,7 @@ class Fused(Random):
 
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
         source = features["image"]
-        size = source.shape[:2] if isinstance(source, np.ndarray) else extension.size(source)
+        size = self._size(source)
         if size is not None:
             state = rng.bit_generator.state
             height, width = size
@@ -71,6 +71,15 @@ class Fused(Random):
                     return features | {"image": image}
             rng.bit_generator.state = state
         return preprocess.apply(self.ops, features, rng)
+
+    def _size(self, source: bytes | np.ndarray) -> tuple[int, int] | None:
+        """Height and width; None for what the extension does not take."""
+        if isinstance(source, np.ndarray):
+            return source.shape[0], source.shape[1]
+        known = extension.size(source)
+        if known is None or (known[2] and self.ops[0] == Decode(orient=True)):
+            return None
+        return known[:2]
 
 
 def fuse(
@@ -87,7 +96,7 @@ def fuse(
       ops: of a preprocessing line.
       allocate: where the images of the first operation are to be.
     """
-    if extension is None or not ops or ops[0] != Decode():
+    if extension is None or not ops or not isinstance(ops[0], Decode):
         return tuple(ops)
     kinds = tuple(type(op) for op in ops[1:])
     for form in ((InceptionCrop,), (Resize,), (ResizeSmall, CentralCrop)):

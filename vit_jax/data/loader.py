@@ -36,6 +36,8 @@ def count_threads(num_threads: int | None) -> int:
 
 def count_ahead(rows: int, num_threads: int) -> int:
     """Batches to be worked on at a time, so that no thread waits for the end of a batch."""
+    if not num_threads:
+        return 1
     runs = -(-rows // RUN)
     return 2 + -(-2 * num_threads // runs)
 
