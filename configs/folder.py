@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
         "schedule": "cosine",
         "warmup_percent": 5,
         "lr_scaling": "sqrt",
-        "base_batch_size": 512,
+        "base_batch_size": 128,
         "weight_decay": 0.1,
         "grad_clip_norm": 1.0,
     }
