@@ -92,6 +92,14 @@ def test_lamb_makes_steps_as_long_as_the_parameter(trust_ratio):
             np.testing.assert_allclose(got[t][name], w, rtol=1e-4)
 
 
+@pytest.mark.parametrize("times", ["lr", "schedule"])
+def test_multipliers_scale_what_lamb_has_made_as_long_as_the_parameter(times):
+    params = {"kernel": np.array([3.0, 4.0], np.float32)}
+    options = {"lr_multipliers": (("kernel", 0.5),), "weight_decay_times": times}
+    (after, *_), _ = follow(directions.lamb(), params, [params], **options)
+    assert np.linalg.norm(after["kernel"] - params["kernel"]) == pytest.approx(0.5 * LR * 5)
+
+
 def test_lamb_treats_scanned_blocks_one_by_one():
     kernels = np.stack([np.ones((2, 2)), 5 * np.ones((2, 2))]).astype(np.float32)
     grads = gradients((2, 2, 2))

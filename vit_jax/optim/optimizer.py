@@ -110,7 +110,6 @@ def make_optimizer(
       UserError: a value outside its range; by `tx.init`, rules that do not fit the parameters.
     """
     _check_values(lr, weight_decay, accum_steps, grad_clip_norm)
-    (sam_options,) = bind(sam, Sam, key="optimizer.sam") if sam is not None else (None,)
     rules = ParamRules(
         tuple(freeze),
         tuple((p, f) for p, f in lr_multipliers),
@@ -125,15 +124,9 @@ def make_optimizer(
     if direction.averaging is not None:
         _check_schedule_free([own, *others])
     decay = _relative_decay(weight_decay, weight_decay_times, peak, direction)
-    clip = [] if grad_clip_norm is None else [optax.clip_by_global_norm(grad_clip_norm)]
-    scale = [_scale_by_factors()] if lr_multipliers or layer_decay is not None else []
-    shrink = [optax.add_decayed_weights(decay, mask=rules.decay_mask)] if decay else []
-    if weight_decay_times == "schedule":
-        scale, shrink = [], [*scale, *shrink]
-    after = [direction.after_decay(rules.decay_mask)] if direction.after_decay else []
-    tx = optax.chain(*clip, direction.tx, *shrink, *after, _scale_by_rates(rates, rules), *scale)
-    if direction.averaging is not None:
-        tx = _schedule_free(tx, rates[0], direction.averaging)
+    tx = _make_chain(
+        direction, decay, rates, rules, grad_clip_norm, multiply_first=weight_decay_times != "lr"
+    )
     return Optimizer(
         tx=_apply_rules(tx, rules),
         schedule=rates[0],
@@ -143,9 +136,32 @@ def make_optimizer(
         lr=lr,
         scaled_to=(base_batch_size, clock.batch_size) if base_batch_size and clock else None,
         weight_decay=decay,
-        sam=None if sam_options is None else Sam(**sam_options),
+        sam=None if sam is None else Sam(**bind(sam, Sam, key="optimizer.sam")[0]),
         averaging=direction.averaging,
     )
+
+
+def _make_chain(
+    direction: Direction,
+    decay: float,
+    rates: list[optax.Schedule],
+    rules: ParamRules,
+    grad_clip_norm: float | None,
+    *,
+    multiply_first: bool,
+) -> optax.GradientTransformation:
+    """All parts in their order; multipliers come before the decay where they don't count for it."""
+    clip = [] if grad_clip_norm is None else [optax.clip_by_global_norm(grad_clip_norm)]
+    multiplied = rules.lr_multipliers or rules.layer_decay is not None
+    scale = [_scale_by_factors()] if multiplied else []
+    shrink = [optax.add_decayed_weights(decay, mask=rules.decay_mask)] if decay else []
+    after = [direction.after_decay(rules.decay_mask)] if direction.after_decay else []
+    if shrink and multiply_first:
+        scale, shrink = [], [*scale, *shrink]
+    tx = optax.chain(*clip, direction.tx, *shrink, *after, _scale_by_rates(rates, rules), *scale)
+    if direction.averaging is None:
+        return tx
+    return _schedule_free(tx, rates[0], direction.averaging)
 
 
 def _check_values(
