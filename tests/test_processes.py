@@ -161,11 +161,14 @@ def test_only_the_first_process_prints_and_writes_metrics(two):
     assert sorted(p.name for p in workdir.iterdir()) == [
         "checkpoints",
         "config.json",
+        "evals",
         "metrics.jsonl",
         "tensorboard",
     ]
     assert len(list((workdir / "tensorboard").iterdir())) == 1
-    assert {name.split(".")[0] for name in opened(first_errors)} == {"config", "events", "metrics"}
+    details = {f"{name}_6{part}" for name in ("val", "val_ema") for part in ("", "_confusion")}
+    written = {name.split(".")[0] for name in opened(first_errors)}
+    assert written == {"config", "events", "metrics"} | details
     assert opened(second_errors) == []
 
 
