@@ -245,6 +245,20 @@ def test_stochastic_depth_rises_linearly_from_zero():
     np.testing.assert_allclose(got, run(first, one, images)[1]["encoded"], atol=1e-5)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_uniform_stochastic_depth_is_the_same_in_all_blocks(scan):
+    # With a rate just under 1 all branches are as good as always dropped, those of the first block
+    # too: as if nothing came out of them.
+    options = {"stochastic_depth_rate": 1 - 1e-6, "stochastic_depth_schedule": "uniform"}
+    model = make_vit(num_classes=5, scan=scan, **options, **TINY)
+    params, images = init(model)
+    silent = jax.tree_util.tree_map_with_path(
+        lambda path, x: 0 * x if re.search(r"'(out|Dense_1)'", str(path)) else x, params
+    )
+    got = run(model, params, images, train=True)[1]["encoded"]
+    np.testing.assert_allclose(got, run(model, silent, images)[1]["encoded"], atol=1e-5)
+
+
 def test_patch_dropout_keeps_the_prefix_and_a_share_of_patches():
     x = jnp.arange(2 * 11.0).reshape(2, 11, 1)
     rngs = {"dropout": jax.random.key(0)}

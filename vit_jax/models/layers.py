@@ -21,6 +21,7 @@ Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
 Activation = Literal["gelu_tanh", "gelu_erf", "swiglu"]
 Remat = Literal["none", "dots", "full"]
+DepthSchedule = Literal["linear", "uniform"]
 
 # What of a block's forward pass is kept for the backward pass, rather than computed again. "dots"
 # keeps the results of the dense layers and recomputes attention weights, norms and activations.
@@ -276,7 +277,9 @@ class Encoder(nn.Module):
       learned_positions: whether position embeddings are added.
       dropout_rate: after the position embeddings.
       patch_dropout_rate: share of patches left out in training.
-      stochastic_depth_rate: of the last block; the rates of the others rise to it from 0.
+      stochastic_depth_rate: of the last block, or of all.
+      stochastic_depth_schedule: whether the rates of the blocks rise to it from 0 (`linear`), or
+        are all the same (`uniform`).
       final_norm: whether the output is normalised.
       norm_epsilon: of the final norm.
       scan: one block, compiled once, runs over parameters stacked along a leading axis
@@ -298,6 +301,7 @@ class Encoder(nn.Module):
     dropout_rate: float = 0.0
     patch_dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
+    stochastic_depth_schedule: DepthSchedule = "linear"
     final_norm: bool = True
     norm_epsilon: float = 1e-6
     scan: bool = False
@@ -350,6 +354,8 @@ class Encoder(nn.Module):
             run = nn.remat(run, policy=policy, prevent_cse=not self.scan)
         last = max(self.num_layers - 1, 1)
         rates = [self.stochastic_depth_rate * i / last for i in range(self.num_layers)]
+        if self.stochastic_depth_schedule == "uniform":
+            rates = [self.stochastic_depth_rate] * self.num_layers
         if not self.scan:
             for i, rate in enumerate(rates):
                 x = run(self.block(name=f"encoderblock_{i}"), x, rate)

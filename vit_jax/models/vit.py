@@ -16,6 +16,7 @@ from vit_jax.models.heads import MAPHead, apply_head
 from vit_jax.models.layers import (
     Activation,
     Constrain,
+    DepthSchedule,
     Encoder,
     Encoder1DBlock,
     Remat,
@@ -60,7 +61,9 @@ class VisionTransformer(nn.Module, kw_only=True):
       norm_after_pooling: whether the final norm (`fc_norm`) comes after pooling, not before.
       dropout_rate: after the position embeddings, the attention and both MLP layers.
       attention_dropout_rate: on the attention weights.
-      stochastic_depth_rate: of dropping the last block's branches for a sample; 0 in the first.
+      stochastic_depth_rate: of dropping the last block's branches for a sample.
+      stochastic_depth_schedule: the rates of the other blocks: rising from 0 in the first
+        (`linear`), or the same (`uniform`, as in arXiv:2204.07118).
       patch_dropout_rate: share of patches left out in training.
       head_bias_init: initial value of the head's bias.
       scan: whether one compiled block runs over stacked parameters: faster to compile, slower to
@@ -100,6 +103,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
+    stochastic_depth_schedule: DepthSchedule = "linear"
     patch_dropout_rate: float = 0.0
     head_bias_init: float = 0.0
     scan: bool = False
@@ -214,6 +218,7 @@ class VisionTransformer(nn.Module, kw_only=True):
             dropout_rate=self.dropout_rate,
             patch_dropout_rate=self.patch_dropout_rate,
             stochastic_depth_rate=self.stochastic_depth_rate,
+            stochastic_depth_schedule=self.stochastic_depth_schedule,
             final_norm=not self.norm_after_pooling,
             norm_epsilon=self.norm_epsilon,
             scan=self.scan,
