@@ -70,6 +70,25 @@ def test_several_labels_are_targets_as_they_are():
     np.testing.assert_array_equal(target, [[1, 1, 0], [0, 0, 0]])
 
 
+def test_binary_targets_are_of_both_classes_that_are_mixed():
+    objective = supervised(loss="sigmoid", mixup=0.8, binary_targets=True)
+    batch = {"image": jnp.ones((3, 8, 8, 3), jnp.uint8), "label": jnp.arange(3)}
+    target = np.asarray(objective.augment(batch, jax.random.key(1))["target"])
+    assert set(target.ravel()) == {0.0, 1.0}
+    assert (target.sum(axis=1) == 2).all()
+    assert (target.diagonal() == 1).all()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"loss": "softmax"}, {"loss": "sigmoid", "label_smoothing": 0.1}]
+)
+def test_binary_targets_need_a_loss_that_takes_them(wrong):
+    with pytest.raises(
+        UserError, match=r"objective\.binary_targets with .* expected loss='sigmoid'"
+    ):
+        supervised(binary_targets=True, **wrong)
+
+
 @pytest.mark.parametrize("wrong", [{"label_smoothing": 1.0}, {"mixup": -0.1}])
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match=f"objective.{next(iter(wrong))}="):

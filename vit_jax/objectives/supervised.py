@@ -31,6 +31,8 @@ class Supervised(Objective):
       pixel_mean: of pixels in [0, 1], subtracted from them; one number, or one for each channel.
       pixel_std: what they are divided by then.
       class_weights: factors on the terms of the loss, one for each class; None for 1.
+      binary_targets: whether, after mixing, each class of which there is any share counts as fully
+        present (arXiv:2110.00476, section 3.1).
     """
 
     model: nn.Module
@@ -41,6 +43,7 @@ class Supervised(Objective):
     pixel_mean: Pixels = 0.5
     pixel_std: Pixels = 0.5
     class_weights: tuple[float, ...] | None = None
+    binary_targets: bool = False
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         images = self._to_float(batch["image"][:1])
@@ -66,6 +69,8 @@ class Supervised(Objective):
             cutmix_alpha=options.cutmix,
             switch_prob=options.mixup_switch_prob,
         )
+        if self.binary_targets:
+            targets = (targets > 0).astype(targets.dtype)
         return {"image": images, "target": targets}
 
     def loss(
@@ -102,6 +107,7 @@ def make_supervised(
     loss: Literal["softmax", "sigmoid"] = "softmax",
     label_smoothing: float = 0.0,
     class_weights: tuple[float, ...] | str | None = None,
+    binary_targets: bool = False,
     pixel_mean: Pixels = 0.5,
     pixel_std: Pixels = 0.5,
     **augmentation: Any,
@@ -112,10 +118,16 @@ def make_supervised(
 
     Raises:
       UserError: label smoothing outside [0, 1), a deviation of 0, class weights that are not one
-        for each class, or a wrong augmentation.
+        for each class, binary targets with another loss than sigmoid or with label smoothing, or a
+        wrong augmentation.
     """
     if not 0 <= label_smoothing < 1:
         raise UserError(f"objective.label_smoothing={label_smoothing}: expected 0 <= value < 1")
+    if binary_targets and (loss != "sigmoid" or label_smoothing):
+        raise UserError(
+            f"objective.binary_targets with objective.loss={loss!r}, objective.label_smoothing="
+            f"{label_smoothing}: expected loss='sigmoid' and label_smoothing=0"
+        )
     mean, std = check_pixels(pixel_mean, pixel_std)
     return Supervised(
         model,
@@ -126,6 +138,7 @@ def make_supervised(
         mean,
         std,
         None if class_weights is None else _read_class_weights(class_weights, num_classes),
+        binary_targets,
     )
 
 
