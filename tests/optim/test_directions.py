@@ -92,6 +92,22 @@ def test_lamb_makes_steps_as_long_as_the_parameter(trust_ratio):
             np.testing.assert_allclose(got[t][name], w, rtol=1e-4)
 
 
+def test_lars_scales_gradients_by_the_parameter_before_the_momentum():
+    start = {"kernel": np.array([3.0, 4.0], np.float32), "bias": np.array([1.0], np.float32)}
+    grads = [
+        {"kernel": a, "bias": b} for a, b in zip(gradients((2,)), gradients((1,)), strict=True)
+    ]
+    got, _ = follow(directions.lars(trust_coefficient=0.1), start, grads, weight_decay=0.3)
+    for name, decay in (("kernel", 0.3), ("bias", 0.0)):
+        w, trace = start[name].astype(np.float64), 0.0
+        for t, g in enumerate(grads):
+            update = g[name] + decay * w
+            ratio = 0.1 * np.linalg.norm(w) / np.linalg.norm(update) if name == "kernel" else 1
+            trace = 0.9 * trace + ratio * update
+            w = w - LR * trace
+            np.testing.assert_allclose(got[t][name], w, rtol=1e-4)
+
+
 @pytest.mark.parametrize("times", ["lr", "schedule"])
 def test_multipliers_scale_what_lamb_has_made_as_long_as_the_parameter(times):
     params = {"kernel": np.array([3.0, 4.0], np.float32)}
@@ -242,6 +258,7 @@ def test_multipliers_scale_schedule_free_iterates():
 EVERY = {
     "adafactor": {"min_dim_size_to_factor": 8},
     "lamb": {},
+    "lars": {"trust_coefficient": 0.01},
     "lion": {"lr": 1e-3},
     "muon": {},
     "schedule_free_adamw": {"schedule": "constant"},
@@ -308,6 +325,8 @@ def test_rows_and_columns_of_adafactor_are_copied_to_all_devices(data_dir):
         ("adafactor", {"b2_cap": 1.0}, r"optimizer\.b2_cap=1\.0"),
         ("adafactor", {"decay_rate": 0.0}, r"optimizer\.decay_rate=0\.0"),
         ("adafactor", {"clipping_threshold": 0.0}, r"optimizer\.clipping_threshold=0\.0"),
+        ("lars", {"momentum": 1.0}, r"optimizer\.momentum=1\.0"),
+        ("lars", {"trust_coefficient": 0.0}, r"optimizer\.trust_coefficient=0\.0"),
         ("lion", {"b2": 1.0}, r"optimizer\.b2=1\.0"),
         ("muon", {"ns_steps": 0}, r"optimizer\.ns_steps=0"),
         ("muon", {"rms": 0.0}, r"optimizer\.rms=0\.0"),

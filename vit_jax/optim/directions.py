@@ -131,6 +131,25 @@ def lamb(
     return Direction(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype), scale)
 
 
+def lars(*, momentum: float = 0.9, trust_coefficient: float = 0.001) -> Direction:
+    """LARS (arXiv:1708.03888): momentum of gradients as long as a part of the parameter itself.
+
+    What does not decay is neither scaled.
+
+    Args:
+      momentum: of the scaled gradients.
+      trust_coefficient: their length, as a part of the parameter's.
+    """
+    _check_rates(momentum=momentum)
+    if trust_coefficient <= 0:
+        raise UserError(f"optimizer.trust_coefficient={trust_coefficient}: expected above 0")
+
+    def scale(mask: DecayMask) -> optax.GradientTransformation:
+        return optax.chain(_scale_by_trust_ratio(mask, trust_coefficient), optax.trace(momentum))
+
+    return Direction(optax.identity(), scale)
+
+
 def lion(*, b1: float = 0.9, b2: float = 0.99, mu_dtype: Dtype = "float32") -> Direction:
     """Lion (arXiv:2302.06675): the sign of a momentum."""
     _check_rates(b1=b1, b2=b2)
@@ -212,6 +231,7 @@ DIRECTIONS = {
     "adam": adamw,
     "adamw": adamw,
     "lamb": lamb,
+    "lars": lars,
     "lion": lion,
     "muon": muon,
     "schedule_free_adamw": schedule_free_adamw,
@@ -225,7 +245,9 @@ def _check_rates(**rates: float) -> None:
             raise UserError(f"optimizer.{key}={value}: expected 0 <= value < 1")
 
 
-def _scale_by_trust_ratio(mask: DecayMask | None) -> optax.GradientTransformation:
+def _scale_by_trust_ratio(
+    mask: DecayMask | None, coefficient: float = 1.0
+) -> optax.GradientTransformation:
     """As `optax.scale_by_trust_ratio`, but stacked blocks have a ratio for each of them."""
 
     def scale(path: Any, update: jax.Array, param: jax.Array, chosen: bool) -> jax.Array:
@@ -236,7 +258,7 @@ def _scale_by_trust_ratio(mask: DecayMask | None) -> optax.GradientTransformatio
             jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True)) for x in (param, update)
         )
         usable = (ours > 0) & (theirs > 0)
-        return update * jnp.where(usable, ours / jnp.where(usable, theirs, 1), 1)
+        return update * jnp.where(usable, coefficient * ours / jnp.where(usable, theirs, 1), 1)
 
     def update(updates: Any, params: Any) -> Any:
         chosen = jax.tree.map(lambda _: True, params) if mask is None else mask(params)
