@@ -3,6 +3,7 @@
 
 python -m vit_jax.main --config=configs/mae.py --workdir=runs/mae
 python -m vit_jax.main --config=configs/mae_finetune.py:runs/mae --workdir=runs/mae_finetune
+python -m vit_jax.main --config=configs/probe.py:runs/mae --workdir=runs/mae_probe
 
 Published: 800 epochs of batch 4096; fine-tuned as in mae_finetune.py it reaches 83.3 %, and 83.6 %
 after 1600 epochs (--config.total_steps=500456). The class token of the paper, which nothing reads

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every config builds, on eight devices and without its data."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from tests.images import write_folder
 from vit_jax.checkpoint.pretrained.catalogue import find, is_name, needs_index
 from vit_jax.experiment import Experiment
-from vit_jax.main import load_config
+from vit_jax.main import load_config, override_config
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import count
 
@@ -42,17 +43,35 @@ BUILDS = [
     ("mae.py", 111_655_680, 224),
     ("mae_finetune.py", 86_567_656 - 768, 224),
     ("distill.py", 22_436_432, 224),
+    ("vit_i21k.py:variant=B/16", 86_567_656 + 20_843 * 769, 224),
+    ("vit_i21k.py:variant=S/32,aug=medium2", 22_878_952 + 20_843 * 385, 224),
+    ("vit_s16_i1k.py", 22_050_664 - 197 * 384 - 384 + 385 * 384, 224),
+    ("deit.py:Ti", 5_717_416, 224),
+    ("deit.py:S", 22_050_664, 224),
+    ("deit.py:B", 86_567_656, 224),
+    ("deit3.py:S", 22_050_664 + 24 * 384, 224),
+    ("deit3.py:B", 86_567_656 + 24 * 768 - (196 - 144) * 768, 192),
+    ("deit3.py:S,finetune=runs/deit3_s16", 22_050_664 + 24 * 384 + (576 - 196) * 384, 384),
+    ("deit3.py:B,finetune=runs/deit3_b16", 86_567_656 + 24 * 768, 224),
+    ("cifar10.py", 810_890, 32),
+    ("cifar10.py:small", 6_268_042, 32),
+    ("probe.py:runs/mae", 85_646_592 + 769_000 + 3 * 768, 224),
+    ("probe.py:augreg:B/16", 86_567_656 + 2 * 768, 224),
 ]
+
+
+# In the place of data that is not at hand.
+EPOCH = 1_281_167
 
 
 @pytest.mark.parametrize(("config", "parameters", "size"), BUILDS, ids=[b[0] for b in BUILDS])
 def test_config_builds(config, parameters, size, tmp_path):
     overrides = {"data.data_dir": str(tmp_path)}
-    if config == "folder.py":
+    if config.startswith(("folder.py", "cifar10.py", "vit_i21k.py")):
         counts = {f"{split}/class {n}": 60 for split in ("train", "test") for n in range(10)}
         overrides["data.name"] = f"folder:{write_folder(tmp_path, counts)}"
     config = load_config(str(CONFIGS / config), overrides)
-    experiment = Experiment.from_config(config)
+    experiment = Experiment.from_config(config, epoch_examples=EPOCH)
     assert count(experiment.abstract_state.params) == parameters
     assert experiment.abstract_batch["image"].shape[1:] == (size, size, 3)
     assert experiment.evaluators
@@ -162,6 +181,16 @@ def test_every_config_is_built_here():
         "augreg.py:M_16",
         "mixer.py:b8,cifar10",
         "mixer.py:b16,cifar",
+        "vit_i21k.py:B/16",
+        "vit_i21k.py:variant=B/8",
+        "vit_i21k.py:variant=B/16,aug=hard",
+        "vit_i21k.py:variant=B/16,lr=1",
+        "vit_s16_i1k.py:90",
+        "deit.py:L",
+        "deit3.py:L",
+        "deit3.py:S,finetune=",
+        "deit3.py:S,epochs=20",
+        "cifar10.py:large",
     ],
 )
 def test_wrong_arguments_are_refused(config):
@@ -190,3 +219,55 @@ def test_augmentation_goes_by_the_levels_of_augreg(arguments, randaug, mixup):
     config = load_config(str(CONFIGS / f"vit_i1k.py:{arguments}"), {})
     assert config.data.preprocess == f"decode|inception_crop(224)|flip_lr{randaug}"
     assert config.objective.mixup == mixup
+
+
+@pytest.mark.parametrize(
+    ("variant", "randaug", "weight_decay"),
+    [
+        ("Ti/16", "", 0.03),
+        ("S/32", "", 0.1),
+        ("S/16", "|randaug(2, 0)", 0.03),
+        ("B/32", "|randaug(2, 0)", 0.1),
+        ("B/16", "|randaug(2, 15)", 0.1),
+        ("L/16", "|randaug(2, 20)", 0.1),
+    ],
+)
+def test_pre_training_is_that_of_the_recommended_checkpoints(variant, randaug, weight_decay):
+    config = load_config(str(CONFIGS / f"vit_i21k.py:variant={variant}"), {})
+    assert config.data.preprocess == f"decode|inception_crop(224)|flip_lr{randaug}"
+    assert config.optimizer.weight_decay == weight_decay
+    # The names of the files say both.
+    name = find(f"augreg:{variant}").url_gs
+    level = re.search(r"aug_(\w+)-wd_([\d.]+)", name)
+    assert level
+    assert float(level[2]) == weight_decay
+    explicit = load_config(str(CONFIGS / f"vit_i21k.py:variant={variant},aug={level[1]}"), {})
+    assert explicit == config
+
+
+# Config with arguments, then steps, peak, first and last learning rate, and that of half the batch.
+RATES = [
+    ("vit_s16_i1k.py:epochs=90", 111_477, 1e-3, 0.0, 0.0, 1e-3),
+    ("vit_s16_i1k.py:epochs=300", 371_589, 1e-3, 0.0, 0.0, 1e-3),
+    ("deit.py:B", 375_342, 1e-3, 1e-6, 1e-5, 5e-4),
+    ("deit3.py:S", 500_456, 4e-3, 1e-6, 1e-5, 4e-3),
+    ("deit3.py:B", 500_456, 3e-3, 1e-6, 1e-5, 3e-3),
+    ("deit3.py:B,finetune=runs/deit3_b16", 50_046, 1e-5, 1e-6, 1e-5, 1e-5),
+    ("probe.py", 7038, 6.4, 0.0, 0.0, 3.2),
+]
+
+
+@pytest.mark.parametrize("rates", RATES, ids=[r[0] for r in RATES])
+def test_rates_and_length_are_as_published(rates):
+    name, steps, peak, first, last, halved = rates
+    config = load_config(str(CONFIGS / name), {})
+    experiment = Experiment.from_config(config, epoch_examples=EPOCH)
+    schedule = experiment.optimizer.schedule
+    assert experiment.total_steps == steps
+    assert experiment.optimizer.peak_lr == pytest.approx(peak)
+    assert float(schedule(0)) == pytest.approx(first, rel=1e-3)
+    assert float(schedule(steps)) == pytest.approx(last, rel=1e-3, abs=1e-9)
+    half = override_config(config.to_dict(), {"data.batch_size": config.data.batch_size // 2})
+    experiment = Experiment.from_config(half, epoch_examples=EPOCH)
+    assert experiment.total_steps == pytest.approx(2 * steps, abs=1)
+    assert experiment.optimizer.peak_lr == pytest.approx(halved)
