@@ -32,12 +32,20 @@ def get_config(size: str = "compact") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.epochs = 20 if compact else 200
-    config.model = {"name": "vit", "patch_size": 4, "classifier": "gap", **SIZES[size]}
-    config.objective = {"name": "supervised", "label_smoothing": 0.1}
-    if not compact:
-        config.ema_decay = 0.999
-        config.model.stochastic_depth_rate = 0.1
-        config.objective.update(mixup=0.8, cutmix=1.0)
+    config.ema_decay = None if compact else 0.999
+    config.model = {
+        "name": "vit",
+        "patch_size": 4,
+        "classifier": "gap",
+        "stochastic_depth_rate": 0.0 if compact else 0.1,
+        **SIZES[size],
+    }
+    config.objective = {
+        "name": "supervised",
+        "label_smoothing": 0.1,
+        "mixup": 0.0 if compact else 0.8,
+        "cutmix": 0.0 if compact else 1.0,
+    }
     config.data = {
         "name": "cifar10",
         "split": "train[:98%]",

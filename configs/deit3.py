@@ -41,7 +41,7 @@ def get_config(arguments: str = "B") -> ConfigDict:
         "stochastic_depth_schedule": "uniform",
         "dtype": "bfloat16",
     }
-    config.objective = {
+    objective = {
         "name": "supervised",
         "mixup": 0.8,
         "cutmix": 1.0,
@@ -49,24 +49,40 @@ def get_config(arguments: str = "B") -> ConfigDict:
         "pixel_std": (0.229, 0.224, 0.225),
     }
     crop = f"inception_crop({pixels}, area_min=8, method='bicubic_antialias')"
-    config.data = {"name": "imagenet2012", "split": "train"}
-    config.optimizer = {"schedule": "cosine", "warmup_epochs": 5, "start_lr": 1e-6, "end_lr": 1e-5}
+    data = {"name": "imagenet2012", "split": "train"}
+    optimizer = {"schedule": "cosine", "warmup_epochs": 5, "start_lr": 1e-6, "end_lr": 1e-5}
     if finetune:
         config.init_from = finetune
         config.adapt = {"posemb_resize": "bicubic"}
-        config.objective.label_smoothing = 0.1
-        config.data.preprocess = f"decode|{crop}|flip_lr|rand_augment('rand-m9-mstd0.5-inc1')"
-        config.data.batch_size = 512
+        config.objective = {**objective, "label_smoothing": 0.1}
+        config.data = {
+            **data,
+            "preprocess": f"decode|{crop}|flip_lr|rand_augment('rand-m9-mstd0.5-inc1')",
+            "batch_size": 512,
+        }
         # After the warmup the rate is constant: as published, the least one is the peak.
-        config.optimizer.update(name="adamw", lr=1e-5, weight_decay=0.1)
+        config.optimizer = {**optimizer, "name": "adamw", "lr": 1e-5, "weight_decay": 0.1}
     else:
-        config.objective.update(loss="sigmoid", binary_targets=True)
-        config.objective.update(flip=0.5, three_augment=True, color_jitter=0.3)
-        config.data.update(preprocess=f"decode|{crop}", batch_size=2048, repeats=3)
-        config.optimizer.update(name="lamb", lr=lr, weight_decay=0.05, trust_ratio="decayed")
+        config.objective = {
+            **objective,
+            "loss": "sigmoid",
+            "binary_targets": True,
+            "flip": 0.5,
+            "three_augment": True,
+            "color_jitter": 0.3,
+        }
+        config.data = {**data, "preprocess": f"decode|{crop}", "batch_size": 2048, "repeats": 3}
         # The published loss is the mean over classes, here it is the sum: so are gradients, of
         # which the published norm is at most 1, and eps 1e-8.
-        config.optimizer.update(eps=1e-8 * NUM_CLASSES, grad_clip_norm=1.0 * NUM_CLASSES)
+        config.optimizer = {
+            **optimizer,
+            "name": "lamb",
+            "lr": lr,
+            "eps": 1e-8 * NUM_CLASSES,
+            "trust_ratio": "decayed",
+            "weight_decay": 0.05,
+            "grad_clip_norm": 1.0 * NUM_CLASSES,
+        }
     resize = f"resize_small({pixels}, method='bicubic_antialias')"
     config.evals = {
         "val": {

@@ -32,7 +32,7 @@ class Supervised(Objective):
       pixel_std: what they are divided by then.
       class_weights: factors on the terms of the loss, one for each class; None for 1.
       binary_targets: whether, after mixing, each class of which there is any share counts as fully
-        present (arXiv:2110.00476, section 3.1).
+        present (arXiv:2110.00476).
     """
 
     model: nn.Module
