@@ -40,5 +40,7 @@ on_all_hosts 'rm -rf ~/vit_jax && mkdir -p ~/vit_jax && tar -xzf /tmp/vit_jax.ta
   python3 -m pip install -q --user uv && python3 -m uv venv -q --clear --python 3.12 ~/vit_jax_env &&
   python3 -m uv pip install -q --python ~/vit_jax_env -e "$HOME/vit_jax[tpu]"'
 echo "Training."
-on_all_hosts "cd ~/vit_jax &&
-  exec ~/vit_jax_env/bin/python -m vit_jax.main --coordinator=auto $(printf '%q ' "$@")"
+# The output stays on the hosts too, for those who come later; the exit code is that of training.
+on_all_hosts "cd ~/vit_jax && set -o pipefail &&
+  ~/vit_jax_env/bin/python -m vit_jax.main --coordinator=auto $(printf '%q ' "$@") 2>&1 |
+  tee -a ~/vit_jax.log"

@@ -35,3 +35,102 @@ def test_tpu_vm_without_arguments_explains_itself():
     done = subprocess.run(["bash", SCRIPT], capture_output=True, text=True)
     assert done.returncode == 2
     assert "tpu_vm.sh NAME ZONE --config=" in done.stderr
+
+
+SBATCH = SCRIPT.parent / "slurm" / "train.sbatch"
+TRAIN = ["--config=configs/x.py:a,b", "--workdir=/shared/my runs"]
+
+
+def run_sbatch(tmp_path, *, code, **environment):
+    """Runs the batch script with stand-ins for Slurm; the exit code and what they were given."""
+    record = tmp_path / "record"
+    for name, text in (("srun", f"exit {code}"), ("scontrol", "exit 0")):
+        fake = tmp_path / name
+        fake.write_text(f'#!/usr/bin/env bash\nprintf "%s " {name} "$@" >> {record}\n{text}\n')
+        fake.chmod(0o755)
+    done = subprocess.run(
+        ["bash", SBATCH, *TRAIN],
+        env=os.environ
+        | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+        | environment,
+        capture_output=True,
+        text=True,
+    )
+    return done, record.read_text() if record.exists() else ""
+
+
+def test_slurm_job_goes_back_to_the_queue_when_it_asks_to(tmp_path):
+    done, record = run_sbatch(tmp_path, code=75)
+    assert done.returncode == 0, done.stderr
+    assert "python -m vit_jax.main --coordinator=auto --platform=gpu --config" in record
+    assert record.endswith("scontrol requeue 7 ")
+
+
+def test_slurm_job_that_fails_stays_failed(tmp_path):
+    done, record = run_sbatch(tmp_path, code=2)
+    assert done.returncode == 2
+    assert "requeue" not in record
+
+
+def test_slurm_dry_run_starts_nothing(tmp_path):
+    done, record = run_sbatch(tmp_path, code=0, DRY_RUN="1")
+    assert done.stdout.startswith("srun --kill-on-bad-exit=1 python -m vit_jax.main")
+    assert "/shared/my\\ runs" in done.stdout
+    assert record == ""
+
+
+QUEUE = SCRIPT.parent / "tpu_queue.sh"
+
+
+def run_queue(*arguments, **environment):
+    return subprocess.run(
+        ["bash", QUEUE, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_tpu_from_the_queue_is_asked_for_trained_on_and_given_back():
+    kind = ["pod", "zone-a", "v5litepod-16", "v2-alpha"]
+    done = run_queue("train", *kind, "--spot", "--", *TRAIN, DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    create, train = done.stdout.splitlines()
+    assert "queued-resources create pod --node-id=pod --zone=zone-a" in create
+    assert "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha --spot" in create
+    assert "tpu_vm.sh pod zone-a --config=" in train
+    assert "--spot" not in run_queue("create", *kind, DRY_RUN="1").stdout
+    assert "delete pod --zone=zone-a --force" in run_queue("delete", *kind[:2], DRY_RUN="1").stdout
+
+
+def test_training_goes_on_when_the_machines_were_taken(tmp_path):
+    # The first run ends as its machines are taken away; the second ends well.
+    (tmp_path / "gcloud").write_text(
+        f"""#!/usr/bin/env bash
+cd {tmp_path}
+case "$*" in
+  *describe*) cat state ;;
+  *create*) echo create >> record; echo ACTIVE > state ;;
+  *delete*) echo delete >> record; echo NONE > state ;;
+esac
+"""
+    )
+    (tmp_path / "gcloud").chmod(0o755)
+    (tmp_path / "state").write_text("NONE")
+    scripts = tmp_path / "launch"
+    scripts.mkdir()
+    (scripts / "tpu_queue.sh").write_text(QUEUE.read_text())
+    (scripts / "tpu_vm.sh").write_text(
+        f"cd {tmp_path}; echo train >> record; [ -e ran ] && exit 0; touch ran;"
+        "echo SUSPENDED > state; exit 255"
+    )
+    done = subprocess.run(
+        ["bash", scripts / "tpu_queue.sh", "train", "pod", "z", "t", "v", "--", *TRAIN],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "POLL_S": "0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    record = (tmp_path / "record").read_text().split()
+    assert record == ["create", "train", "delete", "create", "train"]

@@ -32,6 +32,7 @@ LAYERS = {
     "vit_jax.main": 4,
     "vit_jax.convert": 4,
     "vit_jax.evaluate": 4,
+    "vit_jax.launch": 4,
 }
 ALLOWED_IN = {
     "ml_collections": ("vit_jax.main", "vit_jax.experiment", "vit_jax.train"),

@@ -54,6 +54,63 @@ def test_losses_do_not_depend_on_the_mesh(mesh, one_device, data_dir):
     )
 
 
+STRATEGIES = {
+    "data": {"data": 8},
+    "zero1": {"data": 8, "zero1": True},
+    "tensor": {"data": 4, "tensor": 2},
+    "sequence": {"data": 2, "tensor": 4, "sequence_parallel": True},
+    "all": {"data": 2, "fsdp": 2, "tensor": 2, "zero1": True, "sequence_parallel": True},
+    "fsdp": {"rules": (("gpu", {"tensor": 8}), ("cpu x8", {"data": 1, "fsdp": 8}))},
+}
+
+
+def two_updates(data_dir, **changes):
+    """Metrics, and parameters after two plain gradient steps, so that they show the gradients."""
+    config = tiny_config(
+        data_dir,
+        total_steps=2,
+        optimizer={"name": "sgd", "lr": 0.1, "momentum": 0.5, "schedule": "constant"},
+        model__num_layers=1,
+        model__mlp_dim=64,
+        evals={},
+        **changes.pop("config", {}),
+    )
+    experiment = Experiment.from_config(config, **changes)
+    state, found = experiment.init_state(), []
+    batches = experiment.train_batches(0)
+    for _ in range(2):
+        state, metrics = experiment.train_step(state, next(batches))
+        found.append([float(metrics[name]) for name in ("loss", "grad_norm")])
+    return np.array(found), flatten(state.params), flatten(state.opt_state)
+
+
+@pytest.fixture(scope="module")
+def two_updates_on_one_device(data_dir):
+    return two_updates(data_dir, devices=jax.devices()[:1])
+
+
+# Where these put parameters is tested above; their gradients, with the slow tests.
+SLOW = ("data", "tensor")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in STRATEGIES]
+)
+def test_every_strategy_gives_the_same_gradients_and_updates(
+    name, two_updates_on_one_device, data_dir
+):
+    metrics, params, opt_state = two_updates(data_dir, config={"mesh": STRATEGIES[name]})
+    want, want_params, _ = two_updates_on_one_device
+    np.testing.assert_allclose(metrics, want, rtol=1e-5)
+    for path, value in params.items():
+        np.testing.assert_allclose(value, want_params[path], rtol=1e-5, atol=1e-6, err_msg=path)
+    (moment,) = (
+        x for path, x in opt_state.items() if path.endswith("_0/MlpBlock_0/Dense_0/kernel")
+    )
+    parts = {"data": 1, "zero1": 8, "tensor": 2, "sequence": 4, "all": 8, "fsdp": 8}
+    assert moment.size == parts[name] * moment.addressable_shards[0].data.size
+
+
 def test_gradient_accumulation_equals_the_large_batch(data_dir):
     changes = {"model__dropout_rate": 0.0, "mesh": {"data": 4, "fsdp": 2}}
     want, _ = losses(data_dir, steps=6, data__batch_size=32, **changes)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A job of two processes, two devices each, does what one process with four devices does."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -60,8 +61,20 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run(folder, data_dir, *, processes, devices, arguments=(), text=CONFIG_FILE, timeout=180):
+def run(*args, timeout=180, **kwargs):
     """Runs a job to its end; the exit codes, and what each process wrote to stdout and stderr."""
+    with start(*args, **kwargs) as started:
+        return finish(started, timeout=timeout)
+
+
+def finish(started, *, timeout=180):
+    outputs = [process.communicate(timeout=timeout) for process in started]
+    return [(p.returncode, *output) for p, output in zip(started, outputs, strict=True)]
+
+
+@contextlib.contextmanager
+def start(folder, data_dir, *, processes, devices, arguments=(), text=CONFIG_FILE):
+    """Starts a job, and ends what is left of it."""
     config = folder / "config.py"
     config.write_text(text)
     (folder / "sitecustomize.py").write_text(SITE_FILE)
@@ -89,8 +102,7 @@ def run(folder, data_dir, *, processes, devices, arguments=(), text=CONFIG_FILE,
                     text=True,
                 )
             )
-        outputs = [process.communicate(timeout=timeout) for process in started]
-        return [(p.returncode, *output) for p, output in zip(started, outputs, strict=True)]
+        yield started
     finally:
         for process in started:
             process.kill()
@@ -196,13 +208,14 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(two, data_dir, tmp_path)
 
 def test_what_one_process_refuses_all_refuse(data_dir, tmp_path):
     text = "import sys\n" + CONFIG_FILE.replace(
-        "total_steps=6,", 'data__split="trian" if "--process_id=1" in sys.argv else "train",'
+        "def get_config(data_dir):\n",
+        'def get_config(data_dir):\n    assert "--process_id=1" not in sys.argv, "not here"\n',
     )
     done = run(tmp_path, data_dir, processes=2, devices=2, text=text, timeout=60)
     assert [code for code, _, _ in done] == [2, 2], done
     first, second = (errors for _, _, errors in done)
     assert "vit_jax: error: process 1 refused its input" in first
-    assert "vit_jax: error: data.split='trian'" in second
+    assert "AssertionError: not here" in second
 
 
 def test_images_that_one_process_can_not_read_stop_all(tmp_path):
@@ -210,16 +223,49 @@ def test_images_that_one_process_can_not_read_stop_all(tmp_path):
         write_folder(tmp_path / name, {"train/cat": 40, "train/dog": 40, "test/cat": 1})
     for path in sorted((tmp_path / "bad").glob("train/*/*.png"))[:60]:
         path.write_bytes(b"")
-    changes = """total_steps=6,
-        data__name=data_dir + ("bad" if "--process_id=1" in sys.argv else "good"),
+    # The same config, and another folder behind the same name.
+    text = "import os, sys\n" + CONFIG_FILE.replace(
+        "def get_config(data_dir):\n",
+        "def get_config(data_dir):\n"
+        '    os.chdir(data_dir + ("bad" if "--process_id=1" in sys.argv else "good"))\n',
+    ).replace(
+        "total_steps=6,",
+        """total_steps=6,
+        data__name="folder:.",
         data__preprocess="decode|resize(8)",
         evals__val__split="test",
-        evals__val__preprocess="decode|resize(8)","""
-    text = "import sys\n" + CONFIG_FILE.replace("total_steps=6,", changes)
-    done = run(tmp_path, f"folder:{tmp_path}/", processes=2, devices=2, text=text, timeout=60)
+        evals__val__preprocess="decode|resize(8)",""",
+    )
+    done = run(tmp_path, f"{tmp_path}/", processes=2, devices=2, text=text, timeout=60)
     assert [code for code, _, _ in done] == [2, 2], done
     (_, screen, first), (_, _, second) = done
     for errors in (first, second):
         assert re.search("vit_jax: error: .* data.max_corrupt=0.001 allows no more", errors)
     assert ".png" not in screen + first
     assert "0 bytes that are no readable image" in second
+
+
+def test_processes_that_were_not_started_alike_are_refused_by_key(data_dir, tmp_path):
+    text = "import sys\n" + CONFIG_FILE.replace(
+        "total_steps=6,", 'total_steps=7 if "--process_id=1" in sys.argv else 6,'
+    )
+    done = run(tmp_path, data_dir, processes=2, devices=2, text=text, timeout=60)
+    assert [code for code, _, _ in done] == [2, 2], done
+    for _, _, errors in done:
+        assert "processes 0 and 1 were not started alike: config.total_steps is 6" in errors
+    assert not (tmp_path / "workdir").exists()
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_and_two_and_one_go_on(one, data_dir, tmp_path):
+    done = run(tmp_path, data_dir, processes=4, devices=1, arguments=["--expect_devices=4"])
+    assert [code for code, _, _ in done] == [0] * 4, done
+    for name in ("train/loss", "val/loss"):
+        want, got = metric(one, name), metric(tmp_path, name)
+        np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-5)
+    assert set(metric(tmp_path, "val/count").values()) == {50}
+    for processes, steps in ((2, 7), (1, 8)):
+        longer = [f"--config.total_steps={steps}", "--config.mesh.fsdp=2"]
+        done = run(tmp_path, data_dir, processes=processes, devices=2, arguments=longer)
+        assert [code for code, _, _ in done] == [0] * processes, done
+    assert list(metric(tmp_path, "train/loss")) == [1, 2, 3, 4, 5, 6, 7, 8]

@@ -23,6 +23,7 @@ from vit_jax.data.mixture import check_same_classes
 from vit_jax.data.pipeline import DatasetSpec, plan_buffers, train_batches
 from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.kinds import EVALUATORS, JUDGE_HEAD
+from vit_jax.models.layers import Constrain
 from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.variants import MODELS
 from vit_jax.models.vit import VisionTransformer
@@ -36,11 +37,12 @@ from vit_jax.optim.schedules import drop_other_units
 from vit_jax.parallel.mesh import (
     batch_sharding,
     check_batch_size,
+    choose_layout,
     make_mesh,
     process_shards,
     put_batch,
 )
-from vit_jax.parallel.sharding import constrain, infer_shardings
+from vit_jax.parallel.sharding import Strategy, constrain, infer_shardings, scatter_gradients
 from vit_jax.state import TrainState
 from vit_jax.utils.durations import (
     LENGTH,
@@ -147,6 +149,7 @@ class Experiment:
     objective: Objective
     optimizer: Optimizer
     mesh: Mesh
+    strategy: Strategy
     train_data: DatasetSpec
     max_corrupt: float
     evaluators: tuple[Evaluator, ...]
@@ -186,10 +189,13 @@ class Experiment:
         _check_top_level(top)
         section = {k: dict(top[k] or {}) for k in _SECTIONS}
 
-        mesh, mesh_args = _make_mesh(section["mesh"], devices)
+        mesh, strategy, mesh_args = _make_mesh(section["mesh"], devices)
         data, data_args = _make_data(section["data"], mesh)
+        place = functools.partial(
+            constrain, mesh=mesh, sequence_parallel=strategy.sequence_parallel
+        )
         headless = section["objective"].get("name") in HEADLESS
-        model, model_args = _make_model(section["model"], data, mesh, headless=headless)
+        model, model_args = _make_model(section["model"], data, mesh, place, headless=headless)
         objective, objective_args = _make_objective(section["objective"], model, data)
         clock = _make_clock(data, epoch_examples)
         total_steps = _total_steps(top, clock)
@@ -214,6 +220,7 @@ class Experiment:
             objective=objective,
             optimizer=optimizer,
             mesh=mesh,
+            strategy=strategy,
             train_data=data,
             max_corrupt=data_args["max_corrupt"],
             evaluators=evaluators,
@@ -253,7 +260,7 @@ class Experiment:
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the train state."""
         shapes = jax.eval_shape(self._make_state)
-        shardings = infer_shardings(shapes, self.mesh, params=shapes.params)
+        shardings = infer_shardings(shapes, self.mesh, self.strategy, params=shapes.params)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
         )
@@ -366,6 +373,7 @@ class Experiment:
             ema_decay=self.ema_decay,
             seed=self.seed,
             split=self._split,
+            scatter=self._scatter,
         )
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         replicated = NamedSharding(self.mesh, PartitionSpec())
@@ -382,6 +390,11 @@ class Experiment:
     def _split(self, micro_batches: jax.Array) -> jax.Array:
         names = (None, "batch", *(None,) * (micro_batches.ndim - 2))
         return constrain(micro_batches, names, mesh=self.mesh)
+
+    def _scatter(self, grads: Any) -> Any:
+        if not self.strategy.zero1:
+            return grads
+        return scatter_gradients(grads, mesh=self.mesh, strategy=self.strategy)
 
     def train_batches(
         self, step: int, *, corrupt: CorruptCounter | None = None
@@ -468,9 +481,15 @@ def _by_name(
     return name, lookup(table, name, key=f"{key}.name")
 
 
-def _make_mesh(section: _Section, devices: Sequence[Any] | None) -> tuple[Mesh, _Section]:
-    (args,) = bind(section, make_mesh, key="mesh", given=("devices",))
-    return make_mesh(**args, devices=devices), args
+def _make_mesh(section: _Section, devices: Sequence[Any] | None) -> tuple[Mesh, Strategy, _Section]:
+    devices = jax.devices() if devices is None else devices
+    rules = section.get("rules", ())
+    section, chosen = choose_layout(section, devices)
+    if chosen:
+        say(chosen)
+    args, strategy = bind(section, make_mesh, Strategy, key="mesh", given=("devices",))
+    mesh = make_mesh(**args, devices=devices)
+    return mesh, Strategy(**strategy), args | strategy | {"rules": rules}
 
 
 def _make_data(section: _Section, mesh: Mesh) -> tuple[DatasetSpec, _Section]:
@@ -517,7 +536,7 @@ def _make_spec(args: _Section) -> DatasetSpec:
 
 
 def _make_model(
-    section: _Section, data: DatasetSpec, mesh: Mesh, *, headless: bool
+    section: _Section, data: DatasetSpec, mesh: Mesh, place: Constrain, *, headless: bool
 ) -> tuple[Model, _Section]:
     name, make = _by_name(section, MODELS, "vit", key="model")
     section.setdefault("num_classes", 0 if headless else data.info.num_classes)
@@ -532,7 +551,7 @@ def _make_model(
             f"model.num_classes={args['num_classes']} is less than the {data.info.num_classes} "
             f"classes of {data}"
         )
-    model = make(**args, constrain=functools.partial(constrain, mesh=mesh))
+    model = make(**args, constrain=place)
     model.grid(data.image_shape()[:2])
     for key in ("num_heads", "mlp_dim", "tokens_mlp_dim", "channels_mlp_dim"):
         size, parts = getattr(model, key, 0), mesh.shape["tensor"]

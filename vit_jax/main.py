@@ -16,11 +16,14 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from vit_jax.observe import console
+from vit_jax import __version__
+from vit_jax.observe import compile_cache, console
 from vit_jax.observe.progress import DivergedError
 from vit_jax.parallel import processes
+from vit_jax.parallel.preemption import RUN_AGAIN, Preempted
 from vit_jax.train import train
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.tree import flatten
 
 _CONFIG = flags.DEFINE_string(
     "config",
@@ -35,10 +38,27 @@ _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
     "For a job of several processes: HOST:PORT of process 0, with --num_processes and "
-    "--process_id; or 'auto' on a TPU pod, Slurm and others that JAX knows.",
+    "--process_id; 'auto' on TPU pods, GKE, under Slurm and Open MPI; 'none' for a job of one.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the job.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0.")
+_LOCAL_DEVICE_IDS = flags.DEFINE_list(
+    "local_device_ids", None, "GPUs of the machine that this process takes, such as 0,1."
+)
+_START_TIMEOUT = flags.DEFINE_float(
+    "start_timeout", processes.START_TIMEOUT, "Seconds to wait for the other processes."
+)
+_EXPECT_DEVICES = flags.DEFINE_integer(
+    "expect_devices", None, "Devices that the job must have; else it does not start."
+)
+_PLATFORM = flags.DEFINE_enum(
+    "platform", None, ["cpu", "gpu", "tpu"], "What the devices must be; else it does not start."
+)
+_COMPILE_CACHE = flags.DEFINE_string(
+    "compile_cache",
+    None,
+    "Folder of compiled programs; a folder below ~/.cache by default, 'off' for none.",
+)
 
 _OVERRIDE = "--config."
 _WORDS = {"true": True, "false": False, "none": None}
@@ -129,9 +149,33 @@ def _literal(text: str) -> Any:
         return text
 
 
+def _join_job() -> None:
+    ids = _LOCAL_DEVICE_IDS.value
+    if ids is not None and not all(i.isdigit() for i in ids):
+        raise UserError(f"--local_device_ids={','.join(ids)}: expected numbers, such as 0,1")
+    processes.initialize(
+        _COORDINATOR.value,
+        _NUM_PROCESSES.value,
+        _PROCESS_ID.value,
+        local_device_ids=None if ids is None else tuple(map(int, ids)),
+        timeout=_START_TIMEOUT.value,
+        expected=processes.Expected(_EXPECT_DEVICES.value, _PLATFORM.value),
+    )
+
+
+def _check_same(config: ConfigDict) -> None:
+    """Machines may keep the data elsewhere, and have more cores; all else is the same."""
+    values = {f"config.{k}": v for k, v in flatten(config.to_dict()).items()}
+    values |= {"--workdir": _WORKDIR.value, "vit_jax": __version__, "jax": jax.__version__}
+    for key in ("config.data.data_dir", "config.data.num_threads"):
+        values.pop(key, None)
+    processes.check_same(values)
+
+
 def main(argv: list[str]) -> None:
     """Called by absl with the flags parsed."""
-    processes.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    compile_cache.set_up(_COMPILE_CACHE.value)
+    _join_job()
     console.set_up(quiet=jax.process_index() > 0)
     overrides, _ = parse_overrides(argv[1:])
     # Given again with a longer run, it goes on; the last of two overrides counts.
@@ -139,17 +183,24 @@ def main(argv: list[str]) -> None:
     command = f"{python} -m vit_jax.main {shlex.join(argv[1:])}"
     with processes.all_agree():
         config = load_config(_CONFIG.value or "", overrides)
+    _check_same(config)
     train(config, _WORKDIR.value or "", command=command)
 
 
 def run() -> None:
-    """The command: one line and exit code 2 for bad input, 1 for a run that went wrong."""
+    """The command: one line and exit code 2 for bad input, 1 for a run that went wrong.
+
+    The code 75 asks the launcher to give the command again: the run was told to stop.
+    """
     try:
         with console.report_errors():
             app.run(main, flags_parser=parse_flags)
     except DivergedError as e:
         console.print_error(e)
         sys.exit(1)
+    except Preempted as e:
+        print(f"vit_jax: {e}; the same command goes on from there")
+        sys.exit(RUN_AGAIN)
     except KeyboardInterrupt:
         print("vit_jax: interrupted; the same command goes on from the last checkpoint")
         sys.exit(130)

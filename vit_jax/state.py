@@ -65,6 +65,7 @@ def train_step(
     ema_decay: float | None,
     seed: int,
     split: Callable[[jax.Array], jax.Array] = lambda x: x,
+    scatter: Callable[[Params], Params] = lambda x: x,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update. All randomness is a function of (seed, step).
 
@@ -77,6 +78,7 @@ def train_step(
       ema_decay: of the parameter average, which is warmed up; None for no average.
       seed: of the run.
       split: places `[micro-batches, batch, ...]` arrays on the mesh.
+      scatter: places the gradients on the mesh.
 
     Returns:
       The new state and the metrics `loss, lr, grad_norm, param_norm` as scalars; `grad_norm` is
@@ -106,6 +108,7 @@ def train_step(
         radius = sam.radius(lr / (optimizer.peak_lr or 1))
         perturbed, _ = gradients(sam.perturb(point, grads, radius))
         grads = sam.combine(grads, perturbed)
+    grads = scatter(grads)
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
     trained = optax.apply_updates(trained, updates)
     statistics = metrics

@@ -2,6 +2,7 @@
 """The training loop."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -9,16 +10,18 @@ from ml_collections import ConfigDict
 
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.data.corrupt import CorruptCounter, Counts, check_counts
-from vit_jax.evaluators.base import evaluate
+from vit_jax.evaluators.base import Evaluator, evaluate
 from vit_jax.evaluators.probes import Probes
 from vit_jax.experiment import Experiment
 from vit_jax.observe.console import say
 from vit_jax.observe.profiler import Profiler
 from vit_jax.observe.progress import Monitor
 from vit_jax.observe.report import report_end, report_start
-from vit_jax.observe.writer import MetricWriter
+from vit_jax.observe.writer import MetricWriter, read_metrics
 from vit_jax.optim.summary import describe_rates, group_params, summarize_params
-from vit_jax.parallel.processes import all_agree, sum_over_processes
+from vit_jax.parallel.preemption import Preempted, PreemptionGuard
+from vit_jax.parallel.processes import all_agree, host_names, sum_over_processes
+from vit_jax.parallel.sharding import find_large_copies
 from vit_jax.state import TrainState
 from vit_jax.workdir import open_workdir, write_config, write_labels
 
@@ -34,7 +37,13 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
     Raises:
       UserError: bad input.
       DivergedError: the loss is no longer finite.
+      Preempted: SIGTERM came; the state is saved.
     """
+    with PreemptionGuard() as guard:
+        _train(config, workdir, command, guard)
+
+
+def _train(config: ConfigDict, workdir: str, command: str, guard: PreemptionGuard) -> None:
     main_process = jax.process_index() == 0
     with all_agree():
         experiment = Experiment.from_config(config)
@@ -46,7 +55,8 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
     total = experiment.total_steps
     with CheckpointManager(folder, experiment.checkpoint, experiment.description) as checkpoints:
         start = checkpoints.latest_step() or 0
-        if start >= total:
+        missed = missed_evaluators(experiment, folder, start)
+        if start >= total and not missed:
             say(f"nothing to do: {folder} is at step {start} of {total}")
         else:
             with all_agree():
@@ -55,6 +65,7 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
             _, frozen = experiment.optimizer.rules.split(params)
             report_start(
                 mesh=experiment.mesh,
+                hosts=host_names(),
                 params=params,
                 frozen=frozen,
                 input_bytes=input_bytes,
@@ -63,6 +74,8 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
             )
             for note in notes:
                 say(note)
+            for path, size in find_large_copies(experiment.abstract_state).items():
+                say(f"on every device whole: {path}, {size / 2**20:.0f} MiB: no dimension divides")
             if start:
                 state = checkpoints.restore(experiment.abstract_state)
                 say(f"going on from {checkpoints.path(start)}")
@@ -73,7 +86,8 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
                 write_labels(folder, class_names)
             with MetricWriter(folder, step=start, active=main_process) as writer:
                 profiler = Profiler(folder, experiment.profile, active=main_process)
-                run(experiment, state, checkpoints, writer, profiler, folder=folder, start=start)
+                loop = (experiment, state, checkpoints, writer, profiler, guard)
+                run(*loop, folder=folder, start=start, missed=missed)
         last = checkpoints.latest_step() or 0
         probes = [e for e in experiment.evaluators if isinstance(e, Probes)]
         report_end(
@@ -94,20 +108,27 @@ def run(
     checkpoints: CheckpointManager,
     writer: MetricWriter,
     profiler: Profiler,
+    guard: PreemptionGuard,
     *,
     folder: Path,
     start: int,
+    missed: Sequence[Evaluator],
 ) -> None:
-    """Takes the steps after `start`, to the end.
+    """Takes the steps after `start`, to the end, and the evaluations `missed` before it.
 
     Raises:
       UserError: too many images can't be read, in all processes at the same step.
+      Preempted: the job was told to stop. The state after the last step is saved; evaluations due
+        then are made up for when the run goes on.
     """
     total, batch_size = experiment.total_steps, experiment.train_data.batch_size
     corrupt, counts = CorruptCounter(), Counts()
     batches = experiment.train_batches(start, corrupt=corrupt)
     monitor = Monitor(writer, step=start, total_steps=total, batch_size=batch_size)
     with monitor, profiler:
+        with monitor.paused():
+            results = evaluate_all(missed, state, folder=folder, step=start, total=total)
+        monitor.results(start, results)
         for step in range(start + 1, total + 1):
             with monitor.waiting():
                 batch = next(batches)
@@ -117,23 +138,53 @@ def run(
                 counts = Counts(*sum_over_processes(*dataclasses.astuple(corrupt.counts)))
                 check_counts(counts, experiment.max_corrupt)
             state, metrics = experiment.train_step(state, batch)
+            guard.has_progress()
             if log:
                 metrics = metrics | {"data/corrupt": counts.corrupt}
             monitor.step(step, metrics, log=log)
             profiler.step(state)
 
-            results = {}
-            for evaluator in experiment.evaluators:
-                if due(step, evaluator.every, total):
-                    details = (folder, step) if step == total else None
-                    with monitor.paused():
-                        results |= evaluate(
-                            evaluator, state.params, state.ema_params, details=details
-                        )
+            stop, results = guard.should_stop(), {}
+            wanted = [e for e in experiment.evaluators if due(step, e.every, total)]
+            if wanted and not stop:
+                with monitor.paused():
+                    try:
+                        results = evaluate_all(wanted, state, folder=folder, step=step, total=total)
+                    except Preempted:
+                        # All of them again, when the run goes on.
+                        stop = True
             monitor.results(step, results)
-            if save:
+            if stop or save:
                 with monitor.paused():
                     checkpoints.save(step, state, results)
+            if stop:
+                raise Preempted(f"stopped after step {step} of {total}, which is saved")
+
+
+def evaluate_all(
+    evaluators: Sequence[Evaluator], state: TrainState, *, folder: Path, step: int, total: int
+) -> dict[str, float]:
+    """The results of several evaluators; those after the last step write files of details."""
+    details = (folder, step) if step == total else None
+    results = {}
+    for evaluator in evaluators:
+        results |= evaluate(evaluator, state.params, state.ema_params, details=details)
+    return results
+
+
+def missed_evaluators(experiment: Experiment, folder: Path, step: int) -> list[Evaluator]:
+    """Those that were due at a step that is saved, and have no results: SIGTERM came before."""
+    wanted = [e for e in experiment.evaluators if due(step, e.every, experiment.total_steps)]
+    if not step or not wanted:
+        return []
+    have: set[str] = set()
+    # Only process 0 surely sees what it has written.
+    main_process = jax.process_index() == 0
+    for record in read_metrics(folder) if main_process else ():
+        if record["step"] == step:
+            have |= {name.partition("/")[0] for name in record}
+    missed = sum_over_processes(*(int(main_process and e.name not in have) for e in wanted))
+    return [e for e, is_missed in zip(wanted, missed, strict=True) if is_missed]
 
 
 def due(step: int, every: int, total: int) -> bool:

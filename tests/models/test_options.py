@@ -341,7 +341,7 @@ def test_scan_gives_the_function_and_the_gradients_of_the_loop(remat):
         np.testing.assert_allclose(gradient, expected[path], atol=2e-5, err_msg=path)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full", "save:attn_out;offload:mlp_hidden"])
 def test_remat_gives_the_same_with_all_that_is_random(remat):
     options = {"dropout_rate": 0.2, "stochastic_depth_rate": 0.5, "patch_dropout_rate": 0.3}
     plain = make_vit(num_classes=5, **TINY, **options)
@@ -443,3 +443,32 @@ def test_patches_left_out_are_as_if_no_other_token_saw_them(positions):
     noise = np.where(mask, noise, 9.0).astype(np.float32)
     again = model.apply({"params": params}, noise, train=True, patches=patches)[1]["encoded"]
     np.testing.assert_array_equal(again, some)
+
+
+def test_named_activations_are_not_computed_again():
+    def count_products(remat):
+        model = make_vit(num_classes=5, **TINY, remat=remat)
+        params, images = init(model)
+
+        def loss(params):
+            return model.apply({"params": params}, images, train=False)[0].sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general")
+
+    none, full = count_products("none"), count_products("full")
+    some = [count_products(f"save:{n}") for n in ("qkv", "attn_out", "mlp_hidden")]
+    assert none < full
+    assert [full - n > 0 for n in some] == [True, True, True], (none, full, some)
+
+
+@pytest.mark.parametrize(
+    ("remat", "message"),
+    [
+        ("some", "model.remat='some': expected none, dots, full, or such as save:"),
+        ("save:mlp_hiden", "'mlp_hiden'; did you mean 'mlp_hidden'"),
+        ("offload:", "model.remat='offload:': expected none"),
+    ],
+)
+def test_unknown_remat_is_refused(remat, message):
+    with pytest.raises(UserError, match=message):
+        make_vit(num_classes=5, **TINY, remat=remat)

@@ -20,7 +20,11 @@ def test_frozen_parameters_are_counted_where_there_are_some(frozen, want, monkey
     said = []
     monkeypatch.setattr(console.console, "print", lambda *text, **_: said.append(str(text[0])))
     report_start(
-        mesh=make_mesh(), params=BODY | HEAD, frozen=frozen, input_bytes={"train": 2_500_000}
+        mesh=make_mesh(),
+        hosts=("here",),
+        params=BODY | HEAD,
+        frozen=frozen,
+        input_bytes={"train": 2_500_000},
     )
     assert [line for line in said if "frozen" in line] == want
     assert said[-1] == "memory of this host for batches: train 0.003 GB"
@@ -30,6 +34,7 @@ def test_groups_of_parameters_and_effective_rates_are_shown(capsys):
     groups = [("trained", "2", "60", "yes", "x 0.5 to 1"), ("frozen", "1", "3,000", "no", "")]
     report_start(
         mesh=make_mesh(),
+        hosts=("here",),
         params=BODY | HEAD,
         frozen={},
         input_bytes={},

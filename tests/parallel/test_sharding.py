@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Meshes, the placement of parameters, and activations that stay where they are put."""
 
+import dataclasses
 import functools
 import re
 
@@ -13,13 +14,22 @@ from jax.sharding import AxisType, PartitionSpec
 from vit_jax.models.variants import make_vit
 from vit_jax.objectives.supervised import make_supervised
 from vit_jax.parallel.mesh import (
+    AXES,
+    arrange,
     batch_sharding,
     check_batch_size,
+    choose_layout,
     make_mesh,
     process_shards,
     put_batch,
 )
-from vit_jax.parallel.sharding import constrain, infer_shardings, param_spec
+from vit_jax.parallel.sharding import (
+    Strategy,
+    constrain,
+    find_large_copies,
+    infer_shardings,
+    param_spec,
+)
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten
 
@@ -37,15 +47,70 @@ def test_axes_are_auto_because_flax_linen_needs_it():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"fsdp": 3}, "does not make 8 device"),
+        ({"fsdp": 3}, "such as data=2 x fsdp=4 x tensor=1 or data=4 x fsdp=2 x tensor=1"),
         ({"data": 2, "fsdp": 2}, "data=2 x fsdp=2 x tensor=1 does not make 8"),
         ({"data": -1, "fsdp": -1}, "mesh.fsdp=-1: only one axis can fill"),
         ({"tensor": 0}, "mesh.tensor=0: expected at least 1"),
+        ({"dcn": {"data": 2}}, "mesh.dcn: data=2 x fsdp=1 x tensor=1 does not make 1 group"),
+        ({"dcn": {"date": 2}}, "unknown config key mesh.dcn.date; did you mean 'data'"),
     ],
 )
 def test_impossible_meshes_are_refused(sizes, message):
     with pytest.raises(UserError, match=message):
         make_mesh(**sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A device of one of several nodes."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+
+
+def nodes(count, each):
+    # As JAX may list them: not node by node.
+    return [Gpu(n * each + i, n) for i in range(each) for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dcn", "crossing"),
+    [
+        ((2, 8, 1), None, ("data",)),
+        ((4, 2, 2), {"data": -1}, ("data",)),
+        ((1, 16, 1), None, ("fsdp",)),
+        ((2, 8, 1), {"fsdp": 2}, ("fsdp",)),
+    ],
+)
+def test_only_the_chosen_axis_crosses_the_slow_network(sizes, dcn, crossing):
+    sizes = dict(zip(AXES, sizes, strict=True))
+    grid = arrange(nodes(2, 8), sizes, dcn)
+    node = np.vectorize(lambda d: d.slice_index)(grid)
+    for i, axis in enumerate(AXES):
+        assert (np.ptp(node, axis=i).max() > 0) == (axis in crossing)
+
+
+def test_axes_that_do_not_fit_the_nodes_are_refused():
+    sizes = {"data": 1, "fsdp": 3, "tensor": 8}
+    with pytest.raises(UserError, match=r"mesh.dcn: data=2 .* does not make 3 group"):
+        arrange(nodes(3, 8), sizes, {"data": 2})
+    with pytest.raises(UserError, match=r"mesh.data=1 is not divisible by mesh.dcn.data=3"):
+        arrange(nodes(3, 8), sizes, {"data": -1})
+
+
+RULES = (("v5 lite x256", {"fsdp": 256}), ("H100.* x(8|16)$", {"fsdp": 8, "dcn": {"data": -1}}))
+
+
+def test_a_recipe_names_its_layout_by_device():
+    section, said = choose_layout({"tensor": 1, "rules": RULES}, nodes(2, 8))
+    assert section == {"tensor": 1, "fsdp": 8, "dcn": {"data": -1}}
+    assert "fits NVIDIA H100 80GB HBM3 x16: fsdp=8" in (said or "")
+    assert choose_layout({"rules": RULES}, jax.devices()) == ({}, "mesh.rules: none fits cpu x8")
+    with pytest.raises(UserError, match=r"mesh.rules: '\*' is no regular expression"):
+        choose_layout({"rules": (("*", {}),)}, jax.devices())
 
 
 def test_batch_that_does_not_divide_is_refused():
@@ -112,6 +177,34 @@ def test_parameters_go_by_the_rules(path, shape, spec):
     assert param_spec(path, shape, mesh) == PartitionSpec(*spec)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "path", "shape", "spec"),
+    [
+        ({"data": 8}, "opt_state/0/mu/head/kernel", (64, 1000), (None, "data")),
+        ({"data": 8}, "params/head/kernel", (64, 1000), (None, None)),
+        (
+            {"data": 4, "fsdp": 2},
+            "opt_state/0/mu/head/kernel",
+            (64, 1001),
+            (("fsdp", "data"), None),
+        ),
+        ({"data": 4, "fsdp": 2}, "opt_state/0/mu/head/kernel", (64, 1000), ("data", "fsdp")),
+        ({"data": 8}, "opt_state/0/mu/head/bias", (1000,), (None,)),
+    ],
+)
+def test_zero1_splits_optimizer_state_over_data(sizes, path, shape, spec):
+    mesh = make_mesh(**sizes)
+    assert param_spec(path, shape, mesh, Strategy(zero1=True)) == PartitionSpec(*spec)
+
+
+def test_large_copies_that_the_mesh_should_avoid_are_found():
+    mesh = make_mesh(data=1, fsdp=8)
+    shapes = {"odd": jnp.zeros((1021, 1031)), "even": jnp.zeros((1024, 1024))}
+    placed = jax.device_put(shapes, infer_shardings(shapes, mesh))
+    assert find_large_copies(placed) == {"odd": 4 * 1021 * 1031}
+    assert find_large_copies(jax.device_put(shapes, infer_shardings(shapes, make_mesh()))) == {}
+
+
 def test_heads_that_tensor_parallelism_does_not_divide_are_refused():
     mesh = make_mesh(data=4, tensor=2)
     with pytest.raises(UserError, match=r"mesh\.tensor=2 does not divide 3"):
@@ -134,6 +227,13 @@ def test_constraint_is_really_applied():
         jnp.zeros((8, 6))
     )
     assert {s.data.shape for s in x.addressable_shards} == {(2, 3)}
+    for sequence_parallel, tokens in ((False, 6), (True, 3)):
+        x = jax.jit(
+            functools.partial(
+                constrain, names=("batch", "tokens"), mesh=mesh, sequence_parallel=sequence_parallel
+            )
+        )(jnp.zeros((8, 6)))
+        assert {s.data.shape for s in x.addressable_shards} == {(2, tokens)}
     with pytest.raises(KeyError):
         constrain(jnp.zeros((8, 6)), ("batch", "no_such_name"), mesh=mesh)
     with pytest.raises(ValueError, match="1 names"):

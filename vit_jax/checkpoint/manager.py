@@ -116,7 +116,9 @@ class CheckpointManager:
         """
         items: dict[str, Any] = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
         items[_DESCRIPTION] = ocp.args.JsonSave(self._description)
-        best = {self._best: float(metrics[self._best])} if self._best else None
+        # Without it where SIGTERM came before the evaluation: this one can't be the best.
+        name = self._best
+        best = {name: float(metrics[name])} if name is not None and name in metrics else None
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=best)
 
     def restore(self, abstract_state: TrainState) -> TrainState:

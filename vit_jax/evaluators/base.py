@@ -15,6 +15,7 @@ from vit_jax.data.pipeline import DatasetSpec, eval_batches
 from vit_jax.objectives.base import Batch, Params
 from vit_jax.observe.progress import Pace
 from vit_jax.parallel.mesh import process_shards, put_batch
+from vit_jax.parallel.preemption import interruptible
 from vit_jax.utils.errors import UserError
 
 # Of a workdir: where details go.
@@ -123,13 +124,16 @@ def map_split(
       name: of the evaluator, for the screen.
       mesh: that the batches are put on.
       corrupt: counts the records that can't be read; their mask is 0.
+
+    Raises:
+      Preempted: the job was told to stop.
     """
     shards, num_shards = process_shards(mesh)
     batches = eval_batches(data, shards=shards, num_shards=num_shards, corrupt=corrupt)
     total = len(data.open())
     pace = Pace(f"{name}: {data.split} of {data}", total=total, unit="images")
     pending = None
-    for batch in batches:
+    for batch in interruptible(batches):
         queued = fn(params, put_batch(batch, mesh))
         if pending is not None:
             yield jax.device_get(pending)

@@ -57,7 +57,7 @@ class MaskedDecoder(nn.Module, kw_only=True):
         patches = jnp.concatenate([patches, mask], axis=1)
         patches = jnp.take_along_axis(patches, place[..., None], axis=1)
         patches = patches + jnp.asarray(fixed_positions("sincos2d_mae", grid, width), self.dtype)
-        x = self.constrain(jnp.concatenate([prefix, patches], axis=1), ("batch", None, None))
+        x = self.constrain(jnp.concatenate([prefix, patches], axis=1), ("batch", "tokens", None))
         for i in range(self.num_layers):
             x = Encoder1DBlock(
                 num_heads=self.num_heads,

@@ -12,15 +12,16 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from vit_jax.models.positions import Rotation, rotate
+from vit_jax.utils.errors import UserError, suggest
 
 # Places an activation on the mesh, given one logical name for each of its dimensions.
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
 Activation = Literal["gelu_tanh", "gelu_erf", "swiglu"]
-Remat = Literal["none", "dots", "full"]
 DepthSchedule = Literal["linear", "uniform"]
 
 # What of a block's forward pass is kept for the backward pass, rather than computed again. "dots"
@@ -29,6 +30,46 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+# Activations that `save:` and `offload:` can name: queries, keys and values; the output of an
+# attention layer; the hidden state of an MLP, before its activation.
+REMAT_NAMES = ("qkv", "attn_out", "mlp_hidden")
+
+
+def parse_remat(remat: str) -> Callable[..., Any] | None:
+    """The checkpoint policy of a `remat`; None for no recomputation.
+
+    Args:
+      remat: `none`, `dots`, `full`, or which activations are not computed again, such as
+        `save:attn_out,mlp_hidden`, `offload:mlp_hidden` (to the host's memory, and back) or both:
+        `save:attn_out;offload:mlp_hidden`.
+
+    Raises:
+      UserError: it is none of these.
+    """
+    if remat == "none":
+        return None
+    if remat in REMAT_POLICIES:
+        return REMAT_POLICIES[remat]
+    chosen: dict[str, list[str]] = {"save": [], "offload": []}
+    for part in remat.split(";"):
+        kind, _, names = part.partition(":")
+        if kind not in chosen or not names:
+            raise UserError(
+                f"model.remat={remat!r}: expected none, dots, full, or such as "
+                "save:attn_out,mlp_hidden or offload:mlp_hidden"
+            )
+        for name in names.split(","):
+            if name not in REMAT_NAMES:
+                raise UserError(f"model.remat={remat!r}: {name!r}{suggest(name, REMAT_NAMES)}")
+            chosen[kind].append(name)
+    if not chosen["offload"]:
+        return jax.checkpoint_policies.save_only_these_names(*chosen["save"])
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=chosen["save"],
+        names_which_can_be_offloaded=chosen["offload"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
@@ -143,7 +184,8 @@ class MlpBlock(nn.Module):
             )
 
         width = x.shape[-1]
-        hidden = dense(self.mlp_dim)(x)
+        # Before the activation, whose gradient needs it: one layer less is computed again.
+        hidden = checkpoint_name(dense(self.mlp_dim)(x), "mlp_hidden")
         if self.activation == "swiglu":
             hidden = hidden * nn.silu(dense(self.mlp_dim, "gate")(x))
         else:
@@ -188,7 +230,8 @@ class MultiHeadDotProductAttention(nn.Module):
                 kernel_init=nn.initializers.xavier_uniform(),
                 name=name,
             )
-            return self.constrain(dense(x), ("batch", None, "heads", None))
+            x = checkpoint_name(dense(x), "qkv")
+            return self.constrain(x, ("batch", None, "heads", None))
 
         context = x if context is None else context
         query, key = project(x, "query"), project(context, "key")
@@ -202,13 +245,14 @@ class MultiHeadDotProductAttention(nn.Module):
         weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(self.dtype)
         weights = nn.Dropout(self.dropout_rate, deterministic=not train)(weights)
         x = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-        return nn.DenseGeneral(
+        x = nn.DenseGeneral(
             width,
             axis=(-2, -1),
             dtype=self.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
             name="out",
         )(x)
+        return checkpoint_name(x, "attn_out")
 
 
 class Encoder1DBlock(nn.Module):
@@ -253,7 +297,7 @@ class Encoder1DBlock(nn.Module):
             constrain=self.constrain,
         )(x, rope=rope, train=train)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-        x = self.constrain(inputs + residual(x), ("batch", None, None))
+        x = self.constrain(inputs + residual(x), ("batch", "tokens", None))
 
         y = nn.LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype)(x)
         y = MlpBlock(
@@ -263,7 +307,7 @@ class Encoder1DBlock(nn.Module):
             dtype=self.dtype,
             constrain=self.constrain,
         )(y, train=train)
-        return self.constrain(x + residual(y), ("batch", None, None))
+        return self.constrain(x + residual(y), ("batch", "tokens", None))
 
 
 class Encoder(nn.Module):
@@ -284,7 +328,7 @@ class Encoder(nn.Module):
       norm_epsilon: of the final norm.
       scan: one block, compiled once, runs over parameters stacked along a leading axis
         (`encoderblock`), in place of blocks with parameters of their own (`encoderblock_3`).
-      remat: what is recomputed in the backward pass, a key of `REMAT_POLICIES`.
+      remat: what is recomputed in the backward pass, see `parse_remat`.
       dtype: of the computation.
       constrain: places activations on a mesh.
 
@@ -305,7 +349,7 @@ class Encoder(nn.Module):
     final_norm: bool = True
     norm_epsilon: float = 1e-6
     scan: bool = False
-    remat: Remat = "none"
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
     constrain: Constrain = unconstrained
 
@@ -329,7 +373,7 @@ class Encoder(nn.Module):
             x, kept = take_patches(x, patches, prefix)
         if rope is not None and kept is not None:
             rope = jax.tree.map(lambda table: table[kept], rope)
-        x = self.constrain(x, ("batch", None, None))
+        x = self.constrain(x, ("batch", "tokens", None))
         x = self._run_blocks(x, rope, train=train)
         if not self.final_norm:
             return x
@@ -348,8 +392,8 @@ class Encoder(nn.Module):
         def run(block: nn.Module, x: jax.Array, rate: jax.Array | float) -> jax.Array:
             return block(x, rate, rope, train=train)
 
-        if self.remat != "none":
-            policy = REMAT_POLICIES[self.remat]
+        policy = parse_remat(self.remat)
+        if policy is not None:
             # Under scan XLA has nothing to merge; elsewhere it would undo the recomputation.
             run = nn.remat(run, policy=policy, prevent_cse=not self.scan)
         last = max(self.num_layers - 1, 1)

@@ -46,7 +46,7 @@ class MixerBlock(nn.Module):
         y = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
         y = mlp(self.channels_mlp_dim, "channel_mixing")(y, train=train)
         x = x + StochasticDepth()(y, rate, train=train)
-        return self.constrain(x, ("batch", None, None))
+        return self.constrain(x, ("batch", "tokens", None))
 
 
 class MlpMixer(nn.Module, kw_only=True):

@@ -8,6 +8,7 @@ Sizes: Table 1 of arXiv:2010.11929 (B, L, H), Table 2 of arXiv:2106.04560 (g, G)
 from collections.abc import Mapping
 from typing import Any
 
+from vit_jax.models.layers import parse_remat
 from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.models.vit import Classifier, VisionTransformer
@@ -86,6 +87,7 @@ def make_vit(
         )
     pooling: Classifier = classifier or named.get("classifier", "token")
     resnet_layers = named.get("resnet_layers") if resnet_layers is None else tuple(resnet_layers)
+    parse_remat(options.get("remat", "none"))
     _check_rates(options)
     _check_positions(sizes, options)
     if options.get("num_registers", 0) < 0:

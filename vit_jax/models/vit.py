@@ -19,7 +19,6 @@ from vit_jax.models.layers import (
     DepthSchedule,
     Encoder,
     Encoder1DBlock,
-    Remat,
     unconstrained,
 )
 from vit_jax.models.positions import Rotation, fixed_positions, patch_grid, rotation_2d
@@ -69,7 +68,8 @@ class VisionTransformer(nn.Module, kw_only=True):
       scan: whether one compiled block runs over stacked parameters: faster to compile, slower to
         run on a CPU.
       remat: what the backward pass computes again to save memory: nothing (`none`), all but the
-        dense layers (`dots`), or everything (`full`).
+        dense layers (`dots`), everything (`full`), or all but named activations, such as
+        `save:attn_out,mlp_hidden` (see `layers.parse_remat`).
       dtype: of the computation. Parameters and logits are float32.
       constrain: places activations on a mesh.
 
@@ -107,7 +107,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     patch_dropout_rate: float = 0.0
     head_bias_init: float = 0.0
     scan: bool = False
-    remat: Remat = "none"
+    remat: str = "none"
     dtype: Dtype = "float32"
     constrain: Constrain = unconstrained
 

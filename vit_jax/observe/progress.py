@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import rich.progress
 
+from vit_jax.observe import compile_cache
 from vit_jax.observe.console import console, say
 from vit_jax.observe.writer import MetricWriter
 
@@ -119,7 +120,7 @@ class Monitor:
             # Mostly compilation: left out of the speeds.
             seconds, self._first = time.perf_counter() - self._started, False
             self._writer.write(step, {"perf/first_step_s": seconds})
-            say(f"first step after {seconds:.1f} s")
+            say(f"first step after {seconds:.1f} s{compile_cache.summary()}")
             self._restart_clock(step)
         if log:
             self._log(step, metrics)

@@ -22,16 +22,18 @@ from vit_jax.utils import tree
 def report_start(
     *,
     mesh: Mesh,
+    hosts: tuple[str, ...],
     params: Any,
     frozen: Any,
     input_bytes: Mapping[str, int],
     groups: Sequence[tuple[str, ...]] = (),
     rates: Sequence[str] = (),
 ) -> None:
-    """Devices, mesh, parameters and what becomes of them.
+    """Devices by process and machine, mesh, parameters and what becomes of them.
 
     Args:
       mesh: of the run.
+      hosts: the machine of each process.
       params: all parameters (arrays or shapes).
       frozen: those that are not trained.
       input_bytes: memory of this host for batches, by what they are for.
@@ -39,12 +41,12 @@ def report_start(
       rates: lines on the learning rate and weight decay.
     """
     table = rich.table.Table(box=rich.box.SIMPLE, title="devices", title_justify="left")
-    for name in ("process", "device", "count", "mesh"):
+    for name in ("process", "host", "device", "count", "mesh"):
         table.add_column(name)
     kinds = Counter((d.process_index, d.device_kind) for d in mesh.devices.flat)
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     for i, ((process, kind), count) in enumerate(sorted(kinds.items())):
-        table.add_row(str(process), kind, str(count), "" if i else shape)
+        table.add_row(str(process), hosts[process], kind, str(count), "" if i else shape)
     say(f"vit_jax {vit_jax.__version__}, jax {jax.__version__}")
     console.print(table)
     say(parameter_overview.get_parameter_overview(params, include_stats=False))

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device mesh and how a batch lies on it."""
 
+import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +12,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.registry import check_type
 
 AXES = ("data", "fsdp", "tensor")
 # The batch is split over both: fsdp is data parallelism whose parameters are sharded too.
@@ -21,6 +25,7 @@ def make_mesh(
     data: int = -1,
     fsdp: int = 1,
     tensor: int = 1,
+    dcn: dict | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh with the axes `data, fsdp, tensor` over all devices.
@@ -29,34 +34,148 @@ def make_mesh(
       data: devices that hold copies of the parameters; -1 takes what the other axes leave.
       fsdp: devices over which parameters and optimizer state are sharded; -1 likewise.
       tensor: devices over which attention heads, MLPs and the head are split; -1 likewise.
+      dcn: where devices stand in groups with a slow network between them (TPU slices, GPU nodes),
+        how many parts of an axis lie in different groups, such as `{"data": -1}`. None puts them
+        along `data` first, then along `fsdp`.
       devices: all of the job's by default.
 
     Raises:
       UserError: the axes do not multiply to the number of devices, or more than one is -1.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    free = [axis for axis, size in sizes.items() if size == -1]
-    known = int(np.prod([size for size in sizes.values() if size != -1]))
-    for axis, size in sizes.items():
-        if size != -1 and size < 1:
-            raise UserError(f"mesh.{axis}={size}: expected at least 1, or -1 for what is left")
-    if len(free) > 1:
-        raise UserError(f"mesh.{free[1]}=-1: only one axis can fill, and mesh.{free[0]} does")
-    if free:
-        sizes[free[0]] = len(devices) // known
-    if int(np.prod(list(sizes.values()))) != len(devices):
-        shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    sizes = _fill({"data": data, "fsdp": fsdp, "tensor": tensor}, len(devices), key="mesh")
+    if math.prod(sizes.values()) != len(devices):
+        near = " or ".join(map(_text, factorizations(sizes, len(devices))))
         raise UserError(
-            f"mesh: {shape} does not make {len(devices)} device(s): set mesh.data, mesh.fsdp and "
-            "mesh.tensor so that they multiply to it"
+            f"mesh: {_text(sizes)} does not make {len(devices)} device(s); expected sizes that "
+            f"multiply to it, such as {near}"
         )
-    # Where the wiring of the chips does not fit the axes, an axis is laid over several of them.
-    grid = mesh_utils.create_device_mesh(
-        tuple(sizes.values()), devices, allow_split_physical_axes=True
-    )
     # Explicit axes, the default of jax.make_mesh, do not work with Flax Linen.
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(arrange(devices, sizes, dcn), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(devices: Sequence[Any], sizes: dict[str, int], dcn: dict | None) -> np.ndarray:
+    """Lays devices out so that only the axes of `dcn` cross the slow network.
+
+    Args:
+      devices: as many as the sizes multiply to.
+      sizes: of the axes.
+      dcn: see `make_mesh`.
+
+    Raises:
+      UserError: `dcn` does not fit the groups that there are.
+    """
+    groups = Counter(map(_group, devices))
+    if dcn is None:
+        slow = _spread(sizes, len(groups))
+    else:
+        for axis in dcn:
+            if axis not in AXES:
+                raise UserError(f"unknown config key mesh.dcn.{axis}{suggest(axis, AXES)}")
+        slow = _fill({axis: dcn.get(axis, 1) for axis in AXES}, len(groups), key="mesh.dcn")
+    if math.prod(slow.values()) != len(groups) or len(set(groups.values())) > 1:
+        raise UserError(
+            f"mesh.dcn: {_text(slow)} does not make {len(groups)} group(s) of "
+            f"{sorted(set(groups.values()))} devices; expected sizes that multiply to it, such as "
+            "mesh.dcn.data=-1"
+        )
+    for axis, size in sizes.items():
+        if size % slow[axis]:
+            raise UserError(
+                f"mesh.{axis}={size} is not divisible by mesh.dcn.{axis}={slow[axis]}, its parts "
+                "in different slices or nodes"
+            )
+    # Where the wiring of the chips does not fit the axes, an axis is laid over several of them.
+    if len(groups) == 1:
+        return mesh_utils.create_device_mesh(
+            tuple(sizes.values()), devices, allow_split_physical_axes=True
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        tuple(size // slow[axis] for axis, size in sizes.items()),
+        tuple(slow.values()),
+        devices,
+        process_is_granule=devices[0].platform == "cpu",
+        allow_split_physical_axes=True,
+    )
+
+
+def _group(device: Any) -> int:
+    """The TPU slice or the GPU node of a device, by JAX's number; on CPUs the process."""
+    if device.platform == "cpu":
+        return device.process_index
+    return getattr(device, "slice_index", 0)
+
+
+def _spread(sizes: dict[str, int], groups: int) -> dict[str, int]:
+    slow = {}
+    for axis, size in sizes.items():
+        slow[axis] = math.gcd(size, groups)
+        groups //= slow[axis]
+    return slow
+
+
+def _fill(sizes: dict[str, int], total: int, *, key: str) -> dict[str, int]:
+    free = [axis for axis, size in sizes.items() if size == -1]
+    for axis, size in sizes.items():
+        if not isinstance(size, int) or (size != -1 and size < 1):
+            raise UserError(f"{key}.{axis}={size}: expected at least 1, or -1 for what is left")
+    if len(free) > 1:
+        raise UserError(f"{key}.{free[1]}=-1: only one axis can fill, and {key}.{free[0]} does")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    return sizes | {axis: max(total // known, 1) for axis in free}
+
+
+def factorizations(sizes: dict[str, int], total: int) -> list[dict[str, int]]:
+    """The three ways to make `total` that are nearest to `sizes`."""
+    divisors = [n for n in range(1, total + 1) if total % n == 0]
+    found = [
+        {"data": total // (f * t), "fsdp": f, "tensor": t}
+        for f in divisors
+        for t in divisors
+        if total % (f * t) == 0
+    ]
+
+    def distance(candidate: dict[str, int]) -> float:
+        return sum(abs(math.log(candidate[axis] / sizes[axis])) for axis in AXES)
+
+    return sorted(found, key=distance)[:3]
+
+
+def _text(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def choose_layout(
+    section: dict[str, Any], devices: Sequence[Any]
+) -> tuple[dict[str, Any], str | None]:
+    """Takes the first of the `rules` of a config's `mesh` that fits the devices.
+
+    Args:
+      section: may have `rules`: pairs of a regular expression, searched for in what the devices
+        are, such as "TPU v5 lite x256" or "NVIDIA H100 80GB HBM3 x8", and the keys of `mesh` to
+        change there.
+      devices: of the job.
+
+    Returns:
+      The section as changed, without the rules, and which one was taken, to be shown; None where
+      there are no rules.
+
+    Raises:
+      UserError: an expression is none.
+    """
+    rest = {k: v for k, v in section.items() if k != "rules"}
+    rules = section.get("rules", ())
+    check_type(rules, tuple[tuple[str, dict], ...], key="mesh.rules")
+    what = f"{devices[0].device_kind} x{len(devices)}"
+    for pattern, changes in rules:
+        try:
+            fits = re.search(pattern, what)
+        except re.error as e:
+            raise UserError(f"mesh.rules: {pattern!r} is no regular expression: {e}") from None
+        if fits:
+            shown = ", ".join(f"{k}={v}" for k, v in changes.items()) or "no change"
+            return rest | dict(changes), f"mesh.rules: {pattern!r} fits {what}: {shown}"
+    return rest, f"mesh.rules: none fits {what}" if rules else None
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, *, key: str) -> None:

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes side by side: their output, the end of all when one fails, and another run."""
+
+import sys
+import time
+
+from vit_jax.launch import local
+
+
+def command(text, *arguments):
+    return [sys.executable, "-c", text, *arguments]
+
+
+def test_lines_carry_the_number_of_the_process(capfd):
+    code, told = local.run_once([command(f"print('line {i}')") for i in range(3)])
+    assert (code, told) == (0, False)
+    lines = capfd.readouterr().out.splitlines()
+    assert sorted(lines) == ["[0] line 0", "[1] line 1", "[2] line 2"]
+
+
+def test_all_end_when_one_fails():
+    begun = time.monotonic()
+    code, _ = local.run_once(
+        [command("import time; time.sleep(60)"), command("raise SystemExit(3)")]
+    )
+    assert code == 3
+    assert time.monotonic() - begun < 10
+
+
+def test_a_job_that_asks_for_it_is_run_again(monkeypatch, tmp_path, capfd):
+    text = (
+        "import pathlib, sys; p = pathlib.Path(sys.argv[1]); n = p.exists(); p.touch();"
+        "sys.exit(0 if n else 75)"
+    )
+    monkeypatch.setattr(
+        local, "make_commands", lambda train, n, port: [command(text, str(tmp_path / "ran"))]
+    )
+    assert local.main(["-n", "1", "--", "x"]) == 0
+    assert "exit code 75 asks for another run" in capfd.readouterr().out
+
+
+def test_a_dry_run_prints_the_commands(capsys):
+    assert local.main(["-n", "2", "--dry_run", "--", "--config=c.py", "--workdir=my runs"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("--num_processes=2 --process_id=0")
+    assert "-m vit_jax.main --config=c.py '--workdir=my runs'" in second

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts a job of several processes on this machine.
+
+python -m vit_jax.launch.local -n 4 -- --config=configs/digits.py --workdir=runs/digits4
+"""
+
+import argparse
+import contextlib
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import IO
+
+from vit_jax.parallel.preemption import RUN_AGAIN
+
+# Seconds that processes get to end when one has failed, before they are killed.
+_GRACE_S = 20.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code of the first process that failed, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m vit_jax.launch.local", description=__doc__)
+    parser.add_argument("-n", "--num_processes", type=int, required=True)
+    parser.add_argument("--max_runs", type=int, default=10, help="how often it is run at most")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
+    parser.add_argument("train", nargs="+", help="after --: the arguments of vit_jax.main")
+    args = parser.parse_args(arguments)
+    if args.num_processes < 1:
+        parser.error(f"-n {args.num_processes}: expected at least 1")
+    if args.dry_run:
+        for command in make_commands(args.train, args.num_processes, port=1234):
+            print(shlex.join(command))
+        return 0
+    code = RUN_AGAIN
+    for run in range(args.max_runs):
+        if run:
+            print(f"launch: exit code {RUN_AGAIN} asks for another run", flush=True)
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = s.getsockname()[1]
+        code, told = run_once(make_commands(args.train, args.num_processes, port=port))
+        if code != RUN_AGAIN or told:
+            break
+    return code
+
+
+def make_commands(train: Sequence[str], num_processes: int, *, port: int) -> list[list[str]]:
+    """The command of each process."""
+    job = [f"--coordinator=localhost:{port}", f"--num_processes={num_processes}"]
+    command = [sys.executable, "-m", "vit_jax.main", *train, *job]
+    return [[*command, f"--process_id={i}"] for i in range(num_processes)]
+
+
+def run_once(commands: Sequence[Sequence[str]]) -> tuple[int, bool]:
+    """Runs processes side by side to their end, and ends all when one fails.
+
+    Their output comes line by line, with the number of the process. SIGTERM and ctrl-C go on to
+    all of them.
+
+    Returns:
+      The exit code of the first that failed, else 0, and whether a signal came.
+    """
+    started = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for command in commands
+    ]
+    readers = [
+        threading.Thread(target=_copy, args=(i, process.stdout), daemon=True)
+        for i, process in enumerate(started)
+    ]
+    for reader in readers:
+        reader.start()
+    told = False
+
+    def forward(number: int, _: object) -> None:
+        nonlocal told
+        told = True
+        for process in started:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = _wait(started)
+    finally:
+        for process in started:
+            process.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for reader in readers:
+        reader.join()
+    return code, told
+
+
+def _wait(started: Sequence[subprocess.Popen]) -> int:
+    first, deadline = 0, None
+    while None in (codes := [process.poll() for process in started]):
+        failed = [code for code in codes if code]
+        if failed and deadline is None:
+            first = _exit_code(failed[0])
+            deadline = time.monotonic() + _GRACE_S
+            if first != RUN_AGAIN:  # Else the others are on their way out too.
+                for process in started:
+                    process.terminate()
+        if deadline is not None and time.monotonic() > deadline:
+            for process in started:
+                process.kill()
+        time.sleep(0.05)
+    failed = [code for code in codes if code]
+    if not first and failed:
+        first = _exit_code(failed[0])
+    return first
+
+
+def _exit_code(code: int) -> int:
+    """That of a shell: a process that a signal has ended has -N here, and 128 + N there."""
+    return code if code > 0 else 128 - code
+
+
+def _copy(index: int, output: IO[str] | None) -> None:
+    with contextlib.suppress(ValueError):
+        for line in output or ():
+            print(f"[{index}] {line}", end="", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled programs are kept on disk, so that a run that goes on need not compile again."""
+
+import hashlib
+import os
+import platform
+from collections import Counter
+from pathlib import Path
+
+import jax
+
+from vit_jax.utils.errors import UserError
+
+_EVENTS = {
+    "/jax/compilation_cache/cache_hits": "hits",
+    "/jax/compilation_cache/cache_misses": "misses",
+}
+_counts: Counter[str] = Counter()
+
+
+def set_up(folder: str | None) -> None:
+    """Switches the cache on; before anything is compiled.
+
+    Args:
+      folder: on a disk of the machine, or one that all machines see; `off` for no cache. None for
+        what `JAX_COMPILATION_CACHE_DIR` says, else a folder below `XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises:
+      UserError: it can't be written to.
+    """
+    if folder == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if folder is None and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        path = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    else:
+        path = Path(folder) if folder else _default()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            writable = os.access(path, os.W_OK)
+        except OSError:
+            writable = False
+        if not writable and folder is None:  # A machine without a home still trains.
+            return
+        if not writable:
+            raise UserError(f"--compile_cache={folder}: expected a folder to write to, or off")
+        jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.monitoring.register_event_listener(_count)
+
+
+def summary() -> str:
+    """Such as `, compile cache: 3 hits, 1 miss`; empty where there is none."""
+    if not _counts:
+        return ""
+    hits, misses = _counts["hits"], _counts["misses"]
+    return f", compile cache: {hits} hit{'s' * (hits != 1)}, {misses} miss{'es' * (misses != 1)}"
+
+
+def _default() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    # A program for this CPU may use what another, with the same home, has not.
+    cpu = Path("/proc/cpuinfo")
+    flags = platform.machine()
+    if cpu.exists():
+        lines = cpu.read_text(errors="replace").splitlines()
+        flags += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return Path(home) / "vit_jax" / f"compiled-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+
+
+def _count(event: str, **_: object) -> None:
+    if event in _EVENTS:
+        _counts[_EVENTS[event]] += 1

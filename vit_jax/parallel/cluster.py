@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which processes make up the job, and which devices are this one's: from flags and environment.
+
+One answer for TPU VMs and GKE, Slurm, Open MPI and plain flags. Nothing here talks to a network.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from vit_jax.utils.errors import UserError
+
+# Slurm gives jobs their own range of ports by job number; these are rarely used by others.
+_FIRST_PORT, _PORTS = 61440, 4096
+_TPU_PORT = 8482
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """How this process joins its job.
+
+    Attributes:
+      source: what said so: `flags`, `Slurm`, `Open MPI`, `GKE`, or `JAX` where it finds out itself.
+      coordinator: HOST:PORT of process 0; None where JAX finds it.
+      num_processes: of the job.
+      process_id: of this process, from 0.
+      local_device_ids: GPUs of the machine that are this process's; None for all that it sees.
+    """
+
+    source: str
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    local_device_ids: tuple[int, ...] | None = None
+
+
+def resolve(
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    local_device_ids: tuple[int, ...] | None,
+    environment: Mapping[str, str],
+) -> Job | None:
+    """Finds this process's place in its job.
+
+    Args:
+      coordinator: HOST:PORT of process 0; `auto` to ask the environment; `none` for a job of this
+        process alone; None for that too, unless the environment speaks of several processes. An
+        address alone is enough under Slurm and Open MPI.
+      num_processes: of the job.
+      process_id: of this process.
+      local_device_ids: GPUs of this process.
+      environment: the process's variables.
+
+    Returns:
+      None for a job of one process that needs no coordinator.
+
+    Raises:
+      UserError: arguments are missing or don't go together, or the environment speaks of several
+        processes and nothing says whether they are one job.
+    """
+    given = (num_processes, process_id)
+    found = _from_slurm(environment) or _from_open_mpi(environment) or _from_gke(environment)
+    if coordinator in (None, "none"):
+        if given != (None, None):
+            raise _incomplete(coordinator, *given)
+        if coordinator is None and found is not None and (found.num_processes or 1) > 1:
+            raise UserError(
+                f"--coordinator is missing: this is process {found.process_id} of "
+                f"{found.num_processes} by {found.source}; expected --coordinator=auto to make "
+                "them one job, or --coordinator=none to run each alone"
+            )
+        if local_device_ids is None:
+            return None
+        return Job(source="flags", local_device_ids=local_device_ids)
+    if coordinator == "auto":
+        if given != (None, None):
+            raise _incomplete(coordinator, *given)
+        found = found or Job(source="JAX")
+        if found.source != "JAX" and found.coordinator is None:
+            raise UserError(
+                f"--coordinator=auto: {found.source} does not say where process 0 is; expected "
+                "--coordinator=HOST:PORT of it"
+            )
+    else:
+        check_address(coordinator)
+        if given == (None, None) and found is not None:
+            found = dataclasses.replace(found, coordinator=coordinator)
+        elif None in given:
+            raise _incomplete(coordinator, *given)
+        else:
+            found = Job(
+                source="flags",
+                coordinator=coordinator,
+                num_processes=num_processes,
+                process_id=process_id,
+            )
+        assert found.num_processes is not None
+        assert found.process_id is not None
+        if not 0 <= found.process_id < found.num_processes:
+            raise UserError(
+                f"--process_id={process_id} with --num_processes={num_processes}: expected 0 to "
+                "one less"
+            )
+    if local_device_ids is not None:
+        found = dataclasses.replace(found, local_device_ids=local_device_ids)
+    return found
+
+
+def check_address(address: str) -> tuple[str, int]:
+    """Splits HOST:PORT.
+
+    Raises:
+      UserError: it is something else.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"--coordinator={address}: expected HOST:PORT, auto or none")
+    return host.strip("[]"), int(port)
+
+
+def _incomplete(coordinator: str | None, num: int | None, index: int | None) -> UserError:
+    return UserError(
+        f"--coordinator={coordinator}, --num_processes={num}, --process_id={index}: expected all "
+        "three, or --coordinator=auto alone"
+    )
+
+
+def _from_slurm(environment: Mapping[str, str]) -> Job | None:
+    """Of a step that srun started; a script that sbatch runs is no step."""
+    names = ("SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_PROCID")
+    values = [environment.get(name, "") for name in names]
+    if not all(values):
+        return None
+    job, tasks, nodes, index = values
+    port = _FIRST_PORT + int(job) % _PORTS
+    # Such as "8(x2),4": the first is the first node's, and all but the last node have as many.
+    here = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    return Job(
+        source="Slurm",
+        coordinator=f"{first_host(nodes)}:{port}",
+        num_processes=int(tasks),
+        process_id=int(index),
+        local_device_ids=_own_gpus(
+            environment,
+            tasks=int(here.group()) if here else 1,
+            local_id=int(environment.get("SLURM_LOCALID", "0")),
+            bound="SLURM_GPUS_PER_TASK" in environment,
+        ),
+    )
+
+
+def _from_open_mpi(environment: Mapping[str, str]) -> Job | None:
+    size, rank = (environment.get(f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK"))
+    if size is None or rank is None:
+        return None
+    # Of mpirun, as in "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911": it starts rank 0 on its own
+    # machine. Later versions do not tell.
+    uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
+    found = re.match(r"(\d+)\.\d+;tcp://([^,:;]+)", uri)
+    coordinator = None
+    if found:
+        coordinator = f"{found.group(2)}:{_FIRST_PORT + int(found.group(1)) % _PORTS}"
+    return Job(
+        source="Open MPI",
+        coordinator=coordinator,
+        num_processes=int(size),
+        process_id=int(rank),
+        local_device_ids=_own_gpus(
+            environment,
+            tasks=int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")),
+            local_id=int(environment.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")),
+            bound=False,
+        ),
+    )
+
+
+def _from_gke(environment: Mapping[str, str]) -> Job | None:
+    """Of a TPU pod on GKE, of one slice or several."""
+    names = environment.get("TPU_WORKER_HOSTNAMES")
+    worker = environment.get("TPU_WORKER_ID")
+    if names is None or worker is None:
+        return None
+    hosts = [name.strip() for name in names.split(",")]
+    slices = int(environment.get("MEGASCALE_NUM_SLICES", "1"))
+    slice_id = int(environment.get("MEGASCALE_SLICE_ID", "0"))
+    first = environment.get("MEGASCALE_COORDINATOR_ADDRESS", hosts[0]).partition(":")[0]
+    return Job(
+        source="GKE",
+        coordinator=f"{first}:{_TPU_PORT}",
+        num_processes=slices * len(hosts),
+        process_id=slice_id * len(hosts) + int(worker),
+    )
+
+
+def _own_gpus(
+    environment: Mapping[str, str], *, tasks: int, local_id: int, bound: bool
+) -> tuple[int, ...] | None:
+    """A process's share of the GPUs that it sees; None for all of them.
+
+    One process a machine takes all, and so does one that the launcher bound to GPUs of its own.
+    Else the processes of the machine share evenly what all of them see.
+    """
+    visible = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    if tasks == 1 or bound or (visible and len(visible) < tasks):
+        return None
+    share = len(visible) // tasks if visible else 1
+    return tuple(range(local_id * share, (local_id + 1) * share))
+
+
+def first_host(nodes: str) -> str:
+    """The first of a list such as Slurm's `gpu[003-007,12],cpu1`."""
+    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
+    if found is None:
+        raise UserError(f"SLURM_STEP_NODELIST={nodes!r}: expected names of nodes")
+    return "".join(part or "" for part in found.groups())
