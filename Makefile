@@ -55,8 +55,9 @@ verify-torch: .venv/project.stamp build/torch/timm.stamp  ## install PyTorch and
 show-preprocess: .venv/project.stamp  ## render what preprocessing makes of the images in IMAGES=folder
 	.venv/bin/python -m tools.show_preprocess $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
 
-golden: .venv/project.stamp  ## write anew what the tests expect of configs/
+golden: .venv/project.stamp  ## write anew what the tests expect of configs/, and of shardings
 	.venv/bin/python -m tools.config_dumps $(ARGS)
+	.venv/bin/python -m tests.testdata.make_sharding_golden
 
 bench-input: .venv/project.stamp build/torch/timm.stamp build/tensorflow/cpu.stamp  ## compare the input pipeline with those of TensorFlow and timm, on JPEGs made of IMAGES=folder
 	.venv/bin/python -m benchmarks.input --tf_python=build/tensorflow/bin/python \

@@ -164,11 +164,11 @@ def _join_job() -> None:
 
 
 def _check_same(config: ConfigDict) -> None:
-    """Machines may keep the data elsewhere, and have more cores; all else is the same."""
+    """Machines may keep the data elsewhere, with more cores and memory; all else is the same."""
     values = {f"config.{k}": v for k, v in flatten(config.to_dict()).items()}
     values |= {"--workdir": _WORKDIR.value, "vit_jax": __version__, "jax": jax.__version__}
-    for key in ("config.data.data_dir", "config.data.num_threads"):
-        values.pop(key, None)
+    for key in ("data_dir", "num_threads", "max_ram_gb"):
+        values.pop(f"config.data.{key}", None)
     processes.check_same(values)
 
 

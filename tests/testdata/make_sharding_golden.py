@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes where each parameter of the presets lies, under three meshes, to `sharding/`.
 
-After a change of the rules, and read the difference:
-
 python -m tests.testdata.make_sharding_golden
+
+Read the difference after a change of the rules.
 """
 
 import re
