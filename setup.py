@@ -69,6 +69,7 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
+        "tpu-plan": ["jax[tpu]"],  # libtpu, of the version that fits jax; no TPU is needed
         "cuda": ["jax[cuda13]"],
         "gcs": ["etils[epath-gcs]>=1.9.1"],
         "parquet": ["pyarrow>=15.0"],

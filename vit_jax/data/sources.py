@@ -2,8 +2,8 @@
 """Datasets by name, read by position.
 
 `folder:PATH`, `manifest:PATH` and `parquet:PATH` are the user's own, `packed:PATH` and `raw:PATH`
-what was packed of another dataset; any other name is that of a TFDS dataset in `array_record` form.
-`digits` comes with the package.
+what was packed of another dataset, `blank:CLASSES` is made up; any other name is that of a TFDS
+dataset in `array_record` form. `digits` comes with the package.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from etils import epath
 
 import vit_jax.data.datasets  # noqa: F401  (registers the package's own TFDS builders)
 from vit_jax.data.base import Dataset, DatasetInfo, Source
+from vit_jax.data.blank import blank_dataset
 from vit_jax.data.files import folder_dataset, manifest_dataset
 from vit_jax.data.packed import packed_dataset, raw_dataset
 from vit_jax.data.parquet import parquet_dataset
@@ -37,6 +38,7 @@ _KEPT_BYTES = 2**24
 
 # What a name starts with, before a colon and a path.
 KINDS: dict[str, Callable[[str], Dataset]] = {
+    "blank": blank_dataset,
     "folder": folder_dataset,
     "manifest": manifest_dataset,
     "parquet": parquet_dataset,

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans of a small run, compiled for the CPUs of the tests."""
+
+import dataclasses
+import json
+
+import pytest
+
+from tests.tiny import tiny_config
+from vit_jax import plan as command
+from vit_jax.experiment import Experiment
+from vit_jax.parallel.chips import GPUS
+from vit_jax.parallel.topologies import make_devices, parse_topology
+from vit_jax.planning import compiled, search
+from vit_jax.planning.compiled import parse_size
+from vit_jax.planning.plan import make_plan, prepare_config
+from vit_jax.planning.search import (
+    Candidate,
+    could_fit,
+    format_overrides,
+    make_candidates,
+    override,
+)
+from vit_jax.planning.text import describe_plan, describe_remedies, describe_search
+from vit_jax.utils.errors import UserError
+
+KEYS = {
+    "fits",
+    "hbm_limit_bytes",
+    "peak_bytes",
+    "argument_bytes",
+    "temp_bytes",
+    "flops_per_device",
+    "collectives",
+    "step_seconds",
+    "mfu_bound",
+}
+
+
+def small_config(**changes):
+    """A model whose activations outweigh the rest, prepared, with no dataset on disk."""
+    sizes = {"model__hidden_size": 64, "model__mlp_dim": 256, "model__scan": True}
+    config = tiny_config("nowhere", **sizes, data__batch_size=256, **changes)
+    return prepare_config(config.to_dict(), num_classes=16, image_size=32)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def candidates():
+    return make_candidates(small_config(), parse_topology("h100:2"), images_per_device=(64, 128))
+
+
+@pytest.fixture(scope="module")
+def plan(cache):
+    config = small_config(mesh__fsdp=2, mesh__tensor=2)
+    return make_plan(config, parse_topology("h100:4", num_slices=2), cache=cache)
+
+
+def test_state_and_batch_are_predicted_exactly_and_the_rest_about_right(plan):
+    parts = ("params", "opt_state", "ema_params", "batch")
+    assert sum(plan.predicted[p] for p in parts) == plan.argument_bytes
+    rest = plan.predicted["gradients"] + plan.predicted["activations"]
+    assert 0.5 < rest / plan.temp_bytes < 2
+
+
+def test_a_plan_has_memory_speed_and_transfers_along_all_axes(plan):
+    assert plan.fits
+    assert plan.hbm_limit_bytes == GPUS["h100"].hbm_bytes
+    assert plan.peak_bytes >= plan.argument_bytes + plan.temp_bytes
+    axes = {axis for c in plan.collectives for axis in c["axes"]}
+    assert axes == {"data", "fsdp", "tensor"}
+    assert plan.ici_bytes > 0
+    assert plan.dcn_bytes > 0
+    assert plan.images_per_second_per_chip == pytest.approx(256 / plan.step_seconds / 8)
+    assert 0 < plan.mfu_bound < 1
+    assert set(json.loads(json.dumps(dataclasses.asdict(plan)))) >= KEYS
+
+
+def test_a_plan_for_gpus_says_that_cpus_stand_in_for_them(plan):
+    assert plan.compiled_for == "cpu"
+    assert "compiled for as many CPUs" in "\n".join(describe_plan(dataclasses.asdict(plan)))
+
+
+def test_what_was_compiled_is_kept(plan, cache):
+    config = small_config(mesh__fsdp=2, mesh__tensor=2)
+    again = make_plan(config, parse_topology("h100:4", num_slices=2), cache=cache)
+    assert again.cached
+    assert not plan.cached
+    assert dataclasses.replace(again, cached=False) == plan
+
+
+def test_no_memory_is_an_answer_that_says_what_would_fit(monkeypatch, candidates):
+    topology = parse_topology("h100:2")
+    config = small_config()
+    first = next(c for c in candidates if c.overrides["model.remat"] == "none")
+    need = first.argument_bytes + first.temp_bytes
+    chip = dataclasses.replace(GPUS["h100"], hbm_bytes=need // 2)
+    message = f"RESOURCE_EXHAUSTED: temporaries ({need / 2**20:.2f}M) exceeds available HBM"
+    step = compiled.did_not_fit(first.argument_bytes, message, 1.0)
+    monkeypatch.setattr("vit_jax.planning.plan.compile_step", lambda *_, **__: (step, False))
+    plan = dataclasses.asdict(
+        make_plan(config, dataclasses.replace(topology, chip=chip), cache=None)
+    )
+    assert not plan["fits"]
+    assert plan["step_seconds"] is None
+    assert plan["temp_bytes"] == pytest.approx(need, rel=0.01)
+    assert "does not fit" in "\n".join(describe_plan(plan))
+    lines = list(describe_remedies(plan, candidates))
+    assert "--config.model.remat=" in lines[1]
+    smallest = {"hbm_limit_bytes": 1000}
+    assert "nothing" in next(describe_remedies(smallest, candidates))
+
+
+@pytest.mark.parametrize(
+    ("message", "peak"),
+    [
+        ("memory required for HLO temporaries (68.00G) exceeds available HBM (15.75G)", 68 * 2**30),
+        ("Used 25.5G of 15.75G hbm. Exceeded hbm capacity by 9.75G.", round(25.5 * 2**30)),
+        ("something else", 0),
+    ],
+)
+def test_compilers_are_understood_when_memory_runs_out(message, peak):
+    arguments = 1000 if "temporaries" in message else 0
+    step = compiled.did_not_fit(arguments, message, 1.0)
+    assert step.peak_bytes == peak + arguments
+    assert parse_size("1.5K") == 1536
+
+
+def test_candidates_are_ways_that_the_config_allows_the_fastest_first(candidates):
+    # What is the same to three digits is as fast.
+    seconds = [float(f"{c.seconds_per_image:.3g}") for c in candidates]
+    assert seconds == sorted(seconds)
+    devices = make_devices(parse_topology("h100:2"))
+    for c in (candidates[0], candidates[-1]):
+        Experiment.from_config(override(small_config(), c.overrides), devices=devices)
+    assert {c.overrides["model.remat"] for c in candidates} == {"none", "dots", "full"}
+    assert {c.batch_size for c in candidates if c.mesh["tensor"] == 1} == {128, 256}
+    # Of the same way, more computed again is less kept; more parts at a time are fewer images.
+    memory = {
+        (c.overrides["model.remat"], c.overrides["optimizer.accum_steps"]): c.temp_bytes
+        for c in candidates
+        if c.mesh == {"data": 2, "fsdp": 1, "tensor": 1} and c.batch_size == 256
+    }
+    assert memory["none", 1] > memory["dots", 1] > memory["full", 1]
+    assert memory["none", 1] > memory["none", 4]
+
+
+def candidate(remat, *, temp, seconds):
+    overrides = {"model.remat": remat, "optimizer.accum_steps": 1}
+    return Candidate(overrides, {}, 8, 100, temp, seconds, 64)
+
+
+def test_search_compiles_the_fastest_that_fit_and_learns_from_what_did_not():
+    candidates = [
+        candidate("none", temp=900, seconds=1),
+        candidate("none", temp=880, seconds=1.1),
+        candidate("dots", temp=500, seconds=1.2),
+        candidate("full", temp=100, seconds=2),
+        candidate("full", temp=10**6, seconds=0.1),
+    ]
+    compiled_for = []
+
+    def compile_candidate(c):
+        compiled_for.append(c.temp_bytes)
+        fits = c.temp_bytes <= 500
+        speed = {"images_per_second_per_chip": 64 / c.step_seconds} if fits else {}
+        return {"fits": fits, "temp_bytes": 2 * c.temp_bytes, "error": "too much"} | speed
+
+    results = search.search(candidates, 1000, compile_candidate, max_compiles=9, jobs=1)
+    # First what fits with some to spare, the fastest first; of those that just might fit, none
+    # that is like one that did not. What is a thousand times too large is not tried.
+    assert compiled_for == [500, 100, 900]
+    assert [r.candidate.temp_bytes for r in results] == [500, 100, 900]
+    text = list(describe_search([], 5))
+    assert "nothing fits" in text[-1]
+    assert not could_fit(candidates[-1], 1000)
+
+
+def test_overrides_are_printed_as_the_command_reads_them():
+    overrides = {"model.remat": "none", "mesh.fsdp": 4}
+    text = format_overrides(overrides)
+    assert text == "--config.model.remat='\"none\"' --config.mesh.fsdp=4"
+
+
+def test_a_plan_needs_no_dataset(tmp_path):
+    config = tiny_config(str(tmp_path), data__name="folder:/nowhere").to_dict()
+    prepared = prepare_config(config, num_classes=1000, image_size=64)
+    assert prepared["data"]["name"] == "blank:1000,64"
+    assert "evals" not in prepared
+    prepared = prepare_config(dict(config, total_steps=None, epochs=3), num_classes=7)
+    assert prepared["total_steps"] > 0
+    assert "epochs" not in prepared
+    with pytest.raises(UserError, match="--num_classes"):
+        prepare_config(config, image_size=64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--topology=v9:4"], "there is"),
+        (["--topology=cpu:8", "--config.mesh.fsdp=3"], "mesh: "),
+        (["--topology=cpu:8", "--config.data.name=imagnet"], "data.name='imagnet'"),
+        (["--topology=cpu:8", "--search"], "needs a TPU or a GPU"),
+        (["--topology=cpu:8", "--search", "--scale=8"], "one of them"),
+        (["--topology=cpu:8", "--scale=8"], "expected a TPU or a GPU"),
+        (["--topology=cpu:8", "--jobs=0"], "at least 1"),
+        (["--topology=v5e:4x4", "--num_slices=0"], "--num_slices=0"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, expected):
+    with pytest.raises(UserError) as error:
+        command.main(["--config=configs/digits.py", "--config.model.scan=True", *arguments])
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_imagenet_needs_no_network_to_be_planned():
+    config = command.load_config("configs/vit_i1k.py:variant=S/16", {}).to_dict()
+    devices = make_devices(parse_topology("cpu:8"))
+    experiment = Experiment.from_config(prepare_config(config), devices=devices)
+    assert experiment.model.num_classes == 1000
+    assert experiment.abstract_batch["image"].shape == (4096, 224, 224, 3)
+
+
+def test_the_command_prints_json(capsys, cache):
+    arguments = ["--config=configs/digits.py", "--topology=cpu:2", "--json", f"--cache={cache}"]
+    shrink = ["--config.model.scan=True", "--config.objective.mixup=0.0"]
+    command.main([*arguments, *shrink, "--num_classes=10", "--image_size=16"])
+    plan = json.loads(capsys.readouterr().out)
+    assert set(plan) >= KEYS
+    assert plan["fits"]
+    assert plan["hbm_limit_bytes"] is None
+    assert plan["step_seconds"] is None

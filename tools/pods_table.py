@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the ImageNet-1k recipe for TPU pods, and writes docs/pods.md.
+
+Each size is compiled in the way that arithmetic finds the fastest of those that fit; if it does
+not, in the next. A cell takes minutes on two cores. What is done is kept, and not done again.
+
+python -m tools.pods_table --sizes S/16,B/16 --topologies v5e:4x4
+"""
+
+import argparse
+import concurrent.futures
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vit_jax.main import load_config
+from vit_jax.parallel.topologies import parse_topology
+from vit_jax.planning.plan import prepare_config
+from vit_jax.planning.search import (
+    Candidate,
+    could_fit,
+    default_cache,
+    format_overrides,
+    make_candidates,
+    override,
+    plan_in_subprocess,
+)
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "pods.md"
+RESULTS = ROOT / "benchmarks" / "results" / "pods.json"
+START, END = "<!-- made by tools/pods_table.py -->\n", "<!-- end -->\n"
+SIZES = ("S/16", "B/16", "L/16", "H/14", "g/14", "G/14")
+TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v6e:4x4", "v5p:4x4x4", "tpu7x:2x2x4")
+# What an estimate may be below the compiler's: a first try should fit.
+_SAFE = 1.12
+_TRIES = 3
+_GIB = 2**30
+
+
+def config_of(size: str) -> tuple[str, dict[str, Any]]:
+    """The config that trains a size, and what it needs besides: the recipe names sizes up to L."""
+    if size in ("S/16", "B/16", "L/16"):
+        return f"configs/vit_i1k.py:variant={size}", {}
+    changes = {"model.variant": size, "model.representation_size": None}
+    return "configs/vit_i1k.py:variant=L/16", changes
+
+
+def find_candidates(size: str, name: str) -> list[Candidate]:
+    """The ways to run a size on a topology that fit by arithmetic, the fastest first."""
+    config, changes = config_of(size)
+    topology = parse_topology(name)
+    prepared = override(prepare_config(load_config(config, {}).to_dict()), changes)
+    limit = topology.chip.hbm_bytes if topology.chip else 0
+    candidates = make_candidates(prepared, topology)
+    return [c for c in candidates if could_fit(c, limit, ratio=_SAFE)]
+
+
+def estimate_cell(size: str, name: str) -> dict[str, Any]:
+    """What arithmetic says of a size on a topology."""
+    candidates = find_candidates(size, name)
+    if not candidates:
+        return {"compiled": False, "fits": False}
+    first, changes, chip = candidates[0], config_of(size)[1], parse_topology(name).chip
+    return {
+        "compiled": False,
+        "fits": True,
+        "accum_steps": first.overrides["optimizer.accum_steps"],
+        "images_per_device": first.images * first.overrides["optimizer.accum_steps"],
+        "peak_bytes": first.argument_bytes + first.temp_bytes,
+        "hbm_limit_bytes": chip.hbm_bytes if chip else None,
+        "overrides": format_overrides(changes | first.overrides),
+    }
+
+
+def fill_cell(size: str, name: str, cache: Path) -> dict[str, Any]:
+    """The plan of a size on a topology, and how it is to be run."""
+    config, changes = config_of(size)
+    chip = parse_topology(name).chip
+    arguments = [f"--config={config}", f"--topology={name}", f"--cache={cache}"]
+    tried: list[dict[str, Any]] = []
+    ratio = _SAFE
+    for candidate in find_candidates(size, name):
+        if len(tried) == _TRIES:
+            break
+        if chip is not None and not could_fit(candidate, chip.hbm_bytes, ratio=ratio):
+            continue
+        plan = plan_in_subprocess(arguments, changes | candidate.overrides)
+        tried.append(plan | {"overrides": format_overrides(changes | candidate.overrides)})
+        if plan["fits"]:
+            break
+        if plan.get("temp_bytes"):
+            ratio = max(ratio, 1.02 * plan["temp_bytes"] / candidate.temp_bytes)
+    if not tried:
+        return {"compiled": True, "fits": False, "error": "nothing fits by arithmetic", "tries": 0}
+    return tried[-1] | {"compiled": True, "tries": len(tried)}
+
+
+def make_table(cells: dict[str, dict[str, Any]]) -> str:
+    """The page's table, a row for each size and topology."""
+    rows = [
+        "| size | topology | fits | images a device | GiB | at best | bound by | overrides |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for size in SIZES:
+        for name in TOPOLOGIES:
+            cell = cells.get(f"{size}@{name}")
+            row = ("not looked at yet", "", "", "", "", "") if cell is None else _row(cell)
+            rows.append(f"| {size} | {name} | {' | '.join(row)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _row(cell: dict[str, Any]) -> tuple[str, ...]:
+    by = "" if cell["compiled"] else " *"
+    if not cell["fits"]:
+        return (f"no{by}: {_why(cell)}", "", "", "", "", "")
+    accum = cell["accum_steps"]
+    ways = [w for w in cell["overrides"].split() if not w.endswith(("=-1", "tensor=1", "steps=1"))]
+    speed = ""
+    if cell["compiled"]:
+        speed = f"{cell['images_per_second_per_chip']:,.0f} images/s, MFU {cell['mfu_bound']:.0%}"
+    return (
+        f"yes{by}",
+        f"{cell['images_per_device']:g}" + (f" in {accum} parts" if accum > 1 else ""),
+        f"{cell['peak_bytes'] / _GIB:.1f} of {cell['hbm_limit_bytes'] / _GIB:.1f}",
+        speed,
+        cell.get("bound_by") or "",
+        f"`{' '.join(w.removeprefix('--config.') for w in ways)}`",
+    )
+
+
+def _why(cell: dict[str, Any]) -> str:
+    if cell.get("hbm_limit_bytes") and cell.get("peak_bytes"):
+        return f"{cell['peak_bytes'] / _GIB:.1f} of {cell['hbm_limit_bytes'] / _GIB:.1f} GiB"
+    return str(cell.get("error") or "nothing fits").replace("|", "/")[:120]
+
+
+def renew(text: str, cells: dict[str, dict[str, Any]]) -> str:
+    """The page with what stands between the two marks made anew."""
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}{make_table(cells)}{END}{after}"
+
+
+def load_results() -> dict[str, dict[str, Any]]:
+    """Cells by `SIZE@TOPOLOGY`."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fills the cells that are asked for and not there yet; writes after each of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=lambda x: x.split(","), default=SIZES)
+    parser.add_argument("--topologies", type=lambda x: x.split(","), default=TOPOLOGIES)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--cache", type=Path, default=default_cache())
+    parser.add_argument("--estimate", action="store_true", help="by arithmetic only, in a minute")
+    args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")
+    cells = load_results()
+    asked = [(s, t) for s in args.sizes for t in args.topologies]
+    if args.estimate:
+        todo = [(s, t) for s, t in asked if f"{s}@{t}" not in cells]
+    else:
+        todo = [(s, t) for s, t in asked if not cells.get(f"{s}@{t}", {}).get("compiled")]
+
+    def fill(cell: tuple[str, str]) -> dict[str, Any]:
+        return estimate_cell(*cell) if args.estimate else fill_cell(*cell, args.cache)
+
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        futures = {pool.submit(fill, cell): "@".join(cell) for cell in todo}
+        for future in concurrent.futures.as_completed(futures):
+            cell = future.result()
+            cells[futures[future]] = {k: v for k, v in cell.items() if k not in ("notes", "cached")}
+            print(futures[future], "fits" if cell["fits"] else f"does not fit: {_why(cell)}")
+            keys = [f"{s}@{t}" for s in SIZES for t in TOPOLOGIES]
+            ordered = {key: cells[key] for key in keys if key in cells}
+            RESULTS.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(renew(PAGE.read_text(encoding="utf-8"), cells), encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Floating-point operations of a model, counted in its traced program.
+
+Only matrix products and convolutions count, as in the literature. A scan counts as often as it
+runs: XLA's own cost analysis counts its body once.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from vit_jax.models.layers import unconstrained
+
+
+def forward_flops(model: nn.Module, image_size: tuple[int, ...]) -> int:
+    """Operations of one image's way to the logits in training (a multiply-add is two).
+
+    Args:
+      model: a `VisionTransformer` or `MlpMixer`.
+      image_size: (height, width) in pixels.
+    """
+    # On the mesh of a run a single image would not split.
+    model = model.clone(constrain=unconstrained)
+    image = jnp.zeros((1, *image_size, 3))
+    rng = jax.random.key(0)
+    params = jax.eval_shape(lambda: model.init(rng, image, train=False))
+    traced = jax.make_jaxpr(lambda p: model.apply(p, image, train=True, rngs={"dropout": rng})[0])
+    return count_flops(traced(params))
+
+
+def train_flops(model: nn.Module, image_size: tuple[int, ...]) -> int:
+    """Operations of one image in a training step: forward and, twice that, backward.
+
+    This is what model FLOPs utilisation (MFU) is taken of: nothing that is computed a second time
+    to save memory counts. Source: arXiv:2204.02311, appendix B.
+    """
+    return 3 * forward_flops(model, image_size)
+
+
+def count_flops(program: ClosedJaxpr | Jaxpr) -> int:
+    """Operations of the matrix products and convolutions of a traced program, all devices together.
+
+    Of a conditional the dearest branch counts; a loop of unknown length counts once.
+    """
+    jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+    total = 0
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            ((contracted, _), _) = eqn.params["dimension_numbers"]
+            depth = math.prod(_shape(eqn.invars[0])[d] for d in contracted)
+            total += 2 * math.prod(_shape(eqn.outvars[0])) * depth
+        elif name == "conv_general_dilated":
+            total += _conv_flops(eqn)
+        inner = [count_flops(sub) for sub in _sub_programs(eqn.params)]
+        if name == "cond":
+            total += max(inner, default=0)
+        else:
+            total += sum(inner) * (eqn.params["length"] if name == "scan" else 1)
+    return total
+
+
+def _conv_flops(eqn: Any) -> int:
+    kernel = _shape(eqn.invars[1])
+    out_features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+    depth = math.prod(kernel) // out_features
+    # Zeros between the inputs, as in the gradient of a convolution with strides, cost nothing.
+    zeros = math.prod(eqn.params["lhs_dilation"])
+    return 2 * math.prod(_shape(eqn.outvars[0])) * depth // zeros
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
+
+
+def _sub_programs(params: dict[str, Any]) -> Iterator[ClosedJaxpr | Jaxpr]:
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, ClosedJaxpr | Jaxpr):
+                yield item

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Says whether a run will fit and how fast it can be, without its devices and without its data.
+
+Compiles the very step of the run for a topology of TPUs, which needs libtpu and no TPU
+(pip install 'vit_jax[tpu-plan]'). --config.KEY=VALUE overrides a key, as in a run.
+
+Examples:
+  python -m vit_jax.plan --config=configs/vit_i1k.py:variant=B/16 --topology=v5e:4x4
+  python -m vit_jax.plan --config=... --topology=v5e:16x16 --num_slices=2 --json
+  python -m vit_jax.plan --config=... --topology=v5p:4x4x4 --search
+  python -m vit_jax.plan --config=... --topology=v5e:4x4 --scale 16,64,256,1024
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich.progress
+from absl import logging
+
+from vit_jax.main import load_config, parse_overrides
+from vit_jax.observe.console import console, report_errors, say
+from vit_jax.parallel.topologies import Topology, parse_topology
+from vit_jax.planning import scale as scale_lib
+from vit_jax.planning import search as search_lib
+from vit_jax.planning import text
+from vit_jax.planning.plan import make_plan, prepare_config
+from vit_jax.utils.errors import UserError
+
+# What is passed on to the processes that compile.
+_PASSED_ON = ("config", "topology", "num_slices", "num_classes", "image_size", "cache")
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The arguments, and the overrides of the config.
+
+    Raises:
+      UserError: an argument that does not exist, or excludes another.
+    """
+    overrides, rest = parse_overrides(list(argv))
+    parser = argparse.ArgumentParser(
+        prog="python -m vit_jax.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", required=True, help="config file, and its arguments after a colon")
+    add("--topology", required=True, help="v4, v5e, v5p, v6e, tpu7x:XxY[xZ]; h100 etc.:N; cpu:N")
+    add("--num_slices", type=int, default=1, help="slices of TPUs, or hosts of GPUs")
+    add("--num_classes", type=int, help="in place of the dataset's, which then is not looked at")
+    add("--image_size", type=int, help="with --num_classes, in place of the preprocessing's")
+    add("--json", action="store_true", help="print the plan as JSON")
+    add("--search", action="store_true", help="find the mesh, remat and accumulation to use")
+    add("--images_per_device", type=_ints, default=(), help="for --search: batches to try, 64,128")
+    add("--max_compiles", type=int, default=6, help="for --search: programs to compile at most")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    add("--scale", type=_ints, help="chips to predict speeds for, such as 16,64,256")
+    add("--cache", type=Path, default=search_lib.default_cache(), help="of compiled programs")
+    args = parser.parse_args(rest)
+    if args.search and args.scale:
+        raise UserError("--search and --scale: expected one of them")
+    if min(args.max_compiles, args.jobs) < 1:
+        raise UserError("--max_compiles and --jobs: expected at least 1")
+    return args, overrides
+
+
+def _ints(value: str) -> tuple[int, ...]:
+    numbers = tuple(int(x) for x in value.split(","))
+    if min(numbers) < 1:
+        raise ValueError(value)
+    return numbers
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Plans, and prints the result."""
+    args, overrides = parse_arguments(sys.argv[1:] if argv is None else argv)
+    topology = parse_topology(args.topology, num_slices=args.num_slices)
+    config = load_config(args.config, overrides).to_dict()
+    prepared = prepare_config(config, num_classes=args.num_classes, image_size=args.image_size)
+    if args.search:
+        _search(args, overrides, prepared, topology)
+    elif args.scale:
+        _scale(args, overrides, prepared, topology)
+    else:
+        plan = dataclasses.asdict(make_plan(prepared, topology, cache=args.cache))
+        if args.json:
+            print(json.dumps(plan, indent=1))
+            return
+        for line in text.describe_plan(plan):
+            say(line)
+        if not plan["fits"]:
+            candidates = search_lib.make_candidates(prepared, topology)
+            for line in text.describe_remedies(plan, candidates):
+                say(line)
+
+
+def _search(
+    args: argparse.Namespace,
+    overrides: Mapping[str, Any],
+    prepared: Mapping[str, Any],
+    topology: Topology,
+) -> None:
+    candidates = search_lib.make_candidates(
+        prepared, topology, images_per_device=args.images_per_device
+    )
+    passed = pass_on(args, overrides)
+    with rich.progress.Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("compiling", total=args.max_compiles)
+        results = search_lib.search(
+            candidates,
+            topology.chip.hbm_bytes if topology.chip else 0,
+            lambda c: search_lib.plan_in_subprocess(passed, c.overrides),
+            max_compiles=args.max_compiles,
+            jobs=args.jobs,
+            report=lambda done: bar.update(task, completed=done),
+        )
+    if args.json:
+        rows = [{"overrides": r.candidate.overrides, "plan": r.plan} for r in results]
+        print(json.dumps(rows, indent=1))
+        return
+    for line in text.describe_search(results, len(candidates)):
+        say(line)
+
+
+def _scale(
+    args: argparse.Namespace,
+    overrides: Mapping[str, Any],
+    prepared: Mapping[str, Any],
+    topology: Topology,
+) -> None:
+    if topology.chip is None:
+        raise UserError(f"--topology={topology.name!r}: expected a TPU or a GPU to scale")
+    passed = pass_on(args, overrides)
+    points = scale_lib.compile_points(
+        prepared, lambda extra: search_lib.plan_in_subprocess(passed, extra)
+    )
+    rows = scale_lib.predict(points, topology, args.scale)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        return
+    for line in text.describe_scale(rows, points, topology):
+        say(line)
+
+
+def pass_on(args: argparse.Namespace, overrides: Mapping[str, Any]) -> list[str]:
+    """The arguments of this command for one that compiles with more overrides."""
+    given = {key: getattr(args, key) for key in _PASSED_ON}
+    return [
+        *(f"--{key}={value}" for key, value in given.items() if value is not None),
+        *(f"--config.{key}={value!r}" for key, value in overrides.items()),
+    ]
+
+
+def run() -> None:
+    """The command: one line and exit code 2 for bad input."""
+    logging.set_verbosity(logging.ERROR)
+    # Nothing runs here: no accelerator is looked for, and none is taken from who uses it.
+    jax.config.update("jax_platforms", "cpu")
+    with report_errors():
+        main()
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step needs of each device's memory, by arithmetic: in seconds, and about right.
+
+State and batch are exact. Activations are what differentiation saves for the backward pass in the
+traced program; the compiler merges some of them and pads others.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from vit_jax.experiment import Experiment
+from vit_jax.parallel.mesh import BATCH_AXES
+from vit_jax.planning.compiled import device_bytes
+from vit_jax.utils.tree import merge
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on each device."""
+
+    params: int
+    opt_state: int
+    ema_params: int
+    batch: int
+    gradients: int
+    activations: int
+
+    @property
+    def arguments(self) -> int:
+        """State and batch."""
+        return self.params + self.opt_state + self.ema_params + self.batch
+
+    @property
+    def temporaries(self) -> int:
+        """What lives only within the step."""
+        return self.gradients + self.activations
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Bytes saved for one image: what tensor parallelism splits, and the rest."""
+
+    split: float
+    whole: float
+
+
+def estimate_memory(experiment: Experiment, activations: Activations | None = None) -> Memory:
+    """The memory of a training step, without compiling it.
+
+    Args:
+      experiment: on its mesh.
+      activations: where they are known from an experiment with the same model.
+    """
+    state = experiment.abstract_state
+    trained, _ = experiment.optimizer.rules.split(state.params)
+    accum_steps = experiment.optimizer.accum_steps
+    saved = activations or count_activations(experiment)
+    mesh = experiment.mesh.shape
+    images = experiment.train_data.batch_size / accum_steps
+    images /= math.prod(mesh[axis] for axis in BATCH_AXES)
+    return Memory(
+        params=_sum(state.params),
+        opt_state=_sum(state.opt_state) + _sum(state.step),
+        ema_params=_sum(state.ema_params),
+        batch=_sum(experiment.abstract_batch),
+        # Those of a micro-batch, and their sum.
+        gradients=_sum(trained) * (2 if accum_steps > 1 else 1),
+        activations=round(images * (saved.whole + saved.split / mesh["tensor"])),
+    )
+
+
+def count_activations(experiment: Experiment) -> Activations:
+    """What the backward pass needs of the forward pass, for each image."""
+    saved = _count_saved(experiment, experiment.objective)
+    model: Any = experiment.model
+    if getattr(model, "remat", "none") == "none":
+        return saved
+    # One block's are there while it is computed again.
+    objective: Any = experiment.objective
+    kept = dataclasses.replace(objective, model=model.clone(remat="none"))
+    block = _count_saved(experiment, kept)
+    layers = model.num_layers
+    return Activations(saved.split + block.split / layers, saved.whole + block.whole / layers)
+
+
+def _sum(tree: Any) -> int:
+    return sum(device_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _count_saved(experiment: Experiment, objective: Any) -> Activations:
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    batch = jax.eval_shape(objective.augment, experiment.abstract_batch, rng)
+    size = experiment.train_data.batch_size // experiment.optimizer.accum_steps
+    micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), batch)
+    trained, frozen = experiment.optimizer.rules.split(experiment.abstract_state.params)
+
+    def backward(trained: Any, frozen: Any, batch: Any, rng: Any) -> Any:
+        return jax.vjp(lambda p: objective.loss(merge(p, frozen), batch, rng)[0], trained)[1]
+
+    model = experiment.model
+    keys = ("num_heads", "mlp_dim", "tokens_mlp_dim", "channels_mlp_dim", "num_classes")
+    widths = {getattr(model, key, None) for key in keys}
+    split = whole = 0.0
+    for leaf in jax.tree.leaves(jax.eval_shape(backward, trained, frozen, micro, rng)):
+        # What has no batch are parameters, which are arguments of the step.
+        if size in getattr(leaf, "shape", ()) and hasattr(leaf.dtype, "itemsize"):
+            bytes_ = math.prod(leaf.shape) * leaf.dtype.itemsize / size
+            if widths & set(leaf.shape):
+                split += bytes_
+            else:
+                whole += bytes_
+    return Activations(split, whole)

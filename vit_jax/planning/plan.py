@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a run: does its step fit, what does it move, how fast can it be."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vit_jax.experiment import Experiment
+from vit_jax.models.flops import count_flops, train_flops
+from vit_jax.parallel.hlo import Collective, Program
+from vit_jax.parallel.mesh import BATCH_AXES
+from vit_jax.parallel.topologies import Topology, make_devices, slice_of
+from vit_jax.planning.compiled import compile_step
+from vit_jax.planning.memory import estimate_memory
+from vit_jax.planning.roofline import Roofline, Work, make_roofline
+from vit_jax.utils.errors import UserError
+
+# Longer than any warm-up; the length of a run is a constant of the schedule, no more.
+_STEPS = 10**7
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of one step. Numbers are for one device, bytes and seconds.
+
+    What depends on the chip is None for a CPU; what depends on the compiled program is None where
+    it did not fit.
+    """
+
+    topology: str
+    num_slices: int
+    num_devices: int
+    num_chips: int
+    mesh: dict[str, int]
+    batch_size: int
+    images_per_device: float
+    accum_steps: int
+    compiled_for: str
+    fits: bool
+    hbm_limit_bytes: int | None
+    peak_bytes: int
+    argument_bytes: int
+    temp_bytes: int
+    predicted: dict[str, int]
+    flops_per_device: float
+    model_flops_per_device: float
+    hbm_bytes: int | None
+    collectives: list[dict[str, Any]]
+    ici_bytes: int | None
+    dcn_bytes: int | None
+    roofline: dict[str, float] | None
+    bound_by: str | None
+    step_seconds: float | None
+    mfu_bound: float | None
+    images_per_second_per_chip: float | None
+    compile_seconds: float
+    cached: bool
+    error: str | None
+    notes: list[str]
+
+
+def prepare_config(
+    config: Mapping[str, Any], *, num_classes: int | None = None, image_size: int | None = None
+) -> dict[str, Any]:
+    """The config without what a plan does not need: evaluators, checkpoints, the data itself.
+
+    Args:
+      config: of the experiment.
+      num_classes: in place of the dataset's, which then need not be known here.
+      image_size: likewise, in place of what the preprocessing gives.
+
+    Raises:
+      UserError: an image size without a number of classes.
+    """
+    config = copy.deepcopy(dict(config))
+    for key in ("evals", "checkpoint", "init_from", "profile"):
+        config.pop(key, None)
+    if config.pop("epochs", None) is not None:
+        config["total_steps"] = _STEPS
+    data = config.get("data")
+    if num_classes is None:
+        if image_size is not None:
+            raise UserError(f"--image_size={image_size}: expected --num_classes with it")
+    elif isinstance(data, dict):
+        data.pop("mixture", None)
+        size = "" if image_size is None else f",{image_size}"
+        data |= {"name": f"blank:{num_classes}{size}", "split": "train"}
+        if image_size is not None:
+            data["preprocess"] = "decode"
+    return config
+
+
+def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | None) -> Plan:
+    """Compiles the step of a prepared config for a topology, and says what it needs.
+
+    Raises:
+      UserError: a bad config, or a topology that can't be had.
+    """
+    devices = make_devices(topology)
+    experiment = Experiment.from_config(config, devices=devices)
+    memory = estimate_memory(experiment)
+    traced = jax.make_jaxpr(experiment.train_step)(
+        experiment.abstract_state, experiment.abstract_batch
+    )
+    step, cached = compile_step(experiment, topology, cache=cache)
+    count, batch_size = topology.num_devices, experiment.train_data.batch_size
+    image_size = experiment.train_data.image_shape()[:2]
+    model_flops = train_flops(experiment.model, image_size) * batch_size / count
+    flops = count_flops(traced) / count
+    chip, mesh = topology.chip, dict(experiment.mesh.shape)
+    limit = None if chip is None else chip.hbm_bytes
+    hbm_bytes: int | None = None
+    collectives: list[Collective] | None = None
+    if step.error is None:
+        program = Program(step.hlo)
+        placed = list(experiment.mesh.devices.flat)
+        collectives = program.collectives(mesh, slice_of(topology, placed), [d.id for d in placed])
+        hbm_bytes = program.hbm_bytes
+    roofline = None
+    if chip is not None and collectives is not None and hbm_bytes is not None:
+        work = Work(
+            flops=flops,
+            model_flops=model_flops,
+            hbm_bytes=hbm_bytes,
+            ici_bytes=sum(c.bytes for c in collectives),
+            dcn_bytes=sum(c.dcn_bytes for c in collectives),
+        )
+        roofline = make_roofline(work, chip)
+    return Plan(
+        topology=topology.name,
+        num_slices=topology.num_slices,
+        num_devices=count,
+        num_chips=topology.num_chips,
+        mesh=mesh,
+        batch_size=batch_size,
+        images_per_device=batch_size / math.prod(mesh[axis] for axis in BATCH_AXES),
+        accum_steps=experiment.optimizer.accum_steps,
+        compiled_for="tpu" if topology.is_tpu else "cpu",
+        fits=step.error is None and (limit is None or step.peak_bytes <= limit),
+        hbm_limit_bytes=limit,
+        peak_bytes=step.peak_bytes,
+        argument_bytes=step.argument_bytes,
+        temp_bytes=step.temp_bytes,
+        predicted=dataclasses.asdict(memory),
+        flops_per_device=flops,
+        model_flops_per_device=model_flops,
+        hbm_bytes=hbm_bytes,
+        collectives=[dataclasses.asdict(c) for c in collectives or []],
+        ici_bytes=None if collectives is None else sum(c.bytes for c in collectives),
+        dcn_bytes=None if collectives is None else sum(c.dcn_bytes for c in collectives),
+        roofline=None if roofline is None else dataclasses.asdict(roofline),
+        bound_by=None if roofline is None else roofline.bound_by,
+        step_seconds=None if roofline is None else roofline.step_seconds,
+        mfu_bound=None if roofline is None else roofline.mfu_bound,
+        images_per_second_per_chip=_speed(roofline, batch_size, topology),
+        compile_seconds=step.seconds,
+        cached=cached,
+        error=step.error,
+        notes=[*_notes(topology), *_warnings(collectives or [])],
+    )
+
+
+def _speed(roofline: Roofline | None, batch_size: int, topology: Topology) -> float | None:
+    if roofline is None:
+        return None
+    return batch_size / roofline.step_seconds / topology.num_chips
+
+
+def _warnings(collectives: list[Collective]) -> list[str]:
+    slow = {a for c in collectives if c.dcn_bytes for a in c.axes} & {"fsdp", "tensor"}
+    return [
+        f"mesh.{axis} goes over several slices: its transfers take the slow network between them"
+        for axis in sorted(slow)
+    ]
+
+
+def _notes(topology: Topology) -> list[str]:
+    if topology.is_tpu:
+        return []
+    if topology.chip is None:
+        return ["a CPU has no roofline here: only memory and transfers are said"]
+    return [
+        "no compiler for GPUs is used here: this is the same sharded step, compiled for as many "
+        "CPUs. Arguments and operations are exact; temporaries, bytes and transfers are "
+        "those of XLA for CPUs, which computes bfloat16 in float32 and fuses less"
+    ]

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a recipe scales over chips, with its global batch: a model that compiled steps calibrate.
+
+Bytes of a step are a constant (parameters, gradients) and a multiple of the images of a device.
+The constants come from the same step compiled with the batch given and with half of it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from vit_jax.parallel.topologies import Topology
+from vit_jax.planning.roofline import Work, make_roofline
+from vit_jax.utils.errors import UserError
+
+# Chips of the largest slice: cloud.google.com/tpu/docs. More are slices over the network.
+MAX_SLICE = {"v4": 4096, "v5e": 256, "v5p": 6144, "v6e": 256, "tpu7x": 9216}
+GPUS_A_HOST = 8
+# From here on more chips are for less than half of their worth.
+WORTH = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A number of chips. Bytes are those that a device sends in a step, seconds are at best."""
+
+    chips: int
+    slices: int
+    images_per_device: float
+    images_per_second: float
+    mfu_bound: float
+    ici_bytes: float
+    dcn_bytes: float
+    step_seconds: float
+    bound_by: str
+    efficiency: float
+    scales: bool
+
+
+def compile_points(
+    config: Mapping[str, Any], plan: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Plans of the config as it is and with half its batch.
+
+    Raises:
+      UserError: one of them does not fit, or can't be had.
+    """
+    batch_size = config["data"]["batch_size"]
+    points = [plan({}), plan({"data.batch_size": batch_size // 2})]
+    for point in points:
+        if not point.get("step_seconds"):
+            raise UserError(
+                f"--scale: the step to calibrate by did not compile ({point.get('error')}); "
+                "try --search first"
+            )
+    return points
+
+
+def predict(
+    points: Sequence[Mapping[str, Any]], topology: Topology, chips: Sequence[int]
+) -> list[Row]:
+    """A row for each number of chips, with the global batch of the first point."""
+    chip = topology.chip
+    assert chip is not None
+    whole, half = points
+    batch_size, devices = whole["batch_size"], whole["num_devices"]
+    images = [p["batch_size"] / p["num_devices"] for p in (whole, half)]
+
+    def line(key: str) -> tuple[float, float]:
+        slope = max((whole[key] - half[key]) / (images[0] - images[1]), 0.0)
+        return max(whole[key] - slope * images[0], 0.0), slope
+
+    hbm, ici = line("hbm_bytes"), line("ici_bytes")
+    gradients = whole["predicted"]["params"]
+    shards = whole["mesh"]["fsdp"] * whole["mesh"]["tensor"]
+    rows: list[Row] = []
+    for count in chips:
+        total = count * chip.per_chip
+        largest = MAX_SLICE.get(chip.name, GPUS_A_HOST)
+        slices = max(1, -(-count // largest))
+        per_device = batch_size / total
+        copies = total // slices / shards
+        # Sums over copies: each device sends 2 (n - 1)/n of its share, in the slice and, of the
+        # slice's share, between slices.
+        before = devices / whole["num_slices"] / shards
+        ring = _ring(copies) / _ring(before) if before > 1 else 1.0
+        work = Work(
+            flops=whole["flops_per_device"] * devices / total,
+            model_flops=whole["model_flops_per_device"] * devices / total,
+            hbm_bytes=hbm[0] + hbm[1] * per_device,
+            ici_bytes=ici[0] * ring + ici[1] * per_device,
+            dcn_bytes=gradients * _ring(slices) / max(copies, 1),
+        )
+        roofline = make_roofline(work, chip)
+        speed = batch_size / roofline.step_seconds
+        efficiency = speed / count / (rows[0].images_per_second / rows[0].chips) if rows else 1.0
+        rows.append(
+            Row(
+                chips=count,
+                slices=slices,
+                images_per_device=per_device,
+                images_per_second=speed,
+                mfu_bound=roofline.mfu_bound,
+                ici_bytes=work.ici_bytes,
+                dcn_bytes=work.dcn_bytes,
+                step_seconds=roofline.step_seconds,
+                bound_by=roofline.bound_by,
+                efficiency=efficiency,
+                scales=per_device * whole["mesh"]["tensor"] >= 1 and efficiency >= WORTH,
+            )
+        )
+    return rows
+
+
+def _ring(n: float) -> float:
+    return 2 * (n - 1) / n

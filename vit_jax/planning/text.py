@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans in lines for the screen."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from vit_jax.parallel.topologies import Topology
+from vit_jax.planning.scale import Row
+from vit_jax.planning.search import Candidate, Result, could_fit, format_overrides
+
+_GIB = 2**30
+
+
+def describe_plan(plan: Mapping[str, Any]) -> Iterator[str]:
+    """What was found of one step."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
+    slices = f" x {plan['num_slices']} slices" if plan["num_slices"] > 1 else ""
+    yield f"{plan['topology']}{slices}: {plan['num_devices']} devices, {mesh}"
+    accum = f" in {plan['accum_steps']} micro-batches" if plan["accum_steps"] > 1 else ""
+    yield f"  batch         {plan['batch_size']:,}: {plan['images_per_device']:g} a device{accum}"
+    yield f"  memory        {_memory(plan)}"
+    predicted = plan["predicted"]
+    parts = ("params", "opt_state", "ema_params", "batch", "gradients", "activations")
+    shown = ", ".join(f"{p.replace('_', ' ')} {_gib(predicted[p])}" for p in parts if predicted[p])
+    yield f"  by arithmetic {shown}"
+    again = plan["flops_per_device"] / plan["model_flops_per_device"]
+    yield f"  operations    {plan['flops_per_device']:.3g} a device, {again:.2f} x the model's"
+    if plan["hbm_bytes"] is not None:
+        yield f"  moves         {plan['hbm_bytes'] / 1e9:,.1f} GB in memory"
+    for c in plan["collectives"]:
+        dcn = f", {c['dcn_bytes'] / 1e6:,.1f} MB between slices" if c["dcn_bytes"] else ""
+        where = " and ".join(c["axes"])
+        yield f"    {c['kind']:<19} {where:<16} {c['count']:>5} x {c['bytes'] / 1e6:>9,.1f} MB{dcn}"
+    if plan["roofline"] is not None:
+        seconds = plan["roofline"]
+        units = ("compute", "hbm", "ici", "dcn")
+        busy = ", ".join(f"{u} {1e3 * seconds[f'{u}_seconds']:.1f} ms" for u in units)
+        yield f"  at best       {1e3 * plan['step_seconds']:.1f} ms a step ({busy})"
+        speed = plan["images_per_second_per_chip"]
+        yield f"                {speed:,.0f} images/s a chip, MFU {plan['mfu_bound']:.0%}"
+    cached = " (kept from before)" if plan["cached"] else ""
+    yield f"  compiled in   {plan['compile_seconds']:.0f} s{cached}"
+    for note in plan["notes"]:
+        yield f"  note: {note}"
+
+
+def describe_remedies(plan: Mapping[str, Any], candidates: Sequence[Candidate]) -> Iterator[str]:
+    """What would fit in place of a plan that does not, by arithmetic."""
+    limit = plan["hbm_limit_bytes"]
+    fitting = [c for c in candidates if could_fit(c, limit, ratio=1.1)]
+    if not fitting:
+        yield "  nothing that --search tries would fit; take more devices or a smaller batch"
+        return
+    yield "  what should fit, by arithmetic, the fastest first (--search compiles them):"
+    for c in fitting[:3]:
+        yield f"    {_gib(c.argument_bytes + c.temp_bytes):>10}  {format_overrides(c.overrides)}"
+
+
+def describe_search(results: Sequence[Result], tried: int) -> Iterator[str]:
+    """What was compiled, the best first, and the winner's overrides."""
+    yield f"{tried} ways to run this, {len(results)} of them compiled:"
+    yield f"  {'images/s a chip':>15}  {'MFU':>4}  {'memory':>10}  bound    overrides"
+    for r in results:
+        plan, said = r.plan, format_overrides(r.candidate.overrides)
+        if plan.get("step_seconds") is None or not plan["fits"]:
+            why = _memory(plan) if plan.get("hbm_limit_bytes") else plan.get("error")
+            yield f"  {'does not fit':>15}  {said}: {why}"
+            continue
+        speed = f"{plan['images_per_second_per_chip']:,.0f}"
+        memory = _gib(plan["peak_bytes"])
+        mfu, bound = plan["mfu_bound"], plan["bound_by"]
+        yield f"  {speed:>15}  {mfu:>4.0%}  {memory:>10}  {bound:<7}  {said}"
+    best = next((r for r in results if r.plan.get("fits")), None)
+    if best is None:
+        yield "nothing fits: take more devices or a smaller data.batch_size"
+        return
+    yield "add to the command:"
+    yield f"  {format_overrides(best.candidate.overrides)}"
+
+
+def describe_scale(
+    rows: Sequence[Row], points: Sequence[Mapping[str, Any]], topology: Topology
+) -> Iterator[str]:
+    """The table of `--scale`."""
+    compiled = topology.num_chips
+    yield f"batch {points[0]['batch_size']:,}, at best; compiled for {compiled} chips"
+    head = ("chips", "slices", "a device", "images/s", "MFU", "ICI", "DCN", "bound", "efficiency")
+    yield "  " + "".join(f"{name:>12}" for name in head)
+    for row in rows:
+        cells = (
+            f"{row.chips:,}" + ("" if row.chips == compiled else " *"),
+            str(row.slices),
+            f"{row.images_per_device:g}",
+            f"{row.images_per_second:,.0f}",
+            f"{row.mfu_bound:.0%}",
+            f"{row.ici_bytes / 1e6:,.0f} MB",
+            f"{row.dcn_bytes / 1e6:,.1f} MB",
+            row.bound_by,
+            f"{row.efficiency:.0%}",
+        )
+        yield "  " + "".join(f"{cell:>12}" for cell in cells)
+    yield "  * by the model that the compiled steps calibrate, not compiled; latency is not in it"
+    stop = next((row for row in rows if not row.scales), None)
+    if stop is None:
+        yield "the recipe scales to all of them"
+    elif stop.images_per_device * points[0]["mesh"]["tensor"] < 1:
+        yield f"the recipe stops at {stop.chips:,} chips: there is less than an image for each"
+    else:
+        yield f"the recipe stops scaling before {stop.chips:,} chips, bound by {stop.bound_by}"
+
+
+def _memory(plan: Mapping[str, Any]) -> str:
+    limit, peak = plan["hbm_limit_bytes"], plan["peak_bytes"]
+    parts = f"arguments {_gib(plan['argument_bytes'])}, temporaries {_gib(plan['temp_bytes'])}"
+    if limit is None:
+        return f"{_gib(peak)} ({parts})"
+    if plan["fits"]:
+        return f"fits: {_gib(peak)} of {_gib(limit)} ({parts})"
+    over = f", {_gib(peak - limit)} too much" if peak > limit else ""
+    return f"does not fit: {_gib(peak)} of {_gib(limit)}{over} ({parts})"
+
+
+def _gib(size: float) -> str:
+    if size < 10 * 2**20:
+        return f"{size / 2**10:,.1f} KiB"
+    return f"{size / _GIB:,.2f} GiB" if size >= _GIB / 10 else f"{size / 2**20:,.1f} MiB"
