@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from vit_jax.main import load_config, parse_overrides
+from vit_jax.models.variants import make_vit
 from vit_jax.train import train
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import bind
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "configs" / "digits.py"
@@ -239,6 +241,7 @@ def test_overrides_reach_the_config():
             "--config.mesh.fsdp",
             "4",
             "--config.evals.val=None",
+            "--config.model.remat=none",
             "--config.optimizer.nesterov=true",
             "--config.data.split=train[:5%]",
             "--config.optimizer.lr_multipliers=(('head/.*', 10.0),)",
@@ -249,6 +252,10 @@ def test_overrides_reach_the_config():
     assert config["model"]["patch_size"] == (2, 4)
     assert config["mesh"] == {"fsdp": 4}
     assert config["evals"]["val"] is None
+    section = config["model"] | {"num_classes": 10}
+    section.pop("name")
+    (model,) = bind(section, make_vit, key="model", given=("constrain",))
+    assert model["remat"] == "none"
     assert config["optimizer"]["nesterov"] is True
     assert config["data"]["split"] == "train[:5%]"
     assert config["data"]["batch_size"] == 64

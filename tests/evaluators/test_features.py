@@ -19,6 +19,7 @@ from vit_jax.evaluators.kinds import EVALUATORS
 from vit_jax.evaluators.knn import find_neighbours, make_knn, vote
 from vit_jax.evaluators.linear_probe import fit_logistic, judge_logistic, make_linear_probe
 from vit_jax.parallel.mesh import make_mesh
+from vit_jax.parallel.preemption import Preempted, PreemptionGuard
 from vit_jax.utils.errors import UserError
 
 PARAMS = np.random.default_rng(3).normal(size=(64, 24)).astype(np.float32)
@@ -189,6 +190,17 @@ def test_one_pair_of_values_fits_all_examples(data_dir):
     got = make(data_dir, make_linear_probe, **options).run(PARAMS)
     assert got.keys() == {"lr", "l2", "top1", "loss", "count"}
     assert got["count"] == 200
+
+
+@pytest.mark.parametrize(
+    ("make_evaluator", "options"),
+    [(make_fewshot, {}), (make_knn, {"k": (5,)}), (make_linear_probe, {"steps": 3})],
+)
+def test_a_fit_is_left_when_the_job_is_to_stop(make_evaluator, options, data_dir, monkeypatch):
+    features = Features(np.zeros((20, 4), np.float32), np.arange(20, dtype=np.int32) % 10)
+    monkeypatch.setattr(PreemptionGuard, "should_stop", lambda self: True)
+    with PreemptionGuard(), pytest.raises(Preempted):
+        make(data_dir, make_evaluator, **options).judge(features, features)
 
 
 def test_the_memory_of_features_is_said(data_dir, said):

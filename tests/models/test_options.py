@@ -461,6 +461,23 @@ def test_named_activations_are_not_computed_again():
     assert [full - n > 0 for n in some] == [True, True, True], (none, full, some)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_blocks_that_drop_nothing_draw_nothing_under_remat_either(rate, scan):
+    def draws(remat):
+        model = make_vit(num_classes=5, **TINY, stochastic_depth_rate=rate, scan=scan, remat=remat)
+        images = jnp.zeros((2, 8, 12, 3))
+        shapes = jax.eval_shape(functools.partial(model.init, train=False), rng, images)
+
+        def forward(params):
+            return model.apply(params, images, train=True, rngs={"dropout": rng})[0]
+
+        return "random_bits" in str(jax.make_jaxpr(forward)(shapes))
+
+    rng = jax.random.key(0)
+    assert (draws("none"), draws("full")) == (rate > 0, rate > 0)
+
+
 @pytest.mark.parametrize(
     ("remat", "message"),
     [

@@ -101,6 +101,15 @@ def test_axes_that_do_not_fit_the_nodes_are_refused():
         arrange(nodes(3, 8), sizes, {"data": -1})
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 16), (2, 1, 8)])
+def test_tensor_parallelism_crosses_the_slow_network_only_if_it_is_asked_to(sizes):
+    sizes, devices = dict(zip(AXES, sizes, strict=True)), nodes(4, 4)
+    with pytest.raises(UserError, match=r"mesh.tensor=\d+ would cross the slow network between 4"):
+        arrange(devices, sizes, None)
+    dcn = {"data": sizes["data"], "tensor": 4 // sizes["data"]}
+    assert arrange(devices, sizes, dcn).shape == tuple(sizes.values())
+
+
 RULES = (("v5 lite x256", {"fsdp": 256}), ("H100.* x(8|16)$", {"fsdp": 8, "dcn": {"data": -1}}))
 
 

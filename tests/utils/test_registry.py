@@ -13,6 +13,10 @@ def shape(*, width: int, color: Literal["red", "blue"] = "red", scale: float | N
     """A constructor."""
 
 
+def draw(*, line: Literal["none", "thin"] | str = "thin", fill: Literal["none"] | None = "none"):
+    """A constructor with choices that are called none."""
+
+
 def paint(*, layers: int = 1):
     """Another one that shares the section."""
 
@@ -38,6 +42,12 @@ def test_what_does_not_fit_is_refused(section, message):
     with pytest.raises(UserError) as error:
         bind(section, shape, paint, key="it")
     assert str(error.value).startswith(message)
+
+
+def test_a_bare_none_is_the_choice_of_that_name_unless_none_fits():
+    assert bind({"line": None, "fill": None}, draw, key="it") == [{"line": "none", "fill": None}]
+    with pytest.raises(UserError, match=r"it.color=None is a NoneType; expected 'red' or 'blue'"):
+        bind({"width": 1, "color": None}, shape, key="it")
 
 
 def test_a_key_that_the_caller_gives_is_not_for_the_config():

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.evaluators.features import FeatureEvaluator, Features, make_splits, whiten
 from vit_jax.objectives.base import Objective
+from vit_jax.parallel.preemption import interruptible
 from vit_jax.utils.errors import UserError
 
 # Large, so that the bias is hardly regularised.
@@ -70,7 +71,7 @@ class FewShot(FeatureEvaluator):
     def judge(self, train: Features, test: Features) -> tuple[dict[str, float], dict[str, Any]]:
         num_classes = self.data.info.num_classes
         table = np.zeros((len(self.shots), self.seeds, len(self.l2)))
-        for seed in range(self.seeds):
+        for seed in interruptible(range(self.seeds)):
             positions = choose_shots(train.labels, num_classes, seed=seed)
             for i, shots in enumerate(self.shots):
                 chosen = np.concatenate([p[:shots] for p in positions])

@@ -19,6 +19,7 @@ from vit_jax.evaluators.features import FeatureEvaluator, Features, make_splits
 from vit_jax.objectives.base import Objective
 from vit_jax.observe.progress import Pace
 from vit_jax.parallel.mesh import BATCH_AXES, batch_sharding
+from vit_jax.parallel.preemption import interruptible
 from vit_jax.utils.errors import UserError
 
 # Similarities that are in memory at a time.
@@ -43,6 +44,9 @@ def find_neighbours(
 
     Returns:
       The products, float32 `[m, k]` in descending order, and the rows, int32 `[m, k]`.
+
+    Raises:
+      Preempted: the job was told to stop.
     """
     count = len(test)
     parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
@@ -57,7 +61,7 @@ def find_neighbours(
     )
     merge = jax.jit(functools.partial(_merge_block, k=k), out_shardings=(rows, rows))
     pace = Pace(f"{name}: neighbours", total=len(train), unit="images")
-    for start in range(0, len(train), size):
+    for start in interruptible(range(0, len(train), size)):
         block = train[start : start + size]
         valid = len(block)
         block = np.pad(block, ((0, size - valid), (0, 0)))

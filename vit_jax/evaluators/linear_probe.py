@@ -23,6 +23,7 @@ from vit_jax.losses import softmax_cross_entropy
 from vit_jax.objectives.base import Objective
 from vit_jax.observe.progress import Pace
 from vit_jax.parallel.mesh import BATCH_AXES, batch_sharding
+from vit_jax.parallel.preemption import interruptible
 from vit_jax.utils.errors import UserError
 
 _MOMENTUM = 0.9
@@ -60,6 +61,9 @@ def fit_logistic(
 
     Returns:
       `kernel` `[values, width, num_classes]` and `bias` `[values, num_classes]`.
+
+    Raises:
+      Preempted: the job was told to stop.
     """
     width, values = train.features.shape[1], len(lr)
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -72,7 +76,7 @@ def fit_logistic(
     batch_size = min(batch_size, len(train.labels))
     pace = Pace(f"{name}: logistic regression", total=steps, unit="steps")
     order = _endless_order(len(train.labels), batch_size)
-    for step in range(steps):
+    for step in interruptible(range(steps)):
         scale = np.float32(0.5 * (1 + np.cos(np.pi * step / steps)))
         batch = _put_rows(train, next(order), mesh)
         params, momentum = update(params, momentum, batch, np.float32(lr) * scale, np.float32(l2))

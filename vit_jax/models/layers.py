@@ -23,6 +23,8 @@ Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
 Activation = Literal["gelu_tanh", "gelu_erf", "swiglu"]
 DepthSchedule = Literal["linear", "uniform"]
+# See `parse_remat`.
+Remat = Literal["none", "dots", "full"] | str
 
 # What of a block's forward pass is kept for the backward pass, rather than computed again. "dots"
 # keeps the results of the dense layers and recomputes attention weights, norms and activations.
@@ -349,7 +351,7 @@ class Encoder(nn.Module):
     final_norm: bool = True
     norm_epsilon: float = 1e-6
     scan: bool = False
-    remat: str = "none"
+    remat: Remat = "none"
     dtype: DTypeLike = jnp.float32
     constrain: Constrain = unconstrained
 
@@ -389,13 +391,19 @@ class Encoder(nn.Module):
         return jnp.concatenate([first, registers, patches], axis=1)
 
     def _run_blocks(self, x: jax.Array, rope: Rotation | None, *, train: bool) -> jax.Array:
-        def run(block: nn.Module, x: jax.Array, rate: jax.Array | float) -> jax.Array:
-            return block(x, rate, rope, train=train)
-
         policy = parse_remat(self.remat)
-        if policy is not None:
-            # Under scan XLA has nothing to merge; elsewhere it would undo the recomputation.
-            run = nn.remat(run, policy=policy, prevent_cse=not self.scan)
+
+        def run(block: nn.Module, x: jax.Array, rate: jax.Array | float) -> jax.Array:
+            # The rate is no argument of what is recomputed: a rate of 0.0 would be traced like any
+            # other, and no longer known to drop nothing.
+            def call(block: nn.Module, x: jax.Array) -> jax.Array:
+                return block(x, rate, rope, train=train)
+
+            if policy is not None:
+                # Under scan XLA has nothing to merge; elsewhere it would undo the recomputation.
+                call = nn.remat(call, policy=policy, prevent_cse=not self.scan)
+            return call(block, x)
+
         last = max(self.num_layers - 1, 1)
         rates = [self.stochastic_depth_rate * i / last for i in range(self.num_layers)]
         if self.stochastic_depth_schedule == "uniform":

@@ -19,6 +19,7 @@ from vit_jax.models.layers import (
     DepthSchedule,
     Encoder,
     Encoder1DBlock,
+    Remat,
     unconstrained,
 )
 from vit_jax.models.positions import Rotation, fixed_positions, patch_grid, rotation_2d
@@ -107,7 +108,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     patch_dropout_rate: float = 0.0
     head_bias_init: float = 0.0
     scan: bool = False
-    remat: str = "none"
+    remat: Remat = "none"
     dtype: Dtype = "float32"
     constrain: Constrain = unconstrained
 

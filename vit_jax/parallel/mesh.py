@@ -36,7 +36,7 @@ def make_mesh(
       tensor: devices over which attention heads, MLPs and the head are split; -1 likewise.
       dcn: where devices stand in groups with a slow network between them (TPU slices, GPU nodes),
         how many parts of an axis lie in different groups, such as `{"data": -1}`. None puts them
-        along `data` first, then along `fsdp`.
+        along `data` first, then along `fsdp`, and never along `tensor`.
       devices: all of the job's by default.
 
     Raises:
@@ -68,6 +68,11 @@ def arrange(devices: Sequence[Any], sizes: dict[str, int], dcn: dict | None) -> 
     groups = Counter(map(_group, devices))
     if dcn is None:
         slow = _spread(sizes, len(groups))
+        if slow["tensor"] > 1:
+            raise UserError(
+                f"mesh.tensor={sizes['tensor']} would cross the slow network between {len(groups)} "
+                f"slices or nodes; expected mesh.data x mesh.fsdp to be a multiple of {len(groups)}"
+            )
     else:
         for axis in dcn:
             if axis not in AXES:

@@ -68,10 +68,16 @@ def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str,
     allowed: dict[str, inspect.Parameter] = {}
     for fn in fns:
         allowed |= {n: p for n, p in keywords(fn).items() if n not in given}
+    values = {}
     for name, value in section.items():
         if name not in allowed:
             raise UserError(f"unknown config key {key}.{name}{suggest(name, allowed)}")
-        check_type(value, allowed[name].annotation, key=f"{key}.{name}")
+        annotation = allowed[name].annotation
+        # On the command line a bare none is None, and a choice of that name is meant by it.
+        if value is None and not _fits(None, annotation) and "none" in _literals(annotation):
+            value = "none"
+        check_type(value, annotation, key=f"{key}.{name}")
+        values[name] = value
     bound = []
     for fn in fns:
         kwargs = {}
@@ -80,7 +86,7 @@ def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str,
                 continue
             if name not in section and parameter.default is parameter.empty:
                 raise UserError(f"{key}.{name} is missing, and has no default")
-            kwargs[name] = section.get(name, parameter.default)
+            kwargs[name] = values.get(name, parameter.default)
         bound.append(kwargs)
     return bound
 
@@ -100,6 +106,14 @@ def check_type(value: Any, annotation: Any, *, key: str) -> None:
 
 def _is_union(annotation: Any) -> bool:
     return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _literals(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) is typing.Literal:
+        return typing.get_args(annotation)
+    if _is_union(annotation):
+        return tuple(x for member in typing.get_args(annotation) for x in _literals(member))
+    return ()
 
 
 def _type_name(annotation: Any) -> str:
