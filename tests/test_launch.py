@@ -41,10 +41,11 @@ SBATCH = SCRIPT.parent / "slurm" / "train.sbatch"
 TRAIN = ["--config=configs/x.py:a,b", "--workdir=/shared/my runs"]
 
 
-def run_sbatch(tmp_path, *, code, **environment):
+def run_sbatch(tmp_path, *, code, state="RUNNING", **environment):
     """Runs the batch script with stand-ins for Slurm; the exit code and what they were given."""
     record = tmp_path / "record"
-    for name, text in (("srun", f"exit {code}"), ("scontrol", "exit 0")):
+    answers = {"srun": f"exit {code}", "scontrol": "exit 0", "squeue": f"echo {state}"}
+    for name, text in answers.items():
         fake = tmp_path / name
         fake.write_text(f'#!/usr/bin/env bash\nprintf "%s " {name} "$@" >> {record}\n{text}\n')
         fake.chmod(0o755)
@@ -66,6 +67,12 @@ def test_slurm_job_goes_back_to_the_queue_when_it_asks_to(tmp_path):
     assert record.endswith("scontrol requeue 7 ")
 
 
+def test_slurm_job_that_was_cancelled_stays_away(tmp_path):
+    done, record = run_sbatch(tmp_path, code=75, state="COMPLETING")
+    assert done.returncode == 75
+    assert "requeue" not in record
+
+
 def test_slurm_job_that_fails_stays_failed(tmp_path):
     done, record = run_sbatch(tmp_path, code=2)
     assert done.returncode == 2
@@ -74,7 +81,7 @@ def test_slurm_job_that_fails_stays_failed(tmp_path):
 
 def test_slurm_dry_run_starts_nothing(tmp_path):
     done, record = run_sbatch(tmp_path, code=0, DRY_RUN="1")
-    assert done.stdout.startswith("srun --kill-on-bad-exit=1 python -m vit_jax.main")
+    assert done.stdout.startswith("srun --kill-on-bad-exit=0 --wait=60 python -m vit_jax.main")
     assert "/shared/my\\ runs" in done.stdout
     assert record == ""
 

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts a job on Google Kubernetes Engine, as a JobSet of TPU slices or of GPU nodes.
+
+python -m vit_jax.launch.gke b16 --image=IMAGE --accelerator=tpu-v5-lite-podslice --topology=4x4 \
+    --claim=runs -- --config=configs/vit_i1k.py --workdir=/shared/b16
+"""
+
+import argparse
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from vit_jax.parallel.preemption import RUN_AGAIN
+
+# Where the volume of --claim is.
+FOLDER = "/shared"
+_PORT = 8476
+# Of an abort, after which another process has been lost; SIGKILL and SIGTERM.
+_LOST = (134, 137, 143)
+# Seconds from SIGTERM to SIGKILL: to end a step and to save. Spot machines give less.
+_GRACE_S = 300
+# Names of pods have a suffix, and with it at most 63 letters.
+_NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code of kubectl."""
+    args = _parse(arguments)
+    manifest = json.dumps(make_jobset(args), indent=2)
+    if args.dry_run:
+        print(manifest)
+        return 0
+    command = ["kubectl", "apply", "--filename=-"]
+    try:
+        return subprocess.run(command, input=manifest, text=True).returncode
+    except FileNotFoundError:
+        print("gke: kubectl is not installed; --dry_run shows the manifest", file=sys.stderr)
+        return 2
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m vit_jax.launch.gke", description=__doc__)
+    add = parser.add_argument
+    add("name", help="of the JobSet: small letters, digits and hyphens")
+    add("--image", required=True, help="made from launch/docker, in a registry of the cluster")
+    add("--accelerator", required=True, help="such as tpu-v5-lite-podslice or nvidia-h100-80gb")
+    add("--topology", help="of a TPU slice, such as 4x4")
+    add("--num_slices", type=int, default=1, help="TPU slices")
+    add("--chips_per_host", type=int, default=4, help="of a TPU slice of several hosts")
+    add("--nodes", type=int, default=1, help="GPU nodes")
+    add("--gpus_per_node", type=int, default=8)
+    add("--claim", help=f"a PersistentVolumeClaim that all may write to; it is at {FOLDER}")
+    add("--max_restarts", type=int, default=100)
+    add("--spot", action="store_true", help="on machines that may be taken away")
+    add("--dry_run", action="store_true", help="print the manifest, start nothing")
+    add("train", nargs="+", help="after --: the arguments of vit_jax.main")
+    args = parser.parse_args(arguments)
+    if not _NAME.fullmatch(args.name):
+        parser.error(f"{args.name!r}: expected a letter, then at most 39 of a-z, 0-9 and -")
+    is_tpu = args.accelerator.startswith("tpu")
+    if is_tpu and not re.fullmatch(r"\d+(x\d+){1,2}", args.topology or ""):
+        parser.error(f"--topology={args.topology}: expected that of the slice, such as 4x4")
+    if not is_tpu and args.topology is not None:
+        parser.error(f"--topology={args.topology}: is of TPUs; GPUs take --nodes")
+    for key in ("num_slices", "chips_per_host", "nodes", "gpus_per_node"):
+        if getattr(args, key) < 1:
+            parser.error(f"--{key}={getattr(args, key)}: expected at least 1")
+    return args
+
+
+def make_jobset(args: argparse.Namespace) -> dict[str, Any]:
+    """The manifest: a Job for each TPU slice, or one for all GPU nodes, with a pod a machine."""
+    is_tpu = args.accelerator.startswith("tpu")
+    if is_tpu:
+        chips = math.prod(map(int, args.topology.split("x")))
+        per_host = min(chips, args.chips_per_host)
+        slices, hosts = args.num_slices, chips // per_host
+        pod = _make_pod(args, {"google.com/tpu": per_host}, ["--coordinator=auto"], "tpu")
+        pod["nodeSelector"] |= {
+            "cloud.google.com/gke-tpu-accelerator": args.accelerator,
+            "cloud.google.com/gke-tpu-topology": args.topology,
+        }
+        if slices > 1:  # Between slices the network of the machines is faster than that of pods.
+            pod |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
+    else:
+        slices, hosts = 1, args.nodes
+        job = [
+            f"--coordinator={args.name}-hosts-0-0.{args.name}:{_PORT}",
+            f"--num_processes={hosts}",
+            "--process_id=$(PROCESS_ID)",
+        ]
+        pod = _make_pod(args, {"nvidia.com/gpu": args.gpus_per_node}, job, "gpu")
+        pod["nodeSelector"]["cloud.google.com/gke-accelerator"] = args.accelerator
+    # A slice is a node pool of its own: all pods of a Job go to one, and no other's do.
+    exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": args.name} | ({"annotations": exclusive} if is_tpu else {}),
+        "spec": {
+            "failurePolicy": {
+                "maxRestarts": args.max_restarts,
+                # What no rule of a Job names is bad input, or a run that went wrong.
+                "rules": [
+                    {
+                        "name": "stayFailed",
+                        "action": "FailJobSet",
+                        "onJobFailureReasons": ["BackoffLimitExceeded"],
+                    }
+                ],
+            },
+            "replicatedJobs": [
+                {
+                    "name": "hosts",
+                    "replicas": slices,
+                    "template": {"spec": _make_job(hosts, pod)},
+                }
+            ],
+        },
+    }
+
+
+def _make_job(hosts: int, pod: dict[str, Any]) -> dict[str, Any]:
+    disrupted = [{"type": "DisruptionTarget", "status": "True"}]
+    again = {"containerName": "train", "operator": "In", "values": [RUN_AGAIN, *_LOST]}
+    return {
+        "completionMode": "Indexed",
+        "completions": hosts,
+        "parallelism": hosts,
+        "backoffLimit": 0,
+        # The Job fails by these rules, rather than by its limit, if it is to be run again.
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "FailJob", "onPodConditions": disrupted},
+                {"action": "FailJob", "onExitCodes": again},
+            ]
+        },
+        "template": {"spec": pod},
+    }
+
+
+def _make_pod(
+    args: argparse.Namespace, resources: dict[str, int], job: list[str], platform: str
+) -> dict[str, Any]:
+    index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    # Processes of a machine speak to each other through it, and 64 MiB, the default, are too few.
+    volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
+    mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
+    if args.claim:
+        claim = {"claimName": args.claim}
+        volumes.append({"name": "shared", "persistentVolumeClaim": claim})
+        mounts.append({"name": "shared", "mountPath": FOLDER})
+    container = {
+        "name": "train",
+        "image": args.image,
+        "args": [*job, f"--platform={platform}", *args.train],
+        "env": [{"name": "PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": index}}}],
+        "resources": {"requests": resources, "limits": resources},
+        "volumeMounts": mounts,
+    }
+    return {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": _GRACE_S,
+        "nodeSelector": {"cloud.google.com/gke-spot": "true"} if args.spot else {},
+        "containers": [container],
+        "volumes": volumes,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
