@@ -7,7 +7,8 @@
 #
 # NAME and ZONE are those of a running TPU VM; project and account are gcloud's current ones. The
 # workdir and the datasets must lie on storage that all hosts see, such as a bucket mounted at the
-# same place on each. The command can be given again: it goes on from the last checkpoint.
+# same place on each. The command can be given again: it goes on from the last checkpoint. DRY_RUN=1
+# prints the commands.
 set -euo pipefail
 
 if [ "$#" -lt 4 ]; then
@@ -25,22 +26,29 @@ case " $* " in
 esac
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+run() {
+  if [ -n "${DRY_RUN:-}" ]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
 on_all_hosts() {
-  gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"
+  run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"
 }
 
 archive=$(mktemp)
 trap 'rm -f "$archive"' EXIT
-git -C "$here" archive --format=tar.gz --output="$archive" HEAD
+run git -C "$here" archive --format=tar.gz --output="$archive" HEAD
 
 echo "Copying the last commit to all hosts of $name."
-gcloud compute tpus tpu-vm scp "$archive" "$name:/tmp/vit_jax.tar.gz" --zone="$zone" --worker=all
+run gcloud compute tpus tpu-vm scp "$archive" "$name:/tmp/vit_jax.tar.gz" --zone="$zone" --worker=all
 echo "Installing."
+# shellcheck disable=SC2016  # The home is that of the hosts.
 on_all_hosts 'rm -rf ~/vit_jax && mkdir -p ~/vit_jax && tar -xzf /tmp/vit_jax.tar.gz -C ~/vit_jax &&
   python3 -m pip install -q --user uv && python3 -m uv venv -q --clear --python 3.12 ~/vit_jax_env &&
   python3 -m uv pip install -q --python ~/vit_jax_env -e "$HOME/vit_jax[tpu]"'
 echo "Training."
-# The output stays on the hosts too, for those who come later; the exit code is that of training.
-on_all_hosts "cd ~/vit_jax && set -o pipefail &&
-  ~/vit_jax_env/bin/python -m vit_jax.main --coordinator=auto $(printf '%q ' "$@") 2>&1 |
-  tee -a ~/vit_jax.log"
+on_all_hosts "bash ~/vit_jax/launch/tpu_host.sh $(printf '%q ' "$@")"

@@ -5,7 +5,10 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent.parent / "launch" / "tpu_vm.sh"
+TRAIN = ["--config=configs/x.py:a,b", "--workdir=/shared/my runs"]
 
 
 def test_tpu_vm_hands_the_arguments_to_every_host(tmp_path):
@@ -27,8 +30,48 @@ def test_tpu_vm_hands_the_arguments_to_every_host(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("--worker=all") == 3
-    assert "-m vit_jax.main --coordinator=auto --config=configs/x.py:a\\,b" in done.stdout
+    assert "bash ~/vit_jax/launch/tpu_host.sh --config=configs/x.py:a\\,b" in done.stdout
     assert "--workdir=/mnt/my\\ runs" in done.stdout
+
+
+def test_tpu_vm_dry_run_prints_the_commands():
+    done = subprocess.run(
+        ["bash", SCRIPT, "pod", "zone-a", *TRAIN],
+        env=os.environ | {"DRY_RUN": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    commands = [line.split()[0] for line in done.stdout.splitlines() if " tpu-vm " in line]
+    assert commands == ["gcloud"] * 3
+    assert "git -C" in done.stdout
+
+
+@pytest.mark.parametrize(("notice", "code"), [("NONE", 2), ("TERMINATE_ON_HOST_MAINTENANCE", 75)])
+def test_a_tpu_host_tells_the_run_when_its_machine_will_go(notice, code, tmp_path):
+    # One that ends by itself with code 2, and with 75 when it is told to.
+    files = {
+        "curl": f'case "$*" in *preempted) echo FALSE ;; *) grep -q main ~/vit_jax.log && echo {notice} ;; esac',
+        "python": 'trap "exit 75" TERM; echo "$@"; for _ in {1..10}; do sleep 0.1; done; exit 2',
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", SCRIPT.parent / "tpu_host.sh", *TRAIN],
+        env=os.environ
+        | {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "HOME": str(tmp_path),
+            "PYTHON": str(tmp_path / "python"),
+            "POLL_S": "0.3",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done
+    assert "-m vit_jax.main --coordinator=auto --config=" in (tmp_path / "vit_jax.log").read_text()
+    assert ("will be taken away" in done.stdout) == (code == 75)
 
 
 def test_tpu_vm_without_arguments_explains_itself():
@@ -38,7 +81,6 @@ def test_tpu_vm_without_arguments_explains_itself():
 
 
 SBATCH = SCRIPT.parent / "slurm" / "train.sbatch"
-TRAIN = ["--config=configs/x.py:a,b", "--workdir=/shared/my runs"]
 
 
 def run_sbatch(tmp_path, *, code, state="RUNNING", **environment):
