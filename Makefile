@@ -63,7 +63,7 @@ bench-input: .venv/project.stamp build/torch/timm.stamp build/tensorflow/cpu.sta
 	.venv/bin/python -m benchmarks.input --tf_python=build/tensorflow/bin/python \
 	  --torch_python=build/torch/bin/python $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
 
-lint: .venv/project.stamp .venv/lint.stamp  ## check style and types: ruff and pyright
+lint: .venv/project.stamp .venv/lint.stamp  ## check style and types: ruff, pyright, shellcheck, hadolint
 	PATH="$$PWD/.venv/bin:$$PATH" PYRIGHT_PYTHON_IGNORE_WARNINGS=1 \
 	  .venv/bin/python -m pre_commit run --all-files $(ARGS)
 

