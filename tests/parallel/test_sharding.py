@@ -284,3 +284,36 @@ def test_loss_is_computed_over_sharded_classes(num_classes):
     assert re.search(rf"f32\[2,{half}\]", text)  # 8 images over 4, classes over 2
     assert not re.search(rf"\[2,{num_classes}\]", text)
     assert not re.search(rf"\[8,{num_classes}\]", text)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "element"), [("float32", "f32"), ("bfloat16", "bf16")], ids=["float32", "bfloat16"]
+)
+def test_gradients_of_blocks_cross_the_network_in_the_dtype_of_the_model(dtype, element, tmp_path):
+    """Seen after partitioning: what runs on CPUs sums in float32, as they have no other sums."""
+    mesh = make_mesh(data=8)
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 24}
+    model = make_vit(
+        num_classes=5,
+        patch_size=4,
+        **sizes,
+        dtype=dtype,
+        constrain=functools.partial(constrain, mesh=mesh),
+    )
+    sharding = batch_sharding(mesh)
+    images = jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.float32, sharding=sharding)
+    init = functools.partial(model.init, train=False)
+    shapes = jax.eval_shape(init, jax.random.key(0), images)
+
+    def loss(params, images):
+        return model.apply(params, images, train=False)[0].astype(jnp.float32).mean()
+
+    everywhere = jax.sharding.NamedSharding(mesh, PartitionSpec())
+    step = jax.jit(
+        jax.grad(loss), in_shardings=(everywhere, sharding), out_shardings=everywhere
+    ).lower(shapes, images)
+    step.compile({"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partitioning"})
+    (partitioned,) = tmp_path.glob("*after_spmd-partitioning*.txt")
+    reduced = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-reduce\(", partitioned.read_text())
+    assert {kind for kind, shape in reduced if shape in ("16,24", "24,16")} == {element}
+    assert ("f32", "16") in reduced  # Norms are float32 whatever the dtype.
