@@ -297,9 +297,11 @@ def test_damaged_files_neither_crash_nor_fill_the_memory():
 )
 def test_what_lies_outside_of_the_image_is_not_read(part, full, window):
     out = np.zeros((8, 8, 3), np.uint8)
-    assert not fused.extension.decode(WHOLE, out, part, full, window, False)
+    whole = (WHOLE, out, (0, 0, 60, 80), (8, 8), (0, 0, 8, 8), False)
+    outside = (WHOLE, out, part, full, window, False)
+    assert fused.extension.decode([whole, outside]) == [True, False]
     with pytest.raises(ValueError, match="another size"):
-        fused.extension.decode(WHOLE, out[:7], part, full, window, False)
+        fused.extension.decode([whole, (WHOLE, out[:7], part, full, window, False)])
 
 
 @pytest.fixture
@@ -327,9 +329,9 @@ def test_batches_are_the_same_without_the_extension(photos, monkeypatch):
     if fused.extension is not None:
         decode = fused.extension.decode
 
-        def count(*args):
-            calls.append(decode(*args))
-            return calls[-1]
+        def count(jobs):
+            calls.extend(done := decode(jobs))
+            return done
 
         monkeypatch.setattr(fused.extension, "decode", count)
     fast = load()

@@ -3,6 +3,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import time
 from collections.abc import Generator
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from vit_jax.data import fused, image_ops, loader, preprocess
 from vit_jax.data.corrupt import CorruptCounter
+from vit_jax.data.order import Draws
 from vit_jax.data.pipeline import Batch, DatasetSpec, train_batches, train_order
 from vit_jax.utils.errors import UserError
 
@@ -145,28 +147,23 @@ def measure_stages(spec: DatasetSpec, *, seconds: float) -> dict[str, float]:
     split = 1 + max(i for i, op in enumerate(ops) if isinstance(op, _DECODE))
     spent = dict.fromkeys(STAGES, 0.0)
 
-    def prepare(index: int, rng: np.random.Generator) -> Any:
+    order, draws = train_order(spec, source, seed=0), Draws(0)
+    images = np.empty((spec.batch_size, *spec.image_shape()), np.uint8)
+    start, position = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
         times = [time.perf_counter()]
+        index, rng = order[position], draws(position)
+        times.append(time.perf_counter())
         features = source[index]
         times.append(time.perf_counter())
         features = preprocess.apply(ops[:split], features, rng)
         times.append(time.perf_counter())
         features = preprocess.apply(ops[split:], features, rng)
         times.append(time.perf_counter())
-        for name, begin, end in zip(STAGES[1:4], times, times[1:], strict=False):
+        images[position % spec.batch_size] = features["image"]
+        times.append(time.perf_counter())
+        for name, (begin, end) in zip(STAGES, itertools.pairwise(times), strict=True):
             spent[name] += end - begin
-        return features["image"], times[-1] - times[0]
-
-    examples = train_order(spec, source, seed=0).random_map(prepare)
-    images = np.empty((spec.batch_size, *spec.image_shape()), np.uint8)
-    start, position = time.perf_counter(), 0
-    while (begin := time.perf_counter()) - start < seconds:
-        example: Any = examples[position]
-        image, within = example
-        end = time.perf_counter()
-        spent["order"] += end - begin - within
-        images[position % spec.batch_size] = image
-        spent["assemble"] += time.perf_counter() - end
         position += 1
     total = sum(spent.values())
     return {name: time_spent / total for name, time_spent in spent.items()}

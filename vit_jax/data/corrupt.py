@@ -20,7 +20,7 @@ class Counts:
     """What was met so far.
 
     Attributes:
-      seen: examples, whichever records they are made of.
+      seen: examples, whichever records they are made of, and rows that fill up a last batch.
       corrupt: records that could not be read; one that is met twice counts twice.
       lost: examples for which no record near by could be read; they are blank.
     """
@@ -42,10 +42,10 @@ class CorruptCounter:
     def counts(self) -> Counts:
         return Counts(self._seen, self._corrupt, self._lost)
 
-    def see(self) -> None:
-        """Counts an example, whichever record it is made of."""
+    def see(self, count: int) -> None:
+        """Counts examples, whichever records they are made of."""
         with self._lock:
-            self._seen += 1
+            self._seen += count
 
     def add(self, record: str, reason: Exception) -> None:
         """Counts a record that can't be read, and names it if it is new."""

@@ -7,7 +7,8 @@ does not take (PNG, CMYK, damaged files), the operations run as they are.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,9 +35,6 @@ else:
     extension = _jpeg
 
 
-Allocate = Callable[[tuple[int, ...]], np.ndarray]
-
-
 class Plan(NamedTuple):
     """What to make of an image: a part of it, resized to `full`, and of that a window."""
 
@@ -45,17 +43,46 @@ class Plan(NamedTuple):
     window: tuple[int, int, int, int]
 
 
+class Target(threading.local):
+    """Where a thread wants its next images, and the work on these that waits.
+
+    A thread that comes back from the extension may have to wait for the interpreter. It goes there
+    for many images at a time if it can.
+
+    Attributes:
+      row: memory for the next image; operations may heed it or not.
+      jobs: that wait, for the extension; None if images are wanted at once.
+    """
+
+    def __init__(self) -> None:
+        self.row: np.ndarray | None = None
+        self.jobs: list[tuple] | None = None
+
+    def allocate(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The row if it has this shape, else other memory."""
+        if self.row is not None and self.row.shape == shape:
+            return self.row
+        return np.empty(shape, np.uint8)
+
+    def run(self) -> list[bool]:
+        """Runs the jobs that wait; False for each image that is left to the operations."""
+        jobs, self.jobs = self.jobs, None
+        return extension.decode(jobs) if jobs else []
+
+
 @dataclasses.dataclass(frozen=True)
 class Fused(Random):
     """`decode`, operations that crop and resize, and `flip_lr` if there is one, as one operation.
 
     Attributes:
       ops: what it stands in for.
-      allocate: gives memory for an image by its shape.
+      target: takes its images.
+      last: whether no operation follows, so that the work may wait.
     """
 
     ops: tuple[Transform | Random, ...]
-    allocate: Allocate
+    target: Target
+    last: bool
 
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
         source = features["image"]
@@ -66,11 +93,19 @@ class Fused(Random):
             plan = _plan(self.ops[1:], height, width, rng)
             if plan is not None:
                 flip = isinstance(self.ops[-1], FlipLr) and self.ops[-1].draw(rng)
-                image = self.allocate((*plan.window[2:], 3))
-                if extension.decode(source, image, *plan, flip):
+                image = self.target.allocate((*plan.window[2:], 3))
+                job = (source, image, *plan, flip)
+                if self._put_off(job) or extension.decode([job])[0]:
                     return features | {"image": image}
             rng.bit_generator.state = state
         return preprocess.apply(self.ops, features, rng)
+
+    def _put_off(self, job: tuple) -> bool:
+        jobs, row = self.target.jobs, self.target.row
+        if jobs is None or not self.last or job[1] is not row:
+            return False
+        jobs.append(job)
+        return True
 
     def _size(self, source: bytes | np.ndarray) -> tuple[int, int] | None:
         """Height and width; None for what the extension does not take."""
@@ -83,9 +118,7 @@ class Fused(Random):
 
 
 def fuse(
-    ops: Sequence[Transform | Random],
-    *,
-    allocate: Allocate = lambda shape: np.empty(shape, np.uint8),
+    ops: Sequence[Transform | Random], *, target: Target | None = None
 ) -> tuple[Transform | Random, ...]:
     """The same operations, of which the first are one if they have a known form.
 
@@ -94,7 +127,7 @@ def fuse(
 
     Args:
       ops: of a preprocessing line.
-      allocate: where the images of the first operation are to be.
+      target: where the images of the first operation are to be; None for anywhere.
     """
     if extension is None or not ops or not isinstance(ops[0], Decode):
         return tuple(ops)
@@ -104,7 +137,8 @@ def fuse(
         if kinds[: len(form)] == form and getattr(ops[1], "method", None) == "bilinear":
             end = 1 + len(form)
             end += kinds[end - 1 : end] == (FlipLr,)
-            return (Fused(tuple(ops[:end]), allocate), *ops[end:])
+            fused = Fused(tuple(ops[:end]), target or Target(), last=end == len(ops))
+            return (fused, *ops[end:])
     return tuple(ops)
 
 

@@ -9,21 +9,18 @@ the batches are the same for any number of hosts, and to resume is to start at a
 import dataclasses
 import itertools
 import math
-import sys
-import threading
-from collections.abc import Generator, Iterable
-from typing import Any
+from collections.abc import Callable, Generator, Iterable
 
-import grain
 import numpy as np
 
 from vit_jax.data import loader, preprocess
 from vit_jax.data.base import DatasetInfo, Source
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.decode import ImageError
-from vit_jax.data.fused import fuse
+from vit_jax.data.fused import Target, fuse
 from vit_jax.data.image_ops import Decode, Features
 from vit_jax.data.mixture import Mixture, Schedule, make_schedule, merge_infos
+from vit_jax.data.order import Draws, Mixed, Order, Repeated, shuffled
 from vit_jax.data.sources import dataset_info, open_source, placeholder
 from vit_jax.utils.errors import UserError
 
@@ -126,96 +123,55 @@ class DatasetSpec:
 _TRIES = 100
 
 
-class _Rows(threading.local):
-    """Where each thread wants its next image: a row of a batch. Operations may heed it or not."""
+class _TrainExamples:
+    """The prepared example of each position of an order."""
 
-    def __init__(self) -> None:
-        self.row: np.ndarray | None = None
-
-    def allocate(self, shape: tuple[int, ...]) -> np.ndarray:
-        """The row if it has this shape, else other memory."""
-        if self.row is not None and self.row.shape == shape:
-            return self.row
-        return np.empty(shape, np.uint8)
-
-
-class _Prepare(grain.transforms.RandomMap):
-    """From the index of a record to the features of a prepared example."""
-
-    def __init__(self, spec: DatasetSpec, source: Source, rows: _Rows, corrupt: CorruptCounter):
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        source: Source,
+        target: Target,
+        corrupt: CorruptCounter,
+        *,
+        seed: int,
+    ):
         self._source, self._corrupt = source, corrupt
-        self._ops = fuse(spec.ops(), allocate=rows.allocate)
+        self._order, self._draws = train_order(spec, source, seed=seed), Draws(seed)
+        self._ops = fuse(spec.ops(), target=target)
         self._blank = spec.blank()
 
-    def random_map(self, element: int, rng: np.random.Generator) -> Any:
-        self._corrupt.see()
+    def __call__(self, position: int) -> Features:
+        # A generator of its own for each position, not for each record.
+        index, rng = self._order[position], self._draws(position)
         # The next record that can be read stands in for one that can't.
         for _ in range(min(_TRIES, len(self._source))):
             try:
-                return preprocess.apply(self._ops, self._source[element], rng)
+                return preprocess.apply(self._ops, self._source[index], rng)
             except ImageError as e:
-                self._corrupt.add(self._source.describe(element), e)
-                element = self._source.successor(element)
+                self._corrupt.add(self._source.describe(index), e)
+                index = self._source.successor(index)
         # No error here, which other processes would wait for: all stop by the counts.
         self._corrupt.lose()
         return self._blank
 
 
-class _PrepareMasked(grain.transforms.RandomMap):
-    """The same for evaluation: a record that can't be read, or is not there, has the mask 0."""
+class _EvalExamples:
+    """Each record in order; one that can't be read, or is not there, has the mask 0."""
 
-    def __init__(self, spec: DatasetSpec, source: Source, rows: _Rows, corrupt: CorruptCounter):
-        self._source, self._corrupt = source, corrupt
-        self._ops = fuse(spec.ops(), allocate=rows.allocate)
+    def __init__(self, spec: DatasetSpec, source: Source, target: Target, corrupt: CorruptCounter):
+        self._source, self._corrupt, self._draws = source, corrupt, Draws(0)
+        self._ops = fuse(spec.ops(), target=target)
         self._blank = spec.blank()
 
-    def random_map(self, element: int, rng: np.random.Generator) -> Any:
-        if element < len(self._source):
+    def __call__(self, position: int) -> Features:
+        if position < len(self._source):
             try:
-                features = preprocess.apply(self._ops, self._source[element], rng)
+                rng = self._draws(position)
+                features = preprocess.apply(self._ops, self._source[position], rng)
                 return features | {"mask": np.float32(1)}
             except ImageError as e:
-                self._corrupt.add(self._source.describe(element), e)
+                self._corrupt.add(self._source.describe(position), e)
         return self._blank | {"mask": np.float32(0)}
-
-
-class _MixedOrder:
-    """Indices into a mixture by position: each source is shuffled anew in each of its epochs."""
-
-    def __init__(self, mixture: Mixture, schedule: Schedule, seed: int):
-        self._schedule = schedule
-        self._orders = [
-            grain.MapDataset.range(*limits)
-            .shuffle(int(np.random.SeedSequence((seed, k)).generate_state(1)[0]))
-            .repeat()
-            for k, limits in enumerate(itertools.pairwise(mixture.starts))
-        ]
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> Any:
-        k, turn = self._schedule[index]
-        return self._orders[k][turn]
-
-
-class _RepeatedOrder:
-    """Each batch holds the next batch_size / repeats of an order, `repeats` times.
-
-    Copies lie a whole round apart: mixing with the neighbour mixes different images. Where the
-    division leaves a rest, some stand in the batch once less.
-    """
-
-    def __init__(self, order: grain.MapDataset, batch_size: int, repeats: int):
-        self._order, self._batch_size = order, batch_size
-        self._distinct = -(-batch_size // repeats)
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> Any:
-        step, row = divmod(index, self._batch_size)
-        return self._order[step * self._distinct + row % self._distinct]
 
 
 def train_batches(
@@ -243,24 +199,18 @@ def train_batches(
 
     Threads load ahead until the iterator is closed or dropped.
     """
-    source = spec.open()
-    order = train_order(spec, source, seed=seed)
-    # After `repeat`: a generator of its own for each position, not for each record.
-    prepare = _Prepare(spec, source, rows := _Rows(), corrupt or CorruptCounter())
-    examples = order.random_map(prepare)
-    return _load(examples, rows, spec, itertools.count(step), shards, num_shards)
+    corrupt, target = corrupt or CorruptCounter(), Target()
+    examples = _TrainExamples(spec, spec.open(), target, corrupt, seed=seed)
+    return _load(examples, target, spec, itertools.count(step), shards, num_shards, corrupt)
 
 
-def train_order(spec: DatasetSpec, source: Source, *, seed: int) -> grain.MapDataset:
+def train_order(spec: DatasetSpec, source: Source, *, seed: int) -> Order:
     """The index in `source` at each position of the endless training stream."""
     if isinstance(source, Mixture):
-        order = grain.MapDataset.source(_MixedOrder(source, spec.schedule(), seed)).seed(seed)
+        order = Mixed(source, spec.schedule(), seed=seed)
     else:
-        order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    if spec.repeats > 1:
-        repeated = _RepeatedOrder(order, spec.batch_size, spec.repeats)
-        order = grain.MapDataset.source(repeated).seed(seed)
-    return order
+        order = shuffled(len(source), seed=seed)
+    return Repeated(order, spec.batch_size, spec.repeats) if spec.repeats > 1 else order
 
 
 def eval_batches(
@@ -277,10 +227,13 @@ def eval_batches(
     """
     source = spec.open()
     steps = range(-(-len(source) // spec.batch_size))
-    order = grain.MapDataset.range(len(steps) * spec.batch_size).seed(0)
-    prepare = _PrepareMasked(spec, source, rows := _Rows(), corrupt or CorruptCounter())
-    return _load(order.random_map(prepare), rows, spec, steps, shards, num_shards)
+    corrupt, target = corrupt or CorruptCounter(), Target()
+    examples = _EvalExamples(spec, source, target, corrupt)
+    return _load(examples, target, spec, steps, shards, num_shards, corrupt)
 
+
+# Bytes of encoded images that a thread holds, so as to decode them at one go.
+_MAX_WAITING = 1 << 24
 
 # Batches outside of the loader: the one that is trained on, and one on its way to the devices.
 _HELD = 2
@@ -338,12 +291,13 @@ class _Buffer:
 
 
 def _load(
-    examples: grain.MapDataset,
-    wanted: _Rows,
+    examples: Callable[[int], Features],
+    target: Target,
     spec: DatasetSpec,
     steps: Iterable[int],
     shards: tuple[int, ...],
     num_shards: int,
+    corrupt: CorruptCounter,
 ) -> Generator[Batch]:
     block = spec.batch_size // num_shards
     rows = [shard * block + i for shard in shards for i in range(block)]
@@ -352,20 +306,34 @@ def _load(
     def make(step: int) -> _Buffer:
         return _Buffer(np.empty((len(rows), *shape), np.uint8), [{}] * len(rows))
 
+    def prepare(buffer: _Buffer, step: int, i: int) -> None:
+        target.row = buffer.images[i]
+        features = examples(step * spec.batch_size + rows[i])
+        image = features["image"]
+        if image.shape != shape or image.dtype != np.uint8:
+            raise UserError(
+                f"{spec.key}.preprocess={spec.preprocess!r} made an image of {image.dtype} "
+                f"{image.shape}; expected uint8 {shape}"
+            )
+        if image is not target.row:
+            buffer.images[i] = image
+        buffer.rest[i] = {k: v for k, v in features.items() if k != "image"}
+        target.row = None  # it would keep the batch alive
+
     def fill(buffer: _Buffer, step: int, start: int, stop: int) -> None:
+        waiting, nbytes, target.jobs = [], 0, []
         for i in range(start, stop):
-            wanted.row = buffer.images[i]
-            features: Any = examples[step * spec.batch_size + rows[i]]
-            image = features["image"]
-            if image.shape != shape or image.dtype != np.uint8:
-                raise UserError(
-                    f"{spec.key}.preprocess={spec.preprocess!r} made an image of {image.dtype} "
-                    f"{image.shape}; expected uint8 {shape}"
-                )
-            if image is not wanted.row:
-                buffer.images[i] = image
-            buffer.rest[i] = {k: v for k, v in features.items() if k != "image"}
-        wanted.row = None  # it would keep the batch alive
+            prepare(buffer, step, i)
+            if len(target.jobs) > len(waiting):
+                waiting.append(i)
+                nbytes += len(target.jobs[-1][0])
+            if nbytes > _MAX_WAITING or i == stop - 1:
+                for k, done in zip(waiting, target.run(), strict=True):
+                    if not done:
+                        prepare(buffer, step, k)  # by the operations themselves
+                waiting, nbytes, target.jobs = [], 0, []
+        target.jobs = None
+        corrupt.see(stop - start)
 
     buffers = loader.Loader(
         steps,
