@@ -5,8 +5,9 @@
 
 All give uint8 batches of 224x224, of random resized crops of 5 to 100 % of the area, flipped in
 half of the cases. The loaders stay alive and take turns, a few seconds each, so that what else the
-machine does hits all of them; medians over the rounds are shown, and medians of the ratios of each
-round. The JPEGs are made of photographs: those in a folder, or else scikit-learn's two.
+machine does hits all of them; none starts before the last one has filled its queues. Medians over
+the rounds are shown, and medians of the ratios of each round. The JPEGs are made of photographs:
+those in a folder, or else scikit-learn's two.
 """
 
 import argparse
