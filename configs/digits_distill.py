@@ -5,7 +5,8 @@ python -m vit_jax.main --config=configs/digits_distill.py --workdir=runs/digits_
 
 The student has a distillation token, whose head learns the teacher's probabilities; the head of the
 class token learns the labels, and both are averaged. The argument is the teacher, the workdir of
-digits.py: digits_distill.py:runs/digits. With seed 0 the student reached 96.9 % on test and 99.3 %
+digits.py: digits_distill.py:runs/digits; or none, to train the student alone, without that token.
+With seed 0 the student reached 96.9 % on test and 99.3 %
 on val, where the teacher has 98.1 % and 98.6 %, in a few minutes on two CPU cores.
 """
 
@@ -23,7 +24,7 @@ def get_config(teacher: str = "runs/digits") -> ConfigDict:
         "num_layers": 2,
         "num_heads": 4,
         "mlp_dim": 48,
-        "distillation_token": True,
+        "distillation_token": teacher != "none",
     }
     config.objective = {
         "name": "distillation",
@@ -33,6 +34,8 @@ def get_config(teacher: str = "runs/digits") -> ConfigDict:
         "temperature": 2.0,
         "mixup": 0.2,
     }
+    if teacher == "none":
+        config.objective = {"name": "supervised", "mixup": 0.2}
     config.data = {
         "name": "digits",
         "split": "train[:90%]",
