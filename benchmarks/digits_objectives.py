@@ -3,10 +3,10 @@
 
     python -m benchmarks.digits_objectives --json benchmarks/results/digits_objectives.json
 
-For each seed, one after the other: labels alone (`digits.py`); a masked autoencoder, fine-tuned and
-by linear probes (`digits_mae.py`, `digits_probe.py`); a small student alone, and the same student
-distilled from the model of `digits.py` (`digits_distill.py`). The head of the probes is the one that
-is best on `val`. All of a seed takes about ten minutes on two cores. A run that ended is not
+For each seed, one after the other: labels alone (`digits.py`); a masked autoencoder, fine-tuned
+and by linear probes (`digits_mae.py`, `digits_probe.py`); a small student alone, and the same
+student distilled from the model of `digits.py` (`digits_distill.py`). The head of the probes is the
+one that is best on `val`. A seed takes about ten minutes on two cores. A run that ended is not
 repeated with the same --keep.
 """
 
@@ -35,7 +35,7 @@ RUNS = {
 
 
 def train(name: str, seed: int, folder: Path) -> dict[str, float]:
-    """Runs the command; accuracy on test as a fraction, none of an autoencoder, and wall seconds."""
+    """Runs the command; accuracy on test as a fraction, or the autoencoder's loss; wall seconds."""
     workdir = folder / name
     config = f"configs/{RUNS[name].format(folder)}"
     command = [sys.executable, "-m", "vit_jax.main", f"--config={config}", f"--workdir={workdir}"]

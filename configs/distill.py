@@ -11,15 +11,11 @@ times in a batch, augmented anew.
 
 from ml_collections import ConfigDict
 
-TRAIN_EXAMPLES = 1_281_167
-
 
 def get_config(teacher: str = "augreg+imagenet2012:B/16@224") -> ConfigDict:
-    batch_size, epochs, warmup_epochs = 1024, 300, 5
-
     config = ConfigDict()
     config.seed = 0
-    config.total_steps = round(epochs * TRAIN_EXAMPLES / batch_size)
+    config.epochs = 300
     config.ema_decay = 0.99996
     config.model = {
         "name": "vit",
@@ -46,24 +42,27 @@ def get_config(teacher: str = "augreg+imagenet2012:B/16@224") -> ConfigDict:
         "name": "imagenet2012",
         "split": "train",
         "preprocess": f"decode|{crop}|flip_lr|rand_augment('rand-m9-mstd0.5-inc1')",
-        "batch_size": batch_size,
+        "batch_size": 1024,
         "repeats": 3,
     }
     config.optimizer = {
         "name": "adamw",
-        "lr": 5e-4 * batch_size / 512,
-        "end_lr": 1e-5,
+        "lr": 5e-4,
+        "lr_scaling": "linear",
+        "base_batch_size": 512,
         "schedule": "cosine",
-        "warmup_steps": round(warmup_epochs * TRAIN_EXAMPLES / batch_size),
+        "warmup_epochs": 5,
+        "start_lr": 1e-6,
+        "end_lr": 1e-5,
         "weight_decay": 0.05,
     }
     config.evals = {
         "val": {
             "split": "validation",
             "preprocess": "decode|resize_small(256, method='bicubic_antialias')|central_crop(224)",
-            "every": 12_500,
+            "every_epochs": 10,
         },
     }
-    config.checkpoint = {"every": 2500}
+    config.checkpoint = {"every_epochs": 2}
     config.log_every = 50
     return config

@@ -12,15 +12,11 @@ but the other tokens, is a register here. Other sizes: --config.model.variant=L/
 
 from ml_collections import ConfigDict
 
-TRAIN_EXAMPLES = 1_281_167
-
 
 def get_config() -> ConfigDict:
-    batch_size, epochs, warmup_epochs = 4096, 800, 40
-
     config = ConfigDict()
     config.seed = 0
-    config.total_steps = round(epochs * TRAIN_EXAMPLES / batch_size)
+    config.epochs = 800
     config.model = {
         "name": "vit",
         "variant": "B/16",
@@ -44,14 +40,16 @@ def get_config() -> ConfigDict:
         "name": "imagenet2012",
         "split": "train",
         "preprocess": "decode|inception_crop(224, area_min=20, method='bicubic_antialias')|flip_lr",
-        "batch_size": batch_size,
+        "batch_size": 4096,
     }
     config.optimizer = {
         "name": "adamw",
-        "lr": 1.5e-4 * batch_size / 256,
+        "lr": 1.5e-4,
+        "lr_scaling": "linear",
+        "base_batch_size": 256,
         "b2": 0.95,
         "schedule": "cosine",
-        "warmup_steps": round(warmup_epochs * TRAIN_EXAMPLES / batch_size),
+        "warmup_epochs": 40,
         "weight_decay": 0.05,
     }
     config.evals = {
@@ -59,9 +57,9 @@ def get_config() -> ConfigDict:
             "name": "reconstruction",
             "split": "validation",
             "preprocess": "decode|resize_small(256, method='bicubic_antialias')|central_crop(224)",
-            "every": 12_500,
+            "every_epochs": 40,
         },
     }
-    config.checkpoint = {"every": 2500}
+    config.checkpoint = {"every_epochs": 8}
     config.log_every = 50
     return config

@@ -10,15 +10,11 @@ fixed position embeddings are where learned ones start; the mean over patches is
 
 from ml_collections import ConfigDict
 
-TRAIN_EXAMPLES = 1_281_167
-
 
 def get_config(init_from: str = "runs/mae") -> ConfigDict:
-    batch_size, epochs, warmup_epochs = 1024, 100, 5
-
     config = ConfigDict()
     config.seed = 0
-    config.total_steps = round(epochs * TRAIN_EXAMPLES / batch_size)
+    config.epochs = 100
     config.init_from = init_from
     config.adapt = {"dont_load": ("Transformer/encoder_norm/.*", "fc_norm/.*")}
     config.model = {
@@ -45,14 +41,16 @@ def get_config(init_from: str = "runs/mae") -> ConfigDict:
         "name": "imagenet2012",
         "split": "train",
         "preprocess": f"decode|{crop}|flip_lr|rand_augment('rand-m9-mstd0.5-inc1')",
-        "batch_size": batch_size,
+        "batch_size": 1024,
     }
     config.optimizer = {
         "name": "adamw",
-        "lr": 5e-4 * batch_size / 256,
+        "lr": 5e-4,
+        "lr_scaling": "linear",
+        "base_batch_size": 256,
         "end_lr": 1e-6,
         "schedule": "cosine",
-        "warmup_steps": round(warmup_epochs * TRAIN_EXAMPLES / batch_size),
+        "warmup_epochs": 5,
         "weight_decay": 0.05,
         "layer_decay": 0.65,
     }
@@ -60,9 +58,9 @@ def get_config(init_from: str = "runs/mae") -> ConfigDict:
         "val": {
             "split": "validation",
             "preprocess": "decode|resize_small(256, method='bicubic_antialias')|central_crop(224)",
-            "every": 6250,
+            "every_epochs": 5,
         },
     }
-    config.checkpoint = {"every": 2500}
+    config.checkpoint = {"every_epochs": 2}
     config.log_every = 50
     return config
