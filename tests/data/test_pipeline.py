@@ -386,6 +386,8 @@ def test_a_dataset_that_will_not_do_is_refused(name, words, tmp_path):
         ("trian", ["trian", "digits has train, test"]),
         ("train[:5%", ["digits has train, test"]),
         ("train[9:9]", ["digits holds no examples"]),
+        ("train[9:5]", ["digits holds no examples"]),
+        ("all[5:]", ["'all' does not support slice", "digits has train, test"]),
     ],
 )
 def test_a_split_that_will_not_do_is_refused(split, words, data_dir):

@@ -148,7 +148,7 @@ def select(
     }
     try:
         instructions = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
-    except (ValueError, KeyError, AssertionError) as e:
+    except (ValueError, KeyError, AssertionError, NotImplementedError) as e:
         raise UserError(
             f"{key}={split!r}: {' '.join(str(e).split())[:200]}; {name} has "
             f"{', '.join(f'{n} ({length:,})' for n, length in lengths.items())}"
@@ -157,7 +157,7 @@ def select(
     for part in instructions:
         stop = lengths[part.splitname] if part.to is None else part.to
         parts.append((part.splitname, part.from_ or 0, stop))
-    if not sum(stop - start for _, start, stop in parts):
+    if not any(start < stop for _, start, stop in parts):
         raise UserError(f"{key}={split!r} of {name} holds no examples")
     return parts
 

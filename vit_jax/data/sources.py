@@ -148,11 +148,11 @@ def open_source(name: str, split: str, *, data_dir: str | None, key: str) -> Sou
     builder = _open_builder(name, data_dir, quiet=True)
     try:
         length = builder.info.splits[split].num_examples
-    except (ValueError, KeyError, AssertionError) as e:
+    except (ValueError, KeyError, AssertionError, NotImplementedError) as e:
         raise UserError(
             f"{key}={split!r}: {_one_line(e)}; {name} has {', '.join(builder.info.splits)}"
         ) from None
-    if not length:
+    if length < 1:
         raise UserError(f"{key}={split!r} of {name} holds no examples")
     decoders = {"image": tfds.decode.SkipDecoding()}
     records = builder.as_data_source(split, decoders=decoders)
