@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures how fast a part of a run is on this machine.
 
-Example:
+Examples:
   python -m vit_jax.benchmark input --source=folder:/data/birds --step_ms=100
+  python -m vit_jax.benchmark step --config=configs/vit_i1k.py --num_classes=1000 --image_size=224
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from vit_jax.benchmark import input as input_benchmark
+from vit_jax.benchmark import step as step_benchmark
+from vit_jax.main import parse_overrides
 from vit_jax.observe.console import report_errors, say, set_up
 from vit_jax.utils.errors import UserError
 
 # Each has `add_arguments(parser)` and `run(args)`, which returns what goes into the JSON and the
 # lines to print.
-PARTS = {"input": input_benchmark}
+PARTS = {"input": input_benchmark, "step": step_benchmark}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         part.add_arguments(sub)
         sub.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
-    args = parser.parse_args(argv)
+    overrides, rest = parse_overrides(list(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
+    if overrides and "config" not in args:
+        raise UserError(f"--config.{next(iter(overrides))}: {args.part} has no config to override")
     results, lines = PARTS[args.part].run(args)
     for line in lines:
         say(line)
@@ -46,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.json.write_text(json.dumps(results, indent=2) + "\n")
         except OSError as e:
             raise UserError(f"--json={args.json}: {e.strerror}") from None
+        say(f"wrote {args.json}")
 
 
 if __name__ == "__main__":

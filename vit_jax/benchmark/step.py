@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time of a config's training step, with a batch that is on the devices already."""
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vit_jax.experiment import Experiment
+from vit_jax.main import load_config
+from vit_jax.models.flops import train_flops
+from vit_jax.parallel.chips import find_chip
+from vit_jax.planning.plan import prepare_config
+from vit_jax.utils.errors import UserError
+
+_GEMM_SIZE = 2048
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `run` reads."""
+    parser.add_argument(
+        "--config", required=True, help="config file; --config.KEY=VALUE overrides a key"
+    )
+    parser.add_argument("--num_classes", type=int, help="in place of the dataset's")
+    parser.add_argument("--image_size", type=int, help="with --num_classes")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements, by their median")
+    parser.add_argument("--seconds", type=float, default=3, help="of each measurement")
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Measures; returns the results and the lines that say them."""
+    for name in ("repeats", "seconds"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name}={getattr(args, name)}: expected more than 0")
+    # What compilation takes is measured too.
+    jax.config.update("jax_enable_compilation_cache", False)
+    config = load_config(args.config, args.overrides).to_dict()
+    config = prepare_config(config, num_classes=args.num_classes, image_size=args.image_size)
+    experiment = Experiment.from_config(config)
+    device, count = experiment.mesh.devices.flat[0], experiment.mesh.size
+    batch_size = experiment.train_data.batch_size
+
+    first, times = measure_steps(experiment, repeats=args.repeats, seconds=args.seconds)
+    step = statistics.median(times)
+    image_size = experiment.train_data.image_shape()[:2]
+    flops = train_flops(experiment.model, image_size) * batch_size / count / step
+    results = {
+        "config": args.config,
+        "overrides": args.overrides,
+        "device": device.device_kind,
+        "devices": count,
+        "jax": jax.__version__,
+        "batch_size": batch_size,
+        "first_step_s": round(first, 2),
+        "step_ms": round(1000 * step, 3),
+        "step_ms_all": [round(1000 * t, 3) for t in times],
+        "images_per_sec_per_device": round(batch_size / step / count, 2),
+        "model_flops_per_sec_per_device": flops,
+        "peak_bytes": peak_bytes(device),
+    }
+    chip = find_chip(device.device_kind)
+    if chip is not None:
+        results["mfu"] = round(flops / chip.flops, 4)
+        share = f"MFU {flops / chip.flops:.1%} of {chip.flops / 1e12:,.0f} TFLOP/s (bfloat16)"
+    else:
+        gemm = measure_gemm() / count
+        results["gemm_flops_per_sec"] = gemm
+        share = f"{flops / gemm:.1%} of what a float32 product of {_GEMM_SIZE:,} reaches here"
+    spread = f"{1000 * min(times):,.1f} to {1000 * max(times):,.1f}"
+    lines = [
+        f"{count} x {device.device_kind}, batches of {batch_size:,}",
+        f"{results['images_per_sec_per_device']:,.1f} images/s per device; a step takes "
+        f"{1000 * step:,.1f} ms ({spread})",
+        f"{flops / 1e9:,.1f} GFLOP/s of the model per device: {share}",
+        f"first step after {first:.1f} s, with compilation; "
+        f"peak memory {results['peak_bytes'] / 2**30:.2f} GiB",
+    ]
+    return results, lines
+
+
+def measure_steps(
+    experiment: Experiment, *, repeats: int, seconds: float
+) -> tuple[float, list[float]]:
+    """Seconds of the first step, with tracing and compilation, and of a step in each repeat."""
+    batch = make_batch(experiment)
+    state = jax.block_until_ready(experiment.init_state())
+    start = time.perf_counter()
+    state, metrics = experiment.train_step(state, batch)
+    jax.block_until_ready(metrics)
+    first = time.perf_counter() - start
+
+    steps, times = 1, []
+    while len(times) < repeats + 1:  # the first one only says how many steps to take at a time
+        start = time.perf_counter()
+        for _ in range(steps):
+            state, metrics = experiment.train_step(state, batch)
+        jax.block_until_ready(metrics)
+        times.append((time.perf_counter() - start) / steps)
+        steps = max(1, round(seconds / times[-1])) if len(times) == 1 else steps
+    return first, times[1:]
+
+
+def make_batch(experiment: Experiment) -> dict[str, jax.Array]:
+    """Random images and labels, where a batch of training would be."""
+    rng = jax.random.key(0)
+
+    def make() -> dict[str, jax.Array]:
+        images = experiment.abstract_batch["image"]
+        labels = experiment.abstract_batch["label"]
+        if labels.ndim == 1:
+            label = jax.random.randint(rng, labels.shape, 0, experiment.train_data.info.num_classes)
+        else:
+            label = jax.random.bernoulli(rng, 0.1, labels.shape)
+        return {
+            "image": jax.random.bits(rng, images.shape, jnp.uint8),
+            "label": label.astype(labels.dtype),
+        }
+
+    shardings = {k: v.sharding for k, v in experiment.abstract_batch.items()}
+    return jax.jit(make, out_shardings=shardings)()
+
+
+def peak_bytes(device: jax.Device) -> int:
+    """Of the device's memory; of the process, where the device is a CPU."""
+    stats = device.memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def measure_gemm() -> float:
+    """Operations a second of a large product in float32, the best of ten."""
+    x = jnp.ones((_GEMM_SIZE, _GEMM_SIZE))
+    multiply = jax.jit(jnp.matmul)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready(multiply(x, x))
+        times.append(time.perf_counter() - start)
+    return 2 * _GEMM_SIZE**3 / min(times)
