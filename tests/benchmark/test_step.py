@@ -99,7 +99,7 @@ def test_the_command_prints_and_writes_what_it_measured(said, tmp_path, monkeypa
 
 
 def test_a_config_that_is_not_read_can_not_be_overridden():
-    with pytest.raises(UserError, match="config[.]seed: input has no config to override"):
+    with pytest.raises(UserError, match=r"config\.seed: input has no config to override"):
         main(["input", "--source=folder:x", "--config.seed=1"])
 
 

@@ -6,6 +6,8 @@ them. Numerics follow the published weights: pre-norm, LayerNorm epsilon 1e-6, t
 Parameters, norm statistics and the softmax are float32; everything else runs in `dtype`.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -78,6 +80,52 @@ def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     """The `Constrain` of a model that runs on one device: does nothing."""
     del names
     return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _multiply(x: jax.Array, kernel: jax.Array, depth: int) -> jax.Array:
+    """The product over the last `depth` dimensions of `x` and the first ones of `kernel`."""
+    return jnp.tensordot(x, kernel, depth)
+
+
+def _multiply_fwd(
+    x: jax.Array, kernel: jax.Array, depth: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return jnp.tensordot(x, kernel, depth), (x, kernel)
+
+
+def _multiply_bwd(
+    depth: int, saved: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    rows = x.ndim - depth
+
+    def kernel_grad(x: jax.Array, grad: jax.Array) -> jax.Array:
+        return jnp.tensordot(x, grad, ([*range(rows)], [*range(rows)]))
+
+    def kernel_grad_of_matrices(x: jax.Array, grad: jax.Array) -> jax.Array:
+        # XLA transposes operands that are contracted over several dimensions on a CPU, and computes
+        # what they are made of once more in that order, which takes longer than the product.
+        num_rows = math.prod(x.shape[:rows])
+        product = x.reshape(num_rows, -1).T @ grad.reshape(num_rows, -1)
+        return product.reshape(kernel.shape)
+
+    inputs = jnp.tensordot(grad, kernel, ([*range(rows, grad.ndim)], [*range(depth, kernel.ndim)]))
+    return inputs, jax.lax.platform_dependent(
+        x, grad, cpu=kernel_grad_of_matrices, default=kernel_grad
+    )
+
+
+_multiply.defvjp(_multiply_fwd, _multiply_bwd)
+
+
+def dot_tokens(
+    x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None, **kwargs: Any
+) -> jax.Array:
+    """The `dot_general` of the dense layers that work on tokens, with a faster gradient on CPUs."""
+    del precision, kwargs
+    (contracted, _), _ = dimension_numbers
+    return _multiply(x, kernel, len(contracted))
 
 
 class AddPositionEmbs(nn.Module):
@@ -182,6 +230,7 @@ class MlpBlock(nn.Module):
                 dtype=self.dtype,
                 kernel_init=self.kernel_init,
                 bias_init=self.bias_init,
+                dot_general=dot_tokens,
                 name=name,
             )
 
@@ -230,6 +279,7 @@ class MultiHeadDotProductAttention(nn.Module):
                 (self.num_heads, head_dim),
                 dtype=self.dtype,
                 kernel_init=nn.initializers.xavier_uniform(),
+                dot_general=dot_tokens,
                 name=name,
             )
             x = checkpoint_name(dense(x), "qkv")
@@ -252,6 +302,7 @@ class MultiHeadDotProductAttention(nn.Module):
             axis=(-2, -1),
             dtype=self.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
+            dot_general=dot_tokens,
             name="out",
         )(x)
         return checkpoint_name(x, "attn_out")
