@@ -28,12 +28,15 @@ LAYERS = {
     "vit_jax.workdir": 2,
     "vit_jax.experiment": 3,
     "vit_jax.planning": 3,
+    "vit_jax.inference": 3,
     "vit_jax.train": 3,
     "vit_jax.benchmark": 4,
     "vit_jax.main": 4,
     "vit_jax.plan": 4,
     "vit_jax.convert": 4,
     "vit_jax.evaluate": 4,
+    "vit_jax.predict": 4,
+    "vit_jax.explain": 4,
     "vit_jax.launch": 4,
 }
 ALLOWED_IN = {

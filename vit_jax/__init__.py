@@ -1,4 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distributed training of Vision Transformers in JAX."""
+"""Distributed training of Vision Transformers in JAX.
+
+What stands in `__all__` is for use from Python, and stays. Nothing is imported before it is used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vit_jax.inference.model import LoadedModel, Prediction, load_model
+    from vit_jax.train import train
+    from vit_jax.utils.errors import UserError
 
 __version__ = "0.1.0"
+
+__all__ = ["LoadedModel", "Prediction", "UserError", "__version__", "load_model", "train"]
+
+_MODULES = {
+    "LoadedModel": "vit_jax.inference.model",
+    "Prediction": "vit_jax.inference.model",
+    "UserError": "vit_jax.utils.errors",
+    "load_model": "vit_jax.inference.model",
+    "train": "vit_jax.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_MODULES[name])
+    # The import has put the module `train` here, which can be called: that stays, so that the
+    # name means the same whatever was imported first.
+    return globals().setdefault(name, getattr(module, name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

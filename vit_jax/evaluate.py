@@ -37,7 +37,7 @@ from vit_jax.observe import console
 from vit_jax.observe.console import say
 from vit_jax.observe.writer import append_record, read_records
 from vit_jax.utils.errors import UserError
-from vit_jax.workdir import CONFIG
+from vit_jax.workdir import CONFIG, find_step, read_config
 
 RESULTS = "evals.jsonl"
 
@@ -229,7 +229,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--workdir", type=Path, help="of the run")
     parser.add_argument("--config", help="file in place of the workdir's; --config.KEY=VALUE too")
-    parser.add_argument("--checkpoint", help="a step of the run, or a path; the newest by default")
+    parser.add_argument("--checkpoint", help="a step of the run, last, best, or a path; last")
     parser.add_argument("--init_from", help="weights of any kind, as in a config")
     parser.add_argument("--json", action="store_true", help="print an object a line, no table")
     parser.add_argument("--output", type=Path, help=f"file to append to; WORKDIR/{RESULTS}")
@@ -265,7 +265,7 @@ def make_experiment(args: argparse.Namespace, overrides: dict[str, Any]) -> Expe
     if args.config:
         config = load_config(args.config, {}).to_dict()
     else:
-        config = _read_config(args.workdir / CONFIG, wait=args.timeout if args.follow else 0)
+        config = _read_config(args.workdir, wait=args.timeout if args.follow else 0)
     # A checkpoint of the run has all that the run started anew, its head among them.
     adapt = {k: v for k, v in (config.get("adapt") or {}).items() if k != "dont_load"}
     config |= {"adapt": adapt, "init_from": None, "checkpoint": None, "profile": None}
@@ -280,25 +280,11 @@ def make_experiment(args: argparse.Namespace, overrides: dict[str, Any]) -> Expe
     return experiment
 
 
-def _read_config(file: Path, *, wait: float) -> dict[str, Any]:
+def _read_config(workdir: Path, *, wait: float) -> dict[str, Any]:
     until = time.monotonic() + wait
-    while not file.exists() and time.monotonic() < until:
+    while not (workdir / CONFIG).exists() and time.monotonic() < until:
         time.sleep(_POLL)
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(
-            f"--workdir={str(file.parent)!r}: {file} can't be read ({type(e).__name__}); expected "
-            "the workdir of a run, or --config"
-        ) from None
-    return _as_tuples(config)
-
-
-def _as_tuples(value: Any) -> Any:
-    """JSON has lists for tuples."""
-    if isinstance(value, dict):
-        return {k: _as_tuples(v) for k, v in value.items()}
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+    return read_config(workdir)
 
 
 def find_source(args: argparse.Namespace) -> str:
@@ -307,15 +293,9 @@ def find_source(args: argparse.Namespace) -> str:
     Raises:
       UserError: there is no such checkpoint.
     """
-    source = args.init_from or args.checkpoint or str(args.workdir)
-    if args.checkpoint and args.checkpoint.isdigit():
-        steps = list_steps(args.workdir) if args.workdir else []
-        if int(args.checkpoint) not in steps:
-            raise UserError(
-                f"--checkpoint={args.checkpoint}: --workdir={args.workdir} has "
-                f"{', '.join(map(str, steps)) or 'no checkpoints'}"
-            )
-        return str(args.workdir / FOLDER / args.checkpoint)
+    source = args.init_from or str(args.workdir)
+    if args.checkpoint:
+        source = find_step(args.workdir, args.checkpoint)
     return str(find_checkpoint(Path(source))) if Path(source).is_dir() else source
 
 

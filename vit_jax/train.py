@@ -2,8 +2,12 @@
 """The training loop."""
 
 import dataclasses
-from collections.abc import Sequence
+import os
+import sys
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -26,13 +30,18 @@ from vit_jax.state import TrainState
 from vit_jax.workdir import open_workdir, write_config, write_labels
 
 
-def train(config: ConfigDict, workdir: str, *, command: str) -> None:
+def train(
+    config: ConfigDict | Mapping[str, Any],
+    workdir: str | os.PathLike[str],
+    *,
+    command: str | None = None,
+) -> None:
     """Trains what the config describes, going on from the workdir's newest checkpoint.
 
     Args:
       config: of the experiment.
       workdir: folder for checkpoints, metrics and config; one experiment each.
-      command: that was typed, to show what to do next.
+      command: that was typed, to show what to do next; None where there was none.
 
     Raises:
       UserError: bad input.
@@ -40,10 +49,15 @@ def train(config: ConfigDict, workdir: str, *, command: str) -> None:
       Preempted: SIGTERM came; the state is saved.
     """
     with PreemptionGuard() as guard:
-        _train(config, workdir, command, guard)
+        _train(config, os.fspath(workdir), command, guard)
 
 
-def _train(config: ConfigDict, workdir: str, command: str, guard: PreemptionGuard) -> None:
+def _train(
+    config: ConfigDict | Mapping[str, Any],
+    workdir: str,
+    command: str | None,
+    guard: PreemptionGuard,
+) -> None:
     main_process = jax.process_index() == 0
     with all_agree():
         experiment = Experiment.from_config(config)
@@ -89,13 +103,14 @@ def _train(config: ConfigDict, workdir: str, command: str, guard: PreemptionGuar
                 loop = (experiment, state, checkpoints, writer, profiler, guard)
                 run(*loop, folder=folder, start=start, missed=missed)
         last = checkpoints.latest_step() or 0
+        override = experiment.override_for_twice_as_long()
         probes = [e for e in experiment.evaluators if isinstance(e, Probes)]
         report_end(
             workdir=folder,
             step=last,
             total_steps=total,
             checkpoint=checkpoints.path(last),
-            longer=f"{command} {experiment.override_for_twice_as_long()}",
+            longer=None if command is None else f"{command} {override}",
             heads=probes[0].objective.head_names if probes else (),
             # The split that chooses comes first.
             judged_on=[e.name for e in sorted(probes, key=lambda e: not e.choose)],
@@ -190,3 +205,13 @@ def missed_evaluators(experiment: Experiment, folder: Path, step: int) -> list[E
 def due(step: int, every: int, total: int) -> bool:
     """Whether something that happens every `every` steps (0: at the end only) happens now."""
     return step == total or (every > 0 and step % every == 0)
+
+
+class _CallableModule(types.ModuleType):
+    """Makes `vit_jax.train(config, workdir)` work, although `vit_jax.train` is this module."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        train(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

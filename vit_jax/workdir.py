@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.checkpoint import manager
+from vit_jax.evaluators.base import lower_is_better
 from vit_jax.observe.console import say
-from vit_jax.observe.writer import METRICS
+from vit_jax.observe.writer import METRICS, read_metrics
 from vit_jax.utils.errors import UserError
 
 CONFIG = "config.json"
@@ -65,8 +66,7 @@ def open_workdir(
         with tempfile.TemporaryFile(dir=workdir):
             pass
         previous = json.loads(file.read_text()) if file.exists() else None
-        labels = workdir / LABELS
-        old_names = labels.read_text(encoding="utf-8").split("\n")[:-1] if labels.exists() else None
+        old_names = read_labels(workdir)
         if not isinstance(previous, dict | None):
             raise ValueError(f"{file} holds no config")
     except (OSError, ValueError) as e:
@@ -83,6 +83,82 @@ def open_workdir(
                 "workdir of vit_jax; choose another"
             )
     return workdir
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """The resolved config of a run.
+
+    Raises:
+      UserError: there is none.
+    """
+    file = workdir / CONFIG
+    try:
+        config = json.loads(file.read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"{file} holds no config")
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"--workdir={str(workdir)!r}: {file} can't be read ({type(e).__name__}); expected "
+            "the workdir of a run, or --config"
+        ) from None
+    return _as_tuples(config)
+
+
+def read_labels(workdir: Path) -> tuple[str, ...] | None:
+    """The class names of a run by label; None where they are not known."""
+    file = workdir / LABELS
+    return tuple(file.read_text(encoding="utf-8").split("\n")[:-1]) if file.exists() else None
+
+
+def find_step(workdir: Path | None, checkpoint: str) -> str:
+    """The checkpoint of a step of a run, as `load_pretrained` takes it.
+
+    Args:
+      workdir: of the run; None if there is none.
+      checkpoint: the step; "last"; "best" by the metric that the run keeps the best one by; or
+        anything else, which is given back.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    if not checkpoint.isdigit() and (workdir is None or checkpoint not in ("last", "best")):
+        return checkpoint
+    steps = manager.list_steps(workdir) if workdir else []
+    if workdir is not None and steps and checkpoint in ("last", "best"):
+        step = steps[-1] if checkpoint == "last" else _find_best(workdir, steps)
+    elif checkpoint.isdigit() and int(checkpoint) in steps:
+        step = int(checkpoint)
+    else:
+        raise UserError(
+            f"--checkpoint={checkpoint}: --workdir={workdir} has "
+            f"{', '.join(map(str, steps)) or 'no checkpoints'}"
+        )
+    return str((workdir or Path()) / manager.FOLDER / str(step))
+
+
+def _find_best(workdir: Path, steps: Sequence[int]) -> int:
+    metric = (read_config(workdir).get("checkpoint") or {}).get("keep_best")
+    if metric is None:
+        raise UserError(
+            f"--checkpoint=best: the run of --workdir={workdir} keeps no best checkpoint, as "
+            f"config.checkpoint.keep_best is not set; expected one of {', '.join(map(str, steps))}"
+        )
+    values = {r["step"]: r[metric] for r in read_metrics(workdir) if metric in r}
+    judged = [step for step in steps if step in values]
+    if not judged:
+        raise UserError(
+            f"--checkpoint=best: {workdir / METRICS} has no {metric} of the steps "
+            f"{', '.join(map(str, steps))}; expected one of them"
+        )
+    sign = -1 if lower_is_better(metric) else 1
+    return max(judged, key=lambda step: sign * values[step])
+
+
+def _as_tuples(value: Any) -> Any:
+    """JSON has lists for tuples."""
+    if isinstance(value, dict):
+        return {k: _as_tuples(v) for k, v in value.items()}
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def write_config(workdir: Path, config: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ only once it is complete.
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import shutil
 import sys
@@ -145,9 +146,18 @@ class CheckpointManager:
 
 @contextlib.contextmanager
 def _quiet_reads() -> Iterator[None]:
-    """Around a restore: if it fails, Orbax drops the reads under way, and they complain later."""
+    """Around a restore: if it fails, Orbax drops the reads under way, and they complain later.
+
+    Of files that it can do without it warns at any rate, by absl.
+    """
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    yield
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
     sys.unraisablehook = hook  # After a failure the other one stays.
 
 
@@ -193,13 +203,12 @@ def load_params(folder: Path, *, item: str = "params") -> tuple[dict[str, Any], 
         )
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer() as checkpointer, _quiet_reads():
             stored = checkpointer.metadata(path).item_metadata.tree
             abstract = jax.tree.map(
                 lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), stored
             )
-            with _quiet_reads():
-                params = checkpointer.restore(path, abstract)
+            params = checkpointer.restore(path, abstract)
         description = checkpoint / _DESCRIPTION / "metadata"
         described = json.loads(description.read_text()) if description.exists() else {}
     except Exception as e:

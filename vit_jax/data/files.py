@@ -35,7 +35,7 @@ SPLITS = {
     "valid": "validation",
     "val": "validation",
 }
-_IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _COLUMNS = ("image", "label", "labels", "split")
 _STORES = ("gs://", "s3://")
 _ANY_SHAPE = (None, None, 3)
@@ -111,7 +111,7 @@ def folder_dataset(path: str) -> Dataset:
     try:
         folders = [(split, entry) for split, entry in _class_folders(root, name)]
         with concurrent.futures.ThreadPoolExecutor(_LISTERS) as pool:
-            listed = list(pool.map(lambda f: _list_images(root, f[1]), folders))
+            listed = list(pool.map(lambda f: list_images(root, f[1]), folders))
     except OSError as e:
         raise UserError(f"data.name={name!r} can't be read: {e.strerror}: {e.filename}") from None
     ignored = sum((count for _, count in listed), Counter())
@@ -119,7 +119,7 @@ def folder_dataset(path: str) -> Dataset:
     if not any(paths for *_, paths in found):
         raise UserError(
             f"data.name={name!r} holds no images: expected CLASS/IMAGE or train/CLASS/IMAGE in "
-            f"{root}, as {', '.join(_IMAGES)}"
+            f"{root}, as {', '.join(ENDINGS)}"
         )
     class_names = check_class_names(sorted({c for _, c, paths in found if paths}), name=name)
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
@@ -165,7 +165,7 @@ def _subfolders(path: str) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _list_images(root: str, folder: str) -> tuple[list[str], Counter[str]]:
+def list_images(root: str, folder: str) -> tuple[list[str], Counter[str]]:
     """Paths of all images below a folder, from the root, and what else is there by its kind."""
     paths, ignored, todo = [], Counter(), [folder]
     while todo:
@@ -181,7 +181,7 @@ def _list_images(root: str, folder: str) -> tuple[list[str], Counter[str]]:
                     if entry.is_symlink() and _leads_back(entry.path):
                         continue
                     todo.append(entry.path)
-                elif ending in _IMAGES and entry.is_file():
+                elif ending in ENDINGS and entry.is_file():
                     paths.append(f"{prefix}/{name}")
                 else:
                     ignored[ending or "without an ending"] += 1

@@ -84,16 +84,7 @@ class DatasetSpec:
         Raises:
           UserError: the preprocessing does not decode, or leaves images of different shapes.
         """
-        ops = self.ops()
-        if [isinstance(op, Decode) for op in ops] != [True] + [False] * (len(ops) - 1):
-            raise UserError(
-                f"{self.key}.preprocess={self.preprocess!r}: expected 'decode' first, and once"
-            )
-        shapes = set()
-        for fill in ((64, 96), (600, 400)):
-            features = {"image": placeholder(self.info.image_shape, fill), "label": np.int32(0)}
-            image = preprocess.apply(ops, features, np.random.default_rng(0))["image"]
-            shapes.add(image.shape)
+        shapes = find_shapes(self.preprocess, self.info.image_shape, key=f"{self.key}.preprocess")
         if len(shapes) > 1:
             raise UserError(
                 f"{self.key}.preprocess={self.preprocess!r} leaves images of {self} in "
@@ -117,6 +108,29 @@ class DatasetSpec:
 
     def __str__(self) -> str:
         return ", ".join(name for name, *_ in self.mixture) or self.name
+
+
+def find_shapes(
+    line: str, image_shape: tuple[int | None, ...], *, key: str
+) -> set[tuple[int, int, int]]:
+    """Height, width and channels of what a preprocessing line makes of blank images.
+
+    Args:
+      line: see `vit_jax.data.preprocess`.
+      image_shape: of the images, None where they vary.
+      key: of the line, for errors.
+
+    Raises:
+      UserError: it does not decode first, and once.
+    """
+    ops = preprocess.parse_preprocess(line, key=key)
+    if [isinstance(op, Decode) for op in ops] != [True] + [False] * (len(ops) - 1):
+        raise UserError(f"{key}={line!r}: expected 'decode' first, and once")
+    shapes = set()
+    for fill in ((64, 96), (600, 400)):
+        features = {"image": placeholder(image_shape, fill), "label": np.int32(0)}
+        shapes.add(preprocess.apply(ops, features, np.random.default_rng(0))["image"].shape)
+    return shapes
 
 
 # Records that are tried in place of one that can't be read: beyond that the storage is at fault.

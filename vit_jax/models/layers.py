@@ -39,6 +39,10 @@ REMAT_POLICIES = {
 REMAT_NAMES = ("qkv", "attn_out", "mlp_hidden")
 
 
+# Name of the intermediate (`flax.linen.Module.sow`) that holds the weights of an attention layer.
+ATTENTION_WEIGHTS = "attention_weights"
+
+
 def parse_remat(remat: str) -> Callable[..., Any] | None:
     """The checkpoint policy of a `remat`; None for no recomputation.
 
@@ -251,7 +255,8 @@ class MultiHeadDotProductAttention(nn.Module):
     """Attention with `num_heads` heads, biases on all four projections.
 
     Call: queries come from `x` `[batch, length, hidden]`, keys and values from `context`, or from
-    `x` too; gives the shape of `x`. The softmax is taken in float32 whatever `dtype` is.
+    `x` too; gives the shape of `x`. The softmax is taken in float32 whatever `dtype` is; its
+    weights `[batch, heads, queries, keys]` are an intermediate, `ATTENTION_WEIGHTS`.
     Sources: arXiv:1706.03762, section 3.2; `qk_norm`: arXiv:2302.05442; `rope`: see `positions`.
     """
 
@@ -294,8 +299,10 @@ class MultiHeadDotProductAttention(nn.Module):
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
         scores = jnp.einsum("bqhd,bkhd->bhqk", query / jnp.sqrt(head_dim).astype(self.dtype), key)
-        weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(self.dtype)
-        weights = nn.Dropout(self.dropout_rate, deterministic=not train)(weights)
+        weights = jax.nn.softmax(scores.astype(jnp.float32))
+        # Nothing is kept, or computed, unless `apply` is asked for intermediates.
+        self.sow("intermediates", ATTENTION_WEIGHTS, weights)
+        weights = nn.Dropout(self.dropout_rate, deterministic=not train)(weights.astype(self.dtype))
         x = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
         x = nn.DenseGeneral(
             width,
@@ -469,7 +476,7 @@ class Encoder(nn.Module):
 
         scan = nn.scan(
             step,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             length=self.num_layers,
         )

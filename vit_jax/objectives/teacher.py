@@ -2,25 +2,17 @@
 """A trained model whose predictions are learned from."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.checkpoint.pretrained.adapt import adapt_params
 from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.weights import Weights
-from vit_jax.models.variants import MODELS
 from vit_jax.objectives.base import Params
 from vit_jax.objectives.pixels import Pixels, check_pixels
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.registry import keywords
-
-# How a model is run, and what it does in training only: not taken from the teacher's file.
-_NOT_TAKEN = ("constrain", "scan", "remat", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,32 +51,14 @@ def load_teacher(
     key = f"objective.teacher={source!r}"
     try:
         weights = load_pretrained(source)
-        model = _make_model(weights, student)
+        model = rebuild_model(weights, dtype=student.dtype, constrain=student.constrain)
         _check_classes(weights, num_classes)
-        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-        # Only shapes matter: all of it comes from the file.
-        init: Callable[..., Any] = lambda x: model.init(jax.random.key(0), x, train=False)  # noqa: E731
-        shapes = jax.eval_shape(init, images)["params"]
-        params, notes = adapt_params(
-            weights,
-            jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes),
-            target_grid=model.grid(image_shape[:2]),
-            num_class_tokens=model.num_class_tokens,
-        )
+        params, notes = fill_model(model, weights, image_shape)
     except UserError as e:
         raise UserError(f"{key}: {e}") from e
     mean, std = (weights.preprocess.get(name, 0.5) for name in ("mean", "std"))
     mean, std = check_pixels(mean, std)
     return Teacher(model, params, mean, std, (*weights.notes, *notes))
-
-
-def _make_model(weights: Weights, student: Any) -> Any:
-    make = MODELS[weights.model["name"]]
-    known = keywords(make).keys() - set(_NOT_TAKEN)
-    args = {name: value for name, value in weights.model.items() if name in known}
-    head = weights.params.get("head/kernel")
-    args["num_classes"] = 0 if head is None else head.shape[-1]
-    return make(**args, dtype=student.dtype, constrain=student.constrain)
 
 
 def _check_classes(weights: Weights, num_classes: int) -> None:

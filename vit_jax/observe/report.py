@@ -72,7 +72,7 @@ def report_end(
     step: int,
     total_steps: int,
     checkpoint: Path,
-    longer: str,
+    longer: str | None,
     heads: Sequence[str] = (),
     judged_on: Sequence[str] = (),
 ) -> None:
@@ -83,7 +83,7 @@ def report_end(
       step: that it has reached.
       total_steps: of the config.
       checkpoint: the newest.
-      longer: the command.
+      longer: the command; None where there was none.
       heads: names of the heads of a linear probe.
       judged_on: names of their evaluators, the first of which chooses the head.
     """
@@ -102,7 +102,8 @@ def report_end(
     say(f"  {'logs':<15} {workdir / METRICS}, {workdir / TENSORBOARD}")
     if (workdir / FOLDER).is_dir():
         say(f"  {'by class':<15} {workdir / FOLDER}")
-    say(f"  {'to train on':<15} {longer}")
+    if longer is not None:
+        say(f"  {'to train on':<15} {longer}")
 
 
 def describe_best_head(
