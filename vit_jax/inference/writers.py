@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes predictions and features as they come, so that memory does not grow with their number."""
+
+import abc
+import contextlib
+import csv
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from vit_jax.utils.errors import UserError
+
+_COPIED = 2**20  # bytes at a time
+_NAME = 24  # columns of a class name on the screen at most
+
+
+@contextlib.contextmanager
+def fresh_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary name beside a file, which becomes the file when the block ends well.
+
+    Raises:
+      UserError: the file exists, or can't be written.
+    """
+    if path.exists():
+        raise UserError(f"--output={path} exists; remove it, or choose another name")
+    fresh = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield fresh
+        os.replace(fresh, path)
+    except OSError as e:
+        raise UserError(f"--output={path} can't be written: {e.strerror or e}") from e
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+class Writer(abc.ABC):
+    """Takes rows; a context manager, which ends the file."""
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *exc: object) -> None:  # noqa: B027 (streams have an owner)
+        pass
+
+    @abc.abstractmethod
+    def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
+        """Appends rows: of predictions `labels` and `probabilities` `[n, k]`, else features."""
+
+
+class TableWriter(Writer):
+    """Lines for people: the most probable classes of each image with their probabilities."""
+
+    def __init__(self, stream: IO[str], *, name_of: Callable[[int], str], path_width: int):
+        self._stream, self._name_of, self._width = stream, name_of, path_width
+
+    def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
+        labels, probabilities = columns
+        names = [[self._name_of(label)[:_NAME] for label in row] for row in labels.tolist()]
+        # Of this batch: names that are still to come are not known to matter.
+        widths = [max(map(len, column)) for column in zip(*names, strict=True)]
+        for path, row, values in zip(paths, names, probabilities.tolist(), strict=True):
+            cells = zip(row, widths, values, strict=True)
+            shown = "   ".join(f"{name:<{width}} {value:6.1%}" for name, width, value in cells)
+            print(f"{path:<{self._width}}  {shown}", file=self._stream, flush=True)
+
+
+class CsvWriter(Writer):
+    """`image`, then `label_1, class_1, probability_1`, ... of the most probable class and on."""
+
+    def __init__(self, stream: IO[str], *, name_of: Callable[[int], str], top_k: int):
+        self._writer, self._name_of = csv.writer(stream, lineterminator="\n"), name_of
+        kinds = ("label", "class", "probability")
+        header = [f"{kind}_{rank}" for rank in range(1, top_k + 1) for kind in kinds]
+        self._writer.writerow(["image", *header])
+
+    def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
+        for path, labels, values in zip(paths, *(c.tolist() for c in columns), strict=True):
+            cells = zip(
+                labels, map(self._name_of, labels), (f"{v:.6g}" for v in values), strict=True
+            )
+            self._writer.writerow([path, *(cell for triple in cells for cell in triple)])
+
+
+class JsonWriter(Writer):
+    """An object a line: `{"image": ..., "predictions": [{"label", "class", "probability"}]}`."""
+
+    def __init__(self, stream: IO[str], *, name_of: Callable[[int], str]):
+        self._stream, self._name_of = stream, name_of
+
+    def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
+        for path, labels, values in zip(paths, *(c.tolist() for c in columns), strict=True):
+            predictions = [
+                {"label": label, "class": self._name_of(label), "probability": round(value, 6)}
+                for label, value in zip(labels, values, strict=True)
+            ]
+            line = json.dumps({"image": path, "predictions": predictions}, ensure_ascii=False)
+            self._stream.write(line + "\n")
+
+
+def import_pyarrow() -> Any:
+    """The libraries that write Parquet.
+
+    Raises:
+      UserError: they are not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("--format=parquet needs pyarrow: pip install 'vit_jax[parquet]'") from None
+    return pyarrow
+
+
+class ParquetWriter(Writer):
+    """A row group a batch: `image`, and the lists `label`, `class` and `probability`."""
+
+    def __init__(self, path: Path, *, name_of: Callable[[int], str]):
+        self._pa, self._name_of = import_pyarrow(), name_of
+        columns = {
+            "image": self._pa.string(),
+            "label": self._pa.list_(self._pa.int32()),
+            "class": self._pa.list_(self._pa.string()),
+            "probability": self._pa.list_(self._pa.float32()),
+        }
+        self._schema = self._pa.schema(columns.items())
+        self._file = self._pa.parquet.ParquetWriter(path, self._schema)
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
+        labels, probabilities = (column.tolist() for column in columns)
+        names = [[self._name_of(label) for label in row] for row in labels]
+        values = dict(
+            zip(self._schema.names, (list(paths), labels, names, probabilities), strict=True)
+        )
+        self._file.write_table(self._pa.table(values, schema=self._schema))
+
+
+class FeatureParquetWriter(Writer):
+    """A row group a batch: `image`, and `features` as a list of float32.
+
+    Features of more than one dimension are flattened; the schema's metadata has their `shape`.
+    """
+
+    def __init__(self, path: Path):
+        self._pa, self._path = import_pyarrow(), path
+        self._file: Any = None
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
+        (features,) = columns
+        pa = self._pa
+        flat = features.reshape(len(features), -1)
+        if self._file is None:
+            kind = pa.list_(pa.float32(), flat.shape[1])
+            shape = json.dumps(features.shape[1:])
+            self._schema = pa.schema({"image": pa.string(), "features": kind}.items())
+            self._schema = self._schema.with_metadata({"shape": shape})
+            self._file = pa.parquet.ParquetWriter(self._path, self._schema)
+        lists = pa.FixedSizeListArray.from_arrays(flat.ravel(), flat.shape[1])
+        self._file.write_table(pa.table([pa.array(paths), lists], schema=self._schema))
+
+
+class FeatureNpzWriter(Writer):
+    """`image` (text, `[n]`) and `features` (float32, `[n, ...]`), as `numpy.load` reads them.
+
+    The header of an array says its length, so rows lie in files beside it until all are known.
+    """
+
+    def __init__(self, path: Path, *, path_width: int):
+        self._path, self._paths_dtype = path, np.dtype(f"<U{max(path_width, 1)}")
+        # In the folder of the file, which has the space if any has.
+        self._files = {
+            name: tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 (closed in __exit__)
+            for name in ("image", "features")
+        }
+        self._count, self._shape = 0, (0,)
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            if exc[0] is None:
+                self._join()
+        finally:
+            for file in self._files.values():
+                file.close()
+
+    def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
+        (features,) = columns
+        self._files["image"].write(np.array(paths, self._paths_dtype).tobytes())
+        self._files["features"].write(np.ascontiguousarray(features, "<f4").tobytes())
+        self._count, self._shape = self._count + len(paths), features.shape[1:]
+
+    def _join(self) -> None:
+        kinds = {"image": (self._paths_dtype, ()), "features": (np.dtype("<f4"), self._shape)}
+        with zipfile.ZipFile(self._path, "w") as archive:
+            for name, (dtype, shape) in kinds.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    header = {
+                        "descr": np.lib.format.dtype_to_descr(dtype),
+                        "fortran_order": False,
+                        "shape": (self._count, *shape),
+                    }
+                    np.lib.format.write_array_header_2_0(entry, header)
+                    self._files[name].seek(0)
+                    shutil.copyfileobj(self._files[name], entry, _COPIED)
