@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Draws what a trained model sees in images, as PNG files and one HTML page.
+
+IMAGES are files, folders, or patterns in quotes. The page stands alone: open it in a browser, or
+send it. The exit code is 2 for bad input; then nothing is written.
+
+Examples:
+  python -m vit_jax.explain --workdir=runs/digits --output=digits_seen photos/3.png photos/8.png
+  python -m vit_jax.explain --workdir=runs/digits --output=maps --figures=rollout,pca photos
+  python -m vit_jax.explain --init_from=augreg+imagenet2012:Ti/16@384 --output=seen cat.jpg
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vit_jax.data.unlabeled import STDIN, find_images
+from vit_jax.inference import figures as lib
+from vit_jax.inference.figures import FIGURES, Figure
+from vit_jax.inference.model import LoadedModel
+from vit_jax.inference.page import Section, encode_png, make_page
+from vit_jax.main import parse_overrides
+from vit_jax.observe import console
+from vit_jax.observe.console import say
+from vit_jax.observe.progress import Pace
+from vit_jax.predict import Parser, add_source, load_source
+from vit_jax.utils.errors import UserError, suggest
+
+PAGE = "index.html"
+
+# On one page; a browser has to hold all of it.
+_MOST_IMAGES = 64
+_CLASSES = 5
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's arguments, without overrides of the config; `figures` are names or None.
+
+    Raises:
+      UserError: they don't go together.
+    """
+    parser = Parser(
+        prog="python -m vit_jax.explain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("IMAGES", nargs="+", help="files, folders or patterns")
+    add_source(parser)
+    parser.add_argument("--output", type=Path, help="folder to make; must not exist")
+    parser.add_argument(
+        "--figures", help=f"what to draw, with commas; all that can be of {','.join(FIGURES)}"
+    )
+    args = parser.parse_intermixed_args(argv)
+    if args.output is None:
+        raise UserError("--output is missing: expected a folder to make")
+    if STDIN in args.IMAGES:
+        raise UserError("IMAGES: expected files, folders or patterns; - is for vit_jax.predict")
+    if args.figures is not None:
+        args.figures = args.figures.split(",")
+        for name in args.figures:
+            if name not in FIGURES:
+                raise UserError(f"--figures: {name!r} is unknown{suggest(name, FIGURES)}")
+    return args
+
+
+@contextlib.contextmanager
+def fresh_folder(path: Path) -> Iterator[Path]:
+    """Gives a folder under a temporary name, which becomes `path` when the block ends well.
+
+    Raises:
+      UserError: there is something of that name, or it can't be written.
+    """
+    fresh = path.with_name(f"{path.name}.tmp")
+    for taken in (path, fresh):
+        if taken.exists():
+            raise UserError(f"--output={path}: {taken} exists; remove it, or choose another name")
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        os.rename(fresh, path)
+    except OSError as e:
+        raise UserError(f"--output={path} can't be written: {e.strerror or e}") from e
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def choose_figures(model: LoadedModel, wanted: Sequence[str] | None) -> list[str]:
+    """The figures to draw: those wanted, or all that can be.
+
+    Raises:
+      UserError: one that is wanted can't be drawn.
+    """
+    impossible = lib.find_impossible(model)
+    for name in wanted or ():
+        if name in impossible:
+            raise UserError(f"--figures: {name} can't be drawn: {impossible[name]}")
+    if wanted:
+        return [name for name in FIGURES if name in wanted]
+    for reason in dict.fromkeys(impossible.values()):
+        names = ", ".join(name for name, why in impossible.items() if why == reason)
+        say(f"not drawn: {names}: {reason}")
+    return [name for name in FIGURES if name not in impossible]
+
+
+def explain(model: LoadedModel, paths: Sequence[str], names: Sequence[str]) -> list[Section]:
+    """Draws the figures of the model, and those of each image.
+
+    Args:
+      model: to be looked at.
+      paths: of images.
+      names: of figures that the model has.
+
+    Raises:
+      UserError: an image can't be read.
+    """
+    images = [model.preprocess(path) for path in paths]
+    pace = Pace("drawing", total=len(paths), unit="images")
+    of_model = [lib.OF_MODEL[name](model) for name in names if name in lib.OF_MODEL]
+    sections, views = [], []
+    for path, image in zip(paths, images, strict=True):
+        view = lib.make_view(model, image)
+        drawn = [lib.OF_IMAGE[name](model, view) for name in names if name in lib.OF_IMAGE]
+        sections.append(Section(path, drawn, _classify(model, image)))
+        if any(name in lib.OF_VIEWS for name in names):
+            views.append(view)
+        pace.advance(1)
+    of_model += [lib.OF_VIEWS[name](model, views) for name in names if name in lib.OF_VIEWS]
+    return [Section("The model", of_model), *sections] if of_model else sections
+
+
+def _classify(model: LoadedModel, image: object) -> list[tuple[str, float]]:
+    if not model.classifies:
+        return []
+    prediction = model(image)
+    labels = prediction.top(_CLASSES)[0]
+    return [(model.name_of(int(i)), float(prediction.probabilities[0, i])) for i in labels]
+
+
+def write(folder: Path, title: str, notes: Sequence[str], sections: Sequence[Section]) -> list[str]:
+    """Writes the pictures and the page into a folder; returns the names of the files."""
+    written: list[str] = []
+
+    def save(name: str, content: bytes) -> None:
+        (folder / name).write_bytes(content)
+        written.append(name)
+
+    for number, section in enumerate(sections):
+        for figure in section.figures:
+            save(f"{_stem(section, number)}_{figure.name}.png", encode_png(figure.picture))
+    save(PAGE, make_page(title, notes, sections).encode())
+    return written
+
+
+def _stem(section: Section, number: int) -> str:
+    if any(_is_of_model(figure) for figure in section.figures):
+        return "model"
+    name = re.sub(r"[^\w.-]+", "_", Path(section.title).stem)
+    return f"{number:02}_{name}"
+
+
+def _is_of_model(figure: Figure) -> bool:
+    return figure.name in lib.OF_MODEL or figure.name in lib.OF_VIEWS
+
+
+def main(argv: Sequence[str]) -> None:
+    """Draws, and says which files were written."""
+    overrides, rest = parse_overrides(list(argv))
+    args = parse_arguments(rest)
+    console.set_up(quiet=False)
+    if args.output.exists():
+        raise UserError(f"--output={args.output} exists; remove it, or choose another name")
+    paths = find_images(args.IMAGES)
+    if len(paths) > _MOST_IMAGES:
+        raise UserError(f"{len(paths):,} images: expected at most {_MOST_IMAGES} for one page")
+    model = load_source(args, overrides)
+    names = choose_figures(model, args.figures)
+    with fresh_folder(args.output) as folder:
+        title = f"What {args.workdir or args.init_from or args.checkpoint} sees"
+        notes = [f"Parameters: {model.source}", *model.notes]
+        files = write(folder, title, notes, explain(model, paths, names))
+    for name in files:
+        say(f"wrote {args.output / name}")
+
+
+def run() -> None:
+    """The command: exit code 2 for bad input."""
+    try:
+        with console.report_errors():
+            main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("vit_jax: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures from arrays, by numpy and Pillow alone.
+
+What lies between tiles is transparent, and lines are grey, so that pictures suit light and dark
+pages.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_GREY = (128, 128, 128, 255)
+_FAINT = (128, 128, 128, 70)
+_GAP = 2  # pixels between tiles
+
+# From dark violet to yellow; each step looks equally large, also to the colour-blind.
+_COLORS = np.array(
+    [
+        (68, 1, 84),
+        (72, 40, 120),
+        (62, 74, 137),
+        (49, 104, 142),
+        (38, 130, 142),
+        (31, 158, 137),
+        (53, 183, 121),
+        (109, 205, 89),
+        (180, 222, 44),
+        (253, 231, 37),
+    ],
+    np.float64,
+)
+
+
+def colorize(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Colours of numbers, uint8 `[..., 3]`: dark at `low`, bright at `high`."""
+    place = (values - low) / max(high - low, 1e-12)
+    place = place.clip(0, 1) * (len(_COLORS) - 1)
+    below = np.minimum(place.astype(int), len(_COLORS) - 2)
+    share = (place - below)[..., None]
+    return np.round((1 - share) * _COLORS[below] + share * _COLORS[below + 1]).astype(np.uint8)
+
+
+def scale_up(image: np.ndarray, size: int, *, smooth: bool = False) -> np.ndarray:
+    """Enlarges uint8 `[height, width, 3]` to `size` pixels or more at the longer side.
+
+    Args:
+      image: that is not made smaller.
+      size: is met exactly if smooth, else by whole multiples, each pixel a square.
+      smooth: whether to interpolate.
+    """
+    longer = max(image.shape[:2])
+    if smooth:
+        factor = max(size / longer, 1)
+        height, width = (round(side * factor) for side in image.shape[:2])
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        return np.asarray(resized)
+    times = max(-(-size // longer), 1)
+    return image.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def overlay(image: np.ndarray, heat: np.ndarray, *, opacity: float = 0.6) -> np.ndarray:
+    """Lays the colours of a map over an image.
+
+    Args:
+      image: uint8 `[height, width, 3]`.
+      heat: `[rows, columns]`, interpolated to the image.
+      opacity: of the colours.
+    """
+    height, width = image.shape[:2]
+    smooth = Image.fromarray(heat.astype(np.float32)).resize(
+        (width, height), Image.Resampling.BILINEAR
+    )
+    colors = colorize(np.asarray(smooth), float(heat.min()), float(heat.max()))
+    return np.round((1 - opacity) * image + opacity * colors).astype(np.uint8)
+
+
+def outline(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+    """Draws a frame, white in black, inside of a box (top, left, bottom, right) of an image."""
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    top, left, bottom, right = box
+    draw.rectangle((left, top, right - 1, bottom - 1), outline=(0, 0, 0), width=3)
+    draw.rectangle((left + 1, top + 1, right - 2, bottom - 2), outline=(255, 255, 255))
+    return np.asarray(picture)
+
+
+def sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
+    """Tiles of one size, uint8 `[height, width, 3]`, in rows; the last may be shorter."""
+    height, width = rows[0][0].shape[:2]
+    columns = max(map(len, rows))
+    canvas = np.zeros(
+        (len(rows) * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 4), np.uint8
+    )
+    for i, row in enumerate(rows):
+        for j, tile in enumerate(row):
+            top, left = i * (height + _GAP), j * (width + _GAP)
+            canvas[top : top + height, left : left + width, :3] = tile
+            canvas[top : top + height, left : left + width, 3] = 255
+    return Image.fromarray(canvas)
+
+
+def plot_by_layer(values: np.ndarray, *, label: str) -> Image.Image:
+    """A dot for each head above its layer.
+
+    Args:
+      values: `[layers, heads]`, not negative.
+      label: of the vertical axis.
+    """
+    width, height, left, bottom, top = 640, 380, 56, 44, 30
+    picture = Image.new("RGBA", (width, height), (0, 0, 0, 0))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default()
+    layers = len(values)
+    step = _round_step(float(values.max()) / 4)
+    ticks = int(np.ceil(values.max() / step)) or 1
+
+    def place(layer: float, value: float) -> tuple[float, float]:
+        x = left + (width - left - 20) * (layer + 0.5) / layers
+        return x, height - bottom - (height - bottom - top) * value / (ticks * step)
+
+    for i in range(ticks + 1):
+        y = place(0, i * step)[1]
+        draw.line((left, y, width - 20, y), fill=_GREY if i == 0 else _FAINT)
+        draw.text((left - 8, y), f"{i * step:g}", fill=_GREY, font=font, anchor="rm")
+    every = -(-layers // 24)
+    for layer in range(0, layers, every):
+        x = place(layer, 0)[0]
+        draw.text((x, height - bottom + 8), str(layer + 1), fill=_GREY, font=font, anchor="mt")
+    draw.text((left, 8), label, fill=_GREY, font=font, anchor="lt")
+    draw.text((width - 20, height - 8), "layer", fill=_GREY, font=font, anchor="rb")
+    hues = colorize(np.arange(values.shape[1], dtype=float), -1, values.shape[1])
+    for layer, row in enumerate(values):
+        for value, hue in zip(row, hues, strict=True):
+            x, y = place(layer, float(value))
+            color = (*map(int, hue), 255)
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=color, outline=_GREY)
+    return picture
+
+
+def _round_step(step: float) -> float:
+    """The next of 1, 2, 5, 10, 20, ..."""
+    power = 10 ** np.floor(np.log10(max(step, 1e-9)))
+    return float(next(power * m for m in (1, 2, 5, 10) if power * m >= step))

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of a model and of what it sees in an image.
+
+Those of the model are after figures 7 and 11 of arXiv:2010.11929.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vit_jax.inference import attention as attention_lib
+from vit_jax.inference import draw
+from vit_jax.inference.model import LoadedModel
+from vit_jax.models.positions import FIXED_POSITIONS, fixed_positions
+from vit_jax.utils.tree import flatten
+
+# Pixels of a tile of a sheet, and of a picture that stands alone, at least.
+_TILE = 56
+_LARGE = 256
+_COMPONENTS = 28
+_MOST_POSITIONS = 14  # tiles in a row
+_QUERIES = 3  # patches in a row that others are compared with
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A picture.
+
+    Attributes:
+      name: of its file, without an ending.
+      title: for a heading.
+      caption: what is to be seen.
+      picture: with transparency.
+    """
+
+    name: str
+    title: str
+    caption: str
+    picture: Image.Image
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """An image with what the model makes of it.
+
+    Attributes:
+      image: uint8 `[height, width, 3]`, as the model sees it.
+      patches: of the last block, `[rows, columns, hidden]`.
+      attention: `[layers, heads, length, length]`; None without attention.
+    """
+
+    image: np.ndarray
+    patches: np.ndarray
+    attention: np.ndarray | None
+
+
+def make_view(model: LoadedModel, image: np.ndarray) -> View:
+    """Runs the model on an image as `LoadedModel.preprocess` gives it."""
+    module = model.module
+    encoded = model.features(image, "encoded")[0]
+    rows, columns = module.grid(model.image_shape[:2])
+    patches = encoded[module.num_prefix_tokens :].reshape(rows, columns, -1)
+    attention = model.attention(image)[0] if has_attention(model) else None
+    return View(image, patches, attention)
+
+
+def has_attention(model: LoadedModel) -> bool:
+    """Whether the model is a Vision Transformer."""
+    return hasattr(model.module, "num_heads")
+
+
+# Figures of the model
+
+
+def draw_filters(model: LoadedModel) -> Figure:
+    """What the first layer looks for."""
+    flat = flatten(model.params)
+    root = flat.get("conv_root/kernel")
+    if root is not None:
+        kernels = np.moveaxis(np.asarray(root), -1, 0)
+        caption = "Each tile is a filter of the first convolution of the ResNet."
+    else:
+        kernel = np.asarray(flat["embedding/kernel" if has_attention(model) else "stem/kernel"])
+        filters = kernel.reshape(-1, kernel.shape[-1]).T
+        components, _ = attention_lib.principal_components(filters, _COMPONENTS)
+        kernels = components.reshape(-1, *kernel.shape[:-1])
+        caption = (
+            f"The first {len(kernels)} principal components of the filters of the patch embedding."
+        )
+    kernels = kernels / np.maximum(np.abs(kernels).max(axis=(1, 2, 3), keepdims=True), 1e-12)
+    images = np.round(127.5 + 127.5 * kernels).astype(np.uint8)
+    tiles = [draw.scale_up(image, _TILE) for image in images]
+    columns = 7 if root is None else 8
+    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+    return Figure("filters", "First-layer filters", f"{caption} Grey is 0.", draw.sheet(rows))
+
+
+def draw_positions(model: LoadedModel) -> Figure:
+    """How alike the position embeddings of patches are."""
+    module = model.module
+    rows, columns = module.grid(model.image_shape[:2])
+    positions = fixed_positions(module.position_embedding, (rows, columns), module.hidden_size)
+    if positions is None:
+        learned = flatten(model.params)["Transformer/posembed_input/pos_embedding"]
+        positions = np.asarray(learned)[:, module.num_class_tokens :]
+    similar = attention_lib.cosine_similarity(positions[0]).reshape(rows, columns, rows, columns)
+    every = -(-max(rows, columns) // _MOST_POSITIONS)
+    chosen = similar[every // 2 :: every, every // 2 :: every]
+    tiles = [[draw.scale_up(draw.colorize(t, -1, 1), _TILE) for t in row] for row in chosen]
+    caption = (
+        "Each tile stands where its patch is, and shows the cosine similarity of that patch's "
+        "position embedding with those of all patches: dark is -1, bright is 1."
+    )
+    if every > 1:
+        caption += f" One patch of {every} by {every} is shown."
+    return Figure("positions", "Position embeddings", caption, draw.sheet(tiles))
+
+
+def draw_distances(model: LoadedModel, views: list[View]) -> Figure:
+    """How far heads look."""
+    module = model.module
+    distances = np.mean(
+        [
+            attention_lib.mean_distances(
+                view.attention,
+                prefix=module.num_prefix_tokens,
+                grid=module.grid(model.image_shape[:2]),
+                stride=module.stride,
+            )
+            for view in views
+            if view.attention is not None
+        ],
+        axis=0,
+    )
+    caption = (
+        f"Each dot is a head: the distance from a patch to where it looks, weighted by attention, "
+        f"mean over patches and {len(views)} image{'s' if len(views) > 1 else ''}."
+    )
+    picture = draw.plot_by_layer(distances, label="mean attention distance (pixels)")
+    return Figure("distance", "Attention distance", caption, picture)
+
+
+# Figures of an image
+
+
+def draw_attention(model: LoadedModel, view: View) -> Figure:
+    """Where each head of each layer looks."""
+    assert view.attention is not None
+    maps = _to_grid(model, view.attention)
+    tiles = [[_tile(heat) for heat in heads] for heads in maps]
+    caption = (
+        f"Rows are layers, 1 to {len(maps)} from the top; columns are heads, 1 to {len(maps[0])}. "
+        f"Shown is what {_subject(model)} takes from each patch; each tile is as bright as its "
+        "largest weight."
+    )
+    return Figure("attention", "Attention by head", caption, draw.sheet(tiles))
+
+
+def draw_rollout(model: LoadedModel, view: View) -> Figure:
+    """Which patches count after all layers."""
+    assert view.attention is not None
+    heat = _to_grid(model, attention_lib.rollout(view.attention))
+    large = draw.scale_up(view.image, _LARGE)
+    colors = draw.colorize(heat, 0.0, float(heat.max()))
+    blocks = np.asarray(
+        Image.fromarray(colors).resize(large.shape[1::-1], Image.Resampling.NEAREST)
+    )
+    caption = (
+        "The image as the model sees it; attention rolled out over all layers, with residual "
+        f"connections, to {_subject(model)}; and both together."
+    )
+    picture = draw.sheet([[large, blocks, draw.overlay(large, heat)]])
+    return Figure("rollout", "Attention rollout", caption, picture)
+
+
+def draw_similarity(model: LoadedModel, view: View) -> Figure:
+    """Which patches the model takes for alike."""
+    rows, columns, width = view.patches.shape
+    similar = attention_lib.cosine_similarity(view.patches.reshape(-1, width))
+    similar = similar.reshape(rows, columns, rows, columns)
+    scale = max(-(-2 * _TILE // max(rows, columns)), 8)
+    tiles = []
+    for i in _spread(rows):
+        tiles.append([])
+        for j in _spread(columns):
+            colors = draw.colorize(similar[i, j], float(similar.min()), 1.0)
+            tile = colors.repeat(scale, axis=0).repeat(scale, axis=1)
+            box = (i * scale, j * scale, (i + 1) * scale, (j + 1) * scale)
+            tiles[-1].append(draw.outline(tile, box))
+    caption = (
+        "Cosine similarity of the framed patch with all others, after the last block: "
+        f"dark is {similar.min():.2f}, bright is 1."
+    )
+    return Figure("similarity", "Patch similarity", caption, draw.sheet(tiles))
+
+
+def draw_pca(model: LoadedModel, view: View) -> Figure:
+    """The tokens of patches as colours."""
+    rows, columns, width = view.patches.shape
+    _, places = attention_lib.principal_components(view.patches.reshape(-1, width), 3)
+    places = np.pad(places, ((0, 0), (0, 3 - places.shape[1])))
+    low, high = places.min(axis=0), places.max(axis=0)
+    shares = (places - low) / np.maximum(high - low, 1e-12)
+    colors = np.round(255 * shares).astype(np.uint8).reshape(rows, columns, 3)
+    large = draw.scale_up(view.image, _LARGE)
+    blocks = Image.fromarray(colors).resize(large.shape[1::-1], Image.Resampling.NEAREST)
+    caption = (
+        "The first three principal components of this image's patches after the last block, as "
+        "red, green and blue: patches of one colour are alike."
+    )
+    return Figure("pca", "Tokens as colours", caption, draw.sheet([[large, np.asarray(blocks)]]))
+
+
+OF_MODEL: dict[str, Callable[..., Figure]] = {
+    "filters": draw_filters,
+    "positions": draw_positions,
+}
+OF_VIEWS: dict[str, Callable[..., Figure]] = {"distance": draw_distances}
+OF_IMAGE: dict[str, Callable[..., Figure]] = {
+    "attention": draw_attention,
+    "rollout": draw_rollout,
+    "similarity": draw_similarity,
+    "pca": draw_pca,
+}
+FIGURES = (*OF_MODEL, *OF_VIEWS, *OF_IMAGE)
+
+
+def find_impossible(model: LoadedModel) -> dict[str, str]:
+    """Figures that this model has nothing for, and why."""
+    reasons: dict[str, str] = {}
+    if not has_attention(model):
+        reasons |= dict.fromkeys(
+            ("attention", "rollout", "distance"), "the model has no attention, as a Mixer"
+        )
+    kind: Any = getattr(model.module, "position_embedding", "none")
+    if kind != "learned" and kind not in FIXED_POSITIONS:
+        reasons["positions"] = "the model adds no position embeddings"
+    return reasons
+
+
+def _to_grid(model: LoadedModel, weights: np.ndarray) -> np.ndarray:
+    """Weights `[..., length, length]` as maps of the image, `[..., rows, columns]`."""
+    module = model.module
+    row = attention_lib.image_row(
+        weights, num_class_tokens=module.num_class_tokens, prefix=module.num_prefix_tokens
+    )
+    return row.reshape(*row.shape[:-1], *module.grid(model.image_shape[:2]))
+
+
+def _subject(model: LoadedModel) -> str:
+    return "the class token" if model.module.num_class_tokens else "a patch, in the mean,"
+
+
+def _tile(heat: np.ndarray) -> np.ndarray:
+    return draw.scale_up(draw.colorize(heat, 0.0, float(heat.max())), _TILE)
+
+
+def _spread(count: int) -> list[int]:
+    """A few of `count` places, evenly spread."""
+    number = min(count, _QUERIES)
+    return [int((i + 0.5) * count / number) for i in range(number)]
