@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models on disk as if they had been trained: files, and a workdir."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from tests.tiny import tiny_config
+from vit_jax.checkpoint.manager import CheckpointManager
+from vit_jax.checkpoint.pretrained.npz import write_npz
+from vit_jax.checkpoint.pretrained.weights import Weights
+from vit_jax.experiment import Experiment
+from vit_jax.models.variants import MODELS
+from vit_jax.workdir import write_config, write_labels
+
+SIZES = {"patch_size": (4, 4), "hidden_size": 16, "num_layers": 2}
+VIT = {"name": "vit", **SIZES, "num_heads": 4, "mlp_dim": 32}
+MIXER = {"name": "mixer", **SIZES, "tokens_mlp_dim": 8, "channels_mlp_dim": 32}
+NAMES = tuple(f"digit {i}" for i in range(10))
+
+
+def write_model(
+    file: Path, stated: dict[str, Any] = VIT, *, classes: int = 3, size: int = 8, **changes: Any
+) -> Path:
+    """A `.npz` of a model with random parameters, for square images of `size`."""
+    args = stated | changes
+    args = {"num_classes": classes} | {k: v for k, v in args.items() if k != "name"}
+    model = MODELS[stated["name"]](**args)
+    images = jnp.zeros((1, size, size, 3))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False)["params"])
+    rng = np.random.default_rng(0)
+    flat = traverse_util.flatten_dict(shapes, sep="/")
+    params = {path: rng.normal(0, 0.3, x.shape).astype(np.float32) for path, x in flat.items()}
+    preprocess = {"mean": 0.4, "std": 0.3, "image_size": (size, size)}
+    stated = {"name": stated["name"]} | args
+    write_npz(file, Weights(params=params, layout="test", model=stated, preprocess=preprocess))
+    return file
+
+
+def write_run(workdir: Path, data_dir: str, **changes: Any) -> tuple[Path, Experiment, Any]:
+    """A workdir with checkpoints of the steps 4 and 8, of which the first one is the better.
+
+    Returns:
+      The workdir, its experiment, and the parameters of step 8; their average is twice that.
+    """
+    options = {"ema_decay": 0.5, "checkpoint__keep_best": "val/top1", "checkpoint__keep": 2}
+    experiment = Experiment.from_config(tiny_config(data_dir, **(options | changes)))
+    state = experiment.init_state()
+    workdir.mkdir()
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), state.params)
+    scores = {4: 0.75, 8: 0.5}
+    with CheckpointManager(workdir, experiment.checkpoint, experiment.description) as manager:
+        for step, score in scores.items():
+            these = jax.tree.map(lambda x, step=step: jnp.asarray(x * step / 8), params)
+            twice = jax.tree.map(lambda x: 2 * x, these)
+            manager.save(
+                step,
+                dataclasses.replace(state, params=these, ema_params=twice),
+                {"val/top1": score},
+            )
+    records = [{"step": step, "val/top1": score} for step, score in scores.items()]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    write_config(workdir, experiment.config)
+    write_labels(workdir, NAMES)
+    return workdir, experiment, params
+
+
+def write_images(folder: Path, count: int, *, size: int = 8) -> list[Path]:
+    """Images of noise, `00.png` and on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(1)
+    paths = [folder / f"{i:02}.png" for i in range(count)]
+    for path in paths:
+        cv2.imwrite(str(path), rng.integers(0, 256, (size, size, 3), np.uint8))
+    return paths
