@@ -61,7 +61,7 @@ setup(
         "opencv-python-headless>=4.11.0.86",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.11.30",
-        "pillow>=10.0",
+        "pillow>=10.1",
         "rich>=13.0",
         "safetensors>=0.5",
         "tensorboardX>=2.6.2",

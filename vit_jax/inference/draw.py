@@ -101,15 +101,15 @@ def sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
 
 
 def plot_by_layer(values: np.ndarray, *, label: str) -> Image.Image:
-    """A dot for each head above its layer.
+    """A dot for each head above its layer, in the double size, for screens of high density.
 
     Args:
       values: `[layers, heads]`, not negative.
       label: of the vertical axis.
     """
-    width, height, left, bottom, top = 640, 380, 56, 44, 30
+    width, height, left, bottom, top = 680, 460, 70, 70, 56
     picture = Image.new("RGBA", (width, height), (0, 0, 0, 0))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default()
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(22)
     layers = len(values)
     step = _round_step(float(values.max()) / 4)
     ticks = int(np.ceil(values.max() / step)) or 1
@@ -120,20 +120,20 @@ def plot_by_layer(values: np.ndarray, *, label: str) -> Image.Image:
 
     for i in range(ticks + 1):
         y = place(0, i * step)[1]
-        draw.line((left, y, width - 20, y), fill=_GREY if i == 0 else _FAINT)
-        draw.text((left - 8, y), f"{i * step:g}", fill=_GREY, font=font, anchor="rm")
-    every = -(-layers // 24)
+        draw.line((left, y, width - 20, y), fill=_GREY if i == 0 else _FAINT, width=2)
+        draw.text((left - 14, y), f"{i * step:g}", fill=_GREY, font=font, anchor="rm")
+    every = -(-layers // 12)
     for layer in range(0, layers, every):
         x = place(layer, 0)[0]
-        draw.text((x, height - bottom + 8), str(layer + 1), fill=_GREY, font=font, anchor="mt")
-    draw.text((left, 8), label, fill=_GREY, font=font, anchor="lt")
-    draw.text((width - 20, height - 8), "layer", fill=_GREY, font=font, anchor="rb")
+        draw.text((x, height - bottom + 12), str(layer + 1), fill=_GREY, font=font, anchor="mt")
+    draw.text((0, 4), label, fill=_GREY, font=font, anchor="lt")
+    draw.text((width - 20, height - 4), "layer", fill=_GREY, font=font, anchor="rb")
     hues = colorize(np.arange(values.shape[1], dtype=float), -1, values.shape[1])
     for layer, row in enumerate(values):
         for value, hue in zip(row, hues, strict=True):
             x, y = place(layer, float(value))
             color = (*map(int, hue), 255)
-            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=color, outline=_GREY)
+            draw.ellipse((x - 7, y - 7, x + 7, y + 7), fill=color, outline=_GREY)
     return picture
 
 

@@ -19,7 +19,7 @@ from vit_jax.utils.tree import flatten
 
 # Pixels of a tile of a sheet, and of a picture that stands alone, at least.
 _TILE = 56
-_LARGE = 256
+_LARGE = 224
 _COMPONENTS = 28
 _MOST_POSITIONS = 14  # tiles in a row
 _QUERIES = 3  # patches in a row that others are compared with
@@ -34,12 +34,14 @@ class Figure:
       title: for a heading.
       caption: what is to be seen.
       picture: with transparency.
+      density: pixels of the picture for one of the page.
     """
 
     name: str
     title: str
     caption: str
     picture: Image.Image
+    density: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +142,7 @@ def draw_distances(model: LoadedModel, views: list[View]) -> Figure:
         f"mean over patches and {len(views)} image{'s' if len(views) > 1 else ''}."
     )
     picture = draw.plot_by_layer(distances, label="mean attention distance (pixels)")
-    return Figure("distance", "Attention distance", caption, picture)
+    return Figure("distance", "Attention distance", caption, picture, density=2)
 
 
 # Figures of an image

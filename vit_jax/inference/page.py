@@ -29,8 +29,8 @@ p { margin: 0.25rem 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 0.6rem;
   padding: 1rem; margin: 0; min-width: 0; }
 .wide { grid-column: 1 / -1; }
-.card img { display: block; max-width: 100%; height: auto; image-rendering: pixelated;
-  margin: 0 0 0.6rem; }
+.card img { display: block; max-width: 100%; height: auto; margin: 0 0 0.6rem; }
+.sharp { image-rendering: pixelated; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem;
   font-variant-numeric: tabular-nums; }
 td { padding: 0.15rem 0.5rem 0.15rem 0; }
@@ -38,6 +38,10 @@ td:nth-child(2) { width: 50%; padding: 0 0.5rem; }
 td:last-child { text-align: right; padding-right: 0; white-space: nowrap; }
 .bar { background: var(--bar); height: 0.6rem; border-radius: 0.2rem; min-width: 1px; }
 """
+
+
+# Pixels of a page: what is wider takes a row.
+_WIDE = 640
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,8 @@ def make_page(title: str, notes: Sequence[str], sections: Sequence[Section]) -> 
         lines.append(f'<section><h2>{html.escape(section.title)}</h2><div class="cards">')
         if section.classes:
             lines.append(_show_classes(section.classes))
-        lines += map(_show_figure, section.figures)
+        # Those that take a whole row come last, so that no row has holes.
+        lines += map(_show_figure, sorted(section.figures, key=_is_wide))
         lines.append("</div></section>")
     lines.append("</main></body></html>")
     return "\n".join(lines) + "\n"
@@ -83,15 +88,18 @@ def encode_png(picture: Image.Image) -> bytes:
     return stream.getvalue()
 
 
+def _is_wide(figure: Figure) -> bool:
+    return figure.picture.width > _WIDE * figure.density
+
+
 def _show_figure(figure: Figure) -> str:
     data = base64.b64encode(encode_png(figure.picture)).decode()
-    # Large ones take the whole width.
-    kind = "card wide" if figure.picture.width > 640 else "card"
-    width, height = figure.picture.size
+    width, height = (side // figure.density for side in figure.picture.size)
     return (
-        f'<figure class="{kind}"><h3>{html.escape(figure.title)}</h3>'
-        f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" '
-        f'alt="{html.escape(figure.title)}">'
+        f'<figure class="card{" wide" if _is_wide(figure) else ""}">'
+        f"<h3>{html.escape(figure.title)}</h3>"
+        f'<img{" class=sharp" if figure.density == 1 else ""} width="{width}" height="{height}" '
+        f'alt="{html.escape(figure.title)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{html.escape(figure.caption)}</figcaption></figure>"
     )
 
