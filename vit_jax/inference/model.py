@@ -26,11 +26,10 @@ from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights
 from vit_jax.data.decode import ImageError
 from vit_jax.data.unlabeled import Preparation, make_preparation
-from vit_jax.evaluators.base import replicate_outputs
 from vit_jax.models.layers import ATTENTION_WEIGHTS
 from vit_jax.objectives.base import Params
 from vit_jax.objectives.pixels import Pixels, check_pixels, normalize
-from vit_jax.parallel.mesh import BATCH_AXES, make_mesh, put_batch
+from vit_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, put_batch
 from vit_jax.parallel.sharding import infer_shardings
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import check_type
@@ -249,7 +248,8 @@ class LoadedModel:
         """A jitted function of parameters and images, made once."""
         if (layer, tta) not in self._computations:
             fn = functools.partial(_apply, layer=layer, tta=tta, **self._pixels)
-            self._computations[layer, tta] = replicate_outputs(fn, self.mesh)
+            # Each row stays where it was computed: the host fetches it from there.
+            self._computations[layer, tta] = jax.jit(fn, out_shardings=batch_sharding(self.mesh))
         return self._computations[layer, tta]
 
     @functools.cached_property
