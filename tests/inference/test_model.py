@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trained models in use from Python."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -140,6 +141,14 @@ def test_a_sigmoid_gives_probabilities_of_their_own(model):
     logits = np.array([[0.0, 2.0, -300.0]], np.float32)
     expected = [[0.5, 1 / (1 + np.exp(-2)), 0]]
     np.testing.assert_allclose(other.predict(logits).probabilities, expected, atol=1e-7)
+
+
+def test_a_run_trained_with_a_sigmoid_is_known_as_such(run, tmp_path):
+    copy = shutil.copytree(run[0], tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["objective"]["loss"] = "sigmoid"
+    (copy / "config.json").write_text(json.dumps(config))
+    assert vit_jax.load_model(copy).loss == "sigmoid"
 
 
 def test_layers_have_names_and_an_unknown_one_lists_them(model):

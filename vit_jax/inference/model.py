@@ -414,6 +414,8 @@ def _locate(source: str, checkpoint: int | str | None, params: str) -> tuple[str
             raise UserError(f"checkpoint={checkpoint!r}: expected a step, 'last' or 'best'")
         folder = Path(found)
     path = find_checkpoint(folder)
+    if not folder.is_absolute():
+        path = Path(os.path.relpath(path))  # For the screen, as it was given.
     workdir = path.parent.parent if path.parent.name == FOLDER else None
     return str(path), workdir if workdir and (workdir / CONFIG).exists() else None
 

@@ -25,7 +25,7 @@ h3 { font-size: 1rem; margin: 0 0 0.6rem; }
 p { margin: 0.25rem 0; }
 .soft, figcaption { color: var(--soft); font-size: 0.875rem; }
 .cards { display: grid; gap: 1rem; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 16.5rem), 1fr)); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 0.6rem;
   padding: 1rem; margin: 0; min-width: 0; }
 .wide { grid-column: 1 / -1; }
