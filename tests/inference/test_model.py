@@ -29,7 +29,8 @@ def run(data_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(run):
-    return vit_jax.load_model(run[0])
+    # On one device, which compiles sooner; the tests of the commands use all.
+    return vit_jax.load_model(run[0], devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
