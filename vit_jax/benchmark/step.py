@@ -125,7 +125,7 @@ def make_batch(experiment: Experiment) -> dict[str, jax.Array]:
     return jax.jit(make, out_shardings=shardings)()
 
 
-def peak_bytes(device: jax.Device) -> int:
+def peak_bytes(device: Any) -> int:
     """Of the device's memory; of the process, where the device is a CPU."""
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:

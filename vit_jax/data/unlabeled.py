@@ -204,7 +204,7 @@ def load_images(
     def fill(batch: ImageBatch, step: int, start: int, stop: int) -> None:
         for row in range(start, min(stop, len(paths) - step * batch_size)):
             index = step * batch_size + row
-            corrupt.see()
+            corrupt.see(1)
             try:
                 batch.images[row] = preparation(paths[index], seed=index)
                 batch.paths[row] = paths[index]
