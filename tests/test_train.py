@@ -322,3 +322,21 @@ def test_best_checkpoint_may_be_judged_by_another_metric_later(data_dir, tmp_pat
         train(config, str(tmp_path / "w"), command="train")
     assert load_params(tmp_path / "w")[0]
     assert (tmp_path / "w" / "checkpoints" / "6").is_dir()
+
+
+def test_a_checkpoint_says_what_it_came_from(finished):
+    run = json.loads((finished / "checkpoints" / "8" / "run.json").read_text())
+    assert run["step"] == 8
+    assert run["config"]["data"]["batch_size"] == 16
+    assert len(run["data"]) == 16
+    assert run["devices"] == {"cpu": 8}
+
+
+def test_another_seed_goes_on_where_it_is_allowed(data_dir, tmp_path, said):
+    train(tiny_config(data_dir, total_steps=4), str(tmp_path / "w"), command="train")
+    other = {"total_steps": 8, "seed": 1}
+    with pytest.raises(UserError, match=r"seed is 0 there and 1 here.*resume\.allow=seed"):
+        train(tiny_config(data_dir, **other), str(tmp_path / "w"), command="train")
+    other["resume"] = {"allow": "seed"}
+    train(tiny_config(data_dir, **other), str(tmp_path / "w"), command="train")
+    assert "config.seed: 0 before, 1 now" in said

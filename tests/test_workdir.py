@@ -4,7 +4,7 @@
 import pytest
 
 from vit_jax.utils.errors import UserError
-from vit_jax.workdir import open_workdir, write_config
+from vit_jax.workdir import Resume, check_data, open_workdir, write_config
 
 CONFIG = {"seed": 0, "total_steps": 8, "model": {"patch_size": (2, 2), "variant": None}}
 
@@ -43,3 +43,39 @@ def test_a_key_that_is_no_more_is_another_experiment(tmp_path):
     write_config(open_workdir(str(tmp_path), later), later)
     with pytest.raises(UserError, match=r"config\.model\.qk_norm is False there and None here"):
         open_workdir(str(tmp_path), CONFIG)
+
+
+SEED = {"seed": 1}
+
+
+@pytest.mark.parametrize("allow", ["seed", ("seed",), "config.seed, model"])
+def test_what_is_allowed_may_differ_and_is_said(allow, tmp_path, said):
+    write_config(open_workdir(str(tmp_path), CONFIG), CONFIG)
+    open_workdir(str(tmp_path), CONFIG | SEED, resume=Resume(allow=allow))
+    assert said[-1] == "config.seed: 0 before, 1 now"
+
+
+def test_all_that_differs_is_named_with_what_allows_it(tmp_path):
+    write_config(open_workdir(str(tmp_path), CONFIG), CONFIG)
+    other = CONFIG | SEED | {"model": {"patch_size": (4, 4), "variant": None}}
+    with pytest.raises(UserError, match=r"seed is 0 there and 1 here") as error:
+        open_workdir(str(tmp_path), other)
+    assert "--config.resume.allow=model.patch_size,seed" in str(error.value)
+    with pytest.raises(UserError, match=r"patch_size is"):
+        open_workdir(str(tmp_path), other, resume=Resume(allow="seed"))
+    open_workdir(str(tmp_path), other, resume=Resume(allow="seed,model"))
+
+
+def test_a_key_to_allow_that_there_is_not_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"resume\.allow: 'sead' is no key; did you mean 'seed'"):
+        open_workdir(str(tmp_path), CONFIG, resume=Resume(allow="sead"))
+
+
+def test_other_records_are_refused_unless_allowed(said):
+    before, now = {"data": "aa"}, {"data": "bb"}
+    check_data("w", now, now, Resume())
+    check_data("w", {}, now, Resume())
+    with pytest.raises(UserError, match=r"data\.content is aa there and bb here"):
+        check_data("w", before, now, Resume())
+    check_data("w", before, now, Resume(allow="data.content"))
+    assert "data.content is aa there" in said[-1]

@@ -54,6 +54,7 @@ from vit_jax.utils.durations import (
 )
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import bind, check_type, keywords, lookup
+from vit_jax.workdir import Resume
 
 # Keys of google-research/vision_transformer configs, and where their values go here.
 RENAMED = {
@@ -90,6 +91,7 @@ _SECTIONS = (
     "checkpoint",
     "evals",
     "profile",
+    "resume",
 )
 
 
@@ -111,6 +113,7 @@ def _top_level(
     evals: dict | None = None,
     log_every: int = 50,
     profile: dict | None = None,
+    resume: dict | None = None,
 ) -> None:
     """The keys of a config; only its signature is used."""
 
@@ -161,6 +164,7 @@ class Experiment:
     checkpoint: CheckpointOptions
     log_every: int
     profile: Profile
+    resume: Resume
     config: dict[str, Any]
 
     @classmethod
@@ -215,6 +219,7 @@ class Experiment:
         given = ("target_grid", "num_class_tokens")
         (adapt_args,) = bind(section["adapt"], adapt_params, key="adapt", given=given)
         (profile_args,) = bind(section["profile"], Profile, key="profile")
+        (resume_args,) = bind(section["resume"], Resume, key="resume")
         return cls(
             model=model,
             objective=objective,
@@ -232,6 +237,7 @@ class Experiment:
             checkpoint=checkpoint,
             log_every=top["log_every"],
             profile=Profile(**profile_args),
+            resume=Resume(**resume_args),
             config={k: v for k, v in top.items() if not (log_every and k == "log_every")}
             | log_every
             | {
@@ -244,6 +250,7 @@ class Experiment:
                 "checkpoint": checkpoint_args,
                 "evals": eval_args,
                 "profile": profile_args,
+                "resume": resume_args,
             },
         )
 

@@ -17,6 +17,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from vit_jax import __version__
+from vit_jax.checkpoint.manager import SaveError
 from vit_jax.observe import compile_cache, console
 from vit_jax.observe.progress import DivergedError
 from vit_jax.parallel import processes
@@ -195,7 +196,7 @@ def run() -> None:
     try:
         with console.report_errors():
             app.run(main, flags_parser=parse_flags)
-    except DivergedError as e:
+    except (DivergedError, SaveError) as e:
         console.print_error(e)
         sys.exit(1)
     except Preempted as e:

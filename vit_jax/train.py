@@ -14,12 +14,14 @@ from ml_collections import ConfigDict
 
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.data.corrupt import CorruptCounter, Counts, check_counts
+from vit_jax.data.fingerprint import fingerprint
 from vit_jax.evaluators.base import Evaluator, evaluate
 from vit_jax.evaluators.probes import Probes
 from vit_jax.experiment import Experiment
 from vit_jax.observe.console import say
 from vit_jax.observe.profiler import Profiler
 from vit_jax.observe.progress import Monitor
+from vit_jax.observe.provenance import describe_run, say_changes
 from vit_jax.observe.report import report_end, report_start
 from vit_jax.observe.writer import MetricWriter, read_metrics
 from vit_jax.optim.summary import describe_rates, group_params, summarize_params
@@ -27,7 +29,7 @@ from vit_jax.parallel.preemption import Preempted, PreemptionGuard
 from vit_jax.parallel.processes import all_agree, host_names, sum_over_processes
 from vit_jax.parallel.sharding import find_large_copies
 from vit_jax.state import TrainState
-from vit_jax.workdir import open_workdir, write_config, write_labels
+from vit_jax.workdir import check_data, open_workdir, write_config, write_labels
 
 
 def train(
@@ -46,6 +48,7 @@ def train(
     Raises:
       UserError: bad input.
       DivergedError: the loss is no longer finite.
+      SaveError: a checkpoint can't be written.
       Preempted: SIGTERM came; the state is saved.
     """
     with PreemptionGuard() as guard:
@@ -65,7 +68,7 @@ def _train(
         # Parameters that the config's rules do not fit are refused before anything is written.
         params = experiment.abstract_state.params
         class_names = experiment.train_data.info.class_names
-        folder = open_workdir(workdir, experiment.config, class_names)
+        folder = open_workdir(workdir, experiment.config, class_names, experiment.resume)
     total = experiment.total_steps
     with CheckpointManager(folder, experiment.checkpoint, experiment.description) as checkpoints:
         start = checkpoints.latest_step() or 0
@@ -76,6 +79,12 @@ def _train(
             with all_agree():
                 experiment.open_data()
                 input_bytes = experiment.input_bytes()
+                if main_process:
+                    data = fingerprint(experiment.train_data.open())
+                    checkpoints.run = describe_run(experiment.config, data=data)
+                    before = checkpoints.read_run()
+                    check_data(workdir, before, checkpoints.run, experiment.resume)
+                    say_changes(before, checkpoints.run)
             _, frozen = experiment.optimizer.rules.split(params)
             report_start(
                 mesh=experiment.mesh,
@@ -172,6 +181,8 @@ def run(
             if stop or save:
                 with monitor.paused():
                     checkpoints.save(step, state, results)
+                    if stop or step == total:
+                        checkpoints.wait()
             if stop:
                 raise Preempted(f"stopped after step {step} of {total}, which is saved")
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a run: one experiment each, told apart by `config.json`."""
 
+import dataclasses
 import itertools
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from vit_jax.checkpoint import manager
 from vit_jax.evaluators.base import lower_is_better
 from vit_jax.observe.console import say
 from vit_jax.observe.writer import METRICS, read_metrics
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, suggest
 
 CONFIG = "config.json"
 LABELS = "labels.txt"
@@ -33,6 +34,9 @@ _FREE = (
     "log_every_examples",
     "log_every_percent",
     "profile",
+    "resume",
+    "on_divergence",
+    "watchdog",
 )
 _FREE_KEYS = (
     "init_from",
@@ -42,9 +46,38 @@ _FREE_KEYS = (
     "data.max_ram_gb",
 )
 
+# Not in the config: the records that its data holds.
+_CONTENT = "data.content"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resume:
+    """What may be another when a run goes on.
+
+    Attributes:
+      allow: keys of the config, or sections of it, that may differ from what the workdir was begun
+        with, though the result is then that of neither; `data.content` for other records. A text
+        may hold several, with commas.
+    """
+
+    allow: tuple[str, ...] | str = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys, one by one."""
+        given = self.allow.split(",") if isinstance(self.allow, str) else self.allow
+        return tuple(key.strip().removeprefix("config.") for key in given if key.strip())
+
+    def allows(self, key: str) -> bool:
+        """Whether a key, or a section that it is in, may differ."""
+        return any(key == k or key.startswith(f"{k}.") for k in self.keys)
+
 
 def open_workdir(
-    path: str, config: dict[str, Any], class_names: tuple[str, ...] | None = None
+    path: str,
+    config: dict[str, Any],
+    class_names: tuple[str, ...] | None = None,
+    resume: Resume | None = None,
 ) -> Path:
     """Makes a workdir, or checks that one that exists is of this experiment.
 
@@ -52,6 +85,7 @@ def open_workdir(
       path: a local or shared folder.
       config: the resolved config.
       class_names: by label, where the data knows them.
+      resume: what may differ from the workdir's own config.
 
     Raises:
       UserError: it can't be written to, belongs to another experiment or program, or was trained
@@ -59,6 +93,12 @@ def open_workdir(
     """
     if "://" in path:
         raise UserError(f"--workdir={path!r}: expected a folder; mount a bucket to use it as one")
+    resume = resume or Resume()
+    flat = _flatten(config)
+    for key in resume.keys:
+        if key != _CONTENT and not any(k == key or k.startswith(f"{key}.") for k in flat):
+            options = {*flat, *(k.partition(".")[0] for k in flat), _CONTENT}
+            raise UserError(f"resume.allow: {key!r} is no key{suggest(key, options)}")
     workdir = Path(path)
     file = workdir / CONFIG
     try:
@@ -72,7 +112,7 @@ def open_workdir(
     except (OSError, ValueError) as e:
         raise UserError(f"--workdir={path!r} can't be used: {type(e).__name__}: {e}") from None
     if previous is not None:
-        _compare(path, _flatten(previous), _flatten(config))
+        _compare(path, _flatten(previous), flat, resume)
         if class_names is not None and old_names is not None:
             _compare_labels(path, old_names, class_names)
     else:
@@ -191,20 +231,51 @@ def _compare_labels(path: str, old: Sequence[str], new: Sequence[str]) -> None:
             )
 
 
-def _compare(path: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+def check_data(
+    path: str, before: Mapping[str, Any], now: Mapping[str, Any], resume: Resume
+) -> None:
+    """Checks that a run goes on with the records that it was trained on.
+
+    Args:
+      path: of the workdir.
+      before: what the checkpoint came from: see `provenance.describe_run`.
+      now: the same of this run.
+      resume: what may differ.
+
+    Raises:
+      UserError: they are others.
+    """
+    if before.get("data") in (None, now["data"]):
+        return
+    what = f"data.content is {before['data']} there and {now['data']} here: other records or labels"
+    if not resume.allows(_CONTENT):
+        raise UserError(
+            f"--workdir={path!r}: {what} than those that it was trained on; bring them back, or "
+            f"add --config.resume.allow={_CONTENT}"
+        )
+    say(what)
+
+
+def _compare(path: str, old: dict[str, Any], new: dict[str, Any], resume: Resume) -> None:
     if added := [f"{key}={new[key]!r}" for key in sorted(new.keys() - old.keys())]:
         # A later version of the package has more keys; their defaults are what was there before.
         say(f"config keys that the run was started without: {', '.join(added)}")
+    refused = {}
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if before == after or key not in old:
             continue
-        if key.split(".")[0] not in _FREE and key not in _FREE_KEYS:
-            raise UserError(
-                f"--workdir={path!r} belongs to another experiment: config.{key} is {before!r} "
-                f"there and {after!r} here; choose another workdir, or the same value"
-            )
-        say(f"config.{key}: {before!r} before, {after!r} now")
+        free = key.split(".")[0] in _FREE or key in _FREE_KEYS
+        if free or resume.allows(key):
+            say(f"config.{key}: {before!r} before, {after!r} now")
+        else:
+            refused[key] = f"config.{key} is {before!r} there and {after!r} here"
+    if refused:
+        raise UserError(
+            f"--workdir={path!r} belongs to another experiment: {'; '.join(refused.values())}; "
+            "choose another workdir, or the same value, or go on nevertheless with "
+            f"--config.resume.allow={','.join(refused)}"
+        )
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,7 +3,7 @@
 
 Parameters are an item of their own, so that they can be read without knowing the optimizer; another
 says which model they are of, and what it expects of images. A checkpoint appears under its name
-only once it is complete.
+only once it is complete, with the checksums of its files, and is verified before it is used.
 """
 
 import contextlib
@@ -11,22 +11,41 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
+from vit_jax.checkpoint.manifest import (
+    RUN,
+    find_fault,
+    has_manifest,
+    sync_folder,
+    write_manifest,
+)
 from vit_jax.evaluators.base import lower_is_better
+from vit_jax.observe.console import say
+from vit_jax.parallel.processes import sum_over_processes, tell_all
 from vit_jax.state import TrainState
 from vit_jax.utils.errors import UserError
 
 FOLDER = "checkpoints"
+# Of a workdir: checkpoints that were damaged and stood in the way.
+BROKEN = "broken"
 _DESCRIPTION = "description"
+_METRICS = "metrics"
+# Of what is not complete yet, or about to go.
+_HALF = ocp.utils.TMP_DIR_SUFFIX
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,59 +72,64 @@ class CheckpointOptions:
 class CheckpointManager:
     """Saves in the background, restores onto any mesh. A context manager: leaving waits.
 
+    Each checkpoint comes with the checksums of its files. Those there are verified first, the
+    newest at the head, up to one that is as it was written.
+
     Args:
       workdir: of the run.
       options: when to write and what to keep.
       description: written into each checkpoint as JSON: the arguments of the `model`, and how
         images are prepared for it (`preprocess`).
+
+    Attributes:
+      run: written into each checkpoint as `run.json`: what it came from.
+
+    Raises:
+      UserError: there are checkpoints, and none is as it was written; in all processes.
     """
 
-    def __init__(self, workdir: Path, options: CheckpointOptions, description: Mapping[str, Any]):
+    def __init__(
+        self,
+        workdir: Path,
+        options: CheckpointOptions,
+        description: Mapping[str, Any],
+    ):
         self._description = dict(description)
+        self.run: Mapping[str, Any] = {}
         self._directory = workdir.absolute() / FOLDER
-        preserve: list[Any] = [policies.LatestN(options.keep)]
-        self._best = best = options.keep_best
-
-        lower = best is not None and lower_is_better(best)
-        worst = math.inf if lower else -math.inf
-
-        def score(metrics: Mapping[str, float]) -> float:
-            # Checkpoints of an earlier run may have been judged by another metric.
-            return metrics.get(best or "", worst)
-
-        if best:
-            preserve.append(
-                policies.BestN(
-                    get_metric_fn=score,
-                    reverse=lower,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        _remove_halves(self._directory)
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            item_names=("params", "ema_params", "training", _DESCRIPTION),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(preserve),
-                # Without it Orbax does not store the metrics for the next run.
-                best_fn=score if best else None,
-            ),
-        )
+        self._keep, self._best = options.keep, options.keep_best
+        self._main = jax.process_index() == 0
+        self._latest, self._faults = _choose(self._directory)
+        if self._main:
+            _remove_halves(self._directory)
+            self._directory.mkdir(parents=True, exist_ok=True)
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread: threading.Thread | None = None
+        self._saving = 0
+        self._error: BaseException | None = None
 
     def __enter__(self) -> "CheckpointManager":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._manager.close()
+    def __exit__(self, error: object, *exc: object) -> None:
+        if error is None:
+            self.wait()
+        elif self._thread is not None:  # The other processes may not come to agree on anything.
+            self._thread.join()
+        self._checkpointer.close()
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+        return self._latest
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint of a step."""
         return self._directory / str(step)
+
+    def read_run(self) -> dict[str, Any]:
+        """What the newest checkpoint came from; empty if it does not say."""
+        file = self.path(self._latest or 0) / RUN
+        return json.loads(file.read_text()) if file.exists() else {}
 
     def save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Starts to write a checkpoint; waits only while the arrays are copied.
@@ -114,34 +138,142 @@ class CheckpointManager:
           step: number of updates made.
           state: may be donated to the next step afterwards.
           metrics: of this step; needed are those that `keep_best` names.
+
+        Raises:
+          SaveError: the one before could not be written.
         """
+        self.wait()
         items: dict[str, Any] = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
         items[_DESCRIPTION] = ocp.args.JsonSave(self._description)
         # Without it where SIGTERM came before the evaluation: this one can't be the best.
         name = self._best
-        best = {name: float(metrics[name])} if name is not None and name in metrics else None
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=best)
+        if name is not None and name in metrics:
+            items[_METRICS] = ocp.args.JsonSave({name: float(metrics[name])})
+        self._checkpointer.save(self._half(step), args=ocp.args.Composite(**items), force=True)
+        self._saving = step
+        self._thread = threading.Thread(target=self._complete, args=(step,), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written; all processes have to.
+
+        Raises:
+          SaveError: it could not be; in all processes.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if sum_over_processes(int(error is not None))[0]:
+            reason = "another process failed" if error is None else describe_error(error)
+            raise SaveError(
+                f"the checkpoint of step {self._saving} can't be written ({reason})"
+            ) from error
+        self._latest = self._saving
+
+    def _half(self, step: int) -> Path:
+        return self._directory / f"{step}{_HALF}-unverified"
+
+    def _complete(self, step: int) -> None:
+        """In the background: checksums, then the name, then older checkpoints go."""
+        try:
+            self._checkpointer.wait_until_finished()
+            if self._main:
+                half, path = self._half(step), self.path(step)
+                (half / RUN).write_text(json.dumps({"step": step, **self.run}, indent=1) + "\n")
+                write_manifest(half)
+                os.rename(half, path)
+                sync_folder(self._directory)
+                self._remove_old()
+        except BaseException as e:  # for the main thread to raise
+            self._error = e
+
+    def _remove_old(self) -> None:
+        steps = list_steps(self._directory.parent)
+        kept = set(steps[-self._keep :])
+        if self._best is not None:
+            scores = {step: _read_metrics(self.path(step)).get(self._best) for step in steps}
+            judged = [(value, step) for step, value in scores.items() if value is not None]
+            sign = -1 if lower_is_better(self._best) else 1
+            kept |= {step for _, step in sorted(judged, key=lambda x: (sign * x[0], x[1]))[-1:]}
+        for step in steps:
+            if step not in kept:
+                # Gone at once, by name: no one takes what is half removed for a checkpoint.
+                going = self._directory / f"{step}{_HALF}-removed"
+                os.rename(self.path(step), going)
+                shutil.rmtree(going)
 
     def restore(self, abstract_state: TrainState) -> TrainState:
         """Reads the newest checkpoint into the shapes and shardings of `abstract_state`.
 
+        Damaged ones that are newer are moved to `WORKDIR/broken`.
+
         Raises:
           UserError: it can't be read, or is of another model or optimizer.
         """
-        step = self.latest_step()
+        step = self._latest
+        assert step is not None
         items = {k: ocp.args.StandardRestore(v) for k, v in _items(abstract_state).items()}
         try:
             with _quiet_reads():
-                found = self._manager.restore(step, args=ocp.args.Composite(**items))
+                found = self._checkpointer.restore(
+                    self.path(step), args=ocp.args.Composite(**items)
+                )
         except (ValueError, KeyError, TypeError, OSError) as e:
-            reason = " ".join(str(e).split())[:160]
             raise UserError(
-                f"--workdir: the checkpoint {self._directory / str(step)} can't be restored "
-                f"({type(e).__name__}: {reason}); expected a whole one of this experiment"
+                f"--workdir: the checkpoint {self.path(step)} can't be restored "
+                f"({describe_error(e)}); expected a whole one of this experiment"
             ) from e
+        for broken, fault in self._faults.items() if self._main else ():
+            place = self._directory.parent / BROKEN / str(broken)
+            shutil.rmtree(place, ignore_errors=True)
+            place.parent.mkdir(exist_ok=True)
+            os.rename(self.path(broken), place)
+            say(f"moved to {place}: {fault}")
+        self._faults = {}
         return TrainState(
             params=found["params"], ema_params=found.get("ema_params"), **found["training"]
         )
+
+
+def describe_error(error: BaseException) -> str:
+    """Kind and message of an exception, in part of a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def _choose(directory: Path) -> tuple[int | None, dict[int, str]]:
+    """The newest checkpoint that is as it was written, and what is wrong with newer ones.
+
+    Process 0 reads them, and says what it skips.
+    """
+    chosen: dict[str, Any] = {"step": None, "faults": []}
+    for step in reversed(list_steps(directory.parent)) if jax.process_index() == 0 else ():
+        if (fault := find_fault(directory / str(step))) is None:
+            chosen["step"] = step
+            break
+        chosen["faults"].append((step, fault))
+    chosen = tell_all(chosen)
+    step, faults = chosen["step"], dict(chosen["faults"])
+    if faults and step is None:
+        newest, fault = next(iter(faults.items()))
+        raise UserError(
+            f"--workdir: the checkpoint {directory / str(newest)} can't be restored: {fault}; "
+            f"{'no older one is whole' if len(faults) > 1 else 'there is no other'}: to start "
+            "anew, choose another workdir"
+        )
+    for broken, fault in faults.items():
+        say(f"skipped {directory / str(broken)}, which is damaged: {fault}")
+    if step is not None and not has_manifest(directory / str(step)):
+        say(f"{directory / str(step)} was written without checksums: it can't be verified")
+    return step, faults
+
+
+def _read_metrics(checkpoint: Path) -> dict[str, float]:
+    """Those that the checkpoint was judged by when it was written."""
+    try:
+        return json.loads((checkpoint / _METRICS / "metadata").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 @contextlib.contextmanager
@@ -162,13 +294,9 @@ def _quiet_reads() -> Iterator[None]:
 
 
 def _remove_halves(directory: Path) -> None:
-    """Removes what a killed run left half written.
-
-    Orbax would do it in a thread that complains if the run ends before it, as one with bad input.
-    """
-    if jax.process_index() == 0:
-        for half in directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-            shutil.rmtree(half)
+    """Removes what a killed run left half written or half removed."""
+    for half in directory.glob(f"*{_HALF}*"):
+        shutil.rmtree(half)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -194,13 +322,17 @@ def load_params(folder: Path, *, item: str = "params") -> tuple[dict[str, Any], 
     Raises:
       UserError: there is no complete checkpoint, or it can't be read.
     """
-    checkpoint = find_checkpoint(folder)
+    items = (item, _DESCRIPTION)
+    checkpoint = find_checkpoint(folder, items=items)
     path = checkpoint if (checkpoint / "_METADATA").exists() else checkpoint / item
     if not path.is_dir():
         raise UserError(
             f"there is no {path}; expected a whole checkpoint with params, and with ema_params "
             "where ema_decay was set"
         )
+    whole = path.parent
+    if has_manifest(whole) and (fault := find_fault(whole, items)):
+        raise UserError(f"the checkpoint {path} can't be read: {fault}")
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
         with ocp.StandardCheckpointer() as checkpointer, _quiet_reads():
@@ -223,16 +355,29 @@ def list_steps(workdir: Path) -> list[int]:
     return sorted(int(p.name) for p in (workdir / FOLDER).glob("*") if p.name.isdigit())
 
 
-def find_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint of a workdir, or of a folder of checkpoints; or the one it is.
+def find_checkpoint(folder: Path, *, items: Sequence[str] | None = None) -> Path:
+    """The newest whole checkpoint of a workdir, or of a folder of checkpoints; or the one it is.
+
+    Args:
+      folder: to look in.
+      items: what is needed of it, such as `params`; all by default. Checkpoints in which that is
+        damaged are skipped, and it is said, unless there is no other.
 
     Raises:
       UserError: it is none of them.
     """
     runs = folder / FOLDER if (folder / FOLDER).is_dir() else folder
-    steps = [int(p.name) for p in runs.glob("*") if p.name.isdigit()]
+    steps = sorted((int(p.name) for p in runs.glob("*") if p.name.isdigit()), reverse=True)
+    skipped = []
+    for step in steps:
+        path = (runs / str(step)).absolute()
+        if (fault := find_fault(path, items)) is None:
+            for line in skipped:
+                say(line)
+            return path
+        skipped.append(f"skipped {path}, which is damaged: {fault}")
     if steps:
-        return (runs / str(max(steps))).absolute()
+        return (runs / str(steps[0])).absolute()
     if any((folder / name).exists() for name in ("params", "_METADATA")):
         return folder.absolute()
     raise UserError(

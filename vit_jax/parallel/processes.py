@@ -172,6 +172,17 @@ def sum_over_processes(*counts: int) -> list[int]:
     return [int(total) for total in np.asarray(gathered, np.float64).sum(axis=0)]
 
 
+def tell_all(value: Any) -> Any:
+    """What process 0 has, a JSON value, in all processes; all have to ask for it."""
+    if jax.process_count() == 1:
+        return value
+    text = json.dumps(value).encode()
+    length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text), np.int32)))
+    # Whatever the others have: only its length counts.
+    padded = np.frombuffer(text.ljust(length)[:length], np.uint8)
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8)))
+
+
 @contextlib.contextmanager
 def all_agree() -> Iterator[None]:
     """All processes go on, or none does: one that stopped alone would leave the others waiting.

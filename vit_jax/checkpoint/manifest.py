@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checksums of a checkpoint: `STEP/manifest.json` says what each file of it must be.
+
+It is written when all other files are complete, and before the folder gets its name.
+"""
+
+import concurrent.futures
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+# The run that wrote the checkpoint. Where it is, there is a manifest too.
+RUN = "run.json"
+
+_CHUNK = 1 << 22
+_THREADS = 32
+# Files without which no checkpoint of a run can be read.
+_ESSENTIAL = tuple(
+    f"{item}/{name}" for item in ("params", "training") for name in ("_METADATA", "manifest.ocdbt")
+)
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes the manifest of a folder; its files are then on the disk, whatever happens next."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        sums = pool.map(lambda path: _measure(path, sync=True), paths)
+        files = {p.relative_to(folder).as_posix(): s for p, s in zip(paths, sums, strict=True)}
+    content = {"algorithm": "crc32", "files": files}
+    file = folder / MANIFEST
+    with open(file, "w") as f:
+        json.dump(content | {"crc32": _checksum(content)}, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(sync_folder, [folder, *(p for p in folder.rglob("*") if p.is_dir())]))
+
+
+def sync_folder(folder: Path) -> None:
+    """Sees to it that the names in a folder are on the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether a checkpoint can be verified; those of older versions of the package can't."""
+    return (folder / MANIFEST).exists() or (folder / RUN).exists()
+
+
+def find_fault(folder: Path, items: Sequence[str] | None = None) -> str | None:
+    """What is wrong with a checkpoint, as `FILE is ...`; None if nothing is.
+
+    Every byte is read. Without a manifest, it is only seen whether the main files are there.
+
+    Args:
+      folder: of the checkpoint.
+      items: its parts that matter, such as `params`; all by default.
+    """
+    if not has_manifest(folder):
+        missing = (name for name in _ESSENTIAL if not (folder / name).exists())
+        wanted = (name for name in missing if items is None or name.partition("/")[0] in items)
+        return next((f"{name} is missing" for name in wanted), None)
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+        checksum = content.pop("crc32")
+        files: dict[str, list[Any]] = content["files"]
+        if checksum != _checksum(content):
+            return f"{MANIFEST} is not as it was written"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+        return f"{MANIFEST} can't be read ({type(e).__name__})"
+    wanted = {
+        name: was for name, was in files.items() if items is None or name.partition("/")[0] in items
+    }
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda name: _compare(folder, name, wanted[name]), wanted)
+        return next((fault for fault in found if fault is not None), None)
+
+
+def _compare(folder: Path, name: str, was: list[Any]) -> str | None:
+    try:
+        size = (folder / name).stat().st_size
+        if size != was[0]:
+            return f"{name} is {size:,} bytes long, not {was[0]:,}"
+        if _measure(folder / name) != was:
+            return f"{name} is not as it was written"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as e:
+        return f"{name} can't be read ({e.strerror})"
+    return None
+
+
+def _measure(path: Path, *, sync: bool = False) -> list[Any]:
+    """Size and checksum of a file."""
+    size = checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
+        if sync:
+            os.fsync(file.fileno())
+    return [size, f"{checksum:08x}"]
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint came from: config, versions, source, devices and data."""
+
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import vit_jax
+from vit_jax.observe.console import say
+
+_QUIET: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10}
+_MACHINE = ("git", "devices", "processes")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
+
+
+def describe_run(config: Mapping[str, Any], *, data: str) -> dict[str, Any]:
+    """What a run is made of, as JSON.
+
+    Args:
+      config: resolved.
+      data: fingerprint of the training data.
+    """
+    kinds = Counter(d.device_kind for d in jax.devices())
+    return {
+        "config": dict(config),
+        "versions": {"vit_jax": vit_jax.__version__, "python": platform.python_version()}
+        | {name: _version(name) for name in _PACKAGES},
+        "git": describe_git(Path(vit_jax.__file__).parent),
+        "devices": dict(kinds),
+        "processes": jax.process_count(),
+        "data": data,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def describe_git(folder: Path) -> str | None:
+    """Commit of the source in a folder, with `-dirty` if it was changed since; None without git."""
+    try:
+        command = ["git", "-C", str(folder)]
+        subprocess.run([*command, "ls-files", "--error-unmatch", "."], check=True, **_QUIET)
+        commit = subprocess.run([*command, "rev-parse", "HEAD"], check=True, **_QUIET).stdout
+        changed = subprocess.run([*command, "diff", "--quiet", "HEAD", "--", "."], **_QUIET)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.strip() + "-dirty" * bool(changed.returncode)
+
+
+def say_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Says what is new since a checkpoint was written, of what may change the last digits."""
+    old, new = dict(before.get("versions") or {}), dict(now["versions"])
+    pairs = [(name, old[name], new[name]) for name in new if name in old]
+    pairs += [(key, before[key], now[key]) for key in _MACHINE if key in before]
+    for name, was, is_ in pairs:
+        if was != is_:
+            say(f"changed since the checkpoint: {name}: {was} before, {is_} now")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
