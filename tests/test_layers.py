@@ -38,6 +38,7 @@ LAYERS = {
     "vit_jax.predict": 4,
     "vit_jax.explain": 4,
     "vit_jax.launch": 4,
+    "vit_jax.status": 4,
 }
 ALLOWED_IN = {
     "ml_collections": ("vit_jax.main", "vit_jax.experiment", "vit_jax.train"),

@@ -174,13 +174,14 @@ def test_only_the_first_process_prints_and_writes_metrics(two):
         "checkpoints",
         "config.json",
         "evals",
+        "ledger.jsonl",
         "metrics.jsonl",
         "tensorboard",
     ]
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     details = {f"{name}_6{part}" for name in ("val", "val_ema") for part in ("", "_confusion")}
     written = {name.split(".")[0] for name in opened(first_errors)}
-    assert written == {"config", "events", "metrics"} | details
+    assert written == {"config", "events", "ledger", "lock", "metrics"} | details
     assert opened(second_errors) == []
 
 

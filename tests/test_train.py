@@ -19,7 +19,8 @@ from tests.tiny import tiny_config
 from vit_jax import train as train_module
 from vit_jax.checkpoint.manager import CheckpointManager, load_params
 from vit_jax.experiment import Experiment
-from vit_jax.observe.progress import DivergedError, Monitor
+from vit_jax.observe.divergence import DivergedError
+from vit_jax.observe.progress import Monitor
 from vit_jax.observe.writer import read_metrics
 from vit_jax.train import due, train
 from vit_jax.utils.errors import UserError
@@ -53,6 +54,7 @@ def test_a_run_leaves_config_metrics_and_checkpoint(finished):
         "checkpoints",
         "config.json",
         "evals",
+        "ledger.jsonl",
         "metrics.jsonl",
         "tensorboard",
     ]

@@ -1,10 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """A workdir belongs to one experiment."""
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from vit_jax.utils.errors import UserError
-from vit_jax.workdir import Resume, check_data, open_workdir, write_config
+from vit_jax.workdir import (
+    Resume,
+    check_data,
+    find_holder,
+    lock_workdir,
+    open_workdir,
+    write_config,
+)
 
 CONFIG = {"seed": 0, "total_steps": 8, "model": {"patch_size": (2, 2), "variant": None}}
 
@@ -79,3 +92,35 @@ def test_other_records_are_refused_unless_allowed(said):
         check_data("w", before, now, Resume())
     check_data("w", before, now, Resume(allow="data.content"))
     assert "data.content is aa there" in said[-1]
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from vit_jax.workdir import lock_workdir
+with lock_workdir(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_is_gone_however_it_went(tmp_path):
+    command = [sys.executable, "-c", HOLDS, str(tmp_path)]
+    root = str(Path(__file__).parent.parent)
+    env = os.environ | {"PYTHONPATH": root}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(UserError) as error, lock_workdir(tmp_path):
+            pass
+        assert f"in use by process {first.pid} on {socket.gethostname()}" in str(error.value)
+        assert find_holder(tmp_path) == f"process {first.pid} on {socket.gethostname()}"
+        with lock_workdir(tmp_path, active=False):
+            pass
+        first.kill()
+        first.wait()
+    assert (tmp_path / "lock").exists()
+    assert find_holder(tmp_path) is None
+    with lock_workdir(tmp_path):
+        assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
+    assert not (tmp_path / "lock").exists()

@@ -20,7 +20,7 @@ from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.data.corrupt import MAX_CORRUPT, CorruptCounter
 from vit_jax.data.mixture import check_same_classes
-from vit_jax.data.pipeline import DatasetSpec, plan_buffers, train_batches
+from vit_jax.data.pipeline import DatasetSpec, plan_buffers, read_step, train_batches
 from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.kinds import EVALUATORS, JUDGE_HEAD
 from vit_jax.models.layers import Constrain
@@ -30,7 +30,9 @@ from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives.base import Objective, Params
 from vit_jax.objectives.kinds import HEADLESS, OBJECTIVES
 from vit_jax.observe.console import say
+from vit_jax.observe.divergence import POLICIES
 from vit_jax.observe.profiler import Profile
+from vit_jax.observe.watchdog import Limits
 from vit_jax.optim.directions import DIRECTIONS
 from vit_jax.optim.optimizer import Optimizer, make_optimizer
 from vit_jax.optim.schedules import drop_other_units
@@ -92,6 +94,7 @@ _SECTIONS = (
     "evals",
     "profile",
     "resume",
+    "watchdog",
 )
 
 
@@ -107,6 +110,8 @@ def _top_level(
     mesh: dict | None = None,
     objective: dict | None = None,
     ema_decay: float | None = None,
+    on_divergence: str = "stop",
+    max_loss: float | None = None,
     init_from: str | None = None,
     adapt: dict | None = None,
     checkpoint: dict | None = None,
@@ -114,6 +119,7 @@ def _top_level(
     log_every: int = 50,
     profile: dict | None = None,
     resume: dict | None = None,
+    watchdog: dict | None = None,
 ) -> None:
     """The keys of a config; only its signature is used."""
 
@@ -159,12 +165,15 @@ class Experiment:
     total_steps: int
     seed: int
     ema_decay: float | None
+    on_divergence: str
+    max_loss: float | None
     init_from: str | None
     adapt: dict[str, Any]
     checkpoint: CheckpointOptions
     log_every: int
     profile: Profile
     resume: Resume
+    watchdog: Limits
     config: dict[str, Any]
 
     @classmethod
@@ -220,6 +229,7 @@ class Experiment:
         (adapt_args,) = bind(section["adapt"], adapt_params, key="adapt", given=given)
         (profile_args,) = bind(section["profile"], Profile, key="profile")
         (resume_args,) = bind(section["resume"], Resume, key="resume")
+        (watchdog_args,) = bind(section["watchdog"], Limits, key="watchdog")
         return cls(
             model=model,
             objective=objective,
@@ -232,12 +242,15 @@ class Experiment:
             total_steps=total_steps,
             seed=top["seed"],
             ema_decay=top["ema_decay"],
+            on_divergence=top["on_divergence"],
+            max_loss=top["max_loss"],
             init_from=top["init_from"],
             adapt=adapt_args,
             checkpoint=checkpoint,
             log_every=top["log_every"],
             profile=Profile(**profile_args),
             resume=Resume(**resume_args),
+            watchdog=Limits(**watchdog_args),
             config={k: v for k, v in top.items() if not (log_every and k == "log_every")}
             | log_every
             | {
@@ -251,6 +264,7 @@ class Experiment:
                 "evals": eval_args,
                 "profile": profile_args,
                 "resume": resume_args,
+                "watchdog": watchdog_args,
             },
         )
 
@@ -381,6 +395,8 @@ class Experiment:
             seed=self.seed,
             split=self._split,
             scatter=self._scatter,
+            on_divergence=self.on_divergence,
+            max_loss=self.max_loss,
         )
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         replicated = NamedSharding(self.mesh, PartitionSpec())
@@ -422,6 +438,12 @@ class Experiment:
             corrupt=corrupt,
         )
         return (put_batch(batch, self.mesh) for batch in batches)
+
+    def describe_step(self, step: int) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+        """The batch of a step, where its examples come from, and the names of `grad_norms`."""
+        batch, records = read_step(self.train_data, seed=self.seed, step=step - 1)
+        trained, _ = self.optimizer.rules.split(self.abstract_state.params)
+        return batch, records, state_lib.layer_names(trained)
 
     def augmented_images(self) -> np.ndarray:
         """The images of the first step as the model sees them, uint8 `[b, height, width, 3]`."""
@@ -472,6 +494,9 @@ def _check_top_level(top: Mapping[str, Any]) -> None:
         raise UserError(f"seed={top['seed']}: expected 0 to {2**32 - 1}")
     if top["ema_decay"] is not None and not 0 <= top["ema_decay"] < 1:
         raise UserError(f"ema_decay={top['ema_decay']}: expected 0 <= value < 1, or None")
+    lookup(dict.fromkeys(POLICIES), top["on_divergence"], key="on_divergence")
+    if top["max_loss"] is not None and top["max_loss"] <= 0:
+        raise UserError(f"max_loss={top['max_loss']}: expected more than 0, or None")
     if top["log_every"] < 1:
         raise UserError(f"log_every={top['log_every']}: expected at least 1")
 

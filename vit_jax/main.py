@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from vit_jax import __version__
 from vit_jax.checkpoint.manager import SaveError
 from vit_jax.observe import compile_cache, console
-from vit_jax.observe.progress import DivergedError
+from vit_jax.observe.divergence import DivergedError
 from vit_jax.parallel import processes
 from vit_jax.parallel.preemption import RUN_AGAIN, Preempted
 from vit_jax.train import train

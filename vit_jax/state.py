@@ -12,7 +12,7 @@ import optax
 
 from vit_jax.objectives.base import Batch, Objective, Params
 from vit_jax.optim.optimizer import Optimizer
-from vit_jax.utils.tree import merge
+from vit_jax.utils.tree import flatten, merge
 
 
 @flax.struct.dataclass
@@ -66,6 +66,8 @@ def train_step(
     seed: int,
     split: Callable[[jax.Array], jax.Array] = lambda x: x,
     scatter: Callable[[Params], Params] = lambda x: x,
+    on_divergence: str | None = None,
+    max_loss: float | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update. All randomness is a function of (seed, step).
 
@@ -79,6 +81,10 @@ def train_step(
       seed: of the run.
       split: places `[micro-batches, batch, ...]` arrays on the mesh.
       scatter: places the gradients on the mesh.
+      on_divergence: with `skip`, a step with a metric that is not finite leaves all but the number
+        of the step as it was. If it is given at all, there is the metric `grad_norms`: of each
+        layer, as `layer_names` lists them.
+      max_loss: what is above diverges too.
 
     Returns:
       The new state and the metrics `loss, lr, grad_norm, param_norm` as scalars; `grad_norm` is
@@ -125,7 +131,33 @@ def train_step(
         average, same = optimizer.rules.split(state.ema_params)
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, trained)
         ema_params, _ = objective.track(merge(average, same), statistics)
-    return TrainState(state.step + 1, params, opt_state, ema_params), metrics
+    new: Any = (params, opt_state, ema_params)
+    if on_divergence == "skip":
+        good = jnp.all(jnp.isfinite(jnp.stack([jnp.float32(x) for x in metrics.values()])))
+        if max_loss is not None:
+            good &= metrics["loss"] <= max_loss
+        old = (state.params, state.opt_state, state.ema_params)
+        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+    if on_divergence is not None:
+        metrics["grad_norms"] = _norms_by_layer(grads)
+    return TrainState(state.step + 1, *new), metrics
+
+
+def layer_names(params: Params) -> list[str]:
+    """The layers of a tree of parameters: `embedding`, `Transformer/encoderblock_0` and so on."""
+    return sorted({_layer(path) for path in flatten(params)})
+
+
+def _layer(path: str) -> str:
+    parts = path.split("/")[:-1] or [path]
+    return "/".join(parts[:2] if "encoderblock" in parts[min(1, len(parts) - 1)] else parts[:1])
+
+
+def _norms_by_layer(grads: Params) -> jax.Array:
+    squares: dict[str, Any] = dict.fromkeys(layer_names(grads), 0.0)
+    for path, leaf in flatten(grads).items():
+        squares[_layer(path)] += jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+    return jnp.sqrt(jnp.stack(list(squares.values())))
 
 
 def accumulate_gradients(

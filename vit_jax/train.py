@@ -1,35 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop."""
 
+import contextlib
 import dataclasses
 import os
 import sys
+import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from vit_jax.checkpoint.manager import CheckpointManager
+from vit_jax.checkpoint.manager import (
+    MAX_FAILURES,
+    CheckpointManager,
+    SaveError,
+    describe_error,
+)
 from vit_jax.data.corrupt import CorruptCounter, Counts, check_counts
 from vit_jax.data.fingerprint import fingerprint
 from vit_jax.evaluators.base import Evaluator, evaluate
 from vit_jax.evaluators.probes import Probes
 from vit_jax.experiment import Experiment
+from vit_jax.observe import divergence
 from vit_jax.observe.console import say
+from vit_jax.observe.divergence import (
+    DivergedError,
+    Divergence,
+    append_rollback,
+    read_rollbacks,
+    skip_past,
+    write_dump,
+)
+from vit_jax.observe.ledger import Ledger
 from vit_jax.observe.profiler import Profiler
 from vit_jax.observe.progress import Monitor
 from vit_jax.observe.provenance import describe_run, say_changes
 from vit_jax.observe.report import report_end, report_start
+from vit_jax.observe.watchdog import Watchdog
 from vit_jax.observe.writer import MetricWriter, read_metrics
 from vit_jax.optim.summary import describe_rates, group_params, summarize_params
 from vit_jax.parallel.preemption import Preempted, PreemptionGuard
-from vit_jax.parallel.processes import all_agree, host_names, sum_over_processes
+from vit_jax.parallel.processes import all_agree, host_names, sum_over_processes, tell_all
 from vit_jax.parallel.sharding import find_large_copies
 from vit_jax.state import TrainState
-from vit_jax.workdir import check_data, open_workdir, write_config, write_labels
+from vit_jax.workdir import check_data, lock_workdir, open_workdir, write_config, write_labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one start of a run works with."""
+
+    experiment: Experiment
+    folder: Path
+    checkpoints: CheckpointManager
+    guard: PreemptionGuard
+    watchdog: Watchdog
+    ledger: Ledger
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around what is not a step: it has its own limit, and its time is counted apart."""
+        with self.watchdog.phase(name), self.ledger.phase(name):
+            yield
 
 
 def train(
@@ -38,7 +74,7 @@ def train(
     *,
     command: str | None = None,
 ) -> None:
-    """Trains what the config describes, going on from the workdir's newest checkpoint.
+    """Trains what the config describes, going on from the workdir's newest whole checkpoint.
 
     Args:
       config: of the experiment.
@@ -51,90 +87,164 @@ def train(
       SaveError: a checkpoint can't be written.
       Preempted: SIGTERM came; the state is saved.
     """
-    with PreemptionGuard() as guard:
-        _train(config, os.fspath(workdir), command, guard)
-
-
-def _train(
-    config: ConfigDict | Mapping[str, Any],
-    workdir: str,
-    command: str | None,
-    guard: PreemptionGuard,
-) -> None:
-    main_process = jax.process_index() == 0
-    with all_agree():
-        experiment = Experiment.from_config(config)
-        notes = experiment.objective.notes()
-        # Parameters that the config's rules do not fit are refused before anything is written.
-        params = experiment.abstract_state.params
-        class_names = experiment.train_data.info.class_names
-        folder = open_workdir(workdir, experiment.config, class_names, experiment.resume)
-    total = experiment.total_steps
-    with CheckpointManager(folder, experiment.checkpoint, experiment.description) as checkpoints:
-        start = checkpoints.latest_step() or 0
+    with PreemptionGuard() as guard, contextlib.ExitStack() as stack:
+        main_process = jax.process_index() == 0
+        with all_agree():
+            experiment = Experiment.from_config(config)
+            # Parameters that the config's rules do not fit are refused before anything is written.
+            _ = experiment.abstract_state
+            names = experiment.train_data.info.class_names
+            folder = open_workdir(os.fspath(workdir), experiment.config, names, experiment.resume)
+            stack.enter_context(lock_workdir(folder, active=main_process))
+        checkpoints = stack.enter_context(
+            CheckpointManager(folder, experiment.checkpoint, experiment.description)
+        )
+        total, start = experiment.total_steps, checkpoints.latest_step() or 0
         missed = missed_evaluators(experiment, folder, start)
         if start >= total and not missed:
             say(f"nothing to do: {folder} is at step {start} of {total}")
         else:
-            with all_agree():
-                experiment.open_data()
-                input_bytes = experiment.input_bytes()
-                if main_process:
-                    data = fingerprint(experiment.train_data.open())
-                    checkpoints.run = describe_run(experiment.config, data=data)
-                    before = checkpoints.read_run()
-                    check_data(workdir, before, checkpoints.run, experiment.resume)
-                    say_changes(before, checkpoints.run)
-            _, frozen = experiment.optimizer.rules.split(params)
-            report_start(
-                mesh=experiment.mesh,
-                hosts=host_names(),
-                params=params,
-                frozen=frozen,
-                input_bytes=input_bytes,
-                groups=group_params(summarize_params(experiment.optimizer, params)),
-                rates=describe_rates(experiment.optimizer),
+            ledger = Ledger(folder, step=start, total_steps=total, active=main_process)
+            watchdog = Watchdog(
+                experiment.watchdog,
+                workdir=folder,
+                process=jax.process_index(),
+                last_words=lambda phase: ledger.end(f"watchdog: {phase}"),
             )
-            for note in notes:
-                say(note)
-            for path, size in find_large_copies(experiment.abstract_state).items():
-                say(f"on every device whole: {path}, {size / 2**20:.0f} MiB: no dimension divides")
-            if start:
-                state = checkpoints.restore(experiment.abstract_state)
-                say(f"going on from {checkpoints.path(start)}")
-            else:
-                state = experiment.init_state()
-            if main_process:
-                write_config(folder, experiment.config)
-                write_labels(folder, class_names)
-            with MetricWriter(folder, step=start, active=main_process) as writer:
-                profiler = Profiler(folder, experiment.profile, active=main_process)
-                loop = (experiment, state, checkpoints, writer, profiler, guard)
-                run(*loop, folder=folder, start=start, missed=missed)
-        last = checkpoints.latest_step() or 0
-        override = experiment.override_for_twice_as_long()
-        probes = [e for e in experiment.evaluators if isinstance(e, Probes)]
-        report_end(
-            workdir=folder,
-            step=last,
-            total_steps=total,
-            checkpoint=checkpoints.path(last),
-            longer=None if command is None else f"{command} {override}",
-            heads=probes[0].objective.head_names if probes else (),
-            # The split that chooses comes first.
-            judged_on=[e.name for e in sorted(probes, key=lambda e: not e.choose)],
-        )
+            with watchdog, _noting_the_end(ledger):
+                _train(Run(experiment, folder, checkpoints, guard, watchdog, ledger), missed)
+        _report_end(experiment, folder, checkpoints, command)
 
 
-def run(
-    experiment: Experiment,
+@contextlib.contextmanager
+def _noting_the_end(ledger: Ledger) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as e:
+        causes = {
+            Preempted: "SIGTERM",
+            DivergedError: "divergence",
+            SaveError: "no checkpoint can be written",
+            KeyboardInterrupt: "interrupted",
+        }
+        ledger.end(causes.get(type(e), f"error: {type(e).__name__}"))
+        raise
+    ledger.end("finished")
+
+
+def _train(run: Run, missed: Sequence[Evaluator]) -> None:
+    """Prepares the run and takes its steps, going back where that is asked for."""
+    experiment, folder, checkpoints = run.experiment, run.folder, run.checkpoints
+    main_process = jax.process_index() == 0
+    with all_agree():
+        notes = experiment.objective.notes()
+        experiment.open_data()
+        input_bytes = experiment.input_bytes()
+        if main_process:
+            data = fingerprint(experiment.train_data.open())
+            checkpoints.run = describe_run(experiment.config, data=data)
+            before = checkpoints.read_run()
+            check_data(str(folder), before, checkpoints.run, experiment.resume)
+            say_changes(before, checkpoints.run)
+    _report_start(experiment, input_bytes, notes)
+    start, state = _restore(run)
+    if main_process:
+        write_config(folder, experiment.config)
+        write_labels(folder, experiment.train_data.info.class_names)
+    profiler = Profiler(folder, experiment.profile, active=main_process)
+    while True:
+        with MetricWriter(folder, step=start, active=main_process) as writer:
+            try:
+                take_steps(run, state, writer, profiler, start=start, missed=missed)
+                return
+            except DivergedError as e:
+                del state
+                _plan_rollback(run, e)
+        start, state = _restore(run)
+        missed = ()
+
+
+def _restore(run: Run) -> tuple[int, TrainState]:
+    """The state to go on with, and the step after which it does."""
+    experiment, checkpoints = run.experiment, run.checkpoints
+    saved = checkpoints.latest_step() or 0
+    if saved:
+        state = checkpoints.restore(experiment.abstract_state)
+        say(f"going on from {checkpoints.path(saved)}")
+    else:
+        state = experiment.init_state()
+    start = skip_past(saved, tell_all(read_rollbacks(run.folder)))
+    if start > saved:
+        say(f"steps {saved + 1} to {start} are left out: one of them diverged")
+        state = dataclasses.replace(state, step=state.step + (start - saved))
+    return start, state
+
+
+def _plan_rollback(run: Run, error: DivergedError) -> None:
+    """Writes down which steps will be left out, or raises the error if that would not help."""
+    experiment = run.experiment
+    advice = f"see {run.folder / divergence.FOLDER} and docs/faults.md"
+    done = len(tell_all(read_rollbacks(run.folder)))
+    if experiment.on_divergence != "rollback":
+        others = "rollback" if experiment.on_divergence == "skip" else "skip or rollback"
+        advice += f"; --config.on_divergence={others} goes on without that batch"
+    elif done == divergence.MAX_ROLLBACKS:
+        advice += f"; {done} rollbacks have not helped"
+    elif error.step < experiment.total_steps:
+        run.checkpoints.wait()
+        to = run.checkpoints.latest_step() or 0
+        if jax.process_index() == 0:
+            append_rollback(run.folder, to=to, past=error.step, reason=str(error))
+        run.ledger.write_rollback(to=to, past=error.step)
+        say(f"{error}: goes back to step {to}")
+        return
+    raise DivergedError(f"{error}; {advice}", step=error.step) from error
+
+
+def _report_start(
+    experiment: Experiment, input_bytes: dict[str, int], notes: Sequence[str]
+) -> None:
+    params = experiment.abstract_state.params
+    _, frozen = experiment.optimizer.rules.split(params)
+    report_start(
+        mesh=experiment.mesh,
+        hosts=host_names(),
+        params=params,
+        frozen=frozen,
+        input_bytes=input_bytes,
+        groups=group_params(summarize_params(experiment.optimizer, params)),
+        rates=describe_rates(experiment.optimizer),
+    )
+    for note in notes:
+        say(note)
+    for path, size in find_large_copies(experiment.abstract_state).items():
+        say(f"on every device whole: {path}, {size / 2**20:.0f} MiB: no dimension divides")
+
+
+def _report_end(
+    experiment: Experiment, folder: Path, checkpoints: CheckpointManager, command: str | None
+) -> None:
+    last = checkpoints.latest_step() or 0
+    override = experiment.override_for_twice_as_long()
+    probes = [e for e in experiment.evaluators if isinstance(e, Probes)]
+    report_end(
+        workdir=folder,
+        step=last,
+        total_steps=experiment.total_steps,
+        checkpoint=checkpoints.path(last),
+        longer=None if command is None else f"{command} {override}",
+        heads=probes[0].objective.head_names if probes else (),
+        # The split that chooses comes first.
+        judged_on=[e.name for e in sorted(probes, key=lambda e: not e.choose)],
+    )
+
+
+def take_steps(
+    run: Run,
     state: TrainState,
-    checkpoints: CheckpointManager,
     writer: MetricWriter,
     profiler: Profiler,
-    guard: PreemptionGuard,
     *,
-    folder: Path,
     start: int,
     missed: Sequence[Evaluator],
 ) -> None:
@@ -142,19 +252,30 @@ def run(
 
     Raises:
       UserError: too many images can't be read, in all processes at the same step.
+      DivergedError: a step before has diverged; nothing was saved since.
       Preempted: the job was told to stop. The state after the last step is saved; evaluations due
         then are made up for when the run goes on.
     """
-    total, batch_size = experiment.total_steps, experiment.train_data.batch_size
+    experiment, guard, folder = run.experiment, run.guard, run.folder
+    total = experiment.total_steps
     corrupt, counts = CorruptCounter(), Counts()
     batches = experiment.train_batches(start, corrupt=corrupt)
-    monitor = Monitor(writer, step=start, total_steps=total, batch_size=batch_size)
+    monitor = Monitor(
+        writer,
+        step=start,
+        total_steps=total,
+        batch_size=experiment.train_data.batch_size,
+        on_divergence=experiment.on_divergence,
+        max_loss=experiment.max_loss,
+        dump=lambda found: _dump(experiment, folder, found),
+    )
     with monitor, profiler:
-        with monitor.paused():
-            results = evaluate_all(missed, state, folder=folder, step=start, total=total)
-        monitor.results(start, results)
+        if missed:
+            with monitor.paused(), run.phase("evaluation"):
+                results = evaluate_all(missed, state, folder=folder, step=start, total=total)
+            monitor.results(start, results)
         for step in range(start + 1, total + 1):
-            with monitor.waiting():
+            with monitor.waiting(), run.ledger.phase("data_wait"):
                 batch = next(batches)
             log = due(step, experiment.log_every, total)
             save = due(step, experiment.checkpoint.every, total)
@@ -167,11 +288,16 @@ def run(
                 metrics = metrics | {"data/corrupt": counts.corrupt}
             monitor.step(step, metrics, log=log)
             profiler.step(state)
+            if step > start + 1:
+                run.watchdog.beat()
+                run.ledger.took(step - 1)
+            if log:
+                run.ledger.write_progress()
 
             stop, results = guard.should_stop(), {}
             wanted = [e for e in experiment.evaluators if due(step, e.every, total)]
             if wanted and not stop:
-                with monitor.paused():
+                with monitor.paused(), run.phase("evaluation"):
                     try:
                         results = evaluate_all(wanted, state, folder=folder, step=step, total=total)
                     except Preempted:
@@ -179,12 +305,36 @@ def run(
                         stop = True
             monitor.results(step, results)
             if stop or save:
-                with monitor.paused():
-                    checkpoints.save(step, state, results)
-                    if stop or step == total:
-                        checkpoints.wait()
+                with monitor.paused(), run.phase("save"):
+                    _save(run, step, state, results, last=stop or step == total)
             if stop:
                 raise Preempted(f"stopped after step {step} of {total}, which is saved")
+
+
+def _save(run: Run, step: int, state: TrainState, results: dict[str, float], *, last: bool) -> None:
+    for attempt in range(MAX_FAILURES if last else 0):
+        run.checkpoints.save(step, state, results)
+        try:
+            run.checkpoints.wait(must=True)
+            break
+        except SaveError as e:
+            if attempt == MAX_FAILURES - 1:
+                raise
+            say(f"{e}: tries again")
+            time.sleep(2**attempt)
+    if not last:
+        run.checkpoints.save(step, state, results)
+    run.ledger.took(step)
+    run.ledger.write_progress(saved=run.checkpoints.latest_step())
+
+
+def _dump(experiment: Experiment, folder: Path, found: Divergence) -> None:
+    """Writes what diverged to the workdir, from process 0, as far as that can be done."""
+    if jax.process_index() == 0:
+        try:
+            write_dump(folder, found, *experiment.describe_step(found.step))
+        except OSError as e:
+            say(f"the batch of step {found.step} can't be written ({describe_error(e)})")
 
 
 def evaluate_all(

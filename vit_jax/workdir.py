@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a run: one experiment each, told apart by `config.json`."""
 
+import contextlib
 import dataclasses
+import fcntl
 import itertools
 import json
 import os
+import socket
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,10 @@ from vit_jax.utils.errors import UserError, suggest
 
 CONFIG = "config.json"
 LABELS = "labels.txt"
+LOCK = "lock"
+
+# Seconds for which another process may hold the lock only to look at it.
+_LOOK_S = 1.0
 
 # What may change between two runs in one workdir: how long, where, how often and from what, but not
 # what is trained.
@@ -36,6 +44,7 @@ _FREE = (
     "profile",
     "resume",
     "on_divergence",
+    "max_loss",
     "watchdog",
 )
 _FREE_KEYS = (
@@ -199,6 +208,64 @@ def _as_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _as_tuples(v) for k, v in value.items()}
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: Path, *, active: bool = True) -> Iterator[None]:
+    """Around a run: no second one can be in the same workdir.
+
+    The lock goes with the process that holds it, however that ends.
+
+    Args:
+      workdir: an existing folder.
+      active: False for one that does nothing, on all processes but one.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    if not active:
+        yield
+        return
+    path, until = workdir / LOCK, time.monotonic() + _LOOK_S
+    while True:
+        file = open(path, "a+")  # noqa: SIM115 (closed below)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one before may have removed it after it was opened here.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise UserError(
+                    f"--workdir={str(workdir)!r} is in use by {holder}; expected one run at a "
+                    "time: wait for its end, or choose another workdir"
+                ) from None
+            time.sleep(_LOOK_S / 20)
+        file.close()
+    with file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def find_holder(workdir: Path) -> str | None:
+    """Who trains in a workdir, as `process PID on HOST`; None if nobody does."""
+    try:
+        with open(workdir / LOCK) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+    except OSError:
+        pass
+    return None
 
 
 def write_config(workdir: Path, config: dict[str, Any]) -> None:

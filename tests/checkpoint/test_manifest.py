@@ -135,7 +135,7 @@ def test_older_ones_go_only_when_the_new_one_is_complete(workdir, monkeypatch):
         )
         checkpoints.save(12, make_state(12), {})
         with pytest.raises(SaveError, match=r"step 12 can't be written \(OSError: .*No space left"):
-            checkpoints.wait()
+            checkpoints.wait(must=True)
     monkeypatch.undo()
     assert find_fault(workdir / "checkpoints/4") is find_fault(workdir / "checkpoints/8") is None
     save(workdir, make_state(12))

@@ -9,7 +9,8 @@ import pytest
 import rich.console
 
 from vit_jax.observe import console, progress
-from vit_jax.observe.progress import DivergedError, Monitor
+from vit_jax.observe.divergence import DivergedError
+from vit_jax.observe.progress import Monitor
 
 
 class Clock:

@@ -8,12 +8,13 @@ only once it is complete, with the checksums of its files, and is verified befor
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
-import math
 import os
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,11 @@ _DESCRIPTION = "description"
 _METRICS = "metrics"
 # Of what is not complete yet, or about to go.
 _HALF = ocp.utils.TMP_DIR_SUFFIX
+
+
+# So many in a row that can't be written end a run.
+MAX_FAILURES = 3
+_PROBE = 1 << 16
 
 
 class SaveError(Exception):
@@ -103,9 +109,11 @@ class CheckpointManager:
         if self._main:
             _remove_halves(self._directory)
             self._directory.mkdir(parents=True, exist_ok=True)
+        # What Orbax logs of its threads' errors is raised as well.
+        logging.getLogger("absl").addFilter(_is_not_of_orbax)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
-        self._saving = 0
+        self._saving = self._failures = 0
         self._error: BaseException | None = None
 
     def __enter__(self) -> "CheckpointManager":
@@ -113,7 +121,7 @@ class CheckpointManager:
 
     def __exit__(self, error: object, *exc: object) -> None:
         if error is None:
-            self.wait()
+            self.wait(must=True)
         elif self._thread is not None:  # The other processes may not come to agree on anything.
             self._thread.join()
         self._checkpointer.close()
@@ -140,9 +148,33 @@ class CheckpointManager:
           metrics: of this step; needed are those that `keep_best` names.
 
         Raises:
-          SaveError: the one before could not be written.
+          SaveError: see `wait`.
         """
         self.wait()
+        self._saving, work = step, lambda: None
+        if (refused := tell_all(self._try_to_write())) is not None:
+            self._error = OSError(refused)
+        else:
+            try:
+                self._start(step, state, metrics)
+                work = functools.partial(self._complete, step)
+            except OSError as e:
+                self._error = e
+        self._thread = threading.Thread(target=work, name="checkpoint")
+        self._thread.start()
+
+    def _try_to_write(self) -> str | None:
+        """Why nothing can be written; found out before processes wait for each other."""
+        try:
+            if self._main:
+                with tempfile.TemporaryFile(dir=self._directory) as file:
+                    file.write(bytes(_PROBE))
+                    file.flush()
+        except OSError as e:
+            return e.strerror
+        return None
+
+    def _start(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
         items: dict[str, Any] = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
         items[_DESCRIPTION] = ocp.args.JsonSave(self._description)
         # Without it where SIGTERM came before the evaluation: this one can't be the best.
@@ -150,26 +182,35 @@ class CheckpointManager:
         if name is not None and name in metrics:
             items[_METRICS] = ocp.args.JsonSave({name: float(metrics[name])})
         self._checkpointer.save(self._half(step), args=ocp.args.Composite(**items), force=True)
-        self._saving = step
-        self._thread = threading.Thread(target=self._complete, args=(step,), name="checkpoint")
-        self._thread.start()
 
-    def wait(self) -> None:
+    def wait(self, *, must: bool = False) -> None:
         """Waits for the checkpoint that is being written; all processes have to.
 
+        One that can't be written is said, and the next is another try.
+
+        Args:
+          must: whether there is none to come, so that it has to be written.
+
         Raises:
-          SaveError: it could not be; in all processes.
+          SaveError: it has to be written, or is one too many in a row, and can't be; in all
+            processes.
         """
         if self._thread is None:
             return
         self._thread.join()
         self._thread, error, self._error = None, self._error, None
-        if sum_over_processes(int(error is not None))[0]:
-            reason = "another process failed" if error is None else describe_error(error)
-            raise SaveError(
-                f"the checkpoint of step {self._saving} can't be written ({reason})"
-            ) from error
-        self._latest = self._saving
+        if not sum_over_processes(int(error is not None))[0]:
+            self._latest, self._failures = self._saving, 0
+            return
+        self._failures += 1
+        reason = "another process failed" if error is None else describe_error(error)
+        failed = SaveError(
+            f"the checkpoint of step {self._saving} can't be written ({reason}); the newest is of "
+            f"step {self._latest or 0}"
+        )
+        if must or self._failures >= MAX_FAILURES:
+            raise failed from error
+        say(f"{failed}: goes on, and tries again with the next")
 
     def _half(self, step: int) -> Path:
         return self._directory / f"{step}{_HALF}-unverified"
@@ -185,8 +226,11 @@ class CheckpointManager:
                 os.rename(half, path)
                 sync_folder(self._directory)
                 self._remove_old()
-        except BaseException as e:  # for the main thread to raise
+        except BaseException as e:  # for the main thread to judge
             self._error = e
+            if self._main:
+                with contextlib.suppress(OSError):
+                    _remove_halves(self._directory)
 
     def _remove_old(self) -> None:
         steps = list_steps(self._directory.parent)
@@ -234,6 +278,10 @@ class CheckpointManager:
         return TrainState(
             params=found["params"], ema_params=found.get("ema_params"), **found["training"]
         )
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
 
 
 def describe_error(error: BaseException) -> str:

@@ -218,6 +218,17 @@ def train_batches(
     return _load(examples, target, spec, itertools.count(step), shards, num_shards, corrupt)
 
 
+def read_step(spec: DatasetSpec, *, seed: int, step: int) -> tuple[Batch, list[str]]:
+    """The whole batch of the step after `step` updates, and where each example comes from."""
+    source = spec.open()
+    order = train_order(spec, source, seed=seed)
+    first = step * spec.batch_size
+    records = [source.describe(order[first + i]) for i in range(spec.batch_size)]
+    # In this thread, and no more than the one.
+    batches = train_batches(dataclasses.replace(spec, num_threads=0), seed=seed, step=step)
+    return next(batches), records
+
+
 def train_order(spec: DatasetSpec, source: Source, *, seed: int) -> Order:
     """The index in `source` at each position of the endless training stream."""
     if isinstance(source, Mixture):

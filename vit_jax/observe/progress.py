@@ -5,7 +5,7 @@ import contextlib
 import datetime
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,12 @@ import rich.progress
 
 from vit_jax.observe import compile_cache
 from vit_jax.observe.console import console, say
+from vit_jax.observe.divergence import (
+    MAX_SKIPPED_IN_A_ROW,
+    DivergedError,
+    Divergence,
+    find_divergence,
+)
 from vit_jax.observe.writer import MetricWriter
 
 # Seconds between two lines of `Pace`.
@@ -47,19 +53,36 @@ class Pace:
         )
 
 
-class DivergedError(Exception):
-    """The loss, the gradient or the parameters are no longer numbers."""
-
-
 class Monitor:
     """Follows the training loop. A context manager, for the progress bar.
 
     Metrics are fetched one step late, when the next step is already queued, so that the device
     never waits for the host. A terminal gets a bar; anything else one line for each logged step.
+
+    Args:
+      writer: of the metrics.
+      step: the run starts after it.
+      total_steps: of the run.
+      batch_size: of a step.
+      on_divergence: one of `divergence.POLICIES`; with `skip`, such steps are counted.
+      max_loss: a higher one has diverged.
+      dump: takes what has diverged.
     """
 
-    def __init__(self, writer: MetricWriter, *, step: int, total_steps: int, batch_size: int):
+    def __init__(
+        self,
+        writer: MetricWriter,
+        *,
+        step: int,
+        total_steps: int,
+        batch_size: int,
+        on_divergence: str = "stop",
+        max_loss: float | None = None,
+        dump: Callable[[Divergence], None] = lambda _: None,
+    ):
         self._writer = writer
+        self._skips, self._max_loss, self._dump = on_divergence == "skip", max_loss, dump
+        self._skipped = self._in_a_row = 0
         self._total, self._batch_size = total_steps, batch_size
         self._first = True
         self._pending: tuple[int, Any, bool] | None = None
@@ -111,10 +134,16 @@ class Monitor:
             return
         step, metrics, log = self._pending
         self._pending = None
-        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise DivergedError(f"the {name} of step {step} is {value}")
+        metrics = dict(jax.device_get(metrics))
+        norms = [float(x) for x in metrics.pop("grad_norms", ())]
+        metrics = {k: float(v) for k, v in metrics.items()}
+        diverged = find_divergence(step, metrics, self._max_loss, norms)
+        if diverged is not None:
+            self._dump(diverged)
+            if not self._skips or self._in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise DivergedError(diverged.reason, step=step)
+            self._skipped += 1
+        self._in_a_row = self._in_a_row + 1 if diverged else 0
         self._bar.update(self._task, completed=step)
         if self._first:
             # Mostly compilation: left out of the speeds.
@@ -135,7 +164,10 @@ class Monitor:
         say(f"step {step}/{self._total}  {'  '.join(words)}")
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
-        record = {k if "/" in k else f"train/{k}": v for k, v in metrics.items()}
+        finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
+        record = {k if "/" in k else f"train/{k}": v for k, v in finite.items()}
+        if self._skips:
+            record["train/skipped"] = float(self._skipped)
         text = f"loss {metrics['loss']:.4f}"
         if steps := step - self._step:
             seconds = max(time.perf_counter() - self._started - self._paused, 1e-9) / steps

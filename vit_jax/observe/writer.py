@@ -5,18 +5,31 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
+
+from vit_jax.observe.console import say
+from vit_jax.observe.lines import LineWriter
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
+# Made by protobuf at import, where type checkers see nothing.
+Event: Any = event_pb2.__dict__["Event"]
+SessionLog: Any = event_pb2.__dict__["SessionLog"]
+
+_FLUSH_S = 30.0
+
 
 class MetricWriter:
     """Writes each record to both files, to `metrics.jsonl` at once. A context manager.
+
+    A full disk does not end a run: see `LineWriter`. TensorBoard misses what could not be written.
 
     Args:
       workdir: where the files are.
@@ -34,30 +47,66 @@ class MetricWriter:
         fresh = path.with_suffix(".tmp")
         fresh.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(fresh, path)
-        self._jsonl = open(path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
-        self._tensorboard = tensorboardX.SummaryWriter(
-            str(workdir / TENSORBOARD),
-            purge_step=step + 1 if step else None,
-            flush_secs=30,
-            # The name has the time in seconds, and a second run in one would overwrite it.
-            filename_suffix=f".{time.time_ns()}",
-        )
+        self._lines = LineWriter(path)
+        self._tensorboard = _Events(workdir / TENSORBOARD, step=step)
 
     def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self._active:
-            self._jsonl.close()
             self._tensorboard.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one record."""
         if not self._active:
             return
-        self._jsonl.write(json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._lines.write({"step": step, **metrics})
+        self._tensorboard.write(step, metrics)
+
+
+class _Events:
+    """TensorBoard events, written in the caller's thread: that of tensorboardX dies of an error.
+
+    After an error it goes on in a new file, since nothing is read after half a record.
+    """
+
+    def __init__(self, folder: Path, *, step: int):
+        self._folder, self._failing = folder, False
+        self._file: EventsWriter | None = None
+        self._flushed = 0.0
+        # What comes again takes the place of what was written of it before.
+        again = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._put([again] if step else [])
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        values = [scalar(name, value) for name, value in metrics.items()]
+        self._put([Event(step=step, summary=value) for value in values])
+
+    def close(self) -> None:
+        self._flushed = 0.0
+        self._put([])
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+
+    def _put(self, events: Sequence[Any]) -> None:
+        now = time.time()
+        try:
+            if self._file is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                # The name has the time in seconds, and a second run in one would overwrite it.
+                self._file = EventsWriter(str(self._folder / "events"), f".{time.time_ns()}")
+            for event in events:
+                event.wall_time = now
+                self._file.write_event(event)
+            if now - self._flushed > _FLUSH_S:
+                self._file.flush()
+                self._flushed = now
+        except OSError as e:
+            if not self._failing:
+                say(f"{self._folder} can't be written to ({e.strerror}): goes on without")
+            self._file, self._failing = None, True
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps that diverge: what is done, and what is left of them to look at.
+
+`WORKDIR/divergence/STEP.{npz,json}` are the batch of the step and its metrics;
+`rollbacks.jsonl` there is read again by a run that goes on.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_jax.observe.console import say
+from vit_jax.observe.writer import append_record, read_records
+
+FOLDER = "divergence"
+ROLLBACKS = "rollbacks.jsonl"
+
+# What to do at such a step: end the run; leave the state as it is and go on with the next batch;
+# or go on from the last checkpoint, past the batches up to this one.
+POLICIES = ("stop", "skip", "rollback")
+MAX_ROLLBACKS = 3
+MAX_SKIPPED_IN_A_ROW = 20
+_MAX_DUMPS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """A step whose metrics are not finite, or whose loss is too high.
+
+    Attributes:
+      step: number of the step, from 1.
+      reason: in words.
+      metrics: of the step, by name.
+      grad_norms: of the layers.
+    """
+
+    step: int
+    reason: str
+    metrics: Mapping[str, float]
+    grad_norms: Sequence[float]
+
+
+class DivergedError(Exception):
+    """The loss, the gradient or the parameters are no longer numbers, or the loss is too high."""
+
+    def __init__(self, message: str, *, step: int = 0):
+        super().__init__(message)
+        self.step = step
+
+
+def find_divergence(
+    step: int, metrics: Mapping[str, float], max_loss: float | None, grad_norms: Sequence[float]
+) -> Divergence | None:
+    """What is wrong with the metrics of a step, if anything is."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            return Divergence(step, f"the {name} of step {step} is {value}", metrics, grad_norms)
+    if max_loss is not None and metrics["loss"] > max_loss:
+        reason = f"the loss of step {step} is {metrics['loss']:g}, more than max_loss={max_loss:g}"
+        return Divergence(step, reason, metrics, grad_norms)
+    return None
+
+
+def write_dump(
+    workdir: Path,
+    divergence: Divergence,
+    batch: Mapping[str, np.ndarray],
+    records: Sequence[str],
+    layers: Sequence[str],
+) -> None:
+    """Writes the batch of a step as it came from the data, and what is known of it.
+
+    Args:
+      workdir: of the run.
+      divergence: what was wrong.
+      batch: the whole batch.
+      records: where each example comes from.
+      layers: names of the `grad_norms`.
+    """
+    folder = workdir / FOLDER
+    folder.mkdir(exist_ok=True)
+    if len(list(folder.glob("*.npz"))) >= _MAX_DUMPS:
+        return
+    path = folder / f"{divergence.step}.npz"
+    with open(path, "wb") as file:
+        arrays: dict[str, Any] = dict(batch)
+        np.savez(file, **arrays)
+    content = {
+        "step": divergence.step,
+        "reason": divergence.reason,
+        # As text: JSON has no word for what is not finite.
+        "metrics": {name: str(value) for name, value in divergence.metrics.items()},
+        "grad_norms": dict(zip(layers, map(str, divergence.grad_norms), strict=True)),
+        "records": list(records),
+    }
+    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    say(f"{divergence.reason}: its batch is in {path}, more in {path.with_suffix('.json').name}")
+
+
+def read_rollbacks(workdir: Path) -> list[dict[str, Any]]:
+    """Each with the steps `to` (the checkpoint) and `past` (the step that diverged)."""
+    return read_records(workdir / FOLDER / ROLLBACKS)
+
+
+def append_rollback(workdir: Path, *, to: int, past: int, reason: str) -> None:
+    """Writes a rollback down, before it is made."""
+    append_record(workdir / FOLDER / ROLLBACKS, {"to": to, "past": past, "reason": reason})
+
+
+def skip_past(step: int, rollbacks: Sequence[Mapping[str, Any]]) -> int:
+    """The step after which a run goes on from the checkpoint of `step`."""
+    for rollback in rollbacks:
+        if rollback["to"] <= step < rollback["past"]:
+            step = rollback["past"]
+    return step

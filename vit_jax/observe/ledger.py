@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the time of a run goes, over all of its restarts: `WORKDIR/ledger.jsonl`.
+
+Each start, progress and end is a line; a run without an end was killed. `summarize` adds them up.
+"""
+
+import contextlib
+import dataclasses
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vit_jax.observe.lines import LineWriter
+from vit_jax.observe.writer import read_records
+
+LEDGER = "ledger.jsonl"
+
+# What a second is spent on; `step` is what training is for.
+KINDS = ("step", "compile", "data_wait", "save", "evaluation")
+# Seconds from one record to the next at most, while steps are taken.
+_PACE_S = 30.0
+
+
+class Ledger:
+    """Measures what the main thread does, and writes it down.
+
+    Args:
+      workdir: of the run.
+      step: that it starts after.
+      total_steps: of the run.
+      active: False for one that does nothing, on all processes but one.
+    """
+
+    def __init__(self, workdir: Path, *, step: int, total_steps: int, active: bool):
+        self._writer = LineWriter(workdir / LEDGER) if active else None
+        self._seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+        self._kind, self._since, self._written = "compile", time.monotonic(), time.monotonic()
+        self._step, self._ended = step, False
+        who = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._write("start", total=total_steps, **who)
+
+    @contextlib.contextmanager
+    def phase(self, kind: str) -> Iterator[None]:
+        """Around what is not `step`; the inner one of two counts."""
+        before = self._switch(kind)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def took(self, step: int) -> None:
+        """Says that a step has been taken; the first one ends `compile`."""
+        self._step = step
+        self._switch("step")
+        if time.monotonic() - self._written > _PACE_S:
+            self.write_progress()
+
+    def write_progress(self, **more: Any) -> None:
+        """Writes how far it is."""
+        self._switch(self._kind)
+        self._write("progress", **more)
+
+    def write_rollback(self, *, to: int, past: int) -> None:
+        """Writes that the steps after `to` are left out, up to `past`."""
+        self._write("rollback", to=to, past=past)
+        self._step = past
+
+    def end(self, cause: str) -> None:
+        """Writes why it ended; the first cause counts."""
+        if not self._ended:
+            self._ended = True
+            self._switch(self._kind)
+            self._write("end", cause=cause)
+
+    def _switch(self, kind: str) -> str:
+        now = time.monotonic()
+        self._seconds[self._kind] += now - self._since
+        before, self._kind, self._since = self._kind, kind, now
+        return before
+
+    def _write(self, event: str, **more: Any) -> None:
+        self._written = time.monotonic()
+        if self._writer is not None:
+            seconds = {kind: round(value, 3) for kind, value in self._seconds.items()}
+            record = {"event": event, "time": round(time.time(), 3), "step": self._step}
+            self._writer.write(record | more | {"seconds": seconds})
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """All starts of a run together.
+
+    Attributes:
+      step: that it has reached.
+      total: steps.
+      starts: how often it was started.
+      causes: why each start ended, as far as it has.
+      seconds: by kind, with `down` (from one start to the next) and `repeated` (steps taken again,
+        by the speed of their start); both are no part of `step`.
+      lost: steps that were taken and not saved.
+      steps_per_second: of the last start, without compilation, evaluation and saves.
+      saved: step of the last checkpoint.
+      time: of the last record.
+    """
+
+    step: int
+    total: int
+    starts: int
+    causes: tuple[str, ...]
+    seconds: Mapping[str, float]
+    lost: int
+    steps_per_second: float | None
+    saved: int | None
+    time: float
+
+    @property
+    def goodput(self) -> float:
+        """Share of the time since the first start that went into steps that count."""
+        whole = sum(self.seconds.values())
+        return self.seconds["step"] / whole if whole else 0.0
+
+
+def read_ledger(workdir: Path) -> list[dict[str, Any]]:
+    """The records of a workdir; what is torn is left out."""
+    return [r for r in read_records(workdir / LEDGER) if isinstance(r, dict) and "event" in r]
+
+
+def summarize(records: Sequence[Mapping[str, Any]]) -> Summary | None:
+    """Adds up the records of a ledger; None if there are none."""
+    starts = [i for i, r in enumerate(records) if r["event"] == "start"]
+    if not starts:
+        return None
+    seconds: dict[str, float] = dict.fromkeys((*KINDS, "repeated", "down"), 0.0)
+    causes, lost, previous = [], 0, None
+    speed = saved = None
+    for begin, stop in zip(starts, [*starts[1:], len(records)], strict=True):
+        run = records[begin:stop]
+        first, last = run[0], run[-1]
+        if previous is not None:
+            gone = max(0, previous["step"] - first["step"])
+            lost += gone
+            again = min(gone / speed if speed else 0.0, seconds["step"])
+            seconds["step"] -= again
+            seconds["repeated"] += again
+            seconds["down"] += max(0.0, first["time"] - previous["time"])
+        for kind in KINDS:
+            seconds[kind] += last["seconds"].get(kind, 0.0)
+        dropped = sum(r["past"] - r["to"] for r in run if r["event"] == "rollback")
+        taken = last["step"] - first["step"]
+        busy = last["seconds"]["step"] + last["seconds"]["data_wait"]
+        speed = taken / busy if taken > 0 and busy > 0 else None
+        if speed and dropped:
+            again = min(dropped / speed, seconds["step"])
+            seconds["step"] -= again
+            seconds["repeated"] += again
+            lost += dropped
+        saved = next((r["saved"] for r in reversed(run) if "saved" in r), saved)
+        if last["event"] == "end":
+            causes.append(last["cause"])
+        elif stop < len(records):
+            causes.append("killed")
+        previous = last
+    assert previous is not None
+    return Summary(
+        step=previous["step"],
+        total=records[starts[-1]]["total"],
+        starts=len(starts),
+        causes=tuple(causes),
+        seconds=seconds,
+        lost=lost,
+        steps_per_second=speed,
+        saved=saved,
+        time=previous["time"],
+    )

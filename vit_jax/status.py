@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Says how a run gets on, from its workdir alone: python -m vit_jax.status runs/digits."""
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vit_jax.checkpoint.manager import FOLDER, list_steps
+from vit_jax.checkpoint.manifest import find_fault, has_manifest
+from vit_jax.observe import console
+from vit_jax.observe.console import say
+from vit_jax.observe.divergence import read_rollbacks
+from vit_jax.observe.ledger import KINDS, read_ledger, summarize
+from vit_jax.utils.errors import UserError
+from vit_jax.workdir import find_holder
+
+
+def describe(workdir: Path, *, verify: bool = True) -> dict[str, Any]:
+    """How a run gets on, as JSON.
+
+    Args:
+      workdir: of the run; it is only read.
+      verify: whether to read all bytes of the newest checkpoint.
+
+    Raises:
+      UserError: it is not the workdir of a run that keeps a ledger.
+    """
+    summary = summarize(read_ledger(workdir))
+    if summary is None:
+        raise UserError(f"{str(workdir)!r} has no ledger.jsonl; expected the workdir of a run")
+    holder = find_holder(workdir)
+    causes = list(summary.causes)
+    running = holder is not None
+    if not running and len(causes) < summary.starts:
+        causes.append("killed")
+    steps = list_steps(workdir)
+    speed = summary.steps_per_second
+    left = (summary.total - summary.step) / speed if speed else None
+    return {
+        "step": summary.step,
+        "total_steps": summary.total,
+        "running": holder,
+        "steps_per_second": speed,
+        "eta_s": left if running else None,
+        "last_record_s_ago": max(0.0, time.time() - summary.time),
+        "goodput": summary.goodput,
+        "seconds": dict(summary.seconds),
+        "starts": summary.starts,
+        "causes": causes,
+        "steps_lost": summary.lost,
+        "rollbacks": read_rollbacks(workdir),
+        "checkpoints": steps,
+        "newest_checkpoint": _describe_checkpoint(workdir, steps, verify=verify),
+    }
+
+
+def _describe_checkpoint(workdir: Path, steps: Sequence[int], *, verify: bool) -> str:
+    if not steps:
+        return "none"
+    folder = workdir / FOLDER / str(steps[-1])
+    if not verify:
+        return "not verified"
+    if fault := find_fault(folder):
+        return f"damaged: {fault}"
+    return "verified" if has_manifest(folder) else "without checksums"
+
+
+def show(workdir: Path, found: dict[str, Any]) -> list[str]:
+    """The same as lines."""
+    lines = [f"{workdir}: step {found['step']:,} of {found['total_steps']:,}"]
+    state = f"running, {found['running']}" if found["running"] else f"ended: {found['causes'][-1]}"
+    rows = {"state": f"{state}; last record {found['last_record_s_ago']:.0f} s ago"}
+    if found["steps_per_second"]:
+        rows["speed"] = f"{found['steps_per_second']:.3g} steps/s"
+    if found["eta_s"] is not None:
+        rows["ETA"] = str(datetime.timedelta(seconds=round(found["eta_s"])))
+    newest = found["checkpoints"][-1] if found["checkpoints"] else "-"
+    rows["checkpoint"] = f"{newest}, {found['newest_checkpoint']}"
+    rows["goodput"] = f"{found['goodput']:.1%} of the time went into steps that count"
+    whole = sum(found["seconds"].values()) or 1.0
+    shares = {kind: found["seconds"][kind] for kind in (*KINDS, "repeated", "down")}
+    rows["time"] = ", ".join(f"{k} {v:.0f} s ({v / whole:.1%})" for k, v in shares.items() if v)
+    counts = Counter(found["causes"])
+    ends = ", ".join(f"{cause} {n}" for cause, n in counts.most_common())
+    rows["starts"] = f"{found['starts']}; ends: {ends or 'none'}"
+    rows["lost"] = f"{found['steps_lost']} steps were taken again or left out"
+    for rollback in found["rollbacks"]:
+        rows[f"rollback to {rollback['to']}"] = f"past {rollback['past']}: {rollback['reason']}"
+    return lines + [f"  {name:<14} {text}" for name, text in rows.items()]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints how the run in a workdir gets on."""
+    parser = argparse.ArgumentParser(prog="python -m vit_jax.status", description=__doc__)
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--json", action="store_true", help="print an object")
+    parser.add_argument("--no_verify", action="store_true", help="read no checkpoint")
+    args = parser.parse_args(argv)
+    console.set_up(quiet=False, to_stderr=args.json)
+    found = describe(args.workdir, verify=not args.no_verify)
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        for line in show(args.workdir, found):
+            say(line)
+
+
+def run() -> None:
+    """The command: exit code 2 for a folder that is no workdir."""
+    with console.report_errors():
+        main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run()
