@@ -57,7 +57,7 @@ def find_divergence(
     step: int, metrics: Mapping[str, float], max_loss: float | None, grad_norms: Sequence[float]
 ) -> Divergence | None:
     """What is wrong with the metrics of a step, if anything is."""
-    for name, value in metrics.items():
+    for name, value in sorted(metrics.items(), key=lambda item: item[0] != "loss"):
         if not math.isfinite(value):
             return Divergence(step, f"the {name} of step {step} is {value}", metrics, grad_norms)
     if max_loss is not None and metrics["loss"] > max_loss:
