@@ -3,12 +3,15 @@
 
 import json
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.test_preemption import ENDLESS, wait_for
+from tests.test_processes import start
 from tests.test_train import assert_same
 from tests.tiny import tiny_config
 from vit_jax.checkpoint import manager
@@ -17,6 +20,7 @@ from vit_jax.objectives.supervised import Supervised
 from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.ledger import read_ledger, summarize
 from vit_jax.observe.writer import read_metrics
+from vit_jax.parallel.preemption import RUN_AGAIN
 from vit_jax.state import step_rng
 from vit_jax.train import train
 from vit_jax.utils.errors import UserError
@@ -157,3 +161,21 @@ def test_a_run_that_can_not_save_ends_with_one_line(data_dir, tmp_path, monkeypa
     with pytest.raises(SaveError, match=r"step 8 can't be written .*the newest is of step 0"):
         run(data_dir, tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_a_stopped_one_asks_for_another_run(data_dir, tmp_path):
+    limit = ["--config.watchdog.step=5"]
+    job = {"processes": 2, "devices": 2, "text": ENDLESS, "arguments": limit}
+    with start(tmp_path, data_dir, **job) as (first, second):
+        wait_for(first, "step 5/")
+        second.send_signal(signal.SIGSTOP)
+        _, errors = first.communicate(timeout=120)
+        assert first.returncode == RUN_AGAIN, errors
+    for text in (errors, (tmp_path / "workdir" / "watchdog-0.txt").read_text()):
+        assert "process 0 hangs" in text
+        assert "phase 'step'" in text
+        assert "train.py" in text
+    found = summarize(read_ledger(tmp_path / "workdir"))
+    assert found is not None
+    assert found.causes == ("watchdog: step",)
