@@ -3,8 +3,10 @@
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 
@@ -18,6 +20,16 @@ def describe_environment(*packages: str) -> dict[str, object]:
             **{name: importlib.metadata.version(name) for name in packages},
         },
     }
+
+
+def versions_of(python: str, packages: str) -> dict[str, str]:
+    """Versions of packages, by their names with spaces between, in another environment."""
+    program = "import importlib.metadata as m, json, sys\n"
+    program += "print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
+    done = subprocess.run(
+        [python, "-c", program, *packages.split()], check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout)
 
 
 def _cpu_model() -> str:

@@ -11,26 +11,22 @@ those in a folder, or else scikit-learn's two.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import sklearn.datasets
 
-from benchmarks.environment import describe_environment
+from benchmarks.environment import describe_environment, versions_of
 from benchmarks.input_loaders import BATCH
+from benchmarks.turns import ROOT, compare, start
 from vit_jax.data import fused
 
-ROOT = Path(__file__).parent.parent
 # Width, height, quality and number of the JPEGs. An order of few records takes Grain long.
 KINDS = {"500x375": (500, 375, 96, 4000), "1600x1200": (1600, 1200, 90, 1000)}
 # What `vit_jax.data.pack` is told.
@@ -72,78 +68,6 @@ def write_jpegs(photos: list[np.ndarray], kind: str, folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, quality, *sampling])
     done.write_text(str(KINDS[kind]))
-
-
-class Loader:
-    """A loader in a process of its own, idle until it is its turn."""
-
-    def __init__(self, python: str, loader: str, dataset: str, threads: int):
-        self._process = subprocess.Popen(
-            [python, str(ROOT / "benchmarks" / "input_loaders.py"), loader, dataset, str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "CUDA_VISIBLE_DEVICES": "",
-                "TF_ENABLE_ONEDNN_OPTS": "0",
-            },
-            start_new_session=True,
-        )
-
-    def measure(self, seconds: float) -> dict[str, float]:
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(f"{seconds}\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-@contextlib.contextmanager
-def start(pythons: dict[str, str], entries: dict[str, tuple[str, str]], threads: int) -> Iterator:
-    loaders = {}
-    try:
-        for name, (loader, dataset) in entries.items():
-            loaders[name] = Loader(pythons.get(loader, sys.executable), loader, dataset, threads)
-        yield loaders
-    finally:
-        for loader in loaders.values():
-            loader.close()
-
-
-def compare(loaders: dict[str, Loader], *, rounds: int, seconds: float) -> dict[str, Any]:
-    """Runs the loaders by turns, in an order that rotates."""
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in loaders}
-    names = list(loaders)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            runs[name].append(loaders[name].measure(seconds))
-    ours = runs["vit_jax"]
-    results = {}
-    for name, theirs in runs.items():
-        results[name] = {
-            key: round(statistics.median(run[key] for run in theirs), 1) for key in theirs[0]
-        }
-        for key in theirs[0]:
-            pairs = zip(theirs, ours, strict=True)
-            ratio = statistics.median(their[key] / our[key] for their, our in pairs)
-            results[name][f"{key}_of_vit_jax"] = round(ratio, 3)
-        results[name]["rounds"] = [round(run["images_per_sec"], 1) for run in theirs]
-    return results
-
-
-def versions_of(python: str, packages: str) -> dict[str, str]:
-    program = "import importlib.metadata as m, json, sys\n"
-    program += "print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
-    done = subprocess.run(
-        [python, "-c", program, *packages.split()], check=True, capture_output=True, text=True
-    )
-    return json.loads(done.stdout)
 
 
 def main() -> None:
@@ -195,8 +119,19 @@ def main() -> None:
         if fused.extension is None:
             print("the C extension was not built: vit_jax is vit_jax_opencv")
             del entries["libjpeg_turbo"]
-        with start(pythons, entries, args.threads) as loaders:
-            table = compare(loaders, rounds=args.rounds, seconds=args.seconds)
+        script, threads = str(ROOT / "benchmarks" / "input_loaders.py"), str(args.threads)
+        commands = {
+            name: (pythons.get(loader, sys.executable), script, loader, dataset, threads)
+            for name, (loader, dataset) in entries.items()
+        }
+        with start(commands) as loaders:
+            table = compare(
+                loaders,
+                ours="vit_jax",
+                rounds=args.rounds,
+                seconds=args.seconds,
+                show="images_per_sec",
+            )
         print(f"\n{kind}, {len(sizes)} JPEGs of {np.mean(sizes) / 1000:.0f} KB on average")
         print(f"{'loader':<18}{'images/s':>10}{'ratio':>8}{'a core':>10}{'ratio':>8}")
         for name, row in table.items():
