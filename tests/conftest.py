@@ -6,8 +6,10 @@ import tempfile
 
 # Before jax is imported.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
+# Most of the time goes into compilation, of programs that run for a moment.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 # Many tests compile the same step: the second time it comes from here.
 _CACHE = tempfile.TemporaryDirectory(prefix="vit_jax_tests_")
@@ -65,6 +67,13 @@ class Stripes(tfds.core.GeneratorBasedBuilder):
                 image[:, ::8] = 255
             jpeg = cv2.imencode(".jpg", image)[1].tobytes()
             yield i, {"image": jpeg, "label": label, "name": f"stripes {i}"}
+
+
+@pytest.fixture(autouse=True)
+def screen():
+    """What a command sets for its process does not outlive the test."""
+    yield
+    console.console.quiet = console.console.stderr = False
 
 
 @pytest.fixture

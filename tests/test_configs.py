@@ -40,6 +40,7 @@ BUILDS = [
     ("digits_mae.py:runs/digits_mae", 115_584 + 490, 16),
     ("digits_probe.py", 115_584 + 5 * 490 + 2 * 48, 16),
     ("digits_distill.py", 11_948, 16),
+    ("digits_distill.py:none", 11_948 - 2 * 24 - 250, 16),
     ("mae.py", 111_655_680, 224),
     ("mae_finetune.py", 86_567_656 - 768, 224),
     ("distill.py", 22_436_432, 224),
@@ -55,6 +56,9 @@ BUILDS = [
     ("deit3.py:B,finetune=runs/deit3_b16", 86_567_656 + 24 * 768, 224),
     ("cifar10.py", 810_890, 32),
     ("cifar10.py:small", 6_268_042, 32),
+    # The encoder, then the decoder, or a head.
+    ("cifar10_mae.py", 304_032 + 59_504, 32),
+    ("cifar10_mae.py:none", 304_032 + 970, 32),
     ("probe.py:runs/mae", 85_646_592 + 769_000 + 3 * 768, 224),
     ("probe.py:augreg:B/16", 86_567_656 + 2 * 768, 224),
 ]
@@ -67,7 +71,7 @@ EPOCH = 1_281_167
 @pytest.mark.parametrize(("config", "parameters", "size"), BUILDS, ids=[b[0] for b in BUILDS])
 def test_config_builds(config, parameters, size, tmp_path):
     overrides = {"data.data_dir": str(tmp_path)}
-    if config.startswith(("folder.py", "cifar10.py", "vit_i21k.py")):
+    if config.startswith(("folder.py", "cifar10", "vit_i21k.py")):
         counts = {f"{split}/class {n}": 60 for split in ("train", "test") for n in range(10)}
         overrides["data.name"] = f"folder:{write_folder(tmp_path, counts)}"
     config = load_config(str(CONFIGS / config), overrides)

@@ -153,7 +153,8 @@ def _train(run: Run, missed: Sequence[Evaluator]) -> None:
         write_labels(folder, experiment.train_data.info.class_names)
     profiler = Profiler(folder, experiment.profile, active=main_process)
     while True:
-        with MetricWriter(folder, step=start, active=main_process) as writer:
+        saved = checkpoints.latest_step() or 0  # what was noted of later steps was undone
+        with MetricWriter(folder, step=saved, active=main_process) as writer:
             try:
                 take_steps(run, state, writer, profiler, start=start, missed=missed)
                 return

@@ -23,7 +23,7 @@ from vit_jax.observe.writer import read_metrics
 from vit_jax.train import train
 from vit_jax.utils.errors import UserError
 
-MODEL = {"patch_size": 2, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "mlp_dim": 32}
+MODEL = {"patch_size": 2, "hidden_size": 16, "num_layers": 1, "num_heads": 4, "mlp_dim": 32}
 FIXED = MODEL | {"position_embedding": "sincos2d_mae"}
 VAL = {"split": "test[:50]", "preprocess": "decode", "every": 2}
 
