@@ -26,7 +26,7 @@ FOUND_PYTHON = $(or $(shell for p in $(PYTHON); do \
   if "$$p" -c '$(IS_SUPPORTED)' >/dev/null 2>&1; then echo "$$p"; break; fi; done),$(error \
   no Python 3.11, 3.12 or 3.13 with venv found (tried: $(PYTHON)); name one: make PYTHON=/path/to/python3))
 
-.PHONY: help train test test-all test-gpu verify-published verify-torch show-preprocess golden bench-input lint lock clean
+.PHONY: help train test test-all test-gpu verify-published verify-torch show-preprocess golden bench-input bench-step bench-gpu lint lock clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
@@ -62,6 +62,13 @@ golden: .venv/project.stamp  ## write anew what the tests expect of configs/, an
 bench-input: .venv/project.stamp build/torch/timm.stamp build/tensorflow/cpu.stamp  ## compare the input pipeline with those of TensorFlow and timm, on JPEGs made of IMAGES=folder
 	.venv/bin/python -m benchmarks.input --tf_python=build/tensorflow/bin/python \
 	  --torch_python=build/torch/bin/python $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
+
+bench-step: .venv/project.stamp build/torch/timm.stamp  ## compare the training step with those of a plain Flax ViT and of timm
+	.venv/bin/python -m benchmarks.step --torch_python=build/torch/bin/python $(ARGS)
+
+bench-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),.venv/project.stamp)  ## the same on a GPU, with GPU_PYTHON=python; ARGS=--torch_python=python for timm
+	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m benchmarks.step --variants S/16 B/16 L/16 --batch_size=256 \
+	  --json=benchmarks/results/step_gpu.json $(ARGS)
 
 lint: .venv/project.stamp .venv/lint.stamp  ## check style and types: ruff, pyright, shellcheck, hadolint
 	PATH="$$PWD/.venv/bin:$$PATH" PYRIGHT_PYTHON_IGNORE_WARNINGS=1 \

@@ -3,6 +3,7 @@
 
     python -m benchmarks.step --torch_python=build/torch/bin/python \
         --json benchmarks/results/step_cpu.json
+    python -m vit_jax.benchmark step --config=...   (MFU and peak memory of any config)
 
 The peers stay alive and take turns on the same device, some seconds each; medians over the rounds
 are shown, and medians of the ratios of each round. See benchmarks/step_peers.py for what they do.
