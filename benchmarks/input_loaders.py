@@ -3,8 +3,9 @@
 
     python benchmarks/input_loaders.py LOADER DATASET THREADS
 
-Each line that is read from stdin is a number of seconds; for each, a line of JSON is written. This
-file imports only what its loader needs, so that it runs in environments without vit_jax.
+After the line "ready", each line that is read from stdin is a number of seconds; for each, a line
+of JSON is written. This file imports only what its loader needs, so that it runs in environments
+without vit_jax.
 """
 
 import collections
@@ -157,6 +158,8 @@ def main():
     random.seed(0)
     counts = LOADERS[name](dataset, int(threads))
     next(counts)
+    wait_until_idle()
+    print("ready", flush=True)
     for line in sys.stdin:
         seconds = float(line)
         # What was loaded ahead, while the others ran.

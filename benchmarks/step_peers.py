@@ -3,10 +3,10 @@
 
     python benchmarks/step_peers.py PEER VARIANT BATCH_SIZE
 
-Each line that is read from stdin is a number of seconds; for each, a line of JSON is written. All
-take forward and backward pass and AdamW of a ViT at 224x224 with 1,000 classes, in float32 on a CPU
-and in bfloat16 on an accelerator, on a batch that is in the device's memory. This file imports only
-what its peer needs.
+After the line "ready", each line that is read from stdin is a number of seconds; for each, a line
+of JSON is written. All take forward and backward pass and AdamW of a ViT at 224x224 with 1,000
+classes, in float32 on a CPU and in bfloat16 on an accelerator, on a batch that is in the device's
+memory. This file imports only what its peer needs.
 """
 
 import json
@@ -165,6 +165,7 @@ def main():
     wait(step())
     first = time.perf_counter() - BEGIN
     wait(step())
+    print("ready", flush=True)
     for line in sys.stdin:
         seconds, start, steps = float(line), time.perf_counter(), 0
         while (elapsed := time.perf_counter() - start) < seconds:

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parent.parent
 class Peer:
     """A program in a process of its own, idle until it is its turn.
 
-    For each line that it reads, a number of seconds, it writes a line of JSON: numbers, the same
-    ones each time.
+    It writes a line when it is ready, for which this waits: programs do not start side by side. For
+    each line that it reads, a number of seconds, it writes a line of JSON: numbers, the same ones
+    each time.
 
     Args:
       command: interpreter, script and arguments.
@@ -32,6 +33,9 @@ class Peer:
             env={**os.environ, "PYTHONPATH": str(ROOT), "TF_ENABLE_ONEDNN_OPTS": "0"},
             start_new_session=True,
         )
+        assert self._process.stdout
+        if not self._process.stdout.readline():
+            raise SystemExit(f"{' '.join(command)}: ended before it was ready")
 
     def measure(self, seconds: float) -> dict[str, float]:
         """What the program says of a turn of that many seconds."""
