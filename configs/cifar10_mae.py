@@ -10,7 +10,6 @@ python -m vit_jax.main --config=configs/cifar10_mae.py:none --workdir=runs/cifar
 
 The first command sees all training images without their labels; the second starts from its workdir,
 the third from nothing, and both train on the same tenth of the images with labels, in the same way.
-The accuracies are in docs/objectives.md.
 """
 
 from ml_collections import ConfigDict
