@@ -8,6 +8,7 @@ import pytest
 
 from vit_jax.launch import gke
 from vit_jax.parallel import cluster
+from vit_jax.utils.errors import UserError
 
 TRAIN = ["--", "--config=configs/x.py:a,b", "--workdir=/shared/my runs"]
 TPU = ["run", "--image=i", "--accelerator=tpu-v5-lite-podslice", "--topology=4x4"]
@@ -168,8 +169,7 @@ def test_kubectl_gets_the_manifest(tmp_path, monkeypatch):
         ([*GPU, "--nodes=0"], "--nodes=0: expected at least 1"),
     ],
 )
-def test_what_makes_no_manifest_is_refused(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
+def test_what_makes_no_manifest_is_refused(arguments, message):
+    with pytest.raises(UserError) as error:
         gke.main([*arguments, *TRAIN])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in str(error.value)

@@ -11,7 +11,6 @@ Examples:
   python -m vit_jax.convert runs/digits digits.safetensors --params=ema
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from vit_jax.checkpoint.pretrained.npz import write_npz
 from vit_jax.checkpoint.pretrained.safetensors import write_safetensors
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights
 from vit_jax.models.positions import FIXED_POSITIONS
-from vit_jax.observe.console import report_errors, say
+from vit_jax.observe.console import CommandParser, report_errors, say
 from vit_jax.utils.errors import UserError
 
 # By the ending of a file: what writes it, and the endings of all files that it writes.
@@ -118,11 +117,7 @@ def _fold_positions(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Converts, and says what was read and written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vit_jax.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog="python -m vit_jax.convert", description=__doc__)
     parser.add_argument("SRC", help="file, workdir, Orbax checkpoint, or name of the catalogue")
     parser.add_argument("DST", nargs="?", type=Path, help="file to write")
     parser.add_argument(

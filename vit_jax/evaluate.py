@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from vit_jax.experiment import Experiment
 from vit_jax.main import load_config, override_config, parse_overrides
 from vit_jax.objectives.base import Params
 from vit_jax.observe import console
-from vit_jax.observe.console import say
+from vit_jax.observe.console import CommandParser, say
 from vit_jax.observe.writer import append_record, read_records
 from vit_jax.utils.errors import UserError
 from vit_jax.workdir import CONFIG, find_step, read_config
@@ -210,23 +210,13 @@ def _format(value: float) -> str:
     return f"{value:.4g}" if value < 1e-3 else f"{value:.4f}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command's arguments, without overrides of the config.
 
     Raises:
       UserError: they don't go together.
     """
-    parser = _Parser(
-        prog="python -m vit_jax.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(prog="python -m vit_jax.evaluate", description=__doc__)
     parser.add_argument("--workdir", type=Path, help="of the run")
     parser.add_argument("--config", help="file in place of the workdir's; --config.KEY=VALUE too")
     parser.add_argument("--checkpoint", help="a step of the run, last, best, or a path; last")

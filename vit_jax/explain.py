@@ -26,9 +26,9 @@ from vit_jax.inference.model import LoadedModel
 from vit_jax.inference.page import Section, encode_png, make_page
 from vit_jax.main import parse_overrides
 from vit_jax.observe import console
-from vit_jax.observe.console import say
+from vit_jax.observe.console import CommandParser, say
 from vit_jax.observe.progress import Pace
-from vit_jax.predict import Parser, add_source, load_source
+from vit_jax.predict import add_source, load_source
 from vit_jax.utils.errors import UserError, suggest
 
 PAGE = "index.html"
@@ -44,12 +44,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
       UserError: they don't go together.
     """
-    parser = Parser(
-        prog="python -m vit_jax.explain",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(prog="python -m vit_jax.explain", description=__doc__)
     parser.add_argument("IMAGES", nargs="+", help="files, folders or patterns")
     add_source(parser)
     parser.add_argument("--output", type=Path, help="folder to make; must not exist")

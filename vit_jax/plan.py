@@ -25,7 +25,7 @@ import rich.progress
 from absl import logging
 
 from vit_jax.main import load_config, parse_overrides
-from vit_jax.observe.console import console, report_errors, say
+from vit_jax.observe.console import CommandParser, console, report_errors, say
 from vit_jax.parallel.topologies import Topology, parse_topology
 from vit_jax.planning import scale as scale_lib
 from vit_jax.planning import search as search_lib
@@ -44,11 +44,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
       UserError: an argument that does not exist, or excludes another.
     """
     overrides, rest = parse_overrides(list(argv))
-    parser = argparse.ArgumentParser(
-        prog="python -m vit_jax.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog="python -m vit_jax.plan", description=__doc__)
     add = parser.add_argument
     add("--config", required=True, help="config file, and its arguments after a colon")
     add("--topology", required=True, help="v4, v5e, v5p, v6e, tpu7x:XxY[xZ]; h100 etc.:N; cpu:N")

@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +45,7 @@ from vit_jax.inference.writers import (
 )
 from vit_jax.main import parse_overrides
 from vit_jax.observe import console
-from vit_jax.observe.console import say
+from vit_jax.observe.console import CommandParser, say
 from vit_jax.utils.errors import UserError
 
 PREDICTIONS = ("table", "csv", "json", "parquet")
@@ -59,13 +59,6 @@ _OVERRIDES = {
     "objective.pixel_mean": "pixel_mean",
     "objective.pixel_std": "pixel_std",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises `UserError` for arguments that don't fit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -152,12 +145,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
       UserError: they don't go together.
     """
-    parser = Parser(
-        prog="python -m vit_jax.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(prog="python -m vit_jax.predict", description=__doc__)
     parser.add_argument("PATHS", nargs="+", help="files, folders, patterns, or - for stdin")
     add_source(parser)
     parser.add_argument("--output", type=Path, help="file to write; must not exist")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Says how a run gets on, from its workdir alone: python -m vit_jax.status runs/digits."""
 
-import argparse
 import datetime
 import json
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 from vit_jax.checkpoint.manager import FOLDER, list_steps
 from vit_jax.checkpoint.manifest import find_fault, has_manifest
 from vit_jax.observe import console
-from vit_jax.observe.console import say
+from vit_jax.observe.console import CommandParser, say
 from vit_jax.observe.divergence import read_rollbacks
 from vit_jax.observe.ledger import KINDS, read_ledger, summarize
 from vit_jax.utils.errors import UserError
@@ -97,7 +96,7 @@ def show(workdir: Path, found: dict[str, Any]) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
     """Prints how the run in a workdir gets on."""
-    parser = argparse.ArgumentParser(prog="python -m vit_jax.status", description=__doc__)
+    parser = CommandParser(prog="python -m vit_jax.status", description=__doc__)
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--json", action="store_true", help="print an object")
     parser.add_argument("--no_verify", action="store_true", help="read no checkpoint")

@@ -15,7 +15,7 @@ from pathlib import Path
 from vit_jax.benchmark import input as input_benchmark
 from vit_jax.benchmark import step as step_benchmark
 from vit_jax.main import parse_overrides
-from vit_jax.observe.console import report_errors, say, set_up
+from vit_jax.observe.console import CommandParser, report_errors, say, set_up
 from vit_jax.utils.errors import UserError
 
 # Each has `add_arguments(parser)` and `run(args)`, which returns what goes into the JSON and the
@@ -25,11 +25,7 @@ PARTS = {"input": input_benchmark, "step": step_benchmark}
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints and writes the results."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vit_jax.benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog="python -m vit_jax.benchmark", description=__doc__)
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     for name, part in PARTS.items():
         sub = parts.add_parser(

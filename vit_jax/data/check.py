@@ -32,7 +32,7 @@ from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources import dataset_info, open_source
 from vit_jax.experiment import Experiment
 from vit_jax.main import load_config
-from vit_jax.observe.console import console, report_errors, say, set_up
+from vit_jax.observe.console import CommandParser, console, report_errors, say, set_up
 from vit_jax.utils.errors import UserError
 
 # What an ending says of the content.
@@ -245,11 +245,7 @@ def write_contact_sheet(path: Path, images: np.ndarray) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks, says what was found, and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vit_jax.data.check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog="python -m vit_jax.data.check", description=__doc__)
     parser.add_argument("SRC", help="as data.name of a config, such as folder:/data/birds")
     parser.add_argument("--split", default="all", help="with slices; all by default")
     parser.add_argument("--data_dir", help="where TFDS keeps its datasets")

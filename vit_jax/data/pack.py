@@ -38,7 +38,7 @@ from vit_jax.data.image_ops import CentralCrop, ResizeSmall
 from vit_jax.data.loader import count_threads
 from vit_jax.data.packed import MANIFEST, Manifest, Shard, read_manifest
 from vit_jax.data.sources import dataset_info, open_source, split_lengths
-from vit_jax.observe.console import console, report_errors, say, set_up
+from vit_jax.observe.console import CommandParser, console, report_errors, say, set_up
 from vit_jax.utils.errors import UserError
 
 
@@ -269,11 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m vit_jax.data.pack",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog="python -m vit_jax.data.pack", description=__doc__)
     parser.add_argument("SRC", help="as data.name of a config, such as folder:/data/birds")
     parser.add_argument("DST", type=Path, help="folder to write to")
     parser.add_argument("--short_side", type=int, default=256, help="of the JPEGs; 256 by default")

@@ -7,21 +7,16 @@ Example:
   python -m vit_jax.data.prepare cifar10 --data_dir=/data/tfds
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from vit_jax.data.sources import prepare
-from vit_jax.observe.console import report_errors, say, set_up
+from vit_jax.observe.console import CommandParser, report_errors, say, set_up
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepares, and says what is there then."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vit_jax.data.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog="python -m vit_jax.data.prepare", description=__doc__)
     parser.add_argument("NAME", help="of the dataset, with config and version if need be")
     parser.add_argument("--data_dir", help="where TFDS keeps its datasets")
     args = parser.parse_args(argv)

@@ -14,7 +14,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from vit_jax.observe.console import CommandParser, report_errors
 from vit_jax.parallel.preemption import RUN_AGAIN
+from vit_jax.utils.errors import UserError
 
 # Where the volume of --claim is.
 FOLDER = "/shared"
@@ -38,12 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return subprocess.run(command, input=manifest, text=True).returncode
     except FileNotFoundError:
-        print("gke: kubectl is not installed; --dry_run shows the manifest", file=sys.stderr)
-        return 2
+        raise UserError("kubectl is not installed; --dry_run shows the manifest") from None
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m vit_jax.launch.gke", description=__doc__)
+    parser = CommandParser(prog="python -m vit_jax.launch.gke", description=__doc__)
     add = parser.add_argument
     add("name", help="of the JobSet: small letters, digits and hyphens")
     add("--image", required=True, help="made from launch/docker, in a registry of the cluster")
@@ -172,4 +173,5 @@ def _make_pod(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with report_errors():
+        sys.exit(main())

@@ -4,7 +4,6 @@
 python -m vit_jax.launch.local -n 4 -- --config=configs/digits.py --workdir=runs/digits4
 """
 
-import argparse
 import contextlib
 import shlex
 import signal
@@ -16,6 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
+from vit_jax.observe.console import CommandParser, report_errors
 from vit_jax.parallel.preemption import RUN_AGAIN
 
 # Seconds that processes get to end when one has failed, before they are killed.
@@ -24,7 +24,7 @@ _GRACE_S = 20.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code of the first process that failed, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m vit_jax.launch.local", description=__doc__)
+    parser = CommandParser(prog="python -m vit_jax.launch.local", description=__doc__)
     parser.add_argument("-n", "--num_processes", type=int, required=True)
     parser.add_argument("--max_runs", type=int, default=10, help="how often it is run at most")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
@@ -135,4 +135,5 @@ def _copy(index: int, output: IO[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with report_errors():
+        sys.exit(main())

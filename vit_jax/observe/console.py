@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The screen. Only process 0 writes to it."""
 
+import argparse
 import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import absl.logging
 import rich.console
@@ -32,6 +34,21 @@ def set_up(*, quiet: bool, to_stderr: bool = False) -> None:
 def say(text: str) -> None:
     """Prints a line as it is: no markup, no wrapping of paths."""
     console.print(text, markup=False, soft_wrap=True)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Arguments of a command, whose help is a text with examples.
+
+    Raises:
+      UserError: arguments that do not fit, for `report_errors`.
+    """
+
+    def __init__(self, **options: Any):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 @contextlib.contextmanager
