@@ -15,6 +15,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vit_jax.checkpoint.manager import (
+    FOLDER,
     MAX_FAILURES,
     CheckpointManager,
     SaveError,
@@ -232,7 +233,7 @@ def _report_end(
         workdir=folder,
         step=last,
         total_steps=experiment.total_steps,
-        checkpoint=checkpoints.path(last),
+        checkpoint=folder / FOLDER / str(last),
         longer=None if command is None else f"{command} {override}",
         heads=probes[0].objective.head_names if probes else (),
         # The split that chooses comes first.
