@@ -182,9 +182,10 @@ def test_following_a_run_evaluates_each_checkpoint_once(run, tmp_path, monkeypat
     (run / "config.json").unlink()
 
     def write():
-        """As a run does it: the config first, a checkpoint whole under its name."""
+        """As a run does it: the config first, then checkpoints, each whole under its name."""
         time.sleep(0.2)
-        (run / "config.json").write_text(settings)
+        (run / "config.tmp").write_text(settings)
+        os.replace(run / "config.tmp", run / "config.json")
         (run / "checkpoints").mkdir()
         for step in ("4", "8"):
             time.sleep(0.3)
