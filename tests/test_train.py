@@ -4,6 +4,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -213,6 +214,8 @@ def test_profile_is_written_where_it_says(data_dir, tmp_path, said):
     train(config, str(tmp_path / "w"), command="train")
     assert list((tmp_path / "w" / "profile").rglob("*.xplane.pb"))
     assert any(line.startswith(f"wrote profile {tmp_path / 'w' / 'profile'}") for line in said)
+    table = said.index("operations that took longest, in a step on each device:")
+    assert re.match(r" *\d+\.\d% +\d+\.\d{3} ms .* x  \w+", said[table + 1])
 
 
 def test_fine_tuning_takes_the_body_and_starts_a_new_head(finished, data_dir, said):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A window of steps recorded by the JAX profiler."""
+"""A window of steps recorded by the JAX profiler, and what took longest in it."""
 
 import dataclasses
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from vit_jax.observe.console import say
+from vit_jax.observe.trace import describe_operations, read_operations
 from vit_jax.utils.errors import UserError
 
 FOLDER = "profile"
@@ -63,3 +64,12 @@ class Profiler:
             jax.profiler.stop_trace()
             self._running = False
             say(f"wrote profile {self._folder}: open it with TensorBoard or Perfetto")
+            self._say_operations()
+
+    def _say_operations(self) -> None:
+        operations = read_operations(self._folder)
+        steps, devices = self._taken - self._profile.start, jax.local_device_count()
+        if steps > 0 and operations:
+            say("operations that took longest, in a step on each device:")
+            for line in describe_operations(operations, steps=steps, devices=devices):
+                say(line)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which operations of a recorded trace took the time."""
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+# The line of a TPU's plane whose events are operations of the compiled program.
+_TPU_LINE = "XLA Ops"
+_NUMBER = re.compile(r"\.\d+$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """Operations of one name.
+
+    Attributes:
+      name: of the instruction without its number, such as `dot` or `broadcast_add_fusion`; where
+        the trace says so, the part of the model that it comes from.
+      seconds: on all devices and in all steps; what ran inside of it, as in a loop, is not counted.
+      share: of all operations' seconds.
+      calls: how often there was one.
+    """
+
+    name: str
+    seconds: float
+    share: float
+    calls: int
+
+
+def read_operations(folder: Path) -> list[Operation]:
+    """Operations in the newest trace below a folder, the longest first; empty if it names none."""
+    traces = sorted(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
+    if not traces:
+        return []
+    totals: dict[str, list[float]] = defaultdict(lambda: [0, 0])
+    for plane in jax.profiler.ProfileData.from_file(str(traces[-1])).planes:
+        for line in plane.lines:
+            events = [
+                (event.start_ns, event.duration_ns, name)
+                for event in line.events
+                if (name := _name(event, line.name)) is not None
+            ]
+            for name, nanoseconds in _own_times(events):
+                totals[name][0] += nanoseconds / 1e9
+                totals[name][1] += 1
+    whole = sum(seconds for seconds, _ in totals.values()) or 1.0
+    operations = [
+        Operation(name, seconds, seconds / whole, int(calls))
+        for name, (seconds, calls) in totals.items()
+    ]
+    return sorted(operations, key=lambda operation: -operation.seconds)
+
+
+def describe_operations(
+    operations: Iterable[Operation], *, steps: int, devices: int, count: int = 10
+) -> list[str]:
+    """Lines of a table of the longest operations, in milliseconds a step on each device."""
+    lines = []
+    for operation in list(operations)[:count]:
+        own = 1000 * operation.seconds / steps / devices
+        calls = operation.calls / steps / devices
+        lines.append(f"{operation.share:7.1%} {own:10,.3f} ms  {calls:6,.0f} x  {operation.name}")
+    return lines
+
+
+def _name(event: Any, line: str) -> str | None:
+    """Of the operation that an event is; None if it is none."""
+    stats = dict(event.stats)
+    if "hlo_op" not in stats and line != _TPU_LINE:
+        return None
+    name = _NUMBER.sub("", str(stats.get("hlo_op", event.name)).split(" ")[0].lstrip("%"))
+    source = str(stats.get("tf_op", "")).rstrip(":")
+    return f"{name} ({source})" if source else name
+
+
+def _own_times(events: Iterable[tuple[float, float, str]]) -> Iterator[tuple[str, float]]:
+    """Times of events of one thread, each without those of the events within it."""
+    running: list[list[Any]] = []  # end, name and own time; each within the one before
+    for start, duration, name in sorted(events, key=lambda event: (event[0], -event[1])):
+        while running and running[-1][0] <= start:
+            yield tuple(running.pop()[1:])
+        if running:
+            running[-1][2] -= duration
+        running.append([start + duration, name, duration])
+    for _, name, own in running:
+        yield name, own
