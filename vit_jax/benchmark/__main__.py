@@ -4,6 +4,9 @@
 Examples:
   python -m vit_jax.benchmark input --source=folder:/data/birds --step_ms=100
   python -m vit_jax.benchmark step --config=configs/vit_i1k.py --num_classes=1000 --image_size=224
+  python -m vit_jax.benchmark loop --config=configs/digits.py
+  python -m vit_jax.benchmark checkpoint --config=configs/vit_i1k.py --num_classes=1000
+  python -m vit_jax.benchmark startup --config=configs/digits.py
 """
 
 import argparse
@@ -12,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vit_jax.benchmark import checkpoint, loop, startup
 from vit_jax.benchmark import input as input_benchmark
 from vit_jax.benchmark import step as step_benchmark
 from vit_jax.main import parse_overrides
@@ -20,7 +24,13 @@ from vit_jax.utils.errors import UserError
 
 # Each has `add_arguments(parser)` and `run(args)`, which returns what goes into the JSON and the
 # lines to print.
-PARTS = {"input": input_benchmark, "step": step_benchmark}
+PARTS = {
+    "input": input_benchmark,
+    "step": step_benchmark,
+    "loop": loop,
+    "checkpoint": checkpoint,
+    "startup": startup,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands that measure checkpoints, the loop and the start of a run."""
+
+import json
+import sys
+import time
+
+import pytest
+
+from tests.benchmark.test_step import CONFIG
+from vit_jax.benchmark import checkpoint, loop, startup
+from vit_jax.benchmark.__main__ import main
+from vit_jax.utils.errors import UserError
+
+
+@pytest.fixture
+def config(tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(CONFIG)
+    return f"--config={file}"
+
+
+def test_a_checkpoint_is_timed_beside_a_file_of_its_size(config, tmp_path, said):
+    out, folder = tmp_path / "out.json", tmp_path / "disk"
+    folder.mkdir()
+    size = ["--num_classes=3", "--image_size=8"]
+    main(["checkpoint", config, *size, f"--folder={folder}", "--saves=2", f"--json={out}"])
+    results = json.loads(out.read_text())
+    # Parameters and step; SGD without momentum has a count.
+    params = 4 * (4 * 4 * 3 * 8 + 8) + 4 * 5 * 8
+    assert params < results["bytes"] < 8 * params
+    assert 0 < results["blocked_s"] <= results["save_s"]
+    assert results["restore_s"] > 0
+    assert len(results["memory_bytes"]) == 2
+    assert list(folder.iterdir()) == []
+    assert any(line.startswith("restore ") for line in said)
+
+
+def test_the_loop_is_compared_with_its_bare_steps(config, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    size = ["--num_classes=3", "--image_size=8"]
+    main(["loop", config, *size, "--rounds=1", "--seconds=0.05", f"--json={out}"])
+    results = json.loads(out.read_text())
+    ratio = results["looped_step_ms"][0] / results["step_ms"][0]
+    assert results["overhead"] == pytest.approx(ratio - 1, rel=0.05, abs=0.01)
+    lines = capsys.readouterr().out.splitlines()
+    assert "in the loop" in lines[0]  # the run itself is silent
+    assert lines[-1] == f"wrote {out}"
+
+
+def stand_in(folder, text):
+    """A Python that runs something else."""
+    file = folder / "python"
+    file.write_text(f"#!{sys.executable}\nimport time\n{text}\n")
+    file.chmod(0o755)
+    return str(file)
+
+
+def test_the_start_ends_with_the_first_step(tmp_path, monkeypatch):
+    text = "time.sleep(0.2)\nprint('first step after 0.1 s', flush=True)\ntime.sleep(60)"
+    monkeypatch.setattr(startup.sys, "executable", stand_in(tmp_path, text))
+    start = time.perf_counter()
+    assert 0.2 < startup.time_first_step("--config=x") <= time.perf_counter() - start < 60
+
+
+def test_a_run_that_ends_before_its_first_step_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(startup.sys, "executable", stand_in(tmp_path, "print('no such file')"))
+    with pytest.raises(UserError, match="before its first step: no such file"):
+        startup.time_first_step("--config=x")
+
+
+@pytest.mark.parametrize(
+    ("part", "argument", "message"),
+    [
+        (checkpoint, "--saves=0", "--saves=0: expected at least 1"),
+        (checkpoint, "--folder=/nowhere", "--folder=/nowhere: expected a folder"),
+        (loop, "--seconds=0", "--seconds=0.0: expected more than 0"),
+        (startup, "--rounds=0", "--rounds=0: expected at least 1"),
+    ],
+)
+def test_wrong_arguments_are_refused(part, argument, message, config):
+    with pytest.raises(UserError, match=message):
+        main([part.__name__.rpartition(".")[2], config, argument])

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time that a checkpoint of a config takes, beside a file of as many bytes."""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit_jax.checkpoint.manager import FOLDER, CheckpointManager, CheckpointOptions
+from vit_jax.experiment import Experiment
+from vit_jax.main import load_config
+from vit_jax.planning.plan import prepare_config
+from vit_jax.utils.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `run` reads."""
+    parser.add_argument(
+        "--config", required=True, help="config file; --config.KEY=VALUE overrides a key"
+    )
+    parser.add_argument("--num_classes", type=int, help="in place of the dataset's")
+    parser.add_argument("--image_size", type=int, help="with --num_classes")
+    parser.add_argument("--folder", default=".", help="on the disk to measure")
+    parser.add_argument("--saves", type=int, default=5, help="and as many files, in turns")
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Measures; returns the results and the lines that say them."""
+    if args.saves < 1:
+        raise UserError(f"--saves={args.saves}: expected at least 1")
+    if not os.access(args.folder, os.W_OK):
+        raise UserError(f"--folder={args.folder}: expected a folder to write to")
+    config = load_config(args.config, args.overrides).to_dict()
+    config = prepare_config(config, num_classes=args.num_classes, image_size=args.image_size)
+    experiment = Experiment.from_config(config)
+    times = measure_saves(experiment, Path(args.folder), saves=args.saves)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    leaves = jax.tree.leaves(experiment.abstract_state)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    blocked = medians["blocked_s"] / medians["raw_write_s"]
+    restored = medians["restore_s"] / medians["raw_read_s"]
+    memory = times["memory_bytes"]
+    results = {
+        "config": args.config,
+        "overrides": args.overrides,
+        "jax": jax.__version__,
+        "bytes": size,
+        **{name: round(value, 3) for name, value in medians.items() if name.endswith("_s")},
+        "blocked_of_raw_write": round(blocked, 3),
+        "restore_of_raw_read": round(restored, 3),
+        "memory_bytes": memory,
+    }
+    lines = [
+        f"a state of {size / 2**30:.2f} GiB, {args.saves} times, medians; the file is one of the "
+        "same bytes, written and synced by the same thread that computes",
+        f"file      {medians['raw_write_s']:.2f} s to write, {medians['raw_read_s']:.2f} s to read",
+        f"save      the steps wait {medians['blocked_s']:.2f} s, {blocked:.0%} of the file's time; "
+        f"complete, with checksums, after {medians['save_s']:.2f} s",
+        f"restore   {medians['restore_s']:.2f} s, {restored:.1f} x the file's time; checksums are "
+        "verified",
+        f"memory    {memory[0] / 2**30:.2f} GiB after the first save, {memory[-1] / 2**30:.2f} GiB "
+        "after the last",
+    ]
+    return results, lines
+
+
+def measure_saves(experiment: Experiment, folder: Path, *, saves: int) -> dict[str, list[float]]:
+    """Seconds of each save, restore, and file of the same bytes; and memory after each save.
+
+    Args:
+      experiment: whose state is saved.
+      folder: everything is written into a folder in it, which is removed again.
+      saves: how many, each followed by a file.
+    """
+    state = jax.block_until_ready(experiment.init_state())
+    names = ("blocked_s", "save_s", "restore_s", "raw_write_s", "raw_read_s", "memory_bytes")
+    times: dict[str, list[float]] = {name: [] for name in names}
+    options = CheckpointOptions(keep=1)
+    with tempfile.TemporaryDirectory(prefix="checkpoint_benchmark_", dir=folder) as scratch:
+        workdir, file = Path(scratch), Path(scratch) / "raw"
+        with CheckpointManager(workdir, options, experiment.description) as checkpoints:
+            for step in range(1, saves + 1):
+                start = time.perf_counter()
+                checkpoints.save(step, state, {})
+                times["blocked_s"].append(time.perf_counter() - start)
+                checkpoints.wait(must=True)
+                times["save_s"].append(time.perf_counter() - start)
+                times["memory_bytes"].append(_resident_bytes())
+                times["raw_write_s"].append(_write(file, state))
+        for _ in range(saves):
+            _forget(file, *(workdir / FOLDER).rglob("*"))
+            start = time.perf_counter()
+            with CheckpointManager(workdir, options, experiment.description) as checkpoints:
+                jax.block_until_ready(checkpoints.restore(experiment.abstract_state))
+            times["restore_s"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            file.read_bytes()
+            times["raw_read_s"].append(time.perf_counter() - start)
+    return times
+
+
+def _write(file: Path, state: Any) -> float:
+    start = time.perf_counter()
+    with file.open("wb") as out:
+        for leaf in jax.tree.leaves(state):
+            out.write(np.ascontiguousarray(jax.device_get(leaf)).data)
+        out.flush()
+        os.fsync(out.fileno())
+    return time.perf_counter() - start
+
+
+def _forget(*paths: Path) -> None:
+    """Drops files from the memory of the system, where it can be asked to: a read is from disk."""
+    for path in paths:
+        if path.is_file() and hasattr(os, "posix_fadvise"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _resident_bytes() -> int:
+    """Of this process; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0

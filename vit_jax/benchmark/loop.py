@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the training loop adds to its steps: metrics, progress and the hand-over of batches."""
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vit_jax.benchmark.step import measure_steps
+from vit_jax.experiment import Experiment
+from vit_jax.main import load_config
+from vit_jax.observe.console import console
+from vit_jax.observe.writer import read_metrics
+from vit_jax.planning.plan import prepare_config
+from vit_jax.train import train
+from vit_jax.utils.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `run` reads."""
+    parser.add_argument(
+        "--config", required=True, help="config file; --config.KEY=VALUE overrides a key"
+    )
+    parser.add_argument("--num_classes", type=int, help="in place of the dataset's")
+    parser.add_argument("--image_size", type=int, help="with --num_classes")
+    parser.add_argument("--rounds", type=int, default=5, help="ratios, by their median")
+    parser.add_argument("--seconds", type=float, default=5, help="of each of the two in a round")
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Measures; returns the results and the lines that say them."""
+    for name in ("rounds", "seconds"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name}={getattr(args, name)}: expected more than 0")
+    config = load_config(args.config, args.overrides).to_dict()
+    config = prepare_config(config, num_classes=args.num_classes, image_size=args.image_size)
+    bare, looped = [], []
+    for _ in range(args.rounds):
+        _, times = measure_steps(Experiment.from_config(config), repeats=1, seconds=args.seconds)
+        bare.append(times[0])
+        looped.append(time_loop(config, steps=max(2, round(args.seconds / times[0]))))
+    overhead = statistics.median(t / b for t, b in zip(looped, bare, strict=True)) - 1
+    results = {
+        "config": args.config,
+        "overrides": args.overrides,
+        "jax": jax.__version__,
+        "step_ms": [round(1000 * t, 3) for t in bare],
+        "looped_step_ms": [round(1000 * t, 3) for t in looped],
+        "overhead": round(overhead, 4),
+    }
+    lines = [
+        f"a step takes {1000 * statistics.median(bare):,.2f} ms with its batch on the devices, "
+        f"{1000 * statistics.median(looped):,.2f} ms in the loop: {overhead:+.1%}"
+    ]
+    return results, lines
+
+
+def time_loop(config: dict[str, Any], *, steps: int) -> float:
+    """Seconds of a step in a whole run, without its first step, evaluations and checkpoints."""
+    config = config | {"total_steps": steps + 1, "log_every": steps + 1}
+    with tempfile.TemporaryDirectory(prefix="loop_benchmark_") as workdir:
+        console.quiet = True
+        try:
+            train(config, workdir)
+        finally:
+            console.quiet = False
+        records = read_metrics(Path(workdir))
+    return next(r["perf/step_ms"] for r in records if "perf/step_ms" in r) / 1000

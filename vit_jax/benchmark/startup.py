@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seconds from the command to the first training step, and to the end of an import."""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from vit_jax.utils.errors import UserError
+
+_FIRST_STEP = "first step after"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `run` reads."""
+    parser.add_argument(
+        "--config", required=True, help="config file; --config.KEY=VALUE overrides a key"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="medians are of so many")
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Measures; returns the results and the lines that say them."""
+    if args.rounds < 1:
+        raise UserError(f"--rounds={args.rounds}: expected at least 1")
+    overrides = [f"--config.{key}={value!r}" for key, value in args.overrides.items()]
+    times: dict[str, list[float]] = {"import_jax": [], "import_vit_jax": [], "cold": [], "warm": []}
+    for _ in range(args.rounds):
+        times["import_jax"].append(time_import("jax"))
+        times["import_vit_jax"].append(time_import("vit_jax"))
+        with tempfile.TemporaryDirectory(prefix="startup_benchmark_") as folder:
+            for name in ("cold", "warm"):
+                times[name].append(
+                    time_first_step(
+                        f"--config={args.config}",
+                        f"--workdir={folder}/{name}",
+                        f"--compile_cache={folder}/cache",
+                        *overrides,
+                    )
+                )
+    medians = {name: round(statistics.median(values), 2) for name, values in times.items()}
+    results = {
+        "config": args.config,
+        "overrides": args.overrides,
+        "seconds": medians,
+        "seconds_all": {name: [round(t, 2) for t in values] for name, values in times.items()},
+    }
+    own = medians["import_vit_jax"] - medians["import_jax"]
+    lines = [
+        f"medians of {args.rounds}",
+        f"import jax      {medians['import_jax']:.2f} s",
+        f"import vit_jax  {medians['import_vit_jax']:.2f} s, {own:.2f} s more",
+        f"first step      {medians['cold']:.1f} s after the command, with nothing compiled before; "
+        f"{medians['warm']:.1f} s with a warm compile cache",
+    ]
+    return results, lines
+
+
+def time_import(module: str) -> float:
+    """Seconds of a Python that imports a module and ends."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+    return time.perf_counter() - start
+
+
+def time_first_step(*arguments: str) -> float:
+    """Seconds from the start of `python -m vit_jax.main` to the end of its first step.
+
+    Raises:
+      UserError: it ends before; with its last line.
+    """
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "vit_jax.main", *arguments]
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    line = ""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        assert process.stdout
+        try:
+            for line in process.stdout:
+                if line.startswith(_FIRST_STEP):
+                    return time.perf_counter() - start
+        finally:
+            process.kill()
+    raise UserError(f"--config: the run ended before its first step: {line.strip()}")
