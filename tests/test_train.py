@@ -144,7 +144,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(data_dir, tmp_pat
         while run.poll() is None and not (metrics.exists() and metrics.stat().st_size > size):
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
-        if run.poll() is None and kills < 3:
+        if run.poll() is None and kills < 2:
             run.send_signal(signal.SIGKILL)
             kills += 1
         output, _ = run.communicate(timeout=300)
