@@ -20,7 +20,7 @@ def main() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
     for name in ("train/loss", "val/loss"):
         left.plot(*zip(*results["curves"][name], strict=True), label=name)
-    left.set(xlabel="step", ylabel="loss, with label smoothing in training")
+    left.set(xlabel="step", ylabel="loss")
     left.legend()
     steps, accuracies = zip(*results["curves"]["val/top1"], strict=True)
     right.plot(steps, [100 * a for a in accuracies], marker=".", label="val")
