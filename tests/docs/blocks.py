@@ -61,6 +61,8 @@ _SHELL = ("bash", "console")
 _COMMANDS = ("python", "make", "pip", "source", "find", "mkdir", "cp", "git", "docker", "sbatch")
 _ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 _INLINE = re.compile(r"`(python -m (?:vit_jax|tools|benchmarks)[^`]*)`")
+# In those tables, `section.key`; other names with a dot are modules and files.
+_TABLE_KEY = re.compile(r"(?!vit_jax)[a-z]+\.(?!py$|txt$|jsonl?$|npz$)[\w.]+")
 _OPERATORS = {"|", "||", "&&", ";", "&", "(", ")"}
 # Folders and files of the reader's.
 _ELSEWHERE = ("folder:", "manifest:", "parquet:", "packed:", "raw:")
@@ -323,7 +325,7 @@ def named_keys(page: Path) -> Iterator[str]:
             for key in re.findall(r"(?:^| )(?:--)?config\.([\w.]*\w)(?![\w.])", span):
                 if key != "json" and not key.endswith("KEY"):
                     yield key
-            if page.name.startswith("from_") and re.fullmatch(r"[a-z_]+\.[a-zA-Z_.]+", span):
+            if page.name.startswith("from_") and _TABLE_KEY.fullmatch(span):
                 yield span
 
 
