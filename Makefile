@@ -40,7 +40,7 @@ train: .venv/project.stamp  ## train a small ViT on the digits in the package, o
 test: .venv/project.stamp  ## run the tests, without the slow ones
 	.venv/bin/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
-test-all: .venv/project.stamp build/torch/timm.stamp  ## run all tests that need no GPU; installs PyTorch in build/torch
+test-all: .venv/project.stamp .venv/notebooks.stamp build/torch/timm.stamp  ## run all tests that need no GPU; installs PyTorch in build/torch
 	TORCH_PYTHON=build/torch/bin/python .venv/bin/python -m pytest $(PARALLEL) -m "not gpu" $(ARGS)
 
 test-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),.venv/project.stamp)  ## run the tests that need a GPU, with GPU_PYTHON=python
