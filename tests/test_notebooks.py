@@ -53,4 +53,4 @@ def test_notebooks_run(path, tmp_path, monkeypatch):
         for output in cell.outputs
         if "image/png" in output.get("data", {})
     ]
-    assert len(pictures) == {"quickstart": 2, "finetune": 0, "attention": 6}[path.stem]
+    assert len(pictures) == {"quickstart": 2, "finetune": 0, "attention": 5}[path.stem]

@@ -57,7 +57,7 @@ def make_page() -> Iterator[str]:
         title, command, prose = read_docstring(file)
         mark = "needs: data, accelerator, time"
         if file.stem.startswith("digits"):
-            mark = "test: --config.total_steps=220"
+            mark = "test: --config.total_steps=10 --config.optimizer.warmup_steps=2"
         yield f"\n## `{file.name}`\n\n{_mark_up(title)}\n\n<!-- {mark} -->\n"
         yield f"```bash\n{command}\n```\n\n{_mark_up(prose)}\n"
 

@@ -2,7 +2,7 @@
 """Commands in the documentation: where they stand, what they need, how to check and run them.
 
 A comment before a block says why it can't be run in a test (`<!-- needs: network, data -->`), or
-what is added to its training commands there (`<!-- test: --config.total_steps=20 -->`). All others
+what is added to its training commands there (`<!-- test: --config.total_steps=10 -->`). All others
 are run as they stand, page by page.
 """
 
