@@ -36,7 +36,7 @@ WORKDIRS = {
 }
 # What all pages may start from: the first command of README, run to its end.
 DIGITS = ["--config=configs/digits.py", "--workdir=runs/digits"]
-BLOCK_SECONDS = 900
+BLOCK_SECONDS = 1800
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
