@@ -26,7 +26,7 @@ FOUND_PYTHON = $(or $(shell for p in $(PYTHON); do \
   if "$$p" -c '$(IS_SUPPORTED)' >/dev/null 2>&1; then echo "$$p"; break; fi; done),$(error \
   no Python 3.11, 3.12 or 3.13 with venv found (tried: $(PYTHON)); name one: make PYTHON=/path/to/python3))
 
-.PHONY: help train test test-all test-gpu verify-published verify-torch show-preprocess golden bench-input bench-step bench-gpu lint lock clean
+.PHONY: help train test test-all test-gpu verify-published verify-torch show-preprocess golden bench-input bench-step bench-gpu lint docs lock clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
@@ -40,7 +40,7 @@ train: .venv/project.stamp  ## train a small ViT on the digits in the package, o
 test: .venv/project.stamp  ## run the tests, without the slow ones
 	.venv/bin/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
-test-all: .venv/project.stamp build/torch/timm.stamp  ## run all tests that need no GPU; installs PyTorch in build/torch
+test-all: .venv/project.stamp .venv/notebooks.stamp build/torch/timm.stamp  ## run all tests that need no GPU; installs PyTorch in build/torch
 	TORCH_PYTHON=build/torch/bin/python .venv/bin/python -m pytest $(PARALLEL) -m "not gpu" $(ARGS)
 
 test-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),.venv/project.stamp)  ## run the tests that need a GPU, with GPU_PYTHON=python
@@ -74,12 +74,19 @@ lint: .venv/project.stamp .venv/lint.stamp  ## check style and types: ruff, pyri
 	PATH="$$PWD/.venv/bin:$$PATH" PYRIGHT_PYTHON_IGNORE_WARNINGS=1 \
 	  .venv/bin/python -m pre_commit run --all-files $(ARGS)
 
+docs: .venv/project.stamp .venv/docs.stamp  ## make the site in build/docs; a link that leads nowhere fails
+	JAX_PLATFORMS=cpu .venv/bin/python -m sphinx -q -W --keep-going -b html -c docs \
+	  -d build/doctrees . build/docs $(ARGS)
+	@echo "The site is in build/docs: open build/docs/index.html."
+
 lock: build/uv/bin/uv  ## pin what setup.py asks for; with ARGS=--upgrade, the newest of it
 	echo setuptools | $(UV_COMPILE) setup.py - --extra test -o requirements.lock $(ARGS)
-	test ! -f requirements-lint.lock || cp requirements-lint.lock build/lint.lock
-	$(UV_COMPILE) setup.py --extra lint -c requirements.lock -o build/lint.lock $(ARGS)
-	{ echo '# Made by `make lock`: what linting needs besides requirements.lock.'; \
-	  grep -vxFf requirements.lock build/lint.lock; } > requirements-lint.lock
+	for extra in lint docs notebooks; do \
+	  test ! -f requirements-$$extra.lock || cp requirements-$$extra.lock build/$$extra.lock; \
+	  $(UV_COMPILE) setup.py --extra $$extra -c requirements.lock -o build/$$extra.lock $(ARGS) && \
+	  { echo "# Made by \`make lock\`: what the extra $$extra needs besides requirements.lock."; \
+	    grep -vxFf requirements.lock build/$$extra.lock; } > requirements-$$extra.lock || exit 1; \
+	done
 
 clean:  ## remove .venv, build output and caches; runs/ stays
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache vit_jax/data/_jpeg.*.so
@@ -96,9 +103,9 @@ clean:  ## remove .venv, build output and caches; runs/ stays
 	@$(PIP_INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@
 
-.venv/lint.stamp: .venv/deps.stamp requirements-lint.lock
-	@echo "Installing pinned linters."
-	@$(PIP_INSTALL) --no-deps -r requirements-lint.lock
+.venv/lint.stamp .venv/docs.stamp .venv/notebooks.stamp: .venv/%.stamp: .venv/deps.stamp requirements-%.lock
+	@echo "Installing what the extra $* needs, pinned."
+	@$(PIP_INSTALL) --no-deps -r requirements-$*.lock
 	@touch $@
 
 build/uv/bin/uv:

