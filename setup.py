@@ -52,6 +52,7 @@ setup(
         "array-record>=0.8.1",
         "clu>=0.0.12",
         "etils[epath]>=1.9.1",
+        "flatbuffers>=24.3.25",  # jax.export imports it and does not declare it.
         "flax>=0.12",
         "grain>=0.2.15",
         "importlib-resources>=6.0",  # tensorflow-datasets imports it and does not declare it.

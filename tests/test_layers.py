@@ -37,6 +37,7 @@ LAYERS = {
     "vit_jax.evaluate": 4,
     "vit_jax.predict": 4,
     "vit_jax.explain": 4,
+    "vit_jax.export": 4,
     "vit_jax.launch": 4,
     "vit_jax.status": 4,
 }

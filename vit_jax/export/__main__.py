@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Writes a trained model for other programs, into a folder of its own.
+
+  npz          weights under the names of the files published with vision_transformer
+  safetensors  weights under the names of timm
+  stablehlo    a program for CPUs, GPUs and TPUs, which JAX alone can call
+
+A program takes uint8 images of the model's size, any number at a time: pixel values are normalized
+inside of it, images are decoded and resized outside. Its parameters are in it. What is written is
+read back and compared with the model. signature.json says what goes in and comes out.
+
+Examples:
+  python -m vit_jax.export --workdir=runs/digits --to=stablehlo --output=digits_exported
+  python -m vit_jax.export --workdir=runs/digits --checkpoint=best --params=ema \
+      --to=stablehlo,safetensors --output=digits_exported
+  python -m vit_jax.export --checkpoint=vit.safetensors --to=npz --output=exported
+  python -m vit_jax.export --init_from=augreg+imagenet2012:Ti/16@384 --layer=pre_logits \
+      --to=stablehlo --output=exported
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from vit_jax.export.signature import SIGNATURE, describe_signature
+from vit_jax.export.stablehlo import write_stablehlo
+from vit_jax.export.weights import write_weights
+from vit_jax.inference.model import LoadedModel
+from vit_jax.inference.writers import fresh_folder
+from vit_jax.main import parse_overrides
+from vit_jax.observe import console
+from vit_jax.observe.console import CommandParser, say
+from vit_jax.predict import add_source, load_source
+from vit_jax.utils.errors import UserError, suggest
+from vit_jax.workdir import LABELS
+
+# What writes weights, and what writes programs, by the name of the format: a file or folder
+# `model.NAME`, and lines for the screen.
+WEIGHTS: Mapping[str, Callable[[Path, LoadedModel], list[str]]] = {
+    "npz": write_weights,
+    "safetensors": write_weights,
+}
+PROGRAMS: Mapping[str, Callable[[Path, LoadedModel, str], list[str]]] = {
+    "stablehlo": write_stablehlo,
+}
+FORMATS = (*WEIGHTS, *PROGRAMS)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's arguments, without overrides of the config; `to` are names of formats.
+
+    Raises:
+      UserError: they don't go together.
+    """
+    parser = CommandParser(prog="python -m vit_jax.export", description=__doc__)
+    add_source(parser)
+    parser.add_argument("--to", help=f"formats, with commas: {', '.join(FORMATS)}")
+    parser.add_argument("--output", type=Path, help="folder to make; must not exist")
+    parser.add_argument(
+        "--layer",
+        help="of programs: whose output they give; logits, or pre_logits of a model without a "
+        "classifier. A wrong name lists all",
+    )
+    args = parser.parse_args(argv)
+    for name in ("to", "output"):
+        if not getattr(args, name):
+            raise UserError(f"--{name} is missing; see python -m vit_jax.export --help")
+    args.to = args.to.split(",")
+    for name in args.to:
+        if name not in FORMATS:
+            raise UserError(f"--to={name}: {name!r} is unknown{suggest(name, FORMATS)}")
+    if args.output.suffix.removeprefix(".") in FORMATS:
+        raise UserError(
+            f"--output={args.output}: expected a folder; the file in it will be "
+            f"model{args.output.suffix}"
+        )
+    if args.layer is not None and not set(args.to) & PROGRAMS.keys():
+        raise UserError(
+            f"--layer={args.layer}: --to={','.join(args.to)} has all layers; leave --layer out"
+        )
+    return args
+
+
+def choose_layer(model: LoadedModel, wanted: str | None) -> str:
+    """The layer whose output programs give; says so if it is not what a classifier gives.
+
+    Raises:
+      UserError: there is no such layer.
+    """
+    if wanted is not None:
+        model.check_layer(wanted)
+        return wanted
+    if model.classifies:
+        return "logits"
+    say(f"{model.source}: has no trained classifier; its features (pre_logits) are exported")
+    return "pre_logits"
+
+
+def export(folder: Path, model: LoadedModel, formats: Sequence[str], layer: str) -> list[str]:
+    """Writes a model into a folder.
+
+    Args:
+      folder: that is empty.
+      model: to be written.
+      formats: names in `FORMATS`.
+      layer: whose output programs give.
+
+    Returns:
+      Lines for the screen.
+
+    Raises:
+      UserError: a format can't hold the model, or what is read back differs.
+    """
+    lines = []
+    for name in formats:
+        path = folder / f"model.{name}"
+        if name in WEIGHTS:
+            lines += WEIGHTS[name](path, model)
+        else:
+            lines += PROGRAMS[name](path, model, layer)
+    files = {name: f"model.{name}" for name in formats if name in PROGRAMS}
+    if files:
+        signature = describe_signature(model, layer, files)
+        (folder / SIGNATURE).write_text(
+            json.dumps(signature, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+    if model.class_names is not None:
+        names = "".join(f"{name}\n" for name in model.class_names)
+        (folder / LABELS).write_text(names, encoding="utf-8")
+    return lines
+
+
+def main(argv: Sequence[str]) -> None:
+    """Exports, and says which files were written."""
+    overrides, rest = parse_overrides(list(argv))
+    args = parse_arguments(rest)
+    console.set_up(quiet=False)
+    if args.output.exists():
+        raise UserError(f"--output={args.output} exists; remove it, or choose another name")
+    model = load_source(args, overrides)
+    layer = choose_layer(model, args.layer)
+    with fresh_folder(args.output) as folder:
+        lines = export(folder, model, args.to, layer)
+    for line in lines:
+        say(line)
+    for path in sorted(p for p in args.output.rglob("*") if p.is_file()):
+        say(f"wrote {path} ({path.stat().st_size / 2**20:,.2f} MiB)")
+
+
+def run() -> None:
+    """The command: exit code 2 for bad input."""
+    try:
+        with console.report_errors():
+            main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("vit_jax: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()
