@@ -40,8 +40,8 @@ train: .venv/project.stamp  ## train a small ViT on the digits in the package, o
 test: .venv/project.stamp  ## run the tests, without the slow ones
 	.venv/bin/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
-test-all: .venv/project.stamp build/torch/timm.stamp  ## run all tests that need no GPU; installs PyTorch in build/torch
-	TORCH_PYTHON=build/torch/bin/python .venv/bin/python -m pytest $(PARALLEL) -m "not gpu" $(ARGS)
+test-all: .venv/extras.stamp build/torch/timm.stamp build/tensorflow/cpu.stamp  ## run all tests that need no GPU; installs PyTorch and TensorFlow in build
+	TORCH_PYTHON=build/torch/bin/python TF_PYTHON=build/tensorflow/bin/python .venv/bin/python -m pytest $(PARALLEL) -m "not gpu" $(ARGS)
 
 test-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),.venv/project.stamp)  ## run the tests that need a GPU, with GPU_PYTHON=python
 	JAX_PLATFORMS=cuda,cpu $(GPU_PYTHON) -m pytest -m gpu $(ARGS)
@@ -80,6 +80,10 @@ lock: build/uv/bin/uv  ## pin what setup.py asks for; with ARGS=--upgrade, the n
 	$(UV_COMPILE) setup.py --extra lint -c requirements.lock -o build/lint.lock $(ARGS)
 	{ echo '# Made by `make lock`: what linting needs besides requirements.lock.'; \
 	  grep -vxFf requirements.lock build/lint.lock; } > requirements-lint.lock
+	test ! -f requirements-extras.lock || cp requirements-extras.lock build/extras.lock
+	$(UV_COMPILE) setup.py --extra onnx --extra hub -c requirements.lock -o build/extras.lock $(ARGS)
+	{ echo '# Made by `make lock`: what `make test-all` needs besides requirements.lock.'; \
+	  grep -vxFf requirements.lock build/extras.lock; } > requirements-extras.lock
 
 clean:  ## remove .venv, build output and caches; runs/ stays
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache vit_jax/data/_jpeg.*.so
@@ -99,6 +103,11 @@ clean:  ## remove .venv, build output and caches; runs/ stays
 .venv/lint.stamp: .venv/deps.stamp requirements-lint.lock
 	@echo "Installing pinned linters."
 	@$(PIP_INSTALL) --no-deps -r requirements-lint.lock
+	@touch $@
+
+.venv/extras.stamp: .venv/project.stamp requirements-extras.lock
+	@echo "Installing pinned libraries of the exports."
+	@$(PIP_INSTALL) --no-deps -r requirements-extras.lock
 	@touch $@
 
 build/uv/bin/uv:

@@ -74,6 +74,9 @@ setup(
         "cuda": ["jax[cuda13]"],
         "gcs": ["etils[epath-gcs]>=1.9.1"],
         "parquet": ["pyarrow>=15.0"],
+        "onnx": ["jax2onnx>=0.13", "onnxruntime>=1.24"],
+        "savedmodel": ["tensorflow>=2.18"],
+        "hub": ["huggingface-hub>=1.0"],
         "test": [
             "pyarrow>=15.0",
             "pytest>=8.0",

@@ -4,6 +4,8 @@ r"""Writes a trained model for other programs, into a folder of its own.
   npz          weights under the names of the files published with vision_transformer
   safetensors  weights under the names of timm
   stablehlo    a program for CPUs, GPUs and TPUs, which JAX alone can call
+  onnx         a graph for ONNX Runtime and others; pip install 'vit_jax[onnx]'
+  savedmodel   a folder for TensorFlow, written by an interpreter that has it (--tf_python)
 
 A program takes uint8 images of the model's size, any number at a time: pixel values are normalized
 inside of it, images are decoded and resized outside. Its parameters are in it. What is written is
@@ -14,6 +16,7 @@ Examples:
   python -m vit_jax.export --workdir=runs/digits --checkpoint=best --params=ema \
       --to=stablehlo,safetensors --output=digits_exported
   python -m vit_jax.export --checkpoint=vit.safetensors --to=npz --output=exported
+  python -m vit_jax.export --workdir=runs/digits --to=onnx --output=digits_exported
   python -m vit_jax.export --init_from=augreg+imagenet2012:Ti/16@384 --layer=pre_logits \
       --to=stablehlo --output=exported
 """
@@ -24,6 +27,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from vit_jax.export.onnx import check_onnx, write_onnx
+from vit_jax.export.savedmodel import check_tensorflow, write_savedmodel
 from vit_jax.export.signature import SIGNATURE, describe_signature
 from vit_jax.export.stablehlo import write_stablehlo
 from vit_jax.export.weights import write_weights
@@ -36,14 +41,16 @@ from vit_jax.predict import add_source, load_source
 from vit_jax.utils.errors import UserError, suggest
 from vit_jax.workdir import LABELS
 
-# What writes weights, and what writes programs, by the name of the format: a file or folder
-# `model.NAME`, and lines for the screen.
+# By the name of the format: what writes weights, or the program of a layer, as a file or folder
+# `model.NAME`, and gives lines for the screen.
 WEIGHTS: Mapping[str, Callable[[Path, LoadedModel], list[str]]] = {
     "npz": write_weights,
     "safetensors": write_weights,
 }
-PROGRAMS: Mapping[str, Callable[[Path, LoadedModel, str], list[str]]] = {
+PROGRAMS: Mapping[str, Callable[..., list[str]]] = {
     "stablehlo": write_stablehlo,
+    "onnx": write_onnx,
+    "savedmodel": write_savedmodel,
 }
 FORMATS = (*WEIGHTS, *PROGRAMS)
 
@@ -63,6 +70,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="of programs: whose output they give; logits, or pre_logits of a model without a "
         "classifier. A wrong name lists all",
     )
+    parser.add_argument(
+        "--tf_python", default=sys.executable, help="of savedmodel: an interpreter with TensorFlow"
+    )
     args = parser.parse_args(argv)
     for name in ("to", "output"):
         if not getattr(args, name):
@@ -80,6 +90,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(
             f"--layer={args.layer}: --to={','.join(args.to)} has all layers; leave --layer out"
         )
+    if "onnx" in args.to:
+        check_onnx()
+    if "savedmodel" in args.to:
+        check_tensorflow(args.tf_python)
     return args
 
 
@@ -98,7 +112,9 @@ def choose_layer(model: LoadedModel, wanted: str | None) -> str:
     return "pre_logits"
 
 
-def export(folder: Path, model: LoadedModel, formats: Sequence[str], layer: str) -> list[str]:
+def export(
+    folder: Path, model: LoadedModel, formats: Sequence[str], layer: str, *, tf_python: str
+) -> list[str]:
     """Writes a model into a folder.
 
     Args:
@@ -106,6 +122,7 @@ def export(folder: Path, model: LoadedModel, formats: Sequence[str], layer: str)
       model: to be written.
       formats: names in `FORMATS`.
       layer: whose output programs give.
+      tf_python: an interpreter with TensorFlow, for a SavedModel.
 
     Returns:
       Lines for the screen.
@@ -119,7 +136,8 @@ def export(folder: Path, model: LoadedModel, formats: Sequence[str], layer: str)
         if name in WEIGHTS:
             lines += WEIGHTS[name](path, model)
         else:
-            lines += PROGRAMS[name](path, model, layer)
+            options = {"python": tf_python} if name == "savedmodel" else {}
+            lines += PROGRAMS[name](path, model, layer, **options)
     files = {name: f"model.{name}" for name in formats if name in PROGRAMS}
     if files:
         signature = describe_signature(model, layer, files)
@@ -142,7 +160,7 @@ def main(argv: Sequence[str]) -> None:
     model = load_source(args, overrides)
     layer = choose_layer(model, args.layer)
     with fresh_folder(args.output) as folder:
-        lines = export(folder, model, args.to, layer)
+        lines = export(folder, model, args.to, layer, tf_python=args.tf_python)
     for line in lines:
         say(line)
     for path in sorted(p for p in args.output.rglob("*") if p.is_file()):
