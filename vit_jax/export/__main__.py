@@ -9,7 +9,8 @@ r"""Writes a trained model for other programs, into a folder of its own.
 
 A program takes uint8 images of the model's size, any number at a time: pixel values are normalized
 inside of it, images are decoded and resized outside. Its parameters are in it. What is written is
-read back and compared with the model. signature.json says what goes in and comes out.
+read back and compared with the model. signature.json says what goes in and comes out; README.md is
+a card for people and for the Hugging Face hub, to which --push uploads the folder.
 
 Examples:
   python -m vit_jax.export --workdir=runs/digits --to=stablehlo --output=digits_exported
@@ -17,6 +18,8 @@ Examples:
       --to=stablehlo,safetensors --output=digits_exported
   python -m vit_jax.export --checkpoint=vit.safetensors --to=npz --output=exported
   python -m vit_jax.export --workdir=runs/digits --to=onnx --output=digits_exported
+  python -m vit_jax.export --workdir=runs/digits --to=safetensors,onnx --output=digits_exported \
+      --license=apache-2.0 --push=USER/vit-digits --yes
   python -m vit_jax.export --init_from=augreg+imagenet2012:Ti/16@384 --layer=pre_logits \
       --to=stablehlo --output=exported
 """
@@ -27,6 +30,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from vit_jax.export.card import CARD, make_card
+from vit_jax.export.hub import check_push, push_folder
 from vit_jax.export.onnx import check_onnx, write_onnx
 from vit_jax.export.savedmodel import check_tensorflow, write_savedmodel
 from vit_jax.export.signature import SIGNATURE, describe_signature
@@ -73,6 +78,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tf_python", default=sys.executable, help="of savedmodel: an interpreter with TensorFlow"
     )
+    parser.add_argument("--name", help="of the model in its card; that of --push, or of --output")
+    parser.add_argument("--license", help="of the weights, for the card: apache-2.0, mit, ...")
+    parser.add_argument("--push", help="USER/NAME on the Hugging Face hub: say what would go there")
+    parser.add_argument("--yes", action="store_true", help="with --push: upload it")
+    parser.add_argument("--private", action="store_true", help="with --push: if it is new")
     args = parser.parse_args(argv)
     for name in ("to", "output"):
         if not getattr(args, name):
@@ -90,6 +100,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(
             f"--layer={args.layer}: --to={','.join(args.to)} has all layers; leave --layer out"
         )
+    if args.push is not None:
+        check_push(args.push, now=args.yes)
+    elif args.yes or args.private:
+        raise UserError("--yes and --private are of --push=USER/NAME, which is missing")
     if "onnx" in args.to:
         check_onnx()
     if "savedmodel" in args.to:
@@ -161,10 +175,22 @@ def main(argv: Sequence[str]) -> None:
     layer = choose_layer(model, args.layer)
     with fresh_folder(args.output) as folder:
         lines = export(folder, model, args.to, layer, tf_python=args.tf_python)
+        card = make_card(
+            model,
+            args.to,
+            layer,
+            name=args.name or (args.push or args.output.name).rpartition("/")[2],
+            license_id=args.license,
+            params=args.params,
+        )
+        (folder / CARD).write_text(card, encoding="utf-8")
     for line in lines:
         say(line)
     for path in sorted(p for p in args.output.rglob("*") if p.is_file()):
         say(f"wrote {path} ({path.stat().st_size / 2**20:,.2f} MiB)")
+    if args.push is not None:
+        for line in push_folder(args.output, args.push, private=args.private, now=args.yes):
+            say(line)
 
 
 def run() -> None:

@@ -2,6 +2,7 @@
 """What a written model takes and gives, as JSON, for those who have nothing but its files."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,14 @@ from vit_jax.inference.model import LoadedModel
 
 SIGNATURE = "signature.json"
 INPUT = "images"
+
+
+def name_source(model: LoadedModel) -> str:
+    """Where parameters came from, without folders that mean nothing on another machine."""
+    if model.workdir is not None:
+        path = Path(model.source)
+        return "/".join((model.workdir.resolve().name, *path.parts[-2:]))
+    return Path(model.source).name if Path(model.source).exists() else model.source
 
 
 def describe_signature(model: LoadedModel, layer: str, files: Mapping[str, str]) -> dict[str, Any]:
@@ -40,6 +49,6 @@ def describe_signature(model: LoadedModel, layer: str, files: Mapping[str, str])
         },
         "probabilities": model.loss if classifies else None,
         "class_names": list(model.class_names or ()) or None if classifies else None,
-        "made_from": model.source,
+        "made_from": name_source(model),
         "made_with": {"vit_jax": vit_jax.__version__, "jax": jax.__version__},
     }
