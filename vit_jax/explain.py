@@ -11,12 +11,9 @@ Examples:
 """
 
 import argparse
-import contextlib
-import os
 import re
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from vit_jax.data.unlabeled import STDIN, find_images
@@ -24,6 +21,7 @@ from vit_jax.inference import figures as lib
 from vit_jax.inference.figures import FIGURES, Figure
 from vit_jax.inference.model import LoadedModel
 from vit_jax.inference.page import Section, encode_png, make_page
+from vit_jax.inference.writers import fresh_folder
 from vit_jax.main import parse_overrides
 from vit_jax.observe import console
 from vit_jax.observe.console import CommandParser, say
@@ -62,27 +60,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             if name not in FIGURES:
                 raise UserError(f"--figures: {name!r} is unknown{suggest(name, FIGURES)}")
     return args
-
-
-@contextlib.contextmanager
-def fresh_folder(path: Path) -> Iterator[Path]:
-    """Gives a folder under a temporary name, which becomes `path` when the block ends well.
-
-    Raises:
-      UserError: there is something of that name, or it can't be written.
-    """
-    fresh = path.with_name(f"{path.name}.tmp")
-    for taken in (path, fresh):
-        if taken.exists():
-            raise UserError(f"--output={path}: {taken} exists; remove it, or choose another name")
-    try:
-        fresh.mkdir(parents=True)
-        yield fresh
-        os.rename(fresh, path)
-    except OSError as e:
-        raise UserError(f"--output={path} can't be written: {e.strerror or e}") from e
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def choose_figures(model: LoadedModel, wanted: Sequence[str] | None) -> list[str]:

@@ -178,6 +178,13 @@ def draw_rollout(model: LoadedModel, view: View) -> Figure:
     return Figure("rollout", "Attention rollout", caption, picture)
 
 
+def overlay_rollout(model: LoadedModel, image: np.ndarray, *, size: int = 448) -> Image.Image:
+    """Attention rolled out over all layers, over the image; `size` pixels at the longer side."""
+    heat = _to_grid(model, attention_lib.rollout(model.attention(image)[0]))
+    large = draw.scale_up(image, size, smooth=True)
+    return Image.fromarray(draw.overlay(large, heat))
+
+
 def draw_similarity(model: LoadedModel, view: View) -> Figure:
     """Which patches the model takes for alike."""
     rows, columns, width = view.patches.shape

@@ -73,6 +73,9 @@ class LoadedModel:
       class_names: by label; None where they are not known.
       image_shape: height, width and channels that `preprocess` makes and a call takes.
       notes: lines on what was taken and what was done to make it fit.
+      workdir: of the run; None for other weights.
+      arguments: of `make_vit` or `make_mixer` (then with `name`) for this module, as far as they
+        are known.
       module: the Flax module, called as `module.apply({"params": params}, x, train=False)`.
       params: nested dict of arrays; each device has all of them.
       preparation: what `preprocess` does.
@@ -87,6 +90,8 @@ class LoadedModel:
     class_names: tuple[str, ...] | None = dataclasses.field(repr=False)
     image_shape: tuple[int, int, int]
     notes: tuple[str, ...] = dataclasses.field(repr=False)
+    workdir: Path | None = dataclasses.field(repr=False)
+    arguments: Mapping[str, Any] = dataclasses.field(repr=False)
     module: Any = dataclasses.field(repr=False)
     params: Params = dataclasses.field(repr=False, compare=False)
     preparation: Preparation
@@ -171,6 +176,19 @@ class LoadedModel:
             raise UserError(f"tta={tta!r}: expected 'flip', or None")
         batch = put_batch({"image": images}, self.mesh)
         return self._compute(layer, tta)(self.params, batch["image"])
+
+    def as_function(self, layer: str) -> Callable[[jax.Array], jax.Array]:
+        """A function to be traced, with the parameters in it.
+
+        Args:
+          layer: see `features`.
+
+        Returns:
+          From uint8 `[n, *image_shape]` to float32 `[n, ...]`, for any number of images.
+        """
+        self.check_layer(layer)
+        params = jax.tree.map(np.asarray, self.params)
+        return functools.partial(_apply, params, layer=layer, tta=None, **self._pixels)
 
     def attention(self, images: Any) -> np.ndarray:
         """Attention weights of all blocks, float32 `[n, layers, heads, length, length]`.
@@ -388,6 +406,8 @@ def load_model(
         class_names=_check_names(class_names, module.num_classes),
         image_shape=preparation.image_shape,
         notes=tuple(notes),
+        workdir=workdir,
+        arguments=weights.model | dict(model or {}),
         module=module,
         params=jax.device_put(tree, infer_shardings(tree, mesh)),
         preparation=preparation,

@@ -41,6 +41,27 @@ def fresh_file(path: Path) -> Iterator[Path]:
         fresh.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def fresh_folder(path: Path) -> Iterator[Path]:
+    """Gives a folder under a temporary name, which becomes `path` when the block ends well.
+
+    Raises:
+      UserError: there is something of that name, or it can't be written.
+    """
+    fresh = path.with_name(f"{path.name}.tmp")
+    for taken in (path, fresh):
+        if taken.exists():
+            raise UserError(f"--output={path}: {taken} exists; remove it, or choose another name")
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        os.rename(fresh, path)
+    except OSError as e:
+        raise UserError(f"--output={path} can't be written: {e.strerror or e}") from e
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
 class Writer(abc.ABC):
     """Takes rows; a context manager, which ends the file."""
 

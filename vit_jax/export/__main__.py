@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Writes a trained model for other programs, into a folder of its own.
+
+  npz          weights under the names of the files published with vision_transformer
+  safetensors  weights under the names of timm
+  stablehlo    a program for CPUs, GPUs and TPUs, which JAX alone can call
+  onnx         a graph for ONNX Runtime and others; pip install 'vit_jax[onnx]'
+  savedmodel   a folder for TensorFlow, written by an interpreter that has it (--tf_python)
+
+A program takes uint8 images of the model's size, any number at a time: pixel values are normalized
+inside of it, images are decoded and resized outside. Its parameters are in it. What is written is
+read back and compared with the model. signature.json says what goes in and comes out; README.md is
+a card for people and for the Hugging Face hub, to which --push uploads the folder.
+
+Examples:
+  python -m vit_jax.export --workdir=runs/digits --to=stablehlo --output=digits_exported
+  python -m vit_jax.export --workdir=runs/digits --checkpoint=best --params=ema \
+      --to=stablehlo,safetensors --output=digits_exported
+  python -m vit_jax.export --checkpoint=vit.safetensors --to=npz --output=exported
+  python -m vit_jax.export --workdir=runs/digits --to=onnx --output=digits_exported
+  python -m vit_jax.export --workdir=runs/digits --to=safetensors,onnx --output=digits_exported \
+      --license=apache-2.0 --push=USER/vit-digits --yes
+  python -m vit_jax.export --init_from=augreg+imagenet2012:Ti/16@384 --layer=pre_logits \
+      --to=stablehlo --output=exported
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from vit_jax.export.card import CARD, make_card
+from vit_jax.export.hub import check_push, push_folder
+from vit_jax.export.onnx import check_onnx, write_onnx
+from vit_jax.export.savedmodel import check_tensorflow, write_savedmodel
+from vit_jax.export.signature import SIGNATURE, describe_signature
+from vit_jax.export.stablehlo import write_stablehlo
+from vit_jax.export.weights import write_weights
+from vit_jax.inference.model import LoadedModel
+from vit_jax.inference.writers import fresh_folder
+from vit_jax.main import parse_overrides
+from vit_jax.observe import console
+from vit_jax.observe.console import CommandParser, say
+from vit_jax.predict import add_source, load_source
+from vit_jax.utils.errors import UserError, suggest
+from vit_jax.workdir import LABELS
+
+# By the name of the format: what writes weights, or the program of a layer, as a file or folder
+# `model.NAME`, and gives lines for the screen.
+WEIGHTS: Mapping[str, Callable[[Path, LoadedModel], list[str]]] = {
+    "npz": write_weights,
+    "safetensors": write_weights,
+}
+PROGRAMS: Mapping[str, Callable[..., list[str]]] = {
+    "stablehlo": write_stablehlo,
+    "onnx": write_onnx,
+    "savedmodel": write_savedmodel,
+}
+FORMATS = (*WEIGHTS, *PROGRAMS)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's arguments, without overrides of the config; `to` are names of formats.
+
+    Raises:
+      UserError: they don't go together.
+    """
+    parser = CommandParser(prog="python -m vit_jax.export", description=__doc__)
+    add_source(parser)
+    parser.add_argument("--to", help=f"formats, with commas: {', '.join(FORMATS)}")
+    parser.add_argument("--output", type=Path, help="folder to make; must not exist")
+    parser.add_argument(
+        "--layer",
+        help="of programs: whose output they give; logits, or pre_logits of a model without a "
+        "classifier. A wrong name lists all",
+    )
+    parser.add_argument(
+        "--tf_python", default=sys.executable, help="of savedmodel: an interpreter with TensorFlow"
+    )
+    parser.add_argument("--name", help="of the model in its card; that of --push, or of --output")
+    parser.add_argument("--license", help="of the weights, for the card: apache-2.0, mit, ...")
+    parser.add_argument("--push", help="USER/NAME on the Hugging Face hub: say what would go there")
+    parser.add_argument("--yes", action="store_true", help="with --push: upload it")
+    parser.add_argument("--private", action="store_true", help="with --push: if it is new")
+    args = parser.parse_args(argv)
+    for name in ("to", "output"):
+        if not getattr(args, name):
+            raise UserError(f"--{name} is missing; see python -m vit_jax.export --help")
+    args.to = args.to.split(",")
+    for name in args.to:
+        if name not in FORMATS:
+            raise UserError(f"--to={name}: {name!r} is unknown{suggest(name, FORMATS)}")
+    if args.output.suffix.removeprefix(".") in FORMATS:
+        raise UserError(
+            f"--output={args.output}: expected a folder; the file in it will be "
+            f"model{args.output.suffix}"
+        )
+    if args.layer is not None and not set(args.to) & PROGRAMS.keys():
+        raise UserError(
+            f"--layer={args.layer}: --to={','.join(args.to)} has all layers; leave --layer out"
+        )
+    if args.push is not None:
+        check_push(args.push, now=args.yes)
+    elif args.yes or args.private:
+        raise UserError("--yes and --private are of --push=USER/NAME, which is missing")
+    if "onnx" in args.to:
+        check_onnx()
+    if "savedmodel" in args.to:
+        check_tensorflow(args.tf_python)
+    return args
+
+
+def choose_layer(model: LoadedModel, wanted: str | None) -> str:
+    """The layer whose output programs give; says so if it is not what a classifier gives.
+
+    Raises:
+      UserError: there is no such layer.
+    """
+    if wanted is not None:
+        model.check_layer(wanted)
+        return wanted
+    if model.classifies:
+        return "logits"
+    say(f"{model.source}: has no trained classifier; its features (pre_logits) are exported")
+    return "pre_logits"
+
+
+def export(
+    folder: Path, model: LoadedModel, formats: Sequence[str], layer: str, *, tf_python: str
+) -> list[str]:
+    """Writes a model into a folder.
+
+    Args:
+      folder: that is empty.
+      model: to be written.
+      formats: names in `FORMATS`.
+      layer: whose output programs give.
+      tf_python: an interpreter with TensorFlow, for a SavedModel.
+
+    Returns:
+      Lines for the screen.
+
+    Raises:
+      UserError: a format can't hold the model, or what is read back differs.
+    """
+    lines = []
+    for name in formats:
+        path = folder / f"model.{name}"
+        if name in WEIGHTS:
+            lines += WEIGHTS[name](path, model)
+        else:
+            options = {"python": tf_python} if name == "savedmodel" else {}
+            lines += PROGRAMS[name](path, model, layer, **options)
+    files = {name: f"model.{name}" for name in formats if name in PROGRAMS}
+    if files:
+        signature = describe_signature(model, layer, files)
+        (folder / SIGNATURE).write_text(
+            json.dumps(signature, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+    if model.class_names is not None:
+        names = "".join(f"{name}\n" for name in model.class_names)
+        (folder / LABELS).write_text(names, encoding="utf-8")
+    return lines
+
+
+def main(argv: Sequence[str]) -> None:
+    """Exports, and says which files were written."""
+    overrides, rest = parse_overrides(list(argv))
+    args = parse_arguments(rest)
+    console.set_up(quiet=False)
+    if args.output.exists():
+        raise UserError(f"--output={args.output} exists; remove it, or choose another name")
+    model = load_source(args, overrides)
+    layer = choose_layer(model, args.layer)
+    with fresh_folder(args.output) as folder:
+        lines = export(folder, model, args.to, layer, tf_python=args.tf_python)
+        card = make_card(
+            model,
+            args.to,
+            layer,
+            name=args.name or (args.push or args.output.name).rpartition("/")[2],
+            license_id=args.license,
+            params=args.params,
+        )
+        (folder / CARD).write_text(card, encoding="utf-8")
+    for line in lines:
+        say(line)
+    for path in sorted(p for p in args.output.rglob("*") if p.is_file()):
+        say(f"wrote {path} ({path.stat().st_size / 2**20:,.2f} MiB)")
+    if args.push is not None:
+        for line in push_folder(args.output, args.push, private=args.private, now=args.yes):
+            say(line)
+
+
+def run() -> None:
+    """The command: exit code 2 for bad input."""
+    try:
+        with console.report_errors():
+            main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("vit_jax: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The card of an exported model: `README.md`, as the Hugging Face hub shows it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import vit_jax
+from vit_jax.export.signature import SIGNATURE, name_source
+from vit_jax.inference.model import LoadedModel
+from vit_jax.observe.writer import read_metrics
+from vit_jax.utils.tree import count
+from vit_jax.workdir import LABELS
+
+CARD = "README.md"
+
+# Paths of a machine, which mean nothing on another.
+_LOCAL_KEYS = ("data_dir", "init_from", "teacher")
+
+_USE = {
+    "npz": """```python
+import vit_jax
+
+model = vit_jax.load_model("model.npz")
+prediction = model(model.preprocess("photo.jpg"))
+```""",
+    "safetensors": """The tensors have the names of timm's `VisionTransformer`. With vit_jax:
+
+```python
+import vit_jax
+
+model = vit_jax.load_model("model.safetensors")
+prediction = model(model.preprocess("photo.jpg"))
+```""",
+    "stablehlo": """With JAX alone, on a CPU, GPU or TPU:
+
+```python
+import pathlib
+from jax import export
+
+call = export.deserialize(bytearray(pathlib.Path("model.stablehlo").read_bytes())).call
+{output} = call(images)
+```""",
+    "onnx": """With ONNX Runtime:
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+({output},) = session.run(None, {{"images": images}})
+```""",
+    "savedmodel": """With TensorFlow:
+
+```python
+import tensorflow as tf
+
+serve = tf.saved_model.load("model.savedmodel").signatures["serving_default"]
+(({output}),) = serve(images=tf.constant(images)).values()
+```""",
+}
+
+
+def read_results(model: LoadedModel, *, params: str) -> list[tuple[str, str, float]]:
+    """What the evaluators of a run said of a checkpoint: their names, metrics and values.
+
+    Args:
+      model: of a run; there are none of other weights.
+      params: "raw" or "ema", whichever were loaded.
+    """
+    step = Path(model.source).name
+    if model.workdir is None or not step.isdigit():
+        return []
+    names = {f"{name}_ema" if params == "ema" else name: name for name in model.config["evals"]}
+    results = {}
+    for record in read_metrics(model.workdir):
+        if record["step"] == int(step):
+            for key, value in record.items():
+                prefix, _, metric = key.rpartition("/")
+                if prefix in names:
+                    results[names[prefix], metric] = value
+    return [(*key, value) for key, value in results.items()]
+
+
+def make_card(
+    model: LoadedModel,
+    formats: Sequence[str],
+    layer: str,
+    *,
+    name: str,
+    license_id: str | None,
+    params: str,
+) -> str:
+    """The text of a card.
+
+    Args:
+      model: that is exported.
+      formats: of the files.
+      layer: whose output programs give.
+      name: of the model.
+      license_id: of its weights, as the hub names licences; None if it is not known.
+      params: "raw" or "ema", whichever were loaded.
+    """
+    results = read_results(model, params=params)
+    kind = "Mixer" if model.arguments.get("name") == "mixer" else "Vision Transformer"
+    classes = f"{model.module.num_classes} classes" if model.classifies else "no classifier"
+    parts = [
+        _front_matter(model, formats, results, name=name, license_id=license_id),
+        f"# {name}",
+        f"A {kind} of {count(model.params):,} parameters for images of {model.image_shape[0]}x"
+        f"{model.image_shape[1]}, with {classes}; made by vit_jax {vit_jax.__version__} from "
+        f"`{name_source(model)}`"
+        + (", the average of its parameters." if params == "ema" else "."),
+        *_show_results(model, results),
+        *_show_training(model),
+        *_show_use(model, formats, layer),
+        "## Licence",
+        license_id or "Not stated: ask whoever published this model before you use it.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(
+    model: LoadedModel,
+    formats: Sequence[str],
+    results: Sequence[tuple[str, str, float]],
+    *,
+    name: str,
+    license_id: str | None,
+) -> str:
+    task = "image-classification" if model.classifies else "image-feature-extraction"
+    data = _data_name(model.config)
+    fields: dict[str, Any] = {
+        "license": license_id or "unknown",
+        "library_name": "vit_jax",
+        "pipeline_tag": task,
+        "tags": ["jax", "vision", *formats],
+    }
+    if data is not None:
+        fields["datasets"] = [data]
+    found = [
+        {
+            "task": {"type": task},
+            "dataset": {"name": source, "type": source, "split": split},
+            "metrics": [{"type": "accuracy", "name": f"{evaluator} top-1", "value": value}],
+        }
+        for evaluator, metric, value in results
+        if metric == "top1"
+        for source, split in [_judged_on(model.config, evaluator)]
+    ]
+    if found:
+        fields["metrics"] = ["accuracy"]
+        fields["model-index"] = [{"name": name, "results": found}]
+    # JSON is YAML too.
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _show_results(model: LoadedModel, results: Sequence[tuple[str, str, float]]) -> list[str]:
+    if not results:
+        return ["## Results", "No evaluation of these parameters is known."]
+    rows = ["| evaluation | data | metric | value |", "| --- | --- | --- | --- |"]
+    for evaluator, metric, value in results:
+        source, split = _judged_on(model.config, evaluator)
+        rows.append(f"| {evaluator} | {source}, {split} | {metric} | {value:.6g} |")
+    return ["## Results", "\n".join(rows)]
+
+
+def _show_training(model: LoadedModel) -> list[str]:
+    config = model.config
+    if "data" not in config:
+        return []
+    data, optimizer = config["data"], config.get("optimizer") or {}
+    lines = [
+        f"- data: {_data_name(config)}, {data.get('split')}, in batches of {data['batch_size']}",
+        f"- preparation of images: `{data.get('preprocess')}`",
+        f"- objective: {(config.get('objective') or {}).get('name')}",
+        f"- optimizer: {optimizer.get('name')}, learning rate {optimizer.get('lr')}",
+        f"- steps: {Path(model.source).name} of {config.get('total_steps')}",
+    ]
+    text = json.dumps(_without_paths(config), indent=1, sort_keys=True, ensure_ascii=False)
+    details = f"<details><summary>The whole config</summary>\n\n```json\n{text}\n```\n\n</details>"
+    return ["## Training", "\n".join(lines), details]
+
+
+def _show_use(model: LoadedModel, formats: Sequence[str], layer: str) -> list[str]:
+    height, width, _ = model.image_shape
+    parts = [
+        "## Images",
+        f"`{model.preparation.line}` makes the input, then pixels in [0, 1] have the mean "
+        f"{model.pixel_mean} subtracted and are divided by {model.pixel_std}.",
+        "## Use",
+    ]
+    programs = [name for name in formats if name in ("stablehlo", "onnx", "savedmodel")]
+    output = layer.rpartition("/")[2]
+    if programs:
+        parts.append(
+            f"`images` are uint8 `[n, {height}, {width}, 3]`, RGB: decode and resize them; the "
+            f"program does the rest, and gives float32 `{layer}`. See `{SIGNATURE}`."
+        )
+    parts += [_USE[name].format(output=output) for name in formats]
+    if model.classifies:
+        what = "a sigmoid" if model.loss == "sigmoid" else "a softmax"
+        names = f" Class names are in `{LABELS}`, a line each." if model.class_names else ""
+        parts.append(f"Probabilities are {what} of the logits.{names}")
+    return parts
+
+
+def _data_name(config: Mapping[str, Any]) -> str | None:
+    data = config.get("data") or {}
+    if data.get("name"):
+        return _without_folder(data["name"])
+    names = [_without_folder(source["name"]) for source in data.get("mixture") or ()]
+    return " + ".join(names) or None
+
+
+def _judged_on(config: Mapping[str, Any], evaluator: str) -> tuple[str, str]:
+    """The data and the split of an evaluator."""
+    section = config["evals"][evaluator]
+    source = section.get("data_name")
+    name = _without_folder(source) if source else _data_name(config)
+    return name or "unknown", str(section.get("split"))
+
+
+def _without_folder(name: str) -> str:
+    return Path(name).name if "/" in name and Path(name).is_absolute() else name
+
+
+def _without_paths(value: Any, key: str = "") -> Any:
+    """A config without places on the machine that it was trained on."""
+    if isinstance(value, Mapping):
+        return {k: _without_paths(v, k) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(v) for v in value]
+    if isinstance(value, str) and (key in _LOCAL_KEYS or value.startswith(("/", "~"))):
+        return Path(value).name
+    return value

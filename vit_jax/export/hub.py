@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Uploads an exported folder to the Hugging Face hub."""
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+from vit_jax.utils.errors import UserError
+
+_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_push(repo: str, *, now: bool) -> None:
+    """Raises `UserError` for what is no name of a repository, or without the library to upload."""
+    if not _REPO.fullmatch(repo):
+        raise UserError(f"--push={repo}: expected USER/NAME")
+    if now:
+        _import_hub()
+
+
+def push_folder(folder: Path, repo: str, *, private: bool, now: bool) -> list[str]:
+    """Uploads all files of a folder, or says what would be.
+
+    Args:
+      folder: to upload.
+      repo: `USER/NAME`; made if it is not there.
+      private: whether a new repository is.
+      now: False to upload nothing.
+
+    Returns:
+      Lines for the screen.
+
+    Raises:
+      UserError: the hub refuses, or can't be reached.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in files)
+    lines = [
+        f"  {path.relative_to(folder)} ({path.stat().st_size / 2**20:,.2f} MiB)" for path in files
+    ]
+    what = f"{len(files)} files, {size / 2**20:,.2f} MiB"
+    kind = "private" if private else "public"
+    if not now:
+        head = f"would upload to {repo} on the Hugging Face hub, {kind} if it is new: {what}"
+        return [head, *lines, "nothing is uploaded; add --yes to do it"]
+    hub = _import_hub()
+    try:
+        api = hub.HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=str(folder), commit_message="Export by vit_jax"
+        )
+    except Exception as e:  # The library has many, and passes on those of what it is built on.
+        reason = str(e).strip().partition("\n")[0] or type(e).__name__
+        raise UserError(
+            f"--push={repo}: {reason}; {folder} stays: log in with hf auth login, then "
+            f"hf upload {repo} {folder}"
+        ) from e
+    return [f"uploaded {what}: {getattr(commit, 'commit_url', commit)}", *lines]
+
+
+def _import_hub() -> Any:
+    try:
+        return importlib.import_module("huggingface_hub")
+    except ImportError:
+        raise UserError("--push needs huggingface_hub: pip install 'vit_jax[hub]'") from None

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model as an ONNX graph, by jax2onnx, compared with the model in ONNX Runtime."""
+
+import contextlib
+import importlib
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit_jax.export.compare import check_size, compare_outputs, make_batches
+from vit_jax.export.signature import INPUT
+from vit_jax.inference.model import LoadedModel
+from vit_jax.utils.errors import UserError
+
+# The first with an operation for GELU; older ones are taken by more runtimes.
+_OPSET = 20
+
+
+def check_onnx() -> None:
+    """Raises `UserError` unless the libraries are installed."""
+    _import_libraries()
+
+
+def write_onnx(path: Path, model: LoadedModel, layer: str) -> list[str]:
+    """Writes a graph, and compares it with the model.
+
+    Args:
+      path: of the file.
+      model: to be written, one that computes in float32.
+      layer: whose output it gives.
+
+    Returns:
+      Lines for the screen.
+
+    Raises:
+      UserError: the libraries are missing or can't write this model, or the graph computes
+        something else.
+    """
+    jax2onnx, runtime = _import_libraries()
+    check_size(model, what="onnx")
+    dtype = np.dtype(model.module.dtype)
+    if dtype != np.float32:
+        raise UserError(
+            f"--to=onnx: this model computes in {dtype}, for which runtimes lack operations: "
+            "expected --config.model.dtype=float32 with it"
+        )
+    images: Any = jax.ShapeDtypeStruct(("batch", *model.image_shape), np.uint8)  # pyright: ignore
+    if getattr(model.module, "resnet_layers", None) is not None:
+        raise UserError(
+            "--to=onnx: jax2onnx mistakes the standardized convolutions of a hybrid for plain "
+            "ones; expected a model without model.resnet_layers, or --to=stablehlo"
+        )
+    function, batches = model.as_function(layer), make_batches(model)
+    try:
+        with _silenced():
+            graph = jax2onnx.to_onnx(
+                function,
+                [images],
+                model_name="vit_jax",
+                opset=_OPSET,
+                input_names=[INPUT],
+                output_names=[layer],
+            )
+        path.write_bytes(graph.SerializeToString())
+        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        outputs = [session.run([layer], {INPUT: batch})[0] for batch in batches]
+    except OSError:
+        raise
+    except Exception as e:  # Of any type, by what the model has that the libraries have not.
+        reason = str(e).partition("\n")[0] or type(e).__name__
+        raise UserError(f"--to=onnx: jax2onnx can't write this model: {reason}") from e
+    return [compare_outputs(model, layer, batches, outputs, what=path.name)]
+
+
+def _import_libraries() -> tuple[Any, Any]:
+    try:
+        with _silenced():
+            return importlib.import_module("jax2onnx"), importlib.import_module("onnxruntime")
+    except ImportError as e:
+        raise UserError(f"--to=onnx needs {e.name}: pip install 'vit_jax[onnx]'") from None
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Around libraries that print what is for their authors."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

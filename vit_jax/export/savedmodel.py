@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model as a SavedModel, written by an interpreter that has TensorFlow."""
+
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from vit_jax.export.compare import check_size, compare_outputs, make_batches
+from vit_jax.export.signature import INPUT
+from vit_jax.export.stablehlo import trace_program
+from vit_jax.inference.model import LoadedModel
+from vit_jax.utils.errors import UserError
+
+_WRITER = Path(__file__).with_name("savedmodel_writer.py")
+
+
+def check_tensorflow(python: str) -> None:
+    """Raises `UserError` unless an interpreter has TensorFlow."""
+    find = "import importlib.util, sys; sys.exit(importlib.util.find_spec('tensorflow') is None)"
+    try:
+        missing = subprocess.run([python, "-c", find], capture_output=True).returncode
+    except OSError as e:
+        raise UserError(f"--tf_python={python} can't be run: {e.strerror}") from None
+    if missing:
+        raise UserError(
+            f"--to=savedmodel needs TensorFlow, which {python} has not: pip install "
+            "'vit_jax[savedmodel]', or --tf_python=PYTHON of an environment that has it"
+        )
+
+
+def write_savedmodel(path: Path, model: LoadedModel, layer: str, *, python: str) -> list[str]:
+    """Writes the folder of a SavedModel, reads it back, and compares it with the model.
+
+    Args:
+      path: of the folder.
+      model: to be written.
+      layer: whose output its signature `serving_default` gives.
+      python: an interpreter that has TensorFlow.
+
+    Returns:
+      Lines for the screen.
+
+    Raises:
+      UserError: TensorFlow does not take the program, or it computes something else.
+    """
+    check_size(model, what="savedmodel")
+    program, batches = trace_program(model, layer), make_batches(model)
+    name = layer.replace("/", "_")  # names of TensorFlow have no slashes
+    task = {
+        "version": program.calling_convention_version,
+        "platforms": program.platforms,
+        "input": INPUT,
+        "image_shape": model.image_shape,
+        "output": name,
+        "output_shape": program.out_avals[0].shape[1:],
+    }
+    with tempfile.TemporaryDirectory(dir=path.parent) as place:
+        folder = Path(place)
+        (folder / "task.json").write_text(json.dumps(task))
+        (folder / "program.mlir").write_bytes(program.mlir_module_serialized)
+        np.savez(folder / "batches.npz", *batches)
+        env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            [python, str(_WRITER), place], capture_output=True, text=True, env=env
+        )
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise UserError(f"--to=savedmodel: TensorFlow can't write this model: {reason}")
+        with np.load(folder / "outputs.npz") as found:
+            outputs = [found[key] for key in found.files]
+        os.rename(folder / "model", path)
+    return [compare_outputs(model, layer, batches, outputs, what=path.name)]

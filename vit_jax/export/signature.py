@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a written model takes and gives, as JSON, for those who have nothing but its files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import vit_jax
+from vit_jax.inference.model import LoadedModel
+
+SIGNATURE = "signature.json"
+INPUT = "images"
+
+
+def name_source(model: LoadedModel) -> str:
+    """Where parameters came from, without folders that mean nothing on another machine."""
+    if model.workdir is not None:
+        path = Path(model.source)
+        return "/".join((model.workdir.resolve().name, *path.parts[-2:]))
+    return Path(model.source).name if Path(model.source).exists() else model.source
+
+
+def describe_signature(model: LoadedModel, layer: str, files: Mapping[str, str]) -> dict[str, Any]:
+    """Input, output, preparation of images, and class names.
+
+    Args:
+      model: that was written.
+      layer: whose output it gives.
+      files: names of the files, by format.
+    """
+    images = jax.ShapeDtypeStruct((1, *model.image_shape), np.uint8)
+    output = jax.eval_shape(model.as_function(layer), images)
+    classifies = layer == "logits"
+    return {
+        "files": dict(files),
+        "input": {
+            "name": INPUT,
+            "dtype": "uint8",
+            "shape": ["batch", *model.image_shape],
+            "meaning": "RGB from 0 to 255, the channel last",
+        },
+        "output": {"name": layer, "dtype": "float32", "shape": ["batch", *output.shape[1:]]},
+        "preprocess": {
+            "outside": model.preparation.line,
+            "inside": {"divide_by": 255, "mean": model.pixel_mean, "std": model.pixel_std},
+        },
+        "probabilities": model.loss if classifies else None,
+        "class_names": list(model.class_names or ()) or None if classifies else None,
+        "made_from": name_source(model),
+        "made_with": {"vit_jax": vit_jax.__version__, "jax": jax.__version__},
+    }

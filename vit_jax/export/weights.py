@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parameters of a loaded model as a file of weights."""
+
+from pathlib import Path
+
+import numpy as np
+
+from vit_jax.checkpoint.pretrained.weights import Weights
+from vit_jax.convert import convert
+from vit_jax.inference.model import LoadedModel
+from vit_jax.utils.tree import flatten
+
+
+def write_weights(path: Path, model: LoadedModel) -> list[str]:
+    """Writes weights, and reads them back.
+
+    Args:
+      path: a `.npz` or `.safetensors` file: see `vit_jax.convert`.
+      model: whose parameters, sizes and preparation of images are written.
+
+    Returns:
+      Lines for the screen.
+
+    Raises:
+      UserError: the layout can't hold this model, or the file can't be written.
+    """
+    weights = Weights(
+        params={name: np.asarray(x) for name, x in flatten(model.params).items()},
+        layout="loaded model",
+        model=dict(model.arguments),
+        preprocess={
+            "mean": model.pixel_mean,
+            "std": model.pixel_std,
+            "image_size": model.image_shape[:2],
+            "eval": model.preparation.line,
+        },
+    )
+    return [f"{path.name}: {convert(weights, path)[-1]}"]

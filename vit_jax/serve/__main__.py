@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Serves a trained model on this machine: a web page, and HTTP for programs.
+
+The page takes an image and shows the most probable classes, and where the model looks. Programs
+send the bytes of an image to /v1/predict, and get JSON; /openapi.json describes it. Nobody else on
+the network can reach it unless --host says so. Ctrl-C ends it.
+
+Examples:
+  python -m vit_jax.serve --workdir=runs/digits
+  python -m vit_jax.serve --workdir=runs/digits --checkpoint=best --params=ema --port=8080
+  python -m vit_jax.serve --checkpoint=vit.safetensors --labels=names.txt
+  curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/predict?top_k=3'
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import socket
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from vit_jax.main import parse_overrides
+from vit_jax.observe import console
+from vit_jax.observe.console import CommandParser, say
+from vit_jax.predict import add_source, load_source
+from vit_jax.utils.errors import UserError
+
+# Seconds that answers may take after Ctrl-C.
+_PATIENCE_S = 3
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's arguments, without overrides of the config.
+
+    Raises:
+      UserError: they don't fit.
+    """
+    parser = CommandParser(prog="python -m vit_jax.serve", description=__doc__)
+    add_source(parser)
+    parser.add_argument("--port", type=int, default=8000, help="%(default)s; 0 for any")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for the whole network"
+    )
+    parser.add_argument("--max_mib", type=float, default=10, help="of an image; %(default)s")
+    parser.add_argument(
+        "--max_pixels", type=int, default=50_000_000, help="of an image; %(default)s"
+    )
+    parser.add_argument(
+        "--max_requests", type=int, default=64, help="at a time; more are refused; %(default)s"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=16, help="images computed together; %(default)s"
+    )
+    args = parser.parse_args(argv)
+    if not 0 <= args.port < 2**16:
+        raise UserError(f"--port={args.port}: expected 0 to {2**16 - 1}")
+    for key in ("max_mib", "max_pixels", "max_requests", "batch_size"):
+        if getattr(args, key) <= 0:
+            raise UserError(f"--{key}={getattr(args, key)}: expected more than 0")
+    return args
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+      UserError: the port is taken, or the address is none of this machine.
+    """
+    try:
+        return socket.create_server((host, port))
+    except (OSError, UnicodeError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(
+            f"--port={port} of --host={host} can't be used: {reason}; expected a free port of this "
+            "machine, or 0 for any"
+        ) from None
+
+
+def main(argv: Sequence[str]) -> None:
+    """Serves until it is told to stop."""
+    overrides, rest = parse_overrides(list(argv))
+    args = parse_arguments(rest)
+    console.set_up(quiet=False)
+    for name in ("starlette", "uvicorn"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"vit_jax.serve needs {name}: pip install 'vit_jax[serve]'")
+    import uvicorn
+
+    from vit_jax.serve.app import LOOPBACK, Limits, make_app
+
+    with open_socket(args.host, args.port) as listening:
+        model = load_source(args, overrides)
+        local = args.host in LOOPBACK
+        limits = Limits(
+            bytes=int(args.max_mib * 2**20),
+            pixels=args.max_pixels,
+            requests=args.max_requests,
+            batch_size=args.batch_size,
+        )
+        app = make_app(model, limits=limits, hosts=LOOPBACK if local else ("*",))
+        model(np.zeros(model.image_shape, np.uint8))  # So that the first request need not compile.
+        if not local:
+            say(f"--host={args.host}: all who reach this machine can use it, without a password")
+        shown = args.host if local else socket.gethostname()
+        say(f"http://{shown}:{listening.getsockname()[1]} is ready; Ctrl-C ends it")
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_PATIENCE_S,
+        )
+        # The server ends in order, and passes Ctrl-C on.
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listening])
+        say("stopped")
+
+
+def run() -> None:
+    """The command: exit code 2 for bad input."""
+    try:
+        with console.report_errors():
+            main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("vit_jax: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()
