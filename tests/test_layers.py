@@ -39,6 +39,7 @@ LAYERS = {
     "vit_jax.explain": 4,
     "vit_jax.launch": 4,
     "vit_jax.status": 4,
+    "vit_jax.report": 4,
 }
 ALLOWED_IN = {
     "ml_collections": ("vit_jax.main", "vit_jax.experiment", "vit_jax.train"),

@@ -39,8 +39,9 @@ from vit_jax.observe.divergence import (
 from vit_jax.observe.ledger import Ledger
 from vit_jax.observe.profiler import Profiler
 from vit_jax.observe.progress import Monitor
-from vit_jax.observe.provenance import describe_run, say_changes
+from vit_jax.observe.provenance import describe_run, say_changes, write_run
 from vit_jax.observe.report import report_end, report_start
+from vit_jax.observe.run_page import describe_params, refresh_report
 from vit_jax.observe.watchdog import Watchdog
 from vit_jax.observe.writer import MetricWriter, read_metrics
 from vit_jax.optim.summary import describe_rates, group_params, summarize_params
@@ -61,6 +62,7 @@ class Run:
     guard: PreemptionGuard
     watchdog: Watchdog
     ledger: Ledger
+    command: str | None
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -112,13 +114,19 @@ def train(
                 process=jax.process_index(),
                 last_words=lambda phase: ledger.end(f"watchdog: {phase}"),
             )
-            with watchdog, _noting_the_end(ledger):
-                _train(Run(experiment, folder, checkpoints, guard, watchdog, ledger), missed)
+            run = Run(experiment, folder, checkpoints, guard, watchdog, ledger, command)
+            with watchdog, _noting_the_end(run):
+                _train(run, missed)
         _report_end(experiment, folder, checkpoints, command)
 
 
 @contextlib.contextmanager
-def _noting_the_end(ledger: Ledger) -> Iterator[None]:
+def _noting_the_end(run: Run) -> Iterator[None]:
+    def end(cause: str) -> None:
+        run.ledger.end(cause)
+        if jax.process_index() == 0:
+            refresh_report(run.folder)
+
     try:
         yield
     except BaseException as e:
@@ -128,9 +136,9 @@ def _noting_the_end(ledger: Ledger) -> Iterator[None]:
             SaveError: "no checkpoint can be written",
             KeyboardInterrupt: "interrupted",
         }
-        ledger.end(causes.get(type(e), f"error: {type(e).__name__}"))
+        end(causes.get(type(e), f"error: {type(e).__name__}"))
         raise
-    ledger.end("finished")
+    end("finished")
 
 
 def _train(run: Run, missed: Sequence[Evaluator]) -> None:
@@ -152,6 +160,9 @@ def _train(run: Run, missed: Sequence[Evaluator]) -> None:
     if main_process:
         write_config(folder, experiment.config)
         write_labels(folder, experiment.train_data.info.class_names)
+        params = summarize_params(experiment.optimizer, experiment.abstract_state.params)
+        what = {k: v for k, v in checkpoints.run.items() if k != "config"}
+        write_run(folder, what | {"command": run.command} | describe_params(params))
     profiler = Profiler(folder, experiment.profile, active=main_process)
     while True:
         saved = checkpoints.latest_step() or 0  # what was noted of later steps was undone
@@ -306,6 +317,9 @@ def take_steps(
                         # All of them again, when the run goes on.
                         stop = True
             monitor.results(step, results)
+            if results and jax.process_index() == 0:
+                with monitor.paused(), run.phase("evaluation"):
+                    refresh_report(folder)
             if stop or save:
                 with monitor.paused(), run.phase("save"):
                     _save(run, step, state, results, last=stop or step == total)
