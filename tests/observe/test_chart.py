@@ -52,6 +52,13 @@ def test_a_lone_point_is_a_dot_and_equal_values_have_a_range():
     assert "a at 4: 0.5" in text
 
 
+def test_curves_of_one_colour_differ_in_dashes():
+    text = plot_curves([Curve("a", [(0, 1), (1, 2)], i) for i in (1, 9, 17)], label="a")
+    styles = re.findall(r'<polyline class="curve" style="([^"]*)"', text)
+    assert all("var(--s1)" in style for style in styles)
+    assert len(set(styles)) == 3
+
+
 @pytest.mark.parametrize(
     ("values", "ticks"),
     [

@@ -24,7 +24,7 @@ class Curve:
     Attributes:
       name: for the legend.
       points: pairs of x and y; those that are not finite are left out.
-      color: number of its colour.
+      color: number of its colour; from 8 on the colours come again, with dashes.
     """
 
     name: str
@@ -47,12 +47,14 @@ def plot_curves(curves: Sequence[Curve], *, label: str) -> str:
     lines = [frame.axes()]
     for curve in drawn:
         color = f"var(--s{curve.color % _COLORS})"
+        dashes = f";stroke-dasharray:{2 + 3 * (curve.color // _COLORS)} 3"
+        style = f"stroke:{color}{dashes if curve.color >= _COLORS else ''}"
         title = f"<title>{html.escape(curve.name)}</title>"
         places = [frame.place(x, y) for x, y in curve.points]
         if len(places) > 1:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             lines.append(
-                f'<polyline class="curve" style="stroke:{color}" points="{path}">{title}</polyline>'
+                f'<polyline class="curve" style="{style}" points="{path}">{title}</polyline>'
             )
         if len(places) < 40:
             for (x, y), (step, value) in zip(places, curve.points, strict=True):
