@@ -120,7 +120,7 @@ def parse_overrides(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     for argument in todo:
         if argument.startswith(_OVERRIDE):
             key, equals, text = argument.removeprefix(_OVERRIDE).partition("=")
-            overrides[key] = _literal(text if equals else next(todo, ""))
+            overrides[key] = parse_literal(text if equals else next(todo, ""))
         else:
             rest.append(argument)
     return overrides, rest
@@ -141,7 +141,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     return argv
 
 
-def _literal(text: str) -> Any:
+def parse_literal(text: str) -> Any:
+    """The value of an override; see `parse_overrides`."""
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     try:
