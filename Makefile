@@ -40,7 +40,7 @@ train: .venv/project.stamp  ## train a small ViT on the digits in the package, o
 test: .venv/project.stamp  ## run the tests, without the slow ones
 	.venv/bin/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
-test-all: .venv/project.stamp build/torch/timm.stamp  ## run all tests that need no GPU; installs PyTorch in build/torch
+test-all: .venv/project.stamp .venv/trackers.stamp build/torch/timm.stamp  ## run all tests that need no GPU; installs PyTorch in build/torch, and trackers
 	TORCH_PYTHON=build/torch/bin/python .venv/bin/python -m pytest $(PARALLEL) -m "not gpu" $(ARGS)
 
 test-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),.venv/project.stamp)  ## run the tests that need a GPU, with GPU_PYTHON=python
@@ -94,6 +94,11 @@ clean:  ## remove .venv, build output and caches; runs/ stays
 .venv/project.stamp: .venv/deps.stamp setup.py pyproject.toml vit_jax/data/_jpeg.c
 	@echo "Installing vit_jax in editable mode."
 	@$(PIP_INSTALL) --no-build-isolation --no-deps -e .
+	@touch $@
+
+.venv/trackers.stamp: .venv/deps.stamp
+	@echo "Installing Weights & Biases and MLflow."
+	@$(PIP_INSTALL) --no-build-isolation -c requirements.lock wandb mlflow-skinny alembic sqlalchemy
 	@touch $@
 
 .venv/lint.stamp: .venv/deps.stamp requirements-lint.lock

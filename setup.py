@@ -73,6 +73,9 @@ setup(
         "cuda": ["jax[cuda13]"],
         "gcs": ["etils[epath-gcs]>=1.9.1"],
         "parquet": ["pyarrow>=15.0"],
+        "wandb": ["wandb>=0.19"],
+        # The last two are for its default, a file of SQLite; a server needs the first alone.
+        "mlflow": ["mlflow-skinny>=2.20", "alembic>=1.13", "sqlalchemy>=2.0"],
         "test": [
             "pyarrow>=15.0",
             "pytest>=8.0",

@@ -20,6 +20,7 @@ from vit_jax import __version__
 from vit_jax.checkpoint.manager import SaveError
 from vit_jax.observe import compile_cache, console
 from vit_jax.observe.divergence import DivergedError
+from vit_jax.observe.trackers import Tracking, check_trackers
 from vit_jax.parallel import processes
 from vit_jax.parallel.preemption import RUN_AGAIN, Preempted
 from vit_jax.train import train
@@ -174,12 +175,26 @@ def _check_same(config: ConfigDict) -> None:
     processes.check_same(values)
 
 
+def _check_trackers(overrides: dict[str, Any]) -> None:
+    """Refuses trackers that are not there before devices are waited for.
+
+    What else is wrong is said later, when no process waits for another that has ended.
+    """
+    try:
+        section = load_config(_CONFIG.value or "", overrides).get("tracking") or {}
+        tracking = Tracking(trackers=section.get("trackers", ()))
+    except (UserError, AttributeError):
+        return
+    check_trackers(tracking)
+
+
 def main(argv: list[str]) -> None:
     """Called by absl with the flags parsed."""
+    overrides, _ = parse_overrides(argv[1:])
+    _check_trackers(overrides)
     compile_cache.set_up(_COMPILE_CACHE.value)
     _join_job()
     console.set_up(quiet=jax.process_index() > 0)
-    overrides, _ = parse_overrides(argv[1:])
     # Given again with a longer run, it goes on; the last of two overrides counts.
     python = os.path.relpath(sys.executable) if sys.prefix.startswith(os.getcwd()) else "python"
     command = f"{python} -m vit_jax.main {shlex.join(argv[1:])}"

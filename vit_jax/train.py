@@ -42,6 +42,7 @@ from vit_jax.observe.progress import Monitor
 from vit_jax.observe.provenance import describe_run, say_changes, write_run
 from vit_jax.observe.report import report_end, report_start
 from vit_jax.observe.run_page import describe_params, refresh_report
+from vit_jax.observe.trackers import Trackers, check_trackers
 from vit_jax.observe.watchdog import Watchdog
 from vit_jax.observe.writer import MetricWriter, read_metrics
 from vit_jax.optim.summary import describe_rates, group_params, summarize_params
@@ -94,6 +95,8 @@ def train(
         main_process = jax.process_index() == 0
         with all_agree():
             experiment = Experiment.from_config(config)
+            if main_process:
+                check_trackers(experiment.tracking)
             # Parameters that the config's rules do not fit are refused before anything is written.
             _ = experiment.abstract_state
             names = experiment.train_data.info.class_names
@@ -164,17 +167,21 @@ def _train(run: Run, missed: Sequence[Evaluator]) -> None:
         what = {k: v for k, v in checkpoints.run.items() if k != "config"}
         write_run(folder, what | {"command": run.command} | describe_params(params))
     profiler = Profiler(folder, experiment.profile, active=main_process)
-    while True:
-        saved = checkpoints.latest_step() or 0  # what was noted of later steps was undone
-        with MetricWriter(folder, step=saved, active=main_process) as writer:
-            try:
-                take_steps(run, state, writer, profiler, start=start, missed=missed)
-                return
-            except DivergedError as e:
-                del state
-                _plan_rollback(run, e)
-        start, state = _restore(run)
-        missed = ()
+    with Trackers(experiment.tracking, folder, experiment.config, active=main_process) as trackers:
+        while True:
+            saved = checkpoints.latest_step() or 0  # what was noted of later steps was undone
+            with MetricWriter(folder, step=saved, active=main_process, trackers=trackers) as writer:
+                if start == 0:
+                    judges = [f"{e.name}/{m}" for e in experiment.evaluators for m in e.metrics]
+                    writer.write_config(experiment.config, judges)
+                try:
+                    take_steps(run, state, writer, profiler, start=start, missed=missed)
+                    return
+                except DivergedError as e:
+                    del state
+                    _plan_rollback(run, e)
+            start, state = _restore(run)
+            missed = ()
 
 
 def _restore(run: Run) -> tuple[int, TrainState]:
@@ -295,6 +302,8 @@ def take_steps(
             if log or save or step == start + 1:
                 counts = Counts(*sum_over_processes(*dataclasses.astuple(corrupt.counts)))
                 check_counts(counts, experiment.max_corrupt)
+            if step == 1 and experiment.tracking.images:
+                _write_images(experiment, batch, writer)
             state, metrics = experiment.train_step(state, batch)
             guard.has_progress()
             if log:
@@ -306,6 +315,11 @@ def take_steps(
                 run.ledger.took(step - 1)
             if log:
                 run.ledger.write_progress()
+
+            if (every := experiment.tracking.histograms_every) and step % every == 0:
+                with monitor.paused():
+                    found = jax.device_get(experiment.histograms(state.params))
+                    writer.write_histograms(step, found)
 
             stop, results = guard.should_stop(), {}
             wanted = [e for e in experiment.evaluators if due(step, e.every, total)]
@@ -325,6 +339,13 @@ def take_steps(
                     _save(run, step, state, results, last=stop or step == total)
             if stop:
                 raise Preempted(f"stopped after step {step} of {total}, which is saved")
+
+
+def _write_images(experiment: Experiment, batch: Any, writer: MetricWriter) -> None:
+    """Writes a few images of a batch as the model sees them, from process 0."""
+    if jax.process_index() == 0:
+        images = experiment.augment_images(batch, experiment.tracking.images)
+        writer.write_images(1, "train/images", images)
 
 
 def _save(run: Run, step: int, state: TrainState, results: dict[str, float], *, last: bool) -> None:
