@@ -293,3 +293,8 @@ def test_a_missing_tracker_is_refused_before_devices_are_looked_at(monkeypatch, 
         "tracking.trackers: 'wandb' is not installed: pip install 'vit_jax[wandb]'"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_less_and_more_at_once_is_refused():
+    with flagsaver.flagsaver(), pytest.raises(UserError, match="expected one of them"):
+        main_module.parse_flags(["main", "--config=c", "--workdir=w", "--quiet", "--verbose"])

@@ -447,10 +447,12 @@ class Experiment:
         )
         return (put_batch(batch, self.mesh) for batch in batches)
 
-    @functools.cached_property
-    def histograms(self) -> Callable[[Params], dict[str, tuple[jax.Array, jax.Array]]]:
-        """A jitted function from parameters to counts and edges of 30 bins, by path."""
+    def measure_params(self, params: Params) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Histograms of all parameters, `params/PATH`: counts and edges of 30 bins."""
+        return jax.device_get(self._histograms(params))
 
+    @functools.cached_property
+    def _histograms(self) -> Callable[[Params], dict[str, tuple[jax.Array, jax.Array]]]:
         def measure(params: Params) -> dict[str, tuple[jax.Array, jax.Array]]:
             found = {path: x.astype(jnp.float32) for path, x in flatten(params).items()}
             return {f"params/{path}": jnp.histogram(x, bins=30) for path, x in found.items()}
@@ -473,8 +475,7 @@ class Experiment:
         Returns:
           uint8 `[n, height, width, 3]`.
         """
-        part = {k: np.asarray(x.addressable_data(0))[:count] for k, x in batch.items()}
-        return self._augment(part)
+        return self._augment({k: _local_rows(x, count) for k, x in batch.items()})
 
     def _augment(self, batch: Mapping[str, Any]) -> np.ndarray:
         rng, _ = jax.random.split(state_lib.step_rng(self.seed, 0))
@@ -514,6 +515,12 @@ class Experiment:
         _count_examples(self.train_data)
         for evaluator in self.evaluators:
             evaluator.open()
+
+
+def _local_rows(x: jax.Array, count: int) -> np.ndarray:
+    """The first rows of a global array among those that this process has."""
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])[:count]
 
 
 def _check_renamed(config: Mapping[str, Any]) -> None:

@@ -62,6 +62,9 @@ _COMPILE_CACHE = flags.DEFINE_string(
     "Folder of compiled programs; a folder below ~/.cache by default, 'off' for none.",
 )
 
+_QUIET = flags.DEFINE_bool("quiet", False, "Show results, warnings and the end alone.")
+_VERBOSE = flags.DEFINE_bool("verbose", False, "Show all metrics of each logged step, as lines.")
+
 _OVERRIDE = "--config."
 _WORDS = {"true": True, "false": False, "none": None}
 
@@ -137,6 +140,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     for name, flag in (("config", _CONFIG), ("workdir", _WORKDIR)):
         if not flag.value:
             raise UserError(f"--{name} is missing; see python -m vit_jax.main --help")
+    if _QUIET.value and _VERBOSE.value:
+        raise UserError("--quiet and --verbose: expected one of them")
     if unused:
         raise UserError(f"{unused[0]!r} is no flag; expected --name=value")
     return argv
@@ -194,7 +199,8 @@ def main(argv: list[str]) -> None:
     _check_trackers(overrides)
     compile_cache.set_up(_COMPILE_CACHE.value)
     _join_job()
-    console.set_up(quiet=jax.process_index() > 0)
+    verbosity = "quiet" if _QUIET.value else "verbose" if _VERBOSE.value else "normal"
+    console.set_up(quiet=jax.process_index() > 0, verbosity=verbosity)
     # Given again with a longer run, it goes on; the last of two overrides counts.
     python = os.path.relpath(sys.executable) if sys.prefix.startswith(os.getcwd()) else "python"
     command = f"{python} -m vit_jax.main {shlex.join(argv[1:])}"

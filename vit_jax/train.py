@@ -26,6 +26,7 @@ from vit_jax.data.fingerprint import fingerprint
 from vit_jax.evaluators.base import Evaluator, evaluate
 from vit_jax.evaluators.probes import Probes
 from vit_jax.experiment import Experiment
+from vit_jax.models.flops import train_flops
 from vit_jax.observe import divergence
 from vit_jax.observe.console import say
 from vit_jax.observe.divergence import (
@@ -46,6 +47,7 @@ from vit_jax.observe.trackers import Trackers, check_trackers
 from vit_jax.observe.watchdog import Watchdog
 from vit_jax.observe.writer import MetricWriter, read_metrics
 from vit_jax.optim.summary import describe_rates, group_params, summarize_params
+from vit_jax.parallel.chips import find_chip
 from vit_jax.parallel.preemption import Preempted, PreemptionGuard
 from vit_jax.parallel.processes import all_agree, host_names, sum_over_processes, tell_all
 from vit_jax.parallel.sharding import find_large_copies
@@ -288,7 +290,9 @@ def take_steps(
         on_divergence=experiment.on_divergence,
         max_loss=experiment.max_loss,
         dump=lambda found: _dump(experiment, folder, found),
+        peak=_peak_images_per_sec(experiment),
     )
+    monitor.saved(run.checkpoints.latest_step())
     with monitor, profiler:
         if missed:
             with monitor.paused(), run.phase("evaluation"):
@@ -318,9 +322,7 @@ def take_steps(
 
             if (every := experiment.tracking.histograms_every) and step % every == 0:
                 with monitor.paused():
-                    found = jax.device_get(experiment.histograms(state.params))
-                    writer.write_histograms(step, found)
-
+                    writer.write_histograms(step, experiment.measure_params(state.params))
             stop, results = guard.should_stop(), {}
             wanted = [e for e in experiment.evaluators if due(step, e.every, total)]
             if wanted and not stop:
@@ -330,15 +332,32 @@ def take_steps(
                     except Preempted:
                         # All of them again, when the run goes on.
                         stop = True
-            monitor.results(step, results)
-            if results and jax.process_index() == 0:
-                with monitor.paused(), run.phase("evaluation"):
-                    refresh_report(folder)
+            _take_results(run, monitor, step, results)
             if stop or save:
                 with monitor.paused(), run.phase("save"):
                     _save(run, step, state, results, last=stop or step == total)
+                monitor.saved(run.checkpoints.latest_step())
             if stop:
                 raise Preempted(f"stopped after step {step} of {total}, which is saved")
+
+
+def _peak_images_per_sec(experiment: Experiment) -> float | None:
+    """What the peak of the devices is for this model; None where either is not known."""
+    devices = experiment.mesh.devices.flat
+    chip = find_chip(devices[0].device_kind)
+    config = experiment.config
+    whole = config["objective"]["name"] == "supervised" and not config["optimizer"]["freeze"]
+    if chip is None or not whole:
+        return None
+    flops = train_flops(experiment.model, experiment.train_data.image_shape()[:2])
+    return chip.flops * len(devices) / flops
+
+
+def _take_results(run: Run, monitor: Monitor, step: int, results: dict[str, float]) -> None:
+    monitor.results(step, results)
+    if results and jax.process_index() == 0:
+        with monitor.paused(), run.phase("evaluation"):
+            refresh_report(run.folder)
 
 
 def _write_images(experiment: Experiment, batch: Any, writer: MetricWriter) -> None:
