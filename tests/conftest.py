@@ -75,6 +75,7 @@ def screen():
     """What a command sets for its process does not outlive the test."""
     yield
     console.console.quiet = console.console.stderr = False
+    console.settings.verbosity = "normal"
 
 
 @pytest.fixture

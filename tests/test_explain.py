@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command that draws what a model sees."""
 
-import html.parser
-import re
-
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.pages import assert_stands_alone
 from tests.trained import MIXER, write_images, write_model
 from vit_jax.explain import main
 from vit_jax.inference import draw
@@ -38,25 +36,6 @@ def call(place, said):
     return run
 
 
-class Page(html.parser.HTMLParser):
-    """Collects tags, and refuses ones that are not closed in order."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open, self.sources = [], [], []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.sources += [value for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
 def test_every_figure_is_a_file_and_on_the_page_and_named(call, tmp_path):
     output = tmp_path / "seen"
     said = call("vit.npz", f"--output={output}")
@@ -67,14 +46,8 @@ def test_every_figure_is_a_file_and_on_the_page_and_named(call, tmp_path):
     assert {f"wrote {output / name}" for name in names | {"index.html"}} <= set(said)
     assert [path.name for path in tmp_path.iterdir()] == ["seen"]
     text = (output / "index.html").read_text()
-    page = Page(text)
+    page = assert_stands_alone(text)
     assert page.tags.count("figure") == page.tags.count("img") == len(names)
-    # It stands alone, and suits dark and narrow screens.
-    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert "script" not in page.tags
-    assert not re.search(r"https?://", text)
-    assert "prefers-color-scheme: dark" in text
-    assert 'name="viewport"' in text
     with Image.open(output / "01_00_attention.png") as sheet:
         # Two layers and four heads, of tiles of 56 pixels with gaps of 2.
         assert sheet.size == (4 * 58 - 2, 2 * 58 - 2)

@@ -41,6 +41,9 @@ LAYERS = {
     "vit_jax.launch": 4,
     "vit_jax.serve": 4,
     "vit_jax.status": 4,
+    "vit_jax.report": 4,
+    "vit_jax.compare": 4,
+    "vit_jax.sweep": 4,
 }
 ALLOWED_IN = {
     "ml_collections": ("vit_jax.main", "vit_jax.experiment", "vit_jax.train"),

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl.testing import flagsaver
 
+from vit_jax import main as main_module
 from vit_jax.main import load_config, parse_overrides
 from vit_jax.models.variants import make_vit
+from vit_jax.observe import trackers
 from vit_jax.train import train
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import bind
@@ -278,3 +281,20 @@ def test_config_json_holds_the_resolved_config(trained):
     config = json.loads((trained / "config.json").read_text())
     assert config["total_steps"] == 2
     assert config["optimizer"]["b2"] == 0.999
+
+
+def test_a_missing_tracker_is_refused_before_devices_are_looked_at(monkeypatch, tmp_path):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(main_module, "_join_job", lambda: pytest.fail("devices are looked at"))
+    config = ["--config", str(ROOT / "configs/digits.py"), "--workdir", str(tmp_path / "run")]
+    with flagsaver.flagsaver(config=config[1], workdir=config[3]), pytest.raises(UserError) as e:
+        main_module.main(["main", *config, "--config.tracking.trackers=wandb,mlflow"])
+    assert str(e.value) == (
+        "tracking.trackers: 'wandb' is not installed: pip install 'vit_jax[wandb]'"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_less_and_more_at_once_is_refused():
+    with flagsaver.flagsaver(), pytest.raises(UserError, match="expected one of them"):
+        main_module.parse_flags(["main", "--config=c", "--workdir=w", "--quiet", "--verbose"])

@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from tests.observe.test_writer import events
+from tests.pages import assert_stands_alone
 from tests.tiny import tiny_config
 from vit_jax import train as train_module
-from vit_jax.checkpoint.manager import CheckpointManager, load_params
+from vit_jax.checkpoint.manager import CheckpointManager, list_steps, load_params
 from vit_jax.experiment import Experiment
+from vit_jax.observe import run_page, trackers
 from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.progress import Monitor
 from vit_jax.observe.writer import read_metrics
@@ -57,6 +60,8 @@ def test_a_run_leaves_config_metrics_and_checkpoint(finished):
         "evals",
         "ledger.jsonl",
         "metrics.jsonl",
+        "report.html",
+        "run.json",
         "tensorboard",
     ]
     assert {p.name for p in (finished / "evals").iterdir()} == {
@@ -75,6 +80,71 @@ def test_a_run_leaves_config_metrics_and_checkpoint(finished):
     assert all(names <= r.keys() for r in records if "train/loss" in r)
     assert [r["step"] for r in records if "perf/first_step_s" in r] == [1]
     assert list((finished / "tensorboard").glob("events*"))
+
+
+def test_a_run_leaves_a_page_of_how_it_ended(finished):
+    text = assert_stands_alone((finished / "report.html").read_text()).text
+    assert "Step 8 of 8; ended: finished" in text
+    assert "Confusion: val, step 8" in text
+    assert "embedding/kernel" in text
+    run = json.loads((finished / "run.json").read_text())
+    assert run["command"] == "train"
+    assert "config" not in run
+
+
+def test_a_page_that_fails_does_not_end_a_run(data_dir, tmp_path, monkeypatch, said):
+    pages = []
+
+    def fail(workdir, **_):
+        pages.append([r["step"] for r in read_metrics(workdir) if "val/top1" in r])
+        raise RuntimeError("no page")
+
+    monkeypatch.setattr(run_page, "make_report", fail)
+    train(tiny_config(data_dir), str(tmp_path / "run"))
+    # At each evaluation, with its results, and at the end.
+    assert pages == [[4], [4, 8], [4, 8]]
+    assert sum("no page" in line for line in said) == 3
+    assert list_steps(tmp_path / "run") == [4, 8]
+
+
+class Flaky:
+    """A tracker that takes a picture and no record."""
+
+    def __init__(self, tracking, workdir, config):
+        seen.append(("start", tracking.project, config["optimizer.lr"]))
+
+    def write(self, step, metrics):
+        seen.append((step, sorted(metrics)))
+        raise OSError("no connection\nat all")
+
+    def write_images(self, step, name, picture):
+        seen.append((step, name, picture.shape))
+
+
+seen: list = []
+
+
+def test_a_tracker_that_fails_is_dropped_and_tensorboard_gets_pictures(
+    data_dir, tmp_path, monkeypatch, said
+):
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", Flaky)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: True)
+    tracking = {"trackers": "mlflow", "project": "p", "images": 4, "histograms_every": 4}
+    train(tiny_config(data_dir, tracking=tracking), str(tmp_path / "run"))
+    assert seen == [
+        ("start", "p", 1e-2),
+        (1, "train/images", (16, 16, 3)),
+        (1, ["perf/first_step_s"]),
+    ]
+    failed = [line for line in said if line.startswith("tracker ")]
+    assert failed == ["tracker mlflow failed (OSError: no connection): goes on without"]
+    assert list_steps(tmp_path / "run") == [4, 8]
+    found = [(v.tag, e.step, v) for e in events(tmp_path / "run") for v in e.summary.value]
+    (picture,) = [v.image for tag, step, v in found if (tag, step) == ("train/images", 1)]
+    assert (picture.height, picture.width) == (16, 16)  # four digits of 8x8
+    steps = [(step, v.histo.num) for tag, step, v in found if tag == "params/head/kernel"]
+    assert steps == [(4, 160), (8, 160)]
+    assert "_hparams_/experiment" in {tag for tag, *_ in found}
 
 
 def test_a_second_run_does_nothing_and_says_so(finished, data_dir, said):
@@ -110,6 +180,8 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one(finished, data_dir, tmp_path
 
 
 CONFIG_FILE = """
+from tests.observe.test_writer import events
+from tests.pages import assert_stands_alone
 from tests.tiny import tiny_config
 def get_config(data_dir):
     return tiny_config(

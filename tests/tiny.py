@@ -28,6 +28,7 @@ def tiny_config(data_dir: str, **changes: Any) -> ConfigDict:
         "evals": {"val": {"split": "test[:50]", "preprocess": "decode", "every": 4}},
         "checkpoint": {"every": 4},
         "log_every": 2,
+        "tracking": {"images": 0},
     }
     for key, value in changes.items():
         *parents, leaf = key.split("__")

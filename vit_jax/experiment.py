@@ -32,6 +32,7 @@ from vit_jax.objectives.kinds import HEADLESS, OBJECTIVES
 from vit_jax.observe.console import say
 from vit_jax.observe.divergence import POLICIES
 from vit_jax.observe.profiler import Profile
+from vit_jax.observe.trackers import Tracking
 from vit_jax.observe.watchdog import Limits
 from vit_jax.optim.directions import DIRECTIONS
 from vit_jax.optim.optimizer import Optimizer, make_optimizer
@@ -56,6 +57,7 @@ from vit_jax.utils.durations import (
 )
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import bind, check_type, keywords, lookup
+from vit_jax.utils.tree import flatten
 from vit_jax.workdir import Resume
 
 # Keys of google-research/vision_transformer configs, and where their values go here.
@@ -94,6 +96,7 @@ _SECTIONS = (
     "evals",
     "profile",
     "resume",
+    "tracking",
     "watchdog",
 )
 
@@ -119,6 +122,7 @@ def _top_level(
     log_every: int = 50,
     profile: dict | None = None,
     resume: dict | None = None,
+    tracking: dict | None = None,
     watchdog: dict | None = None,
 ) -> None:
     """The keys of a config; only its signature is used."""
@@ -173,6 +177,7 @@ class Experiment:
     log_every: int
     profile: Profile
     resume: Resume
+    tracking: Tracking
     watchdog: Limits
     config: dict[str, Any]
 
@@ -229,6 +234,7 @@ class Experiment:
         (adapt_args,) = bind(section["adapt"], adapt_params, key="adapt", given=given)
         (profile_args,) = bind(section["profile"], Profile, key="profile")
         (resume_args,) = bind(section["resume"], Resume, key="resume")
+        (tracking_args,) = bind(section["tracking"], Tracking, key="tracking")
         (watchdog_args,) = bind(section["watchdog"], Limits, key="watchdog")
         return cls(
             model=model,
@@ -250,6 +256,7 @@ class Experiment:
             log_every=top["log_every"],
             profile=Profile(**profile_args),
             resume=Resume(**resume_args),
+            tracking=Tracking(**tracking_args),
             watchdog=Limits(**watchdog_args),
             config={k: v for k, v in top.items() if not (log_every and k == "log_every")}
             | log_every
@@ -264,6 +271,7 @@ class Experiment:
                 "evals": eval_args,
                 "profile": profile_args,
                 "resume": resume_args,
+                "tracking": tracking_args,
                 "watchdog": watchdog_args,
             },
         )
@@ -439,19 +447,46 @@ class Experiment:
         )
         return (put_batch(batch, self.mesh) for batch in batches)
 
+    def measure_params(self, params: Params) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Histograms of all parameters, `params/PATH`: counts and edges of 30 bins."""
+        return jax.device_get(self._histograms(params))
+
+    @functools.cached_property
+    def _histograms(self) -> Callable[[Params], dict[str, tuple[jax.Array, jax.Array]]]:
+        def measure(params: Params) -> dict[str, tuple[jax.Array, jax.Array]]:
+            found = {path: x.astype(jnp.float32) for path, x in flatten(params).items()}
+            return {f"params/{path}": jnp.histogram(x, bins=30) for path, x in found.items()}
+
+        return jax.jit(measure, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+
     def describe_step(self, step: int) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
         """The batch of a step, where its examples come from, and the names of `grad_norms`."""
         batch, records = read_step(self.train_data, seed=self.seed, step=step - 1)
         trained, _ = self.optimizer.rules.split(self.abstract_state.params)
         return batch, records, state_lib.layer_names(trained)
 
-    def augmented_images(self) -> np.ndarray:
-        """The images of the first step as the model sees them, uint8 `[b, height, width, 3]`."""
+    def augment_images(self, batch: Mapping[str, jax.Array], count: int) -> np.ndarray:
+        """Some images of the first batch as the model sees them, mixed among themselves.
+
+        Args:
+          batch: from `train_batches`; of this process's part of it.
+          count: images at most.
+
+        Returns:
+          uint8 `[n, height, width, 3]`.
+        """
+        return self._augment({k: _local_rows(x, count) for k, x in batch.items()})
+
+    def _augment(self, batch: Mapping[str, Any]) -> np.ndarray:
         rng, _ = jax.random.split(state_lib.step_rng(self.seed, 0))
-        images = self.objective.augment(next(self.train_batches(0)), rng)["image"]
+        images = self.objective.augment(dict(batch), rng)["image"]
         args = self.config["objective"]
         pixels = np.asarray(images) * args["pixel_std"] + args["pixel_mean"]
         return np.round(255 * pixels.clip(0, 1)).astype(np.uint8)
+
+    def augmented_images(self) -> np.ndarray:
+        """The images of the first step as the model sees them, uint8 `[b, height, width, 3]`."""
+        return self._augment(next(self.train_batches(0)))
 
     def input_bytes(self) -> dict[str, int]:
         """Memory for batches of this process, by what they are for: at most `data.max_ram_gb` each.
@@ -480,6 +515,12 @@ class Experiment:
         _count_examples(self.train_data)
         for evaluator in self.evaluators:
             evaluator.open()
+
+
+def _local_rows(x: jax.Array, count: int) -> np.ndarray:
+    """The first rows of a global array among those that this process has."""
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])[:count]
 
 
 def _check_renamed(config: Mapping[str, Any]) -> None:

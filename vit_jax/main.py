@@ -20,6 +20,7 @@ from vit_jax import __version__
 from vit_jax.checkpoint.manager import SaveError
 from vit_jax.observe import compile_cache, console
 from vit_jax.observe.divergence import DivergedError
+from vit_jax.observe.trackers import Tracking, check_trackers
 from vit_jax.parallel import processes
 from vit_jax.parallel.preemption import RUN_AGAIN, Preempted
 from vit_jax.train import train
@@ -60,6 +61,9 @@ _COMPILE_CACHE = flags.DEFINE_string(
     None,
     "Folder of compiled programs; a folder below ~/.cache by default, 'off' for none.",
 )
+
+_QUIET = flags.DEFINE_bool("quiet", False, "Show results, warnings and the end alone.")
+_VERBOSE = flags.DEFINE_bool("verbose", False, "Show all metrics of each logged step, as lines.")
 
 _OVERRIDE = "--config."
 _WORDS = {"true": True, "false": False, "none": None}
@@ -120,7 +124,7 @@ def parse_overrides(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     for argument in todo:
         if argument.startswith(_OVERRIDE):
             key, equals, text = argument.removeprefix(_OVERRIDE).partition("=")
-            overrides[key] = _literal(text if equals else next(todo, ""))
+            overrides[key] = parse_literal(text if equals else next(todo, ""))
         else:
             rest.append(argument)
     return overrides, rest
@@ -136,12 +140,15 @@ def parse_flags(argv: list[str]) -> list[str]:
     for name, flag in (("config", _CONFIG), ("workdir", _WORKDIR)):
         if not flag.value:
             raise UserError(f"--{name} is missing; see python -m vit_jax.main --help")
+    if _QUIET.value and _VERBOSE.value:
+        raise UserError("--quiet and --verbose: expected one of them")
     if unused:
         raise UserError(f"{unused[0]!r} is no flag; expected --name=value")
     return argv
 
 
-def _literal(text: str) -> Any:
+def parse_literal(text: str) -> Any:
+    """The value of an override; see `parse_overrides`."""
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     try:
@@ -173,12 +180,27 @@ def _check_same(config: ConfigDict) -> None:
     processes.check_same(values)
 
 
+def _check_trackers(overrides: dict[str, Any]) -> None:
+    """Refuses trackers that are not there before devices are waited for.
+
+    What else is wrong is said later, when no process waits for another that has ended.
+    """
+    try:
+        section = load_config(_CONFIG.value or "", overrides).get("tracking") or {}
+        tracking = Tracking(trackers=section.get("trackers", ()))
+    except (UserError, AttributeError):
+        return
+    check_trackers(tracking)
+
+
 def main(argv: list[str]) -> None:
     """Called by absl with the flags parsed."""
+    overrides, _ = parse_overrides(argv[1:])
+    _check_trackers(overrides)
     compile_cache.set_up(_COMPILE_CACHE.value)
     _join_job()
-    console.set_up(quiet=jax.process_index() > 0)
-    overrides, _ = parse_overrides(argv[1:])
+    verbosity = "quiet" if _QUIET.value else "verbose" if _VERBOSE.value else "normal"
+    console.set_up(quiet=jax.process_index() > 0, verbosity=verbosity)
     # Given again with a longer run, it goes on; the last of two overrides counts.
     python = os.path.relpath(sys.executable) if sys.prefix.startswith(os.getcwd()) else "python"
     command = f"{python} -m vit_jax.main {shlex.join(argv[1:])}"

@@ -26,6 +26,7 @@ from vit_jax.data.fingerprint import fingerprint
 from vit_jax.evaluators.base import Evaluator, evaluate
 from vit_jax.evaluators.probes import Probes
 from vit_jax.experiment import Experiment
+from vit_jax.models.flops import train_flops
 from vit_jax.observe import divergence
 from vit_jax.observe.console import say
 from vit_jax.observe.divergence import (
@@ -39,11 +40,14 @@ from vit_jax.observe.divergence import (
 from vit_jax.observe.ledger import Ledger
 from vit_jax.observe.profiler import Profiler
 from vit_jax.observe.progress import Monitor
-from vit_jax.observe.provenance import describe_run, say_changes
+from vit_jax.observe.provenance import describe_run, say_changes, write_run
 from vit_jax.observe.report import report_end, report_start
+from vit_jax.observe.run_page import describe_params, refresh_report
+from vit_jax.observe.trackers import Trackers, check_trackers
 from vit_jax.observe.watchdog import Watchdog
 from vit_jax.observe.writer import MetricWriter, read_metrics
 from vit_jax.optim.summary import describe_rates, group_params, summarize_params
+from vit_jax.parallel.chips import find_chip
 from vit_jax.parallel.preemption import Preempted, PreemptionGuard
 from vit_jax.parallel.processes import all_agree, host_names, sum_over_processes, tell_all
 from vit_jax.parallel.sharding import find_large_copies
@@ -61,6 +65,7 @@ class Run:
     guard: PreemptionGuard
     watchdog: Watchdog
     ledger: Ledger
+    command: str | None
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -92,6 +97,8 @@ def train(
         main_process = jax.process_index() == 0
         with all_agree():
             experiment = Experiment.from_config(config)
+            if main_process:
+                check_trackers(experiment.tracking)
             # Parameters that the config's rules do not fit are refused before anything is written.
             _ = experiment.abstract_state
             names = experiment.train_data.info.class_names
@@ -112,13 +119,19 @@ def train(
                 process=jax.process_index(),
                 last_words=lambda phase: ledger.end(f"watchdog: {phase}"),
             )
-            with watchdog, _noting_the_end(ledger):
-                _train(Run(experiment, folder, checkpoints, guard, watchdog, ledger), missed)
+            run = Run(experiment, folder, checkpoints, guard, watchdog, ledger, command)
+            with watchdog, _noting_the_end(run):
+                _train(run, missed)
         _report_end(experiment, folder, checkpoints, command)
 
 
 @contextlib.contextmanager
-def _noting_the_end(ledger: Ledger) -> Iterator[None]:
+def _noting_the_end(run: Run) -> Iterator[None]:
+    def end(cause: str) -> None:
+        run.ledger.end(cause)
+        if jax.process_index() == 0:
+            refresh_report(run.folder)
+
     try:
         yield
     except BaseException as e:
@@ -128,9 +141,9 @@ def _noting_the_end(ledger: Ledger) -> Iterator[None]:
             SaveError: "no checkpoint can be written",
             KeyboardInterrupt: "interrupted",
         }
-        ledger.end(causes.get(type(e), f"error: {type(e).__name__}"))
+        end(causes.get(type(e), f"error: {type(e).__name__}"))
         raise
-    ledger.end("finished")
+    end("finished")
 
 
 def _train(run: Run, missed: Sequence[Evaluator]) -> None:
@@ -152,18 +165,25 @@ def _train(run: Run, missed: Sequence[Evaluator]) -> None:
     if main_process:
         write_config(folder, experiment.config)
         write_labels(folder, experiment.train_data.info.class_names)
+        params = summarize_params(experiment.optimizer, experiment.abstract_state.params)
+        what = {k: v for k, v in checkpoints.run.items() if k != "config"}
+        write_run(folder, what | {"command": run.command} | describe_params(params))
     profiler = Profiler(folder, experiment.profile, active=main_process)
-    while True:
-        saved = checkpoints.latest_step() or 0  # what was noted of later steps was undone
-        with MetricWriter(folder, step=saved, active=main_process) as writer:
-            try:
-                take_steps(run, state, writer, profiler, start=start, missed=missed)
-                return
-            except DivergedError as e:
-                del state
-                _plan_rollback(run, e)
-        start, state = _restore(run)
-        missed = ()
+    with Trackers(experiment.tracking, folder, experiment.config, active=main_process) as trackers:
+        while True:
+            saved = checkpoints.latest_step() or 0  # what was noted of later steps was undone
+            with MetricWriter(folder, step=saved, active=main_process, trackers=trackers) as writer:
+                if start == 0:
+                    judges = [f"{e.name}/{m}" for e in experiment.evaluators for m in e.metrics]
+                    writer.write_config(experiment.config, judges)
+                try:
+                    take_steps(run, state, writer, profiler, start=start, missed=missed)
+                    return
+                except DivergedError as e:
+                    del state
+                    _plan_rollback(run, e)
+            start, state = _restore(run)
+            missed = ()
 
 
 def _restore(run: Run) -> tuple[int, TrainState]:
@@ -270,7 +290,9 @@ def take_steps(
         on_divergence=experiment.on_divergence,
         max_loss=experiment.max_loss,
         dump=lambda found: _dump(experiment, folder, found),
+        peak=_peak_images_per_sec(experiment),
     )
+    monitor.saved(run.checkpoints.latest_step())
     with monitor, profiler:
         if missed:
             with monitor.paused(), run.phase("evaluation"):
@@ -284,6 +306,8 @@ def take_steps(
             if log or save or step == start + 1:
                 counts = Counts(*sum_over_processes(*dataclasses.astuple(corrupt.counts)))
                 check_counts(counts, experiment.max_corrupt)
+            if step == 1 and experiment.tracking.images:
+                _write_images(experiment, batch, writer)
             state, metrics = experiment.train_step(state, batch)
             guard.has_progress()
             if log:
@@ -296,6 +320,9 @@ def take_steps(
             if log:
                 run.ledger.write_progress()
 
+            if (every := experiment.tracking.histograms_every) and step % every == 0:
+                with monitor.paused():
+                    writer.write_histograms(step, experiment.measure_params(state.params))
             stop, results = guard.should_stop(), {}
             wanted = [e for e in experiment.evaluators if due(step, e.every, total)]
             if wanted and not stop:
@@ -305,12 +332,39 @@ def take_steps(
                     except Preempted:
                         # All of them again, when the run goes on.
                         stop = True
-            monitor.results(step, results)
+            _take_results(run, monitor, step, results)
             if stop or save:
                 with monitor.paused(), run.phase("save"):
                     _save(run, step, state, results, last=stop or step == total)
+                monitor.saved(run.checkpoints.latest_step())
             if stop:
                 raise Preempted(f"stopped after step {step} of {total}, which is saved")
+
+
+def _peak_images_per_sec(experiment: Experiment) -> float | None:
+    """What the peak of the devices is for this model; None where either is not known."""
+    devices = experiment.mesh.devices.flat
+    chip = find_chip(devices[0].device_kind)
+    config = experiment.config
+    whole = config["objective"]["name"] == "supervised" and not config["optimizer"]["freeze"]
+    if chip is None or not whole:
+        return None
+    flops = train_flops(experiment.model, experiment.train_data.image_shape()[:2])
+    return chip.flops * len(devices) / flops
+
+
+def _take_results(run: Run, monitor: Monitor, step: int, results: dict[str, float]) -> None:
+    monitor.results(step, results)
+    if results and jax.process_index() == 0:
+        with monitor.paused(), run.phase("evaluation"):
+            refresh_report(run.folder)
+
+
+def _write_images(experiment: Experiment, batch: Any, writer: MetricWriter) -> None:
+    """Writes a few images of a batch as the model sees them, from process 0."""
+    if jax.process_index() == 0:
+        images = experiment.augment_images(batch, experiment.tracking.images)
+        writer.write_images(1, "train/images", images)
 
 
 def _save(run: Run, step: int, state: TrainState, results: dict[str, float], *, last: bool) -> None:

@@ -45,6 +45,7 @@ _FREE = (
     "resume",
     "on_divergence",
     "max_loss",
+    "tracking",
     "watchdog",
 )
 _FREE_KEYS = (

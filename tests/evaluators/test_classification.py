@@ -175,6 +175,10 @@ def test_details_have_each_class_and_the_confusion_matrix(data_dir, tmp_path, wa
     recalls = [record["accuracy"] for record in details["classes"]]
     np.testing.assert_allclose(recalls, want["recalls"])
     assert [record["count"] for record in details["classes"]] == want["confusion"].sum(1).tolist()
+    bins = details["calibration"]
+    assert sum(b["count"] for b in bins) == 50
+    gaps = [b["count"] * abs(b["confidence"] - b["accuracy"]) for b in bins]
+    np.testing.assert_allclose(sum(gaps) / 50, results["ece"], rtol=1e-6)
     with open(tmp_path / "evals" / "val_7_confusion.csv") as file:
         pairs = {(r["label"], r["predicted"]): r["count"] for r in csv.DictReader(file)}
     matrix = [[int(pairs.get((str(i), str(j)), 0)) for j in range(10)] for i in range(10)]

@@ -2,6 +2,9 @@
 """The monitor: speeds by a clock of its own, metrics one step late, lines or a bar."""
 
 import io
+import math
+import os
+import re
 import types
 
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import rich.console
 
 from vit_jax.observe import console, progress
 from vit_jax.observe.divergence import DivergedError
+from vit_jax.observe.panel import Panel, draw_sparkline
 from vit_jax.observe.progress import Monitor
 
 
@@ -208,17 +212,106 @@ def test_a_file_gets_one_line_for_each_logged_step(records, clock, screen):
     ]
 
 
-def test_a_terminal_gets_a_bar_and_no_lines(records, clock, screen):
+def test_a_terminal_gets_a_panel_and_no_lines(records, clock, screen):
     file = screen(terminal=True)
     with monitor(records, step=10) as m:
+        m.saved(8)
         for step in (11, 12, 13):
             take(m, clock, step, log=step == 12)
         m.flush()
+        m.results(13, {"val/top1": 0.5, "val/loss": 1.0})
     shown = file.getvalue()
     assert "step 13/20 ━" in shown
-    assert "loss 0.5000  8 images/s  data-wait 25.0%" in shown
+    assert "65%" in shown
+    assert "ETA 0:00:32" in shown
+    assert "loss 0.5000 ▁  val/top1 0.5000 ▁" in shown
+    assert "8 images/s  data-wait 25.0%  memory " in shown
+    assert "checkpoint 8" in shown
     assert "step 12/20  loss" not in shown
-    assert "ETA" not in shown
+
+
+@pytest.mark.parametrize(
+    ("environment", "drawn", "colored"),
+    [({}, True, True), ({"NO_COLOR": "1"}, True, False), ({"CI": "true"}, False, False)],
+)
+def test_a_panel_is_for_terminals_that_nobody_logs(
+    environment, drawn, colored, records, clock, monkeypatch
+):
+    for name in ("CI", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"TERM": "xterm-256color", "COLUMNS": "120", **environment}.items():
+        monkeypatch.setenv(name, value)
+    ours, theirs = os.openpty()
+    with open(theirs, "w") as file:
+        terminal = rich.console.Console(file=file, highlight=False)
+        for module in (console, progress):
+            monkeypatch.setattr(module, "console", terminal)
+        with monitor(records, step=10) as m:
+            for step in (11, 12, 13):
+                take(m, clock, step, log=step == 12)
+            m.flush()
+        file.flush()
+        os.set_blocking(ours, False)
+        shown = os.read(ours, 1 << 20).decode()
+    os.close(ours)
+    # The cursor is hidden while the panel is there.
+    assert ("\x1b[?25l" in shown) is ("\x1b[?25h" in shown) is drawn
+    assert ("━" in shown) is drawn
+    assert ("step 12/20  loss 0.5000  8 images/s" in shown) is not drawn
+    assert bool(re.search(r"\x1b\[(\d+;)*(3[0-9]|9[0-7])[;m]", shown)) is colored
+
+
+def test_less_and_more_can_be_asked_for(records, clock, screen):
+    shown = {}
+    for verbosity in ("quiet", "normal", "verbose"):
+        file = screen(terminal=True)
+        console.settings.verbosity = verbosity
+        with monitor(records, step=10) as m:
+            for step in (11, 12):
+                m.step(step, loss(0.5) | {"lr": jnp.float32(0.25)}, log=True)
+                clock.pass_(4)
+            m.flush()
+            m.results(12, {"val/top1": 0.5})
+        shown[verbosity] = file.getvalue()
+    assert all("step 12/20  val/top1 0.5000" in text for text in shown.values())
+    assert shown["quiet"].count("step") == 1
+    assert "━" not in shown["verbose"]
+    assert "step 12/20  loss 0.5000  8 images/s" in shown["verbose"]
+    assert "lr 0.25" in shown["verbose"]
+    assert "lr 0.25" not in shown["normal"]
+
+
+def test_utilisation_is_the_share_of_the_peak(records, clock, screen):
+    file = screen(terminal=False)
+    m = Monitor(records, step=10, total_steps=20, batch_size=32, peak=16.0)
+    with m:
+        for step in (11, 12, 13):
+            take(m, clock, step, log=step == 12)
+        m.flush()
+    ((_, record),) = records.of("perf/mfu")
+    assert record["perf/mfu"] == pytest.approx(0.5)
+    assert "data-wait 25.0%  MFU 50.0%  ETA" in file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [([1.0], "▁"), ([2.0, 2.0], "▁▁"), ([0, 1, 7, 3.4], "▁▂█▄")],
+)
+def test_a_sparkline_goes_up_with_its_values(values, line):
+    assert draw_sparkline(values) == line
+
+
+def test_a_long_curve_is_drawn_as_a_short_one():
+    panel = Panel(None, step=0, total=10, live=False)
+    for value in range(10_000):
+        panel.add_loss(float(value))
+    panel.add_loss(math.nan)
+    assert len(panel.shown.loss) <= 200
+    assert panel.shown.loss[-1] == 9999
+    line = draw_sparkline(panel.shown.loss)
+    assert len(line) == 24
+    assert list(line) == sorted(line)
+    assert (line[0], line[-1]) == ("▁", "█")
 
 
 @pytest.mark.parametrize("terminal", [True, False])

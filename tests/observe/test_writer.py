@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metric files: what is written is there at once, once, and survives a killed run."""
 
+import io
 import json
 import struct
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from vit_jax.observe.writer import METRICS, TENSORBOARD, MetricWriter, read_metrics
@@ -107,3 +110,28 @@ def test_a_writer_that_is_not_active_leaves_no_trace(tmp_path):
         writer.write(4, {"train/loss": 1.0})
     assert not workdir.exists()
     assert read_metrics(workdir) == []
+
+
+def test_a_picture_histograms_and_hyperparameters_are_for_tensorboard(tmp_path):
+    images = np.arange(3 * 2 * 4 * 3, dtype=np.uint8).reshape(3, 2, 4, 3)
+    with MetricWriter(tmp_path, step=0, active=True) as writer:
+        writer.write_config({"optimizer": {"lr": 0.5, "name": "adamw"}}, ["val/top1"])
+        writer.write_images(1, "train/images", images)
+        writer.write_histograms(4, {"params/w": (np.array([1, 3]), np.array([-1.0, 0.0, 2.0]))})
+    found = {value.tag: (e.step, value) for e in events(tmp_path) for value in e.summary.value}
+    step, value = found["train/images"]
+    assert (step, value.image.height, value.image.width) == (1, 4, 8)
+    with Image.open(io.BytesIO(value.image.encoded_image_string)) as picture:
+        pixels = np.asarray(picture)
+    np.testing.assert_array_equal(pixels[:2, 4:], images[1])
+    np.testing.assert_array_equal(pixels[2:, :4], images[2])
+    assert not pixels[2:, 4:].any()
+    step, value = found["params/w"]
+    assert (step, value.histo.num, list(value.histo.bucket)) == (4, 4, [1, 3])
+    assert (value.histo.min, list(value.histo.bucket_limit)) == (-1, [0, 2])
+    start = found["_hparams_/session_start_info"][1].metadata.plugin_data.content
+    assert b"optimizer.lr" in start
+    assert b"adamw" in start
+    assert b"val/top1" in found["_hparams_/experiment"][1].metadata.plugin_data.content
+    # They are no metrics.
+    assert read_metrics(tmp_path) == []

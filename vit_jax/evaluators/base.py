@@ -3,7 +3,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -112,7 +112,7 @@ def map_split(
     name: str,
     mesh: Mesh,
     corrupt: CorruptCounter,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Yields `fn(params, batch)` as arrays of the host for each batch of a split.
 
     The next batch is computed while one is looked at. How far it is, is said on the screen.

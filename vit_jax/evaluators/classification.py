@@ -5,7 +5,7 @@ import csv
 import dataclasses
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def batch_sums(params: Params, batch: Batch, *, objective: Objective) -> dict[st
 
     Where examples have several labels, `top1` counts those whose most likely class is one of them,
     and `loss` is the sum of binary cross entropies. Else there are `top5`, if there are more than 5
-    classes, and for each bin of confidence `bin_confidence` and `bin_hits`.
+    classes, and for each bin of confidence `bin_count`, `bin_confidence` and `bin_hits`.
     """
     logits = objective.predict(params, batch)["logits"].astype(jnp.float32)
     return _sum_up(logits, batch)
@@ -79,6 +79,7 @@ def _sum_up(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     # Bins are open below and closed above, as published.
     bins = jnp.clip(jnp.ceil(confidence * NUM_BINS).astype(jnp.int32) - 1, 0, NUM_BINS - 1)
     in_bin = mask[:, None] * jax.nn.one_hot(bins, NUM_BINS)
+    sums["bin_count"] = jnp.sum(in_bin, axis=0)
     sums["bin_confidence"] = jnp.sum(in_bin * confidence[:, None], axis=0)
     sums["bin_hits"] = jnp.sum(in_bin * hits[:, None], axis=0)
     return sums
@@ -172,7 +173,9 @@ class Classification:
         rows = {k: np.concatenate([r[k] for r in collected]) for k in collected[0]}
         seen = np.flatnonzero(rows.pop("mask"))
         rows = {k: v[seen] for k, v in rows.items()}
+        bins: list[dict[str, float]] = []
         if "bin_hits" in total:
+            bins = _describe_bins(total.pop("bin_count"), total)
             # The mean gap between confidence and accuracy of Guo et al., arXiv:1706.04599, eq. 3.
             total["ece"] = np.abs(total.pop("bin_confidence") - total.pop("bin_hits")).sum()
         results = {k: float(v) / count for k, v in total.items()}
@@ -184,7 +187,8 @@ class Classification:
         if corrupt := len(self.data.open()) - count:
             results["corrupt"] = corrupt
         if details is not None:
-            write_details(details, {"results": results, "classes": written})
+            content = {"results": results, "classes": written, "calibration": bins}
+            write_details(details, content)
             if "predicted" in rows:
                 _write_confusion(details, rows["label"], rows["predicted"])
         return results
@@ -213,6 +217,21 @@ class Classification:
             }
             for label in range(len(values))
         ]
+
+
+def _describe_bins(counts: np.ndarray, sums: Mapping[str, np.ndarray]) -> list[dict[str, float]]:
+    """Mean confidence and accuracy of the bins that have examples."""
+    return [
+        {
+            "count": int(count),
+            "confidence": float(confidence / count),
+            "accuracy": float(hits / count),
+        }
+        for count, confidence, hits in zip(
+            counts, sums["bin_confidence"], sums["bin_hits"], strict=True
+        )
+        if count
+    ]
 
 
 def _mean(values: np.ndarray) -> float:

@@ -4,25 +4,39 @@
 import argparse
 import contextlib
 import logging
+import os
 import sys
+import types
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import absl.logging
 import rich.console
 
 from vit_jax.utils.errors import UserError
 
+# `quiet` shows results, warnings and the end; `verbose` all metrics of each logged step.
+Verbosity = Literal["quiet", "normal", "verbose"]
+
 console = rich.console.Console(highlight=False)
+settings = types.SimpleNamespace(verbosity="normal")
 
 
-def set_up(*, quiet: bool, to_stderr: bool = False) -> None:
+def is_live(screen: rich.console.Console) -> bool:
+    """Whether what is shown there can be drawn over: a terminal, and nobody's log."""
+    is_terminal = screen.is_terminal and not screen.is_dumb_terminal
+    return is_terminal and not os.environ.get("CI") and settings.verbosity == "normal"
+
+
+def set_up(*, quiet: bool, to_stderr: bool = False, verbosity: Verbosity = "normal") -> None:
     """Sends the package's log messages to the console.
 
     Args:
       quiet: whether to silence a process, but for warnings.
       to_stderr: whether to write there, and to leave stdout for what a program reads.
+      verbosity: of a run.
     """
+    settings.verbosity = verbosity
     console.quiet = quiet
     console.stderr = to_stderr
     logger = logging.getLogger("vit_jax")

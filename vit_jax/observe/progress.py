@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import rich.progress
 
 from vit_jax.observe import compile_cache
-from vit_jax.observe.console import console, say
+from vit_jax.observe.console import console, is_live, say, settings
 from vit_jax.observe.divergence import (
     MAX_SKIPPED_IN_A_ROW,
     DivergedError,
     Divergence,
     find_divergence,
 )
+from vit_jax.observe.panel import Panel, describe_memory
 from vit_jax.observe.writer import MetricWriter
 
 # Seconds between two lines of `Pace`.
@@ -54,10 +54,10 @@ class Pace:
 
 
 class Monitor:
-    """Follows the training loop. A context manager, for the progress bar.
+    """Follows the training loop. A context manager, for the panel.
 
     Metrics are fetched one step late, when the next step is already queued, so that the device
-    never waits for the host. A terminal gets a bar; anything else one line for each logged step.
+    never waits for the host. A terminal gets a panel; anything else one line for each logged step.
 
     Args:
       writer: of the metrics.
@@ -67,6 +67,8 @@ class Monitor:
       on_divergence: one of `divergence.POLICIES`; with `skip`, such steps are counted.
       max_loss: a higher one has diverged.
       dump: takes what has diverged.
+      peak: images a second at which the devices would do nothing but the model's products, for
+        the model FLOPs utilisation (MFU); None where it is not known.
     """
 
     def __init__(
@@ -79,30 +81,24 @@ class Monitor:
         on_divergence: str = "stop",
         max_loss: float | None = None,
         dump: Callable[[Divergence], None] = lambda _: None,
+        peak: float | None = None,
     ):
-        self._writer = writer
+        self._writer, self._peak = writer, peak
         self._skips, self._max_loss, self._dump = on_divergence == "skip", max_loss, dump
         self._skipped = self._in_a_row = 0
         self._total, self._batch_size = total_steps, batch_size
         self._first = True
         self._pending: tuple[int, Any, bool] | None = None
         self._restart_clock(step)
-        self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("step {task.completed}/{task.total}"),
-            rich.progress.BarColumn(),
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("starting", total=total_steps, completed=step)
+        self._live = is_live(console) and not console.quiet
+        self._panel = Panel(console, step=step, total=total_steps, live=self._live)
 
     def __enter__(self) -> "Monitor":
-        self._bar.start()
+        self._panel.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
+        self._panel.stop()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -144,12 +140,13 @@ class Monitor:
                 raise DivergedError(diverged.reason, step=step)
             self._skipped += 1
         self._in_a_row = self._in_a_row + 1 if diverged else 0
-        self._bar.update(self._task, completed=step)
+        self._panel.update(step=step)
         if self._first:
             # Mostly compilation: left out of the speeds.
             seconds, self._first = time.perf_counter() - self._started, False
             self._writer.write(step, {"perf/first_step_s": seconds})
-            say(f"first step after {seconds:.1f} s{compile_cache.summary()}")
+            if settings.verbosity != "quiet":
+                say(f"first step after {seconds:.1f} s{compile_cache.summary()}")
             self._restart_clock(step)
         if log:
             self._log(step, metrics)
@@ -159,9 +156,14 @@ class Monitor:
         if not results:
             return
         self._writer.write(step, results)
+        self._panel.add_results(dict(results))
         shown = {k: v for k, v in results.items() if not k.endswith("count")}
         words = [f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4f}" for k, v in shown.items()]
         say(f"step {step}/{self._total}  {'  '.join(words)}")
+
+    def saved(self, step: int | None) -> None:
+        """Says which checkpoint is the newest."""
+        self._panel.update(checkpoint=step)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
@@ -180,13 +182,24 @@ class Monitor:
             }
             left = datetime.timedelta(seconds=round(seconds * (self._total - step)))
             text += f"  {speed:,.0f} images/s  data-wait {wait:.1%}"
-            if corrupt := metrics.get("data/corrupt"):
-                text += f"  corrupt {corrupt:,.0f}"
-            if not console.is_terminal:
-                text += f"  ETA {left}"
+            mfu = None if self._peak is None else speed / self._peak
+            if mfu is not None:
+                record["perf/mfu"] = mfu
+                text += f"  MFU {mfu:.1%}"
+            corrupt = int(metrics.get("data/corrupt", 0))
+            if corrupt:
+                text += f"  corrupt {corrupt:,}"
+            text += f"  ETA {left}"
+            self._panel.update(
+                images_per_sec=speed, data_wait=wait, mfu=mfu, left=left, corrupt=corrupt
+            )
         self._writer.write(step, record)
-        self._bar.update(self._task, description=text)
-        if not console.is_terminal:
+        self._panel.add_loss(metrics["loss"])
+        if self._live:
+            self._panel.update(memory=describe_memory())
+        elif settings.verbosity == "verbose":
+            say(f"step {step}/{self._total}  {text}  {_list(record)}")
+        elif settings.verbosity == "normal":
             say(f"step {step}/{self._total}  {text}")
         self._restart_clock(step)
 
@@ -194,3 +207,10 @@ class Monitor:
         """Speeds are of the time since, and of the steps after this one."""
         self._step = step
         self._started, self._waited, self._paused = time.perf_counter(), 0.0, 0.0
+
+
+def _list(record: Mapping[str, float]) -> str:
+    """The metrics of training that are not said otherwise."""
+    said = ("train/loss",)
+    found = {k: v for k, v in record.items() if k.startswith("train/") and k not in said}
+    return "  ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in found.items())

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 import vit_jax
 from vit_jax.evaluators.base import FOLDER
-from vit_jax.observe.console import console, say
+from vit_jax.observe.console import console, say, settings
 from vit_jax.observe.writer import METRICS, TENSORBOARD, read_metrics
 from vit_jax.utils import tree
 
@@ -40,6 +40,8 @@ def report_start(
       groups: rows of the table of parameters that are treated alike.
       rates: lines on the learning rate and weight decay.
     """
+    if settings.verbosity == "quiet":
+        return
     table = rich.table.Table(box=rich.box.SIMPLE, title="devices", title_justify="left")
     for name in ("process", "host", "device", "count", "mesh"):
         table.add_column(name)

@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
-from tensorboardX.summary import scalar
+from tensorboardX.summary import histogram_raw, hparams, image, scalar
 
 from vit_jax.observe.console import say
 from vit_jax.observe.lines import LineWriter
+from vit_jax.observe.trackers import Histogram, Trackers, flatten, tile
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -27,7 +29,9 @@ _FLUSH_S = 30.0
 
 
 class MetricWriter:
-    """Writes each record to both files, to `metrics.jsonl` at once. A context manager.
+    """Writes each record to both files and to trackers, to `metrics.jsonl` at once.
+
+    A context manager.
 
     A full disk does not end a run: see `LineWriter`. TensorBoard misses what could not be written.
 
@@ -36,10 +40,11 @@ class MetricWriter:
       step: the run starts after this step. Records of later ones, left by a run that was killed,
         are dropped, and so is half a line.
       active: False for a writer that does nothing, on all processes but one.
+      trackers: that get the records too.
     """
 
-    def __init__(self, workdir: Path, *, step: int, active: bool):
-        self._active = active
+    def __init__(self, workdir: Path, *, step: int, active: bool, trackers: Trackers | None = None):
+        self._active, self._trackers = active, trackers
         if not active:
             return
         path = workdir / METRICS
@@ -63,6 +68,30 @@ class MetricWriter:
             return
         self._lines.write({"step": step, **metrics})
         self._tensorboard.write(step, metrics)
+        if self._trackers is not None:
+            self._trackers.write(step, metrics)
+
+    def write_config(self, config: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """Tells TensorBoard the hyperparameters, and the metrics by which runs are compared."""
+        if self._active:
+            self._tensorboard.write_config(flatten(config), metrics)
+
+    def write_images(self, step: int, name: str, images: np.ndarray) -> None:
+        """Writes uint8 images `[n, height, width, 3]` as one picture."""
+        if not self._active:
+            return
+        picture = tile(images)
+        self._tensorboard.write_picture(step, name, picture)
+        if self._trackers is not None:
+            self._trackers.write_images(step, name, picture)
+
+    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Writes histograms by name: counts `[n]`, and the `[n + 1]` edges of the bins."""
+        if not self._active:
+            return
+        self._tensorboard.write_histograms(step, histograms)
+        if self._trackers is not None:
+            self._trackers.write_histograms(step, histograms)
 
 
 class _Events:
@@ -82,6 +111,18 @@ class _Events:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         values = [scalar(name, value) for name, value in metrics.items()]
         self._put([Event(step=step, summary=value) for value in values])
+
+    def write_config(self, flat: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        parts = hparams(dict(flat), dict.fromkeys(metrics, 0.0))
+        self._put([Event(summary=part) for part in parts])
+
+    def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        self._put([Event(step=step, summary=image(name, picture, dataformats="HWC"))])
+
+    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        self._put(
+            [Event(step=step, summary=_summarize(name, *h)) for name, h in histograms.items()]
+        )
 
     def close(self) -> None:
         self._flushed = 0.0
@@ -107,6 +148,20 @@ class _Events:
             if not self._failing:
                 say(f"{self._folder} can't be written to ({e.strerror}): goes on without")
             self._file, self._failing = None, True
+
+
+def _summarize(name: str, counts: np.ndarray, edges: np.ndarray) -> Any:
+    middles = (edges[:-1] + edges[1:]) / 2
+    return histogram_raw(
+        name,
+        min=float(edges[0]),
+        max=float(edges[-1]),
+        num=float(counts.sum()),
+        sum=float((counts * middles).sum()),
+        sum_squares=float((counts * middles**2).sum()),
+        bucket_limits=edges[1:].tolist(),
+        bucket_counts=counts.tolist(),
+    )
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HTML pages that stand alone: no other file, no script, no network.
+
+They suit light and dark screens of any width. All text from outside goes through `html.escape`.
+"""
+
+import html
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+Layout = Literal["texts", "charts", "pictures"]
+
+_STYLE = """
+:root { color-scheme: light dark; --back: #fcfcfb; --card: #fff; --text: #1d1d1f; --soft: #62626a;
+  --line: #e3e3e0; --bar: #31688e; --s0: #2166ac; --s1: #c2510c; --s2: #1a7f4b; --s3: #8e44ad;
+  --s4: #b3123a; --s5: #8a6d00; --s6: #00788a; --s7: #5c5c66; }
+@media (prefers-color-scheme: dark) { :root { --back: #141416; --card: #1e1e21; --text: #ececf0;
+  --soft: #a5a5ae; --line: #34343a; --bar: #6db7d6; --s0: #6db7f0; --s1: #f59a5b; --s2: #5fd39a;
+  --s3: #c79be6; --s4: #ff7d9b; --s5: #e3c34f; --s6: #54ccdd; --s7: #b4b4be; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 1.25rem; background: var(--back);
+  color: var(--text); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; line-height: 1.2; margin: 0.5rem 0; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 0.75rem; }
+h3 { font-size: 1rem; margin: 0 0 0.6rem; }
+p { margin: 0.25rem 0; }
+.soft, figcaption { color: var(--soft); font-size: 0.875rem; }
+.cards { display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 16.5rem), 1fr)); }
+.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
+.pictures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 9.5rem), 1fr)); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 0.6rem;
+  padding: 1rem; margin: 0; min-width: 0; }
+.wide { grid-column: 1 / -1; }
+.card img { display: block; max-width: 100%; height: auto; margin: 0 0 0.6rem; }
+.sharp { image-rendering: pixelated; }
+table { border-collapse: collapse; width: 100%; font-size: 0.9rem;
+  font-variant-numeric: tabular-nums; }
+th { text-align: left; color: var(--soft); font-weight: 600; }
+th, td { padding: 0.15rem 0.75rem 0.15rem 0; vertical-align: top; }
+.rows tr + tr { border-top: 1px solid var(--line); }
+.number { text-align: right; white-space: nowrap; overflow-wrap: normal; }
+.bars td:nth-child(2) { width: 50%; padding: 0 0.5rem; vertical-align: middle; }
+.bars td:last-child { text-align: right; padding-right: 0; white-space: nowrap; }
+.bar { background: var(--bar); height: 0.6rem; border-radius: 0.2rem; min-width: 1px; }
+.scroll { overflow-x: auto; overflow-wrap: normal; }
+.scroll th, .scroll td { white-space: nowrap; }
+pre { overflow-x: auto; margin: 0.25rem 0 0.75rem; padding: 0.6rem 0.75rem; font-size: 0.85rem;
+  border: 1px solid var(--line); border-radius: 0.4rem; }
+summary { cursor: pointer; }
+svg { display: block; width: 100%; height: auto; font: 11px system-ui, sans-serif;
+  font-variant-numeric: tabular-nums; }
+svg text { fill: var(--soft); }
+svg .grid { stroke: var(--line); stroke-width: 1; }
+svg .axis { stroke: var(--soft); stroke-width: 1; }
+svg .curve { fill: none; stroke-width: 1.75; stroke-linejoin: round; stroke-linecap: round; }
+.keys { display: flex; flex-wrap: wrap; gap: 0.1rem 1rem; margin: 0 0 0.4rem; padding: 0;
+  list-style: none; font-size: 0.85rem; }
+.keys li::before { content: ""; display: inline-block; width: 0.9rem; height: 0.25rem;
+  margin-right: 0.4rem; vertical-align: middle; border-radius: 0.1rem; background: var(--key); }
+"""
+
+
+def make_page(title: str, notes: Sequence[str], body: Iterable[str]) -> str:
+    """The page as text.
+
+    Args:
+      title: of the page, also its heading.
+      notes: lines below it.
+      body: HTML of the sections.
+    """
+    lines = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<header><h1>{html.escape(title)}</h1>",
+        *(f'<p class="soft">{html.escape(note)}</p>' for note in notes),
+        "</header><main>",
+        *body,
+        "</main></body></html>",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def make_section(title: str, cards: Iterable[str], *, layout: Layout = "texts") -> str:
+    """Cards under a heading; nothing if there are none.
+
+    Args:
+      title: of the heading.
+      cards: HTML.
+      layout: what is on the cards, which decides how many stand in a row.
+    """
+    cards = list(cards)
+    if not cards:
+        return ""
+    heading = f'<section><h2>{html.escape(title)}</h2><div class="cards {layout}">'
+    return "\n".join([heading, *cards, "</div></section>"])
+
+
+def make_card(title: str, content: str, *, caption: str = "", wide: bool = False) -> str:
+    """HTML with a title above and a caption below."""
+    below = f'<p class="soft">{html.escape(caption)}</p>' if caption else ""
+    heading = f"<h3>{html.escape(title)}</h3>" if title else ""
+    return f'<div class="card{" wide" if wide else ""}">{heading}{content}{below}</div>'
+
+
+def make_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of text; columns of numbers stand to the right. It scrolls if it is too wide."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    right = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        text = "".join(
+            f"<{tag}{' class=number' if to_right else ''}>{html.escape(cell)}</{tag}>"
+            for cell, to_right in zip(cells, right, strict=True)
+        )
+        return f"<tr>{text}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    head = f"<thead>{line('th', header)}</thead>" if any(header) else ""
+    return f'<div class="scroll"><table class="rows">{head}<tbody>{body}</tbody></table></div>'
+
+
+def make_bars(rows: Iterable[tuple[str, float]]) -> str:
+    """A table of names with shares of 1, as bars and in percent."""
+    body = "".join(
+        f'<tr><td>{html.escape(name)}</td><td><div class="bar" style="width:{value:.1%}"></div>'
+        f"</td><td>{value:.1%}</td></tr>"
+        for name, value in rows
+    )
+    return f'<table class="bars">{body}</table>'
+
+
+def make_details(title: str, content: str) -> str:
+    """HTML that is shown when its title is clicked."""
+    return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
+
+
+def make_command(text: str) -> str:
+    """A command, to be copied."""
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def write_page(path: Path, text: str) -> None:
+    """Writes a page whole or not at all; whoever looks at it meanwhile sees the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.tmp")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or cell.lstrip("-+").replace(",", "")[:1].isdigit()

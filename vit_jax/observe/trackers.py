@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experiment trackers beside the files of a run: Weights & Biases and MLflow.
+
+Each works in a thread of its own: one that is slow, or fails, never holds up training. A failure is
+said once, and the tracker is dropped. Keys and addresses come from the environment, and go nowhere.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import netrc
+import os
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from vit_jax.observe.console import say
+from vit_jax.utils.errors import UserError, suggest
+
+# Of a workdir: the names that its run has with trackers, so that it goes on under them.
+STATE = "trackers.json"
+
+# Calls that wait for a tracker at most, and the seconds that it has at the end.
+_MAX_WAITING = 2000
+_END_S = 30.0
+# As MLflow has it at most: values of parameters, and entries of a request.
+_VALUE, _ENTRIES = 500, 100
+_OFFLINE = ("offline", "disabled", "dryrun")
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+Histogram = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tracking:
+    """What is recorded of a run besides metrics, and where else than in its workdir.
+
+    Attributes:
+      trackers: names of `TRACKERS`; a text may hold several, with commas.
+      project: that the run is filed under: a project of Weights & Biases, an experiment of MLflow.
+      run: its name there; that of the workdir by default.
+      images: of the first batch, as the model sees them, at the start; 0 for none.
+      histograms_every: steps between histograms of the parameters; 0 for none.
+    """
+
+    trackers: tuple[str, ...] | str = ()
+    project: str = "vit_jax"
+    run: str | None = None
+    images: int = 16
+    histograms_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if name not in TRACKERS:
+                raise UserError(f"tracking.trackers: {name!r} is unknown{suggest(name, TRACKERS)}")
+        for key in ("images", "histograms_every"):
+            if getattr(self, key) < 0:
+                raise UserError(f"tracking.{key}={getattr(self, key)}: expected at least 0")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The trackers, one by one."""
+        given = self.trackers.split(",") if isinstance(self.trackers, str) else self.trackers
+        return tuple(dict.fromkeys(name.strip() for name in given if name.strip()))
+
+
+class Tracker(Protocol):
+    """Takes what is recorded, in the thread that made it. All may raise."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def write_images(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Takes a picture, uint8 `[height, width, 3]`."""
+
+    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Takes counts and edges of bins by name."""
+
+    def close(self, status: Status) -> None: ...
+
+
+class WandbTracker:
+    """Weights & Biases; its own variables such as WANDB_MODE hold."""
+
+    def __init__(self, tracking: Tracking, workdir: Path, config: Mapping[str, Any]):
+        import wandb
+
+        self._wandb: Any = wandb
+        run_id = _read_state(workdir).get("wandb") or uuid.uuid4().hex[:12]
+        self._run: Any = wandb.init(
+            project=tracking.project,
+            name=_name_run(tracking, workdir),
+            id=run_id,
+            resume="allow",
+            dir=str(workdir),
+            config=dict(config),
+            settings=wandb.Settings(console="off", silent=True),
+        )
+        # Steps come again when a run goes on from a checkpoint, which its own counter refuses.
+        self._run.define_metric("*", step_metric="step")
+        _write_state(workdir, "wandb", run_id)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **metrics})
+
+    def write_images(self, step: int, name: str, picture: np.ndarray) -> None:
+        self._run.log({"step": step, name: self._wandb.Image(picture)})
+
+    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        values = {k: self._wandb.Histogram(np_histogram=v) for k, v in histograms.items()}
+        self._run.log({"step": step, **values})
+
+    def close(self, status: Status) -> None:
+        self._run.finish(exit_code=0 if status == "FINISHED" else 1)
+
+
+class MlflowTracker:
+    """MLflow, at MLFLOW_TRACKING_URI. It has no histograms."""
+
+    def __init__(self, tracking: Tracking, workdir: Path, config: Mapping[str, Any]):
+        from mlflow import entities
+        from mlflow.tracking import MlflowClient
+
+        self._entities: Any = entities
+        self._client: Any = MlflowClient()
+        self._id: str = _read_state(workdir).get("mlflow") or ""
+        if self._id:
+            self._client.update_run(self._id, status="RUNNING")
+            return
+        found = self._client.get_experiment_by_name(tracking.project)
+        experiment = (
+            found.experiment_id if found else self._client.create_experiment(tracking.project)
+        )
+        run = self._client.create_run(experiment, run_name=_name_run(tracking, workdir))
+        self._id = run.info.run_id
+        _write_state(workdir, "mlflow", self._id)
+        params = [entities.Param(k, str(v)[:_VALUE]) for k, v in config.items()]
+        for start in range(0, len(params), _ENTRIES):
+            self._client.log_batch(self._id, params=params[start : start + _ENTRIES])
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        now = int(1000 * time.time())
+        values = [self._entities.Metric(k, v, now, step) for k, v in metrics.items()]
+        self._client.log_batch(self._id, metrics=values)
+
+    def write_images(self, step: int, name: str, picture: np.ndarray) -> None:
+        self._client.log_image(self._id, picture, artifact_file=f"{name}_{step}.png")
+
+    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        pass
+
+    def close(self, status: Status) -> None:
+        self._client.set_terminated(self._id, status=status)
+
+
+TRACKERS: dict[str, Callable[[Tracking, Path, Mapping[str, Any]], Tracker]] = {
+    "wandb": WandbTracker,
+    "mlflow": MlflowTracker,
+}
+
+
+def check_trackers(tracking: Tracking) -> None:
+    """Checks that the trackers can be used, as far as can be seen without a network.
+
+    Raises:
+      UserError: one is not installed, or would ask for a key.
+    """
+    for name in tracking.names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"tracking.trackers: {name!r} is not installed: pip install 'vit_jax[{name}]'"
+            )
+    mode = os.environ.get("WANDB_MODE", "")
+    if "wandb" in tracking.names and mode not in _OFFLINE and not _has_wandb_key():
+        raise UserError(
+            "tracking.trackers: 'wandb' has no key: expected WANDB_API_KEY, or `wandb login` "
+            "before, or WANDB_MODE=offline"
+        )
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rpartition("://")[2]
+    try:
+        file = netrc.netrc(os.environ.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return host.partition("/")[0].partition(":")[0] in file.hosts
+
+
+class Background:
+    """A tracker that works in a thread.
+
+    Args:
+      name: for the screen.
+      make: makes the tracker, in the thread.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Tracker]):
+        self._name, self._make, self._dropped = name, make, False
+        self._calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(_MAX_WAITING)
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def call(self, function: Callable[[Tracker], None]) -> None:
+        """Has the tracker do something, later."""
+        if self._dropped:
+            return
+        try:
+            self._calls.put_nowait(function)
+        except queue.Full:
+            self._drop(f"does not keep up: {_MAX_WAITING} records wait")
+
+    def close(self, status: Status) -> None:
+        """Waits for what is left to do, for a while."""
+        self.call(lambda tracker: tracker.close(status))
+        with contextlib.suppress(queue.Full):
+            self._calls.put_nowait(None)
+        self._thread.join(_END_S)
+        if self._thread.is_alive() and not self._dropped:
+            self._drop(f"has not taken all of it within {_END_S:.0f} s")
+
+    def _work(self) -> None:
+        try:
+            tracker = self._make()
+            while (function := self._calls.get()) is not None:
+                if self._dropped:
+                    return
+                function(tracker)
+        except BaseException as e:  # Some end the process where they should raise.
+            self._drop(f"failed ({type(e).__name__}: {_first_line(e)})")
+
+    def _drop(self, why: str) -> None:
+        if not self._dropped:
+            self._dropped = True
+            say(f"tracker {self._name} {why}: goes on without")
+
+
+class Trackers:
+    """All trackers of a run. A context manager, which says how the run ended.
+
+    Args:
+      tracking: which.
+      workdir: of the run.
+      config: resolved.
+      active: False for none, on all processes but one.
+    """
+
+    def __init__(
+        self, tracking: Tracking, workdir: Path, config: Mapping[str, Any], *, active: bool
+    ):
+        self._all = [
+            Background(name, lambda name=name: TRACKERS[name](tracking, workdir, flatten(config)))
+            for name in (tracking.names if active else ())
+        ]
+
+    def __enter__(self) -> "Trackers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        status: Status = "FINISHED" if kind is None else "FAILED"
+        if kind is not None and kind.__name__ in ("Preempted", "KeyboardInterrupt"):
+            status = "KILLED"
+        for tracker in self._all:
+            tracker.close(status)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hands on a record."""
+        for tracker in self._all:
+            tracker.call(lambda t: t.write(step, metrics))
+
+    def write_images(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Hands on a picture."""
+        for tracker in self._all:
+            tracker.call(lambda t: t.write_images(step, name, picture))
+
+    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Hands on histograms."""
+        for tracker in self._all:
+            tracker.call(lambda t: t.write_histograms(step, histograms))
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a config by dotted key: numbers, truth values and text."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str) else str(value)
+    return flat
+
+
+def tile(images: np.ndarray) -> np.ndarray:
+    """Images `[n, height, width, 3]` in rows and columns, as one picture; what is left is black."""
+    count, height, width, channels = images.shape
+    columns = int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    picture = np.zeros((rows * columns, height, width, channels), images.dtype)
+    picture[:count] = images
+    picture = picture.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return picture.reshape(rows * height, columns * width, channels)
+
+
+def _name_run(tracking: Tracking, workdir: Path) -> str:
+    return tracking.run or Path(os.path.abspath(workdir)).name
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")[:200]
+
+
+def _read_state(workdir: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads((workdir / STATE).read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+_lock = threading.Lock()
+
+
+def _write_state(workdir: Path, name: str, run: str) -> None:
+    with _lock:
+        fresh = workdir / f"{STATE}.tmp"
+        fresh.write_text(json.dumps(_read_state(workdir) | {name: run}) + "\n")
+        os.replace(fresh, workdir / STATE)

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Writes the page of a run: curves, predictions with pictures, time, parameters, commands.
+
+A run writes it too, as WORKDIR/report.html, at each evaluation and at its end, without pictures:
+for them this command runs the model on images of an evaluation. It goes without where there is no
+checkpoint, or the data is not at hand. The exit code is 2 for bad input.
+
+Examples:
+  python -m vit_jax.report --workdir=runs/digits
+  python -m vit_jax.report --workdir=runs/digits --eval=test --max_images=5000 --output=digits.html
+  python -m vit_jax.report --workdir=runs/digits --no_predict
+"""
+
+import argparse
+import base64
+import contextlib
+import dataclasses
+import html
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from vit_jax.checkpoint.manager import list_steps
+from vit_jax.data.corrupt import CorruptCounter
+from vit_jax.evaluate import Judge, find_source
+from vit_jax.evaluators.base import Evaluator, map_split, replicate_outputs
+from vit_jax.evaluators.classification import NUM_BINS, Classification
+from vit_jax.experiment import Experiment
+from vit_jax.inference.draw import scale_up
+from vit_jax.inference.page import encode_png
+from vit_jax.objectives.base import Batch, Params
+from vit_jax.observe import console
+from vit_jax.observe.console import CommandParser, say
+from vit_jax.observe.html import make_section, write_page
+from vit_jax.observe.run_page import PAGE, Judged, make_report, read_details
+from vit_jax.utils.errors import UserError, suggest
+from vit_jax.workdir import read_config, read_labels
+
+_PICTURE = 112  # pixels of the longer side, at least
+_LARGEST = 224
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """An image with what the model says of it.
+
+    Attributes:
+      image: uint8 `[height, width, 3]`.
+      label: of its class.
+      predicted: the most probable class.
+      confidence: probability of that.
+      loss: negative log-likelihood of the label, in nats.
+    """
+
+    image: np.ndarray
+    label: int
+    predicted: int
+    confidence: float
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """Predictions for the first images of a split.
+
+    Attributes:
+      rows: `label`, `predicted`, `confidence` and `loss`, an array each.
+      worst: examples of the highest loss, the highest first.
+      best: examples of the lowest loss, the lowest first.
+    """
+
+    rows: Mapping[str, np.ndarray]
+    worst: Sequence[Example]
+    best: Sequence[Example]
+
+
+def predict_split(
+    evaluator: Classification, params: Params, *, max_images: int, pictures: int
+) -> Findings:
+    """Runs a model over the first images of an evaluator's split.
+
+    Args:
+      evaluator: whose split, objective and mesh are used.
+      params: on the devices.
+      max_images: to stop after.
+      pictures: of the worst and of the best to keep.
+    """
+
+    def judge(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        logits = evaluator.objective.predict(params, batch)["logits"].astype(jnp.float32)
+        log_p = jax.nn.log_softmax(logits)
+        return {
+            "image": batch["image"],
+            "mask": batch["mask"],
+            "label": batch["label"],
+            "predicted": jnp.argmax(logits, axis=-1),
+            "confidence": jnp.exp(log_p.max(axis=-1)),
+            "loss": -jnp.take_along_axis(log_p, batch["label"][:, None], axis=-1)[:, 0],
+        }
+
+    batches = map_split(
+        replicate_outputs(judge, evaluator.mesh),
+        params,
+        evaluator.data,
+        name=evaluator.name,
+        mesh=evaluator.mesh,
+        corrupt=CorruptCounter(),
+    )
+    collected, worst, best, seen = [], [], [], 0
+    with contextlib.closing(batches):
+        for batch in batches:
+            images, mask = batch.pop("image"), batch.pop("mask").astype(bool)
+            kept = np.flatnonzero(mask)[: max_images - seen]
+            seen += len(kept)
+            rows = {k: v[kept] for k, v in batch.items()}
+            collected.append(rows)
+            order = np.argsort(-rows["loss"], kind="stable")
+            # Few are kept of each batch, so that the images of a split need not fit in memory.
+            worst = _merge(worst, [_example(images[kept[i]], rows, i) for i in order[:pictures]])
+            ends = order[::-1][:pictures]
+            best = _merge(best, [_example(images[kept[i]], rows, i) for i in ends], sign=-1)
+            worst, best = worst[:pictures], best[:pictures]
+            if seen >= max_images:
+                break
+    rows = {k: np.concatenate([r[k] for r in collected]) for k in collected[0]}
+    return Findings(rows, worst, best)
+
+
+def _example(image: np.ndarray, rows: Mapping[str, np.ndarray], i: int) -> Example:
+    label, predicted = int(rows["label"][i]), int(rows["predicted"][i])
+    return Example(image, label, predicted, float(rows["confidence"][i]), float(rows["loss"][i]))
+
+
+def _merge(before: list[Example], new: list[Example], *, sign: int = 1) -> list[Example]:
+    return sorted([*before, *new], key=lambda example: -sign * example.loss)
+
+
+def summarize_findings(findings: Findings, title: str, names: Sequence[str]) -> Judged:
+    """Calibration and confusion of predictions."""
+    rows = findings.rows
+    place = np.ceil(np.nan_to_num(rows["confidence"]) * NUM_BINS).astype(int).clip(1, NUM_BINS)
+    hits = rows["label"] == rows["predicted"]
+    bins = [
+        (float(rows["confidence"][these].mean()), float(hits[these].mean()), int(these.sum()))
+        for these in (place == number for number in range(1, NUM_BINS + 1))
+        if these.any()
+    ]
+    pairs = np.stack([rows["label"], rows["predicted"]], axis=1)
+    values, counts = np.unique(pairs, axis=0, return_counts=True)
+    confusion = {(int(i), int(j)): int(n) for (i, j), n in zip(values, counts, strict=True)}
+    return Judged(title, names, bins, confusion)
+
+
+def show_examples(findings: Findings, title: str, names: Sequence[str]) -> list[str]:
+    """Sections with the pictures of the worst and of the best predictions."""
+    kinds = {"Worst predictions": findings.worst, "Best predictions": findings.best}
+    return [
+        make_section(f"{kind}: {title}", [_show(e, names) for e in examples], layout="pictures")
+        for kind, examples in kinds.items()
+    ]
+
+
+def _show(example: Example, names: Sequence[str]) -> str:
+    image = example.image
+    if max(image.shape[:2]) > _LARGEST:
+        small = Image.fromarray(image)
+        small.thumbnail((_LARGEST, _LARGEST))
+        image = np.asarray(small)
+    picture = Image.fromarray(scale_up(image, _PICTURE))
+    data = base64.b64encode(encode_png(picture)).decode()
+    label, predicted = (_name(names, i) for i in (example.label, example.predicted))
+    right = example.label == example.predicted
+    text = f"{label}" if right else f"{label}, taken for {predicted}"
+    return (
+        f'<figure class="card"><img width="{picture.width}" height="{picture.height}" '
+        f'alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{html.escape(text)}<br>{example.confidence:.1%} sure, loss "
+        f"{example.loss:.3g}</figcaption></figure>"
+    )
+
+
+def _name(names: Sequence[str], label: int) -> str:
+    return names[label] if label < len(names) else str(label)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's arguments.
+
+    Raises:
+      UserError: they don't go together.
+    """
+    parser = CommandParser(prog="python -m vit_jax.report", description=__doc__)
+    parser.add_argument("--workdir", type=Path, required=True, help="of the run")
+    parser.add_argument("--output", type=Path, help=f"file to write; WORKDIR/{PAGE}")
+    parser.add_argument("--checkpoint", help="a step of the run, last (the default) or best")
+    parser.add_argument("--eval", help="whose images to predict; the first that classifies")
+    parser.add_argument("--max_images", type=int, default=2000, help="to predict; %(default)s")
+    parser.add_argument("--pictures", type=int, default=12, help="of each kind; %(default)s")
+    parser.add_argument("--no_predict", action="store_true", help="do not run the model")
+    args = parser.parse_args(argv)
+    for key in ("max_images", "pictures"):
+        if getattr(args, key) < 1:
+            raise UserError(f"--{key}={getattr(args, key)}: expected at least 1")
+    args.init_from = None
+    read_config(args.workdir)
+    return args
+
+
+def choose_evaluator(evaluators: Sequence[Evaluator], name: str | None) -> Classification:
+    """The evaluator of that name, or the first that has one class for each image.
+
+    Raises:
+      UserError: there is none.
+    """
+    able = {
+        e.name: e
+        for e in evaluators
+        if isinstance(e, Classification) and not e.data.info.multi_label
+    }
+    if name is not None and name not in able:
+        raise UserError(
+            f"--eval={name}: is no evaluator with one class an image{suggest(name, able)}"
+        )
+    if not able:
+        raise UserError("no evaluator has one class for each image")
+    return able[name] if name else next(iter(able.values()))
+
+
+def predict(args: argparse.Namespace, config: dict[str, Any]) -> tuple[list[Judged], list[str]]:
+    """What the page shows of predictions: what its files do not have, and sections of pictures.
+
+    Raises:
+      UserError: there is no checkpoint, the data is not at hand, or nothing is classified.
+    """
+    source = find_source(args)
+    config = config | {"mesh": {}, "init_from": None, "checkpoint": None, "profile": None}
+    experiment = Experiment.from_config(config)
+    evaluator = choose_evaluator(experiment.evaluators, args.eval)
+    evaluator.open()
+    params, _ = Judge(experiment).load(source)
+    findings = predict_split(evaluator, params, max_images=args.max_images, pictures=args.pictures)
+    names = read_labels(args.workdir) or evaluator.data.info.class_names or ()
+    count, step = len(findings.rows["label"]), int(Path(source).name)
+    title = f"{evaluator.name}, step {step:,}"
+    whole = count == len(evaluator.data.open())
+    shown = title if whole else f"{title}, first {count:,} images"
+    known = {one.title for one in read_details(args.workdir)}
+    classes = [_name(names, i) for i in range(evaluator.data.info.num_classes)]
+    add = whole or title not in known
+    judged = [summarize_findings(findings, shown, classes)] if add else []
+    return judged, show_examples(findings, shown, classes)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Writes the page."""
+    args = parse_arguments(argv)
+    console.set_up(quiet=False)
+    config = read_config(args.workdir)
+    judged, sections = [], []
+    asked = args.eval is not None or args.checkpoint is not None
+    if not args.no_predict and (asked or list_steps(args.workdir)):
+        try:
+            judged, sections = predict(args, config)
+        except UserError as e:
+            if asked:
+                raise
+            say(f"without pictures: {e}")
+    output = args.output or args.workdir / PAGE
+    page = make_report(args.workdir, judged=judged, sections=sections)
+    try:
+        write_page(output, page)
+    except OSError as e:
+        raise UserError(f"--output={output} can't be written: {e.strerror or e}") from None
+    say(f"wrote {output}")
+
+
+def run() -> None:
+    """The command: exit code 2 for bad input."""
+    try:
+        with console.report_errors():
+            main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("vit_jax: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

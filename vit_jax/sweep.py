@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Trains a config with several settings, one run after another, and compares the results.
+
+The file of --sweep has a function get_sweep. It gives a dict of lists by config key, of which all
+combinations are run, or a list of dicts by config key, one for each run; "name" in such a dict is
+that of its folder. --config.KEY=VALUE holds for all runs. Given again, the command leaves out what
+is finished and goes on with the rest. The table at the end is in WORKDIR/sweep.csv, .json and .html
+too.
+
+The exit code is 2 for bad input, before anything runs; 1 if a run failed, while the others went on;
+75 if it was told to stop, and is to be run again.
+
+Examples:
+  python -m vit_jax.sweep --config=configs/digits.py --sweep=configs/sweeps/digits.py \
+      --workdir=runs/sweep --metric=val/loss --config.total_steps=1000
+  python -m vit_jax.sweep --config=configs/vit_i1k.py --sweep=lr.py --workdir=/shared/lr \
+      --emit=slurm --launch_args=--nodes=2 > submit.sh
+  python -m vit_jax.sweep --config=configs/vit_i1k.py --sweep=lr.py --workdir=/shared/lr --summarize
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vit_jax.compare import RunRecord, make_csv, make_html, make_records, read_run, show_table
+from vit_jax.evaluators.base import lower_is_better
+from vit_jax.experiment import Experiment
+from vit_jax.main import load_config, parse_literal, parse_overrides
+from vit_jax.observe import console
+from vit_jax.observe.console import CommandParser, say
+from vit_jax.observe.html import write_page
+from vit_jax.parallel.preemption import RUN_AGAIN
+from vit_jax.utils.errors import UserError
+from vit_jax.workdir import CONFIG
+
+RESULTS = "sweep.json"
+INTERRUPTED = 130
+_NAME = re.compile(r"[\w+-][\w.,=+-]*")
+_LONGEST = 100  # letters of a name
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run of a sweep.
+
+    Attributes:
+      name: of its folder.
+      overrides: of the config, by dotted key.
+      arguments: of `vit_jax.main`.
+      digest: of the config with overrides: a finished run with another one is looked at again.
+    """
+
+    name: str
+    overrides: Mapping[str, Any]
+    arguments: tuple[str, ...]
+    digest: str
+
+
+def read_sweep(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """The names and overrides of all runs that a sweep file asks for.
+
+    Raises:
+      UserError: the file is missing, fails, or gives something else.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"--sweep={path}: there is no such file")
+    try:
+        sweep = runpy.run_path(path)["get_sweep"]()
+    except Exception as e:
+        raise UserError(f"--sweep={path}: {type(e).__name__}: {e}") from e
+    if isinstance(sweep, Mapping):
+        for key, values in sweep.items():
+            if not isinstance(key, str) or not isinstance(values, list | tuple) or not values:
+                raise UserError(f"--sweep={path}: {key!r}: {values!r}; expected a list of values")
+        combinations = itertools.product(*sweep.values())
+        trials = [dict(zip(sweep, values, strict=True)) for values in combinations]
+        trials = trials if sweep else []
+    else:
+        trials = list(sweep) if isinstance(sweep, list | tuple) else []
+    if not trials or not all(isinstance(trial, Mapping) for trial in trials):
+        raise UserError(
+            f"--sweep={path}: get_sweep gives {sweep!r}; expected a dict of lists by config key, "
+            "or a list of dicts by config key"
+        )
+    named = [_name_trial(dict(trial), path, trials) for trial in trials]
+    for name, _ in named:
+        if sum(name == other for other, _ in named) > 1:
+            raise UserError(f"--sweep={path}: two runs are {name!r}; expected each once")
+    return named
+
+
+def _name_trial(
+    trial: dict[str, Any], path: str, trials: Sequence[Mapping[str, Any]]
+) -> tuple[str, dict[str, Any]]:
+    given = trial.pop("name", None)
+    if given is None:
+        keys = {key for other in trials for key in other if key != "name"}
+        leaves = [key.rpartition(".")[2] for key in keys]
+        words = []
+        for key, value in trial.items():
+            leaf = key.rpartition(".")[2]
+            short = leaf if leaves.count(leaf) == 1 else key
+            words.append(f"{short}={re.sub(r'[^a-zA-Z0-9_.+-]+', '-', str(value)).strip('-')}")
+        given = ",".join(words)
+        if len(given) > _LONGEST:
+            digest = hashlib.sha256(given.encode()).hexdigest()[:8]
+            given = f"{given[: _LONGEST - 9]}-{digest}"
+    if not isinstance(given, str) or not _NAME.fullmatch(given) or len(given) > _LONGEST:
+        raise UserError(
+            f"--sweep={path}: {given!r} can't be the name of a folder: expected letters, digits "
+            f"and any of . , = + - _, at most {_LONGEST}; set it by 'name' in a list of dicts"
+        )
+    return given, trial
+
+
+def make_trials(
+    config: str, sweep: str, overrides: Mapping[str, Any], workdir: Path
+) -> list[Trial]:
+    """The runs of a sweep.
+
+    Args:
+      config: value of --config.
+      sweep: value of --sweep.
+      overrides: of all runs; those of a run come after.
+      workdir: in which each has its folder.
+
+    Raises:
+      UserError: a file is missing or wrong, or a key lies below a value.
+    """
+    trials = []
+    for name, own in read_sweep(sweep):
+        both = {**overrides, **own}
+        loaded = load_config(config, both).to_dict()
+        text = json.dumps(loaded, sort_keys=True, default=repr)
+        words = [f"--config.{key}={_write_literal(value)}" for key, value in both.items()]
+        arguments = (f"--config={config}", f"--workdir={workdir / name}", *words)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        trials.append(Trial(name, own, arguments, digest))
+    return trials
+
+
+def _write_literal(value: Any) -> str:
+    """As `parse_literal` reads it back."""
+    text = str(value)
+    return text if parse_literal(text) == value and isinstance(value, str) else repr(value)
+
+
+def check_trials(trials: Sequence[Trial]) -> None:
+    """Makes the experiment of each run, without its mesh, on the CPU.
+
+    Raises:
+      UserError: one is wrong; it is named.
+    """
+    # The devices are for the runs: who looks at them here takes their memory.
+    jax.config.update("jax_platforms", "cpu")
+    for trial in trials:
+        overrides, (config, *_) = parse_overrides(list(trial.arguments))
+        loaded = load_config(config.removeprefix("--config="), overrides).to_dict()
+        try:
+            Experiment.from_config(loaded | {"mesh": {}})
+        except UserError as e:
+            raise UserError(f"{trial.name}: {e}") from e
+
+
+def run_trial(trial: Trial) -> int:
+    """Trains, in a process of its own; returns its exit code. SIGTERM is passed on to it."""
+    command = [sys.executable, "-m", "vit_jax.main", *trial.arguments]
+    process = subprocess.Popen(command)
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                # It was interrupted as well, and is about to end.
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_sweep(
+    trials: Sequence[Trial],
+    workdir: Path,
+    *,
+    metric: str | None,
+    run_trial: Callable[[Trial], int] = run_trial,
+) -> int:
+    """Runs what is not finished, one after another, and returns the exit code.
+
+    Args:
+      trials: the runs.
+      workdir: in which they are, and the results go.
+      metric: to sort by.
+      run_trial: returns the exit code of a run.
+    """
+    states = read_states(workdir)
+    for number, trial in enumerate(trials, 1):
+        state = states.get(trial.name, {})
+        if state.get("status") == "finished" and state.get("digest") == trial.digest:
+            say(f"run {number} of {len(trials)}: {trial.name} is finished")
+            continue
+        say(f"run {number} of {len(trials)}: {trial.name}")
+        started = time.monotonic()
+        code = run_trial(trial)
+        status = {0: "finished", RUN_AGAIN: "stopped", INTERRUPTED: "stopped"}.get(code, "failed")
+        states[trial.name] = {
+            "status": status,
+            "code": code,
+            "digest": trial.digest,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        write_results(trials, states, workdir, metric=metric)
+        if status == "stopped":
+            say(f"{trial.name} was stopped; the same command goes on from there")
+            return code
+        if status == "failed":
+            say(f"{trial.name} failed with code {code}; the others go on")
+    return 1 if any(states.get(t.name, {}).get("status") == "failed" for t in trials) else 0
+
+
+def read_states(workdir: Path) -> dict[str, dict[str, Any]]:
+    """What the runs came to, by name, as far as they have been started."""
+    try:
+        runs = json.loads((workdir / RESULTS).read_text())["runs"]
+        return {run["run"]: run["state"] for run in runs if run["state"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def read_records(trials: Sequence[Trial], workdir: Path) -> list[RunRecord]:
+    """What is in the folders of the runs, as far as they have been started."""
+    return [
+        read_run(workdir / trial.name, name=trial.name)
+        for trial in trials
+        if (workdir / trial.name / CONFIG).exists()
+    ]
+
+
+def choose_metric(records: Sequence[RunRecord], metric: str | None) -> str | None:
+    """The metric to sort by: that, or the first that evaluators gave."""
+    found = [key for record in records for key in record.results]
+    return metric or next(iter(found), None)
+
+
+def sort_records(records: Sequence[RunRecord], metric: str | None) -> list[RunRecord]:
+    """By the last value of a metric, the best first; those without it at the end."""
+    if metric is None:
+        return list(records)
+    sign = 1 if lower_is_better(metric) else -1
+
+    def rank(record: RunRecord) -> tuple[bool, float]:
+        points = record.points.get(metric)
+        return points is None, sign * points[-1][1] if points else 0.0
+
+    return sorted(records, key=rank)
+
+
+def write_results(
+    trials: Sequence[Trial],
+    states: Mapping[str, Mapping[str, Any]],
+    workdir: Path,
+    *,
+    metric: str | None,
+) -> list[str]:
+    """Writes `sweep.json`, `sweep.csv` and `sweep.html`; returns the lines of the table."""
+    records = read_records(trials, workdir)
+    metric = choose_metric(records, metric)
+    records = sort_records(records, metric)
+    found = {record["run"]: record for record in make_records(records)} if records else {}
+    order = [*found, *(trial.name for trial in trials if trial.name not in found)]
+    by_name = {trial.name: trial for trial in trials}
+    runs = [
+        {"run": name, "state": dict(states.get(name, {})), "overrides": by_name[name].overrides}
+        | {k: v for k, v in found.get(name, {}).items() if k != "run"}
+        for name in order
+    ]
+    content = json.dumps({"metric": metric, "runs": runs}, indent=1, default=repr) + "\n"
+    write_page(workdir / RESULTS, content)
+    if records:
+        write_page(workdir / "sweep.csv", make_csv(list(found.values())))
+        write_page(workdir / "sweep.html", make_html(records))
+    rows = [("run", "state", "step", metric or "", "best", "images/s")]
+    for run in runs:
+        last, best = run.get("last", {}).get(metric), run.get("best", {}).get(metric, {})
+        speed = run.get("images_per_sec")
+        rows.append(
+            (
+                run["run"],
+                run["state"].get("status", "not started" if run["run"] not in found else "-"),
+                "" if run.get("step") is None else f"{run['step']:,} of {run['total_steps']:,}",
+                "" if last is None else f"{last:.4f}",
+                f"{best['value']:.4f} at {best['step']:,}" if best else "",
+                "" if speed is None else f"{speed:,.0f}",
+            )
+        )
+    return show_table(rows)
+
+
+def emit(trials: Sequence[Trial], form: str, launch_args: Sequence[str]) -> list[str]:
+    """A command for each run: `commands`, `slurm` or `gke`; see `launch/`."""
+    lines = []
+    for number, trial in enumerate(trials, 1):
+        if form == "slurm":
+            name = f"--job-name={trial.name}"
+            command = ["sbatch", name, *launch_args, "launch/slurm/train.sbatch"]
+        elif form == "gke":
+            name = _name_jobset(trial.name, number)
+            command = ["python", "-m", "vit_jax.launch.gke", name, *launch_args, "--"]
+        else:
+            command = ["python", "-m", "vit_jax.main"]
+        lines.append(shlex.join([*command, *trial.arguments]))
+    return lines
+
+
+def _name_jobset(name: str, number: int) -> str:
+    """Small letters, digits and hyphens, at most 40, from a letter on."""
+    text = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:32].strip("-")
+    return f"s{number}-{text}"
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's arguments, without overrides of the config.
+
+    Raises:
+      UserError: they don't go together.
+    """
+    parser = CommandParser(prog="python -m vit_jax.sweep", description=__doc__)
+    parser.add_argument("--config", required=True, help="config file, as for vit_jax.main")
+    parser.add_argument("--sweep", required=True, help="file with get_sweep")
+    parser.add_argument("--workdir", required=True, type=Path, help="of all runs")
+    parser.add_argument("--metric", help="to sort by, such as val/top1; the first there is")
+    parser.add_argument(
+        "--emit", choices=("commands", "slurm", "gke"), help="print the commands, run nothing"
+    )
+    parser.add_argument(
+        "--launch_args", default="", help="of --emit: options of sbatch, or of vit_jax.launch.gke"
+    )
+    parser.add_argument("--summarize", action="store_true", help="only make the table")
+    parser.add_argument(
+        "--no_check", action="store_true", help="do not check the configs: the data is elsewhere"
+    )
+    args = parser.parse_args(argv)
+    if args.emit and args.summarize:
+        raise UserError(f"--emit={args.emit} and --summarize: expected one of them")
+    if args.launch_args and args.emit not in ("slurm", "gke"):
+        raise UserError(f"--launch_args={args.launch_args}: expected --emit=slurm or gke with it")
+    return args
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a sweep, and returns the exit code."""
+    overrides, rest = parse_overrides(list(argv))
+    args = parse_arguments(rest)
+    console.set_up(quiet=False, to_stderr=args.emit is not None)
+    trials = make_trials(args.config, args.sweep, overrides, args.workdir)
+    if not args.no_check and not args.summarize:
+        check_trials(trials)
+    if args.emit:
+        for line in emit(trials, args.emit, shlex.split(args.launch_args)):
+            print(line)
+        return 0
+    code = 0 if args.summarize else run_sweep(trials, args.workdir, metric=args.metric)
+    lines = write_results(trials, read_states(args.workdir), args.workdir, metric=args.metric)
+    for line in lines:
+        say(line)
+    say(f"results are in {args.workdir / RESULTS}")
+    return code
+
+
+def run() -> None:
+    """The command: its exit code says how the runs ended."""
+    try:
+        with console.report_errors():
+            sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("vit_jax: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    run()
