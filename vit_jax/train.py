@@ -44,10 +44,12 @@ from vit_jax.observe.report import report_end, report_start
 from vit_jax.observe.watchdog import Watchdog
 from vit_jax.observe.writer import MetricWriter, read_metrics
 from vit_jax.optim.summary import describe_rates, group_params, summarize_params
+from vit_jax.parallel.peers import Peers
 from vit_jax.parallel.preemption import Preempted, PreemptionGuard
 from vit_jax.parallel.processes import all_agree, host_names, sum_over_processes, tell_all
 from vit_jax.parallel.sharding import find_large_copies
 from vit_jax.state import TrainState
+from vit_jax.utils.errors import UserError
 from vit_jax.workdir import check_data, lock_workdir, open_workdir, write_config, write_labels
 
 
@@ -112,7 +114,12 @@ def train(
                 process=jax.process_index(),
                 last_words=lambda phase: ledger.end(f"watchdog: {phase}"),
             )
-            with watchdog, _noting_the_end(ledger):
+            peers = Peers(
+                experiment.watchdog.peer,
+                shared=(UserError, DivergedError, SaveError, Preempted, KeyboardInterrupt),
+                last_words=lambda what: ledger.end(f"lost: {what}"),
+            )
+            with watchdog, _noting_the_end(ledger), peers:
                 _train(Run(experiment, folder, checkpoints, guard, watchdog, ledger), missed)
         _report_end(experiment, folder, checkpoints, command)
 
@@ -149,9 +156,10 @@ def _train(run: Run, missed: Sequence[Evaluator]) -> None:
             say_changes(before, checkpoints.run)
     _report_start(experiment, input_bytes, notes)
     start, state = _restore(run)
-    if main_process:
-        write_config(folder, experiment.config)
-        write_labels(folder, experiment.train_data.info.class_names)
+    with all_agree():
+        if main_process:
+            write_config(folder, experiment.config)
+            write_labels(folder, experiment.train_data.info.class_names)
     profiler = Profiler(folder, experiment.profile, active=main_process)
     while True:
         saved = checkpoints.latest_step() or 0  # what was noted of later steps was undone
