@@ -26,7 +26,7 @@ FOUND_PYTHON = $(or $(shell for p in $(PYTHON); do \
   if "$$p" -c '$(IS_SUPPORTED)' >/dev/null 2>&1; then echo "$$p"; break; fi; done),$(error \
   no Python 3.11, 3.12 or 3.13 with venv found (tried: $(PYTHON)); name one: make PYTHON=/path/to/python3))
 
-.PHONY: help train test test-all test-gpu verify-published verify-torch show-preprocess golden bench-input bench-step bench-gpu lint lock clean
+.PHONY: help train test test-all test-gpu chaos verify-published verify-torch show-preprocess golden bench-input bench-step bench-gpu lint lock clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
@@ -45,6 +45,9 @@ test-all: .venv/project.stamp build/torch/timm.stamp  ## run all tests that need
 
 test-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),.venv/project.stamp)  ## run the tests that need a GPU, with GPU_PYTHON=python
 	JAX_PLATFORMS=cuda,cpu $(GPU_PYTHON) -m pytest -m gpu $(ARGS)
+
+chaos: .venv/project.stamp  ## inject faults into small runs, and see that they recover (15 minutes)
+	.venv/bin/python -m tools.chaos $(ARGS)
 
 verify-published: .venv/project.stamp  ## fetch small published checkpoints and evaluate them on IMAGES=folder
 	.venv/bin/python -m tools.verify_published $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
