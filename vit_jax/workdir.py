@@ -118,7 +118,7 @@ def open_workdir(
         old_names = read_labels(workdir)
         if not isinstance(previous, dict | None):
             raise ValueError(f"{file} holds no config")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"--workdir={path!r} can't be used: {type(e).__name__}: {e}") from None
     if previous is not None:
         _compare(path, _flatten(previous), flat, resume)
@@ -145,7 +145,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
         config = json.loads(file.read_text())
         if not isinstance(config, dict):
             raise ValueError(f"{file} holds no config")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(
             f"--workdir={str(workdir)!r}: {file} can't be read ({type(e).__name__}); expected "
             "the workdir of a run, or --config"

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent.parent
 CONFIG = Path(__file__).parent / "config.py"
 DEVICES = 4
 # Seconds after which a run that was not told otherwise counts as hung.
-PATIENCE = 240.0
+PATIENCE = 600.0
 
 _STEP = re.compile(r"^(?:\[0\] )?step (\d+)/")
 

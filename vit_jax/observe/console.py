@@ -15,6 +15,9 @@ from vit_jax.utils.errors import UserError
 
 console = rich.console.Console(highlight=False)
 
+# Characters of an error.
+_MAX_ERROR = 4000
+
 
 def set_up(*, quiet: bool, to_stderr: bool = False) -> None:
     """Sends the package's log messages to the console.
@@ -66,8 +69,13 @@ def report_errors() -> Iterator[None]:
 
 
 def print_error(error: Exception) -> None:
-    """Prints what went wrong in one line, to stderr."""
-    print(f"vit_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+    """Prints what went wrong in one line, to stderr; what it quotes may be of any length."""
+    text = " ".join(str(error).split())
+    if len(text) > _MAX_ERROR:
+        text = f"{text[: _MAX_ERROR // 2]} ... {text[-_MAX_ERROR // 2 :]}"
+    # Arguments that are no UTF-8 hold what can't be printed.
+    text = text.encode(errors="backslashreplace").decode()
+    print(f"vit_jax: error: {text}", file=sys.stderr)
 
 
 class _ConsoleHandler(logging.Handler):
