@@ -26,7 +26,7 @@ FOUND_PYTHON = $(or $(shell for p in $(PYTHON); do \
   if "$$p" -c '$(IS_SUPPORTED)' >/dev/null 2>&1; then echo "$$p"; break; fi; done),$(error \
   no Python 3.11, 3.12 or 3.13 with venv found (tried: $(PYTHON)); name one: make PYTHON=/path/to/python3))
 
-.PHONY: help train test test-all test-gpu chaos verify-published verify-torch show-preprocess golden bench-input bench-step bench-gpu lint lock clean
+.PHONY: help train test test-all test-gpu chaos audit verify-published verify-torch show-preprocess golden bench-input bench-step bench-gpu lint lock clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
@@ -77,6 +77,13 @@ lint: .venv/project.stamp .venv/lint.stamp  ## check style and types: ruff, pyri
 	PATH="$$PWD/.venv/bin:$$PATH" PYRIGHT_PYTHON_IGNORE_WARNINGS=1 \
 	  .venv/bin/python -m pre_commit run --all-files $(ARGS)
 
+audit: build/audit/pip_audit.stamp  ## look up the pinned dependencies among known vulnerabilities; needs a network
+	@test -e build/audit/bin/pip-audit || exit 0; \
+	build/audit/bin/pip-audit -r requirements.lock --no-deps --disable-pip $(ARGS) >build/audit/found 2>&1; code=$$?; \
+	cat build/audit/found; \
+	if [ $$code -ne 0 ] && grep -qE 'ConnectionError|ServiceError|Max retries|NameResolution' build/audit/found; then \
+	  echo "Nothing was audited: the database of vulnerabilities could not be reached."; exit 0; fi; exit $$code
+
 lock: build/uv/bin/uv  ## pin what setup.py asks for; with ARGS=--upgrade, the newest of it
 	echo setuptools | $(UV_COMPILE) setup.py - --extra test -o requirements.lock $(ARGS)
 	test ! -f requirements-lint.lock || cp requirements-lint.lock build/lint.lock
@@ -107,6 +114,12 @@ clean:  ## remove .venv, build output and caches; runs/ stays
 build/uv/bin/uv:
 	@python="$(FOUND_PYTHON)" && echo "Installing uv in build/uv." && "$$python" -m venv --clear build/uv
 	@build/uv/bin/python -m pip install -qq --disable-pip-version-check uv
+
+build/audit/pip_audit.stamp:
+	@python="$(FOUND_PYTHON)" && "$$python" -m venv --clear build/audit
+	@build/audit/bin/python -m pip install -qq --no-input --disable-pip-version-check pip-audit \
+	  || { echo "Nothing was audited: pip-audit could not be installed, which needs a network." >&2; exit 0; }
+	@test ! -e build/audit/bin/pip-audit || touch $@
 
 build/torch/timm.stamp:
 	@python="$(FOUND_PYTHON)" && echo "Installing PyTorch and timm in build/torch (minutes)." && "$$python" -m venv --clear build/torch
