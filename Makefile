@@ -26,7 +26,7 @@ FOUND_PYTHON = $(or $(shell for p in $(PYTHON); do \
   if "$$p" -c '$(IS_SUPPORTED)' >/dev/null 2>&1; then echo "$$p"; break; fi; done),$(error \
   no Python 3.11, 3.12 or 3.13 with venv found (tried: $(PYTHON)); name one: make PYTHON=/path/to/python3))
 
-.PHONY: help train test test-all test-gpu verify-published verify-torch show-preprocess golden bench-input bench-step bench-gpu lint docs lock clean
+.PHONY: help train test test-all test-gpu chaos audit verify-published verify-torch show-preprocess golden bench-input bench-step bench-gpu lint docs lock clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
@@ -45,6 +45,9 @@ test-all: .venv/project.stamp .venv/test-all.stamp build/torch/timm.stamp build/
 
 test-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),.venv/project.stamp)  ## run the tests that need a GPU, with GPU_PYTHON=python
 	JAX_PLATFORMS=cuda,cpu $(GPU_PYTHON) -m pytest -m gpu $(ARGS)
+
+chaos: .venv/project.stamp  ## inject faults into small runs, and see that they recover (15 minutes)
+	.venv/bin/python -m tools.chaos $(ARGS)
 
 verify-published: .venv/project.stamp  ## fetch small published checkpoints and evaluate them on IMAGES=folder
 	.venv/bin/python -m tools.verify_published $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
@@ -79,6 +82,13 @@ docs: .venv/project.stamp .venv/docs.stamp  ## make the site in build/docs; a li
 	  -d build/doctrees . build/docs $(ARGS)
 	@echo "The site is in build/docs: open build/docs/index.html."
 
+audit: build/audit/pip_audit.stamp  ## look up the pinned dependencies among known vulnerabilities; needs a network
+	@test -e build/audit/bin/pip-audit || exit 0; \
+	build/audit/bin/pip-audit -r requirements.lock --no-deps --disable-pip $(ARGS) >build/audit/found 2>&1; code=$$?; \
+	cat build/audit/found; \
+	if [ $$code -ne 0 ] && grep -qE 'ConnectionError|ServiceError|Max retries|NameResolution' build/audit/found; then \
+	  echo "Nothing was audited: the database of vulnerabilities could not be reached."; exit 0; fi; exit $$code
+
 lock: build/uv/bin/uv  ## pin what setup.py asks for; with ARGS=--upgrade, the newest of it
 	echo setuptools | $(UV_COMPILE) setup.py - --extra test -o requirements.lock $(ARGS)
 	for extra in lint docs test-all; do \
@@ -111,6 +121,12 @@ clean:  ## remove .venv, build output and caches; runs/ stays
 build/uv/bin/uv:
 	@python="$(FOUND_PYTHON)" && echo "Installing uv in build/uv." && "$$python" -m venv --clear build/uv
 	@build/uv/bin/python -m pip install -qq --disable-pip-version-check uv
+
+build/audit/pip_audit.stamp:
+	@python="$(FOUND_PYTHON)" && "$$python" -m venv --clear build/audit
+	@build/audit/bin/python -m pip install -qq --no-input --disable-pip-version-check pip-audit \
+	  || { echo "Nothing was audited: pip-audit could not be installed, which needs a network." >&2; exit 0; }
+	@test ! -e build/audit/bin/pip-audit || touch $@
 
 build/torch/timm.stamp:
 	@python="$(FOUND_PYTHON)" && echo "Installing PyTorch and timm in build/torch (minutes)." && "$$python" -m venv --clear build/torch

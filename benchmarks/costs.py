@@ -21,7 +21,11 @@ from benchmarks.turns import ROOT
 PARTS = {
     "startup": ("--config=configs/digits.py",),
     "loop": ("--config=configs/digits.py", "--config.data.batch_size=32"),
-    "checkpoint": ("--config=configs/vit_i1k.py:variant=B/16", "--num_classes=1000", "--image_size=224"),
+    "checkpoint": (
+        "--config=configs/vit_i1k.py:variant=B/16",
+        "--num_classes=1000",
+        "--image_size=224",
+    ),
 }
 
 

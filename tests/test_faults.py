@@ -163,6 +163,18 @@ def test_a_run_that_can_not_save_ends_with_one_line(data_dir, tmp_path, monkeypa
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
+def test_secrets_of_the_environment_are_in_no_file_of_a_run(data_dir, tmp_path, monkeypatch, capfd):
+    secret = "hunter2-3f9a"
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GOOGLE_API_KEY", "DATABASE_PASSWORD"):
+        monkeypatch.setenv(name, secret)
+    poison(monkeypatch, 7)
+    run(data_dir, tmp_path, on_divergence="skip")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"config.json", "ledger.jsonl", "run.json", "7.json"} <= {path.name for path in files}
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+    assert secret not in "".join(capfd.readouterr())
+
+
 @pytest.mark.slow
 def test_a_process_that_waits_for_a_stopped_one_asks_for_another_run(data_dir, tmp_path):
     limit = ["--config.watchdog.step=5"]

@@ -58,6 +58,17 @@ def test_a_key_that_is_no_more_is_another_experiment(tmp_path):
         open_workdir(str(tmp_path), CONFIG)
 
 
+def test_a_config_that_finds_no_room_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(path, *_, **__):
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"config\.json can't be written \(No space left on device"):
+        write_config(tmp_path, CONFIG)
+    assert list(tmp_path.iterdir()) == []
+
+
 SEED = {"seed": 1}
 
 

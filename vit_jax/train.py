@@ -48,10 +48,12 @@ from vit_jax.observe.watchdog import Watchdog
 from vit_jax.observe.writer import MetricWriter, read_metrics
 from vit_jax.optim.summary import describe_rates, group_params, summarize_params
 from vit_jax.parallel.chips import find_chip
+from vit_jax.parallel.peers import Peers
 from vit_jax.parallel.preemption import Preempted, PreemptionGuard
 from vit_jax.parallel.processes import all_agree, host_names, sum_over_processes, tell_all
 from vit_jax.parallel.sharding import find_large_copies
 from vit_jax.state import TrainState
+from vit_jax.utils.errors import UserError
 from vit_jax.workdir import check_data, lock_workdir, open_workdir, write_config, write_labels
 
 
@@ -119,8 +121,13 @@ def train(
                 process=jax.process_index(),
                 last_words=lambda phase: ledger.end(f"watchdog: {phase}"),
             )
+            peers = Peers(
+                experiment.watchdog.peer,
+                shared=(UserError, DivergedError, SaveError, Preempted, KeyboardInterrupt),
+                last_words=lambda what: ledger.end(f"lost: {what}"),
+            )
             run = Run(experiment, folder, checkpoints, guard, watchdog, ledger, command)
-            with watchdog, _noting_the_end(run):
+            with watchdog, _noting_the_end(run), peers:
                 _train(run, missed)
         _report_end(experiment, folder, checkpoints, command)
 
@@ -162,12 +169,13 @@ def _train(run: Run, missed: Sequence[Evaluator]) -> None:
             say_changes(before, checkpoints.run)
     _report_start(experiment, input_bytes, notes)
     start, state = _restore(run)
-    if main_process:
-        write_config(folder, experiment.config)
-        write_labels(folder, experiment.train_data.info.class_names)
-        params = summarize_params(experiment.optimizer, experiment.abstract_state.params)
-        what = {k: v for k, v in checkpoints.run.items() if k != "config"}
-        write_run(folder, what | {"command": run.command} | describe_params(params))
+    with all_agree():
+        if main_process:
+            write_config(folder, experiment.config)
+            write_labels(folder, experiment.train_data.info.class_names)
+            params = summarize_params(experiment.optimizer, experiment.abstract_state.params)
+            what = {k: v for k, v in checkpoints.run.items() if k != "config"}
+            write_run(folder, what | {"command": run.command} | describe_params(params))
     profiler = Profiler(folder, experiment.profile, active=main_process)
     with Trackers(experiment.tracking, folder, experiment.config, active=main_process) as trackers:
         while True:

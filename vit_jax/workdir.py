@@ -119,7 +119,7 @@ def open_workdir(
         old_names = read_labels(workdir)
         if not isinstance(previous, dict | None):
             raise ValueError(f"{file} holds no config")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"--workdir={path!r} can't be used: {type(e).__name__}: {e}") from None
     if previous is not None:
         _compare(path, _flatten(previous), flat, resume)
@@ -146,7 +146,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
         config = json.loads(file.read_text())
         if not isinstance(config, dict):
             raise ValueError(f"{file} holds no config")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(
             f"--workdir={str(workdir)!r}: {file} can't be read ({type(e).__name__}); expected "
             "the workdir of a run, or --config"
@@ -270,22 +270,40 @@ def find_holder(workdir: Path) -> str | None:
 
 
 def write_config(workdir: Path, config: dict[str, Any]) -> None:
-    """Writes `config.json`, whole or not at all."""
+    """Writes `config.json`, whole or not at all.
+
+    Raises:
+      UserError: it can't be written.
+    """
     file = workdir / CONFIG
-    fresh = file.with_suffix(".tmp")
-    fresh.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-    os.replace(fresh, file)
+    _replace(file, json.dumps(config, indent=1, sort_keys=True) + "\n")
     say(f"wrote {file}")
 
 
+def _replace(file: Path, text: str) -> None:
+    fresh = file.with_suffix(".tmp")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, file)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        raise UserError(
+            f"--workdir={str(file.parent)!r}: {file.name} can't be written ({e.strerror}); "
+            "expected a folder to write to, with room"
+        ) from None
+
+
 def write_labels(workdir: Path, class_names: tuple[str, ...] | None) -> None:
-    """Writes `labels.txt`, a class name a line, if they are known and it is not there."""
+    """Writes `labels.txt`, a class name a line, if they are known and it is not there.
+
+    Raises:
+      UserError: it can't be written.
+    """
     file = workdir / LABELS
     if class_names is None or file.exists():
         return
-    fresh = file.with_suffix(".tmp")
-    fresh.write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
-    os.replace(fresh, file)
+    _replace(file, "".join(f"{name}\n" for name in class_names))
     say(f"wrote {file}: {len(class_names)} class names")
 
 

@@ -75,7 +75,7 @@ def find_fault(folder: Path, items: Sequence[str] | None = None) -> str | None:
             return f"{MANIFEST} is not as it was written"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
         return f"{MANIFEST} can't be read ({type(e).__name__})"
     wanted = {
         name: was for name, was in files.items() if items is None or name.partition("/")[0] in items

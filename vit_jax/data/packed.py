@@ -95,7 +95,7 @@ def read_manifest(folder: Path, *, key: str) -> Manifest:
             f"{key}: {folder / MANIFEST}: {e.strerror}; expected a folder that "
             "python -m vit_jax.data.pack wrote"
         ) from None
-    except (ValueError, TypeError, KeyError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise UserError(f"{key}: {folder / MANIFEST} can't be read: {e}") from None
 
 

@@ -175,8 +175,13 @@ class RowGroups(Records):
                 if group in self._cache:
                     self._cache.move_to_end(group)
                     return self._cache[group]
-            images = self._files[number].read_row_group(within, columns=["image"]).column("image")
-            images = images.combine_chunks()
+            try:
+                table = self._files[number].read_row_group(within, columns=["image"])
+            except (
+                Exception
+            ) as e:  # Corrupt pages: OSError, ArrowInvalid, ArrowNotImplementedError.
+                raise ImageError(f"its row group can't be read ({' '.join(str(e).split())})") from e
+            images = table.column("image").combine_chunks()
             if hasattr(images, "field"):
                 images = images.field("bytes")
             with self._lock:

@@ -45,7 +45,7 @@ def parse_preprocess(text: str, *, key: str) -> tuple[Transform | Random, ...]:
 def _parse_op(text: str, *, key: str) -> Transform | Random:
     try:
         node = ast.parse(text, mode="eval").body
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         node = None
     call = node if isinstance(node, ast.Call) else None
     name = call.func if call else node
@@ -59,7 +59,7 @@ def _parse_op(text: str, *, key: str) -> Transform | Random:
     signature = inspect.signature(op)
     try:
         bound = _bind(signature, call)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError, MemoryError):
         usage = f"{name.id}({', '.join(map(_describe, signature.parameters.values()))})"
         raise UserError(f"{key}: wrong arguments in {text!r}: expected {usage}") from None
     for argument, value in bound.arguments.items():

@@ -21,6 +21,9 @@ Verbosity = Literal["quiet", "normal", "verbose"]
 console = rich.console.Console(highlight=False)
 settings = types.SimpleNamespace(verbosity="normal")
 
+# Characters of an error.
+_MAX_ERROR = 4000
+
 
 def is_live(screen: rich.console.Console) -> bool:
     """Whether what is shown there can be drawn over: a terminal, and nobody's log."""
@@ -80,8 +83,13 @@ def report_errors() -> Iterator[None]:
 
 
 def print_error(error: Exception) -> None:
-    """Prints what went wrong in one line, to stderr."""
-    print(f"vit_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+    """Prints what went wrong in one line, to stderr; what it quotes may be of any length."""
+    text = " ".join(str(error).split())
+    if len(text) > _MAX_ERROR:
+        text = f"{text[: _MAX_ERROR // 2]} ... {text[-_MAX_ERROR // 2 :]}"
+    # Arguments that are no UTF-8 hold what can't be printed.
+    text = text.encode(errors="backslashreplace").decode()
+    print(f"vit_jax: error: {text}", file=sys.stderr)
 
 
 class _ConsoleHandler(logging.Handler):

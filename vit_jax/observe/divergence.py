@@ -104,7 +104,8 @@ def write_dump(
 
 def read_rollbacks(workdir: Path) -> list[dict[str, Any]]:
     """Each with the steps `to` (the checkpoint) and `past` (the step that diverged)."""
-    return read_records(workdir / FOLDER / ROLLBACKS)
+    records = read_records(workdir / FOLDER / ROLLBACKS)
+    return [r for r in records if all(type(r.get(key)) is int for key in ("to", "past"))]
 
 
 def append_rollback(workdir: Path, *, to: int, past: int, reason: str) -> None:

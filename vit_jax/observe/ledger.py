@@ -20,6 +20,8 @@ LEDGER = "ledger.jsonl"
 
 # What a second is spent on; `step` is what training is for.
 KINDS = ("step", "compile", "data_wait", "save", "evaluation")
+# More than any step or second since 1970: a number above it was damaged.
+_MOST = 10**15
 # Seconds from one record to the next at most, while steps are taken.
 _PACE_S = 30.0
 
@@ -124,8 +126,27 @@ class Summary:
 
 
 def read_ledger(workdir: Path) -> list[dict[str, Any]]:
-    """The records of a workdir; what is torn is left out."""
-    return [r for r in read_records(workdir / LEDGER) if isinstance(r, dict) and "event" in r]
+    """The records of a workdir; what is torn or damaged is left out."""
+    return [record for record in read_records(workdir / LEDGER) if _is_whole(record)]
+
+
+# What a record must have, by event; all have the first ones.
+_NUMBERS = {"start": ("total",), "rollback": ("to", "past")}
+
+
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    event, seconds = record.get("event"), record.get("seconds")
+    if not isinstance(event, str) or not isinstance(seconds, dict):
+        return False
+    if event == "end" and not isinstance(record.get("cause"), str):
+        return False
+    whole = [record.get(name) for name in ("step", *_NUMBERS.get(event, ()))]
+    if "saved" in record and record["saved"] is not None:
+        whole.append(record["saved"])
+    numbers = [record.get("time"), *(seconds.get(kind) for kind in KINDS)]
+    return all(type(n) is int and 0 <= n < _MOST for n in whole) and all(
+        type(n) in (int, float) and 0 <= n < _MOST for n in numbers
+    )
 
 
 def summarize(records: Sequence[Mapping[str, Any]]) -> Summary | None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ends a process that hangs, so that the job is started again rather than waiting for ever.
 
-Where one process of a job dies or stops, the others wait for it within a step.
+Where one process of a job dies or stops, the others are told by `parallel.peers`.
 """
 
 import contextlib
@@ -30,12 +30,14 @@ class Limits:
       step: from one step to the next, with the wait for data.
       save: for a checkpoint, as far as training waits for it.
       evaluation: by all evaluators that are due.
+      peer: for which nothing is heard of another process of the job.
     """
 
     compile: float = 7200
     step: float = 1800
     save: float = 3600
     evaluation: float = 14400
+    peer: float = 60
 
     def __post_init__(self) -> None:
         for key, value in dataclasses.asdict(self).items():

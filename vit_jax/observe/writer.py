@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,15 +165,23 @@ def _summarize(name: str, counts: np.ndarray, edges: np.ndarray) -> Any:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The records of a workdir; a torn last line is left out."""
-    path = workdir / METRICS
+    """The records of a workdir; what follows a line that is torn or damaged is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
+    for record in _read_lines(workdir / METRICS):
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
             break
+        records.append(record)
     return records
+
+
+def _read_lines(path: Path) -> Iterator[Any]:
+    """What JSON each line holds; None for those that hold none."""
+    if path.exists():
+        for line in path.read_text(errors="replace").split("\n"):
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError):
+                yield None
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -189,9 +197,5 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects that `append_record` wrote; lines that are torn are left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
+    """The objects that `append_record` wrote; lines that are torn or damaged are left out."""
+    return [record for record in _read_lines(path) if isinstance(record, dict)]

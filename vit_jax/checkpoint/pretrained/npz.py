@@ -6,6 +6,7 @@ The files are untrusted: pickled data in them is refused, so reading one runs no
 
 import collections
 import json
+import math
 import os
 import re
 import zipfile
@@ -26,6 +27,10 @@ from vit_jax.checkpoint.pretrained.weights import (
     unstack_blocks,
 )
 from vit_jax.utils.errors import UserError
+
+# Parameters hardly compress: a file that would become so many times as long is none of them.
+_MAX_RATIO = 20
+_MIN_BOUND = 1 << 26
 
 # What training code of several ages put around the parameters, outermost first.
 _WRAPPERS = ("opt/target/", "params/")
@@ -180,7 +185,7 @@ def _read_description(path: epath.Path) -> dict[str, Any]:
         content = json.loads(beside.read_text())
         described = content.get("vit_jax", {})
         return {section: as_tuples(values) for section, values in described.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{beside}: {error}; expected what was written with {path.name}") from error
 
 
@@ -191,12 +196,43 @@ def _read_arrays(path: epath.Path, subtree: str) -> dict[str, np.ndarray]:
             start = file.read(16)
             size = file.seek(0, os.SEEK_END)
             raise ValueError(f"not a whole zip archive but {size} bytes that start with {start!r}")
+        with zipfile.ZipFile(file) as members:
+            _check_sizes(members, file.seek(0, os.SEEK_END))
         file.seek(0)
         with np.load(file, allow_pickle=False) as archive:
             names = _unwrap(archive.files)
             if subtree:
                 names = _select(names, subtree.strip("/") + "/", path)
             return {name: _read_array(archive, key) for name, key in names.items()}
+
+
+def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:
+    """Refuses arrays that say they are larger than what is there, before there is memory for them.
+
+    Args:
+      archive: the file.
+      size: its bytes.
+    """
+    members = archive.infolist()
+    whole = sum(info.file_size for info in members)
+    if whole > _MIN_BOUND + _MAX_RATIO * size:
+        raise ValueError(f"{size:,} bytes that would become {whole:,}")
+    for info in members:
+        with archive.open(info) as member:
+            major, _ = np.lib.format.read_magic(member)
+            read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+            if major not in read:
+                raise ValueError(f"{info.filename} is of an unknown version of the format")
+            shape, _, dtype = read[major](member)
+            if any(not 0 <= n < 2**48 for n in shape):
+                raise ValueError(f"{info.filename} has the shape {shape}")
+            if dtype.hasobject:  # No array has a size then; np.load refuses it.
+                continue
+            claimed = member.tell() + math.prod(shape) * dtype.itemsize
+            if claimed != info.file_size:
+                raise ValueError(
+                    f"{info.filename} says that it has {claimed:,} bytes; it has {info.file_size:,}"
+                )
 
 
 def _read_array(archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:

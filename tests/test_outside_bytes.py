@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever bytes come from outside: a value, or one line that says what is wrong with them."""
+
+import contextlib
+import json
+import time
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+
+from tests.images import write_folder
+from tests.tiny import tiny_config
+from tests.trained import write_model
+from vit_jax import status
+from vit_jax.checkpoint.manager import find_checkpoint
+from vit_jax.checkpoint.manifest import find_fault, write_manifest
+from vit_jax.checkpoint.pretrained.npz import read_npz
+from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, write_safetensors
+from vit_jax.data.decode import ImageError
+from vit_jax.data.files import manifest_dataset
+from vit_jax.data.packed import read_manifest
+from vit_jax.data.parquet import parquet_dataset
+from vit_jax.data.preprocess import parse_preprocess
+from vit_jax.experiment import Experiment
+from vit_jax.main import override_config, parse_overrides
+from vit_jax.observe.console import print_error
+from vit_jax.utils.errors import UserError
+from vit_jax.workdir import open_workdir, read_config
+
+INPUTS = 60
+MANY_INPUTS = 1000
+# Seconds of the CPU for one input.
+LIMIT = 5.0
+
+# What tends to go wrong in numbers, texts and nesting.
+PIECES = [
+    *(b"\x00", b"\xff", b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"\x80", b"\n", b'"', b"'", b"\\"),
+    *(b"{", b"}", b"[", b"]", b"(", b")", b"," * 3, b":", b"|", b"=", b"-1", b"0", b"1e999"),
+    *(b"NaN", b"null", b"true", b"9" * 30, b"9" * 5000, b"[" * 3000, b"(" * 300, b"{" * 300),
+    *(
+        b"\xed\xa0\x80",
+        "ü".encode(),
+        b"\\ud800",
+        b"../",
+        b"__class__",
+        b"lambda: 0",
+        b"1" + b"+1" * 2000,
+    ),
+]
+
+
+def mutate(data, rng):
+    """Some of: bits flipped, a piece put in, taken out, copied or exchanged, the end cut off."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 4)):
+        at = int(rng.integers(len(data) + 1))
+        end = min(at + int(2 ** rng.uniform(0, 8)), len(data))
+        piece = PIECES[rng.integers(len(PIECES))]
+        kind = rng.integers(6)
+        if kind == 0 and data:
+            data[at - 1] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            data[at:at] = piece
+        elif kind == 2:
+            data[at : at + len(piece)] = piece
+        elif kind == 3:
+            del data[at:end]
+        elif kind == 4:
+            data[at:at] = data[at:end]
+        else:
+            del data[max(at, len(data) // 8) :]
+    return bytes(data)
+
+
+class Reader:
+    """A file as it should be, and what reads it."""
+
+    def __init__(self, file, read):
+        self.file, self.read, self.good = file, read, file.read_bytes()
+
+
+def read_rows(dataset):
+    for row in range(min(len(dataset.labels), 4)):
+        with contextlib.suppress(ImageError):
+            dataset.records.read(row)
+
+
+def npz(folder, data_dir):
+    file = write_model(folder / "model.npz")
+    return Reader(file, lambda: read_npz(file))
+
+
+def npz_description(folder, data_dir):
+    file = write_model(folder / "model.npz")
+    return Reader(file.with_suffix(".json"), lambda: read_npz(file))
+
+
+def safetensors(folder, data_dir):
+    file = folder / "model.safetensors"
+    write_safetensors(file, read_npz(write_model(folder / "model.npz", size=16)))
+    return Reader(file, lambda: read_safetensors(file))
+
+
+def csv(folder, data_dir):
+    write_folder(folder / "images", {"train/a": 2, "train/b": 1})
+    names = sorted(p.relative_to(folder) for p in (folder / "images").rglob("*.png"))
+    file = folder / "rows.csv"
+    file.write_text("image,label,split\n" + "".join(f"{n},{n.parent.name},train\n" for n in names))
+    return Reader(file, lambda: read_rows(manifest_dataset.__wrapped__(str(file))))
+
+
+def jsonl(folder, data_dir):
+    write_folder(folder / "images", {"train/a": 2, "train/b": 1})
+    names = sorted(p.relative_to(folder) for p in (folder / "images").rglob("*.png"))
+    rows = [{"image": str(n), "labels": [n.parent.name]} for n in names]
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Reader(file, lambda: read_rows(manifest_dataset.__wrapped__(str(file))))
+
+
+def parquet(folder, data_dir):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = folder / "train.parquet"
+    names = {"info": {"features": {"label": {"names": ["a", "b"], "_type": "ClassLabel"}}}}
+    table = pa.table({"image": [b"one", b"two", b"three"], "label": [0, 1, 1]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(names)}), file)
+    return Reader(file, lambda: read_rows(parquet_dataset.__wrapped__(str(file))))
+
+
+def preprocess(folder, data_dir):
+    file = folder / "line"
+    file.write_text(
+        "decode|resize(224, method='area')|random_crop(8)|flip_lr|rand_augment('rand-m9')"
+    )
+    text = lambda: file.read_bytes().decode(errors="surrogateescape")  # noqa: E731
+    return Reader(file, lambda: parse_preprocess(text(), key="data.preprocess"))
+
+
+def overrides(folder, data_dir):
+    file = folder / "arguments"
+    keys = ("data.batch_size=16", "model.hidden_size=16", "log_every=2", "mesh.data=-1", "seed=1")
+    file.write_text("\n".join(f"--config.{key}" for key in keys))
+    config = tiny_config(data_dir, evals={}).to_dict()
+
+    def read():
+        arguments = file.read_bytes().decode(errors="surrogateescape").split("\n")
+        values, _ = parse_overrides(arguments)
+        Experiment.from_config(override_config(json.loads(json.dumps(config)), values))
+
+    return Reader(file, read)
+
+
+def checkpoint(folder, data_dir):
+    for item in ("params", "training"):
+        (folder / "4" / item).mkdir(parents=True)
+        for name in ("_METADATA", "manifest.ocdbt"):
+            (folder / "4" / item / name).write_text(name)
+    write_manifest(folder / "4")
+
+    def read():
+        assert find_checkpoint(folder) == folder / "4"
+        if fault := find_fault(folder / "4"):
+            raise UserError(fault)
+
+    return Reader(folder / "4" / "manifest.json", read)
+
+
+def config_json(folder, data_dir):
+    config = {"seed": 0, "total_steps": 8, "model": {"patch_size": [2, 2]}, "evals": {"val": {}}}
+    file = folder / "config.json"
+    file.write_text(json.dumps(config))
+
+    def read():
+        try:
+            read_config(folder)
+        finally:
+            open_workdir(str(folder), config)
+
+    return Reader(file, read)
+
+
+def labels(folder, data_dir):
+    (folder / "config.json").write_text(json.dumps({"seed": 0}))
+    file = folder / "labels.txt"
+    file.write_text("cat\ndog\n")
+    return Reader(file, lambda: open_workdir(str(folder), {"seed": 0}, ("cat", "dog")))
+
+
+def ledger(folder, data_dir):
+    seconds = {"step": 1.0, "compile": 2.0, "data_wait": 0.1, "save": 0.1, "evaluation": 0.1}
+    start = {"event": "start", "time": 1.0, "step": 0, "total": 8, "seconds": seconds}
+    rows = [start, {**start, "event": "progress", "step": 4, "saved": 4}, {**start, "step": 4}]
+    rows += [
+        {**start, "event": "rollback", "to": 4, "past": 6},
+        {**start, "event": "end", "cause": "x"},
+    ]
+    file = folder / "ledger.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Reader(file, lambda: status.show(folder, status.describe(folder)))
+
+
+def pack_json(folder, data_dir):
+    content = {
+        "source": "digits",
+        "splits": {"train": 5},
+        "num_classes": 2,
+        "multi_label": False,
+        "class_names": ["a", "b"],
+        "short_side": 8,
+        "quality": 90,
+        "raw": None,
+        "shard_size": 4,
+    }
+    file = folder / "pack.json"
+    file.write_text(json.dumps(content))
+    return Reader(file, lambda: read_manifest(folder, key="data.name").shards())
+
+
+READERS = (
+    npz,
+    npz_description,
+    safetensors,
+    csv,
+    jsonl,
+    parquet,
+    preprocess,
+    overrides,
+    checkpoint,
+    config_json,
+    labels,
+    ledger,
+    pack_json,
+)
+
+
+@pytest.mark.parametrize(
+    "count", [INPUTS, pytest.param(MANY_INPUTS, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
+def test_damaged_bytes_are_one_line_or_a_value(reader, count, tmp_path, data_dir, capsys):
+    found = reader(tmp_path, data_dir)
+    found.read()
+    rng = np.random.default_rng(READERS.index(reader))
+    refused = 0
+    for i in range(count):
+        content = mutate(found.good, rng)
+        found.file.write_bytes(content)
+        begun = time.process_time()
+        try:
+            found.read()
+        except UserError as e:
+            refused += 1
+            print_error(e)
+            errors = capsys.readouterr().err
+            assert errors.startswith("vit_jax: error: "), f"input {i}"
+            assert errors.count("\n") == 1, f"input {i}"
+            assert len(errors) < 5000, f"input {i}"
+        except Exception as e:
+            raise AssertionError(f"input {i}: {content[:2000]!r}") from e
+        assert time.process_time() - begun < LIMIT, f"input {i}: {content[:2000]!r}"
+    assert refused
+
+
+def npy(shape, content, *, descr="<f4"):
+    """An array by its header, which may lie, and its bytes."""
+    header = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content
+
+
+CLAIMS = {
+    "more_than_there_is": ({"a.npy": npy((1 << 34,), bytes(8))}, "says that it has 68,719,476,"),
+    "less_than_nothing": ({"a.npy": npy((-1, 4), bytes(8))}, "has the shape"),
+    "overflow": ({"a.npy": npy((1 << 40, 1 << 40), bytes(8))}, "says that it has"),
+    "a_bomb": ({"a.npy": npy((1 << 21,), bytes(1 << 23))}, "bytes that would become 8,388,"),
+    "pickle": ({"a.npy": npy((1,), b"cos\nsystem\n", descr="|O")}, "expected the whole"),
+    "no_array": ({"a.npy": b"cos\nsystem\n(S'echo'\ntR."}, "expected the whole"),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_sizes_that_a_file_only_claims_take_no_memory(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("vit_jax.checkpoint.pretrained.npz._MIN_BOUND", 1 << 20)
+    members, words = CLAIMS[name]
+    file = tmp_path / "model.npz"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for member, content in members.items():
+            archive.writestr(member, content)
+    del members, content
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=words):
+            read_npz(file)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**22
+
+
+def test_a_safetensors_header_that_is_longer_than_its_file_takes_no_memory(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((1 << 40).to_bytes(8, "little") + b"{" + bytes(1000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="not a whole safetensors file"):
+            read_safetensors(file)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**22
