@@ -19,7 +19,7 @@ PARALLEL := -n logical --maxprocesses=4 --dist worksteal
 PIP_INSTALL := .venv/bin/python -m pip install -qq --no-input --disable-pip-version-check --no-compile
 # One file for all supported versions of Python; pins that still fit are kept.
 UV_COMPILE := build/uv/bin/uv pip compile -q --universal --python-version 3.11 --no-annotate \
-  --no-emit-index-url --no-python-downloads --custom-compile-command "make lock"
+  --no-emit-index-url --generate-hashes --no-python-downloads --custom-compile-command "make lock"
 
 IS_SUPPORTED := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 FOUND_PYTHON = $(or $(shell for p in $(PYTHON); do \

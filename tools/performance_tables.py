@@ -24,7 +24,7 @@ PEERS = {
 def make_step_table(results: dict[str, Any]) -> list[str]:
     """Of `benchmarks.step`."""
     lines = [
-        f"| batches of {results['batch_size']} | images/s | of vit_jax | first step | peak memory |",
+        f"| batches of {results['batch_size']} | images/s | of ours | first step | peak memory |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for variant, rows in results["results"].items():
