@@ -176,13 +176,16 @@ def test_only_the_first_process_prints_and_writes_metrics(two):
         "evals",
         "ledger.jsonl",
         "metrics.jsonl",
+        "report.html",
+        "run.json",
         "tensorboard",
     ]
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     details = {f"{name}_6{part}" for name in ("val", "val_ema") for part in ("", "_confusion")}
     written = {name.split(".")[0] for name in opened(first_errors)}
     # "checkpoints": whether there is room in it.
-    assert written == {"checkpoints", "config", "events", "ledger", "lock", "metrics"} | details
+    files = {"config", "events", "ledger", "lock", "metrics", "report", "run"}
+    assert written == {"checkpoints"} | files | details
     assert opened(second_errors) == []
 
 

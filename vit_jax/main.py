@@ -186,7 +186,7 @@ def _check_trackers(overrides: dict[str, Any]) -> None:
     What else is wrong is said later, when no process waits for another that has ended.
     """
     try:
-        section = load_config(_CONFIG.value or "", overrides).get("tracking") or {}
+        section: Any = load_config(_CONFIG.value or "", overrides).get("tracking") or {}
         tracking = Tracking(trackers=section.get("trackers", ()))
     except (UserError, AttributeError):
         return

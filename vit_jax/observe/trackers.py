@@ -7,6 +7,7 @@ said once, and the tracker is dropped. Keys and addresses come from the environm
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import json
 import netrc
@@ -89,9 +90,8 @@ class WandbTracker:
     """Weights & Biases; its own variables such as WANDB_MODE hold."""
 
     def __init__(self, tracking: Tracking, workdir: Path, config: Mapping[str, Any]):
-        import wandb
-
-        self._wandb: Any = wandb
+        wandb: Any = importlib.import_module("wandb")
+        self._wandb = wandb
         run_id = _read_state(workdir).get("wandb") or uuid.uuid4().hex[:12]
         self._run: Any = wandb.init(
             project=tracking.project,
@@ -124,11 +124,9 @@ class MlflowTracker:
     """MLflow, at MLFLOW_TRACKING_URI. It has no histograms."""
 
     def __init__(self, tracking: Tracking, workdir: Path, config: Mapping[str, Any]):
-        from mlflow import entities
-        from mlflow.tracking import MlflowClient
-
-        self._entities: Any = entities
-        self._client: Any = MlflowClient()
+        entities: Any = importlib.import_module("mlflow.entities")
+        self._entities = entities
+        self._client: Any = importlib.import_module("mlflow.tracking").MlflowClient()
         self._id: str = _read_state(workdir).get("mlflow") or ""
         if self._id:
             self._client.update_run(self._id, status="RUNNING")
