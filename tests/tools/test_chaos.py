@@ -2,6 +2,8 @@
 """Faults are injected and judged: one kill for real, and what the table makes of outcomes."""
 
 import functools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +44,12 @@ def test_a_fault_that_is_not_recovered_from_is_exit_code_1(monkeypatch, tmp_path
     assert chaos.main(["--only=good", "--minutes=-1"]) == 1, "nothing was injected"
     with pytest.raises(UserError, match="--only=rain: expected some of kill, "):
         chaos.main(["--only=rain"])
+
+
+def test_the_table_of_the_docs_is_that_of_the_results():
+    root = Path(__file__).parent.parent.parent
+    results = json.loads((root / "benchmarks" / "results" / "chaos.json").read_text())
+    assert chaos.show(results["table"]) in (root / "docs" / "faults.md").read_text()
 
 
 def test_one_bit_makes_another_end():

@@ -93,7 +93,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"\n{show(rows)}")
     if args.json:
         content = {
-            "command": "python -m tools.chaos " + " ".join(argv),
+            "command": "python -m tools.chaos "
+            + " ".join(a for a in argv if not a.startswith("--json")),
             "minutes": round((time.monotonic() - begun) / 60, 1),
             "cores": os.cpu_count(),
             "table": rows,
