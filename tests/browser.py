@@ -2,13 +2,22 @@
 """Chromium without a window, driven over two pipes by its DevTools protocol."""
 
 import base64
-import fcntl
 import json
 import os
-import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
+
+# The browser reads from 3 and writes to 4. Copies far from there come first: one may be the other.
+_START = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 50) for end in sys.argv[1:3]]
+for number, end in zip((3, 4), ends):
+    os.dup2(end, number)
+    os.close(end)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -20,14 +29,12 @@ class Browser:
     """
 
     def __init__(self, program, folder):
-        # The browser reads from 3 and writes to 4, so that these here are others.
-        pipes = [[fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in os.pipe()] for _ in range(2)]
-        (theirs_in, self._out), (self._in, theirs_out) = pipes
-        options = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage"
-        command = f"exec {shlex.quote(program)} {options} --remote-debugging-pipe about:blank"
-        command += f" --user-data-dir={shlex.quote(str(folder))} 3<&{theirs_in} 4>&{theirs_out}"
+        theirs_in, self._out = os.pipe()
+        self._in, theirs_out = os.pipe()
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        options += ["--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"]
         self._process = subprocess.Popen(
-            ["sh", "-c", command],
+            [sys.executable, "-c", _START, str(theirs_in), str(theirs_out), program, *options],
             pass_fds=(theirs_in, theirs_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
