@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vit_jax.inference.figures import has_attention
 from vit_jax.main import parse_overrides
 from vit_jax.observe import console
 from vit_jax.observe.console import CommandParser, say
@@ -100,7 +101,10 @@ def main(argv: Sequence[str]) -> None:
             batch_size=args.batch_size,
         )
         app = make_app(model, limits=limits, hosts=LOOPBACK if local else ("*",))
-        model(np.zeros(model.image_shape, np.uint8))  # So that the first request need not compile.
+        blank = np.zeros(model.image_shape, np.uint8)
+        model(blank)  # So that the first request need not compile.
+        if has_attention(model):
+            model.attention(blank)
         if not local:
             say(f"--host={args.host}: all who reach this machine can use it, without a password")
         shown = args.host if local else socket.gethostname()
