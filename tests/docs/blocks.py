@@ -31,6 +31,7 @@ from vit_jax.main import load_config, override_config, parse_overrides
 from vit_jax.models.variants import MODELS
 from vit_jax.objectives.kinds import OBJECTIVES
 from vit_jax.observe.profiler import Profile
+from vit_jax.observe.trackers import Tracking
 from vit_jax.observe.watchdog import Limits
 from vit_jax.optim.directions import DIRECTIONS
 from vit_jax.optim.optimizer import make_optimizer
@@ -184,7 +185,7 @@ def check_command(
         if "=" in " ".join(flagged):
             _check_module("vit_jax.main", flagged, workdirs)
     else:
-        known = ("source", "find", "mkdir", "cp", "cd", "git", "python", "xpk", "kubectl", "ls")
+        known = ("source", "find", "mkdir", "cp", "cd", "git", "python", "xpk", "kubectl", "ls", "curl")
         assert program in known, f"{program}: unknown here"
 
 
@@ -294,6 +295,7 @@ def knows(key: str) -> bool:
         "optimizer": [make_optimizer, *DIRECTIONS.values()],
         "profile": [Profile],
         "resume": [Resume],
+        "tracking": [Tracking],
         "watchdog": [Limits],
     }
     if section == "mesh" and rest in ("rules", "dcn.data", "dcn.fsdp", "dcn.tensor"):
