@@ -31,21 +31,23 @@ def vit_jax(variant, batch_size):
 
     from vit_jax.benchmark.step import make_batch
     from vit_jax.experiment import Experiment
+    from vit_jax.parallel.cpu_devices import count_cpu_devices, set_cpu_devices
 
     jax.config.update("jax_enable_compilation_cache", False)
-    experiment = Experiment.from_config(
-        {
-            "total_steps": 1000,
-            "model": {"name": "vit", "variant": variant, "dtype": jax_dtype()},
-            "data": {
-                "name": f"blank:{CLASSES},{SIZE}",
-                "split": "train",
-                "preprocess": "decode",
-                "batch_size": batch_size,
-            },
-            "optimizer": {"name": "adamw", "lr": 1e-3, "schedule": "constant"},
-        }
-    )
+    config = {
+        "total_steps": 1000,
+        "model": {"name": "vit", "variant": variant},
+        "data": {
+            "name": f"blank:{CLASSES},{SIZE}",
+            "split": "train",
+            "preprocess": "decode",
+            "batch_size": batch_size,
+        },
+        "optimizer": {"name": "adamw", "lr": 1e-3, "schedule": "constant"},
+    }
+    set_cpu_devices(count_cpu_devices(config))  # as the commands do
+    config["model"]["dtype"] = jax_dtype()
+    experiment = Experiment.from_config(config)
     state, batch = experiment.init_state(), make_batch(experiment)
 
     def step():

@@ -285,7 +285,7 @@ def test_config_json_holds_the_resolved_config(trained):
 
 def test_a_missing_tracker_is_refused_before_devices_are_looked_at(monkeypatch, tmp_path):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
-    monkeypatch.setattr(main_module, "_join_job", lambda: pytest.fail("devices are looked at"))
+    monkeypatch.setattr(main_module, "_join_job", lambda _: pytest.fail("devices are looked at"))
     config = ["--config", str(ROOT / "configs/digits.py"), "--workdir", str(tmp_path / "run")]
     with flagsaver.flagsaver(config=config[1], workdir=config[3]), pytest.raises(UserError) as e:
         main_module.main(["main", *config, "--config.tracking.trackers=wandb,mlflow"])

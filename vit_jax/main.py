@@ -9,6 +9,7 @@ import os
 import runpy
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from vit_jax.observe import compile_cache, console
 from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.trackers import Tracking, check_trackers
 from vit_jax.parallel import processes
+from vit_jax.parallel.cpu_devices import count_cpu_devices, set_cpu_devices
 from vit_jax.parallel.preemption import RUN_AGAIN, Preempted
 from vit_jax.train import train
 from vit_jax.utils.errors import UserError
@@ -55,6 +57,11 @@ _EXPECT_DEVICES = flags.DEFINE_integer(
 )
 _PLATFORM = flags.DEFINE_enum(
     "platform", None, ["cpu", "gpu", "tpu"], "What the devices must be; else it does not start."
+)
+_CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices",
+    None,
+    "Devices that the CPU counts as; by default one a core, up to 8, if batches can be split so.",
 )
 _COMPILE_CACHE = flags.DEFINE_string(
     "compile_cache",
@@ -157,10 +164,11 @@ def parse_literal(text: str) -> Any:
         return text
 
 
-def _join_job() -> None:
+def _join_job(config: Mapping[str, Any]) -> None:
     ids = _LOCAL_DEVICE_IDS.value
     if ids is not None and not all(i.isdigit() for i in ids):
         raise UserError(f"--local_device_ids={','.join(ids)}: expected numbers, such as 0,1")
+    set_cpu_devices(_CPU_DEVICES.value)
     processes.initialize(
         _COORDINATOR.value,
         _NUM_PROCESSES.value,
@@ -168,6 +176,7 @@ def _join_job() -> None:
         local_device_ids=None if ids is None else tuple(map(int, ids)),
         timeout=_START_TIMEOUT.value,
         expected=processes.Expected(_EXPECT_DEVICES.value, _PLATFORM.value),
+        cpu_devices=count_cpu_devices(config) if _CPU_DEVICES.value is None else None,
     )
 
 
@@ -180,14 +189,21 @@ def _check_same(config: ConfigDict) -> None:
     processes.check_same(values)
 
 
-def _check_trackers(overrides: dict[str, Any]) -> None:
-    """Refuses trackers that are not there before devices are waited for.
+def _peek(overrides: dict[str, Any]) -> dict[str, Any]:
+    """The config, for what must be known before devices are looked for; empty if it is wrong.
 
-    What else is wrong is said later, when no process waits for another that has ended.
+    What is wrong is said later, when no process waits for another that has ended.
     """
     try:
-        section: Any = load_config(_CONFIG.value or "", overrides).get("tracking") or {}
-        tracking = Tracking(trackers=section.get("trackers", ()))
+        return load_config(_CONFIG.value or "", overrides).to_dict()
+    except UserError:
+        return {}
+
+
+def _check_trackers(config: Mapping[str, Any]) -> None:
+    """Refuses trackers that are not there before devices are waited for."""
+    try:
+        tracking = Tracking(trackers=(config.get("tracking") or {}).get("trackers", ()))
     except (UserError, AttributeError):
         return
     check_trackers(tracking)
@@ -196,9 +212,10 @@ def _check_trackers(overrides: dict[str, Any]) -> None:
 def main(argv: list[str]) -> None:
     """Called by absl with the flags parsed."""
     overrides, _ = parse_overrides(argv[1:])
-    _check_trackers(overrides)
+    peeked = _peek(overrides)
+    _check_trackers(peeked)
     compile_cache.set_up(_COMPILE_CACHE.value)
-    _join_job()
+    _join_job(peeked)
     verbosity = "quiet" if _QUIET.value else "verbose" if _VERBOSE.value else "normal"
     console.set_up(quiet=jax.process_index() > 0, verbosity=verbosity)
     # Given again with a longer run, it goes on; the last of two overrides counts.

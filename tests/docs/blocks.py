@@ -185,7 +185,19 @@ def check_command(
         if "=" in " ".join(flagged):
             _check_module("vit_jax.main", flagged, workdirs)
     else:
-        known = ("source", "find", "mkdir", "cp", "cd", "git", "python", "xpk", "kubectl", "ls", "curl")
+        known = (
+            "source",
+            "find",
+            "mkdir",
+            "cp",
+            "cd",
+            "git",
+            "python",
+            "xpk",
+            "kubectl",
+            "ls",
+            "curl",
+        )
         assert program in known, f"{program}: unknown here"
 
 

@@ -14,6 +14,7 @@ from vit_jax.experiment import Experiment
 from vit_jax.main import load_config
 from vit_jax.observe.console import console
 from vit_jax.observe.writer import read_metrics
+from vit_jax.parallel.cpu_devices import count_cpu_devices, set_cpu_devices
 from vit_jax.planning.plan import prepare_config
 from vit_jax.train import train
 from vit_jax.utils.errors import UserError
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             raise UserError(f"--{name}={getattr(args, name)}: expected more than 0")
     config = load_config(args.config, args.overrides).to_dict()
     config = prepare_config(config, num_classes=args.num_classes, image_size=args.image_size)
+    set_cpu_devices(count_cpu_devices(config))
     bare, looped = [], []
     for _ in range(args.rounds):
         _, times = measure_steps(Experiment.from_config(config), repeats=1, seconds=args.seconds)

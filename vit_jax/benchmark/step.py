@@ -15,6 +15,7 @@ from vit_jax.experiment import Experiment
 from vit_jax.main import load_config
 from vit_jax.models.flops import train_flops
 from vit_jax.parallel.chips import find_chip
+from vit_jax.parallel.cpu_devices import count_cpu_devices, set_cpu_devices
 from vit_jax.planning.plan import prepare_config
 from vit_jax.utils.errors import UserError
 
@@ -41,6 +42,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     jax.config.update("jax_enable_compilation_cache", False)
     config = load_config(args.config, args.overrides).to_dict()
     config = prepare_config(config, num_classes=args.num_classes, image_size=args.image_size)
+    set_cpu_devices(count_cpu_devices(config))
     experiment = Experiment.from_config(config)
     device, count = experiment.mesh.devices.flat[0], experiment.mesh.size
     batch_size = experiment.train_data.batch_size

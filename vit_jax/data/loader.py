@@ -9,12 +9,13 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
-import os
 import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
+
+from vit_jax.utils.cores import count_cores
 
 T = TypeVar("T")
 # What to do next, and where its end or error is told; None to stop.
@@ -27,11 +28,7 @@ RUN = 32
 
 def count_threads(num_threads: int | None) -> int:
     """`num_threads`, or one for each core that this process may use."""
-    if num_threads is not None:
-        return num_threads
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return count_cores() if num_threads is None else num_threads
 
 
 def count_ahead(rows: int, num_threads: int) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vit_jax.parallel.cluster import Job, resolve
+from vit_jax.parallel.cpu_devices import set_cpu_devices
 from vit_jax.parallel.roll_call import call_roll
 from vit_jax.utils.errors import UserError
 
@@ -45,6 +46,7 @@ def initialize(
     local_device_ids: tuple[int, ...] | None = None,
     timeout: float = START_TIMEOUT,
     expected: Expected | None = None,
+    cpu_devices: int | None = None,
 ) -> Job | None:
     """Joins the job, if there is one.
 
@@ -55,6 +57,7 @@ def initialize(
       local_device_ids: GPUs of this process.
       timeout: seconds to wait for the other processes.
       expected: what the devices must be.
+      cpu_devices: of a job of one process, if it runs on a CPU; None leaves it to JAX.
 
     Returns:
       How the processes found each other; None for a job of one process.
@@ -69,6 +72,8 @@ def initialize(
         jax.config.update("jax_rocm_visible_devices", ids)
     elif job is not None:
         _join(job, timeout)
+    else:
+        set_cpu_devices(cpu_devices)
     check_devices(expected or Expected())
     return job
 
