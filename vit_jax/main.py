@@ -61,7 +61,7 @@ _PLATFORM = flags.DEFINE_enum(
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices",
     None,
-    "Devices that the CPU counts as; by default one a core, up to 8, if batches can be split so.",
+    "Devices that the CPU counts as; by default one a core, up to 8, where that is faster.",
 )
 _COMPILE_CACHE = flags.DEFINE_string(
     "compile_cache",

@@ -11,7 +11,8 @@ from vit_jax.parallel import cpu_devices
 from vit_jax.parallel.cpu_devices import count_cpu_devices, set_cpu_devices
 from vit_jax.utils.errors import UserError
 
-DATA = {"batch_size": 96}
+LINE = "decode|inception_crop(224)"
+DATA = {"batch_size": 96, "preprocess": LINE}
 
 
 @pytest.fixture
@@ -28,15 +29,17 @@ def machine(monkeypatch):
         (1, {"data": DATA}, 1),
         (5, {"data": DATA}, 4),  # 5 does not divide the batch
         (64, {"data": DATA}, 8),
-        (4, {"data": {"batch_size": 16}}, 2),  # of 8 images each
-        (2, {"data": {"batch_size": 97}}, 1),
+        (2, {"data": {"batch_size": 128, "preprocess": "decode|resize(32)"}}, 2),
+        (2, {"data": {"batch_size": 126, "preprocess": "decode|resize(32)"}}, 1),
+        (2, {"data": {"batch_size": 97, "preprocess": LINE}}, 1),
         (4, {"data": DATA, "optimizer": {"accum_steps": 3}}, 4),
-        (4, {"data": DATA, "optimizer": {"accum_steps": 6}}, 2),
+        (4, {"data": DATA, "optimizer": {"accum_steps": 16}}, 3),
         (4, {"data": DATA, "evals": {"val": {"batch_size": 6}, "test": {}}}, 3),
         (4, {"data": DATA, "evals": None}, 4),
         (4, {"data": DATA, "mesh": {"fsdp": 2}}, None),
         (4, {}, None),
-        (4, {"data": {"batch_size": "many"}}, None),
+        (4, {"data": {"batch_size": "many", "preprocess": LINE}}, None),
+        (4, {"data": {"batch_size": 96, "preprocess": "decade"}}, None),
     ],
 )
 def test_as_many_as_cores_that_divide_all_batches(cores, config, count, machine):

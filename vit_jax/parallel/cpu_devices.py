@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 
+from vit_jax.data.pipeline import find_shapes
 from vit_jax.utils.cores import count_cores
 from vit_jax.utils.errors import UserError
 
-# More devices wait for each other more often than they help, and so do devices with few images.
+# Devices with less to do wait for each other longer than they help, and so may many of them.
+_LEAST_PIXELS = 2**16
 _MOST_DEVICES = 8
-_LEAST_IMAGES = 8
 
 
 def set_cpu_devices(count: int | None) -> None:
@@ -34,7 +35,7 @@ def set_cpu_devices(count: int | None) -> None:
 
 
 def count_cpu_devices(config: Mapping[str, Any]) -> int | None:
-    """Devices that a config's batches can be split over: a core each, if the CPU is all there is.
+    """Devices to split a config's batches over: one a core, where that makes steps faster.
 
     Args:
       config: of an experiment; what is wrong with it is said elsewhere.
@@ -49,9 +50,11 @@ def count_cpu_devices(config: Mapping[str, Any]) -> int | None:
         batches = [section.get("batch_size") for section in sections]
         micro_batch = batches[0] // ((config.get("optimizer") or {}).get("accum_steps") or 1)
         sizes = [micro_batch, *filter(None, batches)]
-        most = min(count_cores(), _MOST_DEVICES, micro_batch // _LEAST_IMAGES)
+        line, key = sections[0]["preprocess"], "data.preprocess"
+        pixels = min(h * w for h, w, _ in find_shapes(line, (None, None, 3), key=key))
+        most = min(count_cores(), _MOST_DEVICES, micro_batch * pixels // _LEAST_PIXELS)
         fitting = [n for n in range(2, most + 1) if not any(size % n for size in sizes)]
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError):
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError, UserError):
         return None
     return max(fitting, default=1)
 
