@@ -54,7 +54,15 @@ from vit_jax.parallel.processes import all_agree, host_names, sum_over_processes
 from vit_jax.parallel.sharding import find_large_copies
 from vit_jax.state import TrainState
 from vit_jax.utils.errors import UserError
-from vit_jax.workdir import check_data, lock_workdir, open_workdir, write_config, write_labels
+from vit_jax.workdir import (
+    CONFIG,
+    check_data,
+    lock_workdir,
+    open_workdir,
+    taking_back_a_refused_start,
+    write_config,
+    write_labels,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +112,7 @@ def train(
             # Parameters that the config's rules do not fit are refused before anything is written.
             _ = experiment.abstract_state
             names = experiment.train_data.info.class_names
+            stack.enter_context(taking_back_a_refused_start(Path(workdir), active=main_process))
             folder = open_workdir(os.fspath(workdir), experiment.config, names, experiment.resume)
             stack.enter_context(lock_workdir(folder, active=main_process))
         checkpoints = stack.enter_context(
@@ -136,7 +145,7 @@ def train(
 def _noting_the_end(run: Run) -> Iterator[None]:
     def end(cause: str) -> None:
         run.ledger.end(cause)
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and (run.folder / CONFIG).exists():
             refresh_report(run.folder)
 
     try:
