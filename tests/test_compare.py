@@ -9,6 +9,7 @@ import pytest
 
 from tests.pages import assert_stands_alone
 from vit_jax.compare import main
+from vit_jax.observe.ledger import KINDS
 from vit_jax.utils.errors import UserError
 
 
@@ -25,10 +26,10 @@ def write_run(workdir, *, lr, top1, loss, speed=100.0):
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     config = {"seed": 0, "optimizer": {"name": "adamw", "lr": lr}, "evals": {}}
     (workdir / "config.json").write_text(json.dumps(config))
-    start = {"event": "start", "time": 0, "step": 0, "total": 8, "seconds": {"step": 0}}
+    nothing = dict.fromkeys(KINDS, 0.0)
+    start = {"event": "start", "time": 0, "step": 0, "total": 8, "seconds": nothing}
     end = {"event": "end", "time": 9, "step": 8, "cause": "finished"}
-    seconds = {"step": 4.0, "data_wait": 0.0}
-    lines = [start, end | {"seconds": seconds}]
+    lines = [start, end | {"seconds": nothing | {"step": 4.0}}]
     (workdir / "ledger.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     return workdir
 

@@ -134,9 +134,12 @@ def load_source(args: argparse.Namespace, overrides: Mapping[str, Any]) -> Loade
 
 def _read_names(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        names = file.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as e:
         raise UserError(f"--labels={file} can't be read: {e}") from None
+    if not names:
+        raise UserError(f"--labels={file} is empty: expected a class name a line")
+    return names
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -206,7 +206,16 @@ def run_sweep(
       workdir: in which they are, and the results go.
       metric: to sort by.
       run_trial: returns the exit code of a run.
+
+    Raises:
+      UserError: the folder can't be made.
     """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(
+            f"--workdir={workdir} can't be used: {e.strerror}; expected a folder to write to"
+        ) from None
     states = read_states(workdir)
     for number, trial in enumerate(trials, 1):
         state = states.get(trial.name, {})

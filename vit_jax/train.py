@@ -52,9 +52,18 @@ from vit_jax.parallel.peers import Peers
 from vit_jax.parallel.preemption import Preempted, PreemptionGuard
 from vit_jax.parallel.processes import all_agree, host_names, sum_over_processes, tell_all
 from vit_jax.parallel.sharding import find_large_copies
+from vit_jax.parallel.stragglers import Straggler, Stragglers
 from vit_jax.state import TrainState
 from vit_jax.utils.errors import UserError
-from vit_jax.workdir import check_data, lock_workdir, open_workdir, write_config, write_labels
+from vit_jax.workdir import (
+    CONFIG,
+    check_data,
+    lock_workdir,
+    open_workdir,
+    taking_back_a_refused_start,
+    write_config,
+    write_labels,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +113,7 @@ def train(
             # Parameters that the config's rules do not fit are refused before anything is written.
             _ = experiment.abstract_state
             names = experiment.train_data.info.class_names
+            stack.enter_context(taking_back_a_refused_start(Path(workdir), active=main_process))
             folder = open_workdir(os.fspath(workdir), experiment.config, names, experiment.resume)
             stack.enter_context(lock_workdir(folder, active=main_process))
         checkpoints = stack.enter_context(
@@ -136,7 +146,7 @@ def train(
 def _noting_the_end(run: Run) -> Iterator[None]:
     def end(cause: str) -> None:
         run.ledger.end(cause)
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and (run.folder / CONFIG).exists():
             refresh_report(run.folder)
 
     try:
@@ -288,7 +298,7 @@ def take_steps(
     """
     experiment, guard, folder = run.experiment, run.guard, run.folder
     total = experiment.total_steps
-    corrupt, counts = CorruptCounter(), Counts()
+    corrupt, counts, stragglers = CorruptCounter(), Counts(), Stragglers()
     batches = experiment.train_batches(start, corrupt=corrupt)
     monitor = Monitor(
         writer,
@@ -307,13 +317,15 @@ def take_steps(
                 results = evaluate_all(missed, state, folder=folder, step=start, total=total)
             monitor.results(start, results)
         for step in range(start + 1, total + 1):
-            with monitor.waiting(), run.ledger.phase("data_wait"):
+            with monitor.waiting(), stragglers.waiting(), run.ledger.phase("data_wait"):
                 batch = next(batches)
             log = due(step, experiment.log_every, total)
             save = due(step, experiment.checkpoint.every, total)
             if log or save or step == start + 1:
                 counts = Counts(*sum_over_processes(*dataclasses.astuple(corrupt.counts)))
                 check_counts(counts, experiment.max_corrupt)
+            if log:
+                _name_straggler(run.ledger, step, stragglers.compare())
             if step == 1 and experiment.tracking.images:
                 _write_images(experiment, batch, writer)
             state, metrics = experiment.train_step(state, batch)
@@ -347,6 +359,17 @@ def take_steps(
                 monitor.saved(run.checkpoints.latest_step())
             if stop:
                 raise Preempted(f"stopped after step {step} of {total}, which is saved")
+
+
+def _name_straggler(ledger: Ledger, step: int, found: Straggler | None) -> None:
+    if found is None:
+        return
+    host = host_names()[found.process]
+    say(
+        f"step {step}: the others wait for process {found.process} on {host}: {found.wait:.0%} of "
+        f"its time goes into waiting for its data, {found.others:.0%} of theirs"
+    )
+    ledger.write_straggler(found.process, host, wait=found.wait, others=found.others)
 
 
 def _peak_images_per_sec(experiment: Experiment) -> float | None:

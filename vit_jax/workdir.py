@@ -17,6 +17,7 @@ from typing import Any
 from vit_jax.checkpoint import manager
 from vit_jax.evaluators.base import lower_is_better
 from vit_jax.observe.console import say
+from vit_jax.observe.ledger import LEDGER
 from vit_jax.observe.writer import METRICS, read_metrics
 from vit_jax.utils.errors import UserError, suggest
 
@@ -209,6 +210,30 @@ def _as_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _as_tuples(v) for k, v in value.items()}
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+@contextlib.contextmanager
+def taking_back_a_refused_start(workdir: Path, *, active: bool = True) -> Iterator[None]:
+    """Around a start: bad input found before the config is written leaves no new workdir behind.
+
+    Only the ledger and folders that are empty are taken away.
+
+    Args:
+      workdir: that may not exist yet.
+      active: False for one that does nothing, on all processes but one.
+    """
+    existed = workdir.is_dir()
+    used = existed and any(workdir.iterdir())
+    try:
+        yield
+    except UserError:
+        written = used or not workdir.is_dir() or (workdir / CONFIG).exists()
+        if active and not written and find_holder(workdir) is None:
+            (workdir / LEDGER).unlink(missing_ok=True)
+            for folder in (workdir / manager.FOLDER, *([] if existed else [workdir])):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager

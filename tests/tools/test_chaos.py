@@ -60,6 +60,22 @@ def test_one_bit_makes_another_end():
     assert not end.equals(End(params, {1: 0.5, 2: 0.25}))
 
 
+def test_growth_is_from_the_second_to_the_last_quarter():
+    samples = [faults.Sample(step, 1000 - step, 5, 7, step) for step in range(0, 101, 10)]
+    growth = faults.find_growth([*samples, faults.Sample(95, 2000, 9, 7, 95)])
+    assert growth == {
+        "memory": (970, 2000),
+        "files": (5, 9),
+        "threads": (7, 7),
+        "written": (40, 100),
+    }
+
+
+def test_the_last_sample_need_not_be_the_one_of_the_highest_step():
+    samples = [faults.Sample(step, 1, 1, 1, 1) for step in (10, 30, 90, 80)]
+    assert set(faults.find_growth(samples).values()) == {(1, 1)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kill", "sigterm", "nan"])
 def test_runs_recover(kind, tmp_path):

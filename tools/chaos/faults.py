@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -26,6 +26,11 @@ from vit_jax.parallel.preemption import RUN_AGAIN
 RTOL = 1e-4
 # Seconds within which processes must have noticed that another is gone.
 NOTICE = 60.0
+# Of a run that has to hold no more at its end: steps, seconds at most, and between two looks at it.
+SOAK_STEPS, SOAK_S, SAMPLE_S = 20_000, 540.0, 1.0
+# What it may hold more: allocators keep pages, and a save that is under way has files and threads,
+# and a checkpoint of about 35 files in the workdir.
+MOST_MORE = {"memory": 16 << 20, "files": 8, "threads": 8, "written": 40}
 _QUIET = ("--config.evals=none",)
 
 
@@ -410,6 +415,82 @@ def reproduce(lab: Lab) -> Iterator[Outcome]:
     yield Outcome("none: run twice", "bits of parameters and losses", problem, 0, equal)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What a run holds at a step: bytes of memory, open files, threads, files of its workdir."""
+
+    step: int
+    memory: int
+    files: int
+    threads: int
+    written: int
+
+    @classmethod
+    def take(cls, job: Job) -> "Sample | None":
+        """That of a job of one process; None if it has ended meanwhile."""
+        try:
+            lines = Path(f"/proc/{job.pid}/status").read_text().splitlines()
+            files = len(os.listdir(f"/proc/{job.pid}/fd"))
+        except OSError:
+            return None
+        status = dict(line.split(":", 1) for line in lines)
+        if "RssAnon" not in status:
+            return None
+        written = sum(len(names) for *_, names in os.walk(job.workdir))
+        # Without files that are mapped: the kernel drops their pages, and those of the heap go to
+        # swap, whenever it likes.
+        memory = 1024 * sum(int(status[key].split()[0]) for key in ("RssAnon", "VmSwap"))
+        return cls(job.step, memory, files, int(status["Threads"]), written)
+
+
+def find_growth(samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
+    """The most of each kind in the second and in the last quarter of the steps.
+
+    Before the second, programs are compiled and the records of the data are kept.
+    """
+    last = max(s.step for s in samples)
+    second = [s for s in samples if last / 4 <= s.step < last / 2]
+    fourth = [s for s in samples if s.step >= 3 * last / 4]
+    kinds = ("memory", "files", "threads", "written")
+    return {
+        kind: (max(getattr(s, kind) for s in second), max(getattr(s, kind) for s in fourth))
+        for kind in kinds
+    }
+
+
+def soak(lab: Lab) -> Iterator[Outcome]:
+    """No fault, but many steps with saves and evaluations: what a run holds does not grow."""
+    workdir, samples = _fresh(lab, "soak"), list[Sample]()
+    arguments = (
+        f"--config.total_steps={SOAK_STEPS}",
+        "--config.log_every=50",
+        *("--config.checkpoint.every=100", "--config.evals.val.every=200"),
+    )
+    with lab.start(workdir, arguments=arguments) as job:
+        deadline = time.monotonic() + SOAK_S
+        while job.wait(SAMPLE_S) is None and time.monotonic() < deadline:
+            sample = Sample.take(job)
+            if sample is not None and sample.step:
+                samples.append(sample)
+        if job.code is None:
+            job.signal(signal.SIGTERM)
+            job.wait()
+    growth = find_growth(samples)
+    more = {kind: after - before for kind, (before, after) in growth.items()}
+    problem = first_problem(
+        **{f"it ended with code {job.code}": job.code in (0, RUN_AGAIN)},
+        **{f"more {kind}: {growth[kind]}": more[kind] <= MOST_MORE[kind] for kind in more},
+    )
+    shown = {kind: f"{before} and {after}" for kind, (before, after) in growth.items()}
+    shown["memory"] = " and ".join(f"{value / 2**20:.0f}" for value in growth["memory"])
+    detail = (
+        f"{newest_whole(workdir):,} of {SOAK_STEPS:,} steps, {len(samples)} samples; most in the "
+        f"second and last quarter: memory {shown['memory']} MiB, open files {shown['files']}, "
+        f"threads {shown['threads']}, files of the workdir {shown['written']}"
+    )
+    yield Outcome("none: many steps", detail, problem)
+
+
 def prepare(lab: Lab) -> None:
     """Makes the data, so that no run has to."""
     open_source("digits", "train", data_dir=str(lab.folder / "data"), key="split")
@@ -429,5 +510,6 @@ FAULTS: dict[str, Fault] = {
     "kill2": functools.partial(kill, processes=2),
     "processes": change_processes,
     "reproduce": reproduce,
+    "soak": soak,
     "kill4": functools.partial(kill, processes=4, phases=("step", "save", "shutdown")),
 }

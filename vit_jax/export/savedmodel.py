@@ -24,7 +24,10 @@ def check_tensorflow(python: str) -> None:
     try:
         missing = subprocess.run([python, "-c", find], capture_output=True).returncode
     except OSError as e:
-        raise UserError(f"--tf_python={python} can't be run: {e.strerror}") from None
+        raise UserError(
+            f"--tf_python={python} can't be run: {e.strerror}; expected an "
+            "interpreter with TensorFlow"
+        ) from None
     if missing:
         raise UserError(
             f"--to=savedmodel needs TensorFlow, which {python} has not: pip install "

@@ -455,7 +455,8 @@ def _check_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ..
         return None
     if len(names) > num_classes:
         raise UserError(
-            f"{len(names)} class names, and the model has {num_classes} classes: expected one each"
+            f"{len(names)} class names, and the model has {num_classes} classes: expected one "
+            "each, in --labels or in labels.txt of the run"
         )
     # A head may be wider than the data has classes.
     return (*names, *map(str, range(len(names), num_classes)))

@@ -38,7 +38,8 @@ def fresh_file(path: Path) -> Iterator[Path]:
     except OSError as e:
         raise UserError(f"--output={path} can't be written: {e.strerror or e}") from e
     finally:
-        fresh.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Nothing is there where a folder could not be made.
+            fresh.unlink()
 
 
 @contextlib.contextmanager

@@ -70,6 +70,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for key in ("num_slices", "chips_per_host", "nodes", "gpus_per_node"):
         if getattr(args, key) < 1:
             parser.error(f"--{key}={getattr(args, key)}: expected at least 1")
+    if args.max_restarts < 0:
+        parser.error(f"--max_restarts={args.max_restarts}: expected at least 0")
     return args
 
 

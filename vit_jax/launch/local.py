@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.num_processes < 1:
         parser.error(f"-n {args.num_processes}: expected at least 1")
+    if args.max_runs < 1:
+        parser.error(f"--max_runs={args.max_runs}: expected at least 1")
     if args.dry_run:
         for command in make_commands(args.train, args.num_processes, port=1234):
             print(shlex.join(command))

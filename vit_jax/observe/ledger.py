@@ -70,6 +70,12 @@ class Ledger:
         self._write("rollback", to=to, past=past)
         self._step = past
 
+    def write_straggler(self, process: int, host: str, *, wait: float, others: float) -> None:
+        """Writes which process the others wait for: shares of time in which data is waited for."""
+        self._switch(self._kind)
+        found = {"process": process, "host": host}
+        self._write("straggler", **found, wait=round(wait, 3), others=round(others, 3))
+
     def end(self, cause: str) -> None:
         """Writes why it ended; the first cause counts."""
         if not self._ended:

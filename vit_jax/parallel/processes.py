@@ -173,8 +173,16 @@ def sum_over_processes(*counts: int) -> list[int]:
     """
     if jax.process_count() == 1:
         return list(counts)
-    gathered = multihost_utils.process_allgather(np.array(counts, np.float32))
-    return [int(total) for total in np.asarray(gathered, np.float64).sum(axis=0)]
+    return [int(total) for total in gather_over_processes(*counts).sum(axis=0)]
+
+
+def gather_over_processes(*values: float) -> np.ndarray:
+    """The numbers of each process, float64 `[processes, values]`; all have to ask for them.
+
+    Between processes they go as float32.
+    """
+    gathered = np.asarray(multihost_utils.process_allgather(np.array(values, np.float32)))
+    return gathered.astype(np.float64).reshape(-1, len(values))
 
 
 def tell_all(value: Any) -> Any:

@@ -75,8 +75,11 @@ def prepare_config(
       image_size: likewise, in place of what the preprocessing gives.
 
     Raises:
-      UserError: an image size without a number of classes.
+      UserError: an image size without a number of classes, or one of them below 1.
     """
+    for name, value in (("num_classes", num_classes), ("image_size", image_size)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name}={value}: expected at least 1")
     config = copy.deepcopy(dict(config))
     for key in ("evals", "checkpoint", "init_from", "profile"):
         config.pop(key, None)

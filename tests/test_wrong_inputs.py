@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wrong input to any command: code 2, one line that can be acted on, and nothing written."""
+
+import importlib
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from absl.testing import flagsaver
+
+from tests.tiny import tiny_config
+from tests.trained import write_images, write_model
+from vit_jax.observe import compile_cache, console
+
+ROOT = Path(__file__).parent.parent
+SECONDS = {"step": 1.0, "compile": 2.0, "data_wait": 0.1, "save": 0.1, "evaluation": 0.1}
+
+FILES = {
+    "empty.txt": "",
+    "four.txt": "a\nb\nc\nd\n",
+    "fails.py": "def get_config():\n    return 1 / 0\n",
+    "gives_a_number.py": "def get_config():\n    return 1\n",
+    "syntax.py": "def get_config(:\n",
+    "sweep.py": "def get_sweep():\n    return {'seed': [0, 1]}\n",
+    "sweep_twice.py": "def get_sweep():\n    return {'seed': [0, 0]}\n",
+    "sweep_number.py": "def get_sweep():\n    return 3\n",
+    "sweep_scalar.py": "def get_sweep():\n    return {'seed': 1}\n",
+    "sweep_name.py": "def get_sweep():\n    return [{'name': '../up', 'seed': 1}]\n",
+    "sweep_key.py": "def get_sweep():\n    return {'sead': [1, 2]}\n",
+    "rows.csv": "image,label\nphotos/00.png,a\n",
+    "columns.csv": "picture,kind\nphotos/00.png,a\n",
+    "noise.npz": "this is no archive",
+    "noise.safetensors": "neither is this",
+    "foreign/metrics.jsonl": "{}\n",
+    "torn/config.json": '{"seed": ',
+    "list/config.json": "[1, 2]",
+    "nothing/here.txt": "no image",
+    "packed/pack.json": "{}",
+}
+
+TRAIN = "--config={root}/configs/digits.py --config.data.data_dir={data} --workdir=new "
+SWEEP = "--config={root}/configs/digits.py --config.data.data_dir={data} --workdir=new "
+PLAN = "--config={root}/configs/digits.py --num_classes=10 --image_size=16 "
+MODEL = "--checkpoint=model.npz "
+GKE = "job --image=i --accelerator=tpu-v5-lite-podslice --topology=4x4 --dry_run "
+
+# The command, its arguments, and what the line must name: the value, what was expected, the place.
+CASES = {
+    "main": [
+        ("--workdir=new", ["--config", "is missing", "--help"]),
+        ("--config={root}/configs/digits.py", ["--workdir", "is missing", "--help"]),
+        (TRAIN + "--wrokdir=x", ["wrokdir", "Did you mean: workdir"]),
+        (TRAIN + "stray", ["'stray'", "is no flag", "--name=value"]),
+        (TRAIN + "--quiet --verbose", ["--quiet", "--verbose", "expected one"]),
+        (TRAIN + "--num_processes=two", ["num_processes", "two"]),
+        (TRAIN + "--config=none.py", ["--config=none.py", "there is no file"]),
+        (TRAIN + "--config=fails.py", ["--config=fails.py", "ZeroDivisionError"]),
+        (TRAIN + "--config=syntax.py", ["--config=syntax.py", "SyntaxError"]),
+        (TRAIN + "--config=gives_a_number.py", ["--config=gives_a_number.py", "a ConfigDict"]),
+        (TRAIN + "--num_processes=2", ["--num_processes=2", "expected all three"]),
+        (
+            TRAIN + "--coordinator=here --num_processes=2 --process_id=0",
+            ["--coordinator=here", "HOST:PORT"],
+        ),
+        (
+            TRAIN + "--coordinator=here:1 --num_processes=2 --process_id=2",
+            ["--process_id=2", "--num_processes=2", "expected 0"],
+        ),
+        (TRAIN + "--local_device_ids=a", ["--local_device_ids=a", "0,1"]),
+        (TRAIN + "--expect_devices=256", ["--expect_devices=256", "found 8 cpu"]),
+        (TRAIN + "--platform=tpu", ["--platform=tpu", "found 8 cpu"]),
+        (TRAIN + "--config.seed.x=1", ["seed.x", "seed=0", "nothing below it"]),
+        (TRAIN + "--config.seed=-1", ["seed=-1", "expected 0"]),
+        (TRAIN + "--config.total_steps=many", ["total_steps='many'", "int"]),
+        (TRAIN + "--config.total_steps=0", ["total_steps=0", "expected"]),
+        (TRAIN + "--config.epochs=3", ["total_steps=4", "epochs=3", "exactly one"]),
+        (TRAIN + "--config.ema_decay=1.5", ["ema_decay=1.5", "value < 1"]),
+        (TRAIN + "--config.base_lr=0.1", ["config.base_lr", "config.optimizer.lr"]),
+        (TRAIN + "--config.pretrained_dir=/x", ["config.pretrained_dir", "config.init_from"]),
+        (TRAIN + "--config.modle.hidden_size=64", ["modle", "'model'"]),
+        (TRAIN + "--config.model.hiden_size=64", ["model.hiden_size", "'hidden_size'"]),
+        (TRAIN + "--config.model.name=vitt", ["model.name='vitt'", "'vit'"]),
+        (TRAIN + "--config.model.name=[1]", ["model.name=[1]", "there is: mixer, vit"]),
+        (
+            TRAIN + "--config.model.patch_size=3",
+            ["image of 16x16", "patches of 3x3", "model.patch_size"],
+        ),
+        (TRAIN + "--config.model.num_heads=5", ["model.num_heads=5", "model.hidden_size=48"]),
+        (
+            TRAIN + "--config.model.classifier=unpooled",
+            ["model.classifier='unpooled'", "'token', 'gap' or 'map'"],
+        ),
+        (TRAIN + "--config.model.dropout_rate=1.0", ["model.dropout_rate=1.0", "expected"]),
+        (TRAIN + "--config.mesh.fsdp=3", ["mesh", "fsdp=3", "8 device"]),
+        (TRAIN + "--config.mesh.pipeline=2", ["mesh.pipeline", "fsdp"]),
+        (TRAIN + "--config.data.name=digitz", ["data.name='digitz'", "'digits'"]),
+        (TRAIN + "--config.data.name=folder:", ["data.name='folder:'", "expected folder:PATH"]),
+        (TRAIN + "--config.data.name=folder:none", ["data.name='folder:none'", "No such file"]),
+        (TRAIN + "--config.data.name=folder:nothing", ["data.name='folder:nothing'", "image"]),
+        (
+            TRAIN + "--config.data.name=manifest:columns.csv",
+            ["data.name='manifest:columns.csv'", "'picture'", "there is: image"],
+        ),
+        (TRAIN + "--config.data.name=packed:packed", ["data.name='packed:packed'", "pack.json"]),
+        (TRAIN + "--config.data.split=trian", ["data.split='trian'", "train, test"]),
+        (TRAIN + "--config.data.split=train[:0]", ["data.split='train[:0]'", "no examples"]),
+        (TRAIN + "--config.data.batch_size=12", ["data.batch_size=12", "divisible by 8"]),
+        (
+            TRAIN + "'--config.data.preprocess=decode|resise(8)'",
+            ["data.preprocess", "'resise'", "'resize'"],
+        ),
+        (TRAIN + "'--config.data.preprocess=decode|resize(-1)'", ["data.preprocess", "-1"]),
+        (TRAIN + "--config.optimizer.name=adamv", ["optimizer.name='adamv'", "did you mean 'adam"]),
+        (
+            TRAIN + "--config.optimizer.schedule=cosin",
+            ["optimizer.schedule='cosin'", "'cosine'", "'rsqrt'"],
+        ),
+        (
+            TRAIN + "--config.optimizer.warmup_percent=5",
+            ["optimizer.warmup_steps=200", "optimizer.warmup_percent=5", "exactly one"],
+        ),
+        (
+            TRAIN + "--config.optimizer.accum_steps=3",
+            ["optimizer.accum_steps=3", "data.batch_size=64"],
+        ),
+        (
+            TRAIN + "\"--config.optimizer.weight_decay_params=('kernels',)\"",
+            ["optimizer.weight_decay_params", "'kernels'", "/kernel"],
+        ),
+        (
+            TRAIN + "\"--config.optimizer.freeze=('hed/.*',)\"",
+            ["optimizer.freeze", "'hed/.*'", "head/kernel"],
+        ),
+        (
+            TRAIN + "\"--config.optimizer.lr_multipliers=('head/.*', 10.0)\"",
+            ["optimizer.lr_multipliers=", "tuple[tuple[str, float], ...]"],
+        ),
+        (
+            TRAIN + "--config.checkpoint.keep_best=best/top1",
+            ["checkpoint.keep_best='best/top1'", "test/ece", "val/top1"],
+        ),
+        (
+            TRAIN + "--config.evals.test.every=2 --config.evals.test.every_epochs=1",
+            ["evals.test.every=2", "evals.test.every_epochs=1", "exactly one"],
+        ),
+        (
+            TRAIN + "--config.evals.train.split=test --config.evals.train.preprocess=decode",
+            ["evals.train", "name of metrics"],
+        ),
+        (
+            TRAIN + "--config.tracking.trackers=paper",
+            ["tracking.trackers", "'paper'", "wandb"],
+        ),
+        (TRAIN + "--config.on_divergence=pray", ["on_divergence='pray'", "rollback"]),
+        (TRAIN + "--config.watchdog.step=-1", ["watchdog.step=-1", "expected"]),
+        (TRAIN + "--config.resume.allow=sead", ["resume.allow", "'sead'", "'seed'"]),
+        (TRAIN + "--config.init_from=none.npz", ["none.npz", "init_from"]),
+        (TRAIN + "--workdir=gs://bucket/run", ["--workdir='gs://bucket/run'", "a folder"]),
+        (TRAIN + "--workdir=empty.txt", ["--workdir='empty.txt'", "can't be used"]),
+        (TRAIN + "--workdir=/proc/none", ["--workdir='/proc/none'", "can't be used"]),
+        (TRAIN + "--workdir=torn", ["--workdir='torn'", "can't be used"]),
+        (TRAIN + "--workdir=foreign", ["--workdir='foreign'", "config.json", "choose another"]),
+        (TRAIN + "--workdir=run", ["--workdir='run'", "another experiment", "config.model."]),
+    ],
+    "predict": [
+        (MODEL, ["PATHS", "required", "--help"]),
+        ("photos", ["--workdir, --checkpoint and --init_from", "expected one"]),
+        (MODEL + "--workdir=run photos", ["--workdir=run", "--checkpoint=model.npz", "one of"]),
+        (MODEL + "none", ["none", "no such file"]),
+        (MODEL + "nothing", ["nothing", "image"]),
+        (MODEL + "--top_k=0 photos", ["--top_k=0", "at least 1"]),
+        (MODEL + "--batch_size=-3 photos", ["--batch_size=-3", "at least 1"]),
+        (MODEL + "--top_k=five photos", ["--top_k", "'five'", "int"]),
+        (MODEL + "--layer=head photos", ["--layer=head", "--embed"]),
+        (MODEL + "--format=xml photos", ["--format", "'xml'", "csv"]),
+        (MODEL + "--output=out.xml photos", ["--output=out.xml", "csv"]),
+        (MODEL + "--output=empty.txt photos", ["--output=empty.txt", "exists"]),
+        (MODEL + "--embed photos", ["--output is missing", "features.npz"]),
+        (MODEL + "--embed --layer=hed --output=f.npz photos", ["layer='hed'", "pre_logits"]),
+        (MODEL + "--labels=none.txt photos", ["--labels=none.txt", "can't be read"]),
+        (MODEL + "--labels=four.txt photos", ["4 class names", "has 3 classes", "--labels"]),
+        (
+            MODEL + "--labels=empty.txt photos",
+            ["--labels=empty.txt", "is empty", "class name a line"],
+        ),
+        (MODEL + "--config.data.split=x photos", ["--config.data.split=x", "--config.model.KEY"]),
+        (MODEL + "--config.model.hiden_size=3 photos", ["model.hiden_size", "'hidden_size'"]),
+        ("--checkpoint=noise.npz photos", ["noise.npz"]),
+        ("--checkpoint=noise.safetensors photos", ["noise.safetensors", "safetensors file"]),
+        ("--checkpoint=4 photos", ["--checkpoint=4", "expected --workdir"]),
+        ("--workdir=none photos", ["--workdir=none", "no such folder"]),
+        ("--workdir=run --checkpoint=5 photos", ["--checkpoint=5", "--workdir=run", "4"]),
+        ("--init_from=augreg:B/17 photos", ["augreg:B/17", "B/16"]),
+    ],
+    "explain": [
+        (MODEL + "photos", ["--output is missing", "a folder"]),
+        (MODEL + "--output=empty.txt photos", ["--output=empty.txt", "exists"]),
+        (MODEL + "--output=seen -", ["IMAGES", "vit_jax.predict"]),
+        (MODEL + "--output=seen --figures=rolout photos", ["--figures", "'rolout'", "'rollout'"]),
+        (MODEL + "--output=seen none", ["none", "no such file"]),
+        (MODEL + "--output=seen many", ["65 images", "at most 64"]),
+        (MODEL + "--output=empty.txt/seen photos", ["--output=empty.txt/seen", "can't be written"]),
+    ],
+    "evaluate": [
+        ("", ["--workdir", "--config", "are missing"]),
+        ("--config={root}/configs/digits.py", ["--checkpoint", "--init_from", "are missing"]),
+        ("--workdir=run --init_from=a --checkpoint=b", ["--init_from=a", "--checkpoint=b", "one"]),
+        ("--workdir=run --follow --checkpoint=4", ["--follow", "no --checkpoint"]),
+        ("--workdir=none", ["none", "--workdir"]),
+        ("--workdir=run --checkpoint=5", ["--checkpoint=5", "--workdir=run", "4"]),
+        ("--workdir=run --checkpoint=best", ["--checkpoint=best", "keep_best"]),
+        ("--workdir=run --timeout=soon", ["--timeout", "'soon'", "float"]),
+        ("--workdir=run --init_from=x --config.evals=none", ["config.evals", "is empty"]),
+        (
+            "--workdir=run --init_from=x --config.evals.val.split=tset",
+            ["evals.val.split='tset'", "train, test"],
+        ),
+    ],
+    "convert": [
+        ("", ["SRC", "required", "--help"]),
+        ("none.npz", ["none.npz"]),
+        ("noise.npz", ["noise.npz"]),
+        ("model.npz model.pth", ["DST=model.pth", ".npz or .safetensors"]),
+        ("model.npz model.npz", ["DST=model.npz", "exists"]),
+        ("model.npz none/new.npz", ["DST=none/new.npz", "can't be written"]),
+        ("model.npz --params=ema", ["--params=ema", "model.npz is no run"]),
+        ("model.npz --params=mean", ["--params", "'mean'", "ema"]),
+    ],
+    "export.__main__": [
+        (MODEL + "--output=out", ["--to is missing", "--help"]),
+        (MODEL + "--to=npz", ["--output is missing", "--help"]),
+        (MODEL + "--to=npy --output=out", ["--to=npy", "'npz'"]),
+        (MODEL + "--to=npz --output=out.npz", ["--output=out.npz", "a folder"]),
+        (MODEL + "--to=npz --output=photos", ["--output=photos", "exists"]),
+        (MODEL + "--to=npz --output=out --layer=head", ["--layer=head", "--to=npz"]),
+        (MODEL + "--to=stablehlo --output=out --layer=hed", ["layer='hed'", "pre_logits"]),
+        (MODEL + "--to=npz --output=out --push=name", ["--push=name", "USER/NAME"]),
+        (MODEL + "--to=npz --output=out --yes", ["--yes", "--push=USER/NAME"]),
+        (
+            MODEL + "--to=savedmodel --output=out --tf_python=none",
+            ["--tf_python=none", "TensorFlow"],
+        ),
+    ],
+    "serve.__main__": [
+        (MODEL + "--port=70000", ["--port=70000", "65535"]),
+        (MODEL + "--port=http", ["--port", "'http'", "int"]),
+        (MODEL + "--max_mib=0", ["--max_mib=0", "more than 0"]),
+        (MODEL + "--port=0 --host=256.0.0.1", ["--host=256.0.0.1", "can't be used"]),
+        ("--port=0", ["--workdir, --checkpoint and --init_from", "expected one"]),
+        ("--port=0 --checkpoint=none.npz", ["none.npz"]),
+    ],
+    "plan": [
+        (PLAN, ["--topology", "required", "--help"]),
+        (PLAN + "--topology=v9:2x2", ["--topology='v9:2x2'", "v5e"]),
+        (PLAN + "--topology=v5e:four", ["--topology='v5e:four'", "v5e:4x4"]),
+        (PLAN + "--topology=cpu:8 --num_slices=0", ["--num_slices=0", "at least 1"]),
+        (PLAN + "--topology=cpu:8 --search --scale=8", ["--search", "--scale", "one of them"]),
+        (PLAN + "--topology=cpu:8 --scale=8", ["--topology='cpu:8'", "TPU or a GPU"]),
+        (PLAN + "--topology=h100:8 --scale=8,x", ["--scale", "'8,x'"]),
+        (PLAN + "--topology=cpu:8 --jobs=0", ["--jobs", "at least 1"]),
+        (
+            "--config={root}/configs/digits.py --image_size=16 --topology=cpu:8",
+            ["--image_size=16", "--num_classes"],
+        ),
+        (PLAN + "--topology=cpu:8 --num_classes=0", ["--num_classes=0", "at least 1"]),
+        (PLAN + "--topology=cpu:8 --config.mesh.fsdp=3", ["fsdp=3", "8 device"]),
+        (PLAN + "--topology=cpu:512", ["--topology='cpu:512'", "8 CPU", "XLA_FLAGS"]),
+    ],
+    "status": [
+        ("", ["workdir", "required", "--help"]),
+        ("none", ["'none'", "ledger.jsonl"]),
+        ("photos", ["'photos'", "expected the workdir of a run"]),
+        ("run --jsn", ["--jsn", "--help"]),
+    ],
+    "report": [
+        ("", ["--workdir", "required", "--help"]),
+        ("--workdir=none", ["--workdir='none'", "config.json"]),
+        ("--workdir=torn", ["--workdir='torn'", "can't be read"]),
+        ("--workdir=list", ["--workdir='list'", "can't be read"]),
+        ("--workdir=run --pictures=0", ["--pictures=0", "at least 1"]),
+        ("--workdir=run --checkpoint=5", ["--checkpoint=5", "--workdir=run", "4"]),
+        (
+            "--workdir=run --no_predict --output=empty.txt/page.html",
+            ["--output=empty.txt/page.html", "can't be written"],
+        ),
+    ],
+    "compare": [
+        ("", ["WORKDIRS", "required", "--help"]),
+        ("run none", ["'none'", "config.json"]),
+        ("run run", ["run is given twice", "each run once"]),
+        ("run --format=xml", ["--format", "'xml'", "csv"]),
+        ("run --output=empty.txt", ["--output=empty.txt", "exists"]),
+        ("run --output=empty.txt/all", ["--output=empty.txt/all", "can't be written"]),
+        ("run --output=empty.txt/all.csv", ["--output=empty.txt/all.csv", "can't be written"]),
+    ],
+    "sweep": [
+        (SWEEP, ["--sweep", "required", "--help"]),
+        (SWEEP + "--sweep=none.py", ["--sweep=none.py", "no such file"]),
+        (SWEEP + "--sweep=fails.py", ["--sweep=fails.py", "get_sweep"]),
+        (SWEEP + "--sweep=sweep_number.py", ["--sweep=sweep_number.py", "gives 3", "dict of"]),
+        (SWEEP + "--sweep=sweep_scalar.py", ["sweep_scalar.py", "'seed': 1", "list of values"]),
+        (SWEEP + "--sweep=sweep_twice.py", ["sweep_twice.py", "'seed=0'", "each once"]),
+        (SWEEP + "--sweep=sweep_name.py", ["sweep_name.py", "'../up'", "letters, digits"]),
+        (SWEEP + "--sweep=sweep_key.py", ["sead", "'seed'"]),
+        (SWEEP + "--sweep=sweep.py --emit=gke --summarize", ["--emit=gke", "--summarize"]),
+        (SWEEP + "--sweep=sweep.py --launch_args=x", ["--launch_args=x", "--emit=slurm"]),
+        (SWEEP + "--sweep=sweep.py --emit=sge", ["--emit", "'sge'", "slurm"]),
+        (SWEEP + "--sweep=sweep.py --workdir=empty.txt", ["--workdir=empty.txt", "can't be"]),
+    ],
+    "benchmark.__main__": [
+        ("", ["PART", "required", "--help"]),
+        ("speed", ["'speed'", "loop", "--help"]),
+        ("input", ["--source", "required", "--help"]),
+        ("input --source=folder:photos --seconds=0", ["--seconds=0", "more than 0"]),
+        ("input --source=folder:none", ["data.name='folder:none'", "No such file"]),
+        ("input --source=folder:photos --config.seed=1", ["--config.seed", "no config"]),
+        ("step --config=none.py", ["--config=none.py", "there is no file"]),
+        ("loop --config={root}/configs/digits.py --rounds=0", ["--rounds=0", "more than 0"]),
+        ("startup --config={root}/configs/digits.py --rounds=0", ["--rounds=0", "at least 1"]),
+        ("checkpoint --config={root}/configs/digits.py --saves=0", ["--saves=0", "at least"]),
+        (
+            "checkpoint --config={root}/configs/digits.py --folder=none",
+            ["--folder=none", "a folder"],
+        ),
+    ],
+    "data.prepare": [
+        ("", ["NAME", "required", "--help"]),
+        ("digitz --data_dir=new", ["'digitz'", "'digits'"]),
+        ("folder:photos", ["'folder:photos'", "datasets of TFDS"]),
+    ],
+    "data.pack": [
+        ("folder:photos", ["DST", "required", "--help"]),
+        ("folder:photos new --quality=101", ["--quality=101", "1 to 100"]),
+        ("folder:photos new --short_side=0", ["--short_side=0", "at least 1"]),
+        ("folder:none new", ["data.name='folder:none'", "No such file"]),
+        ("digitz new --data_dir=other", ["'digitz'", "'digits'"]),
+        ("manifest:rows.csv packed", ["DST=", "pack.json"]),
+        ("manifest:rows.csv empty.txt", ["DST=", "empty.txt", "can't be written"]),
+    ],
+    "data.check": [
+        ("", ["SRC", "required", "--help"]),
+        ("folder:none", ["data.name='folder:none'", "No such file"]),
+        ("manifest:rows.csv --num_threads=0", ["--num_threads=0", "at least 1"]),
+        ("manifest:rows.csv --preprocess=decode|crop", ["--preprocess", "'crop'", "crop"]),
+        ("manifest:rows.csv --split=tset", ["--split='tset'", "train (1)"]),
+        ("manifest:rows.csv --output=empty.txt", ["--output=empty.txt"]),
+        ("manifest:rows.csv --config=none.py", ["--config=none.py", "there is no file"]),
+    ],
+    "launch.local": [
+        ("-- --config=c", ["--num_processes", "required", "--help"]),
+        ("-n 0 -- --config=c", ["-n 0", "at least 1"]),
+        ("-n two -- --config=c", ["--num_processes", "'two'", "int"]),
+        ("-n 2", ["train", "required", "--help"]),
+        ("-n 2 --max_runs=0 -- --config=c", ["--max_runs=0", "at least 1"]),
+    ],
+    "launch.gke": [
+        (GKE, ["train", "required", "--help"]),
+        ("Job" + GKE[3:] + "-- --config=c", ["'Job'", "a-z, 0-9 and -"]),
+        (GKE + "--topology=four -- --config=c", ["--topology=four", "4x4"]),
+        (GKE + "--accelerator=nvidia-l4 -- --config=c", ["--topology=4x4", "--nodes"]),
+        (GKE + "--num_slices=0 -- --config=c", ["--num_slices=0", "at least 1"]),
+        (GKE + "--max_restarts=-1 -- --config=c", ["--max_restarts=-1", "at least 0"]),
+    ],
+}
+TABLE = [(command, *case) for command, cases in CASES.items() for case in cases]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, data_dir):
+    """A folder with a little of all: a run, weights, images, and files that are none of them."""
+    folder = tmp_path_factory.mktemp("place")
+    for name, text in FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    write_images(folder / "photos", 2)
+    write_images(folder / "many", 65, size=1)
+    write_model(folder / "model.npz")
+    (folder / "run" / "checkpoints" / "4" / "params").mkdir(parents=True)
+    (folder / "run" / "config.json").write_text(tiny_config(data_dir).to_json())
+    start = {"event": "start", "time": 1.0, "step": 0, "total": 8, "seconds": SECONDS}
+    (folder / "run" / "ledger.jsonl").write_text(json.dumps(start) + "\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """What a command sets for its process does not last."""
+    monkeypatch.setattr(compile_cache, "set_up", lambda folder: None)
+    for name in ("SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def snapshot(folder):
+    """All of it: files with their content and time, folders, links."""
+    return {
+        path.relative_to(folder): (path.lstat().st_mtime_ns, path.is_file() and path.read_bytes())
+        for path in folder.rglob("*")
+    }
+
+
+def call(command, argv, monkeypatch):
+    """Runs a command as its shell would, and returns the exit code."""
+    module = importlib.import_module(f"vit_jax.{command}")
+    monkeypatch.setattr(sys, "argv", [f"vit_jax.{command}", *argv])
+    try:
+        if command == "main":
+            with flagsaver.flagsaver(), console.report_errors():
+                module.main(module.parse_flags(sys.argv))
+        elif hasattr(module, "run"):
+            module.run()
+        else:
+            with console.report_errors():
+                module.main(argv)
+    except SystemExit as e:
+        return e.code
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "words"), TABLE, ids=[f"{command} {line}" for command, line, _ in TABLE]
+)
+def test_wrong_input_is_one_line_and_nothing_is_written(
+    command, line, words, place, data_dir, monkeypatch, capsys
+):
+    monkeypatch.chdir(place)
+    before = snapshot(place)
+    code = call(command, shlex.split(line.format(root=ROOT, data=data_dir)), monkeypatch)
+    shown = capsys.readouterr()
+    errors = shown.err.splitlines()
+    assert code == 2, errors
+    assert [text.startswith("vit_jax: error: ") for text in errors] == [True], shown
+    for word in words:
+        assert word in errors[0]
+    assert "Traceback" not in shown.out
+    assert snapshot(place) == before
+
+
+def test_every_command_is_in_the_table():
+    ends = ('if __name__ == "__main__":', "report_errors")
+    package = ROOT / "vit_jax"
+    commands = {
+        ".".join(path.relative_to(package).with_suffix("").parts)
+        for path in package.rglob("*.py")
+        if all(text in path.read_text() for text in ends)
+    }
+    assert commands == set(CASES)
