@@ -19,6 +19,8 @@ from benchmarks.environment import describe_environment, versions_of
 from benchmarks.turns import ROOT, compare, start
 
 PEERS = ("vit_jax", "flax_plain", "timm_eager", "timm_compile")
+# vit_jax as it is not by default, to see what its parts come to on a CPU.
+VARIATIONS = ("vit_jax_one_device", "vit_jax_tcmalloc")
 
 
 def main() -> None:
@@ -28,7 +30,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["Ti/16", "S/16"])
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--torch_python", help="an interpreter that has PyTorch and timm")
-    parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS)
+    parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS + VARIATIONS)
+    parser.add_argument("--tcmalloc", help="libtcmalloc_minimal.so.4, for vit_jax_tcmalloc")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10, help="of each turn")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
@@ -36,6 +39,9 @@ def main() -> None:
     peers = [p for p in args.peers if args.torch_python or not p.startswith("timm")]
     if peers != list(args.peers):
         print("timm is left out: no interpreter was given for it")
+
+    if "vit_jax_tcmalloc" in peers and not args.tcmalloc:
+        parser.error("--peers vit_jax_tcmalloc: expected --tcmalloc=PATH of the library")
 
     load_at_start = [round(load, 1) for load in os.getloadavg()]
     environment = describe_environment("jax", "flax", "optax")
@@ -46,9 +52,10 @@ def main() -> None:
         script = str(ROOT / "benchmarks" / "step_peers.py")
         commands = {
             name: (
+                *_environment(name, args.tcmalloc),
                 args.torch_python if name.startswith("timm") else sys.executable,
                 script,
-                name,
+                "vit_jax" if name in VARIATIONS else name,
                 variant,
                 str(args.batch_size),
             )
@@ -82,6 +89,13 @@ def main() -> None:
             json.dumps(environment | notes | {"results": results}, indent=2) + "\n"
         )
         print(f"wrote {args.json}")
+
+
+def _environment(peer: str, tcmalloc: str | None) -> tuple[str, ...]:
+    """What stands before a peer's command."""
+    if peer == "vit_jax_one_device":
+        return ("env", "JAX_NUM_CPU_DEVICES=1")
+    return ("env", f"LD_PRELOAD={tcmalloc}") if peer == "vit_jax_tcmalloc" else ()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ python -m vit_jax.main --config=configs/cifar10_mae.py:none --workdir=runs/cifar
 
 The first command sees all training images without their labels; the second starts from its workdir,
 the third from nothing, and both train on the same tenth of the images with labels, in the same way.
-They reach 62.0 % and 55.4 % on test (docs/objectives.md); all three take about half an hour on two cores.
+They reach 62.0 % and 55.4 % on test (docs/objectives.md). All take about half an hour on two cores.
 """
 
 from ml_collections import ConfigDict

@@ -15,6 +15,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- made by tools/performance_tables.py from {} -->\n", "<!-- end -->\n"
 PEERS = {
     "vit_jax": "**vit_jax**",
+    "vit_jax_one_device": "vit_jax on one device",
+    "vit_jax_tcmalloc": "vit_jax with tcmalloc",
     "flax_plain": "plain Flax and optax",
     "timm_eager": "timm",
     "timm_compile": "timm, `torch.compile`",
