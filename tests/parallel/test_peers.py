@@ -34,12 +34,15 @@ def tell_all(value):
 peers.jax.process_count, peers.jax.process_index = lambda: 3, lambda: me
 peers.host_names, peers.tell_all = lambda: ("left", "right", "right"), tell_all
 peers._FAILED_S = 0.5
-with peers.Peers(1.0, last_words=lambda words: print("words", words, flush=True)):
+with peers.Peers(4.0, last_words=lambda words: print("words", words, flush=True)):
     print("ready", flush=True)
     if me == 1 and what == "raise":
         raise MemoryError
     if what == "end":
-        time.sleep(0.3 * me)
+        (folder / f"in{me}").touch()
+        while len(list(folder.glob("in?"))) < 3:
+            time.sleep(0.01)
+        time.sleep(0.5 * me)
     else:
         time.sleep(60)
 time.sleep(2)
