@@ -45,7 +45,7 @@ def make_costs_table(results: dict[str, Any]) -> list[str]:
     seconds = start["seconds"]
     rows = [
         ("`import jax`", f"{seconds['import_jax']:.2f} s"),
-        ("`import vit_jax`", f"{seconds['import_vit_jax']:.2f} s"),
+        ("`import jax, vit_jax`", f"{seconds['import_vit_jax']:.2f} s"),
         ("first step of `digits.py` after the command", f"{seconds['cold']:.1f} s"),
         ("the same, with a warm compile cache", f"{seconds['warm']:.1f} s"),
         (

@@ -109,7 +109,7 @@ def _write(file: Path, state: Any) -> float:
     start = time.perf_counter()
     with file.open("wb") as out:
         for leaf in jax.tree.leaves(state):
-            out.write(np.ascontiguousarray(jax.device_get(leaf)).data)
+            out.write(np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8).data)
         out.flush()
         os.fsync(out.fileno())
     return time.perf_counter() - start
