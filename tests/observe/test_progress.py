@@ -56,6 +56,7 @@ def records():
 @pytest.fixture
 def screen(monkeypatch):
     """Makes a terminal, or a file, the screen; what it shows is to be read from the result."""
+    monkeypatch.delenv("CI", raising=False)  # a log there, whatever the screen
 
     def make(*, terminal):
         file = io.StringIO()
