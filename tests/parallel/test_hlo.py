@@ -13,13 +13,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vit_jax.parallel.hlo import Collective, Program, parse_groups
 from vit_jax.parallel.mesh import make_mesh
 
-LOOP = Path(__file__).parent.parent / "testdata" / "hlo" / "tpu_loop.txt"
+TESTDATA = Path(__file__).parent.parent / "testdata" / "hlo"
 MESH = {"data": 4, "fsdp": 4, "tensor": 1}
 
 
 @pytest.fixture(scope="module")
 def loop():
-    return Program(LOOP.read_text())
+    return Program((TESTDATA / "tpu_loop.txt").read_text())
 
 
 def find(collectives, kind, axes):
@@ -138,3 +138,12 @@ def test_bytes_of_a_program_without_loops_are_those_that_the_compiler_counts():
     assert Program(compiled.as_text() or "").hbm_bytes == pytest.approx(
         costs["bytes accessed"], rel=1e-3
     )
+
+
+def test_of_stacked_layers_a_fusion_moves_the_one_it_works_on():
+    # As TPUs compile scans: what takes the slice, or copies the stack at its place into the layout
+    # of the update, is a fusion within the fusion.
+    program = Program((TESTDATA / "nested_fusions.txt").read_text())
+    layer, index = 8 * 128 * 2, 4
+    reads, writes = 2 * layer + index, (1 + 2) * layer + index
+    assert program.hbm_bytes == reads + writes

@@ -207,9 +207,8 @@ class Program:
             return 0
         table = self._tables[computation]
         operands = [table[o] for o in i.operands if o in table]
-        fused = self.computations.get(i.attribute("calls") or "") if i.opcode == "fusion" else None
-        if fused is not None:
-            return _moved_by_fusion(i, fused, operands)
+        if i.opcode == "fusion" and i.attribute("calls") in self.computations:
+            return self._moved_by_fusion(i, operands)
         read = sum(o.hbm_bytes for o in operands)
         if i.opcode.removesuffix("-start") in _COLLECTIVES and i.opcode.endswith("-start"):
             return 2 * read  # its type names operands and results
@@ -223,47 +222,52 @@ class Program:
             return 2 * operands[1].hbm_bytes if i.hbm_bytes and len(operands) > 1 else 0
         return i.hbm_bytes + read
 
+    def _moved_by_fusion(self, fusion: Instruction, operands: list[Instruction]) -> int:
+        """What a fusion reads and writes; of arrays it takes or changes a slice of, the slice."""
+        total, updated = 0, 0
+        for index, operand in enumerate(operands):
+            read = 0
+            for name, user, position in self._uses(fusion, index) if operand.hbm_bytes else ():
+                if user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
+                    read += _type_bytes(user.type)
+                elif user.opcode == "dynamic-update-slice" and position == 0:
+                    updated += operand.hbm_bytes
+                    read += 2 * self._size(name, user.operands[1])
+                else:
+                    read = operand.hbm_bytes
+                    break
+            total += min(read, 2 * operand.hbm_bytes)
+        return total + max(fusion.hbm_bytes - updated, 0)
 
-def _moved_by_fusion(
-    fusion: Instruction, fused: list[Instruction], operands: list[Instruction]
-) -> int:
-    """What a fusion reads and writes; of arrays that it takes or changes a slice of, the slice."""
-    users: dict[str, list[Instruction]] = defaultdict(list)
-    for i in fused:
-        for operand in i.operands:
-            users[operand].append(i)
+    def _uses(self, fusion: Instruction, index: int) -> Iterator[tuple[str, Instruction, int]]:
+        """Who uses an operand in a fusion, and in those within it: computation, user, position."""
+        name = fusion.attribute("calls") or ""
+        if name not in self.computations:
+            yield name, fusion, index
+            return
+        users = self._users(name)
+        values = [i.name for i in self.computations[name] if _parameter_index(i) == index]
+        while values:
+            value = values.pop()
+            for user in users[value]:
+                # Under another name, or in another layout at the same place.
+                if user.opcode == "bitcast" or "output_to_operand_aliasing" in user.attributes:
+                    values.append(user.name)
+                elif user.opcode == "fusion":
+                    yield from self._uses(user, user.operands.index(value))
+                else:
+                    yield name, user, user.operands.index(value)
 
-    def follow(name: str) -> list[tuple[Instruction, int]]:
-        found = []
-        for user in users[name]:
-            if user.opcode == "bitcast":
-                found += follow(user.name)
-            else:
-                found.append((user, user.operands.index(name)))
-        return found
+    def _users(self, name: str) -> dict[str, list[Instruction]]:
+        users: dict[str, list[Instruction]] = defaultdict(list)
+        for i in self.computations[name]:
+            for operand in dict.fromkeys(i.operands):
+                users[operand].append(i)
+        return users
 
-    total, updated = 0, 0
-    for i in fused:
-        if i.opcode != "parameter":
-            continue
-        index = int(i.attributes.split(")")[0])
-        if index >= len(operands) or not operands[index].hbm_bytes:
-            continue
-        uses = follow(i.name)
-        table = {x.name: x for x in fused}
-        read = 0
-        for user, position in uses:
-            if user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
-                read += _type_bytes(user.type)
-            elif user.opcode == "dynamic-update-slice" and position == 0:
-                update = table.get(user.operands[1])
-                updated += operands[index].hbm_bytes
-                read += 2 * _type_bytes(update.type) if update else 0
-            else:
-                read = operands[index].hbm_bytes
-                break
-        total += min(read, 2 * operands[index].hbm_bytes)
-    return total + max(fusion.hbm_bytes - updated, 0)
+
+def _parameter_index(i: Instruction) -> int | None:
+    return int(i.attributes.split(")")[0]) if i.opcode == "parameter" else None
 
 
 def _slice_bytes(type_: str) -> int:
