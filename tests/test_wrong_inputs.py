@@ -408,11 +408,8 @@ def call(command, argv, monkeypatch):
         if command == "main":
             with flagsaver.flagsaver(), console.report_errors():
                 module.main(module.parse_flags(sys.argv))
-        elif hasattr(module, "run"):
-            module.run()
         else:
-            with console.report_errors():
-                module.main(argv)
+            console.run_command(module.main)
     except SystemExit as e:
         return e.code
     return 0
@@ -438,11 +435,10 @@ def test_wrong_input_is_one_line_and_nothing_is_written(
 
 
 def test_every_command_is_in_the_table():
-    ends = ('if __name__ == "__main__":', "report_errors")
     package = ROOT / "vit_jax"
     commands = {
         ".".join(path.relative_to(package).with_suffix("").parts)
         for path in package.rglob("*.py")
-        if all(text in path.read_text() for text in ends)
+        if 'if __name__ == "__main__":\n    run' in path.read_text()
     }
     assert commands == set(CASES)

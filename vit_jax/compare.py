@@ -19,7 +19,6 @@ import io
 import json
 import os
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ from typing import Any
 from vit_jax.evaluators.base import lower_is_better
 from vit_jax.explain import fresh_folder
 from vit_jax.inference.writers import fresh_file
-from vit_jax.observe import console
 from vit_jax.observe.chart import Curve, plot_curves
-from vit_jax.observe.console import CommandParser, say
+from vit_jax.observe.console import CommandParser, run_command, say, set_up
 from vit_jax.observe.html import make_card, make_page, make_section, make_table
 from vit_jax.observe.ledger import read_ledger, summarize
 from vit_jax.observe.run_page import Points, collect_points, find_best, flatten_config
@@ -233,7 +231,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Prints the comparison, or writes it."""
     args = parse_arguments(argv)
-    console.set_up(quiet=False, to_stderr=args.output is None)
+    set_up(quiet=False, to_stderr=args.output is None)
     if args.output is not None and args.output.exists():
         raise UserError(f"--output={args.output} exists; remove it, or choose another name")
     runs = read_runs(args.WORKDIRS)
@@ -252,19 +250,5 @@ def main(argv: Sequence[str]) -> None:
             say(f"wrote {args.output / name}")
 
 
-def run() -> None:
-    """The command: exit code 2 for bad input."""
-    try:
-        with console.report_errors():
-            main(sys.argv[1:])
-    except BrokenPipeError:
-        # Whoever reads has seen enough; Python would complain of it when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("vit_jax: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    run()
+    run_command(main)

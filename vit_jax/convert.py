@@ -11,7 +11,6 @@ Examples:
   python -m vit_jax.convert runs/digits digits.safetensors --params=ema
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from vit_jax.checkpoint.pretrained.npz import write_npz
 from vit_jax.checkpoint.pretrained.safetensors import write_safetensors
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights
 from vit_jax.models.positions import FIXED_POSITIONS
-from vit_jax.observe.console import CommandParser, report_errors, say
+from vit_jax.observe.console import CommandParser, run_command, say
 from vit_jax.utils.errors import UserError
 
 # By the ending of a file: what writes it, and the endings of all files that it writes.
@@ -115,7 +114,7 @@ def _fold_positions(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return folded
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Converts, and says what was read and written."""
     parser = CommandParser(prog="python -m vit_jax.convert", description=__doc__)
     parser.add_argument("SRC", help="file, workdir, Orbax checkpoint, or name of the catalogue")
@@ -141,5 +140,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with report_errors():
-        main(sys.argv[1:])
+    run_command(main)

@@ -17,7 +17,6 @@ Examples:
 import argparse
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,8 +32,7 @@ from vit_jax.evaluators.kinds import JUDGE_HEAD
 from vit_jax.experiment import Experiment
 from vit_jax.main import load_config, override_config, parse_overrides
 from vit_jax.objectives.base import Params
-from vit_jax.observe import console
-from vit_jax.observe.console import CommandParser, say
+from vit_jax.observe.console import CommandParser, print_error, run_command, say, set_up
 from vit_jax.observe.writer import append_record, read_records
 from vit_jax.utils.errors import UserError
 from vit_jax.workdir import CONFIG, find_step, read_config
@@ -289,11 +287,11 @@ def find_source(args: argparse.Namespace) -> str:
     return str(find_checkpoint(Path(source))) if Path(source).is_dir() else source
 
 
-def main(argv: Sequence[str]) -> None:
-    """Evaluates, shows the results and appends them to a file."""
+def main(argv: Sequence[str]) -> int:
+    """Evaluates, shows the results and appends them to a file; returns the exit code."""
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
-    console.set_up(quiet=False, to_stderr=args.json)
+    set_up(quiet=False, to_stderr=args.json)
     output = args.output or (args.workdir / RESULTS if args.workdir else None)
 
     def report(record: dict[str, Any]) -> None:
@@ -313,26 +311,18 @@ def main(argv: Sequence[str]) -> None:
     else:
         assert output is not None  # --follow comes with --workdir
         total = experiment.total_steps
-        follow(judge, args.workdir, output, total=total, timeout=args.timeout, report=report)
+        try:
+            follow(judge, args.workdir, output, total=total, timeout=args.timeout, report=report)
+        except FollowTimeoutError as e:
+            print_error(e)
+            return 1
         say(f"{args.workdir} is complete at step {total}")
     if output is not None:
         say(f"results are in {output}")
     if args.details:
         say(f"details are in {args.workdir / DETAILS}")
-
-
-def run() -> None:
-    """The command: exit code 2 for bad input, 1 if --follow has waited too long."""
-    try:
-        with console.report_errors():
-            main(sys.argv[1:])
-    except FollowTimeoutError as e:
-        console.print_error(e)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("vit_jax: interrupted", file=sys.stderr)
-        sys.exit(130)
+    return 0
 
 
 if __name__ == "__main__":
-    run()
+    run_command(main)

@@ -12,7 +12,6 @@ Examples:
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,8 +22,7 @@ from vit_jax.inference.model import LoadedModel
 from vit_jax.inference.page import Section, encode_png, make_page
 from vit_jax.inference.writers import fresh_folder
 from vit_jax.main import parse_overrides
-from vit_jax.observe import console
-from vit_jax.observe.console import CommandParser, say
+from vit_jax.observe.console import CommandParser, run_command, say, set_up
 from vit_jax.observe.progress import Pace
 from vit_jax.predict import add_source, load_source
 from vit_jax.utils.errors import UserError, suggest
@@ -144,7 +142,7 @@ def main(argv: Sequence[str]) -> None:
     """Draws, and says which files were written."""
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
-    console.set_up(quiet=False)
+    set_up(quiet=False)
     if args.output.exists():
         raise UserError(f"--output={args.output} exists; remove it, or choose another name")
     paths = find_images(args.IMAGES)
@@ -160,15 +158,5 @@ def main(argv: Sequence[str]) -> None:
         say(f"wrote {args.output / name}")
 
 
-def run() -> None:
-    """The command: exit code 2 for bad input."""
-    try:
-        with console.report_errors():
-            main(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("vit_jax: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    run()
+    run_command(main)

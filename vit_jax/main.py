@@ -243,7 +243,7 @@ def run() -> None:
         sys.exit(RUN_AGAIN)
     except KeyboardInterrupt:
         print("vit_jax: interrupted; the same command goes on from the last checkpoint")
-        sys.exit(130)
+        sys.exit(console.INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,15 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import rich.progress
-from absl import logging
 
 from vit_jax.main import load_config, parse_overrides
-from vit_jax.observe.console import CommandParser, console, report_errors, say
+from vit_jax.observe.console import CommandParser, console, run_command, say
 from vit_jax.parallel.topologies import Topology, parse_topology
 from vit_jax.planning import scale as scale_lib
 from vit_jax.planning import search as search_lib
@@ -73,9 +71,11 @@ def _ints(value: str) -> tuple[int, ...]:
     return numbers
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Plans, and prints the result."""
-    args, overrides = parse_arguments(sys.argv[1:] if argv is None else argv)
+    # Nothing runs here: no accelerator is looked for, and none is taken from who uses it.
+    jax.config.update("jax_platforms", "cpu")
+    args, overrides = parse_arguments(argv)
     topology = parse_topology(args.topology, num_slices=args.num_slices)
     config = load_config(args.config, overrides).to_dict()
     prepared = prepare_config(config, num_classes=args.num_classes, image_size=args.image_size)
@@ -153,14 +153,5 @@ def pass_on(args: argparse.Namespace, overrides: Mapping[str, Any]) -> list[str]
     ]
 
 
-def run() -> None:
-    """The command: one line and exit code 2 for bad input."""
-    logging.set_verbosity(logging.ERROR)
-    # Nothing runs here: no accelerator is looked for, and none is taken from who uses it.
-    jax.config.update("jax_platforms", "cpu")
-    with report_errors():
-        main()
-
-
 if __name__ == "__main__":
-    run()
+    run_command(main)

@@ -19,7 +19,6 @@ Examples:
 
 import argparse
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,8 +43,7 @@ from vit_jax.inference.writers import (
     import_pyarrow,
 )
 from vit_jax.main import parse_overrides
-from vit_jax.observe import console
-from vit_jax.observe.console import CommandParser, say
+from vit_jax.observe.console import CommandParser, run_command, say, set_up
 from vit_jax.utils.errors import UserError
 
 PREDICTIONS = ("table", "csv", "json", "parquet")
@@ -277,7 +275,7 @@ def main(argv: Sequence[str]) -> int:
     """Predicts, and returns the exit code."""
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
-    console.set_up(quiet=False, to_stderr=args.output is None)
+    set_up(quiet=False, to_stderr=args.output is None)
     if args.output is not None and args.output.exists():
         raise UserError(f"--output={args.output} exists; remove it, or choose another name")
     paths = find_images(args.PATHS, lines=sys.stdin)
@@ -285,19 +283,5 @@ def main(argv: Sequence[str]) -> int:
     return 1 if predict(args, model, paths) else 0
 
 
-def run() -> None:
-    """The command: exit code 2 for bad input, 1 if images were left out."""
-    try:
-        with console.report_errors():
-            sys.exit(main(sys.argv[1:]))
-    except BrokenPipeError:
-        # Whoever reads has seen enough; Python would complain of it when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("vit_jax: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    run()
+    run_command(main)

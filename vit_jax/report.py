@@ -16,7 +16,6 @@ import base64
 import contextlib
 import dataclasses
 import html
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,7 @@ from vit_jax.experiment import Experiment
 from vit_jax.inference.draw import scale_up
 from vit_jax.inference.page import encode_png
 from vit_jax.objectives.base import Batch, Params
-from vit_jax.observe import console
-from vit_jax.observe.console import CommandParser, say
+from vit_jax.observe.console import CommandParser, run_command, say, set_up
 from vit_jax.observe.html import make_section, write_page
 from vit_jax.observe.run_page import PAGE, Judged, make_report, read_details
 from vit_jax.utils.errors import UserError, suggest
@@ -260,7 +258,7 @@ def predict(args: argparse.Namespace, config: dict[str, Any]) -> tuple[list[Judg
 def main(argv: Sequence[str]) -> None:
     """Writes the page."""
     args = parse_arguments(argv)
-    console.set_up(quiet=False)
+    set_up(quiet=False)
     config = read_config(args.workdir)
     judged, sections = [], []
     asked = args.eval is not None or args.checkpoint is not None
@@ -280,15 +278,5 @@ def main(argv: Sequence[str]) -> None:
     say(f"wrote {output}")
 
 
-def run() -> None:
-    """The command: exit code 2 for bad input."""
-    try:
-        with console.report_errors():
-            main(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("vit_jax: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    run()
+    run_command(main)

@@ -3,7 +3,6 @@
 
 import datetime
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,8 +11,7 @@ from typing import Any
 
 from vit_jax.checkpoint.manager import FOLDER, list_steps
 from vit_jax.checkpoint.manifest import find_fault, has_manifest
-from vit_jax.observe import console
-from vit_jax.observe.console import CommandParser, say
+from vit_jax.observe.console import CommandParser, run_command, say, set_up
 from vit_jax.observe.divergence import read_rollbacks
 from vit_jax.observe.ledger import KINDS, read_ledger, summarize
 from vit_jax.utils.errors import UserError
@@ -101,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print an object")
     parser.add_argument("--no_verify", action="store_true", help="read no checkpoint")
     args = parser.parse_args(argv)
-    console.set_up(quiet=False, to_stderr=args.json)
+    set_up(quiet=False, to_stderr=args.json)
     found = describe(args.workdir, verify=not args.no_verify)
     if args.json:
         print(json.dumps(found, indent=1))
@@ -110,11 +108,5 @@ def main(argv: Sequence[str]) -> None:
             say(line)
 
 
-def run() -> None:
-    """The command: exit code 2 for a folder that is no workdir."""
-    with console.report_errors():
-        main(sys.argv[1:])
-
-
 if __name__ == "__main__":
-    run()
+    run_command(main)

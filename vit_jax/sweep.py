@@ -40,15 +40,13 @@ from vit_jax.compare import RunRecord, make_csv, make_html, make_records, read_r
 from vit_jax.evaluators.base import lower_is_better
 from vit_jax.experiment import Experiment
 from vit_jax.main import load_config, parse_literal, parse_overrides
-from vit_jax.observe import console
-from vit_jax.observe.console import CommandParser, say
+from vit_jax.observe.console import INTERRUPTED, CommandParser, run_command, say, set_up
 from vit_jax.observe.html import write_page
 from vit_jax.parallel.preemption import RUN_AGAIN
 from vit_jax.utils.errors import UserError
 from vit_jax.workdir import CONFIG
 
 RESULTS = "sweep.json"
-INTERRUPTED = 130
 _NAME = re.compile(r"[\w+-][\w.,=+-]*")
 _LONGEST = 100  # letters of a name
 
@@ -374,7 +372,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs a sweep, and returns the exit code."""
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
-    console.set_up(quiet=False, to_stderr=args.emit is not None)
+    set_up(quiet=False, to_stderr=args.emit is not None)
     trials = make_trials(args.config, args.sweep, overrides, args.workdir)
     if not args.no_check and not args.summarize:
         check_trials(trials)
@@ -390,15 +388,5 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-def run() -> None:
-    """The command: its exit code says how the runs ended."""
-    try:
-        with console.report_errors():
-            sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        print("vit_jax: interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-
-
 if __name__ == "__main__":
-    run()
+    run_command(main, interrupted="interrupted; the same command goes on")

@@ -239,10 +239,9 @@ def test_a_full_disk_is_one_line(kind, folder, tmp_path):
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from vit_jax.data.pack import main\n"
-        "from vit_jax.observe.console import report_errors\n"
+        "from vit_jax.observe.console import run_command\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
-        "with report_errors():\n"
-        "    main(sys.argv[1:])\n"
+        "run_command(main)\n"
     )
     command = [sys.executable, "-c", program, f"folder:{folder}", str(tmp_path / "dst"), *kind]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

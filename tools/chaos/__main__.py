@@ -7,7 +7,6 @@ python -m tools.chaos --only=kill,damage --rounds=3
 
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 
 from tools.chaos.faults import FAULTS, Outcome, prepare
 from tools.chaos.job import Lab
-from vit_jax.observe.console import CommandParser, report_errors
+from vit_jax.observe.console import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 
 COLUMNS = ("fault", "injected", "recovered", "steps lost (max)", "end state equal")
@@ -108,5 +107,4 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    with report_errors():
-        sys.exit(main(sys.argv[1:]))
+    run_command(main)

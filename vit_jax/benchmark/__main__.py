@@ -11,7 +11,6 @@ Examples:
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from vit_jax.benchmark import checkpoint, loop, startup
 from vit_jax.benchmark import input as input_benchmark
 from vit_jax.benchmark import step as step_benchmark
 from vit_jax.main import parse_overrides
-from vit_jax.observe.console import CommandParser, report_errors, say, set_up
+from vit_jax.observe.console import CommandParser, run_command, say, set_up
 from vit_jax.utils.errors import UserError
 
 # Each has `add_arguments(parser)` and `run(args)`, which returns what goes into the JSON and the
@@ -33,8 +32,9 @@ PARTS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Measures, prints and writes the results."""
+    set_up(quiet=False)
     parser = CommandParser(prog="python -m vit_jax.benchmark", description=__doc__)
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     for name, part in PARTS.items():
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         part.add_arguments(sub)
         sub.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
-    overrides, rest = parse_overrides(list(sys.argv[1:] if argv is None else argv))
+    overrides, rest = parse_overrides(list(argv))
     args = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
     if overrides and "config" not in args:
         raise UserError(f"--config.{next(iter(overrides))}: {args.part} has no config to override")
@@ -63,6 +63,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    set_up(quiet=False)
-    with report_errors():
-        main()
+    run_command(main)

@@ -16,7 +16,6 @@ import hashlib
 import io
 import itertools
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources import dataset_info, open_source
 from vit_jax.experiment import Experiment
 from vit_jax.main import load_config
-from vit_jax.observe.console import CommandParser, console, report_errors, say, set_up
+from vit_jax.observe.console import CommandParser, console, run_command, say, set_up
 from vit_jax.utils.errors import UserError
 
 # What an ending says of the content.
@@ -243,7 +242,7 @@ def write_contact_sheet(path: Path, images: np.ndarray) -> None:
         raise UserError(f"--output={path.parent}: {e.strerror}") from None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Checks, says what was found, and returns the exit code."""
     parser = CommandParser(prog="python -m vit_jax.data.check", description=__doc__)
     parser.add_argument("SRC", help="as data.name of a config, such as folder:/data/birds")
@@ -264,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--num_threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
+    set_up(quiet=False)
     if args.num_threads < 1:
         raise UserError(f"--num_threads={args.num_threads}: expected at least 1")
     parse_preprocess(args.preprocess, key="--preprocess")
@@ -279,6 +279,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    set_up(quiet=False)
-    with report_errors():
-        sys.exit(main())
+    run_command(main)

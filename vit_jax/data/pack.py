@@ -21,7 +21,6 @@ import io
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from vit_jax.data.image_ops import CentralCrop, ResizeSmall
 from vit_jax.data.loader import count_threads
 from vit_jax.data.packed import MANIFEST, Manifest, Shard, read_manifest
 from vit_jax.data.sources import dataset_info, open_source, split_lengths
-from vit_jax.observe.console import CommandParser, console, report_errors, say, set_up
+from vit_jax.observe.console import CommandParser, console, run_command, say, set_up
 from vit_jax.utils.errors import UserError
 
 
@@ -220,9 +219,10 @@ def _check_same(manifest: Manifest, folder: Path) -> None:
             )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Packs, and says what is there then."""
     args = _parse(argv)
+    set_up(quiet=False)
     for name in ("short_side", "quality", "raw", "shard_size", "num_threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _report(manifest, folder, corrupt)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(prog="python -m vit_jax.data.pack", description=__doc__)
     parser.add_argument("SRC", help="as data.name of a config, such as folder:/data/birds")
     parser.add_argument("DST", type=Path, help="folder to write to")
@@ -293,6 +293,4 @@ def _report(manifest: Manifest, folder: Path, corrupt: int) -> None:
 
 
 if __name__ == "__main__":
-    set_up(quiet=False)
-    with report_errors():
-        main(sys.argv[1:])
+    run_command(main)

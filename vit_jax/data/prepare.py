@@ -7,19 +7,19 @@ Example:
   python -m vit_jax.data.prepare cifar10 --data_dir=/data/tfds
 """
 
-import sys
 from collections.abc import Sequence
 
 from vit_jax.data.sources import prepare
-from vit_jax.observe.console import CommandParser, report_errors, say, set_up
+from vit_jax.observe.console import CommandParser, run_command, say, set_up
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Prepares, and says what is there then."""
     parser = CommandParser(prog="python -m vit_jax.data.prepare", description=__doc__)
     parser.add_argument("NAME", help="of the dataset, with config and version if need be")
     parser.add_argument("--data_dir", help="where TFDS keeps its datasets")
     args = parser.parse_args(argv)
+    set_up(quiet=False)
     folder, lengths = prepare(args.NAME, data_dir=args.data_dir)
     say(f"{args.NAME} is prepared in {folder}")
     for split, length in lengths.items():
@@ -27,6 +27,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    set_up(quiet=False)
-    with report_errors():
-        main(sys.argv[1:])
+    run_command(main)

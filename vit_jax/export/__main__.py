@@ -40,8 +40,7 @@ from vit_jax.export.weights import write_weights
 from vit_jax.inference.model import LoadedModel
 from vit_jax.inference.writers import fresh_folder
 from vit_jax.main import parse_overrides
-from vit_jax.observe import console
-from vit_jax.observe.console import CommandParser, say
+from vit_jax.observe.console import CommandParser, run_command, say, set_up
 from vit_jax.predict import add_source, load_source
 from vit_jax.utils.errors import UserError, suggest
 from vit_jax.workdir import LABELS
@@ -168,7 +167,7 @@ def main(argv: Sequence[str]) -> None:
     """Exports, and says which files were written."""
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
-    console.set_up(quiet=False)
+    set_up(quiet=False)
     if args.output.exists():
         raise UserError(f"--output={args.output} exists; remove it, or choose another name")
     model = load_source(args, overrides)
@@ -193,15 +192,5 @@ def main(argv: Sequence[str]) -> None:
             say(line)
 
 
-def run() -> None:
-    """The command: exit code 2 for bad input."""
-    try:
-        with console.report_errors():
-            main(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("vit_jax: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    run()
+    run_command(main)

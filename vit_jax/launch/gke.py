@@ -10,11 +10,10 @@ import json
 import math
 import re
 import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vit_jax.observe.console import CommandParser, report_errors
+from vit_jax.observe.console import CommandParser, run_command
 from vit_jax.parallel.preemption import RUN_AGAIN
 from vit_jax.utils.errors import UserError
 
@@ -29,7 +28,7 @@ _GRACE_S = 300
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """The command; returns the exit code of kubectl."""
     args = _parse(arguments)
     manifest = json.dumps(make_jobset(args), indent=2)
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("kubectl is not installed; --dry_run shows the manifest") from None
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(prog="python -m vit_jax.launch.gke", description=__doc__)
     add = parser.add_argument
     add("name", help="of the JobSet: small letters, digits and hyphens")
@@ -175,5 +174,4 @@ def _make_pod(
 
 
 if __name__ == "__main__":
-    with report_errors():
-        sys.exit(main())
+    run_command(main)

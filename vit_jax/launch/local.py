@@ -15,14 +15,14 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
-from vit_jax.observe.console import CommandParser, report_errors
+from vit_jax.observe.console import CommandParser, run_command
 from vit_jax.parallel.preemption import RUN_AGAIN
 
 # Seconds that processes get to end when one has failed, before they are killed.
 _GRACE_S = 20.0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """The command; returns the exit code of the first process that failed, else 0."""
     parser = CommandParser(prog="python -m vit_jax.launch.local", description=__doc__)
     parser.add_argument("-n", "--num_processes", type=int, required=True)
@@ -137,5 +137,4 @@ def _copy(index: int, output: IO[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    with report_errors():
-        sys.exit(main())
+    run_command(main)

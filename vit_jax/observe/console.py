@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NoReturn
 
 import absl.logging
@@ -17,6 +17,9 @@ from vit_jax.utils.errors import UserError
 
 # `quiet` shows results, warnings and the end; `verbose` all metrics of each logged step.
 Verbosity = Literal["quiet", "normal", "verbose"]
+
+# Exit code of a command that Ctrl-C has ended, as shells count.
+INTERRUPTED = 130
 
 console = rich.console.Console(highlight=False)
 settings = types.SimpleNamespace(verbosity="normal")
@@ -80,6 +83,29 @@ def report_errors() -> Iterator[None]:
     except UserError as e:
         print_error(e)
         sys.exit(2)
+
+
+def run_command(
+    main: Callable[[Sequence[str]], int | None], *, interrupted: str = "interrupted"
+) -> NoReturn:
+    """Runs a command as the process that it is: bad input is one line and exit code 2.
+
+    Args:
+      main: takes the arguments, and returns the exit code; None is 0.
+      interrupted: what to say after Ctrl-C.
+    """
+    try:
+        with report_errors():
+            code = main(sys.argv[1:])
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever reads has seen enough; Python would complain of it when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"vit_jax: {interrupted}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    sys.exit(code)
 
 
 def print_error(error: Exception) -> None:

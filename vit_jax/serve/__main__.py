@@ -16,15 +16,13 @@ import argparse
 import contextlib
 import importlib.util
 import socket
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 
 from vit_jax.inference.figures import has_attention
 from vit_jax.main import parse_overrides
-from vit_jax.observe import console
-from vit_jax.observe.console import CommandParser, say
+from vit_jax.observe.console import CommandParser, run_command, say, set_up
 from vit_jax.predict import add_source, load_source
 from vit_jax.utils.errors import UserError
 
@@ -83,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
     """Serves until it is told to stop."""
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
-    console.set_up(quiet=False)
+    set_up(quiet=False)
     for name in ("starlette", "uvicorn"):
         if importlib.util.find_spec(name) is None:
             raise UserError(f"vit_jax.serve needs {name}: pip install 'vit_jax[serve]'")
@@ -122,15 +120,5 @@ def main(argv: Sequence[str]) -> None:
         say("stopped")
 
 
-def run() -> None:
-    """The command: exit code 2 for bad input."""
-    try:
-        with console.report_errors():
-            main(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("vit_jax: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    run()
+    run_command(main)
