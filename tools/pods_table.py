@@ -102,7 +102,7 @@ def fill_cell(size: str, name: str, cache: Path) -> dict[str, Any]:
 def make_table(cells: dict[str, dict[str, Any]]) -> str:
     """The page's table, a row for each size and topology."""
     rows = [
-        "| size | topology | fits | images a device | GiB | at best | bound by | overrides |",
+        "| size | topology | fits | images a device | GiB | expected | at best | overrides |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for size in SIZES:
@@ -119,15 +119,18 @@ def _row(cell: dict[str, Any]) -> tuple[str, ...]:
         return (f"no{by}: {_why(cell)}", "", "", "", "", "")
     accum = cell["accum_steps"]
     ways = [w for w in cell["overrides"].split() if not w.endswith(("=-1", "tensor=1", "steps=1"))]
-    speed = ""
+    expected = best = ""
     if cell["compiled"]:
-        speed = f"{cell['images_per_second_per_chip']:,.0f} images/s, MFU {cell['mfu_bound']:.0%}"
+        best = f"MFU {cell['mfu_bound']:.0%}, {cell['bound_by']}"
+        if cell["expected_mfu"]:
+            speed = cell["images_per_second_per_chip"]
+            expected = f"{speed:,.0f} images/s, MFU {cell['expected_mfu']:.0%}"
     return (
         f"yes{by}",
         f"{cell['images_per_device']:g}" + (f" in {accum} parts" if accum > 1 else ""),
         f"{cell['peak_bytes'] / _GIB:.1f} of {cell['hbm_limit_bytes'] / _GIB:.1f}",
-        speed,
-        cell.get("bound_by") or "",
+        expected,
+        best,
         f"`{' '.join(w.removeprefix('--config.') for w in ways)}`",
     )
 

@@ -147,3 +147,32 @@ def test_of_stacked_layers_a_fusion_moves_the_one_it_works_on():
     layer, index = 8 * 128 * 2, 4
     reads, writes = 2 * layer + index, (1 + 2) * layer + index
     assert program.hbm_bytes == reads + writes
+
+
+@pytest.mark.parametrize(
+    ("estimates", "cycles"),
+    [((700, 20), 4 * 700 + 20), ((700, 2**63 - 1), None), ((), None)],
+)
+def test_cycles_are_those_that_the_compiler_expects_of_each_run(estimates, cycles):
+    notes = [f', backend_config={{"estimated_cycles":"{n}"}}' for n in estimates] or ["", ""]
+    trips = 'backend_config={"known_trip_count":{"n":"4"}}'
+    text = f"""
+HloModule loop
+
+%body (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %tanh = f32[8]{{0}} tanh(%x){notes[0]}
+}}
+
+%condition (y: f32[8]) -> pred[] {{
+  %y = f32[8]{{0}} parameter(0)
+  ROOT %true = pred[] constant(true)
+}}
+
+ENTRY %main (z: f32[8]) -> f32[8] {{
+  %z = f32[8]{{0}} parameter(0)
+  %loop = f32[8]{{0}} while(%z), condition=%condition, body=%body, {trips}
+  ROOT %copy = f32[8]{{0}} copy(%loop){notes[1]}
+}}
+"""
+    assert Program(text).cycles == cycles

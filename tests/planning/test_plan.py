@@ -137,16 +137,21 @@ def test_candidates_are_ways_that_the_config_allows_the_fastest_first(candidates
     devices = make_devices(parse_topology("h100:2"))
     for c in (candidates[0], candidates[-1]):
         Experiment.from_config(override(small_config(), c.overrides), devices=devices)
-    assert {c.overrides["model.remat"] for c in candidates} == {"none", "dots", "full"}
+    ways = {(c.overrides["model.remat"], c.overrides["model.scan"]) for c in candidates}
+    assert ways == {("none", False), ("none", True), ("dots", True), ("full", True)}
     assert {c.batch_size for c in candidates if c.mesh["tensor"] == 1} == {128, 256}
     # Of the same way, more computed again is less kept; more parts at a time are fewer images.
     memory = {
-        (c.overrides["model.remat"], c.overrides["optimizer.accum_steps"]): c.temp_bytes
+        (*(c.overrides[k] for k in ("model.remat", "model.scan")), accum_steps): c.temp_bytes
         for c in candidates
-        if c.mesh == {"data": 2, "fsdp": 1, "tensor": 1} and c.batch_size == 256
+        if (accum_steps := c.overrides["optimizer.accum_steps"]) in (1, 4)
+        and c.mesh == {"data": 2, "fsdp": 1, "tensor": 1}
+        and c.batch_size == 256
     }
-    assert memory["none", 1] > memory["dots", 1] > memory["full", 1]
-    assert memory["none", 1] > memory["none", 4]
+    assert memory["none", True, 1] > memory["dots", True, 1] > memory["full", True, 1]
+    assert memory["none", True, 1] > memory["none", True, 4]
+    # Unrolled, the compiler keeps no more than has to be.
+    assert memory["none", False, 1] == memory["dots", True, 1]
 
 
 def candidate(remat, *, temp, seconds):

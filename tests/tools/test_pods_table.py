@@ -18,6 +18,7 @@ COMPILED = ESTIMATED | {
     "accum_steps": 1,
     "images_per_second_per_chip": 1234.5,
     "mfu_bound": 0.5,
+    "expected_mfu": 0.25,
     "bound_by": "hbm",
 }
 
@@ -29,14 +30,16 @@ def test_rows_say_what_is_known_and_from_where():
             "B/16@v5e:4x4": ESTIMATED,
             "L/16@v5e:4x4": {"compiled": False, "fits": False},
             "H/14@v5e:4x4": COMPILED | {"fits": False, "peak_bytes": 20 * GIB},
+            "H/14@v5p:4x4x4": COMPILED | {"expected_mfu": None},
         }
     )
     way = "`mesh.fsdp=16 model.remat=full` |"
-    speed = "1,234 images/s, MFU 50% | hbm"
+    speed = "1,234 images/s, MFU 25% | MFU 50%, hbm"
     assert f"| S/16 | v5e:4x4 | yes | 16 | 3.0 of 16.0 | {speed} | {way}" in table
     assert f"| B/16 | v5e:4x4 | yes * | 16 in 2 parts | 3.0 of 16.0 |  |  | {way}" in table
     assert "| L/16 | v5e:4x4 | no *: nothing fits |" in table
     assert "| H/14 | v5e:4x4 | no: 20.0 of 16.0 GiB |" in table
+    assert "| H/14 | v5p:4x4x4 | yes | 16 | 3.0 of 16.0 |  | MFU 50%, hbm |" in table
     assert "| G/14 | v5e:4x4 | not looked at yet |" in table
 
 

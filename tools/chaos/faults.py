@@ -27,7 +27,7 @@ RTOL = 1e-4
 # Seconds within which processes must have noticed that another is gone.
 NOTICE = 60.0
 # Of a run that has to hold no more at its end: steps, seconds at most, and between two looks at it.
-SOAK_STEPS, SOAK_S, SAMPLE_S = 20_000, 540.0, 1.0
+SOAK_STEPS, SOAK_S, SAMPLE_S = 20_000, 3600.0, 1.0
 # What it may hold more: allocators keep pages, and a save that is under way has files and threads,
 # and a checkpoint of about 35 files in the workdir.
 MOST_MORE = {"memory": 16 << 20, "files": 8, "threads": 8, "written": 40}
@@ -134,8 +134,9 @@ def kill(lab: Lab, processes: int, phases: tuple[str, ...] = tuple(PHASES)) -> I
                 os.kill(victim, signal.SIGKILL)
                 if job.wait(NOTICE) is None:
                     problem = problem or f"{phase}: the others went on for {NOTICE:.0f} s"
-            elif job.code is not None:
+            elif job.code is not None:  # Nothing to kill: it was at its end.
                 problem = problem or (f"{phase}: ended by itself, {job.code}" if job.code else None)
+                expected = newest_whole(workdir)
                 continue
             job.kill()
             reached = max(job.step, begun)
@@ -464,13 +465,14 @@ def soak(lab: Lab) -> Iterator[Outcome]:
     arguments = (
         f"--config.total_steps={SOAK_STEPS}",
         "--config.log_every=50",
-        *("--config.checkpoint.every=100", "--config.evals.val.every=200"),
+        *("--config.checkpoint.every=200", "--config.evals.val.every=400"),
     )
     with lab.start(workdir, arguments=arguments) as job:
         deadline = time.monotonic() + SOAK_S
         while job.wait(SAMPLE_S) is None and time.monotonic() < deadline:
             sample = Sample.take(job)
-            if sample is not None and sample.step:
+            # After the last step other programs are compiled, for what is evaluated at the end.
+            if sample is not None and 0 < sample.step < SOAK_STEPS:
                 samples.append(sample)
         if job.code is None:
             job.signal(signal.SIGTERM)

@@ -24,6 +24,7 @@ class Chip:
         hosts (GPU) sends.
       per_chip: devices of a chip.
       source: of the numbers.
+      clock: cycles a second of what the compiler counts cycles of; None where it does not.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Chip:
     dcn_bandwidth: float
     source: str
     per_chip: int = 1
+    clock: float | None = None
 
 
 _GIB = 2**30
@@ -42,12 +44,54 @@ _JAX_SHARE = 0.75
 _DOCS = "cloud.google.com/tpu/docs"
 
 _TPUS = (
+    # Clocks: jax-ml.github.io/scaling-book for v5e and v5p, arXiv:2304.01433 for v4; that of v6e is
+    # its peak over the products of its units in a cycle, four of 256 x 256.
     # The network of v4 is not published by chip: taken as that of v5p.
-    Chip("v4", "TPU v4", 275e12, int(30.75 * _GIB), 1228e9, 150e9, 6.25e9, f"{_DOCS}/v4"),
+    Chip(
+        "v4",
+        "TPU v4",
+        275e12,
+        int(30.75 * _GIB),
+        1228e9,
+        150e9,
+        6.25e9,
+        f"{_DOCS}/v4",
+        clock=1.05e9,
+    ),
     # 6.4 Tb/s for a pod of 256.
-    Chip("v5e", "TPU v5 lite", 197e12, int(15.75 * _GIB), 819e9, 200e9, 3.125e9, f"{_DOCS}/v5e"),
-    Chip("v5p", "TPU v5", 459e12, int(95.74 * _GIB), 2765e9, 600e9, 6.25e9, f"{_DOCS}/v5p"),
-    Chip("v6e", "TPU v6 lite", 918e12, int(31.25 * _GIB), 1638e9, 400e9, 12.5e9, f"{_DOCS}/v6e"),
+    Chip(
+        "v5e",
+        "TPU v5 lite",
+        197e12,
+        int(15.75 * _GIB),
+        819e9,
+        200e9,
+        3.125e9,
+        f"{_DOCS}/v5e",
+        clock=1.5e9,
+    ),
+    Chip(
+        "v5p",
+        "TPU v5",
+        459e12,
+        int(95.74 * _GIB),
+        2765e9,
+        600e9,
+        6.25e9,
+        f"{_DOCS}/v5p",
+        clock=1.75e9,
+    ),
+    Chip(
+        "v6e",
+        "TPU v6 lite",
+        918e12,
+        int(31.25 * _GIB),
+        1638e9,
+        400e9,
+        12.5e9,
+        f"{_DOCS}/v6e",
+        clock=1.75e9,
+    ),
     Chip(
         "tpu7x",
         "TPU7x",

@@ -202,6 +202,17 @@ class Program:
                 total += times * sum(self._moved(name, i) for i in self.computations[name])
         return total
 
+    @functools.cached_property
+    def cycles(self) -> int | None:
+        """What the compiler expects a device to compute for; None where it does not say."""
+        total = 0
+        for name, times in self.runs.items():
+            for i in self.computations[name] if name not in self._fused else ():
+                if match := re.search(r'"estimated_cycles":"(\d+)"', i.attributes):
+                    total += times * int(match[1])
+        # Of some chips it gives numbers that can't be, near 2**63.
+        return total if 0 < total < 2**53 else None
+
     def _moved(self, computation: str, i: Instruction) -> int:
         if i.opcode in _FREE:
             return 0

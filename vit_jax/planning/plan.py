@@ -17,7 +17,7 @@ from vit_jax.parallel.mesh import BATCH_AXES
 from vit_jax.parallel.topologies import Topology, make_devices, slice_of
 from vit_jax.planning.compiled import compile_step
 from vit_jax.planning.memory import estimate_memory
-from vit_jax.planning.roofline import Roofline, Work, make_roofline
+from vit_jax.planning.roofline import Work, make_roofline
 from vit_jax.utils.errors import UserError
 
 # Longer than any warm-up; the length of a run is a constant of the schedule, no more.
@@ -29,7 +29,8 @@ class Plan:
     """What is known of one step. Numbers are for one device, bytes and seconds.
 
     What depends on the chip is None for a CPU; what depends on the compiled program is None where
-    it did not fit.
+    it did not fit. `step_seconds` are at best, `expected_seconds` what the compiler expects without
+    waits for transfers, where it says so; images a second are by the latter if they are there.
     """
 
     topology: str
@@ -58,6 +59,8 @@ class Plan:
     step_seconds: float | None
     mfu_bound: float | None
     images_per_second_per_chip: float | None
+    expected_seconds: float | None
+    expected_mfu: float | None
     compile_seconds: float
     cached: bool
     error: str | None
@@ -118,12 +121,13 @@ def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | No
     chip, mesh = topology.chip, dict(experiment.mesh.shape)
     limit = None if chip is None else chip.hbm_bytes
     hbm_bytes: int | None = None
+    cycles: int | None = None
     collectives: list[Collective] | None = None
     if step.error is None:
         program = Program(step.hlo)
         placed = list(experiment.mesh.devices.flat)
         collectives = program.collectives(mesh, slice_of(topology, placed), [d.id for d in placed])
-        hbm_bytes = program.hbm_bytes
+        hbm_bytes, cycles = program.hbm_bytes, program.cycles
     roofline = None
     if chip is not None and collectives is not None and hbm_bytes is not None:
         work = Work(
@@ -134,6 +138,9 @@ def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | No
             dcn_bytes=sum(c.dcn_bytes for c in collectives),
         )
         roofline = make_roofline(work, chip)
+    expected: float | None = None
+    if roofline is not None and chip is not None and chip.clock and cycles:
+        expected = max(cycles / chip.clock, roofline.step_seconds)
     return Plan(
         topology=topology.name,
         num_slices=topology.num_slices,
@@ -160,18 +167,16 @@ def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | No
         bound_by=None if roofline is None else roofline.bound_by,
         step_seconds=None if roofline is None else roofline.step_seconds,
         mfu_bound=None if roofline is None else roofline.mfu_bound,
-        images_per_second_per_chip=_speed(roofline, batch_size, topology),
+        images_per_second_per_chip=None
+        if roofline is None
+        else batch_size / (expected or roofline.step_seconds) / topology.num_chips,
+        expected_seconds=expected,
+        expected_mfu=model_flops / chip.flops / expected if chip and expected else None,
         compile_seconds=step.seconds,
         cached=cached,
         error=step.error,
         notes=[*_notes(topology), *_warnings(collectives or [])],
     )
-
-
-def _speed(roofline: Roofline | None, batch_size: int, topology: Topology) -> float | None:
-    if roofline is None:
-        return None
-    return batch_size / roofline.step_seconds / topology.num_chips
 
 
 def _warnings(collectives: list[Collective]) -> list[str]:

@@ -24,20 +24,41 @@ from vit_jax.models.flops import count_flops, train_flops
 from vit_jax.parallel.chips import Chip
 from vit_jax.parallel.mesh import BATCH_AXES
 from vit_jax.parallel.topologies import Topology, make_devices
-from vit_jax.planning.memory import Activations, count_activations, estimate_memory
+from vit_jax.planning.memory import Activations, Memory, count_activations, estimate_memory
 from vit_jax.planning.roofline import Work, make_roofline
 from vit_jax.utils.errors import UserError
 
-REMATS = ("none", "dots", "full")
 ACCUM_STEPS = (1, 2, 4, 8)
 TENSORS = (1, 2, 4)
 # What the compiler needs is at least this part of what arithmetic says, and what is to spare for it
 # to be more.
 _LOWEST = 0.7
 _SPARE = 1.12
-# How often the activations of a block go to or from memory, roughly: S/16 compiled for v5e with
-# `dots` moves 4.7 times what they are. Only the order of candidates depends on it.
-_PASSES = {"none": 4, "dots": 5, "full": 6}
+# How often what the backward pass asks for goes to or from memory. S/16, B/16 and L/16 compiled for
+# v5e, v5p and v6e move 1.8 (unrolled), 5.5 to 6.6 (none) and 2.8 to 2.9 (dots) times as much; that
+# of "full" is a guess. Only the order of candidates depends on it.
+_PASSES = {"unrolled": 1.8, "none": 6.0, "dots": 2.8, "full": 3.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """How the layers of a model run, and what that costs for each image.
+
+    Attributes:
+      overrides: of the config.
+      passes: how often what blocks compute goes to or from memory.
+      computed: what the backward pass asks for.
+      kept: what is kept of it.
+      flops: operations, those that are done again included.
+      model_flops: without them.
+    """
+
+    overrides: dict[str, Any]
+    passes: float
+    computed: Activations
+    kept: Activations
+    flops: float
+    model_flops: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +122,7 @@ def make_candidates(
     devices = make_devices(topology)
     found: list[Candidate] = []
     error: UserError | None = None
-    costs: dict[str, tuple[Activations, float, float]] = {}
+    ways: list[_Way] = []
     for mesh in _meshes(topology):
         overrides: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
         batches = [n * topology.num_devices // mesh["tensor"] for n in images_per_device]
@@ -114,20 +135,18 @@ def make_candidates(
             except UserError as e:
                 error = e
                 continue
-            can_remat = hasattr(experiment.model, "remat")
-            for remat in REMATS if can_remat else (None,):
-                way = chosen | ({} if remat is None else {"model.remat": remat, "model.scan": True})
-                if str(remat) not in costs:
-                    costs[str(remat)] = _count_costs(json.dumps(override(config, way)))
+            if not ways:
+                can_remat = hasattr(experiment.model, "remat")
+                ways = _find_ways(override(config, chosen), can_remat=can_remat)
+            for way in ways:
                 for accum_steps in ACCUM_STEPS:
                     candidate = _assess(
                         experiment,
                         topology.chip,
                         topology.num_slices,
                         memory,
-                        next(iter(costs.values()))[0],  # with nothing computed again
-                        *costs[str(remat)],
-                        overrides=way,
+                        way,
+                        overrides=chosen,
                         accum_steps=accum_steps,
                     )
                     if candidate is not None:
@@ -157,12 +176,39 @@ def _meshes(topology: Topology) -> Iterator[dict[str, int]]:
                 yield {"data": -1, "fsdp": fsdp, "tensor": tensor}
 
 
+def _find_ways(config: Mapping[str, Any], *, can_remat: bool) -> list[_Way]:
+    """All that a model offers, with their costs: they are the same on any mesh."""
+
+    def count(overrides: Mapping[str, Any]) -> tuple[Activations, float, float]:
+        return _count_costs(json.dumps(override(config, overrides)))
+
+    if not can_remat:
+        costs = count({})
+        return [_Way({}, _PASSES["none"], costs[0], *costs)]
+    counted = {
+        (remat, scan): count({"model.remat": remat, "model.scan": scan})
+        for remat, scan in (("none", False), ("none", True), ("dots", True), ("full", True))
+    }
+    # Without a scan the compiler itself computes again what is cheap: B/16 for v5e keeps 7.7 GB of
+    # the 24.1 that the backward pass asks for, and 6.7 with `dots`.
+    computed = counted["none", True][0]
+    kept = {("none", False): counted["dots", True][0]}
+    return [
+        _Way(
+            {"model.remat": remat, "model.scan": scan},
+            _PASSES[remat if scan else "unrolled"],
+            computed,
+            kept.get((remat, scan), activations),
+            flops,
+            model_flops,
+        )
+        for (remat, scan), (activations, flops, model_flops) in counted.items()
+    ]
+
+
 @functools.lru_cache
 def _count_costs(config: str) -> tuple[Activations, float, float]:
-    """Of each image of a config in JSON: bytes saved, operations, and those of the model alone.
-
-    They are the same on any mesh: one CPU stands for it.
-    """
+    """Of each image of a config in JSON: bytes saved, operations, and those of the model alone."""
     devices = jax.devices("cpu")[:1]
     experiment = Experiment.from_config(override(json.loads(config), {"mesh": {}}), devices=devices)
     step = jax.make_jaxpr(experiment.train_step)
@@ -176,11 +222,8 @@ def _assess(
     experiment: Experiment,
     chip: Chip,
     num_slices: int,
-    memory: Any,
-    all_activations: Activations,
-    activations: Activations,
-    flops: float,
-    model_flops: float,
+    memory: Memory,
+    way: _Way,
     *,
     overrides: Mapping[str, Any],
     accum_steps: int,
@@ -194,8 +237,6 @@ def _assess(
     def total(saved: Activations) -> float:
         return images * (saved.whole + saved.split / mesh["tensor"])
 
-    saved = total(activations)
-    passes = _PASSES[overrides.get("model.remat", "none")]
     gradients = memory.gradients * (2 if accum_steps > 1 else 1)
     params, fsdp = memory.params, mesh["fsdp"]
     # Sums of gradients over copies; gathers of bfloat16 parameters forward and backward, and
@@ -211,21 +252,21 @@ def _assess(
     dcn = 2 * params * (num_slices - 1) / num_slices / data
     devices = experiment.mesh.size
     work = Work(
-        flops=flops * batch_size / devices,
-        model_flops=model_flops * batch_size / devices,
+        flops=way.flops * batch_size / devices,
+        model_flops=way.model_flops * batch_size / devices,
         # The state once in and once out; in each micro-batch, bfloat16 parameters forward, backward
         # and for their gradients; and what blocks compute, whether it is saved or not.
         hbm_bytes=2 * memory.arguments
-        + accum_steps * (1.5 * params * fsdp + passes * total(all_activations)),
+        + accum_steps * (1.5 * params * fsdp + way.passes * total(way.computed)),
         ici_bytes=ici,
         dcn_bytes=dcn,
     )
     return Candidate(
-        overrides={**overrides, "optimizer.accum_steps": accum_steps},
+        overrides={**overrides, **way.overrides, "optimizer.accum_steps": accum_steps},
         mesh=mesh,
         images=images,
         argument_bytes=memory.arguments,
-        temp_bytes=round(gradients + saved),
+        temp_bytes=round(gradients + total(way.kept)),
         step_seconds=make_roofline(work, chip).step_seconds,
         batch_size=batch_size,
     )
@@ -282,7 +323,7 @@ def search(
 
 
 def _kind(candidate: Candidate) -> Any:
-    return candidate.overrides.get("model.remat")
+    return candidate.overrides.get("model.remat"), candidate.overrides.get("model.scan")
 
 
 def plan_in_subprocess(arguments: Sequence[str], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,8 +36,12 @@ def describe_plan(plan: Mapping[str, Any]) -> Iterator[str]:
         units = ("compute", "hbm", "ici", "dcn")
         busy = ", ".join(f"{u} {1e3 * seconds[f'{u}_seconds']:.1f} ms" for u in units)
         yield f"  at best       {1e3 * plan['step_seconds']:.1f} ms a step ({busy})"
-        speed = plan["images_per_second_per_chip"]
-        yield f"                {speed:,.0f} images/s a chip, MFU {plan['mfu_bound']:.0%}"
+        best, expected = plan["mfu_bound"], plan["expected_seconds"]
+        yield f"                MFU {best:.0%}"
+        if expected is not None:
+            yield f"  expected      {1e3 * expected:.1f} ms a step by the compiler, without waits"
+            yield f"                for transfers: MFU {plan['expected_mfu']:.0%}"
+        yield f"                {plan['images_per_second_per_chip']:,.0f} images/s a chip"
     cached = " (kept from before)" if plan["cached"] else ""
     yield f"  compiled in   {plan['compile_seconds']:.0f} s{cached}"
     for note in plan["notes"]:
@@ -68,7 +72,7 @@ def describe_search(results: Sequence[Result], tried: int) -> Iterator[str]:
             continue
         speed = f"{plan['images_per_second_per_chip']:,.0f}"
         memory = _gib(plan["peak_bytes"])
-        mfu, bound = plan["mfu_bound"], plan["bound_by"]
+        mfu, bound = plan["expected_mfu"] or plan["mfu_bound"], plan["bound_by"]
         yield f"  {speed:>15}  {mfu:>4.0%}  {memory:>10}  {bound:<7}  {said}"
     best = next((r for r in results if r.plan.get("fits")), None)
     if best is None:
