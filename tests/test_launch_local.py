@@ -4,6 +4,8 @@
 import sys
 import time
 
+import pytest
+
 from vit_jax.launch import local
 
 
@@ -27,16 +29,23 @@ def test_all_end_when_one_fails():
     assert time.monotonic() - begun < 10
 
 
-def test_a_job_that_asks_for_it_is_run_again(monkeypatch, tmp_path, capfd):
-    text = (
-        "import pathlib, sys; p = pathlib.Path(sys.argv[1]); n = p.exists(); p.touch();"
-        "sys.exit(0 if n else 75)"
-    )
-    monkeypatch.setattr(
-        local, "make_commands", lambda train, n, port: [command(text, str(tmp_path / "ran"))]
-    )
-    assert local.main(["-n", "1", "--", "x"]) == 0
-    assert "exit code 75 asks for another run" in capfd.readouterr().out
+@pytest.mark.parametrize(
+    ("end", "code", "runs"),
+    [
+        ("sys.exit(75)", 75, 3),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, 3),
+        ("sys.exit(1)", 1, 1),
+        ("pass", 0, 1),
+    ],
+)
+def test_a_job_is_run_again_where_that_may_help(end, code, runs, monkeypatch, tmp_path, capfd):
+    text = f"import os, pathlib, signal, sys; open(sys.argv[1], 'a').write('run '); {end}"
+    ran = tmp_path / "ran"
+    monkeypatch.setattr(local, "make_commands", lambda train, n, port: [command(text, str(ran))])
+    assert local.main(["-n", "1", "--max_runs=3", "--", "x"]) == code
+    assert ran.read_text() == "run " * runs
+    said = f"launch: run 3 of 3, after exit code {code}"
+    assert (said in capfd.readouterr().out) is (runs == 3)
 
 
 def test_a_dry_run_prints_the_commands(capsys):

@@ -20,6 +20,9 @@ from vit_jax.parallel.preemption import RUN_AGAIN
 
 # Seconds that processes get to end when one has failed, before they are killed.
 _GRACE_S = 20.0
+# After these a job is run again: it asks for that, or a process of it was killed, as by a system
+# that is short of memory.
+_AGAIN = (RUN_AGAIN, 128 + signal.SIGKILL)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,15 +41,15 @@ def main(arguments: Sequence[str]) -> int:
         for command in make_commands(args.train, args.num_processes, port=1234):
             print(shlex.join(command))
         return 0
-    code = RUN_AGAIN
+    code = 0
     for run in range(args.max_runs):
         if run:
-            print(f"launch: exit code {RUN_AGAIN} asks for another run", flush=True)
+            print(f"launch: run {run + 1} of {args.max_runs}, after exit code {code}", flush=True)
         with socket.socket() as s:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
         code, told = run_once(make_commands(args.train, args.num_processes, port=port))
-        if code != RUN_AGAIN or told:
+        if code not in _AGAIN or told:
             break
     return code
 
