@@ -8,13 +8,14 @@ import tracemalloc
 import zipfile
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from tests.images import write_folder
 from tests.tiny import tiny_config
 from tests.trained import write_model
 from vit_jax import status
-from vit_jax.checkpoint.manager import find_checkpoint
+from vit_jax.checkpoint.manager import find_checkpoint, load_params
 from vit_jax.checkpoint.manifest import find_fault, write_manifest
 from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, write_safetensors
@@ -169,6 +170,33 @@ def checkpoint(folder, data_dir):
     return Reader(folder / "4" / "manifest.json", read)
 
 
+def save_by_orbax(folder):
+    """As another program would, with a description as this one writes: no checksums."""
+    params = {"head": {"kernel": np.ones((8, 3), np.float32), "bias": np.zeros(3, np.float32)}}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((folder / "params").absolute(), params)
+    description = folder / "description" / "metadata"
+    description.parent.mkdir()
+    description.write_text(json.dumps({"model": {"name": "vit"}, "preprocess": "decode"}))
+    return folder
+
+
+def orbax_metadata(folder, data_dir):
+    save_by_orbax(folder)
+    return Reader(folder / "params" / "_METADATA", lambda: load_params(folder))
+
+
+def orbax_arrays(folder, data_dir):
+    files = (save_by_orbax(folder) / "params").rglob("d/*")
+    largest = max(files, key=lambda file: file.stat().st_size)
+    return Reader(largest, lambda: load_params(folder))
+
+
+def orbax_description(folder, data_dir):
+    save_by_orbax(folder)
+    return Reader(folder / "description" / "metadata", lambda: load_params(folder))
+
+
 def config_json(folder, data_dir):
     config = {"seed": 0, "total_steps": 8, "model": {"patch_size": [2, 2]}, "evals": {"val": {}}}
     file = folder / "config.json"
@@ -230,6 +258,9 @@ READERS = (
     preprocess,
     overrides,
     checkpoint,
+    orbax_metadata,
+    orbax_arrays,
+    orbax_description,
     config_json,
     labels,
     ledger,
@@ -283,7 +314,7 @@ CLAIMS = {
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_sizes_that_a_file_only_claims_take_no_memory(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("vit_jax.checkpoint.pretrained.npz._MIN_BOUND", 1 << 20)
+    monkeypatch.setattr("vit_jax.checkpoint.bounds._MIN_BOUND", 1 << 20)
     members, words = CLAIMS[name]
     file = tmp_path / "model.npz"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -311,3 +342,11 @@ def test_a_safetensors_header_that_is_longer_than_its_file_takes_no_memory(tmp_p
     finally:
         tracemalloc.stop()
     assert peak < 2**22
+
+
+def test_arrays_of_a_checkpoint_that_would_fill_the_memory_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("vit_jax.checkpoint.bounds._MIN_BOUND", 1 << 20)
+    with ocp.StandardCheckpointer() as checkpointer:  # Zeros, which compress to almost nothing.
+        checkpointer.save((tmp_path / "params").absolute(), {"kernel": np.zeros(1 << 20)})
+    with pytest.raises(UserError, match=r"bytes that would become 8,388,608\); expected a whole"):
+        load_params(tmp_path)

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from vit_jax.checkpoint.bounds import check_size
 from vit_jax.checkpoint.manifest import (
     RUN,
     find_fault,
@@ -385,6 +388,10 @@ def load_params(folder: Path, *, item: str = "params") -> tuple[dict[str, Any], 
     try:
         with ocp.StandardCheckpointer() as checkpointer, _quiet_reads():
             stored = checkpointer.metadata(path).item_metadata.tree
+            files = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+            leaves = jax.tree.leaves(stored)
+            claimed = sum(math.prod(m.shape) * np.dtype(m.dtype).itemsize for m in leaves)
+            check_size(sum(files), claimed)
             abstract = jax.tree.map(
                 lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), stored
             )
@@ -393,7 +400,7 @@ def load_params(folder: Path, *, item: str = "params") -> tuple[dict[str, Any], 
         described = json.loads(description.read_text()) if description.exists() else {}
     except Exception as e:
         raise UserError(
-            f"the checkpoint {path} can't be read ({type(e).__name__}); expected a whole one"
+            f"the checkpoint {path} can't be read ({describe_error(e)}); expected a whole one"
         ) from e
     return params, described
 

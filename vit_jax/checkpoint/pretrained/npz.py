@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
+from vit_jax.checkpoint.bounds import check_size
 from vit_jax.checkpoint.pretrained.weights import (
     POSEMB,
     Weights,
@@ -27,10 +28,6 @@ from vit_jax.checkpoint.pretrained.weights import (
     unstack_blocks,
 )
 from vit_jax.utils.errors import UserError
-
-# Parameters hardly compress: a file that would become so many times as long is none of them.
-_MAX_RATIO = 20
-_MIN_BOUND = 1 << 26
 
 # What training code of several ages put around the parameters, outermost first.
 _WRAPPERS = ("opt/target/", "params/")
@@ -214,9 +211,7 @@ def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:
       size: its bytes.
     """
     members = archive.infolist()
-    whole = sum(info.file_size for info in members)
-    if whole > _MIN_BOUND + _MAX_RATIO * size:
-        raise ValueError(f"{size:,} bytes that would become {whole:,}")
+    check_size(size, sum(info.file_size for info in members))
     for info in members:
         with archive.open(info) as member:
             major, _ = np.lib.format.read_magic(member)
