@@ -142,6 +142,17 @@ def test_a_program_ends_at_once_and_silently_while_batches_are_loaded(end):
     assert done.returncode == {"": 0, "raise SystemExit(3)": 3, "1 / 0": 1}[end]
 
 
+def test_a_thread_that_never_ends_is_left_behind(monkeypatch):
+    monkeypatch.setattr("vit_jax.data.loader._PATIENCE_S", 0.2)
+    never = threading.Event()
+    batches = load(itertools.count(), fill=lambda batch, step, *run: step and never.wait())
+    next(batches)
+    begun = time.monotonic()
+    batches.close()
+    assert 0.2 <= time.monotonic() - begun < 5
+    never.set()
+
+
 def test_threads_are_those_given_or_one_for_each_core():
     assert count_threads(5) == 5
     assert count_threads(None) >= 1

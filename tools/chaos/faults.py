@@ -336,22 +336,26 @@ def diverge(lab: Lab) -> Iterator[Outcome]:
     yield Outcome("NaN, stop", f"step {step}, then on with skip", problem, lost, equal)
 
 
+def _make_images(folder: Path, rng: np.random.Generator, number: int) -> tuple[str, ...]:
+    """Images in two classes, and the arguments of a run on them."""
+    for i in range(number):
+        file = folder / "train" / ("ab"[i % 2]) / f"{i:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(file), rng.integers(0, 256, (16, 16, 3), np.uint8))
+    return (
+        f"--config.data.name=folder:{folder}",
+        "--config.data.split=train",
+        "--config.data.preprocess=decode|resize(16)|random_shift(2)",
+        *_QUIET,
+    )
+
+
 def corrupt_record(lab: Lab) -> Iterator[Outcome]:
     """Files that are no images: replaced and counted, and the same after a kill."""
     data = _fresh(lab, "images")
-    for i in range(100):
-        file = data / "train" / ("ab"[i % 2]) / f"{i:03}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(file), lab.rng.integers(0, 256, (16, 16, 3), np.uint8))
+    arguments = (*_make_images(data, lab.rng, 100), "--config.data.max_corrupt=0.1")
     broken = sorted(data.rglob("*.png"))[int(lab.rng.integers(100))]
     broken.write_bytes(broken.read_bytes()[:40])
-    arguments = (
-        f"--config.data.name=folder:{data}",
-        "--config.data.split=train",
-        "--config.data.preprocess=decode|resize(16)|random_shift(2)",
-        "--config.data.max_corrupt=0.1",
-        *_QUIET,
-    )
     ends = []
     for name in ("corrupt", "corrupt-killed"):
         workdir = _fresh(lab, name)
@@ -367,6 +371,40 @@ def corrupt_record(lab: Lab) -> Iterator[Outcome]:
     )
     equal = want is not None and got is not None and got.equals(want)
     yield Outcome("corrupt record", f"{broken.name} cut, then a kill", problem, None, equal)
+
+
+def lose_the_data(lab: Lab) -> Iterator[Outcome]:
+    """The images go away under a run, or can't be read to their end; then they are back."""
+    data, elsewhere = _fresh(lab, "images-lost"), _fresh(lab, "images-elsewhere")
+    # More than a run sees: none is in memory because it was read before.
+    arguments = (*_make_images(data, lab.rng, 40 * TOTAL), "--config.watchdog.step=10")
+    pipes = _fresh(lab, "images-that-block")
+    for file in data.rglob("*.png"):
+        pipe = pipes / file.relative_to(data)
+        pipe.parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(pipe)  # Who opens it waits for a writer.
+    whole = lab.finish(_fresh(lab, "data-there"), arguments=arguments)
+    want = End.read(whole.workdir) if whole.code == 0 else None
+    for name, code in (("is gone", 2), ("stalls", RUN_AGAIN)):
+        workdir = _fresh(lab, "data-lost")
+        with lab.start(workdir, arguments=arguments) as job:
+            job.until(lambda job=job: job.step >= SAVE_EVERY + 2)
+            data.rename(elsewhere)
+            if name == "stalls":
+                pipes.rename(data)
+            job.wait()
+        shutil.rmtree(data, ignore_errors=True)
+        elsewhere.rename(data)
+        lost = max(job.step - newest_whole(workdir), 0)
+        again = lab.finish(workdir, arguments=arguments)
+        said = [line for line in job.lines if line.startswith("vit_jax: error: ")]
+        problem = first_problem(
+            **{f"it ended with code {job.code}": job.code == code},
+            it_was_not_said_in_one_line=code == RUN_AGAIN or len(said) == 1,
+            the_next_start_failed=again.code == 0,
+        )
+        equal = problem is None and want is not None and End.read(workdir).equals(want)
+        yield Outcome("lost data", f"the folder {name}", problem, lost, equal)
 
 
 def start_twice(lab: Lab) -> Iterator[Outcome]:
@@ -509,6 +547,7 @@ FAULTS: dict[str, Fault] = {
     "nan": diverge,
     "twice": start_twice,
     "corrupt": corrupt_record,
+    "data": lose_the_data,
     "kill2": functools.partial(kill, processes=2),
     "processes": change_processes,
     "reproduce": reproduce,

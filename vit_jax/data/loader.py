@@ -11,6 +11,7 @@ import contextlib
 import functools
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
@@ -24,6 +25,9 @@ _Queue = queue.SimpleQueue[tuple[concurrent.futures.Future[None], Callable[[], N
 # Rows that a thread fills at a time: enough to share its overhead, few enough that all threads end
 # a batch at about the same time.
 RUN = 32
+# Seconds that threads get to end. One that reads a file of a network that is gone never does: it is
+# left behind rather than waited for.
+_PATIENCE_S = 10.0
 
 
 def count_threads(num_threads: int | None) -> int:
@@ -135,6 +139,7 @@ def _stop(work: _Queue, threads: list[threading.Thread]) -> None:
             work.get_nowait()
     for _ in threads:
         work.put(None)
+    deadline = time.monotonic() + _PATIENCE_S
     for thread in threads:
         if thread is not threading.current_thread():  # whichever the garbage collector ran in
-            thread.join()
+            thread.join(max(0.0, deadline - time.monotonic()))
