@@ -59,7 +59,8 @@ def test_tensorflow_computes_what_the_model_does(tmp_path, said):
     assert any(line.startswith("model.savedmodel: read back; differs") for line in said)
     files = json.loads((output / "signature.json").read_text())["files"]
     assert files == {"savedmodel": "model.savedmodel"}
-    assert {path.name for path in output.iterdir()} == {"model.savedmodel", "signature.json"}
+    names = {path.name for path in output.iterdir()}
+    assert names == {"model.savedmodel", "signature.json", "README.md"}
     images = np.random.default_rng(3).integers(0, 256, (5, 8, 8, 3), np.uint8)
     np.save(tmp_path / "in.npy", images)
     arguments = [output / "model.savedmodel", tmp_path / "in.npy", tmp_path / "out.npy"]
