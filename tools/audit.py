@@ -36,18 +36,19 @@ def report(dependencies: Sequence[dict[str, Any]]) -> tuple[list[str], int]:
 def main(argv: Sequence[str]) -> int:
     """Prints the findings; returns 1 if a dependency is vulnerable, 0 if nothing can be told."""
     pip_audit, *locks = argv
-    files = [argument for lock in locks for argument in ("-r", lock)]
     options = ("--no-deps", "--disable-pip", "--format=json", "--progress-spinner=off")
-    done = subprocess.run([pip_audit, *files, *options], capture_output=True, text=True)
-    try:
-        dependencies = json.loads(done.stdout)["dependencies"]
-    except (ValueError, KeyError):
-        if any(word in done.stderr for word in _NO_NETWORK):
-            print("Nothing was audited: the database of vulnerabilities could not be reached.")
-            return 0
-        print(done.stderr, end="", file=sys.stderr)
-        return done.returncode or 1
-    lines, code = report(dependencies)
+    found: dict[str, dict[str, Any]] = {}
+    for lock in locks:  # One by one: a package that stands in two of them is an error.
+        done = subprocess.run([pip_audit, "-r", lock, *options], capture_output=True, text=True)
+        try:
+            found |= {d["name"]: d for d in json.loads(done.stdout)["dependencies"]}
+        except (ValueError, KeyError):
+            if any(word in done.stderr for word in _NO_NETWORK):
+                print("Nothing was audited: the database of vulnerabilities could not be reached.")
+                return 0
+            print(done.stderr, end="", file=sys.stderr)
+            return done.returncode or 1
+    lines, code = report(list(found.values()))
     print("\n".join(lines))
     return code
 
