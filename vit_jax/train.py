@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,7 @@ def train(
     workdir: str | os.PathLike[str],
     *,
     command: str | None = None,
+    make_experiment: Callable[[ConfigDict | Mapping[str, Any]], Experiment] | None = None,
 ) -> None:
     """Trains what the config describes, going on from the workdir's newest whole checkpoint.
 
@@ -97,6 +98,8 @@ def train(
       config: of the experiment.
       workdir: folder for checkpoints, metrics and config; one experiment each.
       command: that was typed, to show what to do next; None where there was none.
+      make_experiment: of the config, in place of `Experiment.from_config`: to train with a part
+        that no config describes.
 
     Raises:
       UserError: bad input.
@@ -107,7 +110,7 @@ def train(
     with PreemptionGuard() as guard, contextlib.ExitStack() as stack:
         main_process = jax.process_index() == 0
         with all_agree():
-            experiment = Experiment.from_config(config)
+            experiment = (make_experiment or Experiment.from_config)(config)
             if main_process:
                 check_trackers(experiment.tracking)
             # Parameters that the config's rules do not fit are refused before anything is written.

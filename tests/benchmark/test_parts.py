@@ -10,6 +10,9 @@ import pytest
 from tests.benchmark.test_step import CONFIG
 from vit_jax.benchmark import checkpoint, loop, startup
 from vit_jax.benchmark.__main__ import main
+from vit_jax.data import blank
+from vit_jax.main import load_config
+from vit_jax.planning.plan import prepare_config
 from vit_jax.utils.errors import UserError
 
 
@@ -43,11 +46,29 @@ def test_the_loop_is_compared_with_its_bare_steps(config, tmp_path, capsys):
     size += ["--config.total_steps=100_000", "--config.optimizer.warmup_steps=50_000"]
     main(["loop", config, *size, "--rounds=1", "--seconds=0.05", f"--json={out}"])
     results = json.loads(out.read_text())
-    ratio = results["looped_step_ms"][0] / results["step_ms"][0]
-    assert results["overhead"] == pytest.approx(ratio - 1, rel=0.05, abs=0.01)
+    for times, overhead in (
+        ("looped_step_ms", "overhead"),
+        ("looped_with_data_step_ms", "overhead_with_data"),
+    ):
+        ratio = results[times][0] / results["step_ms"][0]
+        assert results[overhead] == pytest.approx(ratio - 1, rel=0.05, abs=0.01)
     lines = capsys.readouterr().out.splitlines()
-    assert "in the loop" in lines[0]  # the run itself is silent
+    assert len(lines) == 4  # the runs themselves are silent
     assert lines[-1] == f"wrote {out}"
+
+
+def test_what_is_read_in_the_loop_is_told_apart(config, monkeypatch):
+    config = load_config(config.removeprefix("--config="), {}).to_dict()
+    config = prepare_config(config, num_classes=3, image_size=8)
+    read = blank._Black.read
+
+    def read_slowly(self, row):
+        time.sleep(0.01)
+        return read(self, row)
+
+    monkeypatch.setattr(blank._Black, "read", read_slowly)
+    ready = loop.time_loop(config, steps=20, experiment=loop._Ready)
+    assert loop.time_loop(config, steps=20) > 2 * ready
 
 
 def stand_in(folder, text):
