@@ -7,6 +7,7 @@ only once it is complete, with the checksums of its files, and is verified befor
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import json
@@ -17,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from vit_jax.checkpoint.manifest import (
     sync_folder,
     write_manifest,
 )
+from vit_jax.checkpoint.snapshot import Snapshot
 from vit_jax.evaluators.base import lower_is_better
 from vit_jax.observe.console import say
 from vit_jax.parallel.processes import sum_over_processes, tell_all
@@ -51,6 +54,8 @@ _HALF = ocp.utils.TMP_DIR_SUFFIX
 # So many in a row that can't be written end a run.
 MAX_FAILURES = 3
 _PROBE = 1 << 16
+# Of the next step, before a copy of the state is written.
+_HEAD_START_S = 0.05
 
 
 class SaveError(Exception):
@@ -115,6 +120,7 @@ class CheckpointManager:
         # What Orbax logs of its threads' errors is raised as well.
         logging.getLogger("absl").addFilter(_is_not_of_orbax)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._saving = self._failures = 0
         self._error: BaseException | None = None
@@ -143,7 +149,7 @@ class CheckpointManager:
         return json.loads(file.read_text()) if file.exists() else {}
 
     def save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
-        """Starts to write a checkpoint; waits only while the arrays are copied.
+        """Starts to write a checkpoint; waits at most while the arrays are copied to the host.
 
         Args:
           step: number of updates made.
@@ -157,6 +163,8 @@ class CheckpointManager:
         self._saving, work = step, lambda: None
         if (refused := tell_all(self._try_to_write())) is not None:
             self._error = OSError(refused)
+        elif (copy := self._snapshot.take(state)) is not None:
+            work = functools.partial(self._write_copy, step, copy, dict(metrics))
         else:
             try:
                 self._start(step, state, metrics)
@@ -218,6 +226,17 @@ class CheckpointManager:
     def _half(self, step: int) -> Path:
         return self._directory / f"{step}{_HALF}-unverified"
 
+    def _write_copy(self, step: int, copy: TrainState, metrics: Mapping[str, float]) -> None:
+        """In the background: all that `save` does otherwise, and what follows."""
+        # What Orbax does in Python would hold up the next step, which is about to be queued.
+        time.sleep(_HEAD_START_S)
+        try:
+            self._start(step, copy, metrics)
+        except BaseException as e:  # for the main thread to judge
+            self._error = e
+        else:
+            self._complete(step)
+
     def _complete(self, step: int) -> None:
         """In the background: checksums, then the name, then older checkpoints go."""
         try:
@@ -229,6 +248,7 @@ class CheckpointManager:
                 os.rename(half, path)
                 sync_folder(self._directory)
                 self._remove_old()
+            _give_back_memory()
         except BaseException as e:  # for the main thread to judge
             self._error = e
             if self._main:
@@ -281,6 +301,16 @@ class CheckpointManager:
         return TrainState(
             params=found["params"], ema_params=found.get("ema_params"), **found["training"]
         )
+
+
+def _give_back_memory() -> None:
+    """Returns to the system what the threads that wrote a checkpoint have freed.
+
+    The C library keeps it for each thread apart, and new threads write the next one: over many
+    checkpoints a process would grow by the size of one.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # Only glibc has the function.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
