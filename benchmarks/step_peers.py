@@ -46,7 +46,7 @@ def vit_jax(variant, batch_size):
         "optimizer": {"name": "adamw", "lr": 1e-3, "schedule": "constant"},
     }
     set_cpu_devices(count_cpu_devices(config))  # as the commands do
-    config["model"]["dtype"] = jax_dtype()
+    config["precision"] = jax_dtype()
     experiment = Experiment.from_config(config)
     state, batch = experiment.init_state(), make_batch(experiment)
 

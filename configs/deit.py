@@ -24,12 +24,12 @@ def get_config(size: str = "S") -> ConfigDict:
     config.seed = 0
     config.epochs = 300
     config.ema_decay = 0.99996
+    config.precision = "bfloat16"
     config.model = {
         "name": "vit",
         "variant": f"{size}/16",
         "activation": "gelu_erf",
         "stochastic_depth_rate": 0.1,
-        "dtype": "bfloat16",
     }
     config.objective = {
         "name": "supervised",

@@ -32,6 +32,7 @@ def get_config(arguments: str = "B") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.epochs = 20 if finetune else 800
+    config.precision = "bfloat16"
     config.model = {
         "name": "vit",
         "variant": f"{size}/16",
@@ -39,7 +40,6 @@ def get_config(arguments: str = "B") -> ConfigDict:
         "layer_scale_init": 1e-4,
         "stochastic_depth_rate": depth_rate,
         "stochastic_depth_schedule": "uniform",
-        "dtype": "bfloat16",
     }
     objective = {
         "name": "supervised",

@@ -17,13 +17,13 @@ def get_config(teacher: str = "augreg+imagenet2012:B/16@224") -> ConfigDict:
     config.seed = 0
     config.epochs = 300
     config.ema_decay = 0.99996
+    config.precision = "bfloat16"
     config.model = {
         "name": "vit",
         "variant": "S/16",
         "distillation_token": True,
         "activation": "gelu_erf",
         "stochastic_depth_rate": 0.1,
-        "dtype": "bfloat16",
     }
     config.objective = {
         "name": "distillation",

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.epochs = 800
+    config.precision = "bfloat16"
     config.model = {
         "name": "vit",
         "variant": "B/16",
@@ -24,7 +25,6 @@ def get_config() -> ConfigDict:
         "num_registers": 1,
         "position_embedding": "sincos2d_mae",
         "activation": "gelu_erf",
-        "dtype": "bfloat16",
     }
     config.objective = {
         "name": "mae",

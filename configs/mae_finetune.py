@@ -17,6 +17,7 @@ def get_config(init_from: str = "runs/mae") -> ConfigDict:
     config.epochs = 100
     config.init_from = init_from
     config.adapt = {"dont_load": ("Transformer/encoder_norm/.*", "fc_norm/.*")}
+    config.precision = "bfloat16"
     config.model = {
         "name": "vit",
         "variant": "B/16",
@@ -25,7 +26,6 @@ def get_config(init_from: str = "runs/mae") -> ConfigDict:
         "norm_after_pooling": True,
         "activation": "gelu_erf",
         "stochastic_depth_rate": 0.1,
-        "dtype": "bfloat16",
     }
     config.objective = {
         "name": "supervised",

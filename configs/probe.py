@@ -38,7 +38,8 @@ def get_config(init_from: str = "runs/mae") -> ConfigDict:
     config.seed = 0
     config.epochs = 90
     config.init_from = init_from
-    config.model = {**model, "dtype": "bfloat16"}
+    config.precision = "bfloat16"
+    config.model = model
     config.objective = {"name": "linear_probe", "pixel_mean": mean, "pixel_std": std}
     crop = "inception_crop(224, area_min=8, method='bicubic_antialias')"
     config.data = {

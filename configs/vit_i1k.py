@@ -52,12 +52,12 @@ def get_config(arguments: str = "variant=B/16") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.total_steps = round(300 * TRAIN_EXAMPLES / batch_size)
+    config.precision = "bfloat16_moments"
     config.model = {
         "name": "vit",
         "variant": variant,
         "representation_size": WIDTHS[variant.partition("/")[0]],
         "head_bias_init": -6.9,  # a guess of one class in a thousand
-        "dtype": "bfloat16",
     }
     config.objective = {"name": "supervised", "loss": "sigmoid", "mixup": mixup}
     config.data = {
@@ -69,7 +69,6 @@ def get_config(arguments: str = "variant=B/16") -> ConfigDict:
     config.optimizer = {
         "name": "adamw",
         "lr": 1e-3,
-        "mu_dtype": "bfloat16",
         "schedule": "cosine",
         "warmup_steps": 10_000,
         "weight_decay": 0.1,

@@ -62,12 +62,12 @@ def get_config(arguments: str = "variant=B/16") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.examples = 300 * TRAIN_EXAMPLES
+    config.precision = "bfloat16_moments"
     config.model = {
         "name": "vit",
         "variant": variant,
         "num_classes": 21_843,
         "head_bias_init": -10.0,
-        "dtype": "bfloat16",
     }
     config.objective = {"name": "supervised", "loss": "sigmoid", "mixup": mixup}
     config.data = {
@@ -79,7 +79,6 @@ def get_config(arguments: str = "variant=B/16") -> ConfigDict:
     config.optimizer = {
         "name": "adamw",
         "lr": 1e-3,
-        "mu_dtype": "bfloat16",
         "schedule": "cosine",
         "warmup_examples": 10_000 * batch_size,
         "weight_decay": VARIANTS[variant][1],

@@ -25,13 +25,13 @@ def get_config(argument: str = "epochs=90") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.examples = EPOCHS[argument] * TRAIN_EXAMPLES
+    config.precision = "bfloat16_moments"
     config.model = {
         "name": "vit",
         "variant": "S/16",
         "classifier": "gap",
         "representation_size": 384,
         "position_embedding": "sincos2d",
-        "dtype": "bfloat16",
     }
     config.objective = {"name": "supervised", "mixup": 0.2}
     config.data = {
@@ -43,7 +43,6 @@ def get_config(argument: str = "epochs=90") -> ConfigDict:
     config.optimizer = {
         "name": "adamw",
         "lr": 1e-3,
-        "mu_dtype": "bfloat16",
         "schedule": "cosine",
         "warmup_examples": 10_000 * batch_size,
         "weight_decay": 0.1,

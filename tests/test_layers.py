@@ -24,6 +24,7 @@ LAYERS = {
     "vit_jax.evaluators": 2,
     "vit_jax.checkpoint": 2,
     "vit_jax.observe": 2,
+    "vit_jax.precision": 2,
     "vit_jax.state": 2,
     "vit_jax.workdir": 2,
     "vit_jax.experiment": 3,

@@ -120,7 +120,7 @@ def test_gradient_accumulation_equals_the_large_batch(data_dir):
 
 
 def test_bfloat16_trains_close_to_float32(data_dir, one_device):
-    got, state = losses(data_dir, model__dtype="bfloat16")
+    got, state = losses(data_dir, precision="bfloat16")
     np.testing.assert_allclose(got, one_device[0], rtol=0.05)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}
 

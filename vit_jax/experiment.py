@@ -46,6 +46,7 @@ from vit_jax.parallel.mesh import (
     put_batch,
 )
 from vit_jax.parallel.sharding import Strategy, constrain, infer_shardings, scatter_gradients
+from vit_jax.precision import apply_precision
 from vit_jax.state import TrainState
 from vit_jax.utils.durations import (
     LENGTH,
@@ -107,6 +108,7 @@ def _top_level(
     data: dict,
     optimizer: dict,
     seed: int = 0,
+    precision: str | None = None,
     total_steps: int | None = None,
     epochs: float | None = None,
     examples: float | None = None,
@@ -151,7 +153,7 @@ def _eval_data(
 
 
 # Fields of a model that are Flax's, or say how it is run and not what it computes.
-_NO_PART_OF_A_MODEL = ("parent", "name", "constrain", "scan", "remat")
+_NO_PART_OF_A_MODEL = ("parent", "name", "constrain", "scan", "remat", "float8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +208,9 @@ class Experiment:
         (top,) = bind(config, _top_level, key="config")
         _check_top_level(top)
         section = {k: dict(top[k] or {}) for k in _SECTIONS}
+        precision, section["model"], section["optimizer"] = apply_precision(
+            top["precision"], section["model"], section["optimizer"]
+        )
 
         mesh, strategy, mesh_args = _make_mesh(section["mesh"], devices)
         data, data_args = _make_data(section["data"], mesh)
@@ -213,7 +218,9 @@ class Experiment:
             constrain, mesh=mesh, sequence_parallel=strategy.sequence_parallel
         )
         headless = section["objective"].get("name") in HEADLESS
-        model, model_args = _make_model(section["model"], data, mesh, place, headless=headless)
+        model, model_args = _make_model(
+            section["model"], data, mesh, place, headless=headless, float8=precision.float8
+        )
         objective, objective_args = _make_objective(section["objective"], model, data)
         clock = _make_clock(data, epoch_examples)
         total_steps = _total_steps(top, clock)
@@ -609,11 +616,17 @@ def _make_spec(args: _Section) -> DatasetSpec:
 
 
 def _make_model(
-    section: _Section, data: DatasetSpec, mesh: Mesh, place: Constrain, *, headless: bool
+    section: _Section,
+    data: DatasetSpec,
+    mesh: Mesh,
+    place: Constrain,
+    *,
+    headless: bool,
+    float8: bool,
 ) -> tuple[Model, _Section]:
     name, make = _by_name(section, MODELS, "vit", key="model")
     section.setdefault("num_classes", 0 if headless else data.info.num_classes)
-    (args,) = bind(section, make, key="model", given=("constrain",))
+    (args,) = bind(section, make, key="model", given=("constrain", "float8"))
     if headless and args["num_classes"]:
         raise UserError(
             f"model.num_classes={args['num_classes']}: this objective trains a model without its "
@@ -624,7 +637,7 @@ def _make_model(
             f"model.num_classes={args['num_classes']} is less than the {data.info.num_classes} "
             f"classes of {data}"
         )
-    model = make(**args, constrain=place)
+    model = make(**args, constrain=place, float8=float8)
     model.grid(data.image_shape()[:2])
     for key in ("num_heads", "mlp_dim", "tokens_mlp_dim", "channels_mlp_dim"):
         size, parts = getattr(model, key, 0), mesh.shape["tensor"]

@@ -258,6 +258,9 @@ def _report_start(
         groups=group_params(summarize_params(experiment.optimizer, params)),
         rates=describe_rates(experiment.optimizer),
     )
+    kind = experiment.mesh.devices.flat[0].device_kind
+    if experiment.model.float8 and not ((chip := find_chip(kind)) and chip.float8):
+        say(f"precision=float8: {kind} is not known to multiply in float8: emulated, and slow")
     for note in notes:
         say(note)
     for path, size in find_large_copies(experiment.abstract_state).items():

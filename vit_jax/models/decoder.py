@@ -22,6 +22,7 @@ class MaskedDecoder(nn.Module, kw_only=True):
       activation: of the MLP blocks.
       norm_epsilon: of all LayerNorms.
       dtype: of the computation.
+      float8: as in `VisionTransformer`.
       constrain: places activations on a mesh.
 
     Call: encoded `[batch, prefix + visible, width of the encoder]`, the numbers of the visible
@@ -38,6 +39,7 @@ class MaskedDecoder(nn.Module, kw_only=True):
     activation: Activation = "gelu_tanh"
     norm_epsilon: float = 1e-6
     dtype: DTypeLike = jnp.float32
+    float8: bool = False
     constrain: Constrain = unconstrained
 
     @nn.compact
@@ -65,6 +67,7 @@ class MaskedDecoder(nn.Module, kw_only=True):
                 activation=self.activation,
                 norm_epsilon=self.norm_epsilon,
                 dtype=self.dtype,
+                float8=self.float8,
                 constrain=self.constrain,
                 name=f"encoderblock_{i}",
             )(x, 0.0, None, train=train)

@@ -26,6 +26,7 @@ class MAPHead(nn.Module):
     activation: Activation = "gelu_tanh"
     norm_epsilon: float = 1e-6
     dtype: DTypeLike = jnp.float32
+    float8: bool = False
     constrain: Constrain = unconstrained
 
     @nn.compact
@@ -33,13 +34,17 @@ class MAPHead(nn.Module):
         batch, _, width = x.shape
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))
         x = MultiHeadDotProductAttention(
-            num_heads=self.num_heads, dtype=self.dtype, constrain=self.constrain
+            num_heads=self.num_heads,
+            dtype=self.dtype,
+            float8=self.float8,
+            constrain=self.constrain,
         )(jnp.broadcast_to(probe.astype(self.dtype), (batch, 1, width)), x, train=train)
         y = nn.LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype)(x)
         y = MlpBlock(
             mlp_dim=self.mlp_dim,
             activation=self.activation,
             dtype=self.dtype,
+            float8=self.float8,
             constrain=self.constrain,
         )(y, train=train)
         return (x + y)[:, 0]

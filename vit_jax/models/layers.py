@@ -3,7 +3,8 @@
 
 Class names are those of the published ViT checkpoints, because Flax derives parameter paths from
 them. Numerics follow the published weights: pre-norm, LayerNorm epsilon 1e-6, tanh GELU.
-Parameters, norm statistics and the softmax are float32; everything else runs in `dtype`.
+Parameters, norm statistics and the softmax are float32; everything else runs in `dtype`. With
+`float8` the products of dense layers take what float8 holds of their operands.
 """
 
 import functools
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from vit_jax.models.float8 import BACKWARD, FORWARD, Scaled, quantize
 from vit_jax.models.positions import Rotation, rotate
 from vit_jax.utils.errors import UserError, suggest
 
@@ -123,6 +125,30 @@ def _multiply_bwd(
 _multiply.defvjp(_multiply_fwd, _multiply_bwd)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _multiply_float8(x: jax.Array, kernel: jax.Array, depth: int) -> jax.Array:
+    """`_multiply` of what float8 holds of both; its gradient takes the incoming one in float8."""
+    return _multiply_float8_fwd(x, kernel, depth)[0]
+
+
+def _multiply_float8_fwd(
+    x: jax.Array, kernel: jax.Array, depth: int
+) -> tuple[jax.Array, tuple[Scaled, Scaled]]:
+    saved = quantize(x, FORWARD), quantize(kernel, FORWARD)
+    return jnp.tensordot(saved[0].restore(), saved[1].restore(), depth), saved
+
+
+def _multiply_float8_bwd(
+    depth: int, saved: tuple[Scaled, Scaled], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    grad = quantize(grad, BACKWARD).restore()
+    return _multiply_bwd(depth, (x.restore(), kernel.restore()), grad)
+
+
+_multiply_float8.defvjp(_multiply_float8_fwd, _multiply_float8_bwd)
+
+
 def dot_tokens(
     x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None, **kwargs: Any
 ) -> jax.Array:
@@ -130,6 +156,15 @@ def dot_tokens(
     del precision, kwargs
     (contracted, _), _ = dimension_numbers
     return _multiply(x, kernel, len(contracted))
+
+
+def dot_tokens_float8(
+    x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None, **kwargs: Any
+) -> jax.Array:
+    """`dot_tokens` of operands in float8, for dense layers of a model with `float8`."""
+    del precision, kwargs
+    (contracted, _), _ = dimension_numbers
+    return _multiply_float8(x, kernel, len(contracted))
 
 
 class AddPositionEmbs(nn.Module):
@@ -224,6 +259,7 @@ class MlpBlock(nn.Module):
     kernel_init: Callable[..., Any] = nn.initializers.xavier_uniform()
     bias_init: Callable[..., Any] = nn.initializers.normal(stddev=1e-6)
     dtype: DTypeLike = jnp.float32
+    float8: bool = False
     constrain: Constrain = unconstrained
 
     @nn.compact
@@ -234,7 +270,7 @@ class MlpBlock(nn.Module):
                 dtype=self.dtype,
                 kernel_init=self.kernel_init,
                 bias_init=self.bias_init,
-                dot_general=dot_tokens,
+                dot_general=dot_tokens_float8 if self.float8 else dot_tokens,
                 name=name,
             )
 
@@ -265,6 +301,7 @@ class MultiHeadDotProductAttention(nn.Module):
     qk_norm: bool = False
     norm_epsilon: float = 1e-6
     dtype: DTypeLike = jnp.float32
+    float8: bool = False
     constrain: Constrain = unconstrained
 
     @nn.compact
@@ -284,7 +321,7 @@ class MultiHeadDotProductAttention(nn.Module):
                 (self.num_heads, head_dim),
                 dtype=self.dtype,
                 kernel_init=nn.initializers.xavier_uniform(),
-                dot_general=dot_tokens,
+                dot_general=dot_tokens_float8 if self.float8 else dot_tokens,
                 name=name,
             )
             x = checkpoint_name(dense(x), "qkv")
@@ -309,7 +346,7 @@ class MultiHeadDotProductAttention(nn.Module):
             axis=(-2, -1),
             dtype=self.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
-            dot_general=dot_tokens,
+            dot_general=dot_tokens_float8 if self.float8 else dot_tokens,
             name="out",
         )(x)
         return checkpoint_name(x, "attn_out")
@@ -331,6 +368,7 @@ class Encoder1DBlock(nn.Module):
     layer_scale_init: float | None = None
     norm_epsilon: float = 1e-6
     dtype: DTypeLike = jnp.float32
+    float8: bool = False
     constrain: Constrain = unconstrained
 
     @nn.compact
@@ -354,6 +392,7 @@ class Encoder1DBlock(nn.Module):
             qk_norm=self.qk_norm,
             norm_epsilon=self.norm_epsilon,
             dtype=self.dtype,
+            float8=self.float8,
             constrain=self.constrain,
         )(x, rope=rope, train=train)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
@@ -365,6 +404,7 @@ class Encoder1DBlock(nn.Module):
             dropout_rate=self.dropout_rate,
             activation=self.activation,
             dtype=self.dtype,
+            float8=self.float8,
             constrain=self.constrain,
         )(y, train=train)
         return self.constrain(x + residual(y), ("batch", "tokens", None))

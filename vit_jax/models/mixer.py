@@ -25,6 +25,7 @@ class MixerBlock(nn.Module):
     channels_mlp_dim: int
     dropout_rate: float
     dtype: Dtype
+    float8: bool
     constrain: Constrain
 
     @nn.compact
@@ -36,6 +37,7 @@ class MixerBlock(nn.Module):
                 kernel_init=nn.initializers.lecun_normal(),
                 bias_init=nn.initializers.zeros,
                 dtype=self.dtype,
+                float8=self.float8,
                 constrain=self.constrain,
                 name=name,
             )
@@ -63,6 +65,7 @@ class MlpMixer(nn.Module, kw_only=True):
       stochastic_depth_rate: of dropping the last block's branches for a sample; 0 in the first.
       head_bias_init: initial value of the head's bias.
       dtype: of the computation. Parameters and logits are float32.
+      float8: as in `VisionTransformer`.
       constrain: places activations on a mesh.
 
     Call: as `VisionTransformer`. The parameters fit one number of patches only.
@@ -78,6 +81,7 @@ class MlpMixer(nn.Module, kw_only=True):
     stochastic_depth_rate: float = 0.0
     head_bias_init: float = 0.0
     dtype: Dtype = "float32"
+    float8: bool = False
     constrain: Constrain = unconstrained
 
     # What represents an image, in the words of `VisionTransformer`.
@@ -108,6 +112,7 @@ class MlpMixer(nn.Module, kw_only=True):
                 self.channels_mlp_dim,
                 self.dropout_rate,
                 self.dtype,
+                self.float8,
                 self.constrain,
                 name=f"MixerBlock_{i}",
             )(x, self.stochastic_depth_rate * i / last, train=train)

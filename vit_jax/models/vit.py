@@ -72,6 +72,8 @@ class VisionTransformer(nn.Module, kw_only=True):
         dense layers (`dots`), everything (`full`), or all but named activations, such as
         `save:attn_out,mlp_hidden` (see `layers.parse_remat`).
       dtype: of the computation. Parameters and logits are float32.
+      float8: whether the matrix products of attention projections and MLPs, and of their gradients,
+        take float8 inputs (see `float8`). Parameters are the same.
       constrain: places activations on a mesh.
 
     Call: images `[batch, height, width, channels]` (float, [-1, 1] for published weights; height
@@ -110,6 +112,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     scan: bool = False
     remat: Remat = "none"
     dtype: Dtype = "float32"
+    float8: bool = False
     constrain: Constrain = unconstrained
 
     @property
@@ -210,6 +213,7 @@ class VisionTransformer(nn.Module, kw_only=True):
                 layer_scale_init=self.layer_scale_init,
                 norm_epsilon=self.norm_epsilon,
                 dtype=self.dtype,
+                float8=self.float8,
                 constrain=self.constrain,
             ),
             num_layers=self.num_layers,
@@ -251,6 +255,7 @@ class VisionTransformer(nn.Module, kw_only=True):
                 activation=self.activation,
                 norm_epsilon=self.norm_epsilon,
                 dtype=self.dtype,
+                float8=self.float8,
                 constrain=self.constrain,
                 name="MAPHead_0",
             )(encoded, train=train)

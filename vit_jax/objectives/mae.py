@@ -220,6 +220,7 @@ def make_mae(
         activation=model.activation,
         norm_epsilon=model.norm_epsilon,
         dtype=model.dtype,
+        float8=model.float8,
         constrain=model.constrain,
     )
     mean, std = check_pixels(pixel_mean, pixel_std)

@@ -25,6 +25,7 @@ class Chip:
       per_chip: devices of a chip.
       source: of the numbers.
       clock: cycles a second of what the compiler counts cycles of; None where it does not.
+      float8: whether it multiplies matrices in float8 (e4m3, e5m2); elsewhere that is emulated.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Chip:
     source: str
     per_chip: int = 1
     clock: float | None = None
+    float8: bool = False
 
 
 _GIB = 2**30
@@ -102,6 +104,7 @@ _TPUS = (
         6.25e9,
         f"{_DOCS}/tpu7x",
         per_chip=2,
+        float8=True,
     ),
 )
 # Networks as in NVIDIA's DGX of each: 200 Gb/s for an A100, 400 Gb/s for the others.
@@ -125,6 +128,7 @@ _GPUS = (
         450e9,
         50e9,
         "NVIDIA H100 datasheet (SXM)",
+        float8=True,
     ),
     Chip(
         "h200",
@@ -135,6 +139,7 @@ _GPUS = (
         450e9,
         50e9,
         "NVIDIA H200 datasheet (SXM)",
+        float8=True,
     ),
     Chip(
         "b200",
@@ -145,6 +150,7 @@ _GPUS = (
         900e9,
         50e9,
         "NVIDIA DGX B200 datasheet",
+        float8=True,
     ),
 )
 

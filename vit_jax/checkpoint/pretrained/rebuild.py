@@ -14,7 +14,7 @@ from vit_jax.models.variants import MODELS
 from vit_jax.utils.registry import bind, keywords
 
 # How a model is run, which is no part of what it computes.
-_RUN = ("constrain", "scan", "remat")
+_RUN = ("constrain", "scan", "remat", "float8")
 
 
 def rebuild_model(weights: Weights, **given: Any) -> Any:
