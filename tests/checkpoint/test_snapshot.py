@@ -42,7 +42,8 @@ def test_a_copy_stays_what_it_was_when_the_state_is_donated(state):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(copy), before)
     np.testing.assert_array_equal(copy["cut"], np.arange(128.0))
     np.testing.assert_array_equal(copy["whole"], np.arange(64.0))
-    assert copy["step"] == 7 and state["step"] == 8
+    assert copy["step"] == 7
+    assert state["step"] == 8
 
 
 def test_later_copies_take_the_memory_of_the_first_and_no_other(state):
