@@ -70,8 +70,13 @@ bench-step: .venv/project.stamp build/torch/timm.stamp  ## compare the training 
 	.venv/bin/python -m benchmarks.step --torch_python=build/torch/bin/python $(ARGS)
 
 bench-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),.venv/project.stamp)  ## the same on a GPU, with GPU_PYTHON=python; ARGS=--torch_python=python for timm
-	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m benchmarks.step --variants S/16 B/16 L/16 --batch_size=256 \
+	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m benchmarks.step --seconds=3 \
+	  --variants S/16:256 B/16:128 L/16:32 L/16@384:16 --peers vit_jax flax_plain timm_compile \
 	  --json=benchmarks/results/step_gpu.json $(ARGS)
+	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m benchmarks.step --seconds=3 --variants B/16:128 \
+	  --peers vit_jax vit_jax_bfloat16_moments vit_jax_float8 vit_jax_scan vit_jax_remat \
+	  vit_jax_no_triton vit_jax_no_command_buffer vit_jax_no_autotuning timm_channels_last \
+	  --json=benchmarks/results/step_gpu_variations.json $(ARGS)
 
 lint: .venv/project.stamp .venv/lint.stamp  ## check style and types: ruff, pyright, shellcheck, hadolint
 	PATH="$$PWD/.venv/bin:$$PATH" PYRIGHT_PYTHON_IGNORE_WARNINGS=1 \

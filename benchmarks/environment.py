@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 
@@ -20,6 +21,15 @@ def describe_environment(*packages: str) -> dict[str, object]:
             **{name: importlib.metadata.version(name) for name in packages},
         },
     }
+
+
+def describe_device() -> str:
+    """Kind of the devices that JAX takes; asked in a process of its own, as one takes the GPU."""
+    program = "import jax; print(jax.devices()[0].device_kind)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
 
 
 def versions_of(python: str, packages: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 
     python -m benchmarks.step --torch_python=build/torch/bin/python \
         --json benchmarks/results/step_cpu.json
+    python -m benchmarks.step --variants B/16:128 L/16@384:16 --peers vit_jax timm_compile ...
     python -m vit_jax.benchmark step --config=...   (MFU and peak memory of any config)
 
 The peers stay alive and take turns on the same device, some seconds each; medians over the rounds
@@ -12,25 +13,41 @@ are shown, and medians of the ratios of each round. See benchmarks/step_peers.py
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
-from benchmarks.environment import describe_environment, versions_of
+from benchmarks.environment import describe_device, describe_environment, versions_of
 from benchmarks.turns import ROOT, compare, start
 
-PEERS = ("vit_jax", "flax_plain", "timm_eager", "timm_compile")
-# vit_jax as it is not by default, to see what its parts come to on a CPU.
-VARIATIONS = ("vit_jax_one_device", "vit_jax_tcmalloc")
+PEERS = ("vit_jax", "flax_plain", "timm_eager", "timm_compile", "timm_channels_last")
+DEFAULT = PEERS[:4]
+# vit_jax as it is not by default, to see what its parts come to: environment, and config.
+VARIATIONS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "vit_jax_one_device": ({"JAX_NUM_CPU_DEVICES": "1"}, {}),
+    "vit_jax_tcmalloc": ({"LD_PRELOAD": ""}, {}),
+    "vit_jax_bfloat16": ({}, {"precision": "bfloat16"}),
+    "vit_jax_bfloat16_moments": ({}, {"precision": "bfloat16_moments"}),
+    "vit_jax_float8": ({}, {"precision": "float8"}),
+    "vit_jax_scan": ({}, {"model": {"scan": True}}),
+    "vit_jax_remat": ({}, {"model": {"remat": "dots"}}),
+    "vit_jax_no_triton": ({"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false"}, {}),
+    "vit_jax_no_command_buffer": ({"XLA_FLAGS": "--xla_gpu_enable_command_buffer="}, {}),
+    "vit_jax_no_autotuning": ({"XLA_FLAGS": "--xla_gpu_autotune_level=0"}, {}),
+}
+_VARIANT = re.compile(r"(\w+/16)(?:@(\d+))?(?::(\d+))?")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--variants", nargs="+", default=["Ti/16", "S/16"])
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument(
+        "--variants", nargs="+", default=["Ti/16", "S/16"], metavar="NAME[@SIZE][:BATCH_SIZE]"
+    )
     parser.add_argument("--torch_python", help="an interpreter that has PyTorch and timm")
-    parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS + VARIATIONS)
+    parser.add_argument("--peers", nargs="+", default=DEFAULT, choices=[*PEERS, *VARIATIONS])
     parser.add_argument("--tcmalloc", help="libtcmalloc_minimal.so.4, for vit_jax_tcmalloc")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10, help="of each turn")
@@ -40,26 +57,23 @@ def main() -> None:
     if peers != list(args.peers):
         print("timm is left out: no interpreter was given for it")
 
+    if "vit_jax" not in peers:
+        parser.error("--peers: expected vit_jax among them, which the others are compared with")
     if "vit_jax_tcmalloc" in peers and not args.tcmalloc:
         parser.error("--peers vit_jax_tcmalloc: expected --tcmalloc=PATH of the library")
 
+    variants = {variant: parse_variant(variant) for variant in args.variants}
     load_at_start = [round(load, 1) for load in os.getloadavg()]
     environment = describe_environment("jax", "flax", "optax")
     if args.torch_python:
         environment["versions"] |= versions_of(args.torch_python, "torch timm")  # pyright: ignore
     results = {}
-    for variant in args.variants:
-        script = str(ROOT / "benchmarks" / "step_peers.py")
+    for variant, (name, size, batch_size) in variants.items():
         commands = {
-            name: (
-                *_environment(name, args.tcmalloc),
-                args.torch_python if name.startswith("timm") else sys.executable,
-                script,
-                "vit_jax" if name in VARIATIONS else name,
-                variant,
-                str(args.batch_size),
+            peer: make_command(
+                peer, name, size, batch_size, args.torch_python, tcmalloc=args.tcmalloc
             )
-            for name in peers
+            for peer in peers
         }
         with start(commands) as running:
             table = compare(
@@ -69,19 +83,20 @@ def main() -> None:
                 seconds=args.seconds,
                 show="images_per_sec",
             )
-        print(f"\n{variant}, batches of {args.batch_size}")
-        print(f"{'peer':<14}{'images/s':>10}{'ratio':>8}{'first step, s':>15}{'peak, GiB':>11}")
-        for name, row in table.items():
+        print(f"\n{name} at {size}, batches of {batch_size}")
+        print(f"{'peer':<25}{'images/s':>10}{'ratio':>8}{'first step, s':>15}{'peak, GiB':>11}")
+        for peer, row in table.items():
             ratio = row["images_per_sec_of_vit_jax"]
+            mfu = f"  MFU {row['mfu_percent']:.1f} %" if "mfu_percent" in row else ""
             print(
-                f"{name:<14}{row['images_per_sec']:>10,.1f}{ratio:>8.2f}"
-                f"{row['first_step_s']:>15.1f}{row['peak_gib']:>11.1f}"
+                f"{peer:<25}{row['images_per_sec']:>10,.1f}{ratio:>8.2f}"
+                f"{row['first_step_s']:>15.1f}{row['peak_gib']:>11.1f}{mfu}"
             )
-        results[variant] = table
+        results[variant] = {"size": size, "batch_size": batch_size, "peers": table}
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         notes = {
-            "batch_size": args.batch_size,
+            "device": describe_device(),
             "load_at_start": load_at_start,
             "load_at_end": [round(load, 1) for load in os.getloadavg()],
         }
@@ -91,11 +106,37 @@ def main() -> None:
         print(f"wrote {args.json}")
 
 
-def _environment(peer: str, tcmalloc: str | None) -> tuple[str, ...]:
-    """What stands before a peer's command."""
-    if peer == "vit_jax_one_device":
-        return ("env", "JAX_NUM_CPU_DEVICES=1")
-    return ("env", f"LD_PRELOAD={tcmalloc}") if peer == "vit_jax_tcmalloc" else ()
+def parse_variant(text: str) -> tuple[str, int, int]:
+    """Name, pixels of a side (224) and batch size (32) of `NAME[@SIZE][:BATCH_SIZE]`."""
+    if not (match := _VARIANT.fullmatch(text)):
+        raise SystemExit(f"--variants {text}: expected NAME[@SIZE][:BATCH_SIZE], as L/16@384:16")
+    return match[1], int(match[2] or 224), int(match[3] or 32)
+
+
+def make_command(
+    peer: str,
+    variant: str,
+    size: int,
+    batch_size: int,
+    torch_python: str | None,
+    *,
+    tcmalloc: str | None = None,
+) -> tuple[str, ...]:
+    """What starts a peer, or a variation of vit_jax."""
+    environment, overrides = VARIATIONS.get(peer, ({}, {}))
+    if "LD_PRELOAD" in environment:
+        environment = {"LD_PRELOAD": tcmalloc or ""}
+    return (
+        "env",
+        *(f"{key}={value}" for key, value in environment.items()),
+        (torch_python or "") if peer.startswith("timm") else sys.executable,
+        str(ROOT / "benchmarks" / "step_peers.py"),
+        "vit_jax" if peer in VARIATIONS else peer,
+        variant,
+        str(size),
+        str(batch_size),
+        json.dumps(overrides),
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training steps that `benchmarks.step` compares; each is run in a process of its own.
 
-    python benchmarks/step_peers.py PEER VARIANT BATCH_SIZE
+    python benchmarks/step_peers.py PEER VARIANT SIZE BATCH_SIZE OVERRIDES
 
 After the line "ready", each line that is read from stdin is a number of seconds; for each, a line
-of JSON is written. All take forward and backward pass and AdamW of a ViT at 224x224 with 1,000
+of JSON is written. All take forward and backward pass and AdamW of a ViT at SIZE x SIZE with 1,000
 classes, in float32 on a CPU and in bfloat16 on an accelerator, on a batch that is in the device's
-memory. This file imports only what its peer needs.
+memory. OVERRIDES is JSON with what is another in the config of vit_jax. This file imports only what
+its peer needs.
 """
 
 import json
@@ -16,7 +17,7 @@ import sys
 import time
 
 BEGIN = time.perf_counter()
-SIZE, CLASSES = 224, 1000
+CLASSES = 1000
 # Width, layers, heads; MLPs are four times as wide.
 VARIANTS = {
     "Ti/16": (192, 12, 3),
@@ -26,11 +27,13 @@ VARIANTS = {
 }
 
 
-def vit_jax(variant, batch_size):
+def vit_jax(variant, size, batch_size, overrides):
     import jax
 
     from vit_jax.benchmark.step import make_batch
     from vit_jax.experiment import Experiment
+    from vit_jax.models.flops import train_flops
+    from vit_jax.parallel.chips import find_chip
     from vit_jax.parallel.cpu_devices import count_cpu_devices, set_cpu_devices
 
     jax.config.update("jax_enable_compilation_cache", False)
@@ -38,7 +41,7 @@ def vit_jax(variant, batch_size):
         "total_steps": 1000,
         "model": {"name": "vit", "variant": variant},
         "data": {
-            "name": f"blank:{CLASSES},{SIZE}",
+            "name": f"blank:{CLASSES},{size}",
             "split": "train",
             "preprocess": "decode",
             "batch_size": batch_size,
@@ -47,6 +50,8 @@ def vit_jax(variant, batch_size):
     }
     set_cpu_devices(count_cpu_devices(config))  # as the commands do
     config["precision"] = jax_dtype()
+    for key, value in overrides.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
     experiment = Experiment.from_config(config)
     state, batch = experiment.init_state(), make_batch(experiment)
 
@@ -55,10 +60,12 @@ def vit_jax(variant, batch_size):
         state, metrics = experiment.train_step(state, batch)
         return metrics
 
-    return step, jax.block_until_ready
+    chip = find_chip(jax.devices()[0].device_kind)
+    flops = train_flops(experiment.model, (size, size))
+    return step, jax.block_until_ready, chip and flops / chip.flops
 
 
-def flax_plain(variant, batch_size):
+def flax_plain(variant, size, batch_size, overrides):
     """As a user of Flax would write it first."""
     import flax.linen as nn
     import jax
@@ -90,7 +97,7 @@ def flax_plain(variant, batch_size):
             return nn.Dense(CLASSES)(nn.LayerNorm(dtype=dtype)(x)[:, 0].astype(jnp.float32))
 
     model, tx = Plain(), optax.adamw(1e-3)
-    images = jax.random.normal(jax.random.key(0), (batch_size, SIZE, SIZE, 3))
+    images = jax.random.normal(jax.random.key(0), (batch_size, size, size, 3))
     labels = jax.random.randint(jax.random.key(1), (batch_size,), 0, CLASSES)
     params = jax.jit(model.init)(jax.random.key(0), images[:1])
     state = (params, tx.init(params))
@@ -111,18 +118,22 @@ def flax_plain(variant, batch_size):
         state, loss = update(state, images, labels)
         return loss
 
-    return step, jax.block_until_ready
+    return step, jax.block_until_ready, None
 
 
-def timm_eager(variant, batch_size, compiled=False):
+def timm_eager(variant, size, batch_size, overrides, compiled=False, channels_last=False):
     import timm
     import torch
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     width = {"Ti/16": "tiny", "S/16": "small", "B/16": "base", "L/16": "large"}[variant]
-    model = timm.create_model(f"vit_{width}_patch16_224", num_classes=CLASSES).to(device).train()
-    images = torch.randn(batch_size, 3, SIZE, SIZE, device=device)
+    name = f"vit_{width}_patch16_224"
+    model = timm.create_model(name, img_size=size, num_classes=CLASSES).to(device).train()
+    images = torch.randn(batch_size, 3, size, size, device=device)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        images = images.to(memory_format=torch.channels_last)
     labels = torch.randint(CLASSES, (batch_size,), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=cuda)
 
@@ -143,11 +154,15 @@ def timm_eager(variant, batch_size, compiled=False):
         if cuda:
             torch.cuda.synchronize()
 
-    return step, wait
+    return step, wait, None
 
 
-def timm_compile(variant, batch_size):
-    return timm_eager(variant, batch_size, compiled=True)
+def timm_compile(*args):
+    return timm_eager(*args, compiled=True)
+
+
+def timm_channels_last(*args):
+    return timm_eager(*args, compiled=True, channels_last=True)
 
 
 def jax_dtype():
@@ -156,14 +171,31 @@ def jax_dtype():
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-PEERS = {f.__name__: f for f in (vit_jax, flax_plain, timm_eager, timm_compile)}
+def peak_gib(name):
+    """Of the GPU's memory; of the process, where there is none."""
+    if name.startswith("timm"):
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() / 2**30
+    else:
+        import jax
+
+        stats = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in stats:
+            return stats["peak_bytes_in_use"] / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+PEERS = {f.__name__: f for f in (vit_jax, flax_plain, timm_eager, timm_compile, timm_channels_last)}
 
 
 def main():
-    name, variant, batch_size = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    if "torch" not in name:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    step, wait = PEERS[name](variant, batch_size)
+    name, variant, size, batch_size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    # The peers have the memory of a GPU together.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # The last is the share of the peak of a known chip that an image a second takes.
+    step, wait, share = PEERS[name](variant, size, batch_size, json.loads(sys.argv[5]))
     wait(step())
     first = time.perf_counter() - BEGIN
     wait(step())
@@ -176,12 +208,14 @@ def main():
         while (elapsed := time.perf_counter() - start) < seconds:
             wait(step())
             steps += 1
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        speed = steps * batch_size / elapsed
         result = {
-            "images_per_sec": steps * batch_size / elapsed,
+            "images_per_sec": speed,
             "first_step_s": first,
-            "peak_gib": peak,
+            "peak_gib": peak_gib(name),
         }
+        if share:
+            result["mfu_percent"] = 100 * speed * share
         print(json.dumps(result), flush=True)
 
 

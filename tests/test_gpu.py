@@ -20,7 +20,9 @@ def losses(data_dir, devices, **changes):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05), ("float8", 0.05)]
+)
 def test_losses_on_a_gpu_are_those_on_a_cpu(precision, tolerance, data_dir):
     with jax.default_matmul_precision("highest"):
         want = losses(data_dir, jax.devices("cpu")[:1])

@@ -5,6 +5,7 @@ python -m tools.performance_tables
 """
 
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,21 +27,50 @@ PEERS = {
 def make_step_table(results: dict[str, Any]) -> list[str]:
     """Of `benchmarks.step`."""
     lines = [
-        f"| batches of {results['batch_size']} | images/s | of ours | first step | peak memory |",
+        "| model, batch | images/s | of ours | first step | peak memory |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for variant, rows in results["results"].items():
+    for variant, found in results["results"].items():
+        model = f"{variant.partition(':')[0]}, {found['batch_size']}"
         lines += [
-            f"| {variant}, {PEERS[name]} | {row['images_per_sec']:,.1f} "
+            f"| {model}, {PEERS[name]} | {row['images_per_sec']:,.1f} "
             f"| {row['images_per_sec_of_vit_jax']:.2f} | {row['first_step_s']:.1f} s "
             f"| {row['peak_gib']:.1f} GiB |"
-            for name, row in rows.items()
+            for name, row in found["peers"].items()
         ]
     return lines
 
 
+def make_costs_table(results: dict[str, Any]) -> list[str]:
+    """Of `benchmarks.costs`."""
+    start, loop, save = (results["results"][part] for part in ("startup", "loop", "checkpoint"))
+    seconds, step = start["seconds"], statistics.median(loop["step_ms"])
+    rows = [
+        ("`import jax`", f"{seconds['import_jax']:.2f} s"),
+        ("`import jax, vit_jax`", f"{seconds['import_vit_jax']:.2f} s"),
+        ("first step of `digits.py` after the command", f"{seconds['cold']:.1f} s"),
+        ("the same, with a warm compile cache", f"{seconds['warm']:.1f} s"),
+        (f"what the loop adds to steps of {step:.0f} ms", f"{loop['overhead']:.1%}"),
+        (
+            "the same, with images that are read and prepared on the cores of the steps",
+            f"{loop['overhead_with_data']:.1%}",
+        ),
+        (f"a file of {save['bytes'] / 2**30:.2f} GiB is written and synced", _s(save, "raw_write")),
+        ("the next step waits for a checkpoint of as many bytes", _s(save, "blocked")),
+        ("until that is complete, with checksums", _s(save, "save")),
+        ("the file is read", _s(save, "raw_read")),
+        ("the checkpoint is verified and restored", _s(save, "restore")),
+    ]
+    return ["| what | takes |", "| --- | ---: |", *(f"| {a} | {b} |" for a, b in rows)]
+
+
+def _s(results: dict[str, float], name: str) -> str:
+    return f"{results[f'{name}_s']:.2f} s"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "step_cpu.json": make_step_table,
+    "costs.json": make_costs_table,
 }
 
 
