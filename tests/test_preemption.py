@@ -137,3 +137,16 @@ def test_the_handler_of_before_is_back_afterwards():
     with PreemptionGuard():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_while_a_finished_run_takes_itself_apart_changes_nothing():
+    program = (
+        "import atexit, os, signal, sys\n"
+        "from vit_jax import main\n"
+        "main.main = lambda argv: None\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+        "sys.argv = ['main', '--config=configs/digits.py', '--workdir=runs/none']\n"
+        "main.run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], timeout=60)
+    assert done.returncode == 0

@@ -8,6 +8,7 @@ import ast
 import os
 import runpy
 import shlex
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -227,6 +228,12 @@ def main(argv: list[str]) -> None:
     train(config, _WORKDIR.value or "", command=command)
 
 
+def _main_to_the_end(argv: list[str]) -> None:
+    main(argv)
+    # The run is over and saved: being told to stop while Python ends must not make it a failed one.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def run() -> None:
     """The command: one line and exit code 2 for bad input, 1 for a run that went wrong.
 
@@ -234,7 +241,7 @@ def run() -> None:
     """
     try:
         with console.report_errors():
-            app.run(main, flags_parser=parse_flags)
+            app.run(_main_to_the_end, flags_parser=parse_flags)
     except (DivergedError, SaveError) as e:
         console.print_error(e)
         sys.exit(1)
