@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 
 from benchmarks.environment import describe_environment
-from vit_jax.observe.report import last_results
+from vit_jax.observe.summary import last_results
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.environment import describe_environment
-from vit_jax.observe.report import last_results
+from vit_jax.observe.summary import last_results
 
 # By name: the config and its argument, where {} is the folder of a seed. Later runs start from
 # earlier ones.

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from benchmarks.environment import describe_environment
-from vit_jax.observe.report import last_results
+from vit_jax.observe.summary import last_results
 
 
 def train(seed: int, folder: Path) -> dict[str, float]:

@@ -43,7 +43,7 @@ def libjpeg_turbo(dataset, threads):
     import numpy as np
 
     from vit_jax.data import fused
-    from vit_jax.data.image_ops import InceptionCrop
+    from vit_jax.data.ops.transforms import InceptionCrop
 
     files = [path.read_bytes() for path in sorted(Path(folder(dataset)).glob("*/*.jpg"))]
     rng, crop = np.random.default_rng(0), InceptionCrop(SIZE)

@@ -31,10 +31,11 @@ def vit_jax(variant, size, batch_size, overrides):
     import jax
 
     from vit_jax.benchmark.step import make_batch
-    from vit_jax.experiment import Experiment
+    from vit_jax.config.cpu_devices import count_cpu_devices
     from vit_jax.models.flops import train_flops
-    from vit_jax.parallel.chips import find_chip
-    from vit_jax.parallel.cpu_devices import count_cpu_devices, set_cpu_devices
+    from vit_jax.runtime.chips import find_chip
+    from vit_jax.runtime.cpu_devices import set_cpu_devices
+    from vit_jax.training.experiment import Experiment
 
     jax.config.update("jax_enable_compilation_cache", False)
     config = {

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.pages import assert_stands_alone
+from tests.html_pages import assert_stands_alone
 from vit_jax.compare import main
 from vit_jax.observe.ledger import KINDS
 from vit_jax.utils.errors import UserError

@@ -8,8 +8,8 @@ import pytest
 
 from tests.images import write_folder
 from vit_jax.checkpoint.pretrained.catalogue import find, is_name, needs_index
-from vit_jax.experiment import Experiment
-from vit_jax.main import load_config, override_config
+from vit_jax.config.load import load_config, override_config
+from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import count
 

@@ -12,9 +12,9 @@ import pytest
 from tests.tiny import tiny_config
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.convert import main
-from vit_jax.experiment import Experiment
 from vit_jax.models.variants import MODELS
-from vit_jax.train import train
+from vit_jax.training.experiment import Experiment
+from vit_jax.training.run import train
 from vit_jax.utils.errors import UserError
 
 GOLDEN = Path(__file__).parent / "testdata" / "golden"

@@ -21,7 +21,7 @@ from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.npz import write_npz
 from vit_jax.evaluate import main
 from vit_jax.observe.writer import append_record, read_metrics, read_records
-from vit_jax.train import train
+from vit_jax.training.run import train
 from vit_jax.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.pages import assert_stands_alone
+from tests.html_pages import assert_stands_alone
 from tests.trained import MIXER, write_images, write_model
 from vit_jax.explain import main
 from vit_jax.inference import draw

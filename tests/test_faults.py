@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from tests.test_preemption import ENDLESS, wait_for
-from tests.test_processes import start
 from tests.test_train import assert_same
+
+from tests.runtime.test_processes import start
 from tests.tiny import tiny_config
 from vit_jax.checkpoint import manager
 from vit_jax.checkpoint.manager import SaveError, load_params
@@ -20,9 +20,9 @@ from vit_jax.objectives.supervised import Supervised
 from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.ledger import read_ledger, summarize
 from vit_jax.observe.writer import read_metrics
-from vit_jax.parallel.preemption import RUN_AGAIN
-from vit_jax.state import step_rng
-from vit_jax.train import train
+from vit_jax.runtime.preemption import RUN_AGAIN
+from vit_jax.training.run import train
+from vit_jax.training.step import step_rng
 from vit_jax.utils.errors import UserError
 
 SMALL = {"evals": {}, "model__num_layers": 1, "log_every": 1, "mesh": {"data": 8}}
@@ -157,7 +157,7 @@ def test_a_save_that_fails_is_said_and_the_next_one_is_another_try(
 
 def test_a_run_that_can_not_save_ends_with_one_line(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(manager, "write_manifest", full)
-    monkeypatch.setattr("vit_jax.train.time.sleep", lambda _: None)
+    monkeypatch.setattr("vit_jax.training.run.time.sleep", lambda _: None)
     with pytest.raises(SaveError, match=r"step 8 can't be written .*the newest is of step 0"):
         run(data_dir, tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []

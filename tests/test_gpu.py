@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import tiny_config
-from vit_jax.experiment import Experiment
+from vit_jax.training.experiment import Experiment
 
 
 def losses(data_dir, devices, **changes):

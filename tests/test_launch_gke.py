@@ -7,7 +7,7 @@ import os
 import pytest
 
 from vit_jax.launch import gke
-from vit_jax.parallel import cluster
+from vit_jax.runtime import cluster
 from vit_jax.utils.errors import UserError
 
 TRAIN = ["--", "--config=configs/x.py:a,b", "--workdir=/shared/my runs"]

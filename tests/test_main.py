@@ -12,10 +12,10 @@ import pytest
 from absl.testing import flagsaver
 
 from vit_jax import main as main_module
-from vit_jax.main import load_config, parse_overrides
+from vit_jax.config.load import load_config, parse_overrides
 from vit_jax.models.variants import make_vit
 from vit_jax.observe import trackers
-from vit_jax.train import train
+from vit_jax.training.run import train
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import bind
 

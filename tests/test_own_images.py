@@ -8,9 +8,9 @@ import pytest
 
 from tests.images import encode, write_folder
 from tests.tiny import tiny_config
-from vit_jax.experiment import Experiment
 from vit_jax.observe.writer import read_metrics
-from vit_jax.train import train
+from vit_jax.training.experiment import Experiment
+from vit_jax.training.run import train
 from vit_jax.utils.errors import UserError
 
 COUNTS = {"train/cat": 20, "train/dog": 20, "test/cat": 5, "test/dog": 6}

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.pages import assert_stands_alone
+from tests.html_pages import assert_stands_alone
 from tests.trained import write_run
 from vit_jax.data.pipeline import eval_batches
 from vit_jax.report import main

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from tests.test_processes import ROOT, free_port, metric
-from vit_jax.parallel.preemption import RUN_AGAIN
+from tests.runtime.test_processes import ROOT, free_port, metric
+from vit_jax.runtime.preemption import RUN_AGAIN
 
 pytestmark = [
     pytest.mark.slow,

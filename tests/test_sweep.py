@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import assert_stands_alone
+from tests.html_pages import assert_stands_alone
 from tests.test_compare import write_run
 from vit_jax import sweep as sweep_module
+from vit_jax.config.load import parse_overrides
 from vit_jax.launch import gke
-from vit_jax.main import parse_overrides
 from vit_jax.sweep import Trial, main, make_trials, read_sweep, run_sweep
 from vit_jax.utils.errors import UserError
 

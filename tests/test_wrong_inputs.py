@@ -12,7 +12,8 @@ from absl.testing import flagsaver
 
 from tests.tiny import tiny_config
 from tests.trained import write_images, write_model
-from vit_jax.observe import compile_cache, console
+from vit_jax.runtime import compile_cache
+from vit_jax.utils.command import report_errors, run_command
 
 ROOT = Path(__file__).parent.parent
 SECONDS = {"step": 1.0, "compile": 2.0, "data_wait": 0.1, "save": 0.1, "evaluation": 0.1}
@@ -406,10 +407,10 @@ def call(command, argv, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"vit_jax.{command}", *argv])
     try:
         if command == "main":
-            with flagsaver.flagsaver(), console.report_errors():
+            with flagsaver.flagsaver(), report_errors():
                 module.main(module.parse_flags(sys.argv))
         else:
-            console.run_command(module.main)
+            run_command(module.main)
     except SystemExit as e:
         return e.code
     return 0

@@ -16,9 +16,9 @@ from tests.tiny import tiny_config
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.checkpoint.pretrained.npz import write_npz
 from vit_jax.checkpoint.pretrained.weights import Weights
-from vit_jax.experiment import Experiment
+from vit_jax.checkpoint.workdir import write_config, write_labels
 from vit_jax.models.variants import MODELS
-from vit_jax.workdir import write_config, write_labels
+from vit_jax.training.experiment import Experiment
 
 SIZES = {"patch_size": (4, 4), "hidden_size": 16, "num_layers": 2}
 VIT = {"name": "vit", **SIZES, "num_heads": 4, "mlp_dim": 32}

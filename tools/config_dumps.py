@@ -17,10 +17,10 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh
 
-from vit_jax.experiment import Experiment
-from vit_jax.main import load_config
+from vit_jax.config.load import load_config
 from vit_jax.optim.summary import ParamSummary, describe_rates, summarize_params
 from vit_jax.parallel.sharding import param_spec
+from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent

@@ -17,8 +17,7 @@ from typing import Any
 
 import jax
 
-from vit_jax.main import load_config
-from vit_jax.parallel.topologies import parse_topology
+from vit_jax.config.load import load_config
 from vit_jax.planning.plan import prepare_config
 from vit_jax.planning.search import (
     Candidate,
@@ -29,6 +28,7 @@ from vit_jax.planning.search import (
     override,
     plan_in_subprocess,
 )
+from vit_jax.planning.topologies import parse_topology
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "pods.md"

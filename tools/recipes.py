@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from vit_jax.main import load_config
+from vit_jax.config.load import load_config
 from vit_jax.utils.durations import LENGTH
 
 ROOT = Path(__file__).parent.parent

@@ -16,8 +16,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from vit_jax.data.decode import decode_image
-from vit_jax.data.image_ops import Decode, Features, Random
+from vit_jax.data.ops.decode import decode_image
+from vit_jax.data.ops.transforms import Decode, Features, Random
 from vit_jax.data.preprocess import apply, parse_preprocess
 from vit_jax.utils.errors import UserError
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vit_jax.inference.model import LoadedModel, Prediction, load_model
-    from vit_jax.train import train
+    from vit_jax.training.run import train
     from vit_jax.utils.errors import UserError
 
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ _MODULES = {
     "Prediction": "vit_jax.inference.model",
     "UserError": "vit_jax.utils.errors",
     "load_model": "vit_jax.inference.model",
-    "train": "vit_jax.train",
+    "train": "vit_jax.training.run",
 }
 
 
@@ -29,8 +29,6 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(_MODULES[name])
-    # The import has put the module `train` here, which can be called: that stays, so that the
-    # name means the same whatever was imported first.
     return globals().setdefault(name, getattr(module, name))
 
 

@@ -16,28 +16,21 @@ Examples:
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from vit_jax.checkpoint.manager import FOLDER, find_checkpoint, list_steps
-from vit_jax.checkpoint.pretrained.load import load_pretrained
-from vit_jax.evaluators.base import FOLDER as DETAILS
-from vit_jax.evaluators.base import evaluate
-from vit_jax.evaluators.kinds import JUDGE_HEAD
-from vit_jax.experiment import Experiment
-from vit_jax.main import load_config, override_config, parse_overrides
-from vit_jax.objectives.base import Params
-from vit_jax.observe.console import CommandParser, print_error, run_command, say, set_up
+from vit_jax.checkpoint.manager import list_steps
+from vit_jax.checkpoint.workdir import read_config
+from vit_jax.config.load import load_config, override_config, parse_overrides
+from vit_jax.observe.console import log, set_up
 from vit_jax.observe.writer import append_record, read_records
+from vit_jax.training.evaluation import Judge, find_source
+from vit_jax.training.experiment import Experiment
+from vit_jax.utils.command import CommandParser, print_error, run_command
 from vit_jax.utils.errors import UserError
-from vit_jax.workdir import CONFIG, find_step, read_config
-
-RESULTS = "evals.jsonl"
+from vit_jax.utils.layout import CHECKPOINTS, CONFIG, EVALS, RESULTS
 
 # Seconds between two looks into the workdir, and what the removal of a checkpoint may take.
 _POLL = 2.0
@@ -46,81 +39,6 @@ _REMOVAL = 10.0
 
 class FollowTimeoutError(Exception):
     """No new checkpoint has come for too long."""
-
-
-class Judge:
-    """Evaluates one checkpoint after the other by the evaluators of one experiment.
-
-    Args:
-      experiment: whose model, mesh and evaluators are used.
-      workdir: that details are written to; None to write none.
-    """
-
-    def __init__(self, experiment: Experiment, *, workdir: Path | None = None):
-        self._experiment, self._workdir = experiment, workdir
-        self._initial = experiment.initial_params()
-        self._notes: list[str] = []
-
-    @property
-    def names(self) -> set[str]:
-        """Of the evaluators."""
-        return {evaluator.name for evaluator in self._experiment.evaluators}
-
-    def load(self, source: str) -> tuple[Params, Params | None]:
-        """Reads the parameters of a checkpoint and, if it has one, their average.
-
-        How they were made to fit is said when it differs from the checkpoint before.
-
-        Args:
-          source: as `load_pretrained` takes it.
-
-        Raises:
-          UserError: they can't be read or don't fit, or a head that is judged is not in it.
-        """
-        params = self._load(source)
-        if not (Path(source) / "ema_params").is_dir():
-            return params, None
-        return params, self._load(f"{source}:ema_params")
-
-    def record(self, source: str, loaded: tuple[Params, Params | None]) -> dict[str, Any]:
-        """The results of all evaluators on what `load` gave, with `checkpoint` and `step`.
-
-        The step is that of the run's checkpoint, None for weights of another kind.
-        """
-        name = Path(source).name
-        step = int(name) if name.isdigit() else None
-        record: dict[str, Any] = {"checkpoint": source, "step": step}
-        files = re.sub(r"[^\w.-]+", "_", source) if step is None else step
-        details = None if self._workdir is None else (self._workdir, files)
-        for evaluator in self._experiment.evaluators:
-            record |= evaluate(evaluator, *loaded, details=details)
-        return record
-
-    def _load(self, source: str) -> Params:
-        weights = load_pretrained(source)
-        params, notes = self._experiment.fit_params(weights, self._initial)
-        self._check_head(params, source)
-        say(f"evaluating {source} ({weights.layout})")
-        if notes != self._notes:
-            for note in notes:
-                say(f"  {note}")
-        self._notes = notes
-        return self._experiment.place_params(params)
-
-    def _check_head(self, params: Params, source: str) -> None:
-        evals = self._experiment.config["evals"]
-        judged = [name for name, section in evals.items() if section["name"] in JUDGE_HEAD]
-        if not judged or "head" not in params:
-            return
-        kernel = params["head"]["kernel"]
-        fresh = kernel is self._initial["head"]["kernel"]
-        if fresh or not np.any(kernel):
-            state = "does not fit this model" if fresh else "was published untrained, all zero"
-            raise UserError(
-                f"{source}: its head {state}, so evals.{judged[0]} would judge a random one: "
-                "set config.model and config.data to those of the checkpoint, or leave it out "
-                f"with --config.evals.{judged[0]}=None"
-            )
 
 
 def follow(
@@ -157,13 +75,13 @@ def follow(
         if todo:
             # The oldest first: it will be removed first.
             done.add(todo[0])
-            _follow_step(judge, workdir / FOLDER / str(todo[0]), report)
+            _follow_step(judge, workdir / CHECKPOINTS / str(todo[0]), report)
             since = time.monotonic()
         elif max(done, default=0) >= total:
             return
         elif time.monotonic() - since > timeout:
             raise FollowTimeoutError(
-                f"no new checkpoint in {workdir / FOLDER} for {timeout:g} s; the newest is of "
+                f"no new checkpoint in {workdir / CHECKPOINTS} for {timeout:g} s; the newest is of "
                 f"step {max(done, default=0)} of {total}"
             )
         else:
@@ -180,7 +98,7 @@ def _follow_step(judge: Judge, checkpoint: Path, report: Callable[[dict[str, Any
             time.sleep(_REMOVAL / 100)
         if checkpoint.exists():
             raise
-        say(f"{checkpoint} was removed before it was evaluated")
+        log(f"{checkpoint} was removed before it was evaluated")
         return
     report(judge.record(str(checkpoint), loaded))
 
@@ -275,18 +193,6 @@ def _read_config(workdir: Path, *, wait: float) -> dict[str, Any]:
     return read_config(workdir)
 
 
-def find_source(args: argparse.Namespace) -> str:
-    """What is to be evaluated, as `load_pretrained` takes it; of a run its newest checkpoint.
-
-    Raises:
-      UserError: there is no such checkpoint.
-    """
-    source = args.init_from or str(args.workdir)
-    if args.checkpoint:
-        source = find_step(args.workdir, args.checkpoint)
-    return str(find_checkpoint(Path(source))) if Path(source).is_dir() else source
-
-
 def main(argv: Sequence[str]) -> int:
     """Evaluates, shows the results and appends them to a file; returns the exit code."""
     overrides, rest = parse_overrides(list(argv))
@@ -301,7 +207,7 @@ def main(argv: Sequence[str]) -> int:
             print(json.dumps(record), flush=True)
         else:
             for line in show(record):
-                say(line)
+                log(line)
 
     source = None if args.follow else find_source(args)
     experiment = make_experiment(args, overrides)
@@ -316,11 +222,11 @@ def main(argv: Sequence[str]) -> int:
         except FollowTimeoutError as e:
             print_error(e)
             return 1
-        say(f"{args.workdir} is complete at step {total}")
+        log(f"{args.workdir} is complete at step {total}")
     if output is not None:
-        say(f"results are in {output}")
+        log(f"results are in {output}")
     if args.details:
-        say(f"details are in {args.workdir / DETAILS}")
+        log(f"details are in {args.workdir / EVALS}")
     return 0
 
 

@@ -15,17 +15,19 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from vit_jax.data.unlabeled import STDIN, find_images
+from vit_jax.config.load import parse_overrides
 from vit_jax.inference import figures as lib
+from vit_jax.inference.draw import encode_png
 from vit_jax.inference.figures import FIGURES, Figure
+from vit_jax.inference.images import STDIN, find_images
 from vit_jax.inference.model import LoadedModel
-from vit_jax.inference.page import Section, encode_png, make_page
-from vit_jax.inference.writers import fresh_folder
-from vit_jax.main import parse_overrides
-from vit_jax.observe.console import CommandParser, run_command, say, set_up
-from vit_jax.observe.progress import Pace
-from vit_jax.predict import add_source, load_source
+from vit_jax.inference.page import Section, make_page
+from vit_jax.inference.source import add_source, load_source
+from vit_jax.observe.console import log, set_up
+from vit_jax.observe.progress import ProgressLog
+from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.files import fresh_folder
 
 PAGE = "index.html"
 
@@ -74,7 +76,7 @@ def choose_figures(model: LoadedModel, wanted: Sequence[str] | None) -> list[str
         return [name for name in FIGURES if name in wanted]
     for reason in dict.fromkeys(impossible.values()):
         names = ", ".join(name for name, why in impossible.items() if why == reason)
-        say(f"not drawn: {names}: {reason}")
+        log(f"not drawn: {names}: {reason}")
     return [name for name in FIGURES if name not in impossible]
 
 
@@ -90,7 +92,7 @@ def explain(model: LoadedModel, paths: Sequence[str], names: Sequence[str]) -> l
       UserError: an image can't be read.
     """
     images = [model.preprocess(path) for path in paths]
-    pace = Pace("drawing", total=len(paths), unit="images")
+    pace = ProgressLog("drawing", total=len(paths), unit="images")
     of_model = [lib.OF_MODEL[name](model) for name in names if name in lib.OF_MODEL]
     sections, views = [], []
     for path, image in zip(paths, images, strict=True):
@@ -155,7 +157,7 @@ def main(argv: Sequence[str]) -> None:
         notes = [f"Parameters: {model.source}", *model.notes]
         files = write(folder, title, notes, explain(model, paths, names))
     for name in files:
-        say(f"wrote {args.output / name}")
+        log(f"wrote {args.output / name}")
 
 
 if __name__ == "__main__":

@@ -4,29 +4,28 @@
 python -m vit_jax.main --config=configs/digits.py --workdir=runs/digits --config.seed=1
 """
 
-import ast
 import os
-import runpy
 import shlex
 import signal
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags
-from ml_collections import ConfigDict
 
 from vit_jax import __version__
 from vit_jax.checkpoint.manager import SaveError
-from vit_jax.observe import compile_cache, console
+from vit_jax.config.cpu_devices import count_cpu_devices
+from vit_jax.config.load import load_config, parse_overrides
+from vit_jax.observe import console
 from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.trackers import Tracking, check_trackers
-from vit_jax.parallel import processes
-from vit_jax.parallel.cpu_devices import count_cpu_devices, set_cpu_devices
-from vit_jax.parallel.preemption import RUN_AGAIN, Preempted
-from vit_jax.train import train
+from vit_jax.runtime import compile_cache, processes
+from vit_jax.runtime.cpu_devices import set_cpu_devices
+from vit_jax.runtime.preemption import RUN_AGAIN, Preempted
+from vit_jax.training.run import train
+from vit_jax.utils.command import INTERRUPTED, print_error, report_errors
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten
 
@@ -73,70 +72,6 @@ _COMPILE_CACHE = flags.DEFINE_string(
 _QUIET = flags.DEFINE_bool("quiet", False, "Show results, warnings and the end alone.")
 _VERBOSE = flags.DEFINE_bool("verbose", False, "Show all metrics of each logged step, as lines.")
 
-_OVERRIDE = "--config."
-_WORDS = {"true": True, "false": False, "none": None}
-
-
-def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
-    """Runs `get_config` of a config file and puts overrides into its result.
-
-    Args:
-      value: path of the file, with its arguments after a colon.
-      overrides: values by dotted key, as in `{"data.batch_size": 64}`.
-
-    Raises:
-      UserError: the file is missing or fails, or a key lies below a value.
-    """
-    path, colon, argument = value.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"--config={value}: there is no file {path}")
-    try:
-        get_config = runpy.run_path(path)["get_config"]
-        config = get_config(argument) if colon else get_config()
-    except UserError:
-        raise
-    except Exception as e:
-        raise UserError(f"--config={value}: {type(e).__name__}: {e}") from e
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config={value}: get_config gives {config!r}; expected a ConfigDict")
-    return override_config(config.to_dict(), overrides)
-
-
-def override_config(config: dict[str, Any], overrides: dict[str, Any]) -> ConfigDict:
-    """Puts values by dotted key into the sections of a config.
-
-    Raises:
-      UserError: a key lies below a value.
-    """
-    for key, override in overrides.items():
-        *parents, leaf = key.split(".")
-        section = config
-        for parent in parents:
-            if section.get(parent) is None:
-                section[parent] = {}
-            section = section[parent]
-            if not isinstance(section, dict):
-                raise UserError(
-                    f"unknown config key {key}: {parent}={section!r} has nothing below it"
-                )
-        section[leaf] = override
-    return ConfigDict(config)
-
-
-def parse_overrides(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Takes `--config.KEY=VALUE` out of command-line arguments; returns them and the rest.
-
-    Values are Python literals, `true`, `false` and `none`; all else is a string.
-    """
-    overrides, rest, todo = {}, [], iter(arguments)
-    for argument in todo:
-        if argument.startswith(_OVERRIDE):
-            key, equals, text = argument.removeprefix(_OVERRIDE).partition("=")
-            overrides[key] = parse_literal(text if equals else next(todo, ""))
-        else:
-            rest.append(argument)
-    return overrides, rest
-
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses absl flags; leaves overrides of the config, which are no flags, for `main`."""
@@ -155,16 +90,6 @@ def parse_flags(argv: list[str]) -> list[str]:
     return argv
 
 
-def parse_literal(text: str) -> Any:
-    """The value of an override; see `parse_overrides`."""
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        return text
-
-
 def _join_job(config: Mapping[str, Any]) -> None:
     ids = _LOCAL_DEVICE_IDS.value
     if ids is not None and not all(i.isdigit() for i in ids):
@@ -181,7 +106,7 @@ def _join_job(config: Mapping[str, Any]) -> None:
     )
 
 
-def _check_same(config: ConfigDict) -> None:
+def _check_same(config: Any) -> None:
     """Machines may keep the data elsewhere, with more cores and memory; all else is the same."""
     values = {f"config.{k}": v for k, v in flatten(config.to_dict()).items()}
     values |= {"--workdir": _WORKDIR.value, "vit_jax": __version__, "jax": jax.__version__}
@@ -240,17 +165,17 @@ def run() -> None:
     The code 75 asks the launcher to give the command again: the run was told to stop.
     """
     try:
-        with console.report_errors():
+        with report_errors():
             app.run(_main_to_the_end, flags_parser=parse_flags)
     except (DivergedError, SaveError) as e:
-        console.print_error(e)
+        print_error(e)
         sys.exit(1)
     except Preempted as e:
         print(f"vit_jax: {e}; the same command goes on from there")
         sys.exit(RUN_AGAIN)
     except KeyboardInterrupt:
         print("vit_jax: interrupted; the same command goes on from the last checkpoint")
-        sys.exit(console.INTERRUPTED)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

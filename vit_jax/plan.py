@@ -22,13 +22,14 @@ from typing import Any
 import jax
 import rich.progress
 
-from vit_jax.main import load_config, parse_overrides
-from vit_jax.observe.console import CommandParser, console, run_command, say
-from vit_jax.parallel.topologies import Topology, parse_topology
+from vit_jax.config.load import load_config, parse_overrides
+from vit_jax.observe.console import console, log
 from vit_jax.planning import scale as scale_lib
 from vit_jax.planning import search as search_lib
 from vit_jax.planning import text
 from vit_jax.planning.plan import make_plan, prepare_config
+from vit_jax.planning.topologies import Topology, parse_topology
+from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 
 # What is passed on to the processes that compile.
@@ -89,11 +90,11 @@ def main(argv: Sequence[str]) -> None:
             print(json.dumps(plan, indent=1))
             return
         for line in text.describe_plan(plan):
-            say(line)
+            log(line)
         if not plan["fits"]:
             candidates = search_lib.make_candidates(prepared, topology)
             for line in text.describe_remedies(plan, candidates):
-                say(line)
+                log(line)
 
 
 def _search(
@@ -121,7 +122,7 @@ def _search(
         print(json.dumps(rows, indent=1))
         return
     for line in text.describe_search(results, len(candidates)):
-        say(line)
+        log(line)
 
 
 def _scale(
@@ -141,7 +142,7 @@ def _scale(
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
         return
     for line in text.describe_scale(rows, points, topology):
-        say(line)
+        log(line)
 
 
 def pass_on(args: argparse.Namespace, overrides: Mapping[str, Any]) -> list[str]:

@@ -26,19 +26,20 @@ import numpy as np
 from PIL import Image
 
 from vit_jax.checkpoint.manager import list_steps
+from vit_jax.checkpoint.workdir import read_config, read_labels
 from vit_jax.data.corrupt import CorruptCounter
-from vit_jax.evaluate import Judge, find_source
 from vit_jax.evaluators.base import Evaluator, map_split, replicate_outputs
 from vit_jax.evaluators.classification import NUM_BINS, Classification
-from vit_jax.experiment import Experiment
-from vit_jax.inference.draw import scale_up
-from vit_jax.inference.page import encode_png
+from vit_jax.inference.draw import encode_png, scale_up
 from vit_jax.objectives.base import Batch, Params
-from vit_jax.observe.console import CommandParser, run_command, say, set_up
-from vit_jax.observe.html import make_section, write_page
-from vit_jax.observe.run_page import PAGE, Judged, make_report, read_details
+from vit_jax.observe.console import log, set_up
+from vit_jax.pages.html import make_section, write_page
+from vit_jax.pages.run_page import Judged, make_report, read_details
+from vit_jax.training.evaluation import Judge, find_source
+from vit_jax.training.experiment import Experiment
+from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, suggest
-from vit_jax.workdir import read_config, read_labels
+from vit_jax.utils.layout import REPORT
 
 _PICTURE = 112  # pixels of the longer side, at least
 _LARGEST = 224
@@ -195,7 +196,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = CommandParser(prog="python -m vit_jax.report", description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="of the run")
-    parser.add_argument("--output", type=Path, help=f"file to write; WORKDIR/{PAGE}")
+    parser.add_argument("--output", type=Path, help=f"file to write; WORKDIR/{REPORT}")
     parser.add_argument("--checkpoint", help="a step of the run, last (the default) or best")
     parser.add_argument("--eval", help="whose images to predict; the first that classifies")
     parser.add_argument("--max_images", type=int, default=2000, help="to predict; %(default)s")
@@ -268,14 +269,14 @@ def main(argv: Sequence[str]) -> None:
         except UserError as e:
             if asked:
                 raise
-            say(f"without pictures: {e}")
-    output = args.output or args.workdir / PAGE
+            log(f"without pictures: {e}")
+    output = args.output or args.workdir / REPORT
     page = make_report(args.workdir, judged=judged, sections=sections)
     try:
         write_page(output, page)
     except OSError as e:
         raise UserError(f"--output={output} can't be written: {e.strerror or e}") from None
-    say(f"wrote {output}")
+    log(f"wrote {output}")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.checkpoint.manager import FOLDER, list_steps
+from vit_jax.checkpoint.manager import list_steps
 from vit_jax.checkpoint.manifest import find_fault, has_manifest
-from vit_jax.observe.console import CommandParser, run_command, say, set_up
+from vit_jax.checkpoint.workdir import find_holder
+from vit_jax.observe.console import log, set_up
 from vit_jax.observe.divergence import read_rollbacks
 from vit_jax.observe.ledger import KINDS, read_ledger, summarize
+from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
-from vit_jax.workdir import find_holder
+from vit_jax.utils.layout import CHECKPOINTS
 
 
 def describe(workdir: Path, *, verify: bool = True) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def describe(workdir: Path, *, verify: bool = True) -> dict[str, Any]:
 def _describe_checkpoint(workdir: Path, steps: Sequence[int], *, verify: bool) -> str:
     if not steps:
         return "none"
-    folder = workdir / FOLDER / str(steps[-1])
+    folder = workdir / CHECKPOINTS / str(steps[-1])
     if not verify:
         return "not verified"
     if fault := find_fault(folder):
@@ -105,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(found, indent=1))
     else:
         for line in show(args.workdir, found):
-            say(line)
+            log(line)
 
 
 if __name__ == "__main__":

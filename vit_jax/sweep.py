@@ -36,15 +36,23 @@ from typing import Any
 
 import jax
 
-from vit_jax.compare import RunRecord, make_csv, make_html, make_records, read_run, show_table
-from vit_jax.evaluators.base import lower_is_better
-from vit_jax.experiment import Experiment
-from vit_jax.main import load_config, parse_literal, parse_overrides
-from vit_jax.observe.console import INTERRUPTED, CommandParser, run_command, say, set_up
-from vit_jax.observe.html import write_page
-from vit_jax.parallel.preemption import RUN_AGAIN
+from vit_jax.config.load import load_config, parse_literal, parse_overrides
+from vit_jax.observe.console import log, set_up
+from vit_jax.pages.comparison import (
+    RunRecord,
+    make_csv,
+    make_html,
+    make_records,
+    read_run,
+    show_table,
+)
+from vit_jax.pages.html import write_page
+from vit_jax.runtime.preemption import RUN_AGAIN
+from vit_jax.training.experiment import Experiment
+from vit_jax.utils.command import INTERRUPTED, CommandParser, run_command
 from vit_jax.utils.errors import UserError
-from vit_jax.workdir import CONFIG
+from vit_jax.utils.layout import CONFIG
+from vit_jax.utils.metrics import lower_is_better
 
 RESULTS = "sweep.json"
 _NAME = re.compile(r"[\w+-][\w.,=+-]*")
@@ -218,9 +226,9 @@ def run_sweep(
     for number, trial in enumerate(trials, 1):
         state = states.get(trial.name, {})
         if state.get("status") == "finished" and state.get("digest") == trial.digest:
-            say(f"run {number} of {len(trials)}: {trial.name} is finished")
+            log(f"run {number} of {len(trials)}: {trial.name} is finished")
             continue
-        say(f"run {number} of {len(trials)}: {trial.name}")
+        log(f"run {number} of {len(trials)}: {trial.name}")
         started = time.monotonic()
         code = run_trial(trial)
         status = {0: "finished", RUN_AGAIN: "stopped", INTERRUPTED: "stopped"}.get(code, "failed")
@@ -232,10 +240,10 @@ def run_sweep(
         }
         write_results(trials, states, workdir, metric=metric)
         if status == "stopped":
-            say(f"{trial.name} was stopped; the same command goes on from there")
+            log(f"{trial.name} was stopped; the same command goes on from there")
             return code
         if status == "failed":
-            say(f"{trial.name} failed with code {code}; the others go on")
+            log(f"{trial.name} failed with code {code}; the others go on")
     return 1 if any(states.get(t.name, {}).get("status") == "failed" for t in trials) else 0
 
 
@@ -383,8 +391,8 @@ def main(argv: Sequence[str]) -> int:
     code = 0 if args.summarize else run_sweep(trials, args.workdir, metric=args.metric)
     lines = write_results(trials, read_states(args.workdir), args.workdir, metric=args.metric)
     for line in lines:
-        say(line)
-    say(f"results are in {args.workdir / RESULTS}")
+        log(line)
+    log(f"results are in {args.workdir / RESULTS}")
     return code
 
 

@@ -17,7 +17,7 @@ from vit_jax.benchmark.input import (
     measure_wait,
     predict_wait,
 )
-from vit_jax.data import image_ops
+from vit_jax.data.ops import transforms as image_ops
 from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.utils.errors import UserError
 

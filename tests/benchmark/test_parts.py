@@ -10,8 +10,8 @@ import pytest
 from tests.benchmark.test_step import CONFIG
 from vit_jax.benchmark import checkpoint, loop, startup
 from vit_jax.benchmark.__main__ import main
-from vit_jax.data import blank
-from vit_jax.main import load_config
+from vit_jax.config.load import load_config
+from vit_jax.data.sources import blank
 from vit_jax.planning.plan import prepare_config
 from vit_jax.utils.errors import UserError
 

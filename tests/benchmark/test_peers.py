@@ -6,7 +6,7 @@ import json
 import pytest
 
 from benchmarks.step import PEERS, VARIATIONS, make_command, parse_variant
-from vit_jax.precision import PRECISIONS
+from vit_jax.config.precision import PRECISIONS
 
 
 @pytest.mark.parametrize(

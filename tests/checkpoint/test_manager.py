@@ -16,8 +16,8 @@ from vit_jax.checkpoint.manager import (
     CheckpointOptions,
     load_params,
 )
+from vit_jax.checkpoint.state import TrainState
 from vit_jax.parallel.mesh import make_mesh
-from vit_jax.state import TrainState
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten
 

@@ -16,8 +16,9 @@ from vit_jax.checkpoint.manager import (
     find_checkpoint,
     load_params,
 )
-from vit_jax.checkpoint.manifest import MANIFEST, RUN, find_fault
+from vit_jax.checkpoint.manifest import MANIFEST, find_fault
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.layout import RUN
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from vit_jax.data import fused
-from vit_jax.data.decode import ImageError
 from vit_jax.data.fused import Fused, fuse
+from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
 from vit_jax.data.preprocess import apply, parse_preprocess
 from vit_jax.utils.errors import UserError

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from vit_jax.data import check, fused, pipeline
-from vit_jax.data.decode import ImageError, decode_image
-from vit_jax.data.geometry import resize_image
-from vit_jax.data.image_ops import Decode
+from vit_jax.data.ops.decode import ImageError, decode_image
+from vit_jax.data.ops.geometry import resize_image
+from vit_jax.data.ops.transforms import Decode
 from vit_jax.data.pack import main
 from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
 from vit_jax.data.sources import dataset_info, open_source
@@ -239,7 +239,7 @@ def test_a_full_disk_is_one_line(kind, folder, tmp_path):
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from vit_jax.data.pack import main\n"
-        "from vit_jax.observe.console import run_command\n"
+        "from vit_jax.utils.command import run_command\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
         "run_command(main)\n"
     )

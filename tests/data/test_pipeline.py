@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from vit_jax.data import image_ops, preprocess, sources
+from vit_jax.data import preprocess, sources
 from vit_jax.data.datasets import Digits
+from vit_jax.data.ops import transforms as image_ops
 from vit_jax.data.pipeline import Buffers, DatasetSpec, eval_batches, plan_buffers, train_batches
 from vit_jax.data.sources import dataset_info, open_source
 from vit_jax.utils.errors import UserError

@@ -11,9 +11,10 @@ import cv2
 import numpy as np
 import pytest
 
-from vit_jax.data import augment_ops, image_ops
-from vit_jax.data.decode import decode_image
-from vit_jax.data.geometry import Method, resize_image
+from vit_jax.data.ops import policies as augment_ops
+from vit_jax.data.ops import transforms as image_ops
+from vit_jax.data.ops.decode import decode_image
+from vit_jax.data.ops.geometry import Method, resize_image
 from vit_jax.data.preprocess import OPS, apply, parse_preprocess
 from vit_jax.utils.errors import UserError
 

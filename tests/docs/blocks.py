@@ -25,21 +25,21 @@ from absl.testing import flagsaver
 from vit_jax import main as main_command
 from vit_jax.checkpoint.manager import CheckpointOptions
 from vit_jax.checkpoint.pretrained.adapt import adapt_params
+from vit_jax.checkpoint.workdir import Resume
+from vit_jax.config.load import load_config, override_config, parse_overrides
 from vit_jax.evaluators.kinds import EVALUATORS
-from vit_jax.experiment import Experiment, _eval_data, _top_level, _train_data
-from vit_jax.main import load_config, override_config, parse_overrides
 from vit_jax.models.variants import MODELS
 from vit_jax.objectives.kinds import OBJECTIVES
 from vit_jax.observe.profiler import Profile
 from vit_jax.observe.trackers import Tracking
-from vit_jax.observe.watchdog import Limits
 from vit_jax.optim.directions import DIRECTIONS
 from vit_jax.optim.optimizer import make_optimizer
 from vit_jax.parallel.mesh import make_mesh
 from vit_jax.parallel.sharding import Strategy
+from vit_jax.runtime.watchdog import Limits
+from vit_jax.training.experiment import Experiment, _eval_data, _top_level, _train_data
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import keywords
-from vit_jax.workdir import Resume
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -72,7 +72,7 @@ def test_marks_are_known_and_python_is_python(block):
         ("python -m vit_jax.main --config=configs/digits.py --config.model.depth=3", "depth"),
         ("python -m vit_jax.evaluate --workdir=runs/digits --config.data.batch=3", "batch"),
         ("python -m vit_jax.predict --workdir=runs/digits --topk=3 photos", "topk"),
-        ("python -m vit_jax.train --config=configs/digits.py", "takes no arguments"),
+        ("python -m vit_jax.losses --config=configs/digits.py", "takes no arguments"),
         ("python -m vit_jax.fit", "no module"),
         ("make nothing", "nothing"),
         ("pip install -e '.[cpu]'", "cpu"),

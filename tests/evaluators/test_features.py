@@ -19,7 +19,7 @@ from vit_jax.evaluators.kinds import EVALUATORS
 from vit_jax.evaluators.knn import find_neighbours, make_knn, vote
 from vit_jax.evaluators.linear_probe import fit_logistic, judge_logistic, make_linear_probe
 from vit_jax.parallel.mesh import make_mesh
-from vit_jax.parallel.preemption import Preempted, PreemptionGuard
+from vit_jax.runtime.preemption import Preempted, PreemptionGuard
 from vit_jax.utils.errors import UserError
 
 PARAMS = np.random.default_rng(3).normal(size=(64, 24)).astype(np.float32)

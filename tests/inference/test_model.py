@@ -71,7 +71,7 @@ def test_every_public_name_is_there_and_no_other():
 
 
 def test_train_is_called_by_its_name_whatever_was_imported_before(tmp_path):
-    from vit_jax.train import train
+    from vit_jax.training.run import train
 
     assert callable(train)
     refuse(lambda: vit_jax.train({"modell": {}}, tmp_path / "w"), "unknown config key")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import tiny_config
-from vit_jax.experiment import Experiment
+from vit_jax.training.experiment import Experiment
 from vit_jax.utils.tree import flatten
 
 LAYERS, HEADS, PATCH, CLASSES = 2, 4, 4, 10

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import ndimage
 
-from vit_jax.data import colors
+from vit_jax.data.ops import colors
 from vit_jax.models.variants import make_vit
 from vit_jax.objectives.augment import (
     Augmentation,

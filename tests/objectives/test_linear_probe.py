@@ -10,7 +10,7 @@ from vit_jax.models.variants import make_vit
 from vit_jax.objectives.linear_probe import make_linear_probe
 from vit_jax.optim.directions import sgd
 from vit_jax.optim.optimizer import make_optimizer
-from vit_jax.state import init_state, train_step
+from vit_jax.training.step import init_state, train_step
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten
 

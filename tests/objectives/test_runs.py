@@ -8,19 +8,19 @@ import cv2
 import jax
 import numpy as np
 import pytest
-
 from tests.test_train import assert_same, stop_at
+
 from tests.tiny import tiny_config
 from vit_jax.checkpoint.manager import load_params
-from vit_jax.checkpoint.pretrained.adapt import describe_own
+from vit_jax.checkpoint.pretrained.adapt import describe_objective_params
 from vit_jax.checkpoint.pretrained.load import load_pretrained
-from vit_jax.checkpoint.pretrained.weights import OWN_PARAMS
-from vit_jax.experiment import Experiment
+from vit_jax.checkpoint.pretrained.weights import OBJECTIVE_PARAMS
 from vit_jax.objectives.linear_probe import LinearProbe
 from vit_jax.objectives.mae import MaskedAutoencoder
 from vit_jax.observe.progress import Monitor
 from vit_jax.observe.writer import read_metrics
-from vit_jax.train import train
+from vit_jax.training.experiment import Experiment
+from vit_jax.training.run import train
 from vit_jax.utils.errors import UserError
 
 MODEL = {"patch_size": 2, "hidden_size": 16, "num_layers": 1, "num_heads": 4, "mlp_dim": 32}
@@ -116,7 +116,7 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one(
 def test_a_teacher_leaves_nothing_in_the_checkpoint(run_dir):
     student = load_pretrained(str(run_dir("distillation")))
     assert student.model["distillation_token"]
-    assert not student.own_params
+    assert not student.objective_params
     stored = json.loads((run_dir("distillation") / "checkpoints/4/training/_METADATA").read_text())
     assert not any("teacher" in key for key in stored["tree_metadata"])
 
@@ -183,14 +183,14 @@ def test_a_probe_starts_from_an_autoencoder_and_names_the_best_head(
     best = max(heads, key=heads.get)
     assert f"  best head       {best} optimizer.lr, chosen on val" in said
     assert any(line.startswith("  test accuracy ") for line in said)
-    assert describe_own(load_pretrained(str(tmp_path / "w"))) == [
+    assert describe_objective_params(load_pretrained(str(tmp_path / "w"))) == [
         "probe: the heads of a linear probe: dropped"
     ]
 
 
 def test_loading_knows_what_objectives_add():
-    own = {name for cls in (MaskedAutoencoder, LinearProbe) for name in cls.own_params}
-    assert own == OWN_PARAMS.keys()
+    own = {name for cls in (MaskedAutoencoder, LinearProbe) for name in cls.objective_params}
+    assert own == OBJECTIVE_PARAMS.keys()
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@
 import pytest
 
 from vit_jax import status
+from vit_jax.checkpoint.workdir import find_holder, lock_workdir
 from vit_jax.observe import ledger
-from vit_jax.observe.ledger import LEDGER, Ledger, read_ledger, summarize
+from vit_jax.observe.ledger import Ledger, read_ledger, summarize
 from vit_jax.utils.errors import UserError
-from vit_jax.workdir import find_holder, lock_workdir
+from vit_jax.utils.layout import LEDGER
 
 
 class Clock:

@@ -8,9 +8,9 @@ import optax
 import pytest
 
 from tests.tiny import tiny_config
-from vit_jax.experiment import Experiment
 from vit_jax.optim import directions
 from vit_jax.optim.optimizer import make_optimizer
+from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten
 

@@ -21,7 +21,7 @@ from vit_jax.parallel.mesh import (
     choose_layout,
     make_mesh,
     process_shards,
-    put_batch,
+    shard_batch,
 )
 from vit_jax.parallel.sharding import (
     Strategy,
@@ -131,7 +131,7 @@ def test_batch_that_does_not_divide_is_refused():
 
 def test_batch_is_split_over_data_and_fsdp_and_copied_over_tensor():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    batch = put_batch({"image": np.arange(8.0).reshape(8, 1)}, mesh)
+    batch = shard_batch({"image": np.arange(8.0).reshape(8, 1)}, mesh)
     assert process_shards(mesh) == ((0, 1, 2, 3), 4)
     rows = {tuple(np.ravel(s.data).tolist()) for s in batch["image"].addressable_shards}
     assert rows == {(0, 1), (2, 3), (4, 5), (6, 7)}

@@ -8,9 +8,6 @@ import pytest
 
 from tests.tiny import tiny_config
 from vit_jax import plan as command
-from vit_jax.experiment import Experiment
-from vit_jax.parallel.chips import GPUS
-from vit_jax.parallel.topologies import make_devices, parse_topology
 from vit_jax.planning import compiled, search
 from vit_jax.planning.compiled import parse_size
 from vit_jax.planning.plan import make_plan, prepare_config
@@ -22,6 +19,9 @@ from vit_jax.planning.search import (
     override,
 )
 from vit_jax.planning.text import describe_plan, describe_remedies, describe_search
+from vit_jax.planning.topologies import make_devices, parse_topology
+from vit_jax.runtime.chips import GPUS
+from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
 
 KEYS = {

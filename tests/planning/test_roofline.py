@@ -3,11 +3,11 @@
 
 import pytest
 
-from vit_jax.parallel.chips import TPUS
-from vit_jax.parallel.topologies import parse_topology
 from vit_jax.planning.roofline import Work, make_roofline
 from vit_jax.planning.scale import predict
 from vit_jax.planning.text import describe_scale
+from vit_jax.planning.topologies import parse_topology
+from vit_jax.runtime.chips import TPUS
 
 V5E = TPUS["v5e"]
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from tools.chaos.faults import FAULTS, Outcome, prepare
 from tools.chaos.job import Lab
-from vit_jax.observe.console import CommandParser, run_command
+from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 
 COLUMNS = ("fault", "injected", "recovered", "steps lost (max)", "end state equal")

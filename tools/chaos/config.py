@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vit_jax.objectives.supervised import Supervised
-from vit_jax.state import step_rng
+from vit_jax.training.step import step_rng
 
 DIGITS = Path(__file__).parent.parent.parent / "configs" / "digits.py"
 TOTAL, SAVE_EVERY, EVALUATE_EVERY = 60, 10, 20

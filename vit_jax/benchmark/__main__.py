@@ -17,8 +17,9 @@ from pathlib import Path
 from vit_jax.benchmark import checkpoint, loop, startup
 from vit_jax.benchmark import input as input_benchmark
 from vit_jax.benchmark import step as step_benchmark
-from vit_jax.main import parse_overrides
-from vit_jax.observe.console import CommandParser, run_command, say, set_up
+from vit_jax.config.load import parse_overrides
+from vit_jax.observe.console import log, set_up
+from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 
 # Each has `add_arguments(parser)` and `run(args)`, which returns what goes into the JSON and the
@@ -52,14 +53,14 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--config.{next(iter(overrides))}: {args.part} has no config to override")
     results, lines = PARTS[args.part].run(args)
     for line in lines:
-        say(line)
+        log(line)
     if args.json:
         try:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(results, indent=2) + "\n")
         except OSError as e:
             raise UserError(f"--json={args.json}: {e.strerror}") from None
-        say(f"wrote {args.json}")
+        log(f"wrote {args.json}")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax.checkpoint.manager import FOLDER, CheckpointManager, CheckpointOptions
-from vit_jax.experiment import Experiment
-from vit_jax.main import load_config
+from vit_jax.checkpoint.manager import CheckpointManager, CheckpointOptions
+from vit_jax.config.load import load_config
 from vit_jax.planning.plan import prepare_config
+from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.layout import CHECKPOINTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +100,7 @@ def measure_saves(experiment: Experiment, folder: Path, *, saves: int) -> dict[s
                 times["memory_bytes"].append(_resident_bytes())
                 times["raw_write_s"].append(_write(file, state))
         for _ in range(saves):
-            _forget(file, *(workdir / FOLDER).rglob("*"))
+            _forget(file, *(workdir / CHECKPOINTS).rglob("*"))
             start = time.perf_counter()
             with CheckpointManager(workdir, options, experiment.description) as checkpoints:
                 jax.block_until_ready(checkpoints.restore(experiment.abstract_state))

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data import fused, image_ops, loader, preprocess
+from vit_jax.data import fused, loader, preprocess
 from vit_jax.data.corrupt import CorruptCounter
-from vit_jax.data.order import Draws
+from vit_jax.data.ops import transforms as image_ops
+from vit_jax.data.order import PositionRng
 from vit_jax.data.pipeline import Batch, DatasetSpec, train_batches, train_order
 from vit_jax.utils.errors import UserError
 
@@ -147,7 +148,7 @@ def measure_stages(spec: DatasetSpec, *, seconds: float) -> dict[str, float]:
     split = 1 + max(i for i, op in enumerate(ops) if isinstance(op, _DECODE))
     spent = dict.fromkeys(STAGES, 0.0)
 
-    order, draws = train_order(spec, source, seed=0), Draws(0)
+    order, draws = train_order(spec, source, seed=0), PositionRng(0)
     images = np.empty((spec.batch_size, *spec.image_shape()), np.uint8)
     start, position = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:

@@ -15,15 +15,16 @@ from typing import Any
 import jax
 
 from vit_jax.benchmark.step import make_batch, measure_steps
+from vit_jax.config.cpu_devices import count_cpu_devices
+from vit_jax.config.load import load_config
 from vit_jax.data.corrupt import CorruptCounter
-from vit_jax.experiment import Experiment
-from vit_jax.main import load_config
 from vit_jax.observe.console import console
 from vit_jax.observe.writer import read_metrics
-from vit_jax.parallel.cpu_devices import count_cpu_devices, set_cpu_devices
-from vit_jax.parallel.mesh import put_batch
+from vit_jax.parallel.mesh import shard_batch
 from vit_jax.planning.plan import prepare_config
-from vit_jax.train import train
+from vit_jax.runtime.cpu_devices import set_cpu_devices
+from vit_jax.training.experiment import Experiment
+from vit_jax.training.run import train
 from vit_jax.utils.errors import UserError
 
 
@@ -83,7 +84,7 @@ class _Ready(Experiment):
     ) -> Iterator[dict[str, jax.Array]]:
         del step, corrupt
         batch = jax.device_get(make_batch(self))
-        return (put_batch(batch, self.mesh) for _ in itertools.count())
+        return (shard_batch(batch, self.mesh) for _ in itertools.count())
 
 
 def time_loop(

@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vit_jax.experiment import Experiment
-from vit_jax.main import load_config
+from vit_jax.config.cpu_devices import count_cpu_devices
+from vit_jax.config.load import load_config
 from vit_jax.models.flops import train_flops
-from vit_jax.parallel.chips import find_chip
-from vit_jax.parallel.cpu_devices import count_cpu_devices, set_cpu_devices
 from vit_jax.planning.plan import prepare_config
+from vit_jax.runtime.chips import find_chip
+from vit_jax.runtime.cpu_devices import set_cpu_devices
+from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
 
 _GEMM_SIZE = 2048

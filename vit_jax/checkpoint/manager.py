@@ -28,23 +28,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vit_jax.checkpoint.bounds import check_size
-from vit_jax.checkpoint.manifest import (
-    RUN,
-    find_fault,
-    has_manifest,
-    sync_folder,
-    write_manifest,
-)
+from vit_jax.checkpoint.manifest import find_fault, has_manifest, sync_folder, write_manifest
 from vit_jax.checkpoint.snapshot import Snapshot
-from vit_jax.evaluators.base import lower_is_better
-from vit_jax.observe.console import say
-from vit_jax.parallel.processes import sum_over_processes, tell_all
-from vit_jax.state import TrainState
+from vit_jax.checkpoint.state import TrainState
+from vit_jax.observe.console import log
+from vit_jax.runtime.processes import broadcast_from_process_0, sum_over_processes
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.layout import BROKEN, CHECKPOINTS, RUN
+from vit_jax.utils.metrics import lower_is_better
 
-FOLDER = "checkpoints"
-# Of a workdir: checkpoints that were damaged and stood in the way.
-BROKEN = "broken"
 _DESCRIPTION = "description"
 _METRICS = "metrics"
 # Of what is not complete yet, or about to go.
@@ -110,7 +102,7 @@ class CheckpointManager:
     ):
         self._description = dict(description)
         self.run: Mapping[str, Any] = {}
-        self._directory = workdir.absolute() / FOLDER
+        self._directory = workdir.absolute() / CHECKPOINTS
         self._keep, self._best = options.keep, options.keep_best
         self._main = jax.process_index() == 0
         self._latest, self._faults = _choose(self._directory)
@@ -161,7 +153,7 @@ class CheckpointManager:
         """
         self.wait()
         self._saving, work = step, lambda: None
-        if (refused := tell_all(self._try_to_write())) is not None:
+        if (refused := broadcast_from_process_0(self._try_to_write())) is not None:
             self._error = OSError(refused)
         elif (copy := self._snapshot.take(state)) is not None:
             work = functools.partial(self._write_copy, step, copy, dict(metrics))
@@ -221,7 +213,7 @@ class CheckpointManager:
         )
         if must or self._failures >= MAX_FAILURES:
             raise failed from error
-        say(f"{failed}: goes on, and tries again with the next")
+        log(f"{failed}: goes on, and tries again with the next")
 
     def _half(self, step: int) -> Path:
         return self._directory / f"{step}{_HALF}-unverified"
@@ -296,7 +288,7 @@ class CheckpointManager:
             shutil.rmtree(place, ignore_errors=True)
             place.parent.mkdir(exist_ok=True)
             os.rename(self.path(broken), place)
-            say(f"moved to {place}: {fault}")
+            log(f"moved to {place}: {fault}")
         self._faults = {}
         return TrainState(
             params=found["params"], ema_params=found.get("ema_params"), **found["training"]
@@ -333,7 +325,7 @@ def _choose(directory: Path) -> tuple[int | None, dict[int, str]]:
             chosen["step"] = step
             break
         chosen["faults"].append((step, fault))
-    chosen = tell_all(chosen)
+    chosen = broadcast_from_process_0(chosen)
     step, faults = chosen["step"], dict(chosen["faults"])
     if faults and step is None:
         newest, fault = next(iter(faults.items()))
@@ -343,9 +335,9 @@ def _choose(directory: Path) -> tuple[int | None, dict[int, str]]:
             "anew, choose another workdir"
         )
     for broken, fault in faults.items():
-        say(f"skipped {directory / str(broken)}, which is damaged: {fault}")
+        log(f"skipped {directory / str(broken)}, which is damaged: {fault}")
     if step is not None and not has_manifest(directory / str(step)):
-        say(f"{directory / str(step)} was written without checksums: it can't be verified")
+        log(f"{directory / str(step)} was written without checksums: it can't be verified")
     return step, faults
 
 
@@ -437,7 +429,7 @@ def load_params(folder: Path, *, item: str = "params") -> tuple[dict[str, Any], 
 
 def list_steps(workdir: Path) -> list[int]:
     """Steps of the complete checkpoints of a workdir."""
-    return sorted(int(p.name) for p in (workdir / FOLDER).glob("*") if p.name.isdigit())
+    return sorted(int(p.name) for p in (workdir / CHECKPOINTS).glob("*") if p.name.isdigit())
 
 
 def find_checkpoint(folder: Path, *, items: Sequence[str] | None = None) -> Path:
@@ -451,14 +443,14 @@ def find_checkpoint(folder: Path, *, items: Sequence[str] | None = None) -> Path
     Raises:
       UserError: it is none of them.
     """
-    runs = folder / FOLDER if (folder / FOLDER).is_dir() else folder
+    runs = folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
     steps = sorted((int(p.name) for p in runs.glob("*") if p.name.isdigit()), reverse=True)
     skipped = []
     for step in steps:
         path = (runs / str(step)).absolute()
         if (fault := find_fault(path, items)) is None:
             for line in skipped:
-                say(line)
+                log(line)
             return path
         skipped.append(f"skipped {path}, which is damaged: {fault}")
     if steps:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vit_jax.utils.layout import RUN
+
 MANIFEST = "manifest.json"
-# The run that wrote the checkpoint. Where it is, there is a manifest too.
-RUN = "run.json"
 
 _CHUNK = 1 << 22
 _THREADS = 32

@@ -24,14 +24,15 @@ import numpy as np
 import rich.progress
 from PIL import Image
 
-from vit_jax.data.base import DatasetInfo, Source
-from vit_jax.data.decode import ImageError, decode_image, read_header
+from vit_jax.config.load import load_config
+from vit_jax.data.ops.decode import ImageError, decode_image, read_header
 from vit_jax.data.pipeline import DatasetSpec, train_batches
 from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources import dataset_info, open_source
-from vit_jax.experiment import Experiment
-from vit_jax.main import load_config
-from vit_jax.observe.console import CommandParser, console, run_command, say, set_up
+from vit_jax.data.sources.base import DatasetInfo, Source
+from vit_jax.observe.console import console, log, set_up
+from vit_jax.training.experiment import Experiment
+from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 
 # What an ending says of the content.
@@ -270,11 +271,11 @@ def main(argv: Sequence[str]) -> int:
     source = open_source(args.SRC, args.split, data_dir=args.data_dir, key="--split")
     findings = inspect(source, num_threads=args.num_threads)
     for line in report(findings, dataset_info(args.SRC, data_dir=args.data_dir)):
-        say(line)
+        log(line)
     if any(f.size for f in findings):
         path = args.output / "contact_sheet.png"
         write_contact_sheet(path, prepare_images(args))
-        say(f"wrote {path}")
+        log(f"wrote {path}")
     return 1 if any(f.corrupt for f in findings) else 0
 
 

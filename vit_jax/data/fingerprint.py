@@ -5,8 +5,8 @@ import hashlib
 
 import numpy as np
 
-from vit_jax.data.base import Source
-from vit_jax.data.decode import ImageError
+from vit_jax.data.ops.decode import ImageError
+from vit_jax.data.sources.base import Source
 
 _SAMPLES = 16
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vit_jax.data import preprocess
-from vit_jax.data.decode import MAX_PIXELS
-from vit_jax.data.image_ops import (
+from vit_jax.data.ops.decode import MAX_PIXELS
+from vit_jax.data.ops.transforms import (
     CentralCrop,
     Decode,
     Features,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.base import DatasetInfo, Source
+from vit_jax.data.sources.base import DatasetInfo, Source
 from vit_jax.utils.errors import UserError
 
 # The schedule repeats after as many positions as it takes to hold all shares exactly.

@@ -55,7 +55,7 @@ class Mixed:
         return self._orders[k][turn]
 
 
-class Repeated:
+class RepeatedAugmentation:
     """Each batch holds the next batch_size / repeats of an order, `repeats` times.
 
     Copies lie a whole round apart: mixing with the neighbour mixes different images. Where the
@@ -76,7 +76,7 @@ def shuffled(length: int, *, seed: int) -> Shuffled:
     return Shuffled(0, length, seed=_derive(seed, _SHUFFLE))
 
 
-class Draws(threading.local):
+class PositionRng(threading.local):
     """The generator of random numbers of each position; a thread's next call ends the last one."""
 
     def __init__(self, seed: int):

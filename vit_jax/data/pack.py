@@ -30,14 +30,15 @@ import numpy as np
 import rich.progress
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from vit_jax.data.base import Rows, Source
-from vit_jax.data.decode import ImageError, decode_image
-from vit_jax.data.geometry import resize_image
-from vit_jax.data.image_ops import CentralCrop, ResizeSmall
 from vit_jax.data.loader import count_threads
-from vit_jax.data.packed import MANIFEST, Manifest, Shard, read_manifest
+from vit_jax.data.ops.decode import ImageError, decode_image
+from vit_jax.data.ops.geometry import resize_image
+from vit_jax.data.ops.transforms import CentralCrop, ResizeSmall
 from vit_jax.data.sources import dataset_info, open_source, split_lengths
-from vit_jax.observe.console import CommandParser, console, run_command, say, set_up
+from vit_jax.data.sources.base import Rows, Source
+from vit_jax.data.sources.packed import MANIFEST, Manifest, Shard, read_manifest
+from vit_jax.observe.console import console, log, set_up
+from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 
 
@@ -284,12 +285,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _report(manifest: Manifest, folder: Path, corrupt: int) -> None:
     size = sum(path.stat().st_size for path in folder.iterdir())
     total = sum(manifest.splits.values())
-    say(f"packed {total:,} images, {size / 1e6:,.1f} MB, in {folder}")
+    log(f"packed {total:,} images, {size / 1e6:,.1f} MB, in {folder}")
     for split, length in manifest.splits.items():
-        say(f"  {split:<15} {length:>12,} examples")
+        log(f"  {split:<15} {length:>12,} examples")
     if corrupt:
-        say(f"  {corrupt:,} of them can't be read: their places are empty")
-    say(f"  read it by      --config.data.name={manifest.kind}:{folder}")
+        log(f"  {corrupt:,} of them can't be read: their places are empty")
+    log(f"  read it by      --config.data.name={manifest.kind}:{folder}")
 
 
 if __name__ == "__main__":

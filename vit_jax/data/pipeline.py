@@ -14,14 +14,14 @@ from collections.abc import Callable, Generator, Iterable
 import numpy as np
 
 from vit_jax.data import loader, preprocess
-from vit_jax.data.base import DatasetInfo, Source
 from vit_jax.data.corrupt import CorruptCounter
-from vit_jax.data.decode import ImageError
 from vit_jax.data.fused import Target, fuse
-from vit_jax.data.image_ops import Decode, Features
 from vit_jax.data.mixture import Mixture, Schedule, make_schedule, merge_infos
-from vit_jax.data.order import Draws, Mixed, Order, Repeated, shuffled
+from vit_jax.data.ops.decode import ImageError
+from vit_jax.data.ops.transforms import Decode, Features
+from vit_jax.data.order import Mixed, Order, PositionRng, RepeatedAugmentation, shuffled
 from vit_jax.data.sources import dataset_info, open_source, placeholder
+from vit_jax.data.sources.base import DatasetInfo, Source
 from vit_jax.utils.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -150,7 +150,7 @@ class _TrainExamples:
         seed: int,
     ):
         self._source, self._corrupt = source, corrupt
-        self._order, self._draws = train_order(spec, source, seed=seed), Draws(seed)
+        self._order, self._draws = train_order(spec, source, seed=seed), PositionRng(seed)
         self._ops = fuse(spec.ops(), target=target)
         self._blank = spec.blank()
 
@@ -173,7 +173,7 @@ class _EvalExamples:
     """Each record in order; one that can't be read, or is not there, has the mask 0."""
 
     def __init__(self, spec: DatasetSpec, source: Source, target: Target, corrupt: CorruptCounter):
-        self._source, self._corrupt, self._draws = source, corrupt, Draws(0)
+        self._source, self._corrupt, self._draws = source, corrupt, PositionRng(0)
         self._ops = fuse(spec.ops(), target=target)
         self._blank = spec.blank()
 
@@ -235,7 +235,7 @@ def train_order(spec: DatasetSpec, source: Source, *, seed: int) -> Order:
         order = Mixed(source, spec.schedule(), seed=seed)
     else:
         order = shuffled(len(source), seed=seed)
-    return Repeated(order, spec.batch_size, spec.repeats) if spec.repeats > 1 else order
+    return RepeatedAugmentation(order, spec.batch_size, spec.repeats) if spec.repeats > 1 else order
 
 
 def eval_batches(

@@ -10,7 +10,8 @@ Example:
 from collections.abc import Sequence
 
 from vit_jax.data.sources import prepare
-from vit_jax.observe.console import CommandParser, run_command, say, set_up
+from vit_jax.observe.console import log, set_up
+from vit_jax.utils.command import CommandParser, run_command
 
 
 def main(argv: Sequence[str]) -> None:
@@ -21,9 +22,9 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     set_up(quiet=False)
     folder, lengths = prepare(args.NAME, data_dir=args.data_dir)
-    say(f"{args.NAME} is prepared in {folder}")
+    log(f"{args.NAME} is prepared in {folder}")
     for split, length in lengths.items():
-        say(f"  {split:<15} {length:>12,} examples")
+        log(f"  {split:<15} {length:>12,} examples")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data import augment_ops, image_ops
-from vit_jax.data.image_ops import Features, Random, Transform
+from vit_jax.data.ops import policies as augment_ops
+from vit_jax.data.ops import transforms as image_ops
+from vit_jax.data.ops.transforms import Features, Random, Transform
 from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.registry import check_type
 

@@ -13,15 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.pipeline import DatasetSpec, eval_batches
 from vit_jax.objectives.base import Batch, Params
-from vit_jax.observe.progress import Pace
-from vit_jax.parallel.mesh import process_shards, put_batch
-from vit_jax.parallel.preemption import interruptible
+from vit_jax.observe.progress import ProgressLog
+from vit_jax.parallel.mesh import process_shards, shard_batch
+from vit_jax.runtime.preemption import interruptible
 from vit_jax.utils.errors import UserError
-
-# Of a workdir: where details go.
-FOLDER = "evals"
-
-_LOWER_IS_BETTER = ("loss", "ece")
+from vit_jax.utils.layout import EVALS
 
 
 class Evaluator(Protocol):
@@ -61,11 +57,6 @@ class Evaluator(Protocol):
         ...
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether the smaller value of a metric, such as `val/loss`, is the better one."""
-    return metric.rpartition("/")[2] in _LOWER_IS_BETTER
-
-
 def evaluate(
     evaluator: Evaluator,
     params: Params,
@@ -87,7 +78,7 @@ def evaluate(
         trees[f"{evaluator.name}_ema"] = ema_params
     results = {}
     for prefix, tree in trees.items():
-        files = None if details is None else details[0] / FOLDER / f"{prefix}_{details[1]}"
+        files = None if details is None else details[0] / EVALS / f"{prefix}_{details[1]}"
         for metric, value in evaluator.run(tree, details=files).items():
             results[f"{prefix}/{metric}"] = value
     return results
@@ -131,10 +122,10 @@ def map_split(
     shards, num_shards = process_shards(mesh)
     batches = eval_batches(data, shards=shards, num_shards=num_shards, corrupt=corrupt)
     total = len(data.open())
-    pace = Pace(f"{name}: {data.split} of {data}", total=total, unit="images")
+    pace = ProgressLog(f"{name}: {data.split} of {data}", total=total, unit="images")
     pending = None
     for batch in interruptible(batches):
-        queued = fn(params, put_batch(batch, mesh))
+        queued = fn(params, shard_batch(batch, mesh))
         if pending is not None:
             yield jax.device_get(pending)
             pace.advance(data.batch_size)

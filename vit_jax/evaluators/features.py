@@ -16,7 +16,7 @@ from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.evaluators.base import check_every, map_split, replicate_outputs, write_details
 from vit_jax.objectives.base import Batch, Objective, Params
-from vit_jax.observe.console import say
+from vit_jax.observe.console import log
 from vit_jax.utils.errors import UserError
 
 
@@ -125,7 +125,7 @@ class FeatureEvaluator(abc.ABC):
         if data.split not in self._said:
             self._said.add(data.split)
             size = 4 * total * shape[0] / 2**20
-            say(
+            log(
                 f"{self.name}: features of {total:,} images of {data}, {shape[0]:,} values each: "
                 f"{size:,.1f} MiB of host memory"
             )

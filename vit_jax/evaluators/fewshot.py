@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.evaluators.features import FeatureEvaluator, Features, make_splits, whiten
 from vit_jax.objectives.base import Objective
-from vit_jax.parallel.preemption import interruptible
+from vit_jax.runtime.preemption import interruptible
 from vit_jax.utils.errors import UserError
 
 # Large, so that the bias is hardly regularised.

@@ -17,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.evaluators.features import FeatureEvaluator, Features, make_splits
 from vit_jax.objectives.base import Objective
-from vit_jax.observe.progress import Pace
+from vit_jax.observe.progress import ProgressLog
 from vit_jax.parallel.mesh import BATCH_AXES, batch_sharding
-from vit_jax.parallel.preemption import interruptible
+from vit_jax.runtime.preemption import interruptible
 from vit_jax.utils.errors import UserError
 
 # Similarities that are in memory at a time.
@@ -60,7 +60,7 @@ def find_neighbours(
         _put(np.zeros((len(test), k), np.int32), rows),
     )
     merge = jax.jit(functools.partial(_merge_block, k=k), out_shardings=(rows, rows))
-    pace = Pace(f"{name}: neighbours", total=len(train), unit="images")
+    pace = ProgressLog(f"{name}: neighbours", total=len(train), unit="images")
     for start in interruptible(range(0, len(train), size)):
         block = train[start : start + size]
         valid = len(block)

@@ -21,9 +21,9 @@ from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.evaluators.features import FeatureEvaluator, Features, make_splits, whiten
 from vit_jax.losses import softmax_cross_entropy
 from vit_jax.objectives.base import Objective
-from vit_jax.observe.progress import Pace
+from vit_jax.observe.progress import ProgressLog
 from vit_jax.parallel.mesh import BATCH_AXES, batch_sharding
-from vit_jax.parallel.preemption import interruptible
+from vit_jax.runtime.preemption import interruptible
 from vit_jax.utils.errors import UserError
 
 _MOMENTUM = 0.9
@@ -74,7 +74,7 @@ def fit_logistic(
     update = jax.jit(_update, donate_argnums=(0, 1), out_shardings=everywhere)
     params, momentum = zeros(), zeros()
     batch_size = min(batch_size, len(train.labels))
-    pace = Pace(f"{name}: logistic regression", total=steps, unit="steps")
+    pace = ProgressLog(f"{name}: logistic regression", total=steps, unit="steps")
     order = _endless_order(len(train.labels), batch_size)
     for step in interruptible(range(steps)):
         scale = np.float32(0.5 * (1 + np.cos(np.pi * step / steps)))

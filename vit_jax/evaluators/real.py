@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vit_jax.data.base import Source
+from vit_jax.data.sources.base import Source
 from vit_jax.utils.errors import UserError
 
 # The published labels are a list in the order of these numbers, from 1.

@@ -16,8 +16,8 @@ from vit_jax.data.pipeline import DatasetSpec, eval_batches
 from vit_jax.evaluators.base import check_every, map_split, replicate_outputs
 from vit_jax.objectives.base import Batch, Objective, Params
 from vit_jax.objectives.mae import MaskedAutoencoder
-from vit_jax.observe.console import say
-from vit_jax.parallel.mesh import process_shards, put_batch
+from vit_jax.observe.console import log
+from vit_jax.parallel.mesh import process_shards, shard_batch
 from vit_jax.utils.errors import UserError
 
 # Images in the picture, and the least pixels that each is enlarged to.
@@ -92,12 +92,12 @@ class Reconstruction:
         shards, num_shards = process_shards(self.mesh)
         batches = eval_batches(self.data, shards=shards, num_shards=num_shards)
         show = replicate_outputs(functools.partial(_show, objective=self.objective), self.mesh)
-        rows = jax.device_get(show(params, put_batch(next(batches), self.mesh)))
+        rows = jax.device_get(show(params, shard_batch(next(batches), self.mesh)))
         if jax.process_index() > 0:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode_grid(rows))
-        say(f"wrote {path}: images, what is left of them, and what is predicted")
+        log(f"wrote {path}: images, what is left of them, and what is predicted")
 
 
 def _show(params: Params, batch: Batch, *, objective: MaskedAutoencoder) -> list[jax.Array]:

@@ -30,6 +30,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from vit_jax.config.load import parse_overrides
 from vit_jax.export.card import CARD, make_card
 from vit_jax.export.hub import check_push, push_folder
 from vit_jax.export.onnx import check_onnx, write_onnx
@@ -38,12 +39,12 @@ from vit_jax.export.signature import SIGNATURE, describe_signature
 from vit_jax.export.stablehlo import write_stablehlo
 from vit_jax.export.weights import write_weights
 from vit_jax.inference.model import LoadedModel
-from vit_jax.inference.writers import fresh_folder
-from vit_jax.main import parse_overrides
-from vit_jax.observe.console import CommandParser, run_command, say, set_up
-from vit_jax.predict import add_source, load_source
+from vit_jax.inference.source import add_source, load_source
+from vit_jax.observe.console import log, set_up
+from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, suggest
-from vit_jax.workdir import LABELS
+from vit_jax.utils.files import fresh_folder
+from vit_jax.utils.layout import LABELS
 
 # By the name of the format: what writes weights, or the program of a layer, as a file or folder
 # `model.NAME`, and gives lines for the screen.
@@ -121,7 +122,7 @@ def choose_layer(model: LoadedModel, wanted: str | None) -> str:
         return wanted
     if model.classifies:
         return "logits"
-    say(f"{model.source}: has no trained classifier; its features (pre_logits) are exported")
+    log(f"{model.source}: has no trained classifier; its features (pre_logits) are exported")
     return "pre_logits"
 
 
@@ -184,12 +185,12 @@ def main(argv: Sequence[str]) -> None:
         )
         (folder / CARD).write_text(card, encoding="utf-8")
     for line in lines:
-        say(line)
+        log(line)
     for path in sorted(p for p in args.output.rglob("*") if p.is_file()):
-        say(f"wrote {path} ({path.stat().st_size / 2**20:,.2f} MiB)")
+        log(f"wrote {path} ({path.stat().st_size / 2**20:,.2f} MiB)")
     if args.push is not None:
         for line in push_folder(args.output, args.push, private=args.private, now=args.yes):
-            say(line)
+            log(line)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vit_jax.checkpoint.pretrained.convert import convert
 from vit_jax.checkpoint.pretrained.weights import Weights
-from vit_jax.convert import convert
 from vit_jax.inference.model import LoadedModel
 from vit_jax.utils.tree import flatten
 

@@ -5,6 +5,7 @@ What lies between tiles is transparent, and lines are grey, so that pictures sui
 pages.
 """
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -141,3 +142,10 @@ def _round_step(step: float) -> float:
     """The next of 1, 2, 5, 10, 20, ..."""
     power = 10 ** np.floor(np.log10(max(step, 1e-9)))
     return float(next(power * m for m in (1, 2, 5, 10) if power * m >= step))
+
+
+def encode_png(picture: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", optimize=True)
+    return stream.getvalue()

@@ -19,22 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vit_jax.checkpoint.manager import FOLDER, find_checkpoint
-from vit_jax.checkpoint.pretrained.adapt import describe_own
+from vit_jax.checkpoint.manager import find_checkpoint
+from vit_jax.checkpoint.pretrained.adapt import describe_objective_params
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights
-from vit_jax.data.decode import ImageError
-from vit_jax.data.unlabeled import Preparation, make_preparation
+from vit_jax.checkpoint.workdir import find_step, read_config, read_labels
+from vit_jax.data.ops.decode import ImageError
+from vit_jax.inference.images import Preparation, make_preparation
 from vit_jax.models.layers import ATTENTION_WEIGHTS
 from vit_jax.objectives.base import Params
 from vit_jax.objectives.pixels import Pixels, check_pixels, normalize
-from vit_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, put_batch
+from vit_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, shard_batch
 from vit_jax.parallel.sharding import infer_shardings
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.layout import CHECKPOINTS, CONFIG
 from vit_jax.utils.registry import check_type
 from vit_jax.utils.tree import flatten
-from vit_jax.workdir import CONFIG, find_step, read_config, read_labels
 
 Loss = Literal["softmax", "sigmoid"]
 Tta = Literal["flip"]
@@ -174,7 +175,7 @@ class LoadedModel:
         self.check_layer(layer)
         if tta not in (None, "flip"):
             raise UserError(f"tta={tta!r}: expected 'flip', or None")
-        batch = put_batch({"image": images}, self.mesh)
+        batch = shard_batch({"image": images}, self.mesh)
         return self._compute(layer, tta)(self.params, batch["image"])
 
     def as_function(self, layer: str) -> Callable[[jax.Array], jax.Array]:
@@ -395,7 +396,7 @@ def load_model(
         known.get("mean", 0.5) if pixel_mean is None else pixel_mean,
         known.get("std", 0.5) if pixel_std is None else pixel_std,
     )
-    notes = [*weights.notes, *notes, *describe_own(weights)]
+    notes = [*weights.notes, *notes, *describe_objective_params(weights)]
     notes.append(f"images: {preparation.line}, mean {mean}, std {std}")
     if preparation.random:
         notes.append("images: the line has operations of training, which draw random numbers")
@@ -436,7 +437,7 @@ def _locate(source: str, checkpoint: int | str | None, params: str) -> tuple[str
     path = find_checkpoint(folder)
     if not folder.is_absolute():
         path = Path(os.path.relpath(path))  # For the screen, as it was given.
-    workdir = path.parent.parent if path.parent.name == FOLDER else None
+    workdir = path.parent.parent if path.parent.name == CHECKPOINTS else None
     return str(path), workdir if workdir and (workdir / CONFIG).exists() else None
 
 

@@ -4,13 +4,11 @@
 import base64
 import dataclasses
 import html
-import io
 from collections.abc import Sequence
 
-from PIL import Image
-
+from vit_jax.inference.draw import encode_png
 from vit_jax.inference.figures import Figure
-from vit_jax.observe import html as html_lib
+from vit_jax.pages import html as html_lib
 
 # Pixels of a page: what is wider takes a row.
 _WIDE = 640
@@ -43,13 +41,6 @@ def _show_section(section: Section) -> str:
     # Those that take a whole row come last, so that no row has holes.
     cards += map(_show_figure, sorted(section.figures, key=_is_wide))
     return html_lib.make_section(section.title, cards)
-
-
-def encode_png(picture: Image.Image) -> bytes:
-    """The bytes of a PNG file."""
-    stream = io.BytesIO()
-    picture.save(stream, "PNG", optimize=True)
-    return stream.getvalue()
 
 
 def _is_wide(figure: Figure) -> bool:

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from vit_jax.data.corrupt import CorruptCounter
-from vit_jax.data.unlabeled import load_images
+from vit_jax.inference.images import load_images
 from vit_jax.inference.model import LoadedModel, Tta
-from vit_jax.observe.progress import Pace
+from vit_jax.observe.progress import ProgressLog
 
 
 def map_images(
@@ -44,7 +44,7 @@ def map_images(
         corrupt=corrupt,
         num_threads=num_threads,
     )
-    pace = Pace("images", total=len(paths), unit="images")
+    pace = ProgressLog("images", total=len(paths), unit="images")
     pending: tuple[list[str | None], jax.Array] | None = None
     for batch in batches:
         queued = batch.paths, model.start(batch.images, layer=layer, tta=tta)

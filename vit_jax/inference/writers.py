@@ -2,14 +2,12 @@
 """Writes predictions and features as they come, so that memory does not grow with their number."""
 
 import abc
-import contextlib
 import csv
 import json
-import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,48 +17,6 @@ from vit_jax.utils.errors import UserError
 
 _COPIED = 2**20  # bytes at a time
 _NAME = 24  # columns of a class name on the screen at most
-
-
-@contextlib.contextmanager
-def fresh_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside a file, which becomes the file when the block ends well.
-
-    Raises:
-      UserError: the file exists, or can't be written.
-    """
-    if path.exists():
-        raise UserError(f"--output={path} exists; remove it, or choose another name")
-    fresh = path.with_name(f"{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield fresh
-        os.replace(fresh, path)
-    except OSError as e:
-        raise UserError(f"--output={path} can't be written: {e.strerror or e}") from e
-    finally:
-        with contextlib.suppress(OSError):  # Nothing is there where a folder could not be made.
-            fresh.unlink()
-
-
-@contextlib.contextmanager
-def fresh_folder(path: Path) -> Iterator[Path]:
-    """Gives a folder under a temporary name, which becomes `path` when the block ends well.
-
-    Raises:
-      UserError: there is something of that name, or it can't be written.
-    """
-    fresh = path.with_name(f"{path.name}.tmp")
-    for taken in (path, fresh):
-        if taken.exists():
-            raise UserError(f"--output={path}: {taken} exists; remove it, or choose another name")
-    try:
-        fresh.mkdir(parents=True)
-        yield fresh
-        os.rename(fresh, path)
-    except OSError as e:
-        raise UserError(f"--output={path} can't be written: {e.strerror or e}") from e
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 class Writer(abc.ABC):

@@ -13,8 +13,8 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-from vit_jax.observe.console import CommandParser, run_command
-from vit_jax.parallel.preemption import RUN_AGAIN
+from vit_jax.runtime.preemption import RUN_AGAIN
+from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 
 # Where the volume of --claim is.

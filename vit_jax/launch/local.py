@@ -15,8 +15,8 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
-from vit_jax.observe.console import CommandParser, run_command
-from vit_jax.parallel.preemption import RUN_AGAIN
+from vit_jax.runtime.preemption import RUN_AGAIN
+from vit_jax.utils.command import CommandParser, run_command
 
 # Seconds that processes get to end when one has failed, before they are killed.
 _GRACE_S = 20.0

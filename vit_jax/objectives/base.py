@@ -20,7 +20,7 @@ class Objective(Protocol):
       classifies: whether `predict` gives `logits` `[batch, classes]`.
     """
 
-    own_params: tuple[str, ...] = ()
+    objective_params: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     classifies: bool = True
 

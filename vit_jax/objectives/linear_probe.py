@@ -48,7 +48,7 @@ class LinearProbe(Objective):
     pixel_mean: Pixels
     pixel_std: Pixels
 
-    own_params = ("probe",)
+    objective_params = ("probe",)
     classifies = False
     frozen = ("(?!probe/).*", "probe/(mean|var)")
 

@@ -48,7 +48,7 @@ class MaskedAutoencoder(Objective):
     pixel_mean: Pixels
     pixel_std: Pixels
 
-    own_params = ("decoder",)
+    objective_params = ("decoder",)
     classifies = False
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:

@@ -14,11 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.observe.console import say
+from vit_jax.observe.console import log
 from vit_jax.observe.writer import append_record, read_records
-
-FOLDER = "divergence"
-ROLLBACKS = "rollbacks.jsonl"
+from vit_jax.utils.layout import DIVERGENCE, ROLLBACKS
 
 # What to do at such a step: end the run; leave the state as it is and go on with the next batch;
 # or go on from the last checkpoint, past the batches up to this one.
@@ -82,7 +80,7 @@ def write_dump(
       records: where each example comes from.
       layers: names of the `grad_norms`.
     """
-    folder = workdir / FOLDER
+    folder = workdir / DIVERGENCE
     folder.mkdir(exist_ok=True)
     if len(list(folder.glob("*.npz"))) >= _MAX_DUMPS:
         return
@@ -99,18 +97,18 @@ def write_dump(
         "records": list(records),
     }
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    say(f"{divergence.reason}: its batch is in {path}, more in {path.with_suffix('.json').name}")
+    log(f"{divergence.reason}: its batch is in {path}, more in {path.with_suffix('.json').name}")
 
 
 def read_rollbacks(workdir: Path) -> list[dict[str, Any]]:
     """Each with the steps `to` (the checkpoint) and `past` (the step that diverged)."""
-    records = read_records(workdir / FOLDER / ROLLBACKS)
+    records = read_records(workdir / DIVERGENCE / ROLLBACKS)
     return [r for r in records if all(type(r.get(key)) is int for key in ("to", "past"))]
 
 
 def append_rollback(workdir: Path, *, to: int, past: int, reason: str) -> None:
     """Writes a rollback down, before it is made."""
-    append_record(workdir / FOLDER / ROLLBACKS, {"to": to, "past": past, "reason": reason})
+    append_record(workdir / DIVERGENCE / ROLLBACKS, {"to": to, "past": past, "reason": reason})
 
 
 def skip_past(step: int, rollbacks: Sequence[Mapping[str, Any]]) -> int:

@@ -13,10 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.observe.lines import LineWriter
+from vit_jax.observe.jsonl import LineWriter
 from vit_jax.observe.writer import read_records
-
-LEDGER = "ledger.jsonl"
+from vit_jax.utils.layout import LEDGER
 
 # What a second is spent on; `step` is what training is for.
 KINDS = ("step", "compile", "data_wait", "save", "evaluation")

@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 
-from vit_jax.observe.console import say
+from vit_jax.observe.console import log
 from vit_jax.observe.trace import describe_operations, read_operations
 from vit_jax.utils.errors import UserError
-
-FOLDER = "profile"
+from vit_jax.utils.layout import PROFILE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ class Profiler:
     """
 
     def __init__(self, workdir: Path, profile: Profile, *, active: bool):
-        self._folder, self._profile = workdir / FOLDER, profile
+        self._folder, self._profile = workdir / PROFILE, profile
         self._active, self._running, self._taken = active and profile.steps > 0, False, 0
 
     def __enter__(self) -> "Profiler":
@@ -63,13 +62,13 @@ class Profiler:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
-            say(f"wrote profile {self._folder}: open it with TensorBoard or Perfetto")
+            log(f"wrote profile {self._folder}: open it with TensorBoard or Perfetto")
             self._say_operations()
 
     def _say_operations(self) -> None:
         operations = read_operations(self._folder)
         steps, devices = self._taken - self._profile.start, jax.local_device_count()
         if steps > 0 and operations:
-            say("operations that took longest, in a step on each device:")
+            log("operations that took longest, in a step on each device:")
             for line in describe_operations(operations, steps=steps, devices=devices):
-                say(line)
+                log(line)

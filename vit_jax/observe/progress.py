@@ -10,8 +10,7 @@ from typing import Any
 
 import jax
 
-from vit_jax.observe import compile_cache
-from vit_jax.observe.console import console, is_live, say, settings
+from vit_jax.observe.console import console, is_live, log, settings
 from vit_jax.observe.divergence import (
     MAX_SKIPPED_IN_A_ROW,
     DivergedError,
@@ -20,12 +19,13 @@ from vit_jax.observe.divergence import (
 )
 from vit_jax.observe.panel import Panel, describe_memory
 from vit_jax.observe.writer import MetricWriter
+from vit_jax.runtime import compile_cache
 
 # Seconds between two lines of `Pace`.
 _PACE = 10.0
 
 
-class Pace:
+class ProgressLog:
     """Says every ten seconds how far a long piece of work is; nothing if it is a short one.
 
     Args:
@@ -47,7 +47,7 @@ class Pace:
         self._said = now
         speed = self._done / (now - self._started)
         left = datetime.timedelta(seconds=round((self._total - self._done) / speed))
-        say(
+        log(
             f"{self._work}  {self._done:,}/{self._total:,} {self._unit}  {speed:,.0f} "
             f"{self._unit}/s  ETA {left}"
         )
@@ -128,7 +128,7 @@ class Monitor:
         """Waits for the last step given to `step`, and handles its metrics."""
         if self._pending is None:
             return
-        step, metrics, log = self._pending
+        step, metrics, logged = self._pending
         self._pending = None
         metrics = dict(jax.device_get(metrics))
         norms = [float(x) for x in metrics.pop("grad_norms", ())]
@@ -146,9 +146,9 @@ class Monitor:
             seconds, self._first = time.perf_counter() - self._started, False
             self._writer.write(step, {"perf/first_step_s": seconds})
             if settings.verbosity != "quiet":
-                say(f"first step after {seconds:.1f} s{compile_cache.summary()}")
+                log(f"first step after {seconds:.1f} s{compile_cache.summary()}")
             self._restart_clock(step)
-        if log:
+        if logged:
             self._log(step, metrics)
 
     def results(self, step: int, results: Mapping[str, float]) -> None:
@@ -159,7 +159,7 @@ class Monitor:
         self._panel.add_results(dict(results))
         shown = {k: v for k, v in results.items() if not k.endswith("count")}
         words = [f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4f}" for k, v in shown.items()]
-        say(f"step {step}/{self._total}  {'  '.join(words)}")
+        log(f"step {step}/{self._total}  {'  '.join(words)}")
 
     def saved(self, step: int | None) -> None:
         """Says which checkpoint is the newest."""
@@ -198,9 +198,9 @@ class Monitor:
         if self._live:
             self._panel.update(memory=describe_memory())
         elif settings.verbosity == "verbose":
-            say(f"step {step}/{self._total}  {text}  {_list(record)}")
+            log(f"step {step}/{self._total}  {text}  {_list(record)}")
         elif settings.verbosity == "normal":
-            say(f"step {step}/{self._total}  {text}")
+            log(f"step {step}/{self._total}  {text}")
         self._restart_clock(step)
 
     def _restart_clock(self, step: int) -> None:

@@ -15,10 +15,8 @@ from typing import Any
 import jax
 
 import vit_jax
-from vit_jax.observe.console import say
-
-# Of a workdir: what its last start was.
-RUN = "run.json"
+from vit_jax.observe.console import log
+from vit_jax.utils.layout import RUN
 
 _QUIET: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10}
 _MACHINE = ("git", "devices", "processes")
@@ -81,7 +79,7 @@ def say_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     pairs += [(key, before[key], now[key]) for key in _MACHINE if key in before]
     for name, was, is_ in pairs:
         if was != is_:
-            say(f"changed since the checkpoint: {name}: {was} before, {is_} now")
+            log(f"changed since the checkpoint: {name}: {was} before, {is_} now")
 
 
 def _version(package: str) -> str | None:

@@ -22,11 +22,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from vit_jax.observe.console import say
+from vit_jax.observe.console import log
 from vit_jax.utils.errors import UserError, suggest
-
-# Of a workdir: the names that its run has with trackers, so that it goes on under them.
-STATE = "trackers.json"
+from vit_jax.utils.layout import TRACKERS_FILE
 
 # Calls that wait for a tracker at most, and the seconds that it has at the end.
 _MAX_WAITING = 2000
@@ -238,7 +236,7 @@ class Background:
     def _drop(self, why: str) -> None:
         if not self._dropped:
             self._dropped = True
-            say(f"tracker {self._name} {why}: goes on without")
+            log(f"tracker {self._name} {why}: goes on without")
 
 
 class Trackers:
@@ -317,7 +315,7 @@ def _first_line(error: BaseException) -> str:
 
 def _read_state(workdir: Path) -> dict[str, str]:
     try:
-        return dict(json.loads((workdir / STATE).read_text()))
+        return dict(json.loads((workdir / TRACKERS_FILE).read_text()))
     except (OSError, ValueError):
         return {}
 
@@ -327,6 +325,6 @@ _lock = threading.Lock()
 
 def _write_state(workdir: Path, name: str, run: str) -> None:
     with _lock:
-        fresh = workdir / f"{STATE}.tmp"
+        fresh = workdir / f"{TRACKERS_FILE}.tmp"
         fresh.write_text(json.dumps(_read_state(workdir) | {name: run}) + "\n")
-        os.replace(fresh, workdir / STATE)
+        os.replace(fresh, workdir / TRACKERS_FILE)

@@ -14,12 +14,10 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.summary import histogram_raw, hparams, image, scalar
 
-from vit_jax.observe.console import say
-from vit_jax.observe.lines import LineWriter
+from vit_jax.observe.console import log
+from vit_jax.observe.jsonl import LineWriter
 from vit_jax.observe.trackers import Histogram, Trackers, flatten, tile
-
-METRICS = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
+from vit_jax.utils.layout import METRICS, TENSORBOARD
 
 # Made by protobuf at import, where type checkers see nothing.
 Event: Any = event_pb2.__dict__["Event"]
@@ -146,7 +144,7 @@ class _Events:
                 self._flushed = now
         except OSError as e:
             if not self._failing:
-                say(f"{self._folder} can't be written to ({e.strerror}): goes on without")
+                log(f"{self._folder} can't be written to ({e.strerror}): goes on without")
             self._file, self._failing = None, True
 
 

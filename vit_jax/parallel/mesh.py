@@ -213,7 +213,7 @@ def process_shards(mesh: Mesh) -> tuple[tuple[int, ...], int]:
     return tuple(mine), len(rows)
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     """Makes global arrays of this process's part of the batch."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from vit_jax.experiment import Experiment
-from vit_jax.parallel.topologies import Topology
+from vit_jax.planning.topologies import Topology
+from vit_jax.training.experiment import Experiment
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from vit_jax.experiment import Experiment
 from vit_jax.parallel.mesh import BATCH_AXES
 from vit_jax.planning.compiled import device_bytes
+from vit_jax.training.experiment import Experiment
 from vit_jax.utils.tree import merge
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import jax
 
-from vit_jax.experiment import Experiment
 from vit_jax.models.flops import count_flops, train_flops
-from vit_jax.parallel.hlo import Collective, Program
 from vit_jax.parallel.mesh import BATCH_AXES
-from vit_jax.parallel.topologies import Topology, make_devices, slice_of
 from vit_jax.planning.compiled import compile_step
+from vit_jax.planning.hlo import Collective, Program
 from vit_jax.planning.memory import estimate_memory
 from vit_jax.planning.roofline import Work, make_roofline
+from vit_jax.planning.topologies import Topology, make_devices, slice_of
+from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
 
 # Longer than any warm-up; the length of a run is a constant of the schedule, no more.

@@ -6,7 +6,7 @@ Source: Williams et al., "Roofline: an insightful visual performance model", CAC
 
 import dataclasses
 
-from vit_jax.parallel.chips import Chip
+from vit_jax.runtime.chips import Chip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vit_jax.parallel.topologies import Topology
 from vit_jax.planning.roofline import Work, make_roofline
+from vit_jax.planning.topologies import Topology
 from vit_jax.utils.errors import UserError
 
 # Chips of the largest slice: cloud.google.com/tpu/docs. More are slices over the network.

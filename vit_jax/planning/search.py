@@ -19,13 +19,13 @@ from typing import Any
 
 import jax
 
-from vit_jax.experiment import Experiment
 from vit_jax.models.flops import count_flops, train_flops
-from vit_jax.parallel.chips import Chip
 from vit_jax.parallel.mesh import BATCH_AXES
-from vit_jax.parallel.topologies import Topology, make_devices
 from vit_jax.planning.memory import Activations, Memory, count_activations, estimate_memory
 from vit_jax.planning.roofline import Work, make_roofline
+from vit_jax.planning.topologies import Topology, make_devices
+from vit_jax.runtime.chips import Chip
+from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
 
 ACCUM_STEPS = (1, 2, 4, 8)

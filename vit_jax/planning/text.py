@@ -4,9 +4,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vit_jax.parallel.topologies import Topology
 from vit_jax.planning.scale import Row
 from vit_jax.planning.search import Candidate, Result, could_fit, format_overrides
+from vit_jax.planning.topologies import Topology
 
 _GIB = 2**30
 

@@ -20,10 +20,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vit_jax.config.load import parse_overrides
 from vit_jax.inference.figures import has_attention
-from vit_jax.main import parse_overrides
-from vit_jax.observe.console import CommandParser, run_command, say, set_up
-from vit_jax.predict import add_source, load_source
+from vit_jax.inference.source import add_source, load_source
+from vit_jax.observe.console import log, set_up
+from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 
 # Seconds that answers may take after Ctrl-C.
@@ -104,9 +105,9 @@ def main(argv: Sequence[str]) -> None:
         if has_attention(model):
             model.attention(blank)
         if not local:
-            say(f"--host={args.host}: all who reach this machine can use it, without a password")
+            log(f"--host={args.host}: all who reach this machine can use it, without a password")
         shown = args.host if local else socket.gethostname()
-        say(f"http://{shown}:{listening.getsockname()[1]} is ready; Ctrl-C ends it")
+        log(f"http://{shown}:{listening.getsockname()[1]} is ready; Ctrl-C ends it")
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -117,7 +118,7 @@ def main(argv: Sequence[str]) -> None:
         # The server ends in order, and passes Ctrl-C on.
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listening])
-        say("stopped")
+        log("stopped")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from vit_jax.inference.draw import encode_png
 from vit_jax.inference.figures import has_attention, overlay_rollout
 from vit_jax.inference.model import LoadedModel
-from vit_jax.inference.page import encode_png
 from vit_jax.serve.batches import Batcher
 from vit_jax.serve.openapi import describe_api
 from vit_jax.utils.errors import UserError

@@ -15,7 +15,7 @@ from flax import traverse_util
 from vit_jax.checkpoint.pretrained.embedding import change_channels, resize_patches
 from vit_jax.checkpoint.pretrained.posemb import Method, resize_posemb
 from vit_jax.checkpoint.pretrained.weights import (
-    OWN_PARAMS,
+    OBJECTIVE_PARAMS,
     POSEMB,
     REGISTERS,
     Weights,
@@ -130,7 +130,7 @@ def check_arguments(weights: Weights, model: Any) -> None:
         )
 
 
-def fit_own_params(
+def fit_objective_params(
     weights: Weights, initial: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """Parameters of an objective: taken over where the file has the same ones, else anew.
@@ -143,22 +143,24 @@ def fit_own_params(
       `(params, notes)`, as `adapt_params`.
     """
     params, notes = {}, []
-    theirs = {path: tuple(x.shape) for path, x in weights.own_params.items()}
+    theirs = {path: tuple(x.shape) for path, x in weights.objective_params.items()}
     for name, part in initial.items():
         flat: _Flat = dict(traverse_util.flatten_dict({name: part}, sep="/"))
         if all(theirs.get(path) == tuple(x.shape) for path, x in flat.items()):
-            flat = {path: _cast(weights.own_params[path], like=x) for path, x in flat.items()}
+            flat = {path: _cast(weights.objective_params[path], like=x) for path, x in flat.items()}
             notes.append(f"{name}: kept")
         else:
             notes.append(f"{name}: none like it in the file: initialised")
         params |= traverse_util.unflatten_dict(flat, sep="/")
-    return params, notes + [note for note in describe_own(weights) if _name(note) not in initial]
+    return params, notes + [
+        note for note in describe_objective_params(weights) if _name(note) not in initial
+    ]
 
 
-def describe_own(weights: Weights) -> list[str]:
+def describe_objective_params(weights: Weights) -> list[str]:
     """A line for each part that belongs to the objective of a run, and not to its model."""
-    names = {path.partition("/")[0] for path in weights.own_params}
-    return [f"{name}: {OWN_PARAMS[name]}: dropped" for name in sorted(names)]
+    names = {path.partition("/")[0] for path in weights.objective_params}
+    return [f"{name}: {OBJECTIVE_PARAMS[name]}: dropped" for name in sorted(names)]
 
 
 def _name(note: str) -> str:

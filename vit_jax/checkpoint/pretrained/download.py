@@ -33,7 +33,7 @@ from vit_jax.checkpoint.pretrained.catalogue import (
     select_augreg,
     to_https,
 )
-from vit_jax.observe.console import console, say
+from vit_jax.observe.console import console, log
 from vit_jax.utils.errors import UserError
 
 _CHUNK = 2**20
@@ -84,7 +84,7 @@ def fetch(source: Published | str, *, cache_dir: Path | None = None) -> Path:
         with _own_part(path) as part:
             if part is None:
                 return path
-            say(f"fetching {wanted.url}\n      to {path}")
+            log(f"fetching {wanted.url}\n      to {path}")
             _download(part, wanted)
             try:
                 _check(Path(part.name), wanted, remedy="it was deleted; try again")
@@ -95,7 +95,7 @@ def fetch(source: Published | str, *, cache_dir: Path | None = None) -> Path:
     except OSError as e:  # Of the disk: those of the network become a UserError in _download.
         reason = e.strerror or str(e)
         raise UserError(f"can't write {path}: {reason}; set VIT_JAX_CACHE to another folder") from e
-    say(f"wrote {path} ({_mib(path.stat().st_size)})")
+    log(f"wrote {path} ({_mib(path.stat().st_size)})")
     return path
 
 
@@ -274,7 +274,7 @@ def _lock(file: BinaryIO, path: Path) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        say(f"waiting for the process that fetches {path}")
+        log(f"waiting for the process that fetches {path}")
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         return False
@@ -308,7 +308,7 @@ def _progress(name: str, *, done: int, total: int | None) -> Iterator[Callable[[
         before, done = done, done + count
         bar.update(task, completed=done)
         if not console.is_terminal and before // step < done // step and done != total:
-            say(f"  {_mib(done)}" + (f" of {_mib(total)}" if total else ""))
+            log(f"  {_mib(done)}" + (f" of {_mib(total)}" if total else ""))
 
     with bar:
         yield advance

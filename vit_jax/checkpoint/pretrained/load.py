@@ -14,7 +14,7 @@ from vit_jax.checkpoint.pretrained.download import fetch, resolve
 from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors
 from vit_jax.checkpoint.pretrained.weights import (
-    OWN_PARAMS,
+    OBJECTIVE_PARAMS,
     Weights,
     as_tuples,
     infer_model,
@@ -94,7 +94,11 @@ def _read_run(folder: Path, part: str) -> Weights:
     flat: dict[str, Any] = flatten(tree)
     if not part and any(path.startswith("params/") for path in flat):  # A train state of others.
         flat = {p.removeprefix("params/"): x for p, x in flat.items() if p.startswith("params/")}
-    own = {path: np.asarray(x) for path, x in flat.items() if path.partition("/")[0] in OWN_PARAMS}
+    own = {
+        path: np.asarray(x)
+        for path, x in flat.items()
+        if path.partition("/")[0] in OBJECTIVE_PARAMS
+    }
     params = unstack_blocks({path: np.asarray(x) for path, x in flat.items() if path not in own})
     model = infer_model(params)
     if not model:
@@ -105,6 +109,6 @@ def _read_run(folder: Path, part: str) -> Weights:
         layout="vit_jax checkpoint" if described else "Orbax checkpoint",
         model=model | as_tuples(described.get("model", {})),
         preprocess=as_tuples(described.get("preprocess", {})),
-        own_params=own,
+        objective_params=own,
         notes=(_WHICH[part],) if described and part in _WHICH else (),
     )

@@ -12,7 +12,7 @@ POSEMB = "Transformer/posembed_input/pos_embedding"
 REGISTERS = "Transformer/registers"
 
 # What objectives add to the parameters of a model.
-OWN_PARAMS = {
+OBJECTIVE_PARAMS = {
     "decoder": "only for pre-training",
     "probe": "the heads of a linear probe",
 }
@@ -43,7 +43,7 @@ class Weights:
     layout: str
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     preprocess: dict[str, Any] = dataclasses.field(default_factory=dict)
-    own_params: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    objective_params: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders and manifests as datasets."""
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+from etils import epath
+
+from tests.images import encode, write_folder
+from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
+from vit_jax.data.sources import dataset_info, files, open_source
+from vit_jax.utils.errors import UserError
+
+
+def info(name):
+    return dataset_info(name, data_dir=None)
+
+
+def open_split(name, split="train"):
+    return open_source(name, split, data_dir=None, key="data.split")
+
+
+def read(source):
+    """(path, label) of each record, in order."""
+    return [(source.describe(i), int(source[i]["label"])) for i in range(len(source))]
+
+
+def spec(name, split="train", batch_size=8, **options):
+    return DatasetSpec(
+        name, split, "decode|resize(8)|random_shift(1)", batch_size, None, "data", **options
+    )
+
+
+def refuse(call, *words):
+    with pytest.raises(UserError) as error:
+        call()
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# Folders
+
+
+@pytest.fixture
+def animals(tmp_path):
+    """Split folders; `cat` is missing in test, `eel` in train."""
+    counts = {"train/cat": 5, "train/dog": 6, "train/fox": 7, "test/dog": 2, "test/eel": 3}
+    return f"folder:{write_folder(tmp_path / 'animals', counts)}"
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """Folders of classes alone: 20, 30 and 50 images."""
+    return f"folder:{write_folder(tmp_path / 'plain', {'a': 20, 'b': 30, 'c/deep/er': 50})}"
+
+
+def test_labels_count_the_classes_of_all_splits(animals):
+    assert info(animals).class_names == ("cat", "dog", "eel", "fox")
+    assert info(animals).num_classes == 4
+    assert info(animals).image_shape == (None, None, 3)
+    train, test = read(open_split(animals)), read(open_split(animals, "test"))
+    assert (len(train), len(test)) == (18, 5)
+    for path, label in train + test:
+        assert path.split("/")[-2] == ("cat", "dog", "eel", "fox")[label]
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val"])
+def test_a_validation_folder_has_several_names(name, tmp_path):
+    root = write_folder(tmp_path, {"train/a": 3, f"{name}/a": 2})
+    assert len(open_split(f"folder:{root}", "validation")) == 2
+
+
+def test_without_split_folders_a_tenth_of_each_class_is_for_validation(plain):
+    assert info(plain).class_names == ("a", "b", "c")
+    train, validation = read(open_split(plain)), read(open_split(plain, "validation"))
+    assert np.bincount([label for _, label in train]).tolist() == [18, 27, 45]
+    assert np.bincount([label for _, label in validation]).tolist() == [2, 3, 5]
+    assert len({path for path, _ in train + validation}) == 100
+
+
+def test_order_does_not_depend_on_the_file_system(tmp_path):
+    counts = {"a": 20, "b": 30}
+    there = write_folder(tmp_path / "there", counts)
+    shuffled = list(there.rglob("*.png"))
+    random.Random(0).shuffle(shuffled)
+    for path in shuffled:
+        copy = tmp_path / "here" / path.relative_to(there)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    for split in ("train", "validation"):
+        one, two = (read(open_split(f"folder:{tmp_path / p}", split)) for p in ("there", "here"))
+        assert [(p.replace("/there/", "/here/"), label) for p, label in one] == two
+
+
+def test_slices_are_those_of_tfds_and_fair_samples(plain):
+    whole = read(open_split(plain))
+    assert read(open_split(plain, "train[:98%]")) == whole[:88]
+    assert read(open_split(plain, "train[98%:]")) == whole[88:]
+    assert read(open_split(plain, "train[10:20]")) == whole[10:20]
+    assert read(open_split(plain, "train[-5:]")) == whole[-5:]
+    both = read(open_split(plain, "train[:3]+validation[:2]"))
+    assert both == whole[:3] + read(open_split(plain, "validation"))[:2]
+    assert {label for _, label in whole[:20]} == {0, 1, 2}
+
+
+def test_endings_of_any_case_and_wrong_ones_are_read_by_content(tmp_path):
+    (tmp_path / "a").mkdir()
+    names = ["x.JPG", "y.Png", "z.jpeg", "w.bmp"]
+    for value, name in enumerate(names):
+        (tmp_path / "a" / name).write_bytes(encode(40 * value))
+    source = open_split(f"folder:{tmp_path}", "all")
+    assert sorted(os.path.basename(path) for path, _ in read(source)) == sorted(names)
+    batch = next(eval_batches(spec(f"folder:{tmp_path}", "all", 4)))
+    assert sorted(batch["image"][:, 0, 0, 0]) == [0, 40, 80, 120]
+    assert batch["mask"].all()
+
+
+def test_what_is_no_image_is_ignored_and_counted(tmp_path, caplog):
+    caplog.set_level("INFO", "vit_jax")
+    root = write_folder(tmp_path, {"a": 3, "b": 2, ".git/objects": 1, "a/.thumbs": 1})
+    for name in ("a/.DS_Store", "a/notes.txt", "b/more.txt", "b/Makefile"):
+        (root / name).write_text("no image")
+    os.mkfifo(root / "a" / "pipe.png")  # would never end
+    (root / "b" / "loop").symlink_to(root)
+    assert len(read(open_split(f"folder:{root}", "all"))) == 5
+    (line,) = [r.message for r in caplog.records if "ignored" in r.message]
+    for words in ("2 .txt", "2 hidden", "1 .png", "1 without an ending"):
+        assert words in line
+    open_split(f"folder:{root}", "all")
+    assert sum("ignored" in r.message for r in caplog.records) == 1
+
+
+def test_slow_listing_says_how_long_it_took(plain, caplog, monkeypatch):
+    clock = itertools.count(0, 3)
+    monkeypatch.setattr(files.time, "monotonic", lambda: next(clock))
+    with caplog.at_level("INFO", "vit_jax"):
+        info(plain)
+    assert any("listed 100 images in 3.0 s" in r.message for r in caplog.records)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write_folder(tmp_path, {"train": 10, "car": 10})
+    assert info(f"folder:{tmp_path}").class_names == ("car", "train")
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ({}, ["holds no images", "CLASS/IMAGE"]),
+        ({"a": 0, "b": 0}, ["holds no images"]),
+        ({"train/a": 1, "test/a": 1, "docs": 1}, ["train", "docs", "not both"]),
+        ({"a\nb": 1}, ["'a\\nb'", "line break"]),
+    ],
+    ids=["empty", "empty classes", "splits and classes", "line break"],
+)
+def test_folders_that_will_not_do_are_refused(counts, words, tmp_path):
+    write_folder(tmp_path, counts)
+    refuse(lambda: info(f"folder:{tmp_path}"), "data.name='folder:", *words)
+
+
+def test_a_missing_folder_and_a_bucket_are_refused(tmp_path):
+    refuse(lambda: info(f"folder:{tmp_path / 'no'}"), str(tmp_path / "no"), "No such file")
+    refuse(lambda: info("folder:gs://bucket/x"), "folder:gs://bucket/x", "manifest")
+    refuse(lambda: info("folder:"), "expected folder:PATH")
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("test", ["test", "train (90), validation (10)"]),
+        ("train[90:]", ["holds no examples"]),
+        ("train[:5%", ["train (90)"]),
+        ("train[1000:2000]", ["train (90)"]),
+    ],
+)
+def test_a_split_that_will_not_do_is_refused(split, words, plain):
+    refuse(lambda: open_split(plain, split), f"data.split={split!r}", *words)
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def join(parts):
+    return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+
+
+def assert_same(got, want):
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+@pytest.mark.parametrize(("hosts", "threads"), [(1, 0), (1, 3), (2, 2), (4, 0), (8, 3)])
+@pytest.mark.parametrize("step", [0, 5])
+def test_batches_are_the_same_on_any_hosts_threads_and_first_step(hosts, threads, step, plain):
+    want = take(train_batches(spec(plain), seed=3, step=0), 15)[step:]  # beyond an epoch of 90
+    parts = [
+        take(
+            train_batches(
+                spec(plain, num_threads=threads),
+                seed=3,
+                step=step,
+                shards=(host,),
+                num_shards=hosts,
+            ),
+            15 - step,
+        )
+        for host in range(hosts)
+    ]
+    assert_same([join(part) for part in zip(*parts, strict=True)], want)
+
+
+def test_each_epoch_holds_every_image_once(plain):
+    batches = take(train_batches(spec(plain, batch_size=9), seed=0, step=0), 20)
+    values = np.concatenate([b["image"][:, 4, 4, 0] for b in batches])
+    for epoch in (values[:90], values[90:]):
+        assert len(set(epoch)) == 90
+    assert values[:90].tolist() != values[90:].tolist()
+
+
+# Manifests
+
+
+def write_manifest(path, rows, ending=".csv"):
+    """Rows as dicts; the images are in the folder beside, and know their row."""
+    for number, row in enumerate(rows):
+        (path / f"{number}.png").write_bytes(encode(number))
+        row.setdefault("image", f"{number}.png")
+    file = path / f"list{ending}"
+    if ending == ".jsonl":
+        file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    else:
+        comma = "\t" if ending == ".tsv" else ","
+        lines = [rows[0].keys(), *(row.values() for row in rows)]
+        file.write_text("\n".join(comma.join(map(str, line)) for line in lines), "utf-8-sig")
+    return f"manifest:{file}"
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl"])
+def test_a_manifest_names_images_labels_and_splits(ending, tmp_path):
+    rows = [
+        {"label": name, "split": split}
+        for name, split in [("b", "train"), ("a", "train"), ("c", "val"), ("a", "test")]
+    ]
+    name = write_manifest(tmp_path, rows, ending)
+    assert info(name).class_names == ("a", "b", "c")
+    assert sorted(read(open_split(name))) == [
+        (str(tmp_path / "0.png"), 1),
+        (str(tmp_path / "1.png"), 0),
+    ]
+    assert read(open_split(name, "validation")) == [(str(tmp_path / "2.png"), 2)]
+    assert read(open_split(name, "test")) == [(str(tmp_path / "3.png"), 0)]
+
+
+def test_integers_are_labels_and_have_no_names(tmp_path):
+    name = write_manifest(tmp_path, [{"label": label} for label in (4, 0, 2)])
+    assert (info(name).num_classes, info(name).class_names) == (5, None)
+    assert sorted(label for _, label in read(open_split(name))) == [0, 2, 4]
+
+
+def test_without_a_split_column_a_tenth_of_each_class_is_for_validation(tmp_path):
+    name = write_manifest(tmp_path, [{"label": "ab"[n % 4 == 0]} for n in range(40)])
+    labels = [label for _, label in read(open_split(name, "validation"))]
+    assert sorted(labels) == [0, 0, 0, 1]
+
+
+def test_paths_may_be_absolute_or_urls(tmp_path, monkeypatch):
+    class Bucket:
+        def __init__(self, url):
+            self.url = url
+
+        def read_bytes(self):
+            return encode(70 if self.url == "gs://bucket/7.png" else 0)
+
+    monkeypatch.setattr(epath, "Path", Bucket)
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "x.png").write_bytes(encode(50))
+    rows = [
+        {"image": str(tmp_path / "else" / "x.png"), "label": "a"},
+        {"image": "gs://bucket/7.png", "label": "b"},
+    ]
+    name = write_manifest(tmp_path, rows)
+    batch = next(eval_batches(dataclasses.replace(spec(name), preprocess="decode|resize(8)")))
+    seen = {
+        int(v): int(n) for v, n in zip(batch["image"][:2, 0, 0, 0], batch["label"], strict=False)
+    }
+    assert seen == {50: 0, 70: 1}
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_several_labels_are_a_vector_of_zeros_and_ones(ending, tmp_path):
+    labels = [["cat", "dog"], ["eel"], [], ["dog", "eel"]]
+    rows = [{"labels": "|".join(x) if ending == ".csv" else x} for x in labels]
+    name = write_manifest(tmp_path, rows, ending)
+    assert info(name).multi_label
+    assert info(name).class_names == ("cat", "dog", "eel")
+    batch = next(
+        eval_batches(dataclasses.replace(spec(name, "all"), preprocess="decode|resize(8)"))
+    )
+    assert (batch["label"].dtype, batch["label"].shape) == (np.float32, (8, 3))
+    order = np.argsort(batch["image"][:4, 0, 0, 0])
+    assert batch["label"][:4][order].tolist() == [[1, 1, 0], [0, 0, 1], [0, 0, 0], [0, 1, 1]]
+    assert next(train_batches(spec(name, batch_size=2), seed=0, step=0))["label"].shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["lists no images"]),
+        ("image,label\n", ["lists no images"]),
+        ("image,lable\n0.png,a\n", ["unknown column 'lable'", "did you mean 'label'?"]),
+        ("image,label,labels\n0.png,a,b\n", ["either label or labels"]),
+        ("label\na\n", ["expected image"]),
+        ("image,label\n0.png,a\n0.png\n", ["row 2", "expected a value for each"]),
+        ("image,label\n0.png,a,b\n", ["row 1", "expected a value for each"]),
+        ("image,label\n0.png,\n", ["row 1", "label ''"]),
+        ("image,label\n0.png,3\n0.png,-1\n", ["row 2", "label -1 is out of range"]),
+        ("image,label\n0.png,123456789\n", ["label 123456789 is out of range"]),
+        ("image,label\nno.png,a\n", ["none of its first images", "no.png", "manifest's folder"]),
+        ("image,label\ngs://no-bucket/x.png,a\n", ["gs://no-bucket/x.png", "credentials"]),
+        ("image,label\nhttps://x.org/x.png,a\n", ["row 1", "https://x.org/x.png", "gs:// or s3"]),
+    ],
+)
+def test_manifests_that_will_not_do_are_refused(text, words, tmp_path, monkeypatch):
+    def no_package(url):
+        raise ImportError("Please install gcsfs")
+
+    monkeypatch.setattr(epath, "Path", no_package)
+    (tmp_path / "0.png").write_bytes(encode(0))
+    (tmp_path / "list.csv").write_text(text)
+    refuse(lambda: info(f"manifest:{tmp_path}/list.csv"), f"'manifest:{tmp_path}/list.csv'", *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{\n", ["can't be read"]),
+        ("[1]\n", ["expected an object a line"]),
+        ('{"image": "0.png", "labels": 3}\n', ["row 1", "expected a list"]),
+        ('{"image": "0.png", "label": 0.5}\n', ["row 1", "label 0.5"]),
+        ('{"image": "0.png", "label": true}\n', ["row 1", "label True"]),
+    ],
+)
+def test_json_that_will_not_do_is_refused(text, words, tmp_path):
+    (tmp_path / "list.jsonl").write_text(text)
+    refuse(lambda: info(f"manifest:{tmp_path}/list.jsonl"), *words)
+
+
+def test_a_manifest_may_be_in_a_bucket_beside_its_images(monkeypatch):
+    class Bucket:
+        def __init__(self, url):
+            self.url = url
+
+        def read_bytes(self):
+            files = {"gs://b/list.csv": b"image,label\nx/0.png,a\n", "gs://b/x/0.png": encode(9)}
+            if self.url not in files:
+                raise PermissionError("401\nno credentials")
+            return files[self.url]
+
+    monkeypatch.setattr(epath, "Path", Bucket)
+    source = open_split("manifest:gs://b/list.csv")
+    assert source.describe(0) == "gs://b/x/0.png"
+    assert source[0]["image"] == encode(9)
+    refuse(lambda: info("manifest:gs://b/no.csv"), "gs://b/no.csv", "PermissionError: 401 no cred")
+
+
+def test_other_files_are_no_manifests(tmp_path):
+    refuse(lambda: info(f"manifest:{tmp_path}/list.txt"), "ends in .csv, .tsv, .jsonl")
+    refuse(lambda: info(f"manifest:{tmp_path}/list.csv"), "can't be read", "FileNotFoundError")

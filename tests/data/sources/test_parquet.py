@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parquet files as datasets."""
+
+import concurrent.futures
+import json
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.images import encode
+from vit_jax.data.ops.decode import ImageError
+from vit_jax.data.pipeline import DatasetSpec, eval_batches
+from vit_jax.data.sources import dataset_info, open_source, parquet
+from vit_jax.data.sources.parquet import RowGroups
+from vit_jax.utils.errors import UserError
+
+
+def write(path, greys, labels, *, binary=False, names=None, group=4, **columns):
+    """A file in the form of the `datasets` library, images of these greys in it."""
+    images = [None if grey is None else encode(grey) for grey in greys]
+    image = (
+        pa.array(images, pa.binary())
+        if binary
+        else pa.array(
+            [{"bytes": image, "path": None} for image in images],
+            pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+        )
+    )
+    table = pa.table({"image": image, "label": labels, **columns})
+    if names:
+        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+        meta = {"huggingface": json.dumps({"info": {"features": features}})}
+        table = table.replace_schema_metadata(meta)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=group)
+
+
+@pytest.fixture
+def birds(tmp_path):
+    """Two files to train on and one to test on, with names of classes."""
+    names = ["auk", "bat", "crow"]
+    write(tmp_path / "train-00000-of-00002.parquet", range(10), [0, 1] * 5, names=names)
+    write(tmp_path / "train-00001-of-00002.parquet", range(10, 17), [1] * 7, names=names)
+    write(tmp_path / "test-00000-of-00001.parquet", range(20, 23), [0, 1, 0], names=names)
+    return f"parquet:{tmp_path}"
+
+
+def greys(name, split):
+    spec = DatasetSpec(name, split, "decode|resize(8)", 4, None, "data")
+    batches = list(eval_batches(spec))
+    return [
+        int(v) for b in batches for v, m in zip(b["image"][:, 0, 0, 0], b["mask"], strict=True) if m
+    ]
+
+
+def test_files_of_a_folder_are_read_in_order(birds):
+    info = dataset_info(birds, data_dir=None)
+    assert (info.num_classes, info.class_names) == (3, ("auk", "bat", "crow"))
+    assert greys(birds, "train") == list(range(17))
+    assert greys(birds, "train[-3:]") == [14, 15, 16]
+    assert greys(birds, "test") == [20, 21, 22]
+    source = open_source(birds, "train", data_dir=None, key="k")
+    assert [int(source[i]["label"]) for i in (0, 1, 12)] == [0, 1, 1]
+    assert source.describe(12).endswith("train-00001-of-00002.parquet[2]")
+
+
+def test_a_pattern_names_files(birds):
+    name = birds + "/train-*1-of-*.parquet"
+    assert greys(name, "train") == list(range(10, 17))
+
+
+def test_binary_images_and_names_as_labels(tmp_path):
+    split = ["train", "val", "train"]
+    write(tmp_path / "x.parquet", [1, 2, 3], ["b", "a", "b"], binary=True, split=split)
+    name = f"parquet:{tmp_path / 'x.parquet'}"
+    assert dataset_info(name, data_dir=None).class_names == ("a", "b")
+    assert greys(name, "train") == [1, 3]
+    assert greys(name, "validation") == [2]
+
+
+def test_files_without_a_split_are_cut_by_a_seed(tmp_path):
+    write(tmp_path / "x.parquet", range(50), [0] * 20 + [1] * 30)
+    train, held = (greys(f"parquet:{tmp_path}", split) for split in ("train", "validation"))
+    assert (len(train), len(held)) == (45, 5)
+    assert sum(grey < 20 for grey in held) == 2
+    assert sorted(train + held) == list(range(50))
+
+
+def test_a_row_without_bytes_is_corrupt(tmp_path):
+    write(tmp_path / "train.parquet", [1, None], [0, 1])
+    source = open_source(f"parquet:{tmp_path}", "train", data_dir=None, key="k")
+    with pytest.raises(ImageError, match="no bytes"):
+        source[1]
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 700, 2**30])
+def test_any_order_and_many_threads_read_the_same_in_bounded_memory(cache_bytes, tmp_path):
+    path = tmp_path / "train.parquet"
+    write(path, range(40), [0] * 40)
+    records = RowGroups([str(path)], [pq.ParquetFile(path)], cache_bytes=cache_bytes)
+    rows = [row * 7 % 40 for row in range(200)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        images = list(pool.map(records.read, rows))
+    assert images == [encode(row) for row in rows]
+    held = sum(images.nbytes for images in records._cache.values())
+    assert held == records._held
+    assert held <= cache_bytes or len(records._cache) == 1
+
+
+def test_a_row_group_is_read_once(tmp_path, monkeypatch):
+    path = tmp_path / "train.parquet"
+    write(path, range(40), [0] * 40)
+    file = pq.ParquetFile(path)
+    calls = []
+
+    class Counted:
+        metadata = file.metadata
+
+        def read_row_group(self, group, **options):
+            calls.append(group)
+            return file.read_row_group(group, **options)
+
+    records = RowGroups([str(path)], [Counted()])
+    for row in range(40):
+        records.read(row)
+    assert calls == list(range(10))
+
+
+def refuse(name, *words):
+    with pytest.raises(UserError) as error:
+        dataset_info(name, data_dir=None)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_will_not_do_are_refused(tmp_path):
+    refuse(f"parquet:{tmp_path}", "there are no files", str(tmp_path))
+    (tmp_path / "a.parquet").write_text("no parquet")
+    refuse(f"parquet:{tmp_path}", "can't be read")
+    for number, (columns, words) in enumerate(
+        [
+            ({"image": [b"x"]}, ["columns image", "image and label"]),
+            ({"image": ["x"], "label": [0]}, ["column image is string", "bytes"]),
+            ({"image": [b"x"], "label": [-1]}, ["label -1 is out of range"]),
+            ({"image": [b"x"], "label": [None]}, ["label None"]),
+        ]
+    ):
+        path = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.table(columns), path)
+        refuse(f"parquet:{path}", *words)
+
+
+def test_labels_outside_of_the_names_are_refused(tmp_path):
+    write(tmp_path / "x.parquet", [1, 2], [0, 3], names=["a", "b"])
+    refuse(f"parquet:{tmp_path}", "row 2", "label 3 is out of range", "0 to 1")
+    write(tmp_path / "y.parquet", [1, 2], ["a", "bb"], names=["a", "b"])
+    refuse(f"parquet:{tmp_path / 'y.parquet'}", "row 2", "unknown label 'bb'")
+
+
+def test_files_that_contradict_each_other_are_refused(tmp_path):
+    write(tmp_path / "train-0.parquet", [1, 2], [0, 1], names=["a", "b"])
+    write(tmp_path / "train-1.parquet", [1, 2], [0, 1], names=["b", "a"])
+    refuse(f"parquet:{tmp_path}", "train-1.parquet has other class names", "train-0.parquet")
+    write(tmp_path / "some" / "train-0.parquet", [1, 2], [0, 1])
+    write(tmp_path / "some" / "more.parquet", [1, 2], [0, 1])
+    refuse(f"parquet:{tmp_path / 'some'}", "only some of its files are named for a split")
+
+
+def test_slow_reading_is_announced(birds, caplog, monkeypatch):
+    caplog.set_level("INFO", "vit_jax")
+    dataset_info(birds, data_dir=None)
+    assert not caplog.records
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 100)
+    parquet.parquet_dataset.cache_clear()
+    dataset_info(birds, data_dir=None)
+    assert "a row group, here of 3 rows" in caplog.records[0].message
+
+
+def test_without_pyarrow_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refuse(f"parquet:{tmp_path}/none", "pip install 'vit_jax[parquet]'")

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images without labels: how they are found, prepared and loaded."""
+
+import numpy as np
+import pytest
+
+from tests.trained import write_images
+from vit_jax.data.corrupt import CorruptCounter
+from vit_jax.inference.images import find_images, load_images, make_preparation
+from vit_jax.utils.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`00.png` and `01.png`, `deep/00.png`, and what is no image."""
+    write_images(tmp_path, 2)
+    write_images(tmp_path / "deep", 1)
+    (tmp_path / "notes.txt").write_text("none")
+    (tmp_path / ".hidden.png").write_text("none")
+    return tmp_path
+
+
+def test_arguments_are_files_folders_patterns_and_a_list(folder):
+    first, second, deep = (str(folder / name) for name in ("00.png", "01.png", "deep/00.png"))
+    assert find_images([str(folder)]) == [first, second, deep]
+    assert find_images([second, first]) == [second, first]
+    assert find_images([f"{folder}/**/*.png"]) == [first, second, deep]
+    assert find_images(["-", first], lines=["a b.png\n", "\n", "c.png"]) == [
+        "a b.png",
+        "c.png",
+        first,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("{folder}/none.png", "there is no such file or folder"),
+        ("{folder}/*.jpg", "no images found in"),
+        ("{folder}/empty", "no images found in"),
+        ("-", "no images found in stdin"),
+    ],
+)
+def test_an_argument_without_images_is_refused(folder, argument, message):
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        find_images([str(folder), argument.format(folder=folder)])
+
+
+def test_batches_have_one_shape_and_miss_what_cannot_be_read(tmp_path):
+    paths = [str(path) for path in write_images(tmp_path, 5)]
+    (tmp_path / "01.png").write_bytes(b"none")
+    corrupt = CorruptCounter()
+    preparation = make_preparation("decode|resize(4)", None)
+    batches = list(load_images(paths, preparation, batch_size=3, corrupt=corrupt, num_threads=2))
+    assert [batch.images.shape for batch in batches] == [(3, 4, 4, 3)] * 2
+    assert [b.paths for b in batches] == [[paths[0], None, paths[2]], [*paths[3:], None]]
+    np.testing.assert_array_equal(batches[1].images[0], preparation(paths[3]))
+    assert not batches[0].images[1].any()
+    assert (corrupt.counts.seen, corrupt.counts.corrupt) == (5, 1)
+
+
+def test_only_a_few_batches_are_loaded_ahead(tmp_path):
+    (path,) = write_images(tmp_path, 1)
+    corrupt = CorruptCounter()
+    batches = load_images(
+        [str(path)] * 1000,
+        make_preparation("decode", (8, 8)),
+        batch_size=2,
+        corrupt=corrupt,
+        num_threads=1,
+    )
+    next(batches)
+    assert corrupt.counts.seen < 20
+    batches.close()
+
+
+def test_random_operations_are_known_as_such():
+    assert make_preparation("decode|inception_crop(8)", None).random
+    assert not make_preparation("decode|resize(8)", None).random

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of a run: what is in its files is on it, and nothing of it is taken for HTML."""
+
+import json
+
+import pytest
+
+from tests.html_pages import assert_stands_alone
+from vit_jax.observe.provenance import write_run
+from vit_jax.pages import run_page
+from vit_jax.pages.run_page import collect_points, find_best, make_report, refresh_report
+from vit_jax.utils.layout import REPORT
+
+EVIL = "<script>alert('a&b')</script>"
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run with all files, and names that are HTML."""
+    workdir = tmp_path / "<i>run"
+    (workdir / "evals").mkdir(parents=True)
+    write_lines(
+        workdir / "metrics.jsonl",
+        [
+            {"step": 2, "train/loss": 2.0, "train/lr": 0.1, "perf/images_per_sec": 10.0},
+            {"step": 2, "val/top1": 0.75, "val/loss": 1.0, "val/count": 4},
+            {"step": 4, "train/loss": float("nan"), "train/lr": 0.05},
+            {"step": 4, "val/top1": 0.5, "val/loss": 0.25, "val/count": 4},
+        ],
+    )
+    spent = {"step": 6.0, "compile": 2.0, "data_wait": 0.0, "save": 1.0, "evaluation": 1.0}
+    write_lines(
+        workdir / "ledger.jsonl",
+        [
+            {
+                "event": "start",
+                "time": 0,
+                "step": 0,
+                "total": 4,
+                "seconds": dict.fromkeys(spent, 0),
+            },
+            {"event": "end", "time": 10, "step": 4, "cause": "finished", "seconds": spent},
+        ],
+    )
+    (workdir / "config.json").write_text(json.dumps({"seed": 0, "data": {"name": EVIL}}))
+    params = [{"path": "head/kernel", "shape": [3, 2]}, {"path": EVIL, "shape": []}]
+    write_run(
+        workdir,
+        {"versions": {"jax": "1.2"}, "command": f"train {EVIL}", "params": params, "groups": []},
+    )
+    classes = [{"label": 0, "name": EVIL}, {"label": 1, "name": None}]
+    bins = [{"confidence": 0.8, "accuracy": 0.5, "count": 4}]
+    details = {"results": {}, "classes": classes, "calibration": bins}
+    for step in (4, 12):  # 12 is later, and comes before 4 by name
+        (workdir / "evals" / f"val_{step}.json").write_text(json.dumps(details))
+        text = f"label,predicted,count\n0,0,{step}\n0,1,1\n"
+        (workdir / "evals" / f"val_{step}_confusion.csv").write_text(text)
+    return workdir
+
+
+def test_all_that_is_in_the_files_is_on_the_page_as_text(workdir):
+    text = make_report(workdir)
+    page = assert_stands_alone(text)
+    assert "i" not in page.tags
+    shown = page.text
+    for words in (
+        str(workdir),
+        "Step 4 of 4; ended: finished",
+        "jax 1.2",
+        "Calibration: val, step 12",
+        f"{EVIL} taken for 1: 1 of 13",
+        "compile, 2 s",
+        "60.0% of the time went into steps that count",
+        "7 values",
+        "head/kernel",
+        f"train {EVIL}",
+        f"python -m vit_jax.predict --workdir='{workdir}' PHOTOS",
+        json.dumps(EVIL),
+    ):
+        assert words in shown
+    assert "step 4 " not in shown.partition("Predictions")[2].partition("Time")[0]
+
+
+def test_results_are_the_last_and_the_best(workdir):
+    cells = [text.strip() for text in assert_stands_alone(make_report(workdir)).texts]
+    assert cells[cells.index("val/top1") :][:4] == ["val/top1", "0.5", "0.75", "2"]
+    assert cells[cells.index("val/loss") :][:4] == ["val/loss", "0.25", "0.25", "4"]
+
+
+def test_points_are_finite_and_the_best_is_the_first_of_equals():
+    records = [
+        {"step": 1, "a": 0.5, "s": "x"},
+        {"step": 2, "a": float("inf")},
+        {"step": 3, "a": 0.5},
+    ]
+    assert collect_points(records) == {"a": [(1, 0.5), (3, 0.5)]}
+    assert find_best("val/top1", [(1, 0.5), (3, 0.5)]) == (1, 0.5)
+    assert find_best("val/loss", [(1, 0.5), (3, 0.25)]) == (3, 0.25)
+
+
+def test_of_many_classes_the_pairs_are_listed(workdir):
+    classes = [{"label": i, "name": f"class {i}"} for i in range(51)]
+    (workdir / "evals" / "val_12.json").write_text(json.dumps({"classes": classes}))
+    page = assert_stands_alone(make_report(workdir))
+    assert "rect" not in page.tags
+    texts = [text.strip() for text in page.texts]
+    assert texts[texts.index("class 0") :][:3] == ["class 0", "class 1", "1"]
+
+
+def test_a_workdir_with_nothing_in_it_has_a_page(tmp_path):
+    page = assert_stands_alone(make_report(tmp_path))
+    assert "svg" not in page.tags
+    assert "vit_jax.predict" in page.text
+
+
+def test_the_page_is_replaced_as_a_whole(workdir):
+    (workdir / REPORT).write_text("before")
+    refresh_report(workdir)
+    assert (workdir / REPORT).read_text() == make_report(workdir)
+    assert not list(workdir.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("fault", ["files", "disk"])
+def test_what_goes_wrong_is_said_and_ends_nothing(fault, workdir, said, monkeypatch):
+    if fault == "files":
+        (workdir / "evals" / "val_12.json").write_text("{")
+    else:
+
+        def fail(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(run_page, "write_page", fail)
+    refresh_report(workdir)
+    (line,) = said
+    assert line.startswith(f"{workdir / REPORT} can't be written (")
+    assert not (workdir / REPORT).exists()

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that hangs says where, and ends with the code that asks for another run."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vit_jax.runtime import watchdog
+from vit_jax.runtime.preemption import RUN_AGAIN
+from vit_jax.runtime.watchdog import Limits, Watchdog
+from vit_jax.utils.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+
+HANGS = """
+import sys, time
+from pathlib import Path
+from vit_jax.runtime.watchdog import Limits, Watchdog
+
+def hang_here():
+    time.sleep(60)
+
+limits = Limits(step=60, save=0.2)
+words = lambda phase: print("words", phase)
+with Watchdog(limits, workdir=Path(sys.argv[1]), process=3, last_words=words) as dog:
+    dog.beat()
+    with dog.phase("save"):
+        hang_here()
+"""
+
+
+def test_it_names_process_phase_and_place_and_asks_for_another_run(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", HANGS, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == RUN_AGAIN, done.stderr
+    assert done.stdout == "words save\n"
+    for text in (done.stderr, (tmp_path / "watchdog-3.txt").read_text()):
+        for words in ("process 3 hangs", "phase 'save'", "watchdog.save=0.2", "in hang_here"):
+            assert words in text
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """The codes with which the process would have ended."""
+    codes = []
+    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda **_: None)
+    return codes
+
+
+def test_what_goes_on_is_left_alone(tmp_path, ends):
+    with Watchdog(Limits(step=0.5, evaluation=0), workdir=tmp_path, process=0) as dog:
+        for _ in range(8):
+            dog.beat()
+            time.sleep(0.1)
+        with dog.phase("evaluation"):  # 0 is no limit
+            time.sleep(0.7)
+        dog.beat()
+    assert ends == []
+
+
+def test_the_limit_is_that_of_the_phase(tmp_path, ends, capsys):
+    with Watchdog(Limits(compile=0.1), workdir=tmp_path, process=0):
+        until = time.monotonic() + 10
+        while not ends and time.monotonic() < until:
+            time.sleep(0.02)
+    assert ends[0] == RUN_AGAIN
+    assert "in the phase 'compile'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["compile", "step", "save", "evaluation"])
+def test_negative_limits_are_refused(key):
+    with pytest.raises(UserError, match=f"watchdog.{key}=-1: expected seconds"):
+        Limits(**{key: -1})

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a config comes to: durations, rates, and what is said of them."""
+
+import pytest
+
+from tests.tiny import tiny_config
+from vit_jax.checkpoint.workdir import open_workdir, write_config
+from vit_jax.optim.summary import describe_rates, group_params, summarize_params
+from vit_jax.training.experiment import Experiment
+from vit_jax.utils.errors import UserError
+
+
+def build(data_dir, **changes):
+    return Experiment.from_config(tiny_config(data_dir, **changes), epoch_examples=160)
+
+
+@pytest.mark.parametrize(
+    ("length", "steps", "longer"),
+    [
+        ({"total_steps": 8}, 8, "--config.total_steps=16"),
+        ({"epochs": 2.5}, 25, "--config.epochs=5.0"),
+        ({"examples": 320}, 20, "--config.examples=640"),
+    ],
+)
+def test_the_length_of_a_run_has_three_units(length, steps, longer, data_dir):
+    experiment = build(data_dir, **({"total_steps": None} | length))
+    assert experiment.total_steps == steps
+    assert experiment.override_for_twice_as_long() == longer
+
+
+def test_cadences_have_four_units_and_stay_as_given(data_dir):
+    experiment = build(
+        data_dir,
+        total_steps=40,
+        checkpoint={"every_epochs": 0.5},
+        evals={"val": {"split": "test", "preprocess": "decode", "every_percent": 25}},
+        log_every=None,
+        log_every_examples=64,
+        optimizer={"lr": 0.1, "warmup_percent": 10},
+    )
+    assert experiment.checkpoint.every == 5
+    assert experiment.evaluators[0].every == 10
+    assert experiment.config["log_every_examples"] == 64
+    assert experiment.config["checkpoint"]["every_epochs"] == 0.5
+    assert experiment.config["evals"]["val"]["every_percent"] == 25
+    assert experiment.config["optimizer"]["warmup_percent"] == 10
+    assert "warmup_steps" not in experiment.config["optimizer"]
+    assert float(experiment.optimizer.schedule(4)) == pytest.approx(0.1)
+    # The resolved config comes to the same.
+    again = Experiment.from_config(experiment.config, epoch_examples=160)
+    assert again.config == experiment.config
+
+
+def test_defaults_are_written_down_as_steps(data_dir):
+    config = build(data_dir).config
+    assert config["optimizer"]["warmup_steps"] == 2
+    assert config["optimizer"]["cooldown_steps"] == 0
+    assert not {key for key in config["optimizer"] if key.endswith(("_epochs", "_percent"))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 3}, "total_steps=8 and epochs=3: expected exactly one of them"),
+        ({"total_steps": None}, "total_steps=None and epochs=None and examples=None: expected"),
+        ({"total_steps": None, "examples": 3}, "examples=3: expected at least 1 step"),
+        ({"checkpoint__every_epochs": 3}, r"checkpoint\.every=4 and checkpoint\.every_epochs=3"),
+        ({"log_every_percent": 3}, "^log_every=2 and log_every_percent=3"),
+        ({"evals__val__every_epoch": 3}, r"unknown config key evals\.val\.every_epoch"),
+        ({"ema_decay": 1.0}, r"ema_decay=1\.0: expected 0 <= value < 1"),
+    ],
+)
+def test_contradictions_are_refused(changes, message, data_dir):
+    with pytest.raises(UserError, match=message):
+        build(data_dir, **changes)
+
+
+def test_another_batch_size_changes_the_learning_rate_and_it_is_said(data_dir):
+    scaling = {"optimizer__lr_scaling": "linear", "optimizer__base_batch_size": 64}
+    experiment = build(data_dir, **scaling)
+    assert describe_rates(experiment.optimizer) == [
+        "learning rate: peak 0.0025 for batches of 16: 0.01 for 64, times 0.25",
+        "weight decay: 0.1 x learning rate = 0.00025 x schedule",
+    ]
+
+
+def test_decay_by_the_schedule_is_said_in_both_conventions(data_dir):
+    options = {"lr": 1e-3, "weight_decay": 1e-4, "weight_decay_times": "schedule"}
+    assert describe_rates(build(data_dir, optimizer=options).optimizer) == [
+        "learning rate: peak 0.001",
+        "weight decay: 0.1 x learning rate = 0.0001 x schedule",
+    ]
+
+
+def test_parameters_that_are_treated_alike_are_one_row(data_dir):
+    experiment = build(
+        data_dir,
+        optimizer__freeze=("embedding/.*",),
+        optimizer__layer_decay=0.5,
+        optimizer__schedules=(("head/kernel", {"schedule": "constant"}),),
+    )
+    rows = summarize_params(experiment.optimizer, experiment.abstract_state.params)
+    assert group_params(rows) == [
+        ("trained", "12", "4,096", "yes", "x 0.25 to 0.5"),
+        ("schedule of head/kernel", "1", "160", "yes", "x 1"),
+        ("trained", "25", "682", "no", "x 0.125 to 1"),
+        ("frozen", "2", "208", "no", ""),
+    ]
+
+
+def test_a_longer_run_may_be_counted_otherwise_but_keeps_its_warmup(data_dir, tmp_path):
+    def start(**changes):
+        config = build(data_dir, evals={}, **changes).config
+        write_config(open_workdir(str(tmp_path), config), config)
+
+    warmup = {"optimizer": {"lr": 1e-2, "warmup_percent": 25}}
+    start(total_steps=4, **warmup)
+    start(total_steps=None, epochs=2, **warmup)
+    start(total_steps=None, examples=640, log_every=None, log_every_epochs=1, **warmup)
+    start(total_steps=80, checkpoint={"every_percent": 50}, **warmup)
+    with pytest.raises(UserError, match=r"config\.optimizer\.warmup_percent is 25 there"):
+        start(total_steps=80, optimizer={"lr": 1e-2, "warmup_steps": 20})

@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: one experiment each, told apart by `config.json`."""
+
+import contextlib
+import dataclasses
+import fcntl
+import itertools
+import json
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vit_jax.checkpoint.manager import list_steps
+from vit_jax.observe.console import log
+from vit_jax.observe.writer import read_metrics
+from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.layout import CHECKPOINTS, CONFIG, LABELS, LEDGER, LOCK, METRICS
+from vit_jax.utils.metrics import lower_is_better
+
+# Seconds for which another process may hold the lock only to look at it.
+_LOOK_S = 1.0
+
+# What may change between two runs in one workdir: how long, where, how often and from what, but not
+# what is trained.
+_FREE = (
+    "total_steps",
+    "epochs",
+    "examples",
+    "mesh",
+    "adapt",
+    "checkpoint",
+    "evals",
+    "log_every",
+    "log_every_epochs",
+    "log_every_examples",
+    "log_every_percent",
+    "profile",
+    "resume",
+    "on_divergence",
+    "max_loss",
+    "tracking",
+    "watchdog",
+)
+_FREE_KEYS = (
+    "init_from",
+    "data.data_dir",
+    "data.num_threads",
+    "data.max_corrupt",
+    "data.max_ram_gb",
+)
+
+# Not in the config: the records that its data holds.
+_CONTENT = "data.content"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resume:
+    """What may be another when a run goes on.
+
+    Attributes:
+      allow: keys of the config, or sections of it, that may differ from what the workdir was begun
+        with, though the result is then that of neither; `data.content` for other records. A text
+        may hold several, with commas.
+    """
+
+    allow: tuple[str, ...] | str = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys, one by one."""
+        given = self.allow.split(",") if isinstance(self.allow, str) else self.allow
+        return tuple(key.strip().removeprefix("config.") for key in given if key.strip())
+
+    def allows(self, key: str) -> bool:
+        """Whether a key, or a section that it is in, may differ."""
+        return any(key == k or key.startswith(f"{k}.") for k in self.keys)
+
+
+def open_workdir(
+    path: str,
+    config: dict[str, Any],
+    class_names: tuple[str, ...] | None = None,
+    resume: Resume | None = None,
+) -> Path:
+    """Makes a workdir, or checks that one that exists is of this experiment.
+
+    Args:
+      path: a local or shared folder.
+      config: the resolved config.
+      class_names: by label, where the data knows them.
+      resume: what may differ from the workdir's own config.
+
+    Raises:
+      UserError: it can't be written to, belongs to another experiment or program, or was trained
+        with other class names.
+    """
+    if "://" in path:
+        raise UserError(f"--workdir={path!r}: expected a folder; mount a bucket to use it as one")
+    resume = resume or Resume()
+    flat = _flatten(config)
+    for key in resume.keys:
+        if key != _CONTENT and not any(k == key or k.startswith(f"{key}.") for k in flat):
+            options = {*flat, *(k.partition(".")[0] for k in flat), _CONTENT}
+            raise UserError(f"resume.allow: {key!r} is no key{suggest(key, options)}")
+    workdir = Path(path)
+    file = workdir / CONFIG
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+        previous = json.loads(file.read_text()) if file.exists() else None
+        old_names = read_labels(workdir)
+        if not isinstance(previous, dict | None):
+            raise ValueError(f"{file} holds no config")
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"--workdir={path!r} can't be used: {type(e).__name__}: {e}") from None
+    if previous is not None:
+        _compare(path, _flatten(previous), flat, resume)
+        if class_names is not None and old_names is not None:
+            _compare_labels(path, old_names, class_names)
+    else:
+        checkpoints = workdir / CHECKPOINTS
+        if (workdir / METRICS).exists() or (checkpoints.exists() and any(checkpoints.iterdir())):
+            raise UserError(
+                f"--workdir={path!r} holds metrics or checkpoints but no {CONFIG}: it is not a "
+                "workdir of vit_jax; choose another"
+            )
+    return workdir
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """The resolved config of a run.
+
+    Raises:
+      UserError: there is none.
+    """
+    file = workdir / CONFIG
+    try:
+        config = json.loads(file.read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"{file} holds no config")
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(
+            f"--workdir={str(workdir)!r}: {file} can't be read ({type(e).__name__}); expected "
+            "the workdir of a run, or --config"
+        ) from None
+    return _as_tuples(config)
+
+
+def read_labels(workdir: Path) -> tuple[str, ...] | None:
+    """The class names of a run by label; None where they are not known."""
+    file = workdir / LABELS
+    return tuple(file.read_text(encoding="utf-8").split("\n")[:-1]) if file.exists() else None
+
+
+def find_step(workdir: Path | None, checkpoint: str) -> str:
+    """The checkpoint of a step of a run, as `load_pretrained` takes it.
+
+    Args:
+      workdir: of the run; None if there is none.
+      checkpoint: the step; "last"; "best" by the metric that the run keeps the best one by; or
+        anything else, which is given back.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    if not checkpoint.isdigit() and (workdir is None or checkpoint not in ("last", "best")):
+        return checkpoint
+    steps = list_steps(workdir) if workdir else []
+    if workdir is not None and steps and checkpoint in ("last", "best"):
+        step = steps[-1] if checkpoint == "last" else _find_best(workdir, steps)
+    elif checkpoint.isdigit() and int(checkpoint) in steps:
+        step = int(checkpoint)
+    else:
+        raise UserError(
+            f"--checkpoint={checkpoint}: --workdir={workdir} has "
+            f"{', '.join(map(str, steps)) or 'no checkpoints'}"
+        )
+    return str((workdir or Path()) / CHECKPOINTS / str(step))
+
+
+def _find_best(workdir: Path, steps: Sequence[int]) -> int:
+    metric = (read_config(workdir).get("checkpoint") or {}).get("keep_best")
+    if metric is None:
+        raise UserError(
+            f"--checkpoint=best: the run of --workdir={workdir} keeps no best checkpoint, as "
+            f"config.checkpoint.keep_best is not set; expected one of {', '.join(map(str, steps))}"
+        )
+    values = {r["step"]: r[metric] for r in read_metrics(workdir) if metric in r}
+    judged = [step for step in steps if step in values]
+    if not judged:
+        raise UserError(
+            f"--checkpoint=best: {workdir / METRICS} has no {metric} of the steps "
+            f"{', '.join(map(str, steps))}; expected one of them"
+        )
+    sign = -1 if lower_is_better(metric) else 1
+    return max(judged, key=lambda step: sign * values[step])
+
+
+def _as_tuples(value: Any) -> Any:
+    """JSON has lists for tuples."""
+    if isinstance(value, dict):
+        return {k: _as_tuples(v) for k, v in value.items()}
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+@contextlib.contextmanager
+def remove_workdir_on_error(workdir: Path, *, active: bool = True) -> Iterator[None]:
+    """Around a start: bad input found before the config is written leaves no new workdir behind.
+
+    Only the ledger and folders that are empty are taken away.
+
+    Args:
+      workdir: that may not exist yet.
+      active: False for one that does nothing, on all processes but one.
+    """
+    existed = workdir.is_dir()
+    used = existed and any(workdir.iterdir())
+    try:
+        yield
+    except UserError:
+        written = used or not workdir.is_dir() or (workdir / CONFIG).exists()
+        if active and not written and find_holder(workdir) is None:
+            (workdir / LEDGER).unlink(missing_ok=True)
+            for folder in (workdir / CHECKPOINTS, *([] if existed else [workdir])):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: Path, *, active: bool = True) -> Iterator[None]:
+    """Around a run: no second one can be in the same workdir.
+
+    The lock goes with the process that holds it, however that ends.
+
+    Args:
+      workdir: an existing folder.
+      active: False for one that does nothing, on all processes but one.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    if not active:
+        yield
+        return
+    path, until = workdir / LOCK, time.monotonic() + _LOOK_S
+    while True:
+        file = open(path, "a+")  # noqa: SIM115 (closed below)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one before may have removed it after it was opened here.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise UserError(
+                    f"--workdir={str(workdir)!r} is in use by {holder}; expected one run at a "
+                    "time: wait for its end, or choose another workdir"
+                ) from None
+            time.sleep(_LOOK_S / 20)
+        file.close()
+    with file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def find_holder(workdir: Path) -> str | None:
+    """Who trains in a workdir, as `process PID on HOST`; None if nobody does."""
+    try:
+        with open(workdir / LOCK) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+    except OSError:
+        pass
+    return None
+
+
+def write_config(workdir: Path, config: dict[str, Any]) -> None:
+    """Writes `config.json`, whole or not at all.
+
+    Raises:
+      UserError: it can't be written.
+    """
+    file = workdir / CONFIG
+    _replace(file, json.dumps(config, indent=1, sort_keys=True) + "\n")
+    log(f"wrote {file}")
+
+
+def _replace(file: Path, text: str) -> None:
+    fresh = file.with_suffix(".tmp")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, file)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        raise UserError(
+            f"--workdir={str(file.parent)!r}: {file.name} can't be written ({e.strerror}); "
+            "expected a folder to write to, with room"
+        ) from None
+
+
+def write_labels(workdir: Path, class_names: tuple[str, ...] | None) -> None:
+    """Writes `labels.txt`, a class name a line, if they are known and it is not there.
+
+    Raises:
+      UserError: it can't be written.
+    """
+    file = workdir / LABELS
+    if class_names is None or file.exists():
+        return
+    _replace(file, "".join(f"{name}\n" for name in class_names))
+    log(f"wrote {file}: {len(class_names)} class names")
+
+
+def _compare_labels(path: str, old: Sequence[str], new: Sequence[str]) -> None:
+    for label, (before, now) in enumerate(itertools.zip_longest(old, new)):
+        if before != now:
+            raise UserError(
+                f"--workdir={path!r}: {LABELS} has {len(old)} classes, the data {len(new)}; label "
+                f"{label} is {before!r} there and {now!r} here: expected the same, or another "
+                "workdir"
+            )
+
+
+def check_data(
+    path: str, before: Mapping[str, Any], now: Mapping[str, Any], resume: Resume
+) -> None:
+    """Checks that a run goes on with the records that it was trained on.
+
+    Args:
+      path: of the workdir.
+      before: what the checkpoint came from: see `provenance.describe_run`.
+      now: the same of this run.
+      resume: what may differ.
+
+    Raises:
+      UserError: they are others.
+    """
+    if before.get("data") in (None, now["data"]):
+        return
+    what = f"data.content is {before['data']} there and {now['data']} here: other records or labels"
+    if not resume.allows(_CONTENT):
+        raise UserError(
+            f"--workdir={path!r}: {what} than those that it was trained on; bring them back, or "
+            f"add --config.resume.allow={_CONTENT}"
+        )
+    log(what)
+
+
+def _compare(path: str, old: dict[str, Any], new: dict[str, Any], resume: Resume) -> None:
+    if added := [f"{key}={new[key]!r}" for key in sorted(new.keys() - old.keys())]:
+        # A later version of the package has more keys; their defaults are what was there before.
+        log(f"config keys that the run was started without: {', '.join(added)}")
+    refused = {}
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if before == after or key not in old:
+            continue
+        free = key.split(".")[0] in _FREE or key in _FREE_KEYS
+        if free or resume.allows(key):
+            log(f"config.{key}: {before!r} before, {after!r} now")
+        else:
+            refused[key] = f"config.{key} is {before!r} there and {after!r} here"
+    if refused:
+        raise UserError(
+            f"--workdir={path!r} belongs to another experiment: {'; '.join(refused.values())}; "
+            "choose another workdir, or the same value, or go on nevertheless with "
+            f"--config.resume.allow={','.join(refused)}"
+        )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.loads(json.dumps(value))  # pairs as lists, as they come back
+    return flat

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keys of a config, and what it is made into."""

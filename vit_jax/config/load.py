@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config files, their arguments, and overrides of their keys."""
+
+import ast
+import runpy
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vit_jax.utils.errors import UserError
+
+_OVERRIDE = "--config."
+
+
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
+    """Runs `get_config` of a config file and puts overrides into its result.
+
+    Args:
+      value: path of the file, with its arguments after a colon.
+      overrides: values by dotted key, as in `{"data.batch_size": 64}`.
+
+    Raises:
+      UserError: the file is missing or fails, or a key lies below a value.
+    """
+    path, colon, argument = value.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"--config={value}: there is no file {path}")
+    try:
+        get_config = runpy.run_path(path)["get_config"]
+        config = get_config(argument) if colon else get_config()
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"--config={value}: {type(e).__name__}: {e}") from e
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={value}: get_config gives {config!r}; expected a ConfigDict")
+    return override_config(config.to_dict(), overrides)
+
+
+def override_config(config: dict[str, Any], overrides: dict[str, Any]) -> ConfigDict:
+    """Puts values by dotted key into the sections of a config.
+
+    Raises:
+      UserError: a key lies below a value.
+    """
+    for key, override in overrides.items():
+        *parents, leaf = key.split(".")
+        section = config
+        for parent in parents:
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
+            if not isinstance(section, dict):
+                raise UserError(
+                    f"unknown config key {key}: {parent}={section!r} has nothing below it"
+                )
+        section[leaf] = override
+    return ConfigDict(config)
+
+
+def parse_overrides(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Takes `--config.KEY=VALUE` out of command-line arguments; returns them and the rest.
+
+    Values are Python literals, `true`, `false` and `none`; all else is a string.
+    """
+    overrides, rest, todo = {}, [], iter(arguments)
+    for argument in todo:
+        if argument.startswith(_OVERRIDE):
+            key, equals, text = argument.removeprefix(_OVERRIDE).partition("=")
+            overrides[key] = parse_literal(text if equals else next(todo, ""))
+        else:
+            rest.append(argument)
+    return overrides, rest
+
+
+def parse_literal(text: str) -> Any:
+    """The value of an override; see `parse_overrides`."""
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return text

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations that distort an image at random, and published policies made of such.
+
+A policy picks actions from a table. A level from 0 to 10 (a share x of 1 in here) says how far an
+action goes; what else policies differ in, the fill and the interpolation, is their style.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Literal
+
+import cv2
+import numpy as np
+
+from vit_jax.data.ops import colors, geometry
+from vit_jax.data.ops.geometry import Fill
+from vit_jax.data.ops.transforms import Features, Random
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How pixels are found that were between pixels or outside."""
+
+    fill: Fill
+    flag: int
+
+
+# arXiv:2106.10270, and the code that arXiv:1909.13719 came with.
+AUGREG_STYLE = Style((128, 128, 128), cv2.INTER_NEAREST)
+# DeiT (arXiv:2012.12877) and its followers fill with the mean colour of ImageNet.
+DEIT_STYLE = Style((124, 116, 104), cv2.INTER_LINEAR)
+
+Action = Callable[[np.ndarray, float, np.random.Generator, Style], np.ndarray]
+
+
+def _either_sign(x: float, rng: np.random.Generator) -> float:
+    return -x if rng.random() < 0.5 else x
+
+
+def _factor(x: float) -> float:
+    return 0.1 + 1.8 * x
+
+
+def _factor_about_one(x: float, rng: np.random.Generator) -> float:
+    return max(0.1, 1 + _either_sign(0.9 * x, rng))
+
+
+def _rotate(image: np.ndarray, x: float, rng: np.random.Generator, style: Style) -> np.ndarray:
+    degrees = _either_sign(30 * x, rng)
+    return geometry.rotate(image, degrees, fill=style.fill, flag=style.flag)
+
+
+def _shear(image: np.ndarray, x: float, rng: np.random.Generator, style: Style, axis: str):
+    shear = geometry.shear_x if axis == "x" else geometry.shear_y
+    return shear(image, _either_sign(0.3 * x, rng), fill=style.fill, flag=style.flag)
+
+
+def _translate(image: np.ndarray, pixels: float, rng: np.random.Generator, style: Style, axis: str):
+    pixels = _either_sign(pixels, rng)
+    x, y = (pixels, 0) if axis == "x" else (0, pixels)
+    return geometry.translate(image, x, y, fill=style.fill, flag=style.flag)
+
+
+def _cut_out(image: np.ndarray, x: float, rng: np.random.Generator, style: Style) -> np.ndarray:
+    row, column = (int(rng.integers(side)) for side in image.shape[:2])
+    return geometry.cut_out(image, row, column, int(40 * x), fill=style.fill)
+
+
+# "..._increasing" change more the higher the level; "posterize_original" is the paper's.
+ACTIONS: dict[str, Action] = {
+    "autocontrast": lambda image, x, rng, style: colors.autocontrast(image),
+    "equalize": lambda image, x, rng, style: colors.equalize(image),
+    "invert": lambda image, x, rng, style: colors.invert(image),
+    "rotate": _rotate,
+    "posterize": lambda image, x, rng, style: colors.posterize(image, min(8, int(4 * x))),
+    "posterize_increasing": lambda image, x, rng, style: colors.posterize(
+        image, max(0, 4 - int(4 * x))
+    ),
+    "posterize_original": lambda image, x, rng, style: colors.posterize(
+        image, min(8, 4 + int(4 * x))
+    ),
+    "solarize": lambda image, x, rng, style: colors.solarize(image, int(256 * x)),
+    "solarize_increasing": lambda image, x, rng, style: colors.solarize(image, 256 - int(256 * x)),
+    "solarize_add": lambda image, x, rng, style: colors.solarize_add(image, int(110 * x)),
+    "color": lambda image, x, rng, style: colors.adjust_saturation(image, _factor(x)),
+    "color_increasing": lambda image, x, rng, style: colors.adjust_saturation(
+        image, _factor_about_one(x, rng)
+    ),
+    "contrast": lambda image, x, rng, style: colors.adjust_contrast(image, _factor(x)),
+    "contrast_increasing": lambda image, x, rng, style: colors.adjust_contrast(
+        image, _factor_about_one(x, rng)
+    ),
+    "brightness": lambda image, x, rng, style: colors.adjust_brightness(image, _factor(x)),
+    "brightness_increasing": lambda image, x, rng, style: colors.adjust_brightness(
+        image, _factor_about_one(x, rng)
+    ),
+    "sharpness": lambda image, x, rng, style: colors.adjust_sharpness(image, _factor(x)),
+    "sharpness_increasing": lambda image, x, rng, style: colors.adjust_sharpness(
+        image, _factor_about_one(x, rng)
+    ),
+    "shear_x": functools.partial(_shear, axis="x"),
+    "shear_y": functools.partial(_shear, axis="y"),
+    "translate_x": lambda image, x, rng, style: _translate(image, 100 * x, rng, style, "x"),
+    "translate_y": lambda image, x, rng, style: _translate(image, 100 * x, rng, style, "y"),
+    "translate_x_relative": lambda image, x, rng, style: _translate(
+        image, 0.45 * x * image.shape[1], rng, style, "x"
+    ),
+    "translate_y_relative": lambda image, x, rng, style: _translate(
+        image, 0.45 * x * image.shape[0], rng, style, "y"
+    ),
+    "cutout": _cut_out,
+}
+
+_COMMON = ("autocontrast", "equalize", "invert", "rotate", "shear_x", "shear_y", "solarize_add")
+_ENHANCE = ("color", "contrast", "brightness", "sharpness")
+_TONES = ("posterize", "solarize", *_ENHANCE)
+AUGREG_ACTIONS = (*_COMMON, *_TONES, "translate_x", "translate_y", "cutout")
+DEIT_ACTIONS = (*_COMMON, *_TONES, "translate_x_relative", "translate_y_relative")
+DEIT_INCREASING_ACTIONS = tuple(
+    f"{name}_increasing" if name in _TONES else name for name in DEIT_ACTIONS
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandAug(Random):
+    """`num_layers` of sixteen actions, each at level `magnitude`, which may be above 10.
+
+    As AugReg defines it (arXiv:2106.10270), after arXiv:1909.13719: no action is left out by
+    chance, and `magnitude` 0 is not the image as it was.
+    """
+
+    num_layers: int
+    magnitude: float
+    may_be_zero = ("magnitude",)
+
+    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
+        image = features["image"]
+        for _ in range(self.num_layers):
+            action = ACTIONS[AUGREG_ACTIONS[rng.integers(len(AUGREG_ACTIONS))]]
+            image = action(image, self.magnitude / 10, rng, AUGREG_STYLE)
+        return features | {"image": image}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandAugment(Random):
+    """RandAugment as in DeiT (arXiv:2012.12877), by the name that timm gives a policy.
+
+    `rand-m9-mstd0.5-inc1` is two actions, each left out in half of the cases, of a level drawn
+    from a normal distribution of mean 9 and deviation 0.5, whose strength increases with it.
+    Parts: m (10), n (2 actions), mstd (0), mmax (10, the highest level), p (0.5), inc (0).
+    """
+
+    policy: str = "rand-m9-mstd0.5-inc1"
+
+    def __post_init__(self) -> None:
+        _parse_rand(self.policy)
+
+    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
+        image, parts = features["image"], _parse_rand(self.policy)
+        actions = DEIT_INCREASING_ACTIONS if parts["inc"] else DEIT_ACTIONS
+        for _ in range(int(parts["n"])):
+            name = actions[rng.integers(len(actions))]
+            if rng.random() >= parts["p"]:
+                continue
+            level = np.clip(rng.normal(parts["m"], parts["mstd"]), 0, parts["mmax"])
+            image = ACTIONS[name](image, float(level) / 10, rng, DEIT_STYLE)
+        return features | {"image": image}
+
+
+@functools.cache
+def _parse_rand(policy: str) -> dict[str, float]:
+    parts = {"m": 10.0, "n": 2.0, "mstd": 0.0, "mmax": 10.0, "p": 0.5, "inc": 0.0}
+    first, *rest = policy.split("-")
+    for part in rest:
+        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
+        if match is None or match[1] not in parts:
+            raise ValueError(
+                f"policy={policy!r}: part {part!r}: expected a number after one of "
+                f"{', '.join(parts)}"
+            )
+        parts[match[1]] = float(match[2])
+    if first != "rand" or parts["p"] > 1 or parts["n"] % 1:
+        raise ValueError(
+            f"policy={policy!r}: expected something like 'rand-m9-mstd0.5-inc1', with p up to 1 "
+            "and a whole n"
+        )
+    return parts
+
+
+# Pairs of actions, each with its probability in tenths and its level: arXiv:1805.09501, table 9,
+# and the later policy that code of the same authors calls v0.
+_PAIRS = {
+    "original": """
+        posterize_original 4 8 rotate 6 9; solarize 6 5 autocontrast 6 5; equalize 8 8 equalize 6 3;
+        posterize_original 6 7 posterize_original 6 6; equalize 4 7 solarize 2 4;
+        equalize 4 4 rotate 8 8; solarize 6 3 equalize 6 7; posterize_original 8 5 equalize 10 2;
+        rotate 2 3 solarize 6 8; equalize 6 8 posterize_original 4 6; rotate 8 8 color 4 0;
+        rotate 4 9 equalize 6 2; equalize 0 7 equalize 8 8; invert 6 4 equalize 10 8;
+        color 6 4 contrast 10 8; rotate 8 8 color 10 2; color 8 8 solarize 8 7;
+        sharpness 4 7 invert 6 8; shear_x 6 5 equalize 10 9; color 4 0 equalize 6 3;
+        equalize 4 7 solarize 2 4; solarize 6 5 autocontrast 6 5; invert 6 4 equalize 10 8;
+        color 6 4 contrast 10 8; equalize 8 8 equalize 6 3""",
+    "v0": """
+        equalize 8 1 shear_y 8 4; color 4 9 equalize 6 3; color 4 1 rotate 6 8;
+        solarize 8 3 equalize 4 7; solarize 4 2 solarize 6 2; color 2 0 equalize 8 8;
+        equalize 4 8 solarize_add 8 3; shear_x 2 9 rotate 6 8; color 6 1 equalize 10 2;
+        invert 4 9 rotate 6 0; equalize 10 9 shear_y 6 3; color 4 7 equalize 6 0;
+        posterize 4 6 autocontrast 4 7; solarize 6 8 color 6 9; solarize 2 4 rotate 8 9;
+        rotate 10 7 translate_y_relative 8 9; shear_x 0 0 solarize 8 4; shear_y 8 0 color 6 4;
+        color 10 0 rotate 6 2; equalize 8 4 equalize 0 8; equalize 10 4 autocontrast 6 2;
+        shear_y 4 7 solarize_add 6 7; posterize 8 2 solarize 6 10; solarize 6 8 equalize 6 1;
+        color 8 6 rotate 4 5""",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoAugment(Random):
+    """One of 25 pairs of actions, each of them left out by its chance (arXiv:1805.09501).
+
+    `original` is the policy for ImageNet of the paper; `v0` the one that followed it in code.
+    """
+
+    policy: Literal["original", "v0"] = "original"
+
+    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
+        pairs, image = parse_pairs(self.policy), features["image"]
+        for name, probability, level in pairs[rng.integers(len(pairs))]:
+            if rng.random() < probability:
+                image = ACTIONS[name](image, level / 10, rng, DEIT_STYLE)
+        return features | {"image": image}
+
+
+@functools.cache
+def parse_pairs(policy: str) -> tuple[tuple[tuple[str, float, float], ...], ...]:
+    """The pairs of a policy of AutoAugment, as (action, probability, level)."""
+    found = []
+    for pair in _PAIRS[policy].split(";"):
+        words = pair.split()
+        actions = zip(words[::3], words[1::3], words[2::3], strict=True)
+        found.append(tuple((name, int(p) / 10, float(level)) for name, p, level in actions))
+    return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class ThreeAugment(Random):
+    """One of three: gray, solarized or blurred with a deviation of 0.1 to 2 (arXiv:2204.07118)."""
+
+    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
+        ops = (Grayscale(), Solarize(), GaussianBlur())
+        return ops[rng.integers(3)](features, rng)
+
+
+def _check_probability(probability: float) -> None:
+    if probability > 1:
+        raise ValueError(f"probability={probability}: expected at most 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grayscale(Random):
+    """Luma in all channels, with this probability."""
+
+    probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_probability(self.probability)
+
+    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
+        if rng.random() >= self.probability:
+            return features
+        return features | {"image": colors.grayscale(features["image"])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Solarize(Random):
+    """Inverts the values from `threshold` on, with this probability."""
+
+    threshold: int = 128
+    probability: float = 1.0
+    may_be_zero = ("threshold",)
+
+    def __post_init__(self) -> None:
+        _check_probability(self.probability)
+
+    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
+        if rng.random() >= self.probability:
+            return features
+        return features | {"image": colors.solarize(features["image"], self.threshold)}
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianBlur(Random):
+    """Blurs with a deviation of `sigma_min` to `sigma_max` pixels, with this probability."""
+
+    sigma_min: float = 0.1
+    sigma_max: float = 2.0
+    probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_probability(self.probability)
+        if self.sigma_min > self.sigma_max:
+            raise ValueError(
+                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: expected "
+                "sigma_min <= sigma_max"
+            )
+
+    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
+        if rng.random() >= self.probability:
+            return features
+        sigma = rng.uniform(self.sigma_min, self.sigma_max)
+        return features | {"image": colors.blur(features["image"], sigma)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ColorJitter(Random):
+    """Changes brightness, contrast and saturation, in any order, by factors of 1 ± their strength.
+
+    `contrast` and `saturation` are as `brightness` where they are not given. Factors are 0 or more.
+    """
+
+    brightness: float
+    contrast: float | None = None
+    saturation: float | None = None
+    may_be_zero = ("brightness", "contrast", "saturation")
+
+    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
+        image = features["image"]
+        adjust = (colors.adjust_brightness, colors.adjust_contrast, colors.adjust_saturation)
+        given = (self.brightness, self.contrast, self.saturation)
+        for i in rng.permutation(3):
+            strength = self.brightness if given[i] is None else given[i]
+            factor = rng.uniform(max(0, 1 - strength), 1 + strength)
+            image = adjust[i](image, factor) if strength else image
+        return features | {"image": image}
+
+
+OPS: dict[str, type] = {
+    "randaug": RandAug,
+    "rand_augment": RandAugment,
+    "auto_augment": AutoAugment,
+    "three_augment": ThreeAugment,
+    "color_jitter": ColorJitter,
+    "gaussian_blur": GaussianBlur,
+    "grayscale": Grayscale,
+    "solarize": Solarize,
+}

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations on one example on the host, in numpy and OpenCV (which releases the GIL).
+
+An operation is a frozen dataclass that maps a features dict to another. Its fields are its
+arguments in a preprocessing string. `Random` ones also take a generator that depends on nothing
+but the seed and the example's position. Images stay uint8: the device makes floats of them.
+"""
+
+import abc
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal
+
+import cv2
+import numpy as np
+
+from vit_jax.data.ops.decode import decode_image
+from vit_jax.data.ops.geometry import Method, resize_image
+from vit_jax.utils.errors import UserError
+
+Features = dict[str, Any]
+
+
+class Transform(abc.ABC):
+    """Features to features, the same each time."""
+
+    # Arguments that may be 0; numbers are more than that otherwise.
+    may_be_zero: ClassVar[tuple[str, ...]] = ()
+
+    @abc.abstractmethod
+    def __call__(self, features: Features) -> Features: ...
+
+
+class Random(abc.ABC):
+    """Features to features, with random choices."""
+
+    may_be_zero: ClassVar[tuple[str, ...]] = ()
+
+    @abc.abstractmethod
+    def __call__(self, features: Features, rng: np.random.Generator) -> Features: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode(Transform):
+    """Encoded bytes to uint8 RGB; with `orient`, upright as EXIF says, and not as stored.
+
+    What a source gives as pixels stays as it is.
+    """
+
+    orient: bool = False
+
+    def __call__(self, features: Features) -> Features:
+        return features | {"image": decode_image(features["image"], orient=self.orient)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep(Transform):
+    """The features of these names alone, and the mask that evaluation counts by."""
+
+    names: tuple[str, ...]
+
+    def __init__(self, *names: str):
+        if "image" not in names:
+            raise ValueError("expected 'image' among the names")
+        object.__setattr__(self, "names", names)
+
+    def __call__(self, features: Features) -> Features:
+        missing = set(self.names) - features.keys()
+        if missing:
+            raise UserError(
+                f"keep({', '.join(map(repr, self.names))}): expected some of "
+                f"{', '.join(sorted(features))}"
+            )
+        return {k: v for k, v in features.items() if k in self.names or k == "mask"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Resize(Transform):
+    """To `height` x `width` (a square if one is given); the aspect is not kept."""
+
+    height: int
+    width: int | None = None
+    method: Method = "bilinear"
+
+    def __call__(self, features: Features) -> Features:
+        width = self.width or self.height
+        return features | {
+            "image": resize_image(features["image"], self.height, width, self.method)
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizeSmall(Transform):
+    """The shorter side to `size`, the aspect kept."""
+
+    size: int
+    method: Method = "bilinear"
+
+    def __call__(self, features: Features) -> Features:
+        image = features["image"]
+        height, width = self.shape(*image.shape[:2])
+        return features | {"image": resize_image(image, height, width, self.method)}
+
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the result for an image of this height and width."""
+        scale = self.size / min(height, width)
+        return max(self.size, round(height * scale)), max(self.size, round(width * scale))
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizeLong(Transform):
+    """The longer side to `size`, the aspect kept."""
+
+    size: int
+    method: Method = "bilinear"
+
+    def __call__(self, features: Features) -> Features:
+        image = features["image"]
+        scale = self.size / max(image.shape[:2])
+        height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+        return features | {"image": resize_image(image, height, width, self.method)}
+
+
+@dataclasses.dataclass(frozen=True)
+class CentralCrop(Transform):
+    """The middle `height` x `width` (a square if one is given) of an image that has as many."""
+
+    height: int
+    width: int | None = None
+
+    def __call__(self, features: Features) -> Features:
+        image, width = features["image"], self.width or self.height
+        _check_crop("central_crop", image, self.height, width)
+        top, left = (image.shape[0] - self.height) // 2, (image.shape[1] - width) // 2
+        return features | {"image": image[top : top + self.height, left : left + width]}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCrop(Random):
+    """Any `height` x `width` (a square if one is given) of an image that has as many."""
+
+    height: int
+    width: int | None = None
+
+    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
+        image, width = features["image"], self.width or self.height
+        _check_crop("random_crop", image, self.height, width)
+        top = int(rng.integers(image.shape[0] - self.height + 1))
+        left = int(rng.integers(image.shape[1] - width + 1))
+        return features | {"image": image[top : top + self.height, left : left + width]}
+
+
+def _check_crop(name: str, image: np.ndarray, height: int, width: int) -> None:
+    if image.shape[0] < height or image.shape[1] < width:
+        size = f"{height}" if width == height else f"{height}, {width}"
+        raise UserError(
+            f"{name}({size}) of a {image.shape[0]}x{image.shape[1]} image: put resize_small or pad "
+            "before it"
+        )
+
+
+_BORDERS = {
+    "constant": cv2.BORDER_CONSTANT,
+    "edge": cv2.BORDER_REPLICATE,
+    "reflect": cv2.BORDER_REFLECT_101,
+}
+_Border = Literal["constant", "edge", "reflect"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pad(Transform):
+    """More `pixels` on each side: all of one `value`, or as the edge, or as its reflection."""
+
+    pixels: int
+    value: int = 0
+    mode: _Border = "constant"
+    may_be_zero = ("value",)
+
+    def __post_init__(self) -> None:
+        _check_value(self.value)
+
+    def __call__(self, features: Features) -> Features:
+        p = self.pixels
+        return features | {"image": _pad(features["image"], (p, p, p, p), self.value, self.mode)}
+
+
+@dataclasses.dataclass(frozen=True)
+class PadTo(Transform):
+    """Around an image that is smaller, up to `height` x `width` (a square if one is given)."""
+
+    height: int
+    width: int | None = None
+    value: int = 0
+    mode: _Border = "constant"
+    may_be_zero = ("value",)
+
+    def __post_init__(self) -> None:
+        _check_value(self.value)
+
+    def __call__(self, features: Features) -> Features:
+        image = features["image"]
+        more_y = max(0, self.height - image.shape[0])
+        more_x = max(0, (self.width or self.height) - image.shape[1])
+        sides = (more_y // 2, more_y - more_y // 2, more_x // 2, more_x - more_x // 2)
+        return features | {"image": _pad(image, sides, self.value, self.mode)}
+
+
+def _pad(
+    image: np.ndarray, sides: tuple[int, int, int, int], value: int, mode: _Border
+) -> np.ndarray:
+    top, bottom, left, right = sides
+    color = (value, value, value)
+    return cv2.copyMakeBorder(image, top, bottom, left, right, _BORDERS[mode], value=color)
+
+
+def _check_value(value: int) -> None:
+    if not 0 <= value <= 255:
+        raise ValueError(f"value={value}: expected 0 to 255")
+
+
+@dataclasses.dataclass(frozen=True)
+class InceptionCrop(Random):
+    """A random part of the image, resized to `size` x `size` (arXiv:1409.4842).
+
+    The part has `area_min` to `area_max` percent of the area and an aspect (width by height) of
+    `aspect_min` to `aspect_max`; where ten draws find none, the whole image is taken.
+    """
+
+    size: int
+    area_min: float = 5
+    area_max: float = 100
+    aspect_min: float = 3 / 4
+    aspect_max: float = 4 / 3
+    method: Method = "bilinear"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.area_min <= self.area_max <= 100:
+            raise ValueError(
+                f"area_min={self.area_min}, area_max={self.area_max}: expected "
+                "0 < area_min <= area_max <= 100"
+            )
+        if self.aspect_min > self.aspect_max:
+            raise ValueError(
+                f"aspect_min={self.aspect_min}, aspect_max={self.aspect_max}: expected "
+                "aspect_min <= aspect_max"
+            )
+
+    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
+        image = features["image"]
+        height, width = image.shape[:2]
+        top, left, h, w = self.draw(height, width, rng)
+        crop = image[top : top + h, left : left + w]
+        return features | {"image": resize_image(crop, self.size, self.size, self.method)}
+
+    def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """Top, left, height and width of the part of an image of this height and width."""
+        for _ in range(10):
+            # As `rng.uniform` draws, but several times as fast.
+            percent = self.area_min + (self.area_max - self.area_min) * rng.random()
+            aspect = self.aspect_min + (self.aspect_max - self.aspect_min) * rng.random()
+            area = height * width * percent / 100
+            crop_h, crop_w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+            if 0 < crop_h <= height and 0 < crop_w <= width:
+                top = int(rng.integers(height - crop_h + 1))
+                left = int(rng.integers(width - crop_w + 1))
+                return top, left, crop_h, crop_w
+        return 0, 0, height, width
+
+
+@dataclasses.dataclass(frozen=True)
+class FlipLr(Random):
+    """Mirrors left and right in half of the cases."""
+
+    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
+        image = features["image"]
+        return features | {"image": image[:, ::-1] if self.draw(rng) else image}
+
+    def draw(self, rng: np.random.Generator) -> bool:
+        """Whether to mirror."""
+        return rng.random() < 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomShift(Random):
+    """Moves the image by up to `pixels` each way; the border is filled with the edge's colour."""
+
+    pixels: int
+
+    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
+        image, p = features["image"], self.pixels
+        height, width = image.shape[:2]
+        top, left = rng.integers(2 * p + 1, size=2)
+        padded = cv2.copyMakeBorder(image, p, p, p, p, cv2.BORDER_REPLICATE)
+        return features | {"image": padded[top : top + height, left : left + width]}
+
+
+OPS: dict[str, type] = {
+    "decode": Decode,
+    "keep": Keep,
+    "resize": Resize,
+    "resize_small": ResizeSmall,
+    "resize_long": ResizeLong,
+    "central_crop": CentralCrop,
+    "random_crop": RandomCrop,
+    "inception_crop": InceptionCrop,
+    "pad": Pad,
+    "pad_to": PadTo,
+    "flip_lr": FlipLr,
+    "random_shift": RandomShift,
+}

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Datasets in Parquet files, as Hugging Face keeps them."""
+
+import collections
+import functools
+import glob
+import json
+import logging
+import os
+import re
+import threading
+from typing import Any
+
+import numpy as np
+
+from vit_jax.data.ops.decode import ImageError
+from vit_jax.data.sources.base import Dataset, Records, make_splits
+from vit_jax.data.sources.files import SPLITS, encode_labels
+from vit_jax.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Images of row groups that were read stay in memory up to this size, all files together.
+CACHE_BYTES = 2**30
+
+
+@functools.cache
+def parquet_dataset(path: str) -> Dataset:
+    """A dataset of all files that a path or a pattern means; of a folder, of those below it.
+
+    Columns: `image` (bytes, or a struct with `bytes`) and `label` (integer or class name). Names of
+    classes are those that the `datasets` library writes into the schema. The split is the column
+    `split`, or else the first word of the files' names, as in `train-00000-of-00002.parquet`.
+
+    Raises:
+      UserError: pyarrow is missing, there are no files, or a column is not as it should be.
+    """
+    name = f"parquet:{path}"
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UserError(
+            f"data.name={name!r} needs pyarrow: pip install 'vit_jax[parquet]'"
+        ) from None
+    where = os.path.expanduser(path)
+    pattern = os.path.join(glob.escape(where), "**", "*.parquet") if os.path.isdir(where) else where
+    paths = sorted(glob.glob(pattern, recursive=True))
+    if not paths:
+        raise UserError(f"data.name={name!r}: there are no files {pattern}")
+    labels, splits, names = [], [], []
+    try:
+        files = [pq.ParquetFile(file, memory_map=True) for file in paths]
+        for file_path, file in zip(paths, files, strict=True):
+            schema = file.schema_arrow
+            _check_schema(schema, file_path, name)
+            names.append(_class_names(schema))
+            columns = [c for c in ("label", "split") if c in schema.names]
+            table = file.read(columns=columns)
+            labels += table.column("label").to_pylist()
+            if "split" in columns:
+                splits += [SPLITS.get(s, s) for s in map(str, table.column("split").to_pylist())]
+            else:
+                splits += [_split_of(file_path)] * file.metadata.num_rows
+    except (OSError, pa.ArrowException) as e:
+        raise UserError(
+            f"data.name={name!r} can't be read: {' '.join(str(e).split())[:200]}"
+        ) from None
+    for file_path, other in zip(paths, names, strict=True):
+        if other != names[0]:
+            raise UserError(
+                f"data.name={name!r}: {file_path} has other class names than {paths[0]}; expected "
+                "the same in all files"
+            )
+    info, codes = encode_labels(labels, multi_label=False, name=name, class_names=names[0])
+    _check_size(files, name)
+    if None in splits:
+        if set(splits) != {None}:
+            raise UserError(
+                f"data.name={name!r}: only some of its files are named for a split; expected all, "
+                "as in train-0.parquet, or none"
+            )
+        by_split = make_splits(codes, None)
+    else:
+        # In the order of the files: then evaluation reads each row group once.
+        array = np.asarray(splits)
+        by_split = {str(s): np.flatnonzero(array == s) for s in sorted(set(splits))}
+    return Dataset(name, info, RowGroups(paths, files), codes, by_split)
+
+
+def _check_schema(schema: Any, path: str, name: str) -> None:
+    import pyarrow as pa
+
+    for column in ("image", "label"):
+        if column not in schema.names:
+            raise UserError(
+                f"data.name={name!r}: {path} has the columns {', '.join(schema.names)}; expected "
+                "image and label"
+            )
+    image = schema.field("image").type
+    if pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
+        image = image.field("bytes").type
+    if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
+        raise UserError(
+            f"data.name={name!r}: {path}: column image is {image}; expected bytes, or a struct "
+            "with bytes"
+        )
+
+
+def _check_size(files: list[Any], name: str) -> None:
+    """Says so where shuffled reading will be slow."""
+    groups = [f.metadata.row_group(g) for f in files for g in range(f.metadata.num_row_groups)]
+    size, rows = sum(g.total_byte_size for g in groups), sum(g.num_rows for g in groups)
+    if size > CACHE_BYTES:
+        logger.info(
+            "%s: %.1f GB, of which %.1f stay in memory: in a shuffled order most images cost the "
+            "read of a row group, here of %d rows on average; smaller ones read faster",
+            name,
+            size / 1e9,
+            CACHE_BYTES / 1e9,
+            rows // len(groups),
+        )
+
+
+def _class_names(schema: Any) -> list[str] | None:
+    """What the `datasets` library notes of a class label."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        names = features["label"]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(n, str) for n in names) else None
+
+
+def _split_of(path: str) -> str | None:
+    word = re.split(r"[-_.]", os.path.basename(path))[0]
+    return SPLITS.get(word) or SPLITS.get(os.path.basename(os.path.dirname(path)))
+
+
+class RowGroups(Records):
+    """Images of Parquet files, whose row groups can only be read as a whole.
+
+    The newest row groups are kept, so that neighbours cost one read. In a shuffled order over more
+    than `cache_bytes` nearly every record costs the read of a group.
+    """
+
+    def __init__(self, paths: list[str], files: list[Any], *, cache_bytes: int = CACHE_BYTES):
+        self._paths, self._files, self._cache_bytes = paths, files, cache_bytes
+        groups = [
+            (number, group, file.metadata.row_group(group).num_rows)
+            for number, file in enumerate(files)
+            for group in range(file.metadata.num_row_groups)
+        ]
+        self._groups = [(number, group) for number, group, _ in groups]
+        self._stops = np.cumsum([rows for *_, rows in groups])
+        self._first_rows = np.cumsum([0, *(file.metadata.num_rows for file in files)])
+        self._locks = [threading.Lock() for _ in files]
+        self._lock = threading.Lock()
+        self._cache: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._held = 0
+
+    def read(self, row: int) -> bytes:
+        group = int(np.searchsorted(self._stops, row, side="right"))
+        images = self._read_group(group)
+        image = images[row - int(self._stops[group]) + len(images)].as_py()
+        if image is None:
+            raise ImageError("it has no bytes")
+        return image
+
+    def _read_group(self, group: int) -> Any:
+        number, within = self._groups[group]
+        # One reader a file: others that want the same group find it read when it is their turn.
+        with self._locks[number]:
+            with self._lock:
+                if group in self._cache:
+                    self._cache.move_to_end(group)
+                    return self._cache[group]
+            try:
+                table = self._files[number].read_row_group(within, columns=["image"])
+            except (
+                Exception
+            ) as e:  # Corrupt pages: OSError, ArrowInvalid, ArrowNotImplementedError.
+                raise ImageError(f"its row group can't be read ({' '.join(str(e).split())})") from e
+            images = table.column("image").combine_chunks()
+            if hasattr(images, "field"):
+                images = images.field("bytes")
+            with self._lock:
+                self._cache[group] = images
+                self._held += images.nbytes
+                while self._held > self._cache_bytes and len(self._cache) > 1:
+                    _, old = self._cache.popitem(last=False)
+                    self._held -= old.nbytes
+            return images
+
+    def describe(self, row: int) -> str:
+        number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        return f"{self._paths[number]}[{row - int(self._first_rows[number])}]"

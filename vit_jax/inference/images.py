@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images without labels, as they come to a trained model: files, folders, patterns, pixels."""
+
+import dataclasses
+import functools
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from vit_jax.data import loader, preprocess
+from vit_jax.data.corrupt import CorruptCounter
+from vit_jax.data.fused import fuse
+from vit_jax.data.ops.decode import ImageError
+from vit_jax.data.ops.transforms import Random
+from vit_jax.data.pipeline import find_shapes
+from vit_jax.data.sources.files import ENDINGS, Files, list_images
+from vit_jax.utils.errors import UserError
+
+_ANY_SHAPE = (None, None, 3)
+STDIN = "-"
+
+
+def find_images(arguments: Sequence[str], *, lines: Iterable[str] = ()) -> list[str]:
+    """Paths of images, in the order of the arguments and, of a folder or a pattern, of their names.
+
+    Args:
+      arguments: files, which need not end as images do; folders, whose images at any depth are
+        taken; patterns such as `photos/**/*.jpg`; or `-` for `lines`.
+      lines: paths, one each.
+
+    Raises:
+      UserError: one of the arguments means no image.
+    """
+    found: list[str] = []
+    for argument in arguments:
+        before = len(found)
+        if argument == STDIN:
+            found += [line for line in (line.rstrip("\r\n") for line in lines) if line]
+        elif os.path.isdir(argument):
+            found += _list_folder(argument)
+        elif os.path.isfile(argument) or "://" in argument:
+            found.append(argument)
+        elif glob.has_magic(argument):
+            for path in sorted(glob.glob(argument, recursive=True)):
+                # Below `**` stand folders too, whose files the pattern meets by itself.
+                found += [path] if os.path.isfile(path) else []
+        else:
+            raise UserError(f"{argument!r}: there is no such file or folder")
+        if len(found) == before:
+            what = "stdin" if argument == STDIN else repr(argument)
+            raise UserError(f"no images found in {what}: expected files as {', '.join(ENDINGS)}")
+    if not found:
+        raise UserError("no images: expected files, folders, patterns or - for a list on stdin")
+    return found
+
+
+def _list_folder(folder: str) -> list[str]:
+    try:
+        paths, _ = list_images(folder, folder)
+    except OSError as e:
+        raise UserError(f"{folder!r} can't be read: {e.strerror}: {e.filename}") from None
+    return sorted(os.path.normpath(os.path.join(folder, path)) for path in paths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """How images become the input of a model.
+
+    Attributes:
+      line: of preprocessing.
+      image_shape: height, width and channels of the result.
+    """
+
+    line: str
+    image_shape: tuple[int, int, int]
+
+    @functools.cached_property
+    def _ops(self) -> tuple[Any, ...]:
+        return fuse(preprocess.parse_preprocess(self.line, key="preprocess"))
+
+    @property
+    def random(self) -> bool:
+        """Whether operations draw random numbers, as those of training do."""
+        ops = preprocess.parse_preprocess(self.line, key="preprocess")
+        return any(isinstance(op, Random) for op in ops)
+
+    def __call__(self, image: Any, *, seed: int = 0) -> np.ndarray:
+        """Prepares one image.
+
+        Args:
+          image: a path or URL, the bytes of a file, pixels as uint8 `[height, width]` or
+            `[height, width, 3]`, or an image of Pillow.
+          seed: of random operations, where there are any.
+
+        Returns:
+          uint8 `image_shape`.
+
+        Raises:
+          ImageError: it can't be read, or is of another size and the line does not resize.
+        """
+        features = {"image": _read(image), "label": np.int32(0)}
+        pixels = preprocess.apply(self._ops, features, np.random.default_rng(seed))["image"]
+        if pixels.shape != self.image_shape:
+            height, width, channels = self.image_shape
+            raise ImageError(
+                f"{self.line!r} leaves an image of {pixels.shape[0]}x{pixels.shape[1]}; expected "
+                f"{height}x{width} with {channels} channels"
+            )
+        return pixels
+
+
+def _read(image: Any) -> bytes | np.ndarray:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | os.PathLike):
+        return Files("", [os.fspath(image)]).read(0)
+    if hasattr(image, "convert"):
+        image = np.asarray(image.convert("RGB"))
+    pixels = np.asarray(image)
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[..., None], 3, axis=2)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ImageError(
+            f"pixels of {pixels.dtype} {list(pixels.shape)}: expected uint8 [height, width, 3]"
+        )
+    return pixels
+
+
+def make_preparation(
+    line: str | None, image_size: tuple[int, int] | None, *, given: str | None = None
+) -> Preparation:
+    """How images are prepared for a model that is known to have been evaluated so.
+
+    Args:
+      line: of preprocessing, as the weights know it.
+      image_size: height and width, as the weights know them.
+      given: a line in place of that.
+
+    Raises:
+      UserError: the given line leaves images in different sizes, or nothing is known of them.
+    """
+    if given is not None:
+        shapes = find_shapes(given, _ANY_SHAPE, key="preprocess")
+        if len(shapes) > 1:
+            raise UserError(
+                f"preprocess={given!r} leaves images in different sizes: add resize(SIZE) or a crop"
+            )
+        return Preparation(given, shapes.pop())
+    if line is None and image_size is not None:
+        line = f"decode|resize{tuple(image_size)}"
+    if line is None:
+        raise UserError(
+            "nothing is known of how images are prepared for these weights: expected a "
+            "preprocess, such as 'decode|resize(224)'"
+        )
+    shapes = find_shapes(line, _ANY_SHAPE, key="preprocess")
+    if len(shapes) == 1:
+        return Preparation(line, shapes.pop())
+    # All images of the data were of one size, so that the line need not resize.
+    if image_size is None:
+        raise UserError(
+            f"preprocess={line!r}, with which these weights were evaluated, leaves images in "
+            "different sizes: expected another one, such as 'decode|resize(224)'"
+        )
+    return Preparation(line, (*image_size, 3))
+
+
+@dataclasses.dataclass
+class ImageBatch:
+    """Prepared images: uint8 `[batch, height, width, 3]`, and the paths of those rows that count.
+
+    A row without an image is blank: `paths` has None there.
+    """
+
+    images: np.ndarray
+    paths: list[str | None]
+
+
+def load_images(
+    paths: Sequence[str],
+    preparation: Preparation,
+    *,
+    batch_size: int,
+    corrupt: CorruptCounter,
+    num_threads: int | None = None,
+) -> Iterator[ImageBatch]:
+    """Batches of one shape, in order, a few of them ahead; the last one is filled up with blanks.
+
+    Args:
+      paths: of the images.
+      preparation: of each.
+      batch_size: rows of each batch.
+      corrupt: counts and names images that can't be read.
+      num_threads: that decode; 0 for none beside the caller, None for one a core.
+    """
+
+    def make(step: int) -> ImageBatch:
+        shape = (batch_size, *preparation.image_shape)
+        return ImageBatch(np.zeros(shape, np.uint8), [None] * batch_size)
+
+    def fill(batch: ImageBatch, step: int, start: int, stop: int) -> None:
+        for row in range(start, min(stop, len(paths) - step * batch_size)):
+            index = step * batch_size + row
+            corrupt.see(1)
+            try:
+                batch.images[row] = preparation(paths[index], seed=index)
+                batch.paths[row] = paths[index]
+            except ImageError as e:
+                corrupt.add(paths[index], e)
+
+    threads = loader.count_threads(num_threads)
+    return loader.Loader(
+        range(-(-len(paths) // batch_size)),
+        make=make,
+        fill=fill,
+        rows=batch_size,
+        num_threads=threads,
+        ahead=loader.count_ahead(batch_size, threads),
+    )

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Charts as inline SVG, in the colours of `pages.html`.
+
+They are drawn for about 400 pixels of width, so that their text can be read on a phone.
+"""
+
+import dataclasses
+import html
+import math
+from collections.abc import Sequence
+
+# Of a drawing, in its own units: the browser scales it.
+_WIDTH, _HEIGHT = 400, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 8, 24
+_COLORS = 8
+# Points of a curve at most: more than a screen shows only makes the file larger.
+_POINTS = 400
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Points that belong together, in the order of x.
+
+    Attributes:
+      name: for the legend.
+      points: pairs of x and y; those that are not finite are left out.
+      color: number of its colour; from 8 on the colours come again, with dashes.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    color: int = 0
+
+
+def plot_curves(curves: Sequence[Curve], *, label: str) -> str:
+    """Lines over a common x axis, with a legend if there are several; a lone point is a dot.
+
+    Args:
+      curves: at least one with a finite point.
+      label: says what is shown, for those who can't see it.
+    """
+    drawn = [dataclasses.replace(curve, points=_thin(curve.points)) for curve in curves]
+    drawn = [curve for curve in drawn if curve.points]
+    xs = [x for curve in drawn for x, _ in curve.points]
+    ys = [y for curve in drawn for _, y in curve.points]
+    frame = _Frame(_limits(xs), _limits(ys, pad=0.04))
+    lines = [frame.axes()]
+    for curve in drawn:
+        color = f"var(--s{curve.color % _COLORS})"
+        dashes = f";stroke-dasharray:{2 + 3 * (curve.color // _COLORS)} 3"
+        style = f"stroke:{color}{dashes if curve.color >= _COLORS else ''}"
+        title = f"<title>{html.escape(curve.name)}</title>"
+        places = [frame.place(x, y) for x, y in curve.points]
+        if len(places) > 1:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            lines.append(
+                f'<polyline class="curve" style="{style}" points="{path}">{title}</polyline>'
+            )
+        if len(places) < 40:
+            for (x, y), (step, value) in zip(places, curve.points, strict=True):
+                text = html.escape(f"{curve.name} at {step:g}: {value:.4g}")
+                lines.append(
+                    f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" style="fill:{color}">'
+                    f"<title>{text}</title></circle>"
+                )
+    return _legend(drawn) + _wrap(lines, label)
+
+
+def plot_reliability(bins: Sequence[tuple[float, float, int]], *, label: str) -> str:
+    """Accuracy over confidence, with the diagonal on which they agree.
+
+    Args:
+      bins: mean confidence, accuracy and number of examples of each bin; dots are the larger the
+        more examples they stand for.
+      label: see `plot_curves`.
+    """
+    frame = _Frame((0.0, 1.0), (0.0, 1.0))
+    (x0, y0), (x1, y1) = frame.place(0, 0), frame.place(1, 1)
+    lines = [
+        frame.axes(),
+        f'<line class="axis" stroke-dasharray="4 3" x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" '
+        f'y2="{y1:.1f}"/>',
+    ]
+    full = [row for row in bins if row[2]]
+    places = [frame.place(confidence, accuracy) for confidence, accuracy, _ in full]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    lines.append(f'<polyline class="curve" style="stroke:var(--s0)" points="{path}"/>')
+    most = max((count for *_, count in full), default=1)
+    for (x, y), (confidence, accuracy, count) in zip(places, full, strict=True):
+        lines.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{2 + 5 * math.sqrt(count / most):.1f}" '
+            f'style="fill:var(--s0)"><title>confidence {confidence:.3f}, accuracy {accuracy:.3f}, '
+            f"{count:,} examples</title></circle>"
+        )
+    return _wrap(lines, label)
+
+
+def plot_matrix(counts: Sequence[Sequence[int]], names: Sequence[str], *, label: str) -> str:
+    """A square of counts, the share of its row as colour: a confusion matrix.
+
+    Args:
+      counts: rows are labels, columns what was predicted.
+      names: of the classes.
+      label: see `plot_curves`.
+    """
+    size = len(counts)
+    margin = 16 + 6.5 * max(len(_shorten(name)) for name in names)
+    cell = max(12.0, min(34.0, 640.0 / size))
+    whole = margin + cell * size + 4
+    lines = []
+    for i, row in enumerate(counts):
+        total, middle = sum(row), margin + cell * (i + 0.5)
+        short = html.escape(_shorten(names[i]))
+        lines.append(
+            f'<text x="{margin - 6}" y="{middle + 4:.1f}" text-anchor="end">{short}</text>'
+            f'<text x="{middle + 4:.1f}" y="{margin - 6}" '
+            f'transform="rotate(-90 {middle + 4:.1f} {margin - 6})">{short}</text>'
+        )
+        for j, count in enumerate(row):
+            share = count / total if total else 0.0
+            color = "var(--s0)" if i == j else "var(--s4)"
+            title = f"{names[i]} taken for {names[j]}: {count:,} of {total:,}"
+            x, y = margin + cell * j, margin + cell * i
+            lines.append(
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell - 1:.1f}" height="{cell - 1:.1f}" '
+                f'style="fill:{color};fill-opacity:{0.06 + 0.84 * share:.2f}">'
+                f"<title>{html.escape(title)}</title></rect>"
+            )
+            if count and cell > 20:
+                lines.append(
+                    f'<text x="{x + cell / 2:.1f}" y="{y + cell / 2 + 4:.1f}" '
+                    f'text-anchor="middle" style="fill:var(--text);pointer-events:none">'
+                    f"{count}</text>"
+                )
+    return _wrap(lines, label, width=whole, height=whole, most=whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Frame:
+    """Places values of two axes in a drawing."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        across = (x - self.x[0]) / (self.x[1] - self.x[0])
+        up = (y - self.y[0]) / (self.y[1] - self.y[0])
+        return (
+            _LEFT + across * (_WIDTH - _LEFT - _RIGHT),
+            _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM),
+        )
+
+    def axes(self) -> str:
+        """Lines and numbers."""
+        lines = []
+        for value in _ticks(*self.y, count=5):
+            y = self.place(0, value)[1]
+            lines.append(
+                f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" '
+                f'y2="{y:.1f}"/><text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">'
+                f"{_show(value)}</text>"
+            )
+        for value in _ticks(*self.x, count=5):
+            x = self.place(value, 0)[0]
+            lines.append(
+                f'<text x="{min(x, _WIDTH - 14):.1f}" y="{_HEIGHT - 6}" text-anchor="middle">'
+                f"{_show(value)}</text>"
+            )
+        bottom = _HEIGHT - _BOTTOM
+        lines.append(
+            f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>'
+        )
+        return "".join(lines)
+
+
+def _wrap(
+    lines: Sequence[str],
+    label: str,
+    *,
+    width: float = _WIDTH,
+    height: float = _HEIGHT,
+    most: float | None = None,
+) -> str:
+    limit = f' style="max-width:{most:.0f}px"' if most else ""
+    return (
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
+        f'aria-label="{html.escape(label)}"{limit}>{"".join(lines)}</svg>'
+    )
+
+
+def _legend(curves: Sequence[Curve]) -> str:
+    if len(curves) < 2:
+        return ""
+    keys = "".join(
+        f'<li style="--key:var(--s{curve.color % _COLORS})">{html.escape(curve.name)}</li>'
+        for curve in curves
+    )
+    return f'<ul class="keys">{keys}</ul>'
+
+
+def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Finite points; of many, the lowest and the highest of each stretch."""
+    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    if len(finite) <= _POINTS:
+        return finite
+    length = math.ceil(len(finite) / (_POINTS // 2))
+    kept: set[tuple[float, float]] = {finite[-1]}
+    for start in range(0, len(finite), length):
+        stretch = finite[start : start + length]
+        kept |= {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
+    return sorted(kept)
+
+
+def _limits(values: Sequence[float], *, pad: float = 0.0) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if low == high:
+        room = abs(low) / 10 or 0.5
+        return low - room, high + room
+    return low - pad * (high - low), high + pad * (high - low)
+
+
+def _ticks(low: float, high: float, *, count: int) -> list[float]:
+    """Round numbers from `low` to `high`, about `count`."""
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= 0.999 * raw)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def _show(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{letter}"
+    if value and abs(value) < 1e-4:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return f"{round(value, 9):.4g}"
+
+
+def _shorten(name: str, most: int = 12) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The results of several runs side by side: as records, a table, CSV, and a page."""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vit_jax.checkpoint.workdir import read_config
+from vit_jax.observe.ledger import read_ledger, summarize
+from vit_jax.observe.writer import read_metrics
+from vit_jax.pages.chart import Curve, plot_curves
+from vit_jax.pages.html import make_card, make_page, make_section, make_table
+from vit_jax.pages.run_page import Points, collect_points, find_best, flatten_config
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.metrics import lower_is_better
+
+PAGE = "index.html"
+
+
+_SPEED = "perf/images_per_sec"
+
+
+_CURVES = ("train/loss", "train/lr", _SPEED)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What is known of a run.
+
+    Attributes:
+      name: that tells it from the others.
+      step: that it has reached; None without a ledger.
+      total: steps; None likewise.
+      points: steps and values by metric.
+      config: flat.
+    """
+
+    name: str
+    step: int | None
+    total: int | None
+    points: Mapping[str, Points]
+    config: Mapping[str, Any]
+
+    @property
+    def results(self) -> list[str]:
+        """The metrics of evaluators."""
+        return [k for k in self.points if not k.startswith(("train/", "perf/", "data/"))]
+
+    @property
+    def images_per_sec(self) -> float | None:
+        """The median over all records."""
+        points = self.points.get(_SPEED)
+        return statistics.median(y for _, y in points) if points else None
+
+
+def read_run(workdir: Path, *, name: str) -> RunRecord:
+    """Reads the files of a run.
+
+    Raises:
+      UserError: it is not the workdir of a run.
+    """
+    config = flatten_config(read_config(workdir))
+    summary = summarize(read_ledger(workdir))
+    points = {
+        key: values
+        for key, values in collect_points(read_metrics(workdir)).items()
+        if not key.endswith("count")
+    }
+    if summary is None:
+        return RunRecord(name, None, None, points, config)
+    return RunRecord(name, summary.step, summary.total, points, config)
+
+
+def read_runs(workdirs: Sequence[Path]) -> list[RunRecord]:
+    """Reads several runs; their names are what their paths do not have in common.
+
+    Raises:
+      UserError: one is no workdir, or is given twice.
+    """
+    paths = [Path(os.path.abspath(path)) for path in workdirs]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise UserError(f"{workdirs[i]} is given twice; expected each run once")
+    root = os.path.commonpath([path.parent for path in paths])
+    names = [os.path.relpath(path, root) for path in paths]
+    return [read_run(path, name=name) for path, name in zip(workdirs, names, strict=True)]
+
+
+def find_differences(runs: Sequence[RunRecord]) -> list[str]:
+    """The keys of the config that are not the same in all runs, sorted."""
+    keys = sorted({key for run in runs for key in run.config})
+    return [k for k in keys if any(run.config.get(k) != runs[0].config.get(k) for run in runs)]
+
+
+def make_records(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """An object for each run: `run, step, total_steps, images_per_sec, last, best, config`.
+
+    `best` has value and step; `config` has the keys that differ.
+    """
+    keys = find_differences(runs)
+    records = []
+    for run in runs:
+        best = {key: find_best(key, run.points[key]) for key in run.results}
+        records.append(
+            {
+                "run": run.name,
+                "step": run.step,
+                "total_steps": run.total,
+                "images_per_sec": run.images_per_sec,
+                "last": {key: run.points[key][-1][1] for key in run.results},
+                "best": {key: {"value": v, "step": int(step)} for key, (step, v) in best.items()},
+                "config": {key: run.config.get(key) for key in keys},
+            }
+        )
+    return records
+
+
+def make_csv(records: Sequence[Mapping[str, Any]]) -> str:
+    """The records as lines: `METRIC`, `best METRIC` and `config.KEY` are columns."""
+    rows = [
+        {k: record[k] for k in ("run", "step", "total_steps", "images_per_sec")}
+        | record["last"]
+        | {f"best {key}": best["value"] for key, best in record["best"].items()}
+        | {f"config.{key}": _text(value) for key, value in record["config"].items()}
+        for record in records
+    ]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def make_rows(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Lines of a table with a column for each run, its name in the first line."""
+    rows = [("", *(str(record["run"]) for record in records))]
+    steps = [(record["step"], record["total_steps"]) for record in records]
+    rows.append(("step", *("" if s is None else f"{s:,} of {total:,}" for s, total in steps)))
+    for key in dict.fromkeys(key for record in records for key in record["last"]):
+        lower = lower_is_better(key)
+        rows.append((key, *_mark([record["last"].get(key) for record in records], lower=lower)))
+        best = [record["best"].get(key, {}).get("value") for record in records]
+        rows.append((f"{key}, best", *_mark(best, lower=lower)))
+    speeds = [record["images_per_sec"] for record in records]
+    rows.append(("images/s", *("" if s is None else f"{s:,.0f}" for s in speeds)))
+    for key in records[0]["config"]:
+        rows.append((f"config.{key}", *(_text(record["config"][key]) for record in records)))
+    return rows
+
+
+def _mark(values: Sequence[float | None], *, lower: bool) -> list[str]:
+    """Numbers as text, with a star at the best of several."""
+    known = [value for value in values if value is not None]
+    best = (min if lower else max)(known) if len(set(known)) > 1 else None
+    return [
+        "" if value is None else f"{value:.4f}{' *' if value == best else ''}" for value in values
+    ]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def make_html(runs: Sequence[RunRecord]) -> str:
+    """The table, and the curves of all runs laid over each other, as a page."""
+    header, *rows = make_rows(make_records(runs))
+    table = make_card("", make_table(header, rows), caption="A star is at the best.", wide=True)
+    keys = dict.fromkeys(key for run in runs for key in (*_CURVES, *run.results))
+    cards = []
+    for key in keys:
+        curves = [Curve(r.name, r.points[key], i) for i, r in enumerate(runs) if key in r.points]
+        if curves:
+            cards.append(make_card(key, plot_curves(curves, label=f"{key} by step")))
+    title = ", ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
+    sections = [
+        make_section("Results", [table]),
+        make_section("Curves", cards, layout="charts"),
+    ]
+    return make_page(f"Compared: {title}", (), sections)
+
+
+def show_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text as lines, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

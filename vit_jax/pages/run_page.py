@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of a run, `WORKDIR/report.html`, made of the files in its workdir alone."""
+
+import csv
+import dataclasses
+import html
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vit_jax.observe.console import log
+from vit_jax.observe.ledger import KINDS, read_ledger, summarize
+from vit_jax.observe.provenance import read_run
+from vit_jax.observe.writer import read_metrics
+from vit_jax.optim.summary import ParamSummary, group_params
+from vit_jax.pages.chart import Curve, plot_curves, plot_matrix, plot_reliability
+from vit_jax.pages.html import (
+    make_bars,
+    make_card,
+    make_command,
+    make_details,
+    make_page,
+    make_section,
+    make_table,
+    write_page,
+)
+from vit_jax.utils.layout import CONFIG, EVALS, REPORT
+from vit_jax.utils.metrics import lower_is_better
+
+# Classes of a confusion matrix that is drawn; of more, the pairs that are confused most are listed.
+MOST_CLASSES = 50
+_PAIRS = 20
+_MOST_CHARTS = 24
+# What is no curve: counts, and what has another one that says the same.
+_NO_CURVES = ("count", "real_count", "step_ms", "first_step_s")
+
+Points = list[tuple[float, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What is known of the predictions for a split.
+
+    Attributes:
+      title: which split, and at which step.
+      names: of the classes by label.
+      bins: confidence, accuracy and count of bins of confidence; empty if not known.
+      confusion: count by label and prediction, without zeros; empty if not known.
+    """
+
+    title: str
+    names: Sequence[str]
+    bins: Sequence[tuple[float, float, int]] = ()
+    confusion: Mapping[tuple[int, int], int] = dataclasses.field(default_factory=dict)
+
+
+def refresh_report(workdir: Path) -> None:
+    """Writes the page of a run anew. What goes wrong is said, and ends nothing."""
+    try:
+        write_page(workdir / REPORT, make_report(workdir))
+    except Exception as e:  # No picture of a run is worth the run.
+        log(f"{workdir / REPORT} can't be written ({type(e).__name__}: {e}): goes on without")
+
+
+def make_report(
+    workdir: Path, *, judged: Sequence[Judged] = (), sections: Sequence[str] = ()
+) -> str:
+    """The page of a run as HTML.
+
+    Args:
+      workdir: of the run; it is only read.
+      judged: in addition to what its files have, or in place of it.
+      sections: more of them, after what is known of the predictions.
+    """
+    records, run = read_metrics(workdir), read_run(workdir)
+    known = {one.title: one for one in [*read_details(workdir), *judged]}
+    body = [
+        make_section("Results", _show_results(records)),
+        make_section("Curves", _show_curves(records), layout="charts"),
+        make_section("Predictions", _show_judged(known.values()), layout="charts"),
+        *sections,
+        make_section("Time", _show_time(workdir)),
+        make_section("Parameters", _show_params(run)),
+        make_section("Commands", _show_commands(workdir, run)),
+        make_section("Config", _show_config(workdir)),
+    ]
+    return make_page(str(workdir), _describe(workdir, run), body)
+
+
+def collect_points(records: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
+    """Steps and values by metric, in the order in which metrics first come."""
+    found: dict[str, Points] = {}
+    for record in records:
+        for key, value in record.items():
+            if key != "step" and isinstance(value, int | float) and math.isfinite(value):
+                found.setdefault(key, []).append((record["step"], float(value)))
+    return found
+
+
+def find_best(key: str, points: Points) -> tuple[float, float]:
+    """Step and value of the best of a metric's values; the first of equal ones."""
+    sign = -1 if lower_is_better(key) else 1
+    return max(points, key=lambda point: (sign * point[1], -point[0]))
+
+
+def read_details(workdir: Path) -> list[Judged]:
+    """What the evaluators wrote of their last evaluation with details."""
+    newest: dict[str, tuple[int, Path]] = {}
+    for path in (workdir / EVALS).glob("*.json"):
+        match = re.fullmatch(r"(.+)_(\d+)", path.stem)
+        if match and int(match[2]) >= newest.get(match[1], (0, path))[0]:
+            newest[match[1]] = (int(match[2]), path)
+    found = []
+    for name, (step, path) in sorted(newest.items()):
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict) or "classes" not in content:
+            continue
+        bins = [
+            (b["confidence"], b["accuracy"], b["count"]) for b in content.get("calibration", ())
+        ]
+        table = path.with_name(f"{path.stem}_confusion.csv")
+        confusion: dict[tuple[int, int], int] = {}
+        if table.exists():
+            with table.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    confusion[int(row["label"]), int(row["predicted"])] = int(row["count"])
+        names = [c["name"] or str(c["label"]) for c in content["classes"]]
+        found.append(Judged(f"{name}, step {step:,}", names, bins, confusion))
+    return found
+
+
+def _describe(workdir: Path, run: Mapping[str, Any]) -> list[str]:
+    """Lines on top: how far it is, and what it was made with."""
+    lines, summary = [], summarize(read_ledger(workdir))
+    if summary is not None:
+        ended = len(summary.causes) == summary.starts
+        state = f"ended: {summary.causes[-1]}" if ended else "was running when this was written"
+        lines.append(f"Step {summary.step:,} of {summary.total:,}; {state}")
+    versions = run.get("versions") or {}
+    devices = run.get("devices") or {}
+    words = [f"{name} {versions[name]}" for name in ("vit_jax", "jax") if versions.get(name)]
+    words += [f"commit {run['git']}"] if run.get("git") else []
+    words += [f"{count} x {kind}" for kind, count in devices.items()]
+    words += [f"started {run['started']}"] if run.get("started") else []
+    return [*lines, ", ".join(words)] if words else lines
+
+
+def _show_results(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = []
+    for key, points in collect_points(records).items():
+        if key.startswith(("train/", "perf/", "data/")) or key.endswith("count"):
+            continue
+        step, best = find_best(key, points)
+        rows.append((key, f"{points[-1][1]:.4g}", f"{best:.4g}", f"{step:,.0f}"))
+    if not rows:
+        return []
+    return [make_card("", make_table(("metric", "last", "best", "at step"), rows), wide=True)]
+
+
+def _show_curves(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A chart for each metric; what several evaluators measure is in one."""
+    prefixes = {"train": 0}
+    charts: dict[str, list[Curve]] = {"loss": [], "top1": [], "lr": []}
+    for key, points in collect_points(records).items():
+        prefix, _, metric = key.rpartition("/")
+        if metric in _NO_CURVES or (metric == "corrupt" and not any(y for _, y in points)):
+            continue
+        # Speeds are no results, nor is what only training has.
+        title = key if prefix in ("perf", "data") else metric
+        color = 0 if prefix in ("perf", "data") else prefixes.setdefault(prefix, len(prefixes))
+        charts.setdefault(title, []).append(Curve(key, points, color))
+    drawn = [(title, curves) for title, curves in charts.items() if curves]
+    drawn.sort(key=lambda chart: chart[0].startswith(("perf/", "data/")))
+    cards = [
+        make_card(
+            curves[0].name if len(curves) == 1 else title,
+            plot_curves(curves, label=f"{title} by step"),
+        )
+        for title, curves in drawn[:_MOST_CHARTS]
+    ]
+    if more := len(drawn) - len(cards):
+        cards.append(make_card("", f"<p>{more} more metrics are in metrics.jsonl.</p>"))
+    return cards
+
+
+def _show_judged(judged: Iterable[Judged]) -> list[str]:
+    cards = []
+    for one in judged:
+        if one.bins:
+            chart = plot_reliability(one.bins, label=f"reliability of {one.title}")
+            caption = "Accuracy by confidence; on the dashed line both agree."
+            cards.append(make_card(f"Calibration: {one.title}", chart, caption=caption))
+        if one.confusion:
+            cards.append(_show_confusion(one))
+    return cards
+
+
+def _show_confusion(one: Judged) -> str:
+    title, size = f"Confusion: {one.title}", len(one.names)
+    # A head may have more classes than the data.
+    size = max(size, *(max(pair) + 1 for pair in one.confusion))
+    names = [*one.names, *map(str, range(len(one.names), size))]
+    if size <= MOST_CLASSES:
+        counts = [[one.confusion.get((i, j), 0) for j in range(size)] for i in range(size)]
+        caption = "Rows are labels, columns what was predicted; as strong as its share of the row."
+        return make_card(title, plot_matrix(counts, names, label=title), caption=caption)
+    wrong = [(count, pair) for pair, count in one.confusion.items() if pair[0] != pair[1]]
+    rows = [
+        (names[label], names[predicted], f"{count:,}")
+        for count, (label, predicted) in sorted(wrong, key=lambda w: (-w[0], w[1]))[:_PAIRS]
+    ]
+    return make_card(title, make_table(("label", "predicted", "images"), rows))
+
+
+def _show_time(workdir: Path) -> list[str]:
+    summary = summarize(read_ledger(workdir))
+    if summary is None:
+        return []
+    whole = sum(summary.seconds.values()) or 1.0
+    spent = {kind: summary.seconds[kind] for kind in (*KINDS, "repeated", "down")}
+    shares = [(f"{kind}, {s:,.0f} s", s / whole) for kind, s in spent.items() if s]
+    rows = [
+        ("goodput", f"{summary.goodput:.1%} of the time went into steps that count"),
+        ("starts", f"{summary.starts}; ends: {', '.join(summary.causes) or 'none'}"),
+    ]
+    if summary.steps_per_second:
+        rows.insert(0, ("speed", f"{summary.steps_per_second:.3g} steps/s"))
+    return [
+        make_card("Where it went", make_bars(shares)),
+        make_card("The run", make_table(("", ""), rows)),
+    ]
+
+
+def _show_params(run: Mapping[str, Any]) -> list[str]:
+    params = run.get("params") or ()
+    if not params:
+        return []
+    count = sum(math.prod(row["shape"]) for row in params)
+    groups = make_table(
+        ("parameters", "arrays", "values", "weight decay", "learning rate"), run.get("groups") or ()
+    )
+    rows = [(p["path"], str(tuple(p["shape"])), f"{math.prod(p['shape']):,}") for p in params]
+    every = make_details(f"All {len(params)}", make_table(("path", "shape", "values"), rows))
+    return [make_card(f"{count:,} values", groups + every, wide=True)]
+
+
+def _show_commands(workdir: Path, run: Mapping[str, Any]) -> list[str]:
+    place = shlex.quote(str(workdir))
+    commands = {
+        "Train it again": run.get("command"),
+        "Predict": f"python -m vit_jax.predict --workdir={place} PHOTOS",
+        "Evaluate": f"python -m vit_jax.evaluate --workdir={place}",
+        "Make this page again, with pictures": f"python -m vit_jax.report --workdir={place}",
+    }
+    content = "".join(
+        f"<p>{html.escape(title)}</p>{make_command(command)}"
+        for title, command in commands.items()
+        if command
+    )
+    return [make_card("", content, wide=True)]
+
+
+def _show_config(workdir: Path) -> list[str]:
+    try:
+        config = json.loads((workdir / CONFIG).read_text())
+    except (OSError, ValueError):
+        return []
+    rows = [(key, json.dumps(value)) for key, value in flatten_config(config).items()]
+    table = make_table(("key", "value"), rows)
+    return [make_card("", make_details(f"All {len(rows)} keys", table), wide=True)]
+
+
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a config by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten_config(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def describe_params(rows: Sequence[ParamSummary]) -> dict[str, Any]:
+    """What the page shows of the parameters, as JSON."""
+    return {
+        "params": [{"path": row.path, "shape": list(row.shape)} for row in rows],
+        "groups": [list(line) for line in group_params(rows)],
+    }

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices that are not here, to compile for: `v5e:16x16`, `h100:8`, `cpu:8`."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from vit_jax.runtime.chips import GPUS, TPUS, Chip
+from vit_jax.utils.errors import UserError
+
+# libtpu looks for the machine it runs on, and for others that use the same TPU.
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices of a job.
+
+    Attributes:
+      name: as given.
+      chip: what a device is; None for a CPU.
+      num_slices: slices of TPUs, or hosts of GPUs, each with the devices of `name`.
+      shape: of chips in a slice.
+    """
+
+    name: str
+    chip: Chip | None
+    num_slices: int
+    shape: tuple[int, ...]
+
+    @property
+    def is_tpu(self) -> bool:
+        return self.chip is not None and self.chip.name in TPUS
+
+    @property
+    def num_devices(self) -> int:
+        """Of all slices."""
+        per_chip = self.chip.per_chip if self.chip else 1
+        return math.prod(self.shape) * per_chip * self.num_slices
+
+    @property
+    def num_chips(self) -> int:
+        """Of all slices."""
+        return math.prod(self.shape) * self.num_slices
+
+
+def parse_topology(name: str, *, num_slices: int = 1) -> Topology:
+    """What `v5e:16x16` (chips in each dimension) or `h100:8` (GPUs of a host) means.
+
+    Raises:
+      UserError: an unknown kind or an impossible shape.
+    """
+    kind, _, sizes = name.partition(":")
+    known = {**TPUS, **GPUS, "cpu": None}
+    if kind not in known:
+        raise UserError(
+            f"--topology={name!r}: no such kind of device; there is: {', '.join(sorted(known))}"
+        )
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
+        example = {"v4": "v4:2x2x4", "v5p": "v5p:4x4x4", "tpu7x": "tpu7x:2x2x4"}.get(kind)
+        example = example or (f"{kind}:4x4" if kind in TPUS else f"{kind}:8")
+        raise UserError(f"--topology={name!r}: expected a shape, as in {example}")
+    if num_slices < 1:
+        raise UserError(f"--num_slices={num_slices}: expected at least 1")
+    return Topology(name, known[kind], num_slices, tuple(map(int, sizes.split("x"))))
+
+
+def make_devices(topology: Topology) -> list[Any]:
+    """Devices to compile for. Those of a CPU or GPU are CPUs of this process.
+
+    Raises:
+      UserError: libtpu is not installed, does not know the shape, or JAX has fewer CPUs already.
+    """
+    if topology.is_tpu:
+        return _tpus(topology)
+    count = topology.num_devices
+    # Only before JAX has made its devices; after that there are as many as there are.
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise UserError(
+            f"--topology={topology.name!r}: JAX has {len(devices)} CPU device(s) in this process; "
+            f"start it with XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
+    return devices[:count]
+
+
+def _tpus(topology: Topology) -> list[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology={topology.name!r}: libtpu, the compiler for TPUs, is not installed: run "
+            "pip install 'vit_jax[tpu-plan]' (no TPU is needed)"
+        )
+    for key, value in _LIBTPU.items():
+        os.environ.setdefault(key, value)
+    options: dict[str, Any] = {}
+    if topology.num_slices > 1:
+        options["num_slices"] = topology.num_slices
+    if topology.chip is not None and topology.chip.name == "v4":
+        options["chip_config_name"] = "megacore"  # one device a chip, as on a real v4
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name, **options
+        )
+    except Exception as e:
+        raise UserError(
+            f"--topology={topology.name!r}: libtpu can't make it: {' '.join(str(e).split())[:200]}"
+        ) from e
+    return list(described.devices)
+
+
+def slice_of(topology: Topology, devices: list[Any]) -> list[int]:
+    """The slice (of GPUs: the host) that each device belongs to."""
+    if topology.is_tpu:
+        return [getattr(d, "slice_index", None) or 0 for d in devices]
+    per_slice = topology.num_devices // topology.num_slices
+    return [d.id // per_slice for d in devices]

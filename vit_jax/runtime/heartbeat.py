@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes of a job hear of each other, so that one that dies or stops is noticed, and named.
+
+Each sends process 0 a sign of life every second over a connection of its own, and gets one back. A
+connection that breaks without a word is a process that died; one that is silent, one that stopped.
+"""
+
+import contextlib
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+
+from vit_jax.runtime.preemption import RUN_AGAIN
+from vit_jax.runtime.processes import broadcast_from_process_0, host_names
+
+_CONNECT_S = 5.0
+# Seconds for what is written before the end: the workdir may hang too.
+_LAST_WORDS_S = 5.0
+# Seconds in which others end by themselves, where all have met the same error after all.
+_FAILED_S = 20.0
+_MAX_WAITING = 1 << 12
+_BYE = "bye"
+
+
+class _Peer:
+    """Another process, as far as it has been heard of."""
+
+    def __init__(self, connection: socket.socket, index: int | None):
+        self.connection, self.index, self.heard = connection, index, time.monotonic()
+        self.is_gone = self.has_left = False
+        self._text = b""
+
+    def send(self, word: str) -> None:
+        # Whether it still listens is found out by reading.
+        with contextlib.suppress(OSError):
+            self.connection.send(word.encode() + b"\n", socket.MSG_DONTWAIT)
+
+    def read(self) -> list[str]:
+        """The words that have come."""
+        try:
+            got = self.connection.recv(_MAX_WAITING)
+        except OSError:
+            got = b""
+        self.is_gone = not got or len(self._text) > _MAX_WAITING
+        self.heard = time.monotonic()
+        *lines, self._text = (self._text + got).split(b"\n")
+        return [line.decode(errors="replace") for line in lines]
+
+
+class Heartbeat:
+    """Watches the other processes of the job. A context manager; all processes have to enter it.
+
+    Args:
+      limit: seconds of silence after which a process counts as stopped; 0 to watch none.
+      shared: errors that come in all processes alike; any other is told to them.
+      last_words: called with what has happened before this process ends.
+    """
+
+    def __init__(
+        self,
+        limit: float,
+        *,
+        shared: tuple[type[BaseException], ...] = (),
+        last_words: Callable[[str], None] = lambda _: None,
+    ):
+        self._limit, self._shared, self._last_words = limit, shared, last_words
+        self._pace = min(1.0, limit / 4)
+        self._peers: list[_Peer] = []
+        self._server: socket.socket | None = None
+        self._stop, self._thread = threading.Event(), None
+
+    def __enter__(self) -> "Heartbeat":
+        if not self._limit or jax.process_count() == 1:
+            return self
+        self._hosts, self._me = host_names(), jax.process_index()
+        if self._me == 0:
+            self._server = _listen()
+        place = self._server and [_own_address(), self._server.getsockname()[1]]
+        (address, port), self._token = broadcast_from_process_0([place, secrets.token_hex(8)])
+        if self._me:
+            self._connect(address, port)
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if self._thread is None:
+            return
+        self._stop.set()
+        self._thread.join()
+        word = _BYE
+        if kind is not None and not issubclass(kind, self._shared):
+            word = f"failed {kind.__name__}"
+        for peer in self._peers:
+            peer.send(word)
+            peer.connection.close()
+        if self._server is not None:
+            self._server.close()
+
+    def _connect(self, address: str, port: int) -> None:
+        local = ["localhost"] * (self._hosts[self._me] == self._hosts[0])
+        for host in (*local, address, self._hosts[0]):
+            with contextlib.suppress(OSError):
+                connection = socket.create_connection((host, port), timeout=_CONNECT_S)
+                connection.settimeout(None)
+                peer = _Peer(connection, 0)
+                peer.send(f"hello {self._token} {self._me}")
+                self._peers.append(peer)
+                return
+        _print(
+            f"process {self._me} can't reach {self._hosts[0]}:{port}: where one stops, it is only "
+            "noticed by the limits of watchdog.step"
+        )
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            if self._server is not None:
+                selector.register(self._server, selectors.EVENT_READ, None)
+            for peer in self._peers:
+                selector.register(peer.connection, selectors.EVENT_READ, peer)
+            last = sent = time.monotonic()
+            while not self._stop.is_set():
+                ready = [key.data for key, _ in selector.select(self._pace / 4)]
+                now = time.monotonic()
+                if now - last > 2 * self._pace + 1:
+                    # This process was stopped itself: what it has not heard, it has not read yet.
+                    for peer in self._peers:
+                        peer.heard = now
+                last = now
+                for peer in ready:
+                    if peer is None:
+                        self._accept(selector)
+                    else:
+                        self._hear(peer, selector)
+                if now - sent > self._pace:
+                    sent = now
+                    for peer in self._peers:
+                        peer.send(".")
+                for peer in self._peers:
+                    if peer.index is not None and now - peer.heard > self._limit:
+                        seconds = f"{now - peer.heard:.0f} s"
+                        self._lose(f"{self._name(peer)} has not been heard of for {seconds}")
+
+    def _accept(self, selector: selectors.BaseSelector) -> None:
+        assert self._server is not None
+        with contextlib.suppress(OSError):
+            connection, _ = self._server.accept()
+            peer = _Peer(connection, None)
+            self._peers.append(peer)
+            selector.register(connection, selectors.EVENT_READ, peer)
+
+    def _hear(self, peer: _Peer, selector: selectors.BaseSelector) -> None:
+        for word in peer.read():
+            kind, _, rest = word.partition(" ")
+            if peer.index is None:
+                token, _, index = rest.partition(" ")
+                if not secrets.compare_digest(token.encode(), self._token.encode()):
+                    peer.is_gone = True  # Something else that tries the port, such as a scanner.
+                    break
+                peer.index = int(index)
+            elif kind == _BYE:
+                peer.has_left = True
+            elif kind == "lost":
+                self._lose(rest)
+            elif kind == "failed":
+                peer.has_left = True
+                self._expect_end(f"{self._name(peer)} has ended with {rest}")
+        if peer.is_gone or peer.has_left:
+            selector.unregister(peer.connection)
+            self._peers.remove(peer)
+            if peer.index is not None and not peer.has_left:
+                self._lose(f"{self._name(peer)} is gone")
+
+    def _expect_end(self, what: str) -> None:
+        timer = threading.Timer(_FAILED_S, lambda: self._stop.is_set() or self._lose(what))
+        timer.daemon = True
+        timer.start()
+
+    def _name(self, peer: _Peer) -> str:
+        return f"process {peer.index} on {self._hosts[peer.index or 0]}"
+
+    def _lose(self, what: str) -> None:
+        if self._stop.is_set():
+            return
+        # At once, for JAX aborts a process that has lost process 0.
+        for peer in self._peers:
+            peer.send(f"lost {what}")
+        _print(f"{what}; ends with code {RUN_AGAIN}, to be started again")
+        speaker = threading.Thread(target=self._last_words, args=(what,), daemon=True)
+        speaker.start()
+        speaker.join(_LAST_WORDS_S)
+        os._exit(RUN_AGAIN)
+
+
+def _listen() -> socket.socket:
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    return socket.create_server(
+        ("", 0), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=1024
+    )
+
+
+def _own_address() -> str:
+    """That from which this machine would send to others; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, contextlib.suppress(OSError):
+        s.connect(("10.255.255.255", 1))
+        return s.getsockname()[0]
+    return socket.gethostname()
+
+
+def _print(text: str) -> None:
+    print(f"vit_jax: {text}", file=sys.stderr, flush=True)

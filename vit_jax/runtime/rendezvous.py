@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All processes of a job report to process 0 before JAX starts.
+
+JAX aborts a process whose peers don't come, without a word on which. Here every process gets to
+know who is missing, after a bounded wait.
+"""
+
+import contextlib
+import json
+import socket
+import time
+from typing import Any
+
+from vit_jax.runtime.cluster import check_address
+from vit_jax.utils.errors import UserError
+
+_RETRY_S = 0.2
+_MAX_LINE = 1 << 16
+
+
+def rendezvous(coordinator: str, num_processes: int, process_id: int, *, timeout: float) -> None:
+    """Returns in all processes once all of them are there.
+
+    Args:
+      coordinator: HOST:PORT at which process 0 can be reached; the port is free again afterwards.
+      num_processes: of the job.
+      process_id: of this process.
+      timeout: seconds to wait.
+
+    Raises:
+      UserError: processes are missing, two say that they are the same, or they disagree on how
+        many there are; in every process that could be reached.
+    """
+    host, port = check_address(coordinator)
+    deadline = time.monotonic() + timeout
+    if process_id:
+        _report(host, port, num_processes, process_id, deadline=deadline, timeout=timeout)
+        return
+    try:
+        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        server = socket.create_server(
+            ("", port), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=1024
+        )
+    except OSError as e:
+        raise UserError(
+            f"--coordinator={coordinator}: process 0 can't listen on port {port} ({e.strerror}); "
+            "expected a free one"
+        ) from None
+    with server:
+        _wait_for_all(server, num_processes, deadline=deadline, timeout=timeout)
+
+
+def _wait_for_all(
+    server: socket.socket, num_processes: int, *, deadline: float, timeout: float
+) -> None:
+    present: dict[int, str] = {}
+    callers: list[socket.socket] = []
+    error = None
+    while len(present) < num_processes - 1 and error is None:
+        server.settimeout(max(deadline - time.monotonic(), 0.01))
+        try:
+            connection, (address, *_) = server.accept()
+        except TimeoutError:
+            missing = sorted(set(range(1, num_processes)) - present.keys())
+            error = (
+                f"{_name(missing)} of {num_processes} did not come within {timeout:g} s; expected "
+                "all to be started with the same --coordinator and --num_processes"
+            )
+            break
+        said = _read(connection)
+        if said is None:  # Something else that tries the port, such as a scanner.
+            connection.close()
+            continue
+        index, name = said["process_id"], said["host"]
+        if said["num_processes"] != num_processes:
+            error = (
+                f"--num_processes={said['num_processes']} in process {index} ({name}), "
+                f"{num_processes} in process 0: expected the same"
+            )
+        elif index in present or not 0 < index < num_processes:
+            other = present.get(index, "the machine of process 0")
+            error = f"--process_id={index} is given twice, on {other} and {name} ({address})"
+        callers.append(connection)
+        present.setdefault(index, name)
+    for connection in callers:
+        _send(connection, {"error": error})
+        connection.close()
+    if error is not None:
+        raise UserError(error)
+
+
+def _report(
+    host: str, port: int, num_processes: int, process_id: int, *, deadline: float, timeout: float
+) -> None:
+    me = {"process_id": process_id, "num_processes": num_processes, "host": socket.gethostname()}
+    reason = ""
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host, port), timeout=left) as connection:
+                _send(connection, me)
+                # Process 0 may have begun to wait later than this one.
+                answer = _read(connection, timeout=left + timeout)
+        except OSError as e:
+            reason = e.strerror or str(e)
+        else:
+            if answer is not None:
+                if answer["error"] is not None:
+                    raise UserError(answer["error"])
+                return
+            reason = "it closed the connection, as one does that already runs without this process"
+        time.sleep(_RETRY_S)
+    raise UserError(
+        f"process 0 of {num_processes} did not answer at {host}:{port} within {timeout:g} s "
+        f"({reason}); expected it to run there"
+    )
+
+
+def _name(indices: list[int]) -> str:
+    shown = ", ".join(map(str, indices[:8])) + (" and more" if len(indices) > 8 else "")
+    return f"process{'es' if len(indices) > 1 else ''} {shown}"
+
+
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    # Whoever has gone by now is missed elsewhere: nobody waits without end.
+    with contextlib.suppress(OSError):
+        connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _read(connection: socket.socket, *, timeout: float = 5.0) -> dict[str, Any] | None:
+    connection.settimeout(timeout)
+    try:
+        with connection.makefile("rb") as file:
+            message = json.loads(file.readline(_MAX_LINE))
+    except (OSError, ValueError):
+        return None
+    return message if isinstance(message, dict) else None

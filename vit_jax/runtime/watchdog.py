@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ends a process that hangs, so that the job is started again rather than waiting for ever.
+
+Where one process of a job dies or stops, the others are told by `runtime.heartbeat`.
+"""
+
+import contextlib
+import dataclasses
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from vit_jax.runtime.preemption import RUN_AGAIN
+from vit_jax.utils.errors import UserError
+
+# Seconds for what is written before the end: the workdir may be what hangs.
+_LAST_WORDS_S = 10.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Seconds after which a process counts as hung, by what it does; 0 for no limit.
+
+    Attributes:
+      compile: from the start to the end of the first step, with data opened and state restored.
+      step: from one step to the next, with the wait for data.
+      save: for a checkpoint, as far as training waits for it.
+      evaluation: by all evaluators that are due.
+      peer: for which nothing is heard of another process of the job.
+    """
+
+    compile: float = 7200
+    step: float = 1800
+    save: float = 3600
+    evaluation: float = 14400
+    peer: float = 60
+
+    def __post_init__(self) -> None:
+        for key, value in dataclasses.asdict(self).items():
+            if value < 0:
+                raise UserError(f"watchdog.{key}={value}: expected seconds, or 0 for no limit")
+
+
+class Watchdog:
+    """Watches the main thread from one of its own. A context manager.
+
+    Args:
+      limits: by phase.
+      workdir: that the stacks of all threads are written to, as `watchdog-PROCESS.txt`.
+      process: number of this process.
+      last_words: called, with the phase, before the process ends.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        workdir: Path,
+        process: int,
+        last_words: Callable[[str], None] = lambda _: None,
+    ):
+        self._limits = dataclasses.asdict(limits)
+        self._file = workdir / f"watchdog-{process}.txt"
+        self._process, self._last_words = process, last_words
+        self._phase, self._since = "compile", time.monotonic()
+        self._stop = threading.Event()
+        positive = [limit for limit in self._limits.values() if limit]
+        self._poll = min(1.0, min(positive, default=1.0) / 4)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._since = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def beat(self) -> None:
+        """Says that a step has been taken."""
+        self._phase, self._since = "step", time.monotonic()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around what has a limit of its own."""
+        before = self._phase
+        self._phase, self._since = name, time.monotonic()
+        try:
+            yield
+        finally:
+            self._phase, self._since = before, time.monotonic()
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while not self._stop.wait(self._poll):
+            now = time.monotonic()
+            if now - last > 2 * self._poll + 1:
+                # This process was stopped itself, or the machine: what it waits for gets its time.
+                self._since = now
+            last = now
+            limit = self._limits[self._phase]
+            if limit and now - self._since > limit:
+                self._end(self._phase, now - self._since)
+
+    def _end(self, phase: str, seconds: float) -> None:
+        words = (
+            f"process {self._process} hangs: {seconds:.0f} s in the phase {phase!r}, more than "
+            f"watchdog.{phase}={self._limits[phase]:g}; ends with code {RUN_AGAIN}, to be started "
+            "again"
+        )
+        speaker = threading.Thread(target=self._speak, args=(words, phase), daemon=True)
+        speaker.start()
+        speaker.join(_LAST_WORDS_S)
+        os._exit(RUN_AGAIN)
+
+    def _speak(self, words: str, phase: str) -> None:
+        print(f"vit_jax: {words}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        with contextlib.suppress(OSError), open(self._file, "w") as file:
+            print(words, file=file, flush=True)
+            faulthandler.dump_traceback(file=file, all_threads=True)
+        self._last_words(phase)

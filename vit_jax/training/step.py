@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The train state and the one step that updates it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vit_jax.checkpoint.state import TrainState
+from vit_jax.objectives.base import Batch, Objective, Params
+from vit_jax.optim.optimizer import Optimizer
+from vit_jax.utils.tree import flatten, merge
+
+
+def init_rng(seed: int) -> jax.Array:
+    """The key of the initial parameters."""
+    return jax.random.fold_in(jax.random.key(seed), 0)
+
+
+def step_rng(seed: int, step: jax.Array | int) -> jax.Array:
+    """The key of all random choices of the step after `step` updates."""
+    return jax.random.fold_in(jax.random.key(seed), step + 1)
+
+
+def init_state(
+    rng: jax.Array,
+    batch: Batch,
+    *,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    ema: bool,
+    params: Params = None,
+) -> TrainState:
+    """A fresh state, from `params` where they are given (a checkpoint to start from)."""
+    start: Params = objective.init(rng, batch) if params is None else params
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=start,
+        opt_state=tx.init(start),
+        # A copy, so that the state can be donated: no buffer may stand in it twice.
+        ema_params=jax.tree.map(jnp.copy, start) if ema else None,
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    constants: Params = None,
+    *,
+    objective: Objective,
+    optimizer: Optimizer,
+    ema_decay: float | None,
+    seed: int,
+    split: Callable[[jax.Array], jax.Array] = lambda x: x,
+    scatter: Callable[[Params], Params] = lambda x: x,
+    on_divergence: str | None = None,
+    max_loss: float | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update. All randomness is a function of (seed, step).
+
+    Args:
+      state: donated by the caller.
+      batch: a global batch, as it comes from the data.
+      constants: those of the objective, on the mesh.
+      objective: what is minimised.
+      optimizer: its `accum_steps` cuts the batch into micro-batches of equal size.
+      ema_decay: of the parameter average, which is warmed up; None for no average.
+      seed: of the run.
+      split: places `[micro-batches, batch, ...]` arrays on the mesh.
+      scatter: places the gradients on the mesh.
+      on_divergence: with `skip`, a step with a metric that is not finite leaves all but the number
+        of the step as it was. If it is given at all, there is the metric `grad_norms`: of each
+        layer, as `layer_names` lists them.
+      max_loss: what is above diverges too.
+
+    Returns:
+      The new state and the metrics `loss, lr, grad_norm, param_norm` as scalars; `grad_norm` is
+      over the trained parameters, `param_norm` over all. Under SAM the loss is at the parameters,
+      and the gradient the one that is followed.
+    """
+    augment_rng, loss_rng = jax.random.split(step_rng(seed, state.step))
+    batch = objective.augment(batch, augment_rng)
+    trained, frozen = optimizer.rules.split(state.params)
+
+    # Of the trained parameters alone, so that nothing is differentiated for the frozen ones.
+    def loss(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Any]:
+        return objective.loss({**merge(params, frozen), **(constants or {})}, batch, rng)
+
+    gradients = functools.partial(
+        accumulate_gradients,
+        loss,
+        batch=batch,
+        rng=loss_rng,
+        steps=optimizer.accum_steps,
+        split=split,
+    )
+    lr = jnp.asarray(optimizer.schedule(state.step), jnp.float32)
+    point = optimizer.gradient_point(state.opt_state, trained)
+    grads, metrics = gradients(point)
+    if sam := optimizer.sam:
+        radius = sam.radius(lr / (optimizer.peak_lr or 1))
+        perturbed, _ = gradients(sam.perturb(point, grads, radius))
+        grads = sam.combine(grads, perturbed)
+    grads = scatter(grads)
+    updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+    trained = optax.apply_updates(trained, updates)
+    statistics = metrics
+    params, metrics = objective.track(merge(trained, frozen), statistics)
+    metrics |= {
+        "lr": lr,
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(params),
+    }
+    ema_params = state.ema_params
+    if ema_decay is not None:
+        # Early on the average would be the initial values: let it follow quickly first.
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        average, same = optimizer.rules.split(state.ema_params)
+        average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, trained)
+        ema_params, _ = objective.track(merge(average, same), statistics)
+    new: Any = (params, opt_state, ema_params)
+    if on_divergence == "skip":
+        good = jnp.all(jnp.isfinite(jnp.stack([jnp.float32(x) for x in metrics.values()])))
+        if max_loss is not None:
+            good &= metrics["loss"] <= max_loss
+        old = (state.params, state.opt_state, state.ema_params)
+        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+    if on_divergence is not None:
+        metrics["grad_norms"] = _norms_by_layer(grads)
+    return TrainState(state.step + 1, *new), metrics
+
+
+def layer_names(params: Params) -> list[str]:
+    """The layers of a tree of parameters: `embedding`, `Transformer/encoderblock_0` and so on."""
+    return sorted({_layer(path) for path in flatten(params)})
+
+
+def _layer(path: str) -> str:
+    parts = path.split("/")[:-1] or [path]
+    return "/".join(parts[:2] if "encoderblock" in parts[min(1, len(parts) - 1)] else parts[:1])
+
+
+def _norms_by_layer(grads: Params) -> jax.Array:
+    squares: dict[str, Any] = dict.fromkeys(layer_names(grads), 0.0)
+    for path, leaf in flatten(grads).items():
+        squares[_layer(path)] += jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+    return jnp.sqrt(jnp.stack(list(squares.values())))
+
+
+def accumulate_gradients(
+    loss: Callable[[Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
+    params: Params,
+    batch: Batch,
+    rng: jax.Array,
+    *,
+    steps: int,
+    split: Callable[[jax.Array], jax.Array],
+) -> tuple[Params, dict[str, jax.Array]]:
+    """Mean gradient of `loss` and its metrics over a batch, in `steps` micro-batches one by one."""
+    grad_fn = jax.grad(loss, has_aux=True)
+    if steps == 1:
+        return grad_fn(params, batch, rng)
+
+    def micro_batches(x: jax.Array) -> jax.Array:
+        # Every steps-th row, so that each micro-batch lies on all devices as the batch did.
+        return split(x.reshape(x.shape[0] // steps, steps, *x.shape[1:]).swapaxes(0, 1))
+
+    def body(total: Any, xs: Any) -> tuple[Any, None]:
+        i, micro = xs
+        out = grad_fn(params, micro, jax.random.fold_in(rng, i))
+        return jax.tree.map(jnp.add, total, out), None
+
+    micro = jax.tree.map(micro_batches, batch)
+    shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], micro), rng)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(body, zeros, (jnp.arange(steps), micro))
+    return jax.tree.map(lambda x: x / steps, total)
