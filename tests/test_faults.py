@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.test_preemption import ENDLESS, wait_for
-from tests.test_train import assert_same
 
+from tests.runtime.test_preemption import ENDLESS, wait_for
 from tests.runtime.test_processes import start
 from tests.tiny import tiny_config
+from tests.training.test_run import assert_same
 from vit_jax.checkpoint import manager
 from vit_jax.checkpoint.manager import SaveError, load_params
 from vit_jax.objectives.supervised import Supervised

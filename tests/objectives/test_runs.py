@@ -8,9 +8,9 @@ import cv2
 import jax
 import numpy as np
 import pytest
-from tests.test_train import assert_same, stop_at
 
 from tests.tiny import tiny_config
+from tests.training.test_run import assert_same, stop_at
 from vit_jax.checkpoint.manager import load_params
 from vit_jax.checkpoint.pretrained.adapt import describe_objective_params
 from vit_jax.checkpoint.pretrained.load import load_pretrained
