@@ -157,7 +157,7 @@ def test_a_save_that_fails_is_said_and_the_next_one_is_another_try(
 
 def test_a_run_that_can_not_save_ends_with_one_line(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(manager, "write_manifest", full)
-    monkeypatch.setattr("vit_jax.training.run.time.sleep", lambda _: None)
+    monkeypatch.setattr("vit_jax.training.services.time.sleep", lambda _: None)
     with pytest.raises(SaveError, match=r"step 8 can't be written .*the newest is of step 0"):
         run(data_dir, tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []

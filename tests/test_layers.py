@@ -47,7 +47,7 @@ COMMANDS = (
 # The name of the package is for use from Python: it offers what lies anywhere in it.
 NOWHERE = ("vit_jax", "vit_jax.launch")
 ALLOWED_IN = {
-    "ml_collections": ("vit_jax.config", "vit_jax.training"),
+    "ml_collections": ("vit_jax.config", "vit_jax.training", "vit_jax.main"),
     "absl": ("vit_jax.main", "vit_jax.plan", "vit_jax.utils.command"),
     "orbax": ("vit_jax.checkpoint",),
     "tensorflow_datasets": ("vit_jax.data",),

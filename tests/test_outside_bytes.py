@@ -19,7 +19,7 @@ from vit_jax.checkpoint.manager import find_checkpoint, load_params
 from vit_jax.checkpoint.manifest import find_fault, write_manifest
 from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, write_safetensors
-from vit_jax.checkpoint.workdir import open_workdir, read_config
+from vit_jax.checkpoint.workdir import read_config
 from vit_jax.config.load import override_config, parse_overrides
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.preprocess import parse_preprocess
@@ -27,6 +27,7 @@ from vit_jax.data.sources.files import manifest_dataset
 from vit_jax.data.sources.packed import read_manifest
 from vit_jax.data.sources.parquet import parquet_dataset
 from vit_jax.training.experiment import Experiment
+from vit_jax.training.resume import open_workdir
 from vit_jax.utils.command import print_error
 from vit_jax.utils.errors import UserError
 

@@ -57,7 +57,9 @@ def write_run(workdir: Path, data_dir: str, **changes: Any) -> tuple[Path, Exper
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), state.params)
     scores = {4: 0.75, 8: 0.5}
-    with CheckpointManager(workdir, experiment.checkpoint, experiment.description) as manager:
+    with CheckpointManager(
+        workdir, experiment.settings.checkpoint, experiment.description
+    ) as manager:
         for step, score in scores.items():
             these = jax.tree.map(lambda x, step=step: jnp.asarray(x * step / 8), params)
             twice = jax.tree.map(lambda x: 2 * x, these)

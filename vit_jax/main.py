@@ -13,11 +13,13 @@ from typing import Any
 
 import jax
 from absl import app, flags
+from ml_collections import ConfigDict
 
 from vit_jax import __version__
 from vit_jax.checkpoint.manager import SaveError
 from vit_jax.config.cpu_devices import count_cpu_devices
 from vit_jax.config.load import load_config, parse_overrides
+from vit_jax.config.schema import per_host_keys
 from vit_jax.observe import console
 from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.trackers import Tracking, check_trackers
@@ -27,7 +29,7 @@ from vit_jax.runtime.preemption import RUN_AGAIN, Preempted
 from vit_jax.training.run import train
 from vit_jax.utils.command import INTERRUPTED, print_error, report_errors
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.tree import flatten
+from vit_jax.utils.nested import flatten_config
 
 _CONFIG = flags.DEFINE_string(
     "config",
@@ -106,24 +108,13 @@ def _join_job(config: Mapping[str, Any]) -> None:
     )
 
 
-def _check_same(config: Any) -> None:
-    """Machines may keep the data elsewhere, with more cores and memory; all else is the same."""
-    values = {f"config.{k}": v for k, v in flatten(config.to_dict()).items()}
+def _check_same(config: ConfigDict) -> None:
+    """Raises `UserError` unless all processes were started with the same config and workdir."""
+    values = {f"config.{k}": v for k, v in flatten_config(config.to_dict()).items()}
     values |= {"--workdir": _WORKDIR.value, "vit_jax": __version__, "jax": jax.__version__}
-    for key in ("data_dir", "num_threads", "max_ram_gb"):
-        values.pop(f"config.data.{key}", None)
+    for key in per_host_keys():
+        values.pop(f"config.{key}", None)
     processes.check_same(values)
-
-
-def _peek(overrides: dict[str, Any]) -> dict[str, Any]:
-    """The config, for what must be known before devices are looked for; empty if it is wrong.
-
-    What is wrong is said later, when no process waits for another that has ended.
-    """
-    try:
-        return load_config(_CONFIG.value or "", overrides).to_dict()
-    except UserError:
-        return {}
 
 
 def _check_trackers(config: Mapping[str, Any]) -> None:
@@ -138,17 +129,23 @@ def _check_trackers(config: Mapping[str, Any]) -> None:
 def main(argv: list[str]) -> None:
     """Called by absl with the flags parsed."""
     overrides, _ = parse_overrides(argv[1:])
-    peeked = _peek(overrides)
-    _check_trackers(peeked)
+    config, error = ConfigDict(), None
+    try:
+        config = load_config(_CONFIG.value or "", overrides)
+    except UserError as e:
+        error = e
+    _check_trackers(config.to_dict())
     compile_cache.set_up(_COMPILE_CACHE.value)
-    _join_job(peeked)
+    _join_job(config.to_dict())
     verbosity = "quiet" if _QUIET.value else "verbose" if _VERBOSE.value else "normal"
     console.set_up(quiet=jax.process_index() > 0, verbosity=verbosity)
     # Given again with a longer run, it goes on; the last of two overrides counts.
     python = os.path.relpath(sys.executable) if sys.prefix.startswith(os.getcwd()) else "python"
     command = f"{python} -m vit_jax.main {shlex.join(argv[1:])}"
+    # Raised only here, where no process waits for another one that has ended.
     with processes.all_agree():
-        config = load_config(_CONFIG.value or "", overrides)
+        if error is not None:
+            raise error
     _check_same(config)
     train(config, _WORKDIR.value or "", command=command)
 

@@ -9,14 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vit_jax.checkpoint.workdir import (
-    Resume,
-    check_data,
-    find_holder,
-    lock_workdir,
-    open_workdir,
-    write_config,
-)
+from vit_jax.checkpoint.workdir import find_holder, lock_workdir, write_config
+from vit_jax.config.schema import Resume
+from vit_jax.training.resume import check_data, open_workdir
 from vit_jax.utils.errors import UserError
 
 CONFIG = {"seed": 0, "total_steps": 8, "model": {"patch_size": (2, 2), "variant": None}}

@@ -25,8 +25,8 @@ from absl.testing import flagsaver
 from vit_jax import main as main_command
 from vit_jax.checkpoint.manager import CheckpointOptions
 from vit_jax.checkpoint.pretrained.adapt import adapt_params
-from vit_jax.checkpoint.workdir import Resume
 from vit_jax.config.load import load_config, override_config, parse_overrides
+from vit_jax.config.schema import Data, EvalData, Resume, top_level
 from vit_jax.evaluators.kinds import EVALUATORS
 from vit_jax.models.variants import MODELS
 from vit_jax.objectives.kinds import OBJECTIVES
@@ -37,7 +37,7 @@ from vit_jax.optim.optimizer import make_optimizer
 from vit_jax.parallel.mesh import make_mesh
 from vit_jax.parallel.sharding import Strategy
 from vit_jax.runtime.watchdog import Limits
-from vit_jax.training.experiment import Experiment, _eval_data, _top_level, _train_data
+from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import keywords
 
@@ -294,13 +294,13 @@ def knows(key: str) -> bool:
     """Whether there is a key of this name in some config; `evals.NAME.KEY` for any name."""
     section, _, rest = key.partition(".")
     if section == "evals" and "." in rest:
-        return _fits(rest.partition(".")[2], _eval_data, *EVALUATORS.values())
+        return _fits(rest.partition(".")[2], EvalData, *EVALUATORS.values())
     if not rest:
-        return section.startswith("log_every_") or _fits(section, _top_level)
+        return section.startswith("log_every_") or _fits(section, top_level)
     constructors = {
         "adapt": [adapt_params],
         "checkpoint": [CheckpointOptions],
-        "data": [_train_data],
+        "data": [Data],
         "mesh": [make_mesh, Strategy],
         "model": MODELS.values(),
         "objective": OBJECTIVES.values(),

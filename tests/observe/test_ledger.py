@@ -7,6 +7,8 @@ from vit_jax import status
 from vit_jax.checkpoint.workdir import find_holder, lock_workdir
 from vit_jax.observe import ledger
 from vit_jax.observe.ledger import Ledger, read_ledger, summarize
+from vit_jax.training import phases
+from vit_jax.training.phases import Phases
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import LEDGER
 
@@ -27,20 +29,23 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(ledger, "time", clock)
+    for module in (ledger, phases):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
 def work(workdir, clock, *, start, stop, end=None, active=True):
     """A start of 10 s, then a step each second, of which half is a wait for data."""
-    run = Ledger(workdir, step=start, total_steps=100, active=active)
+    during = Phases()
+    run = Ledger(workdir, step=start, total_steps=100, seconds=during.seconds, active=active)
     clock.pass_(10)
     for step in range(start + 1, stop + 1):
+        during.step_taken()
         run.took(step)
-        with run.phase("data_wait"):
+        with during("data_wait"):
             clock.pass_(0.5)
         clock.pass_(0.5)
-    with run.phase("save"):
+    with during("save"):
         clock.pass_(2)
     run.write_progress(saved=stop)
     if end:
@@ -76,8 +81,10 @@ def test_a_killed_start_leaves_lost_steps_and_time(tmp_path, clock):
 
 
 def test_steps_that_were_rolled_back_are_lost(tmp_path, clock):
-    run = Ledger(tmp_path, step=0, total_steps=100, active=True)
+    during = Phases()
+    run = Ledger(tmp_path, step=0, total_steps=100, seconds=during.seconds, active=True)
     for step in range(1, 11):
+        during.step_taken()
         run.took(step)
         clock.pass_(1)
     run.write_rollback(to=4, past=10)

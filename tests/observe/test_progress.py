@@ -16,6 +16,8 @@ from vit_jax.observe import console, progress
 from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.panel import Panel, draw_sparkline
 from vit_jax.observe.progress import Monitor
+from vit_jax.training import phases
+from vit_jax.training.phases import Phases
 
 
 class Clock:
@@ -24,7 +26,7 @@ class Clock:
     def __init__(self):
         self.now = 100.0
 
-    def perf_counter(self):
+    def monotonic(self):
         return self.now
 
     def pass_(self, seconds):
@@ -45,7 +47,7 @@ class Records(list):
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(progress, "time", types.SimpleNamespace(perf_counter=clock.perf_counter))
+    monkeypatch.setattr(phases, "time", types.SimpleNamespace(monotonic=clock.monotonic))
     return clock
 
 
@@ -76,8 +78,17 @@ def screen(monkeypatch):
     return make
 
 
-def monitor(records, *, step=0, total_steps=20, batch_size=32):
-    return Monitor(records, step=step, total_steps=total_steps, batch_size=batch_size)
+def monitor(records, *, step=0, **options):
+    clock = Phases()
+    m = Monitor(records, step=step, total_steps=20, batch_size=32, seconds=clock.seconds, **options)
+    m.phases = clock
+    return m
+
+
+def paused(monitor):
+    """Around an evaluation."""
+    monitor.flush()
+    return monitor.phases("evaluation")
 
 
 def loss(value):
@@ -86,7 +97,7 @@ def loss(value):
 
 def take(monitor, clock, step, *, log, wait=1.0, work=3.0):
     """One turn of the training loop."""
-    with monitor.waiting():
+    with monitor.phases("data_wait"):
         clock.pass_(wait)
     monitor.step(step, loss(0.5), log=log)
     clock.pass_(work)
@@ -166,10 +177,10 @@ def test_what_is_not_training_does_not_count_as_such(records, clock, screen):
     with monitor(records) as m:
         take(m, clock, 1, log=False)
         take(m, clock, 2, log=False)
-        with m.paused():  # before the record is due
+        with paused(m):  # before the record is due
             clock.pass_(50)
         take(m, clock, 3, log=True)
-        with m.paused():  # this makes the record first
+        with paused(m):  # this makes the record first
             assert [step for step, _ in records.of("train/loss")] == [3]
             clock.pass_(70)
         take(m, clock, 4, log=True)
@@ -196,7 +207,7 @@ def test_nothing_is_saved_or_evaluated_after_a_loss_that_is_no_number(records, s
     screen(terminal=False)
     with monitor(records) as m:
         m.step(7, loss(float("nan")), log=False)
-        with pytest.raises(DivergedError, match="step 7"), m.paused():
+        with pytest.raises(DivergedError, match="step 7"), paused(m):
             pytest.fail("the pause has begun")
 
 
@@ -287,7 +298,7 @@ def test_less_and_more_can_be_asked_for(records, clock, screen):
 
 def test_utilisation_is_the_share_of_the_peak(records, clock, screen):
     file = screen(terminal=False)
-    m = Monitor(records, step=10, total_steps=20, batch_size=32, peak=16.0)
+    m = monitor(records, step=10, peak=16.0)
     with m:
         for step in (11, 12, 13):
             take(m, clock, step, log=step == 12)

@@ -10,6 +10,7 @@ from tests.runtime.test_processes import CONFIG_FILE, run
 from vit_jax.observe.ledger import read_ledger, summarize
 from vit_jax.runtime import stragglers
 from vit_jax.runtime.stragglers import PAUSE, Straggler, Stragglers, find_straggler
+from vit_jax.training.phases import Phases
 
 
 @pytest.mark.parametrize(
@@ -43,15 +44,16 @@ def fake(monkeypatch):
     monkeypatch.setattr(
         stragglers, "gather_over_processes", lambda share: np.array([[share], other])
     )
-    return Stragglers(), other
+    phases = Phases()
+    return Stragglers(phases.seconds), other, phases
 
 
 def test_waits_since_the_last_call_are_compared(fake):
-    measured, other = fake
-    with measured.waiting():
+    measured, other, phases = fake
+    with phases("data_wait"):
         time.sleep(0.02)
     assert measured.compare() is None, "the first time has compilation in it"
-    with measured.waiting():
+    with phases("data_wait"):
         time.sleep(0.02)
     found = measured.compare()
     assert found is not None
@@ -63,7 +65,7 @@ def test_waits_since_the_last_call_are_compared(fake):
 
 
 def test_a_process_is_named_once_in_a_while(fake):
-    measured, other = fake
+    measured, other, _ = fake
     other[0] = 0.8
     named = [measured.compare() is not None for _ in range(2 * PAUSE + 1)]
     assert [i for i, is_named in enumerate(named) if is_named] == [0, PAUSE, 2 * PAUSE]
@@ -71,7 +73,7 @@ def test_a_process_is_named_once_in_a_while(fake):
 
 def test_a_process_alone_compares_nothing(monkeypatch):
     monkeypatch.setattr(stragglers, "gather_over_processes", lambda _: pytest.fail("it does"))
-    assert Stragglers().compare() is None
+    assert Stragglers(Phases().seconds).compare() is None
 
 
 # Process 1 reads as from a slow disk.

@@ -12,6 +12,7 @@ import pytest
 from vit_jax.runtime import watchdog
 from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.runtime.watchdog import Limits, Watchdog
+from vit_jax.training.phases import Phases
 from vit_jax.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -20,15 +21,17 @@ HANGS = """
 import sys, time
 from pathlib import Path
 from vit_jax.runtime.watchdog import Limits, Watchdog
+from vit_jax.training.phases import Phases
 
 def hang_here():
     time.sleep(60)
 
 limits = Limits(step=60, save=0.2)
 words = lambda phase: print("words", phase)
-with Watchdog(limits, workdir=Path(sys.argv[1]), process=3, last_words=words) as dog:
-    dog.beat()
-    with dog.phase("save"):
+phases = Phases()
+with Watchdog(limits, phases.watched, workdir=Path(sys.argv[1]), process=3, last_words=words):
+    phases.step_taken()
+    with phases("save"):
         hang_here()
 """
 
@@ -58,18 +61,19 @@ def ends(monkeypatch):
 
 
 def test_what_goes_on_is_left_alone(tmp_path, ends):
-    with Watchdog(Limits(step=0.5, evaluation=0), workdir=tmp_path, process=0) as dog:
+    limits, phases = Limits(step=0.5, evaluation=0), Phases()
+    with Watchdog(limits, phases.watched, workdir=tmp_path, process=0):
         for _ in range(8):
-            dog.beat()
+            phases.step_taken()
             time.sleep(0.1)
-        with dog.phase("evaluation"):  # 0 is no limit
+        with phases("evaluation"):  # 0 is no limit
             time.sleep(0.7)
-        dog.beat()
+        phases.step_taken()
     assert ends == []
 
 
 def test_the_limit_is_that_of_the_phase(tmp_path, ends, capsys):
-    with Watchdog(Limits(compile=0.1), workdir=tmp_path, process=0):
+    with Watchdog(Limits(compile=0.1), Phases().watched, workdir=tmp_path, process=0):
         until = time.monotonic() + 10
         while not ends and time.monotonic() < until:
             time.sleep(0.02)
@@ -81,3 +85,14 @@ def test_the_limit_is_that_of_the_phase(tmp_path, ends, capsys):
 def test_negative_limits_are_refused(key):
     with pytest.raises(UserError, match=f"watchdog.{key}=-1: expected seconds"):
         Limits(**{key: -1})
+
+
+def test_a_wait_for_data_counts_as_part_of_its_step(tmp_path, ends):
+    phases = Phases()
+    with Watchdog(Limits(step=0.3), phases.watched, workdir=tmp_path, process=0):
+        phases.step_taken()
+        until = time.monotonic() + 10
+        while not ends and time.monotonic() < until:
+            with phases("data_wait"):
+                time.sleep(0.05)
+    assert ends[0] == RUN_AGAIN

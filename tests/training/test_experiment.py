@@ -4,9 +4,11 @@
 import pytest
 
 from tests.tiny import tiny_config
-from vit_jax.checkpoint.workdir import open_workdir, write_config
+from vit_jax.checkpoint.workdir import write_config
 from vit_jax.optim.summary import describe_rates, group_params, summarize_params
 from vit_jax.training.experiment import Experiment
+from vit_jax.training.resume import open_workdir
+from vit_jax.training.run import override_for_longer_run
 from vit_jax.utils.errors import UserError
 
 
@@ -25,7 +27,7 @@ def build(data_dir, **changes):
 def test_the_length_of_a_run_has_three_units(length, steps, longer, data_dir):
     experiment = build(data_dir, **({"total_steps": None} | length))
     assert experiment.total_steps == steps
-    assert experiment.override_for_twice_as_long() == longer
+    assert override_for_longer_run(experiment) == longer
 
 
 def test_cadences_have_four_units_and_stay_as_given(data_dir):
@@ -38,7 +40,7 @@ def test_cadences_have_four_units_and_stay_as_given(data_dir):
         log_every_examples=64,
         optimizer={"lr": 0.1, "warmup_percent": 10},
     )
-    assert experiment.checkpoint.every == 5
+    assert experiment.settings.checkpoint.every == 5
     assert experiment.evaluators[0].every == 10
     assert experiment.config["log_every_examples"] == 64
     assert experiment.config["checkpoint"]["every_epochs"] == 0.5

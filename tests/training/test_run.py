@@ -25,9 +25,10 @@ from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.progress import Monitor
 from vit_jax.observe.writer import read_metrics
 from vit_jax.pages import run_page
-from vit_jax.training import run as train_module
+from vit_jax.training import services
 from vit_jax.training.experiment import Experiment
-from vit_jax.training.run import due, train
+from vit_jax.training.run import train
+from vit_jax.training.services import is_due
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten
 
@@ -50,8 +51,8 @@ def finished(data_dir, tmp_path_factory):
 
 
 def test_due_counts_steps_and_always_takes_the_last():
-    assert [s for s in range(1, 8) if due(s, 3, 7)] == [3, 6, 7]
-    assert [s for s in range(1, 8) if due(s, 0, 7)] == [7]
+    assert [s for s in range(1, 8) if is_due(s, 3, 7)] == [3, 6, 7]
+    assert [s for s in range(1, 8) if is_due(s, 0, 7)] == [7]
 
 
 def test_a_run_leaves_config_metrics_and_checkpoint(finished):
@@ -237,7 +238,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(data_dir, tmp_pat
 def test_a_checkpoint_restores_on_another_mesh(mesh, devices, finished, data_dir):
     config = tiny_config(data_dir, mesh=mesh)
     experiment = Experiment.from_config(config, devices=jax.devices()[:devices])
-    with CheckpointManager(finished, experiment.checkpoint, {}) as checkpoints:
+    with CheckpointManager(finished, experiment.settings.checkpoint, {}) as checkpoints:
         state = checkpoints.restore(experiment.abstract_state)
     assert_same(state.params, load_params(finished)[0])
     assert int(state.step) == 8
@@ -259,7 +260,7 @@ def test_a_longer_run_goes_on_from_where_it_was(data_dir, tmp_path, said):
 
 def test_newest_and_best_checkpoints_are_kept(data_dir, tmp_path, monkeypatch):
     scores = iter([0.1, 0.9, 0.3, 0.2, 0.4])
-    monkeypatch.setattr(train_module, "evaluate", lambda *_, details: {"val/top1": next(scores)})
+    monkeypatch.setattr(services, "evaluate", lambda *_, details: {"val/top1": next(scores)})
     options = {"checkpoint__keep": 2, "checkpoint__keep_best": "val/top1", "checkpoint__every": 2}
     for steps in (6, 10):  # the second run must know of the first one's best
         config = tiny_config(data_dir, total_steps=steps, evals__val__every=2, **options)
@@ -327,7 +328,7 @@ def test_frozen_parameters_stay_bit_for_bit_and_leave_nothing_in_the_checkpoint(
     assert any("going on from" in line for line in said)
     experiment = Experiment.from_config(config)
     first = experiment.init_state()
-    with CheckpointManager(tmp_path / "w", experiment.checkpoint, {}) as checkpoints:
+    with CheckpointManager(tmp_path / "w", experiment.settings.checkpoint, {}) as checkpoints:
         last = checkpoints.restore(experiment.abstract_state)
     trained, frozen = map(flatten, experiment.optimizer.rules.split(last.params))
     assert len(frozen) == 2 + 16

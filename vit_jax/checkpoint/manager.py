@@ -88,6 +88,7 @@ class CheckpointManager:
         images are prepared for it (`preprocess`).
 
     Attributes:
+      workdir: of the run.
       run: written into each checkpoint as `run.json`: what it came from.
 
     Raises:
@@ -102,6 +103,7 @@ class CheckpointManager:
     ):
         self._description = dict(description)
         self.run: Mapping[str, Any] = {}
+        self.workdir = workdir
         self._directory = workdir.absolute() / CHECKPOINTS
         self._keep, self._best = options.keep, options.keep_best
         self._main = jax.process_index() == 0

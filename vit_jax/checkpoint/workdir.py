@@ -2,134 +2,24 @@
 """The folder of a run: one experiment each, told apart by `config.json`."""
 
 import contextlib
-import dataclasses
 import fcntl
-import itertools
 import json
 import os
 import socket
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vit_jax.checkpoint.manager import list_steps
 from vit_jax.observe.console import log
 from vit_jax.observe.writer import read_metrics
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, LABELS, LEDGER, LOCK, METRICS
 from vit_jax.utils.metrics import lower_is_better
 
 # Seconds for which another process may hold the lock only to look at it.
 _LOOK_S = 1.0
-
-# What may change between two runs in one workdir: how long, where, how often and from what, but not
-# what is trained.
-_FREE = (
-    "total_steps",
-    "epochs",
-    "examples",
-    "mesh",
-    "adapt",
-    "checkpoint",
-    "evals",
-    "log_every",
-    "log_every_epochs",
-    "log_every_examples",
-    "log_every_percent",
-    "profile",
-    "resume",
-    "on_divergence",
-    "max_loss",
-    "tracking",
-    "watchdog",
-)
-_FREE_KEYS = (
-    "init_from",
-    "data.data_dir",
-    "data.num_threads",
-    "data.max_corrupt",
-    "data.max_ram_gb",
-)
-
-# Not in the config: the records that its data holds.
-_CONTENT = "data.content"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Resume:
-    """What may be another when a run goes on.
-
-    Attributes:
-      allow: keys of the config, or sections of it, that may differ from what the workdir was begun
-        with, though the result is then that of neither; `data.content` for other records. A text
-        may hold several, with commas.
-    """
-
-    allow: tuple[str, ...] | str = ()
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The keys, one by one."""
-        given = self.allow.split(",") if isinstance(self.allow, str) else self.allow
-        return tuple(key.strip().removeprefix("config.") for key in given if key.strip())
-
-    def allows(self, key: str) -> bool:
-        """Whether a key, or a section that it is in, may differ."""
-        return any(key == k or key.startswith(f"{k}.") for k in self.keys)
-
-
-def open_workdir(
-    path: str,
-    config: dict[str, Any],
-    class_names: tuple[str, ...] | None = None,
-    resume: Resume | None = None,
-) -> Path:
-    """Makes a workdir, or checks that one that exists is of this experiment.
-
-    Args:
-      path: a local or shared folder.
-      config: the resolved config.
-      class_names: by label, where the data knows them.
-      resume: what may differ from the workdir's own config.
-
-    Raises:
-      UserError: it can't be written to, belongs to another experiment or program, or was trained
-        with other class names.
-    """
-    if "://" in path:
-        raise UserError(f"--workdir={path!r}: expected a folder; mount a bucket to use it as one")
-    resume = resume or Resume()
-    flat = _flatten(config)
-    for key in resume.keys:
-        if key != _CONTENT and not any(k == key or k.startswith(f"{key}.") for k in flat):
-            options = {*flat, *(k.partition(".")[0] for k in flat), _CONTENT}
-            raise UserError(f"resume.allow: {key!r} is no key{suggest(key, options)}")
-    workdir = Path(path)
-    file = workdir / CONFIG
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-        previous = json.loads(file.read_text()) if file.exists() else None
-        old_names = read_labels(workdir)
-        if not isinstance(previous, dict | None):
-            raise ValueError(f"{file} holds no config")
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"--workdir={path!r} can't be used: {type(e).__name__}: {e}") from None
-    if previous is not None:
-        _compare(path, _flatten(previous), flat, resume)
-        if class_names is not None and old_names is not None:
-            _compare_labels(path, old_names, class_names)
-    else:
-        checkpoints = workdir / CHECKPOINTS
-        if (workdir / METRICS).exists() or (checkpoints.exists() and any(checkpoints.iterdir())):
-            raise UserError(
-                f"--workdir={path!r} holds metrics or checkpoints but no {CONFIG}: it is not a "
-                "workdir of vit_jax; choose another"
-            )
-    return workdir
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -326,70 +216,3 @@ def write_labels(workdir: Path, class_names: tuple[str, ...] | None) -> None:
         return
     _replace(file, "".join(f"{name}\n" for name in class_names))
     log(f"wrote {file}: {len(class_names)} class names")
-
-
-def _compare_labels(path: str, old: Sequence[str], new: Sequence[str]) -> None:
-    for label, (before, now) in enumerate(itertools.zip_longest(old, new)):
-        if before != now:
-            raise UserError(
-                f"--workdir={path!r}: {LABELS} has {len(old)} classes, the data {len(new)}; label "
-                f"{label} is {before!r} there and {now!r} here: expected the same, or another "
-                "workdir"
-            )
-
-
-def check_data(
-    path: str, before: Mapping[str, Any], now: Mapping[str, Any], resume: Resume
-) -> None:
-    """Checks that a run goes on with the records that it was trained on.
-
-    Args:
-      path: of the workdir.
-      before: what the checkpoint came from: see `provenance.describe_run`.
-      now: the same of this run.
-      resume: what may differ.
-
-    Raises:
-      UserError: they are others.
-    """
-    if before.get("data") in (None, now["data"]):
-        return
-    what = f"data.content is {before['data']} there and {now['data']} here: other records or labels"
-    if not resume.allows(_CONTENT):
-        raise UserError(
-            f"--workdir={path!r}: {what} than those that it was trained on; bring them back, or "
-            f"add --config.resume.allow={_CONTENT}"
-        )
-    log(what)
-
-
-def _compare(path: str, old: dict[str, Any], new: dict[str, Any], resume: Resume) -> None:
-    if added := [f"{key}={new[key]!r}" for key in sorted(new.keys() - old.keys())]:
-        # A later version of the package has more keys; their defaults are what was there before.
-        log(f"config keys that the run was started without: {', '.join(added)}")
-    refused = {}
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if before == after or key not in old:
-            continue
-        free = key.split(".")[0] in _FREE or key in _FREE_KEYS
-        if free or resume.allows(key):
-            log(f"config.{key}: {before!r} before, {after!r} now")
-        else:
-            refused[key] = f"config.{key} is {before!r} there and {after!r} here"
-    if refused:
-        raise UserError(
-            f"--workdir={path!r} belongs to another experiment: {'; '.join(refused.values())}; "
-            "choose another workdir, or the same value, or go on nevertheless with "
-            f"--config.resume.allow={','.join(refused)}"
-        )
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = json.loads(json.dumps(value))  # pairs as lists, as they come back
-    return flat

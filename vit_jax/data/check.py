@@ -32,6 +32,7 @@ from vit_jax.data.sources import dataset_info, open_source
 from vit_jax.data.sources.base import DatasetInfo, Source
 from vit_jax.observe.console import console, log, set_up
 from vit_jax.training.experiment import Experiment
+from vit_jax.training.previews import preview_first_batch
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 
@@ -224,7 +225,7 @@ def prepare_images(args: argparse.Namespace) -> np.ndarray:
     }
     if args.data_dir is not None:
         overrides["data.data_dir"] = args.data_dir
-    return Experiment.from_config(load_config(args.config, overrides)).augmented_images()
+    return preview_first_batch(Experiment.from_config(load_config(args.config, overrides)))
 
 
 def write_contact_sheet(path: Path, images: np.ndarray) -> None:

@@ -4,12 +4,11 @@
 Each start, progress and end is a line; a run without an end was killed. `summarize` adds them up.
 """
 
-import contextlib
 import dataclasses
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,42 +25,39 @@ _PACE_S = 30.0
 
 
 class Ledger:
-    """Measures what the main thread does, and writes it down.
+    """Writes down what the time of a run goes into.
 
     Args:
       workdir: of the run.
       step: that it starts after.
       total_steps: of the run.
+      seconds: gives the seconds spent so far by kind.
       active: False for one that does nothing, on all processes but one.
     """
 
-    def __init__(self, workdir: Path, *, step: int, total_steps: int, active: bool):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        step: int,
+        total_steps: int,
+        seconds: Callable[[], Mapping[str, float]],
+        active: bool,
+    ):
         self._writer = LineWriter(workdir / LEDGER) if active else None
-        self._seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
-        self._kind, self._since, self._written = "compile", time.monotonic(), time.monotonic()
+        self._seconds, self._written = seconds, time.monotonic()
         self._step, self._ended = step, False
         who = {"host": socket.gethostname(), "pid": os.getpid()}
         self._write("start", total=total_steps, **who)
 
-    @contextlib.contextmanager
-    def phase(self, kind: str) -> Iterator[None]:
-        """Around what is not `step`; the inner one of two counts."""
-        before = self._switch(kind)
-        try:
-            yield
-        finally:
-            self._switch(before)
-
     def took(self, step: int) -> None:
-        """Says that a step has been taken; the first one ends `compile`."""
+        """Notes that a step has been taken."""
         self._step = step
-        self._switch("step")
         if time.monotonic() - self._written > _PACE_S:
             self.write_progress()
 
     def write_progress(self, **more: Any) -> None:
         """Writes how far it is."""
-        self._switch(self._kind)
         self._write("progress", **more)
 
     def write_rollback(self, *, to: int, past: int) -> None:
@@ -71,7 +67,6 @@ class Ledger:
 
     def write_straggler(self, process: int, host: str, *, wait: float, others: float) -> None:
         """Writes which process the others wait for: shares of time in which data is waited for."""
-        self._switch(self._kind)
         found = {"process": process, "host": host}
         self._write("straggler", **found, wait=round(wait, 3), others=round(others, 3))
 
@@ -79,19 +74,12 @@ class Ledger:
         """Writes why it ended; the first cause counts."""
         if not self._ended:
             self._ended = True
-            self._switch(self._kind)
             self._write("end", cause=cause)
-
-    def _switch(self, kind: str) -> str:
-        now = time.monotonic()
-        self._seconds[self._kind] += now - self._since
-        before, self._kind, self._since = self._kind, kind, now
-        return before
 
     def _write(self, event: str, **more: Any) -> None:
         self._written = time.monotonic()
         if self._writer is not None:
-            seconds = {kind: round(value, 3) for kind, value in self._seconds.items()}
+            seconds = {kind: round(value, 3) for kind, value in self._seconds().items()}
             record = {"event": event, "time": round(time.time(), 3), "step": self._step}
             self._writer.write(record | more | {"seconds": seconds})
 

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a run gets on: speed, data wait and loss, on the screen and in the metric files."""
 
-import contextlib
 import datetime
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -64,6 +63,7 @@ class Monitor:
       step: the run starts after it.
       total_steps: of the run.
       batch_size: of a step.
+      seconds: gives the seconds spent so far by phase; `compile`, `step` and `data_wait` count.
       on_divergence: one of `divergence.POLICIES`; with `skip`, such steps are counted.
       max_loss: a higher one has diverged.
       dump: takes what has diverged.
@@ -78,12 +78,13 @@ class Monitor:
         step: int,
         total_steps: int,
         batch_size: int,
+        seconds: Callable[[], Mapping[str, float]],
         on_divergence: str = "stop",
         max_loss: float | None = None,
         dump: Callable[[Divergence], None] = lambda _: None,
         peak: float | None = None,
     ):
-        self._writer, self._peak = writer, peak
+        self._writer, self._seconds, self._peak = writer, seconds, peak
         self._skips, self._max_loss, self._dump = on_divergence == "skip", max_loss, dump
         self._skipped = self._in_a_row = 0
         self._total, self._batch_size = total_steps, batch_size
@@ -99,21 +100,6 @@ class Monitor:
 
     def __exit__(self, *exc: object) -> None:
         self._panel.stop()
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around the wait for the next batch."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Around work that is not training: its time does not count as such."""
-        self.flush()
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
 
     def step(self, step: int, metrics: Any, *, log: bool) -> None:
         """Takes the metrics of a step that has been queued, and handles those of the one before.
@@ -143,7 +129,7 @@ class Monitor:
         self._panel.update(step=step)
         if self._first:
             # Mostly compilation: left out of the speeds.
-            seconds, self._first = time.perf_counter() - self._started, False
+            seconds, self._first = sum(self._spent().values()), False
             self._writer.write(step, {"perf/first_step_s": seconds})
             if settings.verbosity != "quiet":
                 log(f"first step after {seconds:.1f} s{compile_cache.summary()}")
@@ -172,9 +158,10 @@ class Monitor:
             record["train/skipped"] = float(self._skipped)
         text = f"loss {metrics['loss']:.4f}"
         if steps := step - self._step:
-            seconds = max(time.perf_counter() - self._started - self._paused, 1e-9) / steps
+            spent = self._spent()
+            whole = max(sum(spent.values()), 1e-9)
+            seconds, wait = whole / steps, spent["data_wait"] / whole
             speed = self._batch_size / seconds
-            wait = min(self._waited / (seconds * steps), 1.0)
             record |= {
                 "perf/images_per_sec": speed,
                 "perf/step_ms": 1000 * seconds,
@@ -205,8 +192,12 @@ class Monitor:
 
     def _restart_clock(self, step: int) -> None:
         """Speeds are of the time since, and of the steps after this one."""
-        self._step = step
-        self._started, self._waited, self._paused = time.perf_counter(), 0.0, 0.0
+        self._step, self._before = step, self._seconds()
+
+    def _spent(self) -> dict[str, float]:
+        """Seconds of training since the clock was restarted."""
+        now = self._seconds()
+        return {k: now[k] - self._before[k] for k in ("compile", "step", "data_wait")}
 
 
 def _list(record: Mapping[str, float]) -> str:

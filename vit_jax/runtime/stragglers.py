@@ -5,11 +5,9 @@ A step is as fast as its slowest process, and none can tell by its own step time
 wait in the same collectives. What a process waits for by itself is its data.
 """
 
-import contextlib
 import dataclasses
 import statistics
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -53,19 +51,15 @@ def find_straggler(waits: Sequence[float]) -> Straggler | None:
 
 
 class Stragglers:
-    """Measures the waits of this process, and compares them with those of the others."""
+    """Compares the waits of this process with those of the others.
 
-    def __init__(self):
+    Args:
+      seconds: gives the seconds that the main thread has spent so far, by phase.
+    """
+
+    def __init__(self, seconds: Callable[[], Mapping[str, float]]):
         self._count, self._silent = jax.process_count(), dict[int, int]()
-        self._since: float | None = None
-        self._waited = 0.0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around the wait for the next batch."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
+        self._seconds, self._before = seconds, None
 
     def compare(self) -> Straggler | None:
         """Who was slower since the last call; all processes have to ask at the same step.
@@ -75,10 +69,11 @@ class Stragglers:
         """
         if self._count == 1:
             return None
-        now = time.perf_counter()
-        since, waited = self._since, self._waited
-        self._since, self._waited = now, 0.0
-        share = 0.0 if since is None else waited / max(now - since, 1e-9)
+        before, self._before = self._before, self._seconds()
+        share = 0.0
+        if before is not None:
+            spent = {phase: value - before[phase] for phase, value in self._before.items()}
+            share = spent["data_wait"] / max(sum(spent.values()), 1e-9)
         found = find_straggler(gather_over_processes(share)[:, 0].tolist())
         self._silent = {process: left - 1 for process, left in self._silent.items() if left > 1}
         if found is None or found.process in self._silent:

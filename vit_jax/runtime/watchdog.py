@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from vit_jax.runtime.preemption import RUN_AGAIN
@@ -50,6 +50,7 @@ class Watchdog:
 
     Args:
       limits: by phase.
+      watched: gives the phase of the main thread, and when it began, by `time.monotonic`.
       workdir: that the stacks of all threads are written to, as `watchdog-PROCESS.txt`.
       process: number of this process.
       last_words: called, with the phase, before the process ends.
@@ -58,6 +59,7 @@ class Watchdog:
     def __init__(
         self,
         limits: Limits,
+        watched: Callable[[], tuple[str, float]],
         *,
         workdir: Path,
         process: int,
@@ -66,14 +68,14 @@ class Watchdog:
         self._limits = dataclasses.asdict(limits)
         self._file = workdir / f"watchdog-{process}.txt"
         self._process, self._last_words = process, last_words
-        self._phase, self._since = "compile", time.monotonic()
+        self._watched, self._not_before = watched, 0.0
         self._stop = threading.Event()
         positive = [limit for limit in self._limits.values() if limit]
         self._poll = min(1.0, min(positive, default=1.0) / 4)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        self._since = time.monotonic()
+        self._not_before = time.monotonic()
         self._thread.start()
         return self
 
@@ -81,31 +83,18 @@ class Watchdog:
         self._stop.set()
         self._thread.join()
 
-    def beat(self) -> None:
-        """Says that a step has been taken."""
-        self._phase, self._since = "step", time.monotonic()
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Around what has a limit of its own."""
-        before = self._phase
-        self._phase, self._since = name, time.monotonic()
-        try:
-            yield
-        finally:
-            self._phase, self._since = before, time.monotonic()
-
     def _watch(self) -> None:
         last = time.monotonic()
         while not self._stop.wait(self._poll):
             now = time.monotonic()
             if now - last > 2 * self._poll + 1:
                 # This process was stopped itself, or the machine: what it waits for gets its time.
-                self._since = now
+                self._not_before = now
             last = now
-            limit = self._limits[self._phase]
-            if limit and now - self._since > limit:
-                self._end(self._phase, now - self._since)
+            phase, since = self._watched()
+            seconds = now - max(since, self._not_before)
+            if (limit := self._limits[phase]) and seconds > limit:
+                self._end(phase, seconds)
 
     def _end(self, phase: str, seconds: float) -> None:
         words = (

@@ -79,7 +79,7 @@ class Judge:
         return self._experiment.place_params(params)
 
     def _check_head(self, params: Params, source: str) -> None:
-        evals = self._experiment.config["evals"]
+        evals = self._experiment.settings.evals
         judged = [name for name, section in evals.items() if section["name"] in JUDGE_HEAD]
         if not judged or "head" not in params:
             return

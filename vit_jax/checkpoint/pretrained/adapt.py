@@ -6,6 +6,7 @@ Whatever else differs is an error, since a model that is loaded in part trains w
 
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -394,3 +395,22 @@ def _cast(value: Any, *, like: Any) -> Any:
 
 def _by(size: tuple[int, ...]) -> str:
     return f"{size[0]}x{size[1]}"
+
+
+def compare_preprocess(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """A line for each way in which images are prepared otherwise than the weights expect.
+
+    Args:
+      theirs: what the weights state of it: any of `mean, std, eval`.
+      ours: all of these.
+    """
+    keys = {"mean": "objective.pixel_mean", "std": "objective.pixel_std"}
+    notes = [
+        f"pixels: the weights expect {key.partition('.')[2]} {theirs[name]}, here it is "
+        f"{ours[name]}: add --config.{key}={shlex.quote(str(theirs[name]))}"
+        for name, key in keys.items()
+        if name in theirs and not np.allclose(theirs[name], ours[name])
+    ]
+    if theirs.get("eval") not in (None, ours["eval"]):
+        notes.append(f"evaluation images: {theirs['eval']} there, {ours['eval']} here")
+    return notes

@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A config becomes the parts of a run."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vit_jax.checkpoint.manager import CheckpointOptions
+from vit_jax.checkpoint.pretrained.adapt import adapt_params
+from vit_jax.config.precision import apply_precision
+from vit_jax.config.schema import Config, Data, EvalData, read_config, read_section
+from vit_jax.data.mixture import check_same_classes
+from vit_jax.data.pipeline import DatasetSpec
+from vit_jax.evaluators.base import Evaluator
+from vit_jax.evaluators.kinds import EVALUATORS, JUDGE_HEAD
+from vit_jax.models.layers import Constrain
+from vit_jax.models.mixer import MlpMixer
+from vit_jax.models.variants import MODELS
+from vit_jax.models.vit import VisionTransformer
+from vit_jax.objectives.base import Objective
+from vit_jax.objectives.kinds import HEADLESS, OBJECTIVES
+from vit_jax.observe.console import log
+from vit_jax.optim.directions import DIRECTIONS
+from vit_jax.optim.optimizer import Optimizer, make_optimizer
+from vit_jax.optim.schedules import drop_other_units
+from vit_jax.parallel.mesh import check_batch_size, choose_layout, make_mesh
+from vit_jax.parallel.sharding import Strategy, constrain
+from vit_jax.utils.durations import (
+    LENGTH,
+    Clock,
+    every_steps,
+    find_duration,
+    split_every,
+    to_steps,
+)
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import bind, check_type, keywords, lookup
+
+Model = VisionTransformer | MlpMixer
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The parts of a run, on a mesh.
+
+    Attributes:
+      settings: the config with durations in steps. The sections that are dicts have all arguments
+        of their constructors.
+      config: the config with all defaults, and durations in the units that were given: what
+        `config.json` holds. The same config builds the same parts.
+    """
+
+    model: Model
+    objective: Objective
+    optimizer: Optimizer
+    mesh: Mesh
+    strategy: Strategy
+    train_data: DatasetSpec
+    evaluators: tuple[Evaluator, ...]
+    total_steps: int
+    settings: Config
+    config: dict[str, Any]
+
+    @property
+    def trains_whole_model(self) -> bool:
+        """Whether each step goes forward and backward through all of the model, and no more."""
+        supervised = self.settings.objective["name"] == "supervised"
+        return supervised and not self.settings.optimizer["freeze"]
+
+
+def build_parts(
+    config: ConfigDict | Mapping[str, Any],
+    *,
+    devices: Sequence[Any] | None = None,
+    epoch_examples: int | None = None,
+) -> Parts:
+    """Builds the parts that a config describes.
+
+    Args:
+      config: see `config/schema.py` for the keys.
+      devices: of the mesh; all by default.
+      epoch_examples: of the training data, where that is not at hand; it is opened to count them
+        if a duration needs it.
+
+    Raises:
+      UserError: an unknown key or name, or values that don't go together.
+    """
+    config = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    config, log_every = split_every(config, "log_every")
+    top = read_config(config)
+    typed = {
+        name: read_section(name, top[name])
+        for name in ("data", "profile", "resume", "tracking", "watchdog")
+    }
+    made = {name: section for name, (section, _) in typed.items()}
+    values: dict[str, Any] = top | made | {"checkpoint": CheckpointOptions()}
+    settings = Config(**values)
+    precision, model_section, optimizer_section = apply_precision(
+        settings.precision, settings.model, settings.optimizer
+    )
+    mesh, strategy, mesh_args = _make_mesh(settings.mesh, devices)
+    data = _make_data(settings.data, mesh)
+    place = functools.partial(constrain, mesh=mesh, sequence_parallel=strategy.sequence_parallel)
+    headless = settings.objective.get("name") in HEADLESS
+    model, model_args = _make_model(
+        model_section, data, mesh, place, headless=headless, float8=precision.float8
+    )
+    objective, objective_args = _make_objective(settings.objective, model, data)
+    clock = _make_clock(data, epoch_examples)
+    total_steps = _total_steps(top, clock)
+    every = functools.partial(_resolve_every, clock=clock, total_steps=total_steps)
+    optimizer, optimizer_args = _make_optimizer(
+        optimizer_section, total_steps, clock, mesh, objective
+    )
+    evaluators, eval_args = _make_evaluators(settings.evals, data, objective, mesh, every=every)
+    checkpoint, checkpoint_args = _make_checkpoint(
+        top["checkpoint"], evaluators, settings.ema_decay is not None, every=every
+    )
+    (adapt_args,) = bind(
+        settings.adapt, adapt_params, key="adapt", given=("target_grid", "num_class_tokens")
+    )
+    changes: dict[str, Any] = {
+        "mesh": mesh_args,
+        "model": model_args,
+        "objective": objective_args,
+        "optimizer": optimizer_args,
+        "evals": eval_args,
+        "adapt": adapt_args,
+    }
+    resolved = top | {name: args for name, (_, args) in typed.items()} | changes
+    resolved |= {"checkpoint": checkpoint_args}
+    if log_every:
+        del resolved["log_every"]
+        resolved |= log_every
+        steps = every_steps(log_every, "log_every", clock=clock, total_steps=total_steps)
+        changes["log_every"] = max(steps, 1)
+    return Parts(
+        model=model,
+        objective=objective,
+        optimizer=optimizer,
+        mesh=mesh,
+        strategy=strategy,
+        train_data=data,
+        evaluators=evaluators,
+        total_steps=total_steps,
+        settings=dataclasses.replace(settings, checkpoint=checkpoint, **changes),
+        config=resolved,
+    )
+
+
+def count_examples(data: DatasetSpec) -> int:
+    """The number of examples to train on.
+
+    Raises:
+      UserError: the split is missing, or holds less than a batch.
+    """
+    length = len(data.open())
+    if length < data.batch_size:
+        raise UserError(
+            f"data.batch_size={data.batch_size} is more than the {length} examples to train on of "
+            f"{data}: expected at most that many"
+        )
+    return length
+
+
+# Each of the functions below makes one part from its section of the config, and returns with it the
+# section with all defaults filled in.
+_Section = dict[str, Any]
+
+
+def _by_name(
+    section: _Section, table: Mapping[str, Any], default: str, *, key: str
+) -> tuple[str, Any]:
+    name = section.pop("name", default)
+    return name, lookup(table, name, key=f"{key}.name")
+
+
+def _make_mesh(section: _Section, devices: Sequence[Any] | None) -> tuple[Mesh, Strategy, _Section]:
+    devices = jax.devices() if devices is None else devices
+    rules = section.get("rules", ())
+    section, chosen = choose_layout(section, devices)
+    if chosen:
+        log(chosen)
+    args, strategy = bind(section, make_mesh, Strategy, key="mesh", given=("devices",))
+    mesh = make_mesh(**args, devices=devices)
+    return mesh, Strategy(**strategy), args | strategy | {"rules": rules}
+
+
+def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
+    # As tuples, whether they come from a config or from the command line.
+    mixture: Any = tuple(map(tuple, section.mixture))
+    check_batch_size(section.batch_size, mesh, key="data.batch_size")
+    spec = DatasetSpec(
+        name=section.name or "",
+        split=section.split or "",
+        preprocess=section.preprocess,
+        batch_size=section.batch_size,
+        data_dir=section.data_dir,
+        key="data",
+        num_threads=section.num_threads,
+        max_ram_gb=section.max_ram_gb,
+        mixture=mixture,
+        repeats=section.repeats,
+    )
+    if spec.mixture:
+        spec.schedule()
+    return spec
+
+
+def _make_model(
+    section: _Section,
+    data: DatasetSpec,
+    mesh: Mesh,
+    place: Constrain,
+    *,
+    headless: bool,
+    float8: bool,
+) -> tuple[Model, _Section]:
+    name, make = _by_name(section, MODELS, "vit", key="model")
+    section.setdefault("num_classes", 0 if headless else data.info.num_classes)
+    (args,) = bind(section, make, key="model", given=("constrain", "float8"))
+    if headless and args["num_classes"]:
+        raise UserError(
+            f"model.num_classes={args['num_classes']}: this objective trains a model without its "
+            "head: expected 0, or leave it out"
+        )
+    if not headless and args["num_classes"] < data.info.num_classes:
+        raise UserError(
+            f"model.num_classes={args['num_classes']} is less than the {data.info.num_classes} "
+            f"classes of {data}"
+        )
+    model = make(**args, constrain=place, float8=float8)
+    model.grid(data.image_shape()[:2])
+    for key in ("num_heads", "mlp_dim", "tokens_mlp_dim", "channels_mlp_dim"):
+        size, parts = getattr(model, key, 0), mesh.shape["tensor"]
+        if size % parts:
+            raise UserError(f"mesh.tensor={parts} does not divide model.{key}={size}")
+    # What the variant decides is written down as decided.
+    return model, {"name": name} | args | {"classifier": model.classifier}
+
+
+def _make_objective(
+    section: _Section, model: Model, data: DatasetSpec
+) -> tuple[Objective, _Section]:
+    name, make = _by_name(section, OBJECTIVES, "supervised", key="objective")
+    given = {
+        "model": model,
+        "num_classes": model.num_classes or data.info.num_classes,
+        "image_shape": data.image_shape(),
+        "multi_label": data.info.multi_label,
+    }
+    (args,) = bind(section, make, key="objective", given=tuple(given))
+    if "unpooled" in model.classifier:
+        raise UserError(
+            f"model.classifier={model.classifier!r} classifies every token; expected 'token', "
+            f"'gap' or 'map' for objective.name={name!r}"
+        )
+    if data.info.multi_label and args.get("loss") == "softmax":
+        raise UserError(
+            f"objective.loss='softmax' takes one label an example, and {data} has several: "
+            "expected objective.loss='sigmoid'"
+        )
+    taken = {key: value for key, value in given.items() if key in keywords(make)}
+    return make(**taken, **args), {"name": name} | args
+
+
+def _make_optimizer(
+    section: _Section, total_steps: int, clock: Clock, mesh: Mesh, objective: Objective
+) -> tuple[Optimizer, _Section]:
+    name, direction = _by_name(section, DIRECTIONS, "adamw", key="optimizer")
+    given = ("direction", "total_steps", "clock")
+    args, direction_args = bind(section, make_optimizer, direction, key="optimizer", given=given)
+    rules = {
+        "freeze": (*args["freeze"], *objective.frozen),
+        "lr_multipliers": (*args["lr_multipliers"], *objective.lr_multipliers()),
+    }
+    optimizer = make_optimizer(
+        direction=direction(**direction_args),
+        total_steps=total_steps,
+        clock=clock,
+        **(args | rules),
+    )
+    if len(objective.lr_multipliers()) > 1 and args["grad_clip_norm"] is not None:
+        raise UserError(
+            f"optimizer.grad_clip_norm={args['grad_clip_norm']}: expected None, since the heads of "
+            "objective.lr_factors are trained as if each were alone, and a norm would be of all"
+        )
+    if clock.batch_size % optimizer.accum_steps:
+        raise UserError(
+            f"optimizer.accum_steps={optimizer.accum_steps} does not divide "
+            f"data.batch_size={clock.batch_size}"
+        )
+    micro_batch = clock.batch_size // optimizer.accum_steps
+    check_batch_size(micro_batch, mesh, key="data.batch_size / optimizer.accum_steps")
+    return optimizer, {"name": name} | drop_other_units(args) | direction_args
+
+
+def _make_clock(data: DatasetSpec, epoch_examples: int | None) -> Clock:
+    def count() -> int:
+        return count_examples(data) if epoch_examples is None else epoch_examples
+
+    return Clock(data.batch_size, count)
+
+
+def _total_steps(top: Mapping[str, Any], clock: Clock) -> int:
+    lengths = " and ".join(f"{key}={top[key]}" for key in LENGTH)
+    found = find_duration(top, LENGTH)
+    if found is None:
+        raise UserError(f"{lengths}: expected exactly one of them")
+    key, value = found
+    steps = to_steps(value, LENGTH[key], clock=clock)
+    if steps < 1:
+        raise UserError(f"{key}={value}: expected at least 1 step")
+    return steps
+
+
+class _Every(Protocol):
+    """Gives a section with `every` in steps, and the key that it has in its place, if any."""
+
+    def __call__(self, section: _Section, *, key: str) -> tuple[_Section, _Section]: ...
+
+
+def _resolve_every(
+    section: _Section, *, key: str, clock: Clock, total_steps: int
+) -> tuple[_Section, _Section]:
+    rest, given = split_every(section, "every", prefix=f"{key}.")
+    if given:
+        rest["every"] = every_steps(given, "every", clock=clock, total_steps=total_steps)
+    return rest, given
+
+
+def _as_given(args: _Section, given: _Section) -> _Section:
+    """Arguments for writing down, with a duration as the config has it."""
+    return {k: v for k, v in args.items() if not (given and k == "every")} | given
+
+
+def _make_evaluators(
+    sections: Mapping[str, Any],
+    train_data: DatasetSpec,
+    objective: Objective,
+    mesh: Mesh,
+    *,
+    every: _Every,
+) -> tuple[tuple[Evaluator, ...], _Section]:
+    image_shape = train_data.image_shape()
+    evaluators, resolved = [], {}
+    for name, section in sections.items():
+        if section is None:  # --config.evals.NAME=None leaves one out
+            continue
+        key = f"evals.{name}"
+        if name in ("train", "perf") or "/" in name or name.endswith("_ema"):
+            raise UserError(f"{key}: {name!r} can't be a name of metrics; try 'val'")
+        check_type(section, dict, key=key)
+        section, every_given = every(dict(section), key=key)
+        kind, make = _by_name(section, EVALUATORS, "classification", key=key)
+        given = ("name", "data", "objective", "mesh")
+        data_args, args = bind(section, EvalData, make, key=key, given=given)
+        data_args["batch_size"] = data_args["batch_size"] or train_data.batch_size
+        check_batch_size(data_args["batch_size"], mesh, key=f"{key}.batch_size")
+        same_classes = kind in JUDGE_HEAD
+        data = _make_eval_spec(data_args, train_data, key=key, same_classes=same_classes)
+        if data.image_shape() != image_shape:
+            raise UserError(
+                f"{key}.preprocess gives images of {data.image_shape()}, data.preprocess of "
+                f"{image_shape}: expected the same"
+            )
+        evaluators.append(make(name=name, data=data, objective=objective, mesh=mesh, **args))
+        resolved[name] = {"name": kind} | data_args | _as_given(args, every_given)
+    return tuple(evaluators), resolved
+
+
+def _make_eval_spec(
+    args: _Section, train_data: DatasetSpec, *, key: str, same_classes: bool
+) -> DatasetSpec:
+    name = args["data_name"]
+    if name is None and train_data.mixture:
+        raise UserError(
+            f"{key}.data_name is missing: data.mixture is for training, so expected the dataset to "
+            "evaluate on"
+        )
+    data = dataclasses.replace(
+        train_data,
+        name=name or train_data.name,
+        split=args["split"],
+        preprocess=args["preprocess"],
+        batch_size=args["batch_size"],
+        mixture=(),
+        key=key,
+    )
+    if name is not None and same_classes:
+        check_same_classes(
+            train_data.info, data.info, str(train_data), name, key=f"{key}.data_name"
+        )
+    return data
+
+
+def _make_checkpoint(
+    section: _Section, evaluators: tuple[Evaluator, ...], ema: bool, *, every: _Every
+) -> tuple[CheckpointOptions, _Section]:
+    section, every_given = every(section, key="checkpoint")
+    options, args = read_section("checkpoint", section)
+    if options.keep_best is None:
+        return options, _as_given(args, every_given)
+    judges = {f"{e.name}/{metric}": e for e in evaluators for metric in e.metrics}
+    if ema:
+        judges |= {f"{e.name}_ema/{metric}": e for e in evaluators for metric in e.metrics}
+    if options.keep_best not in judges:
+        raise UserError(
+            f"checkpoint.keep_best={options.keep_best!r}: expected a metric of one of the evals: "
+            f"{', '.join(sorted(judges)) or 'none'}"
+        )
+    judge = judges[options.keep_best]
+    if not judge.every or options.every % judge.every:
+        raise UserError(
+            f"checkpoint.every={options.every} with keep_best={options.keep_best!r}: expected a "
+            f"multiple of evals.{judge.name}.every={judge.every}, to judge each checkpoint"
+        )
+    return options, _as_given(args, every_given)

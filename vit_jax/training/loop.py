@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop."""
+
+import jax
+
+from vit_jax.checkpoint.state import TrainState
+from vit_jax.runtime.preemption import Preempted
+from vit_jax.training.services import Services
+
+
+def take_steps(run: Services, state: TrainState, *, start: int) -> None:
+    """Takes the steps after `start`, to the end of the run.
+
+    Results come before the checkpoint: a run that is killed between them repeats the evaluation. A
+    run that is told to stop saves at once; evaluations that are due then are made up for on resume.
+
+    Raises:
+      UserError: too many images can't be read, in all processes at the same step.
+      DivergedError: a step diverged.
+      SaveError: a checkpoint can't be written.
+      Preempted: SIGTERM came; the state is saved.
+    """
+    experiment, phases, total = run.experiment, run.phases, run.experiment.total_steps
+    batches = experiment.train_batches(start, corrupt=run.corrupt)
+    for step in range(start + 1, total + 1):
+        with phases("data_wait"):
+            batch = next(batches)
+        run.check_input(step, batch)
+        # A copy between host and device that is not asked for would hold up each step.
+        with jax.transfer_guard("disallow"), run.annotate(step):
+            state, metrics = experiment.train_step(state, batch)
+        run.record(step, metrics, state)  # fetches the metrics of the step before
+        stop = run.told_to_stop()
+        results = None if stop else run.evaluate_if_due(step, state)
+        stop = results is None
+        if stop or run.save_is_due(step):
+            run.save(step, state, results or {}, last=stop or step == total)
+        if stop:
+            raise Preempted(f"stopped after step {step} of {total}, which is saved")

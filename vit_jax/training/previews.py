@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looks into a run for people: augmented images and histograms of parameters."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vit_jax.objectives.base import Params
+from vit_jax.training.experiment import Experiment
+from vit_jax.training.step import step_rng
+from vit_jax.utils.tree import flatten
+
+
+def preview_images(
+    experiment: Experiment, batch: Mapping[str, jax.Array], count: int
+) -> np.ndarray:
+    """Some images of the first batch as the model sees them, mixed among themselves.
+
+    Args:
+      experiment: whose augmentation is applied.
+      batch: from `Experiment.train_batches`; the rows of this process are taken.
+      count: images at most.
+
+    Returns:
+      uint8 `[n, height, width, 3]`.
+    """
+    return _augment(experiment, {k: _local_rows(x, count) for k, x in batch.items()})
+
+
+def preview_first_batch(experiment: Experiment) -> np.ndarray:
+    """The images of the first step as the model sees them, uint8 `[batch, height, width, 3]`."""
+    return _augment(experiment, next(experiment.train_batches(0)))
+
+
+def _augment(experiment: Experiment, batch: Mapping[str, Any]) -> np.ndarray:
+    rng, _ = jax.random.split(step_rng(experiment.settings.seed, 0))
+    images = experiment.objective.augment(dict(batch), rng)["image"]
+    args = experiment.settings.objective
+    pixels = np.asarray(images) * args["pixel_std"] + args["pixel_mean"]
+    return np.round(255 * pixels.clip(0, 1)).astype(np.uint8)
+
+
+def _local_rows(x: jax.Array, count: int) -> np.ndarray:
+    """The first rows of a global array among those that this process has."""
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])[:count]
+
+
+def measure_params(params: Params, mesh: Mesh) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Histograms of all parameters, `params/PATH`: counts `[30]` and edges `[31]` of the bins."""
+    return jax.device_get(_jit_histograms(mesh)(params))
+
+
+@functools.cache
+def _jit_histograms(mesh: Mesh) -> Any:
+    def measure(params: Params) -> dict[str, tuple[jax.Array, jax.Array]]:
+        found = {path: x.astype(jnp.float32) for path, x in flatten(params).items()}
+        return {f"params/{path}": jnp.histogram(x, bins=30) for path, x in found.items()}
+
+    return jax.jit(measure, out_shardings=NamedSharding(mesh, PartitionSpec()))
