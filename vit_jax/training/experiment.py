@@ -25,7 +25,7 @@ from vit_jax.data.mixture import check_same_classes
 from vit_jax.data.pipeline import DatasetSpec, plan_buffers, read_step, train_batches
 from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.kinds import EVALUATORS, JUDGE_HEAD
-from vit_jax.models.layers import Constrain
+from vit_jax.models.block_config import Constrain
 from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.variants import MODELS
 from vit_jax.models.vit import VisionTransformer
