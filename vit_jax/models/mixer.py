@@ -31,18 +31,16 @@ class MixerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, rate: float, *, train: bool) -> jax.Array:
-        def mlp(config: BlockConfig, name: str) -> MlpBlock:
-            return MlpBlock(
-                config, nn.initializers.lecun_normal(), nn.initializers.zeros, name=name
-            )
-
         config = self.config
+        lecun, zeros = nn.initializers.lecun_normal(), nn.initializers.zeros
         tokens_config = dataclasses.replace(config, mlp_dim=self.tokens_mlp_dim)
         y = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype)(x).swapaxes(1, 2)
-        y = mlp(tokens_config, "token_mixing")(y, train=train).swapaxes(1, 2)
+        y = MlpBlock(tokens_config, lecun, zeros, name="token_mixing")(y, train=train).swapaxes(
+            1, 2
+        )
         x = x + StochasticDepth()(y, rate, train=train)
         y = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype)(x)
-        y = mlp(config, "channel_mixing")(y, train=train)
+        y = MlpBlock(config, lecun, zeros, name="channel_mixing")(y, train=train)
         x = x + StochasticDepth()(y, rate, train=train)
         return config.constrain(x, ("batch", "tokens", None))
 

@@ -20,8 +20,8 @@ class StdConv(nn.Module):
     The kernel is shifted to mean 0 and divided by its standard deviation plus 1e-5. Padding is
     "SAME". Source: arXiv:1903.10520.
 
-    Call: `[batch, height, width, channels]` to `[batch, rows, columns, features]` in `dtype`, where
-    rows = height / stride, rounded up, and so for columns.
+    Call: `[batch, rows, columns, channels]` to `[batch, rows / strides[0], columns / strides[1],
+    features]` in `dtype`, rounded up.
     """
 
     features: int
@@ -45,9 +45,9 @@ class StdConv(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """A bottleneck of 1x1, 3x3 and 1x1 convolutions with a residual connection.
+    """A residual bottleneck of 1x1, 3x3 and 1x1 convolutions.
 
-    Call: `[batch, height, width, channels]` to `[batch, rows, columns, 4 * features]` in `dtype`.
+    Call: as `StdConv`, with 4 * `features` channels in the output.
     """
 
     features: int
@@ -91,13 +91,8 @@ class ResNetStage(nn.Module):
 def apply_root(x: jax.Array, width: int, dtype: DTypeLike) -> jax.Array:
     """Applies the first layers, which shrink an image by 4; call it in a compact module.
 
-    Args:
-      x: images, float `[batch, height, width, channels]`.
-      width: number of channels of the output.
-      dtype: dtype of the computation.
-
-    Returns:
-      `[batch, height / 4, width / 4, width]` in `dtype`, sizes rounded up.
+    `x` is `[batch, rows, columns, channels]`; returns `[batch, rows / 4, columns / 4, width]` in
+    `dtype`, rounded up.
     """
     x = StdConv(width, (7, 7), (2, 2), dtype=dtype, name="conv_root")(x)
     x = nn.relu(nn.GroupNorm(dtype=dtype, name="gn_root")(x))
@@ -107,14 +102,10 @@ def apply_root(x: jax.Array, width: int, dtype: DTypeLike) -> jax.Array:
 def apply_stages(
     x: jax.Array, num_units: tuple[int, ...], width: int, dtype: DTypeLike
 ) -> jax.Array:
-    """Applies the stages `block1`, `block2`, ... after the root.
+    """Applies the stages `block1`, `block2`, ... of `num_units` bottlenecks each after the root.
 
-    Args:
-      x: `[batch, rows, columns, width]`, from `apply_root`.
-      num_units: number of bottlenecks in each stage; each stage but the first halves the image and
-        doubles the channels.
-      width: `features` of the first stage.
-      dtype: dtype of the computation.
+    `x` is `[batch, rows, columns, width]`; returns `[batch, rows, columns, 4 * width]` in `dtype`,
+    where each stage but the first halves rows and columns and doubles `width`.
     """
     for i, units in enumerate(num_units):
         strides = (2, 2) if i else (1, 1)
