@@ -29,14 +29,9 @@ def softmax_cross_entropy(
 def sigmoid_cross_entropy(
     logits: jax.Array, targets: jax.Array, class_weights: ClassWeights = None
 ) -> jax.Array:
-    """Returns the sum over classes of binary cross entropies, float32 `[batch]`.
+    """Returns the sum over classes of binary cross entropies, float32 `[batch]` (arXiv:2006.07159).
 
-    Source: arXiv:2006.07159.
-
-    Args:
-      logits: float32 `[batch, classes]`.
-      targets: float32 `[batch, classes]` in [0, 1].
-      class_weights: one factor for each class; None for 1.
+    `logits`, `targets` in [0, 1] and `class_weights` are as in `softmax_cross_entropy`.
     """
     terms = targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)
     if class_weights is not None:
@@ -69,14 +64,9 @@ def make_targets(labels: jax.Array, num_classes: int) -> jax.Array:
 
 
 def smooth_labels(targets: jax.Array, smoothing: float) -> jax.Array:
-    """Moves `smoothing` of each target's mass to the uniform distribution (arXiv:1512.00567).
+    """Moves `smoothing`, in [0, 1), of each target's mass to the uniform distribution.
 
-    Args:
-      targets: float32 `[batch, classes]`.
-      smoothing: in [0, 1).
-
-    Returns:
-      float32 `[batch, classes]`.
+    Targets are float32 `[batch, classes]`, and so is the result. Source: arXiv:1512.00567.
     """
     if not smoothing:
         return targets

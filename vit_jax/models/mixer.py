@@ -34,10 +34,9 @@ class MixerBlock(nn.Module):
         config = self.config
         lecun, zeros = nn.initializers.lecun_normal(), nn.initializers.zeros
         tokens_config = dataclasses.replace(config, mlp_dim=self.tokens_mlp_dim)
+        mix_tokens = MlpBlock(tokens_config, lecun, zeros, name="token_mixing")
         y = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype)(x).swapaxes(1, 2)
-        y = MlpBlock(tokens_config, lecun, zeros, name="token_mixing")(y, train=train).swapaxes(
-            1, 2
-        )
+        y = mix_tokens(y, train=train).swapaxes(1, 2)
         x = x + StochasticDepth()(y, rate, train=train)
         y = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype)(x)
         y = MlpBlock(config, lecun, zeros, name="channel_mixing")(y, train=train)

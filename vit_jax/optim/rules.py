@@ -108,8 +108,7 @@ class ParamRules:
 
     def schedule_index(self, path: str) -> int | None:
         """Returns the index of a parameter's schedule in `schedules`; None for the common one."""
-        matches = (i for i, p in enumerate(self.schedules) if re.fullmatch(p, path))
-        return next(matches, None)
+        return next((i for i, p in enumerate(self.schedules) if re.fullmatch(p, path)), None)
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """Splits a tree of parameters into trained and frozen ones, see `tree.partition`."""
@@ -129,8 +128,7 @@ class ParamRules:
         return {path: self._multiplier(path) * layers.get(path, 1.0) for path in leaves}
 
     def _multiplier(self, path: str) -> float:
-        factors = (float(f) for pattern, f in self.lr_multipliers if re.fullmatch(pattern, path))
-        return next(factors, 1.0)
+        return next((float(f) for p, f in self.lr_multipliers if re.fullmatch(p, path)), 1.0)
 
 
 def layer_decay_factors(leaves: dict[str, Any], decay: float) -> dict[str, Any]:

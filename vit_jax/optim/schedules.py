@@ -121,11 +121,10 @@ class ScheduleOptions:
         """
         steps = {}
         for stem in _STEMS:
-            keys = duration_keys(stem)
-            found = find_duration(vars(self), keys, prefix="optimizer.")
-            if found:
-                key, value = found
-                steps[stem] = to_steps(value, keys[key], clock=clock, total_steps=total_steps)
+            units = duration_keys(stem)
+            if found := find_duration(vars(self), units, prefix="optimizer."):
+                unit = units[found[0]]
+                steps[stem] = to_steps(found[1], unit, clock=clock, total_steps=total_steps)
         return make_schedule(
             lr=lr,
             total_steps=total_steps,

@@ -85,10 +85,7 @@ def describe_rates(optimizer: Optimizer) -> list[str]:
         base, batch = optimizer.scaled_to
         text += f" for batches of {batch}: {optimizer.lr:.4g} for {base}, times {ratio:.4g}"
     decay = optimizer.weight_decay
+    if not decay:
+        return [text, "weight decay: none"]
     by_schedule = decay * optimizer.peak_lr
-    return [
-        text,
-        f"weight decay: {decay:.4g} x learning rate = {by_schedule:.4g} x schedule"
-        if decay
-        else "weight decay: none",
-    ]
+    return [text, f"weight decay: {decay:.4g} x learning rate = {by_schedule:.4g} x schedule"]
