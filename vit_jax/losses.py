@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses, one value for each example.
 
-The label is picked by a product with one-hot targets, not by indexing: over logits that are
-sharded by classes the sums become small all-reduces, and no device gathers all classes.
+The logit of a label is selected by a product with one-hot targets, not by indexing: if logits are
+sharded by classes, the sums become small all-reduces and no device gathers all classes.
 """
 
 import jax
@@ -14,9 +14,12 @@ ClassWeights = tuple[float, ...] | None
 def softmax_cross_entropy(
     logits: jax.Array, targets: jax.Array, class_weights: ClassWeights = None
 ) -> jax.Array:
-    """Cross entropy of `[batch, classes]` logits with target distributions of the same shape.
+    """Returns the cross entropy of each example, float32 `[batch]`: -sum_c w_c t_c log p_c.
 
-    `class_weights`, one for each class, multiply its terms: -sum_c w_c t_c log p_c.
+    Args:
+      logits: float32 `[batch, classes]`.
+      targets: distributions over classes t, float32 `[batch, classes]`.
+      class_weights: one factor w for each class; None for 1.
     """
     if class_weights is not None:
         targets = targets * jnp.asarray(class_weights, jnp.float32)
@@ -26,9 +29,9 @@ def softmax_cross_entropy(
 def sigmoid_cross_entropy(
     logits: jax.Array, targets: jax.Array, class_weights: ClassWeights = None
 ) -> jax.Array:
-    """Sum over classes of binary cross entropies with targets in [0, 1] (arXiv:2006.07159).
+    """Returns the sum over classes of binary cross entropies, float32 `[batch]` (arXiv:2006.07159).
 
-    `class_weights`, one for each class, multiply its terms.
+    `logits`, `targets` in [0, 1] and `class_weights` are as in `softmax_cross_entropy`.
     """
     terms = targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)
     if class_weights is not None:
@@ -39,9 +42,9 @@ def sigmoid_cross_entropy(
 def distillation_divergence(
     logits: jax.Array, teacher_logits: jax.Array, temperature: float
 ) -> jax.Array:
-    """KL divergence of the student from the teacher, softened and scaled: t^2 KL(p_T || p_S).
+    """Returns t^2 KL(teacher || student) of each example, float32 `[batch]`.
 
-    Both logits, `[batch, classes]`, are divided by the temperature t (arXiv:1503.02531).
+    Both logits, float32 `[batch, classes]`, are divided by the temperature t (arXiv:1503.02531).
     """
     teacher = jax.nn.log_softmax(teacher_logits / temperature)
     student = jax.nn.log_softmax(logits / temperature)
@@ -49,11 +52,11 @@ def distillation_divergence(
 
 
 def make_targets(labels: jax.Array, num_classes: int) -> jax.Array:
-    """Targets float32 `[batch, num_classes]`.
+    """Returns targets `[batch, num_classes]`: one-hot float32, or the padded labels in their dtype.
 
     Args:
-      labels: int32 `[batch]`, or `[batch, classes]` of zeros and ones, which stay as they are.
-      num_classes: at least those of the labels.
+      labels: classes, int32 `[batch]`; or `[batch, classes]` of zeros and ones, in any dtype.
+      num_classes: at least the number of classes of the labels.
     """
     if labels.ndim == 1:
         return jax.nn.one_hot(labels, num_classes)
@@ -61,7 +64,10 @@ def make_targets(labels: jax.Array, num_classes: int) -> jax.Array:
 
 
 def smooth_labels(targets: jax.Array, smoothing: float) -> jax.Array:
-    """Moves `smoothing` of each target's mass to the uniform distribution (arXiv:1512.00567)."""
+    """Moves `smoothing`, in [0, 1), of each target's mass to the uniform distribution.
+
+    Targets are float32 `[batch, classes]`, and so is the result. Source: arXiv:1512.00567.
+    """
     if not smoothing:
         return targets
     return targets * (1 - smoothing) + jnp.float32(smoothing) / targets.shape[-1]

@@ -11,7 +11,7 @@ import pytest
 from tests.tiny import tiny_config
 from vit_jax.checkpoint.workdir import read_config
 from vit_jax.config.precision import PRECISIONS, apply_precision
-from vit_jax.optim.directions import DIRECTIONS
+from vit_jax.optim.base_optimizers import BASE_OPTIMIZERS
 from vit_jax.runtime.chips import GPUS, TPUS
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.run import train
@@ -57,10 +57,12 @@ def test_the_resolved_config_comes_to_the_same(name, data_dir):
     assert again.model.float8 == (name == "float8")
 
 
-@pytest.mark.parametrize("optimizer", sorted(DIRECTIONS.keys() - {"lars", "schedule_free_adamw"}))
+@pytest.mark.parametrize(
+    "optimizer", sorted(BASE_OPTIMIZERS.keys() - {"lars", "schedule_free_adamw"})
+)
 def test_the_first_moment_of_any_optimizer_that_has_one_can_be_bfloat16(optimizer):
     _, _, section = apply_precision("bfloat16_moments", {}, {"name": optimizer})
-    state = DIRECTIONS[optimizer](**{k: v for k, v in section.items() if k != "name"}).tx.init(
+    state = BASE_OPTIMIZERS[optimizer](**{k: v for k, v in section.items() if k != "name"}).tx.init(
         {"encoderblock_0": {"MlpBlock_0": {"Dense_0": {"kernel": np.zeros((4, 4), np.float32)}}}}
     )
     assert "bfloat16" in {str(x.dtype) for x in jax.tree.leaves(state) if hasattr(x, "dtype")}

@@ -32,7 +32,7 @@ from vit_jax.models.variants import MODELS
 from vit_jax.objectives.kinds import OBJECTIVES
 from vit_jax.observe.profiler import Profile
 from vit_jax.observe.trackers import Tracking
-from vit_jax.optim.directions import DIRECTIONS
+from vit_jax.optim.base_optimizers import BASE_OPTIMIZERS
 from vit_jax.optim.optimizer import make_optimizer
 from vit_jax.parallel.mesh import make_mesh
 from vit_jax.parallel.sharding import Strategy
@@ -304,7 +304,7 @@ def knows(key: str) -> bool:
         "mesh": [make_mesh, Strategy],
         "model": MODELS.values(),
         "objective": OBJECTIVES.values(),
-        "optimizer": [make_optimizer, *DIRECTIONS.values()],
+        "optimizer": [make_optimizer, *BASE_OPTIMIZERS.values()],
         "profile": [Profile],
         "resume": [Resume],
         "tracking": [Tracking],

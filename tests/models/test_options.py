@@ -8,16 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import erf
 
+from tests.models.numpy_layers import normalise
 from vit_jax.models.heads import MAPHead
-from vit_jax.models.layers import (
-    Encoder1DBlock,
-    MlpBlock,
-    MultiHeadDotProductAttention,
-    PatchDropout,
-    StochasticDepth,
-)
 from vit_jax.models.positions import sincos_2d
 from vit_jax.models.variants import make_vit
 from vit_jax.utils.errors import UserError
@@ -44,110 +37,15 @@ def run(model, params, images, *, train=False, seed=0):
     return apply({"params": params}, images, rngs=rngs)
 
 
-def dense(x, params):
-    return np.asarray(x) @ params["kernel"] + params["bias"]
-
-
-def normalise(x, params, epsilon=1e-6):
-    x = np.asarray(x)
-    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
-    return x * params["scale"] + params["bias"]
-
-
-def attend(query, key, value):
-    scores = np.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(query.shape[-1])
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("bhqk,bkhd->bqhd", weights, value)
-
-
-def project(x, params, name):
-    return np.einsum("bld,dhk->blhk", x, params[name]["kernel"]) + params[name]["bias"]
-
-
-def test_exact_gelu():
-    x = jax.random.normal(jax.random.key(0), (2, 3, 4))
-    mlp = MlpBlock(mlp_dim=8, activation="gelu_erf")
-    variables = mlp.init(jax.random.key(1), x, train=False)
-    p = variables["params"]
-    h = dense(x, p["Dense_0"])
-    want = dense(0.5 * h * (1 + erf(h / np.sqrt(2))), p["Dense_1"])
-    np.testing.assert_allclose(mlp.apply(variables, x, train=False), want, atol=1e-6)
-
-
-def test_swiglu():
-    x = jax.random.normal(jax.random.key(0), (2, 3, 4))
-    mlp = MlpBlock(mlp_dim=8, activation="swiglu")
-    variables = mlp.init(jax.random.key(1), x, train=False)
-    p = variables["params"]
-    gate = dense(x, p["gate"])
-    want = dense(dense(x, p["Dense_0"]) * gate / (1 + np.exp(-gate)), p["Dense_1"])
-    np.testing.assert_allclose(mlp.apply(variables, x, train=False), want, atol=1e-6)
-
-
-def test_qk_norm_normalises_queries_and_keys_over_the_head():
-    x = jax.random.normal(jax.random.key(0), (1, 3, 8))
-    attention = MultiHeadDotProductAttention(num_heads=2, qk_norm=True)
-    p = attention.init(jax.random.key(1), x, train=False)["params"]
-    p["query_norm"]["scale"] = jnp.arange(4.0)
-    query = normalise(project(x, p, "query"), p["query_norm"])
-    key = normalise(project(x, p, "key"), p["key_norm"])
-    heads = attend(query, key, project(x, p, "value"))
-    want = np.einsum("bqhd,hdk->bqk", heads, p["out"]["kernel"]) + p["out"]["bias"]
-    np.testing.assert_allclose(attention.apply({"params": p}, x, train=False), want, atol=1e-5)
-
-
-def test_map_head_is_a_probe_that_attends_and_an_mlp():
-    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
-    head = MAPHead(num_heads=2, mlp_dim=12)
-    p = head.init(jax.random.key(1), x, train=False)["params"]
-    attention = p["MultiHeadDotProductAttention_0"]
-    probe = np.broadcast_to(p["probe"], (2, 1, 8))
-    heads = attend(
-        project(probe, attention, "query"),
-        project(x, attention, "key"),
-        project(x, attention, "value"),
-    )
-    pooled = np.einsum("bqhd,hdk->bqk", heads, attention["out"]["kernel"])
-    pooled += attention["out"]["bias"]
-    h = dense(normalise(pooled, p["LayerNorm_0"]), p["MlpBlock_0"]["Dense_0"])
-    h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
-    want = (pooled + dense(h, p["MlpBlock_0"]["Dense_1"]))[:, 0]
-    np.testing.assert_allclose(head.apply({"params": p}, x, train=False), want, atol=1e-5)
-
-
 def test_map_classifier_has_no_class_token():
     model = make_vit(num_classes=5, classifier="map", **TINY)
     params, images = init(model)
     logits, out = run(model, params, images)
     assert logits.shape == (2, 5)
     assert "cls" not in params
-    head = MAPHead(num_heads=4, mlp_dim=32)
+    head = MAPHead(model.block_config)
     want = head.apply({"params": params["MAPHead_0"]}, out["encoded"], train=False)
     np.testing.assert_allclose(out["pre_logits"], want, atol=1e-6)
-
-
-def test_layer_scale_scales_both_branches():
-    x = jax.random.normal(jax.random.key(0), (1, 3, 8))
-    plain = Encoder1DBlock(num_heads=2, mlp_dim=12)
-    scaled = Encoder1DBlock(num_heads=2, mlp_dim=12, layer_scale_init=1e-5)
-    variables = scaled.init(jax.random.key(1), x, 0.0, None, train=False)
-    p = variables["params"]
-    np.testing.assert_array_equal(p["LayerScale_0"]["scale"], np.full(8, 1e-5, np.float32))
-    p["LayerScale_0"]["scale"] = 2.0 * jnp.ones(8)
-    p["LayerScale_1"]["scale"] = jnp.arange(8.0)
-    got = scaled.apply({"params": p}, x, 0.0, None, train=False)
-
-    # The same block with the factors put into the last layers of its branches.
-    folded = {k: v for k, v in p.items() if not k.startswith("LayerScale")}
-    for path, scale in (
-        (("MultiHeadDotProductAttention_0", "out"), 2.0 * np.ones(8)),
-        (("MlpBlock_0", "Dense_1"), np.arange(8.0)),
-    ):
-        module = {k: v * scale for k, v in p[path[0]][path[1]].items()}
-        folded[path[0]] = folded[path[0]] | {path[1]: module}
-    want = plain.apply({"params": folded}, x, 0.0, None, train=False)
-    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_registers_stand_behind_the_class_token_and_have_no_position():
@@ -223,15 +121,6 @@ def test_without_positions_the_order_of_patches_is_lost_and_rope_brings_it_back(
     assert shuffled[100.0] > 1e-3
 
 
-def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
-    x = jnp.ones((4000, 2, 3))
-    y = StochasticDepth().apply({}, x, 0.25, train=True, rngs={"dropout": jax.random.key(0)})
-    samples = np.asarray(y).reshape(4000, -1)
-    assert (samples == samples[:, :1]).all()
-    assert set(np.unique(samples)) == {0.0, np.float32(1 / 0.75)}
-    assert samples.mean() == pytest.approx(1.0, abs=0.05)
-
-
 def test_stochastic_depth_rises_linearly_from_zero():
     # With a rate just under 1 the last block's branches are as good as always dropped, and the
     # first block's never.
@@ -257,17 +146,6 @@ def test_uniform_stochastic_depth_is_the_same_in_all_blocks(scan):
     )
     got = run(model, params, images, train=True)[1]["encoded"]
     np.testing.assert_allclose(got, run(model, silent, images)[1]["encoded"], atol=1e-5)
-
-
-def test_patch_dropout_keeps_the_prefix_and_a_share_of_patches():
-    x = jnp.arange(2 * 11.0).reshape(2, 11, 1)
-    rngs = {"dropout": jax.random.key(0)}
-    y, kept = PatchDropout(0.5).apply({}, x, 3, train=True, rngs=rngs)
-    assert y.shape == (2, 3 + 4, 1)
-    np.testing.assert_array_equal(kept[:, :3], [[0, 1, 2]] * 2)
-    assert (np.diff(kept, axis=1) > 0).all()
-    assert (kept[0] != kept[1]).any()
-    np.testing.assert_array_equal(y[1, :, 0], kept[1] + 11)
 
 
 def test_patch_dropout_keeps_the_rotations_of_the_patches_it_keeps():

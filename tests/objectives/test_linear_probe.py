@@ -8,7 +8,7 @@ import pytest
 
 from vit_jax.models.variants import make_vit
 from vit_jax.objectives.linear_probe import make_linear_probe
-from vit_jax.optim.directions import sgd
+from vit_jax.optim.base_optimizers import sgd
 from vit_jax.optim.optimizer import make_optimizer
 from vit_jax.training.step import init_state, train_step
 from vit_jax.utils.errors import UserError
@@ -28,7 +28,7 @@ def probe(*factors, **options):
 
 def train(objective, *, steps=3, **options):
     optimizer = make_optimizer(
-        direction=sgd(),
+        base=sgd(),
         lr=0.1,
         total_steps=10,
         freeze=objective.frozen,

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from vit_jax.optim.directions import adamw, lamb, sgd
+from vit_jax.optim.base_optimizers import adamw, lamb, sgd
 from vit_jax.optim.optimizer import make_optimizer
 from vit_jax.optim.schedules import ScheduleOptions, make_schedule
 from vit_jax.utils.durations import Clock
@@ -99,13 +99,13 @@ def updates(tx, steps=3):
 
 
 def test_adamw_is_that_of_optax():
-    ours = make_optimizer(direction=adamw(), total_steps=9, lr=0.1, weight_decay=0.2)
+    ours = make_optimizer(base=adamw(), total_steps=9, lr=0.1, weight_decay=0.2)
     theirs = optax.adamw(optax.cosine_decay_schedule(0.1, 9), weight_decay=0.2)
     np.testing.assert_allclose(updates(ours.tx), updates(theirs), rtol=1e-6)
 
 
 def test_sgd_has_heavy_ball_momentum():
-    ours = make_optimizer(direction=sgd(), total_steps=9, lr=0.1, schedule="constant")
+    ours = make_optimizer(base=sgd(), total_steps=9, lr=0.1, schedule="constant")
     np.testing.assert_allclose(updates(ours.tx), updates(optax.sgd(0.1, momentum=0.9)), rtol=1e-6)
 
 
@@ -137,13 +137,13 @@ def assert_same(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-@pytest.mark.parametrize("direction", [adamw, sgd])
-def test_without_rules_numbers_and_state_are_those_of_the_plain_chain(direction):
+@pytest.mark.parametrize("base", [adamw, sgd])
+def test_without_rules_numbers_and_state_are_those_of_the_plain_chain(base):
     options = {"weight_decay": 0.2, "grad_clip_norm": 1.0, "warmup_steps": 1}
-    ours = make_optimizer(direction=direction(), total_steps=9, lr=0.1, **options)
+    ours = make_optimizer(base=base(), total_steps=9, lr=0.1, **options)
     plain = optax.chain(
         optax.clip_by_global_norm(1.0),
-        direction().tx,
+        base().tx,
         optax.add_decayed_weights(0.2, mask=ours.rules.decay_mask),
         optax.scale_by_learning_rate(ours.schedule),
     )
@@ -152,7 +152,7 @@ def test_without_rules_numbers_and_state_are_those_of_the_plain_chain(direction)
 
 def test_frozen_parameters_have_no_optimizer_state_and_no_update():
     options = {"weight_decay": 0.2, "grad_clip_norm": 1.0, "freeze": ("embedding/.*",)}
-    optimizer = make_optimizer(direction=adamw(), total_steps=9, lr=0.1, **options)
+    optimizer = make_optimizer(base=adamw(), total_steps=9, lr=0.1, **options)
     opt_state = optimizer.tx.init(PARAMS)
     moments = [path for path in flatten(opt_state) if "/mu/" in path or "/nu/" in path]
     assert {path.split("/")[-2] for path in moments} == {"head"}
@@ -165,8 +165,8 @@ def test_frozen_parameters_have_no_optimizer_state_and_no_update():
 
 def test_what_is_trained_is_trained_as_if_the_frozen_were_not_there():
     options = {"total_steps": 9, "lr": 0.1, "weight_decay": 0.2, "grad_clip_norm": 0.1}
-    alone = make_optimizer(direction=adamw(), **options)
-    beside = make_optimizer(direction=adamw(), **options, freeze=("embedding/.*",))
+    alone = make_optimizer(base=adamw(), **options)
+    beside = make_optimizer(base=adamw(), **options, freeze=("embedding/.*",))
     head = {"head": PARAMS["head"]}
     want = alone.tx.update(head, alone.tx.init(head), head)
     assert_same(beside.tx.update(head, beside.tx.init(PARAMS), PARAMS), want)
@@ -174,9 +174,9 @@ def test_what_is_trained_is_trained_as_if_the_frozen_were_not_there():
 
 def test_multipliers_scale_the_update_and_its_weight_decay():
     options = {"total_steps": 9, "lr": 0.1, "weight_decay": 0.2, "schedule": "constant"}
-    plain = make_optimizer(direction=sgd(momentum=0.0), **options)
+    plain = make_optimizer(base=sgd(momentum=0.0), **options)
     rules = {"lr_multipliers": [["head/.*", 10], ["embedding/bias", 0.5]]}
-    scaled = make_optimizer(direction=sgd(momentum=0.0), **options, **rules)
+    scaled = make_optimizer(base=sgd(momentum=0.0), **options, **rules)
     grads = jax.tree.map(jnp.cos, PARAMS)
     want, _ = plain.tx.update(grads, plain.tx.init(PARAMS), PARAMS)
     got, _ = scaled.tx.update(grads, scaled.tx.init(PARAMS), PARAMS)
@@ -188,7 +188,7 @@ def test_multipliers_scale_the_update_and_its_weight_decay():
 
 def test_layer_decay_of_scanned_blocks_is_that_of_single_ones():
     options = {"total_steps": 9, "lr": 1.0, "schedule": "constant", "layer_decay": 0.5}
-    optimizer = make_optimizer(direction=sgd(momentum=0.0), **options)
+    optimizer = make_optimizer(base=sgd(momentum=0.0), **options)
     block = {"LayerNorm_0": {"scale": jnp.ones((3, 2))}}
     params = {"cls": jnp.ones((1, 1, 2)), "Transformer": {"encoderblock": block}}
     update, _ = optimizer.tx.update(params, optimizer.tx.init(params), params)
@@ -203,7 +203,7 @@ ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
 def shrink(**options):
     """What each parameter loses in update 1 of 4 without a gradient, relative to its size."""
     options = {"lr": 0.1, "total_steps": 4, "weight_decay": 0.02, "schedule": "linear"} | options
-    optimizer = make_optimizer(direction=sgd(momentum=0.0), **options)
+    optimizer = make_optimizer(base=sgd(momentum=0.0), **options)
     state = optimizer.tx.init(PARAMS)
     for _ in range(2):
         update, state = optimizer.tx.update(ZEROS, state, PARAMS)
@@ -240,7 +240,7 @@ def test_single_parameters_can_have_a_schedule_of_their_own():
     own = {"schedule": "constant", "warmup_percent": 50}
     options = {"total_steps": 4, "lr": 0.1, "schedule": "linear", "warmup_steps": 0}
     optimizer = make_optimizer(
-        direction=sgd(momentum=0.0), **options, schedules=(("head/.*", own), (".*bias", {}))
+        base=sgd(momentum=0.0), **options, schedules=(("head/.*", own), (".*bias", {}))
     )
     ones, state, found = jax.tree.map(jnp.ones_like, PARAMS), optimizer.tx.init(PARAMS), []
     for _ in range(4):
@@ -253,21 +253,21 @@ def test_single_parameters_can_have_a_schedule_of_their_own():
 
 @pytest.mark.parametrize(("scaling", "want"), [("linear", 0.4), ("sqrt", 0.2), ("none", 0.1)])
 def test_learning_rates_are_scaled_to_the_batch(scaling, want):
-    base = {} if scaling == "none" else {"base_batch_size": 512}
+    options = {} if scaling == "none" else {"base_batch_size": 512}
     optimizer = make_optimizer(
-        direction=sgd(),
+        base=sgd(),
         total_steps=9,
         clock=Clock(2048, lambda: 0),
         lr=0.1,
         lr_scaling=scaling,
-        **base,
+        **options,
     )
     assert optimizer.peak_lr == pytest.approx(want)
     assert float(optimizer.schedule(0)) == pytest.approx(want)
 
 
 def test_rules_that_do_not_fit_the_parameters_are_refused_before_there_is_a_state():
-    optimizer = make_optimizer(direction=sgd(), total_steps=9, lr=0.1, freeze=("haed/.*",))
+    optimizer = make_optimizer(base=sgd(), total_steps=9, lr=0.1, freeze=("haed/.*",))
     with pytest.raises(UserError, match=r"optimizer\.freeze: 'haed/"):
         jax.eval_shape(optimizer.tx.init, PARAMS)
 
@@ -287,16 +287,14 @@ def test_rules_that_do_not_fit_the_parameters_are_refused_before_there_is_a_stat
             r"weight_decay_times='schedule': expected optimizer\.lr above 0",
         ),
         (
-            {"weight_decay_times": "schedule", "weight_decay": 0.1, "direction": lamb()},
+            {"weight_decay_times": "schedule", "weight_decay": 0.1, "base": lamb()},
             r"weight_decay_times='schedule': this optimizer scales the decay",
         ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(UserError, match=rf"optimizer\.{message}"):
-        make_optimizer(**({"direction": sgd(), "total_steps": 9, "lr": 0.1} | options)).tx.init(
-            PARAMS
-        )
+        make_optimizer(**({"base": sgd(), "total_steps": 9, "lr": 0.1} | options)).tx.init(PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -306,4 +304,4 @@ def test_options_that_do_not_fit_are_refused(options, message):
 def test_values_out_of_range_are_refused(wrong):
     (key,) = wrong
     with pytest.raises(UserError, match=f"optimizer.{key}="):
-        make_optimizer(direction=sgd(), total_steps=9, **({"lr": 0.1} | wrong))
+        make_optimizer(base=sgd(), total_steps=9, **({"lr": 0.1} | wrong))

@@ -12,7 +12,7 @@ from vit_jax.checkpoint.state import TrainState
 from vit_jax.models.variants import make_vit
 from vit_jax.objectives.base import Objective
 from vit_jax.objectives.supervised import make_supervised
-from vit_jax.optim.directions import schedule_free_adamw, sgd
+from vit_jax.optim.base_optimizers import schedule_free_adamw, sgd
 from vit_jax.optim.optimizer import make_optimizer
 from vit_jax.optim.sam import Sam
 from vit_jax.training.step import init_rng, init_state, step_rng, train_step
@@ -57,7 +57,7 @@ BATCH = {"target": jnp.arange(4.0)}
 def take_step(*, objective=None, ema_decay=None, seed=0, step=0, **options):
     objective = objective or Quadratic()
     options = {"lr": 0.5, "total_steps": 10, "schedule": "constant"} | options
-    optimizer = make_optimizer(direction=sgd(momentum=0.0), **options)
+    optimizer = make_optimizer(base=sgd(momentum=0.0), **options)
     state = init_state(
         jax.random.key(0), BATCH, objective=objective, tx=optimizer.tx, ema=ema_decay is not None
     )
@@ -145,10 +145,10 @@ def test_values_of_sam_out_of_range_are_refused(sam, message):
         take_step(sam=sam)
 
 
-@pytest.mark.parametrize("direction", [sgd(), schedule_free_adamw()])
+@pytest.mark.parametrize("base", [sgd(), schedule_free_adamw()])
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.99])
-def test_average_of_parameters_is_warmed_up_with_any_optimizer(direction, decay):
-    optimizer = make_optimizer(direction=direction, lr=0.1, total_steps=9, schedule="constant")
+def test_average_of_parameters_is_warmed_up_with_any_optimizer(base, decay):
+    optimizer = make_optimizer(base=base, lr=0.1, total_steps=9, schedule="constant")
     state = init_state(jax.random.key(0), BATCH, objective=Quadratic(), tx=optimizer.tx, ema=True)
     average = np.full(2, 4.0)
     for step in range(3):
@@ -190,7 +190,7 @@ def test_nothing_is_differentiated_for_the_frozen_start_of_a_model():
     }
 
     def flops(*freeze: str) -> float:
-        optimizer = make_optimizer(direction=sgd(), total_steps=9, lr=0.1, freeze=freeze)
+        optimizer = make_optimizer(base=sgd(), total_steps=9, lr=0.1, freeze=freeze)
 
         def step(batch):
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)

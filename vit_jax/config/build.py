@@ -18,14 +18,14 @@ from vit_jax.data.mixture import check_same_classes
 from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.kinds import EVALUATORS, JUDGE_HEAD
-from vit_jax.models.layers import Constrain
+from vit_jax.models.block_config import Constrain
 from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.variants import MODELS
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives.base import Objective
 from vit_jax.objectives.kinds import HEADLESS, OBJECTIVES
 from vit_jax.observe.console import log
-from vit_jax.optim.directions import DIRECTIONS
+from vit_jax.optim.base_optimizers import BASE_OPTIMIZERS
 from vit_jax.optim.optimizer import Optimizer, make_optimizer
 from vit_jax.optim.schedules import drop_other_units
 from vit_jax.parallel.mesh import check_batch_size, choose_layout, make_mesh
@@ -272,15 +272,15 @@ def _make_objective(
 def _make_optimizer(
     section: _Section, total_steps: int, clock: Clock, mesh: Mesh, objective: Objective
 ) -> tuple[Optimizer, _Section]:
-    name, direction = _by_name(section, DIRECTIONS, "adamw", key="optimizer")
-    given = ("direction", "total_steps", "clock")
-    args, direction_args = bind(section, make_optimizer, direction, key="optimizer", given=given)
+    name, base = _by_name(section, BASE_OPTIMIZERS, "adamw", key="optimizer")
+    given = ("base", "total_steps", "clock")
+    args, base_args = bind(section, make_optimizer, base, key="optimizer", given=given)
     rules = {
         "freeze": (*args["freeze"], *objective.frozen),
         "lr_multipliers": (*args["lr_multipliers"], *objective.lr_multipliers()),
     }
     optimizer = make_optimizer(
-        direction=direction(**direction_args),
+        base=base(**base_args),
         total_steps=total_steps,
         clock=clock,
         **(args | rules),
@@ -297,7 +297,7 @@ def _make_optimizer(
         )
     micro_batch = clock.batch_size // optimizer.accum_steps
     check_batch_size(micro_batch, mesh, key="data.batch_size / optimizer.accum_steps")
-    return optimizer, {"name": name} | drop_other_units(args) | direction_args
+    return optimizer, {"name": name} | drop_other_units(args) | base_args
 
 
 def _make_clock(data: DatasetSpec, epoch_examples: int | None) -> Clock:

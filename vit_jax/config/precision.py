@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vit_jax.optim.directions import DIRECTIONS, Dtype
+from vit_jax.optim.base_optimizers import BASE_OPTIMIZERS, Dtype
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import keywords, lookup
 
@@ -73,8 +73,8 @@ def apply_precision(
 def _moment_keys(name: str, optimizer: Mapping[str, Any]) -> list[str]:
     """The arguments of the optimizer that are the dtype of a moment."""
     chosen = optimizer.get("name", "adamw")
-    direction = lookup(DIRECTIONS, chosen, key="optimizer.name")
-    keys = [key for key, argument in keywords(direction).items() if argument.annotation == Dtype]
+    base = lookup(BASE_OPTIMIZERS, chosen, key="optimizer.name")
+    keys = [key for key, argument in keywords(base).items() if argument.annotation == Dtype]
     if not keys:
         raise UserError(
             f"precision={name!r}: optimizer.name={chosen!r} keeps no moment in another dtype than "

@@ -27,7 +27,7 @@ from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights
 from vit_jax.checkpoint.workdir import find_step, read_config, read_labels
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.inference.images import Preparation, make_preparation
-from vit_jax.models.layers import ATTENTION_WEIGHTS
+from vit_jax.models.attention import ATTENTION_WEIGHTS
 from vit_jax.objectives.base import Params
 from vit_jax.objectives.pixels import Pixels, check_pixels, normalize
 from vit_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, shard_batch

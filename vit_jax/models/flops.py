@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Floating-point operations of a model, counted in its traced program.
 
-Only matrix products and convolutions count, as in the literature. A scan counts as often as it
-runs: XLA's own cost analysis counts its body once.
+Only matrix products and convolutions count, as in the literature. The body of a scan counts once
+for each iteration; XLA's own cost analysis counts it once.
 """
 
 import math
@@ -14,17 +14,19 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from vit_jax.models.layers import unconstrained
+from vit_jax.models.block_config import unconstrained
 
 
 def forward_flops(model: nn.Module, image_size: tuple[int, ...]) -> int:
-    """Operations of one image's way to the logits in training (a multiply-add is two).
+    """Returns the operations of the forward pass of one image in training.
+
+    A multiply-add is two operations.
 
     Args:
       model: a `VisionTransformer` or `MlpMixer`.
       image_size: (height, width) in pixels.
     """
-    # On the mesh of a run a single image would not split.
+    # The mesh of a run may not divide a batch of one image.
     model = model.clone(constrain=unconstrained)
     image = jnp.zeros((1, *image_size, 3))
     rng = jax.random.key(0)
@@ -34,18 +36,19 @@ def forward_flops(model: nn.Module, image_size: tuple[int, ...]) -> int:
 
 
 def train_flops(model: nn.Module, image_size: tuple[int, ...]) -> int:
-    """Operations of one image in a training step: forward and, twice that, backward.
+    """Returns the operations of one image in a training step: three forward passes.
 
-    This is what model FLOPs utilisation (MFU) is taken of: nothing that is computed a second time
-    to save memory counts. Source: arXiv:2204.02311, appendix B.
+    Model FLOPs utilisation (MFU) is based on this number, so recomputation to save memory does not
+    count. Source: arXiv:2204.02311, appendix B.
     """
     return 3 * forward_flops(model, image_size)
 
 
 def count_flops(program: ClosedJaxpr | Jaxpr) -> int:
-    """Operations of the matrix products and convolutions of a traced program, all devices together.
+    """Returns the operations of a traced program's matrix products and convolutions.
 
-    Of a conditional the dearest branch counts; a loop of unknown length counts once.
+    They are summed over all devices. The most expensive branch of a conditional counts; the body
+    of a loop of unknown length counts once.
     """
     jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
     total = 0
@@ -69,7 +72,7 @@ def _conv_flops(eqn: Any) -> int:
     kernel = _shape(eqn.invars[1])
     out_features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
     depth = math.prod(kernel) // out_features
-    # Zeros between the inputs, as in the gradient of a convolution with strides, cost nothing.
+    # Zeros between the inputs, as in the gradient of a strided convolution, do not count.
     zeros = math.prod(eqn.params["lhs_dilation"])
     return 2 * math.prod(_shape(eqn.outvars[0])) * depth // zeros
 

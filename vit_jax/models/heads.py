@@ -1,73 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From encoded tokens to logits."""
+"""Heads: from encoded tokens to a representation, and from there to logits."""
+
+import dataclasses
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from vit_jax.models.layers import (
-    Activation,
-    Constrain,
-    MlpBlock,
-    MultiHeadDotProductAttention,
-    unconstrained,
-)
+from vit_jax.models.attention import MultiHeadDotProductAttention
+from vit_jax.models.block_config import BlockConfig, Constrain
+from vit_jax.models.blocks import MlpBlock
 
 
 class MAPHead(nn.Module):
-    """Multihead attention pooling: a learned probe attends to all tokens.
+    """Multihead attention pooling: a learned probe attends to all tokens, without dropout.
 
-    Call: `[batch, length, hidden]` to `[batch, hidden]`. Source: arXiv:2106.04560, section 3.1.
+    Call: `[batch, length, hidden]` to `[batch, hidden]`, both in `config.dtype`.
+    Source: arXiv:2106.04560, section 3.1.
     """
 
-    num_heads: int
-    mlp_dim: int
-    activation: Activation = "gelu_tanh"
-    norm_epsilon: float = 1e-6
-    dtype: DTypeLike = jnp.float32
-    float8: bool = False
-    constrain: Constrain = unconstrained
+    config: BlockConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        off = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0, "qk_norm": False}
+        config = dataclasses.replace(self.config, **off)
         batch, _, width = x.shape
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))
-        x = MultiHeadDotProductAttention(
-            num_heads=self.num_heads,
-            dtype=self.dtype,
-            float8=self.float8,
-            constrain=self.constrain,
-        )(jnp.broadcast_to(probe.astype(self.dtype), (batch, 1, width)), x, train=train)
-        y = nn.LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype)(x)
-        y = MlpBlock(
-            mlp_dim=self.mlp_dim,
-            activation=self.activation,
-            dtype=self.dtype,
-            float8=self.float8,
-            constrain=self.constrain,
-        )(y, train=train)
+        probe = jnp.broadcast_to(probe.astype(config.dtype), (batch, 1, width))
+        x = MultiHeadDotProductAttention(config)(probe, x, train=train)
+        y = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype)(x)
+        y = MlpBlock(config)(y, train=train)
         return (x + y)[:, 0]
 
 
 def apply_head(
     x: jax.Array, num_classes: int, *, bias_init: float, constrain: Constrain, name: str = "head"
 ) -> jax.Array:
-    """A linear layer, zero at the start; called inside a compact module.
+    """Applies a linear layer whose kernel starts at zero; call it in a compact module.
 
     Args:
-      x: `[batch, ..., width]`.
+      x: `[batch, ..., width]`, of any floating dtype.
       num_classes: width of the logits.
       bias_init: initial value of the bias.
-      constrain: places activations on a mesh.
-      name: of the layer.
+      constrain: shards activations over a mesh.
+      name: name of the layer.
 
     Returns:
-      Logits in float32, split over classes where the mesh splits them.
+      Logits, float32 `[batch, ..., num_classes]`, sharded by classes where the mesh does so.
     """
 
     def dot_by_classes(x: jax.Array, kernel: jax.Array, *args, **kwargs) -> jax.Array:
-        # However the kernel is stored, no device shall compute the logits of all classes.
+        # However the kernel is sharded, no device computes the logits of all classes.
         return jax.lax.dot_general(x, constrain(kernel, (None, "classes")), *args, **kwargs)
 
     logits = nn.Dense(

@@ -4,51 +4,44 @@
 Source: Tolstikhin et al., arXiv:2105.01601.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 
+from vit_jax.models.block_config import BlockConfig, Constrain, unconstrained
+from vit_jax.models.blocks import MlpBlock, StochasticDepth
 from vit_jax.models.heads import apply_head
-from vit_jax.models.layers import Constrain, MlpBlock, StochasticDepth, unconstrained
 from vit_jax.models.positions import patch_grid
 from vit_jax.models.vit import Dtype
-
-LAYER_NORM_EPSILON = 1e-6
 
 
 class MixerBlock(nn.Module):
     """An MLP over tokens, then one over channels, each pre-norm with a residual connection.
 
+    Attributes:
+      config: options of the block and of its MLP over channels.
+      tokens_mlp_dim: hidden width of the MLP over tokens.
+
     Call: `[batch, tokens, channels]` and the rate of stochastic depth, to the same shape.
     """
 
+    config: BlockConfig
     tokens_mlp_dim: int
-    channels_mlp_dim: int
-    dropout_rate: float
-    dtype: Dtype
-    float8: bool
-    constrain: Constrain
 
     @nn.compact
     def __call__(self, x: jax.Array, rate: float, *, train: bool) -> jax.Array:
-        def mlp(mlp_dim: int, name: str) -> MlpBlock:
-            return MlpBlock(
-                mlp_dim=mlp_dim,
-                dropout_rate=self.dropout_rate,
-                kernel_init=nn.initializers.lecun_normal(),
-                bias_init=nn.initializers.zeros,
-                dtype=self.dtype,
-                float8=self.float8,
-                constrain=self.constrain,
-                name=name,
-            )
-
-        y = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x).swapaxes(1, 2)
-        y = mlp(self.tokens_mlp_dim, "token_mixing")(y, train=train).swapaxes(1, 2)
+        config = self.config
+        lecun, zeros = nn.initializers.lecun_normal(), nn.initializers.zeros
+        tokens_config = dataclasses.replace(config, mlp_dim=self.tokens_mlp_dim)
+        mix_tokens = MlpBlock(tokens_config, lecun, zeros, name="token_mixing")
+        y = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype)(x).swapaxes(1, 2)
+        y = mix_tokens(y, train=train).swapaxes(1, 2)
         x = x + StochasticDepth()(y, rate, train=train)
-        y = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
-        y = mlp(self.channels_mlp_dim, "channel_mixing")(y, train=train)
+        y = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype)(x)
+        y = MlpBlock(config, lecun, zeros, name="channel_mixing")(y, train=train)
         x = x + StochasticDepth()(y, rate, train=train)
-        return self.constrain(x, ("batch", "tokens", None))
+        return config.constrain(x, ("batch", "tokens", None))
 
 
 class MlpMixer(nn.Module, kw_only=True):
@@ -61,14 +54,16 @@ class MlpMixer(nn.Module, kw_only=True):
       num_layers: number of blocks.
       tokens_mlp_dim: hidden width of the MLPs over tokens.
       channels_mlp_dim: hidden width of the MLPs over channels.
-      dropout_rate: after both layers of each MLP.
-      stochastic_depth_rate: of dropping the last block's branches for a sample; 0 in the first.
+      dropout_rate: dropout after both layers of each MLP.
+      stochastic_depth_rate: rate at which the last block drops its branches for a sample; it rises
+        linearly from 0 in the first block.
       head_bias_init: initial value of the head's bias.
-      dtype: of the computation. Parameters and logits are float32.
+      dtype: dtype of the computation. Parameters and logits are float32.
       float8: as in `VisionTransformer`.
-      constrain: places activations on a mesh.
+      constrain: shards activations over a mesh.
 
-    Call: as `VisionTransformer`. The parameters fit one number of patches only.
+    Call: images `[batch, height, width, channels]` to `(logits, out)`, as `VisionTransformer`. The
+    parameters fit one number of patches only.
     """
 
     num_classes: int
@@ -84,7 +79,7 @@ class MlpMixer(nn.Module, kw_only=True):
     float8: bool = False
     constrain: Constrain = unconstrained
 
-    # What represents an image, in the words of `VisionTransformer`.
+    # How images are pooled, by the names of `VisionTransformer`.
     classifier = "gap"
     num_class_tokens = 0
     num_prefix_tokens = 0
@@ -96,6 +91,13 @@ class MlpMixer(nn.Module, kw_only=True):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
         self.grid(images.shape[1:3])
+        config = BlockConfig(
+            mlp_dim=self.channels_mlp_dim,
+            dropout_rate=self.dropout_rate,
+            dtype=self.dtype,
+            float8=self.float8,
+            constrain=self.constrain,
+        )
         x = nn.Conv(
             self.hidden_size,
             self.patch_size,
@@ -107,16 +109,10 @@ class MlpMixer(nn.Module, kw_only=True):
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         last = max(self.num_layers - 1, 1)
         for i in range(self.num_layers):
-            x = MixerBlock(
-                self.tokens_mlp_dim,
-                self.channels_mlp_dim,
-                self.dropout_rate,
-                self.dtype,
-                self.float8,
-                self.constrain,
-                name=f"MixerBlock_{i}",
-            )(x, self.stochastic_depth_rate * i / last, train=train)
-        encoded = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="pre_head_layer_norm")(x)
+            block = MixerBlock(config, self.tokens_mlp_dim, name=f"MixerBlock_{i}")
+            x = block(x, self.stochastic_depth_rate * i / last, train=train)
+        norm = nn.LayerNorm(config.norm_epsilon, dtype=self.dtype, name="pre_head_layer_norm")
+        encoded = norm(x)
         x = encoded.mean(axis=1)
         out = {"encoded": encoded, "pre_logits": x}
         if self.num_classes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The grid of patches, and positions on it that are computed, not learned.
+"""The grid of patches, and positions on it that are computed rather than learned.
 
 Sine-cosine and rotary embeddings are functions of the row and the column of a patch, so they fit a
 grid of any size and shape.
@@ -18,9 +18,9 @@ FIXED_POSITIONS = {"sincos2d": True, "sincos2d_mae": False}
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of the angle of each pair of channels, each given twice.
+    """Cosine and sine of the angle of each pair of channels, each repeated for both channels.
 
-    Shapes: `[length, head_dim]`, or `[batch, length, head_dim]`.
+    Both are float32 `[length, head_dim]`, or `[batch, length, head_dim]`.
     """
 
     cos: jax.Array
@@ -28,10 +28,10 @@ class Rotation(NamedTuple):
 
 
 def patch_grid(image_size: tuple[int, ...], stride: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of patches in an image of (height, width) pixels.
+    """Returns the rows and columns of patches in an image of (height, width) pixels.
 
     Raises:
-      UserError: patches of `stride` pixels do not fill the image.
+      UserError: `stride`, the (height, width) of a patch in pixels, does not divide the image.
     """
     for size, step in zip(image_size, stride, strict=True):
         if size % step:
@@ -46,11 +46,11 @@ def patch_grid(image_size: tuple[int, ...], stride: tuple[int, int]) -> tuple[in
 def sincos_2d(
     grid: tuple[int, int], width: int, *, temperature: float = 10_000.0, endpoint: bool = True
 ) -> np.ndarray:
-    """Fixed 2D position embeddings, float32 `[1, rows * columns, width]`.
+    """Returns fixed 2D position embeddings, float32 `[1, rows * columns, width]`.
 
-    A quarter of the channels each hold sin(x w), cos(x w), sin(y w), cos(y w), with frequencies w
-    that fall from 1 in equal ratios: to 1 / temperature, which is the last one (arXiv:2205.01580),
-    or without `endpoint` would be the next one (arXiv:2111.06377).
+    The four quarters of the channels hold sin(x w), cos(x w), sin(y w) and cos(y w). The
+    frequencies w fall from 1 to 1 / temperature in equal ratios; 1 / temperature is included
+    (arXiv:2205.01580), or excluded without `endpoint` (arXiv:2111.06377).
     """
     frequencies = temperature ** -np.linspace(0, 1, width // 4, endpoint=endpoint)
     rows, columns = np.indices(grid).reshape(2, -1, 1) * frequencies
@@ -59,7 +59,7 @@ def sincos_2d(
 
 
 def fixed_positions(kind: str | None, grid: tuple[int, int], width: int) -> np.ndarray | None:
-    """The table that `model.position_embedding` names; None where it names none."""
+    """Returns the embeddings that `model.position_embedding` names, as `sincos_2d`, or None."""
     if kind not in FIXED_POSITIONS:
         return None
     return sincos_2d(grid, width, endpoint=FIXED_POSITIONS[kind])
@@ -68,17 +68,17 @@ def fixed_positions(kind: str | None, grid: tuple[int, int], width: int) -> np.n
 def rotation_2d(
     grid: tuple[int, int], head_dim: int, *, theta: float, num_prefix_tokens: int
 ) -> Rotation:
-    """Axial 2D rotary embedding: half of the channels turn with the row, half with the column.
+    """Returns an axial 2D rotary embedding, `[num_prefix_tokens + rows * columns, head_dim]`.
 
-    The angle of pair j of an axis is position * theta^(-4 j / head_dim). Prefix tokens, which have
-    no position, are not turned. Sources: arXiv:2104.09864; in 2D: arXiv:2403.13298, section 3.2
-    ("axial").
+    The first half of the channels turns with the row, the second with the column. The angle of
+    pair j of an axis is position * theta^(-4 j / head_dim). Prefix tokens, which have no position,
+    are not turned. Sources: arXiv:2104.09864; in 2D: arXiv:2403.13298, section 3.2 ("axial").
 
     Args:
       grid: (rows, columns) of patches.
-      head_dim: channels of a head; divisible by 4.
-      theta: of the frequencies.
-      num_prefix_tokens: in front of the patches.
+      head_dim: number of channels of a head; divisible by 4.
+      theta: base of the frequencies.
+      num_prefix_tokens: number of tokens in front of the patches.
     """
     frequencies = theta ** -(4 * np.arange(head_dim // 4) / head_dim)
     angles = np.indices(grid).reshape(2, -1, 1) * frequencies
@@ -90,7 +90,15 @@ def rotation_2d(
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Turns each pair (2 j, 2 j + 1) of channels of `[batch, length, heads, head_dim]`."""
+    """Rotates each pair (2 j, 2 j + 1) of channels.
+
+    Args:
+      x: `[batch, length, heads, head_dim]`, of any floating dtype.
+      rotation: the angles of each token.
+
+    Returns:
+      The shape and dtype of `x`.
+    """
     cos, sin = (table[..., None, :] for table in rotation)
     even, odd = x[..., ::2], x[..., 1::2]
     turned = jnp.stack([-odd, even], axis=-1).reshape(x.shape)

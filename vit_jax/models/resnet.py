@@ -17,8 +17,11 @@ from jax.typing import DTypeLike
 class StdConv(nn.Module):
     """A convolution without bias whose kernel is standardised for each output channel.
 
-    "SAME" padding; the kernel's mean goes to 0 and its deviation to 1 (1e-5 is added to the
-    deviation). Source: arXiv:1903.10520.
+    The kernel is shifted to mean 0 and divided by its standard deviation plus 1e-5. Padding is
+    "SAME". Source: arXiv:1903.10520.
+
+    Call: `[batch, rows, columns, channels]` to `[batch, rows / strides[0], columns / strides[1],
+    features]` in `dtype`, rounded up.
     """
 
     features: int
@@ -42,7 +45,10 @@ class StdConv(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """A bottleneck: 1x1, 3x3 and 1x1 convolutions; the output has 4 x `features` channels."""
+    """A residual bottleneck of 1x1, 3x3 and 1x1 convolutions.
+
+    Call: as `StdConv`, with 4 * `features` channels in the output.
+    """
 
     features: int
     strides: tuple[int, int]
@@ -67,7 +73,7 @@ class ResidualUnit(nn.Module):
 
 
 class ResNetStage(nn.Module):
-    """`num_units` bottlenecks, of which the first has the stride."""
+    """`num_units` bottlenecks, of which the first has the stride; see `ResidualUnit`."""
 
     num_units: int
     features: int
@@ -83,7 +89,11 @@ class ResNetStage(nn.Module):
 
 
 def apply_root(x: jax.Array, width: int, dtype: DTypeLike) -> jax.Array:
-    """The first layers, which make an image 4 times smaller; called inside a compact module."""
+    """Applies the first layers, which shrink an image by 4; call it in a compact module.
+
+    `x` is `[batch, rows, columns, channels]`; returns `[batch, rows / 4, columns / 4, width]` in
+    `dtype`, rounded up.
+    """
     x = StdConv(width, (7, 7), (2, 2), dtype=dtype, name="conv_root")(x)
     x = nn.relu(nn.GroupNorm(dtype=dtype, name="gn_root")(x))
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
@@ -92,7 +102,11 @@ def apply_root(x: jax.Array, width: int, dtype: DTypeLike) -> jax.Array:
 def apply_stages(
     x: jax.Array, num_units: tuple[int, ...], width: int, dtype: DTypeLike
 ) -> jax.Array:
-    """The stages `block1`, `block2`, ... after the root; each but the first halves the image."""
+    """Applies the stages `block1`, `block2`, ... of `num_units` bottlenecks each after the root.
+
+    `x` is `[batch, rows, columns, width]`; returns `[batch, rows, columns, 4 * width]` in `dtype`,
+    where each stage but the first halves rows and columns and doubles `width`.
+    """
     for i, units in enumerate(num_units):
         strides = (2, 2) if i else (1, 1)
         stage = ResNetStage(units, width * 2**i, strides, dtype=dtype, name=f"block{i + 1}")
@@ -101,5 +115,5 @@ def apply_stages(
 
 
 def total_stride(num_units: tuple[int, ...]) -> int:
-    """How many times smaller than the image the output of a ResNet is."""
+    """Returns the factor by which a ResNet shrinks the height and width of an image."""
     return 4 * 2 ** max(len(num_units) - 1, 0)

@@ -8,7 +8,7 @@ Sizes: Table 1 of arXiv:2010.11929 (B, L, H), Table 2 of arXiv:2106.04560 (g, G)
 from collections.abc import Mapping
 from typing import Any
 
-from vit_jax.models.layers import parse_remat
+from vit_jax.models.blocks import parse_remat
 from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.models.vit import Classifier, VisionTransformer
@@ -26,8 +26,8 @@ SIZES = {
     "G": (1664, 48, 8192, 16),
     "So400m": (1152, 27, 4304, 16),
 }
-# A ResNet's units in each stage, a size, and the patch in cells of the ResNet's output. The number
-# in the name is not the patch: it is close to the pixels that a token stands for.
+# Units in each stage of the ResNet, the size, and the patch in cells of the ResNet's output. The
+# number in the name is not the patch, but close to the pixels that a token covers.
 HYBRIDS: dict[str, tuple[tuple[int, ...], str, int]] = {
     "R+Ti/16": ((), "Ti", 8),
     "R26+S/32": ((2, 2, 2, 2), "S", 1),
@@ -59,17 +59,18 @@ def make_vit(
     resnet_layers: tuple[int, ...] | None = None,
     **options: Any,
 ) -> VisionTransformer:
-    """A `VisionTransformer` of a named size, of given sizes, or of a named one with changes.
+    """Makes a `VisionTransformer` of a named size, of given sizes, or of a mixture of both.
 
     Args:
       variant: a size, with the patch or without ("B/16", "B"), or a hybrid ("R50+B/16"); with the
-        ending "-gap-norep" the classifier is `gap`.
-      patch_size: pixels, one number for a square; needed if `variant` does not say it.
-      hidden_size: this and the rest: see `VisionTransformer`. Where the variant says more than the
-        default, that is the default.
+        suffix "-gap-norep" the classifier defaults to `gap`.
+      patch_size: in pixels, one number for a square; required if `variant` does not include it.
+      hidden_size: see `VisionTransformer`, as for all other arguments; None for the value of the
+        variant.
 
     Raises:
-      UserError: an unknown variant, a size missing or impossible, options that exclude each other.
+      UserError: the variant is unknown, a size is missing or impossible, or options exclude each
+        other.
     """
     named = {} if variant is None else _parse_variant(variant)
     given = {
@@ -109,10 +110,10 @@ def make_mixer(
     channels_mlp_dim: int | None = None,
     **options: Any,
 ) -> MlpMixer:
-    """An `MlpMixer` of a named size ("B/16"), of given sizes, or of a named one with changes.
+    """Makes an `MlpMixer` of a named size ("B/16"), of given sizes, or of a mixture of both.
 
     Raises:
-      UserError: an unknown variant, a size missing or impossible.
+      UserError: the variant is unknown, or a size is missing or impossible.
     """
     named = {} if variant is None else _parse_size(variant, MIXER_SIZES, _MIXER_KEYS)
     given = {

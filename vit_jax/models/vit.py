@@ -4,6 +4,7 @@
 Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv:2010.11929, section 3.1.
 """
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -12,16 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.models import resnet
+from vit_jax.models.block_config import Activation, BlockConfig, Constrain, unconstrained
+from vit_jax.models.blocks import DepthSchedule, Encoder, Remat
 from vit_jax.models.heads import MAPHead, apply_head
-from vit_jax.models.layers import (
-    Activation,
-    Constrain,
-    DepthSchedule,
-    Encoder,
-    Encoder1DBlock,
-    Remat,
-    unconstrained,
-)
 from vit_jax.models.positions import Rotation, fixed_positions, patch_grid, rotation_2d
 
 Classifier = Literal["token", "gap", "map", "unpooled", "token_unpooled"]
@@ -33,55 +27,55 @@ class VisionTransformer(nn.Module, kw_only=True):
     """Images to logits.
 
     Attributes:
-      num_classes: width of the `head`; 0 for no head, only the representation.
+      num_classes: width of the `head`; 0 for no head: the model returns the representation.
       patch_size: (height, width) of a patch in pixels, or in cells of the ResNet's output.
       hidden_size: width of the encoder.
       num_layers: number of encoder blocks.
-      num_heads: attention heads; must divide `hidden_size`.
+      num_heads: number of attention heads; must divide `hidden_size`.
       mlp_dim: hidden width of the MLP blocks.
       classifier: what represents the image: the final state of the class `token`; the mean over
-        patches (`gap`); attention pooling (`map`), both without a class token; or every token
+        patches (`gap`) or attention pooling (`map`), both without a class token; or every token
         (`unpooled`, `token_unpooled`).
       representation_size: width of the tanh layer `pre_logits` of the pre-training head; None for
         the fine-tuning head, which is one linear layer.
-      resnet_layers: units in each stage of a ResNet in front of the patches (a hybrid); `()` for
-        its first layers only, None for no ResNet.
+      resnet_layers: number of units in each stage of a ResNet in front of the patches (a hybrid);
+        `()` for its root only, None for no ResNet.
       resnet_width: factor on the ResNet's 64 channels.
       position_embedding: `learned`, fixed 2D sines and cosines (`sincos2d`, or `sincos2d_mae` with
-        the frequencies of arXiv:2111.06377), or none.
-      rope_theta: of a 2D rotary embedding of queries and keys, such as 100.0; None for none.
-      num_registers: learned tokens beside the patches (arXiv:2309.16588).
+        the frequencies of arXiv:2111.06377), or `none`.
+      rope_theta: base of a 2D rotary embedding of queries and keys, such as 100.0; None for none.
+      num_registers: number of learned tokens beside the patches (arXiv:2309.16588).
       distillation_token: whether a second class token with a head of its own (`head_dist`) follows
         the first (arXiv:2012.12877); the logits are the mean of both heads.
-      activation: of the MLP blocks: GELU by its tanh approximation, as in the published weights,
-        exact GELU, or SwiGLU.
+      activation: activation of the MLP blocks: GELU by its tanh approximation, as in the published
+        weights, exact GELU, or SwiGLU.
       qk_norm: whether queries and keys are normalised.
       layer_scale_init: initial factor on residual branches (LayerScale); None for no factor.
-      norm_epsilon: of all LayerNorms.
+      norm_epsilon: epsilon of all LayerNorms.
       norm_after_pooling: whether the final norm (`fc_norm`) comes after pooling, not before.
-      dropout_rate: after the position embeddings, the attention and both MLP layers.
-      attention_dropout_rate: on the attention weights.
-      stochastic_depth_rate: of dropping the last block's branches for a sample.
+      dropout_rate: dropout after the position embeddings, the attention and both MLP layers.
+      attention_dropout_rate: dropout of attention weights.
+      stochastic_depth_rate: rate at which the last block drops its branches for a sample.
       stochastic_depth_schedule: the rates of the other blocks: rising from 0 in the first
         (`linear`), or the same (`uniform`, as in arXiv:2204.07118).
-      patch_dropout_rate: share of patches left out in training.
+      patch_dropout_rate: share of patches dropped in training.
       head_bias_init: initial value of the head's bias.
       scan: whether one compiled block runs over stacked parameters: faster to compile, slower to
         run on a CPU.
-      remat: what the backward pass computes again to save memory: nothing (`none`), all but the
-        dense layers (`dots`), everything (`full`), or all but named activations, such as
-        `save:attn_out,mlp_hidden` (see `layers.parse_remat`).
-      dtype: of the computation. Parameters and logits are float32.
+      remat: what the backward pass recomputes to save memory: nothing (`none`), all but the dense
+        layers (`dots`), everything (`full`), or all but named activations, such as
+        `save:attn_out,mlp_hidden` (see `blocks.parse_remat`).
+      dtype: dtype of the computation. Parameters and logits are float32.
       float8: whether the matrix products of attention projections and MLPs, and of their gradients,
-        take float8 inputs (see `float8`). Parameters are the same.
-      constrain: places activations on a mesh.
+        take float8 inputs (see `models.float8`). The parameters are the same.
+      constrain: shards activations over a mesh.
 
     Call: images `[batch, height, width, channels]` (float, [-1, 1] for published weights; height
     and width divisible by the patch) to `(logits, out)`: logits are float32 `[batch, num_classes]`
-    (`[batch, length, num_classes]` if unpooled); `out` holds `encoded` `[batch, length, hidden]`,
-    `pre_logits` (the input of the head) and `logits`; with a distillation token also the logits of
-    each head, `class_logits` and `distillation_logits`. `patches` `[batch, kept]` are the only ones
-    to be encoded, by their number in the grid, row by row; None for all.
+    (`[batch, length, num_classes]` if unpooled); `out` holds `encoded` `[batch, length, hidden]`
+    and `pre_logits` (the input of the head) in `dtype`, and `logits`; with a distillation token
+    also the logits of each head, `class_logits` and `distillation_logits`. `patches`, int32
+    `[batch, kept]`, are the indices of the only patches to encode, row by row; None for all.
     """
 
     num_classes: int
@@ -117,20 +111,26 @@ class VisionTransformer(nn.Module, kw_only=True):
 
     @property
     def num_class_tokens(self) -> int:
-        """Tokens in front of the patches that have positions: class and distillation token."""
+        """The number of class and distillation tokens, which are first and have positions."""
         with_class = self.classifier in ("token", "token_unpooled")
         return int(with_class) + int(self.distillation_token)
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens in front of the patches of `encoded`: class tokens and registers."""
+        """The number of tokens in front of the patches: class tokens and registers."""
         return self.num_class_tokens + self.num_registers
 
     @property
     def stride(self) -> tuple[int, int]:
-        """(height, width) in pixels that a patch stands for."""
+        """(height, width) of a patch in pixels of the image."""
         shrink = 1 if self.resnet_layers is None else resnet.total_stride(self.resnet_layers)
         return self.patch_size[0] * shrink, self.patch_size[1] * shrink
+
+    @property
+    def block_config(self) -> BlockConfig:
+        """The options that all layers share: the attributes with the names of its fields."""
+        names = [field.name for field in dataclasses.fields(BlockConfig)]
+        return BlockConfig(**{name: getattr(self, name) for name in names})
 
     def grid(self, image_size: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of patches in an image of (height, width) pixels."""
@@ -165,7 +165,7 @@ class VisionTransformer(nn.Module, kw_only=True):
         return logits, out | {"logits": logits}
 
     def _embed(self, images: jax.Array) -> jax.Array:
-        """Images to `[batch, rows, columns, hidden]`."""
+        """Embeds images into patches `[batch, rows, columns, hidden]`."""
         x = images
         if self.resnet_layers is not None:
             width = round(64 * self.resnet_width)
@@ -202,34 +202,17 @@ class VisionTransformer(nn.Module, kw_only=True):
             first = jnp.concatenate(tokens, axis=1).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(first, (n, *first.shape[1:])), x], axis=1)
         return Encoder(
-            block=functools.partial(
-                Encoder1DBlock,
-                num_heads=self.num_heads,
-                mlp_dim=self.mlp_dim,
-                dropout_rate=self.dropout_rate,
-                attention_dropout_rate=self.attention_dropout_rate,
-                activation=self.activation,
-                qk_norm=self.qk_norm,
-                layer_scale_init=self.layer_scale_init,
-                norm_epsilon=self.norm_epsilon,
-                dtype=self.dtype,
-                float8=self.float8,
-                constrain=self.constrain,
-            ),
+            config=self.block_config,
             num_layers=self.num_layers,
             num_class_tokens=self.num_class_tokens,
             num_registers=self.num_registers,
             learned_positions=self.position_embedding == "learned",
-            dropout_rate=self.dropout_rate,
             patch_dropout_rate=self.patch_dropout_rate,
             stochastic_depth_rate=self.stochastic_depth_rate,
             stochastic_depth_schedule=self.stochastic_depth_schedule,
             final_norm=not self.norm_after_pooling,
-            norm_epsilon=self.norm_epsilon,
             scan=self.scan,
             remat=self.remat,
-            dtype=self.dtype,
-            constrain=self.constrain,
             name="Transformer",
         )(x, self._rotation(grid), patches, train=train)
 
@@ -249,14 +232,5 @@ class VisionTransformer(nn.Module, kw_only=True):
         if self.classifier == "gap":
             return encoded[:, self.num_prefix_tokens :].mean(axis=1)
         if self.classifier == "map":
-            return MAPHead(
-                num_heads=self.num_heads,
-                mlp_dim=self.mlp_dim,
-                activation=self.activation,
-                norm_epsilon=self.norm_epsilon,
-                dtype=self.dtype,
-                float8=self.float8,
-                constrain=self.constrain,
-                name="MAPHead_0",
-            )(encoded, train=train)
+            return MAPHead(self.block_config, name="MAPHead_0")(encoded, train=train)
         return encoded

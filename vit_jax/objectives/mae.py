@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.decoder import MaskedDecoder
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives.augment import FLIP_KEY, flip_lr
@@ -211,17 +212,20 @@ def make_mae(
     if not 0 <= flip <= 1:
         raise UserError(f"objective.flip={flip}: expected 0 to 1")
     height, width = model.stride
-    decoder = MaskedDecoder(
-        hidden_size=decoder_width,
-        num_layers=decoder_depth,
+    config = BlockConfig(
         num_heads=decoder_heads,
         mlp_dim=4 * decoder_width,
-        patch_values=height * width * image_shape[2],
         activation=model.activation,
         norm_epsilon=model.norm_epsilon,
         dtype=model.dtype,
         float8=model.float8,
         constrain=model.constrain,
+    )
+    decoder = MaskedDecoder(
+        config=config,
+        hidden_size=decoder_width,
+        num_layers=decoder_depth,
+        patch_values=height * width * image_shape[2],
     )
     mean, std = check_pixels(pixel_mean, pixel_std)
     return MaskedAutoencoder(model, decoder, mask_ratio, norm_pix, flip, mean, std)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An optimizer from its parts: clipping, a direction, weight decay, rates and a schedule."""
+"""An optimizer from its parts: clipping, a base optimizer, weight decay, rates and a schedule."""
 
 import dataclasses
 from typing import Any, Literal
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from vit_jax.optim.directions import Direction
+from vit_jax.optim.base_optimizers import BaseOptimizer
 from vit_jax.optim.rules import DECAYED, ParamRules
 from vit_jax.optim.sam import Sam
 from vit_jax.optim.schedules import ScheduleOptions
@@ -24,20 +24,20 @@ DecayTimes = Literal["lr", "schedule"]
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """An optax transformation and what the train step must know beside it.
+    """An optax transformation, and what the train step needs beside it.
 
     Attributes:
-      tx: its `init` and the `params` of its `update` take all parameters; gradients, updates and
-        state are of those that `rules` leave to be trained.
-      schedule: learning rate by number of updates.
-      rules: for single parameters.
-      accum_steps: micro-batches that make one update.
-      peak_lr: of the schedule, scaled to the batch.
-      lr: as the config gives it.
-      scaled_to: batch size that `lr` is for, and that of the run; None for no scaling.
-      weight_decay: that multiplies the learning rate.
-      sam: of the train step; None for the plain gradient.
-      averaging: of `Direction`.
+      tx: takes all parameters in `init` and as `params` of `update`; its gradients, updates and
+        state have only the parameters that `rules` leave to be trained.
+      schedule: the learning rate as a function of the number of updates.
+      rules: which parameters are trained, and how fast.
+      accum_steps: number of micro-batches per update.
+      peak_lr: peak of the schedule, scaled to the batch size.
+      lr: the learning rate of the config.
+      scaled_to: the batch size that `lr` is for, and that of the run; None for no scaling.
+      weight_decay: factor on parameters, which is multiplied by the learning rate.
+      sam: sharpness-aware minimisation in the train step; None for the plain gradient.
+      averaging: as in `BaseOptimizer`.
     """
 
     tx: optax.GradientTransformation
@@ -52,7 +52,12 @@ class Optimizer:
     averaging: float | None = None
 
     def gradient_point(self, opt_state: Any, trained: Any) -> Any:
-        """Where gradients are taken: at the parameters, but for schedule-free optimizers."""
+        """Returns the parameters at which gradients are taken.
+
+        Args:
+          opt_state: the state of `tx`.
+          trained: the trained parameters, which schedule-free optimizers move towards the iterates.
+        """
         if self.averaging is None:
             return trained
         return _interpolate(trained, opt_state.z, self.averaging)
@@ -61,7 +66,7 @@ class Optimizer:
 @takes_options_of(ScheduleOptions)
 def make_optimizer(
     *,
-    direction: Direction,
+    base: BaseOptimizer,
     total_steps: int,
     clock: Clock | None = None,
     lr: float,
@@ -79,35 +84,38 @@ def make_optimizer(
     sam: dict | None = None,
     **options: Any,
 ) -> Optimizer:
-    """Puts an optimizer together.
+    """Makes an `Optimizer` from config values.
 
     Args:
-      direction: from `DIRECTIONS`.
+      base: a base optimizer, from `BASE_OPTIMIZERS`.
       total_steps: length of the schedule in updates.
-      clock: batch size and length of an epoch; needed where a duration or `lr_scaling` asks for it.
+      clock: batch size and length of an epoch; required by `lr_scaling` and by durations in epochs
+        or examples.
       lr: peak learning rate.
-      lr_scaling: by the batch: times data.batch_size / base_batch_size, or the root of that.
-      base_batch_size: for which `lr` is meant.
-      weight_decay: decoupled.
-      weight_decay_times: what it is multiplied with in each update: "lr", or "schedule", which is
-        the learning rate over its peak. Multipliers of single parameters count for "lr" only.
+      lr_scaling: how `lr` follows the batch size: times data.batch_size / base_batch_size
+        ("linear"), the square root of that ("sqrt"), or not at all ("none").
+      base_batch_size: batch size that `lr` is for.
+      weight_decay: decoupled weight decay.
+      weight_decay_times: factor on the weight decay of each update: "lr", or "schedule", which is
+        the learning rate over its peak. Multipliers of single parameters apply to "lr" only.
       weight_decay_params: regular expressions for whole paths of parameters that decay; by default
         kernels, but no biases, norms, position embeddings and class tokens.
       grad_clip_norm: global norm to which gradients are clipped; None for no clipping.
-      accum_steps: micro-batches that the batch is cut into inside a step.
-      freeze: expressions of parameters that stay as they are. They have no gradient, no optimizer
+      accum_steps: number of micro-batches into which a step cuts the batch.
+      freeze: expressions of parameters that are not trained. They have no gradient, no optimizer
         state and no weight decay.
-      lr_multipliers: pairs of an expression and a factor on the learning rate; the first that
-        matches counts, and 1 where none does.
+      lr_multipliers: pairs of an expression and a factor on the learning rate; the first match
+        counts, and the factor is 1 without a match.
       layer_decay: factor on the learning rate from each layer to the one before it, see
         `rules.layer_decay_factors`; it multiplies with `lr_multipliers`.
-      schedules: pairs of an expression and the options of a schedule that differ; the first that
-        matches counts.
+      schedules: pairs of an expression and the options of a schedule that differ; the first match
+        counts.
       sam: the options of `Sam`; None for the plain gradient.
-      **options: of the schedule, see `ScheduleOptions`.
+      **options: the options of the schedule, see `ScheduleOptions`.
 
     Raises:
-      UserError: a value outside its range; by `tx.init`, rules that do not fit the parameters.
+      UserError: a value is out of its range; `tx.init` raises it if rules do not fit the
+        parameters.
     """
     _check_values(lr, weight_decay, accum_steps, grad_clip_norm)
     rules = ParamRules(
@@ -121,11 +129,11 @@ def make_optimizer(
     own = ScheduleOptions(**options)
     others = [own.replace(changes, key="optimizer.schedules") for _, changes in schedules]
     rates = [o.make(lr=peak, total_steps=total_steps, clock=clock) for o in (own, *others)]
-    if direction.averaging is not None:
+    if base.averaging is not None:
         _check_schedule_free([own, *others])
-    decay = _relative_decay(weight_decay, weight_decay_times, peak, direction)
+    decay = _relative_decay(weight_decay, weight_decay_times, peak, base)
     tx = _make_chain(
-        direction, decay, rates, rules, grad_clip_norm, multiply_first=weight_decay_times != "lr"
+        base, decay, rates, rules, grad_clip_norm, multiply_first=weight_decay_times != "lr"
     )
     return Optimizer(
         tx=_apply_rules(tx, rules),
@@ -137,12 +145,12 @@ def make_optimizer(
         scaled_to=(base_batch_size, clock.batch_size) if base_batch_size and clock else None,
         weight_decay=decay,
         sam=None if sam is None else Sam(**bind(sam, Sam, key="optimizer.sam")[0]),
-        averaging=direction.averaging,
+        averaging=base.averaging,
     )
 
 
 def _make_chain(
-    direction: Direction,
+    base: BaseOptimizer,
     decay: float,
     rates: list[optax.Schedule],
     rules: ParamRules,
@@ -150,18 +158,18 @@ def _make_chain(
     *,
     multiply_first: bool,
 ) -> optax.GradientTransformation:
-    """All parts in their order; multipliers come before the decay where they don't count for it."""
+    """Chains all parts; multipliers that do not apply to weight decay come before it."""
     clip = [] if grad_clip_norm is None else [optax.clip_by_global_norm(grad_clip_norm)]
     multiplied = rules.lr_multipliers or rules.layer_decay is not None
     scale = [_scale_by_factors()] if multiplied else []
     shrink = [optax.add_decayed_weights(decay, mask=rules.decay_mask)] if decay else []
-    after = [direction.after_decay(rules.decay_mask)] if direction.after_decay else []
+    after = [base.after_decay(rules.decay_mask)] if base.after_decay else []
     if shrink and multiply_first:
         scale, shrink = [], [*scale, *shrink]
-    tx = optax.chain(*clip, direction.tx, *shrink, *after, _scale_by_rates(rates, rules), *scale)
-    if direction.averaging is None:
+    tx = optax.chain(*clip, base.tx, *shrink, *after, _scale_by_rates(rates, rules), *scale)
+    if base.averaging is None:
         return tx
-    return _schedule_free(tx, rates[0], direction.averaging)
+    return _schedule_free(tx, rates[0], base.averaging)
 
 
 def _check_values(
@@ -194,14 +202,14 @@ def _batch_factor(scaling: LrScaling, base: int | None, clock: Clock | None) -> 
     return ratio if scaling == "linear" else ratio**0.5
 
 
-def _relative_decay(decay: float, times: DecayTimes, peak: float, direction: Direction) -> float:
-    """The weight decay that, multiplied with the learning rate, is the one asked for."""
+def _relative_decay(decay: float, times: DecayTimes, peak: float, base: BaseOptimizer) -> float:
+    """Returns the weight decay to multiply by the learning rate."""
     if times == "lr" or not decay:
         return decay
-    if direction.after_decay is not None:
+    if base.after_decay is not None:
         raise UserError(
             "optimizer.weight_decay_times='schedule': this optimizer scales the decay with its "
-            "direction; expected 'lr'"
+            "update; expected 'lr'"
         )
     if not peak:
         raise UserError("optimizer.weight_decay_times='schedule': expected optimizer.lr above 0")
@@ -221,7 +229,7 @@ def _check_schedule_free(options: list[ScheduleOptions]) -> None:
 def _apply_rules(
     tx: optax.GradientTransformation, rules: ParamRules
 ) -> optax.GradientTransformation:
-    """Keeps frozen parameters from `tx`, and hands it the multipliers of the others."""
+    """Hides frozen parameters from `tx`, and passes it the multipliers of the others."""
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> optax.OptState:
@@ -229,7 +237,7 @@ def _apply_rules(
         return inner.init(rules.split(params)[0])
 
     def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, Any]:
-        # Of all parameters: the depth of a model does not depend on what is frozen.
+        # From all parameters, because the depth of a model includes its frozen layers.
         factors = rules.lr_factors(params)
         return inner.update(updates, state, rules.split(params)[0], factors=factors)
 
@@ -248,7 +256,7 @@ def _scale_by_factors() -> optax.GradientTransformationExtraArgs:
 
 
 def _scale_by_rates(rates: list[optax.Schedule], rules: ParamRules) -> optax.GradientTransformation:
-    """Scales by minus the learning rate: `rates[0]`, or the one of `rules.schedules`."""
+    """Multiplies by minus the learning rate, which is `rates[0]` or that of `rules.schedules`."""
     if len(rates) == 1:
         return optax.scale_by_learning_rate(rates[0])
 
@@ -275,12 +283,12 @@ def _interpolate(x: Any, z: Any, b1: float) -> Any:
 def _schedule_free(
     tx: optax.GradientTransformation, rate: optax.Schedule, b1: float
 ) -> optax.GradientTransformation:
-    """Schedule-free steps of the average x.
+    """Makes a schedule-free optimizer whose parameters are the average x.
 
-    That of optax steps from one point of the gradients, y, to the next. Here the parameters of the
-    train state are x, so that what is evaluated, averaged, saved and exported is right by itself.
+    The parameters of optax's version are the points y at which gradients are taken. With x in the
+    train state, evaluation, averages, checkpoints and exports need no conversion.
     """
-    # It counts updates from 1.
+    # optax counts updates from 1.
     inner = contrib.schedule_free(tx, lambda count: rate(count - 1), b1=b1)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which parameters are trained, and how fast: rules by regular expressions on their paths.
 
-A path is as in `utils.tree`: `Transformer/encoderblock_3/MlpBlock_0/Dense_0/kernel`. An expression
-must match all of it, so `head/.*` is the head, and `head` nothing.
+Paths are as in `utils.tree`: `Transformer/encoderblock_3/MlpBlock_0/Dense_0/kernel`. An expression
+must match the whole path: `head/.*` matches the head, and `head` nothing.
 """
 
 import dataclasses
@@ -17,32 +17,31 @@ import numpy as np
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten, partition, path_str
 
-# Where parameters stand in the order of the layers. Blocks that are scanned are stacked in one
-# array each; then the block has no number.
+# Parameters in blocks, before the blocks and after them. Those of scanned blocks are stacked along
+# the first axis, so their path has no block number.
 _BLOCK = r"Transformer/encoderblock(?:_(\d+))?/.*"
 _BEFORE = r"(embedding|conv_root|gn_root|block\d+)/.*|cls|dist|(.*/)?(registers|pos_embedding)"
 _AFTER = r"(Transformer/encoder_norm|fc_norm|MAPHead_0|pre_logits|head|head_dist)/.*"
 
-# What weight decay shrinks by default: no biases, norms, position embeddings and class tokens.
+# Parameters that decay by default: no biases, norms, position embeddings and class tokens.
 DECAYED = (".*kernel",)
 
 
 def is_stacked(path: str) -> bool:
-    """Whether this is of blocks that are scanned: the first dimension is that of the layers."""
+    """Returns whether a path is in scanned blocks, so that the first axis is that of layers."""
     return re.search(r"(^|/)encoderblock/", path) is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamRules:
-    """Rules for single parameters; `make_optimizer` says what they mean.
+    """Rules for single parameters, see `make_optimizer`.
 
     Attributes:
       freeze: expressions of parameters that are not trained.
-      lr_multipliers: pairs of an expression and a factor; the first that matches counts.
+      lr_multipliers: pairs of an expression and a factor; the first match counts.
       layer_decay: factor on the learning rate from one layer to the one before; None for 1.
-      decayed: expressions of parameters that weight decay shrinks.
-      schedules: expressions of parameters with a schedule of their own; the first that matches
-        counts.
+      decayed: expressions of parameters with weight decay.
+      schedules: expressions of parameters with a schedule of their own; the first match counts.
     """
 
     freeze: tuple[str, ...] = ()
@@ -52,14 +51,10 @@ class ParamRules:
     schedules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for pattern in self.decayed:
-            _check_regex(pattern, key="optimizer.weight_decay_params")
-        for pattern in self.schedules:
-            _check_regex(pattern, key="optimizer.schedules")
-        for pattern in self.freeze:
-            _check_regex(pattern, key="optimizer.freeze")
+        for key, patterns in self._patterns().items():
+            for pattern in patterns:
+                _check_regex(pattern, key=f"optimizer.{key}")
         for pattern, factor in self.lr_multipliers:
-            _check_regex(pattern, key="optimizer.lr_multipliers")
             if factor == 0:
                 raise UserError(
                     f"optimizer.lr_multipliers: {pattern!r} has factor 0; expected above 0: "
@@ -75,51 +70,56 @@ class ParamRules:
             )
 
     def check(self, params: Any) -> None:
-        """Holds the rules against the parameters of a model (arrays or shapes).
+        """Checks the rules against the parameters of a model (arrays or shapes).
 
         Raises:
-          UserError: an expression that matches nothing, nothing left to train, or a layer decay
-            for a model whose layers are not known.
+          UserError: an expression matches nothing, no parameter is left to train, or a layer decay
+            is given for a model with unknown layers.
         """
-        paths = list(flatten(params))
-        for pattern in self.freeze:
-            _check_match(pattern, paths, key="optimizer.freeze", what="parameter")
-        trained = list(flatten(self.split(params)[0]))
+        paths, trained = list(flatten(params)), list(flatten(self.split(params)[0]))
         if not trained:
             raise UserError(
                 f"optimizer.freeze={self.freeze} matches all {len(paths)} parameters; expected "
                 "some to be left to train, as by '(?!head/).*'"
             )
-        what = "parameter that is trained" if self.freeze else "parameter"
-        for pattern, _ in self.lr_multipliers:
-            _check_match(pattern, trained, key="optimizer.lr_multipliers", what=what)
-        for pattern in self.schedules:
-            _check_match(pattern, trained, key="optimizer.schedules", what=what)
-        for pattern in self.decayed if self.decayed != DECAYED else ():
-            _check_match(pattern, paths, key="optimizer.weight_decay_params", what="parameter")
+        for key, patterns in self._patterns().items():
+            matched, what = trained, "parameter that is trained" if self.freeze else "parameter"
+            if key in ("freeze", "weight_decay_params"):
+                matched, what = paths, "parameter"
+            is_default = key == "weight_decay_params" and patterns == DECAYED
+            for pattern in () if is_default else patterns:
+                _check_match(pattern, matched, key=f"optimizer.{key}", what=what)
         self.lr_factors(params)
 
+    def _patterns(self) -> dict[str, tuple[str, ...]]:
+        """All expressions, by their key in the config."""
+        return {
+            "freeze": self.freeze,
+            "lr_multipliers": tuple(pattern for pattern, _ in self.lr_multipliers),
+            "schedules": self.schedules,
+            "weight_decay_params": self.decayed,
+        }
+
     def decay_mask(self, params: Any) -> Any:
-        """True for what weight decay shrinks: a tree like `params`."""
+        """Returns a tree like `params` of bools: whether weight decay applies."""
         return jax.tree_util.tree_map_with_path(
             lambda path, _: any(re.fullmatch(p, path_str(path)) for p in self.decayed), params
         )
 
     def schedule_index(self, path: str) -> int | None:
-        """Which of `schedules` a parameter has; None for that of the optimizer."""
-        matches = (i for i, p in enumerate(self.schedules) if re.fullmatch(p, path))
-        return next(matches, None)
+        """Returns the index of a parameter's schedule in `schedules`; None for the common one."""
+        return next((i for i, p in enumerate(self.schedules) if re.fullmatch(p, path)), None)
 
     def split(self, params: Any) -> tuple[Any, Any]:
-        """Cuts a tree of parameters into those trained and those frozen; see `tree.partition`."""
+        """Splits a tree of parameters into trained and frozen ones, see `tree.partition`."""
         if not self.freeze:
             return params, {}
         return partition(params, lambda path: not any(re.fullmatch(p, path) for p in self.freeze))
 
     def lr_factors(self, params: Any) -> dict[str, Any]:
-        """What the learning rate of each parameter is multiplied with, by path; empty if all 1.
+        """Returns the factor on the learning rate of each parameter by path; empty if all are 1.
 
-        Scanned blocks have one factor each, as an array `[num_layers, 1, ...]`.
+        The factors of scanned blocks are arrays, float32 `[num_layers, 1, ...]`.
         """
         if not self.lr_multipliers and self.layer_decay is None:
             return {}
@@ -128,26 +128,25 @@ class ParamRules:
         return {path: self._multiplier(path) * layers.get(path, 1.0) for path in leaves}
 
     def _multiplier(self, path: str) -> float:
-        factors = (float(f) for pattern, f in self.lr_multipliers if re.fullmatch(pattern, path))
-        return next(factors, 1.0)
+        return next((float(f) for p, f in self.lr_multipliers if re.fullmatch(p, path)), 1.0)
 
 
 def layer_decay_factors(leaves: dict[str, Any], decay: float) -> dict[str, Any]:
-    """Factors that fall by `decay` with each layer further from the output.
+    """Returns factors on the learning rate that fall by `decay` per layer from the output.
 
-    Of a ViT with L blocks, the embedding with its tokens has decay^(L+1), block i from 0 to L-1
+    In a ViT with L blocks the embedding and its tokens have decay^(L+1), block i from 0 to L-1 has
     decay^(L-i), and everything after the blocks 1. Source: arXiv:2106.08254 (BEiT), as in
     fine-tuning of arXiv:2111.06377 (MAE).
 
     Args:
       leaves: parameters (arrays or shapes) by path.
-      decay: from one layer to the one before.
+      decay: factor from one layer to the one before.
 
     Returns:
-      Factors by path: numbers, or arrays `[L, 1, ...]` for scanned blocks.
+      Factors by path: floats, or for scanned blocks float32 arrays `[L, 1, ...]`.
 
     Raises:
-      UserError: a parameter whose layer is not known.
+      UserError: the layer of a parameter is not known.
     """
     blocks = {path: match[1] for path in leaves if (match := re.fullmatch(_BLOCK, path))}
     depths = (leaves[path].shape[0] if i is None else int(i) + 1 for path, i in blocks.items())
@@ -182,7 +181,7 @@ def _check_regex(pattern: str, *, key: str) -> None:
 def _check_match(pattern: str, paths: list[str], *, key: str, what: str) -> None:
     if any(re.fullmatch(pattern, path) for path in paths):
         return
-    # What it matches in part is what was meant, most likely: `head` for `head/.*`.
+    # Most likely a partial match was meant: `head` for `head/.*`.
     near = [path for path in paths if re.search(pattern, path)]
     text = re.sub(r"[^\w/]+", "", pattern)
     near = near or difflib.get_close_matches(text, paths, n=3, cutoff=0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sharpness-aware minimisation: the gradient where the loss is worst nearby."""
+"""Sharpness-aware minimisation: the gradient at the highest loss nearby."""
 
 import dataclasses
 from typing import Any
@@ -17,10 +17,10 @@ class Sam:
 
     Attributes:
       rho: norm of the step towards a higher loss, over all trained parameters.
-      rho_min: to which the norm falls from `rho` as the learning rate falls from its peak to 0;
-        None for a norm that stays.
-      alpha: of the surrogate gap: how much of the gradient's part that is orthogonal to the
-        perturbed gradient is taken off; 0 for SAM.
+      rho_min: the norm falls from `rho` to this as the learning rate falls from its peak to 0; None
+        for a constant norm.
+      alpha: factor of the surrogate gap: the share of the gradient's component orthogonal to the
+        perturbed gradient that is subtracted; 0 for SAM.
     """
 
     rho: float
@@ -38,20 +38,20 @@ class Sam:
             raise UserError(f"optimizer.sam.alpha={self.alpha}: expected at least 0")
 
     def radius(self, relative_lr: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-        """The norm of the step, where the learning rate is this part of its peak."""
+        """Returns the norm of the step, given the learning rate over its peak (scalars)."""
         if self.rho_min is None:
             return self.rho
         return self.rho_min + (self.rho - self.rho_min) * relative_lr
 
     def perturb(self, params: Any, grads: Any, radius: jax.typing.ArrayLike) -> Any:
-        """Parameters a step of this norm up the gradient."""
+        """Returns parameters moved along the gradient by a norm of `radius`; dtypes are kept."""
         scale = radius / jnp.maximum(optax.tree.norm(grads), 1e-12)
         return jax.tree.map(lambda p, g: (p + scale * g).astype(p.dtype), params, grads)
 
     def combine(self, grads: Any, perturbed: Any) -> Any:
-        """The gradient to follow, of that at the parameters and that at the perturbed ones.
+        """Combines the gradients at the parameters and at the perturbed ones, trees of one shape.
 
-        It is the latter, minus `alpha` times the part of the former that is orthogonal to it.
+        The result is `perturbed` minus `alpha` times the component of `grads` orthogonal to it.
         """
         if not self.alpha:
             return perturbed

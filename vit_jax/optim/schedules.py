@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning rates as functions of the number of updates made."""
+"""Learning rates as functions of the number of updates."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from vit_jax.utils.registry import bind
 
 Schedule = Literal["cosine", "linear", "rsqrt", "constant"]
 
-# Of "rsqrt", unless the config says another: updates after which the rate is 1/sqrt(2).
+# Default of "rsqrt": the number of updates until the rate has fallen by 1/sqrt(2).
 TIMESCALE = 10_000
 _STEMS = ("warmup", "cooldown")
 
@@ -31,26 +31,26 @@ def make_schedule(
     end_lr: float = 0.0,
     timescale: int | None = None,
 ) -> optax.Schedule:
-    """Linear warmup from `start_lr` to `lr`, a shape from there on, a linear cooldown at the end.
+    """Makes a schedule: linear warmup from `start_lr` to `lr`, a shape, a linear cooldown.
 
-    Counts from 0, as optax does: under warmup the first update has `start_lr`, and the rate is
-    `end_lr` at `total_steps`. With w updates of warmup and c of cooldown out of T, the shape s is
-    over the T - w after the warmup, and the cooldown makes end_lr + (s - end_lr) (T - t) / c of it
-    when T - t < c.
+    The schedule maps the number of updates made, an int scalar, to a float32 scalar. With warmup
+    the first update has `start_lr`; the rate is `end_lr` at `total_steps`. With w updates of warmup
+    and c of cooldown out of T, the shape s covers the T - w updates after the warmup, and the
+    cooldown turns it into end_lr + (s - end_lr) (T - t) / c when T - t < c.
 
     Args:
-      lr: after the warmup.
+      lr: rate after the warmup.
       total_steps: T.
       schedule: "cosine" and "linear" fall to `end_lr`; "rsqrt" is lr / sqrt(1 + (t - w) /
         timescale), as in arXiv:2106.04560; "constant" stays.
       warmup_steps: w.
       cooldown_steps: c.
-      start_lr: at update 0.
-      end_lr: at T.
-      timescale: of "rsqrt", in updates; `TIMESCALE` by default.
+      start_lr: rate at update 0.
+      end_lr: rate at T.
+      timescale: timescale of "rsqrt" in updates; `TIMESCALE` by default.
 
     Raises:
-      UserError: a duration that does not fit, or a value that the schedule does not have.
+      UserError: a duration does not fit, or the schedule has no use for a value.
     """
     warmup_and_cooldown = warmup_steps + cooldown_steps
     if not 0 <= warmup_steps < max(total_steps, 1):
@@ -98,7 +98,7 @@ def make_schedule(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
-    """A schedule as a config gives it: `make_schedule`, with durations in one of four units."""
+    """The arguments of `make_schedule` in a config, with durations in one of four units."""
 
     schedule: Schedule = "cosine"
     warmup_steps: int | None = None
@@ -114,18 +114,17 @@ class ScheduleOptions:
     timescale: int | None = None
 
     def make(self, *, lr: float, total_steps: int, clock: Clock | None) -> optax.Schedule:
-        """The schedule of a run.
+        """Makes the schedule of a run, see `make_schedule`.
 
         Raises:
           UserError: see `make_schedule` and `durations.find_duration`.
         """
         steps = {}
         for stem in _STEMS:
-            keys = duration_keys(stem)
-            found = find_duration(vars(self), keys, prefix="optimizer.")
-            if found:
-                key, value = found
-                steps[stem] = to_steps(value, keys[key], clock=clock, total_steps=total_steps)
+            units = duration_keys(stem)
+            if found := find_duration(vars(self), units, prefix="optimizer."):
+                unit = units[found[0]]
+                steps[stem] = to_steps(found[1], unit, clock=clock, total_steps=total_steps)
         return make_schedule(
             lr=lr,
             total_steps=total_steps,
@@ -138,22 +137,19 @@ class ScheduleOptions:
         )
 
     def replace(self, changes: Mapping[str, Any], *, key: str) -> "ScheduleOptions":
-        """These options with some others; a duration replaces one in another unit.
+        """Returns these options with changes; a duration replaces one in another unit.
 
         Raises:
-          UserError: an unknown key, or a value of the wrong type.
+          UserError: a key is unknown, or a value has the wrong type.
         """
         bind(changes, ScheduleOptions, key=key)
-        cleared: dict[str, Any] = {}
-        for stem in _STEMS:
-            keys = duration_keys(stem)
-            if any(k in changes for k in keys):
-                cleared |= dict.fromkeys(keys)
+        durations = [keys for keys in map(duration_keys, _STEMS) if keys.keys() & changes.keys()]
+        cleared = {key: None for keys in durations for key in keys}
         return dataclasses.replace(self, **(cleared | dict(changes)))
 
 
 def drop_other_units(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options for writing down: of each duration the key that is given, or steps of 0."""
+    """Returns options to record: for each duration only the given key, or 0 steps."""
     kept = dict(options)
     for stem in _STEMS:
         keys = duration_keys(stem)

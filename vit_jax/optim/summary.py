@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an optimizer does with the parameters of a model, for people to read."""
+"""A readable summary of what an optimizer does with the parameters of a model."""
 
 import dataclasses
 import math
@@ -14,15 +14,15 @@ from vit_jax.utils.tree import flatten
 
 @dataclasses.dataclass(frozen=True)
 class ParamSummary:
-    """One parameter.
+    """How one parameter is trained.
 
     Attributes:
-      path: as in `utils.tree`.
-      shape: of its array.
-      frozen: whether it stays as it is.
-      decayed: whether weight decay shrinks it.
-      lr_factors: least and largest factor on the learning rate; scanned blocks have several.
-      schedule: expression of the schedule of its own; None for that of the optimizer.
+      path: its path, as in `utils.tree`.
+      shape: its shape.
+      frozen: whether it is not trained.
+      decayed: whether weight decay applies.
+      lr_factors: smallest and largest factor on the learning rate; scanned blocks have several.
+      schedule: expression of its own schedule; None for that of the optimizer.
     """
 
     path: str
@@ -34,7 +34,7 @@ class ParamSummary:
 
 
 def summarize_params(optimizer: Optimizer, params: Any) -> list[ParamSummary]:
-    """A `ParamSummary` for each parameter (array or shape), in the order of the tree."""
+    """Returns a `ParamSummary` for each parameter (array or shape), in the order of the tree."""
     rules = optimizer.rules
     trained = flatten(rules.split(params)[0])
     mask, factors = flatten(rules.decay_mask(params)), rules.lr_factors(params)
@@ -56,7 +56,7 @@ def summarize_params(optimizer: Optimizer, params: Any) -> list[ParamSummary]:
 
 
 def group_params(rows: Iterable[ParamSummary]) -> list[tuple[str, ...]]:
-    """Lines `what, arrays, parameters, decay, lr` of a table: what is treated alike is one."""
+    """Returns rows `what, arrays, parameters, decay, lr`, one for all that are treated alike."""
     groups: dict[tuple[Any, ...], list[ParamSummary]] = {}
     for row in rows:
         groups.setdefault((row.frozen, not row.decayed, row.schedule or ""), []).append(row)
@@ -78,17 +78,14 @@ def group_params(rows: Iterable[ParamSummary]) -> list[tuple[str, ...]]:
 
 
 def describe_rates(optimizer: Optimizer) -> list[str]:
-    """The effective learning rate and weight decay, in lines; the latter in both conventions."""
+    """Returns lines with the effective learning rate, and the weight decay in both conventions."""
     text = f"learning rate: peak {optimizer.peak_lr:.4g}"
     if optimizer.scaled_to is not None:
         ratio = optimizer.peak_lr / optimizer.lr if optimizer.lr else 1.0
         base, batch = optimizer.scaled_to
         text += f" for batches of {batch}: {optimizer.lr:.4g} for {base}, times {ratio:.4g}"
     decay = optimizer.weight_decay
+    if not decay:
+        return [text, "weight decay: none"]
     by_schedule = decay * optimizer.peak_lr
-    return [
-        text,
-        f"weight decay: {decay:.4g} x learning rate = {by_schedule:.4g} x schedule"
-        if decay
-        else "weight decay: none",
-    ]
+    return [text, f"weight decay: {decay:.4g} x learning rate = {by_schedule:.4g} x schedule"]

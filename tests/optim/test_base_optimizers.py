@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from tests.tiny import tiny_config
-from vit_jax.optim import directions
+from vit_jax.optim import base_optimizers
 from vit_jax.optim.optimizer import make_optimizer
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
@@ -22,10 +22,10 @@ def gradients(shape, scale=1.0):
     return [scale * rng.normal(size=shape).astype(np.float32) for _ in range(STEPS)]
 
 
-def follow(direction, params, grads, **options):
+def follow(base, params, grads, **options):
     """Parameters after each of some updates with given gradients."""
     options = {"schedule": "constant", "lr": LR, "total_steps": STEPS} | options
-    tx = make_optimizer(direction=direction, **options).tx
+    tx = make_optimizer(base=base, **options).tx
     state, found = tx.init(params), []
     for grad in grads:
         update, state = tx.update(grad, state, params)
@@ -44,8 +44,8 @@ def adam(grads, b1=0.9, b2=0.999, eps=1e-8):
 def test_adafactor_keeps_means_over_rows_and_columns():
     grads, w = gradients((3, 4)), np.ones((3, 4), np.float32)
     options = {"min_dim_size_to_factor": 3, "b2_cap": 0.5, "momentum_dtype": "float32"}
-    direction = directions.adafactor(**options)
-    got, _ = follow(direction, {"kernel": w}, [{"kernel": g} for g in grads])
+    base = base_optimizers.adafactor(**options)
+    got, _ = follow(base, {"kernel": w}, [{"kernel": g} for g in grads])
     rows, cols, m = np.zeros(3), np.zeros(4), np.zeros((3, 4))
     for t, g in enumerate(grads, 1):
         b2 = min(1 - t**-0.8, 0.5)
@@ -58,8 +58,8 @@ def test_adafactor_keeps_means_over_rows_and_columns():
 
 def test_adafactor_without_factors_is_clipped_by_block():
     grads = gradients((4,))
-    direction = directions.adafactor(momentum=None, clipping_threshold=0.5)
-    got, _ = follow(direction, {"bias": np.zeros(4, np.float32)}, [{"bias": g} for g in grads])
+    base = base_optimizers.adafactor(momentum=None, clipping_threshold=0.5)
+    got, _ = follow(base, {"bias": np.zeros(4, np.float32)}, [{"bias": g} for g in grads])
     w, v = np.zeros(4), np.zeros(4)
     for t, g in enumerate(grads, 1):
         b2 = min(1 - t**-0.8, 0.999)
@@ -70,7 +70,7 @@ def test_adafactor_without_factors_is_clipped_by_block():
 
 
 def test_adafactor_has_momentum_in_bfloat16():
-    state = directions.adafactor().tx.init({"kernel": jnp.ones((40, 50))})
+    state = base_optimizers.adafactor().tx.init({"kernel": jnp.ones((40, 50))})
     assert state[1].ema["kernel"].dtype == jnp.bfloat16
     assert {x.shape for x in (state[0].v_row["kernel"], state[0].v_col["kernel"])} == {(40,), (50,)}
 
@@ -81,7 +81,7 @@ def test_lamb_makes_steps_as_long_as_the_parameter(trust_ratio):
     grads = [
         {"kernel": a, "bias": b} for a, b in zip(gradients((2,)), gradients((1,)), strict=True)
     ]
-    got, _ = follow(directions.lamb(trust_ratio=trust_ratio), start, grads, weight_decay=0.3)
+    got, _ = follow(base_optimizers.lamb(trust_ratio=trust_ratio), start, grads, weight_decay=0.3)
     for name, decay in (("kernel", 0.3), ("bias", 0.0)):
         w = start[name].astype(np.float64)
         for t, d in enumerate(adam([g[name] for g in grads], eps=1e-6)):
@@ -97,7 +97,7 @@ def test_lars_scales_gradients_by_the_parameter_before_the_momentum():
     grads = [
         {"kernel": a, "bias": b} for a, b in zip(gradients((2,)), gradients((1,)), strict=True)
     ]
-    got, _ = follow(directions.lars(trust_coefficient=0.1), start, grads, weight_decay=0.3)
+    got, _ = follow(base_optimizers.lars(trust_coefficient=0.1), start, grads, weight_decay=0.3)
     for name, decay in (("kernel", 0.3), ("bias", 0.0)):
         w, trace = start[name].astype(np.float64), 0.0
         for t, g in enumerate(grads):
@@ -112,7 +112,7 @@ def test_lars_scales_gradients_by_the_parameter_before_the_momentum():
 def test_multipliers_scale_what_lamb_has_made_as_long_as_the_parameter(times):
     params = {"kernel": np.array([3.0, 4.0], np.float32)}
     options = {"lr_multipliers": (("kernel", 0.5),), "weight_decay_times": times}
-    (after, *_), _ = follow(directions.lamb(), params, [params], **options)
+    (after, *_), _ = follow(base_optimizers.lamb(), params, [params], **options)
     assert np.linalg.norm(after["kernel"] - params["kernel"]) == pytest.approx(0.5 * LR * 5)
 
 
@@ -125,12 +125,12 @@ def test_lamb_treats_scanned_blocks_one_by_one():
         return {path[0]: {name: {"kernel": value}}}
 
     stacked, _ = follow(
-        directions.lamb(), tree(kernels, path[1]), [tree(g, path[1]) for g in grads]
+        base_optimizers.lamb(), tree(kernels, path[1]), [tree(g, path[1]) for g in grads]
     )
     for i in range(2):
         name = f"{path[1]}_{i}"
         single, _ = follow(
-            directions.lamb(), tree(kernels[i], name), [tree(g[i], name) for g in grads]
+            base_optimizers.lamb(), tree(kernels[i], name), [tree(g[i], name) for g in grads]
         )
         for a, b in zip(stacked, single, strict=True):
             want = b[path[0]][name]["kernel"]
@@ -140,7 +140,7 @@ def test_lamb_treats_scanned_blocks_one_by_one():
 def test_lion_follows_the_sign_of_its_momentum():
     grads = gradients((3,))
     got, state = follow(
-        directions.lion(mu_dtype="bfloat16"),
+        base_optimizers.lion(mu_dtype="bfloat16"),
         {"kernel": np.ones(3, np.float32)},
         [{"kernel": g} for g in grads],
         weight_decay=0.3,
@@ -185,7 +185,7 @@ def test_muon_makes_matrices_orthogonal_and_leaves_the_rest_to_adam(path, shape,
         return inner | {"token_mixing": {"Dense_0": {"kernel": np.eye(2, dtype=np.float32)}}}
 
     grads = gradients(shape)
-    got, _ = follow(directions.muon(nesterov=False), tree(np.zeros(shape)), map(tree, grads))
+    got, _ = follow(base_optimizers.muon(nesterov=False), tree(np.zeros(shape)), map(tree, grads))
     w, m = np.zeros(shape), np.zeros(shape)
     for t, (g, d) in enumerate(zip(grads, adam(grads), strict=True), 1):
         if matrix is not None:
@@ -201,20 +201,20 @@ def test_muon_treats_scanned_blocks_one_by_one():
 
     def update(x):
         tree = {ATTENTION: {"key": {"kernel": x}}}
-        return follow(directions.muon(), tree, [tree])[0][0][ATTENTION]["key"]["kernel"]
+        return follow(base_optimizers.muon(), tree, [tree])[0][0][ATTENTION]["key"]["kernel"]
 
     np.testing.assert_allclose(update(grad), [update(x) for x in grad], rtol=1e-4, atol=1e-6)
 
 
 def test_muon_without_matrices_is_refused():
     with pytest.raises(UserError, match="'muon': none of the trained parameters is a matrix"):
-        follow(directions.muon(), {"head": {"kernel": jnp.ones((2, 2))}}, [])
+        follow(base_optimizers.muon(), {"head": {"kernel": jnp.ones((2, 2))}}, [])
 
 
 def test_schedule_free_parameters_are_the_average_of_the_iterates():
     start = np.array([2.0, -1.0], np.float32)
     optimizer = make_optimizer(
-        direction=directions.schedule_free_adamw(b2=0.9),
+        base=base_optimizers.schedule_free_adamw(b2=0.9),
         lr=LR,
         total_steps=STEPS,
         schedule="constant",
@@ -245,13 +245,13 @@ def test_schedule_free_parameters_are_the_average_of_the_iterates():
 )
 def test_schedule_free_needs_a_constant_schedule(options):
     with pytest.raises(UserError, match=r"optimizer\.schedule='.*': a schedule-free optimizer"):
-        make_optimizer(direction=directions.schedule_free_adamw(), lr=LR, total_steps=9, **options)
+        make_optimizer(base=base_optimizers.schedule_free_adamw(), lr=LR, total_steps=9, **options)
 
 
 def test_multipliers_scale_schedule_free_iterates():
     params = {"head": {"kernel": jnp.ones(2)}}
     options = {"lr_multipliers": (("head/.*", 5.0),)}
-    _, state = follow(directions.schedule_free_adamw(), params, [params], **options)
+    _, state = follow(base_optimizers.schedule_free_adamw(), params, [params], **options)
     np.testing.assert_allclose(state.z["head"]["kernel"], 1 - 5 * LR, rtol=1e-4)
 
 
@@ -335,4 +335,4 @@ def test_rows_and_columns_of_adafactor_are_copied_to_all_devices(data_dir):
 )
 def test_values_out_of_range_are_refused(name, options, message):
     with pytest.raises(UserError, match=message):
-        directions.DIRECTIONS[name](**options)
+        base_optimizers.BASE_OPTIMIZERS[name](**options)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers by name, without clipping, weight decay, learning rate and schedule.
+"""Base optimizers by name: without clipping, weight decay, learning rate and schedule.
 
-The keyword arguments of each are its keys in a config. State that belongs to a parameter carries
-its path at the end of its own, by which it is sharded.
+The keyword arguments of each are its keys in a config. The path of state that belongs to a
+parameter ends with the parameter's path, by which it is sharded.
 """
 
 import dataclasses
@@ -21,19 +21,20 @@ from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten, path_str
 
 Dtype = Literal["float32", "bfloat16"]
-# Says of each of some parameters whether weight decay shrinks it.
+# Maps a tree of parameters to a tree of bools: whether weight decay applies to each.
 DecayMask = Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Direction:
-    """What makes a direction of gradients.
+class BaseOptimizer:
+    """An optax transformation of gradients, to which `make_optimizer` adds the rest.
 
     Attributes:
-      tx: before weight decay is added.
-      after_decay: makes, of the mask of what decays, what is done once it has been.
-      averaging: of schedule-free optimizers, the share of the average in the point that gradients
-        are taken at (beta in arXiv:2405.15682); None for the others.
+      tx: the transformation, which comes before weight decay.
+      after_decay: makes a transformation that comes after weight decay, given which parameters
+        decay; None for none.
+      averaging: for schedule-free optimizers, the weight of the average in the point at which
+        gradients are taken (beta in arXiv:2405.15682); None for the others.
     """
 
     tx: optax.GradientTransformation
@@ -43,20 +44,20 @@ class Direction:
 
 def sgd(
     *, momentum: float = 0.9, nesterov: bool = False, momentum_dtype: Dtype = "float32"
-) -> Direction:
-    """Heavy-ball momentum."""
+) -> BaseOptimizer:
+    """SGD with momentum."""
     _check_rates(momentum=momentum)
-    return Direction(
+    return BaseOptimizer(
         optax.trace(decay=momentum, nesterov=nesterov, accumulator_dtype=momentum_dtype)
     )
 
 
 def adamw(
     *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, mu_dtype: Dtype = "float32"
-) -> Direction:
-    """Adam's direction; with `weight_decay` it is AdamW (arXiv:1711.05101)."""
+) -> BaseOptimizer:
+    """Adam (arXiv:1412.6980); with `weight_decay`, AdamW (arXiv:1711.05101)."""
     _check_rates(b1=b1, b2=b2)
-    return Direction(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype))
+    return BaseOptimizer(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype))
 
 
 def adafactor(
@@ -68,19 +69,22 @@ def adafactor(
     clipping_threshold: float | None = None,
     min_dim_size_to_factor: int = 32,
     eps: float = 1e-30,
-) -> Direction:
+) -> BaseOptimizer:
     """Adafactor (arXiv:1804.04235) as changed for ViTs (arXiv:2106.04560, section 3.3).
 
-    The second moment of the two largest dimensions is kept as the means over each of them, decays
-    by min(1 - t^-decay_rate, b2_cap) at update t, and has no relation to the size of parameters.
+    The second moment of the two largest dimensions is factored into means over each of them. It
+    decays by min(1 - t^-decay_rate, b2_cap) at update t. Updates are not scaled by the norm of the
+    parameter.
 
     Args:
-      momentum: of the direction, without debiasing; None for none.
-      momentum_dtype: in which it is kept.
-      decay_rate: see above.
-      b2_cap: see above.
-      clipping_threshold: of the root mean square of each parameter's direction; None for none.
-      min_dim_size_to_factor: parameters with a smaller second dimension keep all values.
+      momentum: decay of the average of updates, without debiasing; None for no average.
+      momentum_dtype: dtype of this average.
+      decay_rate: exponent of the decay of the second moment, see above.
+      b2_cap: upper bound of this decay.
+      clipping_threshold: upper bound of the root mean square of each parameter's update; None for
+        no bound.
+      min_dim_size_to_factor: a parameter is not factored if its second largest dimension is smaller
+        than this.
       eps: added to squared gradients.
     """
     _check_rates(momentum=momentum or 0.0, b2_cap=b2_cap)
@@ -102,7 +106,7 @@ def adafactor(
         parts.append(optax.clip_by_block_rms(clipping_threshold))
     if momentum is not None:
         parts.append(optax.ema(momentum, debias=False, accumulator_dtype=momentum_dtype))
-    return Direction(optax.chain(*parts))
+    return BaseOptimizer(optax.chain(*parts))
 
 
 def lamb(
@@ -112,33 +116,33 @@ def lamb(
     eps: float = 1e-6,
     mu_dtype: Dtype = "float32",
     trust_ratio: Literal["all", "decayed"] = "all",
-) -> Direction:
-    """LAMB (arXiv:1904.00962): Adam's direction with decay, as long as the parameter itself.
+) -> BaseOptimizer:
+    """LAMB (arXiv:1904.00962): Adam's update with decay, scaled to the norm of the parameter.
 
     Args:
-      b1: of the first moment.
-      b2: of the second moment.
-      eps: added to its root.
-      mu_dtype: of the first moment.
-      trust_ratio: which parameters' directions are scaled: "decayed" leaves those as they are
-        that do not decay, as fused implementations do.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      mu_dtype: dtype of the first moment.
+      trust_ratio: which parameters have their updates scaled: "all", or those that are "decayed",
+        as in fused implementations.
     """
     _check_rates(b1=b1, b2=b2)
 
     def scale(mask: DecayMask) -> optax.GradientTransformation:
         return _scale_by_trust_ratio(mask if trust_ratio == "decayed" else None)
 
-    return Direction(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype), scale)
+    return BaseOptimizer(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype), scale)
 
 
-def lars(*, momentum: float = 0.9, trust_coefficient: float = 0.001) -> Direction:
-    """LARS (arXiv:1708.03888): momentum of gradients as long as a part of the parameter itself.
+def lars(*, momentum: float = 0.9, trust_coefficient: float = 0.001) -> BaseOptimizer:
+    """LARS (arXiv:1708.03888): momentum of gradients scaled to the norm of the parameter.
 
-    What does not decay is neither scaled.
+    Gradients of parameters without weight decay are not scaled.
 
     Args:
-      momentum: of the scaled gradients.
-      trust_coefficient: their length, as a part of the parameter's.
+      momentum: decay of the sum of scaled gradients.
+      trust_coefficient: norm of a scaled gradient, relative to that of the parameter.
     """
     _check_rates(momentum=momentum)
     if trust_coefficient <= 0:
@@ -147,13 +151,13 @@ def lars(*, momentum: float = 0.9, trust_coefficient: float = 0.001) -> Directio
     def scale(mask: DecayMask) -> optax.GradientTransformation:
         return optax.chain(_scale_by_trust_ratio(mask, trust_coefficient), optax.trace(momentum))
 
-    return Direction(optax.identity(), scale)
+    return BaseOptimizer(optax.identity(), scale)
 
 
-def lion(*, b1: float = 0.9, b2: float = 0.99, mu_dtype: Dtype = "float32") -> Direction:
+def lion(*, b1: float = 0.9, b2: float = 0.99, mu_dtype: Dtype = "float32") -> BaseOptimizer:
     """Lion (arXiv:2302.06675): the sign of a momentum."""
     _check_rates(b1=b1, b2=b2)
-    return Direction(optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=mu_dtype))
+    return BaseOptimizer(optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=mu_dtype))
 
 
 def muon(
@@ -166,22 +170,22 @@ def muon(
     b2: float = 0.999,
     eps: float = 1e-8,
     mu_dtype: Dtype = "float32",
-) -> Direction:
+) -> BaseOptimizer:
     """Muon for the matrices of attention and MLPs, Adam for everything else.
 
-    A momentum [in, out] is made orthogonal by Newton-Schulz steps and scaled to a root mean square
-    of about `rms`, that of Adam's directions, so that both share a learning rate
-    (arXiv:2502.16982). Kernels of attention are taken as matrices over all heads.
+    The momentum of a matrix is orthogonalised by Newton-Schulz iterations and scaled to a root mean
+    square of about `rms`, that of Adam's updates, so that both share a learning rate
+    (arXiv:2502.16982). A kernel of attention is one matrix over all heads.
 
     Args:
-      momentum: of the matrices.
-      nesterov: whether it looks ahead.
-      ns_steps: Newton-Schulz steps.
-      rms: see above.
-      b1: of Adam.
-      b2: of Adam.
-      eps: of both.
-      mu_dtype: of the momentum and Adam's first moment.
+      momentum: decay of the average of a matrix's gradients.
+      nesterov: whether this is Nesterov momentum.
+      ns_steps: number of Newton-Schulz iterations.
+      rms: root mean square of a matrix's update, see above.
+      b1: decay of Adam's first moment.
+      b2: decay of Adam's second moment.
+      eps: epsilon of both.
+      mu_dtype: dtype of the momentum and of Adam's first moment.
     """
     _check_rates(momentum=momentum, b1=b1, b2=b2)
     if ns_steps < 1:
@@ -196,7 +200,7 @@ def muon(
         nesterov=nesterov,
         weight_dimension_numbers=_matrix_dimensions,
     )
-    return Direction(
+    return BaseOptimizer(
         optax.partition(
             {
                 "matrix": optax.chain(orthogonal, optax.stateless(lambda u, _: _to_rms(u, rms))),
@@ -207,26 +211,26 @@ def muon(
     )
 
 
-def schedule_free_adamw(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Direction:
-    """Schedule-free AdamW (arXiv:2405.15682): an average of the iterates in place of a decay.
+def schedule_free_adamw(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> BaseOptimizer:
+    """Schedule-free AdamW (arXiv:2405.15682): the iterates are averaged instead of decaying the lr.
 
-    What a run evaluates and saves as its parameters is the average x; gradients are taken between
-    it and the iterates z, which are in the state of the optimizer.
+    The parameters of a run, which it evaluates and saves, are the average x. The iterates z are in
+    the optimizer state, and gradients are taken between both.
 
     Args:
-      b1: share of x in the point of the gradients, above 0.
-      b2: of the second moment.
-      eps: added to its root.
+      b1: weight of x in the point at which gradients are taken; above 0.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
     """
     _check_rates(b1=b1, b2=b2)
     if not b1:
         raise UserError("optimizer.b1=0: expected above 0 for schedule_free_adamw")
-    # Without a first moment, which the average stands for.
+    # There is no first moment: the average takes its place.
     scale = optax.scale_by_rms(decay=b2, eps=eps, eps_in_sqrt=False, bias_correction=True)
-    return Direction(scale, averaging=b1)
+    return BaseOptimizer(scale, averaging=b1)
 
 
-DIRECTIONS = {
+BASE_OPTIMIZERS = {
     "adafactor": adafactor,
     "adam": adamw,
     "adamw": adamw,
@@ -248,17 +252,17 @@ def _check_rates(**rates: float) -> None:
 def _scale_by_trust_ratio(
     mask: DecayMask | None, coefficient: float = 1.0
 ) -> optax.GradientTransformation:
-    """As `optax.scale_by_trust_ratio`, but stacked blocks have a ratio for each of them."""
+    """As `optax.scale_by_trust_ratio`, with a ratio for each block of a stack."""
 
     def scale(path: Any, update: jax.Array, param: jax.Array, chosen: bool) -> jax.Array:
         if not chosen:
             return update
         axes = tuple(range(1 if is_stacked(path_str(path)) else 0, param.ndim))
-        ours, theirs = (
+        norm, update_norm = (
             jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True)) for x in (param, update)
         )
-        usable = (ours > 0) & (theirs > 0)
-        return update * jnp.where(usable, coefficient * ours / jnp.where(usable, theirs, 1), 1)
+        usable = (norm > 0) & (update_norm > 0)
+        return update * jnp.where(usable, coefficient * norm / jnp.where(usable, update_norm, 1), 1)
 
     def update(updates: Any, params: Any) -> Any:
         chosen = jax.tree.map(lambda _: True, params) if mask is None else mask(params)
@@ -267,8 +271,8 @@ def _scale_by_trust_ratio(
     return optax.stateless(update)
 
 
-# Matrices that map hidden states to hidden states, and the dimensions, from the last, of their
-# input and output. Those of the embedding and the head are left to Adam, as the authors of Muon do.
+# Matrices that map hidden states to hidden states, with the axes of their input and output. Adam
+# updates the embedding and the head, as the authors of Muon recommend.
 _ATTENTION = r"(.*/)?MultiHeadDotProductAttention_\d+"
 _MATRICES = (
     (_ATTENTION + r"/(query|key|value)/kernel", ((-3,), (-2, -1))),
@@ -278,22 +282,20 @@ _MATRICES = (
 
 
 def _matrix(path: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Dimensions of the input and the output of a matrix; None for what is none."""
+    """Returns the axes of the input and output of a matrix; None for other parameters."""
     return next((dims for pattern, dims in _MATRICES if re.fullmatch(pattern, path)), None)
 
 
-def _is_masked(leaf: Any) -> bool:
-    return isinstance(leaf, optax.MaskedNode)
-
-
 def _matrix_dimensions(updates: Any) -> Any:
-    """For `scale_by_muon`: its updates have masks in the place of what is no matrix."""
+    """The axes that `scale_by_muon` asks for; in its updates all but matrices are masked."""
 
     def dimensions(path: Any, leaf: Any) -> Any:
         dims = _matrix(path_str(path))
         return leaf if dims is None else contrib.MuonDimensionNumbers(*dims)
 
-    return jax.tree_util.tree_map_with_path(dimensions, updates, is_leaf=_is_masked)
+    return jax.tree_util.tree_map_with_path(
+        dimensions, updates, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode)
+    )
 
 
 def _label_matrices(params: Any) -> Any:
@@ -308,7 +310,7 @@ def _label_matrices(params: Any) -> Any:
 
 
 def _to_rms(updates: Any, rms: float) -> Any:
-    """Scales orthogonal matrices, whose root mean square is 1 / sqrt(max(in, out))."""
+    """Scales orthogonal matrices, whose root mean square is 1 / sqrt(max(in, out)), to `rms`."""
 
     def scale(path: Any, update: jax.Array) -> jax.Array:
         dimensions = _matrix(path_str(path))

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options that the layers of a model share."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from vit_jax.models.products import dot_tokens, dot_tokens_float8
+
+# Shards an activation over the mesh, given one logical name for each of its dimensions.
+Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+
+Activation = Literal["gelu_tanh", "gelu_erf", "swiglu"]
+
+
+def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """Returns `x`: the `Constrain` of a model that runs on one device."""
+    del names
+    return x
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """The options of attention layers and MLPs, and of the blocks and heads that contain them.
+
+    Each field is documented under its name in `models.vit.VisionTransformer`; `num_heads` is 0 in
+    a model without attention.
+    """
+
+    mlp_dim: int
+    num_heads: int = 0
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    activation: Activation = "gelu_tanh"
+    qk_norm: bool = False
+    layer_scale_init: float | None = None
+    norm_epsilon: float = 1e-6
+    dtype: DTypeLike = jnp.float32
+    float8: bool = False
+    constrain: Constrain = unconstrained
+
+    @property
+    def dot_general(self) -> Callable[..., jax.Array]:
+        """The matrix product of dense layers on tokens, as `flax.linen.Dense` takes it."""
+        return dot_tokens_float8 if self.float8 else dot_tokens

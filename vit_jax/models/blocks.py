@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder of the Vision Transformer and its blocks.
+
+Class names are those of the published ViT checkpoints, because Flax derives parameter paths from
+them. Numerics follow the published weights: pre-norm, LayerNorm epsilon 1e-6, tanh GELU.
+Parameters, norm statistics and the softmax are float32; everything else runs in `config.dtype`.
+Shapes without a dtype are of arrays in `config.dtype`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+
+from vit_jax.models.attention import MultiHeadDotProductAttention
+from vit_jax.models.block_config import BlockConfig
+from vit_jax.models.positions import Rotation
+from vit_jax.utils.errors import UserError, suggest
+
+DepthSchedule = Literal["linear", "uniform"]
+# See `parse_remat`.
+Remat = Literal["none", "dots", "full"] | str
+
+# Which results of a block's forward pass are saved for the backward pass; the rest is recomputed.
+# "dots" saves the outputs of dense layers, and recomputes attention weights, norms and activations.
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+# Activations that `save:` and `offload:` accept: queries, keys and values; the output of an
+# attention layer; the hidden state of an MLP, before its activation.
+REMAT_NAMES = ("qkv", "attn_out", "mlp_hidden")
+
+
+def parse_remat(remat: str) -> Callable[..., Any] | None:
+    """Returns the checkpoint policy that `model.remat` names; None for no recomputation.
+
+    Args:
+      remat: `none`, `dots`, `full`, or the activations of `REMAT_NAMES` that are not recomputed:
+        `save:attn_out,mlp_hidden` keeps them on the device, `offload:mlp_hidden` in the host's
+        memory; `save:attn_out;offload:mlp_hidden` combines both.
+
+    Raises:
+      UserError: `remat` is none of these.
+    """
+    if remat == "none":
+        return None
+    if remat in REMAT_POLICIES:
+        return REMAT_POLICIES[remat]
+    chosen: dict[str, list[str]] = {"save": [], "offload": []}
+    for part in remat.split(";"):
+        kind, _, names = part.partition(":")
+        if kind not in chosen or not names:
+            raise UserError(
+                f"model.remat={remat!r}: expected none, dots, full, or such as "
+                "save:attn_out,mlp_hidden or offload:mlp_hidden"
+            )
+        for name in names.split(","):
+            if name not in REMAT_NAMES:
+                raise UserError(f"model.remat={remat!r}: {name!r}{suggest(name, REMAT_NAMES)}")
+            chosen[kind].append(name)
+    if not chosen["offload"]:
+        return jax.checkpoint_policies.save_only_these_names(*chosen["save"])
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=chosen["save"],
+        names_which_can_be_offloaded=chosen["offload"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+class AddPositionEmbs(nn.Module):
+    """Adds learned 1D position embeddings, initialised from N(0, 0.02).
+
+    Call: `[batch, length, hidden]` to the same shape. Source: arXiv:2010.11929, section 3.1.
+    """
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (1, *x.shape[1:])
+        embedding = self.param("pos_embedding", nn.initializers.normal(stddev=0.02), shape)
+        return x + embedding.astype(self.dtype)
+
+
+class PatchDropout(nn.Module):
+    """Drops a random share `rate` of the patches of each image, in training only.
+
+    Call: `[batch, prefix + patches, hidden]` and the number of prefix tokens, which are all kept,
+    to `[batch, prefix + kept, hidden]` and the indices of these tokens, int32
+    `[batch, prefix + kept]`; None for the indices if nothing is dropped. Source: arXiv:2212.00794.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, prefix: int, *, train: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        if not train or not self.rate:
+            return x, None
+        batch, length, _ = x.shape
+        kept = max(1, round((length - prefix) * (1 - self.rate)))
+        noise = jax.random.uniform(self.make_rng("dropout"), (batch, length - prefix))
+        return take_patches(x, jnp.sort(jax.lax.top_k(noise, kept)[1]), prefix)
+
+
+def take_patches(x: jax.Array, patches: jax.Array, prefix: int) -> tuple[jax.Array, jax.Array]:
+    """Selects the first `prefix` tokens and those of `patches`.
+
+    Args:
+      x: `[batch, prefix + patches, hidden]`, of any dtype.
+      patches: indices of the patches to keep, int32 `[batch, kept]`, counted from the first patch.
+      prefix: number of tokens in front of the patches.
+
+    Returns:
+      `[batch, prefix + kept, hidden]`, and the indices of the tokens, int32
+      `[batch, prefix + kept]`.
+    """
+    first = jnp.broadcast_to(jnp.arange(prefix), (x.shape[0], prefix))
+    indices = jnp.concatenate([first, patches + prefix], axis=1)
+    return jnp.take_along_axis(x, indices[..., None], axis=1), indices
+
+
+class StochasticDepth(nn.Module):
+    """Zeroes a residual branch for random samples and divides it by 1 - rate for the others.
+
+    Call: the branch `[batch, length, hidden]` and the rate, a float or a float32 scalar, to the
+    same shape; the identity outside training. Source: arXiv:1603.09382.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rate: jax.Array | float, *, train: bool) -> jax.Array:
+        if not train or (isinstance(rate, float) and not rate):
+            return x
+        keep = jnp.asarray(1.0 - rate, jnp.float32)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0], 1, 1))
+        return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+class LayerScale(nn.Module):
+    """Scales each channel of a residual branch by a factor that starts at `initial`.
+
+    Call: `[batch, length, hidden]` to the same shape. Source: arXiv:2103.17239, section 2.1.
+    """
+
+    initial: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.constant(self.initial)
+        return x * self.param("scale", init, (x.shape[-1],)).astype(self.dtype)
+
+
+class MlpBlock(nn.Module):
+    """Dense, activation, dropout, Dense, dropout; hidden width `config.mlp_dim`.
+
+    Call: `[batch, length, width]` to the same shape. With the activation "swiglu" the hidden state
+    is Dense(x) * silu(gate(x)) (arXiv:2002.05202).
+    """
+
+    config: BlockConfig
+    kernel_init: Callable[..., Any] = nn.initializers.xavier_uniform()
+    bias_init: Callable[..., Any] = nn.initializers.normal(stddev=1e-6)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        config = self.config
+
+        def dense(features: int, name: str | None = None) -> nn.Dense:
+            return nn.Dense(
+                features,
+                dtype=config.dtype,
+                kernel_init=self.kernel_init,
+                bias_init=self.bias_init,
+                dot_general=config.dot_general,
+                name=name,
+            )
+
+        width = x.shape[-1]
+        # Saved before the activation, whose gradient needs it: one layer less is recomputed.
+        hidden = checkpoint_name(dense(config.mlp_dim)(x), "mlp_hidden")
+        if config.activation == "swiglu":
+            hidden = hidden * nn.silu(dense(config.mlp_dim, "gate")(x))
+        else:
+            hidden = nn.gelu(hidden, approximate=config.activation == "gelu_tanh")
+        hidden = config.constrain(hidden, ("batch", None, "mlp"))
+        hidden = nn.Dropout(config.dropout_rate, deterministic=not train)(hidden)
+        x = dense(width)(hidden)
+        return nn.Dropout(config.dropout_rate, deterministic=not train)(x)
+
+
+class Encoder1DBlock(nn.Module):
+    """One pre-norm transformer block: attention and MLP, each with a residual connection.
+
+    Call: `[batch, length, hidden]`, the rate of stochastic depth in this block (a float or a
+    float32 scalar), and the rotation of queries and keys or None, to `[batch, length, hidden]`.
+    """
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: jax.Array,
+        stochastic_depth_rate: jax.Array | float,
+        rope: Rotation | None,
+        *,
+        train: bool,
+    ) -> jax.Array:
+        config = self.config
+
+        def residual(x: jax.Array) -> jax.Array:
+            if config.layer_scale_init is not None:
+                x = LayerScale(config.layer_scale_init, dtype=config.dtype)(x)
+            return StochasticDepth()(x, stochastic_depth_rate, train=train)
+
+        x = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype)(inputs)
+        x = MultiHeadDotProductAttention(config)(x, rope=rope, train=train)
+        x = nn.Dropout(config.dropout_rate, deterministic=not train)(x)
+        x = config.constrain(inputs + residual(x), ("batch", "tokens", None))
+        y = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype)(x)
+        y = MlpBlock(config)(y, train=train)
+        return config.constrain(x + residual(y), ("batch", "tokens", None))
+
+
+class Encoder(nn.Module, kw_only=True):
+    """Learned position embeddings, register tokens, `num_layers` blocks and a final norm.
+
+    Attributes:
+      config: options of the blocks; the dropout after the position embeddings and the final norm
+        follow it too.
+      num_layers: number of blocks.
+      num_class_tokens: number of class and distillation tokens, which come first.
+      num_registers: number of learned tokens inserted behind these, without a position.
+      learned_positions: whether position embeddings are added.
+      patch_dropout_rate: share of patches dropped in training.
+      stochastic_depth_rate: rate of the last block, or of all.
+      stochastic_depth_schedule: whether the rates of the blocks rise to it from 0 (`linear`), or
+        are all the same (`uniform`).
+      final_norm: whether the output is normalised.
+      scan: whether one block, compiled once, runs over parameters stacked along a leading axis
+        (`encoderblock`), in place of blocks with parameters of their own (`encoderblock_3`).
+      remat: what the backward pass recomputes, see `parse_remat`.
+
+    Call: `[batch, class tokens + patches, hidden]`, the rotation of each of the tokens after
+    insertion of the registers or None, and the indices of the patches to encode, int32
+    `[batch, kept]`, or None for all; to `[batch, class tokens + registers + kept, hidden]`.
+    """
+
+    config: BlockConfig
+    num_layers: int
+    num_class_tokens: int
+    num_registers: int = 0
+    learned_positions: bool = True
+    patch_dropout_rate: float = 0.0
+    stochastic_depth_rate: float = 0.0
+    stochastic_depth_schedule: DepthSchedule = "linear"
+    final_norm: bool = True
+    scan: bool = False
+    remat: Remat = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: Rotation | None,
+        patches: jax.Array | None = None,
+        *,
+        train: bool,
+    ) -> jax.Array:
+        config = self.config
+        if self.learned_positions:
+            x = AddPositionEmbs(dtype=config.dtype, name="posembed_input")(x)
+        x = nn.Dropout(config.dropout_rate, deterministic=not train)(x)
+        x = self._insert_registers(x)
+        prefix = self.num_class_tokens + self.num_registers
+        if patches is None:
+            x, kept = PatchDropout(self.patch_dropout_rate)(x, prefix, train=train)
+        else:
+            x, kept = take_patches(x, patches, prefix)
+        if rope is not None and kept is not None:
+            rope = jax.tree.map(lambda table: table[kept], rope)
+        x = config.constrain(x, ("batch", "tokens", None))
+        x = self._run_blocks(x, rope, train=train)
+        if not self.final_norm:
+            return x
+        return nn.LayerNorm(config.norm_epsilon, dtype=config.dtype, name="encoder_norm")(x)
+
+    def _insert_registers(self, x: jax.Array) -> jax.Array:
+        if not self.num_registers:
+            return x
+        shape = (1, self.num_registers, x.shape[-1])
+        registers = self.param("registers", nn.initializers.normal(stddev=0.02), shape)
+        registers = jnp.broadcast_to(registers.astype(x.dtype), (x.shape[0], *shape[1:]))
+        first, patches = jnp.split(x, [self.num_class_tokens], axis=1)
+        return jnp.concatenate([first, registers, patches], axis=1)
+
+    def _run_blocks(self, x: jax.Array, rope: Rotation | None, *, train: bool) -> jax.Array:
+        policy = parse_remat(self.remat)
+
+        def run(block: nn.Module, x: jax.Array, rate: jax.Array | float) -> jax.Array:
+            # As an argument of `call` a rate of 0.0 would be traced, and its dropout not skipped.
+            def call(block: nn.Module, x: jax.Array) -> jax.Array:
+                return block(x, rate, rope, train=train)
+
+            if policy is not None:
+                # Without scan XLA would merge the recomputation with the forward pass.
+                call = nn.remat(call, policy=policy, prevent_cse=not self.scan)
+            return call(block, x)
+
+        last = max(self.num_layers - 1, 1)
+        rates = [self.stochastic_depth_rate * i / last for i in range(self.num_layers)]
+        if self.stochastic_depth_schedule == "uniform":
+            rates = [self.stochastic_depth_rate] * self.num_layers
+        if not self.scan:
+            for i, rate in enumerate(rates):
+                x = run(Encoder1DBlock(self.config, name=f"encoderblock_{i}"), x, rate)
+            return x
+
+        def step(block: nn.Module, x: jax.Array, rate: jax.Array) -> tuple[jax.Array, None]:
+            return run(block, x, rate if self.stochastic_depth_rate else 0.0), None
+
+        scan = nn.scan(
+            step,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=self.num_layers,
+        )
+        block = Encoder1DBlock(self.config, name="encoderblock")
+        return scan(block, x, jnp.asarray(rates, jnp.float32))[0]
