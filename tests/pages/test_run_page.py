@@ -133,7 +133,7 @@ def test_what_goes_wrong_is_said_and_ends_nothing(fault, workdir, said, monkeypa
         def fail(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(run_page, "write_page", fail)
+        monkeypatch.setattr(run_page, "write_atomically", fail)
     refresh_report(workdir)
     (line,) = said
     assert line.startswith(f"{workdir / REPORT} can't be written (")

@@ -33,7 +33,7 @@ from vit_jax.checkpoint.snapshot import Snapshot
 from vit_jax.checkpoint.state import TrainState
 from vit_jax.observe.console import log
 from vit_jax.runtime.processes import broadcast_from_process_0, sum_over_processes
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.layout import BROKEN, CHECKPOINTS, RUN
 from vit_jax.utils.metrics import lower_is_better
 
@@ -307,11 +307,6 @@ def _give_back_memory() -> None:
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
-
-
-def describe_error(error: BaseException) -> str:
-    """Kind and message of an exception, in part of a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _choose(directory: Path) -> tuple[int | None, dict[int, str]]:

@@ -17,9 +17,11 @@ from typing import Any
 from vit_jax.checkpoint.manager import list_steps
 from vit_jax.observe.console import log
 from vit_jax.observe.writer import read_metrics
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.errors import UserError, describe_error, suggest
+from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, LABELS, LEDGER, LOCK, METRICS
 from vit_jax.utils.metrics import lower_is_better
+from vit_jax.utils.nested import flatten_config
 
 # Seconds for which another process may hold the lock only to look at it.
 _LOOK_S = 1.0
@@ -117,7 +119,7 @@ def open_workdir(
         if not isinstance(previous, dict | None):
             raise ValueError(f"{file} holds no config")
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"--workdir={path!r} can't be used: {type(e).__name__}: {e}") from None
+        raise UserError(f"--workdir={path!r} can't be used: {describe_error(e)}") from None
     if previous is not None:
         _compare(path, _flatten(previous), flat, resume)
         if class_names is not None and old_names is not None:
@@ -302,13 +304,9 @@ def write_config(workdir: Path, config: dict[str, Any]) -> None:
 
 
 def _replace(file: Path, text: str) -> None:
-    fresh = file.with_suffix(".tmp")
     try:
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, file)
+        write_atomically(file, text)
     except OSError as e:
-        with contextlib.suppress(OSError):
-            fresh.unlink()
         raise UserError(
             f"--workdir={str(file.parent)!r}: {file.name} can't be written ({e.strerror}); "
             "expected a folder to write to, with room"
@@ -385,11 +383,7 @@ def _compare(path: str, old: dict[str, Any], new: dict[str, Any], resume: Resume
         )
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = json.loads(json.dumps(value))  # pairs as lists, as they come back
-    return flat
+def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    # As JSON has it, so that a tuple equals the list that is read back.
+    flat = flatten_config(json.loads(json.dumps(config)))
+    return {key: value for key, value in flat.items() if value != {}}

@@ -3,7 +3,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import time
@@ -16,6 +15,7 @@ import jax
 
 import vit_jax
 from vit_jax.observe.console import log
+from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import RUN
 
 _QUIET: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10}
@@ -44,11 +44,8 @@ def describe_run(config: Mapping[str, Any], *, data: str) -> dict[str, Any]:
 
 
 def write_run(workdir: Path, run: Mapping[str, Any]) -> None:
-    """Writes what a start of a run is made of, whole or not at all."""
-    file = workdir / RUN
-    fresh = file.with_suffix(".tmp")
-    fresh.write_text(json.dumps(run, indent=1) + "\n")
-    os.replace(fresh, file)
+    """Writes `run.json`: the result of `describe_run` at the newest start of a run."""
+    write_atomically(workdir / RUN, json.dumps(run, indent=1) + "\n")
 
 
 def read_run(workdir: Path) -> dict[str, Any]:

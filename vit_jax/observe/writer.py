@@ -16,7 +16,8 @@ from tensorboardX.summary import histogram_raw, hparams, image, scalar
 
 from vit_jax.observe.console import log
 from vit_jax.observe.jsonl import LineWriter
-from vit_jax.observe.trackers import Histogram, Trackers, flatten, tile
+from vit_jax.observe.trackers import Histogram, Trackers, make_hyperparameters, tile
+from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import METRICS, TENSORBOARD
 
 # Made by protobuf at import, where type checkers see nothing.
@@ -47,9 +48,7 @@ class MetricWriter:
             return
         path = workdir / METRICS
         kept = [r for r in read_metrics(workdir) if r["step"] <= step]
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(fresh, path)
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._lines = LineWriter(path)
         self._tensorboard = _Events(workdir / TENSORBOARD, step=step)
 
@@ -72,7 +71,7 @@ class MetricWriter:
     def write_config(self, config: Mapping[str, Any], metrics: Sequence[str]) -> None:
         """Tells TensorBoard the hyperparameters, and the metrics by which runs are compared."""
         if self._active:
-            self._tensorboard.write_config(flatten(config), metrics)
+            self._tensorboard.write_config(make_hyperparameters(config), metrics)
 
     def write_images(self, step: int, name: str, images: np.ndarray) -> None:
         """Writes uint8 images `[n, height, width, 3]` as one picture."""

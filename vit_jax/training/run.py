@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vit_jax.checkpoint.manager import MAX_FAILURES, CheckpointManager, SaveError, describe_error
+from vit_jax.checkpoint.manager import MAX_FAILURES, CheckpointManager, SaveError
 from vit_jax.checkpoint.state import TrainState
 from vit_jax.checkpoint.workdir import (
     check_data,
@@ -59,7 +59,7 @@ from vit_jax.runtime.processes import (
 from vit_jax.runtime.stragglers import Straggler, Stragglers
 from vit_jax.runtime.watchdog import Watchdog
 from vit_jax.training.experiment import Experiment
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, DIVERGENCE
 
 
