@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from vit_jax.checkpoint.manager import list_steps
+from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.workdir import read_config, read_labels
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.evaluators.base import Evaluator, map_split, replicate_outputs

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tests.html_pages import assert_stands_alone
-from vit_jax.observe.provenance import write_run
+from vit_jax.checkpoint.workdir import write_run
 from vit_jax.pages import run_page
 from vit_jax.pages.run_page import collect_points, find_best, make_report, refresh_report
 from vit_jax.utils.layout import REPORT

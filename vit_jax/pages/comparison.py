@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.checkpoint.workdir import read_config
+from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.ledger import read_ledger, summarize
-from vit_jax.observe.writer import read_metrics
 from vit_jax.pages.chart import Curve, plot_curves
 from vit_jax.pages.html import make_card, make_page, make_section, make_table
 from vit_jax.pages.run_page import Points, collect_points, find_best

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vit_jax.checkpoint.workdir import read_run
 from vit_jax.observe.console import log
+from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.ledger import KINDS, read_ledger, summarize
-from vit_jax.observe.provenance import read_run
-from vit_jax.observe.writer import read_metrics
-from vit_jax.optim.summary import ParamSummary, group_params
 from vit_jax.pages.chart import Curve, plot_curves, plot_matrix, plot_reliability
 from vit_jax.pages.html import (
     make_bars,
@@ -274,11 +273,3 @@ def _show_config(workdir: Path) -> list[str]:
     rows = [(key, json.dumps(value)) for key, value in flatten_config(config).items()]
     table = make_table(("key", "value"), rows)
     return [make_card("", make_details(f"All {len(rows)} keys", table), wide=True)]
-
-
-def describe_params(rows: Sequence[ParamSummary]) -> dict[str, Any]:
-    """What the page shows of the parameters, as JSON."""
-    return {
-        "params": [{"path": row.path, "shape": list(row.shape)} for row in rows],
-        "groups": [list(line) for line in group_params(rows)],
-    }

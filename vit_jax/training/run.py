@@ -21,6 +21,7 @@ from vit_jax.checkpoint.workdir import (
     remove_workdir_on_error,
     write_config,
     write_labels,
+    write_run,
 )
 from vit_jax.data.corrupt import CorruptCounter, Counts, check_counts
 from vit_jax.data.fingerprint import fingerprint
@@ -37,15 +38,16 @@ from vit_jax.observe.divergence import (
     skip_past,
     write_dump,
 )
+from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.ledger import Ledger
 from vit_jax.observe.profiler import Profiler
 from vit_jax.observe.progress import Monitor
-from vit_jax.observe.provenance import describe_run, say_changes, write_run
+from vit_jax.observe.provenance import describe_run, say_changes
 from vit_jax.observe.summary import report_end, report_start
 from vit_jax.observe.trackers import Trackers, check_trackers
-from vit_jax.observe.writer import MetricWriter, read_metrics
-from vit_jax.optim.summary import describe_rates, group_params, summarize_params
-from vit_jax.pages.run_page import describe_params, refresh_report
+from vit_jax.observe.writer import MetricWriter
+from vit_jax.optim.summary import describe_params, describe_rates, group_params, summarize_params
+from vit_jax.pages.run_page import refresh_report
 from vit_jax.parallel.sharding import find_large_copies
 from vit_jax.runtime.chips import find_chip
 from vit_jax.runtime.heartbeat import Heartbeat
