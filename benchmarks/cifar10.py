@@ -17,8 +17,8 @@ from pathlib import Path
 import jax
 
 from benchmarks.environment import describe_environment
+from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.summary import last_results
-from vit_jax.observe.writer import read_metrics
 
 
 def main() -> None:

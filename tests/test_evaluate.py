@@ -16,11 +16,11 @@ import pytest
 
 from tests.tiny import tiny_config
 from vit_jax import evaluate
-from vit_jax.checkpoint.manager import list_steps
+from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.npz import write_npz
 from vit_jax.evaluate import main
-from vit_jax.observe.writer import append_record, read_metrics, read_records
+from vit_jax.observe.jsonl import append_record, read_metrics, read_records
 from vit_jax.training.run import train
 from vit_jax.utils.errors import UserError
 

@@ -18,8 +18,8 @@ from vit_jax.checkpoint import manager
 from vit_jax.checkpoint.manager import SaveError, load_params
 from vit_jax.objectives.supervised import Supervised
 from vit_jax.observe.divergence import DivergedError
+from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.ledger import read_ledger, summarize
-from vit_jax.observe.writer import read_metrics
 from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.training.run import train
 from vit_jax.training.step import step_rng

@@ -8,7 +8,7 @@ import pytest
 
 from tests.images import encode, write_folder
 from tests.tiny import tiny_config
-from vit_jax.observe.writer import read_metrics
+from vit_jax.observe.jsonl import read_metrics
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.run import train
 from vit_jax.utils.errors import UserError

@@ -21,11 +21,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.checkpoint.manager import list_steps
+from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.workdir import read_config
 from vit_jax.config.load import load_config, override_config, parse_overrides
 from vit_jax.observe.console import log, set_up
-from vit_jax.observe.writer import append_record, read_records
+from vit_jax.observe.jsonl import append_record, read_records
 from vit_jax.training.evaluation import Judge, find_source
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.command import CommandParser, print_error, run_command

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from vit_jax.checkpoint.manager import list_steps
+from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.workdir import read_config, read_labels
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.evaluators.base import Evaluator, map_split, replicate_outputs
@@ -33,12 +33,13 @@ from vit_jax.evaluators.classification import NUM_BINS, Classification
 from vit_jax.inference.draw import encode_png, scale_up
 from vit_jax.objectives.base import Batch, Params
 from vit_jax.observe.console import log, set_up
-from vit_jax.pages.html import make_section, write_page
+from vit_jax.pages.html import make_section
 from vit_jax.pages.run_page import Judged, make_report, read_details
 from vit_jax.training.evaluation import Judge, find_source
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import REPORT
 
 _PICTURE = 112  # pixels of the longer side, at least
@@ -273,7 +274,7 @@ def main(argv: Sequence[str]) -> None:
     output = args.output or args.workdir / REPORT
     page = make_report(args.workdir, judged=judged, sections=sections)
     try:
-        write_page(output, page)
+        write_atomically(output, page)
     except OSError as e:
         raise UserError(f"--output={output} can't be written: {e.strerror or e}") from None
     log(f"wrote {output}")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.checkpoint.manager import list_steps
+from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manifest import find_fault, has_manifest
 from vit_jax.checkpoint.workdir import find_holder
 from vit_jax.observe.console import log, set_up

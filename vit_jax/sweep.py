@@ -46,11 +46,11 @@ from vit_jax.pages.comparison import (
     read_run,
     show_table,
 )
-from vit_jax.pages.html import write_page
 from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.command import INTERRUPTED, CommandParser, run_command
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, describe_error
+from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CONFIG
 from vit_jax.utils.metrics import lower_is_better
 
@@ -87,7 +87,7 @@ def read_sweep(path: str) -> list[tuple[str, dict[str, Any]]]:
     try:
         sweep = runpy.run_path(path)["get_sweep"]()
     except Exception as e:
-        raise UserError(f"--sweep={path}: {type(e).__name__}: {e}") from e
+        raise UserError(f"--sweep={path}: {describe_error(e)}") from e
     if isinstance(sweep, Mapping):
         for key, values in sweep.items():
             if not isinstance(key, str) or not isinstance(values, list | tuple) or not values:
@@ -304,10 +304,10 @@ def write_results(
         for name in order
     ]
     content = json.dumps({"metric": metric, "runs": runs}, indent=1, default=repr) + "\n"
-    write_page(workdir / RESULTS, content)
+    write_atomically(workdir / RESULTS, content)
     if records:
-        write_page(workdir / "sweep.csv", make_csv(list(found.values())))
-        write_page(workdir / "sweep.html", make_html(records))
+        write_atomically(workdir / "sweep.csv", make_csv(list(found.values())))
+        write_atomically(workdir / "sweep.html", make_html(records))
     rows = [("run", "state", "step", metric or "", "best", "images/s")]
     for run in runs:
         last, best = run.get("last", {}).get(metric), run.get("best", {}).get(metric, {})

@@ -58,7 +58,7 @@ def test_a_config_that_finds_no_room_is_one_line_and_leaves_nothing(tmp_path, mo
         path.touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match=r"config\.json can't be written \(No space left on device"):
         write_config(tmp_path, CONFIG)
     assert list(tmp_path.iterdir()) == []

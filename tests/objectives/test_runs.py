@@ -17,8 +17,8 @@ from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.weights import OBJECTIVE_PARAMS
 from vit_jax.objectives.linear_probe import LinearProbe
 from vit_jax.objectives.mae import MaskedAutoencoder
+from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.progress import Monitor
-from vit_jax.observe.writer import read_metrics
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.run import train
 from vit_jax.utils.errors import UserError

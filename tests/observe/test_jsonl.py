@@ -6,8 +6,8 @@ import resource
 
 import pytest
 
-from vit_jax.observe.jsonl import LineWriter
-from vit_jax.observe.writer import MetricWriter, read_metrics
+from vit_jax.observe.jsonl import LineWriter, read_metrics
+from vit_jax.observe.writer import MetricWriter
 
 
 def read(path):

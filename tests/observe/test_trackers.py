@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 
 from vit_jax.observe import trackers as lib
-from vit_jax.observe.trackers import Background, Trackers, Tracking, check_trackers, flatten, tile
+from vit_jax.observe.trackers import (
+    Background,
+    Trackers,
+    Tracking,
+    check_trackers,
+    make_hyperparameters,
+    tile,
+)
 from vit_jax.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -103,7 +110,7 @@ def test_the_end_waits_for_a_slow_one_only_so_long(said, monkeypatch):
 
 def test_a_config_is_flat_and_has_no_empty_keys():
     config = {"a": {"b": 1, "c": None, "d": {"e": ("x", 2)}}, "f": True}
-    assert flatten(config) == {"a.b": 1, "a.d.e": "('x', 2)", "f": True}
+    assert make_hyperparameters(config) == {"a.b": 1, "a.d.e": "('x', 2)", "f": True}
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, (2, 3)), (4, (4, 6)), (5, (4, 9))])

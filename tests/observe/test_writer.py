@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from vit_jax.observe.writer import MetricWriter, read_metrics
+from vit_jax.observe.jsonl import read_metrics
+from vit_jax.observe.writer import MetricWriter
 from vit_jax.utils.layout import METRICS, TENSORBOARD
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tests.html_pages import assert_stands_alone
-from vit_jax.observe.provenance import write_run
+from vit_jax.checkpoint.workdir import write_run
 from vit_jax.pages import run_page
 from vit_jax.pages.run_page import collect_points, find_best, make_report, refresh_report
 from vit_jax.utils.layout import REPORT
@@ -133,7 +133,7 @@ def test_what_goes_wrong_is_said_and_ends_nothing(fault, workdir, said, monkeypa
         def fail(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(run_page, "write_page", fail)
+        monkeypatch.setattr(run_page, "write_atomically", fail)
     refresh_report(workdir)
     (line,) = said
     assert line.startswith(f"{workdir / REPORT} can't be written (")

@@ -19,11 +19,12 @@ from jax.sharding import PartitionSpec
 from tests.html_pages import assert_stands_alone
 from tests.observe.test_writer import events
 from tests.tiny import tiny_config
-from vit_jax.checkpoint.manager import CheckpointManager, list_steps, load_params
+from vit_jax.checkpoint.listing import list_steps
+from vit_jax.checkpoint.manager import CheckpointManager, load_params
 from vit_jax.observe import trackers
 from vit_jax.observe.divergence import DivergedError
+from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.progress import Monitor
-from vit_jax.observe.writer import read_metrics
 from vit_jax.pages import run_page
 from vit_jax.training import services
 from vit_jax.training.experiment import Experiment

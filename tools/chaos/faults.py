@@ -17,7 +17,7 @@ import numpy as np
 
 from tools.chaos.config import EVALUATE_EVERY, SAVE_EVERY, TOTAL
 from tools.chaos.job import End, Job, Lab, newest_whole, steps_by_start
-from vit_jax.checkpoint.manager import list_steps
+from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manifest import find_fault
 from vit_jax.data.sources import open_source
 from vit_jax.runtime.preemption import RUN_AGAIN

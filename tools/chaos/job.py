@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_jax.checkpoint.manager import list_steps, load_params
+from vit_jax.checkpoint.listing import list_steps
+from vit_jax.checkpoint.manager import load_params
 from vit_jax.checkpoint.manifest import find_fault
 from vit_jax.launch.local import make_commands
+from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.ledger import read_ledger
-from vit_jax.observe.writer import read_metrics
 from vit_jax.utils.tree import flatten
 
 ROOT = Path(__file__).parent.parent.parent

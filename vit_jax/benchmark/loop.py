@@ -19,7 +19,7 @@ from vit_jax.config.cpu_devices import count_cpu_devices
 from vit_jax.config.load import load_config
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.observe.console import console
-from vit_jax.observe.writer import read_metrics
+from vit_jax.observe.jsonl import read_metrics
 from vit_jax.parallel.mesh import shard_batch
 from vit_jax.planning.plan import prepare_config
 from vit_jax.runtime.cpu_devices import set_cpu_devices

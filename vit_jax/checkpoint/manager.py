@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vit_jax.checkpoint.bounds import check_size
+from vit_jax.checkpoint.listing import find_checkpoint, list_steps
 from vit_jax.checkpoint.manifest import find_fault, has_manifest, sync_folder, write_manifest
 from vit_jax.checkpoint.snapshot import Snapshot
 from vit_jax.checkpoint.state import TrainState
 from vit_jax.observe.console import log
 from vit_jax.runtime.processes import broadcast_from_process_0, sum_over_processes
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.layout import BROKEN, CHECKPOINTS, RUN
 from vit_jax.utils.metrics import lower_is_better
 
@@ -311,11 +312,6 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
-def describe_error(error: BaseException) -> str:
-    """Kind and message of an exception, in part of a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-
-
 def _choose(directory: Path) -> tuple[int | None, dict[int, str]]:
     """The newest checkpoint that is as it was written, and what is wrong with newer ones.
 
@@ -427,38 +423,3 @@ def load_params(folder: Path, *, item: str = "params") -> tuple[dict[str, Any], 
             f"the checkpoint {path} can't be read ({describe_error(e)}); expected a whole one"
         ) from e
     return params, described
-
-
-def list_steps(workdir: Path) -> list[int]:
-    """Steps of the complete checkpoints of a workdir."""
-    return sorted(int(p.name) for p in (workdir / CHECKPOINTS).glob("*") if p.name.isdigit())
-
-
-def find_checkpoint(folder: Path, *, items: Sequence[str] | None = None) -> Path:
-    """The newest whole checkpoint of a workdir, or of a folder of checkpoints; or the one it is.
-
-    Args:
-      folder: to look in.
-      items: what is needed of it, such as `params`; all by default. Checkpoints in which that is
-        damaged are skipped, and it is said, unless there is no other.
-
-    Raises:
-      UserError: it is none of them.
-    """
-    runs = folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
-    steps = sorted((int(p.name) for p in runs.glob("*") if p.name.isdigit()), reverse=True)
-    skipped = []
-    for step in steps:
-        path = (runs / str(step)).absolute()
-        if (fault := find_fault(path, items)) is None:
-            for line in skipped:
-                log(line)
-            return path
-        skipped.append(f"skipped {path}, which is damaged: {fault}")
-    if steps:
-        return (runs / str(steps[0])).absolute()
-    if any((folder / name).exists() for name in ("params", "_METADATA")):
-        return folder.absolute()
-    raise UserError(
-        f"{str(folder)!r} has no checkpoint; expected the workdir of a run, or a checkpoint"
-    )

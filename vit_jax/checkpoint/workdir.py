@@ -7,15 +7,16 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.checkpoint.manager import list_steps
+from vit_jax.checkpoint.listing import list_steps
 from vit_jax.observe.console import log
-from vit_jax.observe.writer import read_metrics
+from vit_jax.observe.jsonl import read_metrics
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.layout import CHECKPOINTS, CONFIG, LABELS, LEDGER, LOCK, METRICS
+from vit_jax.utils.files import write_atomically
+from vit_jax.utils.layout import CHECKPOINTS, CONFIG, LABELS, LEDGER, LOCK, METRICS, RUN
 from vit_jax.utils.metrics import lower_is_better
 
 # Seconds for which another process may hold the lock only to look at it.
@@ -39,6 +40,15 @@ def read_config(workdir: Path) -> dict[str, Any]:
             "the workdir of a run, or --config"
         ) from None
     return _as_tuples(config)
+
+
+def read_run(workdir: Path) -> dict[str, Any]:
+    """Returns the content of `run.json`; empty if it is missing or damaged."""
+    try:
+        content = json.loads((workdir / RUN).read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_labels(workdir: Path) -> tuple[str, ...] | None:
@@ -192,17 +202,18 @@ def write_config(workdir: Path, config: dict[str, Any]) -> None:
 
 
 def _replace(file: Path, text: str) -> None:
-    fresh = file.with_suffix(".tmp")
     try:
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, file)
+        write_atomically(file, text)
     except OSError as e:
-        with contextlib.suppress(OSError):
-            fresh.unlink()
         raise UserError(
             f"--workdir={str(file.parent)!r}: {file.name} can't be written ({e.strerror}); "
             "expected a folder to write to, with room"
         ) from None
+
+
+def write_run(workdir: Path, run: Mapping[str, Any]) -> None:
+    """Writes `run.json`: the result of `provenance.describe_run` at the newest start of a run."""
+    write_atomically(workdir / RUN, json.dumps(run, indent=1) + "\n")
 
 
 def write_labels(workdir: Path, class_names: tuple[str, ...] | None) -> None:

@@ -40,6 +40,7 @@ from vit_jax.data.sources.packed import MANIFEST, Manifest, Shard, read_manifest
 from vit_jax.observe.console import console, log, set_up
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.files import atomic_file, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,25 +161,22 @@ def _write_shard(
         counts=np.array(list(map(len, labels)), np.int32),
         good=np.array(good),
     )
-    _replace(folder / f"{shard.name}.npz", file.getvalue())
+    write_atomically(folder / f"{shard.name}.npz", file.getvalue(), sync=True)
 
 
 def _write_jpegs(
     examples: Iterator[Packed], shard: Shard, manifest: Manifest, folder: Path
 ) -> Iterator[Packed]:
     path = folder / f"{shard.name}.array_record"
-    unfinished = path.with_suffix(".unfinished")
-    # JPEGs can't be compressed further; groups of one are read at any place at once.
-    writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
-    try:
-        for example in examples:
-            writer.write(example.image or b"")
-            yield example
-    finally:
-        writer.close()
-    with open(unfinished, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    with atomic_file(path, sync=True) as temporary:
+        # JPEGs can't be compressed further; groups of one are read at any place at once.
+        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        try:
+            for example in examples:
+                writer.write(example.image or b"")
+                yield example
+        finally:
+            writer.close()
 
 
 def _write_pixels(
@@ -196,16 +194,6 @@ def _write_pixels(
             yield example
         file.flush()
         os.fsync(file.fileno())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all."""
-    unfinished = path.with_suffix(".unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def _check_same(manifest: Manifest, folder: Path) -> None:
@@ -249,7 +237,7 @@ def main(argv: Sequence[str]) -> None:
             _check_same(manifest, folder)
         else:
             text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False)
-            _replace(folder / MANIFEST, f"{text}\n".encode())
+            write_atomically(folder / MANIFEST, f"{text}\n", sync=True)
         with open(folder / MANIFEST, "rb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,7 +2,6 @@
 """What all evaluators have in common: their form, and the way over a split."""
 
 import json
-import os
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from vit_jax.observe.progress import ProgressLog
 from vit_jax.parallel.mesh import process_shards, shard_batch
 from vit_jax.runtime.preemption import interruptible
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import EVALS
 
 
@@ -139,10 +139,6 @@ def write_details(details: Path, content: Any) -> None:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Writes a file of details, whole or not at all; process 0 alone does."""
-    if jax.process_index() > 0:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.tmp")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
+    """Writes a file of details; only process 0 does."""
+    if jax.process_index() == 0:
+        write_atomically(path, text)

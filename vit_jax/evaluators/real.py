@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.data.sources.base import Source
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, describe_error
 
 # The published labels are a list in the order of these numbers, from 1.
 _VALIDATION_FILE = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
@@ -29,7 +29,7 @@ def read_labels(path: str, *, key: str) -> dict[str, list[int]] | list[list[int]
     try:
         labels = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise UserError(f"{key}={path!r} can't be read: {type(e).__name__}: {e}") from None
+        raise UserError(f"{key}={path!r} can't be read: {describe_error(e)}") from None
     values = labels.values() if isinstance(labels, dict) else labels
     if not isinstance(labels, dict | list) or not all(map(_is_labels, values)):
         raise UserError(

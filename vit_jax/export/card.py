@@ -9,7 +9,7 @@ from typing import Any
 import vit_jax
 from vit_jax.export.signature import SIGNATURE, name_source
 from vit_jax.inference.model import LoadedModel
-from vit_jax.observe.writer import read_metrics
+from vit_jax.observe.jsonl import read_metrics
 from vit_jax.utils.layout import LABELS
 from vit_jax.utils.tree import count
 

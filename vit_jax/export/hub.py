@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, first_line
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -52,9 +52,8 @@ def push_folder(folder: Path, repo: str, *, private: bool, now: bool) -> list[st
             repo_id=repo, folder_path=str(folder), commit_message="Export by vit_jax"
         )
     except Exception as e:  # The library has many, and passes on those of what it is built on.
-        reason = str(e).strip().partition("\n")[0] or type(e).__name__
         raise UserError(
-            f"--push={repo}: {reason}; {folder} stays: log in with hf auth login, then "
+            f"--push={repo}: {first_line(e)}; {folder} stays: log in with hf auth login, then "
             f"hf upload {repo} {folder}"
         ) from e
     return [f"uploaded {what}: {getattr(commit, 'commit_url', commit)}", *lines]

@@ -15,7 +15,7 @@ import numpy as np
 from vit_jax.export.compare import check_size, compare_outputs, make_batches
 from vit_jax.export.signature import INPUT
 from vit_jax.inference.model import LoadedModel
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, first_line
 
 # The first with an operation for GELU; older ones are taken by more runtimes.
 _OPSET = 20
@@ -72,8 +72,7 @@ def write_onnx(path: Path, model: LoadedModel, layer: str) -> list[str]:
     except OSError:
         raise
     except Exception as e:  # Of any type, by what the model has that the libraries have not.
-        reason = str(e).partition("\n")[0] or type(e).__name__
-        raise UserError(f"--to=onnx: jax2onnx can't write this model: {reason}") from e
+        raise UserError(f"--to=onnx: jax2onnx can't write this model: {first_line(e)}") from e
     return [compare_outputs(model, layer, batches, outputs, what=path.name)]
 
 

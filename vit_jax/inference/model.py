@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vit_jax.checkpoint.manager import find_checkpoint
+from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.pretrained.adapt import describe_objective_params
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model

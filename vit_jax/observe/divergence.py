@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.observe.console import log
-from vit_jax.observe.writer import append_record, read_records
+from vit_jax.observe.jsonl import append_record, read_records
 from vit_jax.utils.layout import DIVERGENCE, ROLLBACKS
 
 # What to do at such a step: end the run; leave the state as it is and go on with the next batch;

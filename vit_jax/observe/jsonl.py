@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of one JSON object a line, that never hold half of one for longer than a crash."""
+"""Files of one JSON object a line; half a line that a crash leaves is not read, and cut off."""
 
 import collections
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vit_jax.observe.console import log
+from vit_jax.utils.layout import METRICS
 
 # Lines that wait for room on the disk.
 _MAX_WAITING = 10_000
@@ -71,3 +72,40 @@ def cut_torn_line(file: Any) -> int:
         os.ftruncate(file.fileno(), length)
     file.seek(length)
     return length
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The records of a workdir; what follows a line that is torn or damaged is left out."""
+    records = []
+    for record in _read_lines(workdir / METRICS):
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            break
+        records.append(record)
+    return records
+
+
+def _read_lines(path: Path) -> Iterator[Any]:
+    """What JSON each line holds; None for those that hold none."""
+    if path.exists():
+        for line in path.read_text(errors="replace").split("\n"):
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError):
+                yield None
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends an object as a line, on a line of its own even after half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        file.seek(0, os.SEEK_END)
+        torn = False
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read() != b"\n"
+        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects that `append_record` wrote; lines that are torn or damaged are left out."""
+    return [record for record in _read_lines(path) if isinstance(record, dict)]

@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.observe.jsonl import LineWriter
-from vit_jax.observe.writer import read_records
+from vit_jax.observe.jsonl import LineWriter, read_records
 from vit_jax.utils.layout import LEDGER
 
 # What a second is spent on; `step` is what training is for.

@@ -2,8 +2,6 @@
 """What a checkpoint came from: config, versions, source, devices and data."""
 
 import importlib.metadata
-import json
-import os
 import platform
 import subprocess
 import time
@@ -16,7 +14,6 @@ import jax
 
 import vit_jax
 from vit_jax.observe.console import log
-from vit_jax.utils.layout import RUN
 
 _QUIET: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10}
 _MACHINE = ("git", "devices", "processes")
@@ -41,23 +38,6 @@ def describe_run(config: Mapping[str, Any], *, data: str) -> dict[str, Any]:
         "data": data,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def write_run(workdir: Path, run: Mapping[str, Any]) -> None:
-    """Writes what a start of a run is made of, whole or not at all."""
-    file = workdir / RUN
-    fresh = file.with_suffix(".tmp")
-    fresh.write_text(json.dumps(run, indent=1) + "\n")
-    os.replace(fresh, file)
-
-
-def read_run(workdir: Path) -> dict[str, Any]:
-    """What `write_run` wrote; empty if there is nothing to be read."""
-    try:
-        content = json.loads((workdir / RUN).read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def describe_git(folder: Path) -> str | None:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 import vit_jax
 from vit_jax.observe.console import console, log, settings
-from vit_jax.observe.writer import read_metrics
+from vit_jax.observe.jsonl import read_metrics
 from vit_jax.utils import tree
 from vit_jax.utils.layout import EVALS, METRICS, TENSORBOARD
 

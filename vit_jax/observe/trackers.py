@@ -23,8 +23,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from vit_jax.observe.console import log
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.errors import UserError, first_line, suggest
+from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import TRACKERS_FILE
+from vit_jax.utils.nested import flatten_config
 
 # Calls that wait for a tracker at most, and the seconds that it has at the end.
 _MAX_WAITING = 2000
@@ -231,7 +233,7 @@ class Background:
                     return
                 function(tracker)
         except BaseException as e:  # Some end the process where they should raise.
-            self._drop(f"failed ({type(e).__name__}: {_first_line(e)})")
+            self._drop(f"failed ({type(e).__name__}: {first_line(e)})")
 
     def _drop(self, why: str) -> None:
         if not self._dropped:
@@ -252,8 +254,9 @@ class Trackers:
     def __init__(
         self, tracking: Tracking, workdir: Path, config: Mapping[str, Any], *, active: bool
     ):
+        values = make_hyperparameters(config)
         self._all = [
-            Background(name, lambda name=name: TRACKERS[name](tracking, workdir, flatten(config)))
+            Background(name, lambda name=name: TRACKERS[name](tracking, workdir, values))
             for name in (tracking.names if active else ())
         ]
 
@@ -283,15 +286,10 @@ class Trackers:
             tracker.call(lambda t: t.write_histograms(step, histograms))
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a config by dotted key: numbers, truth values and text."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str) else str(value)
-    return flat
+def make_hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of a config by dotted key: numbers, booleans and text, without None."""
+    flat = {k: v for k, v in flatten_config(config).items() if v is not None and v != {}}
+    return {k: v if isinstance(v, int | float | str) else str(v) for k, v in flat.items()}
 
 
 def tile(images: np.ndarray) -> np.ndarray:
@@ -309,10 +307,6 @@ def _name_run(tracking: Tracking, workdir: Path) -> str:
     return tracking.run or Path(os.path.abspath(workdir)).name
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")[:200]
-
-
 def _read_state(workdir: Path) -> dict[str, str]:
     try:
         return dict(json.loads((workdir / TRACKERS_FILE).read_text()))
@@ -325,6 +319,5 @@ _lock = threading.Lock()
 
 def _write_state(workdir: Path, name: str, run: str) -> None:
     with _lock:
-        fresh = workdir / f"{TRACKERS_FILE}.tmp"
-        fresh.write_text(json.dumps(_read_state(workdir) | {name: run}) + "\n")
-        os.replace(fresh, workdir / TRACKERS_FILE)
+        state = _read_state(workdir) | {name: run}
+        write_atomically(workdir / TRACKERS_FILE, json.dumps(state) + "\n")

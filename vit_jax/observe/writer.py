@@ -3,9 +3,8 @@
 
 import contextlib
 import json
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.summary import histogram_raw, hparams, image, scalar
 
 from vit_jax.observe.console import log
-from vit_jax.observe.jsonl import LineWriter
-from vit_jax.observe.trackers import Histogram, Trackers, flatten, tile
+from vit_jax.observe.jsonl import LineWriter, read_metrics
+from vit_jax.observe.trackers import Histogram, Trackers, make_hyperparameters, tile
+from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import METRICS, TENSORBOARD
 
 # Made by protobuf at import, where type checkers see nothing.
@@ -47,9 +47,7 @@ class MetricWriter:
             return
         path = workdir / METRICS
         kept = [r for r in read_metrics(workdir) if r["step"] <= step]
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(fresh, path)
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._lines = LineWriter(path)
         self._tensorboard = _Events(workdir / TENSORBOARD, step=step)
 
@@ -72,7 +70,7 @@ class MetricWriter:
     def write_config(self, config: Mapping[str, Any], metrics: Sequence[str]) -> None:
         """Tells TensorBoard the hyperparameters, and the metrics by which runs are compared."""
         if self._active:
-            self._tensorboard.write_config(flatten(config), metrics)
+            self._tensorboard.write_config(make_hyperparameters(config), metrics)
 
     def write_images(self, step: int, name: str, images: np.ndarray) -> None:
         """Writes uint8 images `[n, height, width, 3]` as one picture."""
@@ -160,40 +158,3 @@ def _summarize(name: str, counts: np.ndarray, edges: np.ndarray) -> Any:
         bucket_limits=edges[1:].tolist(),
         bucket_counts=counts.tolist(),
     )
-
-
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The records of a workdir; what follows a line that is torn or damaged is left out."""
-    records = []
-    for record in _read_lines(workdir / METRICS):
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            break
-        records.append(record)
-    return records
-
-
-def _read_lines(path: Path) -> Iterator[Any]:
-    """What JSON each line holds; None for those that hold none."""
-    if path.exists():
-        for line in path.read_text(errors="replace").split("\n"):
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError):
-                yield None
-
-
-def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Appends an object as a line, on a line of its own even after half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        file.seek(0, os.SEEK_END)
-        torn = False
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            torn = file.read() != b"\n"
-        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects that `append_record` wrote; lines that are torn or damaged are left out."""
-    return [record for record in _read_lines(path) if isinstance(record, dict)]

@@ -3,7 +3,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,14 @@ def group_params(rows: Iterable[ParamSummary]) -> list[tuple[str, ...]]:
             )
         )
     return lines
+
+
+def describe_params(rows: Sequence[ParamSummary]) -> dict[str, Any]:
+    """Returns what `run.json` has of the parameters: paths and shapes, and `group_params`."""
+    return {
+        "params": [{"path": row.path, "shape": list(row.shape)} for row in rows],
+        "groups": [list(line) for line in group_params(rows)],
+    }
 
 
 def describe_rates(optimizer: Optimizer) -> list[str]:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.checkpoint.workdir import read_config
+from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.ledger import read_ledger, summarize
-from vit_jax.observe.writer import read_metrics
 from vit_jax.pages.chart import Curve, plot_curves
 from vit_jax.pages.html import make_card, make_page, make_section, make_table
-from vit_jax.pages.run_page import Points, collect_points, find_best, flatten_config
+from vit_jax.pages.run_page import Points, collect_points, find_best
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.metrics import lower_is_better
+from vit_jax.utils.nested import flatten_config
 
 PAGE = "index.html"
 

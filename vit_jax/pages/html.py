@@ -5,9 +5,7 @@ They suit light and dark screens of any width. All text from outside goes throug
 """
 
 import html
-import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Literal
 
 Layout = Literal["texts", "charts", "pictures"]
@@ -142,17 +140,6 @@ def make_details(title: str, content: str) -> str:
 def make_command(text: str) -> str:
     """A command, to be copied."""
     return f"<pre>{html.escape(text)}</pre>"
-
-
-def write_page(path: Path, text: str) -> None:
-    """Writes a page whole or not at all; whoever looks at it meanwhile sees the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.tmp")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def _is_number(cell: str) -> bool:

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vit_jax.checkpoint.workdir import read_run
 from vit_jax.observe.console import log
+from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.ledger import KINDS, read_ledger, summarize
-from vit_jax.observe.provenance import read_run
-from vit_jax.observe.writer import read_metrics
-from vit_jax.optim.summary import ParamSummary, group_params
 from vit_jax.pages.chart import Curve, plot_curves, plot_matrix, plot_reliability
 from vit_jax.pages.html import (
     make_bars,
@@ -26,10 +25,12 @@ from vit_jax.pages.html import (
     make_page,
     make_section,
     make_table,
-    write_page,
 )
+from vit_jax.utils.errors import describe_error
+from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CONFIG, EVALS, REPORT
 from vit_jax.utils.metrics import lower_is_better
+from vit_jax.utils.nested import flatten_config
 
 # Classes of a confusion matrix that is drawn; of more, the pairs that are confused most are listed.
 MOST_CLASSES = 50
@@ -61,9 +62,9 @@ class Judged:
 def refresh_report(workdir: Path) -> None:
     """Writes the page of a run anew. What goes wrong is said, and ends nothing."""
     try:
-        write_page(workdir / REPORT, make_report(workdir))
+        write_atomically(workdir / REPORT, make_report(workdir))
     except Exception as e:  # No picture of a run is worth the run.
-        log(f"{workdir / REPORT} can't be written ({type(e).__name__}: {e}): goes on without")
+        log(f"{workdir / REPORT} can't be written ({describe_error(e)}): goes on without")
 
 
 def make_report(
@@ -272,22 +273,3 @@ def _show_config(workdir: Path) -> list[str]:
     rows = [(key, json.dumps(value)) for key, value in flatten_config(config).items()]
     table = make_table(("key", "value"), rows)
     return [make_card("", make_details(f"All {len(rows)} keys", table), wide=True)]
-
-
-def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a config by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten_config(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def describe_params(rows: Sequence[ParamSummary]) -> dict[str, Any]:
-    """What the page shows of the parameters, as JSON."""
-    return {
-        "params": [{"path": row.path, "shape": list(row.shape)} for row in rows],
-        "groups": [list(line) for line in group_params(rows)],
-    }

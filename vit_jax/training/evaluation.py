@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint.manager import find_checkpoint
+from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.workdir import find_step
 from vit_jax.evaluators.base import evaluate

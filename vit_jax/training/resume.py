@@ -26,7 +26,7 @@ from vit_jax.observe.divergence import (
 from vit_jax.observe.ledger import Ledger
 from vit_jax.runtime.processes import broadcast_from_process_0
 from vit_jax.training.experiment import Experiment
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.errors import UserError, describe_error, suggest
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, DIVERGENCE, LABELS, METRICS
 from vit_jax.utils.nested import flatten_config
 
@@ -52,7 +52,7 @@ def open_workdir(
     if "://" in path:
         raise UserError(f"--workdir={path!r}: expected a folder; mount a bucket to use it as one")
     resume = resume or Resume()
-    flat = flatten_config(config)
+    flat = _flatten(config)
     for key in resume.keys:
         if key != CONTENT and not any(k == key or k.startswith(f"{key}.") for k in flat):
             options = {*flat, *(k.partition(".")[0] for k in flat), CONTENT}
@@ -68,9 +68,9 @@ def open_workdir(
         if not isinstance(previous, dict | None):
             raise ValueError(f"{file} holds no config")
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"--workdir={path!r} can't be used: {type(e).__name__}: {e}") from None
+        raise UserError(f"--workdir={path!r} can't be used: {describe_error(e)}") from None
     if previous is not None:
-        _compare(path, flatten_config(previous), flat, resume)
+        _compare(path, _flatten(previous), flat, resume)
         if class_names is not None and old_names is not None:
             _compare_labels(path, old_names, class_names)
     else:
@@ -137,6 +137,12 @@ def _compare(path: str, old: dict[str, Any], new: dict[str, Any], resume: Resume
             "choose another workdir, or the same value, or go on nevertheless with "
             f"--config.resume.allow={','.join(refused)}"
         )
+
+
+def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    # As JSON has it, so that a tuple equals the list that is read back.
+    flat = flatten_config(json.loads(json.dumps(config)))
+    return {key: value for key, value in flat.items() if value != {}}
 
 
 def restore(experiment: Experiment, checkpoints: CheckpointManager) -> tuple[int, TrainState]:

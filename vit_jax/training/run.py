@@ -17,6 +17,7 @@ from vit_jax.checkpoint.workdir import (
     remove_workdir_on_error,
     write_config,
     write_labels,
+    write_run,
 )
 from vit_jax.config.build import count_examples
 from vit_jax.data.fingerprint import fingerprint
@@ -26,11 +27,11 @@ from vit_jax.evaluators.probes import Probes
 from vit_jax.observe.console import log
 from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.ledger import Ledger
-from vit_jax.observe.provenance import describe_run, say_changes, write_run
+from vit_jax.observe.provenance import describe_run, say_changes
 from vit_jax.observe.summary import report_end, report_start
 from vit_jax.observe.trackers import Trackers, check_trackers
-from vit_jax.optim.summary import describe_rates, group_params, summarize_params
-from vit_jax.pages.run_page import describe_params, refresh_report
+from vit_jax.optim.summary import describe_params, describe_rates, group_params, summarize_params
+from vit_jax.pages.run_page import refresh_report
 from vit_jax.parallel.mesh import process_shards
 from vit_jax.parallel.sharding import find_large_copies
 from vit_jax.runtime.chips import find_chip

@@ -14,7 +14,6 @@ from vit_jax.checkpoint.manager import (
     MAX_FAILURES,
     CheckpointManager,
     SaveError,
-    describe_error,
 )
 from vit_jax.checkpoint.state import TrainState
 from vit_jax.data.corrupt import CorruptCounter, Counts, check_counts
@@ -23,11 +22,12 @@ from vit_jax.evaluators.base import Evaluator, evaluate
 from vit_jax.models.flops import train_flops
 from vit_jax.observe.console import log
 from vit_jax.observe.divergence import Divergence, write_dump
+from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.ledger import Ledger
 from vit_jax.observe.profiler import Profiler
 from vit_jax.observe.progress import Monitor
 from vit_jax.observe.trackers import Trackers
-from vit_jax.observe.writer import MetricWriter, read_metrics
+from vit_jax.observe.writer import MetricWriter
 from vit_jax.pages.run_page import refresh_report
 from vit_jax.runtime.chips import find_chip
 from vit_jax.runtime.preemption import Preempted, PreemptionGuard
@@ -37,6 +37,7 @@ from vit_jax.training.experiment import Experiment
 from vit_jax.training.phases import Phases
 from vit_jax.training.previews import measure_params, preview_images
 from vit_jax.training.step import layer_names
+from vit_jax.utils.errors import describe_error
 
 
 class Services:

@@ -4,9 +4,22 @@
 import difflib
 from collections.abc import Iterable
 
+# Characters of another library's message that are worth showing within a line.
+_MAX_CHARS = 400
+
 
 class UserError(Exception):
     """Bad input. The message is one line: the value, what was expected, where to fix it."""
+
+
+def describe_error(error: BaseException) -> str:
+    """Returns the type and message of an exception as part of one line: `ValueError: ...`."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_MAX_CHARS]
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an exception's message, or its type if there is no message."""
+    return str(error).strip().partition("\n")[0][:_MAX_CHARS] or type(error).__name__
 
 
 def suggest(name: str, options: Iterable[str]) -> str:

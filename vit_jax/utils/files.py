@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that appear under their name only once they are complete."""
 
 import contextlib
 import os
@@ -11,32 +11,60 @@ from vit_jax.utils.errors import UserError
 
 
 @contextlib.contextmanager
+def atomic_file(path: Path, *, sync: bool = False) -> Iterator[Path]:
+    """Yields a temporary path in the same folder, which replaces `path` if the block succeeds.
+
+    If the block raises, the temporary file is removed, and `path` is as it was before.
+
+    Args:
+      path: of the file.
+      sync: whether the content must be on the disk before the file gets its name.
+
+    Raises:
+      OSError: the file can't be replaced.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        if sync:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # It has its final name, or was never created.
+            temporary.unlink()
+
+
+def write_atomically(path: Path, content: str | bytes, *, sync: bool = False) -> None:
+    """Writes a file, and its folder if there is none; see `atomic_file`. Text becomes UTF-8."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path, sync=sync) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
 def fresh_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside a file, which becomes the file when the block ends well.
+    """Yields a temporary path for `--output`, which gets its name if the block succeeds.
 
     Raises:
       UserError: the file exists, or can't be written.
     """
     if path.exists():
         raise UserError(f"--output={path} exists; remove it, or choose another name")
-    fresh = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield fresh
-        os.replace(fresh, path)
+        with atomic_file(path) as temporary:
+            yield temporary
     except OSError as e:
         raise UserError(f"--output={path} can't be written: {e.strerror or e}") from e
-    finally:
-        with contextlib.suppress(OSError):  # Nothing is there where a folder could not be made.
-            fresh.unlink()
 
 
 @contextlib.contextmanager
 def fresh_folder(path: Path) -> Iterator[Path]:
-    """Gives a folder under a temporary name, which becomes `path` when the block ends well.
+    """Yields a temporary folder for `--output`, which gets its name if the block succeeds.
 
     Raises:
-      UserError: there is something of that name, or it can't be written.
+      UserError: the folder exists, or can't be written.
     """
     fresh = path.with_name(f"{path.name}.tmp")
     for taken in (path, fresh):

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs and other nested dicts of JSON values."""
+"""Nested dicts of plain values, such as configs; `tree` is for pytrees of arrays."""
 
-import json
+from collections.abc import Mapping
 from typing import Any
 
 
-def flatten_config(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a nested dict by dotted key, as they come back from JSON: pairs are lists."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of a config by dotted key; an empty section is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
             flat |= flatten_config(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = json.loads(json.dumps(value))
+            flat[f"{prefix}{key}"] = value
     return flat

@@ -34,7 +34,7 @@ from vit_jax.checkpoint.pretrained.catalogue import (
     to_https,
 )
 from vit_jax.observe.console import console, log
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, first_line
 
 _CHUNK = 2**20
 _TIMEOUT = 60  # seconds without a byte
@@ -178,7 +178,7 @@ def _receive(part: BinaryIO, offset: int, wanted: _Wanted) -> bool:
             reason = f"HTTP {e.code} {e.reason}"
             raise UserError(f"can't fetch {wanted.url}: {reason}; {wanted.by_hand}") from None
     except (OSError, http.client.HTTPException) as e:
-        raise _CutError(str(getattr(e, "reason", e)) or type(e).__name__) from e
+        raise _CutError(first_line(getattr(e, "reason", e))) from e
     with response:
         if response.headers.get_content_type() == "text/html":
             raise UserError(
@@ -219,7 +219,7 @@ def _read(response: http.client.HTTPResponse) -> bytes:
     try:
         return response.read(_CHUNK)
     except (OSError, http.client.HTTPException) as e:
-        raise _CutError(str(e) or type(e).__name__) from e
+        raise _CutError(first_line(e)) from e
 
 
 def _check(path: Path, wanted: _Wanted, *, remedy: str) -> None:

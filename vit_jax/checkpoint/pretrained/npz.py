@@ -27,7 +27,8 @@ from vit_jax.checkpoint.pretrained.weights import (
     infer_model,
     unstack_blocks,
 )
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, first_line
+from vit_jax.utils.files import atomic_file, write_atomically
 
 # What training code of several ages put around the parameters, outermost first.
 _WRAPPERS = ("opt/target/", "params/")
@@ -98,14 +99,11 @@ def write_npz(path: str | os.PathLike[str], weights: Weights) -> None:
     for name, value in arrays.items():
         if _GROUP_NORM.fullmatch(name):
             arrays[name] = value.reshape(1, 1, 1, -1)
-    fresh = file.with_name(file.name + ".tmp")
-    with fresh.open("wb") as f:
-        np.savez(f, **arrays)  # pyright: ignore[reportArgumentType]
     text = json.dumps({"vit_jax": {"model": weights.model, "preprocess": weights.preprocess}})
-    fresh_description = description.with_name(description.name + ".tmp")
-    fresh_description.write_text(text + "\n")
-    os.replace(fresh_description, description)
-    os.replace(fresh, file)
+    with atomic_file(file) as temporary:
+        with temporary.open("wb") as f:
+            np.savez(f, **arrays)  # pyright: ignore[reportArgumentType]
+        write_atomically(description, text + "\n")
 
 
 def read_arrays(path: epath.Path, *, subtree: str = "") -> dict[str, np.ndarray]:
@@ -119,9 +117,8 @@ def read_arrays(path: epath.Path, *, subtree: str = "") -> dict[str, np.ndarray]
     except UserError:
         raise
     except Exception as error:  # Storage, zip, zlib and numpy each have their own for a bad file.
-        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{path}: {reason}; expected the whole .npz file of a published model"
+            f"{path}: {first_line(error)}; expected the whole .npz file of a published model"
         ) from error
     return arrays
 

@@ -22,7 +22,7 @@ from vit_jax.checkpoint.pretrained.tensor_file import read_tensors, write_tensor
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights, as_tuples, infer_model
 from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.models.resnet import total_stride
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, first_line
 
 _METADATA = "vit_jax"
 # Arguments of the model that change what it computes; the rest is of no use to who loads a file.
@@ -89,10 +89,9 @@ def read_safetensors(path: str | os.PathLike[str], *, num_heads: int | None = No
     except FileNotFoundError as error:
         raise UserError(f"{os.fspath(path)}: no such file; expected a .safetensors file") from error
     except Exception as error:  # Files are untrusted: shapes and settings can be anything.
-        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{os.fspath(path)}: {reason}; expected the whole .safetensors file of a Vision "
-            "Transformer of timm or Hugging Face"
+            f"{os.fspath(path)}: {first_line(error)}; expected the whole .safetensors file of a "
+            "Vision Transformer of timm or Hugging Face"
         ) from error
     if "mean" not in weights.preprocess:
         note = "mean and std of the images: stated nowhere"

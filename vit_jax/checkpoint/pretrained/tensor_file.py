@@ -6,7 +6,6 @@ parser, which checks every number of the untrusted header, is called directly.
 """
 
 import json
-import os
 from pathlib import Path
 
 import ml_dtypes
@@ -14,6 +13,8 @@ import numpy as np
 import safetensors
 from etils import epath
 from safetensors.numpy import save
+
+from vit_jax.utils.files import atomic_file
 
 _DTYPES = {
     "F64": np.dtype("<f8"),
@@ -70,12 +71,5 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[
         if array.dtype.newbyteorder("<") not in _DTYPES.values():
             raise ValueError(f"{name} is of type {array.dtype}; expected one of {list(_DTYPES)}")
     content = save({k: np.ascontiguousarray(x) for k, x in tensors.items()}, metadata)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with atomic_file(path, sync=True) as temporary:
+        temporary.write_bytes(content)

@@ -29,7 +29,7 @@ from vit_jax.data.sources.blank import blank_dataset
 from vit_jax.data.sources.files import folder_dataset, manifest_dataset
 from vit_jax.data.sources.packed import packed_dataset, raw_dataset
 from vit_jax.data.sources.parquet import parquet_dataset
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.errors import UserError, describe_error, suggest
 
 _DEFAULT_DIR = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
 
@@ -60,7 +60,7 @@ def _builder(name: str, data_dir: str | None) -> Any:  # types of TFDS are of li
     try:
         return tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except Exception as e:
-        raise UserError(f"data.name={name!r} can't be opened by TFDS: {_one_line(e)}") from e
+        raise UserError(f"data.name={name!r} can't be opened by TFDS: {describe_error(e)}") from e
 
 
 def _dataset(name: str) -> Dataset | None:
@@ -150,7 +150,7 @@ def open_source(name: str, split: str, *, data_dir: str | None, key: str) -> Sou
         length = builder.info.splits[split].num_examples
     except (ValueError, KeyError, AssertionError, NotImplementedError) as e:
         raise UserError(
-            f"{key}={split!r}: {_one_line(e)}; {name} has {', '.join(builder.info.splits)}"
+            f"{key}={split!r}: {describe_error(e)}; {name} has {', '.join(builder.info.splits)}"
         ) from None
     if length < 1:
         raise UserError(f"{key}={split!r} of {name} holds no examples")
@@ -228,8 +228,8 @@ def _prepare(builder: Any, *, quiet: bool) -> None:
                     "where it is"
                 ) from e
             raise UserError(
-                f"{where}, and preparing it failed ({_one_line(e)}); set data.data_dir to where it "
-                "is"
+                f"{where}, and preparing it failed ({describe_error(e)}); set data.data_dir to "
+                "where it is"
             ) from e
 
 
@@ -265,7 +265,3 @@ def placeholder(shape: tuple[int | None, ...], fill: tuple[int, int]) -> bytes:
     """An encoded image of this shape, or of `fill` where a side varies: to try operations on."""
     height, width = (side or other for side, other in zip(shape[:2], fill, strict=True))
     return cv2.imencode(".png", np.zeros((height, width, 3), np.uint8))[1].tobytes()
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

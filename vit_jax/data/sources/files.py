@@ -25,7 +25,7 @@ from vit_jax.data.sources.base import (
     check_class_names,
     make_splits,
 )
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.errors import UserError, describe_error, suggest
 
 # Names of folders, or of files and values of a column, that stand for a split.
 SPLITS = {
@@ -76,15 +76,11 @@ class Files(Records):
             return _read_file(self.describe(row))
         # A storage client raises errors of its own, not only OSError.
         except Exception as e:
-            raise ImageError(f"it can't be read: {_one_line(e)}") from e
+            raise ImageError(f"it can't be read: {describe_error(e)}") from e
 
     def describe(self, row: int) -> str:
         path = self._paths[row]
         return path if "://" in path else os.path.join(self._root, path)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 # Folders
@@ -221,7 +217,7 @@ def manifest_dataset(path: str) -> Dataset:
         rows = list(readers[ending](io.StringIO(text, newline="")))
     # A storage client raises errors of its own.
     except Exception as e:
-        raise UserError(f"data.name={name!r} can't be read: {_one_line(e)}") from None
+        raise UserError(f"data.name={name!r} can't be read: {describe_error(e)}") from None
     columns = _check_columns(rows, name)
     kind = "labels" if "labels" in columns else "label"
     paths = [str(row["image"]) for row in rows]
