@@ -16,15 +16,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
-import sklearn.datasets
 
 from benchmarks.environment import describe_environment, versions_of
 from benchmarks.input_loaders import BATCH
-from benchmarks.turns import ROOT, compare, start
+from benchmarks.turns import ROOT, compare, run, start
 from vit_jax.data import fused
 
 # Width, height, quality and number of the JPEGs. An order of few records takes Grain long.
@@ -38,6 +38,8 @@ VERSIONS = {"tf_data": "tensorflow-cpu", "timm": "torch timm Pillow"}
 def read_photos(folder: Path | None) -> list[np.ndarray]:
     """Photographs, BGR."""
     if folder is None:
+        import sklearn.datasets  # takes seconds
+
         found = sklearn.datasets.load_sample_images().images
         return [np.ascontiguousarray(image[..., ::-1]) for image in found]
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
@@ -70,7 +72,7 @@ def write_jpegs(photos: list[np.ndarray], kind: str, folder: Path) -> None:
     done.write_text(str(KINDS[kind]))
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,7 +84,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3, help="of each turn")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     pythons = {"tf_data": args.tf_python, "timm": args.torch_python}
     pythons = {name: python for name, python in pythons.items() if python}
     for name in VERSIONS.keys() - pythons.keys():
@@ -112,6 +114,7 @@ def main() -> None:
                 cwd=ROOT,
                 check=True,
                 stdout=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is reported once, by this process
             )
             entries[f"vit_jax, {name}"] = ("vit_jax", f"{name}:{packed}")
         for name in ("vit_jax_opencv", "libjpeg_turbo", *pythons):
@@ -156,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

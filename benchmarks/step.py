@@ -15,11 +15,12 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import describe_device, describe_environment, versions_of
-from benchmarks.turns import ROOT, compare, start
+from benchmarks.turns import ROOT, compare, run, start
 
 PEERS = ("vit_jax", "flax_plain", "timm_eager", "timm_compile", "timm_channels_last")
 DEFAULT = PEERS[:4]
@@ -39,7 +40,7 @@ VARIATIONS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 _VARIANT = re.compile(r"(\w+/16)(?:@(\d+))?(?::(\d+))?")
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10, help="of each turn")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     peers = [p for p in args.peers if args.torch_python or not p.startswith("timm")]
     if peers != list(args.peers):
         print("timm is left out: no interpreter was given for it")
@@ -140,4 +141,4 @@ def make_command(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,11 +4,14 @@
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from vit_jax.utils.command import run_command
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,15 +19,15 @@ ROOT = Path(__file__).parent.parent
 class Peer:
     """A program in a process of its own, idle until it is its turn.
 
-    It writes a line when it is ready, for which this waits: programs do not start side by side. For
-    each line that it reads, a number of seconds, it writes a line of JSON: numbers, the same ones
-    each time.
+    It writes a line when it is ready. For each line that it reads, a number of seconds, it writes a
+    line of JSON: numbers, the same ones each time.
 
     Args:
       command: interpreter, script and arguments.
     """
 
     def __init__(self, command: Sequence[str]):
+        self._command = " ".join(command)
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             list(command),
@@ -34,31 +37,73 @@ class Peer:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TF_ENABLE_ONEDNN_OPTS": "0"},
             start_new_session=True,
         )
-        assert self._process.stdout
-        if not self._process.stdout.readline():
-            raise SystemExit(f"{' '.join(command)}: ended before it was ready")
+
+    def wait_until_ready(self) -> None:
+        """Waits for the first line of the program.
+
+        Raises:
+          SystemExit: the program has ended.
+        """
+        self._read_line("ended before it was ready")
 
     def measure(self, seconds: float) -> dict[str, float]:
-        """What the program says of a turn of that many seconds."""
+        """Returns the numbers that the program reports of a turn of that many seconds.
+
+        Raises:
+          SystemExit: the program has ended.
+        """
         assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(f"{seconds}\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        # A program that has ended is reported by the line that is missing.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(f"{seconds}\n")
+            self._process.stdin.flush()
+        return json.loads(self._read_line("ended before it had measured"))
 
     def close(self) -> None:
-        """Ends it."""
+        """Kills the program."""
         self._process.kill()
         self._process.wait()
+
+    def _read_line(self, missing: str) -> str:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self._command}: {missing}")
+        return line
+
+
+def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Runs a benchmark as a command; SIGTERM ends it as Ctrl-C does, with its peers."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run_command(main)
+
+
+@contextlib.contextmanager
+def _held_signals() -> Iterator[None]:
+    """Delays SIGINT and SIGTERM to the end of the context."""
+    received: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager
 def start(commands: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Peer]]:
-    """All peers, by name; they end with the context."""
+    """Starts all peers, by name, one after the other; they end with the context."""
     peers: dict[str, Peer] = {}
     try:
         for name, command in commands.items():
-            peers[name] = Peer(command)
+            with _held_signals():  # else a peer could start that nobody ends
+                peers[name] = Peer(command)
+            peers[name].wait_until_ready()
         yield peers
     finally:
         for peer in peers.values():

@@ -4,6 +4,8 @@
 import os
 import tempfile
 
+# `make test PYTHON=...` exports it, and the launch scripts would take it for theirs.
+os.environ.pop("PYTHON", None)
 # Before jax is imported.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 # Most of the time goes into compilation, of programs that run for a moment.

@@ -103,7 +103,7 @@ def run_sbatch(tmp_path, *, code, state="RUNNING", **environment):
     answers = {"srun": f"exit {code}", "scontrol": "exit 0", "squeue": f"echo {state}"}
     for name, text in answers.items():
         fake = tmp_path / name
-        fake.write_text(f'#!/usr/bin/env bash\nprintf "%s " {name} "$@" >> {record}\n{text}\n')
+        fake.write_text(f'#!/usr/bin/env bash\nprintf "%s " {name} "$@" >> "{record}"\n{text}\n')
         fake.chmod(0o755)
     done = subprocess.run(
         ["bash", SBATCH, *TRAIN],
@@ -170,7 +170,7 @@ def test_training_goes_on_when_the_machines_were_taken(tmp_path):
     # The first run ends as its machines are taken away; the second ends well.
     (tmp_path / "gcloud").write_text(
         f"""#!/usr/bin/env bash
-cd {tmp_path}
+cd "{tmp_path}"
 case "$*" in
   *describe*) cat state ;;
   *create*) echo create >> record; echo ACTIVE > state ;;
@@ -184,7 +184,7 @@ esac
     scripts.mkdir()
     (scripts / "tpu_queue.sh").write_text(QUEUE.read_text())
     (scripts / "tpu_vm.sh").write_text(
-        f"cd {tmp_path}; echo train >> record; [ -e ran ] && exit 0; touch ran;"
+        f"cd '{tmp_path}'; echo train >> record; [ -e ran ] && exit 0; touch ran;"
         "echo SUSPENDED > state; exit 255"
     )
     done = subprocess.run(

@@ -150,7 +150,7 @@ def test_code_75_is_run_again_and_bad_input_is_not(capsys):
 def test_kubectl_gets_the_manifest(tmp_path, monkeypatch):
     fake = tmp_path / "kubectl"
     fake.write_text(
-        f'#!/usr/bin/env bash\necho "$@" > {tmp_path}/args\ncat > {tmp_path}/manifest\n'
+        f'#!/usr/bin/env bash\necho "$@" > "{tmp_path}/args"\ncat > "{tmp_path}/manifest"\n'
     )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

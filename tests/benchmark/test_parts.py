@@ -2,6 +2,7 @@
 """The commands that measure checkpoints, the loop and the start of a run."""
 
 import json
+import shlex
 import sys
 import time
 
@@ -73,8 +74,11 @@ def test_what_is_read_in_the_loop_is_told_apart(config, monkeypatch):
 
 def stand_in(folder, text):
     """A Python that runs something else."""
+    (folder / "program.py").write_text(f"import time\n{text}\n")
     file = folder / "python"
-    file.write_text(f"#!{sys.executable}\nimport time\n{text}\n")
+    # A first line with the path of the interpreter would break at a space in it.
+    command = shlex.join([sys.executable, str(folder / "program.py")])
+    file.write_text(f"#!/bin/sh\nexec {command}\n")
     file.chmod(0o755)
     return str(file)
 

@@ -33,7 +33,7 @@ def test_an_interpreter_without_tensorflow_is_refused_before_anything_is_read(tm
         main([*command, "--tf_python=none"])
     # An environment that has nothing.
     bare = tmp_path / "python"
-    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "$@"\n')
     bare.chmod(0o755)
     with pytest.raises(UserError, match=r"needs TensorFlow, which .* pip install 'vit_jax\[sav"):
         main([*command, f"--tf_python={bare}"])

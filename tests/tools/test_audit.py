@@ -28,7 +28,8 @@ def pip_audit(tmp_path):
             (tmp_path / name).write_text(text)
         command = tmp_path / "pip-audit"
         command.write_text(
-            f'#!/bin/sh\ncd {tmp_path}\necho "$@" >>arguments\ncat out\ncat err >&2\nexit {code}\n'
+            f'#!/bin/sh\ncd "{tmp_path}"\necho "$@" >>arguments\n'
+            f"cat out\ncat err >&2\nexit {code}\n"
         )
         command.chmod(0o755)
         return str(command)
