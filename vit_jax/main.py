@@ -118,7 +118,7 @@ def _check_same(config: ConfigDict) -> None:
 
 
 def _check_trackers(config: Mapping[str, Any]) -> None:
-    """Refuses trackers that are not there before devices are waited for."""
+    """Refuses trackers that are not installed, before the process waits for others."""
     try:
         tracking = Tracking(trackers=(config.get("tracking") or {}).get("trackers", ()))
     except (UserError, AttributeError):
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> None:
     _join_job(config.to_dict())
     verbosity = "quiet" if _QUIET.value else "verbose" if _VERBOSE.value else "normal"
     console.set_up(quiet=jax.process_index() > 0, verbosity=verbosity)
-    # Given again with a longer run, it goes on; the last of two overrides counts.
+    # With an override of the length after it, this command continues the run.
     python = os.path.relpath(sys.executable) if sys.prefix.startswith(os.getcwd()) else "python"
     command = f"{python} -m vit_jax.main {shlex.join(argv[1:])}"
     # Raised only here, where no process waits for another one that has ended.

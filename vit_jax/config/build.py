@@ -168,8 +168,8 @@ def count_examples(data: DatasetSpec) -> int:
     return length
 
 
-# Each of the functions below makes one part from its section of the config, and returns with it the
-# section with all defaults filled in.
+# Each function below makes one part from its section of the config, and also returns the section
+# with all defaults.
 _Section = dict[str, Any]
 
 

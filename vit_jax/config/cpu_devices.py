@@ -10,21 +10,20 @@ from vit_jax.runtime.cpu_devices import is_forced
 from vit_jax.utils.cores import count_cores
 from vit_jax.utils.errors import UserError
 
-# Devices with less to do wait for each other longer than they help, and so may many of them.
+# With fewer pixels for each device, or with more devices, waiting for each other costs more time
+# than working side by side saves.
 _LEAST_PIXELS = 2**16
-
-
 _MOST_DEVICES = 8
 
 
 def count_cpu_devices(config: Mapping[str, Any]) -> int | None:
-    """Devices to split a config's batches over: one a core, where that makes steps faster.
+    """The number of devices to split batches over: one for each core, where steps become faster.
 
     Args:
-      config: of an experiment; what is wrong with it is said elsewhere.
+      config: of an experiment. Errors in it are reported later, when the experiment is built.
 
     Returns:
-      None where the environment or the config says how many there are.
+      None where the environment or the config sets the number.
     """
     if is_forced() or "JAX_NUM_CPU_DEVICES" in os.environ or config.get("mesh"):
         return None

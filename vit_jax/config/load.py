@@ -11,8 +11,6 @@ from ml_collections import ConfigDict
 from vit_jax.utils.errors import UserError
 
 _OVERRIDE = "--config."
-
-
 _WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -42,7 +40,7 @@ def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
 
 
 def override_config(config: dict[str, Any], overrides: dict[str, Any]) -> ConfigDict:
-    """Puts values by dotted key into the sections of a config.
+    """Returns a config with values by dotted key put into its sections.
 
     Raises:
       UserError: a key lies below a value.
@@ -63,9 +61,12 @@ def override_config(config: dict[str, Any], overrides: dict[str, Any]) -> Config
 
 
 def parse_overrides(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Takes `--config.KEY=VALUE` out of command-line arguments; returns them and the rest.
+    """Separates `--config.KEY=VALUE` from the other command-line arguments.
 
-    Values are Python literals, `true`, `false` and `none`; all else is a string.
+    Values are Python literals, `true`, `false` and `none`; anything else is a string.
+
+    Returns:
+      The values by dotted key, and the remaining arguments.
     """
     overrides, rest, todo = {}, [], iter(arguments)
     for argument in todo:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies of numerical precision, which `config.precision` names: what computes in what.
+"""Policies of numerical precision: the dtypes that the key `precision` chooses.
 
-Whatever the policy, parameters, second moments, norm statistics, softmax and logits are float32.
+Parameters, second moments, norm statistics, softmax and logits are float32 in all of them.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ from vit_jax.utils.registry import keywords, lookup
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """What a policy sets; all else is as the config has it.
+    """The keys that a policy sets.
 
     Attributes:
-      dtype: of the model's computation.
-      moment_dtype: of the optimizer's first moment.
+      dtype: dtype of the model's computation.
+      moment_dtype: dtype of the optimizer's first moment.
       float8: whether attention projections and MLPs multiply in float8.
     """
 
@@ -39,12 +39,12 @@ PRECISIONS = {
 def apply_precision(
     name: str | None, model: Mapping[str, Any], optimizer: Mapping[str, Any]
 ) -> tuple[Precision, dict[str, Any], dict[str, Any]]:
-    """The policy of a name, and the sections of model and optimizer with what it sets.
+    """Returns a policy, and the sections of model and optimizer with the keys that it sets.
 
     Args:
-      name: of the policy; None for one that sets nothing.
-      model: the section of the config.
-      optimizer: likewise.
+      name: of the policy; None for a policy that sets nothing.
+      model: the section `model` of the config.
+      optimizer: the section `optimizer`.
 
     Raises:
       UserError: there is no such policy, a section contradicts it, or the optimizer has no first

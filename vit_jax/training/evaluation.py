@@ -20,11 +20,11 @@ from vit_jax.utils.errors import UserError
 
 
 class Judge:
-    """Evaluates one checkpoint after the other by the evaluators of one experiment.
+    """Evaluates checkpoints, one after the other, by the evaluators of one experiment.
 
     Args:
       experiment: whose model, mesh and evaluators are used.
-      workdir: that details are written to; None to write none.
+      workdir: where details are written; None to write none.
     """
 
     def __init__(self, experiment: Experiment, *, workdir: Path | None = None):
@@ -34,13 +34,13 @@ class Judge:
 
     @property
     def names(self) -> set[str]:
-        """Of the evaluators."""
+        """The names of the evaluators."""
         return {evaluator.name for evaluator in self._experiment.evaluators}
 
     def load(self, source: str) -> tuple[Params, Params | None]:
         """Reads the parameters of a checkpoint and, if it has one, their average.
 
-        How they were made to fit is said when it differs from the checkpoint before.
+        How they were adapted is logged when it differs from the checkpoint before.
 
         Args:
           source: as `load_pretrained` takes it.
@@ -95,7 +95,7 @@ class Judge:
 
 
 def find_source(args: argparse.Namespace) -> str:
-    """What is to be evaluated, as `load_pretrained` takes it; of a run its newest checkpoint.
+    """The weights that the arguments name, for `load_pretrained`; by default the newest checkpoint.
 
     Raises:
       UserError: there is no such checkpoint.

@@ -80,10 +80,10 @@ class Experiment(Parts):
         )
 
     def init_state(self) -> TrainState:
-        """A fresh state, each array born on the devices that hold it.
+        """Returns the state before the first step, each array created on the devices that hold it.
 
-        With `init_from`, the parameters come from there, adapted to this model; what was adapted
-        is said on the screen.
+        With `init_from` the parameters are loaded from there and adapted to this model; what was
+        adapted is logged.
         """
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         if self.settings.init_from is None:
@@ -99,7 +99,7 @@ class Experiment(Parts):
         return jax.jit(self._make_state, out_shardings=shardings)(params)
 
     def initial_params(self) -> Params:
-        """Parameters before any training, in the memory of the host."""
+        """Randomly initialised parameters, in the memory of the host."""
         return jax.device_get(jax.jit(lambda: self._make_state().params)())
 
     def fit_params(self, weights: Weights, initial: Params) -> tuple[Params, list[str]]:
@@ -107,10 +107,10 @@ class Experiment(Parts):
 
         Args:
           weights: of the checkpoint.
-          initial: what starts anew is taken from there.
+          initial: provides the parameters that are re-initialised.
 
         Returns:
-          The parameters, and a line for each thing to know of them.
+          The parameters, and a line for each adaptation and each difference in preprocessing.
 
         Raises:
           UserError: they don't fit.
@@ -130,13 +130,13 @@ class Experiment(Parts):
         return params | own, notes
 
     def place_params(self, params: Params) -> Params:
-        """Puts parameters in the memory of the host on the devices that hold them."""
+        """Moves parameters from the memory of the host to the devices that hold them."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state.params)
         return jax.jit(lambda x: x, out_shardings=shardings)(params)
 
     @functools.cached_property
     def description(self) -> dict[str, Any]:
-        """What one must know to use the parameters; goes into each checkpoint, as JSON."""
+        """The model and its preprocessing as JSON, which each checkpoint holds."""
         model = {
             field.name: getattr(self.model, field.name)
             for field in dataclasses.fields(self.model)
@@ -155,7 +155,7 @@ class Experiment(Parts):
 
     @functools.cached_property
     def train_step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-        """The jitted `state.train_step` of this experiment; donates the state."""
+        """The jitted `training.step.train_step` of this experiment; donates the state."""
         step = functools.partial(
             step_lib.train_step,
             objective=self.objective,
@@ -191,10 +191,10 @@ class Experiment(Parts):
     def train_batches(
         self, step: int, *, corrupt: CorruptCounter | None = None
     ) -> Iterator[dict[str, jax.Array]]:
-        """Global batches on the mesh, from those of step `step + 1` on.
+        """Global batches on the mesh, the first one that of step `step + 1`.
 
         Args:
-          step: after which to begin.
+          step: number of updates made before.
           corrupt: counts this process's records that can't be read.
         """
         shards, num_shards = process_shards(self.mesh)

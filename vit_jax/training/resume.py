@@ -37,12 +37,12 @@ def open_workdir(
     class_names: tuple[str, ...] | None = None,
     resume: Resume | None = None,
 ) -> Path:
-    """Makes a workdir, or checks that one that exists is of this experiment.
+    """Creates a workdir, or checks that an existing one belongs to this experiment.
 
     Args:
       path: a local or shared folder.
       config: the resolved config.
-      class_names: by label, where the data knows them.
+      class_names: the names by label, or None where the data has none.
       resume: what may differ from the workdir's own config.
 
     Raises:
@@ -96,16 +96,16 @@ def _compare_labels(path: str, old: Sequence[str], new: Sequence[str]) -> None:
 def check_data(
     path: str, before: Mapping[str, Any], now: Mapping[str, Any], resume: Resume
 ) -> None:
-    """Checks that a run goes on with the records that it was trained on.
+    """Checks that a run resumes with the records that it was trained on.
 
     Args:
       path: of the workdir.
-      before: what the checkpoint came from: see `provenance.describe_run`.
-      now: the same of this run.
+      before: the description in the checkpoint, see `provenance.describe_run`.
+      now: that of this start.
       resume: what may differ.
 
     Raises:
-      UserError: they are others.
+      UserError: the records differ, and `resume` does not allow that.
     """
     if before.get("data") in (None, now["data"]):
         return

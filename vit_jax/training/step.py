@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The train state and the one step that updates it."""
+"""Initialises the train state, and updates it by one step."""
 
 import functools
 from collections.abc import Callable
@@ -34,13 +34,22 @@ def init_state(
     ema: bool,
     params: Params = None,
 ) -> TrainState:
-    """A fresh state, from `params` where they are given (a checkpoint to start from)."""
+    """Returns the state before the first step.
+
+    Args:
+      rng: key of the initial parameters.
+      batch: arrays of the shapes and dtypes of a batch; the number of examples does not matter.
+      objective: initialises the parameters.
+      tx: initialises the optimizer state.
+      ema: whether to keep an average of the parameters.
+      params: parameters to start from, such as those of a checkpoint; None to initialise them.
+    """
     start: Params = objective.init(rng, batch) if params is None else params
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=start,
         opt_state=tx.init(start),
-        # A copy, so that the state can be donated: no buffer may stand in it twice.
+        # A copy: a donated state must not alias buffers.
         ema_params=jax.tree.map(jnp.copy, start) if ema else None,
     )
 
@@ -59,33 +68,36 @@ def train_step(
     on_divergence: str | None = None,
     max_loss: float | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update. All randomness is a function of (seed, step).
+    """Returns the state after one more update, and its metrics.
+
+    All randomness is a function of (seed, step).
 
     Args:
-      state: donated by the caller.
-      batch: a global batch, as it comes from the data.
-      constants: those of the objective, on the mesh.
-      objective: what is minimised.
-      optimizer: its `accum_steps` cuts the batch into micro-batches of equal size.
-      ema_decay: of the parameter average, which is warmed up; None for no average.
+      state: is donated by the caller.
+      batch: a global batch of the data: `image` uint8 `[batch, height, width, 3]` and `label` int32
+        `[batch]`, or `[batch, classes]` if examples have several labels.
+      constants: arrays of the objective that are not trained, on the mesh.
+      objective: gives the loss.
+      optimizer: its `accum_steps` splits the batch into micro-batches of equal size.
+      ema_decay: decay of the parameter average, which is warmed up; None for no average.
       seed: of the run.
-      split: places `[micro-batches, batch, ...]` arrays on the mesh.
+      split: places arrays `[micro-batches, batch, ...]` on the mesh.
       scatter: places the gradients on the mesh.
-      on_divergence: with `skip`, a step with a metric that is not finite leaves all but the number
-        of the step as it was. If it is given at all, there is the metric `grad_norms`: of each
-        layer, as `layer_names` lists them.
-      max_loss: what is above diverges too.
+      on_divergence: with `skip`, a step with a metric that is not finite changes nothing but the
+        step number. Any policy adds the metric `grad_norms`, float32 `[layers]`, in the order of
+        `layer_names`.
+      max_loss: a higher loss counts as diverged too.
 
     Returns:
-      The new state and the metrics `loss, lr, grad_norm, param_norm` as scalars; `grad_norm` is
-      over the trained parameters, `param_norm` over all. Under SAM the loss is at the parameters,
-      and the gradient the one that is followed.
+      The new state, and the float32 scalars `loss, lr, grad_norm, param_norm`. `grad_norm` is over
+      the trained parameters, `param_norm` over all. With SAM, `loss` is that of the parameters
+      themselves, and `grad_norm` that of the gradient that updates them.
     """
     augment_rng, loss_rng = jax.random.split(step_rng(seed, state.step))
     batch = objective.augment(batch, augment_rng)
     trained, frozen = optimizer.rules.split(state.params)
 
-    # Of the trained parameters alone, so that nothing is differentiated for the frozen ones.
+    # A function of the trained parameters alone: the frozen ones need no backward pass.
     def loss(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Any]:
         return objective.loss({**merge(params, frozen), **(constants or {})}, batch, rng)
 
@@ -116,7 +128,7 @@ def train_step(
     }
     ema_params = state.ema_params
     if ema_decay is not None:
-        # Early on the average would be the initial values: let it follow quickly first.
+        # A short memory at first: else the average would consist of the initial values.
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         average, same = optimizer.rules.split(state.ema_params)
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, trained)
@@ -159,13 +171,13 @@ def accumulate_gradients(
     steps: int,
     split: Callable[[jax.Array], jax.Array],
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """Mean gradient of `loss` and its metrics over a batch, in `steps` micro-batches one by one."""
+    """Mean gradient of `loss`, and its mean metrics, over `steps` micro-batches in turn."""
     grad_fn = jax.grad(loss, has_aux=True)
     if steps == 1:
         return grad_fn(params, batch, rng)
 
     def micro_batches(x: jax.Array) -> jax.Array:
-        # Every steps-th row, so that each micro-batch lies on all devices as the batch did.
+        # Every steps-th row, so that each micro-batch is sharded over all devices like the batch.
         return split(x.reshape(x.shape[0] // steps, steps, *x.shape[1:]).swapaxes(0, 1))
 
     def body(total: Any, xs: Any) -> tuple[Any, None]:
