@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.environment import describe_environment, versions_of
 from benchmarks.input_loaders import BATCH
 from benchmarks.turns import ROOT, compare, run, start
-from vit_jax.data import fused
+from vit_jax.data.ops import fused
 
 # Width, height, quality and number of the JPEGs. An order of few records takes Grain long.
 KINDS = {"500x375": (500, 375, 96, 4000), "1600x1200": (1600, 1200, 90, 1000)}

@@ -32,7 +32,7 @@ def vit_jax(dataset, threads):
 
 def vit_jax_opencv(dataset, threads):
     """As where the C extension could not be built."""
-    from vit_jax.data import fused
+    from vit_jax.data.ops import fused
 
     fused.extension = None
     return vit_jax(dataset, threads)
@@ -42,7 +42,7 @@ def libjpeg_turbo(dataset, threads):
     """The C extension alone: files in memory, crops drawn before, nothing kept."""
     import numpy as np
 
-    from vit_jax.data import fused
+    from vit_jax.data.ops import fused
     from vit_jax.data.ops.transforms import InceptionCrop
 
     files = [path.read_bytes() for path in sorted(Path(folder(dataset)).glob("*/*.jpg"))]

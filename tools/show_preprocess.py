@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 
 from vit_jax.data.ops.decode import decode_image
-from vit_jax.data.ops.transforms import Decode, Features, Random
-from vit_jax.data.preprocess import apply, parse_preprocess
+from vit_jax.data.ops.transforms import Decode, Features, Random, apply
+from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.utils.errors import UserError
 
 LINES = (

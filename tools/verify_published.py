@@ -27,7 +27,8 @@ from vit_jax.checkpoint.pretrained.adapt import adapt_params, check_arguments
 from vit_jax.checkpoint.pretrained.catalogue import CATALOGUE, Published, find, load_catalogue
 from vit_jax.checkpoint.pretrained.download import compute_sha256, fetch
 from vit_jax.checkpoint.pretrained.npz import read_npz
-from vit_jax.data.preprocess import apply, parse_preprocess
+from vit_jax.data.ops.transforms import apply
+from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.models.variants import MODELS
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import lookup

@@ -50,7 +50,7 @@ def test_a_slow_operation_shows_in_its_stage(data_dir, monkeypatch):
     assert set(measure_stages(spec, seconds=0.1)) == set(STAGES)
     flip = image_ops.FlipLr.draw
     monkeypatch.setattr(image_ops.FlipLr, "draw", lambda *a: time.sleep(0.02) or flip(*a))
-    monkeypatch.setattr("vit_jax.data.fused.extension", None)
+    monkeypatch.setattr("vit_jax.data.ops.fused.extension", None)
     shares = measure_stages(spec, seconds=0.3)
     assert shares["augment"] > 0.5
     assert sum(shares.values()) == pytest.approx(1)

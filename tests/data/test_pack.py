@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import check, fused, pipeline
+from vit_jax.data import check, pipeline
+from vit_jax.data.ops import fused
 from vit_jax.data.ops.decode import ImageError, decode_image
 from vit_jax.data.ops.geometry import resize_image
 from vit_jax.data.ops.transforms import Decode
@@ -147,7 +148,7 @@ def test_raw_pixels_train_like_any_images(extension, folder, tmp_path, said, mon
     spec = DatasetSpec(f"raw:{tmp_path / 'dst'}", "train", line, 8, None, "data")
     batches = itertools.islice(train_batches(spec, seed=1, step=0), 4)
     digest = hashlib.sha256(b"".join(b["image"].tobytes() for b in batches)).hexdigest()
-    monkeypatch.setattr(pipeline, "fuse", lambda ops, **_: ops)
+    monkeypatch.setattr(pipeline, "fuse", tuple)
     batches = itertools.islice(train_batches(spec, seed=1, step=0), 4)
     assert digest == hashlib.sha256(b"".join(b["image"].tobytes() for b in batches)).hexdigest()
 

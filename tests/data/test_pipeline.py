@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from vit_jax.data import preprocess, sources
+from vit_jax.data import sources
 from vit_jax.data.datasets import Digits
 from vit_jax.data.ops import transforms as image_ops
+from vit_jax.data.ops.transforms import apply
 from vit_jax.data.pipeline import Buffers, DatasetSpec, eval_batches, plan_buffers, train_batches
 from vit_jax.data.sources import dataset_info, open_source
 from vit_jax.utils.errors import UserError
@@ -181,7 +182,7 @@ def test_examples_and_their_random_choices_are_those_of_grain(step, shards, digi
     num_shards = 1 if shards == (0,) else 4
     source, ops = digits.open(), digits.ops()
     examples = grain.MapDataset.source(source).seed(5).shuffle().repeat()
-    examples = examples.random_map(lambda record, rng: preprocess.apply(ops, record, rng))
+    examples = examples.random_map(lambda record, rng: apply(ops, record, rng))
     block = 16 // num_shards
     for offset, batch in enumerate(
         train(digits, 3, seed=5, step=step, shards=shards, num_shards=num_shards)

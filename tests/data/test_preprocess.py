@@ -15,7 +15,8 @@ from vit_jax.data.ops import policies as augment_ops
 from vit_jax.data.ops import transforms as image_ops
 from vit_jax.data.ops.decode import decode_image
 from vit_jax.data.ops.geometry import Method, resize_image
-from vit_jax.data.preprocess import OPS, apply, parse_preprocess
+from vit_jax.data.ops.transforms import apply
+from vit_jax.data.preprocess import OPS, parse_preprocess
 from vit_jax.utils.errors import UserError
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tools import show_preprocess
-from vit_jax.data.preprocess import apply, parse_preprocess
+from vit_jax.data.ops.transforms import apply
+from vit_jax.data.preprocess import parse_preprocess
 
 
 def read(path):

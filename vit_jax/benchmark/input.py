@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data import fused, loader, preprocess
+from vit_jax.data import loader
 from vit_jax.data.corrupt import CorruptCounter
+from vit_jax.data.ops import fused
 from vit_jax.data.ops import transforms as image_ops
 from vit_jax.data.order import PositionRng
 from vit_jax.data.pipeline import Batch, DatasetSpec, train_batches, train_order
@@ -148,18 +149,18 @@ def measure_stages(spec: DatasetSpec, *, seconds: float) -> dict[str, float]:
     split = 1 + max(i for i, op in enumerate(ops) if isinstance(op, _DECODE))
     spent = dict.fromkeys(STAGES, 0.0)
 
-    order, draws = train_order(spec, source, seed=0), PositionRng(0)
+    order, rngs = train_order(spec, source, seed=0), PositionRng(0)
     images = np.empty((spec.batch_size, *spec.image_shape()), np.uint8)
     start, position = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         times = [time.perf_counter()]
-        index, rng = order[position], draws(position)
+        index, rng = order[position], rngs(position)
         times.append(time.perf_counter())
         features = source[index]
         times.append(time.perf_counter())
-        features = preprocess.apply(ops[:split], features, rng)
+        features = image_ops.apply(ops[:split], features, rng)
         times.append(time.perf_counter())
-        features = preprocess.apply(ops[split:], features, rng)
+        features = image_ops.apply(ops[split:], features, rng)
         times.append(time.perf_counter())
         images[position % spec.batch_size] = features["image"]
         times.append(time.perf_counter())

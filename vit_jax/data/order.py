@@ -15,7 +15,7 @@ from grain.experimental import index_shuffle
 from vit_jax.data.mixture import Mixture, Schedule
 
 # Which of the streams of numbers that are derived from one seed.
-_SHUFFLE, _DRAWS = 1, 3
+_SHUFFLE, _RNGS = 1, 3
 
 
 class Order(Protocol):
@@ -80,7 +80,7 @@ class PositionRng(threading.local):
     """The generator of random numbers of each position; a thread's next call ends the last one."""
 
     def __init__(self, seed: int):
-        self._generator = np.random.Generator(np.random.Philox(_derive(seed, _DRAWS)))
+        self._generator = np.random.Generator(np.random.Philox(_derive(seed, _RNGS)))
         self._state = self._generator.bit_generator.state
 
     def __call__(self, position: int) -> np.random.Generator:

@@ -9,17 +9,19 @@ the batches are the same for any number of hosts, and to resume is to start at a
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from vit_jax.data import loader, preprocess
+from vit_jax.data import loader
 from vit_jax.data.corrupt import CorruptCounter
-from vit_jax.data.fused import Target, fuse
 from vit_jax.data.mixture import Mixture, Schedule, make_schedule, merge_infos
 from vit_jax.data.ops.decode import ImageError
-from vit_jax.data.ops.transforms import Decode, Features
+from vit_jax.data.ops.fused import Job, decode, defer, fuse
+from vit_jax.data.ops.transforms import Decode, Features, Op, apply
 from vit_jax.data.order import Mixed, Order, PositionRng, RepeatedAugmentation, shuffled
+from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources import dataset_info, open_source, placeholder
 from vit_jax.data.sources.base import DatasetInfo, Source
 from vit_jax.utils.errors import UserError
@@ -64,7 +66,7 @@ class DatasetSpec:
         return merge_infos(infos, names, key=f"{self.key}.mixture")
 
     def ops(self) -> tuple:
-        return preprocess.parse_preprocess(self.preprocess, key=f"{self.key}.preprocess")
+        return parse_preprocess(self.preprocess, key=f"{self.key}.preprocess")
 
     def label_shape(self) -> tuple[int, ...]:
         """`()`, or `(classes,)` if an example may have several labels."""
@@ -123,65 +125,56 @@ def find_shapes(
     Raises:
       UserError: it does not decode first, and once.
     """
-    ops = preprocess.parse_preprocess(line, key=key)
+    ops = parse_preprocess(line, key=key)
     if [isinstance(op, Decode) for op in ops] != [True] + [False] * (len(ops) - 1):
         raise UserError(f"{key}={line!r}: expected 'decode' first, and once")
     shapes = set()
     for fill in ((64, 96), (600, 400)):
         features = {"image": placeholder(image_shape, fill), "label": np.int32(0)}
-        shapes.add(preprocess.apply(ops, features, np.random.default_rng(0))["image"].shape)
+        shapes.add(apply(ops, features, np.random.default_rng(0))["image"].shape)
     return shapes
 
 
-# Records that are tried in place of one that can't be read: beyond that the storage is at fault.
+# Records that are tried for one position: if none of so many can be read, the storage is at fault.
 _TRIES = 100
+
+# `apply` or `defer`.
+_Apply = Callable[[Sequence[Op], Features, np.random.Generator], Features]
 
 
 class _TrainExamples:
-    """The prepared example of each position of an order."""
+    """The prepared example of each position of the endless training stream."""
 
-    def __init__(
-        self,
-        spec: DatasetSpec,
-        source: Source,
-        target: Target,
-        corrupt: CorruptCounter,
-        *,
-        seed: int,
-    ):
-        self._source, self._corrupt = source, corrupt
-        self._order, self._draws = train_order(spec, source, seed=seed), PositionRng(seed)
-        self._ops = fuse(spec.ops(), target=target)
-        self._blank = spec.blank()
+    def __init__(self, spec: DatasetSpec, corrupt: CorruptCounter, *, seed: int):
+        self._source, self._corrupt, self._blank = spec.open(), corrupt, spec.blank()
+        self._order, self._rngs = train_order(spec, self._source, seed=seed), PositionRng(seed)
+        self._ops = fuse(spec.ops())
 
-    def __call__(self, position: int) -> Features:
-        # A generator of its own for each position, not for each record.
-        index, rng = self._order[position], self._draws(position)
-        # The next record that can be read stands in for one that can't.
+    def __call__(self, position: int, apply: _Apply) -> Features:
+        # The generator belongs to the position, not to the record.
+        index, rng = self._order[position], self._rngs(position)
         for _ in range(min(_TRIES, len(self._source))):
             try:
-                return preprocess.apply(self._ops, self._source[index], rng)
+                return apply(self._ops, self._source[index], rng)
             except ImageError as e:
                 self._corrupt.add(self._source.describe(index), e)
                 index = self._source.successor(index)
-        # No error here, which other processes would wait for: all stop by the counts.
+        # No error here, as other processes would wait for this one: all stop by their counts.
         self._corrupt.lose()
         return self._blank
 
 
 class _EvalExamples:
-    """Each record in order; one that can't be read, or is not there, has the mask 0."""
+    """Each record in order; a record that is unreadable or past the end is blank with mask 0."""
 
-    def __init__(self, spec: DatasetSpec, source: Source, target: Target, corrupt: CorruptCounter):
-        self._source, self._corrupt, self._draws = source, corrupt, PositionRng(0)
-        self._ops = fuse(spec.ops(), target=target)
-        self._blank = spec.blank()
+    def __init__(self, spec: DatasetSpec, source: Source, corrupt: CorruptCounter):
+        self._source, self._corrupt, self._blank = source, corrupt, spec.blank()
+        self._ops, self._rngs = fuse(spec.ops()), PositionRng(0)
 
-    def __call__(self, position: int) -> Features:
+    def __call__(self, position: int, apply: _Apply) -> Features:
         if position < len(self._source):
             try:
-                rng = self._draws(position)
-                features = preprocess.apply(self._ops, self._source[position], rng)
+                features = apply(self._ops, self._source[position], self._rngs(position))
                 return features | {"mask": np.float32(1)}
             except ImageError as e:
                 self._corrupt.add(self._source.describe(position), e)
@@ -213,9 +206,9 @@ def train_batches(
 
     Threads load ahead until the iterator is closed or dropped.
     """
-    corrupt, target = corrupt or CorruptCounter(), Target()
-    examples = _TrainExamples(spec, spec.open(), target, corrupt, seed=seed)
-    return _load(examples, target, spec, itertools.count(step), shards, num_shards, corrupt)
+    corrupt = corrupt or CorruptCounter()
+    examples = _TrainExamples(spec, corrupt, seed=seed)
+    return _load(examples, spec, itertools.count(step), shards, num_shards, corrupt)
 
 
 def read_step(spec: DatasetSpec, *, seed: int, step: int) -> tuple[Batch, list[str]]:
@@ -252,13 +245,10 @@ def eval_batches(
     """
     source = spec.open()
     steps = range(-(-len(source) // spec.batch_size))
-    corrupt, target = corrupt or CorruptCounter(), Target()
-    examples = _EvalExamples(spec, source, target, corrupt)
-    return _load(examples, target, spec, steps, shards, num_shards, corrupt)
+    corrupt = corrupt or CorruptCounter()
+    examples = _EvalExamples(spec, source, corrupt)
+    return _load(examples, spec, steps, shards, num_shards, corrupt)
 
-
-# Bytes of encoded images that a thread holds, so as to decode them at one go.
-_MAX_WAITING = 1 << 24
 
 # Batches outside of the loader: the one that is trained on, and one on its way to the devices.
 _HELD = 2
@@ -304,20 +294,89 @@ def plan_buffers(spec: DatasetSpec, *, num_shards: int = 1, shards: int = 1) -> 
 
 
 @dataclasses.dataclass
-class _Buffer:
-    """A batch in the making: images `[b, h, w, c]` and the other features of each row."""
+class _PartialBatch:
+    """A batch whose rows are being filled.
+
+    Attributes:
+      images: uint8 `[b, h, w, c]`.
+      features: the other features of each row.
+    """
 
     images: np.ndarray
-    rest: list[Features]
+    features: list[Features]
 
-    def batch(self) -> Batch:
-        rest = {k: np.stack([features[k] for features in self.rest]) for k in self.rest[0]}
-        return {"image": self.images} | rest
+    def finish(self) -> Batch:
+        names = self.features[0]
+        return {"image": self.images} | {k: np.stack([f[k] for f in self.features]) for k in names}
+
+
+# Bytes of encoded images that a thread collects before it decodes them.
+_MAX_ENCODED = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True)
+class _Filler:
+    """Fills batches with the examples of their positions.
+
+    All threads share it, and it never changes: what a thread has begun is local to its `fill`.
+
+    Attributes:
+      spec: the data.
+      examples: the example of a position, prepared by `apply` or `defer`.
+      rows: the place in the global batch of each row of this process.
+      image_shape: height, width and channels.
+      corrupt: counts the rows that are filled.
+    """
+
+    spec: DatasetSpec
+    examples: Callable[[int, _Apply], Features]
+    rows: tuple[int, ...]
+    image_shape: tuple[int, int, int]
+    corrupt: CorruptCounter
+
+    def make(self, step: int) -> _PartialBatch:
+        """An empty batch."""
+        images = np.empty((len(self.rows), *self.image_shape), np.uint8)
+        return _PartialBatch(images, [{}] * len(self.rows))
+
+    def fill(self, batch: _PartialBatch, step: int, start: int, stop: int) -> None:
+        """Fills rows `start` to `stop` of the batch of a step.
+
+        JPEGs are collected and decoded in one call: whenever a thread returns from native code, it
+        may have to wait for the interpreter.
+        """
+        jobs: dict[int, Job] = {}
+        encoded = 0
+        for row in range(start, stop):
+            image = self._fill_row(batch, step, row, defer)
+            if isinstance(image, Job):
+                jobs[row] = image
+                encoded += len(image.source)
+            if encoded > _MAX_ENCODED or row == stop - 1:
+                made = decode(jobs.values(), (batch.images[row] for row in jobs))
+                for failed in itertools.compress(jobs, np.logical_not(made)):
+                    self._fill_row(batch, step, failed, apply)
+                jobs, encoded = {}, 0
+        self.corrupt.see(stop - start)
+
+    def _fill_row(self, batch: _PartialBatch, step: int, row: int, apply: _Apply) -> Any:
+        """Fills a row and returns its image: pixels, or the `Job` that is still to be run."""
+        features = self.examples(step * self.spec.batch_size + self.rows[row], apply)
+        image = features["image"]
+        batch.features[row] = {k: v for k, v in features.items() if k != "image"}
+        if isinstance(image, Job):
+            return image
+        if image.shape != self.image_shape or image.dtype != np.uint8:
+            raise UserError(
+                f"{self.spec.key}.preprocess={self.spec.preprocess!r} made an image of "
+                f"{image.dtype} {image.shape}; expected uint8 {self.image_shape}"
+            )
+        batch.images[row] = image
+        return image
 
 
 def _load(
-    examples: Callable[[int], Features],
-    target: Target,
+    examples: Callable[[int, _Apply], Features],
     spec: DatasetSpec,
     steps: Iterable[int],
     shards: tuple[int, ...],
@@ -325,47 +384,14 @@ def _load(
     corrupt: CorruptCounter,
 ) -> Generator[Batch]:
     block = spec.batch_size // num_shards
-    rows = [shard * block + i for shard in shards for i in range(block)]
-    shape = spec.image_shape()
-
-    def make(step: int) -> _Buffer:
-        return _Buffer(np.empty((len(rows), *shape), np.uint8), [{}] * len(rows))
-
-    def prepare(buffer: _Buffer, step: int, i: int) -> None:
-        target.row = buffer.images[i]
-        features = examples(step * spec.batch_size + rows[i])
-        image = features["image"]
-        if image.shape != shape or image.dtype != np.uint8:
-            raise UserError(
-                f"{spec.key}.preprocess={spec.preprocess!r} made an image of {image.dtype} "
-                f"{image.shape}; expected uint8 {shape}"
-            )
-        if image is not target.row:
-            buffer.images[i] = image
-        buffer.rest[i] = {k: v for k, v in features.items() if k != "image"}
-        target.row = None  # it would keep the batch alive
-
-    def fill(buffer: _Buffer, step: int, start: int, stop: int) -> None:
-        waiting, nbytes, target.jobs = [], 0, []
-        for i in range(start, stop):
-            prepare(buffer, step, i)
-            if len(target.jobs) > len(waiting):
-                waiting.append(i)
-                nbytes += len(target.jobs[-1][0])
-            if nbytes > _MAX_WAITING or i == stop - 1:
-                for k, done in zip(waiting, target.run(), strict=True):
-                    if not done:
-                        prepare(buffer, step, k)  # by the operations themselves
-                waiting, nbytes, target.jobs = [], 0, []
-        target.jobs = None
-        corrupt.see(stop - start)
-
-    buffers = loader.Loader(
+    rows = tuple(shard * block + i for shard in shards for i in range(block))
+    filler = _Filler(spec, examples, rows, spec.image_shape(), corrupt)
+    batches = loader.Loader(
         steps,
-        make=make,
-        fill=fill,
+        make=filler.make,
+        fill=filler.fill,
         rows=len(rows),
         num_threads=loader.count_threads(spec.num_threads),
         ahead=plan_buffers(spec, num_shards=num_shards, shards=len(shards)).ahead,
     )
-    return (buffer.batch() for buffer in buffers)
+    return (batch.finish() for batch in batches)

@@ -5,11 +5,9 @@ import ast
 import inspect
 from typing import Any
 
-import numpy as np
-
 from vit_jax.data.ops import policies as augment_ops
 from vit_jax.data.ops import transforms as image_ops
-from vit_jax.data.ops.transforms import Features, Random, Transform
+from vit_jax.data.ops.transforms import Random, Transform
 from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.registry import check_type
 
@@ -97,12 +95,3 @@ def _check_sign(value: Any, argument: str, op: type, *, where: str) -> None:
         raise UserError(f"{where}: {argument}={value}: expected 0 or more")
     if argument not in op.may_be_zero and value <= 0:
         raise UserError(f"{where}: {argument}={value}: expected more than 0")
-
-
-def apply(
-    ops: tuple[Transform | Random, ...], features: Features, rng: np.random.Generator
-) -> Features:
-    """Runs the operations one after the other."""
-    for op in ops:
-        features = op(features, rng) if isinstance(op, Random) else op(features)
-    return features

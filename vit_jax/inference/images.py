@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data import loader, preprocess
+from vit_jax.data import loader
 from vit_jax.data.corrupt import CorruptCounter
-from vit_jax.data.fused import fuse
 from vit_jax.data.ops.decode import ImageError
-from vit_jax.data.ops.transforms import Random
+from vit_jax.data.ops.fused import fuse
+from vit_jax.data.ops.transforms import Random, apply
 from vit_jax.data.pipeline import find_shapes
+from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources.files import ENDINGS, Files, list_images
 from vit_jax.utils.errors import UserError
 
@@ -79,12 +80,12 @@ class Preparation:
 
     @functools.cached_property
     def _ops(self) -> tuple[Any, ...]:
-        return fuse(preprocess.parse_preprocess(self.line, key="preprocess"))
+        return fuse(parse_preprocess(self.line, key="preprocess"))
 
     @property
     def random(self) -> bool:
         """Whether operations draw random numbers, as those of training do."""
-        ops = preprocess.parse_preprocess(self.line, key="preprocess")
+        ops = parse_preprocess(self.line, key="preprocess")
         return any(isinstance(op, Random) for op in ops)
 
     def __call__(self, image: Any, *, seed: int = 0) -> np.ndarray:
@@ -102,7 +103,7 @@ class Preparation:
           ImageError: it can't be read, or is of another size and the line does not resize.
         """
         features = {"image": _read(image), "label": np.int32(0)}
-        pixels = preprocess.apply(self._ops, features, np.random.default_rng(seed))["image"]
+        pixels = apply(self._ops, features, np.random.default_rng(seed))["image"]
         if pixels.shape != self.image_shape:
             height, width, channels = self.image_shape
             raise ImageError(

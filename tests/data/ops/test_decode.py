@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from vit_jax.data.ops.decode import MAX_PIXELS, ImageError, decode_image, read_header
-from vit_jax.data.ops.transforms import resize_image
-from vit_jax.data.preprocess import apply, parse_preprocess
+from vit_jax.data.ops.transforms import apply, resize_image
+from vit_jax.data.preprocess import parse_preprocess
 
 
 def picture(height=40, width=50, seed=0):

@@ -9,6 +9,7 @@ but the seed and the example's position. Images stay uint8: the device makes flo
 import abc
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import cv2
@@ -38,6 +39,16 @@ class Random(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, features: Features, rng: np.random.Generator) -> Features: ...
+
+
+Op = Transform | Random
+
+
+def apply(ops: Sequence[Op], features: Features, rng: np.random.Generator) -> Features:
+    """Runs operations in their order; only those with random choices use `rng`."""
+    for op in ops:
+        features = op(features, rng) if isinstance(op, Random) else op(features)
+    return features
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import fused
-from vit_jax.data.fused import Fused, fuse
+from vit_jax.data.ops import fused
 from vit_jax.data.ops.decode import ImageError
+from vit_jax.data.ops.fused import Fused, fuse
+from vit_jax.data.ops.transforms import apply
 from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
-from vit_jax.data.preprocess import apply, parse_preprocess
+from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.utils.errors import UserError
 
 LINES = (
@@ -90,7 +91,7 @@ def assert_native_and_equal(encoded, monkeypatch, *, lines=LINES, seeds=3):
         ops, (native,) = operations(line)
         want = run(ops, encoded, seed)
         with monkeypatch.context() as patch:
-            patch.setattr(fused.preprocess, "apply", refuse)
+            patch.setattr(fused, "apply", refuse)
             rng = np.random.Generator(np.random.Philox(seed))
             image = native({"image": encoded}, rng)["image"]
         np.testing.assert_array_equal(image, want[0], err_msg=f"{line} {seed}")
