@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from vit_jax.data import sources
 from vit_jax.data.datasets import Digits
 from vit_jax.data.ops import transforms as image_ops
 from vit_jax.data.ops.transforms import apply
 from vit_jax.data.pipeline import Buffers, DatasetSpec, eval_batches, plan_buffers, train_batches
 from vit_jax.data.sources import dataset_info, open_source
+from vit_jax.data.sources import tfds as tfds_source
 from vit_jax.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -450,8 +450,8 @@ def test_a_host_that_can_not_be_reached_is_named_at_once(tmp_path, monkeypatch):
     def no_network(*_):
         raise OSError
 
-    monkeypatch.setattr(sources.socket, "getaddrinfo", no_network)
-    monkeypatch.setattr(sources.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(tfds_source.socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(tfds_source.urllib.request, "getproxies", dict)
     monkeypatch.setattr(
         Digits, "url_infos", {"https://example.org/digits.zip": None}, raising=False
     )

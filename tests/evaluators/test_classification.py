@@ -22,7 +22,7 @@ from sklearn.metrics import (
 )
 
 from vit_jax.data.pipeline import DatasetSpec, eval_batches
-from vit_jax.data.sources import TfdsSource
+from vit_jax.data.sources.tfds import TfdsSource
 from vit_jax.evaluators.classification import batch_sums, make_classification
 from vit_jax.evaluators.metrics import accuracy_by_class, average_precisions
 from vit_jax.parallel.mesh import make_mesh

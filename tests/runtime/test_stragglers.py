@@ -80,7 +80,7 @@ def test_a_process_alone_compares_nothing(monkeypatch):
 SLOW = """
 import time
 import jax
-from vit_jax.data.sources import TfdsSource
+from vit_jax.data.sources.tfds import TfdsSource
 read = TfdsSource.__getitem__
 def slow(self, index):
     if jax.process_index():

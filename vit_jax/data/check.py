@@ -28,7 +28,7 @@ from vit_jax.config.load import load_config
 from vit_jax.data.ops.decode import ImageError, decode_image, read_header
 from vit_jax.data.pipeline import DatasetSpec, train_batches
 from vit_jax.data.preprocess import parse_preprocess
-from vit_jax.data.sources import dataset_info, open_source
+from vit_jax.data.sources import find_dataset
 from vit_jax.data.sources.base import DatasetInfo, Source
 from vit_jax.observe.console import console, log, set_up
 from vit_jax.training.experiment import Experiment
@@ -269,9 +269,10 @@ def main(argv: Sequence[str]) -> int:
     if args.num_threads < 1:
         raise UserError(f"--num_threads={args.num_threads}: expected at least 1")
     parse_preprocess(args.preprocess, key="--preprocess")
-    source = open_source(args.SRC, args.split, data_dir=args.data_dir, key="--split")
+    dataset = find_dataset(args.SRC, data_dir=args.data_dir)
+    source = dataset.open(args.split, key="--split")
     findings = inspect(source, num_threads=args.num_threads)
-    for line in report(findings, dataset_info(args.SRC, data_dir=args.data_dir)):
+    for line in report(findings, dataset.info):
         log(line)
     if any(f.size for f in findings):
         path = args.output / "contact_sheet.png"

@@ -34,7 +34,7 @@ from vit_jax.data.loader import count_threads
 from vit_jax.data.ops.decode import ImageError, decode_image
 from vit_jax.data.ops.geometry import resize_image
 from vit_jax.data.ops.transforms import CentralCrop, ResizeSmall
-from vit_jax.data.sources import dataset_info, open_source, split_lengths
+from vit_jax.data.sources import find_dataset
 from vit_jax.data.sources.base import Rows, Source
 from vit_jax.data.sources.packed import MANIFEST, Manifest, Shard, read_manifest
 from vit_jax.observe.console import console, log, set_up
@@ -218,10 +218,11 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"--{name}={value}: expected at least 1")
     if args.quality > 100:
         raise UserError(f"--quality={args.quality}: expected 1 to 100")
-    info = dataset_info(args.SRC, data_dir=args.data_dir)
+    dataset = find_dataset(args.SRC, data_dir=args.data_dir)
+    info = dataset.info
     manifest = Manifest(
         source=args.SRC,
-        splits=split_lengths(args.SRC, data_dir=args.data_dir),
+        splits=dataset.lengths,
         num_classes=info.num_classes,
         multi_label=info.multi_label,
         class_names=info.class_names,
@@ -246,9 +247,7 @@ def main(argv: Sequence[str]) -> None:
             corrupt = pack(
                 manifest,
                 folder,
-                open_split=lambda split: open_source(
-                    args.SRC, split, data_dir=args.data_dir, key="split"
-                ),
+                open_split=lambda split: dataset.open(split, key="split"),
                 num_threads=count_threads(args.num_threads),
             )
     # Files of records tell of a full disk by RuntimeError.

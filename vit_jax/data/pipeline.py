@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 
 from vit_jax.data import loader
@@ -22,7 +23,7 @@ from vit_jax.data.ops.fused import Job, decode, defer, fuse
 from vit_jax.data.ops.transforms import Decode, Features, Op, apply
 from vit_jax.data.order import Mixed, Order, PositionRng, RepeatedAugmentation, shuffled
 from vit_jax.data.preprocess import parse_preprocess
-from vit_jax.data.sources import dataset_info, open_source, placeholder
+from vit_jax.data.sources import dataset_info, open_source
 from vit_jax.data.sources.base import DatasetInfo, Source
 from vit_jax.utils.errors import UserError
 
@@ -130,7 +131,9 @@ def find_shapes(
         raise UserError(f"{key}={line!r}: expected 'decode' first, and once")
     shapes = set()
     for fill in ((64, 96), (600, 400)):
-        features = {"image": placeholder(image_shape, fill), "label": np.int32(0)}
+        sides = [side or other for side, other in zip(image_shape[:2], fill, strict=True)]
+        blank = cv2.imencode(".png", np.zeros((*sides, 3), np.uint8))[1].tobytes()
+        features = {"image": blank, "label": np.int32(0)}
         shapes.add(apply(ops, features, np.random.default_rng(0))["image"].shape)
     return shapes
 

@@ -9,9 +9,11 @@ Example:
 
 from collections.abc import Sequence
 
-from vit_jax.data.sources import prepare
+from vit_jax.data.sources import KINDS
+from vit_jax.data.sources.tfds import TfdsDataset
 from vit_jax.observe.console import log, set_up
 from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.errors import UserError
 
 
 def main(argv: Sequence[str]) -> None:
@@ -21,8 +23,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--data_dir", help="where TFDS keeps its datasets")
     args = parser.parse_args(argv)
     set_up(quiet=False)
-    folder, lengths = prepare(args.NAME, data_dir=args.data_dir)
-    log(f"{args.NAME} is prepared in {folder}")
+    if args.NAME.partition(":")[0] in KINDS:
+        raise UserError(
+            f"{args.NAME!r} is read as it is: only datasets of TFDS have to be prepared"
+        )
+    dataset = TfdsDataset(args.NAME, args.data_dir)
+    lengths = dataset.lengths
+    log(f"{args.NAME} is prepared in {dataset.folder}")
     for split, length in lengths.items():
         log(f"  {split:<15} {length:>12,} examples")
 

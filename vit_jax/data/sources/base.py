@@ -97,14 +97,18 @@ class Dataset:
     labels: np.ndarray | Sequence[np.ndarray]
     splits: Mapping[str, np.ndarray]
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The number of examples of each split."""
+        return {split: len(rows) for split, rows in self.splits.items()}
+
     def open(self, split: str, *, key: str) -> "Rows":
         """The examples of a split with slices, such as `train[:98%]`.
 
         Raises:
           UserError: no such split, or an empty one.
         """
-        lengths = {name: len(rows) for name, rows in self.splits.items()}
-        parts = select(split, lengths, name=self.name, key=key)
+        parts = select(split, self.lengths, name=self.name, key=key)
         return Rows(self, np.concatenate([self.splits[n][start:stop] for n, start, stop in parts]))
 
 

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TFDS datasets in `array_record` form, which can be read by position and without TensorFlow."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import logging
+import os
+import re
+import socket
+import urllib.parse
+import urllib.request
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+import vit_jax.data.datasets  # noqa: F401  (registers the package's own TFDS builders)
+from vit_jax.data.sources.base import DatasetInfo, Source
+from vit_jax.utils.errors import UserError, describe_error, suggest
+
+_DEFAULT_DIR = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+
+# The encoded records of a dataset up to this size are kept in memory.
+_KEPT_BYTES = 2**24
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsDataset:
+    """A TFDS dataset, which is prepared on first use of its records.
+
+    Attributes:
+      name: with config and version if need be.
+      data_dir: where TFDS keeps its datasets; None for its default.
+    """
+
+    name: str
+    data_dir: str | None
+
+    @property
+    def info(self) -> DatasetInfo:
+        """Classes and image shape, for which the dataset need not be prepared.
+
+        Raises:
+          UserError: no such dataset, or one that is not for classification.
+        """
+        features = dict(_builder(self.name, self.data_dir).info.features or {})
+        image, label = features.get("image"), features.get("label")
+        if not isinstance(image, tfds.features.Image) or not isinstance(
+            label, tfds.features.ClassLabel
+        ):
+            raise UserError(
+                f"data.name={self.name!r} has the features {sorted(features)}; expected an "
+                "'image' and a class 'label'"
+            )
+        image_shape: Any = image.shape
+        names = tuple(label.names or ())
+        # If a builder gives their number only, TFDS makes names of the labels.
+        known = names if names != tuple(map(str, range(len(names)))) else None
+        return DatasetInfo(int(label.num_classes or 0), image_shape, known)
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The number of examples of each split. Prepares the dataset, with TFDS's own reports.
+
+        Raises:
+          UserError: the dataset can't be prepared or read.
+        """
+        splits = _open_builder(self.name, self.data_dir, quiet=False).info.splits
+        return {split: info.num_examples for split, info in splits.items()}
+
+    @property
+    def folder(self) -> str:
+        """The folder with the prepared dataset. Prepares it, like `lengths`."""
+        return str(_open_builder(self.name, self.data_dir, quiet=False).data_dir)
+
+    def open(self, split: str, *, key: str) -> Source:
+        """The examples of a split with slices. Prepares the dataset.
+
+        Raises:
+          UserError: the dataset can't be prepared or read, or has no such split.
+        """
+        builder = _open_builder(self.name, self.data_dir, quiet=True)
+        try:
+            length = builder.info.splits[split].num_examples
+        except (ValueError, KeyError, AssertionError, NotImplementedError) as e:
+            raise UserError(
+                f"{key}={split!r}: {describe_error(e)}; {self.name} has "
+                f"{', '.join(builder.info.splits)}"
+            ) from None
+        if length < 1:
+            raise UserError(f"{key}={split!r} of {self.name} holds no examples")
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        records = builder.as_data_source(split, decoders=decoders)
+        keep = builder.info.dataset_size <= _KEPT_BYTES
+        return TfdsSource(records, name=f"{self.name}:{split}", keep=keep)
+
+
+class TfdsSource(Source):
+    """Records of one split of a TFDS dataset.
+
+    Args:
+      records: of TFDS.
+      name: of dataset and split, to name a record.
+      keep: whether records stay in memory once they were read. Parsing one takes longer than
+        decoding a small image.
+    """
+
+    def __init__(self, records: Any, *, name: str, keep: bool):
+        self._records, self._name = records, name
+        self._kept: dict[int, dict[str, Any]] | None = {} if keep else None
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if self._kept is not None and index in self._kept:
+            return self._kept[index]
+        record = self._records[index]
+        record = {"image": record["image"], "label": np.int32(record["label"])}
+        if self._kept is not None:
+            self._kept[index] = record
+        return record
+
+    def describe(self, index: int) -> str:
+        return f"{self._name}[{index}]"
+
+    def file_name(self, index: int) -> str:
+        name = self._records[index].get("file_name", self.describe(index))
+        return name.decode() if isinstance(name, bytes) else str(name)
+
+
+@functools.cache
+def _builder(name: str, data_dir: str | None) -> Any:  # types of TFDS are of little help
+    base = re.split("[/:]", name)[0]
+    known = tfds.list_builders(with_community_datasets=False)
+    folder = epath.Path(data_dir or _DEFAULT_DIR).expanduser() / base
+    # TFDS looks further afield for a name it does not know, and needs TensorFlow for that.
+    if base not in known and not folder.exists():
+        raise UserError(f"data.name={name!r} is no TFDS dataset{suggest(base, known)[:200]}")
+    try:
+        return tfds.builder(name, data_dir=data_dir, try_gcs=False)
+    except Exception as e:
+        raise UserError(f"data.name={name!r} can't be opened by TFDS: {describe_error(e)}") from e
+
+
+def _open_builder(name: str, data_dir: str | None, *, quiet: bool) -> Any:
+    """The builder of a dataset that is prepared, after this if it was not before."""
+    builder = _builder(name, data_dir)
+    if not builder.is_prepared():
+        _prepare(builder, quiet=quiet)
+    if not builder.info.splits:
+        # Prepared by another process since: a builder reads what there is only when it is made.
+        _builder.cache_clear()
+        builder = _builder(name, data_dir)
+    if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+        found = epath.Path(builder.data_dir)
+        base = found.parents[len(found.parts) - found.parts.index(builder.name) - 1]
+        moved = base.with_name(f"{base.name}_array_record")
+        raise UserError(
+            f"data.name={name!r} is prepared in {found} as {builder.info.file_format.value}; "
+            "expected array_record: where TensorFlow is installed, run tfds convert_format "
+            f"--dataset_version_dir={found} --out_file_format=array_record "
+            f"--out_dir={moved / found.relative_to(base)}, then set data.data_dir={moved}"
+        )
+    return builder
+
+
+def _prepare(builder: Any, *, quiet: bool) -> None:
+    where = f"data.name={builder.name!r} is not prepared in {builder.data_dir}"
+    _check_hosts(builder, where)
+    logger.info("preparing dataset %s in %s", builder.name, builder.data_dir)
+    # TFDS reports on downloads; where there are none, its words are noise in a run.
+    silent = quiet and not builder.url_infos
+    try:
+        with _silent() if silent else contextlib.nullcontext():
+            builder.download_and_prepare(file_format="array_record")
+    except Exception as e:
+        # Another process may have finished the same work first.
+        if not (isinstance(e, OSError) and os.path.exists(builder.data_dir)):
+            if _lacks_tensorflow(e):
+                raise UserError(
+                    f"{where}, and its builder needs TensorFlow: where that is installed, run tfds "
+                    f"build {builder.name} --file_format=array_record, then set data.data_dir to "
+                    "where it is"
+                ) from e
+            raise UserError(
+                f"{where}, and preparing it failed ({describe_error(e)}); set data.data_dir to "
+                "where it is"
+            ) from e
+
+
+def _lacks_tensorflow(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, ImportError) and "tensorflow" in str(error.name or error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _check_hosts(builder: Any, where: str) -> None:
+    """Without a network TFDS would retry for minutes: find out in a moment."""
+    if urllib.request.getproxies():
+        return
+    for host in {urllib.parse.urlsplit(url).hostname for url in builder.url_infos or ()}:
+        try:
+            socket.getaddrinfo(host, 443)
+        except OSError:
+            raise UserError(
+                f"{where}, and {host} can't be reached to download it; set data.data_dir to where "
+                "it is"
+            ) from None
+
+
+@contextlib.contextmanager
+def _silent():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
