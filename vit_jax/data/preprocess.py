@@ -5,15 +5,14 @@ import ast
 import inspect
 from typing import Any
 
-from vit_jax.data.ops import policies as augment_ops
-from vit_jax.data.ops import transforms as image_ops
-from vit_jax.data.ops.transforms import Random, Transform
+from vit_jax.data.ops import policies, transforms
+from vit_jax.data.ops.transforms import Op
 from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.registry import check_type
 
-OPS = image_ops.OPS | augment_ops.OPS
+OPS = transforms.OPS | policies.OPS
 
-# What other projects have among these operations and this one has elsewhere.
+# Operations of other projects that this one does not run on the host.
 _PIXELS = "images stay uint8 up to the device; set objective.pixel_mean and objective.pixel_std"
 _LABELS = "labels become one-hot on the device, by the objective"
 _ELSEWHERE = {
@@ -28,50 +27,55 @@ _ELSEWHERE = {
 }
 
 
-def parse_preprocess(text: str, *, key: str) -> tuple[Transform | Random, ...]:
+def parse_preprocess(text: str, *, key: str) -> tuple[Op, ...]:
     """Turns `op(args)|op|...` into operations. Arguments are literals; nothing is evaluated.
 
     Args:
       text: operations in the order in which they run.
-      key: where the text stands in the config, for errors.
+      key: the config key of the text, for errors.
 
     Raises:
-      UserError: an unknown operation or argument, with the operation at fault.
+      UserError: an unknown operation or argument; the error quotes the operation.
     """
     return tuple(_parse_op(part.strip(), key=key) for part in text.split("|"))
 
 
-def _parse_op(text: str, *, key: str) -> Transform | Random:
+def _parse_op(text: str, *, key: str) -> Op:
     try:
         node = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         node = None
     call = node if isinstance(node, ast.Call) else None
-    name = call.func if call else node
-    if not isinstance(name, ast.Name):
+    func = call.func if call else node
+    if not isinstance(func, ast.Name):
         raise UserError(f"{key}: can't read {text!r}: expected op or op(argument, name=argument)")
-    if name.id in _ELSEWHERE:
-        raise UserError(f"{key}: {text!r} is no operation here: {_ELSEWHERE[name.id]}")
-    if name.id not in OPS:
-        raise UserError(f"{key}: unknown operation {name.id!r}{suggest(name.id, OPS)}")
-    op = OPS[name.id]
+    name = func.id
+    op = _find_op(name, text, key=key)
     signature = inspect.signature(op)
     try:
         bound = _bind(signature, call)
     except (TypeError, ValueError, RecursionError, MemoryError):
-        usage = f"{name.id}({', '.join(map(_describe, signature.parameters.values()))})"
+        usage = f"{name}({', '.join(map(_describe, signature.parameters.values()))})"
         raise UserError(f"{key}: wrong arguments in {text!r}: expected {usage}") from None
     for argument, value in bound.arguments.items():
         parameter = signature.parameters[argument]
         annotation = parameter.annotation
         if parameter.kind is parameter.VAR_POSITIONAL:
             annotation = tuple[annotation, ...]
-        check_type(value, annotation, key=f"{key}: {name.id}: {argument}")
+        check_type(value, annotation, key=f"{key}: {name}: {argument}")
         _check_sign(value, argument, op, where=f"{key}: {text!r}")
     try:
         return op(*bound.args, **bound.kwargs)
     except ValueError as e:
         raise UserError(f"{key}: {text!r}: {e}") from None
+
+
+def _find_op(name: str, text: str, *, key: str) -> type[Op]:
+    if name in _ELSEWHERE:
+        raise UserError(f"{key}: {text!r} is no operation here: {_ELSEWHERE[name]}")
+    if name not in OPS:
+        raise UserError(f"{key}: unknown operation {name!r}{suggest(name, OPS)}")
+    return OPS[name]
 
 
 def _bind(signature: inspect.Signature, call: ast.Call | None) -> inspect.BoundArguments:
@@ -88,7 +92,7 @@ def _describe(parameter: inspect.Parameter) -> str:
     return str(parameter.replace(annotation=parameter.empty))
 
 
-def _check_sign(value: Any, argument: str, op: type, *, where: str) -> None:
+def _check_sign(value: Any, argument: str, op: type[Op], *, where: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if argument in op.may_be_zero and value < 0:

@@ -16,7 +16,7 @@ import numpy as np
 
 from vit_jax.data.ops import colors, geometry
 from vit_jax.data.ops.geometry import Fill
-from vit_jax.data.ops.transforms import Features, Random
+from vit_jax.data.ops.transforms import Features, Op, Random
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,7 +335,7 @@ class ColorJitter(Random):
         return features | {"image": image}
 
 
-OPS: dict[str, type] = {
+OPS: dict[str, type[Op]] = {
     "randaug": RandAug,
     "rand_augment": RandAugment,
     "auto_augment": AutoAugment,

@@ -305,7 +305,7 @@ class RandomShift(Random):
         return features | {"image": padded[top : top + height, left : left + width]}
 
 
-OPS: dict[str, type] = {
+OPS: dict[str, type[Op]] = {
     "decode": Decode,
     "keep": Keep,
     "resize": Resize,
