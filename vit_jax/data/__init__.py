@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Input pipelines: sources, preprocessing, order. No jax in here."""
+"""Input pipelines: sources, preprocessing, order. Nothing here imports jax."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads every image of a dataset, reports what is wrong or odd with it, and shows some of them.
+"""Reads every image of a dataset, reports errors and oddities, and writes a contact sheet.
 
-Exit code 1 says that some images can't be read.
+The exit code is 1 if some images can't be read.
 
 Examples:
   python -m vit_jax.data.check folder:/data/birds
@@ -36,7 +36,7 @@ from vit_jax.training.previews import preview_first_batch
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 
-# What an ending says of the content.
+# Formats by file name ending.
 _ENDINGS = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -48,25 +48,25 @@ _ENDINGS = {
     ".gif": "GIF",
 }
 _USUAL_MODES = ("RGB", "L")
-# Sides, and longer by shorter side, outside of which a size is odd.
+# A size is odd if a side is below _SMALL, or the longer one above _LONG times the shorter.
 _SMALL, _LONG = 8, 8
 
 _LISTED = 10  # names in the report of each kind of finding
 _SHEET = 8  # rows and columns of the contact sheet
-_TILE = 96  # pixels of an image there at least
+_TILE = 96  # least pixels of the longer side of an image there
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What is known of one record once it was read.
+    """The result of reading one record.
 
     Attributes:
       record: its path, or dataset and position.
       digest: of the file; None if that can't be read.
       label: its class; None if it may have several.
       size: height and width; None for a corrupt image.
-      corrupt: why it can't be read.
-      odd: what is unusual, in words of a kind: "mode CMYK", "PNG named .jpg".
+      corrupt: the reason why it can't be read.
+      odd: kinds of oddities, such as "mode CMYK" or "PNG named .jpg".
     """
 
     record: str
@@ -109,19 +109,19 @@ def _list_odd(encoded: bytes, ending: str) -> Iterator[str]:
     if ending in _ENDINGS and kind != _ENDINGS[ending]:
         yield f"{kind or 'another format'} named {ending}"
     try:
-        with Image.open(io.BytesIO(encoded)) as image:  # reads the header alone
+        with Image.open(io.BytesIO(encoded)) as image:  # Reads only the header.
             if image.mode not in _USUAL_MODES:
                 yield f"mode {image.mode}"
             if getattr(image, "n_frames", 1) > 1:
                 yield "several frames, of which the first counts"
             if image.getexif().get(0x112, 1) != 1:
                 yield "turned by EXIF, heeded by decode(orient=True) alone"
-    except Exception:  # whatever a broken header leads Pillow to; the image itself was read
+    except Exception:  # Any error of Pillow on a broken header; the image itself was read.
         yield "a header that Pillow can't read"
 
 
 def inspect(source: Source, *, num_threads: int) -> list[Finding]:
-    """Reads all records, with a progress bar on a terminal."""
+    """Inspects all records, with a progress bar on a terminal."""
     bar = iter(
         rich.progress.track(
             range(len(source)), "reading", console=console, disable=not console.is_terminal
@@ -129,7 +129,7 @@ def inspect(source: Source, *, num_threads: int) -> list[Finding]:
     )
     findings = []
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
-        # A few at a time, so that no queue of a million is made.
+        # Chunks keep the queue of the pool short.
         while indices := list(itertools.islice(bar, 64 * num_threads)):
             findings += pool.map(lambda i: inspect_record(source, i), indices)
     return findings
@@ -168,7 +168,7 @@ def _report_duplicates(findings: Iterable[Finding]) -> list[str]:
             same[finding.digest].append(finding)
     groups = [group for group in same.values() if len(group) > 1]
     names = []
-    # First those that contradict each other.
+    # Groups with contradicting labels come first.
     for group in sorted(groups, key=lambda g: len({f.label for f in g}) == 1):
         labels = {f.label for f in group}
         note = " with different labels" if len(labels) > 1 else ""
@@ -209,14 +209,14 @@ def prepare_images(args: argparse.Namespace) -> np.ndarray:
     """Training images as a model would see them, uint8 `[64, height, width, 3]`.
 
     Raises:
-      UserError: the config or the preprocessing won't do.
+      UserError: the config or the preprocessing line is invalid.
     """
     count = _SHEET**2
     if args.config is None:
         spec = DatasetSpec(args.SRC, args.split, args.preprocess, count, args.data_dir, "check")
         spec.image_shape()
         return next(train_batches(spec, seed=0, step=0))["image"]
-    # A batch for the sheet alone, on whichever devices there are.
+    # The batch is for the sheet alone, and fits any number of devices.
     overrides = {
         "data.name": args.SRC,
         "data.batch_size": count,
@@ -229,7 +229,7 @@ def prepare_images(args: argparse.Namespace) -> np.ndarray:
 
 
 def write_contact_sheet(path: Path, images: np.ndarray) -> None:
-    """Writes a PNG of uint8 images `[64, height, width, 3]`, small ones enlarged to be seen."""
+    """Writes a PNG of images, uint8 `[64, height, width, 3]`; small ones are enlarged."""
     times = -(-_TILE // max(images.shape[1:3]))
     images = images.repeat(times, axis=1).repeat(times, axis=2)
     images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -245,7 +245,7 @@ def write_contact_sheet(path: Path, images: np.ndarray) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Checks, says what was found, and returns the exit code."""
+    """Checks the dataset, logs the report, and returns the exit code."""
     parser = CommandParser(prog="python -m vit_jax.data.check", description=__doc__)
     parser.add_argument("SRC", help="as data.name of a config, such as folder:/data/birds")
     parser.add_argument("--split", default="all", help="with slices; all by default")

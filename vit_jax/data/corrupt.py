@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts records whose image can't be read, and says when they are too many."""
+"""Counts records whose image can't be read, and raises an error if they are too many."""
 
 import dataclasses
 import logging
@@ -9,7 +9,7 @@ from vit_jax.utils.errors import UserError
 
 MAX_CORRUPT = 0.001
 
-# So few may be met at any rate: one of the first twenty says nothing about all.
+# So many are always allowed: one of the first twenty does not predict the rate.
 GRACE = 10
 
 logger = logging.getLogger(__name__)
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What was met so far.
+    """Numbers of examples and records so far.
 
     Attributes:
-      seen: examples, whichever records they are made of, and rows that fill up a last batch.
-      corrupt: records that could not be read; one that is met twice counts twice.
-      lost: examples for which no record near by could be read; they are blank.
+      seen: examples, including the rows that pad a last batch.
+      corrupt: reads of records that failed; a record that is read twice counts twice.
+      lost: examples that are blank because no record could be read for them.
     """
 
     seen: int = 0
@@ -31,7 +31,7 @@ class Counts:
 
 
 class CorruptCounter:
-    """Counted by many threads; each record is named once in the log."""
+    """Counts from many threads, and logs each corrupt record once."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -43,12 +43,12 @@ class CorruptCounter:
         return Counts(self._seen, self._corrupt, self._lost)
 
     def see(self, count: int) -> None:
-        """Counts examples, whichever records they are made of."""
+        """Counts examples."""
         with self._lock:
             self._seen += count
 
     def add(self, record: str, reason: Exception) -> None:
-        """Counts a record that can't be read, and names it if it is new."""
+        """Counts a record that can't be read, and logs it if it is new."""
         with self._lock:
             self._corrupt += 1
             new = record not in self._named
@@ -63,15 +63,15 @@ class CorruptCounter:
 
 
 def check_counts(counts: Counts, max_fraction: float) -> None:
-    """Checks what all processes met together, so that all of them stop or none.
+    """Checks the sums over all processes, so that all of them stop or none.
 
     Args:
       counts: sums over processes.
-      max_fraction: of the examples seen that may be corrupt. Up to `GRACE` are let pass, unless it
-        is 0.
+      max_fraction: of the examples seen that may be corrupt. Up to `GRACE` are always allowed,
+        unless it is 0.
 
     Raises:
-      UserError: they are too many, or an example had nothing to stand in for it.
+      UserError: too many records are corrupt, or an example is lost.
     """
     met = f"{counts.corrupt:,} records of {counts.seen:,} examples have images that can't be read"
     if counts.lost:

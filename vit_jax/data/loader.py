@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches filled in the background by threads of this process, a few ahead of the one in use.
+"""Batches that threads of this process fill in the background, a few ahead of the one in use.
 
-A batch is cut into runs of rows, which threads fill in order, straight into the batch's memory.
-That work must release the GIL for most of its time, as decoding does. Nothing here knows of images.
+A batch is divided into runs of rows, which threads fill in order, straight into the batch's memory.
+Filling must release the GIL for most of its time, as decoding does. What a row holds is up to the
+caller.
 """
 
 import collections
@@ -19,24 +20,29 @@ from typing import Generic, TypeVar
 from vit_jax.utils.cores import count_cores
 
 T = TypeVar("T")
-# What to do next, and where its end or error is told; None to stop.
+# The next task and the future that receives its result or error; None to stop.
 _Queue = queue.SimpleQueue[tuple[concurrent.futures.Future[None], Callable[[], None]] | None]
 
 # Rows that a thread fills at a time: enough to share its overhead, few enough that all threads end
 # a batch at about the same time.
 RUN = 32
-# Seconds that threads get to end. One that reads a file of a network that is gone never does: it is
-# left behind rather than waited for.
+# Seconds that threads get to end. A thread that reads from a network file system that is gone never
+# ends: it is abandoned.
 _PATIENCE_S = 10.0
 
 
 def count_threads(num_threads: int | None) -> int:
-    """`num_threads`, or one for each core that this process may use."""
+    """`num_threads`, or one per core that this process may use if it is None."""
     return count_cores() if num_threads is None else num_threads
 
 
 def count_ahead(rows: int, num_threads: int) -> int:
-    """Batches to be worked on at a time, so that no thread waits for the end of a batch."""
+    """The number of batches in progress that keeps threads from waiting for the end of a batch.
+
+    Args:
+      rows: of a batch.
+      num_threads: that fill batches.
+    """
     if not num_threads:
         return 1
     runs = -(-rows // RUN)
@@ -46,17 +52,17 @@ def count_ahead(rows: int, num_threads: int) -> int:
 class Loader(Iterator[T], Generic[T]):
     """Yields a filled batch for each step, in order.
 
-    Work starts with the first batch that is asked for. It ends, and so do the threads, when the
+    Loading starts when the first batch is requested. It ends, and so do the threads, when the
     loader is exhausted, closed or dropped, when it raises, or when the program ends.
 
     Args:
-      steps: to be loaded; may be endless.
-      make: `make(step)` is an empty batch.
+      steps: the steps to load; may be endless.
+      make: `make(step)` returns an empty batch.
       fill: `fill(batch, step, start, stop)` fills rows `start` to `stop`, in any thread. The first
         exception that it raises, in the order of rows, is raised by the loader.
-      rows: of each batch.
-      num_threads: that fill; 0 to fill each batch when it is asked for, in the caller's thread.
-      ahead: how many batches are in the work at a time, besides those that the caller holds.
+      rows: the number of rows of a batch.
+      num_threads: the number of threads; 0 fills a batch when it is requested, in the caller's.
+      ahead: the number of batches in progress, besides those that the caller holds.
     """
 
     def __init__(
@@ -76,7 +82,7 @@ class Loader(Iterator[T], Generic[T]):
         self._fill, self._num_threads = fill, num_threads
         self._work: _Queue = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        # At the end of the program too, and before the interpreter is taken apart.
+        # This also runs at the end of the program, before the interpreter is torn down.
         self._stop = weakref.finalize(self, _stop, self._work, self._threads)
 
     def __next__(self) -> T:
@@ -94,7 +100,7 @@ class Loader(Iterator[T], Generic[T]):
             return batch
         if not self._threads and self._stop.alive:
             for i in range(self._num_threads):
-                # No program waits for a daemon: `_stop` does, which first ends the work.
+                # Python does not wait for daemon threads; `_stop` does, after it ends the work.
                 thread = threading.Thread(
                     target=_run, args=(self._work,), name=f"input {i}", daemon=True
                 )
@@ -118,7 +124,7 @@ class Loader(Iterator[T], Generic[T]):
         return batch
 
     def close(self) -> None:
-        """Ends the work and waits for the threads; what follows is `StopIteration`."""
+        """Ends the work and waits for the threads; `next` then raises `StopIteration`."""
         self._stop()
         self._batches.clear()
 
@@ -130,7 +136,7 @@ def _run(work: _Queue) -> None:
             future.set_result(fill())
         except BaseException as e:
             future.set_exception(e)
-        del item, future, fill  # they hold the batch
+        del item, future, fill  # They hold the batch.
 
 
 def _stop(work: _Queue, threads: list[threading.Thread]) -> None:
@@ -141,5 +147,5 @@ def _stop(work: _Queue, threads: list[threading.Thread]) -> None:
         work.put(None)
     deadline = time.monotonic() + _PATIENCE_S
     for thread in threads:
-        if thread is not threading.current_thread():  # whichever the garbage collector ran in
+        if thread is not threading.current_thread():  # The garbage collector may run in any thread.
             thread.join(max(0.0, deadline - time.monotonic()))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several sources in fixed proportions.
 
-Which source an example comes from is a function of its position alone: no random choice, no drift.
-Grain's own mixing rounds weights to a hundredth of the smallest, which adds up over a long run.
+The source of an example is a function of its position alone, without random choice or drift.
+Grain's mixing rounds weights to a hundredth of the smallest, which adds up over a long run.
 """
 
 import bisect
@@ -17,25 +17,25 @@ import numpy as np
 from vit_jax.data.sources.base import DatasetInfo, Source
 from vit_jax.utils.errors import UserError
 
-# The schedule repeats after as many positions as it takes to hold all shares exactly.
+# Limit of the period of a schedule: the fewest positions in which all shares are exact.
 MAX_PERIOD = 2**16
 
 
 class Schedule:
-    """Which source each position takes, and which of that source's examples.
+    """The source of each position, and which of that source's examples it takes.
 
-    For every n and source k, the first n positions hold fewer than one example more or fewer than
-    n times its share. Each turn of a source has a window of positions that keeps this; the turn
-    whose window closes first is taken, for which unit jobs always fit (Baruah et al., Proportionate
-    progress, Algorithmica 15, 1996).
+    For every n and source k, the number of examples of k in the first n positions differs by less
+    than one from n times the share of k. Each turn of a source has a window of positions that keeps
+    this bound. The schedule takes the turn whose window closes first, which always succeeds for
+    unit jobs (Baruah et al., Proportionate progress, Algorithmica 15, 1996).
     """
 
     def __init__(self, parts: Sequence[int]):
-        """`parts` are the shares, in units of one over their sum."""
+        """`parts` are the integer shares of the sources; their sum is the period."""
         period = sum(parts)
         self._parts = np.array(parts)
         self._source = np.zeros(period, np.int32)
-        self._turn = np.zeros(period, np.int32)  # of the source within the period
+        self._turn = np.zeros(period, np.int32)  # earlier turns of the source in the period
         counts = [0] * len(parts)
         for position in range(period):
             ready = (
@@ -48,7 +48,7 @@ class Schedule:
             counts[k] += 1
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """The source, and the number of examples taken from it before."""
+        """The source, and the number of examples taken from it at earlier positions."""
         round_, within = divmod(position, len(self._source))
         k = int(self._source[within])
         return k, round_ * int(self._parts[k]) + int(self._turn[within])
@@ -56,7 +56,11 @@ class Schedule:
 
 @functools.cache
 def make_schedule(weights: tuple[float, ...], *, key: str) -> Schedule:
-    """The schedule of weights, which are taken as the decimal numbers that they are written as.
+    """The schedule of weights, which are read as exact decimal numbers.
+
+    Args:
+      weights: of the sources; any scale.
+      key: the config key, for errors.
 
     Raises:
       UserError: a weight is not above 0, or the shares have no common denominator up to
@@ -85,7 +89,7 @@ def _common_measure(a: Fraction, b: Fraction) -> Fraction:
 
 
 class Mixture(Source):
-    """Sources one after the other."""
+    """Concatenated sources; source k has the indices from `starts[k]` to `starts[k + 1]`."""
 
     def __init__(self, sources: Sequence[Source]):
         self.sources = tuple(sources)
@@ -112,7 +116,7 @@ class Mixture(Source):
 
 
 def merge_infos(infos: Sequence[DatasetInfo], names: Sequence[str], *, key: str) -> DatasetInfo:
-    """What is known of a mixture.
+    """Classes and image shape of a mixture; a side that differs between sources is None.
 
     Raises:
       UserError: labels do not mean the same in all sources.

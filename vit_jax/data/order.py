@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which record stands at each position of the endless training stream, and its random numbers.
+"""The record at each position of the endless training stream, and its random numbers.
 
-Both are functions of (seed, position), so that they are the same whoever asks, in whatever order.
-The permutations are Grain's.
+Both are functions of (seed, position), so they depend on neither host nor order of calls. The
+permutations are Grain's.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from grain.experimental import index_shuffle
 
 from vit_jax.data.mixture import Mixture, Schedule
 
-# Which of the streams of numbers that are derived from one seed.
+# Streams of random numbers that are derived from one seed.
 _SHUFFLE, _RNGS = 1, 3
 
 
@@ -29,7 +29,7 @@ def _derive(*seeds: int) -> int:
 
 
 class Shuffled:
-    """All of `range(start, stop)` in each epoch, shuffled anew."""
+    """All of `range(start, stop)` in each epoch, in another order each time."""
 
     def __init__(self, start: int, stop: int, *, seed: int):
         self._start, self._length, self._seed = start, stop - start, seed
@@ -41,7 +41,7 @@ class Shuffled:
 
 
 class Mixed:
-    """Indices into a mixture; each source is shuffled anew in each of its own epochs."""
+    """Indices into a mixture; each source is reshuffled in each of its own epochs."""
 
     def __init__(self, mixture: Mixture, schedule: Schedule, *, seed: int):
         self._schedule = schedule
@@ -56,10 +56,10 @@ class Mixed:
 
 
 class RepeatedAugmentation:
-    """Each batch holds the next batch_size / repeats of an order, `repeats` times.
+    """Each batch holds the next batch_size / repeats examples of an order, `repeats` times.
 
-    Copies lie a whole round apart: mixing with the neighbour mixes different images. Where the
-    division leaves a rest, some stand in the batch once less.
+    Copies are batch_size / repeats rows apart, so that mixing a row with its neighbour mixes
+    different images. If the division has a remainder, some examples have one copy less.
     """
 
     def __init__(self, order: Order, batch_size: int, repeats: int):
@@ -72,19 +72,19 @@ class RepeatedAugmentation:
 
 
 def shuffled(length: int, *, seed: int) -> Shuffled:
-    """All of `length` records in each epoch, by the seed of a run."""
+    """All of `length` records in each epoch, shuffled by the seed of a run."""
     return Shuffled(0, length, seed=_derive(seed, _SHUFFLE))
 
 
 class PositionRng(threading.local):
-    """The generator of random numbers of each position; a thread's next call ends the last one."""
+    """The random number generator of each position, valid until the thread's next call."""
 
     def __init__(self, seed: int):
         self._generator = np.random.Generator(np.random.Philox(_derive(seed, _RNGS)))
         self._state = self._generator.bit_generator.state
 
     def __call__(self, position: int) -> np.random.Generator:
-        # Much faster than a generator for each.
+        # Setting the state is much faster than making a generator for each position.
         self._state["state"]["counter"][3] = position
         self._generator.bit_generator.state = self._state
         return self._generator

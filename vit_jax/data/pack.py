@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packs a dataset for fast reading: smaller JPEGs in few files, or their pixels.
 
-All splits are packed, in the order of the source. What is killed goes on where it was when the same
-command is run again. Images whose shorter side is no longer than --short_side are kept as they are.
+All splits are packed, in the order of the source. A command that was killed resumes if it is run
+again. Images whose shorter side is at most --short_side are copied unchanged.
 
 Examples:
   python -m vit_jax.data.pack folder:/data/birds /fast/birds --short_side=256
@@ -45,19 +45,24 @@ from vit_jax.utils.files import atomic_file, write_atomically
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """One example: its image (None if that can't be read), and its labels as integers."""
+    """One example: its image (None if that can't be read), and its labels, int32 `[labels]`."""
 
     image: Any
     labels: np.ndarray
 
 
 def shrink_jpeg(encoded: Any, *, short_side: int, quality: int) -> bytes:
-    """The image with its shorter side at `short_side` at most, the aspect kept.
+    """Scales an image to a shorter side of at most `short_side`, keeping the aspect ratio.
+
+    Args:
+      encoded: bytes of a file, or uint8 `[height, width, 3]`.
+      short_side: in pixels; the bytes of a smaller image are returned unchanged.
+      quality: of the JPEG, 1 to 100.
 
     Raises:
       ImageError: it can't be read.
     """
-    image = decode_image(encoded)  # also of what is kept as it is: is it whole?
+    image = decode_image(encoded)  # This also checks files that are copied unchanged.
     if min(image.shape[:2]) > short_side:
         height, width = ResizeSmall(short_side).shape(*image.shape[:2])
         image = resize_image(image, height, width, "area")
@@ -79,7 +84,7 @@ def make_square(encoded: Any, *, size: int) -> np.ndarray:
 
 
 def _shrinking(manifest: Manifest) -> Callable[[Any], Any]:
-    """What makes of a file what is packed."""
+    """The function from a source's image to the packed one."""
     if manifest.raw is not None:
         return functools.partial(make_square, size=manifest.raw)
     assert manifest.short_side is not None
@@ -94,7 +99,16 @@ def pack(
     open_split: Callable[[str], Source],
     num_threads: int,
 ) -> int:
-    """Writes all shards that are not there; returns how many images can't be read, of all.
+    """Writes all missing shards.
+
+    Args:
+      manifest: of the pack.
+      folder: to write to.
+      open_split: opens a split of the source.
+      num_threads: threads that read and encode images.
+
+    Returns:
+      The number of images in all shards that can't be read.
 
     Raises:
       OSError, RuntimeError: a file can't be written.
@@ -148,7 +162,7 @@ def _as_integers(label: Any) -> np.ndarray:
 def _write_shard(
     examples: Iterator[Packed], shard: Shard, manifest: Manifest, folder: Path
 ) -> None:
-    """Writes the images of a shard, and when they are on the disk its labels."""
+    """Writes the images of a shard and, once they are on the disk, its labels."""
     write = _write_jpegs if manifest.raw is None else _write_pixels
     labels, good = [], []
     for example in write(examples, shard, manifest, folder):
@@ -185,7 +199,7 @@ def _write_pixels(
     assert manifest.raw is not None
     size = manifest.raw**2 * 3
     with open(folder / f"{shard.split}.pixels", "ab") as file:
-        # All of it, so that a disk that is too small is found now. What is written stays.
+        # This reserves the whole split, so that a full disk is noticed now, and keeps written data.
         os.posix_fallocate(file.fileno(), 0, size * manifest.splits[shard.split])
     with open(folder / f"{shard.split}.pixels", "r+b") as file:
         file.seek(size * shard.start)
@@ -209,7 +223,7 @@ def _check_same(manifest: Manifest, folder: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Packs, and says what is there then."""
+    """Packs the dataset, and logs what was written."""
     args = _parse(argv)
     set_up(quiet=False)
     for name in ("short_side", "quality", "raw", "shard_size", "num_threads"):
@@ -250,7 +264,7 @@ def main(argv: Sequence[str]) -> None:
                 open_split=lambda split: dataset.open(split, key="split"),
                 num_threads=count_threads(args.num_threads),
             )
-    # Files of records tell of a full disk by RuntimeError.
+    # ArrayRecordWriter raises RuntimeError if the disk is full.
     except (OSError, RuntimeError) as e:
         raise UserError(f"DST={str(folder)!r} can't be written: {e}") from None
     _report(manifest, folder, corrupt)

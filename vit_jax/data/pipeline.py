@@ -2,8 +2,8 @@
 """Batches as arithmetic of position.
 
 The example at position p of the endless training stream, and every random choice made for it, are
-functions of (seed, p). Step s takes positions s*B to (s+1)*B, and each host some blocks of those:
-the batches are the same for any number of hosts, and to resume is to start at another step.
+functions of (seed, p). Step s takes positions s*B to (s+1)*B, and each host takes some blocks of
+these: batches are the same for any number of hosts, and resuming is starting at another step.
 """
 
 import dataclasses
@@ -35,16 +35,16 @@ class DatasetSpec:
     """One split of a dataset, or a mixture of several, and how its examples are prepared.
 
     Attributes:
-      name: of a TFDS dataset, or `folder:PATH`, `manifest:PATH`, `parquet:PATH`.
+      name: see `vit_jax.data.sources`.
       split: with slices, such as `train[:98%]`.
       preprocess: see `vit_jax.data.preprocess`.
-      batch_size: of the whole job, all hosts together.
+      batch_size: of all hosts together.
       data_dir: where TFDS keeps its datasets; None for its default.
       key: the config section, for errors.
-      num_threads: that decode and crop; 0 for none beside the caller, None for one a core.
+      num_threads: threads that decode and crop; 0 uses the caller's, None is one per core.
       mixture: (name, split, weight) of each source to mix, in place of `name` and `split`.
-      split_key: of the split in the config section, for errors.
-      repeats: how often each image stands in a batch of training, each time augmented anew.
+      split_key: the key of the split in the config section, for errors.
+      repeats: copies of each image in a training batch, each with its own augmentation.
       max_ram_gb: limit of `plan_buffers`, in 10**9 bytes.
     """
 
@@ -62,19 +62,21 @@ class DatasetSpec:
 
     @property
     def info(self) -> DatasetInfo:
+        """Classes and image shape before preprocessing."""
         names = [name for name, *_ in self.mixture] or [self.name]
         infos = [dataset_info(name, data_dir=self.data_dir) for name in names]
         return merge_infos(infos, names, key=f"{self.key}.mixture")
 
-    def ops(self) -> tuple:
+    def ops(self) -> tuple[Op, ...]:
+        """The operations of `preprocess`."""
         return parse_preprocess(self.preprocess, key=f"{self.key}.preprocess")
 
     def label_shape(self) -> tuple[int, ...]:
-        """`()`, or `(classes,)` if an example may have several labels."""
+        """`()`, or `(num_classes,)` if an example may have several labels."""
         return (self.info.num_classes,) if self.info.multi_label else ()
 
     def blank(self) -> Features:
-        """A prepared example of zeros."""
+        """An example of zeros: image uint8 `[h, w, c]`, label int32 or float32 `[num_classes]`."""
         dtype = np.float32 if self.info.multi_label else np.int32
         return {
             "image": np.zeros(self.image_shape(), np.uint8),
@@ -82,10 +84,10 @@ class DatasetSpec:
         }
 
     def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of preprocessed images, found without reading any.
+        """Height, width and channels of preprocessed images, without reading any.
 
         Raises:
-          UserError: the preprocessing does not decode, or leaves images of different shapes.
+          UserError: the line does not decode first, or its images differ in shape.
         """
         shapes = find_shapes(self.preprocess, self.info.image_shape, key=f"{self.key}.preprocess")
         if len(shapes) > 1:
@@ -96,7 +98,7 @@ class DatasetSpec:
         return shapes.pop()
 
     def open(self) -> Source:
-        """The records; of a mixture those of all its sources, one after the other."""
+        """The records; those of a mixture are concatenated."""
         if not self.mixture:
             return self._open(self.name, self.split, self.split_key)
         return Mixture([self._open(name, split, "mixture") for name, split, _ in self.mixture])
@@ -105,7 +107,7 @@ class DatasetSpec:
         return open_source(name, split, data_dir=self.data_dir, key=f"{self.key}.{key}")
 
     def schedule(self) -> Schedule:
-        """Which source of the mixture each position takes."""
+        """The source of the mixture that each position takes."""
         weights = tuple(weight for *_, weight in self.mixture)
         return make_schedule(weights, key=f"{self.key}.mixture")
 
@@ -116,15 +118,17 @@ class DatasetSpec:
 def find_shapes(
     line: str, image_shape: tuple[int | None, ...], *, key: str
 ) -> set[tuple[int, int, int]]:
-    """Height, width and channels of what a preprocessing line makes of blank images.
+    """Height, width and channels of the images that a preprocessing line returns.
+
+    It runs on two blank images; several shapes mean that the result depends on the size.
 
     Args:
       line: see `vit_jax.data.preprocess`.
-      image_shape: of the images, None where they vary.
-      key: of the line, for errors.
+      image_shape: height, width and channels of the dataset's images; None where they vary.
+      key: the config key of the line, for errors.
 
     Raises:
-      UserError: it does not decode first, and once.
+      UserError: the line does not start with `decode`, or repeats it.
     """
     ops = parse_preprocess(line, key=key)
     if [isinstance(op, Decode) for op in ops] != [True] + [False] * (len(ops) - 1):
@@ -195,19 +199,18 @@ def train_batches(
 ) -> Generator[Batch]:
     """Endless batches from `step` on: `{"image": uint8 [b, h, w, c], "label": int32 [b]}`.
 
-    Labels are float32 `[b, classes]` where an example may have several.
+    Labels are float32 `[b, num_classes]` if an example may have several. Threads load ahead until
+    the iterator is closed or dropped.
 
     Args:
-      spec: what to read; the split is shuffled anew in each epoch.
+      spec: what to read; the split is reshuffled in each epoch.
       seed: of order and augmentation.
       step: the first batch to yield.
-      shards: which of `num_shards` equal blocks of each batch to yield, one after the other; b is
-        batch_size / num_shards for each.
+      shards: which of `num_shards` equal blocks of each batch to yield, concatenated; b is
+        `len(shards) * batch_size / num_shards`.
       num_shards: number of blocks.
-      corrupt: counts records that can't be read, in whose place the next ones stand; blank images
-        if those can't be read either.
-
-    Threads load ahead until the iterator is closed or dropped.
+      corrupt: counts records that can't be read. The next record that can be read replaces one; if
+        there is none near by, the image is blank.
     """
     corrupt = corrupt or CorruptCounter()
     examples = _TrainExamples(spec, corrupt, seed=seed)
@@ -215,12 +218,12 @@ def train_batches(
 
 
 def read_step(spec: DatasetSpec, *, seed: int, step: int) -> tuple[Batch, list[str]]:
-    """The whole batch of the step after `step` updates, and where each example comes from."""
+    """The global batch after `step` updates, and the path or position of each example's record."""
     source = spec.open()
     order = train_order(spec, source, seed=seed)
     first = step * spec.batch_size
     records = [source.describe(order[first + i]) for i in range(spec.batch_size)]
-    # In this thread, and no more than the one.
+    # Without threads, nothing beyond this batch is loaded.
     batches = train_batches(dataclasses.replace(spec, num_threads=0), seed=seed, step=step)
     return next(batches), records
 
@@ -241,10 +244,10 @@ def eval_batches(
     num_shards: int = 1,
     corrupt: CorruptCounter | None = None,
 ) -> Generator[Batch]:
-    """Every example once, in order, as `image`, `label` and `mask` (float32 [b]).
+    """Every example once, in order: the features of `train_batches`, and `mask`, float32 `[b]`.
 
-    The last batch is filled up with examples of mask 0, so that all batches have one shape and all
-    hosts the same number of them. Records that can't be read have the mask 0 too.
+    Blank examples with mask 0 pad the last batch, so that all batches have one shape and all hosts
+    the same number of batches. They also replace records that can't be read.
     """
     source = spec.open()
     steps = range(-(-len(source) // spec.batch_size))
@@ -253,7 +256,7 @@ def eval_batches(
     return _load(examples, spec, steps, shards, num_shards, corrupt)
 
 
-# Batches outside of the loader: the one that is trained on, and one on its way to the devices.
+# Batches outside of the loader: the one in training, and one in transfer to the devices.
 _HELD = 2
 
 
@@ -262,8 +265,8 @@ class Buffers:
     """Memory for the batches of a process.
 
     Attributes:
-      ahead: batches that are filled at a time.
-      nbytes: of these, and of those that were handed out and are still in use.
+      ahead: the number of batches that are filled at a time.
+      nbytes: bytes of these and of the batches that are in use.
     """
 
     ahead: int
@@ -271,12 +274,12 @@ class Buffers:
 
 
 def plan_buffers(spec: DatasetSpec, *, num_shards: int = 1, shards: int = 1) -> Buffers:
-    """How many batches are loaded ahead: enough for all threads, or what `max_ram_gb` allows.
+    """Memory for loading ahead: enough to keep all threads busy, or what `max_ram_gb` allows.
 
     Args:
-      spec: of the data.
-      num_shards: blocks that a batch is cut into.
-      shards: how many of them this process loads.
+      spec: the data.
+      num_shards: the number of blocks of a batch.
+      shards: the number of blocks that this process loads.
 
     Raises:
       UserError: `max_ram_gb` is not enough for one batch ahead.

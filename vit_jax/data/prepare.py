@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prepares a TFDS dataset in the form that training reads: downloads, extracts, writes records.
 
-Training does that too on first use; here it can be done before, on a machine with a network.
+Training does this on first use; this command does it earlier, on a machine with a network.
 
 Example:
   python -m vit_jax.data.prepare cifar10 --data_dir=/data/tfds
@@ -17,7 +17,7 @@ from vit_jax.utils.errors import UserError
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prepares, and says what is there then."""
+    """Prepares the dataset, and logs its folder and splits."""
     parser = CommandParser(prog="python -m vit_jax.data.prepare", description=__doc__)
     parser.add_argument("NAME", help="of the dataset, with config and version if need be")
     parser.add_argument("--data_dir", help="where TFDS keeps its datasets")

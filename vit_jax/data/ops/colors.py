@@ -1,46 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes of colour, uint8 `[height, width, 3]` to the same, by tables where a table will do.
+"""Colour operations.
 
-Definitions are those of Pillow's `ImageOps` and `ImageEnhance`, which published augmentation
-policies are defined by.
+All take an image as uint8 `[height, width, 3]` in RGB and return an image of the same shape and
+dtype. Definitions are those of Pillow's `ImageOps` and `ImageEnhance`, on which published
+augmentation policies are based.
 """
 
 import cv2
 import numpy as np
 
 _LEVELS = np.arange(256)
-# ITU-R 601, in the fixed point of 16 bits that Pillow works in.
+# ITU-R 601, in Pillow's fixed-point numbers of 16 bits.
 _LUMA = np.array([[19595, 38470, 7471]], np.float32) / 65536
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 
 def to_gray(image: np.ndarray) -> np.ndarray:
-    """Luma as uint8 `[height, width]`."""
+    """The luma of an image, uint8 `[height, width]`."""
     return np.floor(cv2.transform(image.astype(np.float32), _LUMA) + 0.5).astype(np.uint8)
 
 
 def grayscale(image: np.ndarray) -> np.ndarray:
-    """Luma in all three channels."""
+    """Replaces each channel by the luma."""
     return cv2.merge([to_gray(image)] * 3)
 
 
 def invert(image: np.ndarray) -> np.ndarray:
-    """255 minus each value."""
+    """Replaces each value v by 255 - v."""
     return 255 - image
 
 
 def posterize(image: np.ndarray, bits: int) -> np.ndarray:
-    """Keeps the `bits` highest of the eight bits; with none, the image is black."""
+    """Keeps the `bits` highest of the eight bits; with 0, the image is black."""
     return image & np.uint8(256 - 2 ** (8 - bits)) if bits else np.zeros_like(image)
 
 
 def solarize(image: np.ndarray, threshold: int = 128) -> np.ndarray:
-    """Inverts the values from `threshold` on."""
+    """Inverts the values of `threshold` or more."""
     return _map_values(image, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS))
 
 
 def solarize_add(image: np.ndarray, addition: int, threshold: int = 128) -> np.ndarray:
-    """Adds to the values below `threshold`."""
+    """Adds `addition` to the values below `threshold`."""
     return _map_values(image, np.where(threshold > _LEVELS, _LEVELS + addition, _LEVELS))
 
 
@@ -54,11 +55,11 @@ def autocontrast(image: np.ndarray) -> np.ndarray:
 
 
 def equalize(image: np.ndarray) -> np.ndarray:
-    """Makes the histogram of each channel as flat as a table can."""
+    """Equalizes the histogram of each channel."""
     tables = np.empty((256, 3))
     for channel in range(3):
         histogram = cv2.calcHist([image], [channel], None, [256], [0, 256]).astype(np.int64).ravel()
-        # The highest value that occurs stays out of it, so that it becomes 255.
+        # The highest value that occurs is excluded, so that it becomes 255.
         step = (histogram.sum() - histogram[np.flatnonzero(histogram)[-1]]) // 255
         before = np.cumsum(histogram) - histogram
         tables[:, channel] = (before + step // 2) // step if step else _LEVELS
@@ -66,32 +67,35 @@ def equalize(image: np.ndarray) -> np.ndarray:
 
 
 def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    """0 is black, 1 the image; more goes beyond it."""
+    """Interpolates from black (`factor` 0) to the image (1), or extrapolates beyond it."""
     return _map_values(image, _blend(0, _LEVELS, factor))
 
 
 def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """0 is the image's mean luma everywhere, 1 the image; more goes beyond it."""
+    """Interpolates from the image's mean luma (`factor` 0) to the image (1), or extrapolates."""
     mean = int(to_gray(image).mean() + 0.5)
     return _map_values(image, _blend(mean, _LEVELS, factor))
 
 
 def adjust_saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    """0 is gray, 1 the image; more goes beyond it."""
+    """Interpolates from gray (`factor` 0) to the image (1), or extrapolates beyond it."""
     return _to_uint8(_blend(to_gray(image)[..., None], image, factor))
 
 
 def adjust_sharpness(image: np.ndarray, factor: float) -> np.ndarray:
-    """0 is smooth (but for the outermost pixels, which stay), 1 the image; more goes beyond it."""
+    """Interpolates from a smoothed image (`factor` 0) to the image (1), or extrapolates beyond it.
+
+    The outermost pixels do not change.
+    """
     smooth = image.astype(np.float32)
     smooth[1:-1, 1:-1] = np.rint(cv2.filter2D(smooth, -1, _SMOOTH)[1:-1, 1:-1])
     return _to_uint8(_blend(smooth, image, factor))
 
 
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian of standard deviation `sigma` in pixels; the edge goes on beyond the border."""
+    """Blurs by a Gaussian of standard deviation `sigma` in pixels; the border is replicated."""
     size = 2 * int(4 * sigma + 0.5) + 1
-    # In floats: OpenCV's weights for uint8 have eight bits, and err by more than a level.
+    # OpenCV's weights for uint8 have eight bits, which is off by more than one level.
     image = image.astype(np.float32)
     blurred = cv2.GaussianBlur(image, (size, size), sigma, borderType=cv2.BORDER_REPLICATE)
     return _to_uint8(blurred + 0.5)
@@ -107,6 +111,6 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
 
 
 def _map_values(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """`table` is `[256]` or `[256, 3]`; fractions are cut off, as Pillow does."""
+    """Looks values up in a table, `[256]` or `[256, 3]`; fractions are cut off, as in Pillow."""
     table = _to_uint8(table)
     return cv2.LUT(image, table if table.ndim == 1 else table[None])

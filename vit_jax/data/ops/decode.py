@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoded images to arrays: OpenCV first, Pillow for what it can't read.
 
-Files may be hostile: sizes are read from headers before anything is allocated for pixels, and what
-is no whole image is an `ImageError`, never a crash.
+Files may be hostile: sizes are read from headers before memory for pixels is allocated, and a file
+that is not a whole image raises `ImageError`.
 """
 
 import io
@@ -13,38 +13,40 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-# An image of more pixels is refused: as RGB this one takes 400 MB, and every thread may hold one.
-# The largest photograph of ImageNet has 2**26.
+# Limit of the pixels of an image: 400 MB in RGB, of which every thread may hold one. The largest
+# photograph of ImageNet has 2**26.
 MAX_PIXELS = 2**27
 
 _OPENCV_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-# Pillow can read far more formats, some by running other programs.
+# Pillow reads more formats than these, some of them by running other programs.
 _PILLOW_FORMATS = (*_OPENCV_FORMATS, "GIF", "TIFF", "PPM", "JPEG2000")
 
-# It would print several lines for each broken image; an `ImageError` says it in one.
+# OpenCV would print several lines for each broken image, besides the `ImageError`.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
-# JPEG segments that carry the size (SOF0 to SOF15 but DHT, JPG and DAC), and those without length.
+# JPEG segments with the size (SOF0 to SOF15, without DHT, JPG and DAC), and those without a length.
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BARE = frozenset((0x01, *range(0xD0, 0xD9)))
 
 
 class ImageError(ValueError):
-    """A record without a readable image. Such records are replaced or left out, and counted."""
+    """A record without a readable image. Such records are counted, and replaced or omitted."""
 
 
 def decode_image(encoded: bytes | np.ndarray, *, orient: bool = False) -> np.ndarray:
-    """JPEG, PNG, WebP, BMP, GIF (first frame) ... bytes to uint8 `[height, width, 3]` in RGB.
+    """Decodes a JPEG, PNG, WebP, BMP, GIF (first frame), TIFF, PPM or JPEG 2000 file.
 
-    The content decides on the format. Transparency is dropped, of 16 bits the upper 8 stay.
+    The content determines the format. Transparency is dropped; of 16 bits, the upper 8 are used.
 
     Args:
-      encoded: a file; pixels stay as they are.
-      orient: whether to turn the image upright, as its EXIF orientation says. The published
-        weights saw images as they are stored.
+      encoded: bytes of the file, or pixels, which are returned as they are.
+      orient: whether to apply the EXIF orientation. Published weights were trained without it.
+
+    Returns:
+      uint8 `[height, width, 3]` in RGB.
 
     Raises:
-      ImageError: no readable image, one that ends too early, or one of more than `MAX_PIXELS`.
+      ImageError: the image is unreadable, truncated, or larger than `MAX_PIXELS`.
     """
     if isinstance(encoded, np.ndarray):
         return encoded
@@ -55,7 +57,7 @@ def decode_image(encoded: bytes | np.ndarray, *, orient: bool = False) -> np.nda
         raise ImageError(f"{len(encoded)} bytes that are no readable image: the end is missing")
     flags = cv2.IMREAD_COLOR_RGB if orient else cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     image = None
-    # Pillow checks the size of all else, and knows that a GIF's frames may be parts of it.
+    # Other formats go to Pillow, which checks their size and handles partial frames of a GIF.
     if kind in _OPENCV_FORMATS:
         try:
             image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
@@ -66,12 +68,12 @@ def decode_image(encoded: bytes | np.ndarray, *, orient: bool = False) -> np.nda
 
 def _is_cut_off(encoded: bytes, kind: str | None) -> bool:
     if kind == "JPEG":
-        # OpenCV 4 makes up grey pixels for what is missing. An embedded thumbnail is a whole JPEG:
-        # the end that counts comes after the last scan.
+        # OpenCV 4 fills missing pixels with grey. An embedded thumbnail is a whole JPEG, so the end
+        # marker must follow the last scan.
         end = b"\xff\xd9"
         return not encoded.endswith(end) and encoded.rfind(end) < encoded.rfind(b"\xff\xda")
     if kind == "PNG":
-        # OpenCV allocates as much as a chunk says that it is long.
+        # OpenCV allocates the length that a chunk claims.
         at = 8
         while at + 12 <= len(encoded):
             length, name = struct.unpack_from(">I4s", encoded, at)
@@ -83,7 +85,7 @@ def _is_cut_off(encoded: bytes, kind: str | None) -> bool:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raises `ImageError` unless an image of this size fits into memory."""
+    """Raises `ImageError` unless an image has 1 to `MAX_PIXELS` pixels."""
     if width < 1 or height < 1 or width * height > MAX_PIXELS:
         raise ImageError(
             f"an image of {width}x{height} pixels is no readable image here: expected 1 to "
@@ -104,16 +106,19 @@ def _decode_with_pillow(encoded: bytes, *, orient: bool) -> np.ndarray:
         raise
     except MemoryError:
         raise
-    # Its decoders raise whatever a broken file leads them to: OSError, SyntaxError, struct.error.
+    # Pillow's decoders raise OSError, SyntaxError, struct.error and others for broken files.
     except Exception as e:
         raise ImageError(f"{len(encoded)} bytes that are no readable image") from e
 
 
 def read_header(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
-    """The format by content, and width and height where the header tells them.
+    """The format, and the size if the header has it.
 
     Returns:
-      ("JPEG", "PNG", "GIF", "WEBP", "BMP" or None, (width, height) or None).
+      "JPEG", "PNG", "GIF", "WEBP", "BMP" or None, and (width, height) or None.
+
+    Raises:
+      ImageError: the header ends before the size.
     """
     try:
         if encoded.startswith(b"\xff\xd8\xff"):
@@ -128,8 +133,8 @@ def read_header(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
             if struct.unpack_from("<I", encoded, 14)[0] == 12:
                 return "BMP", struct.unpack_from("<HH", encoded, 18)
             width, height = struct.unpack_from("<ii", encoded, 18)
-            return "BMP", (abs(width), abs(height))  # rows from the top have a negative height
-    except (struct.error, IndexError, ValueError):  # it ends before the size, or has none
+            return "BMP", (abs(width), abs(height))  # Negative if rows start at the top.
+    except (struct.error, IndexError, ValueError):  # It ends before the size, or has none.
         raise ImageError(f"{len(encoded)} bytes that are no readable image") from None
     return None, None
 
@@ -137,7 +142,7 @@ def read_header(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
 def _jpeg_size(encoded: bytes) -> tuple[int, int] | None:
     at = 2
     while True:
-        if encoded[at] != 0xFF:  # bytes between segments, which decoders skip too
+        if encoded[at] != 0xFF:  # Decoders skip bytes between segments too.
             at = encoded.index(b"\xff", at)
         marker = encoded[at + 1]
         if marker == 0xFF:
@@ -147,7 +152,7 @@ def _jpeg_size(encoded: bytes) -> tuple[int, int] | None:
         elif marker in _SOF:
             height, width = struct.unpack_from(">HH", encoded, at + 5)
             return width, height
-        elif marker in (0xD9, 0xDA):  # pixels or the end before a size
+        elif marker in (0xD9, 0xDA):  # Pixels or the end come before a size.
             raise IndexError
         else:
             at += 2 + struct.unpack_from(">H", encoded, at + 2)[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes of place, uint8 `[height, width, 3]` to the same: resizing and affine maps."""
+"""Geometric operations on images, uint8 `[height, width, 3]`: resizing and affine maps."""
 
 import functools
 import math
@@ -10,9 +10,9 @@ import numpy as np
 
 from vit_jax.data.ops.decode import check_size
 
-# How an image is resized. Without antialiasing: "bilinear", as published models were trained, and
-# "bicubic" (a = -0.75, as in OpenCV and PyTorch). "area" averages where it shrinks and is bilinear
-# where it enlarges. The last two are what Pillow calls BILINEAR and BICUBIC.
+# Methods without antialiasing are "bilinear", as published models were trained, and "bicubic" (a =
+# -0.75, as in OpenCV and PyTorch). "area" averages if both sides shrink, and is bilinear otherwise.
+# The last two are Pillow's BILINEAR and BICUBIC.
 Method = Literal["bilinear", "bicubic", "area", "bilinear_antialias", "bicubic_antialias"]
 
 Fill = tuple[int, int, int]
@@ -21,11 +21,18 @@ Fill = tuple[int, int, int]
 def resize_image(
     image: np.ndarray, height: int, width: int, method: Method = "bilinear"
 ) -> np.ndarray:
-    """Resizes with half-pixel centres; the aspect is not kept."""
+    """Resizes with half-pixel centres, without keeping the aspect ratio.
+
+    Returns:
+      uint8 `[height, width, 3]`; the image itself if it has this size.
+
+    Raises:
+      ImageError: the result would have more than `MAX_PIXELS` pixels.
+    """
     old_height, old_width = image.shape[:2]
     if (old_height, old_width) == (height, width):
         return image
-    check_size(width, height)  # a strip of one pixel grows without limit if its aspect is kept
+    check_size(width, height)  # If the aspect is kept, a narrow strip may become huge.
     if method.endswith("_antialias"):
         return _resample(image, height, width, method)
     if method == "area" and height <= old_height and width <= old_width:
@@ -36,13 +43,16 @@ def resize_image(
 
 
 def rotate(image: np.ndarray, degrees: float, *, fill: Fill, flag: int) -> np.ndarray:
-    """Turns the image about its centre.
+    """Rotates the image about its centre.
 
     Args:
       image: uint8 `[height, width, 3]`.
       degrees: counter-clockwise.
-      fill: the colour of what comes from outside.
+      fill: the colour of pixels from outside of the image.
       flag: `cv2.INTER_NEAREST` or `cv2.INTER_LINEAR`.
+
+    Returns:
+      uint8 `[height, width, 3]`.
     """
     y, x = ((side - 1) / 2 for side in image.shape[:2])
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -51,29 +61,29 @@ def rotate(image: np.ndarray, degrees: float, *, fill: Fill, flag: int) -> np.nd
 
 
 def shear_x(image: np.ndarray, slope: float, *, fill: Fill, flag: int) -> np.ndarray:
-    """Moves row y by `slope` * y to the left; for the others see `rotate`."""
+    """Moves row y by `slope` * y pixels to the left; other arguments are those of `rotate`."""
     return _warp(image, [[1, slope, 0], [0, 1, 0]], fill, flag)
 
 
 def shear_y(image: np.ndarray, slope: float, *, fill: Fill, flag: int) -> np.ndarray:
-    """Moves column x by `slope` * x upwards; for the others see `rotate`."""
+    """Moves column x by `slope` * x pixels upwards; other arguments are those of `rotate`."""
     return _warp(image, [[1, 0, 0], [slope, 1, 0]], fill, flag)
 
 
 def translate(image: np.ndarray, x: float, y: float, *, fill: Fill, flag: int) -> np.ndarray:
-    """Moves the image by `x` pixels to the left and `y` upwards; for the others see `rotate`."""
+    """Moves the image by `x` pixels to the left and `y` upwards; other arguments as in `rotate`."""
     return _warp(image, [[1, 0, x], [0, 1, y]], fill, flag)
 
 
 def cut_out(image: np.ndarray, y: int, x: int, reach: int, *, fill: Fill) -> np.ndarray:
-    """Fills the square of 2 * `reach` pixels a side around `y, x` (arXiv:1708.04552)."""
+    """Fills the square from `reach` pixels before to `reach` after `y, x` (arXiv:1708.04552)."""
     image = image.copy()
     image[max(0, y - reach) : y + reach, max(0, x - reach) : x + reach] = fill
     return image
 
 
 def _warp(image: np.ndarray, matrix: list[list[float]], fill: Fill, flag: int) -> np.ndarray:
-    """`matrix` takes the place of a pixel in the result to its place in the image."""
+    """Applies an affine map; `matrix`, 2x3, maps (x, y) of the result to (x, y) of the image."""
     height, width = image.shape[:2]
     return cv2.warpAffine(
         image,
@@ -92,7 +102,7 @@ def _resample(image: np.ndarray, height: int, width: int, method: Method) -> np.
 
 
 def _resample_rows(image: np.ndarray, size: int, method: Method) -> np.ndarray:
-    """The first axis to `size`, as floats."""
+    """Resamples the first axis to `size`, as float32."""
     places, weights = _taps(image.shape[0], size, method)
     flat = np.ascontiguousarray(image).reshape(image.shape[0], -1)
     total = np.zeros((size, flat.shape[1]), np.float32)
@@ -103,9 +113,9 @@ def _resample_rows(image: np.ndarray, size: int, method: Method) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _taps(old: int, new: int, method: Method) -> tuple[np.ndarray, np.ndarray]:
-    """Which pixels make each of the new ones, and their weights: `[taps, new]` each.
+    """The old pixels that make each new one, and their weights: intp and float32 `[taps, new]`.
 
-    A triangle, or a cubic with a = -0.5 (Keys 1981), widened by the factor of shrinking.
+    The kernel is a triangle, or a cubic with a = -0.5 (Keys 1981), widened if the image shrinks.
     """
     scale = old / new
     width = max(scale, 1.0)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations that distort an image at random, and published policies made of such.
+"""Operations that distort an image at random, and the published policies that combine them.
 
-A policy picks actions from a table. A level from 0 to 10 (a share x of 1 in here) says how far an
-action goes; what else policies differ in, the fill and the interpolation, is their style.
+A policy picks actions from a table. The strength of an action is a level from 0 to 10, here as a
+fraction x from 0 to 1. Policies also differ in style: the fill colour and the interpolation. All
+operations return an image of the shape and dtype that they take, uint8 `[height, width, 3]`.
 """
 
 import dataclasses
@@ -21,15 +22,15 @@ from vit_jax.data.ops.transforms import Features, Op, Random
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How pixels are found that were between pixels or outside."""
+    """Fill colour of pixels from outside of the image, and interpolation flag of OpenCV."""
 
     fill: Fill
     flag: int
 
 
-# arXiv:2106.10270, and the code that arXiv:1909.13719 came with.
+# arXiv:2106.10270, and the code of arXiv:1909.13719.
 AUGREG_STYLE = Style((128, 128, 128), cv2.INTER_NEAREST)
-# DeiT (arXiv:2012.12877) and its followers fill with the mean colour of ImageNet.
+# DeiT (arXiv:2012.12877) and later work fill with the mean colour of ImageNet.
 DEIT_STYLE = Style((124, 116, 104), cv2.INTER_LINEAR)
 
 Action = Callable[[np.ndarray, float, np.random.Generator, Style], np.ndarray]
@@ -68,7 +69,7 @@ def _cut_out(image: np.ndarray, x: float, rng: np.random.Generator, style: Style
     return geometry.cut_out(image, row, column, int(40 * x), fill=style.fill)
 
 
-# "..._increasing" change more the higher the level; "posterize_original" is the paper's.
+# "..._increasing" actions are stronger at higher levels; "posterize_original" is the paper's.
 ACTIONS: dict[str, Action] = {
     "autocontrast": lambda image, x, rng, style: colors.autocontrast(image),
     "equalize": lambda image, x, rng, style: colors.equalize(image),
@@ -125,10 +126,10 @@ DEIT_INCREASING_ACTIONS = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class RandAug(Random):
-    """`num_layers` of sixteen actions, each at level `magnitude`, which may be above 10.
+    """Applies `num_layers` of sixteen actions at level `magnitude`, which may be above 10.
 
-    As AugReg defines it (arXiv:2106.10270), after arXiv:1909.13719: no action is left out by
-    chance, and `magnitude` 0 is not the image as it was.
+    The definition is AugReg's (arXiv:2106.10270), after arXiv:1909.13719: no action is skipped by
+    chance, and `magnitude` 0 still changes the image.
     """
 
     num_layers: int
@@ -145,11 +146,12 @@ class RandAug(Random):
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment(Random):
-    """RandAugment as in DeiT (arXiv:2012.12877), by the name that timm gives a policy.
+    """RandAugment as in DeiT (arXiv:2012.12877), with timm's names of policies.
 
-    `rand-m9-mstd0.5-inc1` is two actions, each left out in half of the cases, of a level drawn
-    from a normal distribution of mean 9 and deviation 0.5, whose strength increases with it.
-    Parts: m (10), n (2 actions), mstd (0), mmax (10, the highest level), p (0.5), inc (0).
+    `rand-m9-mstd0.5-inc1` applies two actions with probability 0.5 each, at a level drawn from a
+    normal distribution of mean 9 and standard deviation 0.5; their strength increases with it.
+    Parts and defaults: m (10), n (2 actions), mstd (0), mmax (10, the highest level), p (0.5),
+    inc (0).
     """
 
     policy: str = "rand-m9-mstd0.5-inc1"
@@ -190,7 +192,7 @@ def _parse_rand(policy: str) -> dict[str, float]:
 
 
 # Pairs of actions, each with its probability in tenths and its level: arXiv:1805.09501, table 9,
-# and the later policy that code of the same authors calls v0.
+# and the later policy v0 of the authors' code.
 _PAIRS = {
     "original": """
         posterize_original 4 8 rotate 6 9; solarize 6 5 autocontrast 6 5; equalize 8 8 equalize 6 3;
@@ -217,9 +219,9 @@ _PAIRS = {
 
 @dataclasses.dataclass(frozen=True)
 class AutoAugment(Random):
-    """One of 25 pairs of actions, each of them left out by its chance (arXiv:1805.09501).
+    """Applies one of 25 pairs of actions, each with its probability (arXiv:1805.09501).
 
-    `original` is the policy for ImageNet of the paper; `v0` the one that followed it in code.
+    `original` is the paper's policy for ImageNet; `v0` is the later one of the authors' code.
     """
 
     policy: Literal["original", "v0"] = "original"
@@ -234,7 +236,7 @@ class AutoAugment(Random):
 
 @functools.cache
 def parse_pairs(policy: str) -> tuple[tuple[tuple[str, float, float], ...], ...]:
-    """The pairs of a policy of AutoAugment, as (action, probability, level)."""
+    """The pairs of an AutoAugment policy; an action is (name, probability, level)."""
     found = []
     for pair in _PAIRS[policy].split(";"):
         words = pair.split()
@@ -245,7 +247,7 @@ def parse_pairs(policy: str) -> tuple[tuple[tuple[str, float, float], ...], ...]
 
 @dataclasses.dataclass(frozen=True)
 class ThreeAugment(Random):
-    """One of three: gray, solarized or blurred with a deviation of 0.1 to 2 (arXiv:2204.07118)."""
+    """Applies grayscale, solarize or a Gaussian blur, with equal chances (arXiv:2204.07118)."""
 
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
         ops = (Grayscale(), Solarize(), GaussianBlur())
@@ -259,7 +261,7 @@ def _check_probability(probability: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Grayscale(Random):
-    """Luma in all channels, with this probability."""
+    """Replaces each channel by the luma, with this probability."""
 
     probability: float = 1.0
 
@@ -274,7 +276,7 @@ class Grayscale(Random):
 
 @dataclasses.dataclass(frozen=True)
 class Solarize(Random):
-    """Inverts the values from `threshold` on, with this probability."""
+    """Inverts the values of `threshold` or more, with this probability."""
 
     threshold: int = 128
     probability: float = 1.0
@@ -291,7 +293,7 @@ class Solarize(Random):
 
 @dataclasses.dataclass(frozen=True)
 class GaussianBlur(Random):
-    """Blurs with a deviation of `sigma_min` to `sigma_max` pixels, with this probability."""
+    """Blurs with this probability; standard deviation is `sigma_min` to `sigma_max` pixels."""
 
     sigma_min: float = 0.1
     sigma_max: float = 2.0
@@ -314,9 +316,9 @@ class GaussianBlur(Random):
 
 @dataclasses.dataclass(frozen=True)
 class ColorJitter(Random):
-    """Changes brightness, contrast and saturation, in any order, by factors of 1 ± their strength.
+    """Adjusts brightness, contrast and saturation in random order, by factors of 1 ± strength.
 
-    `contrast` and `saturation` are as `brightness` where they are not given. Factors are 0 or more.
+    `contrast` and `saturation` default to `brightness`. Factors are 0 or more.
     """
 
     brightness: float

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations on one example on the host, in numpy and OpenCV (which releases the GIL).
+"""Operations on one example on the host, in NumPy and OpenCV, which releases the GIL.
 
-An operation is a frozen dataclass that maps a features dict to another. Its fields are its
-arguments in a preprocessing string. `Random` ones also take a generator that depends on nothing
-but the seed and the example's position. Images stay uint8: the device makes floats of them.
+An operation is a frozen dataclass that maps a features dict to another: `image` is uint8
+`[height, width, 3]`, or encoded bytes before `Decode`; the other features stay as they are. The
+fields are the arguments in a preprocessing line. `Random` operations also take a generator, which
+depends only on the seed and the example's position.
 """
 
 import abc
@@ -23,9 +24,9 @@ Features = dict[str, Any]
 
 
 class Transform(abc.ABC):
-    """Features to features, the same each time."""
+    """A deterministic operation."""
 
-    # Arguments that may be 0; numbers are more than that otherwise.
+    # Arguments that may be 0; other numbers must be positive.
     may_be_zero: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
@@ -33,7 +34,7 @@ class Transform(abc.ABC):
 
 
 class Random(abc.ABC):
-    """Features to features, with random choices."""
+    """An operation with random choices."""
 
     may_be_zero: ClassVar[tuple[str, ...]] = ()
 
@@ -53,10 +54,7 @@ def apply(ops: Sequence[Op], features: Features, rng: np.random.Generator) -> Fe
 
 @dataclasses.dataclass(frozen=True)
 class Decode(Transform):
-    """Encoded bytes to uint8 RGB; with `orient`, upright as EXIF says, and not as stored.
-
-    What a source gives as pixels stays as it is.
-    """
+    """Decodes an image; with `orient`, its EXIF orientation is applied. Pixels stay as they are."""
 
     orient: bool = False
 
@@ -66,7 +64,7 @@ class Decode(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class Keep(Transform):
-    """The features of these names alone, and the mask that evaluation counts by."""
+    """Keeps the features of these names, and the `mask` of evaluation."""
 
     names: tuple[str, ...]
 
@@ -87,7 +85,7 @@ class Keep(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class Resize(Transform):
-    """To `height` x `width` (a square if one is given); the aspect is not kept."""
+    """Resizes to `height` x `width` (default: `height`), without keeping the aspect ratio."""
 
     height: int
     width: int | None = None
@@ -102,7 +100,7 @@ class Resize(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class ResizeSmall(Transform):
-    """The shorter side to `size`, the aspect kept."""
+    """Resizes the shorter side to `size`, keeping the aspect ratio."""
 
     size: int
     method: Method = "bilinear"
@@ -120,7 +118,7 @@ class ResizeSmall(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class ResizeLong(Transform):
-    """The longer side to `size`, the aspect kept."""
+    """Resizes the longer side to `size`, keeping the aspect ratio."""
 
     size: int
     method: Method = "bilinear"
@@ -134,7 +132,7 @@ class ResizeLong(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class CentralCrop(Transform):
-    """The middle `height` x `width` (a square if one is given) of an image that has as many."""
+    """Crops the middle `height` x `width` (default: `height`) of an image of at least this size."""
 
     height: int
     width: int | None = None
@@ -148,7 +146,7 @@ class CentralCrop(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class RandomCrop(Random):
-    """Any `height` x `width` (a square if one is given) of an image that has as many."""
+    """Crops `height` x `width` (default: `height`) at a random place of an image."""
 
     height: int
     width: int | None = None
@@ -180,7 +178,7 @@ _Border = Literal["constant", "edge", "reflect"]
 
 @dataclasses.dataclass(frozen=True)
 class Pad(Transform):
-    """More `pixels` on each side: all of one `value`, or as the edge, or as its reflection."""
+    """Adds `pixels` on each side: of one `value`, like the edge, or its reflection."""
 
     pixels: int
     value: int = 0
@@ -197,7 +195,7 @@ class Pad(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class PadTo(Transform):
-    """Around an image that is smaller, up to `height` x `width` (a square if one is given)."""
+    """Pads an image that is smaller to `height` x `width` (default: `height`) on all sides."""
 
     height: int
     width: int | None = None
@@ -231,10 +229,10 @@ def _check_value(value: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class InceptionCrop(Random):
-    """A random part of the image, resized to `size` x `size` (arXiv:1409.4842).
+    """Resizes a random part of the image to `size` x `size` (arXiv:1409.4842).
 
-    The part has `area_min` to `area_max` percent of the area and an aspect (width by height) of
-    `aspect_min` to `aspect_max`; where ten draws find none, the whole image is taken.
+    The part has `area_min` to `area_max` percent of the area and an aspect (width / height) of
+    `aspect_min` to `aspect_max`; if none of ten draws fits, it is the whole image.
     """
 
     size: int
@@ -264,9 +262,9 @@ class InceptionCrop(Random):
         return features | {"image": resize_image(crop, self.size, self.size, self.method)}
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """Top, left, height and width of the part of an image of this height and width."""
+        """Top, left, height and width of the part, for an image of this height and width."""
         for _ in range(10):
-            # As `rng.uniform` draws, but several times as fast.
+            # The same numbers as from `rng.uniform`, several times as fast.
             percent = self.area_min + (self.area_max - self.area_min) * rng.random()
             aspect = self.aspect_min + (self.aspect_max - self.aspect_min) * rng.random()
             area = height * width * percent / 100
@@ -280,7 +278,7 @@ class InceptionCrop(Random):
 
 @dataclasses.dataclass(frozen=True)
 class FlipLr(Random):
-    """Mirrors left and right in half of the cases."""
+    """Mirrors left and right with probability 0.5."""
 
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
         image = features["image"]
@@ -293,7 +291,7 @@ class FlipLr(Random):
 
 @dataclasses.dataclass(frozen=True)
 class RandomShift(Random):
-    """Moves the image by up to `pixels` each way; the border is filled with the edge's colour."""
+    """Moves the image by up to `pixels` in each direction; the edge is replicated."""
 
     pixels: int
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all sources of examples have in common: what is known of them, splits, records."""
+"""Interfaces of sources of examples: facts about a dataset, splits, records."""
 
 import abc
 import dataclasses
@@ -13,10 +13,10 @@ import tensorflow_datasets as tfds
 
 from vit_jax.utils.errors import UserError
 
-# More classes are taken for ids in place of labels.
+# Limit of the number of classes: larger labels are probably ids.
 MAX_CLASSES = 2**20
 
-# Of the seeded splits and orders: a dataset is cut the same way in all runs, whatever their seed.
+# Seed of splits and orders, which must not depend on the seed of a run.
 _SEED = 0
 _VALIDATION = 0.1
 
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a dataset before it is read.
+    """Facts about a dataset that are known before its images are read.
 
     Attributes:
-      num_classes: labels are below it.
-      image_shape: height, width, channels; None where they vary.
-      class_names: by label, where they are known.
+      num_classes: labels are from 0 to `num_classes` - 1.
+      image_shape: height, width and channels; None where they vary.
+      class_names: names by label, if they are known.
       multi_label: whether an example has any number of labels, as a vector of zeros and ones.
     """
 
@@ -41,10 +41,10 @@ class DatasetInfo:
 
 
 class Source(abc.ABC):
-    """Records of one split by position: `{"image": encoded bytes, "label": ...}`.
+    """Records of one split by position: `{"image": ..., "label": ...}`.
 
-    In place of bytes there may be pixels, uint8 `[height, width, 3]`, not to be written to. The
-    label is an int32, or float32 `[num_classes]` if an example may have several.
+    The image is encoded bytes, or read-only pixels, uint8 `[height, width, 3]`. The label is an
+    int32, or float32 `[num_classes]` if an example may have several.
     """
 
     @abc.abstractmethod
@@ -52,18 +52,18 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Reads a record; an `ImageError` says that its image can't be read."""
+        """Reads a record; raises `ImageError` if its image can't be read."""
 
     @abc.abstractmethod
     def describe(self, index: int) -> str:
-        """Where a record comes from: a path, or a dataset and a position."""
+        """The origin of a record: a path, or a dataset and a position."""
 
     def file_name(self, index: int) -> str:
-        """Name of the image's file, as far as it is known."""
+        """The file name of an image, or else the end of `describe`."""
         return os.path.basename(self.describe(index))
 
     def successor(self, index: int) -> int:
-        """The position of the record that stands in for one that can't be read."""
+        """The position of the record that replaces this one if it can't be read."""
         return (index + 1) % len(self)
 
 
@@ -72,23 +72,27 @@ class Records(abc.ABC):
 
     @abc.abstractmethod
     def read(self, row: int) -> bytes | np.ndarray:
-        """The file of an image, or its pixels; an `ImageError` says that it can't be read."""
+        """The encoded image, or its pixels as uint8 `[height, width, 3]`.
+
+        Raises:
+          ImageError: it can't be read.
+        """
 
     @abc.abstractmethod
     def describe(self, row: int) -> str:
-        """Where an image comes from."""
+        """The origin of an image."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Images with labels, and which of them belong to which split.
+    """Images with labels, divided into splits.
 
     Attributes:
       name: in the config, such as `folder:/data/birds`.
       info: classes and shape.
       records: the images.
-      labels: int32 `[rows]`, or for several labels the ints of each row.
-      splits: rows of each split, in order.
+      labels: int32 `[rows]`, or an int32 array for each row if there may be several labels.
+      splits: the rows of each split, in order, as integers `[examples]`.
     """
 
     name: str
@@ -126,7 +130,7 @@ class Rows(Source):
         return {"image": self._dataset.records.read(row), "label": self.label(index)}
 
     def label(self, index: int) -> Any:
-        """The label alone, without reading the image."""
+        """The label of a record, without reading its image."""
         label = self._dataset.labels[self._rows[index]]
         if not self._dataset.info.multi_label:
             return np.int32(label)
@@ -141,10 +145,19 @@ class Rows(Source):
 def select(
     split: str, lengths: Mapping[str, int], *, name: str, key: str
 ) -> list[tuple[str, int, int]]:
-    """What a split of TFDS's language, such as `train[:98%]+test`, takes: name, start and stop.
+    """Parses a split in the notation of TFDS, such as `train[:98%]+test`.
+
+    Args:
+      split: the text.
+      lengths: the number of examples of each split of the dataset.
+      name: of the dataset, for errors.
+      key: the config key of the split, for errors.
+
+    Returns:
+      (name, start, stop) of each part.
 
     Raises:
-      UserError: it can't be read, there is no such split, or it is empty.
+      UserError: it can't be parsed, there is no such split, or it is empty.
     """
     infos = {
         n: tfds.core.SplitInfo(name=n, shard_lengths=[length], num_bytes=0)
@@ -169,18 +182,21 @@ def select(
 def make_splits(
     labels: np.ndarray | Sequence[np.ndarray], split_of_row: Sequence[str] | None
 ) -> dict[str, np.ndarray]:
-    """Rows of each split, in a seeded order, so that any slice is a fair sample.
+    """Rows of each split, in a seeded order, so that any slice is a random sample.
 
     Args:
-      labels: of the rows, whose order must not depend on the file system.
-      split_of_row: where rows belong; None to make `train` and `validation` of 90 and 10 percent
+      labels: int32 `[rows]` or an array for each row; the order must not depend on the file system.
+      split_of_row: the split of each row; None makes `train` and `validation` of 90 and 10 percent
         of each class.
+
+    Returns:
+      int64 `[examples]` for each split.
     """
     order = np.random.default_rng(_SEED).permutation(len(labels))
     if split_of_row is not None:
         names = np.asarray(split_of_row)[order]
         return {str(name): order[names == name] for name in sorted(set(split_of_row))}
-    # By class, then in the seeded order; for several labels there is just one class of rows.
+    # Sorted by class, then in the seeded order; rows with several labels count as one class.
     classes = labels[order] if isinstance(labels, np.ndarray) else np.zeros(len(order), np.int32)
     by_class = np.argsort(classes, kind="stable")
     _, starts, counts = np.unique(classes[by_class], return_index=True, return_counts=True)
@@ -191,10 +207,10 @@ def make_splits(
 
 
 def check_class_names(names: Sequence[str], *, name: str) -> tuple[str, ...]:
-    """The names as they will stand in a text file, one a line.
+    """Checks that class names can be written to a text file, one per line.
 
     Raises:
-      UserError: one is empty or has a line break, or there are too many.
+      UserError: a name is empty or has a line break, or there are more than `MAX_CLASSES`.
     """
     for class_name in names:
         if class_name.splitlines() != [class_name]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Black images, `blank:CLASSES` or `blank:CLASSES,SIZE`: to plan a run without its data."""
+"""Black images, `blank:CLASSES` or `blank:CLASSES,SIZE`, to plan a run without its data."""
 
 import dataclasses
 import re
@@ -26,13 +26,13 @@ class _Black(Records):
 
 
 def blank_dataset(text: str) -> Dataset:
-    """1,024 black images with labels from 0 to CLASSES - 1 in turn, all in the split `train`.
+    """1,024 black images, all in the split `train`; labels cycle from 0 to CLASSES - 1.
 
     Args:
-      text: `CLASSES`, for images of varying size, or `CLASSES,SIZE` with the pixels of a side.
+      text: `CLASSES`, for images without a known size, or `CLASSES,SIZE` with their side in pixels.
 
     Raises:
-      UserError: it says something else.
+      UserError: the text has another form.
     """
     match = re.fullmatch(r"([1-9]\d*)(?:,([1-9]\d*))?", text)
     if not match:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Datasets of image files: a folder for each class, or a table with paths and labels."""
+"""Datasets of image files: one folder per class, or a table of paths and labels."""
 
 import concurrent.futures
 import csv
@@ -27,7 +27,7 @@ from vit_jax.data.sources.base import (
 )
 from vit_jax.utils.errors import UserError, describe_error, suggest
 
-# Names of folders, or of files and values of a column, that stand for a split.
+# Names of folders or files, and values of a column, that mean a split.
 SPLITS = {
     "train": "train",
     "test": "test",
@@ -40,7 +40,7 @@ _COLUMNS = ("image", "label", "labels", "split")
 _STORES = ("gs://", "s3://")
 _ANY_SHAPE = (None, None, 3)
 
-# Threads that list folders: they mostly wait, above all for network file systems.
+# Threads that list folders, which mostly wait for the file system.
 _LISTERS = 16
 
 logger = logging.getLogger(__name__)
@@ -52,12 +52,12 @@ def _read_file(path: str) -> bytes:
             return epath.Path(path).read_bytes()
         except ImportError as e:
             raise ImportError(f"{e}; vit_jax[gcs] has what reads gs://") from e
-    # The same as `open(path, "rb").read()`, in a third of the system calls.
+    # This is `open(path, "rb").read()` with a third of its system calls.
     file = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(file).st_size
         content = os.read(file, size)
-        # Of a long file, or from a network, it may be just a part.
+        # One call may return only a part of a long file, or of a file on a network.
         while len(content) < size and (more := os.read(file, size - len(content))):
             content += more
         return content
@@ -74,7 +74,7 @@ class Files(Records):
     def read(self, row: int) -> bytes:
         try:
             return _read_file(self.describe(row))
-        # A storage client raises errors of its own, not only OSError.
+        # Storage clients raise other errors than OSError.
         except Exception as e:
             raise ImageError(f"it can't be read: {describe_error(e)}") from e
 
@@ -90,11 +90,11 @@ class Files(Records):
 def folder_dataset(path: str) -> Dataset:
     """A dataset of `PATH/{train,test,validation}/CLASS/...` or `PATH/CLASS/...`.
 
-    Labels count the class names of all splits in sorted order. Without folders for splits, `train`
-    and `validation` are 90 and 10 percent of each class, drawn by a fixed seed.
+    Labels number the sorted class names of all splits. Without folders for splits, `train` and
+    `validation` are 90 and 10 percent of each class, drawn with a fixed seed.
 
     Raises:
-      UserError: the folder can't be read, or has no images in folders of classes.
+      UserError: the folder can't be read, or has no images in class folders.
     """
     name = f"folder:{path}"
     started = time.monotonic()
@@ -137,10 +137,10 @@ def folder_dataset(path: str) -> Dataset:
 
 
 def _class_folders(root: str, name: str) -> Iterator[tuple[str, str]]:
-    """The split ("" if there are none) and the path of each folder of a class."""
+    """The split ("" if there are none) and the path of each class folder."""
     tops = _subfolders(root)
     named = [top for top in tops if top in SPLITS]
-    # "train" alone may be a class, next to "car" and "plane".
+    # A single "train" may be a class, beside "car" and "plane".
     if len(named) > 1 and len(named) < len(tops):
         other = next(top for top in tops if top not in SPLITS)
         raise UserError(
@@ -162,7 +162,7 @@ def _subfolders(path: str) -> list[str]:
 
 
 def list_images(root: str, folder: str) -> tuple[list[str], Counter[str]]:
-    """Paths of all images below a folder, from the root, and what else is there by its kind."""
+    """Paths of all images below a folder, relative to the root, and other files counted by kind."""
     paths, ignored, todo = [], Counter(), [folder]
     while todo:
         folder = todo.pop()
@@ -194,13 +194,13 @@ def _leads_back(link: str) -> bool:
 
 @functools.cache
 def manifest_dataset(path: str) -> Dataset:
-    """A dataset of a `.csv`, `.tsv` or `.jsonl` file or gs:// URL with one image a row.
+    """A dataset of a `.csv`, `.tsv` or `.jsonl` file or gs:// URL with one image per row.
 
-    Columns: `image` (a path from the manifest's folder, an absolute one or a URL); `label` (a class
-    name or an integer) or `labels` (several: `a|b`, in JSON a list); `split` if there are any.
+    Columns: `image` (a path relative to the manifest, an absolute path or a URL); `label` (a class
+    name or an integer) or `labels` (several: `a|b`, in JSON a list); optionally `split`.
 
     Raises:
-      UserError: the file can't be read, or a column or a value is not as it should be.
+      UserError: the file can't be read, or a column or a value is invalid.
     """
     name = f"manifest:{path}"
     file = path if "://" in path else os.path.abspath(os.path.expanduser(path))
@@ -215,7 +215,7 @@ def manifest_dataset(path: str) -> Dataset:
     try:
         text = _read_file(file).decode("utf-8-sig")
         rows = list(readers[ending](io.StringIO(text, newline="")))
-    # A storage client raises errors of its own.
+    # Storage clients raise other errors than OSError.
     except Exception as e:
         raise UserError(f"data.name={name!r} can't be read: {describe_error(e)}") from None
     columns = _check_columns(rows, name)
@@ -238,7 +238,7 @@ def _check_columns(rows: Sequence[Any], name: str) -> list[str]:
         raise UserError(f"data.name={name!r} lists no images")
     if not isinstance(rows[0], dict):
         raise UserError(f"data.name={name!r}: {str(rows[0])[:80]!r}: expected an object a line")
-    # DictReader puts what is too much under None, and None where there is too little.
+    # DictReader stores surplus values under the key None, and None for missing values.
     columns = [column for column in rows[0] if column is not None]
     for column in columns:
         if column not in _COLUMNS:
@@ -275,20 +275,20 @@ def encode_labels(
     class_names: Sequence[str] | None = None,
     image_shape: tuple[int | None, ...] = _ANY_SHAPE,
 ) -> tuple[DatasetInfo, Any]:
-    """Labels as integers, from class names or integers.
+    """Converts labels from class names or integers to int32.
 
     Args:
-      values: a label of each row, or a list of labels if `multi_label`.
+      values: a label for each row, or a list of labels if `multi_label`.
       multi_label: whether rows have any number of labels.
       name: of the dataset, for errors.
-      class_names: where they are known from elsewhere; else the sorted labels, if they are names.
+      class_names: names by label if they are known; None takes the sorted labels if they are names.
       image_shape: of the dataset.
 
     Returns:
-      What is known of the dataset, and int32 `[rows]`, or a list of arrays if `multi_label`.
+      The facts about the dataset, and int32 `[rows]`, or one array per row if `multi_label`.
 
     Raises:
-      UserError: a label that is no class, or out of range.
+      UserError: a label is unknown or out of range.
     """
     rows = values if multi_label else [[value] for value in values]
     numbers, names = True, {}
@@ -332,12 +332,12 @@ def encode_labels(
 
 
 def _is_integer(label: int | str) -> bool:
-    # Not 007 or +7: these are names.
+    # 007 and +7 are names.
     return isinstance(label, int) or (label.lstrip("-").isdecimal() and str(int(label)) == label)
 
 
 def _check_access(records: Files, paths: Sequence[str], name: str) -> None:
-    """A wrong folder or missing credentials spoil every record: find out before the run."""
+    """Reads one image, as a wrong folder or missing credentials affect all records."""
     for row, path in enumerate(paths):
         if "://" in path and not path.startswith(_STORES):
             raise UserError(

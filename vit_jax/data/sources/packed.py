@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Datasets that `vit_jax.data.pack` wrote: smaller JPEGs in few files, or pixels in one file each.
+"""Datasets written by `vit_jax.data.pack`: smaller JPEGs in few files, or pixels in one per split.
 
-`DST/pack.json` says what was packed and how. Of each shard there is `SPLIT-00000-of-00010.npz` with
-the labels, written once its images are; and either `.array_record`, a JPEG each, or its part of
-`SPLIT.pixels`, uint8 [rows, size, size, 3]. An image that could not be read has its place there,
-empty, so that positions are those of the source.
+`DST/pack.json` is the manifest. Each shard has `SPLIT-00000-of-00010.npz` with the labels, which is
+written after its images, and either an `.array_record` file of JPEGs or its part of `SPLIT.pixels`,
+uint8 `[rows, size, size, 3]`. An image that could not be read leaves an empty place, so that
+positions are those of the source.
 """
 
 import dataclasses
@@ -27,18 +27,18 @@ MANIFEST = "pack.json"
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What `pack.json` holds.
+    """The content of `pack.json`.
 
     Attributes:
       source: name of the dataset that was packed.
-      splits: its splits, and their lengths.
-      num_classes: labels are below it.
+      splits: lengths of its splits.
+      num_classes: labels are from 0 to `num_classes` - 1.
       multi_label: whether an example may have several labels.
-      class_names: by label, where they are known.
-      short_side: of the JPEGs, at most; None for pixels.
+      class_names: names by label, if they are known.
+      short_side: limit of the shorter side of the JPEGs; None for pixels.
       quality: of the JPEGs; None for pixels.
-      raw: size of the pixels; None for JPEGs.
-      shard_size: examples of each file but the last of a split.
+      raw: height and width of the pixels; None for JPEGs.
+      shard_size: examples of each file except the last of a split.
     """
 
     source: str
@@ -53,11 +53,11 @@ class Manifest:
 
     @property
     def kind(self) -> str:
-        """What a name in a config starts with."""
+        """The prefix of the dataset's name in a config."""
         return "packed" if self.raw is None else "raw"
 
     def shards(self) -> list["Shard"]:
-        """All files, split by split."""
+        """All shards, split by split."""
         return [
             Shard(
                 f"{split}-{number:05}-of-{-(-length // self.shard_size):05}",
@@ -84,7 +84,7 @@ def read_manifest(folder: Path, *, key: str) -> Manifest:
     """Reads `pack.json`.
 
     Raises:
-      UserError: it is not there, or not readable.
+      UserError: the file is missing or invalid.
     """
     try:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -100,7 +100,7 @@ def read_manifest(folder: Path, *, key: str) -> Manifest:
 
 
 class Jpegs(Records):
-    """Images of shards, one after the other."""
+    """JPEGs of the shards, concatenated."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard]):
         self._paths = [str(folder / f"{shard.name}.array_record") for shard in shards]
@@ -117,12 +117,12 @@ class Jpegs(Records):
 
 
 class Pixels(Records):
-    """Images of the files of all splits, in memory that the system fills when they are read."""
+    """Pixels of all splits, in memory-mapped files."""
 
     def __init__(self, folder: Path, manifest: Manifest, good: np.ndarray):
         self._folder, self._good = folder, good
         size = manifest.raw or 0
-        # As plain arrays, which are faster to index.
+        # Plain arrays are faster to index than memmaps.
         self._splits = [
             np.asarray(
                 np.memmap(folder / f"{split}.pixels", np.uint8, "r", 0, (length, size, size, 3))
@@ -144,21 +144,21 @@ class Pixels(Records):
 
 
 def packed_dataset(path: str) -> Dataset:
-    """A dataset of JPEGs."""
+    """A packed dataset of JPEGs; see `vit_jax.data.pack`."""
     return _dataset(path, "packed")
 
 
 def raw_dataset(path: str) -> Dataset:
-    """A dataset of pixels, all of one size."""
+    """A packed dataset of pixels, all of one size; see `vit_jax.data.pack`."""
     return _dataset(path, "raw")
 
 
 @functools.cache
 def _dataset(path: str, kind: str) -> Dataset:
-    """Opens what was packed; splits, rows and labels are those of the source.
+    """Opens a packed dataset; splits, rows and labels are those of its source.
 
     Raises:
-      UserError: it is not there, not finished, or of the other kind.
+      UserError: it is missing, unfinished, or of the other kind.
     """
     name = f"{kind}:{path}"
     key = f"data.name={name!r}"

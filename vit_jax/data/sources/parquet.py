@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Datasets in Parquet files, as Hugging Face keeps them."""
+"""Datasets in Parquet files, in the layout of the Hugging Face Hub."""
 
 import collections
 import functools
@@ -20,20 +20,20 @@ from vit_jax.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Images of row groups that were read stay in memory up to this size, all files together.
+# Bytes of images of the row groups that stay in memory, for all files together.
 CACHE_BYTES = 2**30
 
 
 @functools.cache
 def parquet_dataset(path: str) -> Dataset:
-    """A dataset of all files that a path or a pattern means; of a folder, of those below it.
+    """A dataset of the files of a path or pattern, or of all files below a folder.
 
-    Columns: `image` (bytes, or a struct with `bytes`) and `label` (integer or class name). Names of
-    classes are those that the `datasets` library writes into the schema. The split is the column
+    Columns: `image` (bytes, or a struct with `bytes`) and `label` (integer or class name). Class
+    names are those that the `datasets` library writes into the schema. The split is the column
     `split`, or else the first word of the files' names, as in `train-00000-of-00002.parquet`.
 
     Raises:
-      UserError: pyarrow is missing, there are no files, or a column is not as it should be.
+      UserError: pyarrow is missing, there are no files, or a column is invalid.
     """
     name = f"parquet:{path}"
     try:
@@ -82,7 +82,7 @@ def parquet_dataset(path: str) -> Dataset:
             )
         by_split = make_splits(codes, None)
     else:
-        # In the order of the files: then evaluation reads each row group once.
+        # The order of the files is kept, so that evaluation reads each row group once.
         array = np.asarray(splits)
         by_split = {str(s): np.flatnonzero(array == s) for s in sorted(set(splits))}
     return Dataset(name, info, RowGroups(paths, files), codes, by_split)
@@ -108,7 +108,7 @@ def _check_schema(schema: Any, path: str, name: str) -> None:
 
 
 def _check_size(files: list[Any], name: str) -> None:
-    """Says so where shuffled reading will be slow."""
+    """Logs that shuffled reading will be slow if the row groups exceed the cache."""
     groups = [f.metadata.row_group(g) for f in files for g in range(f.metadata.num_row_groups)]
     size, rows = sum(g.total_byte_size for g in groups), sum(g.num_rows for g in groups)
     if size > CACHE_BYTES:
@@ -123,7 +123,7 @@ def _check_size(files: list[Any], name: str) -> None:
 
 
 def _class_names(schema: Any) -> list[str] | None:
-    """What the `datasets` library notes of a class label."""
+    """The class names that the `datasets` library wrote into the schema."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         names = features["label"]["names"]
@@ -140,8 +140,8 @@ def _split_of(path: str) -> str | None:
 class RowGroups(Records):
     """Images of Parquet files, whose row groups can only be read as a whole.
 
-    The newest row groups are kept, so that neighbours cost one read. In a shuffled order over more
-    than `cache_bytes` nearly every record costs the read of a group.
+    The row groups that were used last stay in memory, so that neighbours cost one read. In a
+    shuffled order over more than `cache_bytes`, nearly every record costs the read of a row group.
     """
 
     def __init__(self, paths: list[str], files: list[Any], *, cache_bytes: int = CACHE_BYTES):
@@ -169,7 +169,7 @@ class RowGroups(Records):
 
     def _read_group(self, group: int) -> Any:
         number, within = self._groups[group]
-        # One reader a file: others that want the same group find it read when it is their turn.
+        # One thread reads a file at a time; others that need the same group then find it cached.
         with self._locks[number]:
             with self._lock:
                 if group in self._cache:
@@ -177,9 +177,8 @@ class RowGroups(Records):
                     return self._cache[group]
             try:
                 table = self._files[number].read_row_group(within, columns=["image"])
-            except (
-                Exception
-            ) as e:  # Corrupt pages: OSError, ArrowInvalid, ArrowNotImplementedError.
+            # Corrupt pages raise OSError, ArrowInvalid or ArrowNotImplementedError.
+            except Exception as e:
                 raise ImageError(f"its row group can't be read ({' '.join(str(e).split())})") from e
             images = table.column("image").combine_chunks()
             if hasattr(images, "field"):

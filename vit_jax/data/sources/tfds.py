@@ -104,9 +104,9 @@ class TfdsSource(Source):
     """Records of one split of a TFDS dataset.
 
     Args:
-      records: of TFDS.
-      name: of dataset and split, to name a record.
-      keep: whether records stay in memory once they were read. Parsing one takes longer than
+      records: the data source of TFDS.
+      name: of dataset and split, for `describe`.
+      keep: whether records that were read stay in memory: parsing a record takes longer than
         decoding a small image.
     """
 
@@ -135,11 +135,11 @@ class TfdsSource(Source):
 
 
 @functools.cache
-def _builder(name: str, data_dir: str | None) -> Any:  # types of TFDS are of little help
+def _builder(name: str, data_dir: str | None) -> Any:  # TFDS has no useful types.
     base = re.split("[/:]", name)[0]
     known = tfds.list_builders(with_community_datasets=False)
     folder = epath.Path(data_dir or _DEFAULT_DIR).expanduser() / base
-    # TFDS looks further afield for a name it does not know, and needs TensorFlow for that.
+    # For an unknown name, TFDS searches other places, for which it needs TensorFlow.
     if base not in known and not folder.exists():
         raise UserError(f"data.name={name!r} is no TFDS dataset{suggest(base, known)[:200]}")
     try:
@@ -149,12 +149,12 @@ def _builder(name: str, data_dir: str | None) -> Any:  # types of TFDS are of li
 
 
 def _open_builder(name: str, data_dir: str | None, *, quiet: bool) -> Any:
-    """The builder of a dataset that is prepared, after this if it was not before."""
+    """The builder of a dataset, which is prepared if it was not before."""
     builder = _builder(name, data_dir)
     if not builder.is_prepared():
         _prepare(builder, quiet=quiet)
     if not builder.info.splits:
-        # Prepared by another process since: a builder reads what there is only when it is made.
+        # Another process prepared it since this builder was made, which reads splits only then.
         _builder.cache_clear()
         builder = _builder(name, data_dir)
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
@@ -174,7 +174,7 @@ def _prepare(builder: Any, *, quiet: bool) -> None:
     where = f"data.name={builder.name!r} is not prepared in {builder.data_dir}"
     _check_hosts(builder, where)
     logger.info("preparing dataset %s in %s", builder.name, builder.data_dir)
-    # TFDS reports on downloads; where there are none, its words are noise in a run.
+    # The output of TFDS is useful during downloads, and noise in a run otherwise.
     silent = quiet and not builder.url_infos
     try:
         with _silent() if silent else contextlib.nullcontext():
@@ -203,7 +203,7 @@ def _lacks_tensorflow(error: BaseException | None) -> bool:
 
 
 def _check_hosts(builder: Any, where: str) -> None:
-    """Without a network TFDS would retry for minutes: find out in a moment."""
+    """Fails at once if a host can't be reached, where TFDS would retry for minutes."""
     if urllib.request.getproxies():
         return
     for host in {urllib.parse.urlsplit(url).hostname for url in builder.url_infos or ()}:
