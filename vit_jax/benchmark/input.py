@@ -5,7 +5,7 @@ import argparse
 import dataclasses
 import itertools
 import time
-from collections.abc import Generator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     return results, lines
 
 
-def measure_speed(batches: Generator[Batch], batch_size: int, *, seconds: float) -> Speed:
+def measure_speed(batches: Iterator[Batch], batch_size: int, *, seconds: float) -> Speed:
     """Takes batches as fast as they come."""
     _drain(batches, seconds / 10)
     start, start_cpu, count = time.perf_counter(), time.process_time(), 0
@@ -125,7 +125,7 @@ def predict_wait(speed: Speed, batch_size: int, step: float) -> float:
     return max(0.0, 1 - step * speed.images_per_sec / batch_size)
 
 
-def measure_wait(batches: Generator[Batch], step: float, *, seconds: float) -> float:
+def measure_wait(batches: Iterator[Batch], step: float, *, seconds: float) -> float:
     """The same, seen in a loop that sleeps for `step` seconds in place of a step."""
     _drain(batches, seconds / 10)
     start, waited = time.perf_counter(), 0.0
@@ -136,7 +136,7 @@ def measure_wait(batches: Generator[Batch], step: float, *, seconds: float) -> f
     return waited / (time.perf_counter() - start)
 
 
-def _drain(batches: Generator[Batch], seconds: float) -> None:
+def _drain(batches: Iterator[Batch], seconds: float) -> None:
     """Takes what was loaded ahead, and has threads and caches warm."""
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:

@@ -6,21 +6,22 @@ functions of (seed, p). Step s takes positions s*B to (s+1)*B, and each host tak
 these: batches are the same for any number of hosts, and resuming is starting at another step.
 """
 
+import abc
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 
-from vit_jax.data import loader
 from vit_jax.data.corrupt import CorruptCounter
+from vit_jax.data.loader import Loader, count_ahead, count_threads
 from vit_jax.data.mixture import Mixture, Schedule, make_schedule, merge_infos
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.ops.fused import Job, decode, defer, fuse
-from vit_jax.data.ops.transforms import Decode, Features, Op, apply
+from vit_jax.data.ops.transforms import Decode, Features, Keep, Op, apply
 from vit_jax.data.order import Mixed, Order, PositionRng, RepeatedAugmentation, shuffled
 from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources import dataset_info, open_source
@@ -71,17 +72,14 @@ class DatasetSpec:
         """The operations of `preprocess`."""
         return parse_preprocess(self.preprocess, key=f"{self.key}.preprocess")
 
-    def label_shape(self) -> tuple[int, ...]:
-        """`()`, or `(num_classes,)` if an example may have several labels."""
-        return (self.info.num_classes,) if self.info.multi_label else ()
-
     def blank(self) -> Features:
         """An example of zeros: image uint8 `[h, w, c]`, label int32 or float32 `[num_classes]`."""
-        dtype = np.float32 if self.info.multi_label else np.int32
-        return {
-            "image": np.zeros(self.image_shape(), np.uint8),
-            "label": np.zeros(self.label_shape(), dtype)[()],
-        }
+        several = self.info.multi_label
+        label = np.zeros(self.info.num_classes, np.float32) if several else np.int32(0)
+        features = {"image": np.zeros(self.image_shape(), np.uint8), "label": label}
+        for op in self.ops():
+            features = op(features) if isinstance(op, Keep) else features
+        return features
 
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of preprocessed images, without reading any.
@@ -145,47 +143,130 @@ def find_shapes(
 # Records that are tried for one position: if none of so many can be read, the storage is at fault.
 _TRIES = 100
 
+# Bytes of encoded images that a thread collects before it decodes them.
+_MAX_ENCODED = 1 << 24
+
 # `apply` or `defer`.
 _Apply = Callable[[Sequence[Op], Features, np.random.Generator], Features]
 
 
-class _TrainExamples:
-    """The prepared example of each position of the endless training stream."""
+class _Batches(abc.ABC):
+    """Fills batches with the examples of their positions.
 
-    def __init__(self, spec: DatasetSpec, corrupt: CorruptCounter, *, seed: int):
-        self._source, self._corrupt, self._blank = spec.open(), corrupt, spec.blank()
-        self._order, self._rngs = train_order(spec, self._source, seed=seed), PositionRng(seed)
-        self._ops = fuse(spec.ops())
+    All threads share it, and it never changes: what a thread has begun is local to its `fill`.
 
-    def __call__(self, position: int, apply: _Apply) -> Features:
+    Attributes:
+      rows: the place in the global batch of each row of this process.
+      blank: the example to use where no record can be read.
+    """
+
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        shards: tuple[int, ...],
+        num_shards: int,
+        corrupt: CorruptCounter | None,
+        *,
+        seed: int,
+    ):
+        block = spec.batch_size // num_shards
+        self.spec, self.source, self.ops = spec, spec.open(), fuse(spec.ops())
+        self.rngs, self.blank = PositionRng(seed), spec.blank()
+        self.rows = [shard * block + i for shard in shards for i in range(block)]
+        self.ahead = plan_buffers(spec, num_shards=num_shards, shards=len(shards)).ahead
+        self.corrupt = corrupt or CorruptCounter()
+
+    @abc.abstractmethod
+    def example(self, position: int, apply: _Apply) -> Features:
+        """The example of a position, with the operations run by `apply`."""
+
+    def load(self, steps: Iterable[int]) -> Loader[Batch]:
+        """The batches of steps, in order."""
+        return Loader(
+            steps,
+            make=self.make,
+            fill=self.fill,
+            rows=len(self.rows),
+            num_threads=count_threads(self.spec.num_threads),
+            ahead=self.ahead,
+        )
+
+    def make(self, step: int) -> Batch:
+        """Memory for a batch."""
+        return {k: np.empty((len(self.rows), *v.shape), v.dtype) for k, v in self.blank.items()}
+
+    def fill(self, batch: Batch, step: int, start: int, stop: int) -> None:
+        """Fills rows `start` to `stop` of the batch of a step.
+
+        JPEGs are collected and decoded in one call: whenever a thread returns from native code, it
+        may have to wait for the interpreter.
+        """
+        jobs: dict[int, Job] = {}
+        encoded = 0
+        for row in range(start, stop):
+            image = self._fill_row(batch, step, row, defer)
+            if isinstance(image, Job):
+                jobs[row] = image
+                encoded += len(image.source)
+            if encoded > _MAX_ENCODED or row == stop - 1:
+                made = decode(jobs.values(), (batch["image"][row] for row in jobs))
+                for failed in itertools.compress(jobs, np.logical_not(made)):
+                    self._fill_row(batch, step, failed, apply)
+                jobs, encoded = {}, 0
+        self.corrupt.see(stop - start)
+
+    def _fill_row(self, batch: Batch, step: int, row: int, apply: _Apply) -> np.ndarray | Job:
+        """Fills a row and returns its image, which may be a `Job` that is still to be run."""
+        features = self.example(step * self.spec.batch_size + self.rows[row], apply)
+        image, shape = features["image"], self.blank["image"].shape
+        for name in batch.keys() - {"image"}:
+            batch[name][row] = features[name]
+        if not isinstance(image, Job):
+            if image.shape != shape or image.dtype != np.uint8:
+                raise UserError(
+                    f"{self.spec.key}.preprocess={self.spec.preprocess!r} made an image of "
+                    f"{image.dtype} {image.shape}; expected uint8 {shape}"
+                )
+            batch["image"][row] = image
+        return image
+
+
+class _TrainBatches(_Batches):
+    """Batches of the endless training stream."""
+
+    def __init__(self, spec: DatasetSpec, *args: Any, seed: int):
+        super().__init__(spec, *args, seed=seed)
+        self.order = train_order(spec, self.source, seed=seed)
+
+    def example(self, position: int, apply: _Apply) -> Features:
         # The generator belongs to the position, not to the record.
-        index, rng = self._order[position], self._rngs(position)
-        for _ in range(min(_TRIES, len(self._source))):
+        index, rng = self.order[position], self.rngs(position)
+        for _ in range(min(_TRIES, len(self.source))):
             try:
-                return apply(self._ops, self._source[index], rng)
+                return apply(self.ops, self.source[index], rng)
             except ImageError as e:
-                self._corrupt.add(self._source.describe(index), e)
-                index = self._source.successor(index)
+                self.corrupt.add(self.source.describe(index), e)
+                index = self.source.successor(index)
         # No error here, as other processes would wait for this one: all stop by their counts.
-        self._corrupt.lose()
-        return self._blank
+        self.corrupt.lose()
+        return self.blank
 
 
-class _EvalExamples:
-    """Each record in order; a record that is unreadable or past the end is blank with mask 0."""
+class _EvalBatches(_Batches):
+    """Batches of each record in order; the mask of a record that is missing or unreadable is 0."""
 
-    def __init__(self, spec: DatasetSpec, source: Source, corrupt: CorruptCounter):
-        self._source, self._corrupt, self._blank = source, corrupt, spec.blank()
-        self._ops, self._rngs = fuse(spec.ops()), PositionRng(0)
+    def __init__(self, *args: Any, seed: int):
+        super().__init__(*args, seed=seed)
+        self.blank |= {"mask": np.float32(0)}
 
-    def __call__(self, position: int, apply: _Apply) -> Features:
-        if position < len(self._source):
+    def example(self, position: int, apply: _Apply) -> Features:
+        if position < len(self.source):
             try:
-                features = apply(self._ops, self._source[position], self._rngs(position))
+                features = apply(self.ops, self.source[position], self.rngs(position))
                 return features | {"mask": np.float32(1)}
             except ImageError as e:
-                self._corrupt.add(self._source.describe(position), e)
-        return self._blank | {"mask": np.float32(0)}
+                self.corrupt.add(self.source.describe(position), e)
+        return self.blank
 
 
 def train_batches(
@@ -196,7 +277,7 @@ def train_batches(
     shards: tuple[int, ...] = (0,),
     num_shards: int = 1,
     corrupt: CorruptCounter | None = None,
-) -> Generator[Batch]:
+) -> Loader[Batch]:
     """Endless batches from `step` on: `{"image": uint8 [b, h, w, c], "label": int32 [b]}`.
 
     Labels are float32 `[b, num_classes]` if an example may have several. Threads load ahead until
@@ -212,9 +293,8 @@ def train_batches(
       corrupt: counts records that can't be read. The next record that can be read replaces one; if
         there is none near by, the image is blank.
     """
-    corrupt = corrupt or CorruptCounter()
-    examples = _TrainExamples(spec, corrupt, seed=seed)
-    return _load(examples, spec, itertools.count(step), shards, num_shards, corrupt)
+    batches = _TrainBatches(spec, shards, num_shards, corrupt, seed=seed)
+    return batches.load(itertools.count(step))
 
 
 def read_step(spec: DatasetSpec, *, seed: int, step: int) -> tuple[Batch, list[str]]:
@@ -243,17 +323,14 @@ def eval_batches(
     shards: tuple[int, ...] = (0,),
     num_shards: int = 1,
     corrupt: CorruptCounter | None = None,
-) -> Generator[Batch]:
+) -> Loader[Batch]:
     """Every example once, in order: the features of `train_batches`, and `mask`, float32 `[b]`.
 
     Blank examples with mask 0 pad the last batch, so that all batches have one shape and all hosts
     the same number of batches. They also replace records that can't be read.
     """
-    source = spec.open()
-    steps = range(-(-len(source) // spec.batch_size))
-    corrupt = corrupt or CorruptCounter()
-    examples = _EvalExamples(spec, source, corrupt)
-    return _load(examples, spec, steps, shards, num_shards, corrupt)
+    batches = _EvalBatches(spec, shards, num_shards, corrupt, seed=0)
+    return batches.load(range(-(-len(batches.source) // spec.batch_size)))
 
 
 # Batches outside of the loader: the one in training, and one in transfer to the devices.
@@ -286,7 +363,7 @@ def plan_buffers(spec: DatasetSpec, *, num_shards: int = 1, shards: int = 1) -> 
     """
     rows = spec.batch_size // num_shards * shards
     batch = rows * math.prod(spec.image_shape())
-    ahead = loader.count_ahead(rows, loader.count_threads(spec.num_threads))
+    ahead = count_ahead(rows, count_threads(spec.num_threads))
     if spec.max_ram_gb is not None:
         least = (1 + _HELD) * batch / 1e9
         if spec.max_ram_gb < least:
@@ -297,107 +374,3 @@ def plan_buffers(spec: DatasetSpec, *, num_shards: int = 1, shards: int = 1) -> 
             )
         ahead = min(ahead, int(spec.max_ram_gb * 1e9 / batch) - _HELD)
     return Buffers(ahead, (ahead + _HELD) * batch)
-
-
-@dataclasses.dataclass
-class _PartialBatch:
-    """A batch whose rows are being filled.
-
-    Attributes:
-      images: uint8 `[b, h, w, c]`.
-      features: the other features of each row.
-    """
-
-    images: np.ndarray
-    features: list[Features]
-
-    def finish(self) -> Batch:
-        names = self.features[0]
-        return {"image": self.images} | {k: np.stack([f[k] for f in self.features]) for k in names}
-
-
-# Bytes of encoded images that a thread collects before it decodes them.
-_MAX_ENCODED = 1 << 24
-
-
-@dataclasses.dataclass(frozen=True)
-class _Filler:
-    """Fills batches with the examples of their positions.
-
-    All threads share it, and it never changes: what a thread has begun is local to its `fill`.
-
-    Attributes:
-      spec: the data.
-      examples: the example of a position, prepared by `apply` or `defer`.
-      rows: the place in the global batch of each row of this process.
-      image_shape: height, width and channels.
-      corrupt: counts the rows that are filled.
-    """
-
-    spec: DatasetSpec
-    examples: Callable[[int, _Apply], Features]
-    rows: tuple[int, ...]
-    image_shape: tuple[int, int, int]
-    corrupt: CorruptCounter
-
-    def make(self, step: int) -> _PartialBatch:
-        """An empty batch."""
-        images = np.empty((len(self.rows), *self.image_shape), np.uint8)
-        return _PartialBatch(images, [{}] * len(self.rows))
-
-    def fill(self, batch: _PartialBatch, step: int, start: int, stop: int) -> None:
-        """Fills rows `start` to `stop` of the batch of a step.
-
-        JPEGs are collected and decoded in one call: whenever a thread returns from native code, it
-        may have to wait for the interpreter.
-        """
-        jobs: dict[int, Job] = {}
-        encoded = 0
-        for row in range(start, stop):
-            image = self._fill_row(batch, step, row, defer)
-            if isinstance(image, Job):
-                jobs[row] = image
-                encoded += len(image.source)
-            if encoded > _MAX_ENCODED or row == stop - 1:
-                made = decode(jobs.values(), (batch.images[row] for row in jobs))
-                for failed in itertools.compress(jobs, np.logical_not(made)):
-                    self._fill_row(batch, step, failed, apply)
-                jobs, encoded = {}, 0
-        self.corrupt.see(stop - start)
-
-    def _fill_row(self, batch: _PartialBatch, step: int, row: int, apply: _Apply) -> Any:
-        """Fills a row and returns its image: pixels, or the `Job` that is still to be run."""
-        features = self.examples(step * self.spec.batch_size + self.rows[row], apply)
-        image = features["image"]
-        batch.features[row] = {k: v for k, v in features.items() if k != "image"}
-        if isinstance(image, Job):
-            return image
-        if image.shape != self.image_shape or image.dtype != np.uint8:
-            raise UserError(
-                f"{self.spec.key}.preprocess={self.spec.preprocess!r} made an image of "
-                f"{image.dtype} {image.shape}; expected uint8 {self.image_shape}"
-            )
-        batch.images[row] = image
-        return image
-
-
-def _load(
-    examples: Callable[[int, _Apply], Features],
-    spec: DatasetSpec,
-    steps: Iterable[int],
-    shards: tuple[int, ...],
-    num_shards: int,
-    corrupt: CorruptCounter,
-) -> Generator[Batch]:
-    block = spec.batch_size // num_shards
-    rows = tuple(shard * block + i for shard in shards for i in range(block))
-    filler = _Filler(spec, examples, rows, spec.image_shape(), corrupt)
-    batches = loader.Loader(
-        steps,
-        make=filler.make,
-        fill=filler.fill,
-        rows=len(rows),
-        num_threads=loader.count_threads(spec.num_threads),
-        ahead=plan_buffers(spec, num_shards=num_shards, shards=len(shards)).ahead,
-    )
-    return (batch.finish() for batch in batches)
