@@ -37,16 +37,8 @@ from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 
 # Formats by file name ending.
-_ENDINGS = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".jpe": "JPEG",
-    ".jfif": "JPEG",
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".gif": "GIF",
-}
+_ENDINGS = {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}
+_ENDINGS |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
 _USUAL_MODES = ("RGB", "L")
 # A size is odd if a side is below _SMALL, or the longer one above _LONG times the shorter.
 _SMALL, _LONG = 8, 8
@@ -179,15 +171,11 @@ def _report_duplicates(findings: Iterable[Finding]) -> list[str]:
 def _report_balance(counts: np.ndarray, info: DatasetInfo) -> list[str]:
     order = np.argsort(-counts, kind="stable")
     shown = order if len(order) <= _LISTED else [*order[: _LISTED // 2], *order[-_LISTED // 2 :]]
-    lines = [
-        f"images of a class: {counts.min():,} to {counts.max():,}, median {np.median(counts):,.0f}"
+    names = info.class_names or [str(label) for label in range(info.num_classes)]
+    return [
+        f"images of a class: {counts.min():,} to {counts.max():,}, median {np.median(counts):,.0f}",
+        *(_bar(names[label], int(counts[label]), counts.max()) for label in shown),
     ]
-    for label in shown:
-        name = info.class_names[label] if info.class_names else str(label)
-        lines.append(
-            f"  {name:<20.20} {counts[label]:>9,} {_bar(int(counts[label]), int(counts.max()))}"
-        )
-    return lines
 
 
 def _report_sizes(sizes: Sequence[tuple[int, int]]) -> list[str]:
@@ -197,12 +185,12 @@ def _report_sizes(sizes: Sequence[tuple[int, int]]) -> list[str]:
     counts = np.bincount(powers)
     for power in range(powers.min(), powers.max() + 1):
         span = f"{2**power:,} to {2 ** (power + 1) - 1:,}"
-        lines.append(f"  {span:<20} {counts[power]:>9,} {_bar(counts[power], counts.max())}")
+        lines.append(_bar(span, counts[power], counts.max()))
     return lines
 
 
-def _bar(count: int, largest: int) -> str:
-    return "#" * round(40 * count / max(largest, 1))
+def _bar(name: str, count: int, largest: int) -> str:
+    return f"  {name:<20.20} {count:>9,} {'#' * round(40 * count / max(largest, 1))}"
 
 
 def prepare_images(args: argparse.Namespace) -> np.ndarray:

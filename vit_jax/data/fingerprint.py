@@ -12,11 +12,7 @@ _SAMPLES = 16
 
 
 def fingerprint(source: Source) -> str:
-    """A digest of the number of records and of 16 records that are spread evenly over them.
-
-    Returns:
-      16 hexadecimal digits.
-    """
+    """Hexadecimal digest of the number of records and of 16 records that are evenly spread."""
     digest = hashlib.sha256(str(len(source)).encode())
     for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLES).astype(int)):
         try:

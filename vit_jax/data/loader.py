@@ -37,12 +37,7 @@ def count_threads(num_threads: int | None) -> int:
 
 
 def count_ahead(rows: int, num_threads: int) -> int:
-    """The number of batches in progress that keeps threads from waiting for the end of a batch.
-
-    Args:
-      rows: of a batch.
-      num_threads: that fill batches.
-    """
+    """Batches to fill at a time, so that no thread waits for the end of a batch of `rows`."""
     if not num_threads:
         return 1
     runs = -(-rows // RUN)

@@ -83,15 +83,6 @@ def make_square(encoded: Any, *, size: int) -> np.ndarray:
     return features["image"]
 
 
-def _shrinking(manifest: Manifest) -> Callable[[Any], Any]:
-    """The function from a source's image to the packed one."""
-    if manifest.raw is not None:
-        return functools.partial(make_square, size=manifest.raw)
-    assert manifest.short_side is not None
-    assert manifest.quality is not None
-    return functools.partial(shrink_jpeg, short_side=manifest.short_side, quality=manifest.quality)
-
-
 def pack(
     manifest: Manifest,
     folder: Path,
@@ -99,16 +90,7 @@ def pack(
     open_split: Callable[[str], Source],
     num_threads: int,
 ) -> int:
-    """Writes all missing shards.
-
-    Args:
-      manifest: of the pack.
-      folder: to write to.
-      open_split: opens a split of the source.
-      num_threads: threads that read and encode images.
-
-    Returns:
-      The number of images in all shards that can't be read.
+    """Writes all missing shards, and returns how many images of all shards can't be read.
 
     Raises:
       OSError, RuntimeError: a file can't be written.
@@ -148,7 +130,11 @@ def _prepare(
         except ImageError:
             return Packed(None, _as_integers(label))
 
-    shrink = _shrinking(manifest)
+    if manifest.raw is None:
+        options = {"short_side": manifest.short_side, "quality": manifest.quality}
+        shrink = functools.partial(shrink_jpeg, **options)
+    else:
+        shrink = functools.partial(make_square, size=manifest.raw)
     indices = iter(range(shard.start, shard.stop))
     while chunk := list(itertools.islice(indices, 16 * num_threads)):
         yield from pool.map(prepare, chunk)

@@ -299,13 +299,11 @@ def train_batches(
 
 def read_step(spec: DatasetSpec, *, seed: int, step: int) -> tuple[Batch, list[str]]:
     """The global batch after `step` updates, and the path or position of each example's record."""
-    source = spec.open()
-    order = train_order(spec, source, seed=seed)
-    first = step * spec.batch_size
-    records = [source.describe(order[first + i]) for i in range(spec.batch_size)]
-    # Without threads, nothing beyond this batch is loaded.
-    batches = train_batches(dataclasses.replace(spec, num_threads=0), seed=seed, step=step)
-    return next(batches), records
+    spec = dataclasses.replace(spec, num_threads=0)
+    batches = _TrainBatches(spec, (0,), 1, None, seed=seed)
+    positions = range(step * spec.batch_size, (step + 1) * spec.batch_size)
+    records = [batches.source.describe(batches.order[position]) for position in positions]
+    return next(batches.load([step])), records
 
 
 def train_order(spec: DatasetSpec, source: Source, *, seed: int) -> Order:

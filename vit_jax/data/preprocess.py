@@ -55,8 +55,10 @@ def _parse_op(text: str, *, key: str) -> Op:
     try:
         bound = _bind(signature, call)
     except (TypeError, ValueError, RecursionError, MemoryError):
-        usage = f"{name}({', '.join(map(_describe, signature.parameters.values()))})"
-        raise UserError(f"{key}: wrong arguments in {text!r}: expected {usage}") from None
+        usage = [str(p.replace(annotation=p.empty)) for p in signature.parameters.values()]
+        raise UserError(
+            f"{key}: wrong arguments in {text!r}: expected {name}({', '.join(usage)})"
+        ) from None
     for argument, value in bound.arguments.items():
         parameter = signature.parameters[argument]
         annotation = parameter.annotation
@@ -86,10 +88,6 @@ def _bind(signature: inspect.Signature, call: ast.Call | None) -> inspect.BoundA
     if len(kwargs) < len(call.keywords):
         raise TypeError("an argument is given twice")
     return signature.bind(*args, **kwargs)
-
-
-def _describe(parameter: inspect.Parameter) -> str:
-    return str(parameter.replace(annotation=parameter.empty))
 
 
 def _check_sign(value: Any, argument: str, op: type[Op], *, where: str) -> None:

@@ -5,6 +5,7 @@ Files may be hostile: sizes are read from headers before memory for pixels is al
 that is not a whole image raises `ImageError`.
 """
 
+import contextlib
 import io
 import struct
 import warnings
@@ -59,10 +60,8 @@ def decode_image(encoded: bytes | np.ndarray, *, orient: bool = False) -> np.nda
     image = None
     # Other formats go to Pillow, which checks their size and handles partial frames of a GIF.
     if kind in _OPENCV_FORMATS:
-        try:
+        with contextlib.suppress(cv2.error):
             image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
-        except cv2.error:
-            image = None
     return _decode_with_pillow(encoded, orient=orient) if image is None else image
 
 
@@ -102,9 +101,7 @@ def _decode_with_pillow(encoded: bytes, *, orient: bool) -> np.ndarray:
                 if orient:
                     image = ImageOps.exif_transpose(image)
                 return np.array(image.convert("RGB"))
-    except ImageError:
-        raise
-    except MemoryError:
+    except (ImageError, MemoryError):
         raise
     # Pillow's decoders raise OSError, SyntaxError, struct.error and others for broken files.
     except Exception as e:

@@ -6,6 +6,7 @@ fraction x from 0 to 1. Policies also differ in style: the fill colour and the i
 operations return an image of the shape and dtype that they take, uint8 `[height, width, 3]`.
 """
 
+import abc
 import dataclasses
 import functools
 import re
@@ -40,12 +41,16 @@ def _either_sign(x: float, rng: np.random.Generator) -> float:
     return -x if rng.random() < 0.5 else x
 
 
-def _factor(x: float) -> float:
+def _factor(x: float, rng: np.random.Generator) -> float:
     return 0.1 + 1.8 * x
 
 
 def _factor_about_one(x: float, rng: np.random.Generator) -> float:
     return max(0.1, 1 + _either_sign(0.9 * x, rng))
+
+
+def _enhance(adjust: Callable, factor: Callable = _factor) -> Action:
+    return lambda image, x, rng, style: adjust(image, factor(x, rng))
 
 
 def _rotate(image: np.ndarray, x: float, rng: np.random.Generator, style: Style) -> np.ndarray:
@@ -71,36 +76,24 @@ def _cut_out(image: np.ndarray, x: float, rng: np.random.Generator, style: Style
 
 # "..._increasing" actions are stronger at higher levels; "posterize_original" is the paper's.
 ACTIONS: dict[str, Action] = {
-    "autocontrast": lambda image, x, rng, style: colors.autocontrast(image),
-    "equalize": lambda image, x, rng, style: colors.equalize(image),
-    "invert": lambda image, x, rng, style: colors.invert(image),
+    "autocontrast": lambda image, *_: colors.autocontrast(image),
+    "equalize": lambda image, *_: colors.equalize(image),
+    "invert": lambda image, *_: colors.invert(image),
     "rotate": _rotate,
-    "posterize": lambda image, x, rng, style: colors.posterize(image, min(8, int(4 * x))),
-    "posterize_increasing": lambda image, x, rng, style: colors.posterize(
-        image, max(0, 4 - int(4 * x))
-    ),
-    "posterize_original": lambda image, x, rng, style: colors.posterize(
-        image, min(8, 4 + int(4 * x))
-    ),
-    "solarize": lambda image, x, rng, style: colors.solarize(image, int(256 * x)),
-    "solarize_increasing": lambda image, x, rng, style: colors.solarize(image, 256 - int(256 * x)),
-    "solarize_add": lambda image, x, rng, style: colors.solarize_add(image, int(110 * x)),
-    "color": lambda image, x, rng, style: colors.adjust_saturation(image, _factor(x)),
-    "color_increasing": lambda image, x, rng, style: colors.adjust_saturation(
-        image, _factor_about_one(x, rng)
-    ),
-    "contrast": lambda image, x, rng, style: colors.adjust_contrast(image, _factor(x)),
-    "contrast_increasing": lambda image, x, rng, style: colors.adjust_contrast(
-        image, _factor_about_one(x, rng)
-    ),
-    "brightness": lambda image, x, rng, style: colors.adjust_brightness(image, _factor(x)),
-    "brightness_increasing": lambda image, x, rng, style: colors.adjust_brightness(
-        image, _factor_about_one(x, rng)
-    ),
-    "sharpness": lambda image, x, rng, style: colors.adjust_sharpness(image, _factor(x)),
-    "sharpness_increasing": lambda image, x, rng, style: colors.adjust_sharpness(
-        image, _factor_about_one(x, rng)
-    ),
+    "posterize": lambda image, x, *_: colors.posterize(image, min(8, int(4 * x))),
+    "posterize_increasing": lambda image, x, *_: colors.posterize(image, max(0, 4 - int(4 * x))),
+    "posterize_original": lambda image, x, *_: colors.posterize(image, min(8, 4 + int(4 * x))),
+    "solarize": lambda image, x, *_: colors.solarize(image, int(256 * x)),
+    "solarize_increasing": lambda image, x, *_: colors.solarize(image, 256 - int(256 * x)),
+    "solarize_add": lambda image, x, *_: colors.solarize_add(image, int(110 * x)),
+    "color": _enhance(colors.adjust_saturation),
+    "color_increasing": _enhance(colors.adjust_saturation, _factor_about_one),
+    "contrast": _enhance(colors.adjust_contrast),
+    "contrast_increasing": _enhance(colors.adjust_contrast, _factor_about_one),
+    "brightness": _enhance(colors.adjust_brightness),
+    "brightness_increasing": _enhance(colors.adjust_brightness, _factor_about_one),
+    "sharpness": _enhance(colors.adjust_sharpness),
+    "sharpness_increasing": _enhance(colors.adjust_sharpness, _factor_about_one),
     "shear_x": functools.partial(_shear, axis="x"),
     "shear_y": functools.partial(_shear, axis="y"),
     "translate_x": lambda image, x, rng, style: _translate(image, 100 * x, rng, style, "x"),
@@ -254,45 +247,48 @@ class ThreeAugment(Random):
         return ops[rng.integers(3)](features, rng)
 
 
-def _check_probability(probability: float) -> None:
-    if probability > 1:
-        raise ValueError(f"probability={probability}: expected at most 1")
+class _Sometimes(Random):
+    """An operation that changes the image with a probability."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Grayscale(Random):
-    """Replaces each channel by the luma, with this probability."""
-
-    probability: float = 1.0
+    probability: float
 
     def __post_init__(self) -> None:
-        _check_probability(self.probability)
+        if self.probability > 1:
+            raise ValueError(f"probability={self.probability}: expected at most 1")
 
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
         if rng.random() >= self.probability:
             return features
-        return features | {"image": colors.grayscale(features["image"])}
+        return features | {"image": self.change(features["image"], rng)}
+
+    @abc.abstractmethod
+    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Solarize(Random):
+class Grayscale(_Sometimes):
+    """Replaces each channel by the luma, with this probability."""
+
+    probability: float = 1.0
+
+    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return colors.grayscale(image)
+
+
+@dataclasses.dataclass(frozen=True)
+class Solarize(_Sometimes):
     """Inverts the values of `threshold` or more, with this probability."""
 
     threshold: int = 128
     probability: float = 1.0
     may_be_zero = ("threshold",)
 
-    def __post_init__(self) -> None:
-        _check_probability(self.probability)
-
-    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
-        if rng.random() >= self.probability:
-            return features
-        return features | {"image": colors.solarize(features["image"], self.threshold)}
+    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return colors.solarize(image, self.threshold)
 
 
 @dataclasses.dataclass(frozen=True)
-class GaussianBlur(Random):
+class GaussianBlur(_Sometimes):
     """Blurs with this probability; standard deviation is `sigma_min` to `sigma_max` pixels."""
 
     sigma_min: float = 0.1
@@ -300,18 +296,15 @@ class GaussianBlur(Random):
     probability: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_probability(self.probability)
+        super().__post_init__()
         if self.sigma_min > self.sigma_max:
             raise ValueError(
                 f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: expected "
                 "sigma_min <= sigma_max"
             )
 
-    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
-        if rng.random() >= self.probability:
-            return features
-        sigma = rng.uniform(self.sigma_min, self.sigma_max)
-        return features | {"image": colors.blur(features["image"], sigma)}
+    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return colors.blur(image, rng.uniform(self.sigma_min, self.sigma_max))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,13 +28,8 @@ from vit_jax.data.sources.base import (
 from vit_jax.utils.errors import UserError, describe_error, suggest
 
 # Names of folders or files, and values of a column, that mean a split.
-SPLITS = {
-    "train": "train",
-    "test": "test",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-}
+SPLITS = {"train": "train", "test": "test"}
+SPLITS |= dict.fromkeys(("validation", "valid", "val"), "validation")
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _COLUMNS = ("image", "label", "labels", "split")
 _STORES = ("gs://", "s3://")

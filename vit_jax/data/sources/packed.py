@@ -143,16 +143,6 @@ class Pixels(Records):
         return f"{self._folder}[{row}]"
 
 
-def packed_dataset(path: str) -> Dataset:
-    """A packed dataset of JPEGs; see `vit_jax.data.pack`."""
-    return _dataset(path, "packed")
-
-
-def raw_dataset(path: str) -> Dataset:
-    """A packed dataset of pixels, all of one size; see `vit_jax.data.pack`."""
-    return _dataset(path, "raw")
-
-
 @functools.cache
 def _dataset(path: str, kind: str) -> Dataset:
     """Opens a packed dataset; splits, rows and labels are those of its source.
@@ -189,3 +179,7 @@ def _dataset(path: str, kind: str) -> Dataset:
     }
     records = Jpegs(folder, shards) if size is None else Pixels(folder, manifest, good)
     return Dataset(name, info, records, labels, splits)
+
+
+packed_dataset = functools.partial(_dataset, kind="packed")
+raw_dataset = functools.partial(_dataset, kind="raw")

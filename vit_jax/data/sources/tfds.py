@@ -181,17 +181,15 @@ def _prepare(builder: Any, *, quiet: bool) -> None:
             builder.download_and_prepare(file_format="array_record")
     except Exception as e:
         # Another process may have finished the same work first.
-        if not (isinstance(e, OSError) and os.path.exists(builder.data_dir)):
-            if _lacks_tensorflow(e):
-                raise UserError(
-                    f"{where}, and its builder needs TensorFlow: where that is installed, run tfds "
-                    f"build {builder.name} --file_format=array_record, then set data.data_dir to "
-                    "where it is"
-                ) from e
-            raise UserError(
-                f"{where}, and preparing it failed ({describe_error(e)}); set data.data_dir to "
-                "where it is"
-            ) from e
+        if isinstance(e, OSError) and os.path.exists(builder.data_dir):
+            return
+        reason = f"preparing it failed ({describe_error(e)}); set"
+        if _lacks_tensorflow(e):
+            reason = (
+                "its builder needs TensorFlow: where that is installed, run tfds build "
+                f"{builder.name} --file_format=array_record, then set"
+            )
+        raise UserError(f"{where}, and {reason} data.data_dir to where it is") from e
 
 
 def _lacks_tensorflow(error: BaseException | None) -> bool:
