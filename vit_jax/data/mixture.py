@@ -58,10 +58,6 @@ class Schedule:
 def make_schedule(weights: tuple[float, ...], *, key: str) -> Schedule:
     """The schedule of weights, which are read as exact decimal numbers.
 
-    Args:
-      weights: of the sources; any scale.
-      key: the config key, for errors.
-
     Raises:
       UserError: a weight is not above 0, or the shares have no common denominator up to
         `MAX_PERIOD`.

@@ -97,12 +97,10 @@ class DatasetSpec:
 
     def open(self) -> Source:
         """The records; those of a mixture are concatenated."""
-        if not self.mixture:
-            return self._open(self.name, self.split, self.split_key)
-        return Mixture([self._open(name, split, "mixture") for name, split, _ in self.mixture])
-
-    def _open(self, name: str, split: str, key: str) -> Source:
-        return open_source(name, split, data_dir=self.data_dir, key=f"{self.key}.{key}")
+        parts = self.mixture or ((self.name, self.split, 1.0),)
+        key = f"{self.key}.{'mixture' if self.mixture else self.split_key}"
+        sources = [open_source(n, split, data_dir=self.data_dir, key=key) for n, split, _ in parts]
+        return Mixture(sources) if self.mixture else sources[0]
 
     def schedule(self) -> Schedule:
         """The source of the mixture that each position takes."""

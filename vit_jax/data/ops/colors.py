@@ -83,10 +83,7 @@ def adjust_saturation(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def adjust_sharpness(image: np.ndarray, factor: float) -> np.ndarray:
-    """Interpolates from a smoothed image (`factor` 0) to the image (1), or extrapolates beyond it.
-
-    The outermost pixels do not change.
-    """
+    """Interpolates from a smoothed image (`factor` 0) to the image (1); border pixels stay."""
     smooth = image.astype(np.float32)
     smooth[1:-1, 1:-1] = np.rint(cv2.filter2D(smooth, -1, _SMOOTH)[1:-1, 1:-1])
     return _to_uint8(_blend(smooth, image, factor))

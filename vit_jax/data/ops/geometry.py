@@ -21,10 +21,7 @@ Fill = tuple[int, int, int]
 def resize_image(
     image: np.ndarray, height: int, width: int, method: Method = "bilinear"
 ) -> np.ndarray:
-    """Resizes with half-pixel centres, without keeping the aspect ratio.
-
-    Returns:
-      uint8 `[height, width, 3]`; the image itself if it has this size.
+    """Resizes to uint8 `[height, width, 3]` with half-pixel centres, whatever the aspect ratio.
 
     Raises:
       ImageError: the result would have more than `MAX_PIXELS` pixels.
@@ -50,9 +47,6 @@ def rotate(image: np.ndarray, degrees: float, *, fill: Fill, flag: int) -> np.nd
       degrees: counter-clockwise.
       fill: the colour of pixels from outside of the image.
       flag: `cv2.INTER_NEAREST` or `cv2.INTER_LINEAR`.
-
-    Returns:
-      uint8 `[height, width, 3]`.
     """
     y, x = ((side - 1) / 2 for side in image.shape[:2])
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))

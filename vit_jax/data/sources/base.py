@@ -72,11 +72,7 @@ class Records(abc.ABC):
 
     @abc.abstractmethod
     def read(self, row: int) -> bytes | np.ndarray:
-        """The encoded image, or its pixels as uint8 `[height, width, 3]`.
-
-        Raises:
-          ImageError: it can't be read.
-        """
+        """The encoded image, or pixels, uint8 `[height, width, 3]`; may raise `ImageError`."""
 
     @abc.abstractmethod
     def describe(self, row: int) -> str:
@@ -145,16 +141,7 @@ class Rows(Source):
 def select(
     split: str, lengths: Mapping[str, int], *, name: str, key: str
 ) -> list[tuple[str, int, int]]:
-    """Parses a split in the notation of TFDS, such as `train[:98%]+test`.
-
-    Args:
-      split: the text.
-      lengths: the number of examples of each split of the dataset.
-      name: of the dataset, for errors.
-      key: the config key of the split, for errors.
-
-    Returns:
-      (name, start, stop) of each part.
+    """Parts (name, start, stop) of a split in TFDS's notation, such as `train[:98%]+test`.
 
     Raises:
       UserError: it can't be parsed, there is no such split, or it is empty.
@@ -182,15 +169,12 @@ def select(
 def make_splits(
     labels: np.ndarray | Sequence[np.ndarray], split_of_row: Sequence[str] | None
 ) -> dict[str, np.ndarray]:
-    """Rows of each split, in a seeded order, so that any slice is a random sample.
+    """Rows of each split, int64 `[examples]`, in a seeded order: any slice is a random sample.
 
     Args:
       labels: int32 `[rows]` or an array for each row; the order must not depend on the file system.
       split_of_row: the split of each row; None makes `train` and `validation` of 90 and 10 percent
         of each class.
-
-    Returns:
-      int64 `[examples]` for each split.
     """
     order = np.random.default_rng(_SEED).permutation(len(labels))
     if split_of_row is not None:
