@@ -1,47 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches by position, and the datasets that they are read from."""
+"""Batches by position."""
 
 import dataclasses
 import hashlib
 import itertools
-import json
-import pickle
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import cv2
 import grain
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from vit_jax.data.datasets import Digits
 from vit_jax.data.ops import transforms as image_ops
 from vit_jax.data.ops.transforms import apply
 from vit_jax.data.pipeline import Buffers, DatasetSpec, eval_batches, plan_buffers, train_batches
-from vit_jax.data.sources import dataset_info, open_source
-from vit_jax.data.sources import tfds as tfds_source
 from vit_jax.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-class Sentences(tfds.core.GeneratorBasedBuilder):
-    """A dataset that is not for classification."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
-        return tfds.core.DatasetInfo(builder=self, features=features)
-
-    def _split_generators(self, dl_manager):
-        return {}
-
-    def _generate_examples(self):
-        yield from ()
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +39,6 @@ def records(data_dir):
     """The 50 digits as TFDS gives them, each as (pixels, label), in the order of the files."""
     source = tfds.data_source("digits", split="train[:50]", data_dir=data_dir)
     return [(r["image"].repeat(3, axis=-1).tobytes(), int(r["label"])) for r in source]
-
-
-@pytest.fixture(scope="module")
-def stripes_dir(tmp_path_factory):
-    """A TFDS folder with `stripes` prepared."""
-    folder = str(tmp_path_factory.mktemp("stripes"))
-    open_source("stripes", "train", data_dir=folder, key="data.split")
-    return folder
 
 
 def stripes(data_dir, preprocess):
@@ -333,165 +302,6 @@ def test_preprocessing_that_does_not_start_with_decode_is_refused(preprocess, di
     spec = dataclasses.replace(digits, preprocess=preprocess)
     with pytest.raises(UserError, match=r"data\.preprocess=.*'decode'"):
         spec.image_shape()
-
-
-# Sources
-
-
-def test_dataset_info_tells_classes_and_shape(digits, tmp_path):
-    assert digits.info.num_classes == 10
-    assert digits.info.image_shape == (8, 8, 1)
-    info = dataset_info("stripes", data_dir=str(tmp_path))
-    assert (info.num_classes, info.image_shape) == (2, (None, None, 3))
-
-
-def test_a_source_gives_encoded_images_by_position(stripes_dir):
-    source = open_source("stripes", "validation", data_dir=stripes_dir, key="data.split")
-    assert len(source) == 13
-    assert {source[i].keys() == {"image", "label"} for i in range(13)} == {True}
-    assert source[4]["image"].startswith(b"\xff\xd8")  # the JPEG itself
-    assert source[4]["label"].dtype == np.int32
-    heights = [
-        cv2.imdecode(np.frombuffer(source[i]["image"], np.uint8), cv2.IMREAD_COLOR).shape[0]
-        for i in range(13)
-    ]
-    assert sorted(heights) == list(range(40, 53))
-    assert [source[i]["label"] for i in range(13)] == [h % 2 for h in heights]
-
-
-def test_a_source_survives_pickling(data_dir):
-    source = open_source("digits", "train", data_dir=data_dir, key="data.split")
-    copy = pickle.loads(pickle.dumps(source))
-    assert len(copy) == 1437
-    assert copy[7] == source[7]
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("digitz", ["data.name='digitz'", "no TFDS dataset", "did you mean 'digits'?"]),
-        ("digits:9.9.9", ["data.name='digits:9.9.9'", "9.9.9"]),
-        ("sentences", ["data.name='sentences'", "['text']", "an 'image' and a class 'label'"]),
-    ],
-)
-def test_a_dataset_that_will_not_do_is_refused(name, words, tmp_path):
-    with pytest.raises(UserError) as error:
-        dataset_info(name, data_dir=str(tmp_path))
-    for word in words:
-        assert word in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("split", "words"),
-    [
-        ("trian", ["trian", "digits has train, test"]),
-        ("train[:5%", ["digits has train, test"]),
-        ("train[9:9]", ["digits holds no examples"]),
-        ("train[9:5]", ["digits holds no examples"]),
-        ("all[5:]", ["'all' does not support slice", "digits has train, test"]),
-    ],
-)
-def test_a_split_that_will_not_do_is_refused(split, words, data_dir):
-    with pytest.raises(UserError) as error:
-        open_source("digits", split, data_dir=data_dir, key="evals.val.split")
-    assert str(error.value).startswith(f"evals.val.split={split!r}")
-    for word in words:
-        assert word in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_dataset_in_another_format_is_refused_in_one_line(stripes_dir, tmp_path):
-    shutil.copytree(stripes_dir, tmp_path, dirs_exist_ok=True)
-    info = tmp_path / "stripes" / "1.0.0" / "dataset_info.json"
-    info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "tfrecord"}))
-    assert dataset_info("stripes", data_dir=str(tmp_path)).num_classes == 2
-    with pytest.raises(UserError) as error:
-        open_source("stripes", "train", data_dir=str(tmp_path), key="data.split")
-    for word in ("data.name='stripes'", str(info.parent), "tfrecord", "expected array_record"):
-        assert word in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-# Preparing
-
-
-def test_what_another_process_prepared_since_is_found(data_dir, tmp_path):
-    folder = str(tmp_path)
-    assert dataset_info("digits", data_dir=folder).num_classes == 10  # not prepared yet
-    shutil.copytree(Path(data_dir) / "digits", tmp_path / "digits")
-    assert len(open_source("digits", "train", data_dir=folder, key="data.split")) == 1437
-
-
-def test_another_process_may_finish_preparing_first(data_dir, tmp_path, monkeypatch):
-    def split_generators(self, dl_manager):
-        shutil.copytree(Path(data_dir) / "digits", tmp_path / "digits", dirs_exist_ok=True)
-        return original(self, dl_manager)
-
-    original = Digits._split_generators
-    monkeypatch.setattr(Digits, "_split_generators", split_generators)
-    source = open_source("digits", "test", data_dir=str(tmp_path), key="data.split")
-    assert len(source) == 360
-    assert [p.name for p in (tmp_path / "digits").iterdir()] == ["1.0.0"]
-
-
-def test_preparing_that_fails_is_one_line_that_names_the_folder(tmp_path, monkeypatch):
-    def split_generators(self, dl_manager):
-        raise RuntimeError("no such\nluck")
-
-    monkeypatch.setattr(Digits, "_split_generators", split_generators)
-    with pytest.raises(UserError) as error:
-        open_source("digits", "train", data_dir=str(tmp_path), key="data.split")
-    for word in ("data.name='digits'", str(tmp_path), "RuntimeError: no such luck", "data_dir"):
-        assert word in str(error.value)
-
-
-def test_a_host_that_can_not_be_reached_is_named_at_once(tmp_path, monkeypatch):
-    def no_network(*_):
-        raise OSError
-
-    monkeypatch.setattr(tfds_source.socket, "getaddrinfo", no_network)
-    monkeypatch.setattr(tfds_source.urllib.request, "getproxies", dict)
-    monkeypatch.setattr(
-        Digits, "url_infos", {"https://example.org/digits.zip": None}, raising=False
-    )
-    with pytest.raises(UserError, match=r"'digits' .*example\.org can't be reached.*data_dir"):
-        open_source("digits", "train", data_dir=str(tmp_path), key="data.split")
-
-
-PREPARE = """
-import sys, time
-from pathlib import Path
-from vit_jax.data.sources import dataset_info, open_source
-
-folder, me = Path(sys.argv[1]), sys.argv[2]
-dataset_info("digits", data_dir=str(folder / "tfds"))
-(folder / me).touch()
-while not all((folder / name).exists() for name in "ab"):
-    time.sleep(0.001)
-print(len(open_source("digits", "train", data_dir=str(folder / "tfds"), key="data.split")))
-"""
-
-
-def test_two_processes_may_prepare_a_dataset_at_once(tmp_path):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PREPARE, str(tmp_path), me],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for me in "ab"
-    ]
-    try:
-        for process in processes:
-            output, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-            assert output == "1437\n"
-    finally:
-        for process in processes:
-            process.kill()
 
 
 @pytest.mark.parametrize("batch_size", [16, 256])
