@@ -27,9 +27,8 @@ from PIL import Image
 
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.workdir import read_config, read_labels
-from vit_jax.data.corrupt import CorruptCounter
-from vit_jax.evaluators.base import Evaluator, map_split, replicate_outputs
-from vit_jax.evaluators.classification import NUM_BINS, Classification
+from vit_jax.evaluators.base import Evaluator
+from vit_jax.evaluators.classification import NUM_BINS
 from vit_jax.inference.draw import encode_png, scale_up
 from vit_jax.objectives.base import Batch, Params
 from vit_jax.observe.console import log, set_up
@@ -81,15 +80,15 @@ class Findings:
 
 
 def predict_split(
-    evaluator: Classification, params: Params, *, max_images: int, pictures: int
+    evaluator: Evaluator, params: Params, *, max_images: int, pictures: int
 ) -> Findings:
     """Runs a model over the first images of an evaluator's split.
 
     Args:
-      evaluator: whose split, objective and mesh are used.
-      params: on the devices.
-      max_images: to stop after.
-      pictures: of the worst and of the best to keep.
+      evaluator: its split, objective and mesh are used.
+      params: parameters on the mesh.
+      max_images: number of images after which to stop.
+      pictures: number of the worst and of the best images to keep.
     """
 
     def judge(params: Params, batch: Batch) -> dict[str, jax.Array]:
@@ -104,14 +103,7 @@ def predict_split(
             "loss": -jnp.take_along_axis(log_p, batch["label"][:, None], axis=-1)[:, 0],
         }
 
-    batches = map_split(
-        replicate_outputs(judge, evaluator.mesh),
-        params,
-        evaluator.data,
-        name=evaluator.name,
-        mesh=evaluator.mesh,
-        corrupt=CorruptCounter(),
-    )
+    batches = evaluator.map_split(evaluator.jit(judge), params)
     collected, worst, best, seen = [], [], [], 0
     with contextlib.closing(batches):
         for batch in batches:
@@ -212,7 +204,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def choose_evaluator(evaluators: Sequence[Evaluator], name: str | None) -> Classification:
+def choose_evaluator(evaluators: Sequence[Evaluator], name: str | None) -> Evaluator:
     """The evaluator of that name, or the first that has one class for each image.
 
     Raises:
@@ -221,7 +213,7 @@ def choose_evaluator(evaluators: Sequence[Evaluator], name: str | None) -> Class
     able = {
         e.name: e
         for e in evaluators
-        if isinstance(e, Classification) and not e.data.info.multi_label
+        if e.judges_head and e.objective.classifies and not e.data.info.multi_label
     }
     if name is not None and name not in able:
         raise UserError(

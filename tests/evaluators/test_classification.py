@@ -23,7 +23,7 @@ from sklearn.metrics import (
 
 from vit_jax.data.pipeline import DatasetSpec, eval_batches
 from vit_jax.data.sources.tfds import TfdsSource
-from vit_jax.evaluators.classification import batch_sums, make_classification
+from vit_jax.evaluators.classification import Classification
 from vit_jax.evaluators.metrics import accuracy_by_class, average_precisions
 from vit_jax.parallel.mesh import make_mesh
 from vit_jax.utils.errors import UserError
@@ -47,7 +47,13 @@ PARAMS = np.random.default_rng(4).normal(size=(192, 10)).astype(np.float32)
 def evaluator(data_dir, *, batch_size=16, name="digits", split="test[:50]", real=None, **mesh):
     data = DatasetSpec(name, split, "decode|resize(8)", batch_size, data_dir, "evals.val")
     mesh = make_mesh(**mesh)
-    return make_classification(name="val", data=data, objective=Linear(), mesh=mesh, real_json=real)
+    return Classification(name="val", data=data, objective=Linear(), mesh=mesh, real_json=real)
+
+
+def batch_sums(params, batch, *, objective):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    evaluation = Classification(name="val", data=None, objective=objective, mesh=mesh)
+    return evaluation.sum_batch(params, batch)[0]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +117,7 @@ def test_all_batches_share_one_compiled_function(data_dir):
     evaluation = evaluator(data_dir)
     for _ in range(2):
         evaluation.run(PARAMS)
-    assert evaluation._batch_results._cache_size() == 1
+    assert evaluation.sum_batch._cache_size() == 1
 
 
 def test_padding_never_counts():
@@ -165,7 +171,7 @@ def test_sums_are_float32_whatever_the_model_computes_in():
 def test_a_negative_cadence_is_refused(data_dir):
     data = evaluator(data_dir).data
     with pytest.raises(UserError, match=r"evals\.val\.every=-1"):
-        make_classification(name="val", data=data, objective=Linear(), mesh=make_mesh(), every=-1)
+        Classification(name="val", data=data, objective=Linear(), mesh=make_mesh(), every=-1)
 
 
 def test_details_have_each_class_and_the_confusion_matrix(data_dir, tmp_path, want):

@@ -14,10 +14,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.evaluators import knn
 from vit_jax.evaluators.features import Features
-from vit_jax.evaluators.fewshot import make_fewshot, solve_regression
+from vit_jax.evaluators.fewshot import FewShot, solve_regression
 from vit_jax.evaluators.kinds import EVALUATORS
-from vit_jax.evaluators.knn import find_neighbours, make_knn, vote
-from vit_jax.evaluators.linear_probe import fit_logistic, judge_logistic, make_linear_probe
+from vit_jax.evaluators.knn import NearestNeighbours, find_neighbours, vote
+from vit_jax.evaluators.linear_probe import LinearProbe, fit_logistic, judge_logistic
 from vit_jax.parallel.mesh import make_mesh
 from vit_jax.runtime.preemption import Preempted, PreemptionGuard
 from vit_jax.utils.errors import UserError
@@ -62,7 +62,7 @@ def whiten(x, *others):
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_fewshot_is_ridge_regression_on_whitened_features(devices, data_dir, splits, tmp_path):
-    evaluation = make(data_dir, make_fewshot, devices=devices, shots=(1, 5), seeds=2)
+    evaluation = make(data_dir, FewShot, devices=devices, shots=(1, 5), seeds=2)
     got = evaluation.run(PARAMS, details=tmp_path / "e_3")
     x, y, x_test, y_test = splits
     want = {1: [], 5: []}
@@ -86,9 +86,9 @@ def test_fewshot_is_ridge_regression_on_whitened_features(devices, data_dir, spl
 def test_of_several_penalties_the_best_on_average_is_taken(data_dir, tmp_path):
     l2 = (1024.0, 1e9)
     apart = [
-        make(data_dir, make_fewshot, shots=(2, 5), seeds=1, l2=(value,)).run(PARAMS) for value in l2
+        make(data_dir, FewShot, shots=(2, 5), seeds=1, l2=(value,)).run(PARAMS) for value in l2
     ]
-    both = make(data_dir, make_fewshot, shots=(2, 5), seeds=1, l2=l2)
+    both = make(data_dir, FewShot, shots=(2, 5), seeds=1, l2=l2)
     got = both.run(PARAMS, details=tmp_path / "e_0")
     means = [(r["2shot"] + r["5shot"]) / 2 for r in apart]
     best = int(np.argmax(means))
@@ -109,7 +109,7 @@ def test_both_forms_of_the_regression_have_no_gradient(num_examples):
 @pytest.mark.parametrize("block", [2**26, 200 * 32])
 def test_neighbours_vote_as_in_scikit_learn(devices, block, data_dir, splits, monkeypatch):
     monkeypatch.setattr(knn, "_MAX_SIMILARITIES", block)  # all at once, and in blocks
-    got = make(data_dir, make_knn, devices=devices, k=(1, 5, 20)).run(PARAMS)
+    got = make(data_dir, NearestNeighbours, devices=devices, k=(1, 5, 20)).run(PARAMS)
     x, y, x_test, y_test = splits
     x, x_test = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, x_test))
     want = {"count": 200}
@@ -169,9 +169,7 @@ def test_the_regression_is_that_of_scikit_learn(devices):
 def test_the_probe_chooses_on_held_out_features_and_is_the_same_on_any_mesh(data_dir, tmp_path):
     options = {"lr": (1e-6, 0.3), "l2": (0.0, 0.1), "steps": 60, "sgd_batch_size": 50}
     got = [
-        make(data_dir, make_linear_probe, devices=n, **options).run(
-            PARAMS, details=tmp_path / f"e_{n}"
-        )
+        make(data_dir, LinearProbe, devices=n, **options).run(PARAMS, details=tmp_path / f"e_{n}")
         for n in (1, 8)
     ]
     assert got[0].keys() == got[1].keys()
@@ -187,14 +185,14 @@ def test_the_probe_chooses_on_held_out_features_and_is_the_same_on_any_mesh(data
 
 def test_one_pair_of_values_fits_all_examples(data_dir):
     options = {"lr": (0.1,), "l2": (0.01,), "steps": 30, "sgd_batch_size": 301}
-    got = make(data_dir, make_linear_probe, **options).run(PARAMS)
+    got = make(data_dir, LinearProbe, **options).run(PARAMS)
     assert got.keys() == {"lr", "l2", "top1", "loss", "count"}
     assert got["count"] == 200
 
 
 @pytest.mark.parametrize(
     ("make_evaluator", "options"),
-    [(make_fewshot, {}), (make_knn, {"k": (5,)}), (make_linear_probe, {"steps": 3})],
+    [(FewShot, {}), (NearestNeighbours, {"k": (5,)}), (LinearProbe, {"steps": 3})],
 )
 def test_a_fit_is_left_when_the_job_is_to_stop(make_evaluator, options, data_dir, monkeypatch):
     features = Features(np.zeros((20, 4), np.float32), np.arange(20, dtype=np.int32) % 10)
@@ -204,7 +202,7 @@ def test_a_fit_is_left_when_the_job_is_to_stop(make_evaluator, options, data_dir
 
 
 def test_the_memory_of_features_is_said(data_dir, said):
-    make(data_dir, make_knn).run(PARAMS)
+    make(data_dir, NearestNeighbours).run(PARAMS)
     assert any("301 images of digits, 24 values each: 0.0 MiB of host memory" in s for s in said)
 
 
@@ -230,6 +228,6 @@ def test_wrong_options_are_refused(key, data_dir):
 
 def test_what_the_data_can_not_give_is_refused_before_the_run(data_dir):
     with pytest.raises(UserError, match=r"evals\.e\.k=\(302,\): expected at most the 301"):
-        make(data_dir, make_knn, k=(302,)).open()
+        make(data_dir, NearestNeighbours, k=(302,)).open()
     with pytest.raises(UserError, match=r"evals\.e\.train_split='trian'"):
-        make(data_dir, make_knn, train_split="trian").open()
+        make(data_dir, NearestNeighbours, train_split="trian").open()

@@ -17,13 +17,13 @@ from vit_jax.config.schema import Config, Data, EvalData, read_config, read_sect
 from vit_jax.data.mixture import check_same_classes
 from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.evaluators.base import Evaluator
-from vit_jax.evaluators.kinds import EVALUATORS, JUDGE_HEAD
+from vit_jax.evaluators.kinds import EVALUATORS
 from vit_jax.models.block_config import Constrain
 from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.variants import MODELS
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives.base import Objective
-from vit_jax.objectives.kinds import HEADLESS, OBJECTIVES
+from vit_jax.objectives.kinds import OBJECTIVES
 from vit_jax.observe.console import log
 from vit_jax.optim.base_optimizers import BASE_OPTIMIZERS
 from vit_jax.optim.optimizer import Optimizer, make_optimizer
@@ -106,7 +106,7 @@ def build_parts(
     mesh, strategy, mesh_args = _make_mesh(settings.mesh, devices)
     data = _make_data(settings.data, mesh)
     place = functools.partial(constrain, mesh=mesh, sequence_parallel=strategy.sequence_parallel)
-    headless = settings.objective.get("name") in HEADLESS
+    headless = getattr(OBJECTIVES.get(settings.objective.get("name", "")), "headless", False)
     model, model_args = _make_model(
         model_section, data, mesh, place, headless=headless, float8=precision.float8
     )
@@ -362,28 +362,30 @@ def _make_evaluators(
         data_args, args = bind(section, EvalData, make, key=key, given=given)
         data_args["batch_size"] = data_args["batch_size"] or train_data.batch_size
         check_batch_size(data_args["batch_size"], mesh, key=f"{key}.batch_size")
-        same_classes = kind in JUDGE_HEAD
-        data = _make_eval_spec(data_args, train_data, key=key, same_classes=same_classes)
+        data = _make_eval_spec(data_args, train_data, key=key)
         if data.image_shape() != image_shape:
             raise UserError(
                 f"{key}.preprocess gives images of {data.image_shape()}, data.preprocess of "
                 f"{image_shape}: expected the same"
             )
-        evaluators.append(make(name=name, data=data, objective=objective, mesh=mesh, **args))
+        evaluator = make(name=name, data=data, objective=objective, mesh=mesh, **args)
+        if evaluator.judges_head and (other := data_args["data_name"]) is not None:
+            check_same_classes(
+                train_data.info, data.info, str(train_data), other, key=f"{key}.data_name"
+            )
+        evaluators.append(evaluator)
         resolved[name] = {"name": kind} | data_args | _as_given(args, every_given)
     return tuple(evaluators), resolved
 
 
-def _make_eval_spec(
-    args: _Section, train_data: DatasetSpec, *, key: str, same_classes: bool
-) -> DatasetSpec:
+def _make_eval_spec(args: _Section, train_data: DatasetSpec, *, key: str) -> DatasetSpec:
     name = args["data_name"]
     if name is None and train_data.mixture:
         raise UserError(
             f"{key}.data_name is missing: data.mixture is for training, so expected the dataset to "
             "evaluate on"
         )
-    data = dataclasses.replace(
+    return dataclasses.replace(
         train_data,
         name=name or train_data.name,
         split=args["split"],
@@ -392,11 +394,6 @@ def _make_eval_spec(
         mixture=(),
         key=key,
     )
-    if name is not None and same_classes:
-        check_same_classes(
-            train_data.info, data.info, str(train_data), name, key=f"{key}.data_name"
-        )
-    return data
 
 
 def _make_checkpoint(

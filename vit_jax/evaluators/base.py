@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all evaluators have in common: their form, and the way over a split."""
+"""The base class of evaluators: it goes over a split on the mesh and writes files of details."""
 
+import abc
+import dataclasses
+import functools
 import json
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.pipeline import DatasetSpec, eval_batches
-from vit_jax.objectives.base import Batch, Params
+from vit_jax.objectives.base import Batch, Objective, Params
 from vit_jax.observe.progress import ProgressLog
 from vit_jax.parallel.mesh import process_shards, shard_batch
 from vit_jax.runtime.preemption import interruptible
@@ -19,42 +24,176 @@ from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import EVALS
 
+# By name, arrays of one value or row for each example of a batch, `[batch, ...]`.
+Columns = dict[str, jax.Array]
 
-class Evaluator(Protocol):
-    """Judges parameters by a split of a dataset."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluator(abc.ABC):
+    """Judges parameters by a split of a dataset.
+
+    A subclass defines `metrics`, `judge_batch` and `run`, which calls `sum_split` for sums over the
+    split, or `map_split` to handle one batch at a time. Its fields are the keys of its section of
+    the config; `name`, `data`, `objective` and `mesh` are passed to it.
+
+    Attributes:
+      name: prefix of its metrics, such as `val`.
+      data: the split.
+      objective: its predictions are judged.
+      mesh: batches are sharded over it.
+      every: steps between evaluations; 0 for the end only.
+      judges_head: whether a trained head is judged, so that the dataset must have its classes.
+      choose: whether the best of several heads is chosen on this split at the end of a run.
+
+    Raises:
+      UserError: a value out of its range, or an objective or dataset that does not fit.
+    """
+
+    name: str
+    data: DatasetSpec
+    objective: Objective
+    mesh: Mesh
+    every: int = 0
+
+    judges_head: ClassVar[bool] = False
+    choose = False
+
+    def __post_init__(self) -> None:
+        self.check(self.every >= 0, "every", "steps, or 0 for the end only")
+
+    def check(self, valid: bool, key: str, expected: str) -> None:
+        """Raises a `UserError` that gives the value of a field, unless it is valid."""
+        if not valid:
+            value = getattr(self, key)
+            raise UserError(f"evals.{self.name}.{key}={value}: expected {expected}")
 
     @property
-    def name(self) -> str:
-        """Prefix of its metrics, such as `val`."""
-        ...
-
-    @property
-    def every(self) -> int:
-        """Steps between evaluations; 0 for the end only."""
-        ...
-
-    @property
-    def data(self) -> DatasetSpec:
-        """The split that is judged by."""
-        ...
-
-    @property
+    @abc.abstractmethod
     def metrics(self) -> tuple[str, ...]:
-        """The names, without prefix, of metrics by which one checkpoint is better than another."""
-        ...
+        """Names, without prefix, of the metrics by which checkpoints can be compared."""
 
-    def open(self) -> None:
-        """Opens all that it will read; a `UserError` says what is missing."""
-        ...
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Names of the heads that are judged one by one, as the metrics `HEAD_top1`; or none."""
+        return ()
 
-    def run(self, params: Params, *, details: Path | None = None) -> dict[str, float]:
-        """Results by metric.
+    @abc.abstractmethod
+    def judge_batch(self, params: Params, batch: Batch) -> tuple[Columns, Columns]:
+        """Judges each example of a batch; traced by `jit`, on the mesh.
 
         Args:
-          params: to be judged.
-          details: what the names of files with further results start with; None for no files.
+          params: see `Objective.predict`.
+          batch: `image` uint8 `[batch, height, width, channels]`; `label` int32 `[batch]`, or
+            float32 `[batch, classes]` of zeros and ones where examples have several labels; `mask`
+            float32 `[batch]`, 0 for examples that do not count.
+
+        Returns:
+          Columns of which `sum_split` gives the sum, and columns that it gives as they are.
         """
-        ...
+
+    @abc.abstractmethod
+    def run(self, params: Params, *, details: Path | None = None) -> dict[str, float]:
+        """Returns results by metric, and the `count` of examples.
+
+        Args:
+          params: parameters on the mesh.
+          details: prefix of the names of files with further results; None for no files.
+
+        Raises:
+          UserError: no image can be read.
+          Preempted: the job was told to stop.
+        """
+
+    def open(self) -> None:
+        """Opens all data that is read; raises `UserError` where some is missing."""
+        self.data.open()
+
+    def sum_split(self, params: Params) -> tuple[dict[str, np.ndarray], int, dict[str, np.ndarray]]:
+        """Goes over the split with `judge_batch`.
+
+        Records that can't be read are left out.
+
+        Returns:
+          The float64 sums of its first columns, the number of examples, and the rows `[examples,
+          ...]` of its other columns, with their positions in the split as `index`.
+
+        Raises:
+          UserError: no image can be read.
+          Preempted: the job was told to stop.
+        """
+        total: dict[str, Any] = {}
+        collected: list[dict[str, np.ndarray]] = []
+        for sums, columns in self.map_split(self.sum_batch, params):
+            for k, v in sums.items():
+                total[k] = total.get(k, 0.0) + np.asarray(v, np.float64)
+            collected.append(columns)
+        count = int(total.pop("count"))
+        if not count:
+            raise self.nothing_to_read(self.data)
+        columns = {k: np.concatenate([c[k] for c in collected]) for k in collected[0]}
+        index = np.flatnonzero(columns.pop("mask"))
+        return total, count, {k: v[index] for k, v in columns.items()} | {"index": index}
+
+    @functools.cached_property
+    def sum_batch(self) -> Callable[[Params, Batch], tuple[dict[str, jax.Array], Columns]]:
+        """`judge_batch`, jitted, for use with `map_split`.
+
+        It returns the sums of the first columns over the examples whose mask is 1, with their
+        `count`, and the other columns, with the `mask`.
+        """
+
+        def sum_batch(params: Params, batch: Batch) -> tuple[dict[str, jax.Array], Columns]:
+            summed, others = self.judge_batch(params, batch)
+            mask = batch["mask"]
+            sums = {k: jnp.sum(v.T * mask, axis=-1).T for k, v in summed.items()}
+            return {**sums, "count": jnp.sum(mask)}, {**others, "mask": mask}
+
+        return self.jit(sum_batch)
+
+    def jit(self, fn: Callable) -> Callable:
+        """Compiles a function whose results are replicated on all devices of the mesh."""
+        return jax.jit(fn, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+
+    def map_split(
+        self,
+        fn: Callable[[Params, Batch], Any],
+        params: Params,
+        data: DatasetSpec | None = None,
+    ) -> Generator[Any, None, None]:
+        """Yields `fn(params, batch)` as numpy arrays for each batch of a split.
+
+        The next batch is dispatched before the results of one are fetched. Progress is logged.
+
+        Args:
+          fn: from `jit`; its batches are those that `judge_batch` takes.
+          params: parameters on the mesh.
+          data: another split than that of the evaluator.
+
+        Raises:
+          Preempted: the job was told to stop.
+        """
+        data = data or self.data
+        shards, num_shards = process_shards(self.mesh)
+        batches = eval_batches(data, shards=shards, num_shards=num_shards, corrupt=self._corrupt)
+        total = len(data.open())
+        progress = ProgressLog(f"{self.name}: {data.split} of {data}", total=total, unit="images")
+        pending = None
+        for batch in interruptible(batches):
+            queued = fn(params, shard_batch(batch, self.mesh))
+            if pending is not None:
+                yield jax.device_get(pending)
+                progress.advance(data.batch_size)
+            pending = queued
+        yield jax.device_get(pending)
+
+    def nothing_to_read(self, data: DatasetSpec) -> UserError:
+        """The error for a split of which no image can be read."""
+        return UserError(f"evals.{self.name}: no image of {data.split} can be read")
+
+    @functools.cached_property
+    def _corrupt(self) -> CorruptCounter:
+        # One for all evaluations, so that each record is named once in the log.
+        return CorruptCounter()
 
 
 def evaluate(
@@ -67,7 +206,7 @@ def evaluate(
     """Results on the raw parameters, `NAME/...`, and on their average, `NAME_ema/...`.
 
     Args:
-      evaluator: that judges.
+      evaluator: judges them.
       params: raw parameters.
       ema_params: their average, if there is one.
       details: the workdir and the step, for files of further results, `evals/NAME_STEP...`; None
@@ -84,61 +223,13 @@ def evaluate(
     return results
 
 
-def check_every(every: int, *, name: str) -> None:
-    """Raises `UserError` unless `every` is a cadence."""
-    if every < 0:
-        raise UserError(f"evals.{name}.every={every}: expected steps, or 0 for the end only")
+def write_details(details: Path | None, content: Any) -> None:
+    """Writes results that are no single numbers as `DETAILS.json`; None for no file."""
+    if details is not None:
+        write_file(Path(f"{details}.json"), f"{json.dumps(content, indent=1)}\n")
 
 
-def replicate_outputs(fn: Callable, mesh: Mesh) -> Callable:
-    """A jitted function whose results lie on every device whole."""
-    return jax.jit(fn, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-
-def map_split(
-    fn: Callable[[Params, Batch], Any],
-    params: Params,
-    data: DatasetSpec,
-    *,
-    name: str,
-    mesh: Mesh,
-    corrupt: CorruptCounter,
-) -> Generator[Any, None, None]:
-    """Yields `fn(params, batch)` as arrays of the host for each batch of a split.
-
-    The next batch is computed while one is looked at. How far it is, is said on the screen.
-
-    Args:
-      fn: jitted, from `replicate_outputs`.
-      params: its first argument.
-      data: the split.
-      name: of the evaluator, for the screen.
-      mesh: that the batches are put on.
-      corrupt: counts the records that can't be read; their mask is 0.
-
-    Raises:
-      Preempted: the job was told to stop.
-    """
-    shards, num_shards = process_shards(mesh)
-    batches = eval_batches(data, shards=shards, num_shards=num_shards, corrupt=corrupt)
-    total = len(data.open())
-    pace = ProgressLog(f"{name}: {data.split} of {data}", total=total, unit="images")
-    pending = None
-    for batch in interruptible(batches):
-        queued = fn(params, shard_batch(batch, mesh))
-        if pending is not None:
-            yield jax.device_get(pending)
-            pace.advance(data.batch_size)
-        pending = queued
-    yield jax.device_get(pending)
-
-
-def write_details(details: Path, content: Any) -> None:
-    """Writes results that are no single numbers as `DETAILS.json`."""
-    write_file(Path(f"{details}.json"), json.dumps(content, indent=1) + "\n")
-
-
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Writes a file of details; only process 0 does."""
     if jax.process_index() == 0:
-        write_atomically(path, text)
+        write_atomically(path, content)

@@ -4,19 +4,20 @@
 import abc
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.pipeline import DatasetSpec
-from vit_jax.evaluators.base import check_every, map_split, replicate_outputs, write_details
-from vit_jax.objectives.base import Batch, Objective, Params
+from vit_jax.evaluators.base import Columns, Evaluator, write_details
+from vit_jax.objectives.base import Batch, Params
 from vit_jax.observe.console import log
+from vit_jax.parallel.mesh import BATCH_AXES, batch_sharding
 from vit_jax.utils.errors import UserError
 
 
@@ -28,83 +29,68 @@ class Features:
     labels: np.ndarray
 
 
-def batch_features(params: Params, batch: Batch, *, objective: Objective) -> dict[str, jax.Array]:
-    """The input of the head for each example of a batch, with its label and mask."""
-    features = objective.predict(params, batch)["pre_logits"].astype(jnp.float32)
-    return {"features": features, "label": batch["label"], "mask": batch["mask"]}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FeatureEvaluator(abc.ABC):
-    """Computes the features of both splits once for each `run`.
+class FeatureEvaluator(Evaluator):
+    """Computes the features of two splits, `pre_logits`, and fits a classifier to those of one.
+
+    A subclass defines `metrics` and `judge`.
 
     Attributes:
-      name: prefix of its metrics.
-      data: the split that is tested on; may be of another dataset than the run is trained on.
-      train_data: the split that is fit to.
-      every: steps between evaluations; 0 for the end only.
-      objective: whose `pre_logits` are the features.
-      mesh: that the batches are put on.
+      data: the split that the classifier is tested on; it need not be of the dataset that the run
+        is trained on.
+      train_split: the split of the same dataset that it is fit to.
     """
 
-    name: str
-    data: DatasetSpec
-    train_data: DatasetSpec
-    every: int
-    objective: Objective
-    mesh: Mesh
+    train_split: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.info.multi_label:
+            raise UserError(
+                f"evals.{self.name}: {self.data} has several labels an example; expected a "
+                "dataset with one"
+            )
 
     @property
-    @abc.abstractmethod
-    def metrics(self) -> tuple[str, ...]: ...
+    def train_data(self) -> DatasetSpec:
+        """The split that the classifier is fit to."""
+        return dataclasses.replace(self.data, split=self.train_split, split_key="train_split")
 
     @abc.abstractmethod
     def judge(self, train: Features, test: Features) -> tuple[dict[str, float], dict[str, Any]]:
-        """Results by metric, and more of them for the file of details."""
+        """Returns results by metric, and more of them for the file of details."""
 
     def open(self) -> None:
-        self.data.open()
+        super().open()
         self.train_data.open()
 
+    def judge_batch(self, params: Params, batch: Batch) -> tuple[Columns, Columns]:
+        """Columns: `features`, float32 `[batch, width]`, and `label`, int32 `[batch]`."""
+        features = self.objective.predict(params, batch)["pre_logits"].astype(jnp.float32)
+        return {}, {"features": features, "label": batch["label"]}
+
     def run(self, params: Params, *, details: Path | None = None) -> dict[str, float]:
-        """Results by metric, and the `count` of examples tested on.
+        """Returns results by metric, and the `count` of examples of the test split.
 
         Raises:
           UserError: no image of a split can be read.
+          Preempted: the job was told to stop.
         """
         train, test = (self._read(params, data) for data in (self.train_data, self.data))
         results, more = self.judge(train, test)
         results |= {"count": len(test.labels)}
-        if details is not None:
-            write_details(details, {"results": results} | more)
+        write_details(details, {"results": results} | more)
         return results
 
     @functools.cached_property
-    def _said(self) -> set[str]:
-        # Splits whose size has been said.
+    def _logged(self) -> set[str]:
+        # Splits whose size has been logged.
         return set()
-
-    @functools.cached_property
-    def _corrupt(self) -> CorruptCounter:
-        return CorruptCounter()
-
-    @functools.cached_property
-    def _batch_features(self):
-        return replicate_outputs(
-            functools.partial(batch_features, objective=self.objective), self.mesh
-        )
 
     def _read(self, params: Params, data: DatasetSpec) -> Features:
         total = len(data.open())
         found, start = None, 0
-        for rows in map_split(
-            self._batch_features,
-            params,
-            data,
-            name=self.name,
-            mesh=self.mesh,
-            corrupt=self._corrupt,
-        ):
+        for _, rows in self.map_split(self.sum_batch, params, data):
             if found is None:
                 found = self._allocate(total, rows["features"].shape[1:], data)
             seen = rows["mask"] > 0
@@ -113,7 +99,7 @@ class FeatureEvaluator(abc.ABC):
             found.labels[start:stop] = rows["label"][seen]
             start = stop
         if found is None or not start:
-            raise UserError(f"evals.{self.name}: no image of {data.split} can be read")
+            raise self.nothing_to_read(data)
         return Features(found.features[:start], found.labels[:start])
 
     def _allocate(self, total: int, shape: tuple[int, ...], data: DatasetSpec) -> Features:
@@ -122,8 +108,8 @@ class FeatureEvaluator(abc.ABC):
                 f"evals.{self.name}: the model gives features of the shape {shape} for an image; "
                 "expected a vector: set model.classifier to 'token', 'gap' or 'map'"
             )
-        if data.split not in self._said:
-            self._said.add(data.split)
+        if data.split not in self._logged:
+            self._logged.add(data.split)
             size = 4 * total * shape[0] / 2**20
             log(
                 f"{self.name}: features of {total:,} images of {data}, {shape[0]:,} values each: "
@@ -132,18 +118,31 @@ class FeatureEvaluator(abc.ABC):
         return Features(np.empty((total, *shape), np.float32), np.empty(total, np.int32))
 
 
-def make_splits(data: DatasetSpec, train_split: str, *, every: int, name: str) -> dict[str, Any]:
-    """The arguments `data, train_data, every` of a `FeatureEvaluator`, checked."""
-    check_every(every, name=name)
-    if data.info.multi_label:
-        raise UserError(
-            f"evals.{name}: {data} has several labels an example; expected a dataset with one"
-        )
-    train = dataclasses.replace(data, split=train_split, split_key="train_split")
-    return {"data": data, "train_data": train, "every": every}
-
-
 def whiten(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
-    """Shifts and scales features so that those of `train` have mean 0 and deviation 1."""
+    """Shifts and scales features so that those of `train` have mean 0 and deviation 1.
+
+    Args:
+      train: float `[n, width]`.
+      *others: float `[m, width]` each.
+
+    Returns:
+      All of them, in the same order and with the same shapes and dtypes.
+    """
     mean, std = train.mean(axis=0), train.std(axis=0) + 1e-5
     return [(x - mean) / std for x in (train, *others)]
+
+
+def shard_rows(x: np.ndarray, mesh: Mesh, *, size: int = 0) -> jax.Array:
+    """Shards `[n, ...]` over the batch axes of a mesh.
+
+    Rows of zeros are added, up to `size` rows at least and to a multiple of what the axes divide.
+    """
+    size = max(size, len(x))
+    size += -size % math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    padding = [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)]
+    return put(np.pad(x, padding), batch_sharding(mesh))
+
+
+def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Makes a global array of one that each process has whole."""
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

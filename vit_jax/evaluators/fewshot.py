@@ -10,26 +10,40 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
-from vit_jax.data.pipeline import DatasetSpec
-from vit_jax.evaluators.features import FeatureEvaluator, Features, make_splits, whiten
-from vit_jax.objectives.base import Objective
+from vit_jax.evaluators.features import FeatureEvaluator, Features, whiten
 from vit_jax.runtime.preemption import interruptible
-from vit_jax.utils.errors import UserError
 
-# Large, so that the bias is hardly regularised.
+# The constant feature that the bias multiplies; large, so that the bias is hardly regularised.
 _BIAS = 100.0
 
 
 def choose_shots(labels: np.ndarray, num_classes: int, *, seed: int) -> list[np.ndarray]:
-    """Positions of the examples of each class, shuffled by the seed: the first n are n shots."""
+    """Shuffles the examples of each class; the first n are chosen for n shots.
+
+    Args:
+      labels: int `[n]`.
+      num_classes: labels are below it.
+      seed: of the order.
+
+    Returns:
+      For each class the positions of its examples, int64 `[examples of the class]`.
+    """
     rng = np.random.default_rng(seed)
     return [rng.permutation(np.flatnonzero(labels == c)) for c in range(num_classes)]
 
 
 def solve_regression(features: np.ndarray, targets: np.ndarray, l2: float) -> np.ndarray:
-    """Weights that minimise `|features @ weights - targets|^2 + l2 |weights|^2`, in float64."""
+    """Minimises `|features @ weights - targets|^2 + l2 |weights|^2`.
+
+    Args:
+      features: float64 `[n, width]`.
+      targets: float64 `[n, classes]`.
+      l2: strength of the regularisation, above 0.
+
+    Returns:
+      The weights, float64 `[width, classes]`.
+    """
     num_examples, width = features.shape
     if num_examples >= width:
         gram = features.T @ features + l2 * np.eye(width)
@@ -41,7 +55,11 @@ def solve_regression(features: np.ndarray, targets: np.ndarray, l2: float) -> np
 def fewshot_accuracies(
     train: Features, test: Features, *, num_classes: int, l2: tuple[float, ...]
 ) -> np.ndarray:
-    """Test accuracy for each value of `l2`, with all of `train`."""
+    """Fits a regression to all of `train` with each value of `l2`.
+
+    Returns:
+      The test accuracy of each, float64 `[values]`.
+    """
     x, x_test = whiten(train.features.astype(np.float64), test.features.astype(np.float64))
     x, x_test = (np.pad(a, ((0, 0), (0, 1)), constant_values=_BIAS) for a in (x, x_test))
     targets = 2.0 * np.eye(num_classes)[train.labels] - 1.0
@@ -51,18 +69,24 @@ def fewshot_accuracies(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewShot(FeatureEvaluator):
-    """Few-shot accuracy: the mean over `seeds` choices of `shots` examples of each class.
+    """Few-shot accuracy, the mean over `seeds` choices of `shots` examples of each class.
 
     Attributes:
-      shots: examples of each class; a class that has fewer gives all.
+      shots: numbers of examples of each class; of a class with fewer examples, all are used.
       l2: strengths of the regularisation; of several, the one with the best mean over all shots and
-        seeds, which looks at the test split.
+        seeds is chosen, on the test split.
       seeds: number of choices of the examples.
     """
 
-    shots: tuple[int, ...]
-    l2: tuple[float, ...]
-    seeds: int
+    shots: tuple[int, ...] = (1, 5, 10, 25)
+    l2: tuple[float, ...] = (1024.0,)
+    seeds: int = 3
+
+    def __post_init__(self) -> None:
+        self.check(min(self.shots, default=0) >= 1, "shots", "numbers of at least 1")
+        self.check(min(self.l2, default=0) > 0, "l2", "numbers above 0")
+        self.check(self.seeds >= 1, "seeds", "at least 1")
+        super().__post_init__()
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -82,34 +106,3 @@ class FewShot(FeatureEvaluator):
         results = dict(zip(self.metrics, accuracies.mean(axis=1).tolist(), strict=True))
         by_seed = dict(zip(self.metrics, accuracies.tolist(), strict=True))
         return results, {"l2": self.l2[best], "by_seed": by_seed}
-
-
-def make_fewshot(
-    *,
-    name: str,
-    data: DatasetSpec,
-    objective: Objective,
-    mesh: Mesh,
-    train_split: str,
-    every: int = 0,
-    shots: tuple[int, ...] = (1, 5, 10, 25),
-    l2: tuple[float, ...] = (1024.0,),
-    seeds: int = 3,
-) -> FewShot:
-    """A `FewShot` from config values, checked."""
-    if not shots or min(shots) < 1:
-        raise UserError(f"evals.{name}.shots={shots}: expected numbers of at least 1")
-    if not l2 or min(l2) <= 0:
-        raise UserError(f"evals.{name}.l2={l2}: expected numbers above 0")
-    if seeds < 1:
-        raise UserError(f"evals.{name}.seeds={seeds}: expected at least 1")
-    splits = make_splits(data, train_split, every=every, name=name)
-    return FewShot(
-        name=name,
-        objective=objective,
-        mesh=mesh,
-        shots=tuple(shots),
-        l2=tuple(l2),
-        seeds=seeds,
-        **splits,
-    )

@@ -14,33 +14,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vit_jax.data.pipeline import DatasetSpec
-from vit_jax.evaluators.features import FeatureEvaluator, Features, make_splits
-from vit_jax.objectives.base import Objective
+from vit_jax.evaluators.features import FeatureEvaluator, Features, put, shard_rows
 from vit_jax.observe.progress import ProgressLog
-from vit_jax.parallel.mesh import BATCH_AXES, batch_sharding
+from vit_jax.parallel.mesh import batch_sharding
 from vit_jax.runtime.preemption import interruptible
-from vit_jax.utils.errors import UserError
 
-# Similarities that are in memory at a time.
+# Number of similarities that are in memory at a time.
 _MAX_SIMILARITIES = 2**26
-# Test examples that vote at a time.
+# Number of test examples that vote at a time.
 _VOTERS = 4096
 
 
 def find_neighbours(
     train: np.ndarray, test: np.ndarray, *, k: int, mesh: Mesh, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k rows of `train` of the largest product with each row of `test`.
+    """Finds the k rows of `train` that have the largest products with each row of `test`.
 
-    The rows of `test` stay on the mesh, spread over it; those of `train` pass by in blocks.
+    The rows of `test` are sharded over the mesh; each block of `train` is replicated in turn.
 
     Args:
       train: float32 `[n, width]`; of equal products, earlier rows come first.
       test: float32 `[m, width]`.
-      k: at most n.
-      mesh: to compute on.
-      name: of the evaluator, for the screen.
+      k: number of rows, at most n.
+      mesh: the mesh to compute on.
+      name: name of the evaluator, for the log.
 
     Returns:
       The products, float32 `[m, k]` in descending order, and the rows, int32 `[m, k]`.
@@ -48,28 +45,24 @@ def find_neighbours(
     Raises:
       Preempted: the job was told to stop.
     """
-    count = len(test)
-    parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
-    test = np.pad(test, ((0, -count % parts), (0, 0)))
-    size = min(len(train), max(_MAX_SIMILARITIES // len(test), k))
-    rows = batch_sharding(mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    queries = _put(test, rows)
+    rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    queries = shard_rows(test, mesh)
+    size = min(len(train), max(_MAX_SIMILARITIES // len(queries), k))
     best = (
-        _put(np.full((len(test), k), -np.inf, np.float32), rows),
-        _put(np.zeros((len(test), k), np.int32), rows),
+        shard_rows(np.full((len(queries), k), -np.inf, np.float32), mesh),
+        shard_rows(np.zeros((len(queries), k), np.int32), mesh),
     )
     merge = jax.jit(functools.partial(_merge_block, k=k), out_shardings=(rows, rows))
-    pace = ProgressLog(f"{name}: neighbours", total=len(train), unit="images")
+    progress = ProgressLog(f"{name}: neighbours", total=len(train), unit="images")
     for start in interruptible(range(0, len(train), size)):
         block = train[start : start + size]
         valid = len(block)
         block = np.pad(block, ((0, size - valid), (0, 0)))
-        best = merge(best, queries, _put(block, everywhere), start, valid)
-        jax.block_until_ready(best)  # Else all blocks would wait on the device.
-        pace.advance(valid)
+        best = merge(best, queries, put(block, everywhere), start, valid)
+        jax.block_until_ready(best)  # So that few blocks are on the device at a time.
+        progress.advance(valid)
     gather = jax.jit(lambda x: x, out_shardings=everywhere)
-    products, found = (np.asarray(gather(x))[:count] for x in best)
+    products, found = (np.asarray(gather(x))[: len(test)] for x in best)
     return products, found
 
 
@@ -87,32 +80,33 @@ def _merge_block(
     position = jnp.arange(len(block))
     products = jnp.where(position < valid, products, -jnp.inf)
     found = jnp.broadcast_to(start + position, products.shape).astype(jnp.int32)
-    # The best so far stand in front, as they come from earlier rows.
+    # The best so far come first, so that earlier rows win ties.
     values, where = jax.lax.top_k(jnp.concatenate([best[0], products], axis=1), k)
     indices = jnp.concatenate([best[1], found], axis=1)
     return values, jnp.take_along_axis(indices, where, axis=1)
 
 
-def _put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-
 def vote(
     similarities: np.ndarray, labels: np.ndarray, *, num_classes: int, temperature: float
 ) -> np.ndarray:
-    """The class with the most votes, of equal ones the first.
+    """Finds the class with the most votes; of equal ones, the first.
+
+    A neighbour's vote is exp(similarity / temperature).
 
     Args:
-      similarities: `[m, k]` of the neighbours.
-      labels: `[m, k]` of the neighbours.
+      similarities: float `[m, k]`, of the neighbours.
+      labels: int `[m, k]`, of the neighbours.
       num_classes: labels are below it.
-      temperature: that similarities are divided by; a vote is the exponential of that.
+      temperature: above 0.
+
+    Returns:
+      The classes, int64 `[m]`.
     """
     predicted = np.zeros(len(labels), np.int64)
     for start in range(0, len(labels), _VOTERS):
         several = slice(start, start + _VOTERS)
         near = similarities[several].astype(np.float64)
-        # Less the largest, which changes no vote's share and can't overflow.
+        # Subtracting the largest changes no vote's share and avoids an overflow.
         weights = np.exp((near - near.max(axis=1, keepdims=True)) / temperature)
         votes = np.zeros((len(weights), num_classes))
         np.add.at(votes, (np.arange(len(weights))[:, None], labels[several]), weights)
@@ -126,11 +120,16 @@ class NearestNeighbours(FeatureEvaluator):
 
     Attributes:
       k: numbers of neighbours.
-      temperature: of the votes.
+      temperature: divides the similarities before the exponential.
     """
 
-    k: tuple[int, ...]
-    temperature: float
+    k: tuple[int, ...] = (20,)
+    temperature: float = 0.07
+
+    def __post_init__(self) -> None:
+        self.check(min(self.k, default=0) >= 1, "k", "numbers of at least 1, such as (10, 20)")
+        self.check(self.temperature > 0, "temperature", "more than 0")
+        super().__post_init__()
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -138,17 +137,14 @@ class NearestNeighbours(FeatureEvaluator):
 
     def open(self) -> None:
         super().open()
-        self._check(len(self.train_data.open()))
+        self._check_count(len(self.train_data.open()))
 
-    def _check(self, count: int) -> None:
-        if max(self.k) > count:
-            raise UserError(
-                f"evals.{self.name}.k={self.k}: expected at most the {count} examples of "
-                f"{self.train_data.split} of {self.data}"
-            )
+    def _check_count(self, count: int) -> None:
+        expected = f"at most the {count} examples of {self.train_split} of {self.data}"
+        self.check(max(self.k) <= count, "k", expected)
 
     def judge(self, train: Features, test: Features) -> tuple[dict[str, float], dict[str, Any]]:
-        self._check(len(train.labels))
+        self._check_count(len(train.labels))
         similarities, found = find_neighbours(
             _normalise(train.features),
             _normalise(test.features),
@@ -172,25 +168,3 @@ class NearestNeighbours(FeatureEvaluator):
 def _normalise(features: np.ndarray) -> np.ndarray:
     norms = np.linalg.norm(features, axis=1, keepdims=True)
     return features / np.maximum(norms, 1e-12)
-
-
-def make_knn(
-    *,
-    name: str,
-    data: DatasetSpec,
-    objective: Objective,
-    mesh: Mesh,
-    train_split: str,
-    every: int = 0,
-    k: tuple[int, ...] = (20,),
-    temperature: float = 0.07,
-) -> NearestNeighbours:
-    """A `NearestNeighbours` from config values, checked."""
-    if not k or min(k) < 1:
-        raise UserError(f"evals.{name}.k={k}: expected numbers of at least 1, such as (10, 20)")
-    if temperature <= 0:
-        raise UserError(f"evals.{name}.temperature={temperature}: expected more than 0")
-    splits = make_splits(data, train_split, every=every, name=name)
-    return NearestNeighbours(
-        name=name, objective=objective, mesh=mesh, k=tuple(k), temperature=temperature, **splits
-    )

@@ -17,21 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vit_jax.data.pipeline import DatasetSpec
-from vit_jax.evaluators.features import FeatureEvaluator, Features, make_splits, whiten
+from vit_jax.evaluators.features import FeatureEvaluator, Features, shard_rows, whiten
 from vit_jax.losses import softmax_cross_entropy
-from vit_jax.objectives.base import Objective
 from vit_jax.observe.progress import ProgressLog
-from vit_jax.parallel.mesh import BATCH_AXES, batch_sharding
 from vit_jax.runtime.preemption import interruptible
 from vit_jax.utils.errors import UserError
 
 _MOMENTUM = 0.9
 _HELD_OUT = 0.1
-# Of the order of examples and of what is held out.
+# Seed of the order of examples and of the choice of those that are held out.
 _SEED = 0
 
-_Classifier = dict[str, jax.Array]  # kernel [values, width, classes] and bias [values, classes]
+# `kernel` float32 [values, width, classes] and `bias` float32 [values, classes].
+_Classifier = dict[str, jax.Array]
 
 
 def fit_logistic(
@@ -47,20 +45,20 @@ def fit_logistic(
 ) -> _Classifier:
     """Minimises mean cross entropy + l2 / 2 |kernel|^2 by SGD, for all pairs of values at once.
 
-    Momentum is 0.9, the learning rate falls to 0 along a cosine, and the start is 0.
+    Momentum is 0.9, the learning rate falls to 0 along a cosine, and all parameters start at 0.
 
     Args:
       train: whitened features.
       num_classes: labels are below it.
-      lr: learning rates `[values]`.
-      l2: penalties `[values]`.
+      lr: learning rates, float `[values]`.
+      l2: penalties, float `[values]`.
       steps: number of updates.
-      batch_size: of an update; at most the number of examples is taken.
-      mesh: the batch is spread over it.
-      name: of the evaluator, for the screen.
+      batch_size: examples of an update; at most all of them.
+      mesh: the batch is sharded over it.
+      name: name of the evaluator, for the log.
 
     Returns:
-      `kernel` `[values, width, num_classes]` and `bias` `[values, num_classes]`.
+      `kernel` float32 `[values, width, num_classes]` and `bias` float32 `[values, num_classes]`.
 
     Raises:
       Preempted: the job was told to stop.
@@ -74,29 +72,33 @@ def fit_logistic(
     update = jax.jit(_update, donate_argnums=(0, 1), out_shardings=everywhere)
     params, momentum = zeros(), zeros()
     batch_size = min(batch_size, len(train.labels))
-    pace = ProgressLog(f"{name}: logistic regression", total=steps, unit="steps")
+    progress = ProgressLog(f"{name}: logistic regression", total=steps, unit="steps")
     order = _endless_order(len(train.labels), batch_size)
     for step in interruptible(range(steps)):
         scale = np.float32(0.5 * (1 + np.cos(np.pi * step / steps)))
-        batch = _put_rows(train, next(order), mesh)
+        batch = _make_batch(train, next(order), mesh)
         params, momentum = update(params, momentum, batch, np.float32(lr) * scale, np.float32(l2))
         if step % 50 == 0:
-            jax.block_until_ready(params)  # Else the batches of all steps would wait.
-        pace.advance(1)
+            jax.block_until_ready(params)  # So that few batches are on the device at a time.
+        progress.advance(1)
     return params
 
 
 def judge_logistic(
     params: _Classifier, test: Features, *, batch_size: int, mesh: Mesh
 ) -> dict[str, np.ndarray]:
-    """Accuracy `top1` and mean cross entropy `loss` on a split, float64 `[values]` each."""
+    """Measures classifiers on the whitened features of a split.
+
+    Returns:
+      The accuracy `top1` and the mean cross entropy `loss`, float64 `[values]` each.
+    """
     everywhere = NamedSharding(mesh, PartitionSpec())
     judge = jax.jit(_sum_up, out_shardings=everywhere)
     count = len(test.labels)
     total: dict[str, Any] = {"top1": 0.0, "loss": 0.0}
     for start in range(0, count, batch_size):
         rows = np.arange(start, min(start + batch_size, count))
-        sums = jax.device_get(judge(params, _put_rows(test, rows, mesh, size=batch_size)))
+        sums = jax.device_get(judge(params, _make_batch(test, rows, mesh, size=batch_size)))
         total = {k: total[k] + sums[k].astype(np.float64) for k in total}
     return {k: v / count for k, v in total.items()}
 
@@ -138,7 +140,7 @@ def _sum_up(params: _Classifier, batch: dict[str, jax.Array]) -> dict[str, jax.A
 
 
 def _endless_order(count: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Positions of each batch; each epoch is shuffled, and its last, smaller batch left out."""
+    """Yields the positions of each batch; epochs are shuffled, and drop a last, smaller batch."""
     rng = np.random.default_rng(_SEED)
     while True:
         order = rng.permutation(count)
@@ -146,27 +148,16 @@ def _endless_order(count: int, batch_size: int) -> Iterator[np.ndarray]:
             yield order[start : start + batch_size]
 
 
-def _put_rows(
-    data: Features, rows: np.ndarray, mesh: Mesh, *, size: int | None = None
+def _make_batch(
+    data: Features, rows: np.ndarray, mesh: Mesh, *, size: int = 0
 ) -> dict[str, jax.Array]:
-    """Rows on the mesh, filled up with rows of mask 0 to `size` and to what the mesh divides."""
-    parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
-    size = max(size or 0, len(rows))
-    more = size + -size % parts - len(rows)
+    """Some examples on the mesh; those added by `shard_rows` have the mask 0."""
     batch = {
-        "features": np.pad(data.features[rows], ((0, more), (0, 0))),
-        "label": np.pad(data.labels[rows], (0, more)),
-        "mask": np.pad(np.ones(len(rows), np.float32), (0, more)),
+        "features": data.features[rows],
+        "label": data.labels[rows],
+        "mask": np.ones(len(rows), np.float32),
     }
-    sharding = batch_sharding(mesh)
-    return {
-        k: jax.make_array_from_callback(v.shape, sharding, functools.partial(_cut, v))
-        for k, v in batch.items()
-    }
-
-
-def _cut(x: np.ndarray, index: Any) -> np.ndarray:
-    return x[index]
+    return {k: shard_rows(v, mesh, size=size) for k, v in batch.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,14 +167,21 @@ class LinearProbe(FeatureEvaluator):
     Attributes:
       lr: learning rates to try, with each of `l2`.
       l2: penalties to try.
-      steps: of SGD.
+      steps: number of steps of SGD.
       sgd_batch_size: examples of a step.
     """
 
-    lr: tuple[float, ...]
-    l2: tuple[float, ...]
-    steps: int
-    sgd_batch_size: int
+    lr: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
+    l2: tuple[float, ...] = (0.0, 1e-4, 1e-2)
+    steps: int = 2000
+    sgd_batch_size: int = 1024
+
+    def __post_init__(self) -> None:
+        self.check(min(self.lr, default=0) > 0, "lr", "numbers above 0, such as (0.01, 0.1)")
+        self.check(min(self.l2, default=-1) >= 0, "l2", "numbers of at least 0, such as (0.0,)")
+        self.check(self.steps >= 1, "steps", "at least 1")
+        self.check(self.sgd_batch_size >= 1, "sgd_batch_size", "at least 1")
+        super().__post_init__()
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -212,7 +210,7 @@ class LinearProbe(FeatureEvaluator):
         if held_out is not None:
             (_, x_held) = whiten(fit.features, held_out.features)
             scores = judge(params, Features(x_held, held_out.labels))
-            # Of equal accuracies the one of the smaller loss.
+            # Of equal accuracies, the one with the smaller loss is the best.
             best = int(np.lexsort((scores["loss"], -scores["top1"]))[0])
             for k, v in scores.items():
                 for row, value in zip(tried, v, strict=True):
@@ -233,38 +231,4 @@ def _hold_out(train: Features, *, name: str) -> tuple[Features, Features]:
     return (
         Features(train.features[fit], train.labels[fit]),
         Features(train.features[held_out], train.labels[held_out]),
-    )
-
-
-def make_linear_probe(
-    *,
-    name: str,
-    data: DatasetSpec,
-    objective: Objective,
-    mesh: Mesh,
-    train_split: str,
-    every: int = 0,
-    lr: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1),
-    l2: tuple[float, ...] = (0.0, 1e-4, 1e-2),
-    steps: int = 2000,
-    sgd_batch_size: int = 1024,
-) -> LinearProbe:
-    """A `LinearProbe` from config values, checked."""
-    if not lr or min(lr) <= 0:
-        raise UserError(f"evals.{name}.lr={lr}: expected numbers above 0, such as (0.01, 0.1)")
-    if not l2 or min(l2) < 0:
-        raise UserError(f"evals.{name}.l2={l2}: expected numbers of at least 0, such as (0.0,)")
-    for key, value in (("steps", steps), ("sgd_batch_size", sgd_batch_size)):
-        if value < 1:
-            raise UserError(f"evals.{name}.{key}={value}: expected at least 1")
-    splits = make_splits(data, train_split, every=every, name=name)
-    return LinearProbe(
-        name=name,
-        objective=objective,
-        mesh=mesh,
-        lr=tuple(lr),
-        l2=tuple(l2),
-        steps=steps,
-        sgd_batch_size=sgd_batch_size,
-        **splits,
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics over a whole split, of what was collected on the host."""
+"""Metrics that need all examples of a split, in numpy."""
 
 import numpy as np
 
@@ -10,8 +10,8 @@ def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     There is no interpolation, and examples of equal score pass a threshold together.
 
     Args:
-      scores: `[n, classes]`; only their order within a class counts.
-      targets: `[n, classes]` of zeros and ones.
+      scores: float `[n, classes]`; only their order within a class counts.
+      targets: zeros and ones of any dtype, `[n, classes]`.
 
     Returns:
       float64 `[classes]`; NaN for a class without positives.
@@ -32,7 +32,16 @@ def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
 def accuracy_by_class(
     labels: np.ndarray, predicted: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy (NaN without examples) and number of examples of each class."""
+    """Accuracy and number of examples of each class.
+
+    Args:
+      labels: int `[n]`.
+      predicted: int `[n]`.
+      num_classes: labels are below it.
+
+    Returns:
+      float64 `[num_classes]`, NaN for a class without examples, and int64 `[num_classes]`.
+    """
     counts = np.bincount(labels, minlength=num_classes)
     hits = np.bincount(labels[labels == predicted], minlength=num_classes)
     accuracy = np.divide(hits, counts, out=np.full(num_classes, np.nan), where=counts > 0)

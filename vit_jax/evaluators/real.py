@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ImageNet ReaL: labels that people gave anew, several or none for an image.
+"""ImageNet ReaL: reassessed labels, several or none for an image.
 
 Source: Beyer et al., arXiv:2006.07159.
 """
@@ -20,8 +20,8 @@ def read_labels(path: str, *, key: str) -> dict[str, list[int]] | list[list[int]
     """Reads a list of the labels of each validation image, or a dict from file names to labels.
 
     Args:
-      path: of the JSON file.
-      key: where the path stands in the config, for errors.
+      path: the JSON file.
+      key: the config key of the path, for errors.
 
     Raises:
       UserError: it can't be read, or has another form.
@@ -41,7 +41,15 @@ def read_labels(path: str, *, key: str) -> dict[str, list[int]] | list[list[int]
 def find_labels(
     labels: dict[str, list[int]] | list[list[int]], source: Source, *, key: str
 ) -> list[frozenset[int]]:
-    """The labels of each record of a source, told by the names of the files.
+    """Finds the labels of each record of a source by the name of its file.
+
+    Args:
+      labels: from `read_labels`.
+      source: the records.
+      key: the config key of the path, for errors.
+
+    Returns:
+      The labels of each record, in the order of the source.
 
     Raises:
       UserError: a name is not among the labels.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distortion of images on the device, each example by choices of its own.
+"""Augmentation of images on the device, with random choices for each example.
 
-Pure functions of a key and a batch, so that a step's images are the same on any mesh. Colours are
-changed before pixels are normalised, in float32 from 0 to 255; erasing comes after.
+These are pure functions of a key and a batch, so that a step's images are the same on any mesh.
+Colours are changed before pixels are normalised, in float32 from 0 to 255; erasing comes after.
 """
 
 import dataclasses
@@ -16,27 +16,27 @@ from vit_jax.utils.errors import UserError
 
 # ITU-R 601.
 _LUMA = (0.299, 0.587, 0.114)
-# Pixels on each side that a blur of deviation 2 reaches: four deviations.
+# Half the width in pixels of the kernel of a blur: four deviations of at most 2.
 _REACH = 8
 _ERASE_TRIES = 10
-# What is folded into a step's key for each of the augmentations; mixing takes the key itself.
-FLIP_KEY, THREE_AUGMENT_KEY, JITTER_KEY, ERASE_KEY = range(4)
+# Folded into a step's key, one for each augmentation; mixing takes the key itself.
+_FLIP_KEY, _THREE_AUGMENT_KEY, _JITTER_KEY, ERASE_KEY = range(4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What is done to a batch on the device; all of it is off by default.
+    """The augmentation of a batch on the device; all of it is off by default.
 
     Attributes:
-      flip: the share of images that are mirrored left and right.
+      flip: share of images that are mirrored left and right.
       color_jitter: strength of the changes of brightness, contrast and saturation; one number, or
         one for each.
       three_augment: whether each image becomes gray, solarized or blurred (arXiv:2204.07118).
-      random_erasing: the share of images of which a rectangle is erased (arXiv:1708.04896).
+      random_erasing: share of images of which a rectangle is erased (arXiv:1708.04896).
       random_erasing_mode: "pixel" for noise of mean 0 and deviation 1, "const" for 0.
       mixup: alpha of the Beta distribution of weights (arXiv:1710.09412).
-      cutmix: alpha of the Beta distribution of the areas that stay (arXiv:1905.04899).
-      mixup_switch_prob: how often a step uses cutmix, where both are on.
+      cutmix: alpha of the Beta distribution of the areas that are kept (arXiv:1905.04899).
+      mixup_switch_prob: share of steps that use cutmix, where both are on.
 
     Raises:
       UserError: a value out of its range.
@@ -66,38 +66,37 @@ class Augmentation:
                 f"objective.color_jitter={self.color_jitter}: expected 0 (none) or more, such as "
                 "0.3"
             )
-        # Config files have lists, which would not let the objective be hashed.
+        # Config files have lists, and the objective must be hashable.
         if not isinstance(self.color_jitter, float | int):
             object.__setattr__(self, "color_jitter", self.jitter_strengths)
 
     @property
     def jitter_strengths(self) -> tuple[float, float, float]:
-        """Of brightness, contrast and saturation."""
+        """Strengths for brightness, contrast and saturation."""
         given = self.color_jitter
         one, two, three = (given,) * 3 if isinstance(given, float | int) else given
         return one, two, three
 
 
 def distort(rng: jax.Array, images: jax.Array, augmentation: Augmentation) -> jax.Array:
-    """All that comes before pixels are normalised.
+    """Applies the augmentations that come before pixels are normalised.
 
     Args:
       rng: key of this step.
       images: uint8 `[batch, height, width, 3]`.
-      augmentation: what to do.
+      augmentation: which ones to apply.
 
     Returns:
-      The same shape, uint8 if colours stay, else float32 from 0 to 255.
+      Images of the same shape, float32 from 0 to 255 if colours are augmented, else uint8.
     """
-    if augmentation.flip:
-        images = flip_lr(jax.random.fold_in(rng, FLIP_KEY), images, probability=augmentation.flip)
+    images = flip_lr(rng, images, probability=augmentation.flip)
     if augmentation.three_augment:
         images = three_augment(
-            jax.random.fold_in(rng, THREE_AUGMENT_KEY), images.astype(jnp.float32)
+            jax.random.fold_in(rng, _THREE_AUGMENT_KEY), images.astype(jnp.float32)
         )
     if any(augmentation.jitter_strengths):
         images = jitter_colors(
-            jax.random.fold_in(rng, JITTER_KEY),
+            jax.random.fold_in(rng, _JITTER_KEY),
             images.astype(jnp.float32),
             strengths=augmentation.jitter_strengths,
         )
@@ -105,7 +104,10 @@ def distort(rng: jax.Array, images: jax.Array, augmentation: Augmentation) -> ja
 
 
 def flip_lr(rng: jax.Array, images: jax.Array, *, probability: float) -> jax.Array:
-    """Mirrors some of the images, of any type, left and right."""
+    """Mirrors a share of images `[batch, height, width, channels]` of any dtype left and right."""
+    if not probability:
+        return images
+    rng = jax.random.fold_in(rng, _FLIP_KEY)
     flip = jax.random.bernoulli(rng, probability, images.shape[:1])
     return jnp.where(_per_image(flip), images[:, :, ::-1], images)
 
@@ -113,12 +115,12 @@ def flip_lr(rng: jax.Array, images: jax.Array, *, probability: float) -> jax.Arr
 def jitter_colors(
     rng: jax.Array, images: jax.Array, *, strengths: tuple[float, float, float]
 ) -> jax.Array:
-    """Changes brightness, contrast and saturation, in an order of each image's own.
+    """Changes brightness, contrast and saturation, in a random order for each image.
 
     Args:
       rng: key.
-      images: float32 `[batch, height, width, 3]` from 0 to 255.
-      strengths: of the three; factors are drawn from 1 - strength (at least 0) to 1 + strength.
+      images: float32 `[batch, height, width, 3]` from 0 to 255, as is the result.
+      strengths: three; factors are drawn from 1 - strength (at least 0) to 1 + strength.
     """
     factor_rng, order_rng = jax.random.split(rng)
     shape = (images.shape[0], 3)
@@ -136,11 +138,11 @@ def jitter_colors(
 
 
 def three_augment(rng: jax.Array, images: jax.Array) -> jax.Array:
-    """Each image becomes gray, solarized or blurred with a deviation of 0.1 to 2 pixels.
+    """Makes each image gray, solarized or blurred with a deviation of 0.1 to 2 pixels.
 
     Args:
       rng: key.
-      images: float32 `[batch, height, width, 3]` from 0 to 255.
+      images: float32 `[batch, height, width, 3]` from 0 to 255, as is the result.
     """
     which_rng, sigma_rng = jax.random.split(rng)
     which = _per_image(jax.random.randint(which_rng, images.shape[:1], 0, 3))
@@ -151,11 +153,11 @@ def three_augment(rng: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def blur(images: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Gaussian blur; the edges go on beyond the borders.
+    """Gaussian blur; pixels at the border are repeated beyond it.
 
     Args:
-      images: float32 `[batch, height, width, channels]`.
-      sigma: deviation for each image in pixels, `[batch]`, up to 2.
+      images: float32 `[batch, height, width, channels]`, as is the result.
+      sigma: deviation for each image in pixels, float32 `[batch]`, up to 2.
     """
     offsets = jnp.arange(-_REACH, _REACH + 1)
     weights = jnp.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
@@ -164,7 +166,7 @@ def blur(images: jax.Array, sigma: jax.Array) -> jax.Array:
         pad = [(0, 0)] * 4
         pad[axis] = (_REACH, _REACH)
         padded = jnp.pad(images, pad, mode="edge")
-        # Sums of shifted images: convolutions can't have a kernel for each image.
+        # Sums of shifted images, as a convolution can't have a kernel for each image.
         images = sum(
             _per_image(weights[:, i])
             * jax.lax.slice_in_dim(padded, i, i + images.shape[axis], axis=axis)
@@ -180,8 +182,8 @@ def erase(
 
     Args:
       rng: key.
-      images: float `[batch, height, width, channels]`, normalised: their mean is about 0.
-      probability: that an image is one of them; ten draws are made for a rectangle that fits.
+      images: float32 `[batch, height, width, channels]`, normalised, as is the result.
+      probability: share of images that are erased; ten draws are made for a rectangle that fits.
       mode: "pixel" fills with noise of mean 0 and deviation 1, "const" with 0.
 
     Source: arXiv:1708.04896, algorithm 1.

@@ -1,64 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training loop needs to know of an objective."""
+"""The base class of objectives: a model and the loss that it is trained with."""
 
-from typing import Any, Protocol
+import abc
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 
 Batch = dict[str, jax.Array]
 Params = Any  # a nested dict of arrays
 
+Make = TypeVar("Make", bound=Callable)
 
-class Objective(Protocol):
+
+def headless(make: Make) -> Make:
+    """Marks a constructor of objectives that train a model without its head (`num_classes=0`)."""
+    make.headless = True  # pyright: ignore[reportFunctionMemberAccess]
+    return make
+
+
+class Objective(abc.ABC):
     """A model and what is minimised. Knows nothing of meshes, optimizers or checkpoints.
 
+    Batches from the data have `image` uint8 `[batch, height, width, channels]` and `label` int32
+    `[batch]`, or float32 `[batch, classes]` of zeros and ones where examples have several labels.
+
     Attributes:
-      own_params: first parts of the paths of parameters that are the objective's and not the
-        model's, such as a decoder; they are in the checkpoints of a run, and no other run or file
-        takes them over.
-      frozen: regular expressions of whole paths that no gradient trains.
-      classifies: whether `predict` gives `logits` `[batch, classes]`.
+      objective_params: first parts of the paths of parameters that belong to the objective and not
+        to the model, such as a decoder; a run saves them in its checkpoints, and only runs with the
+        same objective load them.
+      frozen: regular expressions of whole paths of parameters that no gradient trains.
+      classifies: whether `predict` returns `logits` `[batch, classes]`.
+      head_names: names of the heads of `head_logits` `[heads, batch, classes]`, if `predict`
+        returns those.
     """
 
     objective_params: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     classifies: bool = True
 
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        return ()
+
+    @abc.abstractmethod
     def init(self, rng: jax.Array, batch: Batch) -> Params:
-        """Fresh parameters for batches of this shape."""
-        ...
+        """Initialises parameters for batches of this shape from a key."""
 
+    @abc.abstractmethod
     def augment(self, batch: Batch, rng: jax.Array) -> Batch:
-        """Prepares a whole batch on the device, before it is cut into micro-batches."""
-        ...
+        """Prepares a whole batch for `loss` on the device, before it is split into micro-batches.
 
+        The result has at least `image`, float32 `[batch, height, width, channels]`.
+        """
+
+    @abc.abstractmethod
     def loss(
         self, params: Params, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The scalar to minimise over an augmented (micro-)batch, and metrics to average.
+        """Computes the loss of an augmented (micro-)batch; `params` include the `constants`.
 
-        `params` holds `constants` as well.
+        Returns the float32 scalar to minimise, and metrics that are averaged over micro-batches,
+        float32 scalars such as `loss` and what `update_statistics` needs.
         """
-        ...
 
+    @abc.abstractmethod
     def predict(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
-        """Outputs for a batch as it comes from the data: `logits, pre_logits, encoded`."""
-        ...
+        """Returns the outputs of the model for a batch from the data.
+
+        These are `pre_logits` `[batch, width]`, `encoded` `[batch, tokens, width]` and, see
+        `classifies` and `head_names`, `logits` or `head_logits`, in the dtype of the model.
+        """
 
     def constants(self) -> dict[str, Any]:
-        """Arrays that `loss` finds in `params` and that are no part of the train state."""
+        """Arrays that `loss` finds in `params` and that are not part of the train state."""
         return {}
 
     def notes(self) -> tuple[str, ...]:
-        """Lines for the screen at the start of a run."""
+        """Lines that are logged at the start of a run."""
         return ()
 
     def lr_multipliers(self) -> tuple[tuple[str, float], ...]:
-        """Pairs of an expression for whole paths and a factor on their learning rate."""
+        """Pairs of a regular expression for whole paths and a factor on their learning rate."""
         return ()
 
-    def track(
+    def update_statistics(
         self, params: Params, metrics: dict[str, jax.Array]
     ) -> tuple[Params, dict[str, jax.Array]]:
-        """Moves running statistics among the parameters; takes what it needs out of `metrics`."""
+        """Updates running statistics among the parameters with the metrics of a step.
+
+        Returns the parameters, and the metrics without those that it needs alone.
+        """
         return params, metrics

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A student that learns from labels and from a teacher, which sees the same augmented images."""
+"""Distillation: a student learns from labels and from a teacher that sees the same images."""
 
 import dataclasses
 import functools
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.losses import distillation_divergence, softmax_cross_entropy
-from vit_jax.objectives.base import Batch, Objective, Params
-from vit_jax.objectives.pixels import Pixels, denormalize, normalize
+from vit_jax.objectives.base import Batch, Params
+from vit_jax.objectives.pixels import denormalize, normalize
 from vit_jax.objectives.supervised import Supervised, make_supervised
 from vit_jax.objectives.teacher import Teacher, load_teacher
 from vit_jax.utils.errors import UserError
@@ -20,27 +20,27 @@ from vit_jax.utils.registry import takes_options_of
 TEACHER = "teacher"
 
 
-@dataclasses.dataclass(frozen=True)
-class Distillation(Objective):
-    """(1 - alpha) of the supervised loss, and alpha of the distance to the teacher.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distillation(Supervised):
+    """(1 - alpha) times the supervised loss plus alpha times the distance to the teacher.
 
-    A model with a distillation token learns from labels by its first head and from the teacher by
-    its second (arXiv:2012.12877, section 3); any other learns both by its one head. What the
-    teacher says of an image is computed for the very pixels that the student sees
-    (arXiv:2106.05237), as the teacher wants them normalised.
+    A model with a distillation token learns from labels with its first head and from the teacher
+    with its second (arXiv:2012.12877, section 3); any other learns both with its one head. The
+    teacher sees the same augmented pixels as the student (arXiv:2106.05237), normalised as it
+    expects them.
+
+    The other attributes are those of the student and its loss on labels.
 
     Attributes:
-      supervised: the student and its loss on labels.
-      source: of the teacher, which is loaded when it is first asked for. Its parameters are
+      source: the teacher's checkpoint, which is loaded on first use. The teacher's parameters are
         constants of the step: in no checkpoint, no optimizer state and no average.
       image_shape: height, width and channels of the images that both see.
       kind: "soft" for the divergence from the teacher's probabilities, "hard" for the cross entropy
         with its most likely class.
       alpha: weight of the teacher.
-      temperature: that softens both distributions where the kind is "soft".
+      temperature: softens both distributions where the kind is "soft".
     """
 
-    supervised: Supervised
     source: str
     image_shape: tuple[int, int, int]
     kind: Literal["soft", "hard"]
@@ -51,25 +51,19 @@ class Distillation(Objective):
     def teacher(self) -> Teacher:
         return load_teacher(
             self.source,
-            student=self.supervised.model,
-            num_classes=self.supervised.num_classes,
+            student=self.model,
+            num_classes=self.num_classes,
             image_shape=self.image_shape,
         )
-
-    def init(self, rng: jax.Array, batch: Batch) -> Params:
-        return self.supervised.init(rng, batch)
-
-    def augment(self, batch: Batch, rng: jax.Array) -> Batch:
-        return self.supervised.augment(batch, rng)
 
     def loss(
         self, params: Params, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         student = {name: x for name, x in params.items() if name != TEACHER}
-        logits, out = self.supervised.apply(student, batch["image"], rng)
+        logits, out = self.apply(student, batch["image"], rng)
         taught = out.get("distillation_logits", logits)
-        teacher_logits = self._ask_teacher(params[TEACHER], batch["image"])
-        label_loss = self.supervised.losses(out.get("class_logits", logits), batch["target"]).mean()
+        teacher_logits = self._teacher_logits(params[TEACHER], batch["image"])
+        label_loss = self.losses(out.get("class_logits", logits), batch["target"]).mean()
         if self.kind == "hard":
             best = jax.nn.one_hot(jnp.argmax(teacher_logits, axis=-1), taught.shape[-1])
             teacher_loss = softmax_cross_entropy(taught, best).mean()
@@ -77,9 +71,6 @@ class Distillation(Objective):
             teacher_loss = distillation_divergence(taught, teacher_logits, self.temperature).mean()
         loss = (1 - self.alpha) * label_loss + self.alpha * teacher_loss
         return loss, {"loss": loss, "label_loss": label_loss, "teacher_loss": teacher_loss}
-
-    def predict(self, params: Params, batch: Batch) -> dict[str, Any]:
-        return self.supervised.predict(params, batch)
 
     def constants(self) -> dict[str, Any]:
         return {TEACHER: self.teacher.params}
@@ -89,8 +80,9 @@ class Distillation(Objective):
         first = f"teacher from {self.source}: {count:,} parameters, not trained"
         return (first, *(f"  {note}" for note in self.teacher.notes))
 
-    def _ask_teacher(self, params: Params, images: jax.Array) -> jax.Array:
-        ours = (self.supervised.pixel_mean, self.supervised.pixel_std)
+    def _teacher_logits(self, params: Params, images: jax.Array) -> jax.Array:
+        """Returns float32 `[batch, classes]` for images from `augment`."""
+        ours = (self.pixel_mean, self.pixel_std)
         theirs = (self.teacher.pixel_mean, self.teacher.pixel_std)
         if ours != theirs:
             images = normalize(denormalize(images, *ours), *theirs)
@@ -109,27 +101,16 @@ def make_distillation(
     kind: Literal["soft", "hard"] = "soft",
     alpha: float = 0.5,
     temperature: float = 1.0,
-    pixel_mean: Pixels = 0.5,
-    pixel_std: Pixels = 0.5,
     **supervised: Any,
 ) -> Distillation:
-    """A `Distillation` from config values; the rest are those of `make_supervised`.
+    """Makes a `Distillation` from config values; the rest are those of `make_supervised`.
 
-    Args:
-      model: the student.
-      num_classes: of student and teacher.
-      image_shape: of the images that both see.
-      multi_label: whether examples of the data have several labels.
-      teacher: anything that `load_pretrained` reads.
-      kind: "soft" or "hard".
-      alpha: weight of the teacher, 0 to 1.
-      temperature: of a soft teacher.
-      pixel_mean: of the student's pixels; the teacher's come with it.
-      pixel_std: likewise.
-      **supervised: loss, smoothing and augmentation.
+    `model` is the student, and `teacher` a checkpoint that `load_pretrained` reads, with its own
+    pixel statistics. `multi_label` tells whether examples of the data have several labels.
 
     Raises:
-      UserError: no teacher, or a value out of its range; by `teacher`, one that does not fit.
+      UserError: there is no teacher, or a value is out of its range. A teacher that does not fit
+        is found when it is loaded.
     """
     if not teacher:
         raise UserError(
@@ -145,11 +126,12 @@ def make_distillation(
             "objective.name='distillation' takes one label an example, and the data have several: "
             "expected objective.name='supervised' with loss='sigmoid'"
         )
-    student = make_supervised(
-        model=model,
-        num_classes=num_classes,
-        pixel_mean=pixel_mean,
-        pixel_std=pixel_std,
-        **supervised,
+    student = make_supervised(model=model, num_classes=num_classes, **supervised)
+    return Distillation(
+        **vars(student),
+        source=teacher,
+        image_shape=image_shape,
+        kind=kind,
+        alpha=alpha,
+        temperature=temperature,
     )
-    return Distillation(student, teacher, image_shape, kind, alpha, temperature)

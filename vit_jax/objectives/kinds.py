@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives by name."""
+"""All objectives, by the name that a config gives them."""
 
 from vit_jax.objectives.distillation import make_distillation
 from vit_jax.objectives.linear_probe import make_linear_probe
@@ -12,5 +12,3 @@ OBJECTIVES = {
     "mae": make_mae,
     "linear_probe": make_linear_probe,
 }
-# Those that train a model without its head.
-HEADLESS = ("mae", "linear_probe")

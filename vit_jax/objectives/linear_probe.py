@@ -13,40 +13,37 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.losses import make_targets, softmax_cross_entropy
-from vit_jax.objectives.augment import FLIP_KEY, flip_lr
-from vit_jax.objectives.base import Batch, Objective, Params
-from vit_jax.objectives.pixels import Pixels, check_pixels, normalize
+from vit_jax.objectives.augment import flip_lr
+from vit_jax.objectives.base import Batch, Params, headless
+from vit_jax.objectives.pixels import ImageObjective, Pixels, check_pixels
 from vit_jax.utils.errors import UserError
 
-# Of the published batch normalisation.
+# The values of the published batch normalisation.
 _EPSILON = 1e-6
 _MOMENTUM = 0.9
 _INIT_STDDEV = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearProbe(Objective):
+class LinearProbe(ImageObjective):
     """One head for each learning rate; all see the same features of one forward pass.
 
-    The heads lie under `probe` as `x0.1`, `x1`, ...: the factor on `optimizer.lr`. They are trained
-    as if each were alone: with the sum of their losses, and no parameter in common.
+    The heads are stored under `probe` as `x0.1`, `x1`, ..., named by the factor on `optimizer.lr`.
+    They share no parameters and the sum of their losses is minimised, so that each trains as if it
+    were alone.
 
     Attributes:
-      model: without a head; called as `model(images, train=False)`, gives `(_, out)`, of which
-        `pre_logits` are the features.
+      model: has no head; called as `model(images, train=False)`, it returns `(_, out)`, and the
+        features are `out["pre_logits"]`.
       num_classes: width of each head.
       lr_factors: one for each head.
-      flip: the share of images that are mirrored left and right.
-      pixel_mean: of pixels in [0, 1], subtracted from them.
-      pixel_std: what they are divided by then.
+      flip: share of images that are mirrored left and right.
     """
 
     model: nn.Module
     num_classes: int
     lr_factors: tuple[float, ...]
     flip: float
-    pixel_mean: Pixels
-    pixel_std: Pixels
 
     objective_params = ("probe",)
     classifies = False
@@ -54,17 +51,17 @@ class LinearProbe(Objective):
 
     @property
     def head_names(self) -> tuple[str, ...]:
-        """Of the heads, in the order of `lr_factors`."""
+        """Names of the heads, in the order of `lr_factors`."""
         return tuple(f"x{factor:g}" for factor in self.lr_factors)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         backbone_rng, head_rng = jax.random.split(rng)
-        images = self._to_float(batch["image"][:1])
+        images = self.normalize(batch["image"][:1])
         (_, out), variables = self.model.init_with_output(backbone_rng, images, train=False)
         width = out["pre_logits"].shape[-1]
         kernel = _INIT_STDDEV * jax.random.normal(head_rng, (width, self.num_classes))
         probe: dict[str, Any] = {
-            # A copy each, since no buffer may stand twice in a state that is donated.
+            # A copy each: a donated state must not alias buffers.
             name: {"kernel": jnp.copy(kernel), "bias": jnp.zeros(self.num_classes)}
             for name in self.head_names
         }
@@ -72,11 +69,9 @@ class LinearProbe(Objective):
         return {**variables["params"], "probe": probe}
 
     def augment(self, batch: Batch, rng: jax.Array) -> Batch:
-        images = batch["image"]
-        if self.flip:
-            images = flip_lr(jax.random.fold_in(rng, FLIP_KEY), images, probability=self.flip)
+        images = flip_lr(rng, batch["image"], probability=self.flip)
         targets = make_targets(batch["label"], self.num_classes)
-        return {"image": self._to_float(images), "target": targets}
+        return {"image": self.normalize(images), "target": targets}
 
     def loss(
         self, params: Params, batch: Batch, rng: jax.Array
@@ -86,7 +81,7 @@ class LinearProbe(Objective):
         mean, var = features.mean(axis=0), features.var(axis=0)
         logits = self._apply_heads(params["probe"], features, mean, var)
         losses = softmax_cross_entropy(logits, batch["target"][None]).mean(axis=1)
-        # The mean is shown, the sum is differentiated: so no head depends on how many there are.
+        # The mean is logged and the sum differentiated, so that no head depends on their number.
         named = {f"loss_{name}": losses[i] for i, name in enumerate(self.head_names)}
         # Running variances are unbiased ones, as published.
         var = var * (len(features) / max(len(features) - 1, 1))
@@ -94,8 +89,8 @@ class LinearProbe(Objective):
         return losses.sum(), {"loss": losses.mean(), **named, **statistics}
 
     def predict(self, params: Params, batch: Batch) -> dict[str, Any]:
-        """`pre_logits, encoded`, and `head_logits` `[heads, batch, classes]`."""
-        out = self._encode(params, self._to_float(batch["image"]))
+        """Returns `pre_logits`, `encoded` and `head_logits`, float32 `[heads, batch, classes]`."""
+        out = self._encode(params, self.normalize(batch["image"]))
         probe, features = params["probe"], out["pre_logits"].astype(jnp.float32)
         logits = self._apply_heads(probe, features, probe["mean"], probe["var"])
         return {**out, "head_logits": logits}
@@ -104,7 +99,7 @@ class LinearProbe(Objective):
         names = zip(self.head_names, self.lr_factors, strict=True)
         return tuple((f"probe/{name.replace('.', '[.]')}/.*", factor) for name, factor in names)
 
-    def track(
+    def update_statistics(
         self, params: Params, metrics: dict[str, jax.Array]
     ) -> tuple[Params, dict[str, jax.Array]]:
         metrics, probe = dict(metrics), dict(params["probe"])
@@ -121,7 +116,7 @@ class LinearProbe(Objective):
     def _apply_heads(
         self, probe: Params, features: jax.Array, mean: jax.Array, var: jax.Array
     ) -> jax.Array:
-        """Logits of all heads at once, `[heads, batch, classes]`."""
+        """Logits of all heads at once, float32 `[heads, batch, classes]`."""
         features = (features - mean) * jax.lax.rsqrt(var + _EPSILON)
         kernels, biases = (
             jnp.stack([probe[name][part] for name in self.head_names])
@@ -129,10 +124,8 @@ class LinearProbe(Objective):
         )
         return jnp.einsum("bd,kdc->kbc", features, kernels) + biases[:, None]
 
-    def _to_float(self, images: jax.Array) -> jax.Array:
-        return normalize(images, self.pixel_mean, self.pixel_std)
 
-
+@headless
 def make_linear_probe(
     *,
     model: nn.Module,
@@ -143,19 +136,13 @@ def make_linear_probe(
     pixel_mean: Pixels = 0.5,
     pixel_std: Pixels = 0.5,
 ) -> LinearProbe:
-    """A `LinearProbe` from config values.
+    """Makes a `LinearProbe` from config values.
 
-    Args:
-      model: without a head; `init_from` says where its parameters come from.
-      num_classes: width of each head.
-      multi_label: whether examples of the data have several labels.
-      lr_factors: on `optimizer.lr`; a head is trained with each.
-      flip: the share of images that are mirrored left and right.
-      pixel_mean: of pixels in [0, 1], subtracted from them.
-      pixel_std: what they are divided by then.
+    The attributes of that class are the same; `multi_label` tells whether examples of the data have
+    several labels.
 
     Raises:
-      UserError: factors that are no positive numbers or not different, or several labels.
+      UserError: the factors are not positive or not different, or examples have several labels.
     """
     names = {f"{factor:g}" for factor in lr_factors}
     if not names or len(names) < len(lr_factors) or min(lr_factors) <= 0:
@@ -170,4 +157,5 @@ def make_linear_probe(
     if not 0 <= flip <= 1:
         raise UserError(f"objective.flip={flip}: expected 0 to 1")
     mean, std = check_pixels(pixel_mean, pixel_std)
-    return LinearProbe(model, num_classes, tuple(lr_factors), flip, mean, std)
+    factors = tuple(lr_factors)
+    return LinearProbe(model, num_classes, factors, flip, pixel_mean=mean, pixel_std=std)

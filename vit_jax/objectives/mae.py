@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masked autoencoding: most patches are hidden, and their pixels predicted from the others.
+"""Masked autoencoding: most patches are hidden, and their pixels are predicted from the others.
 
 Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv:2111.06377.
 """
@@ -13,32 +13,30 @@ import jax.numpy as jnp
 from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.decoder import MaskedDecoder
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.objectives.augment import FLIP_KEY, flip_lr
-from vit_jax.objectives.base import Batch, Objective, Params
-from vit_jax.objectives.pixels import Pixels, check_pixels, denormalize, normalize
+from vit_jax.objectives.augment import flip_lr
+from vit_jax.objectives.base import Batch, Params, headless
+from vit_jax.objectives.pixels import ImageObjective, Pixels, check_pixels, denormalize
 from vit_jax.utils.errors import UserError
 
 # Added to the variance of the pixels of a patch.
 EPSILON = 1e-6
-# What is folded into a step's key for the masks.
+# Folded into a step's key for the masks.
 _MASK_KEY = 100
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedAutoencoder(Objective):
+class MaskedAutoencoder(ImageObjective):
     """An encoder that sees a few patches, and a decoder that predicts the others.
 
-    The encoder is a `VisionTransformer` without a head. The decoder's parameters lie under
+    The encoder is a `VisionTransformer` without a head. The decoder's parameters are stored under
     `decoder`.
 
     Attributes:
       model: called as `model(images, train=..., patches=visible)`.
-      decoder: of `model.stride` times three numbers a patch.
+      decoder: predicts all pixels of a patch, whose size is `model.stride`.
       mask_ratio: share of patches that are hidden.
       norm_pix: whether the pixels of each patch are normalised before they are predicted.
-      flip: the share of images that are mirrored left and right.
-      pixel_mean: of pixels in [0, 1], subtracted from them.
-      pixel_std: what they are divided by then.
+      flip: share of images that are mirrored left and right.
     """
 
     model: Any
@@ -46,14 +44,12 @@ class MaskedAutoencoder(Objective):
     mask_ratio: float
     norm_pix: bool
     flip: float
-    pixel_mean: Pixels
-    pixel_std: Pixels
 
     objective_params = ("decoder",)
     classifies = False
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
-        images = self._to_float(batch["image"][:1])
+        images = self.normalize(batch["image"][:1])
         encoder_rng, decoder_rng = jax.random.split(rng)
         visible = self.draw_visible(rng, images)
         (_, out), variables = self.model.init_with_output(
@@ -64,10 +60,7 @@ class MaskedAutoencoder(Objective):
         return {**variables["params"], "decoder": decoder["params"]}
 
     def augment(self, batch: Batch, rng: jax.Array) -> Batch:
-        images = batch["image"]
-        if self.flip:
-            images = flip_lr(jax.random.fold_in(rng, FLIP_KEY), images, probability=self.flip)
-        images = self._to_float(images)
+        images = self.normalize(flip_lr(rng, batch["image"], probability=self.flip))
         visible = self.draw_visible(jax.random.fold_in(rng, _MASK_KEY), images)
         return {"image": images, "visible": visible}
 
@@ -79,27 +72,26 @@ class MaskedAutoencoder(Objective):
         return loss, {"loss": loss}
 
     def predict(self, params: Params, batch: Batch) -> dict[str, Any]:
-        """Of whole images: `pre_logits, encoded`."""
-        images = self._to_float(batch["image"])
+        """Returns `pre_logits` and `encoded` of whole images, without a mask."""
+        images = self.normalize(batch["image"])
         return self.model.apply({"params": _encoder(params)}, images, train=False)[1]
 
     def draw_visible(self, rng: jax.Array, images: jax.Array) -> jax.Array:
-        """Numbers of the patches that are not hidden, `[batch, visible]`."""
+        """Draws the positions of the patches that are not hidden, int32 `[batch, visible]`."""
         rows, columns = self.model.grid(images.shape[1:3])
         noise = jax.random.uniform(rng, (images.shape[0], rows * columns))
-        # Rounded down, as published.
         kept = count_visible(rows * columns, self.mask_ratio)
         return jax.lax.top_k(noise, kept)[1]
 
     def reconstruct(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
-        """What becomes of images as they come from the data, under masks that never change.
+        """Hides patches of a batch from the data and predicts them, with the same masks each time.
 
         Returns:
-          `loss` `[batch]`, and as float images `[batch, height, width, channels]` from 0 to 255
-          (not clipped): `masked`, gray where patches are hidden, and `reconstructed`, where these
-          are predicted.
+          `loss`, float32 `[batch]`, and images, float32 `[batch, height, width, channels]` from 0
+          to 255 (not clipped): `masked` is gray where patches are hidden, and `reconstructed` has
+          the predictions there.
         """
-        images = self._to_float(batch["image"])
+        images = self.normalize(batch["image"])
         visible = self.draw_visible(jax.random.key(0), images)
         batch = {"image": images, "visible": visible}
         predicted = self._apply(params, batch, rng=None)
@@ -120,7 +112,7 @@ class MaskedAutoencoder(Objective):
         }
 
     def _apply(self, params: Params, batch: Batch, *, rng: jax.Array | None) -> jax.Array:
-        """Predicted patches, for images as `augment` leaves them; `rng` in training only."""
+        """Predicts all patches, `[batch, patches, values]`; dropout is off without a key."""
         train, rngs = rng is not None, {} if rng is None else {"dropout": rng}
         images, visible = batch["image"], batch["visible"]
         variables = {"params": _encoder(params)}
@@ -130,7 +122,7 @@ class MaskedAutoencoder(Objective):
         return predicted
 
     def _losses(self, predicted: jax.Array, batch: Batch) -> jax.Array:
-        """Mean squared error of each image over its hidden patches."""
+        """Mean squared error of each image over its hidden patches, float32 `[batch]`."""
         target = patchify(batch["image"], self.model.stride)
         if self.norm_pix:
             target, _, _ = normalize_patches(target)
@@ -139,13 +131,11 @@ class MaskedAutoencoder(Objective):
         return (errors * hidden).sum(axis=-1) / hidden.sum(axis=-1)
 
     def _hidden(self, visible: jax.Array, length: int) -> jax.Array:
-        """True for patches that are hidden, `[batch, length]`."""
+        """True for patches that are hidden, bool `[batch, length]`."""
         return ~(visible[:, :, None] == jnp.arange(length)).any(axis=1)
 
-    def _to_float(self, images: jax.Array) -> jax.Array:
-        return normalize(images, self.pixel_mean, self.pixel_std)
 
-
+@headless
 def make_mae(
     *,
     model: Any,
@@ -159,22 +149,13 @@ def make_mae(
     pixel_mean: Pixels = 0.5,
     pixel_std: Pixels = 0.5,
 ) -> MaskedAutoencoder:
-    """A `MaskedAutoencoder` from config values.
+    """Makes a `MaskedAutoencoder` from config values.
 
-    Args:
-      model: a `VisionTransformer` without a head.
-      image_shape: height, width and channels.
-      mask_ratio: share of patches that are hidden, above 0 and below 1.
-      norm_pix: whether the pixels of each patch are normalised before they are predicted.
-      decoder_width: of the decoder; its MLPs are four times as wide.
-      decoder_depth: blocks of the decoder.
-      decoder_heads: attention heads of the decoder.
-      flip: the share of images that are mirrored left and right.
-      pixel_mean: of pixels in [0, 1], subtracted from them.
-      pixel_std: what they are divided by then.
+    The attributes of that class are the same; `image_shape` is height, width and channels. The
+    MLPs of the decoder are four times `decoder_width` wide.
 
     Raises:
-      UserError: no Vision Transformer, or a value out of its range.
+      UserError: the model is no Vision Transformer, or a value is out of its range.
     """
     if not 0 < mask_ratio < 1:
         raise UserError(f"objective.mask_ratio={mask_ratio}: expected above 0 and below 1")
@@ -197,11 +178,8 @@ def make_mae(
             f"objective.mask_ratio={mask_ratio} leaves {visible} of {rows * columns} patches "
             "visible: expected some, and some hidden"
         )
-    for key, value in (
-        ("width", decoder_width),
-        ("depth", decoder_depth),
-        ("heads", decoder_heads),
-    ):
+    sizes = {"width": decoder_width, "depth": decoder_depth, "heads": decoder_heads}
+    for key, value in sizes.items():
         if value < 1:
             raise UserError(f"objective.decoder_{key}={value}: expected at least 1")
     if decoder_width % decoder_heads or decoder_width % 4:
@@ -228,16 +206,18 @@ def make_mae(
         patch_values=height * width * image_shape[2],
     )
     mean, std = check_pixels(pixel_mean, pixel_std)
-    return MaskedAutoencoder(model, decoder, mask_ratio, norm_pix, flip, mean, std)
+    return MaskedAutoencoder(
+        model, decoder, mask_ratio, norm_pix, flip, pixel_mean=mean, pixel_std=std
+    )
 
 
 def count_visible(num_patches: int, mask_ratio: float) -> int:
-    """Patches that are not hidden, rounded down as published."""
+    """The number of patches that are not hidden, rounded down as published."""
     return int(num_patches * (1 - mask_ratio))
 
 
 def patchify(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
-    """`[batch, height, width, channels]` to `[batch, patches, values]`, row by row."""
+    """Cuts `[batch, height, width, channels]` of any dtype into `[batch, patches, values]`."""
     batch, height, width, channels = images.shape
     rows, columns = height // patch[0], width // patch[1]
     x = images.reshape(batch, rows, patch[0], columns, patch[1], channels)
@@ -253,9 +233,10 @@ def unpatchify(patches: jax.Array, shape: tuple[int, ...], patch: tuple[int, int
 
 
 def normalize_patches(patches: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Patches with mean 0 and deviation 1 each, and the mean and deviation they had.
+    """Normalises float32 `[batch, patches, values]` to mean 0 and deviation 1 for each patch.
 
-    The variance is the unbiased one, as in the code of the paper.
+    Returns the mean and the deviation, `[batch, patches, 1]`, that they had too. The variance is
+    the unbiased one, as in the code of the paper.
     """
     mean = patches.mean(axis=-1, keepdims=True)
     deviation = jnp.sqrt(patches.var(axis=-1, keepdims=True, ddof=1) + EPSILON)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixing of examples within a batch, on the device: each with its neighbour, all of them alike."""
+"""Mixing of each example with its neighbour in the batch, on the device."""
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,14 @@ def mix(
     cutmix_alpha: float,
     switch_prob: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixup or cutmix; where both are on, cutmix in a share `switch_prob` of the steps.
+    """Applies mixup or cutmix; where both are on, cutmix in a share `switch_prob` of the steps.
 
     Args:
       rng: key of this step.
-      images: float `[batch, height, width, channels]`.
-      targets: `[batch, classes]`.
-      mixup_alpha: 0 for none.
-      cutmix_alpha: 0 for none.
+      images: float32 `[batch, height, width, channels]`, as in the result.
+      targets: float32 `[batch, classes]`, as in the result.
+      mixup_alpha: see `mixup`; 0 for none.
+      cutmix_alpha: see `cutmix`; 0 for none.
       switch_prob: 0 to 1.
     """
     if not cutmix_alpha:
@@ -45,11 +45,8 @@ def mixup(
 ) -> tuple[jax.Array, jax.Array]:
     """Blends each example with its neighbour in the batch, one weight a batch.
 
-    Args:
-      rng: key of this step.
-      images: float `[batch, height, width, channels]`.
-      targets: `[batch, classes]`.
-      alpha: the weight is Beta(alpha, alpha), folded so that the own example weighs more.
+    The weight is Beta(alpha, alpha), folded so that the own example weighs more. Images and targets
+    are those of `mix`.
 
     Source: arXiv:1710.09412.
     """
@@ -60,16 +57,11 @@ def mixup(
 def cutmix(
     rng: jax.Array, images: jax.Array, targets: jax.Array, *, alpha: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Replaces a box of each image by the same one of its neighbour, one box a batch.
+    """Replaces a box of each image by that of its neighbour, one box a batch.
 
     The box has 1 - Beta(alpha, alpha) of the area and the image's aspect. It is cut off at the
-    border, and targets are weighted by the area that is left of it.
-
-    Args:
-      rng: key of this step.
-      images: float `[batch, height, width, channels]`.
-      targets: `[batch, classes]`.
-      alpha: of the Beta distribution.
+    border, and targets are weighted by the area inside the image. Images and targets are those of
+    `mix`.
 
     Source: arXiv:1905.04899.
     """
@@ -83,7 +75,7 @@ def _draw_weight(rng: jax.Array, alpha: float) -> jax.Array:
 
 
 def _draw_box(rng: jax.Array, shape: tuple[int, ...], alpha: float) -> jax.Array:
-    """1 where the own image stays and 0 in the box, `[height, width, 1]`."""
+    """1 where the own image stays and 0 in the box, float32 `[height, width, 1]`."""
     weight_rng, y_rng, x_rng = jax.random.split(rng, 3)
     share = jnp.sqrt(1 - jax.random.beta(weight_rng, alpha, alpha))
     inside = []

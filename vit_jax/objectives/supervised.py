@@ -11,28 +11,25 @@ import numpy as np
 
 from vit_jax.losses import LOSSES, make_targets, smooth_labels
 from vit_jax.objectives.augment import ERASE_KEY, Augmentation, distort, erase
-from vit_jax.objectives.base import Batch, Objective, Params
+from vit_jax.objectives.base import Batch, Params
 from vit_jax.objectives.mixing import mix
-from vit_jax.objectives.pixels import Pixels, check_pixels, normalize
+from vit_jax.objectives.pixels import ImageObjective, Pixels, check_pixels
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import takes_options_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Supervised(Objective):
+class Supervised(ImageObjective):
     """A classifier trained on labels.
 
     Attributes:
-      model: called as `model(images, train=...)`, gives `(logits, out)`.
+      model: called as `model(images, train=...)`, it returns `(logits, out)`.
       num_classes: width of the targets.
       loss_name: key of `LOSSES`.
       label_smoothing: share of the target's mass that is spread over all classes.
-      augmentation: of training images, on the device.
-      pixel_mean: of pixels in [0, 1], subtracted from them; one number, or one for each channel.
-      pixel_std: what they are divided by then.
+      augmentation: augmentation of training images, on the device.
       class_weights: factors on the terms of the loss, one for each class; None for 1.
-      binary_targets: whether, after mixing, each class of which there is any share counts as fully
-        present (arXiv:2110.00476).
+      binary_targets: whether any non-zero target becomes 1 after mixing (arXiv:2110.00476).
     """
 
     model: nn.Module
@@ -40,18 +37,16 @@ class Supervised(Objective):
     loss_name: str = "softmax"
     label_smoothing: float = 0.0
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
-    pixel_mean: Pixels = 0.5
-    pixel_std: Pixels = 0.5
     class_weights: tuple[float, ...] | None = None
     binary_targets: bool = False
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
-        images = self._to_float(batch["image"][:1])
+        images = self.normalize(batch["image"][:1])
         return dict(self.model.init(rng, images, train=False))["params"]
 
     def augment(self, batch: Batch, rng: jax.Array) -> Batch:
         options = self.augmentation
-        images = self._to_float(distort(rng, batch["image"], options))
+        images = self.normalize(distort(rng, batch["image"], options))
         if options.random_erasing:
             images = erase(
                 jax.random.fold_in(rng, ERASE_KEY),
@@ -82,21 +77,20 @@ class Supervised(Objective):
 
     def predict(self, params: Params, batch: Batch) -> dict[str, Any]:
         outputs: Any = self.model.apply(
-            {"params": params}, self._to_float(batch["image"]), train=False
+            {"params": params}, self.normalize(batch["image"]), train=False
         )
         return outputs[1]
 
     def apply(self, params: Params, images: jax.Array, rng: jax.Array) -> Any:
-        """`(logits, out)` in training, for images as `augment` leaves them."""
+        """Returns `(logits, out)` of the model in training, for images from `augment`.
+
+        The logits are `[batch, classes]`; `out` has all outputs by name.
+        """
         return self.model.apply({"params": params}, images, train=True, rngs={"dropout": rng})
 
     def losses(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
-        """The loss of each example, for logits and targets `[batch, classes]`."""
+        """The losses, float32 `[batch]`, for logits and targets `[batch, classes]`."""
         return LOSSES[self.loss_name](logits, targets, self.class_weights)
-
-    def _to_float(self, images: jax.Array) -> jax.Array:
-        """To [-1, 1] by default, as the published weights want them."""
-        return normalize(images, self.pixel_mean, self.pixel_std)
 
 
 @takes_options_of(Augmentation)
@@ -112,14 +106,13 @@ def make_supervised(
     pixel_std: Pixels = 0.5,
     **augmentation: Any,
 ) -> Supervised:
-    """A `Supervised` objective from config values; `augmentation` are fields of `Augmentation`.
+    """Makes a `Supervised` from config values; `augmentation` are fields of `Augmentation`.
 
-    `class_weights` may be a text file with one number a line.
+    `class_weights` may be the path of a text file with one number a line.
 
     Raises:
-      UserError: label smoothing outside [0, 1), a deviation of 0, class weights that are not one
-        for each class, binary targets with another loss than sigmoid or with label smoothing, or a
-        wrong augmentation.
+      UserError: a value is out of its range, the number of class weights is not that of the
+        classes, or targets are binary with another loss than sigmoid or with label smoothing.
     """
     if not 0 <= label_smoothing < 1:
         raise UserError(f"objective.label_smoothing={label_smoothing}: expected 0 <= value < 1")
@@ -135,16 +128,15 @@ def make_supervised(
         loss,
         label_smoothing,
         Augmentation(**augmentation),
-        mean,
-        std,
         None if class_weights is None else _read_class_weights(class_weights, num_classes),
         binary_targets,
+        pixel_mean=mean,
+        pixel_std=std,
     )
 
 
 def _read_class_weights(given: tuple[float, ...] | str, num_classes: int) -> tuple[float, ...]:
-    key = f"objective.class_weights={given!r}" if isinstance(given, str) else "class_weights"
-    key = key if key.startswith("objective") else f"objective.{key}"
+    key = "objective.class_weights" + (f"={given!r}" if isinstance(given, str) else "")
     try:
         lines = Path(given).read_text().split() if isinstance(given, str) else given
         weights = tuple(float(x) for x in lines)

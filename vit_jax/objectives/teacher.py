@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model whose predictions are learned from."""
+"""Loads the teacher of a distillation."""
 
 import dataclasses
 from typing import Any
@@ -20,11 +20,11 @@ class Teacher:
     """A model with its parameters.
 
     Attributes:
-      model: called as `model(images, train=False)`.
+      model: called as `model(images, train=False)`, it returns `(logits, out)`.
       params: nested dict of arrays on the host.
-      pixel_mean: of pixels in [0, 1], as the teacher wants them.
-      pixel_std: likewise.
-      notes: what was done to make it fit, one line each.
+      pixel_mean: mean of pixels in [0, 1] that the teacher expects to be subtracted.
+      pixel_std: divisor that the teacher expects after that.
+      notes: one line for each change that made it fit.
     """
 
     model: nn.Module
@@ -37,16 +37,16 @@ class Teacher:
 def load_teacher(
     source: str, *, student: Any, num_classes: int, image_shape: tuple[int, int, int]
 ) -> Teacher:
-    """Loads a model of any size and kind, whose classes are the student's.
+    """Loads a model of any size and kind that has the student's classes.
 
     Args:
       source: see `load_pretrained`.
-      student: whose `dtype` and `constrain` the teacher takes over.
-      num_classes: that it must have.
+      student: the teacher has the same `dtype` and `constrain`.
+      num_classes: number of classes that the teacher must have.
       image_shape: height, width and channels; position embeddings are resized to fit.
 
     Raises:
-      UserError: it can't be read, or has no head or one of other classes.
+      UserError: it can't be read, has no head, or has another number of classes.
     """
     key = f"objective.teacher={source!r}"
     try:

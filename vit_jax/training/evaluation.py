@@ -12,7 +12,6 @@ from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.workdir import find_step
 from vit_jax.evaluators.base import evaluate
-from vit_jax.evaluators.kinds import JUDGE_HEAD
 from vit_jax.objectives.base import Params
 from vit_jax.observe.console import log
 from vit_jax.training.experiment import Experiment
@@ -79,8 +78,7 @@ class Judge:
         return self._experiment.place_params(params)
 
     def _check_head(self, params: Params, source: str) -> None:
-        evals = self._experiment.settings.evals
-        judged = [name for name, section in evals.items() if section["name"] in JUDGE_HEAD]
+        judged = [e.name for e in self._experiment.evaluators if e.judges_head]
         if not judged or "head" not in params:
             return
         kernel = params["head"]["kernel"]

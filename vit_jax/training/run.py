@@ -23,7 +23,6 @@ from vit_jax.config.build import count_examples
 from vit_jax.data.fingerprint import fingerprint
 from vit_jax.data.pipeline import plan_buffers
 from vit_jax.evaluators.base import Evaluator
-from vit_jax.evaluators.probes import Probes
 from vit_jax.observe.console import log
 from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.ledger import Ledger
@@ -254,14 +253,14 @@ def _report_end(
     experiment: Experiment, folder: Path, checkpoints: CheckpointManager, command: str | None
 ) -> None:
     last = checkpoints.latest_step() or 0
-    probes = [e for e in experiment.evaluators if isinstance(e, Probes)]
+    probes = [e for e in experiment.evaluators if e.head_names]
     report_end(
         workdir=folder,
         step=last,
         total_steps=experiment.total_steps,
         checkpoint=folder / CHECKPOINTS / str(last),
         longer=None if command is None else f"{command} {override_for_longer_run(experiment)}",
-        heads=probes[0].objective.head_names if probes else (),
+        heads=probes[0].head_names if probes else (),
         # The split that chooses comes first.
         judged_on=[e.name for e in sorted(probes, key=lambda e: not e.choose)],
     )

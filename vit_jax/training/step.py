@@ -120,7 +120,7 @@ def train_step(
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
     trained = optax.apply_updates(trained, updates)
     statistics = metrics
-    params, metrics = objective.track(merge(trained, frozen), statistics)
+    params, metrics = objective.update_statistics(merge(trained, frozen), statistics)
     metrics |= {
         "lr": lr,
         "grad_norm": optax.tree.norm(grads),
@@ -132,7 +132,7 @@ def train_step(
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         average, same = optimizer.rules.split(state.ema_params)
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, trained)
-        ema_params, _ = objective.track(merge(average, same), statistics)
+        ema_params, _ = objective.update_statistics(merge(average, same), statistics)
     new: Any = (params, opt_state, ema_params)
     if on_divergence == "skip":
         good = jnp.all(jnp.isfinite(jnp.stack([jnp.float32(x) for x in metrics.values()])))
