@@ -54,7 +54,7 @@ def serve() -> Iterator[FileServer]:
             self.send_header("Content-Type", state.content_type)
             self.end_headers()
             if state.hold:
-                state.hold.wait(10)
+                state.hold.wait(600)
             length = state.cut_after.pop(0) if state.cut_after else len(data)
             self.wfile.write(data[start : start + length])
 

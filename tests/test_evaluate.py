@@ -113,7 +113,7 @@ def test_json_is_all_that_stands_on_stdout(run, tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert [json.loads(done.stdout)] == read_records(tmp_path / "out.jsonl")
@@ -193,12 +193,12 @@ def test_following_a_run_evaluates_each_checkpoint_once(run, tmp_path, monkeypat
 
     writer = threading.Thread(target=write)
     writer.start()
-    main([f"--workdir={run}", "--follow", "--timeout=60"])
+    main([f"--workdir={run}", "--follow", "--timeout=600"])
     writer.join()
     records = read_records(run / "evals.jsonl")
     assert [r["step"] for r in records] == [4, 8]
     said.clear()
-    main([f"--workdir={run}", "--follow", "--timeout=60"])
+    main([f"--workdir={run}", "--follow", "--timeout=600"])
     assert read_records(run / "evals.jsonl") == records
     assert not any("evaluating" in line for line in said)
     # With one more evaluator they are not done.
@@ -286,7 +286,7 @@ def test_bad_input_is_one_line_and_exit_code_2():
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("vit_jax: error: argument --workdir")

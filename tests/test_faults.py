@@ -182,7 +182,7 @@ def test_a_process_that_waits_for_a_stopped_one_asks_for_another_run(data_dir, t
     with start(tmp_path, data_dir, **job) as (first, second):
         wait_for(first, "step 5/")
         second.send_signal(signal.SIGSTOP)
-        _, errors = first.communicate(timeout=120)
+        _, errors = first.communicate(timeout=600)
         assert first.returncode == RUN_AGAIN, errors
     for text in (errors, (tmp_path / "workdir" / "watchdog-0.txt").read_text()):
         assert "process 0 hangs" in text

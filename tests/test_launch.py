@@ -53,7 +53,8 @@ def test_a_tpu_host_tells_the_run_when_its_machine_will_go(notice, code, tmp_pat
     files = {
         "curl": 'case "$*" in *preempted) echo FALSE ;; '
         f"*) grep -q main ~/vit_jax.log && echo {notice} ;; esac",
-        "python": 'trap "exit 75" TERM; echo "$@"; for _ in {1..10}; do sleep 0.1; done; exit 2',
+        "python": 'trap "exit 75" TERM; echo "$@"; '
+        f"for _ in {{1..{9 if code == 2 else 9999}}}; do sleep 0.1; done; exit 2",
     }
     for name, text in files.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
@@ -192,7 +193,7 @@ esac
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "POLL_S": "0"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     record = (tmp_path / "record").read_text().split()

@@ -185,7 +185,7 @@ def test_the_command_reads_a_list_and_leaves_stdout_to_the_results(place):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 1, done.stderr

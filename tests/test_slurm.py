@@ -108,7 +108,7 @@ def slurm(tmp_path):
 
 def run(environment, *command, check=True):
     done = subprocess.run(
-        command, env=environment, cwd=ROOT, text=True, capture_output=True, timeout=60
+        command, env=environment, cwd=ROOT, text=True, capture_output=True, timeout=600
     )
     assert not check or done.returncode == 0, done
     return done.stdout

@@ -84,10 +84,10 @@ def stand_in(folder, text):
 
 
 def test_the_start_ends_with_the_first_step(tmp_path, monkeypatch):
-    text = "time.sleep(0.2)\nprint('first step after 0.1 s', flush=True)\ntime.sleep(60)"
+    text = "time.sleep(0.2)\nprint('first step after 0.1 s', flush=True)\ntime.sleep(600)"
     monkeypatch.setattr(startup.sys, "executable", stand_in(tmp_path, text))
     start = time.perf_counter()
-    assert 0.2 < startup.time_first_step("--config=x") <= time.perf_counter() - start < 60
+    assert 0.2 < startup.time_first_step("--config=x") <= time.perf_counter() - start < 600
 
 
 def test_a_run_that_ends_before_its_first_step_is_an_error(tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ def assert_is_gone(pid):
 def test_a_benchmark_that_is_cut_short_ends_its_peers_and_is_one_line(name, number, tmp_path):
     process, peer = start_benchmark(name, tmp_path, "time.sleep(600)")
     process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert (process.returncode, errors) == (130, "vit_jax: interrupted\n")
     assert_is_gone(peer)
 
@@ -102,13 +102,13 @@ def test_a_benchmark_whose_reader_has_seen_enough_ends_in_silence(tmp_path):
     process, peer = start_benchmark("step", tmp_path, act)
     process.stdout.close()
     with process:
-        assert (process.stderr.read(), process.wait(timeout=120)) == ("", 1)
+        assert (process.stderr.read(), process.wait(timeout=600)) == ("", 1)
     assert_is_gone(peer)
 
 
 def test_a_peer_that_ends_in_its_turn_is_one_line(tmp_path):
     process, _ = start_benchmark("step", tmp_path, "input()")
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 1
     assert errors.endswith(": ended before it had measured\n")
     assert len(errors.splitlines()) == 1

@@ -2,7 +2,6 @@
 """The command that says how fast the training step of a config is."""
 
 import json
-import time
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from tests.clock import Clock
 from vit_jax.benchmark import step as step_benchmark
 from vit_jax.benchmark.__main__ import main
 from vit_jax.benchmark.step import make_batch, measure_steps
@@ -43,18 +43,18 @@ def fake_experiment(step):
     )
 
 
-def test_a_step_is_timed_without_its_compilation():
-    taken = []
+def test_a_step_is_timed_without_its_compilation(monkeypatch):
+    taken, clock = [], Clock()
+    monkeypatch.setattr(step_benchmark, "time", clock)
 
     def train_step(state, batch):
-        time.sleep(0.01 if taken else 0.1)
+        clock.sleep(0.01 if taken else 0.1)
         taken.append(state)
         return state + 1, {"loss": batch["label"].sum()}
 
     first, times = measure_steps(fake_experiment(train_step), repeats=3, seconds=0.05)
-    assert first >= 0.1
-    assert len(times) == 3
-    assert 0.01 <= min(times) <= sum(times) / 3 < 0.1
+    assert first == pytest.approx(0.1)
+    assert times == pytest.approx([0.01] * 3)
     assert taken == list(range(len(taken)))  # each from the state of the one before
     assert len(taken) > 2 + 3  # several steps are measured at a time
 

@@ -245,7 +245,7 @@ def test_a_full_disk_is_one_line(kind, folder, tmp_path):
         "run_command(main)\n"
     )
     command = [sys.executable, "-c", program, f"folder:{folder}", str(tmp_path / "dst"), *kind]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "File too large" in done.stderr

@@ -79,7 +79,7 @@ def test_one_that_can_not_begin_is_said_once(said):
         raise SystemExit("no\nserver")
 
     tracker = Background("far", make)
-    tracker._thread.join(10)
+    tracker._thread.join(600)
     for step in range(3):
         tracker.call(lambda t, step=step: t.write(step, {}))
     tracker.close("FINISHED")

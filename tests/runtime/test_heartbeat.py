@@ -35,17 +35,22 @@ heartbeat.jax.process_count, heartbeat.jax.process_index = lambda: 3, lambda: me
 heartbeat.host_names = lambda: ("left", "right", "right")
 heartbeat.broadcast_from_process_0 = broadcast_from_process_0
 heartbeat._FAILED_S = 0.5
+
+def meet(place):
+    (folder / f"{place}{me}").touch()
+    while len(list(folder.glob(f"{place}?"))) < 3:
+        time.sleep(0.01)
+
+meet("imported")
 with heartbeat.Heartbeat(4.0, last_words=lambda words: print("words", words, flush=True)):
     print("ready", flush=True)
     if me == 1 and what == "raise":
         raise MemoryError
     if what == "end":
-        (folder / f"in{me}").touch()
-        while len(list(folder.glob("in?"))) < 3:
-            time.sleep(0.01)
+        meet("in")
         time.sleep(0.5 * me)
     else:
-        time.sleep(60)
+        time.sleep(600)
 time.sleep(2)
 """
 
@@ -77,7 +82,7 @@ def test_a_process_that_dies_or_stops_is_named_by_all_others(number, victim, wor
     with members(tmp_path, "stay") as started:
         started[victim].send_signal(number)
         for i in {0, 1, 2} - {victim}:
-            output, errors = started[i].communicate(timeout=30)
+            output, errors = started[i].communicate(timeout=600)
             assert started[i].returncode == RUN_AGAIN, errors
             assert f"vit_jax: {words}" in errors
             assert f"words {words}" in output
@@ -86,14 +91,14 @@ def test_a_process_that_dies_or_stops_is_named_by_all_others(number, victim, wor
 def test_one_that_fails_alone_is_named_with_its_error(tmp_path):
     with members(tmp_path, "raise") as started:
         for i in (0, 2):
-            _, errors = started[i].communicate(timeout=30)
+            _, errors = started[i].communicate(timeout=600)
             assert started[i].returncode == RUN_AGAIN, errors
             assert "process 1 on right has ended with MemoryError" in errors
-        assert started[1].wait(30) == 1
+        assert started[1].wait(600) == 1
 
 
 def test_processes_that_end_in_turn_miss_nobody(tmp_path):
     with members(tmp_path, "end") as started:
         for process in started:
-            _, errors = process.communicate(timeout=30)
+            _, errors = process.communicate(timeout=600)
             assert (process.returncode, errors) == (0, "")

@@ -128,7 +128,7 @@ def test_a_second_sigterm_ends_it_at_once_whatever_it_does():
         process.send_signal(signal.SIGTERM)
         wait_for(process, "told True")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 128 + signal.SIGTERM
+        assert process.wait(120) == 128 + signal.SIGTERM
         assert "a second SIGTERM: ends at once" in process.stderr.read()
 
 
@@ -148,5 +148,5 @@ def test_sigterm_while_a_finished_run_takes_itself_apart_changes_nothing():
         "sys.argv = ['main', '--config=configs/digits.py', '--workdir=runs/none']\n"
         "main.run()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], timeout=600)
     assert done.returncode == 0

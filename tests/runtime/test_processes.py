@@ -61,14 +61,14 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run(*args, timeout=180, **kwargs):
+def run(*args, **kwargs):
     """Runs a job to its end; the exit codes, and what each process wrote to stdout and stderr."""
     with start(*args, **kwargs) as started:
-        return finish(started, timeout=timeout)
+        return finish(started)
 
 
-def finish(started, *, timeout=180):
-    outputs = [process.communicate(timeout=timeout) for process in started]
+def finish(started):
+    outputs = [process.communicate(timeout=600) for process in started]
     return [(p.returncode, *output) for p, output in zip(started, outputs, strict=True)]
 
 
@@ -216,7 +216,7 @@ def test_what_one_process_refuses_all_refuse(data_dir, tmp_path):
         "def get_config(data_dir):\n",
         'def get_config(data_dir):\n    assert "--process_id=1" not in sys.argv, "not here"\n',
     )
-    done = run(tmp_path, data_dir, processes=2, devices=2, text=text, timeout=60)
+    done = run(tmp_path, data_dir, processes=2, devices=2, text=text)
     assert [code for code, _, _ in done] == [2, 2], done
     first, second = (errors for _, _, errors in done)
     assert "vit_jax: error: process 1 refused its input" in first
@@ -241,7 +241,7 @@ def test_images_that_one_process_can_not_read_stop_all(tmp_path):
         evals__val__split="test",
         evals__val__preprocess="decode|resize(8)",""",
     )
-    done = run(tmp_path, f"{tmp_path}/", processes=2, devices=2, text=text, timeout=60)
+    done = run(tmp_path, f"{tmp_path}/", processes=2, devices=2, text=text)
     assert [code for code, _, _ in done] == [2, 2], done
     (_, screen, first), (_, _, second) = done
     for errors in (first, second):
@@ -254,7 +254,7 @@ def test_processes_that_were_not_started_alike_are_refused_by_key(data_dir, tmp_
     text = "import sys\n" + CONFIG_FILE.replace(
         "total_steps=6,", 'total_steps=7 if "--process_id=1" in sys.argv else 6,'
     )
-    done = run(tmp_path, data_dir, processes=2, devices=2, text=text, timeout=60)
+    done = run(tmp_path, data_dir, processes=2, devices=2, text=text)
     assert [code for code, _, _ in done] == [2, 2], done
     for _, _, errors in done:
         assert "processes 0 and 1 were not started alike: config.total_steps is 6" in errors

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that the others wait for is named: once, and only if it costs something."""
 
-import time
-
 import numpy as np
 import pytest
 
+from tests.clock import Clock
 from tests.runtime.test_processes import CONFIG_FILE, run
 from vit_jax.observe.ledger import read_ledger, summarize
 from vit_jax.runtime import stragglers
@@ -44,28 +43,28 @@ def fake(monkeypatch):
     monkeypatch.setattr(
         stragglers, "gather_over_processes", lambda share: np.array([[share], other])
     )
+    clock = Clock()
+    monkeypatch.setattr("vit_jax.training.phases.time", clock)
     phases = Phases()
-    return Stragglers(phases.seconds), other, phases
+    return Stragglers(phases.seconds), other, phases, clock
 
 
 def test_waits_since_the_last_call_are_compared(fake):
-    measured, other, phases = fake
+    measured, other, phases, clock = fake
     with phases("data_wait"):
-        time.sleep(0.02)
+        clock.sleep(2)
     assert measured.compare() is None, "the first time has compilation in it"
     with phases("data_wait"):
-        time.sleep(0.02)
-    found = measured.compare()
-    assert found is not None
-    assert found.process == 0
-    assert 0.5 < found.wait <= 1
+        clock.sleep(0.75)
+    clock.sleep(0.25)
+    assert measured.compare() == Straggler(0, 0.75, 0.0)
     other[0] = 0.8
     found = measured.compare()
     assert found == Straggler(1, 0.8, 0.0), "the wait of process 0 is over"
 
 
 def test_a_process_is_named_once_in_a_while(fake):
-    measured, other, _ = fake
+    measured, other, *_ = fake
     other[0] = 0.8
     named = [measured.compare() is not None for _ in range(2 * PAUSE + 1)]
     assert [i for i, is_named in enumerate(named) if is_named] == [0, PAUSE, 2 * PAUSE]
@@ -84,7 +83,7 @@ from vit_jax.data.sources.tfds import TfdsSource
 read = TfdsSource.__getitem__
 def slow(self, index):
     if jax.process_index():
-        time.sleep(0.05)
+        time.sleep(0.1)
     return read(self, index)
 TfdsSource.__getitem__ = slow
 """

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.clock import Clock, wait_until
 from vit_jax.runtime import watchdog
 from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.runtime.watchdog import Limits, Watchdog
@@ -24,9 +25,9 @@ from vit_jax.runtime.watchdog import Limits, Watchdog
 from vit_jax.training.phases import Phases
 
 def hang_here():
-    time.sleep(60)
+    time.sleep(600)
 
-limits = Limits(step=60, save=0.2)
+limits = Limits(step=600, save=0.2)
 words = lambda phase: print("words", phase)
 phases = Phases()
 with Watchdog(limits, phases.watched, workdir=Path(sys.argv[1]), process=3, last_words=words):
@@ -42,7 +43,7 @@ def test_it_names_process_phase_and_place_and_asks_for_another_run(tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == RUN_AGAIN, done.stderr
     assert done.stdout == "words save\n"
@@ -60,23 +61,37 @@ def ends(monkeypatch):
     return codes
 
 
-def test_what_goes_on_is_left_alone(tmp_path, ends):
-    limits, phases = Limits(step=0.5, evaluation=0), Phases()
-    with Watchdog(limits, phases.watched, workdir=tmp_path, process=0):
-        for _ in range(8):
+def test_what_goes_on_is_left_alone(tmp_path, ends, monkeypatch):
+    clock, looks = Clock(), []
+    monkeypatch.setattr("vit_jax.runtime.watchdog.time", clock)
+    monkeypatch.setattr("vit_jax.training.phases.time", clock)
+    limits, phases = Limits(step=0.05, evaluation=0), Phases()
+
+    def watched():
+        looks.append(phases.watched())
+        return looks[-1]
+
+    def take(seconds):
+        clock.sleep(seconds)
+        seen = len(looks)
+        wait_until(lambda: len(looks) >= seen + 2)
+
+    with Watchdog(limits, watched, workdir=tmp_path, process=0):
+        for _ in range(4):
             phases.step_taken()
-            time.sleep(0.1)
+            take(0.04)
         with phases("evaluation"):  # 0 is no limit
-            time.sleep(0.7)
+            take(0.9)
         phases.step_taken()
-    assert ends == []
+        take(0.04)
+        assert ends == []
+        take(0.02)
+        assert ends[0] == RUN_AGAIN
 
 
 def test_the_limit_is_that_of_the_phase(tmp_path, ends, capsys):
     with Watchdog(Limits(compile=0.1), Phases().watched, workdir=tmp_path, process=0):
-        until = time.monotonic() + 10
-        while not ends and time.monotonic() < until:
-            time.sleep(0.02)
+        wait_until(lambda: ends)
     assert ends[0] == RUN_AGAIN
     assert "in the phase 'compile'" in capsys.readouterr().err
 
@@ -91,8 +106,7 @@ def test_a_wait_for_data_counts_as_part_of_its_step(tmp_path, ends):
     phases = Phases()
     with Watchdog(Limits(step=0.3), phases.watched, workdir=tmp_path, process=0):
         phases.step_taken()
-        until = time.monotonic() + 10
-        while not ends and time.monotonic() < until:
+        while not ends:
             with phases("data_wait"):
                 time.sleep(0.05)
     assert ends[0] == RUN_AGAIN

@@ -296,10 +296,10 @@ def test_the_command_answers_on_this_machine_and_ends_in_order(running, photo):
     process, address = running
     assert address.startswith("http://127.0.0.1:")
     request = urllib.request.Request(f"{address}/v1/predict", data=photo)
-    with urllib.request.urlopen(request, timeout=60) as reply:
+    with urllib.request.urlopen(request, timeout=600) as reply:
         assert b'"predictions":' in reply.read()
     process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=30)[0]
+    rest = process.communicate(timeout=600)[0]
     assert (process.returncode, rest) == (0, "stopped\n")
 
 

@@ -14,7 +14,8 @@ from tests.testdata.make_old_workdir import CONFIG, FOLDER, describe_numerics
 from vit_jax import evaluate, predict, status
 from vit_jax.checkpoint.manager import list_steps, load_params
 from vit_jax.observe import console
-from vit_jax.observe.writer import read_metrics, read_records
+from vit_jax.observe.jsonl import read_records
+from vit_jax.observe.writer import read_metrics
 from vit_jax.training.run import train
 from vit_jax.utils.tree import flatten
 

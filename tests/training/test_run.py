@@ -209,7 +209,7 @@ def start(tmp_path, workdir, data_dir):
 
 def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(data_dir, tmp_path):
     straight = start(tmp_path, tmp_path / "straight", data_dir)
-    output, _ = straight.communicate(timeout=300)
+    output, _ = straight.communicate(timeout=600)
     assert straight.returncode == 0, output
     rng, kills = random.Random(0), 0
     for _ in range(20):
@@ -222,7 +222,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(data_dir, tmp_pat
         if run.poll() is None and kills < 2:
             run.send_signal(signal.SIGKILL)
             kills += 1
-        output, _ = run.communicate(timeout=300)
+        output, _ = run.communicate(timeout=600)
         if run.returncode == 0:
             break
         assert run.returncode == -signal.SIGKILL, output

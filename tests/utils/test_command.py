@@ -53,6 +53,6 @@ def test_a_reader_that_has_seen_enough_ends_a_command_in_silence():
     )
     shell = '"$0" -c "$1" | head -1; echo "${PIPESTATUS[0]}"'
     done = subprocess.run(
-        ["bash", "-c", shell, sys.executable, program], capture_output=True, text=True, timeout=60
+        ["bash", "-c", shell, sys.executable, program], capture_output=True, text=True, timeout=600
     )
     assert (done.stdout.splitlines()[1], done.stderr) == ("1", "")

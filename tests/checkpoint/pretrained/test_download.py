@@ -7,13 +7,13 @@ import fcntl
 import hashlib
 import io
 import threading
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import rich.console
 
+from tests.clock import wait_until
 from tests.file_server import serve
 from vit_jax.checkpoint.pretrained import catalogue, download
 from vit_jax.checkpoint.pretrained.catalogue import find
@@ -221,14 +221,10 @@ def test_two_downloads_at_once_are_one(server, cache, capsys):
     ]
     for thread in threads:
         thread.start()
-    screen, end = "", time.monotonic() + 10
-    while "waiting for the process" not in screen and time.monotonic() < end:
-        screen += capsys.readouterr().out
-        time.sleep(0.01)
+    wait_until(lambda: "waiting for the process" in capsys.readouterr().out)
     server.hold.set()
     for thread in threads:
-        thread.join(10)
-    assert "waiting for the process" in screen
+        thread.join(600)
     assert len(server.asked) == 1
     assert paths == [cache_path(server.url("bucket/a.npz"))] * 2
     assert paths[0].read_bytes() == DATA
@@ -242,11 +238,9 @@ def test_who_waited_for_a_failed_download_fetches_itself(server, cache, capsys):
         fcntl.flock(other, fcntl.LOCK_EX)
         thread = threading.Thread(target=fetch, args=(server.url("bucket/a.npz"),))
         thread.start()
-        end = time.monotonic() + 10
-        while "waiting" not in capsys.readouterr().out and time.monotonic() < end:
-            time.sleep(0.01)
+        wait_until(lambda: "waiting" in capsys.readouterr().out)
         part_of(path).unlink()
-    thread.join(10)
+    thread.join(600)
     assert path.read_bytes() == DATA
 
 

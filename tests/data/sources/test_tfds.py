@@ -185,7 +185,7 @@ def test_two_processes_may_prepare_a_dataset_at_once(tmp_path):
     ]
     try:
         for process in processes:
-            output, errors = process.communicate(timeout=120)
+            output, errors = process.communicate(timeout=600)
             assert process.returncode == 0, errors
             assert output == "1437\n"
     finally:
