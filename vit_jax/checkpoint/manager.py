@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -24,11 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
-from vit_jax.checkpoint.bounds import check_size
-from vit_jax.checkpoint.listing import find_checkpoint, list_steps
+from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manifest import find_fault, has_manifest, sync_folder, write_manifest
 from vit_jax.checkpoint.snapshot import Snapshot
 from vit_jax.checkpoint.state import TrainState
@@ -38,7 +35,7 @@ from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.layout import BROKEN, CHECKPOINTS, RUN
 from vit_jax.utils.metrics import lower_is_better
 
-_DESCRIPTION = "description"
+DESCRIPTION = "description"
 _METRICS = "metrics"
 # Of what is not complete yet, or about to go.
 _HALF = ocp.utils.TMP_DIR_SUFFIX
@@ -182,7 +179,7 @@ class CheckpointManager:
 
     def _start(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
         items: dict[str, Any] = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
-        items[_DESCRIPTION] = ocp.args.JsonSave(self._description)
+        items[DESCRIPTION] = ocp.args.JsonSave(self._description)
         # Without it where SIGTERM came before the evaluation: this one can't be the best.
         name = self._best
         if name is not None and name in metrics:
@@ -277,7 +274,7 @@ class CheckpointManager:
         assert step is not None
         items = {k: ocp.args.StandardRestore(v) for k, v in _items(abstract_state).items()}
         try:
-            with _quiet_reads():
+            with quiet_reads():
                 found = self._checkpointer.restore(
                     self.path(step), args=ocp.args.Composite(**items)
                 )
@@ -348,7 +345,7 @@ def _read_metrics(checkpoint: Path) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _quiet_reads() -> Iterator[None]:
+def quiet_reads() -> Iterator[None]:
     """Around a restore: if it fails, Orbax drops the reads under way, and they complain later.
 
     Of files that it can do without it warns at any rate, by absl.
@@ -376,50 +373,3 @@ def _items(state: TrainState) -> dict[str, Any]:
         "training": {"step": state.step, "opt_state": state.opt_state},
     }
     return items if state.ema_params is None else items | {"ema_params": state.ema_params}
-
-
-def load_params(folder: Path, *, item: str = "params") -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads parameters of a run, or of any Orbax checkpoint.
-
-    Args:
-      folder: a workdir (its newest checkpoint is read), one of its checkpoints, or a folder into
-        which Orbax saved a tree of arrays.
-      item: of a checkpoint: "params", or "ema_params" for their average.
-
-    Returns:
-      The parameters as arrays on one local device, and what the checkpoint says of its experiment:
-      see `CheckpointManager`.
-
-    Raises:
-      UserError: there is no complete checkpoint, or it can't be read.
-    """
-    items = (item, _DESCRIPTION)
-    checkpoint = find_checkpoint(folder, items=items)
-    path = checkpoint if (checkpoint / "_METADATA").exists() else checkpoint / item
-    if not path.is_dir():
-        raise UserError(
-            f"there is no {path}; expected a whole checkpoint with params, and with ema_params "
-            "where ema_decay was set"
-        )
-    whole = path.parent
-    if has_manifest(whole) and (fault := find_fault(whole, items)):
-        raise UserError(f"the checkpoint {path} can't be read: {fault}")
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    try:
-        with ocp.StandardCheckpointer() as checkpointer, _quiet_reads():
-            stored = checkpointer.metadata(path).item_metadata.tree
-            files = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
-            leaves = jax.tree.leaves(stored)
-            claimed = sum(math.prod(m.shape) * np.dtype(m.dtype).itemsize for m in leaves)
-            check_size(sum(files), claimed)
-            abstract = jax.tree.map(
-                lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), stored
-            )
-            params = checkpointer.restore(path, abstract)
-        description = checkpoint / _DESCRIPTION / "metadata"
-        described = json.loads(description.read_text()) if description.exists() else {}
-    except Exception as e:
-        raise UserError(
-            f"the checkpoint {path} can't be read ({describe_error(e)}); expected a whole one"
-        ) from e
-    return params, described

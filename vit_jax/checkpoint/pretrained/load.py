@@ -4,32 +4,19 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from etils import epath
 
-from vit_jax.checkpoint.manager import load_params
 from vit_jax.checkpoint.pretrained.download import fetch, resolve
 from vit_jax.checkpoint.pretrained.npz import read_npz
+from vit_jax.checkpoint.pretrained.run import read_run
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors
 from vit_jax.checkpoint.pretrained.weights import (
-    OBJECTIVE_PARAMS,
     Weights,
-    as_tuples,
-    infer_model,
-    unstack_blocks,
 )
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.tree import flatten
 
 _SUBTREE = re.compile(r"(.+):(?!//)([^:]+)")
-
-# What was taken of a run, by the part that was asked for.
-_WHICH = {
-    "": "the parameters as they are, not their average",
-    "ema_params": "the average of the parameters (ema_decay)",
-}
 
 
 def load_pretrained(source: str) -> Weights:
@@ -58,7 +45,7 @@ def load_pretrained(source: str) -> Weights:
     if source.startswith(("https://", "http://")):
         return _read_file(fetch(source), "")
     path, part = _split(source)
-    return _read_run(Path(path), part) if Path(path).is_dir() else _read_file(path, part)
+    return read_run(Path(path), part=part) if Path(path).is_dir() else _read_file(path, part)
 
 
 def _split(source: str) -> tuple[str, str]:
@@ -87,28 +74,3 @@ def _is_safetensors(file: epath.Path) -> bool:
     if start.startswith(b"PK"):
         return False
     return start[8:] == b"{" or file.suffix == ".safetensors"
-
-
-def _read_run(folder: Path, part: str) -> Weights:
-    tree, described = load_params(folder, item=part or "params")
-    flat: dict[str, Any] = flatten(tree)
-    if not part and any(path.startswith("params/") for path in flat):  # A train state of others.
-        flat = {p.removeprefix("params/"): x for p, x in flat.items() if p.startswith("params/")}
-    own = {
-        path: np.asarray(x)
-        for path, x in flat.items()
-        if path.partition("/")[0] in OBJECTIVE_PARAMS
-    }
-    params = unstack_blocks({path: np.asarray(x) for path, x in flat.items() if path not in own})
-    model = infer_model(params)
-    if not model:
-        names = ", ".join(sorted({path.partition("/")[0] for path in params})[:8])
-        raise UserError(f"{folder}: expected a model of this package, but it holds {names}")
-    return Weights(
-        params=params,
-        layout="vit_jax checkpoint" if described else "Orbax checkpoint",
-        model=model | as_tuples(described.get("model", {})),
-        preprocess=as_tuples(described.get("preprocess", {})),
-        objective_params=own,
-        notes=(_WHICH[part],) if described and part in _WHICH else (),
-    )

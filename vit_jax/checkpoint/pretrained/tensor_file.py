@@ -7,6 +7,7 @@ parser, which checks every number of the untrusted header, is called directly.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -58,6 +59,21 @@ def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str
         tensors[name] = array.reshape(entry["shape"])
     length = int.from_bytes(content[:8], "little")
     return tensors, json.loads(content[8 : 8 + length]).get("__metadata__", {})
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Returns the JSON object in a file beside the weights; empty if there is no such file.
+
+    Raises:
+      ValueError: the file is not JSON.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path.name} beside it is no JSON") from error
+    return content if isinstance(content, dict) else {}
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[str, str]) -> None:

@@ -2,11 +2,14 @@
 """Weights under this package's names, and what they say of the model that they belong to."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from vit_jax.models.resnet import total_stride
 
 POSEMB = "Transformer/posembed_input/pos_embedding"
 REGISTERS = "Transformer/registers"
@@ -99,6 +102,40 @@ def infer_model(params: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def describe_model(params: Mapping[str, np.ndarray], *, rope_theta: float | None) -> dict[str, Any]:
+    """Returns `infer_model` of a file whose position embeddings are learned or none."""
+    positions = "learned" if POSEMB in params else "none"
+    return infer_model(params) | {"position_embedding": positions, "rope_theta": rope_theta}
+
+
+def infer_image_size(params: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `{"image_size": (height, width)}` if the position embeddings are of a square."""
+    posemb = params.get(POSEMB)
+    if posemb is None:
+        return {}
+    patches = posemb.shape[1] - int("cls" in params) - int("dist" in params)
+    side = math.isqrt(patches)
+    rows, columns = _stride(model)
+    return {"image_size": (side * rows, side * columns)} if side * side == patches else {}
+
+
+def find_grid(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Returns (rows, columns) of patches in an image, if its size is known."""
+    image_size = preprocess.get("image_size")
+    if image_size is None:
+        return None
+    height, width = image_size
+    rows, columns = _stride(model)
+    return height // rows, width // columns
+
+
+def describe_interpolation(name: Any) -> list[str]:
+    """Returns a note if images were resized by another rule than that of the operations here."""
+    if name == "bilinear":
+        return []
+    return [f"images: resized by {name} interpolation in evaluation there, by bilinear here"]
+
+
 def _infer_mixer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     height, width, _, hidden = shapes["stem/kernel"]
     return {
@@ -152,3 +189,12 @@ def _infer_vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 def _count(shapes: Mapping[str, Any], pattern: str) -> int:
     return len({match[1] for path in shapes if (match := re.match(pattern, path))})
+
+
+def _stride(model: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) in pixels that a patch stands for."""
+    patch = model["patch_size"]
+    rows, columns = (patch, patch) if isinstance(patch, int) else patch
+    layers = model.get("resnet_layers")
+    shrink = 1 if layers is None else total_stride(tuple(layers))
+    return rows * shrink, columns * shrink
