@@ -64,7 +64,7 @@ def read_huggingface(
     Args:
       file: of the tensors; `config.json` and `preprocessor_config.json` beside it are read.
       tensors: arrays of any float dtype by name.
-      num_heads: attention heads; None to take what the files state, or is usual for the width.
+      num_heads: attention heads; None for what the files state, or is usual for the width.
 
     Returns:
       Weights with the dtypes of the file.
@@ -159,7 +159,7 @@ def _read_settings(config: Mapping[str, Any], *, kind: str) -> tuple[dict[str, A
 def _read_preprocess(
     processor: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns what preprocessor_config.json, or else config.json, says about images, and notes."""
+    """Returns `Weights.preprocess` from preprocessor_config.json or config.json, and notes."""
     found: dict[str, Any] = {}
     if processor.get("do_normalize", True) and "image_mean" in processor:
         found |= {"mean": tuple(processor["image_mean"]), "std": tuple(processor["image_std"])}
@@ -190,7 +190,7 @@ def _describe_resize(size: Any, crop: Any) -> dict[str, Any]:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    """(height, width) of what a config says: a number, two, or a mapping."""
+    """Returns (height, width) of a size in a config: a number, two, or a mapping."""
     if isinstance(size, Mapping):
         return size["height"], size["width"]
     if isinstance(size, int):

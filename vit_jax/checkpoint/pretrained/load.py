@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters to start from, wherever they are and whatever they are."""
+"""Loads pretrained weights from a name, a URL, a file or a run."""
 
 import dataclasses
 import re
@@ -11,25 +11,26 @@ from vit_jax.checkpoint.pretrained.download import fetch, resolve
 from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.checkpoint.pretrained.run import read_run
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors
-from vit_jax.checkpoint.pretrained.weights import (
-    Weights,
-)
+from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.utils.errors import UserError
 
 _SUBTREE = re.compile(r"(.+):(?!//)([^:]+)")
 
 
 def load_pretrained(source: str) -> Weights:
-    """Reads weights of any kind, told apart by what is in them.
+    """Reads pretrained weights; the content of a file decides which layout it has.
 
     Args:
-      source: a workdir or an Orbax checkpoint, a `.npz` or `.safetensors` file, the address of one,
-        or a name of the catalogue such as "augreg:B/16". `:PART` at the end of a path selects a
-        part: the model in a file of several (`siglip.npz:img`), or the average of the parameters
-        of a run (`WORKDIR:ema_params`).
+      source: a workdir or an Orbax checkpoint, a `.npz` or `.safetensors` file, the URL of one, or
+        a name of the catalogue such as "augreg:B/16". `:PART` at the end of a path selects a part:
+        the model in a file of several (`siglip.npz:img`), or the average of the parameters of a
+        run (`WORKDIR:ema_params`).
+
+    Returns:
+      Weights with the shapes of the source; float32 from a `.npz`, else the dtypes of the source.
 
     Raises:
-      UserError: it is none of these, or is damaged.
+      UserError: the source is none of these, or is damaged.
     """
     if resolved := resolve(source):
         path, published = resolved
@@ -65,11 +66,11 @@ def _read_file(path: str | Path, part: str) -> Weights:
 
 
 def _is_safetensors(file: epath.Path) -> bool:
-    """Told by the bytes; by the name only where they are of neither kind, or can't be read."""
+    """Decides by the first bytes, and by the name if they are of neither kind or can't be read."""
     try:
         with file.open("rb") as f:
             start = f.read(9)
-    except Exception:  # The reader will say what is wrong, storage has errors of many types.
+    except Exception:  # The reader reports the error; storage raises many types.
         start = b""
     if start.startswith(b"PK"):
         return False

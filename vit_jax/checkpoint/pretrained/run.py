@@ -80,7 +80,7 @@ def load_params(folder: Path, *, item: str = "params") -> tuple[dict[str, Any], 
 
     Returns:
       `(params, description)`: a nested dict of arrays with the shapes and dtypes of the checkpoint,
-      and the `description` that `CheckpointManager` wrote; empty in a checkpoint of others.
+      and the `description` that `CheckpointManager` wrote; empty if another program wrote it.
 
     Raises:
       UserError: there is no complete checkpoint, or it can't be read.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the `.safetensors` files of timm and Hugging Face, and writes files that timm loads.
 
-The tensor names alone say what a file is. What they leave open stands in the `config.json` and
-`preprocessor_config.json` that are published beside it, or in the metadata of a file written here.
+The tensor names show the layout of a file. What they do not show is in the `config.json` and
+`preprocessor_config.json` that are published with it, or in the metadata of a file written here.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.utils.errors import UserError, first_line
 
 _METADATA = "vit_jax"
-# Arguments of the model that change what it computes; the rest is of no use to who loads a file.
+# Arguments of the model that change what it computes.
 _MODEL_KEYS = (
     "name",
     "patch_size",
@@ -52,16 +52,16 @@ def read_safetensors(path: str | os.PathLike[str], *, num_heads: int | None = No
     """Reads a Vision Transformer of timm, Hugging Face or this package.
 
     Args:
-      path: of the file, local or `gs://`.
-      num_heads: attention heads; None to take what the files beside it state, or else what is
-        usual for the width.
+      path: local or `gs://`.
+      num_heads: attention heads; None for the number that the files beside it state, or else the
+        usual one for the width.
 
     Returns:
-      Parameters with the values and types of the file. Tensors that have no place in a model here
-      keep their names.
+      Weights with the values and dtypes of the file. Tensors that have no place in a model of this
+      package keep their names.
 
     Raises:
-      UserError: the file is missing, damaged, something else, or of a model that is unknown here.
+      UserError: the file is missing, damaged, or not of a known model.
     """
     file = epath.Path(path)
     try:
@@ -89,16 +89,15 @@ def read_safetensors(path: str | os.PathLike[str], *, num_heads: int | None = No
 
 
 def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
-    """Writes a file that timm loads with `load_state_dict(strict=True)`, whole or not at all.
+    """Writes a file that timm loads with `load_state_dict(strict=True)`.
 
-    The class is `VisionTransformer`, with rotary embeddings `Eva`. What its arguments must be, and
-    what else timm needs to know, stands in the metadata as JSON under `vit_jax`: the arguments of
-    the model here and the preprocessing. Reading the file gives the same parameters, but for those
-    that `timm.to_timm` merges.
+    The class in timm is `VisionTransformer`, or `Eva` with rotary embeddings. The arguments of the
+    model and the preprocessing are JSON in the metadata, under `vit_jax`. Reading the file gives
+    the same parameters, except those that `to_timm` merges.
 
     Args:
       path: of the file, in a folder that exists.
-      weights: of a model of `make_vit`.
+      weights: of a model of `make_vit`, any float dtype, which the file keeps.
 
     Raises:
       UserError: timm has no such model, or the file can't be written.
@@ -109,7 +108,7 @@ def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
     try:
         tensors = to_timm(arrays, model=stated, grid=find_grid(stated, preprocess))
         if stated.get("position_embedding") in FIXED_POSITIONS:
-            stated["position_embedding"] = "learned"  # As such they are in the file.
+            stated["position_embedding"] = "learned"  # The file stores them as learned ones.
         text = json.dumps({"model": stated, "preprocess": dict(preprocess)})
         write_tensors(Path(path), tensors, metadata={"format": "pt", _METADATA: text})
     except KeyError as error:
@@ -121,7 +120,7 @@ def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
 def _read_own(
     tensors: dict[str, np.ndarray], stated: dict[str, Any], num_heads: int | None
 ) -> Weights:
-    """Reads what `write_safetensors` wrote: the metadata leave nothing to guess."""
+    """Reads a file of `write_safetensors`, whose metadata describe the model."""
     model = {k: v for k, v in as_tuples(stated["model"]).items() if k in _MODEL_KEYS}
     params, notes = to_linen(
         tensors,

@@ -33,14 +33,14 @@ def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str
     """Reads all tensors and the metadata of a file.
 
     Args:
-      path: of the file, local or `gs://`.
+      path: local or `gs://`.
 
     Returns:
-      `(tensors, metadata)`; the arrays are read-only.
+      `(tensors, metadata)`; read-only arrays with the shapes and dtypes of the file, by name.
 
     Raises:
       OSError: the file can't be read.
-      ValueError: it is no safetensors file, or a damaged one.
+      ValueError: the file is damaged, or not a safetensors file.
     """
     content = path.read_bytes()
     try:
@@ -77,7 +77,12 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[str, str]) -> None:
-    """Writes a file, whole or not at all.
+    """Writes a file, which is flushed to the disk before it gets its name.
+
+    Args:
+      path: of the file, in a folder that exists.
+      tensors: arrays of any shape and of a dtype of the format, by name.
+      metadata: texts by key.
 
     Raises:
       OSError: the file can't be written.

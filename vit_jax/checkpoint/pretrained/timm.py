@@ -24,7 +24,7 @@ from vit_jax.checkpoint.pretrained.weights import (
 _NORM_EPSILON = 1e-6
 _EVA = re.compile(r"blocks\.\d+\.(gamma_1|attn\.(q_bias|q_proj\.weight))$")
 _ACTIVATIONS = {"gelu": "gelu_erf", "gelu_tanh": "gelu_tanh"}
-# Where timm has another number of heads than others of that width.
+# Models of timm with another number of heads than is usual for their width.
 _NUM_HEADS = {
     f"vit_giantopt_patch16_siglip_{pool}{size}": 16 for pool in ("", "gap_") for size in (256, 384)
 }
@@ -43,7 +43,7 @@ def read_timm(
     Args:
       file: of the tensors; a `config.json` beside it is read.
       tensors: arrays of any float dtype by name.
-      num_heads: attention heads; None to take what the files state, or is usual for the width.
+      num_heads: attention heads; None for what the files state, or is usual for the width.
 
     Returns:
       Weights with the dtypes of the file.

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor names and layouts of timm's Vision Transformers, to this package's and back.
+"""Converts tensors of timm's Vision Transformers to the parameters of this package and back.
 
-Kernels are transposed and fused projections split, so values stay as they are to the last bit; a
-sum is taken only where a token and its position embedding become one. Tensors without a place here
-keep their names.
+Kernels are transposed and fused projections split, so values stay equal to the last bit; only a
+token and its position embedding are added where they become one. Tensors without a place in the
+models of this package keep their names.
 
-Hybrids are the only models that compute something else there: timm standardises kernels with 1e-8
-added to the variance, and not, as the published weights were trained, with 1e-5 added to the
-deviation. Logits differ in the fifth digit.
+Only hybrids compute something else in timm: it standardises kernels with 1e-8 added to the
+variance, while the published weights were trained with 1e-5 added to the deviation. Logits differ
+in the fifth digit.
 
 Source: timm 1.0.31, `models/vision_transformer.py`, `vision_transformer_hybrid.py`, `eva.py` and
 `deit.py`.
@@ -47,14 +47,20 @@ _FUSED = (
     (("mlp.fc1_g.weight", "mlp.fc1_x.weight"), "mlp.fc1.weight"),
     (("mlp.fc1_g.bias", "mlp.fc1_x.bias"), "mlp.fc1.bias"),
 )
-# What a file may hold that no model here has, and why that does not matter.
+# Tensors that no model of this package has, and why that does not matter.
 _DROPPED = {
     "mask_token": "only for pre-training: dropped",
 }
 
 
 def infer_num_heads(tensors: Mapping[str, np.ndarray]) -> tuple[int, list[str]]:
-    """Returns the heads of a fused projection, and a note if they are only a convention.
+    """Infers the number of attention heads from the width of the model.
+
+    Args:
+      tensors: arrays by timm's names; `patch_embed.proj.weight` is `[width, channels, ...]`.
+
+    Returns:
+      `(num_heads, notes)`, with a note if the number is only a convention.
 
     Raises:
       ValueError: there is no convention for this width.
@@ -79,22 +85,23 @@ def to_linen(
     average: bool = False,
     swap_axes: bool = False,
 ) -> tuple[_Arrays, list[str]]:
-    """Renames the tensors of a `VisionTransformer` of timm, or of a class with synonyms.
+    """Converts the tensors of a `VisionTransformer` of timm, or of a class with synonyms.
 
     Args:
-      tensors: arrays by name.
-      num_heads: attention heads, which a fused projection does not show.
+      tensors: arrays of any float dtype by name.
+      num_heads: attention heads, which the shape of a fused projection does not show.
       num_slots: position embeddings in front of those of the patches; None if unknown.
-      average: the class token is not what is classified, but the mean over patches: it becomes a
-        register.
-      swap_axes: the first half of a head's channels turns with the column, not with the row: the
-        halves are swapped, in queries and keys alike.
+      average: whether the mean over patches is classified instead of the class token, which then
+        becomes a register.
+      swap_axes: whether rotary embeddings turn the first half of a head's channels with the column
+        instead of the row; the halves of queries and keys are then swapped.
 
     Returns:
-      `(params, notes)`: arrays by path, and one line for each thing that is not as in the file.
+      `(params, notes)`: arrays in the dtypes of `tensors` by path, and one line for each difference
+      from the file.
 
     Raises:
-      ValueError: tensors do not have the shapes of their names.
+      ValueError: a tensor does not have the shape that its name implies.
     """
     rest = _join_parts(tensors)
     params: _Arrays = {}
@@ -118,17 +125,20 @@ def to_linen(
 def to_timm(
     params: Mapping[str, np.ndarray], *, model: Mapping[str, Any], grid: tuple[int, int] | None
 ) -> _Arrays:
-    """Renames parameters for `VisionTransformer` of timm, or `Eva` with rotary embeddings.
+    """Converts parameters to tensors of timm's `VisionTransformer`, or `Eva` for rotary embeddings.
 
-    With registers the class token's position embedding is added to the class token (timm's
-    `no_embed_class`): the function is the same to the last bit, its parameters are not. Fixed
+    With registers, the position embedding of the class token is added to the token (timm's
+    `no_embed_class`): the parameters change, the function is the same to the last bit. Fixed
     position embeddings are written as learned ones. `Eva` gets `q_bias` and `v_bias` if all biases
     of keys are zero, else `qkv.bias` (its `attn_type="rope"`).
 
     Args:
-      params: arrays by path; blocks are not stacked.
-      model: arguments of the model; the parameters tell the rest.
+      params: arrays of any float dtype by path; blocks are not stacked.
+      model: arguments of the model; others are inferred from the parameters.
       grid: (rows, columns) of patches, needed for fixed position embeddings.
+
+    Returns:
+      Arrays in the dtypes of `params` by timm's names.
 
     Raises:
       ValueError: timm has no such model.
@@ -176,7 +186,7 @@ def _check_expressible(model: Mapping[str, Any], grid: tuple[int, int] | None) -
 
 
 def _join_parts(tensors: Mapping[str, np.ndarray]) -> _Arrays:
-    """Gives synonyms their name in `VisionTransformer`, and fuses what it has fused."""
+    """Renames synonyms as in `VisionTransformer`, and fuses tensors that it has fused."""
     joined = {}
     for name, x in tensors.items():
         for pattern, replacement in _SYNONYMS:
@@ -236,7 +246,7 @@ def _modules(layers: int, units: Sequence[int]) -> Iterator[tuple[str, str]]:
 
 
 def _read_tokens(rest: _Arrays, params: _Arrays, *, num_slots: int | None, average: bool) -> None:
-    # A distillation token that no head reads is one token more, which is a register here.
+    # A distillation token that no head reads becomes a register.
     distilled = "head_dist.weight" in rest and not average
     found = [rest.pop(name, None) for name in ("cls_token", "dist_token", "reg_token")]
     tokens = [x for x in found if x is not None]
@@ -263,7 +273,7 @@ def _read_tokens(rest: _Arrays, params: _Arrays, *, num_slots: int | None, avera
 
 
 def _guess_slots(length: int, found: list[np.ndarray | None]) -> int:
-    """Of the slots that a class of timm makes, those that leave a square, else its default."""
+    """Returns the first number of slots of a class of timm that leaves a square grid."""
     first, registers = found[:2], found[2]
     with_first = sum(x.shape[1] for x in first if x is not None)
     if registers is None:
@@ -277,7 +287,7 @@ def _guess_slots(length: int, found: list[np.ndarray | None]) -> int:
 
 
 def _add_slots(tokens: np.ndarray, slots: np.ndarray, *, start: int) -> np.ndarray:
-    """Adds position embeddings to the tokens from `start` on, as the model would."""
+    """Adds position embeddings `[1, n, width]` to the tokens `[1, m, width]` from `start` on."""
     end = slots.shape[1]
     if end <= start:
         return tokens
