@@ -11,7 +11,7 @@ import csv
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -232,24 +232,6 @@ def to_https(url: str) -> str:
     if not url.startswith("gs://"):
         return url
     return _GOOGLE_STORAGE + quote(url.removeprefix("gs://"))
-
-
-def make_table(catalogue: Iterable[Published]) -> str:
-    """Returns the catalogue as a Markdown table, for the documentation."""
-    lines = [
-        "| name | `model` | pixels | trained on | classes | ImageNet top-1 | images/s | MiB |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for p in catalogue:
-        classes = {"zero": "zeros", "none": "none"}.get(p.head, f"{p.num_classes:,}")
-        top1 = "" if p.top1 is None else str(p.top1)
-        speed = "" if p.images_per_sec is None else f"{p.images_per_sec:,.0f}"
-        size = "" if p.size is None else f"{p.size / 2**20:,.0f}"
-        name = f"**`{p.name}`**" if p.recommended else f"`{p.name}`"
-        model = f"{p.model} {p.variant}"
-        cells = (name, model, p.image_size, p.pretraining, classes, top1, speed, size)
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
 
 
 def _find_augreg(filename: str, catalogue: Mapping[str, Published]) -> Published:
