@@ -10,7 +10,7 @@ import pytest
 
 from tests.docs.blocks import ROOT, knows
 from vit_jax.checkpoint.pretrained.catalogue import find
-from vit_jax.checkpoint.pretrained.timm import to_timm
+from vit_jax.checkpoint.pretrained.timm_tensors import to_timm
 from vit_jax.config.schema import RENAMED
 from vit_jax.models.variants import make_mixer, make_vit
 from vit_jax.utils.tree import flatten

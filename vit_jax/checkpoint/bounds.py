@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a file of parameters may ask for."""
+"""Bounds the memory that reading an untrusted file of parameters may take."""
 
-# Parameters hardly compress: a file that would become so many times as long is none of them.
+# Parameters hardly compress: a file that would grow by this factor does not hold parameters.
 _MAX_RATIO = 20
 _MIN_BOUND = 1 << 26
 
 
 def check_size(stored: int, claimed: int) -> None:
-    """Called before memory is taken.
+    """Checks the size that a file claims for its arrays, before they are allocated.
 
     Args:
-      stored: bytes that are there.
-      claimed: bytes that they say they would become.
+      stored: bytes of the file.
+      claimed: bytes of its arrays, by its own headers.
 
     Raises:
-      ValueError: these are far more.
+      ValueError: the claim is far larger than the file.
     """
     if claimed > _MIN_BOUND + _MAX_RATIO * stored:
         raise ValueError(f"{stored:,} bytes that would become {claimed:,}")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a run: `WORKDIR/checkpoints/STEP/{params, ema_params, training}`, by Orbax.
 
-Parameters are an item of their own, so that they can be read without knowing the optimizer; another
-says which model they are of, and what it expects of images. A checkpoint appears under its name
-only once it is complete, with the checksums of its files, and is verified before it is used.
+Parameters are a separate item, so that they can be read without knowing the optimizer; another item
+describes their model and the preprocessing that it expects. A checkpoint gets its name only once it
+is complete, with the checksums of its files, and is verified before it is used.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -24,11 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
-from vit_jax.checkpoint.bounds import check_size
-from vit_jax.checkpoint.listing import find_checkpoint, list_steps
+from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manifest import find_fault, has_manifest, sync_folder, write_manifest
 from vit_jax.checkpoint.snapshot import Snapshot
 from vit_jax.checkpoint.state import TrainState
@@ -38,16 +35,14 @@ from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.layout import BROKEN, CHECKPOINTS, RUN
 from vit_jax.utils.metrics import lower_is_better
 
-_DESCRIPTION = "description"
+DESCRIPTION = "description"
 _METRICS = "metrics"
-# Of what is not complete yet, or about to go.
+# Part of the name of a folder that is incomplete or being removed.
 _HALF = ocp.utils.TMP_DIR_SUFFIX
-
-
-# So many in a row that can't be written end a run.
+# A run ends after this many failed saves in a row.
 MAX_FAILURES = 3
 _PROBE = 1 << 16
-# Of the next step, before a copy of the state is written.
+# Seconds to let the next step dispatch before a copy of the state is written.
 _HEAD_START_S = 0.05
 
 
@@ -62,8 +57,8 @@ class CheckpointOptions:
     Attributes:
       every: steps from one to the next; the last step always has one.
       keep: how many of the newest are kept.
-      keep_best: a metric such as `val/top1`; the checkpoint that is best by it is kept as well.
-        Which of two values is the better is known for each metric.
+      keep_best: a metric such as `val/top1`; the checkpoint with its best value is kept as well.
+        Whether lower is better follows from the name, see `lower_is_better`.
     """
 
     every: int = 1000
@@ -77,23 +72,23 @@ class CheckpointOptions:
 
 
 class CheckpointManager:
-    """Saves in the background, restores onto any mesh. A context manager: leaving waits.
+    """Saves train states in the background, and restores them onto any mesh.
 
-    Each checkpoint comes with the checksums of its files. Those there are verified first, the
-    newest at the head, up to one that is as it was written.
+    A context manager, which waits for the last save when it is left. Each checkpoint holds the
+    checksums of its files. On creation the newest existing checkpoint that is not damaged is found.
 
     Args:
       workdir: of the run.
       options: when to write and what to keep.
-      description: written into each checkpoint as JSON: the arguments of the `model`, and how
-        images are prepared for it (`preprocess`).
+      description: written into each checkpoint as JSON: arguments of the `model`, and how images
+        are prepared for it (`preprocess`).
 
     Attributes:
       workdir: of the run.
-      run: written into each checkpoint as `run.json`: what it came from.
+      run: written into each checkpoint as `run.json`, see `provenance.describe_run`.
 
     Raises:
-      UserError: there are checkpoints, and none is as it was written; in all processes.
+      UserError: there are checkpoints, and all are damaged; raised in all processes.
     """
 
     def __init__(
@@ -112,7 +107,7 @@ class CheckpointManager:
         if self._main:
             _remove_halves(self._directory)
             self._directory.mkdir(parents=True, exist_ok=True)
-        # What Orbax logs of its threads' errors is raised as well.
+        # Orbax also logs the errors of its threads that it raises.
         logging.getLogger("absl").addFilter(_is_not_of_orbax)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._snapshot = Snapshot()
@@ -126,30 +121,30 @@ class CheckpointManager:
     def __exit__(self, error: object, *exc: object) -> None:
         if error is None:
             self.wait(must=True)
-        elif self._thread is not None:  # The other processes may not come to agree on anything.
+        elif self._thread is not None:  # Other processes may not take part in a collective.
             self._thread.join()
         self._checkpointer.close()
 
     def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint."""
+        """Returns the step of the newest complete checkpoint; None if there is none."""
         return self._latest
 
     def path(self, step: int) -> Path:
-        """Folder of the checkpoint of a step."""
+        """Returns the folder of the checkpoint of a step."""
         return self._directory / str(step)
 
     def read_run(self) -> dict[str, Any]:
-        """What the newest checkpoint came from; empty if it does not say."""
+        """Returns `run.json` of the newest checkpoint; empty if it has none."""
         file = self.path(self._latest or 0) / RUN
         return json.loads(file.read_text()) if file.exists() else {}
 
     def save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
-        """Starts to write a checkpoint; waits at most while the arrays are copied to the host.
+        """Starts to write a checkpoint; blocks at most while the arrays are copied to the host.
 
         Args:
           step: number of updates made.
-          state: may be donated to the next step afterwards.
-          metrics: of this step; needed are those that `keep_best` names.
+          state: any shapes, dtypes and shardings; may be donated to the next step afterwards.
+          metrics: of this step by name; only the one of `keep_best` is used.
 
         Raises:
           SaveError: see `wait`.
@@ -170,7 +165,7 @@ class CheckpointManager:
         self._thread.start()
 
     def _try_to_write(self) -> str | None:
-        """Why nothing can be written; found out before processes wait for each other."""
+        """Returns why nothing can be written; checked before processes wait for each other."""
         try:
             if self._main:
                 with tempfile.TemporaryFile(dir=self._directory) as file:
@@ -182,24 +177,24 @@ class CheckpointManager:
 
     def _start(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
         items: dict[str, Any] = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
-        items[_DESCRIPTION] = ocp.args.JsonSave(self._description)
-        # Without it where SIGTERM came before the evaluation: this one can't be the best.
+        items[DESCRIPTION] = ocp.args.JsonSave(self._description)
+        # After SIGTERM there was no evaluation, and this checkpoint can't be the best.
         name = self._best
         if name is not None and name in metrics:
             items[_METRICS] = ocp.args.JsonSave({name: float(metrics[name])})
         self._checkpointer.save(self._half(step), args=ocp.args.Composite(**items), force=True)
 
     def wait(self, *, must: bool = False) -> None:
-        """Waits for the checkpoint that is being written; all processes have to.
+        """Waits for the checkpoint that is being written; a collective of all processes.
 
-        One that can't be written is said, and the next is another try.
+        A failure is logged, and the next save tries again.
 
         Args:
-          must: whether there is none to come, so that it has to be written.
+          must: whether a failure is an error because no other save follows.
 
         Raises:
-          SaveError: it has to be written, or is one too many in a row, and can't be; in all
-            processes.
+          SaveError: the save failed, and `must` is set or too many in a row have failed; raised in
+            all processes.
         """
         if self._thread is None:
             return
@@ -222,18 +217,18 @@ class CheckpointManager:
         return self._directory / f"{step}{_HALF}-unverified"
 
     def _write_copy(self, step: int, copy: TrainState, metrics: Mapping[str, float]) -> None:
-        """In the background: all that `save` does otherwise, and what follows."""
-        # What Orbax does in Python would hold up the next step, which is about to be queued.
+        """Runs in the background: writes a copy of the state, then completes the checkpoint."""
+        # The Python code of Orbax would delay the next step, which is about to be dispatched.
         time.sleep(_HEAD_START_S)
         try:
             self._start(step, copy, metrics)
-        except BaseException as e:  # for the main thread to judge
+        except BaseException as e:  # raised or logged by the main thread
             self._error = e
         else:
             self._complete(step)
 
     def _complete(self, step: int) -> None:
-        """In the background: checksums, then the name, then older checkpoints go."""
+        """Runs in the background: writes checksums, renames, then removes old checkpoints."""
         try:
             self._checkpointer.wait_until_finished()
             if self._main:
@@ -244,7 +239,7 @@ class CheckpointManager:
                 sync_folder(self._directory)
                 self._remove_old()
             _give_back_memory()
-        except BaseException as e:  # for the main thread to judge
+        except BaseException as e:  # raised or logged by the main thread
             self._error = e
             if self._main:
                 with contextlib.suppress(OSError):
@@ -260,24 +255,27 @@ class CheckpointManager:
             kept |= {step for _, step in sorted(judged, key=lambda x: (sign * x[0], x[1]))[-1:]}
         for step in steps:
             if step not in kept:
-                # Gone at once, by name: no one takes what is half removed for a checkpoint.
+                # Renamed first, so that a half-removed folder is not taken for a checkpoint.
                 going = self._directory / f"{step}{_HALF}-removed"
                 os.rename(self.path(step), going)
                 shutil.rmtree(going)
 
     def restore(self, abstract_state: TrainState) -> TrainState:
-        """Reads the newest checkpoint into the shapes and shardings of `abstract_state`.
+        """Reads the newest checkpoint that is not damaged.
 
         Damaged ones that are newer are moved to `WORKDIR/broken`.
 
+        Args:
+          abstract_state: shapes, dtypes and shardings (`jax.ShapeDtypeStruct`) of the result.
+
         Raises:
-          UserError: it can't be read, or is of another model or optimizer.
+          UserError: the checkpoint can't be read, or is of another model or optimizer.
         """
         step = self._latest
         assert step is not None
         items = {k: ocp.args.StandardRestore(v) for k, v in _items(abstract_state).items()}
         try:
-            with _quiet_reads():
+            with quiet_reads():
                 found = self._checkpointer.restore(
                     self.path(step), args=ocp.args.Composite(**items)
                 )
@@ -299,10 +297,10 @@ class CheckpointManager:
 
 
 def _give_back_memory() -> None:
-    """Returns to the system what the threads that wrote a checkpoint have freed.
+    """Returns to the system the memory that the threads that wrote a checkpoint have freed.
 
-    The C library keeps it for each thread apart, and new threads write the next one: over many
-    checkpoints a process would grow by the size of one.
+    The C library keeps it for each thread separately, and new threads write the next checkpoint, so
+    a process would grow by the size of one over many checkpoints.
     """
     with contextlib.suppress(AttributeError, OSError):  # Only glibc has the function.
         ctypes.CDLL(None).malloc_trim(0)
@@ -313,9 +311,9 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def _choose(directory: Path) -> tuple[int | None, dict[int, str]]:
-    """The newest checkpoint that is as it was written, and what is wrong with newer ones.
+    """Returns the newest step that is not damaged, and the faults of newer steps.
 
-    Process 0 reads them, and says what it skips.
+    Process 0 reads the checkpoints; the faults are logged.
     """
     chosen: dict[str, Any] = {"step": None, "faults": []}
     for step in reversed(list_steps(directory.parent)) if jax.process_index() == 0 else ():
@@ -340,7 +338,7 @@ def _choose(directory: Path) -> tuple[int | None, dict[int, str]]:
 
 
 def _read_metrics(checkpoint: Path) -> dict[str, float]:
-    """Those that the checkpoint was judged by when it was written."""
+    """Returns the metric of `keep_best` that was written with a checkpoint."""
     try:
         return json.loads((checkpoint / _METRICS / "metadata").read_text())
     except (OSError, ValueError):
@@ -348,10 +346,10 @@ def _read_metrics(checkpoint: Path) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _quiet_reads() -> Iterator[None]:
-    """Around a restore: if it fails, Orbax drops the reads under way, and they complain later.
+def quiet_reads() -> Iterator[None]:
+    """Silences what Orbax prints about reads that a failed restore abandons.
 
-    Of files that it can do without it warns at any rate, by absl.
+    Its warnings about optional files, which it logs by absl, are silenced too.
     """
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     logger = logging.getLogger("absl")
@@ -361,11 +359,11 @@ def _quiet_reads() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-    sys.unraisablehook = hook  # After a failure the other one stays.
+    sys.unraisablehook = hook  # Not restored after a failure: abandoned reads end later.
 
 
 def _remove_halves(directory: Path) -> None:
-    """Removes what a killed run left half written or half removed."""
+    """Removes folders that a killed run left half written or half removed."""
     for half in directory.glob(f"*{_HALF}*"):
         shutil.rmtree(half)
 
@@ -376,50 +374,3 @@ def _items(state: TrainState) -> dict[str, Any]:
         "training": {"step": state.step, "opt_state": state.opt_state},
     }
     return items if state.ema_params is None else items | {"ema_params": state.ema_params}
-
-
-def load_params(folder: Path, *, item: str = "params") -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads parameters of a run, or of any Orbax checkpoint.
-
-    Args:
-      folder: a workdir (its newest checkpoint is read), one of its checkpoints, or a folder into
-        which Orbax saved a tree of arrays.
-      item: of a checkpoint: "params", or "ema_params" for their average.
-
-    Returns:
-      The parameters as arrays on one local device, and what the checkpoint says of its experiment:
-      see `CheckpointManager`.
-
-    Raises:
-      UserError: there is no complete checkpoint, or it can't be read.
-    """
-    items = (item, _DESCRIPTION)
-    checkpoint = find_checkpoint(folder, items=items)
-    path = checkpoint if (checkpoint / "_METADATA").exists() else checkpoint / item
-    if not path.is_dir():
-        raise UserError(
-            f"there is no {path}; expected a whole checkpoint with params, and with ema_params "
-            "where ema_decay was set"
-        )
-    whole = path.parent
-    if has_manifest(whole) and (fault := find_fault(whole, items)):
-        raise UserError(f"the checkpoint {path} can't be read: {fault}")
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    try:
-        with ocp.StandardCheckpointer() as checkpointer, _quiet_reads():
-            stored = checkpointer.metadata(path).item_metadata.tree
-            files = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
-            leaves = jax.tree.leaves(stored)
-            claimed = sum(math.prod(m.shape) * np.dtype(m.dtype).itemsize for m in leaves)
-            check_size(sum(files), claimed)
-            abstract = jax.tree.map(
-                lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), stored
-            )
-            params = checkpointer.restore(path, abstract)
-        description = checkpoint / _DESCRIPTION / "metadata"
-        described = json.loads(description.read_text()) if description.exists() else {}
-    except Exception as e:
-        raise UserError(
-            f"the checkpoint {path} can't be read ({describe_error(e)}); expected a whole one"
-        ) from e
-    return params, described

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checksums of a checkpoint: `STEP/manifest.json` says what each file of it must be.
+"""Checksums of a checkpoint: `STEP/manifest.json` has the size and CRC-32 of each of its files.
 
-It is written when all other files are complete, and before the folder gets its name.
+It is written after all other files, and before the folder gets its final name.
 """
 
 import concurrent.futures
@@ -25,7 +25,7 @@ _ESSENTIAL = tuple(
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes the manifest of a folder; its files are then on the disk, whatever happens next."""
+    """Writes the manifest of a folder, and flushes all of its files to the disk."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         sums = pool.map(lambda path: _measure(path, sync=True), paths)
@@ -41,7 +41,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sees to it that the names in a folder are on the disk."""
+    """Flushes the names in a folder to the disk."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -50,18 +50,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def has_manifest(folder: Path) -> bool:
-    """Whether a checkpoint can be verified; those of older versions of the package can't."""
+    """Whether a checkpoint can be verified; one of an older version of the package can't."""
     return (folder / MANIFEST).exists() or (folder / RUN).exists()
 
 
 def find_fault(folder: Path, items: Sequence[str] | None = None) -> str | None:
-    """What is wrong with a checkpoint, as `FILE is ...`; None if nothing is.
+    """Returns the first fault of a checkpoint, as `FILE is ...`; None if it is not damaged.
 
-    Every byte is read. Without a manifest, it is only seen whether the main files are there.
+    Every byte is read. Without a manifest, only the existence of the main files is checked.
 
     Args:
       folder: of the checkpoint.
-      items: its parts that matter, such as `params`; all by default.
+      items: the parts to verify, such as `params`; None for all.
     """
     if not has_manifest(folder):
         missing = (name for name in _ESSENTIAL if not (folder / name).exists())
@@ -100,7 +100,7 @@ def _compare(folder: Path, name: str, was: list[Any]) -> str | None:
 
 
 def _measure(path: Path, *, sync: bool = False) -> list[Any]:
-    """Size and checksum of a file."""
+    """Returns the size in bytes and the checksum of a file."""
     size = checksum = 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):

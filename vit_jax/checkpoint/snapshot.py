@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A copy of the train state that can be written while the steps go on, where the host computes."""
+"""Copies the train state, so that it can be written while training on a CPU continues."""
 
 from typing import Any
 
@@ -8,29 +8,29 @@ import jax.numpy as jnp
 
 
 class Snapshot:
-    """Copies a state into memory that it keeps, as new memory takes longer than the copy.
+    """Copies a state into buffers that it reuses, since allocating them takes longer than the copy.
 
-    An accelerator needs none: its state is copied to the host, where that copy is written from.
+    An accelerator needs no copy: its state is written from a copy on the host.
     """
 
     def __init__(self) -> None:
         self._kept: list[Any] = []
 
     def take(self, state: Any) -> Any:
-        """Starts the copy of a tree of arrays, which may be donated afterwards.
+        """Starts to copy a tree of arrays, which may be donated afterwards.
 
         Args:
-          state: of the same shapes and shardings each time.
+          state: a tree of arrays, with the same shapes, dtypes and shardings in each call.
 
         Returns:
-          A tree that is whole until the next call; None where the devices are no CPUs of this
-          process alone. Of an array that is whole on each device there is one copy.
+          A tree that is valid until the next call, with one copy of each replicated array; None
+          unless all devices are CPUs of a single process.
         """
         leaves, structure = jax.tree.flatten(state)
         if jax.process_count() > 1 or any(_platform(x) != "cpu" for x in leaves):
             return None
         leaves = [x.addressable_data(0) if x.is_fully_replicated else x for x in leaves]
-        # A program works on one set of devices.
+        # A compiled program runs on one set of devices.
         sets = [x.sharding.device_set for x in leaves]
         kept = self._kept or [None] * len(leaves)
         for devices in {frozenset(s) for s in sets}:
@@ -51,5 +51,5 @@ def _copy_arrays(old: list[jax.Array | None], new: list[jax.Array]) -> list[jax.
     return [jnp.copy(x) for x in new]
 
 
-# Into the memory of the old copies, which are handed over for that alone.
+# The old copies are donated, so that the new ones reuse their memory.
 _copy = jax.jit(_copy_arrays, donate_argnums=0, keep_unused=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The train state."""
+"""The train state, which is all that a checkpoint holds of a run."""
 
 from typing import Any
 
@@ -10,7 +10,14 @@ import optax
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a checkpoint holds: arrays only."""
+    """State of training after a step; arrays only.
+
+    Attributes:
+      step: number of updates made, int32 `[]`.
+      params: nested dict of parameters, float32.
+      opt_state: state of the optimizer for the trained parameters.
+      ema_params: moving average of `params`, with its shapes, in float32; None without one.
+    """
 
     step: jax.Array
     params: Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: one experiment each, told apart by `config.json`."""
+"""The folder of a run, which belongs to the experiment of its `config.json`."""
 
 import contextlib
 import fcntl
@@ -19,15 +19,15 @@ from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, LABELS, LEDGER, LOCK, METRICS, RUN
 from vit_jax.utils.metrics import lower_is_better
 
-# Seconds for which another process may hold the lock only to look at it.
+# Seconds to wait for a lock, which a process that only inspects it may hold.
 _LOOK_S = 1.0
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
-    """The resolved config of a run.
+    """Returns the resolved config of a run, with tuples for the lists of JSON.
 
     Raises:
-      UserError: there is none.
+      UserError: the workdir has no config that can be read.
     """
     file = workdir / CONFIG
     try:
@@ -52,18 +52,18 @@ def read_run(workdir: Path) -> dict[str, Any]:
 
 
 def read_labels(workdir: Path) -> tuple[str, ...] | None:
-    """The class names of a run by label; None where they are not known."""
+    """Returns the class names of a run by label; None if they are not known."""
     file = workdir / LABELS
     return tuple(file.read_text(encoding="utf-8").split("\n")[:-1]) if file.exists() else None
 
 
 def find_step(workdir: Path | None, checkpoint: str) -> str:
-    """The checkpoint of a step of a run, as `load_pretrained` takes it.
+    """Returns the checkpoint of a step of a run, as a source for `load_pretrained`.
 
     Args:
       workdir: of the run; None if there is none.
-      checkpoint: the step; "last"; "best" by the metric that the run keeps the best one by; or
-        anything else, which is given back.
+      checkpoint: a step, "last", or "best" by the metric of `checkpoint.keep_best`; anything else
+        is returned as it is.
 
     Raises:
       UserError: there is no such checkpoint.
@@ -102,7 +102,7 @@ def _find_best(workdir: Path, steps: Sequence[int]) -> int:
 
 
 def _as_tuples(value: Any) -> Any:
-    """JSON has lists for tuples."""
+    """Replaces the lists of JSON by tuples."""
     if isinstance(value, dict):
         return {k: _as_tuples(v) for k, v in value.items()}
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
@@ -110,13 +110,13 @@ def _as_tuples(value: Any) -> Any:
 
 @contextlib.contextmanager
 def remove_workdir_on_error(workdir: Path, *, active: bool = True) -> Iterator[None]:
-    """Around a start: bad input found before the config is written leaves no new workdir behind.
+    """Removes a new workdir if a `UserError` ends the block before the config is written.
 
-    Only the ledger and folders that are empty are taken away.
+    Only the ledger and empty folders are removed.
 
     Args:
-      workdir: that may not exist yet.
-      active: False for one that does nothing, on all processes but one.
+      workdir: may not exist yet.
+      active: False on all processes but one, to do nothing.
     """
     existed = workdir.is_dir()
     used = existed and any(workdir.iterdir())
@@ -134,16 +134,14 @@ def remove_workdir_on_error(workdir: Path, *, active: bool = True) -> Iterator[N
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path, *, active: bool = True) -> Iterator[None]:
-    """Around a run: no second one can be in the same workdir.
-
-    The lock goes with the process that holds it, however that ends.
+    """Locks a workdir for a run. The lock ends with the process that holds it, even if killed.
 
     Args:
       workdir: an existing folder.
-      active: False for one that does nothing, on all processes but one.
+      active: False on all processes but one, to do nothing.
 
     Raises:
-      UserError: another process holds it.
+      UserError: another process holds the lock.
     """
     if not active:
         yield
@@ -153,7 +151,7 @@ def lock_workdir(workdir: Path, *, active: bool = True) -> Iterator[None]:
         file = open(path, "a+")  # noqa: SIM115 (closed below)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one before may have removed it after it was opened here.
+            # Its last holder may have removed the file after it was opened here.
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
         except BlockingIOError:
@@ -178,7 +176,7 @@ def lock_workdir(workdir: Path, *, active: bool = True) -> Iterator[None]:
 
 
 def find_holder(workdir: Path) -> str | None:
-    """Who trains in a workdir, as `process PID on HOST`; None if nobody does."""
+    """Returns the process that trains in a workdir, as `process PID on HOST`, or None."""
     try:
         with open(workdir / LOCK) as file:
             try:
@@ -191,10 +189,10 @@ def find_holder(workdir: Path) -> str | None:
 
 
 def write_config(workdir: Path, config: dict[str, Any]) -> None:
-    """Writes `config.json`, whole or not at all.
+    """Writes `config.json`.
 
     Raises:
-      UserError: it can't be written.
+      UserError: the file can't be written.
     """
     file = workdir / CONFIG
     _replace(file, json.dumps(config, indent=1, sort_keys=True) + "\n")
@@ -217,10 +215,10 @@ def write_run(workdir: Path, run: Mapping[str, Any]) -> None:
 
 
 def write_labels(workdir: Path, class_names: tuple[str, ...] | None) -> None:
-    """Writes `labels.txt`, a class name a line, if they are known and it is not there.
+    """Writes `labels.txt`, one class name a line, if names are known and the file does not exist.
 
     Raises:
-      UserError: it can't be written.
+      UserError: the file can't be written.
     """
     file = workdir / LABELS
     if class_names is None or file.exists():

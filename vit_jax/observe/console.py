@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The screen. Only process 0 writes to it."""
+"""Output on the screen, from process 0 only."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ from typing import Literal
 
 import rich.console
 
-# `quiet` shows results, warnings and the end; `verbose` all metrics of each logged step.
+# `quiet` shows results, warnings and the summary; `verbose` adds all metrics of each logged step.
 Verbosity = Literal["quiet", "normal", "verbose"]
 
 
@@ -18,17 +18,17 @@ settings = types.SimpleNamespace(verbosity="normal")
 
 
 def is_live(screen: rich.console.Console) -> bool:
-    """Whether what is shown there can be drawn over: a terminal, and nobody's log."""
+    """Whether a screen is interactive, so that lines can be redrawn, and is not a log of CI."""
     is_terminal = screen.is_terminal and not screen.is_dumb_terminal
     return is_terminal and not os.environ.get("CI") and settings.verbosity == "normal"
 
 
 def set_up(*, quiet: bool, to_stderr: bool = False, verbosity: Verbosity = "normal") -> None:
-    """Sends the package's log messages to the console.
+    """Sends the log messages of the package to the console.
 
     Args:
-      quiet: whether to silence a process, but for warnings.
-      to_stderr: whether to write there, and to leave stdout for what a program reads.
+      quiet: whether this process only prints warnings.
+      to_stderr: whether to write to stderr, so that stdout is left to the output of a command.
       verbosity: of a run.
     """
     settings.verbosity = verbosity
@@ -41,13 +41,13 @@ def set_up(*, quiet: bool, to_stderr: bool = False, verbosity: Verbosity = "norm
 
 
 def log(text: str) -> None:
-    """Prints a line as it is: no markup, no wrapping of paths."""
+    """Prints a line without markup or wrapping."""
     console.print(text, markup=False, soft_wrap=True)
 
 
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        # What a quiet process has to warn of is its own, such as a file that only it can't read.
+        # A warning of a quiet process concerns it alone, such as a file that only it can't read.
         if console.quiet and record.levelno >= logging.WARNING:
             print(record.getMessage(), file=sys.stderr)
         else:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps that diverge: what is done, and what is left of them to look at.
+"""Detects steps that diverge, and records their batches and the rollbacks that follow.
 
-`WORKDIR/divergence/STEP.{npz,json}` are the batch of the step and its metrics;
-`rollbacks.jsonl` there is read again by a run that goes on.
+`WORKDIR/divergence/STEP.{npz,json}` hold the batch of a step and its metrics; `rollbacks.jsonl` in
+the same folder is read by a run that resumes.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from vit_jax.observe.console import log
 from vit_jax.observe.jsonl import append_record, read_records
 from vit_jax.utils.layout import DIVERGENCE, ROLLBACKS
 
-# What to do at such a step: end the run; leave the state as it is and go on with the next batch;
-# or go on from the last checkpoint, past the batches up to this one.
+# What to do at such a step: end the run; keep the state and continue with the next batch; or resume
+# from the last checkpoint, without the batches up to this one.
 POLICIES = ("stop", "skip", "rollback")
 MAX_ROLLBACKS = 3
 MAX_SKIPPED_IN_A_ROW = 20
@@ -32,9 +32,9 @@ class Divergence:
 
     Attributes:
       step: number of the step, from 1.
-      reason: in words.
-      metrics: of the step, by name.
-      grad_norms: of the layers.
+      reason: for the screen.
+      metrics: values of the step by name.
+      grad_norms: norm of the gradient of each layer.
     """
 
     step: int
@@ -44,7 +44,7 @@ class Divergence:
 
 
 class DivergedError(Exception):
-    """The loss, the gradient or the parameters are no longer numbers, or the loss is too high."""
+    """The loss, gradient or parameters are not finite, or the loss is too high."""
 
     def __init__(self, message: str, *, step: int = 0):
         super().__init__(message)
@@ -54,7 +54,7 @@ class DivergedError(Exception):
 def find_divergence(
     step: int, metrics: Mapping[str, float], max_loss: float | None, grad_norms: Sequence[float]
 ) -> Divergence | None:
-    """What is wrong with the metrics of a step, if anything is."""
+    """Returns the divergence that the metrics of a step show; None if they show none."""
     for name, value in sorted(metrics.items(), key=lambda item: item[0] != "loss"):
         if not math.isfinite(value):
             return Divergence(step, f"the {name} of step {step} is {value}", metrics, grad_norms)
@@ -71,14 +71,14 @@ def write_dump(
     records: Sequence[str],
     layers: Sequence[str],
 ) -> None:
-    """Writes the batch of a step as it came from the data, and what is known of it.
+    """Writes the batch of a step that diverged, and its metrics.
 
     Args:
       workdir: of the run.
-      divergence: what was wrong.
-      batch: the whole batch.
+      divergence: of the step.
+      batch: the global batch `[batch, ...]` before augmentation on the device, by name.
       records: where each example comes from.
-      layers: names of the `grad_norms`.
+      layers: names for `divergence.grad_norms`.
     """
     folder = workdir / DIVERGENCE
     folder.mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ def write_dump(
     content = {
         "step": divergence.step,
         "reason": divergence.reason,
-        # As text: JSON has no word for what is not finite.
+        # As text, since JSON has no numbers that are not finite.
         "metrics": {name: str(value) for name, value in divergence.metrics.items()},
         "grad_norms": dict(zip(layers, map(str, divergence.grad_norms), strict=True)),
         "records": list(records),
@@ -101,18 +101,18 @@ def write_dump(
 
 
 def read_rollbacks(workdir: Path) -> list[dict[str, Any]]:
-    """Each with the steps `to` (the checkpoint) and `past` (the step that diverged)."""
+    """Returns rollbacks with the steps `to` (the checkpoint) and `past` (the one that diverged)."""
     records = read_records(workdir / DIVERGENCE / ROLLBACKS)
     return [r for r in records if all(type(r.get(key)) is int for key in ("to", "past"))]
 
 
 def append_rollback(workdir: Path, *, to: int, past: int, reason: str) -> None:
-    """Writes a rollback down, before it is made."""
+    """Records a rollback before it is made."""
     append_record(workdir / DIVERGENCE / ROLLBACKS, {"to": to, "past": past, "reason": reason})
 
 
 def skip_past(step: int, rollbacks: Sequence[Mapping[str, Any]]) -> int:
-    """The step after which a run goes on from the checkpoint of `step`."""
+    """Returns the step after which a run continues from the checkpoint of `step`."""
     for rollback in rollbacks:
         if rollback["to"] <= step < rollback["past"]:
             step = rollback["past"]

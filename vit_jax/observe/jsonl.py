@@ -11,15 +11,15 @@ from typing import Any
 from vit_jax.observe.console import log
 from vit_jax.utils.layout import METRICS
 
-# Lines that wait for room on the disk.
+# Lines that may wait for space on the disk.
 _MAX_WAITING = 10_000
 
 
 class LineWriter:
-    """Appends objects as whole lines; what a crash left of a last one is cut off first.
+    """Appends objects as whole lines, after cutting off half a line that a crash left.
 
-    A disk that is full, or a workdir that can't be written to, ends nothing: it is said once, and
-    the lines wait until they can be written.
+    A full disk or a workdir that can't be written to does not end a run: the error is logged once,
+    and lines wait until they can be written.
     """
 
     def __init__(self, path: Path):
@@ -28,7 +28,7 @@ class LineWriter:
         self._failing = False
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends an object, and those that wait."""
+        """Appends an object, after those that wait."""
         self._waiting.append(json.dumps(record).encode() + b"\n")
         try:
             self._flush()
@@ -57,7 +57,7 @@ class LineWriter:
 
 
 def cut_torn_line(file: Any) -> int:
-    """Cuts off what follows the last line break of a binary file; returns its length."""
+    """Cuts off what follows the last newline of a binary file; returns its length in bytes."""
     end = file.seek(0, os.SEEK_END)
     length = end
     while length:
@@ -75,7 +75,7 @@ def cut_torn_line(file: Any) -> int:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The records of a workdir; what follows a line that is torn or damaged is left out."""
+    """Returns the records of a workdir up to the first line that is torn or damaged."""
     records = []
     for record in _read_lines(workdir / METRICS):
         if not isinstance(record, dict) or type(record.get("step")) is not int:
@@ -85,7 +85,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: Path) -> Iterator[Any]:
-    """What JSON each line holds; None for those that hold none."""
+    """Yields the JSON value of each line; None for a line that is not JSON."""
     if path.exists():
         for line in path.read_text(errors="replace").split("\n"):
             try:
@@ -95,7 +95,7 @@ def _read_lines(path: Path) -> Iterator[Any]:
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Appends an object as a line, on a line of its own even after half of one."""
+    """Appends an object as a separate line, even after half a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         file.seek(0, os.SEEK_END)
@@ -107,5 +107,5 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects that `append_record` wrote; lines that are torn or damaged are left out."""
+    """Returns the objects that `append_record` wrote, without lines that are torn or damaged."""
     return [record for record in _read_lines(path) if isinstance(record, dict)]

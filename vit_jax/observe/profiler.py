@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A window of steps recorded by the JAX profiler, and what took longest in it."""
+"""Records a window of steps with the JAX profiler, and logs the longest operations."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,12 @@ from vit_jax.utils.layout import PROFILE
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Records `steps` steps, none by default, once a run has taken `start` of them."""
+    """The window of steps to record.
+
+    Attributes:
+      start: steps of this start of the run before the window, at least 1.
+      steps: length of the window; 0 to record nothing.
+    """
 
     start: int = 10
     steps: int = 0
@@ -31,9 +36,9 @@ class Profiler:
     """Starts and stops the trace as the loop passes the window. A context manager.
 
     Args:
-      workdir: the trace goes to its folder `profile`.
-      profile: the window; it counts from the start of this run, so a resumed run has one too.
-      active: False for a profiler that does nothing, on all processes but one.
+      workdir: the trace is written to its folder `profile`.
+      profile: the window, counted from the first step of this process, also in a resumed run.
+      active: False on all processes but one, to do nothing.
     """
 
     def __init__(self, workdir: Path, profile: Profile, *, active: bool):
@@ -47,7 +52,7 @@ class Profiler:
         self._stop()
 
     def step(self, state: Any) -> None:
-        """Called when a step has been queued, with the state that it gives."""
+        """Counts a step that was dispatched; `state` is its result, any tree of arrays."""
         if not self._active:
             return
         self._taken += 1
@@ -63,9 +68,9 @@ class Profiler:
             jax.profiler.stop_trace()
             self._running = False
             log(f"wrote profile {self._folder}: open it with TensorBoard or Perfetto")
-            self._say_operations()
+            self._log_operations()
 
-    def _say_operations(self) -> None:
+    def _log_operations(self) -> None:
         operations = read_operations(self._folder)
         steps, devices = self._taken - self._profile.start, jax.local_device_count()
         if steps > 0 and operations:

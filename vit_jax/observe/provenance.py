@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint came from: config, versions, source, devices and data."""
+"""Describes the origin of a checkpoint: config, versions, source, devices and data."""
 
 import importlib.metadata
 import platform
@@ -21,10 +21,10 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "gra
 
 
 def describe_run(config: Mapping[str, Any], *, data: str) -> dict[str, Any]:
-    """What a run is made of, as JSON.
+    """Returns the origin of a run as JSON values.
 
     Args:
-      config: resolved.
+      config: the resolved config.
       data: fingerprint of the training data.
     """
     kinds = Counter(d.device_kind for d in jax.devices())
@@ -41,7 +41,7 @@ def describe_run(config: Mapping[str, Any], *, data: str) -> dict[str, Any]:
 
 
 def describe_git(folder: Path) -> str | None:
-    """Commit of the source in a folder, with `-dirty` if it was changed since; None without git."""
+    """Returns the commit of a folder, with `-dirty` if files were changed; None without git."""
     try:
         command = ["git", "-C", str(folder)]
         subprocess.run([*command, "ls-files", "--error-unmatch", "."], check=True, **_QUIET)
@@ -53,7 +53,7 @@ def describe_git(folder: Path) -> str | None:
 
 
 def say_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Says what is new since a checkpoint was written, of what may change the last digits."""
+    """Logs changes since a checkpoint was written that may change the last digits."""
     old, new = dict(before.get("versions") or {}), dict(now["versions"])
     pairs = [(name, old[name], new[name]) for name in new if name in old]
     pairs += [(key, before[key], now[key]) for key in _MACHINE if key in before]

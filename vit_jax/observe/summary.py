@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands on the screen before and after a run."""
+"""The summaries on the screen at the start and end of a run."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,16 +29,16 @@ def report_start(
     groups: Sequence[tuple[str, ...]] = (),
     rates: Sequence[str] = (),
 ) -> None:
-    """Devices by process and machine, mesh, parameters and what becomes of them.
+    """Logs devices, mesh, parameters, and how these are optimized.
 
     Args:
       mesh: of the run.
       hosts: the machine of each process.
-      params: all parameters (arrays or shapes).
-      frozen: those that are not trained.
-      input_bytes: memory of this host for batches, by what they are for.
-      groups: rows of the table of parameters that are treated alike.
-      rates: lines on the learning rate and weight decay.
+      params: nested dict of all parameters, arrays or shapes.
+      frozen: nested dict of the parameters that are not trained.
+      input_bytes: bytes of batches on this host, by their use.
+      groups: rows of `optim.summary.group_params`.
+      rates: lines of `optim.summary.describe_rates`.
     """
     if settings.verbosity == "quiet":
         return
@@ -78,16 +78,16 @@ def report_end(
     heads: Sequence[str] = (),
     judged_on: Sequence[str] = (),
 ) -> None:
-    """Where the run stands, and the command that goes on from there.
+    """Logs the results of a run, its files, and the command that trains it for longer.
 
     Args:
       workdir: of the run.
-      step: that it has reached.
+      step: the last step.
       total_steps: of the config.
-      checkpoint: the newest.
-      longer: the command; None where there was none.
+      checkpoint: folder of the newest checkpoint.
+      longer: the command; None if it is not known.
       heads: names of the heads of a linear probe.
-      judged_on: names of their evaluators, the first of which chooses the head.
+      judged_on: names of their evaluators; the first one chooses the head.
     """
     log("")
     log(f"finished at step {step} of {total_steps}")
@@ -111,7 +111,7 @@ def report_end(
 def describe_best_head(
     results: Mapping[str, float], *, heads: Sequence[str], judged_on: Sequence[str]
 ) -> list[str]:
-    """The accuracy of the head that is best on the first split, on all of them."""
+    """Returns lines with the accuracy on all splits of the head that is best on the first one."""
     splits = [split for split in judged_on if f"{split}/count" in results]
     if not heads or not splits:
         return []
@@ -125,7 +125,7 @@ def describe_best_head(
 
 
 def last_results(workdir: Path) -> dict[str, float]:
-    """The newest value of each metric."""
+    """Returns the newest value of each metric of a run."""
     results: dict[str, float] = {}
     for record in read_metrics(workdir):
         results |= record

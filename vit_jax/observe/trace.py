@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which operations of a recorded trace took the time."""
+"""Sums up the time of the operations in a recorded trace."""
 
 import dataclasses
 import re
@@ -10,21 +10,21 @@ from typing import Any
 
 import jax
 
-# The line of a TPU's plane whose events are operations of the compiled program.
+# In a TPU's plane, the line whose events are operations of the compiled program.
 _TPU_LINE = "XLA Ops"
 _NUMBER = re.compile(r"\.\d+$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """Operations of one name.
+    """All operations of one name.
 
     Attributes:
-      name: of the instruction without its number, such as `dot` or `broadcast_add_fusion`; where
-        the trace says so, the part of the model that it comes from.
-      seconds: on all devices and in all steps; what ran inside of it, as in a loop, is not counted.
-      share: of all operations' seconds.
-      calls: how often there was one.
+      name: of the instruction without its number, such as `dot` or `broadcast_add_fusion`, and the
+        part of the model that it comes from, if the trace has it.
+      seconds: sum over devices and steps, without the operations that ran inside, as in a loop.
+      share: of the seconds of all operations, 0 to 1.
+      calls: number of operations.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Operation:
 
 
 def read_operations(folder: Path) -> list[Operation]:
-    """Operations in the newest trace below a folder, the longest first; empty if it names none."""
+    """Returns the operations of the newest trace below a folder, the longest first."""
     traces = sorted(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
     if not traces:
         return []
@@ -60,7 +60,7 @@ def read_operations(folder: Path) -> list[Operation]:
 def describe_operations(
     operations: Iterable[Operation], *, steps: int, devices: int, count: int = 10
 ) -> list[str]:
-    """Lines of a table of the longest operations, in milliseconds a step on each device."""
+    """Returns lines with the longest operations, in milliseconds per step and device."""
     lines = []
     for operation in list(operations)[:count]:
         own = 1000 * operation.seconds / steps / devices
@@ -70,7 +70,7 @@ def describe_operations(
 
 
 def _name(event: Any, line: str) -> str | None:
-    """Of the operation that an event is; None if it is none."""
+    """Returns the name of the operation of an event; None if it is not an operation."""
     stats = dict(event.stats)
     if "hlo_op" not in stats and line != _TPU_LINE:
         return None
@@ -80,7 +80,7 @@ def _name(event: Any, line: str) -> str | None:
 
 
 def _own_times(events: Iterable[tuple[float, float, str]]) -> Iterator[tuple[str, float]]:
-    """Times of events of one thread, each without those of the events within it."""
+    """Yields (name, nanoseconds) of the events of a thread, without those of events inside."""
     running: list[list[Any]] = []  # end, name and own time; each within the one before
     for start, duration, name in sorted(events, key=lambda event: (event[0], -event[1])):
         while running and running[-1][0] <= start:

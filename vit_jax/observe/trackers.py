@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experiment trackers beside the files of a run: Weights & Biases and MLflow.
 
-Each works in a thread of its own: one that is slow, or fails, never holds up training. A failure is
-said once, and the tracker is dropped. Keys and addresses come from the environment, and go nowhere.
+Each runs in its own thread, so that one that is slow or fails never delays training. A failure is
+logged once, and the tracker is dropped. Keys and addresses are read from the environment only.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import TRACKERS_FILE
 from vit_jax.utils.nested import flatten_config
 
-# Calls that wait for a tracker at most, and the seconds that it has at the end.
+# Calls that may wait for a tracker, and seconds that it may take at the end.
 _MAX_WAITING = 2000
 _END_S = 30.0
-# As MLflow has it at most: values of parameters, and entries of a request.
+# Limits of MLflow: characters of a parameter, and entries of a request.
 _VALUE, _ENTRIES = 500, 100
 _OFFLINE = ("offline", "disabled", "dryrun")
 
@@ -41,13 +41,13 @@ Histogram = tuple[np.ndarray, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tracking:
-    """What is recorded of a run besides metrics, and where else than in its workdir.
+    """What is recorded of a run besides metrics, and the trackers that receive it.
 
     Attributes:
-      trackers: names of `TRACKERS`; a text may hold several, with commas.
-      project: that the run is filed under: a project of Weights & Biases, an experiment of MLflow.
-      run: its name there; that of the workdir by default.
-      images: of the first batch, as the model sees them, at the start; 0 for none.
+      trackers: names in `TRACKERS`; a text may hold several, separated by commas.
+      project: the project of Weights & Biases, or experiment of MLflow.
+      run: name of the run in trackers; by default that of the workdir.
+      images: number of images of the first batch to record, after augmentation; 0 for none.
       histograms_every: steps between histograms of the parameters; 0 for none.
     """
 
@@ -67,27 +67,27 @@ class Tracking:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The trackers, one by one."""
+        """The names of the trackers, each once."""
         given = self.trackers.split(",") if isinstance(self.trackers, str) else self.trackers
         return tuple(dict.fromkeys(name.strip() for name in given if name.strip()))
 
 
 class Tracker(Protocol):
-    """Takes what is recorded, in the thread that made it. All may raise."""
+    """Receives records, in the thread that created it. All methods may raise."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def write_images(self, step: int, name: str, picture: np.ndarray) -> None:
-        """Takes a picture, uint8 `[height, width, 3]`."""
+        """Records a picture, uint8 `[height, width, 3]`."""
 
     def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
-        """Takes counts and edges of bins by name."""
+        """Records counts `[n]` and edges `[n + 1]` of bins by name, any numeric dtype."""
 
     def close(self, status: Status) -> None: ...
 
 
 class WandbTracker:
-    """Weights & Biases; its own variables such as WANDB_MODE hold."""
+    """Weights & Biases, configured by its variables such as WANDB_MODE."""
 
     def __init__(self, tracking: Tracking, workdir: Path, config: Mapping[str, Any]):
         wandb: Any = importlib.import_module("wandb")
@@ -102,7 +102,7 @@ class WandbTracker:
             config=dict(config),
             settings=wandb.Settings(console="off", silent=True),
         )
-        # Steps come again when a run goes on from a checkpoint, which its own counter refuses.
+        # Its own counter refuses steps that a resumed run repeats.
         self._run.define_metric("*", step_metric="step")
         _write_state(workdir, "wandb", run_id)
 
@@ -121,7 +121,7 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """MLflow, at MLFLOW_TRACKING_URI. It has no histograms."""
+    """MLflow at MLFLOW_TRACKING_URI, which has no histograms."""
 
     def __init__(self, tracking: Tracking, workdir: Path, config: Mapping[str, Any]):
         entities: Any = importlib.import_module("mlflow.entities")
@@ -164,10 +164,10 @@ TRACKERS: dict[str, Callable[[Tracking, Path, Mapping[str, Any]], Tracker]] = {
 
 
 def check_trackers(tracking: Tracking) -> None:
-    """Checks that the trackers can be used, as far as can be seen without a network.
+    """Checks, without a network, that trackers are installed and have a key.
 
     Raises:
-      UserError: one is not installed, or would ask for a key.
+      UserError: a tracker is not installed, or would ask for a key.
     """
     for name in tracking.names:
         if importlib.util.find_spec(name) is None:
@@ -194,11 +194,11 @@ def _has_wandb_key() -> bool:
 
 
 class Background:
-    """A tracker that works in a thread.
+    """Runs a tracker in a thread.
 
     Args:
-      name: for the screen.
-      make: makes the tracker, in the thread.
+      name: of the tracker, for the screen.
+      make: creates the tracker; called in the thread.
     """
 
     def __init__(self, name: str, make: Callable[[], Tracker]):
@@ -208,7 +208,7 @@ class Background:
         self._thread.start()
 
     def call(self, function: Callable[[Tracker], None]) -> None:
-        """Has the tracker do something, later."""
+        """Queues a call with the tracker, and returns at once."""
         if self._dropped:
             return
         try:
@@ -217,7 +217,7 @@ class Background:
             self._drop(f"does not keep up: {_MAX_WAITING} records wait")
 
     def close(self, status: Status) -> None:
-        """Waits for what is left to do, for a while."""
+        """Waits for the queued calls, for a limited time."""
         self.call(lambda tracker: tracker.close(status))
         with contextlib.suppress(queue.Full):
             self._calls.put_nowait(None)
@@ -232,7 +232,7 @@ class Background:
                 if self._dropped:
                     return
                 function(tracker)
-        except BaseException as e:  # Some end the process where they should raise.
+        except BaseException as e:  # Some libraries exit instead of raising.
             self._drop(f"failed ({type(e).__name__}: {first_line(e)})")
 
     def _drop(self, why: str) -> None:
@@ -242,13 +242,13 @@ class Background:
 
 
 class Trackers:
-    """All trackers of a run. A context manager, which says how the run ended.
+    """All trackers of a run. A context manager, which reports how the run ended.
 
     Args:
-      tracking: which.
+      tracking: names of the trackers, and their options.
       workdir: of the run.
-      config: resolved.
-      active: False for none, on all processes but one.
+      config: the resolved config.
+      active: False on all processes but one, for no trackers.
     """
 
     def __init__(
@@ -271,19 +271,20 @@ class Trackers:
             tracker.close(status)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hands on a record."""
-        for tracker in self._all:
-            tracker.call(lambda t: t.write(step, metrics))
+        """Sends a record to all trackers."""
+        self._call_all(lambda t: t.write(step, metrics))
 
     def write_images(self, step: int, name: str, picture: np.ndarray) -> None:
-        """Hands on a picture."""
-        for tracker in self._all:
-            tracker.call(lambda t: t.write_images(step, name, picture))
+        """Sends a picture, uint8 `[height, width, 3]`, to all trackers."""
+        self._call_all(lambda t: t.write_images(step, name, picture))
 
     def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
-        """Hands on histograms."""
+        """Sends histograms by name to all trackers; see `Tracker`."""
+        self._call_all(lambda t: t.write_histograms(step, histograms))
+
+    def _call_all(self, function: Callable[[Tracker], None]) -> None:
         for tracker in self._all:
-            tracker.call(lambda t: t.write_histograms(step, histograms))
+            tracker.call(function)
 
 
 def make_hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,7 +294,14 @@ def make_hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tile(images: np.ndarray) -> np.ndarray:
-    """Images `[n, height, width, 3]` in rows and columns, as one picture; what is left is black."""
+    """Arranges images in a square grid, whose last cells may be black.
+
+    Args:
+      images: `[n, height, width, 3]`, any dtype.
+
+    Returns:
+      `[rows * height, columns * width, 3]`, of the same dtype.
+    """
     count, height, width, channels = images.shape
     columns = int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metric files of a run: `metrics.jsonl` and TensorBoard events."""
+"""Writes the metrics of a run to `metrics.jsonl`, TensorBoard events and trackers."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from vit_jax.observe.trackers import Histogram, Trackers, make_hyperparameters, 
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import METRICS, TENSORBOARD
 
-# Made by protobuf at import, where type checkers see nothing.
+# Created by protobuf at import, which type checkers do not see.
 Event: Any = event_pb2.__dict__["Event"]
 SessionLog: Any = event_pb2.__dict__["SessionLog"]
 
@@ -29,20 +29,20 @@ _FLUSH_S = 30.0
 class MetricWriter:
     """Writes each record to both files and to trackers, to `metrics.jsonl` at once.
 
-    A context manager.
-
-    A full disk does not end a run: see `LineWriter`. TensorBoard misses what could not be written.
+    A context manager. A full disk does not end a run, see `LineWriter`; TensorBoard then lacks the
+    records that could not be written.
 
     Args:
-      workdir: where the files are.
-      step: the run starts after this step. Records of later ones, left by a run that was killed,
-        are dropped, and so is half a line.
-      active: False for a writer that does nothing, on all processes but one.
-      trackers: that get the records too.
+      workdir: folder of the files.
+      step: the run starts after this step. Records of later steps, which a killed run left, and
+        half a line are dropped.
+      active: False on all processes but one, to do nothing.
+      trackers: receive the records too.
     """
 
     def __init__(self, workdir: Path, *, step: int, active: bool, trackers: Trackers | None = None):
-        self._active, self._trackers = active, trackers
+        self._active = active
+        self._sinks: list[Any] = []  # They get what metrics.jsonl gets, and pictures.
         if not active:
             return
         path = workdir / METRICS
@@ -50,6 +50,7 @@ class MetricWriter:
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._lines = LineWriter(path)
         self._tensorboard = _Events(workdir / TENSORBOARD, step=step)
+        self._sinks = [self._tensorboard, *([] if trackers is None else [trackers])]
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -60,47 +61,39 @@ class MetricWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one record."""
-        if not self._active:
-            return
-        self._lines.write({"step": step, **metrics})
-        self._tensorboard.write(step, metrics)
-        if self._trackers is not None:
-            self._trackers.write(step, metrics)
+        if self._active:
+            self._lines.write({"step": step, **metrics})
+        for sink in self._sinks:
+            sink.write(step, metrics)
 
     def write_config(self, config: Mapping[str, Any], metrics: Sequence[str]) -> None:
-        """Tells TensorBoard the hyperparameters, and the metrics by which runs are compared."""
+        """Writes hyperparameters and the names of metrics to compare runs by, for TensorBoard."""
         if self._active:
             self._tensorboard.write_config(make_hyperparameters(config), metrics)
 
     def write_images(self, step: int, name: str, images: np.ndarray) -> None:
         """Writes uint8 images `[n, height, width, 3]` as one picture."""
-        if not self._active:
-            return
         picture = tile(images)
-        self._tensorboard.write_picture(step, name, picture)
-        if self._trackers is not None:
-            self._trackers.write_images(step, name, picture)
+        for sink in self._sinks:
+            sink.write_images(step, name, picture)
 
     def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
-        """Writes histograms by name: counts `[n]`, and the `[n + 1]` edges of the bins."""
-        if not self._active:
-            return
-        self._tensorboard.write_histograms(step, histograms)
-        if self._trackers is not None:
-            self._trackers.write_histograms(step, histograms)
+        """Writes histograms by name: counts `[n]`, and the edges `[n + 1]` of the bins."""
+        for sink in self._sinks:
+            sink.write_histograms(step, histograms)
 
 
 class _Events:
-    """TensorBoard events, written in the caller's thread: that of tensorboardX dies of an error.
+    """Writes TensorBoard events in the caller's thread, since an error ends that of tensorboardX.
 
-    After an error it goes on in a new file, since nothing is read after half a record.
+    After an error it starts a new file, since readers stop at half a record.
     """
 
     def __init__(self, folder: Path, *, step: int):
         self._folder, self._failing = folder, False
         self._file: EventsWriter | None = None
         self._flushed = 0.0
-        # What comes again takes the place of what was written of it before.
+        # Steps that are repeated replace what was written for them before.
         again = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
         self._put([again] if step else [])
 
@@ -112,7 +105,7 @@ class _Events:
         parts = hparams(dict(flat), dict.fromkeys(metrics, 0.0))
         self._put([Event(summary=part) for part in parts])
 
-    def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+    def write_images(self, step: int, name: str, picture: np.ndarray) -> None:
         self._put([Event(step=step, summary=image(name, picture, dataformats="HWC"))])
 
     def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
@@ -132,7 +125,7 @@ class _Events:
         try:
             if self._file is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                # The name has the time in seconds, and a second run in one would overwrite it.
+                # The name has the time in seconds: two runs in one second would share a file.
                 self._file = EventsWriter(str(self._folder / "events"), f".{time.time_ns()}")
             for event in events:
                 event.wall_time = now

@@ -21,7 +21,6 @@ def take_steps(run: Services, state: TrainState, *, start: int) -> None:
       Preempted: SIGTERM came; the state is saved.
     """
     experiment, phases, total = run.experiment, run.phases, run.experiment.total_steps
-    train_step = experiment.train_step  # also places the constants of the objective
     batches = experiment.train_batches(start, corrupt=run.corrupt)
     # Outside of the guard: the first access copies the constants of the objective to the devices.
     train_step = experiment.train_step

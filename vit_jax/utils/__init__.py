@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leaf helpers: errors, name resolution, parameter trees."""
+"""Helpers that import nothing else of the package."""

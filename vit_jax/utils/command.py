@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How every command parses its arguments, reports bad input and ends."""
+"""Parses the arguments of commands, reports bad input and sets exit codes."""
 
 import argparse
 import contextlib
@@ -12,19 +12,17 @@ import absl.logging
 
 from vit_jax.utils.errors import UserError
 
-# Exit code of a command that Ctrl-C has ended, as shells count.
+# Exit code after Ctrl-C, as in shells.
 INTERRUPTED = 130
-
-
-# Characters of an error.
+# Characters of an error that are printed at most.
 _MAX_ERROR = 4000
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Arguments of a command, whose help is a text with examples.
+    """Parses the arguments of a command, and prints its help without wrapping its examples.
 
     Raises:
-      UserError: arguments that do not fit, for `report_errors`.
+      UserError: the arguments are wrong; see `report_errors`.
     """
 
     def __init__(self, **options: Any):
@@ -37,9 +35,9 @@ class CommandParser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
-    """Makes of bad input one line and exit code 2; for the outermost level of a command.
+    """Turns a `UserError` into one line and exit code 2, at the outermost level of a command.
 
-    What the libraries warn of is for their authors: errors alone are shown.
+    Warnings of libraries by absl are hidden, since users can't act on them.
     """
     absl.logging.set_verbosity(absl.logging.ERROR)
     try:
@@ -52,18 +50,18 @@ def report_errors() -> Iterator[None]:
 def run_command(
     main: Callable[[Sequence[str]], int | None], *, interrupted: str = "interrupted"
 ) -> NoReturn:
-    """Runs a command as the process that it is: bad input is one line and exit code 2.
+    """Runs a command and exits: with code 2 and one line for bad input, 130 after Ctrl-C.
 
     Args:
-      main: takes the arguments, and returns the exit code; None is 0.
-      interrupted: what to say after Ctrl-C.
+      main: takes the arguments and returns the exit code; None is 0.
+      interrupted: text to print after Ctrl-C.
     """
     try:
         with report_errors():
             code = main(sys.argv[1:])
             sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever reads has seen enough; Python would complain of it when it ends.
+        # The reader has closed the pipe. Python would print an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
@@ -73,10 +71,10 @@ def run_command(
 
 
 def print_error(error: Exception) -> None:
-    """Prints what went wrong in one line, to stderr; what it quotes may be of any length."""
+    """Prints an error in one line to stderr, shortened in the middle."""
     text = " ".join(str(error).split())
     if len(text) > _MAX_ERROR:
         text = f"{text[: _MAX_ERROR // 2]} ... {text[-_MAX_ERROR // 2 :]}"
-    # Arguments that are no UTF-8 hold what can't be printed.
+    # Arguments that are not UTF-8 have characters that can't be printed.
     text = text.encode(errors="backslashreplace").decode()
     print(f"vit_jax: error: {text}", file=sys.stderr)

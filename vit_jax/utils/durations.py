@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Durations of a config: in steps, epochs, examples or percent of the run, one of them each.
+"""Durations in a config, each in one unit: steps, epochs, examples or percent of the run.
 
 The keys of a duration share a stem: `warmup_steps`, `warmup_epochs`, `warmup_examples` and
-`warmup_percent`; of what happens every so often the key of the steps is the stem: `every`.
+`warmup_percent`. For a period, the key of the steps is the stem alone: `every`, `every_epochs`.
 """
 
 import dataclasses
@@ -14,17 +14,17 @@ from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import check_type
 
 UNITS = ("steps", "epochs", "examples", "percent")
-# The length of a run, of which there is no percentage.
+# The length of a run has no percentage.
 LENGTH = {"total_steps": "steps", "epochs": "epochs", "examples": "examples"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """What turns epochs and examples into steps.
+    """Converts epochs and examples to steps.
 
     Attributes:
-      batch_size: examples a step.
-      epoch_examples: gives the examples of an epoch; only called where epochs are asked for.
+      batch_size: examples in a step.
+      epoch_examples: returns the number of examples in an epoch; only called for epochs.
     """
 
     batch_size: int
@@ -32,7 +32,7 @@ class Clock:
 
 
 def duration_keys(stem: str) -> dict[str, str]:
-    """The unit of each key of a duration."""
+    """Returns the unit of each key of a duration."""
     steps = stem if stem.endswith("every") else f"{stem}_steps"
     return {steps: "steps"} | {f"{stem}_{unit}": unit for unit in UNITS[1:]}
 
@@ -40,15 +40,15 @@ def duration_keys(stem: str) -> dict[str, str]:
 def find_duration(
     section: Mapping[str, Any], keys: Mapping[str, str], *, prefix: str = ""
 ) -> tuple[str, Any] | None:
-    """The key of a duration that is given, and its value; None if none is.
+    """Returns the key of a duration that a section has, and its value; None if it has none.
 
     Args:
       section: of the config.
-      keys: of the duration, from `duration_keys`.
+      keys: units by key, from `duration_keys`.
       prefix: of keys in errors, such as "optimizer.".
 
     Raises:
-      UserError: several are given, or a value is no number of its unit.
+      UserError: the section has several keys of the duration, or a value does not fit its unit.
     """
     given = {key: section[key] for key in keys if section.get(key) is not None}
     if len(given) > 1:
@@ -68,11 +68,11 @@ def find_duration(
 def to_steps(
     value: float, unit: str, *, clock: Clock | None, total_steps: int | None = None
 ) -> int:
-    """The nearest number of steps to a duration.
+    """Converts a duration to the nearest number of steps.
 
     Args:
       value: number of units.
-      unit: of `UNITS`.
+      unit: one of `UNITS`.
       clock: needed for epochs and examples.
       total_steps: of the run; needed for percent.
     """
@@ -89,11 +89,10 @@ def to_steps(
 def split_every(
     section: Mapping[str, Any], stem: str, *, prefix: str = ""
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Takes `every_epochs` and the like out of a section.
+    """Separates a period in epochs, examples or percent from the other keys of a section.
 
     Returns:
-      The rest of the section, and what was taken out: a dict of one key, or an empty one where
-      the section gives steps or nothing.
+      `(rest, period)`: period has one key; it is empty if the section has steps or no period.
 
     Raises:
       UserError: see `find_duration`.
@@ -108,7 +107,7 @@ def split_every(
 
 
 def every_steps(given: Mapping[str, Any], stem: str, *, clock: Clock, total_steps: int) -> int:
-    """What `split_every` took out, in steps: at least 1, but for a duration of 0."""
+    """Converts a period of `split_every` to steps: at least 1, or 0 for a period of 0."""
     ((key, value),) = given.items()
     steps = to_steps(value, duration_keys(stem)[key], clock=clock, total_steps=total_steps)
     return max(steps, 1) if value else 0

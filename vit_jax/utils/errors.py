@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that a person can act on, in one line."""
+"""Errors in one line that users can act on."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ _MAX_CHARS = 400
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: the value, what was expected, where to fix it."""
+    """Bad input. The message is one line: the value, what was expected, and the key to change."""
 
 
 def describe_error(error: BaseException) -> str:
@@ -23,7 +23,7 @@ def first_line(error: BaseException) -> str:
 
 
 def suggest(name: str, options: Iterable[str]) -> str:
-    """Returns ``"; did you mean 'x'?"`` or the list of what there is, to append to an error."""
+    """Returns ``"; did you mean 'x'?"`` or the list of options, to append to an error."""
     options = sorted(options)
     near = difflib.get_close_matches(name, options, n=1)
     if near:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From config sections to constructor calls.
+"""Turns config sections into arguments of constructors.
 
-A config section is the keyword arguments of one constructor (or of two that share the section)
-plus `name`. The constructor's signature is therefore the only list of keys and defaults, and its
-annotations say which values fit. Everything else is refused here, with the key that is wrong.
+A config section holds the keyword arguments of one constructor (or of two that share the section)
+and `name`. So the signature of the constructor is the only list of keys and defaults, and its
+annotations define which values fit. All else is an error that names the key.
 """
 
 import inspect
@@ -19,23 +19,23 @@ _FLAX_FIELDS = {"parent", "name"}
 
 
 def lookup(table: Mapping[str, Any], name: Any, *, key: str) -> Any:
-    """Returns `table[name]`; an unknown name is a `UserError` with the nearest one."""
+    """Returns `table[name]`; an unknown name is a `UserError` that suggests the nearest one."""
     if not isinstance(name, str) or name not in table:
         raise UserError(f"{key}={name!r} is unknown{suggest(str(name), table)}")
     return table[name]
 
 
 def keywords(fn: Callable) -> dict[str, inspect.Parameter]:
-    """The parameters of `fn` that a config may give: keyword-only and with simple types."""
+    """Returns the parameters of `fn` that a config may set: the keyword-only ones."""
     parameters = inspect.signature(fn).parameters.values()
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def takes_options_of(target: Callable) -> Callable[[Callable], Callable]:
-    """Decorates a function whose `**options` go to a dataclass or to another constructor.
+    """Decorates a function that passes its `**options` to a dataclass or another constructor.
 
-    Its signature then lists them: the keyword-only arguments of `target` that it does not name
-    itself. So their defaults stand once, and a config may give them.
+    Its signature then has the keyword-only parameters of `target` in their place, so that a config
+    may set them and their defaults are defined once.
     """
 
     def decorate(fn: Callable) -> Callable:
@@ -53,17 +53,16 @@ def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str,
     """Splits a config section into one dict of keyword arguments for each of `fns`.
 
     Args:
-      section: what the config says, without `name`.
+      section: of the config, without `name`.
       *fns: constructors whose keyword-only parameters are the allowed keys.
-      key: where the section stands in the config, for errors.
-      given: parameters that the caller supplies itself; a config may not.
+      key: path of the section in the config, for errors.
+      given: parameters that the caller passes, and a config may not set.
 
     Returns:
-      A list with one dict for each constructor, defaults filled in, so that it can be written down
-      as the resolved config.
+      A list with one dict for each constructor, with defaults, as in the resolved config.
 
     Raises:
-      UserError: an unknown key, a missing one, or a value of the wrong type.
+      UserError: a key is unknown or missing, or a value has the wrong type.
     """
     allowed: dict[str, inspect.Parameter] = {}
     for fn in fns:
@@ -73,7 +72,7 @@ def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str,
         if name not in allowed:
             raise UserError(f"unknown config key {key}.{name}{suggest(name, allowed)}")
         annotation = allowed[name].annotation
-        # On the command line a bare none is None, and a choice of that name is meant by it.
+        # The command line turns none into None, which here means the choice of that name.
         if value is None and not _fits(None, annotation) and "none" in _literals(annotation):
             value = "none"
         check_type(value, annotation, key=f"{key}.{name}")
@@ -92,10 +91,10 @@ def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str,
 
 
 def check_type(value: Any, annotation: Any, *, key: str) -> None:
-    """Raises `UserError` unless `value` fits a simple annotation.
+    """Raises `UserError` unless a value fits a simple annotation.
 
-    Those are str, int | None, Literal["a", "b"], tuple[int, int], tuple[str, ...] and the like. A
-    list fits where a tuple is expected: JSON and the command line give lists.
+    Examples of such are str, int | None, Literal["a", "b"], tuple[int, int] and tuple[str, ...]. A
+    list fits a tuple, since JSON and the command line have only lists.
     """
     if _fits(value, annotation):
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameter trees as flat dicts from a path (`a/b/kernel`) to a leaf."""
+"""Trees of arrays as flat dicts from a path (`a/b/kernel`) to a leaf."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,17 +9,17 @@ from flax import traverse_util
 
 
 def path_str(path: tuple[Any, ...]) -> str:
-    """A jax key path as `a/b/kernel`."""
+    """Returns a key path of JAX as `a/b/kernel`."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Leaves of any pytree by path."""
+    """Returns the leaves of any pytree by path, in the order of the tree."""
     return {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def partition(tree: dict[str, Any], chosen: Callable[[str], bool]) -> tuple[Any, Any]:
-    """Cuts a nested dict in two: the leaves with a chosen path, and the rest; paths stay."""
+    """Splits a nested dict into the leaves whose paths are chosen, and the rest."""
     parts: tuple[dict, dict] = ({}, {})
     for path, leaf in traverse_util.flatten_dict(tree).items():
         parts[0 if chosen("/".join(path)) else 1][path] = leaf
@@ -28,7 +28,7 @@ def partition(tree: dict[str, Any], chosen: Callable[[str], bool]) -> tuple[Any,
 
 
 def merge(first: Any, second: dict[str, Any]) -> Any:
-    """Puts the two parts of `partition` together again."""
+    """Joins the two parts of `partition`."""
     if not second:
         return first
     flat = traverse_util.flatten_dict(first) | traverse_util.flatten_dict(second)
@@ -36,5 +36,5 @@ def merge(first: Any, second: dict[str, Any]) -> Any:
 
 
 def count(tree: Any) -> int:
-    """Number of values in all leaves (arrays or shapes)."""
+    """Returns the number of values in all leaves, which are arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.catalogue_table import PAGE, renew
+from tools.catalogue_table import PAGE, make_table, renew
 from vit_jax.checkpoint.pretrained.catalogue import (
     CATALOGUE,
     Published,
@@ -15,7 +15,6 @@ from vit_jax.checkpoint.pretrained.catalogue import (
     find,
     is_name,
     load_catalogue,
-    make_table,
     needs_index,
     select_augreg,
     to_https,

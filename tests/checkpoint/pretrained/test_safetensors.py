@@ -27,8 +27,8 @@ CASES = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
 # no biases, a class token that is not used, channels in another order.
 ONE_WAY = {"timm_vit_average", "timm_eva_rope_ape"}
 WRITTEN_BACK = [name for name in CASES if name.startswith("timm") and name not in ONE_WAY]
-# timm standardises kernels by another rule; see `vit_jax.checkpoint.pretrained.timm`. With the rule
-# of the model here timm's logits are within 1e-6.
+# timm standardises kernels by another rule; see `vit_jax.checkpoint.pretrained.timm_tensors`. With
+# the rule of the model here timm's logits are within 1e-6.
 TOLERANCE = {"timm_hybrid": 1e-4}
 POSEMB = "Transformer/posembed_input/pos_embedding"
 

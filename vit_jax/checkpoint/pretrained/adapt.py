@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the parameters of a file fit a model: a new head, another resolution, nothing else.
+"""Fits pretrained weights to a model with another head, resolution, patch size or channels.
 
-Whatever else differs is an error, since a model that is loaded in part trains without complaint.
+Any other difference is an error, since a model that is loaded in part would train all the same.
 """
 
 import math
@@ -27,13 +27,12 @@ from vit_jax.checkpoint.pretrained.weights import (
 from vit_jax.models.positions import FIXED_POSITIONS, fixed_positions
 from vit_jax.utils.errors import UserError
 
-_MAX_LISTED = 4  # More parameters than this in one line and nobody reads it.
+_MAX_LISTED = 4  # parameters in one line of an error
 
-# The first convolution of a Vision Transformer, of a Mixer and of a hybrid; only the patches of the
-# first two can be resized.
+# First convolution of a Vision Transformer, a Mixer and a hybrid; the last can't be resized.
 _EMBEDDINGS = ("embedding/kernel", "stem/kernel", "conv_root/kernel")
 
-# Arguments of models that change the function and not the parameters' shapes.
+# Arguments of models that change the function but not the shapes of parameters.
 _ARGUMENTS = ("activation", "norm_epsilon", "rope_theta", "position_embedding", "num_heads")
 
 _Flat = dict[str, Any]  # Arrays by path, as in "head/kernel".
@@ -48,31 +47,30 @@ def adapt_params(
     dont_load: tuple[str, ...] = (),
     posemb_resize: Method = "bilinear",
 ) -> tuple[dict[str, Any], list[str]]:
-    """Fills a model's parameters from those of a file.
+    """Fills the parameters of a model from pretrained weights.
 
-    - The head is kept if it and `pre_logits`, its input, have the model's shapes, else it starts
-      anew.
-    - `pre_logits` is dropped if only the file has it, and starts anew if only the model has it.
-    - A class or distillation token that the model has not becomes a register, if it has one more of
-      these than the file; a distillation token that only the model has starts anew.
-    - Position embeddings are resized if the grids differ. Fixed ones are where learned ones
-      start. Without an image size in the weights'
-      `preprocess`, the file's grid is taken to be square, as no published file says what it was.
-    - The first convolution fits other patches and another number of channels (`embedding`).
-    - Parameters that `dont_load` names start anew, or are dropped if the model has none.
-    - Everything else must have the same path and shape on both sides.
+    - The head is kept if it and `pre_logits`, its input, have the model's shapes; otherwise it is
+      re-initialised.
+    - `pre_logits` is dropped if only the weights have it, and initialised if only the model has it.
+    - A class or distillation token that the model lacks becomes a register if the model has more
+      registers than the weights; a distillation token that only the model has is initialised.
+    - Position embeddings are resized if the grids differ. Learned ones start from fixed ones.
+      Without an image size in the weights' `preprocess`, their grid is assumed to be square.
+    - The first convolution is changed to another patch size and number of channels (`embedding`).
+    - Parameters that `dont_load` names are initialised, or dropped if the model lacks them.
+    - All other parameters must have the same path and shape on both sides.
 
     Args:
-      weights: of the file.
-      target: nested dict of the model's freshly initialised parameters.
+      weights: any float dtype.
+      target: nested dict of the model's initialised parameters, arrays of any dtype.
       target_grid: (rows, columns) of patches in the model's input.
       num_class_tokens: tokens in front of the patches that have position embeddings.
       dont_load: regular expressions; each must match the whole path of a parameter.
       posemb_resize: how position embeddings are interpolated, see `resize_posemb`.
 
     Returns:
-      `(params, notes)`: parameters with the paths, shapes and types of `target`, and one line for
-      each thing that was decided.
+      `(params, notes)`: nested dict of arrays with the paths, shapes and dtypes of `target`, and
+      one line for each decision.
 
     Raises:
       UserError: the parameters do not fit; the message lists the first few by path.
@@ -108,14 +106,14 @@ def adapt_params(
 
 
 def check_arguments(weights: Weights, model: Any) -> None:
-    """Refuses weights of a model that computes something else from parameters of the same shapes.
+    """Checks that a model computes the same function from parameters of the same shapes.
 
     Args:
-      weights: of the file.
-      model: to be filled; its attributes are compared with `weights.model`.
+      weights: `weights.model` has the arguments of their model.
+      model: Flax module whose attributes are compared with these.
 
     Raises:
-      UserError: an argument differs; the message has the overrides that make it the file's.
+      UserError: an argument differs; the message has the overrides that set it as in the weights.
     """
     theirs = {k: weights.model[k] for k in _ARGUMENTS if k in weights.model and hasattr(model, k)}
     different = {k: value for k, value in theirs.items() if value != getattr(model, k)}
@@ -134,14 +132,17 @@ def check_arguments(weights: Weights, model: Any) -> None:
 def fit_objective_params(
     weights: Weights, initial: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Parameters of an objective: taken over where the file has the same ones, else anew.
+    """Fills the parameters of an objective from `weights.objective_params`.
+
+    A part of which any path or shape differs stays as it was initialised.
 
     Args:
-      weights: of the file; what belongs to its objective is in `weights.own_params`.
-      initial: nested dict of those of the objective here, freshly initialised.
+      weights: any float dtype.
+      initial: nested dict of the objective's initialised parameters, arrays of any dtype.
 
     Returns:
-      `(params, notes)`, as `adapt_params`.
+      `(params, notes)`: nested dict with the paths, shapes and dtypes of `initial`, and one line
+      for each part.
     """
     params, notes = {}, []
     theirs = {path: tuple(x.shape) for path, x in weights.objective_params.items()}
@@ -159,7 +160,7 @@ def fit_objective_params(
 
 
 def describe_objective_params(weights: Weights) -> list[str]:
-    """A line for each part that belongs to the objective of a run, and not to its model."""
+    """Returns one line for each part of the weights that belongs to an objective."""
     names = {path.partition("/")[0] for path in weights.objective_params}
     return [f"{name}: {OBJECTIVE_PARAMS[name]}: dropped" for name in sorted(names)]
 
@@ -179,16 +180,16 @@ def _leave_out(
             raise UserError(
                 f"adapt.dont_load: {pattern!r} is no regular expression: {error}"
             ) from None
-        anew = [path for path in initial if regex.fullmatch(path)]
+        fresh = [path for path in initial if regex.fullmatch(path)]
         dropped = [path for path in params if regex.fullmatch(path) and path not in initial]
-        if not anew and not dropped:
+        if not fresh and not dropped:
             raise UserError(
                 f"adapt.dont_load: {pattern!r} matches the whole path of no parameter; paths are "
                 f"like {next(iter(initial))}"
             )
         kept = {path: x for path, x in kept.items() if path not in dropped}
-        kept |= {path: initial[path] for path in anew}
-        notes += [f"{path}: not loaded: initialised" for path in anew]
+        kept |= {path: initial[path] for path in fresh}
+        notes += [f"{path}: not loaded: initialised" for path in fresh]
         notes += [f"{path}: not loaded: dropped" for path in dropped]
     return kept, notes
 
@@ -260,14 +261,14 @@ def _fit_patches(params: _Flat, initial: _Flat) -> tuple[_Flat, list[str]]:
 
 
 def _find_embedding(params: _Flat, initial: _Flat) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    for path in reversed(_EMBEDDINGS):  # Of a hybrid it is the root that sees the image.
+    for path in reversed(_EMBEDDINGS):  # In a hybrid, the root convolution reads the image.
         if path in params and path in initial:
             return path, tuple(params[path].shape), tuple(initial[path].shape)
     return "", (), ()
 
 
 def _find_grid(weights: Weights) -> tuple[int, int] | None:
-    """(rows, columns) of the file's position embeddings, if its metadata tell."""
+    """Returns (rows, columns) of the weights' position embeddings, if their description has it."""
     size, patch = weights.preprocess.get("image_size"), weights.model.get("patch_size")
     if not size or not patch or "resnet_layers" in weights.model:
         return None
@@ -284,14 +285,14 @@ def _fit_posemb(
     method: Method,
 ) -> tuple[_Flat, list[str]]:
     theirs, ours = (_shapes(flat, POSEMB).get(POSEMB, ()) for flat in (params, initial))
-    # Only a number of tokens can be mended; _check_fit reports the rest.
+    # Only the number of tokens can be changed; _check_fit reports other differences.
     if len(theirs) != 3 or theirs[::2] != ours[::2]:
         return params, []
     num_patches = theirs[1] - num_class_tokens
     side = math.isqrt(max(num_patches, 0))
     if source_grid is None or math.prod(source_grid) != num_patches:
         if theirs == ours and side**2 != num_patches:
-            return params, []  # No square, but as many: they are taken to be of the same grid.
+            return params, []  # Not a square: equal numbers are assumed to mean equal grids.
         source_grid = (side, side)
     if source_grid == target_grid and theirs == ours:
         return params, []
@@ -326,7 +327,7 @@ def _fit_first_head(params: _Flat, initial: _Flat) -> tuple[_Flat, list[str]]:
         if "head/kernel" not in params:
             return params, []
         if params["head/kernel"] is initial["head/kernel"]:
-            return params, []  # Left out before.
+            return params, []  # It was left out by `dont_load`.
         if not np.any(params["head/kernel"]):
             return params, ["head: the kernel in the file is all zero: it was published untrained"]
         return params, [f"head: kept, {params['head/kernel'].shape[-1]} classes"]
@@ -384,7 +385,7 @@ def _shapes(flat: _Flat, prefix: str = "") -> dict[str, tuple[int, ...]]:
 
 
 def _replace(params: _Flat, initial: _Flat, prefix: str) -> _Flat:
-    """Returns `params` with all that lies under `prefix` taken from `initial`."""
+    """Returns `params` with all paths under `prefix` taken from `initial`."""
     rest = {path: x for path, x in params.items() if not path.startswith(prefix)}
     return rest | {path: x for path, x in initial.items() if path.startswith(prefix)}
 
@@ -398,10 +399,10 @@ def _by(size: tuple[int, ...]) -> str:
 
 
 def compare_preprocess(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """A line for each way in which images are prepared otherwise than the weights expect.
+    """Returns one line for each difference between the preprocessing of weights and of a run.
 
     Args:
-      theirs: what the weights state of it: any of `mean, std, eval`.
+      theirs: the known ones of `mean`, `std` and `eval`, see `Weights.preprocess`.
       ours: all of these.
     """
     keys = {"mean": "objective.pixel_mean", "std": "objective.pixel_std"}

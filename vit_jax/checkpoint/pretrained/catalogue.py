@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published checkpoints by name: `catalogue.csv`, one row for each file.
+"""Published checkpoints by name: `catalogue.csv` has one row for each file.
 
-A name is `COLLECTION:MODEL[@PIXELS]`; collections are the folders in which the files are published
-(`imagenet21k`, `augreg`, `sam`, ...), and `@PIXELS` tells files fine-tuned at several resolutions
-apart. `augreg:B/16` is the recommended one of its size; of the other 50,000 AugReg files each has
-the name `augreg:FILENAME`, and `augreg:B_16` is the best B/16 by their own `index.csv`.
+A name is `COLLECTION:MODEL[@PIXELS]`. Collections are the folders in which the files are published
+(`imagenet21k`, `augreg`, `sam`, ...); `@PIXELS` is the resolution of fine-tuning, where there are
+several. `augreg:B/16` is the recommended checkpoint of its size. The other 50,000 AugReg files are
+named `augreg:FILENAME`, and `augreg:B_16` is the best B/16 by their `index.csv`.
 """
 
 import csv
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -22,7 +22,7 @@ CATALOGUE = Path(__file__).with_name("catalogue.csv")
 AUGREG_FOLDER = "gs://vit_models/augreg/"
 AUGREG_INDEX = AUGREG_FOLDER + "index.csv"
 
-# A collection has neither dot nor slash: `weights.npz:params` and `gs://...` are no names.
+# A collection has neither dot nor slash: `weights.npz:params` and `gs://...` are not names.
 _NAME = re.compile(r"([\w+-]+):(?!//)(.+)")
 _GOOGLE_STORAGE = "https://storage.googleapis.com/"
 _NUM_CLASSES = {
@@ -36,30 +36,30 @@ _NUM_CLASSES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Published:
-    """One published checkpoint; what is not known is None or empty.
+    """One published checkpoint; unknown values are None or empty.
 
     Attributes:
-      name: by which it is found.
+      name: `COLLECTION:MODEL[@PIXELS]`.
       model: `model.name` of the config.
       variant: `model.variant` of the config.
-      image_size: height and width that its position embeddings are for.
-      pretraining: datasets it was trained on, in order.
-      num_classes: width of the head in the file.
+      image_size: height and width in pixels that its position embeddings fit.
+      pretraining: datasets of its training, in order, joined by `+`.
+      num_classes: classes of the head in the file.
       head: "valid", "zero" (all zeros) or "none".
       mean: of pixels in [0, 1], as in training; with `std`, 0.5 and 0.5 give [-1, 1].
       std: see `mean`.
       eval: value of `data.preprocess` for evaluation.
       top1: published ImageNet accuracy in percent.
       top1_image_size: height and width at which `top1` was measured.
-      images_per_sec: published speed of inference; for comparison within a collection only.
-      size: of the file in bytes.
+      images_per_sec: published inference speed; only comparable within a collection.
+      size: bytes of the file.
       sha256: of the file.
-      recommended: by its publishers, among files of one size.
-      licence: SPDX name.
+      recommended: whether its publishers recommend it among files of one size.
+      licence: SPDX identifier.
       url_gs: `gs://BUCKET/PATH`.
-      url_https: the same file for everybody.
-      source: where the file and the numbers are published.
-      note: what else one has to know.
+      url_https: the same file over HTTPS.
+      source: page on which the file and the numbers are published.
+      note: anything else that users must know.
     """
 
     name: str
@@ -86,10 +86,10 @@ class Published:
 
 
 def load_catalogue(path: Path = CATALOGUE) -> dict[str, Published]:
-    """The rows of a catalogue file by name, in their order.
+    """Returns the rows of a catalogue file by name, in their order.
 
     Raises:
-      UserError: it has other columns than `Published`, an unreadable value, or a name twice.
+      UserError: the columns are not those of `Published`, or a value or a name is wrong.
     """
     fields = {field.name: field.type for field in dataclasses.fields(Published)}
     with path.open(newline="", encoding="utf-8") as file:
@@ -109,25 +109,25 @@ def load_catalogue(path: Path = CATALOGUE) -> dict[str, Published]:
 
 
 def is_name(text: str) -> bool:
-    """Whether `text` has the form of a name, and not that of a path or URL."""
+    """Whether a text has the form of a name, and not of a path or URL."""
     return _NAME.fullmatch(text) is not None
 
 
 def needs_index(name: str) -> bool:
-    """Whether only AugReg's index tells which file `name` is, as it does for `augreg:B_16`."""
+    """Whether AugReg's index is needed to find the file of a name, such as `augreg:B_16`."""
     collection, _, model = name.partition(":")
     return collection == "augreg" and "/" not in model and "-" not in model
 
 
 def find(name: str, *, catalogue: Mapping[str, Published] | None = None) -> Published:
-    """The checkpoint of that name; for a name with `needs_index` see `select_augreg`.
+    """Returns the checkpoint of a name; for a name with `needs_index`, see `select_augreg`.
 
     Args:
-      name: one of the catalogue's, or `augreg:FILENAME` with or without `.npz`.
-      catalogue: the one to look in; that of the package by default.
+      name: in the catalogue, or `augreg:FILENAME` with or without `.npz`.
+      catalogue: rows by name; by default those of the package.
 
     Raises:
-      UserError: there is none; the message names the nearest.
+      UserError: the name is unknown; the message has the nearest one.
     """
     catalogue = load_catalogue() if catalogue is None else catalogue
     if name in catalogue:
@@ -146,18 +146,18 @@ def find(name: str, *, catalogue: Mapping[str, Published] | None = None) -> Publ
 def select_augreg(
     index: Path | str, model: str, *, catalogue: Mapping[str, Published] | None = None
 ) -> Published:
-    """Picks the AugReg checkpoint to start from, by the rule of its publishers.
+    """Returns the AugReg checkpoint to fine-tune, by the rule of its publishers.
 
-    Of the files pre-trained on ImageNet-21k for 300 epochs whose name starts with `model`, the one
-    with the highest final accuracy on held-out ImageNet-21k.
+    It is the one with the highest final accuracy on held-out ImageNet-21k among the files that were
+    pre-trained on ImageNet-21k for 300 epochs and whose names start with `model`.
 
     Args:
-      index: the published `index.csv`, its path or its text.
-      model: as file names start: `B_16`, `R_Ti_16`; a whole file name is taken as it is.
+      index: path or text of the published `index.csv`.
+      model: the start of file names, such as `B_16` or `R_Ti_16`, or a whole file name.
       catalogue: as in `find`.
 
     Raises:
-      UserError: no file starts so, or the index is something else.
+      UserError: no file has such a name, or the index is something else.
     """
     catalogue = load_catalogue() if catalogue is None else catalogue
     if "-" in model:
@@ -183,11 +183,11 @@ def select_augreg(
 
 
 def describe_augreg(filename: str) -> Published:
-    """What the name of a file in the AugReg bucket says of it.
+    """Returns what follows from the name of a file in the AugReg bucket.
 
     Args:
-      filename: such as `Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0`, which may go on
-        with `--imagenet2012-steps_20k-lr_0.03-res_384`; with `.npz` or without.
+      filename: such as `Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0`, with or without
+        `--imagenet2012-steps_20k-lr_0.03-res_384`, and with or without `.npz`.
 
     Raises:
       UserError: the name has another form.
@@ -228,32 +228,14 @@ def describe_augreg(filename: str) -> Published:
 
 
 def to_https(url: str) -> str:
-    """The `https` address of an object in Google storage; other addresses stay as they are."""
+    """Returns the HTTPS URL of an object in Google storage; other URLs are returned unchanged."""
     if not url.startswith("gs://"):
         return url
     return _GOOGLE_STORAGE + quote(url.removeprefix("gs://"))
 
 
-def make_table(catalogue: Iterable[Published]) -> str:
-    """The catalogue as a Markdown table, for the documentation."""
-    lines = [
-        "| name | `model` | pixels | trained on | classes | ImageNet top-1 | images/s | MiB |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for p in catalogue:
-        classes = {"zero": "zeros", "none": "none"}.get(p.head, f"{p.num_classes:,}")
-        top1 = "" if p.top1 is None else str(p.top1)
-        speed = "" if p.images_per_sec is None else f"{p.images_per_sec:,.0f}"
-        size = "" if p.size is None else f"{p.size / 2**20:,.0f}"
-        name = f"**`{p.name}`**" if p.recommended else f"`{p.name}`"
-        model = f"{p.model} {p.variant}"
-        cells = (name, model, p.image_size, p.pretraining, classes, top1, speed, size)
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
-
-
 def _find_augreg(filename: str, catalogue: Mapping[str, Published]) -> Published:
-    """The row of this file if it has one, which knows more than its name does."""
+    """Returns the row of a file, which has more than its name, or else `describe_augreg`."""
     described = describe_augreg(filename)
     rows = (row for row in catalogue.values() if row.url_gs == described.url_gs)
     return next(rows, described)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes weights to a file of another layout, and verifies it."""
+"""Writes weights to a file of another layout, and compares what is read back."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights
 from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.utils.errors import UserError
 
-# By the ending of a file: what writes it, and the endings of all files that it writes.
+# By the ending of a path: the function that writes it, and the endings of all files it writes.
 WRITERS: dict[str, tuple[Callable[[Path, Weights], None], tuple[str, ...]]] = {
     ".npz": (write_npz, (".npz", ".json")),
     ".safetensors": (write_safetensors, (".safetensors",)),
@@ -24,15 +24,15 @@ def convert(weights: Weights, destination: Path) -> list[str]:
     """Writes weights to a file and reads them back.
 
     Args:
-      weights: to be written.
-      destination: `.npz` or `.safetensors`; must not exist.
+      weights: any float dtype.
+      destination: a path that ends in `.npz` or `.safetensors` and does not exist.
 
     Returns:
       Lines for the screen: the files written, and how they compare with the weights.
 
     Raises:
-      UserError: the ending is another, the file exists or can't be written, the layout can't hold
-        this model, or what is read back differs.
+      UserError: the path has another ending, exists or can't be written, the layout can't hold this
+        model, or the parameters that are read back differ.
     """
     if destination.suffix not in WRITERS:
         raise UserError(f"DST={destination}: expected a file that ends in {' or '.join(WRITERS)}")
@@ -74,7 +74,7 @@ def _list_differences(
 
 
 def _fold_positions(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Adds the class token's position embedding into the token, which gives the same function."""
+    """Adds the position embedding of the class token to the token; the function is the same."""
     folded = dict(params)
     if "cls" in folded and POSEMB in folded:
         first, rest = np.split(folded[POSEMB], [1], axis=1)

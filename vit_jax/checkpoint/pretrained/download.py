@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fetches published files into a cache, once.
 
-A file gets its name only when it is whole: until then it is `NAME.part`, which a later call goes on
-with. What has been fetched, or put in its place by hand, works without a network.
+A file gets its name only once it is complete. Until then it is `NAME.part`, which a later call
+resumes. A file that was fetched before, or put in its place by hand, needs no network.
 """
 
 import contextlib
@@ -41,17 +41,17 @@ _TIMEOUT = 60  # seconds without a byte
 
 
 def resolve(name: str, *, cache_dir: Path | None = None) -> tuple[Path, Published] | None:
-    """The file and the description of a published checkpoint, fetched if need be.
+    """Returns the file and the description of a published checkpoint, downloading it if needed.
 
     Args:
       name: such as `augreg:B/16`; see `catalogue`.
       cache_dir: see `fetch`.
 
     Returns:
-      None if `name` is something that exists here, or has the form of a path or URL.
+      `(path, published)`; None if `name` is an existing path, or has the form of a path or URL.
 
     Raises:
-      UserError: no checkpoint has that name, or its file cannot be had.
+      UserError: no checkpoint has that name, or its file can't be downloaded.
     """
     if not is_name(name) or Path(name).exists():
         return None
@@ -65,14 +65,14 @@ def resolve(name: str, *, cache_dir: Path | None = None) -> tuple[Path, Publishe
 
 
 def fetch(source: Published | str, *, cache_dir: Path | None = None) -> Path:
-    """The cached file of a checkpoint or URL, downloaded if it is not there.
+    """Returns the cached file of a checkpoint or URL, downloading it if needed.
 
     Args:
       source: a row of the catalogue, or an `https://` or `gs://` URL.
-      cache_dir: where files are kept; by default `$VIT_JAX_CACHE`, or else `~/.cache/vit_jax`.
+      cache_dir: folder of the cache; by default `$VIT_JAX_CACHE`, or else `~/.cache/vit_jax`.
 
     Raises:
-      UserError: the file cannot be had, or is not the one that was published.
+      UserError: the file can't be downloaded, or differs from the published one.
     """
     wanted = _want(source, cache_dir)
     path = wanted.path
@@ -92,7 +92,7 @@ def fetch(source: Published | str, *, cache_dir: Path | None = None) -> Path:
                 os.unlink(part.name)
                 raise
             os.replace(part.name, path)
-    except OSError as e:  # Of the disk: those of the network become a UserError in _download.
+    except OSError as e:  # From the disk: _download turns network errors into UserError.
         reason = e.strerror or str(e)
         raise UserError(f"can't write {path}: {reason}; set VIT_JAX_CACHE to another folder") from e
     log(f"wrote {path} ({_mib(path.stat().st_size)})")
@@ -100,7 +100,7 @@ def fetch(source: Published | str, *, cache_dir: Path | None = None) -> Path:
 
 
 def cache_path(source: Published | str, *, cache_dir: Path | None = None) -> Path:
-    """Where `fetch` keeps a file: `CACHE/BUCKET/PATH`, or `CACHE/HOST/PATH` for other hosts."""
+    """Returns where `fetch` stores a file: `CACHE/BUCKET/PATH`, or `CACHE/HOST/PATH`."""
     url = source.url_https if isinstance(source, Published) else to_https(source)
     parts = urlsplit(url)
     names = [name for name in unquote(parts.path).split("/") if name]
@@ -113,14 +113,14 @@ def cache_path(source: Published | str, *, cache_dir: Path | None = None) -> Pat
 
 
 def compute_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
+    """Returns the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
-    """A file to fetch: what is known of it, and where it goes."""
+    """A file to fetch, with its known size and checksum, and its path in the cache."""
 
     url: str
     size: int | None
@@ -140,14 +140,14 @@ def _want(source: Published | str, cache_dir: Path | None) -> _Wanted:
 
 
 class _CutError(Exception):
-    """The connection failed or ended too early; the message says how."""
+    """The connection failed or ended too early."""
 
 
 def _download(part: BinaryIO, wanted: _Wanted) -> None:
-    """Brings the part to its full length, going on after cuts as long as they bring something.
+    """Completes the part, and resumes after each cut that left it longer than before.
 
     Raises:
-      UserError: it can't; what has come stays in the part.
+      UserError: it can't be completed; the bytes that arrived stay in the part.
     """
     complete = False
     while not complete:
@@ -163,7 +163,7 @@ def _download(part: BinaryIO, wanted: _Wanted) -> None:
 
 
 def _receive(part: BinaryIO, offset: int, wanted: _Wanted) -> bool:
-    """Appends what the server sends from `offset` on; False if it is to be asked anew from 0."""
+    """Appends what the server sends from `offset` on; False to request the file again from 0."""
     request = urllib.request.Request(wanted.url, headers={"User-Agent": "vit_jax"})
     if offset:
         request.add_header("Range", f"bytes={offset}-")
@@ -207,7 +207,7 @@ def _receive(part: BinaryIO, offset: int, wanted: _Wanted) -> bool:
 
 
 def _range(response: http.client.HTTPResponse) -> tuple[int, int | None]:
-    """Where the body starts in the file, and how long the file is if the server says so."""
+    """Returns the offset of the body in the file, and the file's length if it is known."""
     match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
     if response.status == 206 and match:
         return int(match[1]), None if match[2] == "*" else int(match[2])
@@ -223,7 +223,7 @@ def _read(response: http.client.HTTPResponse) -> bytes:
 
 
 def _check(path: Path, wanted: _Wanted, *, remedy: str) -> None:
-    """Raises `UserError` unless the file is what was published, as far as can be known."""
+    """Raises `UserError` unless the size, checksum and format are those of the published file."""
     size = path.stat().st_size
     if wanted.size not in (None, size):
         raise UserError(f"{path} has {size} bytes, but {wanted.size} in the catalogue: {remedy}")
@@ -259,7 +259,7 @@ def _own_part(path: Path) -> Iterator[BinaryIO | None]:
                 if _is_at(file, part) and not os.fstat(file.fileno()).st_size:
                     part.unlink()
             return
-    # A file system without locks: each process has a file of its own, and no other goes on with it.
+    # A file system without locks: each process has its own part, which no other resumes.
     part.unlink(missing_ok=True)
     own = part.with_name(f"{part.name}.{uuid.uuid4().hex}")
     try:
@@ -290,7 +290,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 @contextlib.contextmanager
 def _progress(name: str, *, done: int, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, elsewhere a line for each tenth; call the result with new bytes."""
+    """Shows a bar on a terminal, else a line for each tenth; yields a function of new bytes."""
     bar = rich.progress.Progress(
         rich.progress.BarColumn(),
         rich.progress.DownloadColumn(binary_units=True),

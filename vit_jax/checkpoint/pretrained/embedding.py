@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the first convolution of a model fit other patches and other input channels."""
+"""Fits the first convolution of a model to another patch size or number of input channels."""
 
 import numpy as np
 
@@ -9,16 +9,16 @@ from vit_jax.utils.errors import UserError
 def resize_patches(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes the kernel of a patch embedding so that its outputs change least.
 
-    For a larger patch the embedding of an enlarged image equals that of the original exactly; for a
-    smaller one it is the least-squares solution. Plain interpolation of the kernel would change the
-    scale of the embeddings. Source: FlexiViT, arXiv:2212.08013, section 3.4 ("PI-resize").
+    With a larger patch, the embedding of an enlarged image equals that of the original; with a
+    smaller one it is the least-squares solution. To interpolate the kernel would change the scale
+    of the embeddings. Source: FlexiViT, arXiv:2212.08013, section 3.4 ("PI-resize").
 
     Args:
-      kernel: `[height, width, channels, features]`.
-      size: (height, width) wanted.
+      kernel: `[height, width, channels, features]`, any float dtype.
+      size: (height, width) of the result.
 
     Returns:
-      `[*size, channels, features]`, of the same type.
+      `[*size, channels, features]`, in the dtype of `kernel`.
     """
     rows, columns = (
         np.linalg.pinv(_half_pixel_matrix(old, new).T)
@@ -29,18 +29,20 @@ def resize_patches(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def change_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """Makes a convolution kernel accept another number of input channels.
+    """Changes the number of input channels of a convolution kernel.
 
-    One channel takes the sum over all: a grey image gives what it gave as a colour image of three
-    equal channels. More channels repeat those that are there, scaled so that equal channels keep
-    their sum.
+    One channel is the sum over all, so a grey image gives the output of a colour image with equal
+    channels. More channels repeat the existing ones, scaled so that their sum stays the same.
 
     Args:
-      kernel: `[height, width, channels, features]`.
-      channels: wanted.
+      kernel: `[height, width, old channels, features]`, any float dtype.
+      channels: of the result; 1, or at least as many as before.
+
+    Returns:
+      `[height, width, channels, features]`, in the dtype of `kernel`.
 
     Raises:
-      UserError: there are to be fewer channels, but more than one.
+      UserError: there would be fewer channels than before, but more than one.
     """
     old = kernel.shape[2]
     if channels == 1:
@@ -55,7 +57,7 @@ def change_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
 
 
 def _half_pixel_matrix(old: int, new: int) -> np.ndarray:
-    """Float64 `[new, old]`: bilinear interpolation between half-pixel centres, as of images."""
+    """Returns float64 `[new, old]`: bilinear interpolation between half-pixel centres."""
     centres = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
     lower = np.minimum(np.floor(centres).astype(int), max(old - 2, 0))
     fraction = (centres - lower)[:, None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor names and settings of Hugging Face's ViT, DeiT and DINOv2, in the words of timm.
+"""Reads Hugging Face's ViT, DeiT and DINOv2 by the tensor names of timm.
 
 Source: transformers 5.23, `models/vit`, `deit`, `dinov2` and `dinov2_with_registers`; the names are
 those that its files have.
@@ -10,6 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
+
+from vit_jax.checkpoint.pretrained.tensor_file import read_json
+from vit_jax.checkpoint.pretrained.timm_tensors import infer_num_heads, to_linen
+from vit_jax.checkpoint.pretrained.weights import (
+    Weights,
+    describe_interpolation,
+    describe_model,
+    infer_image_size,
+)
 
 _PATCHES = "embeddings.patch_embeddings.projection.weight"
 _NAMES = tuple(
@@ -46,14 +56,50 @@ def is_huggingface(tensors: Mapping[str, Any]) -> bool:
     return any(name.endswith(_PATCHES) for name in tensors)
 
 
-def to_timm_names(
-    tensors: Mapping[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], str, list[str]]:
-    """Renames tensors as `vit_jax.checkpoint.pretrained.timm.to_linen` knows them.
+def read_huggingface(
+    file: epath.Path, tensors: Mapping[str, np.ndarray], num_heads: int | None
+) -> Weights:
+    """Reads a ViT, DeiT or DINOv2 of Hugging Face.
+
+    Args:
+      file: of the tensors; `config.json` and `preprocessor_config.json` beside it are read.
+      tensors: arrays of any float dtype by name.
+      num_heads: attention heads; None for what the files state, or is usual for the width.
 
     Returns:
-      `(tensors, kind, notes)`: kind is the model's name, as in "DINOv2 with registers".
+      Weights with the dtypes of the file.
+
+    Raises:
+      ValueError: the model has a part that no model here has, or the files are damaged.
     """
+    config = read_json(file.parent / "config.json")
+    processor = read_json(file.parent / "preprocessor_config.json")
+    if not isinstance(config.get("model_type"), str):
+        config = {}  # It was written by another program.
+    renamed, kind, notes = _to_timm_names(tensors)
+    num_heads = num_heads or config.get("num_attention_heads")
+    if num_heads is None:
+        num_heads, more = infer_num_heads(renamed)
+        notes += more
+    params, more = to_linen(
+        renamed, num_heads=num_heads, num_slots=1 + int("dist_token" in renamed)
+    )
+    settings, settings_notes = _read_settings(config, kind=kind)
+    model = settings | describe_model(params, rope_theta=None)
+    preprocess, image_notes = _read_preprocess(processor, config)
+    return Weights(
+        params=params,
+        layout=f"Hugging Face {kind} safetensors",
+        model=model,
+        preprocess=infer_image_size(params, model) | preprocess,
+        notes=(*notes, *more, *settings_notes, *image_notes),
+    )
+
+
+def _to_timm_names(
+    tensors: Mapping[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], str, list[str]]:
+    """Returns the tensors by timm's names, the name of the model ("DINOv2"), and notes."""
     prefix = next(name for name in tensors if name.endswith(_PATCHES)).removesuffix(_PATCHES)
     renamed = {}
     for name, x in tensors.items():
@@ -87,12 +133,8 @@ def _drop_unused(tensors: dict[str, np.ndarray]) -> list[str]:
     return notes
 
 
-def read_settings(config: Mapping[str, Any], *, kind: str) -> tuple[dict[str, Any], list[str]]:
-    """Returns arguments of the model from config.json, or the defaults of the kind and a note.
-
-    Raises:
-      ValueError: an activation that no model here has.
-    """
+def _read_settings(config: Mapping[str, Any], *, kind: str) -> tuple[dict[str, Any], list[str]]:
+    """Returns arguments of the model from config.json, or the defaults of the kind and a note."""
     epsilon = 1e-6 if kind.startswith("DINOv2") else 1e-12
     missing = [key for key in ("hidden_act", "layer_norm_eps") if key not in config]
     act = config.get("hidden_act", "gelu")
@@ -114,10 +156,10 @@ def read_settings(config: Mapping[str, Any], *, kind: str) -> tuple[dict[str, An
     ]
 
 
-def read_preprocess(
+def _read_preprocess(
     processor: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns what preprocessor_config.json, or else config.json, says about images, and notes."""
+    """Returns `Weights.preprocess` from preprocessor_config.json or config.json, and notes."""
     found: dict[str, Any] = {}
     if processor.get("do_normalize", True) and "image_mean" in processor:
         found |= {"mean": tuple(processor["image_mean"]), "std": tuple(processor["image_std"])}
@@ -135,13 +177,6 @@ def read_preprocess(
     return found, describe_interpolation(_INTERPOLATIONS.get(resample, resample))
 
 
-def describe_interpolation(name: Any) -> list[str]:
-    """Returns a note if images were resized by another rule than that of the operations here."""
-    if name == "bilinear":
-        return []
-    return [f"images: resized by {name} interpolation in evaluation there, by bilinear here"]
-
-
 def _describe_resize(size: Any, crop: Any) -> dict[str, Any]:
     shortest = size.get("shortest_edge") if isinstance(size, Mapping) else None
     resize = f"resize_small({shortest})" if shortest else f"resize{_pair(size)}"
@@ -155,7 +190,7 @@ def _describe_resize(size: Any, crop: Any) -> dict[str, Any]:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    """(height, width) of what a config says: a number, two, or a mapping."""
+    """Returns (height, width) of a size in a config: a number, two, or a mapping."""
     if isinstance(size, Mapping):
         return size["height"], size["width"]
     if isinstance(size, int):

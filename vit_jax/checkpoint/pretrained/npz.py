@@ -48,21 +48,21 @@ _POOLING = re.compile(r"(probe$|(MultiHeadDotProductAttention|LayerNorm|MlpBlock
 
 
 def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
-    """Reads a published `.npz` of the Vision Transformer, a hybrid or an MLP-Mixer.
+    """Reads a published `.npz` of a Vision Transformer, a hybrid or an MLP-Mixer.
 
-    Both layouts in use are read: that of google-research/vision_transformer, with names from before
-    Flax Linen and any wrapper, and that of big_vision, with position embeddings at the root, blocks
+    Two layouts are read: that of google-research/vision_transformer, with names from before Flax
+    Linen and any wrapper, and that of big_vision, with position embeddings at the root, blocks
     stacked for scan, and bfloat16.
 
     Args:
-      path: of the file, local or `gs://` (which needs the package `gcsfs`).
+      path: local, or `gs://` (which needs the package `gcsfs`).
       subtree: path of the model within a file that holds several, such as "img".
 
     Returns:
       Weights in float32.
 
     Raises:
-      UserError: the file is missing, damaged or something else than a published checkpoint.
+      UserError: the file is missing, damaged, or not a published checkpoint.
     """
     path = epath.Path(path)
     params = read_arrays(path, subtree=subtree)
@@ -88,11 +88,17 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
 
 
 def write_npz(path: str | os.PathLike[str], weights: Weights) -> None:
-    """Writes the layout and the names of the files published with vision_transformer.
+    """Writes a file with the layout and names of those published with vision_transformer.
 
-    What the layout has no place for, the arguments of the model and the preprocessing, goes to a
-    `.json` beside it, which `read_npz` finds again. Each file appears under its name when it is
-    complete.
+    The arguments of the model and the preprocessing, for which the layout has no place, are written
+    to a `.json` beside it, which `read_npz` reads.
+
+    Args:
+      path: of the `.npz` file, in a folder that exists.
+      weights: any float dtype, which the file keeps.
+
+    Raises:
+      OSError: a file can't be written.
     """
     file, description = Path(path), Path(path).with_suffix(".json")
     arrays = {_published_name(name): value for name, value in weights.params.items()}
@@ -107,9 +113,9 @@ def write_npz(path: str | os.PathLike[str], weights: Weights) -> None:
 
 
 def read_arrays(path: epath.Path, *, subtree: str = "") -> dict[str, np.ndarray]:
-    """The parameters in a file under its own names, less what wraps them, in float32."""
+    """Returns the float32 parameters of a file by its own names, without the wrappers."""
     try:
-        arrays = _read_arrays(path, subtree)
+        return _read_arrays(path, subtree)
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: no such file; expected the .npz file of a published model"
@@ -120,7 +126,6 @@ def read_arrays(path: epath.Path, *, subtree: str = "") -> dict[str, np.ndarray]
         raise UserError(
             f"{path}: {first_line(error)}; expected the whole .npz file of a published model"
         ) from error
-    return arrays
 
 
 def rename_to_linen(tree: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +133,8 @@ def rename_to_linen(tree: dict[str, Any]) -> dict[str, Any]:
 
     Before Linen one counter ran over all submodules (`LayerNorm_0`, `MlpBlock_1`, `LayerNorm_2`);
     Linen counts each class by itself (`LayerNorm_0`, `MlpBlock_0`, `LayerNorm_1`). The order within
-    a class is the same, so counting anew gives the new names. Given names (`encoderblock_3`) stay.
+    a class is the same, so counting each class gives the new names. Given names (`encoderblock_3`)
+    stay.
 
     Source: `flax.training.checkpoints.convert_pre_linen`.
     """
@@ -145,7 +151,7 @@ def rename_to_linen(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _move_to_our_names(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     levels = {name[:i] for name in params for i, c in enumerate(name) if c == "/"}
-    if levels & params.keys():  # No model, as `infer_model` will find.
+    if levels & params.keys():  # Not a model, which `infer_model` finds.
         return dict(params)
     tree = traverse_util.unflatten_dict(dict(params), sep="/")
     params = unstack_blocks(traverse_util.flatten_dict(rename_to_linen(tree), sep="/"))
@@ -158,7 +164,7 @@ def _move_to_our_names(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
         if root in params:
             posemb = params.pop(root)
             if "cls" in params:
-                # There the class token has no position, or one that is added into it.
+                # In this layout the class token has no position embedding, or includes it.
                 posemb = np.concatenate([np.zeros_like(posemb[:, :1]), posemb], axis=1)
             params[POSEMB] = posemb
     return params
@@ -185,7 +191,7 @@ def _read_description(path: epath.Path) -> dict[str, Any]:
 
 def _read_arrays(path: epath.Path, subtree: str) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):  # np.load would take it for a pickle, and say so.
+        if not zipfile.is_zipfile(file):  # np.load would report a pickle.
             file.seek(0)
             start = file.read(16)
             size = file.seek(0, os.SEEK_END)
@@ -201,11 +207,11 @@ def _read_arrays(path: epath.Path, subtree: str) -> dict[str, np.ndarray]:
 
 
 def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:
-    """Refuses arrays that say they are larger than what is there, before there is memory for them.
+    """Raises ValueError, before memory is allocated, if an array claims more bytes than it has.
 
     Args:
-      archive: the file.
-      size: its bytes.
+      archive: the open file.
+      size: bytes of the file.
     """
     members = archive.infolist()
     check_size(size, sum(info.file_size for info in members))
@@ -218,7 +224,7 @@ def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:
             shape, _, dtype = read[major](member)
             if any(not 0 <= n < 2**48 for n in shape):
                 raise ValueError(f"{info.filename} has the shape {shape}")
-            if dtype.hasobject:  # No array has a size then; np.load refuses it.
+            if dtype.hasobject:  # Such arrays have no size; np.load refuses them.
                 continue
             claimed = member.tell() + math.prod(shape) * dtype.itemsize
             if claimed != info.file_size:
@@ -237,7 +243,7 @@ def _read_array(archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
 
 
 def _unwrap(keys: list[str]) -> dict[str, str]:
-    """Maps the name of each parameter to its key; what lies beside a wrapper is no parameter."""
+    """Maps the name of each parameter to its key; keys outside a wrapper are not parameters."""
     names = {key: key for key in keys}
     for wrapper in _WRAPPERS:
         inside = {n.removeprefix(wrapper): key for n, key in names.items() if n.startswith(wrapper)}

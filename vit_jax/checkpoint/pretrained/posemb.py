@@ -18,27 +18,27 @@ def resize_posemb(
 ) -> np.ndarray:
     """Interpolates position embeddings from one grid of patches to another.
 
-    "bilinear" is that with aligned corners: the first and the last row (column) keep their values,
-    and the others are evenly spaced between them; a single row takes the first. The published
-    checkpoints were fine-tuned, and their accuracies measured, with this rule. The half-pixel rule
-    of `jax.image.resize` places every embedding elsewhere, and gives other logits.
+    "bilinear" aligns corners: the first and the last row (column) keep their values, and the others
+    are evenly spaced between them; a single row takes the first. The published checkpoints were
+    fine-tuned, and their accuracies measured, with this rule. The half-pixel rule of
+    `jax.image.resize` samples at other positions, and gives other logits.
 
-    "bicubic" is that of images, as used by timm: half-pixel centres, Keys' kernel with a = -0.5,
-    widened where the grid becomes smaller.
+    "bicubic" is the rule for images, as in timm: half-pixel centres, Keys' kernel with a = -0.5,
+    widened if the grid becomes smaller.
 
     Source: Dosovitskiy et al., arXiv:2010.11929, section 3.2 ("2D interpolation"), done there by
-    `scipy.ndimage.zoom(order=1)`. That call also zeroes the last row and column for some pairs of
-    sizes (28 to 48), where a position is rounded past the last one; here none is.
+    `scipy.ndimage.zoom(order=1)`. That call also zeroes the last row and column for some pairs
+    of sizes (28 to 48), where a position is rounded past the last one; this function does not.
 
     Args:
-      posemb: `[1, num_prefix_tokens + rows * columns, width]`.
+      posemb: `[1, num_prefix_tokens + rows * columns, width]`, any float dtype.
       source_grid: (rows, columns) of `posemb`.
-      target_grid: (rows, columns) wanted.
-      num_prefix_tokens: tokens in front of the grid (the class token), kept verbatim.
-      method: see above.
+      target_grid: (rows, columns) of the result.
+      num_prefix_tokens: tokens in front of the grid (such as the class token), which are copied.
+      method: "bilinear" or "bicubic".
 
     Returns:
-      `[1, num_prefix_tokens + target rows * target columns, width]`, of the same type.
+      `[1, num_prefix_tokens + target rows * target columns, width]`, in the dtype of `posemb`.
     """
     prefix, grid = np.split(np.asarray(posemb), [num_prefix_tokens], axis=1)
     width = grid.shape[-1]
@@ -51,7 +51,7 @@ def resize_posemb(
 
 def _align_corners_matrix(source: int, target: int) -> np.ndarray:
     """Returns float64 `[target, source]`: row `i` holds the weights of output `i`."""
-    # Output i lies at i * (source - 1) / (target - 1). Whole numbers keep the last one exact.
+    # Output i samples position i * (source - 1) / (target - 1); integers keep the last one exact.
     gaps = max(target - 1, 1)
     lower, remainder = np.divmod(np.arange(target) * (source - 1), gaps)
     upper = np.minimum(lower + 1, source - 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that weights belong to, made of what they say of themselves, without any config."""
+"""Rebuilds the model of pretrained weights from their own description, without a config."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,19 +13,19 @@ from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.models.variants import MODELS
 from vit_jax.utils.registry import bind, keywords
 
-# How a model is run, which is no part of what it computes.
+# Arguments that change how a model runs, and not what it computes.
 _RUN = ("constrain", "scan", "remat", "float8")
 
 
 def rebuild_model(weights: Weights, **given: Any) -> Any:
-    """The model of a file, with as many classes as its head has; 0 without one.
+    """Returns the Flax module of the weights, with as many classes as their head; 0 without one.
 
     Args:
-      weights: of the file.
-      **given: arguments of `make_vit` or `make_mixer` in place of what the file says.
+      weights: describe the model.
+      **given: arguments of `make_vit` or `make_mixer` that override the description.
 
     Raises:
-      UserError: an argument that the model has not, or sizes that the file does not tell.
+      UserError: the model has no such argument, or its sizes are not known.
     """
     make = MODELS[weights.model["name"]]
     known = keywords(make).keys() - set(_RUN)
@@ -39,21 +39,22 @@ def rebuild_model(weights: Weights, **given: Any) -> Any:
 def fill_model(
     model: Any, weights: Weights, image_shape: tuple[int, int, int]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The parameters of a file for a model of the same kind, in the memory of the host.
+    """Fits weights to the model that `rebuild_model` made of them.
 
     Args:
       model: from `rebuild_model`.
-      weights: of the file.
-      image_shape: height, width and channels; position embeddings are resized to fit.
+      weights: to be fitted.
+      image_shape: height, width and channels of an image; position embeddings are resized to it.
 
     Returns:
-      Parameters, and a line for each thing that was done to make them fit.
+      `(params, notes)`: nested dict of NumPy arrays in the dtypes of the model's parameters, and
+      one line for each change that made them fit.
 
     Raises:
-      UserError: they don't fit.
+      UserError: the parameters do not fit.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    # Only shapes matter: all of it comes from the file.
+    # Only shapes matter: all values come from the weights.
     init: Callable[..., Any] = lambda x: model.init(jax.random.key(0), x, train=False)  # noqa: E731
     shapes = jax.eval_shape(init, images)["params"]
     return adapt_params(

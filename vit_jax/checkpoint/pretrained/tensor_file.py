@@ -7,6 +7,7 @@ parser, which checks every number of the untrusted header, is called directly.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -32,14 +33,14 @@ def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str
     """Reads all tensors and the metadata of a file.
 
     Args:
-      path: of the file, local or `gs://`.
+      path: local or `gs://`.
 
     Returns:
-      `(tensors, metadata)`; the arrays are read-only.
+      `(tensors, metadata)`; read-only arrays with the shapes and dtypes of the file, by name.
 
     Raises:
       OSError: the file can't be read.
-      ValueError: it is no safetensors file, or a damaged one.
+      ValueError: the file is damaged, or not a safetensors file.
     """
     content = path.read_bytes()
     try:
@@ -60,8 +61,28 @@ def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str
     return tensors, json.loads(content[8 : 8 + length]).get("__metadata__", {})
 
 
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Returns the JSON object in a file beside the weights; empty if there is no such file.
+
+    Raises:
+      ValueError: the file is not JSON.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path.name} beside it is no JSON") from error
+    return content if isinstance(content, dict) else {}
+
+
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[str, str]) -> None:
-    """Writes a file, whole or not at all.
+    """Writes a file, which is flushed to the disk before it gets its name.
+
+    Args:
+      path: of the file, in a folder that exists.
+      tensors: arrays of any shape and of a dtype of the format, by name.
+      metadata: texts by key.
 
     Raises:
       OSError: the file can't be written.

@@ -1,133 +1,96 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor names and layouts of timm's Vision Transformers, to this package's and back.
+"""Reads Vision Transformers of timm: their tensors, and the `config.json` published with them.
 
-Kernels are transposed and fused projections split, so values stay as they are to the last bit; a
-sum is taken only where a token and its position embedding become one. Tensors without a place here
-keep their names.
-
-Hybrids are the only models that compute something else there: timm standardises kernels with 1e-8
-added to the variance, and not, as the published weights were trained, with 1e-5 added to the
-deviation. Logits differ in the fifth digit.
-
-Source: timm 1.0.31, `models/vision_transformer.py`, `vision_transformer_hybrid.py`, `eva.py` and
-`deit.py`.
+Source: timm 1.0.31.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
-from vit_jax.checkpoint.pretrained.weights import POSEMB, infer_model
-from vit_jax.models.positions import FIXED_POSITIONS, fixed_positions
-from vit_jax.models.variants import SIZES
+from vit_jax.checkpoint.pretrained.tensor_file import read_json
+from vit_jax.checkpoint.pretrained.timm_tensors import infer_num_heads, to_linen
+from vit_jax.checkpoint.pretrained.weights import (
+    Weights,
+    describe_interpolation,
+    describe_model,
+    infer_image_size,
+)
 
-_Arrays = dict[str, np.ndarray]
-
-NORM_EPSILON = 1e-6
-_HEADS_BY_WIDTH = {width: heads for width, _, _, heads in SIZES.values()} | {1152: 16}
-_ATTENTION = ("query", "key", "value")
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
-_UNIT = re.compile(r"patch_embed\.backbone\.stages\.(\d+)\.blocks\.(\d+)\.")
+_NORM_EPSILON = 1e-6
 _EVA = re.compile(r"blocks\.\d+\.(gamma_1|attn\.(q_bias|q_proj\.weight))$")
-
-# Names that mean the same in other classes and releases.
-_SYNONYMS = (
-    (re.compile(r"^register_tokens$"), "reg_token"),
-    (re.compile(r"^(blocks\.\d+)\.gamma_(\d)$"), r"\1.ls\2.gamma"),
-    (re.compile(r"^(blocks\.\d+\.mlp)\.w12\."), r"\1.fc1."),
-    (re.compile(r"^(blocks\.\d+\.mlp)\.w3\."), r"\1.fc2."),
-    (re.compile(r"^patch_embed\.backbone\.(conv|norm)\."), r"patch_embed.backbone.stem.\1."),
-)
-# Parts that are one tensor in `VisionTransformer`: first the parts, then the whole.
-_FUSED = (
-    (("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight"), "attn.qkv.weight"),
-    (("attn.q_proj.bias", "attn.k_proj.bias", "attn.v_proj.bias"), "attn.qkv.bias"),
-    (("attn.q_bias", "attn.k_bias", "attn.v_bias"), "attn.qkv.bias"),
-    (("mlp.fc1_g.weight", "mlp.fc1_x.weight"), "mlp.fc1.weight"),
-    (("mlp.fc1_g.bias", "mlp.fc1_x.bias"), "mlp.fc1.bias"),
-)
-# What a file may hold that no model here has, and why that does not matter.
-_DROPPED = {
-    "mask_token": "only for pre-training: dropped",
+_ACTIVATIONS = {"gelu": "gelu_erf", "gelu_tanh": "gelu_tanh"}
+# Models of timm with another number of heads than is usual for their width.
+_NUM_HEADS = {
+    f"vit_giantopt_patch16_siglip_{pool}{size}": 16 for pool in ("", "gap_") for size in (256, 384)
 }
+# In timm these SigLIP models, and no others, approximate GELU by tanh.
+_TANH_GELU = re.compile(
+    r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip"
+    r"|vit_large_patch16_siglip_(gap_)?512"
+)
 
 
-def infer_num_heads(tensors: Mapping[str, np.ndarray]) -> tuple[int, list[str]]:
-    """Returns the heads of a fused projection, and a note if they are only a convention.
-
-    Raises:
-      ValueError: there is no convention for this width.
-    """
-    width = tensors["patch_embed.proj.weight"].shape[0]
-    if "blocks.0.attn.q_norm.weight" in tensors:  # One for each channel of a head.
-        return width // tensors["blocks.0.attn.q_norm.weight"].size, []
-    if width in _HEADS_BY_WIDTH:
-        return _HEADS_BY_WIDTH[width], []
-    if width % 64:
-        raise ValueError(
-            f"nothing says how many heads share the width of {width}; give model.num_heads"
-        )
-    return width // 64, [f"num_heads: nothing states it; {width // 64}, of 64 channels each, taken"]
-
-
-def to_linen(
-    tensors: Mapping[str, np.ndarray],
-    *,
-    num_heads: int,
-    num_slots: int | None = None,
-    average: bool = False,
-    swap_axes: bool = False,
-) -> tuple[_Arrays, list[str]]:
-    """Renames the tensors of a `VisionTransformer` of timm, or of a class with synonyms.
+def read_timm(
+    file: epath.Path, tensors: Mapping[str, np.ndarray], num_heads: int | None
+) -> Weights:
+    """Reads a model of timm's classes `VisionTransformer`, its hybrid and distilled ones, or `Eva`.
 
     Args:
-      tensors: arrays by name.
-      num_heads: attention heads, which a fused projection does not show.
-      num_slots: position embeddings in front of those of the patches; None if unknown.
-      average: the class token is not what is classified, but the mean over patches: it becomes a
-        register.
-      swap_axes: the first half of a head's channels turns with the column, not with the row: the
-        halves are swapped, in queries and keys alike.
+      file: of the tensors; a `config.json` beside it is read.
+      tensors: arrays of any float dtype by name.
+      num_heads: attention heads; None for what the files state, or is usual for the width.
 
     Returns:
-      `(params, notes)`: arrays by path, and one line for each thing that is not as in the file.
+      Weights with the dtypes of the file.
 
     Raises:
-      ValueError: tensors do not have the shapes of their names.
+      ValueError: the model has a part that no model here has, or the files are damaged.
     """
-    rest = _join_parts(tensors)
-    params: _Arrays = {}
-    notes = []
-    for prefix, reason in _DROPPED.items():
-        names = [name for name in rest if name.startswith(prefix)]
-        notes += [f"{prefix.rstrip('.')}: {reason}"] if names else []
-        for name in names:
-            del rest[name]
-    _read_tokens(rest, params, num_slots=num_slots, average=average)
-    layers = _count_layers(rest)
-    for i in range(layers):
-        _read_attention(rest, params, i, num_heads=num_heads, swap_axes=swap_axes)
-        _read_mlp(rest, params, i)
-    _read_pooling(rest, params, num_heads=num_heads)
-    for theirs, ours in _modules(layers, _count_units(rest)):
-        _read_module(rest, theirs, params, ours)
-    return params | rest, notes
+    config = read_json(file.parent / "config.json")
+    if not isinstance(config.get("architecture"), str):
+        config = {}  # It was written by another program.
+    architecture, options = config.get("architecture", ""), config.get("model_args", {})
+    if any(name.startswith("norm_pre.") for name in tensors):
+        raise ValueError("it has a norm in front of the blocks (norm_pre), which no model here has")
+    if "_rpn_" in architecture:
+        raise ValueError(f"{architecture} has norms behind its layers, which no model here has")
+    theta, swap_axes, notes = _find_rope(tensors, architecture)
+    num_heads = num_heads or options.get("num_heads") or _NUM_HEADS.get(architecture.split(".")[0])
+    if num_heads is None:
+        num_heads, more = infer_num_heads(tensors)
+        notes += more
+    classifier = _find_classifier(tensors, config)
+    average = classifier == "gap" and "cls_token" in tensors
+    if average:
+        notes.append("cls: kept as a register, since the mean over patches is classified")
+    params, more = to_linen(tensors, num_heads=num_heads, average=average, swap_axes=swap_axes)
+    notes += more
+    settings, more = _read_timm_settings(architecture, options)
+    notes += more
+    model = settings | describe_model(params, rope_theta=theta) | {"classifier": classifier}
+    if theta is None and classifier == "map" and ("cls" in params or "num_registers" in model):
+        raise ValueError("attention pooling that leaves out registers, which no model here has")
+    preprocess, more = _read_timm_images(config.get("pretrained_cfg", config))
+    notes += more
+    kind = "timm hybrid" if "resnet_layers" in model else "timm"
+    return Weights(
+        params=params,
+        layout=f"{kind} safetensors",
+        model=model,
+        preprocess=infer_image_size(params, model) | preprocess,
+        notes=tuple(notes),
+    )
 
 
-def find_rope(
+def _find_rope(
     tensors: Mapping[str, np.ndarray], architecture: str
 ) -> tuple[float | None, bool, list[str]]:
-    """Returns what tensors and a name tell of rotary embeddings, which have no tensors.
-
-    Returns:
-      `(theta, swap_axes, notes)`; theta is None if there are none.
-
-    Raises:
-      ValueError: they are of another kind than here, or nothing tells.
-    """
+    """Infers rotary embeddings, which have no tensors: `(theta or None, swap_axes, notes)`."""
     if "rope.freqs" in tensors:
         raise ValueError("rotary embeddings with learned frequencies (rope.freqs) are unknown here")
     if re.match(r"vit_\w+_rope_reg\d+_gap_", architecture):
@@ -145,333 +108,46 @@ def find_rope(
     return 10_000.0, False, ["rope_theta: no config.json states it; 10000 taken"]
 
 
-def to_timm(
-    params: Mapping[str, np.ndarray], *, model: Mapping[str, Any], grid: tuple[int, int] | None
-) -> _Arrays:
-    """Renames parameters for `VisionTransformer` of timm, or `Eva` with rotary embeddings.
-
-    With registers the class token's position embedding is added to the class token (timm's
-    `no_embed_class`): the function is the same to the last bit, its parameters are not. Fixed
-    position embeddings are written as learned ones. `Eva` gets `q_bias` and `v_bias` if all biases
-    of keys are zero, else `qkv.bias` (its `attn_type="rope"`).
-
-    Args:
-      params: arrays by path; blocks are not stacked.
-      model: arguments of the model; the parameters tell the rest.
-      grid: (rows, columns) of patches, needed for fixed position embeddings.
-
-    Raises:
-      ValueError: timm has no such model.
-    """
-    model = {**infer_model(params), **model}
-    _check_expressible(model, grid)
-    units = model.get("resnet_layers")
-    rest = dict(params)
-    tensors: _Arrays = {}
-    _write_tokens(rest, tensors, model=model, grid=grid)
-    for i in range(model["num_layers"]):
-        _write_attention(rest, tensors, i)
-        _write_mlp(rest, tensors, i)
-    _write_pooling(rest, tensors)
-    for theirs, ours in _modules(model["num_layers"], units or ()):
-        _write_module(rest, ours, tensors, theirs)
-    if units is not None and not units:  # timm has no level "stem" then.
-        tensors = {n.replace("backbone.stem.", "backbone."): x for n, x in tensors.items()}
-    if model.get("rope_theta") is not None:
-        tensors = _rename_for_eva(tensors)
-    if rest:
-        raise ValueError(f"timm has no place for {', '.join(sorted(rest)[:4])}")
-    return tensors
+def _find_classifier(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    pool = config.get("global_pool") or ""
+    if pool not in ("", "avg", "token", "map"):
+        raise ValueError(f"global_pool={pool!r} in config.json: expected avg, token or map")
+    if "attn_pool.latent" in tensors:
+        return "map"
+    if "cls_token" not in tensors or pool == "avg":
+        return "gap"
+    # By default timm puts the norm behind the pooling where that is a mean.
+    mean = not pool and "fc_norm.weight" in tensors and "norm.weight" not in tensors
+    return "gap" if mean else "token"
 
 
-def _check_expressible(model: Mapping[str, Any], grid: tuple[int, int] | None) -> None:
-    rope = model.get("rope_theta") is not None
-    if model.get("name") != "vit":
-        raise ValueError("no Vision Transformer; only these have a layout of timm here")
-    if model.get("representation_size") is not None:
-        raise ValueError("timm has no pre_logits; fine-tune with model.representation_size=None")
-    if model.get("distillation_token") and model.get("num_registers"):
-        raise ValueError("timm has no model with both a distillation token and registers")
-    if rope and model.get("activation", "gelu_tanh") == "gelu_tanh":
-        raise ValueError(
-            "timm's model with rotary embeddings computes exact GELU; train with "
-            "model.activation='gelu_erf' or 'swiglu'"
-        )
-    if rope and model.get("resnet_layers") is not None:
-        raise ValueError("timm has no hybrid with rotary embeddings (model.rope_theta)")
-    if model["classifier"] == "map" and model.get("activation") == "swiglu":
-        raise ValueError("timm's attention pooling has no SwiGLU; set model.classifier='gap'")
-    if model.get("position_embedding") in FIXED_POSITIONS and grid is None:
-        raise ValueError("fixed position embeddings depend on preprocess.image_size: give it")
-
-
-def _join_parts(tensors: Mapping[str, np.ndarray]) -> _Arrays:
-    """Gives synonyms their name in `VisionTransformer`, and fuses what it has fused."""
-    joined = {}
-    for name, x in tensors.items():
-        for pattern, replacement in _SYNONYMS:
-            name = pattern.sub(replacement, name)
-        joined[name] = x
-    for i in range(_count_layers(joined)):
-        for parts, whole in _FUSED:
-            arrays = [joined.pop(f"blocks.{i}.{part}", None) for part in parts]
-            like = next((x for x in arrays if x is not None), None)
-            if like is not None:  # Eva's keys have no bias.
-                arrays = [np.zeros_like(like) if x is None else x for x in arrays]
-                joined[f"blocks.{i}.{whole}"] = np.concatenate(arrays)
-    return joined
-
-
-def _count_layers(tensors: Mapping[str, Any]) -> int:
-    return 1 + max((int(m[1]) for m in map(_BLOCK.match, tensors) if m), default=-1)
-
-
-def _count_units(tensors: Mapping[str, Any]) -> list[int]:
-    """Returns the number of units in each stage of a ResNet in front of the patches."""
-    found = [(int(m[1]), int(m[2])) for m in map(_UNIT.match, tensors) if m]
-    stages = 1 + max((stage for stage, _ in found), default=-1)
-    return [
-        1 + max((unit for s, unit in found if s == stage), default=-1) for stage in range(stages)
+def _read_timm_settings(
+    architecture: str, options: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    act = options.get("act_layer", "gelu_tanh" if _TANH_GELU.match(architecture) else "gelu")
+    if act not in _ACTIVATIONS:
+        raise ValueError(f"act_layer={act!r} in config.json: expected gelu or gelu_tanh")
+    model = {"activation": _ACTIVATIONS[act], "norm_epsilon": _NORM_EPSILON}
+    if architecture:
+        return model, []
+    return model, [
+        "no config.json names the model: activation='gelu_erf', norm_epsilon=1e-06, the defaults "
+        "of timm, taken"
     ]
 
 
-def _modules(layers: int, units: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """Yields (timm's, ours) of all modules whose parameters differ in name and layout only."""
-    yield "patch_embed.proj", "embedding"
-    for i in range(layers):
-        theirs, ours = f"blocks.{i}", f"Transformer/encoderblock_{i}"
-        yield f"{theirs}.norm1", f"{ours}/LayerNorm_0"
-        yield f"{theirs}.norm2", f"{ours}/LayerNorm_1"
-        yield f"{theirs}.mlp.fc1", f"{ours}/MlpBlock_0/Dense_0"
-        yield f"{theirs}.mlp.fc2", f"{ours}/MlpBlock_0/Dense_1"
-    yield "norm", "Transformer/encoder_norm"
-    yield "attn_pool.norm", "MAPHead_0/LayerNorm_0"
-    yield "attn_pool.mlp.fc1", "MAPHead_0/MlpBlock_0/Dense_0"
-    yield "attn_pool.mlp.fc2", "MAPHead_0/MlpBlock_0/Dense_1"
-    yield "fc_norm", "fc_norm"
-    yield "pre_logits.fc", "pre_logits"
-    yield "head", "head"
-    yield "head_dist", "head_dist"
-    backbone = "patch_embed.backbone"
-    yield f"{backbone}.stem.conv", "conv_root"
-    yield f"{backbone}.stem.norm", "gn_root"
-    for stage, unit in ((i, j) for i, count in enumerate(units) for j in range(count)):
-        theirs = f"{backbone}.stages.{stage}.blocks.{unit}"
-        ours = f"block{stage + 1}/unit{unit + 1}"
-        for j in (1, 2, 3):
-            yield f"{theirs}.conv{j}", f"{ours}/conv{j}"
-            yield f"{theirs}.norm{j}", f"{ours}/gn{j}"
-        yield f"{theirs}.downsample.conv", f"{ours}/conv_proj"
-        yield f"{theirs}.downsample.norm", f"{ours}/gn_proj"
-
-
-def _read_tokens(rest: _Arrays, params: _Arrays, *, num_slots: int | None, average: bool) -> None:
-    # A distillation token that no head reads is one token more, which is a register here.
-    distilled = "head_dist.weight" in rest and not average
-    found = [rest.pop(name, None) for name in ("cls_token", "dist_token", "reg_token")]
-    tokens = [x for x in found if x is not None]
-    with_class = int(found[0] is not None and not average) + int(distilled)
-    posemb = rest.pop("pos_embed", None)
-    if posemb is not None:
-        if num_slots is None:
-            num_slots = _guess_slots(posemb.shape[1], found)
-        slots, patches = np.split(posemb, [num_slots], axis=1)
-        no_slot = np.zeros_like(patches, shape=(1, with_class, patches.shape[-1]))
-        first = slots[:, :with_class] if num_slots and with_class else no_slot
-        params[POSEMB] = np.concatenate([first, patches], axis=1)
-        if tokens:
-            tokens = [_add_slots(np.concatenate(tokens, axis=1), slots, start=with_class)]
-    if not tokens:
-        return
-    classes, registers = np.split(np.concatenate(tokens, axis=1), [with_class], axis=1)
-    if with_class:
-        params["cls"] = classes[:, :1]
-    if distilled:
-        params["dist"] = classes[:, 1:]
-    if registers.shape[1]:
-        params["Transformer/registers"] = registers
-
-
-def _guess_slots(length: int, found: list[np.ndarray | None]) -> int:
-    """Of the slots that a class of timm makes, those that leave a square, else its default."""
-    first, registers = found[:2], found[2]
-    with_first = sum(x.shape[1] for x in first if x is not None)
-    if registers is None:
-        candidates = [with_first, 0]
-    else:
-        candidates = [0, with_first + registers.shape[1], with_first]
-    for slots in candidates:
-        if math.isqrt(max(length - slots, 0)) ** 2 == length - slots:
-            return slots
-    return candidates[0]
-
-
-def _add_slots(tokens: np.ndarray, slots: np.ndarray, *, start: int) -> np.ndarray:
-    """Adds position embeddings to the tokens from `start` on, as the model would."""
-    end = slots.shape[1]
-    if end <= start:
-        return tokens
-    added = tokens[:, start:end].astype(np.float32) + slots[:, start:].astype(np.float32)
-    return np.concatenate([tokens[:, :start], added, tokens[:, end:]], axis=1)
-
-
-def _read_attention(
-    rest: _Arrays, params: _Arrays, i: int, *, num_heads: int, swap_axes: bool
-) -> None:
-    theirs = f"blocks.{i}.attn"
-    ours = f"Transformer/encoderblock_{i}/MultiHeadDotProductAttention_0"
-    _read_heads(rest, f"{theirs}.qkv", params, ours, _ATTENTION, num_heads)
-    _read_output(rest, f"{theirs}.proj", params, f"{ours}/out", num_heads)
-    _read_module(rest, f"{theirs}.q_norm", params, f"{ours}/query_norm")
-    _read_module(rest, f"{theirs}.k_norm", params, f"{ours}/key_norm")
-    if swap_axes:
-        for name in [n for n in params if re.match(rf"{ours}/(query|key)(_norm)?/", n)]:
-            params[name] = np.roll(params[name], params[name].shape[-1] // 2, axis=-1)
-
-
-def _read_heads(
-    rest: _Arrays, source: str, params: _Arrays, target: str, names: Sequence[str], heads: int
-) -> None:
-    """Splits a projection into those of `names`, and each of these into heads."""
-    weight = rest.pop(f"{source}.weight", None)
-    if weight is None:
-        return
-    bias = rest.pop(f"{source}.bias", None)
-    bias = np.zeros_like(weight[:, 0]) if bias is None else bias
-    kernels = weight.reshape(len(names), heads, -1, weight.shape[1])
-    biases = bias.reshape(len(names), heads, -1)
-    for name, kernel, bias in zip(names, kernels, biases, strict=True):
-        params[f"{target}/{name}/kernel"] = kernel.transpose(2, 0, 1)
-        params[f"{target}/{name}/bias"] = bias
-
-
-def _read_output(rest: _Arrays, source: str, params: _Arrays, target: str, heads: int) -> None:
-    _read_module(rest, source, params, target)
-    if f"{target}/kernel" in params:
-        kernel = params[f"{target}/kernel"]
-        params[f"{target}/kernel"] = kernel.reshape(heads, -1, kernel.shape[1])
-
-
-def _read_mlp(rest: _Arrays, params: _Arrays, i: int) -> None:
-    theirs, ours = f"blocks.{i}", f"Transformer/encoderblock_{i}"
-    for j in (1, 2):
-        if f"{theirs}.ls{j}.gamma" in rest:
-            params[f"{ours}/LayerScale_{j - 1}/scale"] = rest.pop(f"{theirs}.ls{j}.gamma")
-    weights = [rest.get(f"{theirs}.mlp.fc{j}.weight") for j in (1, 2)]
-    if weights[0] is None or weights[1] is None or weights[0].shape[0] != 2 * weights[1].shape[1]:
-        return
-    for suffix in ("weight", "bias"):  # SwiGLU, packed: the gate and what it is applied to.
-        if f"{theirs}.mlp.fc1.{suffix}" in rest:
-            halves = np.split(rest[f"{theirs}.mlp.fc1.{suffix}"], 2)
-            rest[f"{theirs}.mlp.gate.{suffix}"], rest[f"{theirs}.mlp.fc1.{suffix}"] = halves
-    _read_module(rest, f"{theirs}.mlp.gate", params, f"{ours}/MlpBlock_0/gate")
-
-
-def _read_pooling(rest: _Arrays, params: _Arrays, *, num_heads: int) -> None:
-    if "attn_pool.latent" not in rest:
-        return
-    params["MAPHead_0/probe"] = rest.pop("attn_pool.latent")
-    ours = "MAPHead_0/MultiHeadDotProductAttention_0"
-    _read_heads(rest, "attn_pool.q", params, ours, _ATTENTION[:1], num_heads)
-    _read_heads(rest, "attn_pool.kv", params, ours, _ATTENTION[1:], num_heads)
-    _read_output(rest, "attn_pool.proj", params, f"{ours}/out", num_heads)
-
-
-def _read_module(rest: _Arrays, source: str, params: _Arrays, target: str) -> None:
-    """Moves a norm, a linear layer or a convolution; a linear layer without bias gets zeros."""
-    weight, bias = rest.pop(f"{source}.weight", None), rest.pop(f"{source}.bias", None)
-    if weight is not None:
-        name = "scale" if weight.ndim == 1 else "kernel"
-        params[f"{target}/{name}"] = weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.T
-        if bias is None and weight.ndim == 2:
-            bias = np.zeros_like(weight[:, 0])
-    if bias is not None:
-        params[f"{target}/bias"] = bias
-
-
-def _write_tokens(
-    rest: _Arrays,
-    tensors: _Arrays,
-    *,
-    model: Mapping[str, Any],
-    grid: tuple[int, int] | None,
-) -> None:
-    cls, registers = rest.pop("cls", None), rest.pop("Transformer/registers", None)
-    dist, posemb = rest.pop("dist", None), rest.pop(POSEMB, None)
-    fixed = grid and fixed_positions(model.get("position_embedding"), grid, model["hidden_size"])
-    if fixed is not None:
-        num_class_tokens = sum(x is not None for x in (cls, dist))
-        posemb = np.pad(fixed, ((0, 0), (num_class_tokens, 0), (0, 0)))
-    if posemb is not None and cls is not None and registers is not None:
-        slot, posemb = np.split(posemb, [1], axis=1)
-        cls = _add_slots(cls, slot, start=0)
-    found = {"cls_token": cls, "dist_token": dist, "reg_token": registers, "pos_embed": posemb}
-    tensors |= {name: x for name, x in found.items() if x is not None}
-
-
-def _write_attention(rest: _Arrays, tensors: _Arrays, i: int) -> None:
-    theirs = f"blocks.{i}.attn"
-    ours = f"Transformer/encoderblock_{i}/MultiHeadDotProductAttention_0"
-    _write_heads(rest, ours, tensors, f"{theirs}.qkv", _ATTENTION)
-    _write_output(rest, f"{ours}/out", tensors, f"{theirs}.proj")
-    _write_module(rest, f"{ours}/query_norm", tensors, f"{theirs}.q_norm")
-    _write_module(rest, f"{ours}/key_norm", tensors, f"{theirs}.k_norm")
-
-
-def _write_heads(
-    rest: _Arrays, source: str, tensors: _Arrays, target: str, names: Sequence[str]
-) -> None:
-    kernels = [rest.pop(f"{source}/{name}/kernel") for name in names]
-    biases = [rest.pop(f"{source}/{name}/bias") for name in names]
-    weights = [x.transpose(1, 2, 0).reshape(-1, x.shape[0]) for x in kernels]
-    tensors[f"{target}.weight"] = np.concatenate(weights)
-    tensors[f"{target}.bias"] = np.concatenate([x.reshape(-1) for x in biases])
-
-
-def _write_output(rest: _Arrays, source: str, tensors: _Arrays, target: str) -> None:
-    kernel = rest[f"{source}/kernel"]
-    rest[f"{source}/kernel"] = kernel.reshape(-1, kernel.shape[-1])
-    _write_module(rest, source, tensors, target)
-
-
-def _write_mlp(rest: _Arrays, tensors: _Arrays, i: int) -> None:
-    theirs, ours = f"blocks.{i}", f"Transformer/encoderblock_{i}"
-    for j in (1, 2):
-        if f"{ours}/LayerScale_{j - 1}/scale" in rest:
-            tensors[f"{theirs}.ls{j}.gamma"] = rest.pop(f"{ours}/LayerScale_{j - 1}/scale")
-    for name in ("kernel", "bias"):
-        gate = rest.pop(f"{ours}/MlpBlock_0/gate/{name}", None)
-        if gate is not None:
-            hidden = rest[f"{ours}/MlpBlock_0/Dense_0/{name}"]
-            rest[f"{ours}/MlpBlock_0/Dense_0/{name}"] = np.concatenate([gate, hidden], axis=-1)
-
-
-def _write_pooling(rest: _Arrays, tensors: _Arrays) -> None:
-    if "MAPHead_0/probe" not in rest:
-        return
-    tensors["attn_pool.latent"] = rest.pop("MAPHead_0/probe")
-    ours = "MAPHead_0/MultiHeadDotProductAttention_0"
-    _write_heads(rest, ours, tensors, "attn_pool.q", _ATTENTION[:1])
-    _write_heads(rest, ours, tensors, "attn_pool.kv", _ATTENTION[1:])
-    _write_output(rest, f"{ours}/out", tensors, "attn_pool.proj")
-
-
-def _write_module(rest: _Arrays, source: str, tensors: _Arrays, target: str) -> None:
-    for name in ("scale", "kernel"):
-        if f"{source}/{name}" in rest:
-            x = rest.pop(f"{source}/{name}")
-            tensors[f"{target}.weight"] = x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
-    if f"{source}/bias" in rest:
-        tensors[f"{target}.bias"] = rest.pop(f"{source}/bias")
-
-
-def _rename_for_eva(tensors: _Arrays) -> _Arrays:
-    renamed = {re.sub(r"\.ls(\d)\.gamma$", r".gamma_\1", n): x for n, x in tensors.items()}
-    biases = {n: np.split(x, 3) for n, x in renamed.items() if n.endswith(".qkv.bias")}
-    if any(key.any() for _, key, _ in biases.values()):
-        return renamed
-    for name, (query, _, value) in biases.items():
-        del renamed[name]
-        stem = name.removesuffix("qkv.bias")
-        renamed |= {f"{stem}q_bias": query, f"{stem}v_bias": value}
-    return renamed
+def _read_timm_images(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    found: dict[str, Any] = {}
+    if "mean" in config and "std" in config:
+        found |= {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
+    if "input_size" not in config:
+        return found, []
+    _, height, width = config["input_size"]
+    found["image_size"] = (height, width)
+    crop, mode = config.get("crop_pct"), config.get("crop_mode", "center")
+    if height != width or crop is None or mode not in ("center", "squash"):
+        return found, []
+    size = math.floor(height / crop)
+    resize = f"resize_small({size})" if mode == "center" else f"resize({size})"
+    found["eval"] = f"decode|{resize}|central_crop({height})"
+    return found, describe_interpolation(config.get("interpolation", "bilinear"))

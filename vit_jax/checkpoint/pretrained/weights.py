@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights under this package's names, and what they say of the model that they belong to."""
+"""Pretrained weights by the parameter names of this package, and the model that they belong to."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from vit_jax.models.resnet import total_stride
+
 POSEMB = "Transformer/posembed_input/pos_embedding"
 REGISTERS = "Transformer/registers"
 
-# What objectives add to the parameters of a model.
+# Parameters that objectives train beside those of a model.
 OBJECTIVE_PARAMS = {
     "decoder": "only for pre-training",
     "probe": "the heads of a linear probe",
@@ -23,19 +26,18 @@ _STACK = re.compile(r"(.*/)?encoderblock/(.*)")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Parameters of a file, and what must be known to use them.
+    """Parameters that were read from a file or a run, and how to use them.
 
     Attributes:
-      params: arrays by path, as in `Transformer/encoderblock_0/LayerNorm_0/scale`; blocks are never
-        stacked.
-      layout: what the file is, for the screen: "timm safetensors".
-      model: arguments of `make_vit` or `make_mixer` (then with `name`) that rebuild the model, as
-        far as they are known: sizes, and what parameters do not show, such as
-        `{"activation": "gelu_erf", "norm_epsilon": 1e-12}`.
-      preprocess: what the weights expect of images, as far as it is known: `mean` and `std` of
-        pixels in [0, 1] (one number or one for each channel), `image_size` (height, width), and
-        `eval`, a value for `data.preprocess`.
-      own_params: arrays by path that a run has trained beside its model's, such as a decoder.
+      params: arrays of any float dtype by path (`Transformer/encoderblock_0/LayerNorm_0/scale`),
+        with the shapes of a model without `scan`: blocks are never stacked.
+      layout: the kind of file, for the screen: "timm safetensors".
+      model: known arguments of `make_vit` or `make_mixer`, and `name`, that rebuild the model:
+        sizes, and what shapes do not show, such as `{"activation": "gelu_erf"}`.
+      preprocess: the known ones of `mean` and `std` of pixels in [0, 1] (one number or one for each
+        channel), `image_size` (height, width in pixels), and `eval`, a value of `data.preprocess`.
+      objective_params: arrays by path of parameters that a run trained beside its model's, such as
+        those of a decoder.
       notes: what was left out or changed while reading, one line each.
     """
 
@@ -48,12 +50,12 @@ class Weights:
 
 
 def as_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as read from JSON, which has lists only."""
+    """Returns values from JSON with tuples in place of lists."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives each block of a scanned encoder its own paths; leaves others alone."""
+    """Splits `[num_layers, ...]` arrays of a scanned encoder into arrays `[...]` with own paths."""
     flat = {}
     for path, value in params.items():
         if match := _STACK.fullmatch(path):
@@ -65,7 +67,7 @@ def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of `unstack_blocks`."""
+    """Stacks the arrays `[...]` of the blocks as `[num_layers, ...]`, for a scanned encoder."""
     flat, blocks = {}, {}
     for path, value in params.items():
         if match := _BLOCK.fullmatch(path):
@@ -83,13 +85,13 @@ def is_stacked(params: Mapping[str, Any]) -> bool:
 
 
 def infer_model(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `make_vit` or `make_mixer` that the shapes of parameters show.
+    """Returns the arguments of `make_vit` or `make_mixer` that follow from the parameters' shapes.
 
     Args:
-      params: arrays or shapes by path, blocks not stacked.
+      params: arrays or `jax.ShapeDtypeStruct` by path; blocks are not stacked.
 
     Returns:
-      Keyword arguments, `name` among them; empty if it is no model of this package.
+      Keyword arguments, and `name`; empty if the parameters are not of a model of this package.
     """
     shapes = {path: tuple(value.shape) for path, value in params.items()}
     if "stem/kernel" in shapes:
@@ -97,6 +99,40 @@ def infer_model(params: Mapping[str, Any]) -> dict[str, Any]:
     if len(shapes.get("embedding/kernel", ())) == 4:
         return _infer_vit(shapes)
     return {}
+
+
+def describe_model(params: Mapping[str, np.ndarray], *, rope_theta: float | None) -> dict[str, Any]:
+    """Returns `infer_model` of a file whose position embeddings are learned or none."""
+    positions = "learned" if POSEMB in params else "none"
+    return infer_model(params) | {"position_embedding": positions, "rope_theta": rope_theta}
+
+
+def infer_image_size(params: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `{"image_size": (height, width)}` if the position embeddings are of a square."""
+    posemb = params.get(POSEMB)
+    if posemb is None:
+        return {}
+    patches = posemb.shape[1] - int("cls" in params) - int("dist" in params)
+    side = math.isqrt(patches)
+    rows, columns = _stride(model)
+    return {"image_size": (side * rows, side * columns)} if side * side == patches else {}
+
+
+def find_grid(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Returns (rows, columns) of patches in an image, if its size is known."""
+    image_size = preprocess.get("image_size")
+    if image_size is None:
+        return None
+    height, width = image_size
+    rows, columns = _stride(model)
+    return height // rows, width // columns
+
+
+def describe_interpolation(name: Any) -> list[str]:
+    """Returns a note if images were resized by another rule than that of the operations here."""
+    if name == "bilinear":
+        return []
+    return [f"images: resized by {name} interpolation in evaluation there, by bilinear here"]
 
 
 def _infer_mixer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -144,7 +180,7 @@ def _infer_vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     if f"{attention}/query_norm/scale" in shapes:
         found["qk_norm"] = True
     if f"{block}/LayerScale_0/scale" in shapes:
-        found["layer_scale_init"] = 1e-5  # Only where training starts anew does it matter.
+        found["layer_scale_init"] = 1e-5  # Only used to initialise.
     if "fc_norm/scale" in shapes:
         found["norm_after_pooling"] = True
     return found
@@ -152,3 +188,12 @@ def _infer_vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 def _count(shapes: Mapping[str, Any], pattern: str) -> int:
     return len({match[1] for path in shapes if (match := re.match(pattern, path))})
+
+
+def _stride(model: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns (height, width) in pixels of the image area that becomes one token."""
+    patch = model["patch_size"]
+    rows, columns = (patch, patch) if isinstance(patch, int) else patch
+    layers = model.get("resnet_layers")
+    shrink = 1 if layers is None else total_stride(tuple(layers))
+    return rows * shrink, columns * shrink
