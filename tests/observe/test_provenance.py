@@ -4,7 +4,7 @@
 import json
 import subprocess
 
-from vit_jax.observe.provenance import describe_git, describe_run, say_changes
+from vit_jax.observe.provenance import describe_git, describe_run, log_changes
 
 
 def test_it_is_json_with_versions_devices_and_data():
@@ -15,10 +15,10 @@ def test_it_is_json_with_versions_devices_and_data():
 
 def test_changes_are_said_by_name(said):
     run = describe_run({}, data="abc")
-    say_changes(run, run)
-    say_changes({}, run)
+    log_changes(run, run)
+    log_changes({}, run)
     assert said == []
-    say_changes(run | {"devices": {"H100": 2}, "versions": {"jax": "0.1"}}, run)
+    log_changes(run | {"devices": {"H100": 2}, "versions": {"jax": "0.1"}}, run)
     assert len(said) == 2
     assert said[0].startswith("changed since the checkpoint: jax: 0.1 before, ")
     assert said[1] == "changed since the checkpoint: devices: {'H100': 2} before, {'cpu': 8} now"

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, describe_error
 
 _OVERRIDE = "--config."
 _WORDS = {"true": True, "false": False, "none": None}
@@ -33,7 +33,7 @@ def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
     except UserError:
         raise
     except Exception as e:
-        raise UserError(f"--config={value}: {type(e).__name__}: {e}") from e
+        raise UserError(f"--config={value}: {describe_error(e)}") from e
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={value}: get_config gives {config!r}; expected a ConfigDict")
     return override_config(config.to_dict(), overrides)

@@ -52,7 +52,7 @@ def describe_git(folder: Path) -> str | None:
     return commit.strip() + "-dirty" * bool(changed.returncode)
 
 
-def say_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def log_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Logs changes since a checkpoint was written that may change the last digits."""
     old, new = dict(before.get("versions") or {}), dict(now["versions"])
     pairs = [(name, old[name], new[name]) for name in new if name in old]

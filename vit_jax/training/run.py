@@ -26,7 +26,7 @@ from vit_jax.evaluators.base import Evaluator
 from vit_jax.observe.console import log
 from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.ledger import Ledger
-from vit_jax.observe.provenance import describe_run, say_changes
+from vit_jax.observe.provenance import describe_run, log_changes
 from vit_jax.observe.summary import report_end, report_start
 from vit_jax.observe.trackers import Trackers, check_trackers
 from vit_jax.optim.summary import describe_params, describe_rates, group_params, summarize_params
@@ -170,7 +170,7 @@ def _prepare(
             checkpoints.run = describe_run(experiment.config, data=data)
             before = checkpoints.read_run()
             check_data(str(folder), before, checkpoints.run, settings.resume)
-            say_changes(before, checkpoints.run)
+            log_changes(before, checkpoints.run)
     _report_start(experiment, input_bytes, notes)
     start, state = restore(experiment, checkpoints)
     with all_agree():
