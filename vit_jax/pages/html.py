@@ -10,7 +10,7 @@ from typing import Literal
 
 Layout = Literal["texts", "charts", "pictures"]
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --back: #fcfcfb; --card: #fff; --text: #1d1d1f; --soft: #62626a;
   --line: #e3e3e0; --bar: #31688e; --s0: #2166ac; --s1: #c2510c; --s2: #1a7f4b; --s3: #8e44ad;
   --s4: #b3123a; --s5: #8a6d00; --s6: #00788a; --s7: #5c5c66; }
@@ -73,7 +73,7 @@ def make_page(title: str, notes: Sequence[str], body: Iterable[str]) -> str:
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<header><h1>{html.escape(title)}</h1>",
         *(f'<p class="soft">{html.escape(note)}</p>' for note in notes),
         "</header><main>",
