@@ -64,7 +64,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.11.30",
         "pillow>=10.1",
-        "rich>=13.0",
+        "rich>=14.1",
         "safetensors>=0.5",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.10",  # the first that works with protobuf 7

@@ -24,7 +24,7 @@ from vit_jax.inference.model import LoadedModel
 from vit_jax.inference.page import Section, make_page
 from vit_jax.inference.source import add_source, load_source
 from vit_jax.observe.console import log, set_up
-from vit_jax.observe.progress import ProgressLog
+from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.files import fresh_folder
@@ -92,16 +92,16 @@ def explain(model: LoadedModel, paths: Sequence[str], names: Sequence[str]) -> l
       UserError: an image can't be read.
     """
     images = [model.preprocess(path) for path in paths]
-    pace = ProgressLog("drawing", total=len(paths), unit="images")
     of_model = [lib.OF_MODEL[name](model) for name in names if name in lib.OF_MODEL]
     sections, views = [], []
-    for path, image in zip(paths, images, strict=True):
-        view = lib.make_view(model, image)
-        drawn = [lib.OF_IMAGE[name](model, view) for name in names if name in lib.OF_IMAGE]
-        sections.append(Section(path, drawn, _classify(model, image)))
-        if any(name in lib.OF_VIEWS for name in names):
-            views.append(view)
-        pace.advance(1)
+    with ProgressLog("drawing", total=len(paths), unit="images") as progress:
+        for path, image in zip(paths, images, strict=True):
+            view = lib.make_view(model, image)
+            drawn = [lib.OF_IMAGE[name](model, view) for name in names if name in lib.OF_IMAGE]
+            sections.append(Section(path, drawn, _classify(model, image)))
+            if any(name in lib.OF_VIEWS for name in names):
+                views.append(view)
+            progress.advance(1)
     of_model += [lib.OF_VIEWS[name](model, views) for name in names if name in lib.OF_VIEWS]
     return [Section("The model", of_model), *sections] if of_model else sections
 

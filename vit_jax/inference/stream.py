@@ -9,7 +9,7 @@ import numpy as np
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.inference.images import load_images
 from vit_jax.inference.model import LoadedModel, Tta
-from vit_jax.observe.progress import ProgressLog
+from vit_jax.observe.progress_log import ProgressLog
 
 
 def map_images(
@@ -44,14 +44,14 @@ def map_images(
         corrupt=corrupt,
         num_threads=num_threads,
     )
-    pace = ProgressLog("images", total=len(paths), unit="images")
     pending: tuple[list[str | None], jax.Array] | None = None
-    for batch in batches:
-        queued = batch.paths, model.start(batch.images, layer=layer, tta=tta)
-        if pending is not None:
-            yield _fetch(*pending)
-            pace.advance(len(pending[0]))
-        pending = queued
+    with ProgressLog("images", total=len(paths), unit="images") as progress:
+        for batch in batches:
+            queued = batch.paths, model.start(batch.images, layer=layer, tta=tta)
+            if pending is not None:
+                yield _fetch(*pending)
+                progress.advance(len(pending[0]))
+            pending = queued
     if pending is not None:
         yield _fetch(*pending)
 
