@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any number of image files through a model, a batch at a time."""
+"""Runs a model over any number of image files, a batch at a time."""
 
 from collections.abc import Iterator, Sequence
 
@@ -22,20 +22,20 @@ def map_images(
     corrupt: CorruptCounter,
     num_threads: int | None = None,
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yields paths, and what a layer gives for them, float32 `[n, ...]`, in order.
+    """Yields paths with the output of a layer for them, float32 `[n, ...]`, in order.
 
-    All batches have one shape, so that one program is compiled. The next one is computed while one
-    is looked at, and a few are loaded ahead; nothing else is kept. How far it is, is said on the
-    screen.
+    All batches have one shape, so one program is compiled. The next batch is computed while the
+    caller uses one, and a few are loaded ahead, so memory does not grow with the number of images.
+    Progress is logged.
 
     Args:
-      model: to be applied.
-      paths: of the images; those that can't be read are left out.
+      model: the model to run.
+      paths: paths of the images; those that cannot be read are left out.
       layer: see `LoadedModel.features`.
-      tta: likewise.
-      batch_size: rounded up to what the devices can share, and down to what there is.
-      corrupt: counts and names images that can't be read.
-      num_threads: that decode; None for one a core.
+      tta: see `LoadedModel.__call__`.
+      batch_size: capped at the number of images, then rounded up to a multiple of the devices.
+      corrupt: counts and names images that cannot be read.
+      num_threads: threads that decode; None is one per core.
     """
     batches = load_images(
         paths,
