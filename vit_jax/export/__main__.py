@@ -46,8 +46,8 @@ from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.files import fresh_folder
 from vit_jax.utils.layout import LABELS
 
-# Writers of weights and of programs by format. Each writes the file or folder `model.FORMAT` and
-# returns lines to log.
+# Writers of weights and of programs by format. Each takes the path `model.FORMAT` and the model, of
+# programs also the layer whose output the program returns, and returns lines to log.
 WEIGHTS: Mapping[str, Callable[[Path, LoadedModel], list[str]]] = {
     "npz": write_weights,
     "safetensors": write_weights,

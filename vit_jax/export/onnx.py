@@ -27,19 +27,11 @@ def check_onnx() -> None:
 
 
 def write_onnx(path: Path, model: LoadedModel, layer: str) -> list[str]:
-    """Writes a graph and compares it with the model.
-
-    Args:
-      path: the file to write.
-      model: a model that computes in float32.
-      layer: layer whose output the graph returns.
-
-    Returns:
-      Lines to log.
+    """Writes a graph of a layer's output and compares it with the model.
 
     Raises:
-      UserError: the libraries are missing or cannot write this model, or the graph computes
-        something else.
+      UserError: the model does not compute in float32, the libraries are missing or cannot write
+        it, or the graph computes something else.
     """
     jax2onnx, runtime = _import_libraries()
     check_size(model, what="onnx")

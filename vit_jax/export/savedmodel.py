@@ -38,14 +38,8 @@ def check_tensorflow(python: str) -> None:
 def write_savedmodel(path: Path, model: LoadedModel, layer: str, *, python: str) -> list[str]:
     """Writes a SavedModel, reads it back and compares it with the model.
 
-    Args:
-      path: the folder to write.
-      model: the model to write.
-      layer: layer whose output the signature `serving_default` returns.
-      python: an interpreter that has TensorFlow.
-
-    Returns:
-      Lines to log.
+    Its signature `serving_default` returns the output of the layer. `python` is an interpreter that
+    has TensorFlow.
 
     Raises:
       UserError: TensorFlow rejects the program, or it computes something else.

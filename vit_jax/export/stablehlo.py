@@ -26,15 +26,7 @@ def trace_program(model: LoadedModel, layer: str) -> export.Exported:
 
 
 def write_stablehlo(path: Path, model: LoadedModel, layer: str) -> list[str]:
-    """Writes a program, reads it back and compares it with the model.
-
-    Args:
-      path: the file to write.
-      model: the model to write.
-      layer: layer whose output the program returns.
-
-    Returns:
-      Lines to log.
+    """Writes a program of a layer's output, reads it back and compares it with the model.
 
     Raises:
       UserError: the program is too large, or computes something else.

@@ -12,14 +12,7 @@ from vit_jax.utils.tree import flatten
 
 
 def write_weights(path: Path, model: LoadedModel) -> list[str]:
-    """Writes weights and reads them back.
-
-    Args:
-      path: a `.npz` or `.safetensors` file, see `vit_jax.convert`.
-      model: the model to write, with its sizes and its preparation of images.
-
-    Returns:
-      Lines to log.
+    """Writes a `.npz` or `.safetensors` file, see `vit_jax.convert`, and reads it back.
 
     Raises:
       UserError: the layout cannot hold this model, or the file cannot be written.

@@ -5,7 +5,6 @@ import datetime
 import math
 import sys
 import time
-from types import TracebackType
 
 import rich.progress
 
@@ -50,12 +49,7 @@ class ProgressLog:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._bar.stop()
 
     def advance(self, count: float) -> None:
