@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTML pages that stand alone: no other file, no script, no network.
+"""Self-contained HTML pages: no other file, no script, no network.
 
 They suit light and dark screens of any width. All text is escaped with `html.escape`.
 """
