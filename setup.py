@@ -64,7 +64,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.11.30",
         "pillow>=10.1",
-        "rich>=13.0",
+        "rich>=14.1",
         "safetensors>=0.5",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.10",  # the first that works with protobuf 7
@@ -78,7 +78,7 @@ setup(
         "onnx": ["jax2onnx>=0.13", "onnxruntime>=1.24"],
         "savedmodel": ["tensorflow>=2.18"],
         "hub": ["huggingface-hub>=1.0"],
-        "serve": ["starlette>=1.0", "uvicorn>=0.30"],
+        "serve": ["fastapi>=0.133", "uvicorn>=0.30"],
         "wandb": ["wandb>=0.19"],
         # The last two are for its default, a file of SQLite; a server needs the first alone.
         "mlflow": ["mlflow-skinny>=2.20", "alembic>=1.13", "sqlalchemy>=2.0"],
@@ -87,9 +87,10 @@ setup(
             "pytest>=8.0",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",
-            "httpx2>=2.0",  # the client of starlette's tests
+            "fastapi>=0.133",
+            "httpx2>=2.0",  # for FastAPI's test client
             "scikit-learn>=1.5",
-            "starlette>=1.0",
+            "starlette>=1.2",  # the first whose test client uses httpx2
             "uvicorn>=0.30",
         ],
         "docs": ["furo", "myst-parser>=5.0", "sphinx>=9.0"],

@@ -73,7 +73,7 @@ class Stripes(tfds.core.GeneratorBasedBuilder):
 
 
 @pytest.fixture(autouse=True)
-def screen():
+def restore_screen():
     """What a command sets for its process does not outlive the test."""
     yield
     console.console.quiet = console.console.stderr = False

@@ -52,6 +52,8 @@ ALLOWED_IN = {
     "orbax": ("vit_jax.checkpoint",),
     "tensorflow_datasets": ("vit_jax.data",),
     "grain": ("vit_jax.data",),
+    "fastapi": ("vit_jax.serve",),
+    "pydantic": ("vit_jax.serve",),
     "starlette": ("vit_jax.serve",),
     "uvicorn": ("vit_jax.serve",),
     "tensorflow": (),

@@ -11,6 +11,7 @@ Examples:
 """
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,26 +22,43 @@ from vit_jax.inference.draw import encode_png
 from vit_jax.inference.figures import FIGURES, Figure
 from vit_jax.inference.images import STDIN, find_images
 from vit_jax.inference.model import LoadedModel
-from vit_jax.inference.page import Section, make_page
 from vit_jax.inference.source import add_source, load_source
 from vit_jax.observe.console import log, set_up
-from vit_jax.observe.progress import ProgressLog
+from vit_jax.observe.progress_log import ProgressLog
+from vit_jax.pages import html
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.files import fresh_folder
 
 PAGE = "index.html"
 
-# On one page; a browser has to hold all of it.
-_MOST_IMAGES = 64
+# Most images of a page: a browser holds all of it in memory.
+_MAX_IMAGES = 64
 _CLASSES = 5
+# Wider figures take a row of their own; in pixels of the page.
+_WIDE = 640
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Figures under one heading.
+
+    Attributes:
+      title: heading.
+      figures: figures in order.
+      classes: class names and probabilities, the most probable first; empty for no such card.
+    """
+
+    title: str
+    figures: Sequence[Figure]
+    classes: Sequence[tuple[str, float]] = ()
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command's arguments, without overrides of the config; `figures` are names or None.
+    """Parses the command's arguments, without overrides; `figures` becomes a list or None.
 
     Raises:
-      UserError: they don't go together.
+      UserError: an argument is invalid.
     """
     parser = CommandParser(prog="python -m vit_jax.explain", description=__doc__)
     parser.add_argument("IMAGES", nargs="+", help="files, folders or patterns")
@@ -63,10 +81,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def choose_figures(model: LoadedModel, wanted: Sequence[str] | None) -> list[str]:
-    """The figures to draw: those wanted, or all that can be.
+    """Chooses the figures to draw: those wanted, or all that are possible.
 
     Raises:
-      UserError: one that is wanted can't be drawn.
+      UserError: a wanted figure cannot be drawn.
     """
     impossible = lib.find_impossible(model)
     for name in wanted or ():
@@ -84,24 +102,24 @@ def explain(model: LoadedModel, paths: Sequence[str], names: Sequence[str]) -> l
     """Draws the figures of the model, and those of each image.
 
     Args:
-      model: to be looked at.
-      paths: of images.
-      names: of figures that the model has.
+      model: the model to explain.
+      paths: paths of images.
+      names: names of figures that can be drawn for the model.
 
     Raises:
-      UserError: an image can't be read.
+      UserError: an image cannot be read.
     """
     images = [model.preprocess(path) for path in paths]
-    pace = ProgressLog("drawing", total=len(paths), unit="images")
     of_model = [lib.OF_MODEL[name](model) for name in names if name in lib.OF_MODEL]
     sections, views = [], []
-    for path, image in zip(paths, images, strict=True):
-        view = lib.make_view(model, image)
-        drawn = [lib.OF_IMAGE[name](model, view) for name in names if name in lib.OF_IMAGE]
-        sections.append(Section(path, drawn, _classify(model, image)))
-        if any(name in lib.OF_VIEWS for name in names):
-            views.append(view)
-        pace.advance(1)
+    with ProgressLog("drawing", total=len(paths), unit="images") as progress:
+        for path, image in zip(paths, images, strict=True):
+            view = lib.make_view(model, image)
+            drawn = [lib.OF_IMAGE[name](model, view) for name in names if name in lib.OF_IMAGE]
+            sections.append(Section(path, drawn, _classify(model, image)))
+            if any(name in lib.OF_VIEWS for name in names):
+                views.append(view)
+            progress.advance(1)
     of_model += [lib.OF_VIEWS[name](model, views) for name in names if name in lib.OF_VIEWS]
     return [Section("The model", of_model), *sections] if of_model else sections
 
@@ -115,7 +133,7 @@ def _classify(model: LoadedModel, image: object) -> list[tuple[str, float]]:
 
 
 def write(folder: Path, title: str, notes: Sequence[str], sections: Sequence[Section]) -> list[str]:
-    """Writes the pictures and the page into a folder; returns the names of the files."""
+    """Writes the pictures and the page to a folder, and returns the names of the files."""
     written: list[str] = []
 
     def save(name: str, content: bytes) -> None:
@@ -125,8 +143,35 @@ def write(folder: Path, title: str, notes: Sequence[str], sections: Sequence[Sec
     for number, section in enumerate(sections):
         for figure in section.figures:
             save(f"{_stem(section, number)}_{figure.name}.png", encode_png(figure.picture))
-    save(PAGE, make_page(title, notes, sections).encode())
+    page = html.make_page(title, notes, map(_show_section, sections))
+    save(PAGE, page.encode())
     return written
+
+
+def _show_section(section: Section) -> str:
+    cards = []
+    if section.classes:
+        cards.append(html.make_card("Classes", html.make_bars(section.classes)))
+    # Figures that take a whole row come last, so no row has gaps.
+    cards += map(_show_figure, sorted(section.figures, key=_is_wide))
+    return html.make_section(section.title, cards)
+
+
+def _is_wide(figure: Figure) -> bool:
+    return figure.picture.width > _WIDE * figure.density
+
+
+def _show_figure(figure: Figure) -> str:
+    width, height = (side // figure.density for side in figure.picture.size)
+    return html.make_figure(
+        encode_png(figure.picture),
+        (width, height),
+        alt=figure.title,
+        title=figure.title,
+        caption=[figure.caption],
+        wide=_is_wide(figure),
+        sharp=figure.density == 1,
+    )
 
 
 def _stem(section: Section, number: int) -> str:
@@ -141,15 +186,15 @@ def _is_of_model(figure: Figure) -> bool:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draws, and says which files were written."""
+    """Draws the figures and logs the files that were written."""
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
     set_up(quiet=False)
     if args.output.exists():
         raise UserError(f"--output={args.output} exists; remove it, or choose another name")
     paths = find_images(args.IMAGES)
-    if len(paths) > _MOST_IMAGES:
-        raise UserError(f"{len(paths):,} images: expected at most {_MOST_IMAGES} for one page")
+    if len(paths) > _MAX_IMAGES:
+        raise UserError(f"{len(paths):,} images: expected at most {_MAX_IMAGES} for one page")
     model = load_source(args, overrides)
     names = choose_figures(model, args.figures)
     with fresh_folder(args.output) as folder:

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import rich.progress
 
 from vit_jax.config.load import load_config, parse_overrides
-from vit_jax.observe.console import console, log
+from vit_jax.observe.console import log
+from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.planning import scale as scale_lib
 from vit_jax.planning import search as search_lib
 from vit_jax.planning import text
@@ -107,15 +107,15 @@ def _search(
         prepared, topology, images_per_device=args.images_per_device
     )
     passed = pass_on(args, overrides)
-    with rich.progress.Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("compiling", total=args.max_compiles)
+    total = min(args.max_compiles, len(candidates))
+    with ProgressLog("compiling", total=total, unit="candidates") as progress:
         results = search_lib.search(
             candidates,
             topology.chip.hbm_bytes if topology.chip else 0,
             lambda c: search_lib.plan_in_subprocess(passed, c.overrides),
             max_compiles=args.max_compiles,
             jobs=args.jobs,
-            report=lambda done: bar.update(task, completed=done),
+            report=progress.advance,
         )
     if args.json:
         rows = [{"overrides": r.candidate.overrides, "plan": r.plan} for r in results]

@@ -12,10 +12,8 @@ Examples:
 """
 
 import argparse
-import base64
 import contextlib
 import dataclasses
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +30,8 @@ from vit_jax.evaluators.classification import NUM_BINS
 from vit_jax.inference.draw import encode_png, scale_up
 from vit_jax.objectives.base import Batch, Params
 from vit_jax.observe.console import log, set_up
-from vit_jax.pages.html import make_section
-from vit_jax.pages.run_page import Judged, make_report, read_details
+from vit_jax.pages.html import make_figure, make_section
+from vit_jax.pages.run_page import Predictions, make_report, read_details
 from vit_jax.training.evaluation import Judge, find_source
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.command import CommandParser, run_command
@@ -41,19 +39,19 @@ from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import REPORT
 
-_PICTURE = 112  # pixels of the longer side, at least
-_LARGEST = 224
+# Least and most pixels of the longer side of a picture.
+_MIN_SIDE, _MAX_SIDE = 112, 224
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """An image with what the model says of it.
+    """An image with its prediction.
 
     Attributes:
       image: uint8 `[height, width, 3]`.
-      label: of its class.
+      label: its class.
       predicted: the most probable class.
-      confidence: probability of that.
+      confidence: probability of `predicted`.
       loss: negative log-likelihood of the label, in nats.
     """
 
@@ -69,9 +67,9 @@ class Findings:
     """Predictions for the first images of a split.
 
     Attributes:
-      rows: `label`, `predicted`, `confidence` and `loss`, an array each.
-      worst: examples of the highest loss, the highest first.
-      best: examples of the lowest loss, the lowest first.
+      rows: `label` and `predicted`, int32 `[n]`, `confidence` and `loss`, float32 `[n]`.
+      worst: examples with the highest loss, the highest first.
+      best: examples with the lowest loss, the lowest first.
     """
 
     rows: Mapping[str, np.ndarray]
@@ -113,7 +111,7 @@ def predict_split(
             rows = {k: v[kept] for k, v in batch.items()}
             collected.append(rows)
             order = np.argsort(-rows["loss"], kind="stable")
-            # Few are kept of each batch, so that the images of a split need not fit in memory.
+            # Few images of each batch are kept, so a split need not fit in memory.
             worst = _merge(worst, [_example(images[kept[i]], rows, i) for i in order[:pictures]])
             ends = order[::-1][:pictures]
             best = _merge(best, [_example(images[kept[i]], rows, i) for i in ends], sign=-1)
@@ -133,8 +131,8 @@ def _merge(before: list[Example], new: list[Example], *, sign: int = 1) -> list[
     return sorted([*before, *new], key=lambda example: -sign * example.loss)
 
 
-def summarize_findings(findings: Findings, title: str, names: Sequence[str]) -> Judged:
-    """Calibration and confusion of predictions."""
+def summarize_findings(findings: Findings, title: str, names: Sequence[str]) -> Predictions:
+    """Computes the calibration and the confusion matrix of predictions."""
     rows = findings.rows
     place = np.ceil(np.nan_to_num(rows["confidence"]) * NUM_BINS).astype(int).clip(1, NUM_BINS)
     hits = rows["label"] == rows["predicted"]
@@ -146,11 +144,11 @@ def summarize_findings(findings: Findings, title: str, names: Sequence[str]) -> 
     pairs = np.stack([rows["label"], rows["predicted"]], axis=1)
     values, counts = np.unique(pairs, axis=0, return_counts=True)
     confusion = {(int(i), int(j)): int(n) for (i, j), n in zip(values, counts, strict=True)}
-    return Judged(title, names, bins, confusion)
+    return Predictions(title, names, bins, confusion)
 
 
 def show_examples(findings: Findings, title: str, names: Sequence[str]) -> list[str]:
-    """Sections with the pictures of the worst and of the best predictions."""
+    """Makes sections with pictures of the worst and of the best predictions."""
     kinds = {"Worst predictions": findings.worst, "Best predictions": findings.best}
     return [
         make_section(f"{kind}: {title}", [_show(e, names) for e in examples], layout="pictures")
@@ -160,21 +158,16 @@ def show_examples(findings: Findings, title: str, names: Sequence[str]) -> list[
 
 def _show(example: Example, names: Sequence[str]) -> str:
     image = example.image
-    if max(image.shape[:2]) > _LARGEST:
+    if max(image.shape[:2]) > _MAX_SIDE:
         small = Image.fromarray(image)
-        small.thumbnail((_LARGEST, _LARGEST))
+        small.thumbnail((_MAX_SIDE, _MAX_SIDE))
         image = np.asarray(small)
-    picture = Image.fromarray(scale_up(image, _PICTURE))
-    data = base64.b64encode(encode_png(picture)).decode()
+    picture = Image.fromarray(scale_up(image, _MIN_SIDE))
     label, predicted = (_name(names, i) for i in (example.label, example.predicted))
     right = example.label == example.predicted
     text = f"{label}" if right else f"{label}, taken for {predicted}"
-    return (
-        f'<figure class="card"><img width="{picture.width}" height="{picture.height}" '
-        f'alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{html.escape(text)}<br>{example.confidence:.1%} sure, loss "
-        f"{example.loss:.3g}</figcaption></figure>"
-    )
+    facts = f"{example.confidence:.1%} sure, loss {example.loss:.3g}"
+    return make_figure(encode_png(picture), picture.size, alt=text, caption=[text, facts])
 
 
 def _name(names: Sequence[str], label: int) -> str:
@@ -182,10 +175,10 @@ def _name(names: Sequence[str], label: int) -> str:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command's arguments.
+    """Parses the command's arguments.
 
     Raises:
-      UserError: they don't go together.
+      UserError: an argument is invalid.
     """
     parser = CommandParser(prog="python -m vit_jax.report", description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="of the run")
@@ -205,7 +198,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def choose_evaluator(evaluators: Sequence[Evaluator], name: str | None) -> Evaluator:
-    """The evaluator of that name, or the first that has one class for each image.
+    """Chooses the evaluator of that name, or the first with one class per image.
 
     Raises:
       UserError: there is none.
@@ -224,11 +217,13 @@ def choose_evaluator(evaluators: Sequence[Evaluator], name: str | None) -> Evalu
     return able[name] if name else next(iter(able.values()))
 
 
-def predict(args: argparse.Namespace, config: dict[str, Any]) -> tuple[list[Judged], list[str]]:
-    """What the page shows of predictions: what its files do not have, and sections of pictures.
+def predict(
+    args: argparse.Namespace, config: dict[str, Any]
+) -> tuple[list[Predictions], list[str]]:
+    """Runs the model: returns statistics that the workdir does not have, and sections of pictures.
 
     Raises:
-      UserError: there is no checkpoint, the data is not at hand, or nothing is classified.
+      UserError: there is no checkpoint, the data is missing, or no evaluator classifies.
     """
     source = find_source(args)
     config = config | {"mesh": {}, "init_from": None, "checkpoint": None, "profile": None}
@@ -245,8 +240,8 @@ def predict(args: argparse.Namespace, config: dict[str, Any]) -> tuple[list[Judg
     known = {one.title for one in read_details(args.workdir)}
     classes = [_name(names, i) for i in range(evaluator.data.info.num_classes)]
     add = whole or title not in known
-    judged = [summarize_findings(findings, shown, classes)] if add else []
-    return judged, show_examples(findings, shown, classes)
+    predictions = [summarize_findings(findings, shown, classes)] if add else []
+    return predictions, show_examples(findings, shown, classes)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -254,17 +249,17 @@ def main(argv: Sequence[str]) -> None:
     args = parse_arguments(argv)
     set_up(quiet=False)
     config = read_config(args.workdir)
-    judged, sections = [], []
+    predictions, sections = [], []
     asked = args.eval is not None or args.checkpoint is not None
     if not args.no_predict and (asked or list_steps(args.workdir)):
         try:
-            judged, sections = predict(args, config)
+            predictions, sections = predict(args, config)
         except UserError as e:
             if asked:
                 raise
             log(f"without pictures: {e}")
     output = args.output or args.workdir / REPORT
-    page = make_report(args.workdir, judged=judged, sections=sections)
+    page = make_report(args.workdir, predictions=predictions, sections=sections)
     try:
         write_atomically(output, page)
     except OSError as e:

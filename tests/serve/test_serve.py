@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
-from starlette.testclient import TestClient
 
 from tests.browser import Browser
 from tests.trained import MIXER, write_images, write_model
@@ -138,6 +138,17 @@ def test_more_requests_than_are_allowed_are_sent_away(model, photo):
     assert reply.json() == {"error": "too many requests at a time"}
 
 
+def test_a_head_request_gets_the_headers_alone(client):
+    for path in ("/", "/healthz", "/openapi.json"):
+        reply = client.head(path)
+        assert (reply.status_code, reply.content) == (200, b"")
+
+
+def test_no_page_loads_anything_from_another_host(client):
+    # Those of FastAPI's own documentation do.
+    assert [client.get(path).status_code for path in ("/docs", "/redoc")] == [404, 404]
+
+
 def test_rows_that_come_while_one_is_computed_are_one_batch():
     sizes = []
 
@@ -148,7 +159,7 @@ def test_rows_that_come_while_one_is_computed_are_one_batch():
         return rows * 2
 
     async def run():
-        batcher = Batcher(compute, most=4)
+        batcher = Batcher(compute, max_rows=4)
         async with batcher.running():
             found = await asyncio.gather(*(batcher(np.full(2, i)) for i in range(6)))
             with pytest.raises(ValueError, match="six"):
@@ -190,28 +201,38 @@ def test_the_page_stands_alone_and_suits_dark_and_narrow_screens(client, model):
     assert "default-src 'none'" in reply.headers["Content-Security-Policy"]
 
 
-def fits(value, schema):
-    """Whether a value is as a schema of the description says: the part of JSON Schema in it."""
+def fits(value, schema, described):
+    """Whether a value has a schema of the description; covers the part of JSON Schema it uses."""
+    if "$ref" in schema:
+        name = schema["$ref"].removeprefix("#/components/schemas/")
+        return fits(value, described["components"]["schemas"][name], described)
+    if "anyOf" in schema:
+        return any(fits(value, one, described) for one in schema["anyOf"])
     if "const" in schema:
         return value == schema["const"]
     kinds = {"object": dict, "array": list, "string": str, "integer": int, "null": type(None)}
     kinds["number"] = (int, float)
-    named = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-    if not any(isinstance(value, kinds[name]) for name in named):
+    if not isinstance(value, kinds[schema["type"]]):
         return False
     if isinstance(value, dict):
         known = schema["properties"]
-        return value.keys() == known.keys() and all(fits(value[k], known[k]) for k in known)
+        assert not schema["additionalProperties"]
+        assert schema["required"] == list(known)
+        return value.keys() == known.keys() and all(
+            fits(value[k], known[k], described) for k in known
+        )
     if isinstance(value, list):
         in_bounds = schema["minItems"] <= len(value) <= schema["maxItems"]
-        return in_bounds and all(fits(item, schema["items"]) for item in value)
+        return in_bounds and all(fits(item, schema["items"], described) for item in value)
     if isinstance(value, int | float):
         return schema.get("minimum", value) <= value <= schema.get("maximum", value)
     return True
 
 
 def test_every_answer_to_random_requests_is_one_that_is_described(client, photo):
-    described = client.get("/openapi.json").json()["paths"]["/v1/predict"]["post"]
+    description = client.get("/openapi.json").json()
+    described = description["paths"]["/v1/predict"]["post"]
+    assert described["responses"].keys() == {"200", "400", "413", "415", "503", "default"}
     rng = random.Random(0)
     jpeg = encode(8, 8, "JPEG")
     seen = set()
@@ -228,12 +249,14 @@ def test_every_answer_to_random_requests_is_one_that_is_described(client, photo)
         reply = client.post("/v1/predict", params=query, content=content)
         answer = described["responses"].get(str(reply.status_code))
         assert answer, (reply.status_code, query, content)
-        assert fits(reply.json(), answer["content"]["application/json"]["schema"]), reply.text
+        assert fits(reply.json(), answer["content"]["application/json"]["schema"], description), (
+            reply.text
+        )
         seen.add(reply.status_code)
     assert seen == {200, 400, 413, 415}
-    health = client.get("/openapi.json").json()["paths"]["/healthz"]["get"]["responses"]["200"]
+    health = description["paths"]["/healthz"]["get"]["responses"]["200"]
     answer = client.get("/healthz").json()
-    assert fits(answer, health["content"]["application/json"]["schema"])
+    assert fits(answer, health["content"]["application/json"]["schema"], description)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +281,7 @@ def test_bad_input_is_one_line(place, said, arguments, message):
 
 def test_without_the_libraries_it_is_said_how_to_install_them(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs starlette: pip install 'vit_jax\[serve\]'"):
+    with pytest.raises(UserError, match=r"needs fastapi: pip install 'vit_jax\[serve\]'"):
         main(["--checkpoint=none.npz"])
 
 

@@ -14,14 +14,12 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import io
-import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
-import rich.progress
 from PIL import Image
 
 from vit_jax.config.load import load_config
@@ -30,7 +28,8 @@ from vit_jax.data.pipeline import DatasetSpec, train_batches
 from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources import find_dataset
 from vit_jax.data.sources.base import DatasetInfo, Source
-from vit_jax.observe.console import console, log, set_up
+from vit_jax.observe.console import log, set_up
+from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.previews import preview_first_batch
 from vit_jax.utils.command import CommandParser, run_command
@@ -113,17 +112,16 @@ def _list_odd(encoded: bytes, ending: str) -> Iterator[str]:
 
 
 def inspect(source: Source, *, num_threads: int) -> list[Finding]:
-    """Inspects all records, with a progress bar on a terminal."""
-    bar = iter(
-        rich.progress.track(
-            range(len(source)), "reading", console=console, disable=not console.is_terminal
-        )
-    )
+    """Inspects all records; progress is logged."""
     findings = []
-    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+    progress = ProgressLog("reading", total=len(source), unit="images")
+    with progress, concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         # Chunks keep the queue of the pool short.
-        while indices := list(itertools.islice(bar, 64 * num_threads)):
+        size = 64 * num_threads
+        for start in range(0, len(source), size):
+            indices = range(start, min(start + size, len(source)))
             findings += pool.map(lambda i: inspect_record(source, i), indices)
+            progress.advance(len(indices))
     return findings
 
 

@@ -27,7 +27,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import rich.progress
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from vit_jax.data.loader import count_threads
@@ -37,7 +36,8 @@ from vit_jax.data.ops.transforms import CentralCrop, ResizeSmall
 from vit_jax.data.sources import find_dataset
 from vit_jax.data.sources.base import Rows, Source
 from vit_jax.data.sources.packed import MANIFEST, Manifest, Shard, read_manifest
-from vit_jax.observe.console import console, log, set_up
+from vit_jax.observe.console import log, set_up
+from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import atomic_file, write_atomically
@@ -96,9 +96,8 @@ def pack(
       OSError, RuntimeError: a file can't be written.
     """
     corrupt, total = 0, sum(manifest.splits.values())
-    bar = rich.progress.Progress(console=console, disable=not console.is_terminal)
-    with bar, concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
-        task = bar.add_task("packing", total=total)
+    progress = ProgressLog("packing", total=total, unit="images")
+    with progress, concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         for split, shards in itertools.groupby(manifest.shards(), key=lambda s: s.split):
             source = None
             for shard in shards:
@@ -108,7 +107,7 @@ def pack(
                     examples = _prepare(source, shard, manifest, pool, num_threads)
                     _write_shard(examples, shard, manifest, folder)
                 corrupt += int(np.sum(~np.load(labels)["good"]))
-                bar.update(task, advance=shard.stop - shard.start)
+                progress.advance(shard.stop - shard.start)
     return corrupt
 
 

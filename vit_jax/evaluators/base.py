@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.pipeline import DatasetSpec, eval_batches
 from vit_jax.objectives.base import Batch, Objective, Params
-from vit_jax.observe.progress import ProgressLog
+from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.parallel.mesh import process_shards, shard_batch
 from vit_jax.runtime.preemption import interruptible
 from vit_jax.utils.errors import UserError
@@ -176,14 +176,15 @@ class Evaluator(abc.ABC):
         shards, num_shards = process_shards(self.mesh)
         batches = eval_batches(data, shards=shards, num_shards=num_shards, corrupt=self._corrupt)
         total = len(data.open())
-        progress = ProgressLog(f"{self.name}: {data.split} of {data}", total=total, unit="images")
+        work = f"{self.name}: {data.split} of {data}"
         pending = None
-        for batch in interruptible(batches):
-            queued = fn(params, shard_batch(batch, self.mesh))
-            if pending is not None:
-                yield jax.device_get(pending)
-                progress.advance(data.batch_size)
-            pending = queued
+        with ProgressLog(work, total=total, unit="images") as progress:
+            for batch in interruptible(batches):
+                queued = fn(params, shard_batch(batch, self.mesh))
+                if pending is not None:
+                    yield jax.device_get(pending)
+                    progress.advance(data.batch_size)
+                pending = queued
         yield jax.device_get(pending)
 
     def nothing_to_read(self, data: DatasetSpec) -> UserError:

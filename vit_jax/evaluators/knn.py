@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.evaluators.features import FeatureEvaluator, Features, put, shard_rows
-from vit_jax.observe.progress import ProgressLog
+from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.parallel.mesh import batch_sharding
 from vit_jax.runtime.preemption import interruptible
 
@@ -53,14 +53,14 @@ def find_neighbours(
         shard_rows(np.zeros((len(queries), k), np.int32), mesh),
     )
     merge = jax.jit(functools.partial(_merge_block, k=k), out_shardings=(rows, rows))
-    progress = ProgressLog(f"{name}: neighbours", total=len(train), unit="images")
-    for start in interruptible(range(0, len(train), size)):
-        block = train[start : start + size]
-        valid = len(block)
-        block = np.pad(block, ((0, size - valid), (0, 0)))
-        best = merge(best, queries, put(block, everywhere), start, valid)
-        jax.block_until_ready(best)  # So that few blocks are on the device at a time.
-        progress.advance(valid)
+    with ProgressLog(f"{name}: neighbours", total=len(train), unit="images") as progress:
+        for start in interruptible(range(0, len(train), size)):
+            block = train[start : start + size]
+            valid = len(block)
+            block = np.pad(block, ((0, size - valid), (0, 0)))
+            best = merge(best, queries, put(block, everywhere), start, valid)
+            jax.block_until_ready(best)  # So that few blocks are on the device at a time.
+            progress.advance(valid)
     gather = jax.jit(lambda x: x, out_shardings=everywhere)
     products, found = (np.asarray(gather(x))[: len(test)] for x in best)
     return products, found

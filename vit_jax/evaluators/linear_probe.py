@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.evaluators.features import FeatureEvaluator, Features, shard_rows, whiten
 from vit_jax.losses import softmax_cross_entropy
-from vit_jax.observe.progress import ProgressLog
+from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.runtime.preemption import interruptible
 from vit_jax.utils.errors import UserError
 
@@ -72,15 +72,16 @@ def fit_logistic(
     update = jax.jit(_update, donate_argnums=(0, 1), out_shardings=everywhere)
     params, momentum = zeros(), zeros()
     batch_size = min(batch_size, len(train.labels))
-    progress = ProgressLog(f"{name}: logistic regression", total=steps, unit="steps")
     order = _endless_order(len(train.labels), batch_size)
-    for step in interruptible(range(steps)):
-        scale = np.float32(0.5 * (1 + np.cos(np.pi * step / steps)))
-        batch = _make_batch(train, next(order), mesh)
-        params, momentum = update(params, momentum, batch, np.float32(lr) * scale, np.float32(l2))
-        if step % 50 == 0:
-            jax.block_until_ready(params)  # So that few batches are on the device at a time.
-        progress.advance(1)
+    rates, decays = np.float32(lr), np.float32(l2)
+    with ProgressLog(f"{name}: logistic regression", total=steps, unit="steps") as progress:
+        for step in interruptible(range(steps)):
+            scale = np.float32(0.5 * (1 + np.cos(np.pi * step / steps)))
+            batch = _make_batch(train, next(order), mesh)
+            params, momentum = update(params, momentum, batch, rates * scale, decays)
+            if step % 50 == 0:
+                jax.block_until_ready(params)  # So that few batches are on the device at a time.
+            progress.advance(1)
     return params
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained models for other programs: files that need nothing of this package."""
+"""Writes trained models for other programs, which do not need this package."""

@@ -46,8 +46,8 @@ from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.files import fresh_folder
 from vit_jax.utils.layout import LABELS
 
-# By the name of the format: what writes weights, or the program of a layer, as a file or folder
-# `model.NAME`, and gives lines for the screen.
+# Writers of weights and of programs by format. Each takes the path `model.FORMAT` and the model, of
+# programs also the layer whose output the program returns, and returns lines to log.
 WEIGHTS: Mapping[str, Callable[[Path, LoadedModel], list[str]]] = {
     "npz": write_weights,
     "safetensors": write_weights,
@@ -61,10 +61,10 @@ FORMATS = (*WEIGHTS, *PROGRAMS)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command's arguments, without overrides of the config; `to` are names of formats.
+    """Parses the command's arguments, without overrides of the config; `to` becomes a list.
 
     Raises:
-      UserError: they don't go together.
+      UserError: an argument is invalid, or a library for it is missing.
     """
     parser = CommandParser(prog="python -m vit_jax.export", description=__doc__)
     add_source(parser)
@@ -112,10 +112,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def choose_layer(model: LoadedModel, wanted: str | None) -> str:
-    """The layer whose output programs give; says so if it is not what a classifier gives.
+    """Chooses the layer whose output programs return, and logs if it is not the logits.
 
     Raises:
-      UserError: there is no such layer.
+      UserError: the layer does not exist.
     """
     if wanted is not None:
         model.check_layer(wanted)
@@ -132,17 +132,17 @@ def export(
     """Writes a model into a folder.
 
     Args:
-      folder: that is empty.
-      model: to be written.
+      folder: an empty folder.
+      model: the model to write.
       formats: names in `FORMATS`.
-      layer: whose output programs give.
+      layer: layer whose output programs return.
       tf_python: an interpreter with TensorFlow, for a SavedModel.
 
     Returns:
-      Lines for the screen.
+      Lines to log.
 
     Raises:
-      UserError: a format can't hold the model, or what is read back differs.
+      UserError: a format cannot hold the model, or a written program computes something else.
     """
     lines = []
     for name in formats:
@@ -165,7 +165,7 @@ def export(
 
 
 def main(argv: Sequence[str]) -> None:
-    """Exports, and says which files were written."""
+    """Exports a model and logs the files that were written."""
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
     set_up(quiet=False)

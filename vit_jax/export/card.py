@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The card of an exported model: `README.md`, as the Hugging Face hub shows it."""
+"""The card of an exported model: `README.md` in the format of the Hugging Face hub."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from vit_jax.utils.tree import count
 
 CARD = "README.md"
 
-# Paths of a machine, which mean nothing on another.
+# Keys that hold paths of this machine.
 _LOCAL_KEYS = ("data_dir", "init_from", "teacher")
 
 _USE = {
@@ -62,11 +62,11 @@ serve = tf.saved_model.load("model.savedmodel").signatures["serving_default"]
 
 
 def read_results(model: LoadedModel, *, params: str) -> list[tuple[str, str, float]]:
-    """What the evaluators of a run said of a checkpoint: their names, metrics and values.
+    """Reads the results of a run at a checkpoint: evaluator, metric and value of each.
 
     Args:
-      model: of a run; there are none of other weights.
-      params: "raw" or "ema", whichever were loaded.
+      model: the loaded model; the list is empty for weights that are not of a run.
+      params: the parameters that were loaded, "raw" or "ema".
     """
     step = Path(model.source).name
     if model.workdir is None or not step.isdigit():
@@ -91,15 +91,15 @@ def make_card(
     license_id: str | None,
     params: str,
 ) -> str:
-    """The text of a card.
+    """Writes the text of a card.
 
     Args:
-      model: that is exported.
-      formats: of the files.
-      layer: whose output programs give.
-      name: of the model.
-      license_id: of its weights, as the hub names licences; None if it is not known.
-      params: "raw" or "ema", whichever were loaded.
+      model: the exported model.
+      formats: formats of the files.
+      layer: layer whose output programs return.
+      name: name of the model.
+      license_id: licence of the weights, by its name on the hub; None if it is not known.
+      params: the parameters that were loaded, "raw" or "ema".
     """
     results = read_results(model, params=params)
     kind = "Mixer" if model.arguments.get("name") == "mixer" else "Vision Transformer"
@@ -151,7 +151,7 @@ def _front_matter(
     if found:
         fields["metrics"] = ["accuracy"]
         fields["model-index"] = [{"name": name, "results": found}]
-    # JSON is YAML too.
+    # JSON is valid YAML.
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
     return "\n".join(["---", *lines, "---"])
 
@@ -215,7 +215,7 @@ def _data_name(config: Mapping[str, Any]) -> str | None:
 
 
 def _judged_on(config: Mapping[str, Any], evaluator: str) -> tuple[str, str]:
-    """The data and the split of an evaluator."""
+    """The dataset and split of an evaluator."""
     section = config["evals"][evaluator]
     source = section.get("data_name")
     name = _without_folder(source) if source else _data_name(config)
@@ -227,7 +227,7 @@ def _without_folder(name: str) -> str:
 
 
 def _without_paths(value: Any, key: str = "") -> Any:
-    """A config without places on the machine that it was trained on."""
+    """Replaces paths of the machine in a config by their last part."""
     if isinstance(value, Mapping):
         return {k: _without_paths(v, k) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares what a written model computes with what the model itself does."""
+"""Compares the outputs of a written model with those of the original."""
 
 from collections.abc import Sequence
 
@@ -9,18 +9,17 @@ from vit_jax.inference.model import LoadedModel
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten
 
-# Numbers of images: one program has to take any.
+# Batch sizes: one program must accept any.
 _BATCHES = (1, 3)
-# What the largest difference may be, relative to the largest output: another compiler adds up in
-# another order.
+# Largest allowed difference relative to the largest output: other compilers sum in other orders.
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 
-# Serialized programs and protocol buffers can't be larger.
-_MOST_BYTES = 2**31
+# Limit of serialized programs and protocol buffers.
+_MAX_BYTES = 2**31
 
 
 def make_batches(model: LoadedModel) -> list[np.ndarray]:
-    """Batches of noise, uint8 `[n, *image_shape]`, each with another n."""
+    """Returns batches of noise, uint8 `[n, *image_shape]`, each with a different n."""
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, (rows, *model.image_shape), np.uint8) for rows in _BATCHES]
 
@@ -33,20 +32,20 @@ def compare_outputs(
     *,
     what: str,
 ) -> str:
-    """Compares outputs of a written model, and says by how much they differ.
+    """Compares the outputs of a written model with those of the original.
 
     Args:
-      model: that was written.
-      layer: whose output is compared.
-      batches: of `make_batches`.
-      outputs: what the written model made of each.
-      what: was written, for the screen.
+      model: the original model.
+      layer: layer whose output is compared.
+      batches: uint8 `[n, *image_shape]` each, from `make_batches`.
+      outputs: outputs of the written model for each batch, float32 `[n, ...]`.
+      what: name of the written file, for messages.
 
     Returns:
       A line with the largest difference.
 
     Raises:
-      UserError: they are not the same function.
+      UserError: the difference exceeds the tolerance.
     """
     differences, scale = [0.0], 0.0
     for images, found in zip(batches, outputs, strict=True):
@@ -58,7 +57,7 @@ def compare_outputs(
             )
         differences.append(float(np.abs(found - expected).max()))
         scale = max(scale, float(np.abs(expected).max()))
-    largest = float(np.max(differences))  # Is not a number if one is not.
+    largest = float(np.max(differences))  # NaN if any difference is NaN.
     allowed = _TOLERANCES[str(np.dtype(model.module.dtype))] * scale
     line = f"{what}: read back; differs from the model by {largest:.2g} at most, of {scale:.3g}"
     if not largest <= allowed:
@@ -67,9 +66,9 @@ def compare_outputs(
 
 
 def check_size(model: LoadedModel, *, what: str) -> None:
-    """Raises `UserError` if the parameters can't be within one file of this kind."""
+    """Raises `UserError` if the parameters are too large for one file of this format."""
     size = sum(x.nbytes for x in flatten(model.params).values())
-    if size >= _MOST_BYTES:
+    if size >= _MAX_BYTES:
         raise UserError(
             f"--to={what}: the parameters are {size / 2**30:.1f} GiB, and a file of this kind "
             "holds less than 2; expected --to=safetensors or npz"

@@ -12,7 +12,7 @@ _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check_push(repo: str, *, now: bool) -> None:
-    """Raises `UserError` for what is no name of a repository, or without the library to upload."""
+    """Raises `UserError` if `repo` is not USER/NAME, or if the library for uploads is missing."""
     if not _REPO.fullmatch(repo):
         raise UserError(f"--push={repo}: expected USER/NAME")
     if now:
@@ -20,19 +20,19 @@ def check_push(repo: str, *, now: bool) -> None:
 
 
 def push_folder(folder: Path, repo: str, *, private: bool, now: bool) -> list[str]:
-    """Uploads all files of a folder, or says what would be.
+    """Uploads all files of a folder, or describes the upload.
 
     Args:
-      folder: to upload.
-      repo: `USER/NAME`; made if it is not there.
-      private: whether a new repository is.
-      now: False to upload nothing.
+      folder: the folder to upload.
+      repo: `USER/NAME`; created if it does not exist.
+      private: whether a new repository is private.
+      now: whether to upload.
 
     Returns:
-      Lines for the screen.
+      Lines to log.
 
     Raises:
-      UserError: the hub refuses, or can't be reached.
+      UserError: the hub refuses the upload, or cannot be reached.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     size = sum(path.stat().st_size for path in files)
@@ -51,7 +51,7 @@ def push_folder(folder: Path, repo: str, *, private: bool, now: bool) -> list[st
         commit = api.upload_folder(
             repo_id=repo, folder_path=str(folder), commit_message="Export by vit_jax"
         )
-    except Exception as e:  # The library has many, and passes on those of what it is built on.
+    except Exception as e:  # The library raises exceptions of many types, also of its dependencies.
         raise UserError(
             f"--push={repo}: {first_line(e)}; {folder} stays: log in with hf auth login, then "
             f"hf upload {repo} {folder}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model as an ONNX graph, by jax2onnx, compared with the model in ONNX Runtime."""
+"""Writes a model as an ONNX graph with jax2onnx, and checks it in ONNX Runtime."""
 
 import contextlib
 import importlib
@@ -17,7 +17,7 @@ from vit_jax.export.signature import INPUT
 from vit_jax.inference.model import LoadedModel
 from vit_jax.utils.errors import UserError, first_line
 
-# The first with an operation for GELU; older ones are taken by more runtimes.
+# The first version with an operation for GELU; more runtimes accept older versions.
 _OPSET = 20
 
 
@@ -27,19 +27,11 @@ def check_onnx() -> None:
 
 
 def write_onnx(path: Path, model: LoadedModel, layer: str) -> list[str]:
-    """Writes a graph, and compares it with the model.
-
-    Args:
-      path: of the file.
-      model: to be written, one that computes in float32.
-      layer: whose output it gives.
-
-    Returns:
-      Lines for the screen.
+    """Writes a graph of a layer's output and compares it with the model.
 
     Raises:
-      UserError: the libraries are missing or can't write this model, or the graph computes
-        something else.
+      UserError: the model does not compute in float32, the libraries are missing or cannot write
+        it, or the graph computes something else.
     """
     jax2onnx, runtime = _import_libraries()
     check_size(model, what="onnx")
@@ -71,7 +63,7 @@ def write_onnx(path: Path, model: LoadedModel, layer: str) -> list[str]:
         outputs = [session.run([layer], {INPUT: batch})[0] for batch in batches]
     except OSError:
         raise
-    except Exception as e:  # Of any type, by what the model has that the libraries have not.
+    except Exception as e:  # Unsupported operations lead to exceptions of many types.
         raise UserError(f"--to=onnx: jax2onnx can't write this model: {first_line(e)}") from e
     return [compare_outputs(model, layer, batches, outputs, what=path.name)]
 
@@ -86,7 +78,7 @@ def _import_libraries() -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
-    """Around libraries that print what is for their authors."""
+    """Silences libraries that log and print debugging output."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

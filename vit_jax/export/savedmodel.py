@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model as a SavedModel, written by an interpreter that has TensorFlow."""
+"""Writes a model as a SavedModel, with a Python interpreter that has TensorFlow."""
 
 import json
 import os
@@ -19,7 +19,7 @@ _WRITER = Path(__file__).with_name("savedmodel_writer.py")
 
 
 def check_tensorflow(python: str) -> None:
-    """Raises `UserError` unless an interpreter has TensorFlow."""
+    """Raises `UserError` unless the interpreter has TensorFlow."""
     find = "import importlib.util, sys; sys.exit(importlib.util.find_spec('tensorflow') is None)"
     try:
         missing = subprocess.run([python, "-c", find], capture_output=True).returncode
@@ -36,23 +36,17 @@ def check_tensorflow(python: str) -> None:
 
 
 def write_savedmodel(path: Path, model: LoadedModel, layer: str, *, python: str) -> list[str]:
-    """Writes the folder of a SavedModel, reads it back, and compares it with the model.
+    """Writes a SavedModel, reads it back and compares it with the model.
 
-    Args:
-      path: of the folder.
-      model: to be written.
-      layer: whose output its signature `serving_default` gives.
-      python: an interpreter that has TensorFlow.
-
-    Returns:
-      Lines for the screen.
+    Its signature `serving_default` returns the output of the layer. `python` is an interpreter that
+    has TensorFlow.
 
     Raises:
-      UserError: TensorFlow does not take the program, or it computes something else.
+      UserError: TensorFlow rejects the program, or it computes something else.
     """
     check_size(model, what="savedmodel")
     program, batches = trace_program(model, layer), make_batches(model)
-    name = layer.replace("/", "_")  # names of TensorFlow have no slashes
+    name = layer.replace("/", "_")  # TensorFlow does not allow slashes in names
     task = {
         "version": program.calling_convention_version,
         "platforms": program.platforms,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wraps a StableHLO program as a SavedModel, in a process of its own that has TensorFlow alone.
+"""Wraps a StableHLO program as a SavedModel, in a separate process that needs TensorFlow only.
 
-Called as `python savedmodel_writer.py FOLDER`: takes `task.json`, `program.mlir` and `batches.npz`
-from there, and leaves `model`, and `outputs.npz` with what that makes of the batches.
+Called as `python savedmodel_writer.py FOLDER`. Reads `task.json`, `program.mlir` and `batches.npz`
+in the folder, and writes `model`, and `outputs.npz` with the outputs of the model for the batches.
 """
 
 import importlib
@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-# By name, as they are not there where the package is checked.
+# Imported by name: the type checker runs without TensorFlow.
 tf: Any = importlib.import_module("tensorflow")
 xla: Any = importlib.import_module("tensorflow.compiler.tf2xla.python.xla")
 
 
 def main(folder: Path) -> None:
-    """Writes the model, reads it, and calls it."""
+    """Writes the model, reads it back and calls it."""
     task = json.loads((folder / "task.json").read_text())
     program = (folder / "program.mlir").read_bytes()
     images = tf.TensorSpec([None, *task["image_shape"]], tf.uint8, name=task["input"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a written model takes and gives, as JSON, for those who have nothing but its files."""
+"""The input and output of a written model, as JSON, for users who have only its files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ INPUT = "images"
 
 
 def name_source(model: LoadedModel) -> str:
-    """Where parameters came from, without folders that mean nothing on another machine."""
+    """Names the source of the parameters without folders of this machine."""
     if model.workdir is not None:
         path = Path(model.source)
         return "/".join((model.workdir.resolve().name, *path.parts[-2:]))
@@ -24,12 +24,12 @@ def name_source(model: LoadedModel) -> str:
 
 
 def describe_signature(model: LoadedModel, layer: str, files: Mapping[str, str]) -> dict[str, Any]:
-    """Input, output, preparation of images, and class names.
+    """Describes the input, the output, the preparation of images and the class names.
 
     Args:
-      model: that was written.
-      layer: whose output it gives.
-      files: names of the files, by format.
+      model: the model that was written.
+      layer: layer whose output the programs return.
+      files: names of the files by format.
     """
     images = jax.ShapeDtypeStruct((1, *model.image_shape), np.uint8)
     output = jax.eval_shape(model.as_function(layer), images)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model as one StableHLO program for CPUs, GPUs and TPUs, to be called with JAX alone."""
+"""Writes a model as one StableHLO program for CPUs, GPUs and TPUs, which needs JAX only."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def trace_program(model: LoadedModel, layer: str) -> export.Exported:
-    """The program of a layer's output, for any number of images.
+    """Traces a program that maps uint8 `[n, *image_shape]` to float32 `[n, ...]`, for any n.
 
     Args:
-      model: whose parameters become constants of the program.
-      layer: see `LoadedModel.features`.
+      model: a model; its parameters become constants of the program.
+      layer: layer whose output the program returns, see `LoadedModel.features`.
     """
     (batch,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *model.image_shape), np.uint8)
@@ -26,18 +26,10 @@ def trace_program(model: LoadedModel, layer: str) -> export.Exported:
 
 
 def write_stablehlo(path: Path, model: LoadedModel, layer: str) -> list[str]:
-    """Writes a program, reads it back, and compares it with the model.
-
-    Args:
-      path: of the file.
-      model: to be written.
-      layer: whose output it gives.
-
-    Returns:
-      Lines for the screen.
+    """Writes a program of a layer's output, reads it back and compares it with the model.
 
     Raises:
-      UserError: it is too large, or computes something else.
+      UserError: the program is too large, or computes something else.
     """
     check_size(model, what="stablehlo")
     path.write_bytes(trace_program(model, layer).serialize())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameters of a loaded model as a file of weights."""
+"""Writes the parameters of a loaded model as a file of weights."""
 
 from pathlib import Path
 
@@ -12,17 +12,10 @@ from vit_jax.utils.tree import flatten
 
 
 def write_weights(path: Path, model: LoadedModel) -> list[str]:
-    """Writes weights, and reads them back.
-
-    Args:
-      path: a `.npz` or `.safetensors` file: see `vit_jax.convert`.
-      model: whose parameters, sizes and preparation of images are written.
-
-    Returns:
-      Lines for the screen.
+    """Writes a `.npz` or `.safetensors` file, see `vit_jax.convert`, and reads it back.
 
     Raises:
-      UserError: the layout can't hold this model, or the file can't be written.
+      UserError: the layout cannot hold this model, or the file cannot be written.
     """
     weights = Weights(
         params={name: np.asarray(x) for name, x in flatten(model.params).items()},

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained models in use: predictions, features, and pictures of what they see."""
+"""Inference with trained models: predictions, features and figures."""

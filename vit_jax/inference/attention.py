@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention weights say of an image, in numpy: from where to where, and how far."""
+"""Attention rollout, attention distance and related statistics of tokens, in numpy."""
 
 import numpy as np
 
 
 def rollout(attention: np.ndarray) -> np.ndarray:
-    """How much of each input token is in each output token, after all blocks.
+    """Computes how much each input token contributes to each output token, after all blocks.
 
-    Heads are averaged; the residual connection counts as much as the attention:
+    Heads are averaged, and the residual connection has the same weight as the attention:
     R = A_L ... A_1 with A_l = (mean over heads + 1) / 2. Source: arXiv:2005.00928, section 3.
 
     Args:
-      attention: weights `[layers, heads, length, length]`, rows of which sum to 1.
+      attention: weights, float `[layers, heads, length, length]`; each row sums to 1.
 
     Returns:
-      `[length, length]`, rows of which sum to 1.
+      float64 `[length, length]`; each row sums to 1.
     """
     length = attention.shape[-1]
     joined = np.eye(length)
@@ -24,16 +24,16 @@ def rollout(attention: np.ndarray) -> np.ndarray:
 
 
 def image_row(weights: np.ndarray, *, num_class_tokens: int, prefix: int) -> np.ndarray:
-    """What stands for the image takes from each patch.
+    """Selects the weights from the representation of the image to each patch.
 
     Args:
-      weights: `[..., length, length]`.
-      num_class_tokens: if there are any, the first one stands for the image; else all patches do,
-        and their mean is taken.
-      prefix: tokens in front of the patches.
+      weights: float `[..., length, length]`.
+      num_class_tokens: with any, the first class token represents the image; otherwise the mean
+        over all patches does.
+      prefix: number of tokens before the patches.
 
     Returns:
-      `[..., patches]`.
+      Of the same dtype, `[..., patches]`.
     """
     rows = weights[..., 0, :] if num_class_tokens else weights[..., prefix:, :].mean(axis=-2)
     return rows[..., prefix:]
@@ -42,18 +42,18 @@ def image_row(weights: np.ndarray, *, num_class_tokens: int, prefix: int) -> np.
 def mean_distances(
     attention: np.ndarray, *, prefix: int, grid: tuple[int, int], stride: tuple[int, int]
 ) -> np.ndarray:
-    """How far patches look, as a mean over patches weighted by attention.
+    """Computes the mean attention distance of each head.
 
-    Source: arXiv:2010.11929, appendix D.7; tokens in front of the patches are left out.
+    Source: arXiv:2010.11929, appendix D.7. Tokens before the patches are left out.
 
     Args:
-      attention: `[layers, heads, length, length]`.
-      prefix: tokens in front of the patches.
+      attention: weights, float `[layers, heads, length, length]`.
+      prefix: number of tokens before the patches.
       grid: rows and columns of patches.
       stride: height and width of a patch in pixels.
 
     Returns:
-      In pixels, `[layers, heads]`.
+      Pixels, float64 `[layers, heads]`.
     """
     centres = np.indices(grid).reshape(2, -1).T * np.asarray(stride)
     distances = np.linalg.norm(centres[:, None] - centres[None], axis=-1)
@@ -64,21 +64,21 @@ def mean_distances(
 
 
 def cosine_similarity(x: np.ndarray) -> np.ndarray:
-    """Of each pair of the rows `[n, width]`, `[n, n]`."""
+    """Cosine similarity of each pair of rows: float `[n, width]` to float `[n, n]`."""
     unit = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
     return unit @ unit.T
 
 
 def principal_components(x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The directions of largest variance of the rows of `x`.
+    """Computes the directions of largest variance of the rows of `x`.
 
     Args:
-      x: `[n, width]`.
-      count: of components; fewer where there are no more.
+      x: float `[n, width]`.
+      count: number of components; at most min(n, width) exist.
 
     Returns:
-      Components `[count, width]` of length 1, and the coordinates of the rows along them,
-      `[n, count]`. Signs are such that the largest entry of each component is positive.
+      Components of length 1, float64 `[count, width]`, and the coordinates of the rows along them,
+      float64 `[n, count]`. The sign of each component makes its largest entry positive.
     """
     centred = x.astype(np.float64) - x.mean(axis=0)
     components = np.linalg.svd(centred, full_matrices=False)[2][:count]

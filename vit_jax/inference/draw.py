@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures from arrays, by numpy and Pillow alone.
+"""Pictures from arrays, with numpy and Pillow.
 
-What lies between tiles is transparent, and lines are grey, so that pictures suit light and dark
-pages.
+Gaps between tiles are transparent and lines are grey, so pictures suit light and dark pages.
 """
 
 import io
@@ -15,7 +14,7 @@ _GREY = (128, 128, 128, 255)
 _FAINT = (128, 128, 128, 70)
 _GAP = 2  # pixels between tiles
 
-# From dark violet to yellow; each step looks equally large, also to the colour-blind.
+# From dark violet to yellow, perceptually uniform, also for colour-blind readers.
 _COLORS = np.array(
     [
         (68, 1, 84),
@@ -34,7 +33,7 @@ _COLORS = np.array(
 
 
 def colorize(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Colours of numbers, uint8 `[..., 3]`: dark at `low`, bright at `high`."""
+    """Maps floats `[...]` to colours, uint8 `[..., 3]`: dark at `low`, bright at `high`."""
     place = (values - low) / max(high - low, 1e-12)
     place = place.clip(0, 1) * (len(_COLORS) - 1)
     below = np.minimum(place.astype(int), len(_COLORS) - 2)
@@ -43,12 +42,15 @@ def colorize(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def scale_up(image: np.ndarray, size: int, *, smooth: bool = False) -> np.ndarray:
-    """Enlarges uint8 `[height, width, 3]` to `size` pixels or more at the longer side.
+    """Enlarges an image until its longer side has `size` pixels or more.
 
     Args:
-      image: that is not made smaller.
-      size: is met exactly if smooth, else by whole multiples, each pixel a square.
+      image: uint8 `[height, width, 3]`; it is never made smaller.
+      size: pixels of the longer side; reached exactly with `smooth`, else by repeating pixels.
       smooth: whether to interpolate.
+
+    Returns:
+      uint8 `[larger height, larger width, 3]`.
     """
     longer = max(image.shape[:2])
     if smooth:
@@ -61,12 +63,15 @@ def scale_up(image: np.ndarray, size: int, *, smooth: bool = False) -> np.ndarra
 
 
 def overlay(image: np.ndarray, heat: np.ndarray, *, opacity: float = 0.6) -> np.ndarray:
-    """Lays the colours of a map over an image.
+    """Blends the colours of a map with an image.
 
     Args:
       image: uint8 `[height, width, 3]`.
-      heat: `[rows, columns]`, interpolated to the image.
-      opacity: of the colours.
+      heat: float `[rows, columns]`; it is interpolated to the size of the image.
+      opacity: weight of the colours, 0 to 1.
+
+    Returns:
+      uint8 `[height, width, 3]`.
     """
     height, width = image.shape[:2]
     smooth = Image.fromarray(heat.astype(np.float32)).resize(
@@ -77,7 +82,15 @@ def overlay(image: np.ndarray, heat: np.ndarray, *, opacity: float = 0.6) -> np.
 
 
 def outline(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
-    """Draws a frame, white in black, inside of a box (top, left, bottom, right) of an image."""
+    """Draws a white frame with black edges inside a box of an image.
+
+    Args:
+      image: uint8 `[height, width, 3]`.
+      box: top, left, bottom and right.
+
+    Returns:
+      uint8 `[height, width, 3]`.
+    """
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     top, left, bottom, right = box
@@ -87,7 +100,7 @@ def outline(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
 
 
 def sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
-    """Tiles of one size, uint8 `[height, width, 3]`, in rows; the last may be shorter."""
+    """Arranges tiles of one size, uint8 `[height, width, 3]`, in rows; rows may be shorter."""
     height, width = rows[0][0].shape[:2]
     columns = max(map(len, rows))
     canvas = np.zeros(
@@ -102,11 +115,11 @@ def sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
 
 
 def plot_by_layer(values: np.ndarray, *, label: str) -> Image.Image:
-    """A dot for each head above its layer, in the double size, for screens of high density.
+    """Plots a dot for each head above its layer, at twice the size, for high-density screens.
 
     Args:
-      values: `[layers, heads]`, not negative.
-      label: of the vertical axis.
+      values: float `[layers, heads]`, not negative.
+      label: label of the vertical axis.
     """
     width, height, left, bottom, top = 680, 460, 70, 70, 56
     picture = Image.new("RGBA", (width, height), (0, 0, 0, 0))
@@ -139,13 +152,13 @@ def plot_by_layer(values: np.ndarray, *, label: str) -> Image.Image:
 
 
 def _round_step(step: float) -> float:
-    """The next of 1, 2, 5, 10, 20, ..."""
+    """Rounds up to one of ..., 1, 2, 5, 10, 20, ..."""
     power = 10 ** np.floor(np.log10(max(step, 1e-9)))
     return float(next(power * m for m in (1, 2, 5, 10) if power * m >= step))
 
 
 def encode_png(picture: Image.Image) -> bytes:
-    """The bytes of a PNG file."""
+    """Encodes a picture as a PNG file."""
     stream = io.BytesIO()
     picture.save(stream, "PNG", optimize=True)
     return stream.getvalue()

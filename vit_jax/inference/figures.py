@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of a model and of what it sees in an image.
+"""Figures of a model and of how it processes an image.
 
-Those of the model are after figures 7 and 11 of arXiv:2010.11929.
+The figures of the model follow figures 7 and 11 of arXiv:2010.11929.
 """
 
 import dataclasses
@@ -17,24 +17,24 @@ from vit_jax.inference.model import LoadedModel
 from vit_jax.models.positions import FIXED_POSITIONS, fixed_positions
 from vit_jax.utils.tree import flatten
 
-# Pixels of a tile of a sheet, and of a picture that stands alone, at least.
+# Least pixels of the longer side of a tile in a sheet, and of a single picture.
 _TILE = 56
 _LARGE = 224
 _COMPONENTS = 28
-_MOST_POSITIONS = 14  # tiles in a row
-_QUERIES = 3  # patches in a row that others are compared with
+_MAX_POSITIONS = 14  # tiles in a row
+_QUERIES = 3  # query patches in a row of the similarity figure
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A picture.
+    """A picture with its texts.
 
     Attributes:
-      name: of its file, without an ending.
-      title: for a heading.
-      caption: what is to be seen.
-      picture: with transparency.
-      density: pixels of the picture for one of the page.
+      name: name of its file, without a suffix.
+      title: heading.
+      caption: explanation of the picture.
+      picture: RGBA image.
+      density: pixels of the picture for one pixel of the page.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """An image with what the model makes of it.
+    """An image with the model's tokens and attention weights.
 
     Attributes:
       image: uint8 `[height, width, 3]`, as the model sees it.
-      patches: of the last block, `[rows, columns, hidden]`.
-      attention: `[layers, heads, length, length]`; None without attention.
+      patches: tokens of the patches after the last block, float32 `[rows, columns, hidden_size]`.
+      attention: weights, float32 `[layers, heads, length, length]`; None without attention.
     """
 
     image: np.ndarray
@@ -60,7 +60,7 @@ class View:
 
 
 def make_view(model: LoadedModel, image: np.ndarray) -> View:
-    """Runs the model on an image as `LoadedModel.preprocess` gives it."""
+    """Runs the model on an image from `LoadedModel.preprocess`, uint8 `[height, width, 3]`."""
     module = model.module
     encoded = model.features(image, "encoded")[0]
     rows, columns = module.grid(model.image_shape[:2])
@@ -78,7 +78,7 @@ def has_attention(model: LoadedModel) -> bool:
 
 
 def draw_filters(model: LoadedModel) -> Figure:
-    """What the first layer looks for."""
+    """The filters of the first layer, or their principal components."""
     flat = flatten(model.params)
     root = flat.get("conv_root/kernel")
     if root is not None:
@@ -101,7 +101,7 @@ def draw_filters(model: LoadedModel) -> Figure:
 
 
 def draw_positions(model: LoadedModel) -> Figure:
-    """How alike the position embeddings of patches are."""
+    """The cosine similarity of position embeddings."""
     module = model.module
     rows, columns = module.grid(model.image_shape[:2])
     positions = fixed_positions(module.position_embedding, (rows, columns), module.hidden_size)
@@ -109,7 +109,7 @@ def draw_positions(model: LoadedModel) -> Figure:
         learned = flatten(model.params)["Transformer/posembed_input/pos_embedding"]
         positions = np.asarray(learned)[:, module.num_class_tokens :]
     similar = attention_lib.cosine_similarity(positions[0]).reshape(rows, columns, rows, columns)
-    every = -(-max(rows, columns) // _MOST_POSITIONS)
+    every = -(-max(rows, columns) // _MAX_POSITIONS)
     chosen = similar[every // 2 :: every, every // 2 :: every]
     tiles = [[draw.scale_up(draw.colorize(t, -1, 1), _TILE) for t in row] for row in chosen]
     caption = (
@@ -122,7 +122,7 @@ def draw_positions(model: LoadedModel) -> Figure:
 
 
 def draw_distances(model: LoadedModel, views: list[View]) -> Figure:
-    """How far heads look."""
+    """The mean attention distance of each head."""
     module = model.module
     distances = np.mean(
         [
@@ -149,7 +149,7 @@ def draw_distances(model: LoadedModel, views: list[View]) -> Figure:
 
 
 def draw_attention(model: LoadedModel, view: View) -> Figure:
-    """Where each head of each layer looks."""
+    """The attention weights of each head of each layer."""
     assert view.attention is not None
     maps = _to_grid(model, view.attention)
     tiles = [[_tile(heat) for heat in heads] for heads in maps]
@@ -162,7 +162,7 @@ def draw_attention(model: LoadedModel, view: View) -> Figure:
 
 
 def draw_rollout(model: LoadedModel, view: View) -> Figure:
-    """Which patches count after all layers."""
+    """The attention rollout of an image."""
     assert view.attention is not None
     heat = _to_grid(model, attention_lib.rollout(view.attention))
     large = draw.scale_up(view.image, _LARGE)
@@ -179,14 +179,17 @@ def draw_rollout(model: LoadedModel, view: View) -> Figure:
 
 
 def overlay_rollout(model: LoadedModel, image: np.ndarray, *, size: int = 448) -> Image.Image:
-    """Attention rolled out over all layers, over the image; `size` pixels at the longer side."""
+    """The attention rollout over an image, uint8 `[height, width, 3]`.
+
+    `size` is the number of pixels of the longer side of the picture.
+    """
     heat = _to_grid(model, attention_lib.rollout(model.attention(image)[0]))
     large = draw.scale_up(image, size, smooth=True)
     return Image.fromarray(draw.overlay(large, heat))
 
 
 def draw_similarity(model: LoadedModel, view: View) -> Figure:
-    """Which patches the model takes for alike."""
+    """The cosine similarity of some patches to all others."""
     rows, columns, width = view.patches.shape
     similar = attention_lib.cosine_similarity(view.patches.reshape(-1, width))
     similar = similar.reshape(rows, columns, rows, columns)
@@ -207,7 +210,7 @@ def draw_similarity(model: LoadedModel, view: View) -> Figure:
 
 
 def draw_pca(model: LoadedModel, view: View) -> Figure:
-    """The tokens of patches as colours."""
+    """The first principal components of patch tokens as colours."""
     rows, columns, width = view.patches.shape
     _, places = attention_lib.principal_components(view.patches.reshape(-1, width), 3)
     places = np.pad(places, ((0, 0), (0, 3 - places.shape[1])))
@@ -238,7 +241,7 @@ FIGURES = (*OF_MODEL, *OF_VIEWS, *OF_IMAGE)
 
 
 def find_impossible(model: LoadedModel) -> dict[str, str]:
-    """Figures that this model has nothing for, and why."""
+    """The figures that cannot be drawn for this model, with the reasons."""
     reasons: dict[str, str] = {}
     if not has_attention(model):
         reasons |= dict.fromkeys(
@@ -251,7 +254,7 @@ def find_impossible(model: LoadedModel) -> dict[str, str]:
 
 
 def _to_grid(model: LoadedModel, weights: np.ndarray) -> np.ndarray:
-    """Weights `[..., length, length]` as maps of the image, `[..., rows, columns]`."""
+    """Turns weights `[..., length, length]` into maps of the image, `[..., rows, columns]`."""
     module = model.module
     row = attention_lib.image_row(
         weights, num_class_tokens=module.num_class_tokens, prefix=module.num_prefix_tokens
@@ -268,6 +271,6 @@ def _tile(heat: np.ndarray) -> np.ndarray:
 
 
 def _spread(count: int) -> list[int]:
-    """A few of `count` places, evenly spread."""
+    """A few indices below `count`, evenly spaced."""
     number = min(count, _QUERIES)
     return [int((i + 0.5) * count / number) for i in range(number)]

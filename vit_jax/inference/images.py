@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images without labels, as they come to a trained model: files, folders, patterns, pixels."""
+"""The input of a trained model: images without labels, from files, folders, patterns or pixels."""
 
 import dataclasses
 import functools
@@ -25,15 +25,17 @@ STDIN = "-"
 
 
 def find_images(arguments: Sequence[str], *, lines: Iterable[str] = ()) -> list[str]:
-    """Paths of images, in the order of the arguments and, of a folder or a pattern, of their names.
+    """Finds the paths of images, in the order of the arguments.
+
+    The images of a folder or a pattern are sorted by name.
 
     Args:
-      arguments: files, which need not end as images do; folders, whose images at any depth are
-        taken; patterns such as `photos/**/*.jpg`; or `-` for `lines`.
-      lines: paths, one each.
+      arguments: files with any suffix; folders, which are searched at any depth; patterns such as
+        `photos/**/*.jpg`; or `-` for `lines`.
+      lines: one path each.
 
     Raises:
-      UserError: one of the arguments means no image.
+      UserError: an argument matches no image.
     """
     found: list[str] = []
     for argument in arguments:
@@ -46,7 +48,7 @@ def find_images(arguments: Sequence[str], *, lines: Iterable[str] = ()) -> list[
             found.append(argument)
         elif glob.has_magic(argument):
             for path in sorted(glob.glob(argument, recursive=True)):
-                # Below `**` stand folders too, whose files the pattern meets by itself.
+                # `**` also matches folders, whose files it matches separately.
                 found += [path] if os.path.isfile(path) else []
         else:
             raise UserError(f"{argument!r}: there is no such file or folder")
@@ -68,10 +70,10 @@ def _list_folder(folder: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """How images become the input of a model.
+    """Prepares images as the input of a model.
 
     Attributes:
-      line: of preprocessing.
+      line: preprocessing operations, as in a config.
       image_shape: height, width and channels of the result.
     """
 
@@ -84,7 +86,7 @@ class Preparation:
 
     @property
     def random(self) -> bool:
-        """Whether operations draw random numbers, as those of training do."""
+        """Whether any operation draws random numbers, as in training."""
         ops = parse_preprocess(self.line, key="preprocess")
         return any(isinstance(op, Random) for op in ops)
 
@@ -92,15 +94,15 @@ class Preparation:
         """Prepares one image.
 
         Args:
-          image: a path or URL, the bytes of a file, pixels as uint8 `[height, width]` or
-            `[height, width, 3]`, or an image of Pillow.
-          seed: of random operations, where there are any.
+          image: a path or URL, the bytes of a file, uint8 pixels `[height, width]` or
+            `[height, width, 3]`, or a Pillow image.
+          seed: seed of random operations.
 
         Returns:
           uint8 `image_shape`.
 
         Raises:
-          ImageError: it can't be read, or is of another size and the line does not resize.
+          ImageError: the image cannot be read, or has another size and `line` does not resize.
         """
         features = {"image": _read(image), "label": np.int32(0)}
         pixels = apply(self._ops, features, np.random.default_rng(seed))["image"]
@@ -133,15 +135,15 @@ def _read(image: Any) -> bytes | np.ndarray:
 def make_preparation(
     line: str | None, image_size: tuple[int, int] | None, *, given: str | None = None
 ) -> Preparation:
-    """How images are prepared for a model that is known to have been evaluated so.
+    """Chooses the preparation of images for a model.
 
     Args:
-      line: of preprocessing, as the weights know it.
-      image_size: height and width, as the weights know them.
-      given: a line in place of that.
+      line: preprocessing with which the weights were evaluated, if it is known.
+      image_size: height and width in the metadata of the weights, if they are known.
+      given: preprocessing that replaces `line`.
 
     Raises:
-      UserError: the given line leaves images in different sizes, or nothing is known of them.
+      UserError: `given` yields images of different sizes, or nothing is known about the images.
     """
     if given is not None:
         shapes = find_shapes(given, _ANY_SHAPE, key="preprocess")
@@ -160,7 +162,7 @@ def make_preparation(
     shapes = find_shapes(line, _ANY_SHAPE, key="preprocess")
     if len(shapes) == 1:
         return Preparation(line, shapes.pop())
-    # All images of the data were of one size, so that the line need not resize.
+    # All images of the data had one size, so the line does not resize.
     if image_size is None:
         raise UserError(
             f"preprocess={line!r}, with which these weights were evaluated, leaves images in "
@@ -171,9 +173,11 @@ def make_preparation(
 
 @dataclasses.dataclass
 class ImageBatch:
-    """Prepared images: uint8 `[batch, height, width, 3]`, and the paths of those rows that count.
+    """Prepared images with their paths.
 
-    A row without an image is blank: `paths` has None there.
+    Attributes:
+      images: uint8 `[batch, height, width, 3]`; a row without an image is zero.
+      paths: path of each row; None for a row without an image.
     """
 
     images: np.ndarray
@@ -188,14 +192,14 @@ def load_images(
     corrupt: CorruptCounter,
     num_threads: int | None = None,
 ) -> Iterator[ImageBatch]:
-    """Batches of one shape, in order, a few of them ahead; the last one is filled up with blanks.
+    """Yields batches of one shape, in order; the last one is padded with zeros.
 
     Args:
-      paths: of the images.
-      preparation: of each.
+      paths: paths of the images.
+      preparation: makes the rows.
       batch_size: rows of each batch.
-      corrupt: counts and names images that can't be read.
-      num_threads: that decode; 0 for none beside the caller, None for one a core.
+      corrupt: counts and names images that cannot be read.
+      num_threads: threads that decode ahead; 0 decodes in the caller's, None is one per core.
     """
 
     def make(step: int) -> ImageBatch:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trained model, ready to be called: `model = load_model("runs/digits"); model(images)`.
 
-All that is needed comes with the checkpoint or the file: the model's arguments, how images are
-prepared, class names. The data that it was trained on need not be there.
+Everything it needs is in the checkpoint or the file: the model's arguments, the preparation of
+images, and class names. The training data is not needed.
 """
 
 import dataclasses
@@ -40,26 +40,26 @@ from vit_jax.utils.tree import flatten
 Loss = Literal["softmax", "sigmoid"]
 Tta = Literal["flip"]
 
-# What a Flax module gives under `intermediates` when its `__call__` is captured.
+# Suffixes of paths in the `intermediates` that Flax captures.
 _CALL = "/__call__/0"
 _ATTENTION = f"/{ATTENTION_WEIGHTS}/0"
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a model says of images.
+    """Predictions for images.
 
     Attributes:
-      logits: float32 `[n, classes]`.
-      probabilities: float32 `[n, classes]`: those of each row sum to 1 if the model was trained
-        with a softmax; each stands for itself if it was trained with a sigmoid.
+      logits: float32 `[n, num_classes]`.
+      probabilities: float32 `[n, num_classes]`. Each row sums to 1 if the model was trained with a
+        softmax; the classes are independent if it was trained with a sigmoid.
     """
 
     logits: np.ndarray
     probabilities: np.ndarray
 
     def top(self, k: int) -> np.ndarray:
-        """The `k` most probable labels of each image, the first one first, int `[n, k]`."""
+        """The `k` most probable labels of each image, the most probable first, int64 `[n, k]`."""
         return np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]
 
 
@@ -68,22 +68,22 @@ class LoadedModel:
     """A model with its parameters on all devices; made by `load_model`.
 
     Attributes:
-      source: of the parameters: the checkpoint or file that was read.
-      config: of a run its `config.json`; of other weights `model` and `preprocess`, as far as they
+      source: the checkpoint or file that was read.
+      config: `config.json` of a run; for other weights `model` and `preprocess`, as far as they
         are known.
-      class_names: by label; None where they are not known.
-      image_shape: height, width and channels that `preprocess` makes and a call takes.
-      notes: lines on what was taken and what was done to make it fit.
-      workdir: of the run; None for other weights.
-      arguments: of `make_vit` or `make_mixer` (then with `name`) for this module, as far as they
-        are known.
-      module: the Flax module, called as `module.apply({"params": params}, x, train=False)`.
-      params: nested dict of arrays; each device has all of them.
-      preparation: what `preprocess` does.
-      pixel_mean: of pixels in [0, 1], subtracted from them on the device.
-      pixel_std: what they are divided by then.
-      loss: that it was trained with, which says what probabilities are.
-      mesh: of the devices; images are split over them.
+      class_names: class names by label; None if they are not known.
+      image_shape: height, width and channels of the images that `preprocess` returns.
+      notes: lines about the weights and how they were adapted.
+      workdir: workdir of the run; None for other weights.
+      arguments: arguments of `make_vit` or `make_mixer` for this module, with `name` for the
+        latter, as far as they are known.
+      module: Flax module, called as `module.apply({"params": params}, x, train=False)`.
+      params: nested dict of arrays, copied to each device.
+      preparation: implementation of `preprocess`.
+      pixel_mean: per-channel mean, subtracted on the device from pixels in [0, 1].
+      pixel_std: per-channel divisor, applied after the mean.
+      loss: loss of the training, which decides how logits become probabilities.
+      mesh: device mesh over which images are sharded.
     """
 
     source: str
@@ -105,14 +105,14 @@ class LoadedModel:
         """Prepares an image as in the evaluation of the model.
 
         Args:
-          image: a path, the bytes of a file, uint8 pixels `[height, width, 3]` (RGB), or an image
-            of Pillow.
+          image: a path, the bytes of a file, uint8 RGB pixels `[height, width, 3]`, or a Pillow
+            image.
 
         Returns:
           uint8 `image_shape`.
 
         Raises:
-          UserError: it can't be read.
+          UserError: the image cannot be read.
         """
         try:
             return self.preparation(image)
@@ -124,17 +124,17 @@ class LoadedModel:
         """Classifies images.
 
         Args:
-          images: uint8 `[n, height, width, 3]`, or a list of what `preprocess` gives, or one.
-          tta: "flip" to take the mean of the logits of an image and of its mirror image.
+          images: uint8 `[n, *image_shape]`, a list of results of `preprocess`, or one result.
+          tta: "flip" averages the logits of each image and of its mirror image.
 
         Raises:
-          UserError: images of another size or type, or a model without a (trained) head.
+          UserError: the images have another shape or dtype, or the model has no trained head.
         """
         self.check_classifies()
         return self.predict(self.features(images, layer="logits", tta=tta))
 
     def predict(self, logits: np.ndarray) -> Prediction:
-        """Logits `[n, classes]` with their probabilities."""
+        """Converts logits, float32 `[n, num_classes]`, to a prediction."""
         if self.loss == "sigmoid":
             return Prediction(logits, 1 / (1 + np.exp(-logits.clip(-80, 80))))
         powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -143,34 +143,37 @@ class LoadedModel:
     def features(
         self, images: Any, layer: str = "pre_logits", *, tta: Tta | None = None
     ) -> np.ndarray:
-        """What a layer gives for images, float32 `[n, ...]`.
+        """Computes the output of a layer, float32 `[n, ...]`.
 
         Args:
           images: see `__call__`.
-          layer: one of `layers`: `pre_logits` is the input of the head, one vector an image;
-            `encoded` are the tokens `[length, hidden]` after the last block; any other is a module
-            by its path, such as `Transformer/encoderblock_3`.
+          layer: one of `layers`: `pre_logits` is the input of the head, one vector per image;
+            `encoded` is the tokens `[length, hidden_size]` after the last block; any other is the
+            path of a module, such as `Transformer/encoderblock_3`.
           tta: see `__call__`.
 
         Raises:
-          UserError: there is no such layer, or images of another size or type.
+          UserError: the layer does not exist, or the images have another shape or dtype.
         """
         images = self._check_images(images)
         count = len(images)
-        # Powers of two, so that calls with any number of images compile a few programs.
+        # Padding to powers of two limits the number of programs that are compiled.
         rows = max(1 << (count - 1).bit_length(), 1)
         padded = np.zeros((self.round_up(rows), *self.image_shape), np.uint8)
         padded[:count] = images
         return np.asarray(self.start(padded, layer=layer, tta=tta))[:count]
 
     def start(self, images: np.ndarray, *, layer: str, tta: Tta | None = None) -> jax.Array:
-        """Sends a batch to the devices, and does not wait for its result, float32 `[n, ...]`.
+        """Dispatches the computation of `features` without waiting for its result.
 
         Args:
-          images: uint8 `[n, *image_shape]`; n must be a multiple of the devices (`round_up`). Each
-            n compiles a program.
+          images: uint8 `[n, *image_shape]`; n must be a multiple of the number of devices, see
+            `round_up`. Each n compiles a program.
           layer: see `features`.
-          tta: likewise.
+          tta: see `__call__`.
+
+        Returns:
+          float32 `[n, ...]`, sharded over the mesh.
         """
         self.check_layer(layer)
         if tta not in (None, "flip"):
@@ -179,25 +182,30 @@ class LoadedModel:
         return self._compute(layer, tta)(self.params, batch["image"])
 
     def as_function(self, layer: str) -> Callable[[jax.Array], jax.Array]:
-        """A function to be traced, with the parameters in it.
+        """Returns a function to be traced, with the parameters as constants.
 
         Args:
           layer: see `features`.
 
         Returns:
-          From uint8 `[n, *image_shape]` to float32 `[n, ...]`, for any number of images.
+          A function from uint8 `[n, *image_shape]` to float32 `[n, ...]`, for any n.
         """
         self.check_layer(layer)
         params = jax.tree.map(np.asarray, self.params)
         return functools.partial(_apply, params, layer=layer, tta=None, **self._pixels)
 
     def attention(self, images: Any) -> np.ndarray:
-        """Attention weights of all blocks, float32 `[n, layers, heads, length, length]`.
+        """Computes the attention weights of all blocks.
 
-        Row i of the last two dimensions is what token i takes from each token; it sums to 1.
+        Args:
+          images: see `__call__`.
+
+        Returns:
+          float32 `[n, layers, heads, length, length]`: weights by query and key. Each row over
+          keys sums to 1.
 
         Raises:
-          UserError: the model has no attention, or images of another size or type.
+          UserError: the model has no attention, or the images have another shape or dtype.
         """
         images = self._check_images(images)
         if not hasattr(self.module, "num_heads"):
@@ -206,28 +214,28 @@ class LoadedModel:
 
     @functools.cached_property
     def layers(self) -> tuple[str, ...]:
-        """Names that `features` takes."""
+        """The layers whose output `features` can compute."""
         image = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
         apply: Callable[..., Any] = functools.partial(
             self.module.apply, train=False, capture_intermediates=True, mutable=["intermediates"]
         )
         (_, out), state = jax.eval_shape(apply, {"params": self.params}, image)
         found = flatten(state["intermediates"])
-        # A module that gives several results has longer paths, and is left out.
+        # A module with several results has longer paths and is left out.
         paths = [path.removesuffix(_CALL) for path in found if path.endswith(_CALL)]
         paths += [path.removesuffix("/0") for path in found if path.endswith(_ATTENTION)]
-        # What does nothing but in training gives its input again.
+        # Dropout and stochastic depth are the identity here.
         paths = [path for path in paths if not re.search(r"(Dropout|StochasticDepth)_\d+$", path)]
         return tuple(dict.fromkeys([*out, *paths]))
 
     def check_layer(self, layer: str) -> None:
-        """Raises a `UserError` that lists the layers unless there is this one."""
+        """Raises a `UserError` that lists the layers if this one does not exist."""
         if layer not in self.layers:
             raise UserError(f"layer={layer!r} is none of {_summarize(self.layers)}")
 
     @functools.cached_property
     def classifies(self) -> bool:
-        """Whether there is a head, and one that was trained."""
+        """Whether the model has a trained head."""
         return bool(self.module.num_classes) and bool(np.any(self.params["head"]["kernel"]))
 
     def check_classifies(self) -> None:
@@ -244,7 +252,7 @@ class LoadedModel:
         return str(label) if self.class_names is None else self.class_names[label]
 
     def round_up(self, rows: int) -> int:
-        """The smallest batch of at least so many rows that the devices can share."""
+        """Rounds a batch size up to a multiple of the devices that share a batch."""
         shards = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
         return -(-rows // shards) * shards
 
@@ -264,10 +272,10 @@ class LoadedModel:
         return {}
 
     def _compute(self, layer: str, tta: Tta | None) -> Callable[..., jax.Array]:
-        """A jitted function of parameters and images, made once."""
+        """The jitted function from parameters and images to the output of a layer, cached."""
         if (layer, tta) not in self._computations:
             fn = functools.partial(_apply, layer=layer, tta=tta, **self._pixels)
-            # Each row stays where it was computed: the host fetches it from there.
+            # The host fetches each row from the device that computed it.
             self._computations[layer, tta] = jax.jit(fn, out_shardings=batch_sharding(self.mesh))
         return self._computations[layer, tta]
 
@@ -314,7 +322,7 @@ def _apply(
 def _attend(
     params: Params, images: jax.Array, *, module: Any, mean: Pixels, std: Pixels
 ) -> jax.Array:
-    """Of all blocks, `[n, layers, heads, length, length]`."""
+    """Attention weights of all blocks, float32 `[n, layers, heads, length, length]`."""
     _, state = module.apply(
         {"params": params},
         normalize(images, mean, std),
@@ -332,7 +340,7 @@ def _attend(
 
 
 def _summarize(names: Sequence[str]) -> str:
-    """Names in one line; those that differ in numbers alone as one, such as `block_{0..11}`."""
+    """Joins names in one line; names that differ only in numbers become `block_{0..11}`."""
     groups: dict[str, list[list[int]]] = {}
     for name in names:
         numbers = [int(number) for number in re.findall(r"\d+", name)]
@@ -363,21 +371,19 @@ def load_model(
     Args:
       source: the workdir of a run, one of its checkpoints, a `.npz` or `.safetensors` file, or any
         other source of `vit_jax.checkpoint.pretrained.load.load_pretrained`.
-      checkpoint: of a workdir: a step, "last" (the default), or "best" by the metric of
-        `config.checkpoint.keep_best`.
-      params: of a run: the parameters as they are ("raw"), or their average ("ema").
-      preprocess: a line such as "decode|resize(224)" in place of that of the run's evaluation, or
-        of what the file says.
-      class_names: by label, in place of those of the run.
-      loss: "softmax" or "sigmoid", in place of that of the run; "softmax" for other weights.
-      model: arguments of the model in place of what the weights say, such as
-        `{"dtype": "bfloat16"}`.
-      pixel_mean: of pixels in [0, 1], in place of what the weights expect.
-      pixel_std: likewise.
-      devices: to compute on; all by default.
+      checkpoint: which checkpoint of a workdir: a step, "last" (the default), or "best" by the
+        metric of `config.checkpoint.keep_best`.
+      params: which parameters of a run: the trained ones ("raw") or their average ("ema").
+      preprocess: replaces the preprocessing of the weights, such as "decode|resize(224)".
+      class_names: replaces the class names of the run.
+      loss: replaces the loss of the run, "softmax" or "sigmoid"; "softmax" for other weights.
+      model: overrides arguments of the model, such as `{"dtype": "bfloat16"}`.
+      pixel_mean: replaces the mean of pixels in [0, 1] that the weights expect.
+      pixel_std: replaces the divisor that the weights expect.
+      devices: devices to compute on; all by default.
 
     Raises:
-      UserError: it can't be read, or what is asked for does not fit.
+      UserError: the weights cannot be read, or an argument does not fit them.
     """
     path, workdir = _locate(os.fspath(source), checkpoint, params)
     weights = load_pretrained(f"{path}:ema_params" if params == "ema" else path)
@@ -420,7 +426,7 @@ def load_model(
 
 
 def _locate(source: str, checkpoint: int | str | None, params: str) -> tuple[str, Path | None]:
-    """What `load_pretrained` shall read, and the workdir that it belongs to, if any."""
+    """The source for `load_pretrained`, and the workdir that it belongs to, if any."""
     folder = Path(source)
     if params not in ("raw", "ema"):
         raise UserError(f"params={params!r}: expected 'raw' or 'ema'")
@@ -436,13 +442,13 @@ def _locate(source: str, checkpoint: int | str | None, params: str) -> tuple[str
         folder = Path(found)
     path = find_checkpoint(folder)
     if not folder.is_absolute():
-        path = Path(os.path.relpath(path))  # For the screen, as it was given.
+        path = Path(os.path.relpath(path))  # Shown relative to the current folder, as it was given.
     workdir = path.parent.parent if path.parent.name == CHECKPOINTS else None
     return str(path), workdir if workdir and (workdir / CONFIG).exists() else None
 
 
 def _guess_size(weights: Weights, module: Any) -> tuple[int, int] | None:
-    """Height and width of images for which a file has positions, if these make a square."""
+    """Height and width of the images that fit a file's position embeddings, if they are square."""
     positions = weights.params.get(POSEMB)
     if positions is None or not hasattr(module, "stride"):
         return None
@@ -459,5 +465,5 @@ def _check_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ..
             f"{len(names)} class names, and the model has {num_classes} classes: expected one "
             "each, in --labels or in labels.txt of the run"
         )
-    # A head may be wider than the data has classes.
+    # A head may have more classes than the data.
     return (*names, *map(str, range(len(names), num_classes)))

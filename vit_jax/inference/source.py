@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments by which commands choose a trained model."""
+"""Command-line arguments that choose a trained model."""
 
 import argparse
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from vit_jax.inference.model import LoadedModel, load_model
 from vit_jax.observe.console import log
 from vit_jax.utils.errors import UserError
 
-# Keys of a config that can be overridden, and the arguments of `load_model` that they become.
+# Config keys that can be overridden, with the arguments of `load_model` that they set.
 _OVERRIDES = {
     "objective.loss": "loss",
     "objective.pixel_mean": "pixel_mean",
@@ -19,7 +19,7 @@ _OVERRIDES = {
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that say which model is taken; see `load_source`."""
+    """Adds the arguments that `load_source` reads."""
     group = parser.add_argument_group(
         "the model",
         "--config.model.KEY=VALUE sets an argument of the model in place of what the weights say; "
@@ -43,10 +43,10 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def load_source(args: argparse.Namespace, overrides: Mapping[str, Any]) -> LoadedModel:
-    """Loads the model that the arguments of `add_source` name, and says what was taken.
+    """Loads the model that the arguments of `add_source` name, and logs its notes.
 
     Raises:
-      UserError: they name none, or several, or it can't be read.
+      UserError: they name no model or several, or the model cannot be read.
     """
     given = {
         f"--{name}={value}": value

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any number of image files through a model, a batch at a time."""
+"""Runs a model over any number of image files, a batch at a time."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +9,7 @@ import numpy as np
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.inference.images import load_images
 from vit_jax.inference.model import LoadedModel, Tta
-from vit_jax.observe.progress import ProgressLog
+from vit_jax.observe.progress_log import ProgressLog
 
 
 def map_images(
@@ -22,20 +22,20 @@ def map_images(
     corrupt: CorruptCounter,
     num_threads: int | None = None,
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yields paths, and what a layer gives for them, float32 `[n, ...]`, in order.
+    """Yields paths with the output of a layer for them, float32 `[n, ...]`, in order.
 
-    All batches have one shape, so that one program is compiled. The next one is computed while one
-    is looked at, and a few are loaded ahead; nothing else is kept. How far it is, is said on the
-    screen.
+    All batches have one shape, so one program is compiled. The next batch is computed while the
+    caller uses one, and a few are loaded ahead, so memory does not grow with the number of images.
+    Progress is logged.
 
     Args:
-      model: to be applied.
-      paths: of the images; those that can't be read are left out.
+      model: the model to run.
+      paths: paths of the images; those that cannot be read are left out.
       layer: see `LoadedModel.features`.
-      tta: likewise.
-      batch_size: rounded up to what the devices can share, and down to what there is.
-      corrupt: counts and names images that can't be read.
-      num_threads: that decode; None for one a core.
+      tta: see `LoadedModel.__call__`.
+      batch_size: capped at the number of images, then rounded up to a multiple of the devices.
+      corrupt: counts and names images that cannot be read.
+      num_threads: threads that decode; None is one per core.
     """
     batches = load_images(
         paths,
@@ -44,14 +44,14 @@ def map_images(
         corrupt=corrupt,
         num_threads=num_threads,
     )
-    pace = ProgressLog("images", total=len(paths), unit="images")
     pending: tuple[list[str | None], jax.Array] | None = None
-    for batch in batches:
-        queued = batch.paths, model.start(batch.images, layer=layer, tta=tta)
-        if pending is not None:
-            yield _fetch(*pending)
-            pace.advance(len(pending[0]))
-        pending = queued
+    with ProgressLog("images", total=len(paths), unit="images") as progress:
+        for batch in batches:
+            queued = batch.paths, model.start(batch.images, layer=layer, tta=tta)
+            if pending is not None:
+                yield _fetch(*pending)
+                progress.advance(len(pending[0]))
+            pending = queued
     if pending is not None:
         yield _fetch(*pending)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes predictions and features as they come, so that memory does not grow with their number."""
+"""Writes predictions and features as they arrive, in constant memory."""
 
 import abc
 import csv
@@ -16,11 +16,11 @@ import numpy as np
 from vit_jax.utils.errors import UserError
 
 _COPIED = 2**20  # bytes at a time
-_NAME = 24  # columns of a class name on the screen at most
+_NAME = 24  # most characters of a class name in a table
 
 
 class Writer(abc.ABC):
-    """Takes rows; a context manager, which ends the file."""
+    """Takes rows; a context manager that finishes the file."""
 
     def __enter__(self) -> "Writer":
         return self
@@ -30,11 +30,17 @@ class Writer(abc.ABC):
 
     @abc.abstractmethod
     def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
-        """Appends rows: of predictions `labels` and `probabilities` `[n, k]`, else features."""
+        """Appends rows.
+
+        Args:
+          paths: paths of n images.
+          *columns: for predictions, labels int `[n, k]` and probabilities float32 `[n, k]`, the
+            most probable first; otherwise features float32 `[n, ...]`.
+        """
 
 
 class TableWriter(Writer):
-    """Lines for people: the most probable classes of each image with their probabilities."""
+    """A line of text for each image: its most probable classes with their probabilities."""
 
     def __init__(self, stream: IO[str], *, name_of: Callable[[int], str], path_width: int):
         self._stream, self._name_of, self._width = stream, name_of, path_width
@@ -42,7 +48,7 @@ class TableWriter(Writer):
     def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
         labels, probabilities = columns
         names = [[self._name_of(label)[:_NAME] for label in row] for row in labels.tolist()]
-        # Of this batch: names that are still to come are not known to matter.
+        # Columns are aligned within a batch: later names are not known yet.
         widths = [max(map(len, column)) for column in zip(*names, strict=True)]
         for path, row, values in zip(paths, names, probabilities.tolist(), strict=True):
             cells = zip(row, widths, values, strict=True)
@@ -51,7 +57,7 @@ class TableWriter(Writer):
 
 
 class CsvWriter(Writer):
-    """`image`, then `label_1, class_1, probability_1`, ... of the most probable class and on."""
+    """CSV: `image`, then `label_1, class_1, probability_1, label_2, ...`, most probable first."""
 
     def __init__(self, stream: IO[str], *, name_of: Callable[[int], str], top_k: int):
         self._writer, self._name_of = csv.writer(stream, lineterminator="\n"), name_of
@@ -68,7 +74,7 @@ class CsvWriter(Writer):
 
 
 class JsonWriter(Writer):
-    """An object a line: `{"image": ..., "predictions": [{"label", "class", "probability"}]}`."""
+    """JSON lines: `{"image": ..., "predictions": [{"label", "class", "probability"}]}`."""
 
     def __init__(self, stream: IO[str], *, name_of: Callable[[int], str]):
         self._stream, self._name_of = stream, name_of
@@ -84,10 +90,10 @@ class JsonWriter(Writer):
 
 
 def import_pyarrow() -> Any:
-    """The libraries that write Parquet.
+    """Imports pyarrow with its Parquet module.
 
     Raises:
-      UserError: they are not installed.
+      UserError: it is not installed.
     """
     try:
         import pyarrow
@@ -98,7 +104,7 @@ def import_pyarrow() -> Any:
 
 
 class ParquetWriter(Writer):
-    """A row group a batch: `image`, and the lists `label`, `class` and `probability`."""
+    """Parquet, one row group per batch: `image`, and the lists `label`, `class`, `probability`."""
 
     def __init__(self, path: Path, *, name_of: Callable[[int], str]):
         self._pa, self._name_of = import_pyarrow(), name_of
@@ -124,7 +130,7 @@ class ParquetWriter(Writer):
 
 
 class FeatureParquetWriter(Writer):
-    """A row group a batch: `image`, and `features` as a list of float32.
+    """Parquet, one row group per batch: `image`, and `features` as a list of float32.
 
     Features of more than one dimension are flattened; the schema's metadata has their `shape`.
     """
@@ -152,14 +158,14 @@ class FeatureParquetWriter(Writer):
 
 
 class FeatureNpzWriter(Writer):
-    """`image` (text, `[n]`) and `features` (float32, `[n, ...]`), as `numpy.load` reads them.
+    """A `.npz` file of `image` (text, `[n]`) and `features` (float32, `[n, ...]`).
 
-    The header of an array says its length, so rows lie in files beside it until all are known.
+    The header of an array holds its length, so rows are kept in temporary files until the end.
     """
 
     def __init__(self, path: Path, *, path_width: int):
         self._path, self._paths_dtype = path, np.dtype(f"<U{max(path_width, 1)}")
-        # In the folder of the file, which has the space if any has.
+        # Temporary files are in the folder of the output, which needs the space anyway.
         self._files = {
             name: tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 (closed in __exit__)
             for name in ("image", "features")

@@ -19,7 +19,7 @@ settings = types.SimpleNamespace(verbosity="normal")
 
 def is_live(screen: rich.console.Console) -> bool:
     """Whether a screen is interactive, so that lines can be redrawn, and is not a log of CI."""
-    is_terminal = screen.is_terminal and not screen.is_dumb_terminal
+    is_terminal = screen.is_terminal and not screen.is_dumb_terminal and not screen.quiet
     return is_terminal and not os.environ.get("CI") and settings.verbosity == "normal"
 
 

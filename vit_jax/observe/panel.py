@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The panel at the foot of a terminal while a run trains; lines of text scroll above it."""
 
-import dataclasses
 import datetime
 import itertools
 import math
@@ -13,118 +12,90 @@ from typing import Any
 import jax
 import rich.console
 import rich.live
-import rich.progress_bar
-import rich.table
+import rich.progress
 import rich.text
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_SPARKS = 24  # letters of a sparkline
+_SPARKS = 24  # characters of a sparkline
 _BAR = 40
-
-
-@dataclasses.dataclass
-class Shown:
-    """What the panel shows; what is None is left out."""
-
-    step: int
-    total: int
-    loss: list[float] = dataclasses.field(default_factory=list)
-    metric: str | None = None
-    values: list[float] = dataclasses.field(default_factory=list)
-    images_per_sec: float | None = None
-    data_wait: float | None = None
-    mfu: float | None = None
-    memory: str | None = None
-    left: datetime.timedelta | None = None
-    checkpoint: int | None = None
-    corrupt: int = 0
+# Fields of the last line; unknown ones and counts of zero are left out.
+_FIELDS = {
+    "images_per_sec": "{:,.0f} images/s",
+    "data_wait": "data-wait {:.1%}",
+    "mfu": "MFU {:.1%}",
+    "memory": "memory {}",
+    "corrupt": "corrupt {:,}",
+    "checkpoint": "checkpoint {}",
+}
 
 
 class Panel:
-    """Draws what is in `shown`, anew at each `update`.
+    """A progress bar over a line of curves and a line of `_FIELDS`.
 
     Args:
       console: to draw on.
-      step: that the run starts after.
-      total: steps of the run.
-      live: False for a panel that is not there.
+      step: step after which the run starts.
+      total: number of steps of the run.
+      live: whether to draw anything.
     """
 
     def __init__(self, console: rich.console.Console, *, step: int, total: int, live: bool):
-        self.shown = Shown(step, total)
+        self.loss: list[float] = []
+        self._metric, self._values = "", list[float]()
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("step {task.completed}/{task.total}"),
+            rich.progress.BarColumn(_BAR),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TextColumn("{task.fields[eta]}"),
+        )
+        self._task = self._bar.add_task("", total=total, completed=step, eta="")
         self._live = rich.live.Live(console=console, get_renderable=self._render) if live else None
 
     def start(self) -> None:
-        """Shows it."""
+        """Shows the panel."""
         if self._live is not None:
             self._live.start()
 
     def stop(self) -> None:
-        """Leaves it as it is, and the lines below to others."""
+        """Leaves the panel as it is; later output is printed below it."""
         if self._live is not None:
             self._live.stop()
 
-    def update(self, **changes: Any) -> None:
-        """Sets fields of `Shown`; it is drawn a few times a second."""
-        for key, value in changes.items():
-            setattr(self.shown, key, value)
+    def update(
+        self, *, step: int | None = None, left: datetime.timedelta | None = None, **fields: Any
+    ) -> None:
+        """Sets the step, the time left and some of `_FIELDS`; redrawn a few times a second."""
+        if left is not None:
+            fields["eta"] = f"ETA {left}"
+        self._bar.update(self._task, completed=step, **fields)
 
     def add_loss(self, value: float) -> None:
-        """Goes on with the curve of the loss."""
+        """Appends a point to the curve of the loss."""
         if math.isfinite(value):
-            self.shown.loss.append(value)
-            # What is drawn are means of neighbours anyway.
-            if len(self.shown.loss) > 8 * _SPARKS:
-                self.shown.loss = _halve(self.shown.loss)
+            self.loss.append(value)
+            # A sparkline draws means of neighbours anyway.
+            if len(self.loss) > 8 * _SPARKS:
+                self.loss = _halve(self.loss)
 
     def add_results(self, results: dict[str, float]) -> None:
-        """Goes on with the curve of the first accuracy that comes."""
-        key = self.shown.metric or next((k for k in results if k.endswith("/top1")), None)
+        """Appends a point to the curve of the first accuracy that was reported."""
+        key = self._metric or next((k for k in results if k.endswith("/top1")), "")
         if key in results:
-            self.shown.metric = key
-            self.shown.values.append(results[key])
+            self._metric = key
+            self._values.append(results[key])
 
     def _render(self) -> rich.console.RenderableType:
-        shown = self.shown
-        bar = rich.table.Table.grid(padding=(0, 1))
-        bar.add_row(
-            f"step {shown.step}/{shown.total}",
-            rich.progress_bar.ProgressBar(total=shown.total, completed=shown.step, width=_BAR),
-            f"{shown.step / shown.total:.0%}",
-            "" if shown.left is None else f"ETA {shown.left}",
+        curves = [("loss", self.loss), (self._metric, self._values)]
+        fields = [(text, self._bar.tasks[0].fields.get(key)) for key, text in _FIELDS.items()]
+        lines = (
+            [f"{name} {ys[-1]:.4f} {draw_sparkline(ys)}" for name, ys in curves if ys],
+            [text.format(value) for text, value in fields if value or isinstance(value, float)],
         )
-        lines = [line for line in (_describe_curves(shown), _describe_speed(shown)) if line]
-        return rich.console.Group(bar, *(rich.text.Text(line) for line in lines))
-
-
-def _describe_curves(shown: Shown) -> str:
-    words = []
-    if shown.loss:
-        words.append(f"loss {shown.loss[-1]:.4f} {draw_sparkline(shown.loss)}")
-    if shown.metric is not None:
-        words.append(f"{shown.metric} {shown.values[-1]:.4f} {draw_sparkline(shown.values)}")
-    return "  ".join(words)
-
-
-def _describe_speed(shown: Shown) -> str:
-    words = []
-    if shown.images_per_sec is not None:
-        words.append(f"{shown.images_per_sec:,.0f} images/s")
-    if shown.data_wait is not None:
-        words.append(f"data-wait {shown.data_wait:.1%}")
-    if shown.mfu is not None:
-        words.append(f"MFU {shown.mfu:.1%}")
-    if shown.memory is not None:
-        words.append(f"memory {shown.memory}")
-    if shown.corrupt:
-        words.append(f"corrupt {shown.corrupt:,}")
-    if shown.checkpoint:
-        words.append(f"checkpoint {shown.checkpoint}")
-    return "  ".join(words)
+        return rich.console.Group(self._bar, *(rich.text.Text("  ".join(x)) for x in lines if x))
 
 
 def draw_sparkline(values: Sequence[float]) -> str:
-    """Numbers as a line of blocks, low to high; many are drawn as means of neighbours."""
+    """Numbers as a line of blocks, low to high; long sequences are averaged in groups."""
     if len(values) > _SPARKS:
         edges = [round(i * len(values) / _SPARKS) for i in range(_SPARKS + 1)]
         groups = [values[a:b] for a, b in itertools.pairwise(edges)]
@@ -137,7 +108,7 @@ def draw_sparkline(values: Sequence[float]) -> str:
 
 
 def describe_memory() -> str:
-    """The most in use at once: of the first device where it says so, else of this process."""
+    """Peak memory of the first device, or of this process where the device does not report it."""
     stats = jax.local_devices()[0].memory_stats() or {}
     peak, limit = stats.get("peak_bytes_in_use"), stats.get("bytes_limit")
     if peak is None:
@@ -147,6 +118,6 @@ def describe_memory() -> str:
 
 
 def _halve(values: list[float]) -> list[float]:
-    """Means of pairs; the last stays as it is."""
+    """Means of pairs; the last value stays as it is."""
     pairs = zip(values[:-1:2], values[1:-1:2], strict=False)
     return [*((a + b) / 2 for a, b in pairs), values[-1]]

@@ -3,7 +3,6 @@
 
 import datetime
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,37 +18,6 @@ from vit_jax.observe.divergence import (
 from vit_jax.observe.panel import Panel, describe_memory
 from vit_jax.observe.writer import MetricWriter
 from vit_jax.runtime import compile_cache
-
-# Seconds between two lines of `Pace`.
-_PACE = 10.0
-
-
-class ProgressLog:
-    """Says every ten seconds how far a long piece of work is; nothing if it is a short one.
-
-    Args:
-      work: what is done, for the screen.
-      total: number of units to do.
-      unit: what is counted, such as "images".
-    """
-
-    def __init__(self, work: str, *, total: int, unit: str):
-        self._work, self._total, self._unit, self._done = work, total, unit, 0
-        self._started = self._said = time.perf_counter()
-
-    def advance(self, count: int) -> None:
-        """Counts units that are done."""
-        self._done = min(self._done + count, self._total)
-        now = time.perf_counter()
-        if now - self._said < _PACE:
-            return
-        self._said = now
-        speed = self._done / (now - self._started)
-        left = datetime.timedelta(seconds=round((self._total - self._done) / speed))
-        log(
-            f"{self._work}  {self._done:,}/{self._total:,} {self._unit}  {speed:,.0f} "
-            f"{self._unit}/s  ETA {left}"
-        )
 
 
 class Monitor:
@@ -91,7 +59,7 @@ class Monitor:
         self._first = True
         self._pending: tuple[int, Any, bool] | None = None
         self._restart_clock(step)
-        self._live = is_live(console) and not console.quiet
+        self._live = is_live(console)
         self._panel = Panel(console, step=step, total=total_steps, live=self._live)
 
     def __enter__(self) -> "Monitor":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Charts as inline SVG, in the colours of `pages.html`.
 
-They are drawn for about 400 pixels of width, so that their text can be read on a phone.
+They are drawn for a width of about 400 pixels, so their text is readable on a phone.
 """
 
 import dataclasses
@@ -9,22 +9,22 @@ import html
 import math
 from collections.abc import Sequence
 
-# Of a drawing, in its own units: the browser scales it.
+# Size and margins of a drawing in its own units; the browser scales it.
 _WIDTH, _HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 8, 24
 _COLORS = 8
-# Points of a curve at most: more than a screen shows only makes the file larger.
-_POINTS = 400
+# Most points of a curve: more than a screen shows only makes the file larger.
+_MAX_POINTS = 400
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Points that belong together, in the order of x.
+    """A curve of a chart.
 
     Attributes:
-      name: for the legend.
-      points: pairs of x and y; those that are not finite are left out.
-      color: number of its colour; from 8 on the colours come again, with dashes.
+      name: name in the legend.
+      points: pairs of x and y, sorted by x; those that are not finite are left out.
+      color: number of its colour; from 8 on the colours repeat, with dashes.
     """
 
     name: str
@@ -33,11 +33,11 @@ class Curve:
 
 
 def plot_curves(curves: Sequence[Curve], *, label: str) -> str:
-    """Lines over a common x axis, with a legend if there are several; a lone point is a dot.
+    """Plots curves over a common x axis, with a legend if there are several.
 
     Args:
-      curves: at least one with a finite point.
-      label: says what is shown, for those who can't see it.
+      curves: curves, at least one with a finite point; a single point is drawn as a dot.
+      label: text for readers who cannot see the chart.
     """
     drawn = [dataclasses.replace(curve, points=_thin(curve.points)) for curve in curves]
     drawn = [curve for curve in drawn if curve.points]
@@ -67,12 +67,12 @@ def plot_curves(curves: Sequence[Curve], *, label: str) -> str:
 
 
 def plot_reliability(bins: Sequence[tuple[float, float, int]], *, label: str) -> str:
-    """Accuracy over confidence, with the diagonal on which they agree.
+    """Plots accuracy over confidence, with the diagonal on which they agree.
 
     Args:
-      bins: mean confidence, accuracy and number of examples of each bin; dots are the larger the
-        more examples they stand for.
-      label: see `plot_curves`.
+      bins: mean confidence, accuracy and number of examples of each bin; the area of a dot grows
+        with the number.
+      label: text for readers who cannot see the chart.
     """
     frame = _Frame((0.0, 1.0), (0.0, 1.0))
     (x0, y0), (x1, y1) = frame.place(0, 0), frame.place(1, 1)
@@ -96,12 +96,12 @@ def plot_reliability(bins: Sequence[tuple[float, float, int]], *, label: str) ->
 
 
 def plot_matrix(counts: Sequence[Sequence[int]], names: Sequence[str], *, label: str) -> str:
-    """A square of counts, the share of its row as colour: a confusion matrix.
+    """Plots a confusion matrix; the colour of a cell shows its share of the row.
 
     Args:
-      counts: rows are labels, columns what was predicted.
-      names: of the classes.
-      label: see `plot_curves`.
+      counts: number of examples by label (rows) and prediction (columns).
+      names: class names.
+      label: text for readers who cannot see the chart.
     """
     size = len(counts)
     margin = 16 + 6.5 * max(len(_shorten(name)) for name in names)
@@ -137,7 +137,7 @@ def plot_matrix(counts: Sequence[Sequence[int]], names: Sequence[str], *, label:
 
 @dataclasses.dataclass(frozen=True)
 class _Frame:
-    """Places values of two axes in a drawing."""
+    """Maps values on two axes to places in a drawing."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -151,7 +151,7 @@ class _Frame:
         )
 
     def axes(self) -> str:
-        """Lines and numbers."""
+        """SVG of the grid lines and their numbers."""
         lines = []
         for value in _ticks(*self.y, count=5):
             y = self.place(0, value)[1]
@@ -199,11 +199,11 @@ def _legend(curves: Sequence[Curve]) -> str:
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Finite points; of many, the lowest and the highest of each stretch."""
+    """Keeps finite points; of many, the lowest and the highest of each interval."""
     finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-    if len(finite) <= _POINTS:
+    if len(finite) <= _MAX_POINTS:
         return finite
-    length = math.ceil(len(finite) / (_POINTS // 2))
+    length = math.ceil(len(finite) / (_MAX_POINTS // 2))
     kept: set[tuple[float, float]] = {finite[-1]}
     for start in range(0, len(finite), length):
         stretch = finite[start : start + length]
@@ -220,7 +220,7 @@ def _limits(values: Sequence[float], *, pad: float = 0.0) -> tuple[float, float]
 
 
 def _ticks(low: float, high: float, *, count: int) -> list[float]:
-    """Round numbers from `low` to `high`, about `count`."""
+    """Returns about `count` round numbers from `low` to `high`."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= 0.999 * raw)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results of several runs side by side: as records, a table, CSV, and a page."""
+"""Compares the results of several runs: as records, a table, CSV and a page."""
 
 import csv
 import dataclasses
@@ -22,24 +22,20 @@ from vit_jax.utils.metrics import lower_is_better
 from vit_jax.utils.nested import flatten_config
 
 PAGE = "index.html"
-
-
 _SPEED = "perf/images_per_sec"
-
-
 _CURVES = ("train/loss", "train/lr", _SPEED)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What is known of a run.
+    """The results and the config of a run.
 
     Attributes:
-      name: that tells it from the others.
-      step: that it has reached; None without a ledger.
-      total: steps; None likewise.
-      points: steps and values by metric.
-      config: flat.
+      name: name that distinguishes the run from the others.
+      step: last step of the ledger; None without a ledger.
+      total: number of steps of the run; None without a ledger.
+      points: pairs of step and value by metric.
+      config: values by dotted key.
     """
 
     name: str
@@ -50,12 +46,12 @@ class RunRecord:
 
     @property
     def results(self) -> list[str]:
-        """The metrics of evaluators."""
+        """The names of the metrics of evaluators."""
         return [k for k in self.points if not k.startswith(("train/", "perf/", "data/"))]
 
     @property
     def images_per_sec(self) -> float | None:
-        """The median over all records."""
+        """The median speed over all records; None without one."""
         points = self.points.get(_SPEED)
         return statistics.median(y for _, y in points) if points else None
 
@@ -64,7 +60,7 @@ def read_run(workdir: Path, *, name: str) -> RunRecord:
     """Reads the files of a run.
 
     Raises:
-      UserError: it is not the workdir of a run.
+      UserError: the folder is not the workdir of a run.
     """
     config = flatten_config(read_config(workdir))
     summary = summarize(read_ledger(workdir))
@@ -79,10 +75,10 @@ def read_run(workdir: Path, *, name: str) -> RunRecord:
 
 
 def read_runs(workdirs: Sequence[Path]) -> list[RunRecord]:
-    """Reads several runs; their names are what their paths do not have in common.
+    """Reads several runs and names each by its path below the folder that all have in common.
 
     Raises:
-      UserError: one is no workdir, or is given twice.
+      UserError: a folder is not the workdir of a run, or is given twice.
     """
     paths = [Path(os.path.abspath(path)) for path in workdirs]
     for i, path in enumerate(paths):
@@ -94,15 +90,15 @@ def read_runs(workdirs: Sequence[Path]) -> list[RunRecord]:
 
 
 def find_differences(runs: Sequence[RunRecord]) -> list[str]:
-    """The keys of the config that are not the same in all runs, sorted."""
+    """Returns the config keys whose values differ between runs, sorted."""
     keys = sorted({key for run in runs for key in run.config})
     return [k for k in keys if any(run.config.get(k) != runs[0].config.get(k) for run in runs)]
 
 
 def make_records(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """An object for each run: `run, step, total_steps, images_per_sec, last, best, config`.
+    """Makes an object for each run: `run, step, total_steps, images_per_sec, last, best, config`.
 
-    `best` has value and step; `config` has the keys that differ.
+    `best` holds value and step of each metric; `config` holds the keys that differ between runs.
     """
     keys = find_differences(runs)
     records = []
@@ -123,7 +119,7 @@ def make_records(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
 
 
 def make_csv(records: Sequence[Mapping[str, Any]]) -> str:
-    """The records as lines: `METRIC`, `best METRIC` and `config.KEY` are columns."""
+    """Formats records as CSV with columns `METRIC`, `best METRIC` and `config.KEY`."""
     rows = [
         {k: record[k] for k in ("run", "step", "total_steps", "images_per_sec")}
         | record["last"]
@@ -140,7 +136,7 @@ def make_csv(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def make_rows(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Lines of a table with a column for each run, its name in the first line."""
+    """Makes the rows of a table with a column for each run; the first row has their names."""
     rows = [("", *(str(record["run"]) for record in records))]
     steps = [(record["step"], record["total_steps"]) for record in records]
     rows.append(("step", *("" if s is None else f"{s:,} of {total:,}" for s, total in steps)))
@@ -157,7 +153,7 @@ def make_rows(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _mark(values: Sequence[float | None], *, lower: bool) -> list[str]:
-    """Numbers as text, with a star at the best of several."""
+    """Formats numbers, with a star at the best of several."""
     known = [value for value in values if value is not None]
     best = (min if lower else max)(known) if len(set(known)) > 1 else None
     return [
@@ -170,7 +166,7 @@ def _text(value: Any) -> str:
 
 
 def make_html(runs: Sequence[RunRecord]) -> str:
-    """The table, and the curves of all runs laid over each other, as a page."""
+    """Makes a page of the table and of charts that show the curves of all runs."""
     header, *rows = make_rows(make_records(runs))
     table = make_card("", make_table(header, rows), caption="A star is at the best.", wide=True)
     keys = dict.fromkeys(key for run in runs for key in (*_CURVES, *run.results))
@@ -188,7 +184,7 @@ def make_html(runs: Sequence[RunRecord]) -> str:
 
 
 def show_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text as lines, in columns."""
+    """Formats rows of text as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTML pages that stand alone: no other file, no script, no network.
+"""Self-contained HTML pages: no other file, no script, no network.
 
-They suit light and dark screens of any width. All text from outside goes through `html.escape`.
+They suit light and dark screens of any width. All text is escaped with `html.escape`.
 """
 
+import base64
 import html
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
 Layout = Literal["texts", "charts", "pictures"]
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --back: #fcfcfb; --card: #fff; --text: #1d1d1f; --soft: #62626a;
   --line: #e3e3e0; --bar: #31688e; --s0: #2166ac; --s1: #c2510c; --s2: #1a7f4b; --s3: #8e44ad;
   --s4: #b3123a; --s5: #8a6d00; --s6: #00788a; --s7: #5c5c66; }
@@ -62,18 +63,18 @@ svg .curve { fill: none; stroke-width: 1.75; stroke-linejoin: round; stroke-line
 
 
 def make_page(title: str, notes: Sequence[str], body: Iterable[str]) -> str:
-    """The page as text.
+    """Makes a page.
 
     Args:
-      title: of the page, also its heading.
-      notes: lines below it.
+      title: title of the page, also its heading.
+      notes: lines of text below the heading.
       body: HTML of the sections.
     """
     lines = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<header><h1>{html.escape(title)}</h1>",
         *(f'<p class="soft">{html.escape(note)}</p>' for note in notes),
         "</header><main>",
@@ -84,12 +85,12 @@ def make_page(title: str, notes: Sequence[str], body: Iterable[str]) -> str:
 
 
 def make_section(title: str, cards: Iterable[str], *, layout: Layout = "texts") -> str:
-    """Cards under a heading; nothing if there are none.
+    """Makes a section of cards, or an empty string without cards.
 
     Args:
-      title: of the heading.
-      cards: HTML.
-      layout: what is on the cards, which decides how many stand in a row.
+      title: heading.
+      cards: HTML of each card.
+      layout: content of the cards, which decides how many fit in a row.
     """
     cards = list(cards)
     if not cards:
@@ -99,14 +100,44 @@ def make_section(title: str, cards: Iterable[str], *, layout: Layout = "texts") 
 
 
 def make_card(title: str, content: str, *, caption: str = "", wide: bool = False) -> str:
-    """HTML with a title above and a caption below."""
+    """Makes a card of HTML with a title above and a caption below."""
     below = f'<p class="soft">{html.escape(caption)}</p>' if caption else ""
     heading = f"<h3>{html.escape(title)}</h3>" if title else ""
     return f'<div class="card{" wide" if wide else ""}">{heading}{content}{below}</div>'
 
 
+def make_figure(
+    png: bytes,
+    size: tuple[int, int],
+    *,
+    alt: str,
+    title: str = "",
+    caption: Sequence[str] = (),
+    wide: bool = False,
+    sharp: bool = False,
+) -> str:
+    """Makes a card of a picture.
+
+    Args:
+      png: PNG file.
+      size: width and height in pixels of the page.
+      alt: text for readers who cannot see the picture.
+      title: text above the picture.
+      caption: lines of text below the picture.
+      wide: whether the card takes a whole row.
+      sharp: whether enlarged pixels stay squares.
+    """
+    heading = f"<h3>{html.escape(title)}</h3>" if title else ""
+    return (
+        f'<figure class="card{" wide" if wide else ""}">{heading}'
+        f'<img{" class=sharp" if sharp else ""} width="{size[0]}" height="{size[1]}" '
+        f'alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        f"<figcaption>{'<br>'.join(map(html.escape, caption))}</figcaption></figure>"
+    )
+
+
 def make_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table of text; columns of numbers stand to the right. It scrolls if it is too wide."""
+    """Makes a table of text that scrolls if it is too wide; numbers are aligned to the right."""
     rows = [[str(cell) for cell in row] for row in rows]
     right = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
 
@@ -123,7 +154,7 @@ def make_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def make_bars(rows: Iterable[tuple[str, float]]) -> str:
-    """A table of names with shares of 1, as bars and in percent."""
+    """Makes a table of names with fractions, as bars and in percent."""
     body = "".join(
         f'<tr><td>{html.escape(name)}</td><td><div class="bar" style="width:{value:.1%}"></div>'
         f"</td><td>{value:.1%}</td></tr>"
@@ -133,12 +164,12 @@ def make_bars(rows: Iterable[tuple[str, float]]) -> str:
 
 
 def make_details(title: str, content: str) -> str:
-    """HTML that is shown when its title is clicked."""
+    """Makes HTML that is shown when its title is clicked."""
     return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
 
 
 def make_command(text: str) -> str:
-    """A command, to be copied."""
+    """Makes a box with a command to copy."""
     return f"<pre>{html.escape(text)}</pre>"
 
 

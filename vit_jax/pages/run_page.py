@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of a run, `WORKDIR/report.html`, made of the files in its workdir alone."""
+"""The page of a run, `WORKDIR/report.html`, made only of files in its workdir."""
 
 import csv
 import dataclasses
@@ -32,25 +32,25 @@ from vit_jax.utils.layout import CONFIG, EVALS, REPORT
 from vit_jax.utils.metrics import lower_is_better
 from vit_jax.utils.nested import flatten_config
 
-# Classes of a confusion matrix that is drawn; of more, the pairs that are confused most are listed.
-MOST_CLASSES = 50
+# Most classes of a confusion matrix; with more, the most frequent confusions are listed.
+_MAX_CLASSES = 50
 _PAIRS = 20
-_MOST_CHARTS = 24
-# What is no curve: counts, and what has another one that says the same.
-_NO_CURVES = ("count", "real_count", "step_ms", "first_step_s")
+_MAX_CHARTS = 24
+# Metrics without a chart: counts, and those that another curve shows.
+_NOT_DRAWN = ("count", "real_count", "step_ms", "first_step_s")
 
 Points = list[tuple[float, float]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
-    """What is known of the predictions for a split.
+class Predictions:
+    """Statistics of the predictions for a split.
 
     Attributes:
-      title: which split, and at which step.
-      names: of the classes by label.
-      bins: confidence, accuracy and count of bins of confidence; empty if not known.
-      confusion: count by label and prediction, without zeros; empty if not known.
+      title: name of the split, and step.
+      names: class names by label.
+      bins: confidence, accuracy and count of each bin of confidence; empty if not known.
+      confusion: non-zero counts by label and prediction; empty if not known.
     """
 
     title: str
@@ -60,29 +60,29 @@ class Judged:
 
 
 def refresh_report(workdir: Path) -> None:
-    """Writes the page of a run anew. What goes wrong is said, and ends nothing."""
+    """Rewrites the page of a run. Errors are logged and do not end the run."""
     try:
         write_atomically(workdir / REPORT, make_report(workdir))
-    except Exception as e:  # No picture of a run is worth the run.
+    except Exception as e:  # A page must not end a run.
         log(f"{workdir / REPORT} can't be written ({describe_error(e)}): goes on without")
 
 
 def make_report(
-    workdir: Path, *, judged: Sequence[Judged] = (), sections: Sequence[str] = ()
+    workdir: Path, *, predictions: Sequence[Predictions] = (), sections: Sequence[str] = ()
 ) -> str:
-    """The page of a run as HTML.
+    """Makes the page of a run as HTML.
 
     Args:
-      workdir: of the run; it is only read.
-      judged: in addition to what its files have, or in place of it.
-      sections: more of them, after what is known of the predictions.
+      workdir: workdir of the run; it is only read.
+      predictions: statistics that are added to those in its files; equal titles replace them.
+      sections: HTML of sections to add after the predictions.
     """
     records, run = read_metrics(workdir), read_run(workdir)
-    known = {one.title: one for one in [*read_details(workdir), *judged]}
+    known = {one.title: one for one in [*read_details(workdir), *predictions]}
     body = [
         make_section("Results", _show_results(records)),
         make_section("Curves", _show_curves(records), layout="charts"),
-        make_section("Predictions", _show_judged(known.values()), layout="charts"),
+        make_section("Predictions", _show_predictions(known.values()), layout="charts"),
         *sections,
         make_section("Time", _show_time(workdir)),
         make_section("Parameters", _show_params(run)),
@@ -93,7 +93,7 @@ def make_report(
 
 
 def collect_points(records: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
-    """Steps and values by metric, in the order in which metrics first come."""
+    """Collects pairs of step and value by metric, in the order of the first records."""
     found: dict[str, Points] = {}
     for record in records:
         for key, value in record.items():
@@ -103,13 +103,13 @@ def collect_points(records: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
 
 
 def find_best(key: str, points: Points) -> tuple[float, float]:
-    """Step and value of the best of a metric's values; the first of equal ones."""
+    """Finds the step and the value of the best point of a metric; the first of equal ones."""
     sign = -1 if lower_is_better(key) else 1
     return max(points, key=lambda point: (sign * point[1], -point[0]))
 
 
-def read_details(workdir: Path) -> list[Judged]:
-    """What the evaluators wrote of their last evaluation with details."""
+def read_details(workdir: Path) -> list[Predictions]:
+    """Reads the details of each evaluator's newest evaluation."""
     newest: dict[str, tuple[int, Path]] = {}
     for path in (workdir / EVALS).glob("*.json"):
         match = re.fullmatch(r"(.+)_(\d+)", path.stem)
@@ -130,12 +130,12 @@ def read_details(workdir: Path) -> list[Judged]:
                 for row in csv.DictReader(file):
                     confusion[int(row["label"]), int(row["predicted"])] = int(row["count"])
         names = [c["name"] or str(c["label"]) for c in content["classes"]]
-        found.append(Judged(f"{name}, step {step:,}", names, bins, confusion))
+        found.append(Predictions(f"{name}, step {step:,}", names, bins, confusion))
     return found
 
 
 def _describe(workdir: Path, run: Mapping[str, Any]) -> list[str]:
-    """Lines on top: how far it is, and what it was made with."""
+    """Lines below the heading: progress, versions and devices."""
     lines, summary = [], summarize(read_ledger(workdir))
     if summary is not None:
         ended = len(summary.causes) == summary.starts
@@ -163,14 +163,14 @@ def _show_results(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _show_curves(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A chart for each metric; what several evaluators measure is in one."""
+    """A chart for each metric, shared by the evaluators that report it."""
     prefixes = {"train": 0}
     charts: dict[str, list[Curve]] = {"loss": [], "top1": [], "lr": []}
     for key, points in collect_points(records).items():
         prefix, _, metric = key.rpartition("/")
-        if metric in _NO_CURVES or (metric == "corrupt" and not any(y for _, y in points)):
+        if metric in _NOT_DRAWN or (metric == "corrupt" and not any(y for _, y in points)):
             continue
-        # Speeds are no results, nor is what only training has.
+        # Metrics of speed and data are not shared by evaluators.
         title = key if prefix in ("perf", "data") else metric
         color = 0 if prefix in ("perf", "data") else prefixes.setdefault(prefix, len(prefixes))
         charts.setdefault(title, []).append(Curve(key, points, color))
@@ -181,16 +181,16 @@ def _show_curves(records: Sequence[Mapping[str, Any]]) -> list[str]:
             curves[0].name if len(curves) == 1 else title,
             plot_curves(curves, label=f"{title} by step"),
         )
-        for title, curves in drawn[:_MOST_CHARTS]
+        for title, curves in drawn[:_MAX_CHARTS]
     ]
     if more := len(drawn) - len(cards):
         cards.append(make_card("", f"<p>{more} more metrics are in metrics.jsonl.</p>"))
     return cards
 
 
-def _show_judged(judged: Iterable[Judged]) -> list[str]:
+def _show_predictions(predictions: Iterable[Predictions]) -> list[str]:
     cards = []
-    for one in judged:
+    for one in predictions:
         if one.bins:
             chart = plot_reliability(one.bins, label=f"reliability of {one.title}")
             caption = "Accuracy by confidence; on the dashed line both agree."
@@ -200,12 +200,12 @@ def _show_judged(judged: Iterable[Judged]) -> list[str]:
     return cards
 
 
-def _show_confusion(one: Judged) -> str:
+def _show_confusion(one: Predictions) -> str:
     title, size = f"Confusion: {one.title}", len(one.names)
     # A head may have more classes than the data.
     size = max(size, *(max(pair) + 1 for pair in one.confusion))
     names = [*one.names, *map(str, range(len(one.names), size))]
-    if size <= MOST_CLASSES:
+    if size <= _MAX_CLASSES:
         counts = [[one.confusion.get((i, j), 0) for j in range(size)] for i in range(size)]
         caption = "Rows are labels, columns what was predicted; as strong as its share of the row."
         return make_card(title, plot_matrix(counts, names, label=title), caption=caption)

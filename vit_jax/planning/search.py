@@ -292,12 +292,12 @@ def search(
     *,
     max_compiles: int,
     jobs: int,
-    report: Callable[[int], None] = lambda done: None,
+    report: Callable[[int], None] = lambda count: None,
 ) -> list[Result]:
-    """Compiles the promising candidates, and returns all that were, the best first.
+    """Compiles the promising candidates, and returns their results, the best first.
 
-    Each plan corrects the estimates of memory of those with the same rematerialisation; what can no
-    longer fit is left out.
+    Each plan corrects the memory estimates of the candidates with the same rematerialisation; those
+    that can no longer fit are left out. `report` gets the number of candidates just compiled.
     """
     waiting = list(candidates)
     # Temporaries as compiled to those estimated.
@@ -318,7 +318,7 @@ def search(
                 results.append(Result(c, plan))
                 if plan.get("temp_bytes") and c.temp_bytes:
                     ratios[_kind(c)] = plan["temp_bytes"] / c.temp_bytes
-                report(len(results))
+                report(1)
     return sorted(results, key=lambda r: -(r.plan.get("images_per_second_per_chip") or 0))
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Serves a trained model on this machine: a web page, and HTTP for programs.
 
-The page takes an image and shows the most probable classes, and where the model looks. Programs
-send the bytes of an image to /v1/predict, and get JSON; /openapi.json describes it. Nobody else on
-the network can reach it unless --host says so. Ctrl-C ends it.
+The page takes an image and shows its most probable classes and where the model looks. Programs
+send the bytes of an image to /v1/predict and get JSON; /openapi.json describes the interface. Only
+this machine can reach the server unless --host is given. Ctrl-C ends it.
 
 Examples:
   python -m vit_jax.serve --workdir=runs/digits
@@ -27,15 +27,15 @@ from vit_jax.observe.console import log, set_up
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 
-# Seconds that answers may take after Ctrl-C.
-_PATIENCE_S = 3
+# Seconds that open requests may take after Ctrl-C.
+_SHUTDOWN_S = 3
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command's arguments, without overrides of the config.
+    """Parses the command's arguments, without overrides of the config.
 
     Raises:
-      UserError: they don't fit.
+      UserError: an argument is invalid.
     """
     parser = CommandParser(prog="python -m vit_jax.serve", description=__doc__)
     add_source(parser)
@@ -43,12 +43,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for the whole network"
     )
-    parser.add_argument("--max_mib", type=float, default=10, help="of an image; %(default)s")
     parser.add_argument(
-        "--max_pixels", type=int, default=50_000_000, help="of an image; %(default)s"
+        "--max_mib", type=float, default=10, help="size of an image file; %(default)s"
     )
     parser.add_argument(
-        "--max_requests", type=int, default=64, help="at a time; more are refused; %(default)s"
+        "--max_pixels", type=int, default=50_000_000, help="size of an image; %(default)s"
+    )
+    parser.add_argument(
+        "--max_requests", type=int, default=64, help="concurrent requests; %(default)s"
     )
     parser.add_argument(
         "--batch_size", type=int, default=16, help="images computed together; %(default)s"
@@ -63,10 +65,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """Opens a socket that listens.
 
     Raises:
-      UserError: the port is taken, or the address is none of this machine.
+      UserError: the port is taken, or this machine does not have the address.
     """
     try:
         return socket.create_server((host, port))
@@ -79,11 +81,11 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Serves until it is told to stop."""
+    """Serves until Ctrl-C or SIGTERM."""
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
     set_up(quiet=False)
-    for name in ("starlette", "uvicorn"):
+    for name in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(name) is None:
             raise UserError(f"vit_jax.serve needs {name}: pip install 'vit_jax[serve]'")
     import uvicorn
@@ -101,11 +103,11 @@ def main(argv: Sequence[str]) -> None:
         )
         app = make_app(model, limits=limits, hosts=LOOPBACK if local else ("*",))
         blank = np.zeros(model.image_shape, np.uint8)
-        model(blank)  # So that the first request need not compile.
+        model(blank)  # Compiles before the first request.
         if has_attention(model):
             model.attention(blank)
         if not local:
-            log(f"--host={args.host}: all who reach this machine can use it, without a password")
+            log(f"--host={args.host}: who can reach this machine can use it, without a password")
         shown = args.host if local else socket.gethostname()
         log(f"http://{shown}:{listening.getsockname()[1]} is ready; Ctrl-C ends it")
         config = uvicorn.Config(
@@ -113,9 +115,9 @@ def main(argv: Sequence[str]) -> None:
             log_level="warning",
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=_PATIENCE_S,
+            timeout_graceful_shutdown=_SHUTDOWN_S,
         )
-        # The server ends in order, and passes Ctrl-C on.
+        # uvicorn raises it again after an orderly shutdown.
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listening])
         log("stopped")

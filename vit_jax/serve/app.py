@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The web application: a page, and predictions over HTTP."""
+"""The web application: one page for people, and predictions over HTTP for programs."""
 
 import base64
 import contextlib
@@ -10,30 +10,31 @@ import importlib.resources
 import io
 import time
 import warnings
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from anyio import CapacityLimiter, to_thread
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from PIL import Image
-from starlette.applications import Starlette
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Route
+from starlette.requests import ClientDisconnect
 
+import vit_jax
 from vit_jax.inference.draw import encode_png
 from vit_jax.inference.figures import has_attention, overlay_rollout
 from vit_jax.inference.model import LoadedModel
+from vit_jax.pages.html import STYLE
 from vit_jax.serve.batches import Batcher
-from vit_jax.serve.openapi import describe_api
 from vit_jax.utils.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost")
 
-# Nothing comes from elsewhere, and nothing goes there.
+# The page loads nothing from other hosts and sends nothing to them.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; base-uri 'none'; "
@@ -46,13 +47,13 @@ _RETRY_S = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the server takes.
+    """What the server accepts.
 
     Attributes:
-      bytes: of an image.
-      pixels: of an image, before it is decoded.
-      requests: that are worked on at a time; more are sent away.
-      batch_size: images that are computed together.
+      bytes: size of an image file.
+      pixels: size of an image, checked before it is decoded.
+      requests: number of concurrent requests; further ones get status 503.
+      batch_size: number of images that are computed together.
     """
 
     bytes: int = 10 * 2**20
@@ -61,65 +62,56 @@ class Limits:
     batch_size: int = 16
 
 
-class Server:
-    """Answers requests with a model.
+class Health(BaseModel, extra="forbid"):
+    """The answer of `GET /healthz`."""
+
+    status: Literal["ok"]
+    model: str
+    classes: int
+
+
+class Error(BaseModel, extra="forbid"):
+    """The answer to every request that fails."""
+
+    error: str
+
+
+class Predictor:
+    """Applies a model to image files, in batches across requests.
 
     Args:
-      model: that classifies.
-      limits: of what is taken.
+      model: a classifier.
+      limits: what is accepted.
     """
 
     def __init__(self, model: LoadedModel, limits: Limits):
         self._model, self._limits = model, limits
         self._batcher = Batcher(
-            functools.partial(model.features, layer="logits"), most=limits.batch_size
+            functools.partial(model.features, layer="logits"), max_rows=limits.batch_size
         )
-        self._open = 0  # requests that are worked on
+        self._num_requests = 0
 
     @contextlib.asynccontextmanager
-    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Around all requests."""
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """Runs while the application serves requests."""
         self._decoders = CapacityLimiter(4)
         async with self._batcher.running():
             yield
 
-    async def show_page(self, request: Request) -> Response:
-        """`GET /`."""
-        text = importlib.resources.files("vit_jax.serve").joinpath("page.html").read_text("utf-8")
-        model = self._model
-        height, width, _ = model.image_shape
-        facts = f"{model.module.num_classes} classes, images of {height}×{width}"
-        for name, value in (("SOURCE", model.source), ("FACTS", facts)):
-            text = text.replace(f"%{name}%", html.escape(value))
-        return HTMLResponse(text, headers=_HEADERS)
-
-    async def describe(self, request: Request) -> Response:
-        """`GET /openapi.json`."""
-        classes = self._model.module.num_classes
-        limits = self._limits
-        return JSONResponse(
-            describe_api(classes=classes, max_bytes=limits.bytes, max_pixels=limits.pixels)
-        )
-
-    async def say_health(self, request: Request) -> Response:
-        """`GET /healthz`."""
-        classes = self._model.module.num_classes
-        return JSONResponse({"status": "ok", "model": self._model.source, "classes": classes})
-
-    async def predict(self, request: Request) -> Response:
-        """`POST /v1/predict`."""
-        if self._open >= self._limits.requests:
+    @contextlib.contextmanager
+    def admit(self) -> Iterator[None]:
+        """Counts a request while it is answered, or raises status 503."""
+        if self._num_requests >= self._limits.requests:
             headers = {"Retry-After": str(_RETRY_S)}
             raise HTTPException(503, "too many requests at a time", headers=headers)
-        self._open += 1
+        self._num_requests += 1
         try:
-            return JSONResponse(await self._predict(request))
+            yield
         finally:
-            self._open -= 1
+            self._num_requests -= 1
 
-    async def _predict(self, request: Request) -> dict[str, Any]:
-        top_k, overlay = self._read_options(request.query_params)
-        content = await self._read_body(request)
+    async def predict(self, content: bytes, *, top_k: int, overlay: bool) -> dict[str, Any]:
+        """The answer to `POST /v1/predict`, for the bytes of an image file."""
         started = time.perf_counter()
         image = await to_thread.run_sync(self._prepare, content, limiter=self._decoders)
         logits = await self._batcher(image)
@@ -140,38 +132,16 @@ class Server:
             "overlay": drawn,
         }
 
-    def _read_options(self, query: Mapping[str, str]) -> tuple[int, bool]:
-        classes = self._model.module.num_classes
-        if unknown := sorted(query.keys() - {"top_k", "overlay"}):
-            raise HTTPException(400, f"{unknown[0]!r} is unknown; expected top_k or overlay")
-        top_k, overlay = query.get("top_k", str(min(5, classes))), query.get("overlay", "false")
-        if not (top_k.isascii() and top_k.isdigit() and 1 <= int(top_k[:9]) <= classes):
-            raise HTTPException(400, f"top_k={top_k[:20]!r}: expected 1 to {classes}")
-        if overlay not in ("true", "false"):
-            raise HTTPException(400, f"overlay={overlay[:20]!r}: expected true or false")
-        return int(top_k), overlay == "true"
-
-    async def _read_body(self, request: Request) -> bytes:
-        most = self._limits.bytes
-        content = bytearray()
-        async for chunk in request.stream():
-            content += chunk
-            if len(content) > most:
-                raise HTTPException(413, f"the image has more than {most:,} bytes")
-        if not content:
-            raise HTTPException(415, "the body is empty: expected the bytes of an image")
-        return bytes(content)
-
     def _prepare(self, content: bytes) -> np.ndarray:
         try:
             with warnings.catch_warnings():
-                # Pillow warns of sizes that are allowed here.
+                # Pillow warns about sizes that the limits allow.
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 with Image.open(io.BytesIO(content)) as opened:
                     width, height = opened.size
         except Image.DecompressionBombError:
             raise self._refuse_size("far too many") from None
-        except Exception:  # Damaged files lead to errors of many types.
+        except Exception:  # Damaged files lead to exceptions of many types.
             raise HTTPException(415, "no image that can be read") from None
         if width * height > self._limits.pixels:
             raise self._refuse_size(f"{width}x{height}")
@@ -190,47 +160,132 @@ class Server:
         return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-async def _say_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
-
-
-async def _say_failure(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": "this is a bug; the server's screen has more"}, 500)
-
-
-async def _say_nothing(request: Request, error: Exception) -> Response:
-    return Response(status_code=400)  # Nobody is there to read it.
-
-
 def make_app(
     model: LoadedModel, *, limits: Limits | None = None, hosts: tuple[str, ...] = LOOPBACK
-) -> Starlette:
+) -> FastAPI:
     """The application.
 
     Args:
-      model: that answers.
-      limits: of what is taken.
-      hosts: names under which the server is addressed, "*" for any. A page of another site can't
-        use a name of its own for this server, then.
+      model: a classifier.
+      limits: what is accepted.
+      hosts: names under which the server may be addressed, "*" for any. A page of another site
+        cannot reach it under a name of its own then.
 
     Raises:
       UserError: the model has no trained classifier.
     """
     model.check_classifies()
-    server = Server(model, limits or Limits())
-    return Starlette(
-        routes=[
-            Route("/", server.show_page),
-            Route("/healthz", server.say_health),
-            Route("/openapi.json", server.describe),
-            Route("/v1/predict", server.predict, methods=["POST"]),
-        ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
+    limits = limits or Limits()
+    classes = model.module.num_classes
+    predictor = Predictor(model, limits)
+    expected = {"top_k": f"1 to {classes}", "overlay": "true or false"}
+
+    class Options(BaseModel, extra="forbid"):
+        top_k: int = Field(min(5, classes), ge=1, le=classes)
+        overlay: Literal["true", "false"] = "false"
+
+    class Prediction(BaseModel, extra="forbid"):
+        label: int = Field(ge=0, le=classes - 1)
+        name: str = Field(alias="class")
+        probability: float = Field(ge=0, le=1)
+
+    class Answer(BaseModel, extra="forbid"):
+        predictions: list[Prediction] = Field(min_length=1, max_length=classes)
+        milliseconds: float = Field(ge=0)
+        overlay: str | None = Field(
+            description="A PNG as a data URL: the model's attention, drawn over the image as the "
+            "model sees it. null unless requested, and for a model without attention."
+        )
+
+    async def refuse_options(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        name = first["loc"][-1]
+        if name in expected:
+            text = f"{name}={first['input'][:20]!r}: expected {expected[name]}"
+        else:
+            text = f"{name!r} is unknown; expected {' or '.join(expected)}"
+        return JSONResponse({"error": text}, 400)
+
+    # The interactive pages of FastAPI load scripts from another host.
+    app = FastAPI(
+        title="vit_jax",
+        version=vit_jax.__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=predictor.lifespan,
         exception_handlers={
-            HTTPException: _say_error,
-            ClientDisconnect: _say_nothing,
-            Exception: _say_failure,
+            HTTPException: _report_error,
+            RequestValidationError: refuse_options,
+            ClientDisconnect: _report_nothing,
+            Exception: _report_bug,
         },
-        lifespan=server.lifespan,
     )
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+
+    @app.head("/", include_in_schema=False)
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> HTMLResponse:
+        text = importlib.resources.files("vit_jax.serve").joinpath("page.html").read_text("utf-8")
+        height, width, _ = model.image_shape
+        facts = f"{classes} classes, images of {height}×{width}"
+        text = text.replace("%STYLE%", STYLE)
+        for name, value in (("SOURCE", model.source), ("FACTS", facts)):
+            text = text.replace(f"%{name}%", html.escape(value))
+        return HTMLResponse(text, headers=_HEADERS)
+
+    @app.head("/healthz", include_in_schema=False)
+    @app.get("/healthz", operation_id="health", summary="Whether the model is ready")
+    async def report_health() -> Health:
+        return Health(status="ok", model=model.source, classes=classes)
+
+    errors = {
+        400: "a parameter is unknown or has a value that is not allowed",
+        413: f"more than {limits.bytes:,} bytes or {limits.pixels:,} pixels",
+        415: "not an image that can be read",
+        503: "too many concurrent requests; try again after Retry-After seconds",
+        "default": "any other error",
+    }
+    image = {"image/*": {"schema": {"type": "string", "contentMediaType": "image/*"}}}
+    body = "The bytes of a JPEG, PNG, WebP, BMP or GIF file."
+
+    @app.post(
+        "/v1/predict",
+        operation_id="predict",
+        summary="The most probable classes of an image",
+        response_model=Answer,
+        responses={code: {"model": Error, "description": text} for code, text in errors.items()},
+        openapi_extra={"requestBody": {"required": True, "description": body, "content": image}},
+    )
+    async def predict(request: Request, options: Annotated[Options, Query()]) -> Any:
+        with predictor.admit():
+            content = await _read_body(request, limits.bytes)
+            return await predictor.predict(
+                content, top_k=options.top_k, overlay=options.overlay == "true"
+            )
+
+    return app
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > max_bytes:
+            raise HTTPException(413, f"the image has more than {max_bytes:,} bytes")
+    if not content:
+        raise HTTPException(415, "the body is empty: expected the bytes of an image")
+    return bytes(content)
+
+
+async def _report_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+
+
+async def _report_bug(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "this is a bug; the server's log has the details"}, 500)
+
+
+async def _report_nothing(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)  # The client has gone away.

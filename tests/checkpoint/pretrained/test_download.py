@@ -6,7 +6,9 @@ import errno
 import fcntl
 import hashlib
 import io
+import itertools
 import threading
+import types
 import zipfile
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from tests.file_server import serve
 from vit_jax.checkpoint.pretrained import catalogue, download
 from vit_jax.checkpoint.pretrained.catalogue import find
 from vit_jax.checkpoint.pretrained.download import cache_path, compute_sha256, fetch, resolve
-from vit_jax.observe import console
+from vit_jax.observe import console, progress_log
 from vit_jax.utils.errors import UserError
 
 
@@ -257,6 +259,7 @@ def test_without_locks_each_process_has_a_part_of_its_own(server, cache, monkeyp
 @pytest.fixture
 def screen(monkeypatch):
     """Makes a terminal, or a file, the screen; what it shows is to be read from the result."""
+    monkeypatch.delenv("CI", raising=False)  # a log there, whatever the screen
 
     def make(*, terminal):
         file = io.StringIO()
@@ -268,19 +271,25 @@ def screen(monkeypatch):
             highlight=False,
             _environ={"TERM": "xterm"},
         )
-        for module in (console, download):
+        for module in (console, progress_log):
             monkeypatch.setattr(module, "console", screen)
         return file
 
     return make
 
 
-def test_progress_is_a_line_for_each_tenth(server, cache, screen):
+def test_progress_is_a_line_every_ten_seconds(server, cache, screen, monkeypatch):
     server.files["bucket/b.npz"] = npz(20 * 2**20)
     shown = screen(terminal=False)
+    seconds = itertools.count(step=4)  # for each MiB
+    clock = types.SimpleNamespace(perf_counter=lambda: next(seconds))
+    monkeypatch.setattr(progress_log, "time", clock)
     fetch(server.url("bucket/b.npz"))
-    lines = [line for line in shown.getvalue().splitlines() if " of " in line]
-    assert lines == [f"  {mib}.0 MiB of 20.0 MiB" for mib in (3, 5, 7, 9, 11, 13, 15, 17, 19)]
+    lines = [line for line in shown.getvalue().splitlines() if line.startswith("b.npz")]
+    assert [line.split("/20.0 MiB")[0] for line in lines] == [
+        f"b.npz  {mib}.0" for mib in (3, 6, 9, 12, 15, 18, 20)
+    ]
+    assert lines[0] == "b.npz  3.0/20.0 MiB  0.2 MiB/s  ETA 0:01:08"
 
 
 def test_progress_is_a_bar_on_a_terminal(server, cache, screen):

@@ -16,12 +16,10 @@ import urllib.error
 import urllib.request
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
-
-import rich.progress
 
 from vit_jax.checkpoint.pretrained.catalogue import (
     AUGREG_INDEX,
@@ -33,10 +31,11 @@ from vit_jax.checkpoint.pretrained.catalogue import (
     select_augreg,
     to_https,
 )
-from vit_jax.observe.console import console, log
+from vit_jax.observe.console import log
+from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.utils.errors import UserError, first_line
 
-_CHUNK = 2**20
+_MIB = 2**20
 _TIMEOUT = 60  # seconds without a byte
 
 
@@ -195,10 +194,16 @@ def _receive(part: BinaryIO, offset: int, wanted: _Wanted) -> bool:
             part.truncate(0)  # The server ignores ranges.
             if start:
                 return False
-        with _progress(wanted.path.name, done=start, total=total) as advance:
+        with ProgressLog(
+            wanted.path.name,
+            total=None if total is None else total / _MIB,
+            done=start / _MIB,
+            unit="MiB",
+            decimals=1,
+        ) as progress:
             while chunk := _read(response):
                 part.write(chunk)
-                advance(len(chunk))
+                progress.advance(len(chunk) / _MIB)
         part.flush()
     size = part.tell()
     if total is not None and size < total:
@@ -217,7 +222,7 @@ def _range(response: http.client.HTTPResponse) -> tuple[int, int | None]:
 
 def _read(response: http.client.HTTPResponse) -> bytes:
     try:
-        return response.read(_CHUNK)
+        return response.read(_MIB)
     except (OSError, http.client.HTTPException) as e:
         raise _CutError(first_line(e)) from e
 
@@ -288,31 +293,5 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def _progress(name: str, *, done: int, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Shows a bar on a terminal, else a line for each tenth; yields a function of new bytes."""
-    bar = rich.progress.Progress(
-        rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(binary_units=True),
-        rich.progress.TransferSpeedColumn(),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    task = bar.add_task(name, total=total, completed=done)
-    step = (total or 10 * 2**26) / 10  # 64 MiB if nobody knows the length
-
-    def advance(count: int) -> None:
-        nonlocal done
-        before, done = done, done + count
-        bar.update(task, completed=done)
-        if not console.is_terminal and before // step < done // step and done != total:
-            log(f"  {_mib(done)}" + (f" of {_mib(total)}" if total else ""))
-
-    with bar:
-        yield advance
-
-
 def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+    return f"{size / _MIB:,.1f} MiB"
