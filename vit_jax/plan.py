@@ -23,11 +23,12 @@ import jax
 import rich.progress
 
 from vit_jax.config.load import load_config, parse_overrides
+from vit_jax.config.reduced import reduce_for_planning
 from vit_jax.observe.console import console, log
 from vit_jax.planning import scale as scale_lib
 from vit_jax.planning import search as search_lib
 from vit_jax.planning import text
-from vit_jax.planning.plan import make_plan, prepare_config
+from vit_jax.planning.plan import make_plan
 from vit_jax.planning.topologies import Topology, parse_topology
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
@@ -79,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
     args, overrides = parse_arguments(argv)
     topology = parse_topology(args.topology, num_slices=args.num_slices)
     config = load_config(args.config, overrides).to_dict()
-    prepared = prepare_config(config, num_classes=args.num_classes, image_size=args.image_size)
+    prepared = reduce_for_planning(config, num_classes=args.num_classes, image_size=args.image_size)
     if args.search:
         _search(args, overrides, prepared, topology)
     elif args.scale:

@@ -27,6 +27,7 @@ from PIL import Image
 
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.workdir import read_config, read_labels
+from vit_jax.config.reduced import reduce_for_evaluation, without_mesh
 from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.classification import NUM_BINS
 from vit_jax.inference.draw import encode_png, scale_up
@@ -231,8 +232,7 @@ def predict(args: argparse.Namespace, config: dict[str, Any]) -> tuple[list[Judg
       UserError: there is no checkpoint, the data is not at hand, or nothing is classified.
     """
     source = find_source(args)
-    config = config | {"mesh": {}, "init_from": None, "checkpoint": None, "profile": None}
-    experiment = Experiment.from_config(config)
+    experiment = Experiment.from_config(reduce_for_evaluation(without_mesh(config)))
     evaluator = choose_evaluator(experiment.evaluators, args.eval)
     evaluator.open()
     params, _ = Judge(experiment).load(source)

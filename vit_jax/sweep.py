@@ -37,6 +37,7 @@ from typing import Any
 import jax
 
 from vit_jax.config.load import load_config, parse_literal, parse_overrides
+from vit_jax.config.reduced import without_mesh
 from vit_jax.observe.console import log, set_up
 from vit_jax.pages.comparison import (
     RunRecord,
@@ -177,7 +178,7 @@ def check_trials(trials: Sequence[Trial]) -> None:
         overrides, (config, *_) = parse_overrides(list(trial.arguments))
         loaded = load_config(config.removeprefix("--config="), overrides).to_dict()
         try:
-            Experiment.from_config(loaded | {"mesh": {}})
+            Experiment.from_config(without_mesh(loaded))
         except UserError as e:
             raise UserError(f"{trial.name}: {e}") from e
 

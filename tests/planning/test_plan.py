@@ -8,15 +8,16 @@ import pytest
 
 from tests.tiny import tiny_config
 from vit_jax import plan as command
+from vit_jax.config.load import override_config
+from vit_jax.config.reduced import reduce_for_planning
 from vit_jax.planning import compiled, search
 from vit_jax.planning.compiled import parse_size
-from vit_jax.planning.plan import make_plan, prepare_config
+from vit_jax.planning.plan import make_plan
 from vit_jax.planning.search import (
     Candidate,
     could_fit,
     format_overrides,
     make_candidates,
-    override,
 )
 from vit_jax.planning.text import describe_plan, describe_remedies, describe_search
 from vit_jax.planning.topologies import make_devices, parse_topology
@@ -41,7 +42,7 @@ def small_config(**changes):
     """A model whose activations outweigh the rest, prepared, with no dataset on disk."""
     sizes = {"model__hidden_size": 64, "model__mlp_dim": 256, "model__scan": True}
     config = tiny_config("nowhere", **sizes, data__batch_size=256, **changes)
-    return prepare_config(config.to_dict(), num_classes=16, image_size=32)
+    return reduce_for_planning(config.to_dict(), num_classes=16, image_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_candidates_are_ways_that_the_config_allows_the_fastest_first(candidates
     assert seconds == sorted(seconds)
     devices = make_devices(parse_topology("h100:2"))
     for c in (candidates[0], candidates[-1]):
-        Experiment.from_config(override(small_config(), c.overrides), devices=devices)
+        Experiment.from_config(override_config(small_config(), c.overrides), devices=devices)
     ways = {(c.overrides["model.remat"], c.overrides["model.scan"]) for c in candidates}
     assert ways == {("none", False), ("none", True), ("dots", True), ("full", True)}
     assert {c.batch_size for c in candidates if c.mesh["tensor"] == 1} == {128, 256}
@@ -191,18 +192,6 @@ def test_overrides_are_printed_as_the_command_reads_them():
     assert text == "--config.model.remat='\"none\"' --config.mesh.fsdp=4"
 
 
-def test_a_plan_needs_no_dataset(tmp_path):
-    config = tiny_config(str(tmp_path), data__name="folder:/nowhere").to_dict()
-    prepared = prepare_config(config, num_classes=1000, image_size=64)
-    assert prepared["data"]["name"] == "blank:1000,64"
-    assert "evals" not in prepared
-    prepared = prepare_config(dict(config, total_steps=None, epochs=3), num_classes=7)
-    assert prepared["total_steps"] > 0
-    assert "epochs" not in prepared
-    with pytest.raises(UserError, match="--num_classes"):
-        prepare_config(config, image_size=64)
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -226,7 +215,7 @@ def test_bad_input_gets_one_line(arguments, expected):
 def test_imagenet_needs_no_network_to_be_planned():
     config = command.load_config("configs/vit_i1k.py:variant=S/16", {}).to_dict()
     devices = make_devices(parse_topology("cpu:8"))
-    experiment = Experiment.from_config(prepare_config(config), devices=devices)
+    experiment = Experiment.from_config(reduce_for_planning(config), devices=devices)
     assert experiment.model.num_classes == 1000
     assert experiment.abstract_batch["image"].shape == (4096, 224, 224, 3)
 

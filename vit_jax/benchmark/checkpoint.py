@@ -14,7 +14,7 @@ import numpy as np
 
 from vit_jax.checkpoint.manager import CheckpointManager, CheckpointOptions
 from vit_jax.config.load import load_config
-from vit_jax.planning.plan import prepare_config
+from vit_jax.config.reduced import reduce_for_planning
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     if not os.access(args.folder, os.W_OK):
         raise UserError(f"--folder={args.folder}: expected a folder to write to")
     config = load_config(args.config, args.overrides).to_dict()
-    config = prepare_config(config, num_classes=args.num_classes, image_size=args.image_size)
+    config = reduce_for_planning(config, num_classes=args.num_classes, image_size=args.image_size)
     experiment = Experiment.from_config(config)
     times = measure_saves(experiment, Path(args.folder), saves=args.saves)
     medians = {name: statistics.median(values) for name, values in times.items()}

@@ -17,11 +17,11 @@ import jax
 from vit_jax.benchmark.step import make_batch, measure_steps
 from vit_jax.config.cpu_devices import count_cpu_devices
 from vit_jax.config.load import load_config
+from vit_jax.config.reduced import reduce_for_planning, reduce_for_timing
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.observe.console import console
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.parallel.mesh import shard_batch
-from vit_jax.planning.plan import prepare_config
 from vit_jax.runtime.cpu_devices import set_cpu_devices
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.run import train
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         if getattr(args, name) <= 0:
             raise UserError(f"--{name}={getattr(args, name)}: expected more than 0")
     config = load_config(args.config, args.overrides).to_dict()
-    config = prepare_config(config, num_classes=args.num_classes, image_size=args.image_size)
+    config = reduce_for_planning(config, num_classes=args.num_classes, image_size=args.image_size)
     set_cpu_devices(count_cpu_devices(config))
     bare, looped, fed = [], [], []
     for _ in range(args.rounds):
@@ -91,14 +91,7 @@ def time_loop(
     config: dict[str, Any], *, steps: int, experiment: type[Experiment] = Experiment
 ) -> float:
     """Seconds of a step in a whole run, without its first step, evaluations and checkpoints."""
-    # Few steps are enough here; a warm-up of the config's may be longer than that.
-    lasting = ("warmup_", "cooldown_")
-    optimizer = {k: v for k, v in config["optimizer"].items() if not k.startswith(lasting)}
-    config = config | {
-        "total_steps": steps + 1,
-        "log_every": steps + 1,
-        "optimizer": optimizer,
-    }
+    config = reduce_for_timing(config, steps=steps + 1)
     with tempfile.TemporaryDirectory(prefix="loop_benchmark_") as workdir:
         console.quiet = True
         try:

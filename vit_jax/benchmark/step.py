@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from vit_jax.config.cpu_devices import count_cpu_devices
 from vit_jax.config.load import load_config
+from vit_jax.config.reduced import reduce_for_planning
 from vit_jax.models.flops import train_flops
-from vit_jax.planning.plan import prepare_config
 from vit_jax.runtime.chips import find_chip
 from vit_jax.runtime.cpu_devices import set_cpu_devices
 from vit_jax.training.experiment import Experiment
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     # What compilation takes is measured too.
     jax.config.update("jax_enable_compilation_cache", False)
     config = load_config(args.config, args.overrides).to_dict()
-    config = prepare_config(config, num_classes=args.num_classes, image_size=args.image_size)
+    config = reduce_for_planning(config, num_classes=args.num_classes, image_size=args.image_size)
     set_cpu_devices(count_cpu_devices(config))
     experiment = Experiment.from_config(config)
     device, count = experiment.mesh.devices.flat[0], experiment.mesh.size

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan of a run: does its step fit, what does it move, how fast can it be."""
 
-import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -18,10 +17,6 @@ from vit_jax.planning.memory import estimate_memory
 from vit_jax.planning.roofline import Work, make_roofline
 from vit_jax.planning.topologies import Topology, make_devices, slice_of
 from vit_jax.training.experiment import Experiment
-from vit_jax.utils.errors import UserError
-
-# Longer than any warm-up; the length of a run is a constant of the schedule, no more.
-_STEPS = 10**7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,40 +60,6 @@ class Plan:
     cached: bool
     error: str | None
     notes: list[str]
-
-
-def prepare_config(
-    config: Mapping[str, Any], *, num_classes: int | None = None, image_size: int | None = None
-) -> dict[str, Any]:
-    """The config without what a plan does not need: evaluators, checkpoints, the data itself.
-
-    Args:
-      config: of the experiment.
-      num_classes: in place of the dataset's, which then need not be known here.
-      image_size: likewise, in place of what the preprocessing gives.
-
-    Raises:
-      UserError: an image size without a number of classes, or one of them below 1.
-    """
-    for name, value in (("num_classes", num_classes), ("image_size", image_size)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name}={value}: expected at least 1")
-    config = copy.deepcopy(dict(config))
-    for key in ("evals", "checkpoint", "init_from", "profile"):
-        config.pop(key, None)
-    if config.pop("epochs", None) is not None:
-        config["total_steps"] = _STEPS
-    data = config.get("data")
-    if num_classes is None:
-        if image_size is not None:
-            raise UserError(f"--image_size={image_size}: expected --num_classes with it")
-    elif isinstance(data, dict):
-        data.pop("mixture", None)
-        size = "" if image_size is None else f",{image_size}"
-        data |= {"name": f"blank:{num_classes}{size}", "split": "train"}
-        if image_size is not None:
-            data["preprocess"] = "decode"
-    return config
 
 
 def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | None) -> Plan:

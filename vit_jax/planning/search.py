@@ -19,6 +19,8 @@ from typing import Any
 
 import jax
 
+from vit_jax.config.load import override_config
+from vit_jax.config.reduced import without_mesh
 from vit_jax.models.flops import count_flops, train_flops
 from vit_jax.parallel.mesh import BATCH_AXES
 from vit_jax.planning.memory import Activations, Memory, count_activations, estimate_memory
@@ -87,15 +89,6 @@ class Candidate:
         return self.step_seconds / self.batch_size
 
 
-def override(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with values by dotted key put into it."""
-    result = dict(config)
-    for key, value in overrides.items():
-        section, dot, leaf = key.partition(".")
-        result[section] = (result.get(section) or {}) | {leaf: value} if dot else value
-    return result
-
-
 def format_overrides(overrides: Mapping[str, Any]) -> str:
     """What to add to a command."""
     return " ".join(
@@ -130,14 +123,16 @@ def make_candidates(
             chosen = overrides | ({} if batch_size is None else {"data.batch_size": batch_size})
             chosen |= {"optimizer.accum_steps": 1}
             try:
-                experiment = Experiment.from_config(override(config, chosen), devices=devices)
+                experiment = Experiment.from_config(
+                    override_config(config, chosen), devices=devices
+                )
                 memory = estimate_memory(experiment, Activations(0, 0))
             except UserError as e:
                 error = e
                 continue
             if not ways:
                 can_remat = hasattr(experiment.model, "remat")
-                ways = _find_ways(override(config, chosen), can_remat=can_remat)
+                ways = _find_ways(override_config(config, chosen), can_remat=can_remat)
             for way in ways:
                 for accum_steps in ACCUM_STEPS:
                     candidate = _assess(
@@ -180,7 +175,7 @@ def _find_ways(config: Mapping[str, Any], *, can_remat: bool) -> list[_Way]:
     """All that a model offers, with their costs: they are the same on any mesh."""
 
     def count(overrides: Mapping[str, Any]) -> tuple[Activations, float, float]:
-        return _count_costs(json.dumps(override(config, overrides)))
+        return _count_costs(json.dumps(override_config(config, overrides).to_dict()))
 
     if not can_remat:
         costs = count({})
@@ -210,7 +205,7 @@ def _find_ways(config: Mapping[str, Any], *, can_remat: bool) -> list[_Way]:
 def _count_costs(config: str) -> tuple[Activations, float, float]:
     """Of each image of a config in JSON: bytes saved, operations, and those of the model alone."""
     devices = jax.devices("cpu")[:1]
-    experiment = Experiment.from_config(override(json.loads(config), {"mesh": {}}), devices=devices)
+    experiment = Experiment.from_config(without_mesh(json.loads(config)), devices=devices)
     step = jax.make_jaxpr(experiment.train_step)
     flops = count_flops(step(experiment.abstract_state, experiment.abstract_batch))
     model_flops = train_flops(experiment.model, experiment.train_data.image_shape()[:2])
