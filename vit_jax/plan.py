@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
     elif args.scale:
         _scale(args, overrides, prepared, topology)
     else:
-        plan = dataclasses.asdict(make_plan(prepared, topology, cache=args.cache))
+        plan = make_plan(prepared, topology, cache=args.cache)
         if args.json:
             print(json.dumps(plan, indent=1))
             return

@@ -63,35 +63,35 @@ def plan(cache):
 
 def test_state_and_batch_are_predicted_exactly_and_the_rest_about_right(plan):
     parts = ("params", "opt_state", "ema_params", "batch")
-    assert sum(plan.predicted[p] for p in parts) == plan.argument_bytes
-    rest = plan.predicted["gradients"] + plan.predicted["activations"]
-    assert 0.5 < rest / plan.temp_bytes < 2
+    assert sum(plan["predicted"][p] for p in parts) == plan["argument_bytes"]
+    rest = plan["predicted"]["gradients"] + plan["predicted"]["activations"]
+    assert 0.5 < rest / plan["temp_bytes"] < 2
 
 
 def test_a_plan_has_memory_speed_and_transfers_along_all_axes(plan):
-    assert plan.fits
-    assert plan.hbm_limit_bytes == GPUS["h100"].hbm_bytes
-    assert plan.peak_bytes >= plan.argument_bytes + plan.temp_bytes
-    axes = {axis for c in plan.collectives for axis in c["axes"]}
+    assert plan["fits"]
+    assert plan["hbm_limit_bytes"] == GPUS["h100"].hbm_bytes
+    assert plan["peak_bytes"] >= plan["argument_bytes"] + plan["temp_bytes"]
+    axes = {axis for c in plan["collectives"] for axis in c["axes"]}
     assert axes == {"data", "fsdp", "tensor"}
-    assert plan.ici_bytes > 0
-    assert plan.dcn_bytes > 0
-    assert plan.images_per_second_per_chip == pytest.approx(256 / plan.step_seconds / 8)
-    assert 0 < plan.mfu_bound < 1
-    assert set(json.loads(json.dumps(dataclasses.asdict(plan)))) >= KEYS
+    assert plan["ici_bytes"] > 0
+    assert plan["dcn_bytes"] > 0
+    assert plan["images_per_second_per_chip"] == pytest.approx(256 / plan["step_seconds"] / 8)
+    assert 0 < plan["mfu_bound"] < 1
+    assert set(json.loads(json.dumps(plan))) >= KEYS
 
 
 def test_a_plan_for_gpus_says_that_cpus_stand_in_for_them(plan):
-    assert plan.compiled_for == "cpu"
-    assert "compiled for as many CPUs" in "\n".join(describe_plan(dataclasses.asdict(plan)))
+    assert plan["compiled_for"] == "cpu"
+    assert "compiled for as many CPUs" in "\n".join(describe_plan(plan))
 
 
 def test_what_was_compiled_is_kept(plan, cache):
     config = small_config(mesh__fsdp=2, mesh__tensor=2)
     again = make_plan(config, parse_topology("h100:4", num_slices=2), cache=cache)
-    assert again.cached
-    assert not plan.cached
-    assert dataclasses.replace(again, cached=False) == plan
+    assert again["cached"]
+    assert not plan["cached"]
+    assert again | {"cached": False} == plan
 
 
 def test_no_memory_is_an_answer_that_says_what_would_fit(monkeypatch, candidates):
@@ -103,9 +103,7 @@ def test_no_memory_is_an_answer_that_says_what_would_fit(monkeypatch, candidates
     message = f"RESOURCE_EXHAUSTED: temporaries ({need / 2**20:.2f}M) exceeds available HBM"
     step = compiled.did_not_fit(first.argument_bytes, message, 1.0)
     monkeypatch.setattr("vit_jax.planning.plan.compile_step", lambda *_, **__: (step, False))
-    plan = dataclasses.asdict(
-        make_plan(config, dataclasses.replace(topology, chip=chip), cache=None)
-    )
+    plan = make_plan(config, dataclasses.replace(topology, chip=chip), cache=None)
     assert not plan["fits"]
     assert plan["step_seconds"] is None
     assert plan["temp_bytes"] == pytest.approx(need, rel=0.01)

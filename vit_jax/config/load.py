@@ -2,7 +2,6 @@
 """Config files, their arguments, and overrides of their keys."""
 
 import ast
-import copy
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,13 +40,15 @@ def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
     return override_config(config.to_dict(), overrides)
 
 
-def override_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> ConfigDict:
+def override_config(
+    config: ConfigDict | Mapping[str, Any], overrides: Mapping[str, Any]
+) -> ConfigDict:
     """Returns a copy of a config with other values of some dotted keys.
 
     Raises:
       UserError: a key lies below a value.
     """
-    result = copy.deepcopy(dict(config))
+    result = ConfigDict(config).to_dict()
     for key, override in overrides.items():
         *parents, leaf = key.split(".")
         section = result

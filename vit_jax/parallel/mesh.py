@@ -183,9 +183,14 @@ def choose_layout(
     return rest, f"mesh.rules: none fits {what}" if rules else None
 
 
+def count_batch_shards(mesh: Mesh) -> int:
+    """The number of parts that a batch is split into over the mesh."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, *, key: str) -> None:
     """Raises `UserError` unless the batch splits evenly over the mesh."""
-    shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    shards = count_batch_shards(mesh)
     if batch_size < 1:
         raise UserError(f"{key}={batch_size}: expected at least 1")
     if batch_size % shards:
