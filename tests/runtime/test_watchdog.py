@@ -30,7 +30,7 @@ def hang_here():
 limits = Limits(step=600, save=0.2)
 words = lambda phase: print("words", phase)
 phases = Phases()
-with Watchdog(limits, phases.watched, workdir=Path(sys.argv[1]), process=3, last_words=words):
+with Watchdog(limits, phases.watched, workdir=Path(sys.argv[1]), process=3, on_exit=words):
     phases.step_taken()
     with phases("save"):
         hang_here()
