@@ -40,9 +40,7 @@ def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
     return override_config(config.to_dict(), overrides)
 
 
-def override_config(
-    config: ConfigDict | Mapping[str, Any], overrides: Mapping[str, Any]
-) -> ConfigDict:
+def override_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> ConfigDict:
     """Returns a copy of a config with other values of some dotted keys.
 
     Raises:

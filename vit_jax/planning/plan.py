@@ -76,7 +76,7 @@ def make_plan(
             ici_bytes=sum(c.bytes for c in collectives),
             dcn_bytes=sum(c.dcn_bytes for c in collectives),
         )
-    speed = dict.fromkeys(_SPEED)
+    speed: dict[str, Any] = dict.fromkeys(_SPEED)
     if work is not None and chip is not None:
         speed |= _find_speed(work, chip, cycles, batch_size / topology.num_chips)
     return {

@@ -127,7 +127,7 @@ def make_candidates(
             chosen = overrides | ({} if batch_size is None else {"data.batch_size": batch_size})
             chosen |= {_ACCUM: 1}
             try:
-                changed = override_config(config, chosen)
+                changed = override_config(config, chosen).to_dict()
                 experiment = Experiment.from_config(changed, devices=devices)
                 memory = estimate_memory(experiment, Activations(0, 0))
             except UserError as e:

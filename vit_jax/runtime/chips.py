@@ -49,8 +49,9 @@ def _tpu(
 ) -> Chip:
     """A TPU, with the GB/s of its memory, its links and its share of the network."""
     source = f"cloud.google.com/tpu/docs/{name}"
-    rates = (1e9 * rate for rate in gb_per_s)
-    return Chip(name, device_kind, 1e12 * tflops, int(gib * 2**30), *rates, source, **options)
+    hbm, ici, dcn = (1e9 * rate for rate in gb_per_s)
+    size = int(gib * 2**30)
+    return Chip(name, device_kind, 1e12 * tflops, size, hbm, ici, dcn, source, **options)
 
 
 def _gpu(
@@ -64,8 +65,9 @@ def _gpu(
 ) -> Chip:
     """A GPU, with the GB/s of its memory, its links and its share of the network."""
     source = f"NVIDIA {product} datasheet"
-    rates = (1e9 * rate for rate in gb_per_s)
-    return Chip(name, device_kind, 1e12 * tflops, int(0.75 * (gb * 1e9)), *rates, source, **options)
+    hbm, ici, dcn = (1e9 * rate for rate in gb_per_s)
+    size = int(0.75 * (gb * 1e9))
+    return Chip(name, device_kind, 1e12 * tflops, size, hbm, ici, dcn, source, **options)
 
 
 # Clocks: jax-ml.github.io/scaling-book for v5e and v5p, arXiv:2304.01433 for v4; that of v6e is its
