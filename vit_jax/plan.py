@@ -28,7 +28,7 @@ from vit_jax.observe.console import console, log
 from vit_jax.planning import scale as scale_lib
 from vit_jax.planning import search as search_lib
 from vit_jax.planning import text
-from vit_jax.planning.plan import make_plan
+from vit_jax.planning.plan import Plan, make_plan
 from vit_jax.planning.topologies import Topology, parse_topology
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
@@ -95,9 +95,7 @@ def main(argv: Sequence[str]) -> None:
             log(line)
 
 
-def _describe(
-    plan: Mapping[str, Any], config: Mapping[str, Any], topology: Topology
-) -> Iterator[str]:
+def _describe(plan: Plan, config: Mapping[str, Any], topology: Topology) -> Iterator[str]:
     yield from text.describe_plan(plan)
     if not plan["fits"]:
         candidates = search_lib.make_candidates(config, topology)
@@ -125,7 +123,7 @@ def _search(
             jobs=args.jobs,
             report=lambda done: bar.update(task, completed=done),
         )
-    rows = [{"overrides": r.candidate.overrides, "plan": r.plan} for r in results]
+    rows = [{"overrides": c.overrides, "plan": plan} for c, plan in results]
     return rows, text.describe_search(results, len(candidates))
 
 

@@ -178,7 +178,7 @@ def test_search_compiles_the_fastest_that_fit_and_learns_from_what_did_not():
     # First what fits with some to spare, the fastest first; of those that just might fit, none
     # that is like one that did not. What is a thousand times too large is not tried.
     assert compiled_for == [500, 100, 900]
-    assert [r.candidate.temp_bytes for r in results] == [500, 100, 900]
+    assert [c.temp_bytes for c, _ in results] == [500, 100, 900]
     text = list(describe_search([], 5))
     assert "nothing fits" in text[-1]
     assert not could_fit(candidates[-1], 1000)

@@ -18,6 +18,9 @@ from vit_jax.planning.topologies import Topology, make_devices, slice_of
 from vit_jax.runtime.chips import Chip
 from vit_jax.training.experiment import Experiment
 
+# A JSON object; see `make_plan`.
+Plan = dict[str, Any]
+
 # The speed of a step on a chip. `step_seconds` is a lower bound, and `expected_seconds` the
 # compiler's estimate, without waits for transfers. Images a second follow the estimate if there is
 # one.
@@ -32,9 +35,7 @@ _SPEED = (
 )
 
 
-def make_plan(
-    config: Mapping[str, Any], topology: Topology, *, cache: Path | None
-) -> dict[str, Any]:
+def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | None) -> Plan:
     """Compiles the step of a config for a topology, and returns what it needs.
 
     Args:

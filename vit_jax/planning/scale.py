@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vit_jax.planning.plan import Plan
 from vit_jax.planning.roofline import Work, make_roofline
 from vit_jax.planning.topologies import Topology
 from vit_jax.utils.errors import UserError
@@ -37,7 +38,7 @@ class Row:
     scales: bool
 
 
-def compile_points(plan: Callable[[Mapping[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
+def compile_points(plan: Callable[[Mapping[str, Any]], Plan]) -> list[Plan]:
     """Compiles the two plans that calibrate the model: with the config's batch and with half of it.
 
     Args:
@@ -46,7 +47,7 @@ def compile_points(plan: Callable[[Mapping[str, Any]], dict[str, Any]]) -> list[
     Raises:
       UserError: one of them does not fit or fails to compile.
     """
-    points: list[dict[str, Any]] = []
+    points: list[Plan] = []
     for _ in range(2):
         half = {"data.batch_size": points[0]["batch_size"] // 2} if points else {}
         points.append(plan(half))
@@ -58,9 +59,7 @@ def compile_points(plan: Callable[[Mapping[str, Any]], dict[str, Any]]) -> list[
     return points
 
 
-def predict(
-    points: Sequence[Mapping[str, Any]], topology: Topology, chips: Sequence[int]
-) -> list[Row]:
+def predict(points: Sequence[Plan], topology: Topology, chips: Sequence[int]) -> list[Row]:
     """Predicts a step for each number of chips, with the global batch of the first point.
 
     Args:

@@ -24,6 +24,7 @@ from vit_jax.config.reduced import without_mesh
 from vit_jax.models.flops import count_flops, train_flops
 from vit_jax.parallel.mesh import count_batch_shards
 from vit_jax.planning.memory import Activations, Memory, count_activations, estimate_memory
+from vit_jax.planning.plan import Plan
 from vit_jax.planning.roofline import Work, make_roofline
 from vit_jax.planning.topologies import Topology, make_devices
 from vit_jax.training.experiment import Experiment
@@ -270,24 +271,16 @@ def could_fit(candidate: Candidate, limit: int, *, ratio: float = 1.0) -> bool:
     return candidate.argument_bytes + candidate.temp_bytes * ratio <= limit
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A candidate, and its plan as JSON (see `make_plan`)."""
-
-    candidate: Candidate
-    plan: dict[str, Any]
-
-
 def search(
     candidates: Sequence[Candidate],
     limit: int,
-    compile_candidate: Callable[[Candidate], dict[str, Any]],
+    compile_candidate: Callable[[Candidate], Plan],
     *,
     max_compiles: int,
     jobs: int,
     report: Callable[[int], None] = lambda done: None,
-) -> list[Result]:
-    """Compiles promising candidates, and returns those that were compiled, the best first.
+) -> list[tuple[Candidate, Plan]]:
+    """Compiles promising candidates, and returns them with their plans, the best first.
 
     Each plan corrects the memory estimates of candidates with the same rematerialisation;
     candidates that can no longer fit are skipped.
@@ -303,7 +296,7 @@ def search(
     waiting = list(candidates)
     # Compiled temporaries divided by estimated ones.
     ratios: dict[Any, float] = {}
-    results: list[Result] = []
+    results: list[tuple[Candidate, Plan]] = []
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         while waiting and len(results) < max_compiles:
             waiting = [
@@ -316,18 +309,18 @@ def search(
             batch = waiting[: min(jobs, max_compiles - len(results))]
             waiting = waiting[len(batch) :]
             for c, plan in zip(batch, pool.map(compile_candidate, batch), strict=True):
-                results.append(Result(c, plan))
+                results.append((c, plan))
                 if plan.get("temp_bytes") and c.temp_bytes:
                     ratios[_kind(c)] = plan["temp_bytes"] / c.temp_bytes
                 report(len(results))
-    return sorted(results, key=lambda r: -(r.plan.get("images_per_second_per_chip") or 0))
+    return sorted(results, key=lambda found: -(found[1].get("images_per_second_per_chip") or 0))
 
 
 def _kind(candidate: Candidate) -> Any:
     return candidate.overrides.get("model.remat"), candidate.overrides.get("model.scan")
 
 
-def plan_in_subprocess(arguments: Sequence[str], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def plan_in_subprocess(arguments: Sequence[str], overrides: Mapping[str, Any]) -> Plan:
     """Makes the plan of a command line with further overrides, in a subprocess.
 
     A crash of the compiler ends only that process; the plan then holds its last line as `error`.
