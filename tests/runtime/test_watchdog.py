@@ -56,7 +56,7 @@ def test_it_names_process_phase_and_place_and_asks_for_another_run(tmp_path):
 def ends(monkeypatch):
     """The codes with which the process would have ended."""
     codes = []
-    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+    monkeypatch.setattr("os._exit", codes.append)
     monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda **_: None)
     return codes
 
