@@ -24,11 +24,9 @@ from vit_jax.utils.tree import flatten, path_str
 # over classes.
 _MLP = r"(MlpBlock_0|token_mixing|channel_mixing)"
 TENSOR_RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
-    (r"MultiHeadDotProductAttention_0/(query|key|value)/kernel$", (-2,)),
-    (r"MultiHeadDotProductAttention_0/(query|key|value)/bias$", (-2,)),
+    (r"MultiHeadDotProductAttention_0/(query|key|value)/(kernel|bias)$", (-2,)),
     (r"MultiHeadDotProductAttention_0/out/kernel$", (-3,)),
-    (_MLP + r"/(Dense_0|gate)/kernel$", (-1,)),
-    (_MLP + r"/(Dense_0|gate)/bias$", (-1,)),
+    (_MLP + r"/(Dense_0|gate)/(kernel|bias)$", (-1,)),
     (_MLP + r"/Dense_1/kernel$", (-2,)),
     (r"(^|/)pre_logits/kernel$", (-1, -2)),
     (r"(^|/)(head|head_dist)/kernel$", (-1, -2)),

@@ -4,7 +4,6 @@
 import dataclasses
 import gzip
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from typing import Any
 
 import jax
 
+from vit_jax.observe.provenance import find_version
 from vit_jax.planning.topologies import Topology
 from vit_jax.training.experiment import Experiment
 
@@ -114,13 +114,6 @@ def did_not_fit(arguments: int, message: str, seconds: float) -> CompiledStep:
 
 
 def _key(program: str, topology: Topology) -> str:
-    versions = {name: _version(name) for name in ("jax", "jaxlib", "libtpu")}
+    versions = {name: find_version(name) for name in ("jax", "jaxlib", "libtpu")}
     text = json.dumps([topology.name, topology.num_slices, versions, program])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -61,9 +61,17 @@ def find_job(
     """
     given = (num_processes, process_id)
     found = _from_slurm(environment) or _from_open_mpi(environment) or _from_gke(environment)
+    is_address = coordinator not in (None, "none", "auto")
+    if coordinator is not None and is_address:
+        check_address(coordinator)
+    from_flags = is_address and (given != (None, None) or found is None)
+    is_incomplete = None in given if from_flags else given != (None, None)
+    if is_incomplete:
+        raise UserError(
+            f"--coordinator={coordinator}, --num_processes={num_processes}, "
+            f"--process_id={process_id}: expected all three, or --coordinator=auto alone"
+        )
     if coordinator in (None, "none"):
-        if given != (None, None):
-            raise _incomplete(coordinator, *given)
         if coordinator is None and found is not None and (found.num_processes or 1) > 1:
             raise UserError(
                 f"--coordinator is missing: this is process {found.process_id} of "
@@ -73,28 +81,11 @@ def find_job(
         if local_device_ids is None:
             return None
         return Job(source="flags", local_device_ids=local_device_ids)
-    if coordinator == "auto":
-        if given != (None, None):
-            raise _incomplete(coordinator, *given)
-        found = found or Job(source="JAX")
-        if found.source != "JAX" and found.coordinator is None:
-            raise UserError(
-                f"--coordinator=auto: {found.source} does not say where process 0 is; expected "
-                "--coordinator=HOST:PORT of it"
-            )
-    else:
-        check_address(coordinator)
-        if given == (None, None) and found is not None:
-            found = dataclasses.replace(found, coordinator=coordinator)
-        elif None in given:
-            raise _incomplete(coordinator, *given)
-        else:
-            found = Job(
-                source="flags",
-                coordinator=coordinator,
-                num_processes=num_processes,
-                process_id=process_id,
-            )
+    if from_flags:
+        found = Job(source="flags", num_processes=num_processes, process_id=process_id)
+    found = found or Job(source="JAX")
+    if is_address:
+        found = dataclasses.replace(found, coordinator=coordinator)
         assert found.num_processes is not None
         assert found.process_id is not None
         if not 0 <= found.process_id < found.num_processes:
@@ -102,6 +93,11 @@ def find_job(
                 f"--process_id={process_id} with --num_processes={num_processes}: expected 0 to "
                 "one less"
             )
+    elif found.source != "JAX" and found.coordinator is None:
+        raise UserError(
+            f"--coordinator=auto: {found.source} does not say where process 0 is; expected "
+            "--coordinator=HOST:PORT of it"
+        )
     if local_device_ids is not None:
         found = dataclasses.replace(found, local_device_ids=local_device_ids)
     return found
@@ -117,13 +113,6 @@ def check_address(address: str) -> tuple[str, int]:
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise UserError(f"--coordinator={address}: expected HOST:PORT, auto or none")
     return host.strip("[]"), int(port)
-
-
-def _incomplete(coordinator: str | None, num: int | None, index: int | None) -> UserError:
-    return UserError(
-        f"--coordinator={coordinator}, --num_processes={num}, --process_id={index}: expected all "
-        "three, or --coordinator=auto alone"
-    )
 
 
 def _from_slurm(environment: Mapping[str, str]) -> Job | None:
