@@ -131,7 +131,7 @@ def test_gpu_nodes_find_the_first_of_them(capsys):
     given = dict(text.removeprefix("--").split("=", 1) for text in container["args"][:-2])
     assert given["process_id"] == f"$({container['env'][0]['name']})"
     # By the name that pods of a JobSet have: NAME-JOB-0-INDEX.NAME.
-    found = cluster.resolve(given["coordinator"], int(given["num_processes"]), 1, None, {})
+    found = cluster.find_job(given["coordinator"], int(given["num_processes"]), 1, None, {})
     assert found == cluster.Job(
         source="flags", coordinator="run-hosts-0-0.run:8476", num_processes=2, process_id=1
     )

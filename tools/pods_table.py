@@ -18,14 +18,13 @@ from typing import Any
 import jax
 
 from vit_jax.config.load import load_config
-from vit_jax.planning.plan import prepare_config
+from vit_jax.config.reduced import reduce_for_planning
 from vit_jax.planning.search import (
     Candidate,
     could_fit,
     default_cache,
     format_overrides,
     make_candidates,
-    override,
     plan_in_subprocess,
 )
 from vit_jax.planning.topologies import parse_topology
@@ -56,7 +55,7 @@ def find_candidates(size: str, name: str) -> list[Candidate]:
     """The ways to run a size on a topology that fit by arithmetic, the fastest first."""
     config, changes = config_of(size)
     topology = parse_topology(name)
-    prepared = override(prepare_config(load_config(config, {}).to_dict()), changes)
+    prepared = reduce_for_planning(load_config(config, changes).to_dict())
     limit = topology.chip.hbm_bytes if topology.chip else 0
     candidates = make_candidates(prepared, topology)
     return [c for c in candidates if could_fit(c, limit, ratio=_SAFE)]

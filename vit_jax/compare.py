@@ -36,7 +36,7 @@ FORMATS = ("table", "csv", "json")
 
 
 def render(runs: Sequence[RunRecord], form: str) -> str:
-    """The comparison as a text of one of `FORMATS`, or as `html`."""
+    """The comparison as text in one of `FORMATS`, or in `html`."""
     if form == "html":
         return make_html(runs)
     records = make_records(runs)
@@ -48,7 +48,7 @@ def render(runs: Sequence[RunRecord], form: str) -> str:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command's arguments."""
+    """The arguments of the command."""
     parser = CommandParser(prog="python -m vit_jax.compare", description=__doc__)
     parser.add_argument("WORKDIRS", nargs="+", type=Path, help="of runs")
     parser.add_argument("--format", choices=FORMATS, default="table", help="on stdout; %(default)s")
@@ -57,7 +57,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the comparison, or writes it."""
+    """Prints the comparison, or writes it to files."""
     args = parse_arguments(argv)
     set_up(quiet=False, to_stderr=args.output is None)
     if args.output is not None and args.output.exists():

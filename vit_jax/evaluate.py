@@ -24,6 +24,7 @@ from typing import Any
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.workdir import read_config
 from vit_jax.config.load import load_config, override_config, parse_overrides
+from vit_jax.config.reduced import reduce_for_evaluation
 from vit_jax.observe.console import log, set_up
 from vit_jax.observe.jsonl import append_record, read_records
 from vit_jax.training.evaluation import Judge, find_source
@@ -172,10 +173,8 @@ def make_experiment(args: argparse.Namespace, overrides: dict[str, Any]) -> Expe
         config = load_config(args.config, {}).to_dict()
     else:
         config = _read_config(args.workdir, wait=args.timeout if args.follow else 0)
-    # A checkpoint of the run has all that the run started anew, its head among them.
-    adapt = {k: v for k, v in (config.get("adapt") or {}).items() if k != "dont_load"}
-    config |= {"adapt": adapt, "init_from": None, "checkpoint": None, "profile": None}
-    experiment = Experiment.from_config(override_config(config, overrides))
+    config = override_config(reduce_for_evaluation(config), overrides)
+    experiment = Experiment.from_config(config)
     if not experiment.evaluators:
         raise UserError(
             "config.evals is empty: expected evaluators, such as --config.evals.val.split=test "

@@ -103,7 +103,8 @@ def _join_job(config: Mapping[str, Any]) -> None:
         _PROCESS_ID.value,
         local_device_ids=None if ids is None else tuple(map(int, ids)),
         timeout=_START_TIMEOUT.value,
-        expected=processes.Expected(_EXPECT_DEVICES.value, _PLATFORM.value),
+        expect_devices=_EXPECT_DEVICES.value,
+        platform=_PLATFORM.value,
         cpu_devices=count_cpu_devices(config) if _CPU_DEVICES.value is None else None,
     )
 
@@ -143,7 +144,7 @@ def main(argv: list[str]) -> None:
     python = os.path.relpath(sys.executable) if sys.prefix.startswith(os.getcwd()) else "python"
     command = f"{python} -m vit_jax.main {shlex.join(argv[1:])}"
     # Raised only here, where no process waits for another one that has ended.
-    with processes.all_agree():
+    with processes.fail_together():
         if error is not None:
             raise error
     _check_same(config)

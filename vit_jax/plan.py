@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says whether a run will fit and how fast it can be, without its devices and without its data.
+"""Predicts whether a run fits and how fast it can be, without its devices and without its data.
 
-Compiles the very step of the run for a topology of TPUs, which needs libtpu and no TPU
+Compiles the step of the run itself for a topology of TPUs, which needs libtpu and no TPU
 (pip install 'vit_jax[tpu-plan]'). --config.KEY=VALUE overrides a key, as in a run.
 
 Examples:
@@ -15,24 +15,25 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from vit_jax.config.load import load_config, parse_overrides
+from vit_jax.config.reduced import reduce_for_planning
 from vit_jax.observe.console import log
 from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.planning import scale as scale_lib
 from vit_jax.planning import search as search_lib
 from vit_jax.planning import text
-from vit_jax.planning.plan import make_plan, prepare_config
+from vit_jax.planning.plan import Plan, make_plan
 from vit_jax.planning.topologies import Topology, parse_topology
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 
-# What is passed on to the processes that compile.
+# Arguments for the subprocesses that compile.
 _PASSED_ON = ("config", "topology", "num_slices", "num_classes", "image_size", "cache")
 
 
@@ -40,7 +41,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     """The arguments, and the overrides of the config.
 
     Raises:
-      UserError: an argument that does not exist, or excludes another.
+      UserError: an argument does not exist, or excludes another.
     """
     overrides, rest = parse_overrides(list(argv))
     parser = CommandParser(prog="python -m vit_jax.plan", description=__doc__)
@@ -73,38 +74,43 @@ def _ints(value: str) -> tuple[int, ...]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Plans, and prints the result."""
-    # Nothing runs here: no accelerator is looked for, and none is taken from who uses it.
+    """Plans a run and prints the result."""
+    # Nothing runs here: accelerators are not initialized, since others may be using them.
     jax.config.update("jax_platforms", "cpu")
     args, overrides = parse_arguments(argv)
     topology = parse_topology(args.topology, num_slices=args.num_slices)
     config = load_config(args.config, overrides).to_dict()
-    prepared = prepare_config(config, num_classes=args.num_classes, image_size=args.image_size)
+    config = reduce_for_planning(config, num_classes=args.num_classes, image_size=args.image_size)
     if args.search:
-        _search(args, overrides, prepared, topology)
+        found, lines = _search(args, overrides, config, topology)
     elif args.scale:
-        _scale(args, overrides, prepared, topology)
+        found, lines = _scale(args, overrides, topology)
     else:
-        plan = dataclasses.asdict(make_plan(prepared, topology, cache=args.cache))
-        if args.json:
-            print(json.dumps(plan, indent=1))
-            return
-        for line in text.describe_plan(plan):
+        found = make_plan(config, topology, cache=args.cache)
+        lines = _describe(found, config, topology)
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        for line in lines:
             log(line)
-        if not plan["fits"]:
-            candidates = search_lib.make_candidates(prepared, topology)
-            for line in text.describe_remedies(plan, candidates):
-                log(line)
+
+
+def _describe(plan: Plan, config: Mapping[str, Any], topology: Topology) -> Iterator[str]:
+    yield from text.describe_plan(plan)
+    if not plan["fits"]:
+        candidates = search_lib.make_candidates(config, topology)
+        yield from text.describe_remedies(plan, candidates)
 
 
 def _search(
     args: argparse.Namespace,
     overrides: Mapping[str, Any],
-    prepared: Mapping[str, Any],
+    config: Mapping[str, Any],
     topology: Topology,
-) -> None:
+) -> tuple[Any, Iterator[str]]:
+    """The plans of the best ways to run a config, as JSON and as lines."""
     candidates = search_lib.make_candidates(
-        prepared, topology, images_per_device=args.images_per_device
+        config, topology, images_per_device=args.images_per_device
     )
     passed = pass_on(args, overrides)
     total = min(args.max_compiles, len(candidates))
@@ -117,36 +123,24 @@ def _search(
             jobs=args.jobs,
             report=progress.advance,
         )
-    if args.json:
-        rows = [{"overrides": r.candidate.overrides, "plan": r.plan} for r in results]
-        print(json.dumps(rows, indent=1))
-        return
-    for line in text.describe_search(results, len(candidates)):
-        log(line)
+    rows = [{"overrides": c.overrides, "plan": plan} for c, plan in results]
+    return rows, text.describe_search(results, len(candidates))
 
 
 def _scale(
-    args: argparse.Namespace,
-    overrides: Mapping[str, Any],
-    prepared: Mapping[str, Any],
-    topology: Topology,
-) -> None:
+    args: argparse.Namespace, overrides: Mapping[str, Any], topology: Topology
+) -> tuple[Any, Iterator[str]]:
+    """The predicted speed for each number of chips, as JSON and as lines."""
     if topology.chip is None:
         raise UserError(f"--topology={topology.name!r}: expected a TPU or a GPU to scale")
     passed = pass_on(args, overrides)
-    points = scale_lib.compile_points(
-        prepared, lambda extra: search_lib.plan_in_subprocess(passed, extra)
-    )
+    points = scale_lib.compile_points(lambda more: search_lib.plan_in_subprocess(passed, more))
     rows = scale_lib.predict(points, topology, args.scale)
-    if args.json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
-        return
-    for line in text.describe_scale(rows, points, topology):
-        log(line)
+    return [dataclasses.asdict(row) for row in rows], text.describe_scale(rows, points, topology)
 
 
 def pass_on(args: argparse.Namespace, overrides: Mapping[str, Any]) -> list[str]:
-    """The arguments of this command for one that compiles with more overrides."""
+    """The arguments for a subprocess that compiles with further overrides."""
     given = {key: getattr(args, key) for key in _PASSED_ON}
     return [
         *(f"--{key}={value}" for key, value in given.items() if value is not None),

@@ -25,6 +25,7 @@ from PIL import Image
 
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.workdir import read_config, read_labels
+from vit_jax.config.reduced import reduce_for_evaluation, without_mesh
 from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.classification import NUM_BINS
 from vit_jax.inference.draw import encode_png, scale_up
@@ -226,8 +227,7 @@ def predict(
       UserError: there is no checkpoint, the data is missing, or no evaluator classifies.
     """
     source = find_source(args)
-    config = config | {"mesh": {}, "init_from": None, "checkpoint": None, "profile": None}
-    experiment = Experiment.from_config(config)
+    experiment = Experiment.from_config(reduce_for_evaluation(without_mesh(config)))
     evaluator = choose_evaluator(experiment.evaluators, args.eval)
     evaluator.open()
     params, _ = Judge(experiment).load(source)

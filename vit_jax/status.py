@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says how a run gets on, from its workdir alone: python -m vit_jax.status runs/digits."""
+"""Reports the progress of a run from its workdir alone: python -m vit_jax.status runs/digits."""
 
 import datetime
 import json
@@ -21,14 +21,14 @@ from vit_jax.utils.layout import CHECKPOINTS
 
 
 def describe(workdir: Path, *, verify: bool = True) -> dict[str, Any]:
-    """How a run gets on, as JSON.
+    """The state and the progress of a run as a JSON object, with times in seconds.
 
     Args:
       workdir: of the run; it is only read.
-      verify: whether to read all bytes of the newest checkpoint.
+      verify: whether to verify the checksums of the newest checkpoint.
 
     Raises:
-      UserError: it is not the workdir of a run that keeps a ledger.
+      UserError: the folder has no ledger.
     """
     summary = summarize(read_ledger(workdir))
     if summary is None:
@@ -71,7 +71,7 @@ def _describe_checkpoint(workdir: Path, steps: Sequence[int], *, verify: bool) -
 
 
 def show(workdir: Path, found: dict[str, Any]) -> list[str]:
-    """The same as lines."""
+    """The result of `describe` as lines of text."""
     lines = [f"{workdir}: step {found['step']:,} of {found['total_steps']:,}"]
     state = f"running, {found['running']}" if found["running"] else f"ended: {found['causes'][-1]}"
     rows = {"state": f"{state}; last record {found['last_record_s_ago']:.0f} s ago"}
@@ -95,7 +95,7 @@ def show(workdir: Path, found: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints how the run in a workdir gets on."""
+    """Prints the progress of a run."""
     parser = CommandParser(prog="python -m vit_jax.status", description=__doc__)
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--json", action="store_true", help="print an object")

@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from typing import Any
 import jax
 
 from vit_jax.config.load import load_config, parse_literal, parse_overrides
+from vit_jax.config.reduced import without_mesh
 from vit_jax.observe.console import log, set_up
 from vit_jax.pages.comparison import (
     RunRecord,
@@ -56,7 +58,7 @@ from vit_jax.utils.metrics import lower_is_better
 
 RESULTS = "sweep.json"
 _NAME = re.compile(r"[\w+-][\w.,=+-]*")
-_LONGEST = 100  # letters of a name
+_LONGEST = 100  # characters of a name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +67,28 @@ class Trial:
 
     Attributes:
       name: of its folder.
-      overrides: of the config, by dotted key.
+      overrides: of this run alone, by dotted key.
       arguments: of `vit_jax.main`.
-      digest: of the config with overrides: a finished run with another one is looked at again.
+      config: with the overrides.
     """
 
     name: str
     overrides: Mapping[str, Any]
     arguments: tuple[str, ...]
-    digest: str
+    config: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """A hash of the config: a finished run whose config has changed is trained again."""
+        text = json.dumps(self.config, sort_keys=True, default=repr)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_sweep(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """The names and overrides of all runs that a sweep file asks for.
+    """The names and overrides of all runs of a sweep file.
 
     Raises:
-      UserError: the file is missing, fails, or gives something else.
+      UserError: the file is missing or fails, or its result is not valid.
     """
     if not Path(path).is_file():
         raise UserError(f"--sweep={path}: there is no such file")
@@ -103,9 +111,9 @@ def read_sweep(path: str) -> list[tuple[str, dict[str, Any]]]:
             "or a list of dicts by config key"
         )
     named = [_name_trial(dict(trial), path, trials) for trial in trials]
-    for name, _ in named:
-        if sum(name == other for other, _ in named) > 1:
-            raise UserError(f"--sweep={path}: two runs are {name!r}; expected each once")
+    name, count = Counter(name for name, _ in named).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"--sweep={path}: two runs are {name!r}; expected each once")
     return named
 
 
@@ -141,49 +149,44 @@ def make_trials(
     Args:
       config: value of --config.
       sweep: value of --sweep.
-      overrides: of all runs; those of a run come after.
-      workdir: in which each has its folder.
+      overrides: of all runs; those of a single run take precedence.
+      workdir: with a folder for each run.
 
     Raises:
-      UserError: a file is missing or wrong, or a key lies below a value.
+      UserError: a file is missing or wrong, or a key is below a value.
     """
     trials = []
     for name, own in read_sweep(sweep):
         both = {**overrides, **own}
-        loaded = load_config(config, both).to_dict()
-        text = json.dumps(loaded, sort_keys=True, default=repr)
         words = [f"--config.{key}={_write_literal(value)}" for key, value in both.items()]
         arguments = (f"--config={config}", f"--workdir={workdir / name}", *words)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        trials.append(Trial(name, own, arguments, digest))
+        trials.append(Trial(name, own, arguments, load_config(config, both).to_dict()))
     return trials
 
 
 def _write_literal(value: Any) -> str:
-    """As `parse_literal` reads it back."""
+    """The text of a value, from which `parse_literal` returns it."""
     text = str(value)
     return text if parse_literal(text) == value and isinstance(value, str) else repr(value)
 
 
 def check_trials(trials: Sequence[Trial]) -> None:
-    """Makes the experiment of each run, without its mesh, on the CPU.
+    """Builds the experiment of each run, without its mesh, on the CPU.
 
     Raises:
-      UserError: one is wrong; it is named.
+      UserError: a config is wrong; the message names the run.
     """
-    # The devices are for the runs: who looks at them here takes their memory.
+    # Accelerators are not initialized here, since that would take the memory of the runs.
     jax.config.update("jax_platforms", "cpu")
     for trial in trials:
-        overrides, (config, *_) = parse_overrides(list(trial.arguments))
-        loaded = load_config(config.removeprefix("--config="), overrides).to_dict()
         try:
-            Experiment.from_config(loaded | {"mesh": {}})
+            Experiment.from_config(without_mesh(trial.config))
         except UserError as e:
             raise UserError(f"{trial.name}: {e}") from e
 
 
 def run_trial(trial: Trial) -> int:
-    """Trains, in a process of its own; returns its exit code. SIGTERM is passed on to it."""
+    """Trains in a subprocess, which gets SIGTERM too, and returns its exit code."""
     command = [sys.executable, "-m", "vit_jax.main", *trial.arguments]
     process = subprocess.Popen(command)
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
@@ -192,7 +195,7 @@ def run_trial(trial: Trial) -> int:
             try:
                 return process.wait()
             except KeyboardInterrupt:
-                # It was interrupted as well, and is about to end.
+                # The subprocess has received Ctrl-C too, and is about to end.
                 continue
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -205,16 +208,16 @@ def run_sweep(
     metric: str | None,
     run_trial: Callable[[Trial], int] = run_trial,
 ) -> int:
-    """Runs what is not finished, one after another, and returns the exit code.
+    """Runs the trials that are not finished, one after another, and returns the exit code.
 
     Args:
       trials: the runs.
-      workdir: in which they are, and the results go.
-      metric: to sort by.
-      run_trial: returns the exit code of a run.
+      workdir: folder of the runs and the results.
+      metric: to sort results by.
+      run_trial: trains, and returns the exit code.
 
     Raises:
-      UserError: the folder can't be made.
+      UserError: the folder can't be created.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -248,7 +251,7 @@ def run_sweep(
 
 
 def read_states(workdir: Path) -> dict[str, dict[str, Any]]:
-    """What the runs came to, by name, as far as they have been started."""
+    """The states of the runs that have been started, by name."""
     try:
         runs = json.loads((workdir / RESULTS).read_text())["runs"]
         return {run["run"]: run["state"] for run in runs if run["state"]}
@@ -256,23 +259,8 @@ def read_states(workdir: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def read_records(trials: Sequence[Trial], workdir: Path) -> list[RunRecord]:
-    """What is in the folders of the runs, as far as they have been started."""
-    return [
-        read_run(workdir / trial.name, name=trial.name)
-        for trial in trials
-        if (workdir / trial.name / CONFIG).exists()
-    ]
-
-
-def choose_metric(records: Sequence[RunRecord], metric: str | None) -> str | None:
-    """The metric to sort by: that, or the first that evaluators gave."""
-    found = [key for record in records for key in record.results]
-    return metric or next(iter(found), None)
-
-
 def sort_records(records: Sequence[RunRecord], metric: str | None) -> list[RunRecord]:
-    """By the last value of a metric, the best first; those without it at the end."""
+    """Sorts by the last value of a metric, the best first; runs without it are at the end."""
     if metric is None:
         return list(records)
     sign = 1 if lower_is_better(metric) else -1
@@ -291,9 +279,20 @@ def write_results(
     *,
     metric: str | None,
 ) -> list[str]:
-    """Writes `sweep.json`, `sweep.csv` and `sweep.html`; returns the lines of the table."""
-    records = read_records(trials, workdir)
-    metric = choose_metric(records, metric)
+    """Writes `sweep.json`, `sweep.csv` and `sweep.html`, and returns the lines of the table.
+
+    Args:
+      trials: all runs of the sweep.
+      states: of those that have been started, by name.
+      workdir: of the sweep.
+      metric: to sort by; None for the first one that evaluators have recorded.
+    """
+    records = [
+        read_run(workdir / trial.name, name=trial.name)
+        for trial in trials
+        if (workdir / trial.name / CONFIG).exists()
+    ]
+    metric = metric or next((key for record in records for key in record.results), None)
     records = sort_records(records, metric)
     found = {record["run"]: record for record in make_records(records)} if records else {}
     order = [*found, *(trial.name for trial in trials if trial.name not in found)]
@@ -326,7 +325,7 @@ def write_results(
 
 
 def emit(trials: Sequence[Trial], form: str, launch_args: Sequence[str]) -> list[str]:
-    """A command for each run: `commands`, `slurm` or `gke`; see `launch/`."""
+    """The command of each run, for this machine (`commands`), `slurm` or `gke`; see `launch/`."""
     lines = []
     for number, trial in enumerate(trials, 1):
         if form == "slurm":
@@ -342,16 +341,16 @@ def emit(trials: Sequence[Trial], form: str, launch_args: Sequence[str]) -> list
 
 
 def _name_jobset(name: str, number: int) -> str:
-    """Small letters, digits and hyphens, at most 40, from a letter on."""
+    """A name of at most 40 small letters, digits and hyphens, which starts with a letter."""
     text = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:32].strip("-")
     return f"s{number}-{text}"
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command's arguments, without overrides of the config.
+    """The arguments of the command, without overrides of the config.
 
     Raises:
-      UserError: they don't go together.
+      UserError: arguments exclude each other.
     """
     parser = CommandParser(prog="python -m vit_jax.sweep", description=__doc__)
     parser.add_argument("--config", required=True, help="config file, as for vit_jax.main")

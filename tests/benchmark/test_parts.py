@@ -12,8 +12,8 @@ from tests.benchmark.test_step import CONFIG
 from vit_jax.benchmark import checkpoint, loop, startup
 from vit_jax.benchmark.__main__ import main
 from vit_jax.config.load import load_config
+from vit_jax.config.reduced import reduce_for_planning
 from vit_jax.data.sources import blank
-from vit_jax.planning.plan import prepare_config
 from vit_jax.utils.errors import UserError
 
 
@@ -60,7 +60,7 @@ def test_the_loop_is_compared_with_its_bare_steps(config, tmp_path, capsys):
 
 def test_what_is_read_in_the_loop_is_told_apart(config, monkeypatch):
     config = load_config(config.removeprefix("--config="), {}).to_dict()
-    config = prepare_config(config, num_classes=3, image_size=8)
+    config = reduce_for_planning(config, num_classes=3, image_size=8)
     read = blank._Black.read
 
     def read_slowly(self, row):

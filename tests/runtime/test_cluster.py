@@ -3,7 +3,7 @@
 
 import pytest
 
-from vit_jax.runtime.cluster import Job, first_host, resolve
+from vit_jax.runtime.cluster import Job, find_job, first_host
 from vit_jax.utils.errors import UserError
 
 SLURM = {
@@ -26,22 +26,22 @@ ALL_GPUS = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
 
 
 def auto(environment):
-    return resolve("auto", None, None, None, environment)
+    return find_job("auto", None, None, None, environment)
 
 
 def test_no_flags_and_no_launcher_is_a_job_of_one():
-    assert resolve(None, None, None, None, {}) is None
+    assert find_job(None, None, None, None, {}) is None
     # A script that sbatch runs, and not a step of srun.
     batch = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "16", "SLURM_PROCID": "0"}
-    assert resolve(None, None, None, None, batch) is None
-    assert resolve("none", None, None, None, SLURM) is None
+    assert find_job(None, None, None, None, batch) is None
+    assert find_job("none", None, None, None, SLURM) is None
 
 
 def test_flags_say_all():
     want = Job(source="flags", coordinator="a:1", num_processes=2, process_id=1)
-    assert resolve("a:1", 2, 1, None, SLURM) == want
-    assert resolve("a:1", 2, 1, (2, 3), {}).local_device_ids == (2, 3)
-    assert resolve(None, None, None, (0,), {}) == Job(source="flags", local_device_ids=(0,))
+    assert find_job("a:1", 2, 1, None, SLURM) == want
+    assert find_job("a:1", 2, 1, (2, 3), {}).local_device_ids == (2, 3)
+    assert find_job(None, None, None, (0,), {}) == Job(source="flags", local_device_ids=(0,))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_open_mpi():
     del (later := dict(OPEN_MPI))["OMPI_MCA_orte_hnp_uri"]
     with pytest.raises(UserError, match="Open MPI does not say where process 0 is"):
         auto(later)
-    assert resolve("head:7000", None, None, None, later).coordinator == "head:7000"
+    assert find_job("head:7000", None, None, None, later).coordinator == "head:7000"
 
 
 def test_gke_of_one_slice_and_of_several():
@@ -120,4 +120,4 @@ def test_gke_of_one_slice_and_of_several():
 )
 def test_half_a_job_is_refused(arguments, environment, words):
     with pytest.raises(UserError, match="^" + ".*" + words):
-        resolve(*arguments, environment)
+        find_job(*arguments, environment)

@@ -42,7 +42,7 @@ def meet(place):
         time.sleep(0.01)
 
 meet("imported")
-with heartbeat.Heartbeat(4.0, last_words=lambda words: print("words", words, flush=True)):
+with heartbeat.Heartbeat(4.0, on_exit=lambda words: print("words", words, flush=True)):
     print("ready", flush=True)
     if me == 1 and what == "raise":
         raise MemoryError

@@ -21,16 +21,16 @@ SLOW_EVALUATION = CONFIG_FILE.replace(
 import time
 from vit_jax.evaluators import base
 
-put_batch, batches = base.put_batch, []
+shard_batch, batches = base.shard_batch, []
 
 def put_slowly(*args):
     if not batches:
         print("evaluating", flush=True)
     batches.append(None)
     time.sleep(0.2 if len(batches) < 13 else 0)
-    return put_batch(*args)
+    return shard_batch(*args)
 
-base.put_batch = put_slowly
+base.shard_batch = put_slowly
 
 def get_config""",
 )
@@ -93,7 +93,7 @@ WAITS = """
 import hashlib, time
 from vit_jax.runtime.preemption import PreemptionGuard, Preempted, interruptible
 with PreemptionGuard() as guard:
-    guard.has_progress()
+    guard.allow_saving()
     print("ready", flush=True)
     try:
         for _ in interruptible(iter(int, 1)):

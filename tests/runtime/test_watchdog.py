@@ -30,7 +30,7 @@ def hang_here():
 limits = Limits(step=600, save=0.2)
 words = lambda phase: print("words", phase)
 phases = Phases()
-with Watchdog(limits, phases.watched, workdir=Path(sys.argv[1]), process=3, last_words=words):
+with Watchdog(limits, phases.watched, workdir=Path(sys.argv[1]), process=3, on_exit=words):
     phases.step_taken()
     with phases("save"):
         hang_here()
@@ -56,7 +56,7 @@ def test_it_names_process_phase_and_place_and_asks_for_another_run(tmp_path):
 def ends(monkeypatch):
     """The codes with which the process would have ended."""
     codes = []
-    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+    monkeypatch.setattr("os._exit", codes.append)
     monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda **_: None)
     return codes
 

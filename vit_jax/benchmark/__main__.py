@@ -22,8 +22,7 @@ from vit_jax.observe.console import log, set_up
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 
-# Each has `add_arguments(parser)` and `run(args)`, which returns what goes into the JSON and the
-# lines to print.
+# Each has `add_arguments(parser)` and `run(args)`, which returns a JSON object and lines to print.
 PARTS = {
     "input": input_benchmark,
     "step": step_benchmark,
@@ -52,6 +51,8 @@ def main(argv: Sequence[str]) -> None:
     if overrides and "config" not in args:
         raise UserError(f"--config.{next(iter(overrides))}: {args.part} has no config to override")
     results, lines = PARTS[args.part].run(args)
+    if "config" in args:
+        results = {"config": args.config, "overrides": overrides} | results
     for line in lines:
         log(line)
     if args.json:

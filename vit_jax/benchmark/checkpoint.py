@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time that a checkpoint of a config takes, beside a file of as many bytes."""
+"""Times checkpoints of a config, and plain files with as many bytes for comparison."""
 
 import argparse
 import os
@@ -12,34 +12,26 @@ from typing import Any
 import jax
 import numpy as np
 
+from vit_jax.benchmark.arguments import add_config, check_positive, read_config
 from vit_jax.checkpoint.manager import CheckpointManager, CheckpointOptions
-from vit_jax.config.load import load_config
-from vit_jax.planning.plan import prepare_config
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `run` reads."""
-    parser.add_argument(
-        "--config", required=True, help="config file; --config.KEY=VALUE overrides a key"
-    )
-    parser.add_argument("--num_classes", type=int, help="in place of the dataset's")
-    parser.add_argument("--image_size", type=int, help="with --num_classes")
+    """Adds the arguments of `run`."""
+    add_config(parser)
     parser.add_argument("--folder", default=".", help="on the disk to measure")
     parser.add_argument("--saves", type=int, default=5, help="and as many files, in turns")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Measures; returns the results and the lines that say them."""
-    if args.saves < 1:
-        raise UserError(f"--saves={args.saves}: expected at least 1")
+    """Measures, and returns the results as JSON and as lines of text."""
+    check_positive(args, "saves", expected="at least 1")
     if not os.access(args.folder, os.W_OK):
         raise UserError(f"--folder={args.folder}: expected a folder to write to")
-    config = load_config(args.config, args.overrides).to_dict()
-    config = prepare_config(config, num_classes=args.num_classes, image_size=args.image_size)
-    experiment = Experiment.from_config(config)
+    experiment = Experiment.from_config(read_config(args))
     times = measure_saves(experiment, Path(args.folder), saves=args.saves)
     medians = {name: statistics.median(values) for name, values in times.items()}
     leaves = jax.tree.leaves(experiment.abstract_state)
@@ -48,8 +40,6 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     restored = medians["restore_s"] / medians["raw_read_s"]
     memory = times["memory_bytes"]
     results = {
-        "config": args.config,
-        "overrides": args.overrides,
         "jax": jax.__version__,
         "bytes": size,
         **{name: round(value, 3) for name, value in medians.items() if name.endswith("_s")},
@@ -72,17 +62,20 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 
 def measure_saves(experiment: Experiment, folder: Path, *, saves: int) -> dict[str, list[float]]:
-    """Seconds of each save, restore, and file of the same bytes; and memory after each save.
+    """Measures saves, restores and plain files with the same bytes.
 
     Args:
       experiment: whose state is saved.
-      folder: everything is written into a folder in it, which is removed again.
-      saves: how many, each followed by a file.
+      folder: files are written to a temporary folder in it.
+      saves: number of saves, each followed by a plain file.
+
+    Returns:
+      Seconds of each, and bytes of memory after each save.
     """
     state = jax.block_until_ready(experiment.init_state())
     names = ("blocked_s", "save_s", "restore_s", "raw_write_s", "raw_read_s", "memory_bytes")
     times: dict[str, list[float]] = {name: [] for name in names}
-    # As the next step does it: what still reads the state is waited for, or gets a copy.
+    # Donates the state as the next step does, which waits for whoever still reads it.
     take_over = jax.jit(jax.lax.optimization_barrier, donate_argnums=0)
     state = jax.block_until_ready(take_over(state))
     options = CheckpointOptions(keep=1)
@@ -122,7 +115,7 @@ def _write(file: Path, state: Any) -> float:
 
 
 def _forget(*paths: Path) -> None:
-    """Drops files from the memory of the system, where it can be asked to: a read is from disk."""
+    """Drops files from the page cache, if the system can, so that they are read from disk."""
     for path in paths:
         if path.is_file() and hasattr(os, "posix_fadvise"):
             with path.open("rb") as file:
@@ -131,6 +124,6 @@ def _forget(*paths: Path) -> None:
 
 
 def _resident_bytes() -> int:
-    """Of this process; 0 where the system does not say."""
+    """Memory of this process; 0 if the system does not report it."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0

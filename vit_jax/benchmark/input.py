@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images a second that the input pipeline makes, and where its time goes."""
+"""Measures the images a second of the input pipeline, and the share of each of its stages."""
 
 import argparse
 import dataclasses
@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.benchmark.arguments import check_positive
 from vit_jax.data import loader
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.ops import fused
 from vit_jax.data.ops import transforms as image_ops
 from vit_jax.data.order import PositionRng
 from vit_jax.data.pipeline import Batch, DatasetSpec, train_batches, train_order
-from vit_jax.utils.errors import UserError
 
-# Operations that belong to the stage "decode"; what comes after the last of them is "augment".
+# Operations of the stage "decode"; those after the last of them are the stage "augment".
 _DECODE = (
     fused.Fused,
     image_ops.Decode,
@@ -34,11 +34,11 @@ STAGES = ("order", "read", "decode", "augment", "assemble")
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Of the pipeline, with nothing else to do.
+    """Speed of the pipeline alone.
 
     Attributes:
-      images_per_sec: by the clock.
-      images_per_core: images a second of CPU time, that of all threads together.
+      images_per_sec: images per second of elapsed time.
+      images_per_core: images per second of CPU time of all threads.
     """
 
     images_per_sec: float
@@ -46,7 +46,7 @@ class Speed:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `run` reads."""
+    """Adds the arguments of `run`."""
     parser.add_argument("--source", required=True, help="as data.name, such as folder:/data/birds")
     parser.add_argument("--split", default="train", help="with slices")
     parser.add_argument("--preprocess", default="decode|inception_crop(224)|flip_lr", help="line")
@@ -58,11 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Measures; returns the results and the lines that say them."""
-    for name in ("batch_size", "seconds", "num_threads", "step_ms"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name}={value}: expected more than 0")
+    """Measures, and returns the results as JSON and as lines of text."""
+    check_positive(args, "batch_size", "seconds", "num_threads", "step_ms")
     spec = DatasetSpec(
         args.source,
         args.split,
@@ -110,7 +107,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 
 def measure_speed(batches: Iterator[Batch], batch_size: int, *, seconds: float) -> Speed:
-    """Takes batches as fast as they come."""
+    """Measures the speed at which batches can be taken."""
     _drain(batches, seconds / 10)
     start, start_cpu, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - start < seconds:
@@ -121,12 +118,12 @@ def measure_speed(batches: Iterator[Batch], batch_size: int, *, seconds: float) 
 
 
 def predict_wait(speed: Speed, batch_size: int, step: float) -> float:
-    """The share of a loop's time that it waits, if its steps take `step` seconds on a device."""
+    """The predicted share of time that a loop waits for data, if its steps take `step` seconds."""
     return max(0.0, 1 - step * speed.images_per_sec / batch_size)
 
 
 def measure_wait(batches: Iterator[Batch], step: float, *, seconds: float) -> float:
-    """The same, seen in a loop that sleeps for `step` seconds in place of a step."""
+    """The measured share, in a loop that sleeps for `step` seconds in place of each step."""
     _drain(batches, seconds / 10)
     start, waited = time.perf_counter(), 0.0
     while (now := time.perf_counter()) - start < seconds:
@@ -137,14 +134,14 @@ def measure_wait(batches: Iterator[Batch], step: float, *, seconds: float) -> fl
 
 
 def _drain(batches: Iterator[Batch], seconds: float) -> None:
-    """Takes what was loaded ahead, and has threads and caches warm."""
+    """Takes the batches that were loaded ahead, and warms up threads and caches."""
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
         next(batches)
 
 
 def measure_stages(spec: DatasetSpec, *, seconds: float) -> dict[str, float]:
-    """The share of each of `STAGES` in the time that one thread takes for an image."""
+    """The share of each of `STAGES` in the time of one thread."""
     source, ops = spec.open(), fused.fuse(spec.ops())
     split = 1 + max(i for i, op in enumerate(ops) if isinstance(op, _DECODE))
     spent = dict.fromkeys(STAGES, 0.0)

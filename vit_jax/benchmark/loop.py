@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training loop adds to its steps: metrics, progress and the hand-over of batches.
+"""Measures the overhead of the training loop: metrics, progress and the transfer of batches.
 
-Reading and preparing them is measured too, and apart: on a CPU it takes the cores of the steps.
+Reading and preparing batches is measured separately: on a CPU it competes with the steps for cores.
 """
 
 import argparse
@@ -14,38 +14,30 @@ from typing import Any
 
 import jax
 
+from vit_jax.benchmark.arguments import add_config, check_positive, read_config
 from vit_jax.benchmark.step import make_batch, measure_steps
 from vit_jax.config.cpu_devices import count_cpu_devices
-from vit_jax.config.load import load_config
+from vit_jax.config.reduced import reduce_for_timing
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.observe.console import console
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.parallel.mesh import shard_batch
-from vit_jax.planning.plan import prepare_config
 from vit_jax.runtime.cpu_devices import set_cpu_devices
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.run import train
-from vit_jax.utils.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `run` reads."""
-    parser.add_argument(
-        "--config", required=True, help="config file; --config.KEY=VALUE overrides a key"
-    )
-    parser.add_argument("--num_classes", type=int, help="in place of the dataset's")
-    parser.add_argument("--image_size", type=int, help="with --num_classes")
+    """Adds the arguments of `run`."""
+    add_config(parser)
     parser.add_argument("--rounds", type=int, default=5, help="ratios, by their median")
     parser.add_argument("--seconds", type=float, default=5, help="of each of the three in a round")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Measures; returns the results and the lines that say them."""
-    for name in ("rounds", "seconds"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name}={getattr(args, name)}: expected more than 0")
-    config = load_config(args.config, args.overrides).to_dict()
-    config = prepare_config(config, num_classes=args.num_classes, image_size=args.image_size)
+    """Measures, and returns the results as JSON and as lines of text."""
+    check_positive(args, "rounds", "seconds")
+    config = read_config(args)
     set_cpu_devices(count_cpu_devices(config))
     bare, looped, fed = [], [], []
     for _ in range(args.rounds):
@@ -59,8 +51,6 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         for times in (looped, fed)
     )
     results = {
-        "config": args.config,
-        "overrides": args.overrides,
         "jax": jax.__version__,
         "step_ms": [round(1000 * t, 3) for t in bare],
         "looped_step_ms": [round(1000 * t, 3) for t in looped],
@@ -77,7 +67,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 
 class _Ready(Experiment):
-    """Has no data to read: one batch stands in the memory of the host, and is handed over."""
+    """Reads no data: the same batch in the memory of the host is transferred for each step."""
 
     def train_batches(
         self, step: int, *, corrupt: CorruptCounter | None = None
@@ -90,15 +80,8 @@ class _Ready(Experiment):
 def time_loop(
     config: dict[str, Any], *, steps: int, experiment: type[Experiment] = Experiment
 ) -> float:
-    """Seconds of a step in a whole run, without its first step, evaluations and checkpoints."""
-    # Few steps are enough here; a warm-up of the config's may be longer than that.
-    lasting = ("warmup_", "cooldown_")
-    optimizer = {k: v for k, v in config["optimizer"].items() if not k.startswith(lasting)}
-    config = config | {
-        "total_steps": steps + 1,
-        "log_every": steps + 1,
-        "optimizer": optimizer,
-    }
+    """Seconds of a step in a run, without its first step, evaluations and checkpoints."""
+    config = reduce_for_timing(config, steps=steps + 1)
     with tempfile.TemporaryDirectory(prefix="loop_benchmark_") as workdir:
         console.quiet = True
         try:

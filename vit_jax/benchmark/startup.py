@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds from the command to the first training step, and to the end of an import."""
+"""Times the start of a run, up to its first training step, and imports."""
 
 import argparse
 import os
@@ -10,23 +10,21 @@ import tempfile
 import time
 from typing import Any
 
+from vit_jax.benchmark.arguments import add_config, check_positive
 from vit_jax.utils.errors import UserError
 
 _FIRST_STEP = "first step after"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `run` reads."""
-    parser.add_argument(
-        "--config", required=True, help="config file; --config.KEY=VALUE overrides a key"
-    )
+    """Adds the arguments of `run`."""
+    add_config(parser, sizes=False)
     parser.add_argument("--rounds", type=int, default=3, help="medians are of so many")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Measures; returns the results and the lines that say them."""
-    if args.rounds < 1:
-        raise UserError(f"--rounds={args.rounds}: expected at least 1")
+    """Measures, and returns the results as JSON and as lines of text."""
+    check_positive(args, "rounds", expected="at least 1")
     overrides = [f"--config.{key}={value!r}" for key, value in args.overrides.items()]
     times: dict[str, list[float]] = {"import_jax": [], "import_vit_jax": [], "cold": [], "warm": []}
     for _ in range(args.rounds):
@@ -44,8 +42,6 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
                 )
     medians = {name: round(statistics.median(values), 2) for name, values in times.items()}
     results = {
-        "config": args.config,
-        "overrides": args.overrides,
         "seconds": medians,
         "seconds_all": {name: [round(t, 2) for t in values] for name, values in times.items()},
     }
@@ -61,7 +57,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 
 def time_import(modules: str) -> float:
-    """Seconds of a Python that imports modules and ends."""
+    """Seconds of a Python process that only imports modules."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", f"import {modules}"], check=True)
     return time.perf_counter() - start
@@ -71,7 +67,7 @@ def time_first_step(*arguments: str) -> float:
     """Seconds from the start of `python -m vit_jax.main` to the end of its first step.
 
     Raises:
-      UserError: it ends before; with its last line.
+      UserError: the run ends before its first step; the message has its last line.
     """
     start = time.perf_counter()
     command = [sys.executable, "-m", "vit_jax.main", *arguments]

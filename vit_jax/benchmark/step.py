@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of a config's training step, with a batch that is on the devices already."""
+"""Times a config's training step, with a batch that is already on the devices."""
 
 import argparse
 import resource
@@ -11,38 +11,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vit_jax.benchmark.arguments import add_config, check_positive, read_config
 from vit_jax.config.cpu_devices import count_cpu_devices
-from vit_jax.config.load import load_config
 from vit_jax.models.flops import train_flops
-from vit_jax.planning.plan import prepare_config
 from vit_jax.runtime.chips import find_chip
 from vit_jax.runtime.cpu_devices import set_cpu_devices
 from vit_jax.training.experiment import Experiment
-from vit_jax.utils.errors import UserError
 
 _GEMM_SIZE = 2048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `run` reads."""
-    parser.add_argument(
-        "--config", required=True, help="config file; --config.KEY=VALUE overrides a key"
-    )
-    parser.add_argument("--num_classes", type=int, help="in place of the dataset's")
-    parser.add_argument("--image_size", type=int, help="with --num_classes")
+    """Adds the arguments of `run`."""
+    add_config(parser)
     parser.add_argument("--repeats", type=int, default=5, help="measurements, by their median")
     parser.add_argument("--seconds", type=float, default=3, help="of each measurement")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Measures; returns the results and the lines that say them."""
-    for name in ("repeats", "seconds"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name}={getattr(args, name)}: expected more than 0")
-    # What compilation takes is measured too.
+    """Measures, and returns the results as JSON and as lines of text."""
+    check_positive(args, "repeats", "seconds")
+    # The time of compilation is measured too.
     jax.config.update("jax_enable_compilation_cache", False)
-    config = load_config(args.config, args.overrides).to_dict()
-    config = prepare_config(config, num_classes=args.num_classes, image_size=args.image_size)
+    config = read_config(args)
     set_cpu_devices(count_cpu_devices(config))
     experiment = Experiment.from_config(config)
     device, count = experiment.mesh.devices.flat[0], experiment.mesh.size
@@ -53,8 +44,6 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     image_size = experiment.train_data.image_shape()[:2]
     flops = train_flops(experiment.model, image_size) * batch_size / count / step
     results = {
-        "config": args.config,
-        "overrides": args.overrides,
         "device": device.device_kind,
         "devices": count,
         "jax": jax.__version__,
@@ -89,7 +78,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 def measure_steps(
     experiment: Experiment, *, repeats: int, seconds: float
 ) -> tuple[float, list[float]]:
-    """Seconds of the first step, with tracing and compilation, and of a step in each repeat."""
+    """Measures training steps of an experiment.
+
+    Returns:
+      Seconds of the first step, with tracing and compilation, and of a step in each repeat.
+    """
     batch = make_batch(experiment)
     state = jax.block_until_ready(experiment.init_state())
     start = time.perf_counter()
@@ -98,7 +91,7 @@ def measure_steps(
     first = time.perf_counter() - start
 
     steps, times = 1, []
-    while len(times) < repeats + 1:  # the first one only says how many steps to take at a time
+    while len(times) < repeats + 1:  # the first one only determines the number of steps
         start = time.perf_counter()
         for _ in range(steps):
             state, metrics = experiment.train_step(state, batch)
@@ -109,7 +102,7 @@ def measure_steps(
 
 
 def make_batch(experiment: Experiment) -> dict[str, jax.Array]:
-    """Random images and labels, where a batch of training would be."""
+    """Random images and labels, with the shapes, dtypes and shardings of a training batch."""
     rng = jax.random.key(0)
 
     def make() -> dict[str, jax.Array]:
@@ -129,7 +122,7 @@ def make_batch(experiment: Experiment) -> dict[str, jax.Array]:
 
 
 def peak_bytes(device: Any) -> int:
-    """Of the device's memory; of the process, where the device is a CPU."""
+    """The peak memory of a device or, for a CPU, of this process."""
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
@@ -138,7 +131,7 @@ def peak_bytes(device: Any) -> int:
 
 
 def measure_gemm() -> float:
-    """Operations a second of a large product in float32, the best of ten."""
+    """Operations a second of a large float32 matrix product, the best of ten."""
     x = jnp.ones((_GEMM_SIZE, _GEMM_SIZE))
     multiply = jax.jit(jnp.matmul)
     times = []

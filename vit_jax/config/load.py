@@ -3,6 +3,7 @@
 
 import ast
 import runpy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,16 @@ def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
     return override_config(config.to_dict(), overrides)
 
 
-def override_config(config: dict[str, Any], overrides: dict[str, Any]) -> ConfigDict:
-    """Returns a config with values by dotted key put into its sections.
+def override_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> ConfigDict:
+    """Returns a copy of a config with other values of some dotted keys.
 
     Raises:
       UserError: a key lies below a value.
     """
+    result = ConfigDict(config).to_dict()
     for key, override in overrides.items():
         *parents, leaf = key.split(".")
-        section = config
+        section = result
         for parent in parents:
             if section.get(parent) is None:
                 section[parent] = {}
@@ -57,7 +59,7 @@ def override_config(config: dict[str, Any], overrides: dict[str, Any]) -> Config
                     f"unknown config key {key}: {parent}={section!r} has nothing below it"
                 )
         section[leaf] = override
-    return ConfigDict(config)
+    return ConfigDict(result)
 
 
 def parse_overrides(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:

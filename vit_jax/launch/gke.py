@@ -17,19 +17,19 @@ from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 
-# Where the volume of --claim is.
+# Mount path of the volume of --claim.
 FOLDER = "/shared"
 _PORT = 8476
-# Of an abort, after which another process has been lost; SIGKILL and SIGTERM.
+# Exit codes of SIGABRT, by which JAX ends a process that has lost another, SIGKILL and SIGTERM.
 _LOST = (134, 137, 143)
-# Seconds from SIGTERM to SIGKILL: to end a step and to save. Spot machines give less.
+# Seconds from SIGTERM to SIGKILL, to end a step and to save. Spot machines give less.
 _GRACE_S = 300
-# Names of pods have a suffix, and with it at most 63 letters.
+# Names of pods have a suffix, and at most 63 characters with it.
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command; returns the exit code of kubectl."""
+    """Applies or prints the manifest, and returns the exit code of kubectl."""
     args = _parse(arguments)
     manifest = json.dumps(make_jobset(args), indent=2)
     if args.dry_run:
@@ -75,7 +75,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def make_jobset(args: argparse.Namespace) -> dict[str, Any]:
-    """The manifest: a Job for each TPU slice, or one for all GPU nodes, with a pod a machine."""
+    """The manifest: a Job for each TPU slice, or one for all GPU nodes, with a pod per machine."""
     is_tpu = args.accelerator.startswith("tpu")
     if is_tpu:
         chips = math.prod(map(int, args.topology.split("x")))
@@ -86,7 +86,7 @@ def make_jobset(args: argparse.Namespace) -> dict[str, Any]:
             "cloud.google.com/gke-tpu-accelerator": args.accelerator,
             "cloud.google.com/gke-tpu-topology": args.topology,
         }
-        if slices > 1:  # Between slices the network of the machines is faster than that of pods.
+        if slices > 1:  # The network of the machines is faster than that of pods.
             pod |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
     else:
         slices, hosts = 1, args.nodes
@@ -97,7 +97,7 @@ def make_jobset(args: argparse.Namespace) -> dict[str, Any]:
         ]
         pod = _make_pod(args, {"nvidia.com/gpu": args.gpus_per_node}, job, "gpu")
         pod["nodeSelector"]["cloud.google.com/gke-accelerator"] = args.accelerator
-    # A slice is a node pool of its own: all pods of a Job go to one, and no other's do.
+    # Each slice is a node pool: all pods of a Job are placed in one, exclusively.
     exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -106,7 +106,7 @@ def make_jobset(args: argparse.Namespace) -> dict[str, Any]:
         "spec": {
             "failurePolicy": {
                 "maxRestarts": args.max_restarts,
-                # What no rule of a Job names is bad input, or a run that went wrong.
+                # Failures that no rule of a Job matches are bad input or errors of the run.
                 "rules": [
                     {
                         "name": "stayFailed",
@@ -134,7 +134,7 @@ def _make_job(hosts: int, pod: dict[str, Any]) -> dict[str, Any]:
         "completions": hosts,
         "parallelism": hosts,
         "backoffLimit": 0,
-        # The Job fails by these rules, rather than by its limit, if it is to be run again.
+        # The Job fails by these rules, not by its limit, if it should run again.
         "podFailurePolicy": {
             "rules": [
                 {"action": "FailJob", "onPodConditions": disrupted},
@@ -149,7 +149,7 @@ def _make_pod(
     args: argparse.Namespace, resources: dict[str, int], job: list[str], platform: str
 ) -> dict[str, Any]:
     index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-    # Processes of a machine speak to each other through it, and 64 MiB, the default, are too few.
+    # Processes of a machine communicate through /dev/shm; the default of 64 MiB is too small.
     volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
     mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
     if args.claim:

@@ -18,10 +18,10 @@ from typing import IO
 from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.utils.command import CommandParser, run_command
 
-# Seconds that processes get to end when one has failed, before they are killed.
+# Seconds from the failure of one process until the others are killed.
 _GRACE_S = 20.0
-# After these a job is run again: it asks for that, or a process of it was killed, as by a system
-# that is short of memory.
+# Exit codes after which a job runs again: it asks for that, or one of its processes was killed, for
+# example because the machine is out of memory.
 _AGAIN = (RUN_AGAIN, 128 + signal.SIGKILL)
 
 
@@ -48,8 +48,8 @@ def main(arguments: Sequence[str]) -> int:
         with socket.socket() as s:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
-        code, told = run_once(make_commands(args.train, args.num_processes, port=port))
-        if code not in _AGAIN or told:
+        code, signalled = run_once(make_commands(args.train, args.num_processes, port=port))
+        if code not in _AGAIN or signalled:
             break
     return code
 
@@ -62,13 +62,13 @@ def make_commands(train: Sequence[str], num_processes: int, *, port: int) -> lis
 
 
 def run_once(commands: Sequence[Sequence[str]]) -> tuple[int, bool]:
-    """Runs processes side by side to their end, and ends all when one fails.
+    """Runs processes at the same time until all end, and ends all if one fails.
 
-    Their output comes line by line, with the number of the process. SIGTERM and ctrl-C go on to
-    all of them.
+    Their output is printed line by line, with the number of the process. SIGTERM and Ctrl-C are
+    forwarded to all of them.
 
     Returns:
-      The exit code of the first that failed, else 0, and whether a signal came.
+      The exit code of the first process that fails, otherwise 0, and whether a signal was received.
     """
     started = [
         subprocess.Popen(
@@ -86,11 +86,11 @@ def run_once(commands: Sequence[Sequence[str]]) -> tuple[int, bool]:
     ]
     for reader in readers:
         reader.start()
-    told = False
+    signalled = False
 
     def forward(number: int, _: object) -> None:
-        nonlocal told
-        told = True
+        nonlocal signalled
+        signalled = True
         for process in started:
             if process.poll() is None:
                 process.send_signal(number)
@@ -105,7 +105,7 @@ def run_once(commands: Sequence[Sequence[str]]) -> tuple[int, bool]:
             signal.signal(number, handler)
     for reader in readers:
         reader.join()
-    return code, told
+    return code, signalled
 
 
 def _wait(started: Sequence[subprocess.Popen]) -> int:
@@ -115,21 +115,18 @@ def _wait(started: Sequence[subprocess.Popen]) -> int:
         if failed and deadline is None:
             first = _exit_code(failed[0])
             deadline = time.monotonic() + _GRACE_S
-            if first != RUN_AGAIN:  # Else the others are on their way out too.
+            if first != RUN_AGAIN:  # Otherwise all of them are ending.
                 for process in started:
                     process.terminate()
         if deadline is not None and time.monotonic() > deadline:
             for process in started:
                 process.kill()
         time.sleep(0.05)
-    failed = [code for code in codes if code]
-    if not first and failed:
-        first = _exit_code(failed[0])
-    return first
+    return first or next((_exit_code(code) for code in codes if code), 0)
 
 
 def _exit_code(code: int) -> int:
-    """That of a shell: a process that a signal has ended has -N here, and 128 + N there."""
+    """The exit code as shells count: 128 + N for signal N, which `subprocess` reports as -N."""
     return code if code > 0 else 128 - code
 
 

@@ -31,7 +31,7 @@ def describe_run(config: Mapping[str, Any], *, data: str) -> dict[str, Any]:
     return {
         "config": dict(config),
         "versions": {"vit_jax": vit_jax.__version__, "python": platform.python_version()}
-        | {name: _version(name) for name in _PACKAGES},
+        | {name: find_version(name) for name in _PACKAGES},
         "git": describe_git(Path(vit_jax.__file__).parent),
         "devices": dict(kinds),
         "processes": jax.process_count(),
@@ -62,7 +62,8 @@ def log_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             log(f"changed since the checkpoint: {name}: {was} before, {is_} now")
 
 
-def _version(package: str) -> str | None:
+def find_version(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device meshes and the sharding of parameters and batches."""
+"""Device meshes, and the sharding of parameters and batches."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device mesh and how a batch lies on it."""
+"""The device mesh, and the sharding of batches over it."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.registry import check_type
 
 AXES = ("data", "fsdp", "tensor")
-# The batch is split over both: fsdp is data parallelism whose parameters are sharded too.
+# The batch is split over both: FSDP is data parallelism with sharded parameters.
 BATCH_AXES = ("data", "fsdp")
 
 
@@ -28,16 +28,17 @@ def make_mesh(
     dcn: dict | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh with the axes `data, fsdp, tensor` over all devices.
+    """Makes a mesh with the axes `data, fsdp, tensor` over all devices.
 
     Args:
-      data: devices that hold copies of the parameters; -1 takes what the other axes leave.
-      fsdp: devices over which parameters and optimizer state are sharded; -1 likewise.
-      tensor: devices over which attention heads, MLPs and the head are split; -1 likewise.
-      dcn: where devices stand in groups with a slow network between them (TPU slices, GPU nodes),
-        how many parts of an axis lie in different groups, such as `{"data": -1}`. None puts them
-        along `data` first, then along `fsdp`, and never along `tensor`.
-      devices: all of the job's by default.
+      data: number of devices with copies of the parameters. One of the axes may be -1: it takes
+        the devices that the others leave.
+      fsdp: number of devices over which parameters and optimizer state are sharded.
+      tensor: number of devices over which attention heads, MLPs and the head are split.
+      dcn: the number of parts of each axis that are in different groups, if the devices are in
+        groups with a slow network between them (TPU slices, GPU nodes), such as `{"data": -1}`.
+        None puts the groups along `data` first, then along `fsdp`, and never along `tensor`.
+      devices: of the mesh; None for all devices of the job.
 
     Raises:
       UserError: the axes do not multiply to the number of devices, or more than one is -1.
@@ -55,15 +56,18 @@ def make_mesh(
 
 
 def arrange(devices: Sequence[Any], sizes: dict[str, int], dcn: dict | None) -> np.ndarray:
-    """Lays devices out so that only the axes of `dcn` cross the slow network.
+    """Arranges devices so that only the axes of `dcn` cross the slow network.
 
     Args:
-      devices: as many as the sizes multiply to.
+      devices: as many as the product of the sizes.
       sizes: of the axes.
       dcn: see `make_mesh`.
 
+    Returns:
+      The devices, an object array with the sizes as its shape.
+
     Raises:
-      UserError: `dcn` does not fit the groups that there are.
+      UserError: `dcn` does not fit the groups of the devices.
     """
     groups = Counter(map(_group, devices))
     if dcn is None:
@@ -90,7 +94,7 @@ def arrange(devices: Sequence[Any], sizes: dict[str, int], dcn: dict | None) -> 
                 f"mesh.{axis}={size} is not divisible by mesh.dcn.{axis}={slow[axis]}, its parts "
                 "in different slices or nodes"
             )
-    # Where the wiring of the chips does not fit the axes, an axis is laid over several of them.
+    # If the links between the chips do not fit the axes, an axis uses several dimensions of them.
     if len(groups) == 1:
         return mesh_utils.create_device_mesh(
             tuple(sizes.values()), devices, allow_split_physical_axes=True
@@ -105,7 +109,7 @@ def arrange(devices: Sequence[Any], sizes: dict[str, int], dcn: dict | None) -> 
 
 
 def _group(device: Any) -> int:
-    """The TPU slice or the GPU node of a device, by JAX's number; on CPUs the process."""
+    """The index of the TPU slice or GPU node of a device; on CPUs, of its process."""
     if device.platform == "cpu":
         return device.process_index
     return getattr(device, "slice_index", 0)
@@ -131,7 +135,7 @@ def _fill(sizes: dict[str, int], total: int, *, key: str) -> dict[str, int]:
 
 
 def factorizations(sizes: dict[str, int], total: int) -> list[dict[str, int]]:
-    """The three ways to make `total` that are nearest to `sizes`."""
+    """The three factorizations of `total` that are nearest to `sizes`."""
     divisors = [n for n in range(1, total + 1) if total % n == 0]
     found = [
         {"data": total // (f * t), "fsdp": f, "tensor": t}
@@ -153,20 +157,20 @@ def _text(sizes: dict[str, int]) -> str:
 def choose_layout(
     section: dict[str, Any], devices: Sequence[Any]
 ) -> tuple[dict[str, Any], str | None]:
-    """Takes the first of the `rules` of a config's `mesh` that fits the devices.
+    """Applies the first of the `rules` of a config's `mesh` that matches the devices.
 
     Args:
-      section: may have `rules`: pairs of a regular expression, searched for in what the devices
-        are, such as "TPU v5 lite x256" or "NVIDIA H100 80GB HBM3 x8", and the keys of `mesh` to
-        change there.
+      section: `mesh` of the config. Its `rules` are pairs of a regular expression, which is
+        searched for in a description of the devices such as "TPU v5 lite x256" or
+        "NVIDIA H100 80GB HBM3 x8", and the keys of `mesh` to change.
       devices: of the job.
 
     Returns:
-      The section as changed, without the rules, and which one was taken, to be shown; None where
+      The changed section without the rules, and a message about the rule that matches; None if
       there are no rules.
 
     Raises:
-      UserError: an expression is none.
+      UserError: an expression is not valid.
     """
     rest = {k: v for k, v in section.items() if k != "rules"}
     rules = section.get("rules", ())
@@ -183,9 +187,14 @@ def choose_layout(
     return rest, f"mesh.rules: none fits {what}" if rules else None
 
 
+def count_batch_shards(mesh: Mesh) -> int:
+    """The number of parts that a batch is split into over the mesh."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, *, key: str) -> None:
     """Raises `UserError` unless the batch splits evenly over the mesh."""
-    shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    shards = count_batch_shards(mesh)
     if batch_size < 1:
         raise UserError(f"{key}={batch_size}: expected at least 1")
     if batch_size % shards:
@@ -201,11 +210,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def process_shards(mesh: Mesh) -> tuple[tuple[int, ...], int]:
-    """Which of the equal parts of each batch this process loads, and how many there are.
+    """The indices of the equal parts of each batch that this process loads, and their number.
 
-    A part is what one row of the mesh, with all of its tensor axis, works on. The rows of a process
-    need not be neighbours: a mesh follows the wires between the chips. Processes that the tensor
-    axis connects load the same part.
+    A part belongs to one row of the mesh, which has all of its tensor axis. The rows of a process
+    need not be neighbours, since a mesh follows the links between the chips. Processes that share a
+    row load the same part.
     """
     rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
     me = jax.process_index()
@@ -214,6 +223,6 @@ def process_shards(mesh: Mesh) -> tuple[tuple[int, ...], int]:
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """Makes global arrays of this process's part of the batch."""
+    """Makes sharded global arrays `[batch, ...]` from the rows that this process has loaded."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

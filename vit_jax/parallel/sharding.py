@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where parameters and activations lie, decided by rules outside the model.
+"""Shards parameters and activations by rules outside the model.
 
-Tensor parallelism goes by a table of parameter paths; what it leaves is sharded over `fsdp` along
-the largest dimension that divides. Optimizer state and EMA carry the parameters' paths at the end
-of theirs, so one function shards the whole train state.
+A table of parameter paths defines tensor parallelism. The largest of the other dimensions that
+divides is sharded over `fsdp`. Paths of optimizer state and EMA end in those of the parameters, so
+one function shards the whole train state.
 """
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -17,26 +18,25 @@ from vit_jax.parallel.mesh import BATCH_AXES
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten, path_str
 
-# Path of a parameter, and the dimension split over `tensor`, counted from the last because blocks
-# may be stacked along a leading one. A second number is the dimension to take where the first does
-# not divide: a head of 21,843 classes is then stored by rows, and its logits are still computed by
-# classes.
+# Path of a parameter, and the dimension that is split over `tensor`, counted from the last because
+# blocks may be stacked along a leading one. The second number is the dimension to use if the first
+# does not divide: a head of 21,843 classes is then stored by rows, and its logits are still split
+# over classes.
 _MLP = r"(MlpBlock_0|token_mixing|channel_mixing)"
 TENSOR_RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
-    (r"MultiHeadDotProductAttention_0/(query|key|value)/kernel$", (-2,)),
-    (r"MultiHeadDotProductAttention_0/(query|key|value)/bias$", (-2,)),
+    (r"MultiHeadDotProductAttention_0/(query|key|value)/(kernel|bias)$", (-2,)),
     (r"MultiHeadDotProductAttention_0/out/kernel$", (-3,)),
-    (_MLP + r"/(Dense_0|gate)/kernel$", (-1,)),
-    (_MLP + r"/(Dense_0|gate)/bias$", (-1,)),
+    (_MLP + r"/(Dense_0|gate)/(kernel|bias)$", (-1,)),
     (_MLP + r"/Dense_1/kernel$", (-2,)),
     (r"(^|/)pre_logits/kernel$", (-1, -2)),
     (r"(^|/)(head|head_dist)/kernel$", (-1, -2)),
 )
-# Parameters of blocks that are stacked along their first dimension, which stays whole: each step of
-# the scan over it takes one layer.
+# Parameters of blocks that are stacked along their first dimension. It is not split, since each
+# step of the scan over it takes one layer.
 _STACKED = re.compile(r"(^|/)encoderblock/")
 
-# Logical names that models give to the dimensions of activations; `tokens` is the strategy's.
+# Mesh axes of the logical names that models give to dimensions of activations. `Strategy` decides
+# about `tokens`.
 ACTIVATION_AXES = {
     "batch": BATCH_AXES,
     "heads": "tensor",
@@ -44,19 +44,19 @@ ACTIVATION_AXES = {
     "classes": "tensor",
 }
 
-# Bytes from which a copy on every device is worth a word, where the mesh is there to avoid it.
+# Bytes from which a copy on every device is reported, if the mesh has axes to avoid it.
 LARGE_COPY = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """What is sharded beside the parameters.
+    """What is sharded besides the parameters.
 
     Attributes:
       zero1: whether optimizer state is sharded over `data` too, though parameters are not
         (arXiv:1910.02054, stage 1): each device updates its part, and the parts are gathered.
       sequence_parallel: whether the tokens between the attention and MLP layers are split over
-        `tensor` (arXiv:2205.05198, section 4.2.2), which saves memory where there are many.
+        `tensor` (arXiv:2205.05198, section 4.2.2), which saves memory if there are many.
     """
 
     zero1: bool = False
@@ -65,7 +65,7 @@ class Strategy:
 
 DEFAULT = Strategy()
 
-# Below this many values a parameter is cheaper to copy than to gather.
+# Parameters with fewer values are cheaper to copy than to gather.
 MIN_FSDP_SIZE = 1024
 
 
@@ -78,10 +78,10 @@ def param_spec(
       path: within the state; that of optimizer state starts with `opt_state/`.
       shape: of the leaf.
       mesh: of the run.
-      strategy: what is sharded beside the parameters.
+      strategy: what is sharded besides the parameters.
 
     Raises:
-      UserError: a dimension that tensor parallelism must split is not divisible.
+      UserError: a dimension that tensor parallelism has to split is not divisible.
     """
     spec: list[str | tuple[str, ...] | None] = [None] * len(shape)
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
@@ -96,13 +96,13 @@ def param_spec(
                     )
                 spec[dim] = "tensor"
                 break
-    if fsdp > 1 and _size(shape) >= MIN_FSDP_SIZE:
+    if fsdp > 1 and math.prod(shape) >= MIN_FSDP_SIZE:
         first = 1 if _STACKED.search(path) else 0
         dims = range(first, len(shape))
         free = [d for d in dims if spec[d] is None and shape[d] % fsdp == 0]
         if free:
             spec[max(free, key=lambda d: shape[d])] = "fsdp"
-    if strategy.zero1 and path.startswith("opt_state/") and _size(shape) >= MIN_FSDP_SIZE:
+    if strategy.zero1 and path.startswith("opt_state/") and math.prod(shape) >= MIN_FSDP_SIZE:
         _split_over_data(spec, shape, mesh)
     return PartitionSpec(*spec)
 
@@ -128,10 +128,11 @@ def infer_shardings(
 
     Args:
       tree: a train state, or parameters.
-      mesh: to lie on.
-      strategy: what is sharded beside the parameters.
-      params: parameters (arrays or shapes) that the tree holds state of. State with the path of one
-        but not its shape, such as the rows and columns of Adafactor, is small, and copied.
+      mesh: of the run.
+      strategy: what is sharded besides the parameters.
+      params: parameters (arrays or shapes), if the tree has state of them. State with the path of
+        a parameter but another shape, such as the rows and columns of Adafactor, is small, and
+        copied to all devices.
     """
     shapes = {} if params is None else {p: leaf.shape for p, leaf in flatten(params).items()}
 
@@ -148,7 +149,7 @@ def infer_shardings(
 
 
 def scatter_gradients(grads: Any, *, mesh: Mesh, strategy: Strategy) -> Any:
-    """Places gradients as the optimizer state lies, so that each device updates its part alone."""
+    """Shards gradients like the optimizer state, so that each device updates its part alone."""
     return jax.tree_util.tree_map_with_path(
         lambda path, grad: jax.lax.with_sharding_constraint(
             grad,
@@ -161,10 +162,10 @@ def scatter_gradients(grads: Any, *, mesh: Mesh, strategy: Strategy) -> Any:
 
 
 def find_large_copies(tree: Any) -> dict[str, int]:
-    """Bytes of the leaves, by path, that every device holds whole although it need not.
+    """Bytes of the large leaves, by path, that are copied to every device of a mesh that shards.
 
     Args:
-      tree: of arrays or shapes with their shardings, such as the train state.
+      tree: arrays or shapes with shardings, such as the train state.
     """
     found = {}
     for path, leaf in flatten(tree).items():
@@ -178,19 +179,23 @@ def find_large_copies(tree: Any) -> dict[str, int]:
 def constrain(
     x: jax.Array, names: tuple[str | None, ...], *, mesh: Mesh, sequence_parallel: bool = False
 ) -> jax.Array:
-    """Places an activation whose dimensions have these logical names (see `ACTIVATION_AXES`).
+    """Constrains the sharding of an activation.
 
-    An unknown name is a `KeyError`: a constraint is never left out in silence.
+    Args:
+      x: array of any shape and dtype.
+      names: logical name of each dimension (see `ACTIVATION_AXES`); None is not sharded.
+      mesh: of the run.
+      sequence_parallel: whether `tokens` are split over `tensor`.
+
+    Returns:
+      The array, of the same shape and dtype.
+
+    Raises:
+      KeyError: a name is unknown.
+      ValueError: there is not one name for each dimension.
     """
     if len(names) != x.ndim:
         raise ValueError(f"{len(names)} names {names} for the {x.ndim} dimensions of {x.shape}")
     axes = ACTIVATION_AXES | {"tokens": "tensor" if sequence_parallel else None}
     spec = PartitionSpec(*(None if n is None else axes[n] for n in names))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for dim in shape:
-        size *= dim
-    return size

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles an experiment's train step for devices that are not here, and keeps what comes out."""
+"""Compiles the train step of an experiment for devices that are only described, with a cache."""
 
 import dataclasses
 import gzip
 import hashlib
-import importlib.metadata
 import json
+import math
 import os
 import re
 import time
@@ -14,24 +14,25 @@ from typing import Any
 
 import jax
 
+from vit_jax.observe.provenance import find_version
 from vit_jax.planning.topologies import Topology
 from vit_jax.training.experiment import Experiment
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SIZE = r"([\d.]+)([KMGT]?)"
+_SIZE = r"([\d.]+[KMGT]?)"
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler says of a step, in bytes for each device.
+    """The compiler's report on a step, in bytes for each device.
 
     Attributes:
       argument_bytes: the train state and the batch.
-      temp_bytes: what lives only within the step.
-      peak_bytes: arguments, results that do not take their place, temporaries and the program.
-      seconds: that the compiler took.
-      hlo: the compiled program; empty where it did not fit.
-      error: what the compiler said where it did not fit.
+      temp_bytes: buffers that exist only within the step.
+      peak_bytes: arguments, results that do not replace an argument, temporaries and the program.
+      seconds: time of the compilation.
+      hlo: the compiled program; empty if it does not fit.
+      error: the compiler's message if the step does not fit.
     """
 
     argument_bytes: int
@@ -47,11 +48,11 @@ def compile_step(
 ) -> tuple[CompiledStep, bool]:
     """Compiles `experiment.train_step`, or takes it from the cache.
 
-    What is kept goes by the hash of the program before compilation, the topology and the versions
-    of the compilers: an edit that does not change the program costs nothing.
+    The key of the cache is a hash of the program before compilation, the topology and the versions
+    of the compilers, so an edit that does not change the program does not compile again.
 
     Returns:
-      What came out, and whether it was in the cache. That a step does not fit is an answer too.
+      The report, also if the step does not fit, and whether it was in the cache.
     """
     train_step: Any = experiment.train_step
     lowered = train_step.lower(experiment.abstract_state, experiment.abstract_batch)
@@ -65,7 +66,9 @@ def compile_step(
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        step = did_not_fit(argument_bytes(experiment), str(e), time.perf_counter() - start)
+        leaves = jax.tree.leaves((experiment.abstract_state, experiment.abstract_batch))
+        arguments = sum(map(device_bytes, leaves))
+        step = did_not_fit(arguments, str(e), time.perf_counter() - start)
     else:
         memory = compiled.memory_analysis()
         out = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -82,54 +85,35 @@ def compile_step(
         partial = path.with_suffix(f".{os.getpid()}")
         with gzip.open(partial, "wt", encoding="utf-8", compresslevel=3) as file:
             json.dump(dataclasses.asdict(step), file)
-        partial.replace(path)  # whole, whoever else writes it
+        partial.replace(path)  # Complete, even if another process writes the same file.
     return step, False
 
 
-def argument_bytes(experiment: Experiment) -> int:
-    """Bytes of state and batch on each device: known without compiling."""
-    leaves = jax.tree.leaves((experiment.abstract_state, experiment.abstract_batch))
-    return sum(device_bytes(leaf) for leaf in leaves)
-
-
 def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    """Bytes that one device holds of a sharded array."""
-    shard = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
-    size = leaf.dtype.itemsize
-    for dim in shard:
-        size *= dim
-    return size
+    """Bytes of an array, of any shape, dtype and sharding, on one device."""
+    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+    return leaf.dtype.itemsize * math.prod(shape)
 
 
 def parse_size(text: str) -> int:
-    """`25.78G` in bytes."""
-    match = re.fullmatch(_SIZE, text)
-    if not match:
-        raise ValueError(text)
-    return round(float(match[1]) * _UNITS[match[2]])
+    """Converts a size such as `25.78G` to bytes."""
+    unit = text.lstrip("0123456789.")
+    return round(float(text.removesuffix(unit)) * _UNITS[unit])
 
 
 def did_not_fit(arguments: int, message: str, seconds: float) -> CompiledStep:
-    """What a compiler says, of whose memory the step needs more than there is."""
+    """The report on a step that needs more memory than there is, from the compiler's message."""
+    peak = temp = 0
     if match := re.search(rf"temporaries \({_SIZE}\)", message):
-        temp = parse_size(match[1] + match[2])
+        temp = parse_size(match[1])
         peak = arguments + temp
     elif match := re.search(rf"Used {_SIZE} of", message):
-        peak = parse_size(match[1] + match[2])
+        peak = parse_size(match[1])
         temp = max(peak - arguments, 0)
-    else:
-        peak = temp = 0
     return CompiledStep(arguments, temp, peak, seconds, "", " ".join(message.split())[:1000])
 
 
 def _key(program: str, topology: Topology) -> str:
-    versions = {name: _version(name) for name in ("jax", "jaxlib", "libtpu")}
+    versions = {name: find_version(name) for name in ("jax", "jaxlib", "libtpu")}
     text = json.dumps([topology.name, topology.num_slices, versions, program])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compiled program moves: read from the text of its HLO.
+"""Memory traffic and transfers of a compiled program, parsed from the text of its HLO.
 
-XLA's own numbers count the body of a loop once; here it counts as often as it runs.
+XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _COLLECTIVES = (
     "collective-broadcast",
     "ragged-all-to-all",
 )
-# Transfers that the hosts make for their TPUs between slices.
+# Transfers between slices, which the hosts of TPUs perform.
 _BY_HOSTS = {
     "ALL_GATHER": "all-gather",
     "ALL_REDUCE": "all-reduce",
@@ -33,45 +33,48 @@ _BY_HOSTS = {
     "ALL_TO_ALL": "all-to-all",
     "ONE_TO_ONE": "collective-permute",
 }
-# They move nothing: names for what is there, or work that is counted elsewhere.
+# Operations that move no bytes: other names for a value, or work that is counted elsewhere.
 _FREE = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "while",
-    "call",
-    "conditional",
-    "partition-id",
-    "replica-id",
-    "after-all",
-    "opt-barrier",
-    "iota",
-    "copy-done",
-    "slice-done",
-    *(f"{kind}-done" for kind in _COLLECTIVES),
+    *("parameter", "constant", "iota", "partition-id", "replica-id"),
+    *("tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"),
+    *("while", "call", "conditional"),
+    *(f"{kind}-done" for kind in ("copy", "slice", *_COLLECTIVES)),
 }
+_SLICING = ("dynamic-slice", "slice", "gather")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Instruction:
-    """One line of HLO: `%name = type opcode(operands), attributes`."""
+    """One line of HLO: `%name = type opcode(operands), attributes`.
+
+    Operands that other computations define are left out. The value of a constant and the number of
+    a parameter are at the start of `attributes`.
+    """
 
     name: str
     type: str
     opcode: str
-    operands: tuple[str, ...]
+    operands: tuple["Instruction", ...]
     attributes: str
 
-    def attribute(self, key: str) -> str | None:
-        """The name of the computation that an attribute such as `body` gives."""
+    def attribute(self, key: str) -> str:
+        """The name of the computation in an attribute such as `body`; empty if there is none."""
         match = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
-        return match[1] if match else None
+        return match[1] if match else ""
+
+    @property
+    def value(self) -> str:
+        """The value of a constant, or the number of a parameter."""
+        return self.attributes.split(")")[0]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the result, in any memory."""
+        return _type_bytes(self.type)
 
     @functools.cached_property
     def hbm_bytes(self) -> int:
-        """Bytes of the result that lie in the main memory of the device."""
+        """Size of the part of the result that is in the main memory of the device."""
         return _type_bytes(self.type, hbm_only=True)
 
 
@@ -81,8 +84,8 @@ class Collective:
 
     Attributes:
       kind: such as `all-gather`.
-      axes: of the mesh that the groups span; empty for a single device.
-      count: how often.
+      axes: of the mesh, along which devices exchange data.
+      count: number of transfers.
       bytes: that each device sends to others of its slice.
       dcn_bytes: that each device sends to other slices.
     """
@@ -95,59 +98,48 @@ class Collective:
 
 
 class Program:
-    """A parsed HLO module."""
+    """A parsed HLO module.
+
+    Args:
+      text: the module, as `compiled.as_text()` returns it.
+    """
 
     def __init__(self, text: str):
-        self.computations, self.entry = _parse(text)
-        self._tables = {n: {i.name: i for i in c} for n, c in self.computations.items()}
+        self._computations, self._entry = _parse(text)
 
     @functools.cached_property
     def runs(self) -> dict[str, int]:
-        """How often each computation runs, those inside fusions included."""
+        """How often each computation runs, including those within fusions."""
         counts: dict[str, int] = defaultdict(int)
 
         def visit(name: str, times: int) -> None:
             counts[name] += times
-            for instruction in self.computations[name]:
-                for sub, factor in self._calls(instruction):
-                    visit(sub, times * factor)
+            for instruction in self._computations[name]:
+                for callee, factor in self._calls(instruction):
+                    visit(callee, times * factor)
 
-        visit(self.entry, 1)
+        visit(self._entry, 1)
         return dict(counts)
-
-    @functools.cached_property
-    def _fused(self) -> set[str]:
-        return {
-            sub
-            for instructions in self.computations.values()
-            for i in instructions
-            if i.opcode not in ("while", "call", "conditional") and not i.opcode.endswith("-start")
-            for sub, _ in self._calls(i)
-        }
 
     def _calls(self, instruction: Instruction) -> Iterator[tuple[str, int]]:
         for key in ("calls", "to_apply", "body"):
-            sub = instruction.attribute(key)
-            if sub in self.computations:
-                yield sub, self._trips(instruction) if key == "body" else 1
+            callee = instruction.attribute(key)
+            if callee in self._computations:
+                yield callee, self._trips(instruction) if key == "body" else 1
         if branches := re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes):
-            for sub in _NAME.findall(branches[1]):
-                yield sub, 1
+            for callee in _NAME.findall(branches[1]):
+                yield callee, 1
 
     def _trips(self, loop: Instruction) -> int:
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
-        # As the loops of a scan are written: a counter from 0 below a constant.
-        condition = self._tables.get(loop.attribute("condition") or "", {})
-        for i in condition.values():
+        # The loop of a scan compares a counter, which starts at 0, with a constant.
+        for i in self._computations.get(loop.attribute("condition"), ()):
             if i.opcode == "compare" and "direction=LT" in i.attributes:
                 for operand in i.operands:
-                    constant = condition.get(operand)
-                    if constant is not None and constant.opcode == "constant":
-                        value = constant.attributes.split(")")[0]
-                        if value.isdigit():
-                            return int(value)
+                    if operand.opcode == "constant" and operand.value.isdigit():
+                        return int(operand.value)
         return 1
 
     def collectives(
@@ -161,16 +153,16 @@ class Program:
         Args:
           mesh_shape: size of each axis, in the order of the mesh.
           slice_of: the slice of each device, in the order of the mesh; None for one slice.
-          device_ids: of the devices in that order, by which transfers between slices of TPUs go;
-            None where they are 0, 1, 2, ...
+          device_ids: ids of the devices in that order, which transfers between slices of TPUs
+            refer to; None for 0, 1, 2, ...
         """
         num_devices = math.prod(mesh_shape.values())
         position = {d: i for i, d in enumerate(device_ids or range(num_devices))}
-        # A transfer that runs beside computations stands in each of them, under one number.
+        # A transfer that overlaps with computations is listed in each of them, with one channel.
         found: dict[str, tuple[int, tuple[str, tuple[str, ...], int, int]]] = {}
         for name, times in self.runs.items():
-            for i in self.computations[name]:
-                kind = _kind(i)
+            for i in self._computations[name]:
+                kind = _collective_kind(i)
                 if kind is None:
                     continue
                 channel = re.search(r"channel_id=(\d+)", i.attributes)
@@ -179,118 +171,104 @@ class Program:
                     continue
                 if name.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"
-                size = sum(self._size(name, operand) for operand in i.operands)
+                size = sum(operand.bytes for operand in i.operands)
                 groups = parse_groups(i.attributes, num_devices, position)
                 found[key] = times, _describe(kind, size, groups, mesh_shape, slice_of)
-        totals: dict[tuple[str, tuple[str, ...]], list[int]] = defaultdict(lambda: [0, 0, 0])
+        totals: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
         for times, (kind, axes, sent, dcn) in found.values():
             if axes:
-                for k, value in enumerate((1, sent, dcn)):
-                    totals[kind, axes][k] += times * value
-        return [Collective(*key, *values) for key, values in sorted(totals.items())]
-
-    def _size(self, computation: str, name: str) -> int:
-        instruction = self._tables[computation].get(name)
-        return 0 if instruction is None else _type_bytes(instruction.type)
+                before = totals.get((kind, axes), np.zeros(3, int))
+                totals[kind, axes] = before + times * np.array([1, sent, dcn])
+        return [Collective(*key, *totals[key].tolist()) for key in sorted(totals)]
 
     @functools.cached_property
     def hbm_bytes(self) -> int:
-        """Bytes read from and written to the main memory of a device, each operand once."""
-        total = 0
-        for name, times in self.runs.items():
-            if name not in self._fused:
-                total += times * sum(self._moved(name, i) for i in self.computations[name])
-        return total
+        """Bytes that a device reads from and writes to its main memory, each operand once."""
+        return sum(times * self._moved(i) for times, i in self._executed())
 
     @functools.cached_property
     def cycles(self) -> int | None:
-        """What the compiler expects a device to compute for; None where it does not say."""
-        total = 0
-        for name, times in self.runs.items():
-            for i in self.computations[name] if name not in self._fused else ():
-                if match := re.search(r'"estimated_cycles":"(\d+)"', i.attributes):
-                    total += times * int(match[1])
-        # Of some chips it gives numbers that can't be, near 2**63.
+        """Cycles of computation that the compiler estimates; None if it gives no estimate."""
+        found = (
+            times * int(match[1])
+            for times, i in self._executed()
+            if (match := re.search(r'"estimated_cycles":"(\d+)"', i.attributes))
+        )
+        total = sum(found)
+        # For some chips the estimates are impossible: near 2**63.
         return total if 0 < total < 2**53 else None
 
-    def _moved(self, computation: str, i: Instruction) -> int:
+    def _executed(self) -> Iterator[tuple[int, Instruction]]:
+        """Instructions outside fusions, with how often they run."""
+        fused = {
+            callee
+            for instructions in self._computations.values()
+            for i in instructions
+            if i.opcode not in ("while", "call", "conditional") and not i.opcode.endswith("-start")
+            for callee, _ in self._calls(i)
+        }
+        for name, times in self.runs.items():
+            if name not in fused:
+                yield from ((times, i) for i in self._computations[name])
+
+    def _moved(self, i: Instruction) -> int:
         if i.opcode in _FREE:
             return 0
-        table = self._tables[computation]
-        operands = [table[o] for o in i.operands if o in table]
-        if i.opcode == "fusion" and i.attribute("calls") in self.computations:
-            return self._moved_by_fusion(i, operands)
-        read = sum(o.hbm_bytes for o in operands)
-        if i.opcode.removesuffix("-start") in _COLLECTIVES and i.opcode.endswith("-start"):
-            return 2 * read  # its type names operands and results
-        if i.opcode in ("dynamic-slice", "slice", "gather", "slice-start", "copy-start"):
-            # Of the source only what is taken.
-            taken = i.hbm_bytes if not i.opcode.endswith("-start") else 0
-            source = operands[0].hbm_bytes if operands else 0
-            size = _type_bytes(i.type) if not i.opcode.endswith("-start") else _slice_bytes(i.type)
-            return (size if source else 0) + taken
+        if i.opcode == "fusion" and i.attribute("calls") in self._computations:
+            return self._moved_by_fusion(i)
+        read = sum(o.hbm_bytes for o in i.operands)
+        kind, is_async = i.opcode.removesuffix("-start"), i.opcode.endswith("-start")
+        if is_async and kind in _COLLECTIVES:
+            return 2 * read  # The type has operands and results.
+        if is_async and kind in ("slice", "copy"):
+            # The type is (destination, source, ...); only the smaller one is read.
+            sizes = [_type_bytes(match[0]) for match in _ARRAY.finditer(i.type)]
+            return min(sizes[:2], default=0) if i.operands and i.operands[0].hbm_bytes else 0
+        if i.opcode in _SLICING:
+            return (i.bytes if i.operands and i.operands[0].hbm_bytes else 0) + i.hbm_bytes
         if i.opcode == "dynamic-update-slice":
-            return 2 * operands[1].hbm_bytes if i.hbm_bytes and len(operands) > 1 else 0
+            return 2 * i.operands[1].hbm_bytes if i.hbm_bytes and len(i.operands) > 1 else 0
         return i.hbm_bytes + read
 
-    def _moved_by_fusion(self, fusion: Instruction, operands: list[Instruction]) -> int:
-        """What a fusion reads and writes; of arrays it takes or changes a slice of, the slice."""
+    def _moved_by_fusion(self, fusion: Instruction) -> int:
+        """Bytes that a fusion reads and writes; of an array that it slices, only the slice."""
         total, updated = 0, 0
-        for index, operand in enumerate(operands):
+        for index, operand in enumerate(fusion.operands):
             read = 0
-            for name, user, position in self._uses(fusion, index) if operand.hbm_bytes else ():
-                if user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
-                    read += _type_bytes(user.type)
+            for user, position in self._uses(fusion, index) if operand.hbm_bytes else ():
+                if user.opcode in _SLICING and position == 0:
+                    read += user.bytes
                 elif user.opcode == "dynamic-update-slice" and position == 0:
                     updated += operand.hbm_bytes
-                    read += 2 * self._size(name, user.operands[1])
+                    read += 2 * user.operands[1].bytes
                 else:
                     read = operand.hbm_bytes
                     break
             total += min(read, 2 * operand.hbm_bytes)
         return total + max(fusion.hbm_bytes - updated, 0)
 
-    def _uses(self, fusion: Instruction, index: int) -> Iterator[tuple[str, Instruction, int]]:
-        """Who uses an operand in a fusion, and in those within it: computation, user, position."""
-        name = fusion.attribute("calls") or ""
-        if name not in self.computations:
-            yield name, fusion, index
+    def _uses(self, fusion: Instruction, index: int) -> Iterator[tuple[Instruction, int]]:
+        """Users of an operand of a fusion, in it and in those within it, and at which position."""
+        body = self._computations.get(fusion.attribute("calls"))
+        if body is None:
+            yield fusion, index
             return
-        users = self._users(name)
-        values = [i.name for i in self.computations[name] if _parameter_index(i) == index]
+        values = [i for i in body if i.opcode == "parameter" and int(i.value) == index]
         while values:
             value = values.pop()
-            for user in users[value]:
-                # Under another name, or in another layout at the same place.
+            for user in (i for i in body if value in i.operands):
+                # The same bytes, under another name or in another layout.
                 if user.opcode == "bitcast" or "output_to_operand_aliasing" in user.attributes:
-                    values.append(user.name)
+                    values.append(user)
                 elif user.opcode == "fusion":
                     yield from self._uses(user, user.operands.index(value))
                 else:
-                    yield name, user, user.operands.index(value)
-
-    def _users(self, name: str) -> dict[str, list[Instruction]]:
-        users: dict[str, list[Instruction]] = defaultdict(list)
-        for i in self.computations[name]:
-            for operand in dict.fromkeys(i.operands):
-                users[operand].append(i)
-        return users
+                    yield user, user.operands.index(value)
 
 
-def _parameter_index(i: Instruction) -> int | None:
-    return int(i.attributes.split(")")[0]) if i.opcode == "parameter" else None
-
-
-def _slice_bytes(type_: str) -> int:
-    """Of an asynchronous copy's (destination, source, ...): the smaller one."""
-    sizes = [_type_bytes(m.group(0)) for m in _ARRAY.finditer(type_)]
-    return min(sizes[:2], default=0)
-
-
-def _kind(i: Instruction) -> str | None:
-    """Of a transfer between devices; None for all else."""
-    # Between slices of TPUs the hosts send.
-    if i.opcode == "send":
+def _collective_kind(i: Instruction) -> str | None:
+    """The kind of a transfer between devices; None for other instructions."""
+    if i.opcode == "send":  # Hosts of TPUs send between slices.
         match = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
         return _BY_HOSTS.get(match[1]) if match else None
     kind = i.opcode.removesuffix("-start")
@@ -304,10 +282,10 @@ def _describe(
     mesh_shape: dict[str, int],
     slice_of: Sequence[int] | None,
 ) -> tuple[str, tuple[str, ...], int, int]:
-    """Kind, axes, bytes within the slice and between slices of one collective.
+    """Kind, axes, bytes within the slice and bytes between slices of one collective.
 
-    A ring, or any other optimal algorithm, moves (n - 1)/n of the data; between slices it is taken
-    to be hierarchical: each device exchanges its share of what the slice has.
+    A ring, like any optimal algorithm, moves (n - 1)/n of the data. Between slices the algorithm is
+    assumed to be hierarchical: each device exchanges its share of the data of its slice.
     """
     sizes = tuple(mesh_shape.values())
     if kind == "collective-permute":
@@ -321,37 +299,27 @@ def _describe(
     if kind == "collective-permute":
         crosses = (slices[groups[:, 0]] != slices[groups[:, 1]]).any()
         return (kind, axes, 0, size) if crosses else (kind, axes, size, 0)
-    n = groups.shape[1]
     k = max(len(set(slices[group])) for group in groups)
-    inside = n // k
-    return (
-        kind,
-        axes,
-        round(_sent(kind, size, inside)),
-        round(_sent(kind, size, k) / _share(kind, inside)),
-    )
+    inside = groups.shape[1] // k
+    share = 1 if kind == "all-gather" else inside  # Operands of an all-gather are shares already.
+    return kind, axes, round(_sent(kind, size, inside)), round(_sent(kind, size, k) / share)
 
 
 def _sent(kind: str, size: int, n: int) -> float:
-    """Bytes that each of n devices sends, for operands of this size."""
+    """Bytes that each of n devices sends, for operands of `size` bytes."""
     factor = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1}.get(kind, (n - 1) / n)
     return factor * size
-
-
-def _share(kind: str, inside: int) -> int:
-    # Operands of an all-gather are shares already.
-    return 1 if kind == "all-gather" else inside
 
 
 def parse_groups(
     attributes: str, num_devices: int, position: Mapping[int, int] | None = None
 ) -> np.ndarray:
-    """Groups of devices `[groups, size]` that a collective works in, in any of HLO's notations.
+    """The groups of devices of a collective, int `[groups, size]`, from any of HLO's notations.
 
     Args:
       attributes: of the instruction.
       num_devices: of the program.
-      position: in the program, of the ids by which hosts name devices of several slices.
+      position: in the program, by the ids that hosts use for devices of several slices.
     """
     if match := re.search(r'_xla_megascale_target="?(.*?)"?,_xla', attributes):
         known = position or {}
@@ -371,9 +339,9 @@ def parse_groups(
 
 
 def _slice_groups(text: str) -> list[list[int]]:
-    """`{{100000,200000},{100001,200001}}`, the same as `{1,2}x{0:1}`, or pairs with arrows.
+    """Parses `{{100000,200000},{100001,200001}}`, the same as `{1,2}x{0:1}`, or pairs with arrows.
 
-    Ids are 100,000 times the slice, counted from 1, and the device in it.
+    An id is 100,000 times the slice, counted from 1, plus the device within the slice.
     """
     product = re.fullmatch(r"\{([\d,]+)\}x\{(\d+):(\d+)\}", text)
     if product:
@@ -384,7 +352,7 @@ def _slice_groups(text: str) -> list[list[int]]:
 
 
 def _mesh_groups(axes: str, device_ids: str | None, spanned: str) -> np.ndarray:
-    """`mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`, or with a part of an axis `'a':(2)2`."""
+    """Parses `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`, or part of an axis `'a':(2)2`."""
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
     ids = np.arange(math.prod(sizes.values())) if device_ids is None else _iota(device_ids)
     shape: list[int] = []
@@ -392,7 +360,7 @@ def _mesh_groups(axes: str, device_ids: str | None, spanned: str) -> np.ndarray:
     wanted = dict(re.findall(r"'(\w+)'(:\(\d+\)\d+)?", spanned))
     for name, size in sizes.items():
         if wanted.get(name):
-            before, part = _ints(wanted[name].replace(":(", "").replace(")", ","))
+            before, part = _ints(wanted[name])
             chosen.append(len(shape) + 1)
             shape += [before, part, size // (before * part)]
         else:
@@ -404,7 +372,7 @@ def _mesh_groups(axes: str, device_ids: str | None, spanned: str) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)`: device ids in this order; or the ids themselves."""
+    """Parses `[4,2]T(1,0)`, device ids in this order, or the ids themselves."""
     match = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if not match:
         return np.asarray(_ints(text))
@@ -424,7 +392,7 @@ def _ints(text: str) -> list[int]:
 def _type_bytes(type_: str, *, hbm_only: bool = False) -> int:
     total = 0
     for dtype, dims, layout in _ARRAY.findall(type_):
-        # S(1) and above are other memories than the main one.
+        # S(1) and above are memories other than the main one.
         if hbm_only and re.search(r"S\([1-9]\)", layout):
             continue
         bits = _BITS.get(dtype) or int((re.search(r"\d+", dtype) or ["0"])[0])
@@ -433,22 +401,23 @@ def _type_bytes(type_: str, *, hbm_only: bool = False) -> int:
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """The instructions of each computation, and the name of the one at which a program starts."""
     computations: dict[str, list[Instruction]] = {}
-    entry, current = "", None
+    entry, current, table = "", None, {}
     for line in text.splitlines():
         stripped = line.strip()
         if current is None or " = " not in stripped:
             header = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", stripped)
             if header and not stripped.startswith("HloModule"):
-                current = computations[header[2]] = []
+                current, table = computations.setdefault(header[2], []), {}
                 entry = header[2] if header[1] else entry
-            continue
-        if instruction := _parse_instruction(stripped):
+        elif instruction := _parse_instruction(stripped, table):
+            table[instruction.name] = instruction
             current.append(instruction)
     return computations, entry
 
 
-def _parse_instruction(line: str) -> Instruction | None:
+def _parse_instruction(line: str, table: Mapping[str, Instruction]) -> Instruction | None:
     name, _, rest = line.removeprefix("ROOT ").partition(" = ")
     end = _closing(rest) if rest.startswith("(") else rest.find(" ")
     type_, rest = rest[:end], rest[end:].lstrip()
@@ -456,13 +425,14 @@ def _parse_instruction(line: str) -> Instruction | None:
     if not bracket:
         return None
     close = _closing("(" + rest) - 1
-    operands = tuple(_NAME.findall(rest[: close - 1]))
-    keep = rest if opcode in ("constant", "parameter") else rest[close:]
-    return Instruction(name.lstrip("%"), type_, opcode, operands, keep)
+    # Operands are defined before they are used.
+    operands = tuple(table[o] for o in _NAME.findall(rest[: close - 1]) if o in table)
+    attributes = rest if opcode in ("constant", "parameter") else rest[close:]
+    return Instruction(name.lstrip("%"), type_, opcode, operands, attributes)
 
 
 def _closing(text: str) -> int:
-    """The position behind the bracket that closes the first one."""
+    """The position after the bracket that closes the first one."""
     depth = 0
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step needs of each device's memory, by arithmetic: in seconds, and about right.
+"""An estimate of the memory that a step needs on each device, without compiling it.
 
 State and batch are exact. Activations are what differentiation saves for the backward pass in the
 traced program; the compiler merges some of them and pads others.
@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from vit_jax.parallel.mesh import BATCH_AXES
+from vit_jax.parallel.mesh import count_batch_shards
 from vit_jax.planning.compiled import device_bytes
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.tree import merge
@@ -19,7 +19,7 @@ from vit_jax.utils.tree import merge
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device."""
+    """Bytes on each device: state and batch, gradients, and activations for the backward pass."""
 
     params: int
     opt_state: int
@@ -30,59 +30,49 @@ class Memory:
 
     @property
     def arguments(self) -> int:
-        """State and batch."""
+        """State and batch: the arguments of the step."""
         return self.params + self.opt_state + self.ema_params + self.batch
-
-    @property
-    def temporaries(self) -> int:
-        """What lives only within the step."""
-        return self.gradients + self.activations
-
-    @property
-    def total(self) -> int:
-        return self.arguments + self.temporaries
 
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """Bytes saved for one image: what tensor parallelism splits, and the rest."""
+    """Bytes saved for one image: the part that tensor parallelism splits, and the rest."""
 
     split: float
     whole: float
 
 
 def estimate_memory(experiment: Experiment, activations: Activations | None = None) -> Memory:
-    """The memory of a training step, without compiling it.
+    """Estimates the memory of a training step.
 
     Args:
       experiment: on its mesh.
-      activations: where they are known from an experiment with the same model.
+      activations: of an experiment with the same model, if they are known; None counts them.
     """
     state = experiment.abstract_state
     trained, _ = experiment.optimizer.rules.split(state.params)
     accum_steps = experiment.optimizer.accum_steps
     saved = activations or count_activations(experiment)
     mesh = experiment.mesh.shape
-    images = experiment.train_data.batch_size / accum_steps
-    images /= math.prod(mesh[axis] for axis in BATCH_AXES)
+    images = experiment.train_data.batch_size / accum_steps / count_batch_shards(experiment.mesh)
     return Memory(
         params=_sum(state.params),
         opt_state=_sum(state.opt_state) + _sum(state.step),
         ema_params=_sum(state.ema_params),
         batch=_sum(experiment.abstract_batch),
-        # Those of a micro-batch, and their sum.
+        # The gradients of a micro-batch and, with several, their sum.
         gradients=_sum(trained) * (2 if accum_steps > 1 else 1),
         activations=round(images * (saved.whole + saved.split / mesh["tensor"])),
     )
 
 
 def count_activations(experiment: Experiment) -> Activations:
-    """What the backward pass needs of the forward pass, for each image."""
+    """Counts what the forward pass saves for the backward pass, for each image."""
     saved = _count_saved(experiment, experiment.objective)
     model: Any = experiment.model
     if getattr(model, "remat", "none") == "none":
         return saved
-    # One block's are there while it is computed again.
+    # The activations of one block at a time exist again while it is recomputed.
     objective: Any = experiment.objective
     kept = dataclasses.replace(objective, model=model.clone(remat="none"))
     block = _count_saved(experiment, kept)
@@ -109,7 +99,7 @@ def _count_saved(experiment: Experiment, objective: Any) -> Activations:
     widths = {getattr(model, key, None) for key in keys}
     split = whole = 0.0
     for leaf in jax.tree.leaves(jax.eval_shape(backward, trained, frozen, micro, rng)):
-        # What has no batch are parameters, which are arguments of the step.
+        # Arrays without a batch dimension are parameters, which are arguments of the step.
         if size in getattr(leaf, "shape", ()) and hasattr(leaf.dtype, "itemsize"):
             bytes_ = math.prod(leaf.shape) * leaf.dtype.itemsize / size
             if widths & set(leaf.shape):

@@ -1,114 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan of a run: does its step fit, what does it move, how fast can it be."""
+"""The plan of a run: whether its step fits, how much data it moves, how fast it can be."""
 
-import copy
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from vit_jax.models.flops import count_flops, train_flops
-from vit_jax.parallel.mesh import BATCH_AXES
+from vit_jax.parallel.mesh import count_batch_shards
 from vit_jax.planning.compiled import compile_step
 from vit_jax.planning.hlo import Collective, Program
 from vit_jax.planning.memory import estimate_memory
 from vit_jax.planning.roofline import Work, make_roofline
 from vit_jax.planning.topologies import Topology, make_devices, slice_of
+from vit_jax.runtime.chips import Chip
 from vit_jax.training.experiment import Experiment
-from vit_jax.utils.errors import UserError
 
-# Longer than any warm-up; the length of a run is a constant of the schedule, no more.
-_STEPS = 10**7
+# A JSON object; see `make_plan`.
+Plan = dict[str, Any]
 
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is known of one step. Numbers are for one device, bytes and seconds.
-
-    What depends on the chip is None for a CPU; what depends on the compiled program is None where
-    it did not fit. `step_seconds` are at best, `expected_seconds` what the compiler expects without
-    waits for transfers, where it says so; images a second are by the latter if they are there.
-    """
-
-    topology: str
-    num_slices: int
-    num_devices: int
-    num_chips: int
-    mesh: dict[str, int]
-    batch_size: int
-    images_per_device: float
-    accum_steps: int
-    compiled_for: str
-    fits: bool
-    hbm_limit_bytes: int | None
-    peak_bytes: int
-    argument_bytes: int
-    temp_bytes: int
-    predicted: dict[str, int]
-    flops_per_device: float
-    model_flops_per_device: float
-    hbm_bytes: int | None
-    collectives: list[dict[str, Any]]
-    ici_bytes: int | None
-    dcn_bytes: int | None
-    roofline: dict[str, float] | None
-    bound_by: str | None
-    step_seconds: float | None
-    mfu_bound: float | None
-    images_per_second_per_chip: float | None
-    expected_seconds: float | None
-    expected_mfu: float | None
-    compile_seconds: float
-    cached: bool
-    error: str | None
-    notes: list[str]
-
-
-def prepare_config(
-    config: Mapping[str, Any], *, num_classes: int | None = None, image_size: int | None = None
-) -> dict[str, Any]:
-    """The config without what a plan does not need: evaluators, checkpoints, the data itself.
-
-    Args:
-      config: of the experiment.
-      num_classes: in place of the dataset's, which then need not be known here.
-      image_size: likewise, in place of what the preprocessing gives.
-
-    Raises:
-      UserError: an image size without a number of classes, or one of them below 1.
-    """
-    for name, value in (("num_classes", num_classes), ("image_size", image_size)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name}={value}: expected at least 1")
-    config = copy.deepcopy(dict(config))
-    for key in ("evals", "checkpoint", "init_from", "profile"):
-        config.pop(key, None)
-    if config.pop("epochs", None) is not None:
-        config["total_steps"] = _STEPS
-    data = config.get("data")
-    if num_classes is None:
-        if image_size is not None:
-            raise UserError(f"--image_size={image_size}: expected --num_classes with it")
-    elif isinstance(data, dict):
-        data.pop("mixture", None)
-        size = "" if image_size is None else f",{image_size}"
-        data |= {"name": f"blank:{num_classes}{size}", "split": "train"}
-        if image_size is not None:
-            data["preprocess"] = "decode"
-    return config
+# The speed of a step on a chip. `step_seconds` is a lower bound, and `expected_seconds` the
+# compiler's estimate, without waits for transfers. Images a second follow the estimate if there is
+# one.
+_SPEED = (
+    "roofline",
+    "bound_by",
+    "step_seconds",
+    "mfu_bound",
+    "images_per_second_per_chip",
+    "expected_seconds",
+    "expected_mfu",
+)
 
 
 def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | None) -> Plan:
-    """Compiles the step of a prepared config for a topology, and says what it needs.
+    """Compiles the step of a config for a topology, and returns what it needs.
+
+    Args:
+      config: as `reduce_for_planning` returns it.
+      topology: the devices to compile for.
+      cache: folder of compiled programs; None for no cache.
+
+    Returns:
+      The JSON object that `python -m vit_jax.plan --json` prints. Numbers are for one device, in
+      bytes and seconds. What depends on the chip is None for a CPU, and what depends on the
+      compiled program is None if it does not fit.
 
     Raises:
-      UserError: a bad config, or a topology that can't be had.
+      UserError: the config is wrong, or the topology is not available.
     """
-    devices = make_devices(topology)
-    experiment = Experiment.from_config(config, devices=devices)
+    experiment = Experiment.from_config(config, devices=make_devices(topology))
     memory = estimate_memory(experiment)
     traced = jax.make_jaxpr(experiment.train_step)(
         experiment.abstract_state, experiment.abstract_batch
@@ -120,66 +63,73 @@ def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | No
     flops = count_flops(traced) / count
     chip, mesh = topology.chip, dict(experiment.mesh.shape)
     limit = None if chip is None else chip.hbm_bytes
-    hbm_bytes: int | None = None
-    cycles: int | None = None
-    collectives: list[Collective] | None = None
+    collectives: list[Collective] = []
+    work, cycles = None, None
     if step.error is None:
         program = Program(step.hlo)
         placed = list(experiment.mesh.devices.flat)
         collectives = program.collectives(mesh, slice_of(topology, placed), [d.id for d in placed])
-        hbm_bytes, cycles = program.hbm_bytes, program.cycles
-    roofline = None
-    if chip is not None and collectives is not None and hbm_bytes is not None:
+        cycles = program.cycles
         work = Work(
             flops=flops,
             model_flops=model_flops,
-            hbm_bytes=hbm_bytes,
+            hbm_bytes=program.hbm_bytes,
             ici_bytes=sum(c.bytes for c in collectives),
             dcn_bytes=sum(c.dcn_bytes for c in collectives),
         )
-        roofline = make_roofline(work, chip)
-    expected: float | None = None
-    if roofline is not None and chip is not None and chip.clock and cycles:
-        expected = max(cycles / chip.clock, roofline.step_seconds)
-    return Plan(
-        topology=topology.name,
-        num_slices=topology.num_slices,
-        num_devices=count,
-        num_chips=topology.num_chips,
-        mesh=mesh,
-        batch_size=batch_size,
-        images_per_device=batch_size / math.prod(mesh[axis] for axis in BATCH_AXES),
-        accum_steps=experiment.optimizer.accum_steps,
-        compiled_for="tpu" if topology.is_tpu else "cpu",
-        fits=step.error is None and (limit is None or step.peak_bytes <= limit),
-        hbm_limit_bytes=limit,
-        peak_bytes=step.peak_bytes,
-        argument_bytes=step.argument_bytes,
-        temp_bytes=step.temp_bytes,
-        predicted=dataclasses.asdict(memory),
-        flops_per_device=flops,
-        model_flops_per_device=model_flops,
-        hbm_bytes=hbm_bytes,
-        collectives=[dataclasses.asdict(c) for c in collectives or []],
-        ici_bytes=None if collectives is None else sum(c.bytes for c in collectives),
-        dcn_bytes=None if collectives is None else sum(c.dcn_bytes for c in collectives),
-        roofline=None if roofline is None else dataclasses.asdict(roofline),
-        bound_by=None if roofline is None else roofline.bound_by,
-        step_seconds=None if roofline is None else roofline.step_seconds,
-        mfu_bound=None if roofline is None else roofline.mfu_bound,
-        images_per_second_per_chip=None
-        if roofline is None
-        else batch_size / (expected or roofline.step_seconds) / topology.num_chips,
-        expected_seconds=expected,
-        expected_mfu=model_flops / chip.flops / expected if chip and expected else None,
-        compile_seconds=step.seconds,
-        cached=cached,
-        error=step.error,
-        notes=[*_notes(topology), *_warnings(collectives or [])],
+    speed: dict[str, Any] = dict.fromkeys(_SPEED)
+    if work is not None and chip is not None:
+        speed |= _find_speed(work, chip, cycles, batch_size / topology.num_chips)
+    return {
+        "topology": topology.name,
+        "num_slices": topology.num_slices,
+        "num_devices": count,
+        "num_chips": topology.num_chips,
+        "mesh": mesh,
+        "batch_size": batch_size,
+        "images_per_device": batch_size / count_batch_shards(experiment.mesh),
+        "accum_steps": experiment.optimizer.accum_steps,
+        "compiled_for": "tpu" if topology.is_tpu else "cpu",
+        "fits": step.error is None and (limit is None or step.peak_bytes <= limit),
+        "hbm_limit_bytes": limit,
+        "peak_bytes": step.peak_bytes,
+        "argument_bytes": step.argument_bytes,
+        "temp_bytes": step.temp_bytes,
+        "predicted": dataclasses.asdict(memory),
+        "flops_per_device": flops,
+        "model_flops_per_device": model_flops,
+        "hbm_bytes": work and work.hbm_bytes,
+        "collectives": [dataclasses.asdict(c) for c in collectives],
+        "ici_bytes": work and work.ici_bytes,
+        "dcn_bytes": work and work.dcn_bytes,
+        **speed,
+        "compile_seconds": step.seconds,
+        "cached": cached,
+        "error": step.error,
+        "notes": [*_describe_target(topology), *_warn_of_slow_axes(collectives)],
+    }
+
+
+def _find_speed(
+    work: Work, chip: Chip, cycles: int | None, images_per_chip: float
+) -> dict[str, Any]:
+    roofline = make_roofline(work, chip)
+    bound, expected = roofline.step_seconds, None
+    if chip.clock and cycles:
+        expected = max(cycles / chip.clock, bound)
+    values = (
+        dataclasses.asdict(roofline),
+        roofline.bound_by,
+        bound,
+        roofline.mfu_bound,
+        images_per_chip / (expected or bound),
+        expected,
+        expected and work.model_flops / chip.flops / expected,
     )
+    return dict(zip(_SPEED, values, strict=True))
 
 
-def _warnings(collectives: list[Collective]) -> list[str]:
+def _warn_of_slow_axes(collectives: Sequence[Collective]) -> list[str]:
     slow = {a for c in collectives if c.dcn_bytes for a in c.axes} & {"fsdp", "tensor"}
     return [
         f"mesh.{axis} goes over several slices: its transfers take the slow network between them"
@@ -187,7 +137,7 @@ def _warnings(collectives: list[Collective]) -> list[str]:
     ]
 
 
-def _notes(topology: Topology) -> list[str]:
+def _describe_target(topology: Topology) -> list[str]:
     if topology.is_tpu:
         return []
     if topology.chip is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a step can be at best: each of a device's units at its peak, all at the same time.
+"""The shortest time of a step: each unit of a device works at its peak, all at the same time.
 
 Source: Williams et al., "Roofline: an insightful visual performance model", CACM 52(4), 2009.
 """
@@ -14,10 +14,10 @@ class Work:
     """What each device does in a step.
 
     Attributes:
-      flops: operations, those that are done again to save memory included.
-      model_flops: without those.
-      hbm_bytes: read from and written to its memory.
-      ici_bytes: sent to devices of its slice.
+      flops: operations, including those that are recomputed to save memory.
+      model_flops: operations without the recomputed ones.
+      hbm_bytes: read from and written to the memory of the device.
+      ici_bytes: sent to devices of the same slice.
       dcn_bytes: sent to other slices.
     """
 
@@ -30,7 +30,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds that each unit is busy; the step takes as long as the busiest, or longer."""
+    """Seconds that each unit is busy. The step takes at least as long as the busiest one."""
 
     compute_seconds: float
     hbm_seconds: float
@@ -40,25 +40,18 @@ class Roofline:
 
     @property
     def step_seconds(self) -> float:
-        return max(self._units.values())
+        """The lower bound of the time of a step."""
+        return getattr(self, f"{self.bound_by}_seconds")
 
     @property
     def bound_by(self) -> str:
-        """`compute`, `hbm`, `ici` or `dcn`."""
-        return max(self._units, key=self._units.__getitem__)
-
-    @property
-    def _units(self) -> dict[str, float]:
-        return {
-            "compute": self.compute_seconds,
-            "hbm": self.hbm_seconds,
-            "ici": self.ici_seconds,
-            "dcn": self.dcn_seconds,
-        }
+        """The busiest unit: `compute`, `hbm`, `ici` or `dcn`."""
+        units = ("compute", "hbm", "ici", "dcn")
+        return max(units, key=lambda unit: getattr(self, f"{unit}_seconds"))
 
 
 def make_roofline(work: Work, chip: Chip) -> Roofline:
-    """The roofline of a step on a chip; MFU is that of `model_flops` (arXiv:2204.02311)."""
+    """The roofline of a step on a chip. MFU counts `model_flops` (arXiv:2204.02311)."""
     seconds = (
         work.flops / chip.flops,
         work.hbm_bytes / chip.hbm_bandwidth,

@@ -1,28 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a recipe scales over chips, with its global batch: a model that compiled steps calibrate.
+"""Predicts how a recipe scales over chips with its global batch, calibrated by compiled steps.
 
-Bytes of a step are a constant (parameters, gradients) and a multiple of the images of a device.
-The constants come from the same step compiled with the batch given and with half of it.
+The bytes of a step are a constant (parameters, gradients) plus a multiple of the images per device.
+Both coefficients come from the step compiled with the given batch and with half of it.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vit_jax.planning.plan import Plan
 from vit_jax.planning.roofline import Work, make_roofline
 from vit_jax.planning.topologies import Topology
 from vit_jax.utils.errors import UserError
 
-# Chips of the largest slice: cloud.google.com/tpu/docs. More are slices over the network.
+# Chips of the largest slice: cloud.google.com/tpu/docs. More chips are several slices.
 MAX_SLICE = {"v4": 4096, "v5e": 256, "v5p": 6144, "v6e": 256, "tpu7x": 9216}
 GPUS_A_HOST = 8
-# From here on more chips are for less than half of their worth.
+# Efficiency below which a recipe does not scale.
 WORTH = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A number of chips. Bytes are those that a device sends in a step, seconds are at best."""
+    """A step on some number of chips. Bytes are sent by each device; seconds are a lower bound."""
 
     chips: int
     slices: int
@@ -37,29 +38,35 @@ class Row:
     scales: bool
 
 
-def compile_points(
-    config: Mapping[str, Any], plan: Callable[[Mapping[str, Any]], dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Plans of the config as it is and with half its batch.
+def compile_points(plan: Callable[[Mapping[str, Any]], Plan]) -> list[Plan]:
+    """Compiles the two plans that calibrate the model: with the config's batch and with half of it.
+
+    Args:
+      plan: returns the plan of the config with overrides.
 
     Raises:
-      UserError: one of them does not fit, or can't be had.
+      UserError: one of them does not fit or fails to compile.
     """
-    batch_size = config["data"]["batch_size"]
-    points = [plan({}), plan({"data.batch_size": batch_size // 2})]
-    for point in points:
-        if not point.get("step_seconds"):
+    points: list[Plan] = []
+    for _ in range(2):
+        half = {"data.batch_size": points[0]["batch_size"] // 2} if points else {}
+        points.append(plan(half))
+        if not points[-1].get("step_seconds"):
             raise UserError(
-                f"--scale: the step to calibrate by did not compile ({point.get('error')}); "
-                "try --search first"
+                "--scale: the step to calibrate by did not compile "
+                f"({points[-1].get('error')}); try --search first"
             )
     return points
 
 
-def predict(
-    points: Sequence[Mapping[str, Any]], topology: Topology, chips: Sequence[int]
-) -> list[Row]:
-    """A row for each number of chips, with the global batch of the first point."""
+def predict(points: Sequence[Plan], topology: Topology, chips: Sequence[int]) -> list[Row]:
+    """Predicts a step for each number of chips, with the global batch of the first point.
+
+    Args:
+      points: plans with the whole batch and with half of it.
+      topology: that the points are compiled for.
+      chips: numbers of chips.
+    """
     chip = topology.chip
     assert chip is not None
     whole, half = points
@@ -80,8 +87,8 @@ def predict(
         slices = max(1, -(-count // largest))
         per_device = batch_size / total
         copies = total // slices / shards
-        # Sums over copies: each device sends 2 (n - 1)/n of its share, in the slice and, of the
-        # slice's share, between slices.
+        # Sums over copies: each device sends 2 (n - 1)/n of its share within the slice, and the
+        # same of the share of its slice between slices.
         before = devices / whole["num_slices"] / shards
         ring = _ring(copies) / _ring(before) if before > 1 else 1.0
         work = Work(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which mesh, rematerialisation, accumulation and batch make a step fit and run fastest.
+"""Finds the mesh, rematerialisation, accumulation and batch with which a step fits and is fastest.
 
-Arithmetic leaves out what can't fit and orders the rest by speed; the compiler decides among the
+Arithmetic rules out what can't fit and orders the rest by speed; the compiler decides among the
 first of them.
 """
 
@@ -19,38 +19,41 @@ from typing import Any
 
 import jax
 
+from vit_jax.config.load import override_config
+from vit_jax.config.reduced import without_mesh
 from vit_jax.models.flops import count_flops, train_flops
-from vit_jax.parallel.mesh import BATCH_AXES
+from vit_jax.parallel.mesh import count_batch_shards
 from vit_jax.planning.memory import Activations, Memory, count_activations, estimate_memory
+from vit_jax.planning.plan import Plan
 from vit_jax.planning.roofline import Work, make_roofline
 from vit_jax.planning.topologies import Topology, make_devices
-from vit_jax.runtime.chips import Chip
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
 
+_ACCUM = "optimizer.accum_steps"
 ACCUM_STEPS = (1, 2, 4, 8)
 TENSORS = (1, 2, 4)
-# What the compiler needs is at least this part of what arithmetic says, and what is to spare for it
-# to be more.
+# The compiler's temporaries are at least this part of the estimate; and the margin with which a
+# candidate is expected to fit.
 _LOWEST = 0.7
 _SPARE = 1.12
-# How often what the backward pass asks for goes to or from memory. S/16, B/16 and L/16 compiled for
-# v5e, v5p and v6e move 1.8 (unrolled), 5.5 to 6.6 (none) and 2.8 to 2.9 (dots) times as much; that
-# of "full" is a guess. Only the order of candidates depends on it.
+# Memory traffic in units of what the backward pass needs of the forward pass. S/16, B/16 and L/16
+# compiled for v5e, v5p and v6e move 1.8 (unrolled), 5.5 to 6.6 (none) and 2.8 to 2.9 (dots) times
+# as much; the number of "full" is a guess. Only the order of candidates depends on it.
 _PASSES = {"unrolled": 1.8, "none": 6.0, "dots": 2.8, "full": 3.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Way:
-    """How the layers of a model run, and what that costs for each image.
+    """How the layers of a model run, and the cost of that for each image.
 
     Attributes:
       overrides: of the config.
-      passes: how often what blocks compute goes to or from memory.
-      computed: what the backward pass asks for.
-      kept: what is kept of it.
-      flops: operations, those that are done again included.
-      model_flops: without them.
+      passes: memory traffic in units of `computed`.
+      computed: activations that the backward pass needs.
+      kept: the part of them that is saved rather than recomputed.
+      flops: operations, including recomputed ones.
+      model_flops: operations without recomputed ones.
     """
 
     overrides: dict[str, Any]
@@ -69,9 +72,10 @@ class Candidate:
       overrides: of the config, by dotted key.
       mesh: size of each axis.
       images: of a micro-batch, on each device.
-      argument_bytes: exact.
-      temp_bytes: estimated.
-      step_seconds: at best, by arithmetic.
+      argument_bytes: of a device; exact.
+      temp_bytes: of a device; an estimate.
+      step_seconds: lower bound.
+      batch_size: of all devices.
     """
 
     overrides: dict[str, Any]
@@ -87,19 +91,10 @@ class Candidate:
         return self.step_seconds / self.batch_size
 
 
-def override(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with values by dotted key put into it."""
-    result = dict(config)
-    for key, value in overrides.items():
-        section, dot, leaf = key.partition(".")
-        result[section] = (result.get(section) or {}) | {leaf: value} if dot else value
-    return result
-
-
 def format_overrides(overrides: Mapping[str, Any]) -> str:
-    """What to add to a command."""
+    """Overrides as arguments of a command."""
     return " ".join(
-        # In quotes, because a bare none is None.
+        # In quotes, because a bare none means None.
         f"--config.{k}=" + shlex.quote('"none"' if v == "none" else str(v))
         for k, v in overrides.items()
     )
@@ -111,9 +106,12 @@ def make_candidates(
     """All ways to run a config that its sizes allow, the fastest by arithmetic first.
 
     Args:
-      config: prepared.
-      topology: of the devices.
+      config: as `reduce_for_planning` returns it.
+      topology: the devices.
       images_per_device: batches to try in place of the config's, which changes the recipe.
+
+    Raises:
+      UserError: the devices are CPUs, or no way is valid.
     """
     if topology.chip is None:
         raise UserError(
@@ -128,37 +126,32 @@ def make_candidates(
         batches = [n * topology.num_devices // mesh["tensor"] for n in images_per_device]
         for batch_size in batches or [None]:
             chosen = overrides | ({} if batch_size is None else {"data.batch_size": batch_size})
-            chosen |= {"optimizer.accum_steps": 1}
+            chosen |= {_ACCUM: 1}
             try:
-                experiment = Experiment.from_config(override(config, chosen), devices=devices)
+                changed = override_config(config, chosen).to_dict()
+                experiment = Experiment.from_config(changed, devices=devices)
                 memory = estimate_memory(experiment, Activations(0, 0))
             except UserError as e:
                 error = e
                 continue
+            shards = count_batch_shards(experiment.mesh)
             if not ways:
                 can_remat = hasattr(experiment.model, "remat")
-                ways = _find_ways(override(config, chosen), can_remat=can_remat)
-            for way in ways:
-                for accum_steps in ACCUM_STEPS:
-                    candidate = _assess(
-                        experiment,
-                        topology.chip,
-                        topology.num_slices,
-                        memory,
-                        way,
-                        overrides=chosen,
-                        accum_steps=accum_steps,
-                    )
-                    if candidate is not None:
-                        found.append(candidate)
+                ways = _find_ways(changed, can_remat=can_remat)
+            found += [
+                _assess(experiment, topology, memory, way, chosen | {_ACCUM: accum_steps})
+                for way in ways
+                for accum_steps in ACCUM_STEPS
+                if experiment.train_data.batch_size % (shards * accum_steps) == 0
+            ]
     if error is not None and not found:
         raise error
-    # Of equally fast ones the simplest: no accumulation, then copies of the parameters.
+    # Among equally fast ones the simplest comes first: no accumulation, replicated parameters.
     return sorted(
         found,
         key=lambda c: (
             float(f"{c.seconds_per_image:.3g}"),
-            c.overrides["optimizer.accum_steps"],
+            c.overrides[_ACCUM],
             c.mesh["tensor"],
             c.mesh["fsdp"],
         ),
@@ -177,10 +170,10 @@ def _meshes(topology: Topology) -> Iterator[dict[str, int]]:
 
 
 def _find_ways(config: Mapping[str, Any], *, can_remat: bool) -> list[_Way]:
-    """All that a model offers, with their costs: they are the same on any mesh."""
+    """The ways that a model offers, with their costs, which are the same on any mesh."""
 
     def count(overrides: Mapping[str, Any]) -> tuple[Activations, float, float]:
-        return _count_costs(json.dumps(override(config, overrides)))
+        return _count_costs(json.dumps(override_config(config, overrides).to_dict()))
 
     if not can_remat:
         costs = count({})
@@ -189,8 +182,8 @@ def _find_ways(config: Mapping[str, Any], *, can_remat: bool) -> list[_Way]:
         (remat, scan): count({"model.remat": remat, "model.scan": scan})
         for remat, scan in (("none", False), ("none", True), ("dots", True), ("full", True))
     }
-    # Without a scan the compiler itself computes again what is cheap: B/16 for v5e keeps 7.7 GB of
-    # the 24.1 that the backward pass asks for, and 6.7 with `dots`.
+    # Without a scan the compiler itself recomputes what is cheap: B/16 for v5e saves 7.7 GB of the
+    # 24.1 that the backward pass needs, and 6.7 with `dots`.
     computed = counted["none", True][0]
     kept = {("none", False): counted["dots", True][0]}
     return [
@@ -208,9 +201,13 @@ def _find_ways(config: Mapping[str, Any], *, can_remat: bool) -> list[_Way]:
 
 @functools.lru_cache
 def _count_costs(config: str) -> tuple[Activations, float, float]:
-    """Of each image of a config in JSON: bytes saved, operations, and those of the model alone."""
+    """For each image: bytes saved, operations, and operations of the model alone.
+
+    Args:
+      config: as JSON, so that results can be cached.
+    """
     devices = jax.devices("cpu")[:1]
-    experiment = Experiment.from_config(override(json.loads(config), {"mesh": {}}), devices=devices)
+    experiment = Experiment.from_config(without_mesh(json.loads(config)), devices=devices)
     step = jax.make_jaxpr(experiment.train_step)
     flops = count_flops(step(experiment.abstract_state, experiment.abstract_batch))
     model_flops = train_flops(experiment.model, experiment.train_data.image_shape()[:2])
@@ -220,18 +217,16 @@ def _count_costs(config: str) -> tuple[Activations, float, float]:
 
 def _assess(
     experiment: Experiment,
-    chip: Chip,
-    num_slices: int,
+    topology: Topology,
     memory: Memory,
     way: _Way,
-    *,
     overrides: Mapping[str, Any],
-    accum_steps: int,
-) -> Candidate | None:
+) -> Candidate:
+    """Estimates memory and speed of one way to run an experiment."""
+    assert topology.chip is not None
+    num_slices, accum_steps = topology.num_slices, overrides[_ACCUM]
     mesh, batch_size = dict(experiment.mesh.shape), experiment.train_data.batch_size
-    shards = math.prod(mesh[axis] for axis in BATCH_AXES)
-    if batch_size % (shards * accum_steps):
-        return None
+    shards = count_batch_shards(experiment.mesh)
     images = batch_size / shards / accum_steps
 
     def total(saved: Activations) -> float:
@@ -249,87 +244,86 @@ def _assess(
         + params * (fsdp - 1) * (2 * accum_steps + 1) / 2
         + 4 * 2 * batch_size / shards * tokens * width * 2 * (mesh["tensor"] - 1) / mesh["tensor"]
     )
-    dcn = 2 * params * (num_slices - 1) / num_slices / data
-    devices = experiment.mesh.size
+    images_per_chip = batch_size / experiment.mesh.size
     work = Work(
-        flops=way.flops * batch_size / devices,
-        model_flops=way.model_flops * batch_size / devices,
-        # The state once in and once out; in each micro-batch, bfloat16 parameters forward, backward
-        # and for their gradients; and what blocks compute, whether it is saved or not.
+        flops=way.flops * images_per_chip,
+        model_flops=way.model_flops * images_per_chip,
+        # The state is read and written once. Each micro-batch reads bfloat16 parameters forward and
+        # backward and writes their gradients, and moves the activations of all blocks.
         hbm_bytes=2 * memory.arguments
         + accum_steps * (1.5 * params * fsdp + way.passes * total(way.computed)),
         ici_bytes=ici,
-        dcn_bytes=dcn,
+        dcn_bytes=2 * params * (num_slices - 1) / num_slices / data,
     )
     return Candidate(
-        overrides={**overrides, **way.overrides, "optimizer.accum_steps": accum_steps},
+        overrides={**overrides, **way.overrides},
         mesh=mesh,
         images=images,
         argument_bytes=memory.arguments,
         temp_bytes=round(gradients + total(way.kept)),
-        step_seconds=make_roofline(work, chip).step_seconds,
+        step_seconds=make_roofline(work, topology.chip).step_seconds,
         batch_size=batch_size,
     )
 
 
 def could_fit(candidate: Candidate, limit: int, *, ratio: float = 1.0) -> bool:
-    """Whether a candidate may fit, if temporaries are `ratio` times the estimate."""
+    """Whether a candidate fits into `limit` bytes if temporaries are `ratio` times the estimate."""
     return candidate.argument_bytes + candidate.temp_bytes * ratio <= limit
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A candidate and its plan, as `--json` writes it."""
-
-    candidate: Candidate
-    plan: dict[str, Any]
 
 
 def search(
     candidates: Sequence[Candidate],
     limit: int,
-    compile_candidate: Callable[[Candidate], dict[str, Any]],
+    compile_candidate: Callable[[Candidate], Plan],
     *,
     max_compiles: int,
     jobs: int,
     report: Callable[[int], None] = lambda count: None,
-) -> list[Result]:
-    """Compiles the promising candidates, and returns their results, the best first.
+) -> list[tuple[Candidate, Plan]]:
+    """Compiles promising candidates, and returns them with their plans, the best first.
 
-    Each plan corrects the memory estimates of the candidates with the same rematerialisation; those
-    that can no longer fit are left out. `report` gets the number of candidates just compiled.
+    Each plan corrects the memory estimates of candidates with the same rematerialisation;
+    candidates that can no longer fit are skipped.
+
+    Args:
+      candidates: the fastest first.
+      limit: bytes of memory of a device.
+      compile_candidate: returns the plan of a candidate; called from several threads.
+      max_compiles: number of candidates to compile at most.
+      jobs: number of candidates to compile at the same time.
+      report: called with the number of candidates just compiled.
     """
     waiting = list(candidates)
-    # Temporaries as compiled to those estimated.
+    # Compiled temporaries divided by estimated ones.
     ratios: dict[Any, float] = {}
-    results: list[Result] = []
+    results: list[tuple[Candidate, Plan]] = []
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         while waiting and len(results) < max_compiles:
             waiting = [
                 c for c in waiting if could_fit(c, limit, ratio=ratios.get(_kind(c), _LOWEST))
             ]
-            # What should fit by what is known comes before what may.
+            # Candidates that should fit come before those that may.
             waiting.sort(
                 key=lambda c: not could_fit(c, limit, ratio=_SPARE * ratios.get(_kind(c), 1.0))
             )
             batch = waiting[: min(jobs, max_compiles - len(results))]
             waiting = waiting[len(batch) :]
             for c, plan in zip(batch, pool.map(compile_candidate, batch), strict=True):
-                results.append(Result(c, plan))
+                results.append((c, plan))
                 if plan.get("temp_bytes") and c.temp_bytes:
                     ratios[_kind(c)] = plan["temp_bytes"] / c.temp_bytes
                 report(1)
-    return sorted(results, key=lambda r: -(r.plan.get("images_per_second_per_chip") or 0))
+    return sorted(results, key=lambda found: -(found[1].get("images_per_second_per_chip") or 0))
 
 
 def _kind(candidate: Candidate) -> Any:
     return candidate.overrides.get("model.remat"), candidate.overrides.get("model.scan")
 
 
-def plan_in_subprocess(arguments: Sequence[str], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The plan of a command line with more overrides, made by a process of its own.
+def plan_in_subprocess(arguments: Sequence[str], overrides: Mapping[str, Any]) -> Plan:
+    """Makes the plan of a command line with further overrides, in a subprocess.
 
-    A compiler that fails takes only that process with it; the plan then holds its last line.
+    A crash of the compiler ends only that process; the plan then holds its last line as `error`.
     """
     extra = [f"--config.{k}={v!r}" for k, v in overrides.items()]
     command = [sys.executable, "-m", "vit_jax.plan", *arguments, *extra, "--json"]
@@ -342,5 +336,5 @@ def plan_in_subprocess(arguments: Sequence[str], overrides: Mapping[str, Any]) -
 
 
 def default_cache() -> Path:
-    """Where compiled programs are kept."""
+    """The default folder of compiled programs."""
     return Path("~/.cache/vit_jax/plan").expanduser()

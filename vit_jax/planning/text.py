@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans in lines for the screen."""
+"""Plans as lines of text."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+from vit_jax.planning.plan import Plan
 from vit_jax.planning.scale import Row
-from vit_jax.planning.search import Candidate, Result, could_fit, format_overrides
+from vit_jax.planning.search import Candidate, could_fit, format_overrides
 from vit_jax.planning.topologies import Topology
 
 _GIB = 2**30
 
 
-def describe_plan(plan: Mapping[str, Any]) -> Iterator[str]:
-    """What was found of one step."""
+def describe_plan(plan: Plan) -> Iterator[str]:
+    """Describes a plan."""
     mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
     slices = f" x {plan['num_slices']} slices" if plan["num_slices"] > 1 else ""
     yield f"{plan['topology']}{slices}: {plan['num_devices']} devices, {mesh}"
@@ -48,8 +48,8 @@ def describe_plan(plan: Mapping[str, Any]) -> Iterator[str]:
         yield f"  note: {note}"
 
 
-def describe_remedies(plan: Mapping[str, Any], candidates: Sequence[Candidate]) -> Iterator[str]:
-    """What would fit in place of a plan that does not, by arithmetic."""
+def describe_remedies(plan: Plan, candidates: Sequence[Candidate]) -> Iterator[str]:
+    """Lists what should fit in place of a plan that does not, by arithmetic."""
     limit = plan["hbm_limit_bytes"]
     fitting = [c for c in candidates if could_fit(c, limit, ratio=1.1)]
     if not fitting:
@@ -60,32 +60,32 @@ def describe_remedies(plan: Mapping[str, Any], candidates: Sequence[Candidate]) 
         yield f"    {_gib(c.argument_bytes + c.temp_bytes):>10}  {format_overrides(c.overrides)}"
 
 
-def describe_search(results: Sequence[Result], tried: int) -> Iterator[str]:
-    """What was compiled, the best first, and the winner's overrides."""
+def describe_search(results: Sequence[tuple[Candidate, Plan]], tried: int) -> Iterator[str]:
+    """Lists the compiled candidates, the best first, and the overrides of the best."""
     yield f"{tried} ways to run this, {len(results)} of them compiled:"
     yield f"  {'images/s a chip':>15}  {'MFU':>4}  {'memory':>10}  bound    overrides"
-    for r in results:
-        plan, said = r.plan, format_overrides(r.candidate.overrides)
+    for candidate, plan in results:
+        shown = format_overrides(candidate.overrides)
         if plan.get("step_seconds") is None or not plan["fits"]:
             why = _memory(plan) if plan.get("hbm_limit_bytes") else plan.get("error")
-            yield f"  {'does not fit':>15}  {said}: {why}"
+            yield f"  {'does not fit':>15}  {shown}: {why}"
             continue
         speed = f"{plan['images_per_second_per_chip']:,.0f}"
         memory = _gib(plan["peak_bytes"])
         mfu, bound = plan["expected_mfu"] or plan["mfu_bound"], plan["bound_by"]
-        yield f"  {speed:>15}  {mfu:>4.0%}  {memory:>10}  {bound:<7}  {said}"
-    best = next((r for r in results if r.plan.get("fits")), None)
+        yield f"  {speed:>15}  {mfu:>4.0%}  {memory:>10}  {bound:<7}  {shown}"
+    best = next((candidate for candidate, plan in results if plan.get("fits")), None)
     if best is None:
         yield "nothing fits: take more devices or a smaller data.batch_size"
         return
     yield "add to the command:"
-    yield f"  {format_overrides(best.candidate.overrides)}"
+    yield f"  {format_overrides(best.overrides)}"
 
 
 def describe_scale(
-    rows: Sequence[Row], points: Sequence[Mapping[str, Any]], topology: Topology
+    rows: Sequence[Row], points: Sequence[Plan], topology: Topology
 ) -> Iterator[str]:
-    """The table of `--scale`."""
+    """The table of `--scale`: a line for each number of chips."""
     compiled = topology.num_chips
     yield f"batch {points[0]['batch_size']:,}, at best; compiled for {compiled} chips"
     head = ("chips", "slices", "a device", "images/s", "MFU", "ICI", "DCN", "bound", "efficiency")
@@ -113,7 +113,7 @@ def describe_scale(
         yield f"the recipe stops scaling before {stop.chips:,} chips, bound by {stop.bound_by}"
 
 
-def _memory(plan: Mapping[str, Any]) -> str:
+def _memory(plan: Plan) -> str:
     limit, peak = plan["hbm_limit_bytes"], plan["peak_bytes"]
     parts = f"arguments {_gib(plan['argument_bytes'])}, temporaries {_gib(plan['temp_bytes'])}"
     if limit is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices that are not here, to compile for: `v5e:16x16`, `h100:8`, `cpu:8`."""
+"""Descriptions of devices to compile for, such as `v5e:16x16`, `h100:8` or `cpu:8`."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from vit_jax.runtime.chips import GPUS, TPUS, Chip
 from vit_jax.utils.errors import UserError
 
-# libtpu looks for the machine it runs on, and for others that use the same TPU.
+# Without these, libtpu looks for the TPU machine that it runs on and for other users of the TPU.
 _LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -27,13 +27,13 @@ _LIBTPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices of a job.
+    """The devices of a job.
 
     Attributes:
-      name: as given.
-      chip: what a device is; None for a CPU.
+      name: of one slice, as in `--topology`.
+      chip: kind of the devices; None for a CPU.
       num_slices: slices of TPUs, or hosts of GPUs, each with the devices of `name`.
-      shape: of chips in a slice.
+      shape: number of chips in each dimension of a slice.
     """
 
     name: str
@@ -47,21 +47,21 @@ class Topology:
 
     @property
     def num_devices(self) -> int:
-        """Of all slices."""
+        """The number of devices in all slices."""
         per_chip = self.chip.per_chip if self.chip else 1
         return math.prod(self.shape) * per_chip * self.num_slices
 
     @property
     def num_chips(self) -> int:
-        """Of all slices."""
+        """The number of chips in all slices."""
         return math.prod(self.shape) * self.num_slices
 
 
 def parse_topology(name: str, *, num_slices: int = 1) -> Topology:
-    """What `v5e:16x16` (chips in each dimension) or `h100:8` (GPUs of a host) means.
+    """Parses `v5e:16x16` (chips in each dimension) or `h100:8` (GPUs of a host).
 
     Raises:
-      UserError: an unknown kind or an impossible shape.
+      UserError: the kind is unknown, or the shape is not valid.
     """
     kind, _, sizes = name.partition(":")
     known = {**TPUS, **GPUS, "cpu": None}
@@ -79,7 +79,7 @@ def parse_topology(name: str, *, num_slices: int = 1) -> Topology:
 
 
 def make_devices(topology: Topology) -> list[Any]:
-    """Devices to compile for. Those of a CPU or GPU are CPUs of this process.
+    """Makes devices to compile for; for CPUs and GPUs, they are CPU devices of this process.
 
     Raises:
       UserError: libtpu is not installed, does not know the shape, or JAX has fewer CPUs already.
@@ -87,7 +87,7 @@ def make_devices(topology: Topology) -> list[Any]:
     if topology.is_tpu:
         return _tpus(topology)
     count = topology.num_devices
-    # Only before JAX has made its devices; after that there are as many as there are.
+    # Raises if JAX has already created its devices, whose number is then fixed.
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
@@ -112,7 +112,7 @@ def _tpus(topology: Topology) -> list[Any]:
     if topology.num_slices > 1:
         options["num_slices"] = topology.num_slices
     if topology.chip is not None and topology.chip.name == "v4":
-        options["chip_config_name"] = "megacore"  # one device a chip, as on a real v4
+        options["chip_config_name"] = "megacore"  # One device a chip, as on a real v4.
     try:
         described = topologies.get_topology_desc(
             platform="tpu", topology_name=topology.name, **options
@@ -125,7 +125,7 @@ def _tpus(topology: Topology) -> list[Any]:
 
 
 def slice_of(topology: Topology, devices: list[Any]) -> list[int]:
-    """The slice (of GPUs: the host) that each device belongs to."""
+    """The index of the slice (for GPUs: the host) of each device."""
     if topology.is_tpu:
         return [getattr(d, "slice_index", None) or 0 for d in devices]
     per_slice = topology.num_devices // topology.num_slices

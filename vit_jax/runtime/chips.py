@@ -1,31 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What accelerators can do, by the name that JAX gives to their devices.
-
-Per JAX device: a TPU7x chip is two of them. Peaks are for dense bfloat16 products.
-"""
+"""Peak speeds and memory of accelerators, by the name that JAX gives to their devices."""
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One JAX device.
+    """One JAX device. A TPU7x chip consists of two of them.
 
     Attributes:
       name: as in a topology, such as `v5e`.
-      device_kind: as JAX says it.
-      flops: peak, in operations a second (bfloat16, dense).
-      hbm_bytes: what a program can use. TPU: what the compiler allows. GPU: the 75 % that JAX takes
-        by default (XLA_PYTHON_CLIENT_MEM_FRACTION).
+      device_kind: `jax.Device.device_kind`.
+      flops: peak operations a second of dense bfloat16 products.
+      hbm_bytes: memory that a program can use. TPU: what the compiler allows. GPU: the 75 % that
+        JAX allocates by default (XLA_PYTHON_CLIENT_MEM_FRACTION).
       hbm_bandwidth: bytes a second.
       ici_bandwidth: bytes a second that a device sends to its neighbours, over all of its links of
-        ICI or NVLink; half of what is advertised for both directions.
+        ICI or NVLink; half of the advertised number, which is for both directions.
       dcn_bandwidth: bytes a second that a device's share of the network between slices (TPU) or
         hosts (GPU) sends.
-      per_chip: devices of a chip.
       source: of the numbers.
-      clock: cycles a second of what the compiler counts cycles of; None where it does not.
-      float8: whether it multiplies matrices in float8 (e4m3, e5m2); elsewhere that is emulated.
+      per_chip: devices of a chip.
+      clock: cycles a second of the unit whose cycles the compiler estimates; None if it does not.
+      float8: whether it multiplies matrices in float8 (e4m3, e5m2) rather than emulating that.
     """
 
     name: str
@@ -41,117 +39,53 @@ class Chip:
     float8: bool = False
 
 
-_GIB = 2**30
-_JAX_SHARE = 0.75
-_DOCS = "cloud.google.com/tpu/docs"
+def _tpu(
+    name: str,
+    device_kind: str,
+    tflops: float,
+    gib: float,
+    gb_per_s: tuple[float, float, float],
+    **options: Any,
+) -> Chip:
+    """A TPU, with the GB/s of its memory, its links and its share of the network."""
+    source = f"cloud.google.com/tpu/docs/{name}"
+    hbm, ici, dcn = (1e9 * rate for rate in gb_per_s)
+    size = int(gib * 2**30)
+    return Chip(name, device_kind, 1e12 * tflops, size, hbm, ici, dcn, source, **options)
 
+
+def _gpu(
+    name: str,
+    device_kind: str,
+    tflops: float,
+    gb: float,
+    gb_per_s: tuple[float, float, float],
+    product: str,
+    **options: Any,
+) -> Chip:
+    """A GPU, with the GB/s of its memory, its links and its share of the network."""
+    source = f"NVIDIA {product} datasheet"
+    hbm, ici, dcn = (1e9 * rate for rate in gb_per_s)
+    size = int(0.75 * (gb * 1e9))
+    return Chip(name, device_kind, 1e12 * tflops, size, hbm, ici, dcn, source, **options)
+
+
+# Clocks: jax-ml.github.io/scaling-book for v5e and v5p, arXiv:2304.01433 for v4; that of v6e is its
+# peak divided by the products of its units in a cycle, four of 256 x 256. The network of v4 is not
+# published by chip: it is assumed to be that of v5p. That of v5e is 6.4 Tb/s for a pod of 256.
 _TPUS = (
-    # Clocks: jax-ml.github.io/scaling-book for v5e and v5p, arXiv:2304.01433 for v4; that of v6e is
-    # its peak over the products of its units in a cycle, four of 256 x 256.
-    # The network of v4 is not published by chip: taken as that of v5p.
-    Chip(
-        "v4",
-        "TPU v4",
-        275e12,
-        int(30.75 * _GIB),
-        1228e9,
-        150e9,
-        6.25e9,
-        f"{_DOCS}/v4",
-        clock=1.05e9,
-    ),
-    # 6.4 Tb/s for a pod of 256.
-    Chip(
-        "v5e",
-        "TPU v5 lite",
-        197e12,
-        int(15.75 * _GIB),
-        819e9,
-        200e9,
-        3.125e9,
-        f"{_DOCS}/v5e",
-        clock=1.5e9,
-    ),
-    Chip(
-        "v5p",
-        "TPU v5",
-        459e12,
-        int(95.74 * _GIB),
-        2765e9,
-        600e9,
-        6.25e9,
-        f"{_DOCS}/v5p",
-        clock=1.75e9,
-    ),
-    Chip(
-        "v6e",
-        "TPU v6 lite",
-        918e12,
-        int(31.25 * _GIB),
-        1638e9,
-        400e9,
-        12.5e9,
-        f"{_DOCS}/v6e",
-        clock=1.75e9,
-    ),
-    Chip(
-        "tpu7x",
-        "TPU7x",
-        1153.5e12,
-        int(94.75 * _GIB),
-        3690e9,
-        300e9,
-        6.25e9,
-        f"{_DOCS}/tpu7x",
-        per_chip=2,
-        float8=True,
-    ),
+    _tpu("v4", "TPU v4", 275, 30.75, (1228, 150, 6.25), clock=1.05e9),
+    _tpu("v5e", "TPU v5 lite", 197, 15.75, (819, 200, 3.125), clock=1.5e9),
+    _tpu("v5p", "TPU v5", 459, 95.74, (2765, 600, 6.25), clock=1.75e9),
+    _tpu("v6e", "TPU v6 lite", 918, 31.25, (1638, 400, 12.5), clock=1.75e9),
+    _tpu("tpu7x", "TPU7x", 1153.5, 94.75, (3690, 300, 6.25), per_chip=2, float8=True),
 )
 # Networks as in NVIDIA's DGX of each: 200 Gb/s for an A100, 400 Gb/s for the others.
 _GPUS = (
-    Chip(
-        "a100",
-        "NVIDIA A100-SXM4-80GB",
-        312e12,
-        int(_JAX_SHARE * 80e9),
-        2039e9,
-        300e9,
-        25e9,
-        "NVIDIA A100 datasheet (SXM, 80 GB)",
-    ),
-    Chip(
-        "h100",
-        "NVIDIA H100 80GB HBM3",
-        989e12,
-        int(_JAX_SHARE * 80e9),
-        3350e9,
-        450e9,
-        50e9,
-        "NVIDIA H100 datasheet (SXM)",
-        float8=True,
-    ),
-    Chip(
-        "h200",
-        "NVIDIA H200",
-        989e12,
-        int(_JAX_SHARE * 141e9),
-        4800e9,
-        450e9,
-        50e9,
-        "NVIDIA H200 datasheet (SXM)",
-        float8=True,
-    ),
-    Chip(
-        "b200",
-        "NVIDIA B200",
-        2250e12,
-        int(_JAX_SHARE * 180e9),
-        8000e9,
-        900e9,
-        50e9,
-        "NVIDIA DGX B200 datasheet",
-        float8=True,
-    ),
+    _gpu("a100", "NVIDIA A100-SXM4-80GB", 312, 80, (2039, 300, 25), "A100 SXM 80 GB"),
+    _gpu("h100", "NVIDIA H100 80GB HBM3", 989, 80, (3350, 450, 50), "H100 SXM", float8=True),
+    _gpu("h200", "NVIDIA H200", 989, 141, (4800, 450, 50), "H200 SXM", float8=True),
+    _gpu("b200", "NVIDIA B200", 2250, 180, (8000, 900, 50), "DGX B200", float8=True),
 )
 
 TPUS = {chip.name: chip for chip in _TPUS}
@@ -159,5 +93,5 @@ GPUS = {chip.name: chip for chip in _GPUS}
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The chip of a JAX device; None for one that is not in the tables."""
+    """The chip with a `jax.Device.device_kind`; None for one that is not in the tables."""
     return next((c for c in (*_TPUS, *_GPUS) if c.device_kind == device_kind), None)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which processes make up the job, and which devices are this one's: from flags and environment.
+"""Finds the processes of the job and the devices of this one, from flags and environment.
 
-One answer for TPU VMs and GKE, Slurm, Open MPI and plain flags. Nothing here talks to a network.
+Supports TPU VMs, GKE, Slurm, Open MPI and plain flags. Nothing here uses the network.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from vit_jax.utils.errors import UserError
 
-# Slurm gives jobs their own range of ports by job number; these are rarely used by others.
+# Each job of Slurm or Open MPI gets a port by its number, in a range that others rarely use.
 _FIRST_PORT, _PORTS = 61440, 4096
 _TPU_PORT = 8482
 
@@ -20,11 +20,11 @@ class Job:
     """How this process joins its job.
 
     Attributes:
-      source: what said so: `flags`, `Slurm`, `Open MPI`, `GKE`, or `JAX` where it finds out itself.
-      coordinator: HOST:PORT of process 0; None where JAX finds it.
+      source: of these values: `flags`, `Slurm`, `Open MPI`, `GKE`, or `JAX` if it detects them.
+      coordinator: HOST:PORT of process 0; None if JAX detects it.
       num_processes: of the job.
       process_id: of this process, from 0.
-      local_device_ids: GPUs of the machine that are this process's; None for all that it sees.
+      local_device_ids: GPUs of the machine that this process uses; None for all visible ones.
     """
 
     source: str
@@ -34,7 +34,7 @@ class Job:
     local_device_ids: tuple[int, ...] | None = None
 
 
-def resolve(
+def find_job(
     coordinator: str | None,
     num_processes: int | None,
     process_id: int | None,
@@ -44,9 +44,9 @@ def resolve(
     """Finds this process's place in its job.
 
     Args:
-      coordinator: HOST:PORT of process 0; `auto` to ask the environment; `none` for a job of this
-        process alone; None for that too, unless the environment speaks of several processes. An
-        address alone is enough under Slurm and Open MPI.
+      coordinator: HOST:PORT of process 0; `auto` to read the environment; `none` for a job of this
+        process alone; None for that too, unless the environment has several processes. Under Slurm
+        and Open MPI an address alone is enough.
       num_processes: of the job.
       process_id: of this process.
       local_device_ids: GPUs of this process.
@@ -56,14 +56,22 @@ def resolve(
       None for a job of one process that needs no coordinator.
 
     Raises:
-      UserError: arguments are missing or don't go together, or the environment speaks of several
-        processes and nothing says whether they are one job.
+      UserError: arguments are missing or exclude each other, or the environment has several
+        processes and it is not clear whether they are one job.
     """
     given = (num_processes, process_id)
     found = _from_slurm(environment) or _from_open_mpi(environment) or _from_gke(environment)
+    is_address = coordinator not in (None, "none", "auto")
+    if coordinator is not None and is_address:
+        check_address(coordinator)
+    from_flags = is_address and (given != (None, None) or found is None)
+    is_incomplete = None in given if from_flags else given != (None, None)
+    if is_incomplete:
+        raise UserError(
+            f"--coordinator={coordinator}, --num_processes={num_processes}, "
+            f"--process_id={process_id}: expected all three, or --coordinator=auto alone"
+        )
     if coordinator in (None, "none"):
-        if given != (None, None):
-            raise _incomplete(coordinator, *given)
         if coordinator is None and found is not None and (found.num_processes or 1) > 1:
             raise UserError(
                 f"--coordinator is missing: this is process {found.process_id} of "
@@ -73,28 +81,11 @@ def resolve(
         if local_device_ids is None:
             return None
         return Job(source="flags", local_device_ids=local_device_ids)
-    if coordinator == "auto":
-        if given != (None, None):
-            raise _incomplete(coordinator, *given)
-        found = found or Job(source="JAX")
-        if found.source != "JAX" and found.coordinator is None:
-            raise UserError(
-                f"--coordinator=auto: {found.source} does not say where process 0 is; expected "
-                "--coordinator=HOST:PORT of it"
-            )
-    else:
-        check_address(coordinator)
-        if given == (None, None) and found is not None:
-            found = dataclasses.replace(found, coordinator=coordinator)
-        elif None in given:
-            raise _incomplete(coordinator, *given)
-        else:
-            found = Job(
-                source="flags",
-                coordinator=coordinator,
-                num_processes=num_processes,
-                process_id=process_id,
-            )
+    if from_flags:
+        found = Job(source="flags", num_processes=num_processes, process_id=process_id)
+    found = found or Job(source="JAX")
+    if is_address:
+        found = dataclasses.replace(found, coordinator=coordinator)
         assert found.num_processes is not None
         assert found.process_id is not None
         if not 0 <= found.process_id < found.num_processes:
@@ -102,6 +93,11 @@ def resolve(
                 f"--process_id={process_id} with --num_processes={num_processes}: expected 0 to "
                 "one less"
             )
+    elif found.source != "JAX" and found.coordinator is None:
+        raise UserError(
+            f"--coordinator=auto: {found.source} does not say where process 0 is; expected "
+            "--coordinator=HOST:PORT of it"
+        )
     if local_device_ids is not None:
         found = dataclasses.replace(found, local_device_ids=local_device_ids)
     return found
@@ -111,7 +107,7 @@ def check_address(address: str) -> tuple[str, int]:
     """Splits HOST:PORT.
 
     Raises:
-      UserError: it is something else.
+      UserError: the address has another form.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
@@ -119,22 +115,15 @@ def check_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _incomplete(coordinator: str | None, num: int | None, index: int | None) -> UserError:
-    return UserError(
-        f"--coordinator={coordinator}, --num_processes={num}, --process_id={index}: expected all "
-        "three, or --coordinator=auto alone"
-    )
-
-
 def _from_slurm(environment: Mapping[str, str]) -> Job | None:
-    """Of a step that srun started; a script that sbatch runs is no step."""
+    """The job of a step that srun has started; a script that sbatch runs is not a step."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_PROCID")
     values = [environment.get(name, "") for name in names]
     if not all(values):
         return None
     job, tasks, nodes, index = values
     port = _FIRST_PORT + int(job) % _PORTS
-    # Such as "8(x2),4": the first is the first node's, and all but the last node have as many.
+    # Such as "8(x2),4": all nodes except the last have as many tasks as the first.
     here = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     return Job(
         source="Slurm",
@@ -154,8 +143,8 @@ def _from_open_mpi(environment: Mapping[str, str]) -> Job | None:
     size, rank = (environment.get(f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK"))
     if size is None or rank is None:
         return None
-    # Of mpirun, as in "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911": it starts rank 0 on its own
-    # machine. Later versions do not tell.
+    # The address of mpirun, as in "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911", which starts
+    # rank 0 on its own machine. Later versions do not set it.
     uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
     found = re.match(r"(\d+)\.\d+;tcp://([^,:;]+)", uri)
     coordinator = None
@@ -176,7 +165,7 @@ def _from_open_mpi(environment: Mapping[str, str]) -> Job | None:
 
 
 def _from_gke(environment: Mapping[str, str]) -> Job | None:
-    """Of a TPU pod on GKE, of one slice or several."""
+    """The job of a TPU pod on GKE, of one slice or several."""
     names = environment.get("TPU_WORKER_HOSTNAMES")
     worker = environment.get("TPU_WORKER_ID")
     if names is None or worker is None:
@@ -196,10 +185,10 @@ def _from_gke(environment: Mapping[str, str]) -> Job | None:
 def _own_gpus(
     environment: Mapping[str, str], *, tasks: int, local_id: int, bound: bool
 ) -> tuple[int, ...] | None:
-    """A process's share of the GPUs that it sees; None for all of them.
+    """The ids of a process's share of the visible GPUs; None for all of them.
 
-    One process a machine takes all, and so does one that the launcher bound to GPUs of its own.
-    Else the processes of the machine share evenly what all of them see.
+    The only process of a machine takes all, and so does one that the launcher has bound to its own
+    GPUs. Otherwise the processes of the machine share the visible GPUs evenly.
     """
     visible = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     if tasks == 1 or bound or (visible and len(visible) < tasks):
@@ -209,7 +198,7 @@ def _own_gpus(
 
 
 def first_host(nodes: str) -> str:
-    """The first of a list such as Slurm's `gpu[003-007,12],cpu1`."""
+    """The first host of a list such as Slurm's `gpu[003-007,12],cpu1`."""
     found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
     if found is None:
         raise UserError(f"SLURM_STEP_NODELIST={nodes!r}: expected names of nodes")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled programs are kept on disk, so that a run that goes on need not compile again."""
+"""Keeps compiled programs on disk, so that a run that resumes does not compile again."""
 
 import hashlib
 import os
@@ -19,14 +19,14 @@ _counts: Counter[str] = Counter()
 
 
 def set_up(folder: str | None) -> None:
-    """Switches the cache on; before anything is compiled.
+    """Enables the cache, before anything is compiled.
 
     Args:
-      folder: on a disk of the machine, or one that all machines see; `off` for no cache. None for
-        what `JAX_COMPILATION_CACHE_DIR` says, else a folder below `XDG_CACHE_HOME` or `~/.cache`.
+      folder: on a local or a shared disk; `off` for no cache. None for the value of
+        `JAX_COMPILATION_CACHE_DIR` or else a folder below `XDG_CACHE_HOME` or `~/.cache`.
 
     Raises:
-      UserError: it can't be written to.
+      UserError: the folder is not writable.
     """
     if folder == "off":
         jax.config.update("jax_enable_compilation_cache", False)
@@ -49,7 +49,7 @@ def set_up(folder: str | None) -> None:
 
 
 def summary() -> str:
-    """Such as `, compile cache: 3 hits, 1 miss`; empty where there is none."""
+    """Hits and misses, such as `, compile cache: 3 hits, 1 miss`; empty if there are none."""
     if not _counts:
         return ""
     hits, misses = _counts["hits"], _counts["misses"]
@@ -58,7 +58,7 @@ def summary() -> str:
 
 def _default() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    # A program for this CPU may use what another, with the same home, has not.
+    # A program compiled for this CPU may not run on another one with the same home folder.
     cpu = Path("/proc/cpuinfo")
     flags = platform.machine()
     if cpu.exists():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cores of a CPU as devices: else what is no matrix product hardly uses more than one."""
+"""Uses the cores of a CPU as devices: in one device only matrix products use more than one core."""
 
 import os
 
@@ -9,13 +9,13 @@ from vit_jax.utils.errors import UserError
 
 
 def set_cpu_devices(count: int | None) -> None:
-    """Makes so many devices of the CPU, for programs that find no other; before JAX looks for any.
+    """Sets the number of CPU devices, before JAX creates its devices.
 
     Args:
-      count: of devices; None leaves the number as it is.
+      count: number of devices; None leaves it as it is.
 
     Raises:
-      UserError: it is not positive, or the environment has a number too.
+      UserError: the number is not positive, or `XLA_FLAGS` sets one too.
     """
     if count is None:
         return

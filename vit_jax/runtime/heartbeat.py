@@ -1,36 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of a job hear of each other, so that one that dies or stops is noticed, and named.
+"""Heartbeats between the processes of a job, by which one that dies or hangs is found and named.
 
-Each sends process 0 a sign of life every second over a connection of its own, and gets one back. A
-connection that breaks without a word is a process that died; one that is silent, one that stopped.
+Each process exchanges a sign of life with process 0 every second. A process whose connection breaks
+has died; one that is silent hangs.
 """
 
 import contextlib
-import os
 import secrets
 import selectors
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 
 import jax
 
-from vit_jax.runtime.preemption import RUN_AGAIN
+from vit_jax.runtime.preemption import RUN_AGAIN, end_to_run_again, report
 from vit_jax.runtime.processes import broadcast_from_process_0, host_names
+from vit_jax.runtime.rendezvous import listen
 
 _CONNECT_S = 5.0
-# Seconds for what is written before the end: the workdir may hang too.
-_LAST_WORDS_S = 5.0
-# Seconds in which others end by themselves, where all have met the same error after all.
+# Seconds for `on_exit` before the process ends: the workdir may hang too.
+_ON_EXIT_S = 5.0
+# Seconds in which the others end by themselves if all have met the same error.
 _FAILED_S = 20.0
 _MAX_WAITING = 1 << 12
 _BYE = "bye"
 
 
 class _Peer:
-    """Another process, as far as it has been heard of."""
+    """The connection to another process."""
 
     def __init__(self, connection: socket.socket, index: int | None):
         self.connection, self.index, self.heard = connection, index, time.monotonic()
@@ -38,12 +37,12 @@ class _Peer:
         self._text = b""
 
     def send(self, word: str) -> None:
-        # Whether it still listens is found out by reading.
+        # A broken connection is detected by reading.
         with contextlib.suppress(OSError):
             self.connection.send(word.encode() + b"\n", socket.MSG_DONTWAIT)
 
     def read(self) -> list[str]:
-        """The words that have come."""
+        """Reads the words that have arrived."""
         try:
             got = self.connection.recv(_MAX_WAITING)
         except OSError:
@@ -55,12 +54,12 @@ class _Peer:
 
 
 class Heartbeat:
-    """Watches the other processes of the job. A context manager; all processes have to enter it.
+    """Watches the other processes of the job within its context, which all have to enter.
 
     Args:
-      limit: seconds of silence after which a process counts as stopped; 0 to watch none.
-      shared: errors that come in all processes alike; any other is told to them.
-      last_words: called with what has happened before this process ends.
+      limit: seconds of silence after which a process counts as hung; 0 for no heartbeat.
+      shared: errors that all processes raise alike; any other is sent to them.
+      on_exit: called with what has happened before this process ends.
     """
 
     def __init__(
@@ -68,9 +67,9 @@ class Heartbeat:
         limit: float,
         *,
         shared: tuple[type[BaseException], ...] = (),
-        last_words: Callable[[str], None] = lambda _: None,
+        on_exit: Callable[[str], None] = lambda _: None,
     ):
-        self._limit, self._shared, self._last_words = limit, shared, last_words
+        self._limit, self._shared, self._on_exit = limit, shared, on_exit
         self._pace = min(1.0, limit / 4)
         self._peers: list[_Peer] = []
         self._server: socket.socket | None = None
@@ -81,7 +80,7 @@ class Heartbeat:
             return self
         self._hosts, self._me = host_names(), jax.process_index()
         if self._me == 0:
-            self._server = _listen()
+            self._server = listen(0)
         place = self._server and [_own_address(), self._server.getsockname()[1]]
         (address, port), self._token = broadcast_from_process_0([place, secrets.token_hex(8)])
         if self._me:
@@ -114,7 +113,7 @@ class Heartbeat:
                 peer.send(f"hello {self._token} {self._me}")
                 self._peers.append(peer)
                 return
-        _print(
+        report(
             f"process {self._me} can't reach {self._hosts[0]}:{port}: where one stops, it is only "
             "noticed by the limits of watchdog.step"
         )
@@ -130,7 +129,7 @@ class Heartbeat:
                 ready = [key.data for key, _ in selector.select(self._pace / 4)]
                 now = time.monotonic()
                 if now - last > 2 * self._pace + 1:
-                    # This process was stopped itself: what it has not heard, it has not read yet.
+                    # This process was suspended: it has not read what the others have sent.
                     for peer in self._peers:
                         peer.heard = now
                 last = now
@@ -162,7 +161,7 @@ class Heartbeat:
             if peer.index is None:
                 token, _, index = rest.partition(" ")
                 if not secrets.compare_digest(token.encode(), self._token.encode()):
-                    peer.is_gone = True  # Something else that tries the port, such as a scanner.
+                    peer.is_gone = True  # Another program, such as a port scanner.
                     break
                 peer.index = int(index)
             elif kind == _BYE:
@@ -189,30 +188,16 @@ class Heartbeat:
     def _lose(self, what: str) -> None:
         if self._stop.is_set():
             return
-        # At once, for JAX aborts a process that has lost process 0.
+        # Before anything else, since JAX aborts a process that has lost process 0.
         for peer in self._peers:
             peer.send(f"lost {what}")
-        _print(f"{what}; ends with code {RUN_AGAIN}, to be started again")
-        speaker = threading.Thread(target=self._last_words, args=(what,), daemon=True)
-        speaker.start()
-        speaker.join(_LAST_WORDS_S)
-        os._exit(RUN_AGAIN)
-
-
-def _listen() -> socket.socket:
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    return socket.create_server(
-        ("", 0), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=1024
-    )
+        report(f"{what}; ends with code {RUN_AGAIN}, to be started again")
+        end_to_run_again(lambda: self._on_exit(what), timeout=_ON_EXIT_S)
 
 
 def _own_address() -> str:
-    """That from which this machine would send to others; nothing is sent."""
+    """The address from which this machine sends to others. Nothing is sent here."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, contextlib.suppress(OSError):
         s.connect(("10.255.255.255", 1))
         return s.getsockname()[0]
     return socket.gethostname()
-
-
-def _print(text: str) -> None:
-    print(f"vit_jax: {text}", file=sys.stderr, flush=True)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs of several processes: how they find each other, and how they stop together."""
+"""Jobs of several processes: how they connect, exchange values and fail together."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -15,27 +14,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vit_jax.runtime.cluster import Job, resolve
+from vit_jax.runtime.cluster import Job, find_job
 from vit_jax.runtime.cpu_devices import set_cpu_devices
 from vit_jax.runtime.rendezvous import rendezvous
 from vit_jax.utils.errors import UserError
 
-# Seconds that processes wait for each other at the start.
+# Seconds that processes wait for each other at the start of a job.
 START_TIMEOUT = 300
-_ENCODED_HOST = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Expected:
-    """What the devices of the job must be, or it does not start.
-
-    Attributes:
-      devices: how many, over all processes; None for any number.
-      platform: `cpu`, `gpu` or `tpu`; None for any.
-    """
-
-    devices: int | None = None
-    platform: str | None = None
 
 
 def initialize(
@@ -45,27 +30,30 @@ def initialize(
     *,
     local_device_ids: tuple[int, ...] | None = None,
     timeout: float = START_TIMEOUT,
-    expected: Expected | None = None,
+    expect_devices: int | None = None,
+    platform: str | None = None,
     cpu_devices: int | None = None,
 ) -> Job | None:
     """Joins the job, if there is one.
 
     Args:
-      coordinator: this and the next three: see `cluster.resolve`.
+      coordinator: this and the next three: see `cluster.find_job`.
       num_processes: of the job.
       process_id: of this process, from 0.
       local_device_ids: GPUs of this process.
       timeout: seconds to wait for the other processes.
-      expected: what the devices must be.
+      expect_devices: number of devices that the job must have; None for any.
+      platform: `cpu`, `gpu` or `tpu`, which the devices must be; None for any.
       cpu_devices: of a job of one process, if it runs on a CPU; None leaves it to JAX.
 
     Returns:
       How the processes found each other; None for a job of one process.
 
     Raises:
-      UserError: arguments are missing, processes don't come, or the devices are not as expected.
+      UserError: arguments are missing, other processes do not connect, or the devices are not as
+        expected.
     """
-    job = resolve(coordinator, num_processes, process_id, local_device_ids, os.environ)
+    job = find_job(coordinator, num_processes, process_id, local_device_ids, os.environ)
     if job is not None and job.coordinator is None and job.source == "flags":
         ids = ",".join(map(str, job.local_device_ids or ()))
         jax.config.update("jax_cuda_visible_devices", ids)
@@ -74,12 +62,12 @@ def initialize(
         _join(job, timeout)
     else:
         set_cpu_devices(cpu_devices)
-    check_devices(expected or Expected())
+    check_devices(expect_devices, platform)
     return job
 
 
 def _join(job: Job, timeout: float) -> None:
-    # Else JAX takes SIGTERM for itself, and a job would not end by it.
+    # Otherwise JAX handles SIGTERM itself, and a job would not end by it.
     jax.config.update("jax_enable_preemption_service", False)
     ids = list(job.local_device_ids) if job.local_device_ids else None
     try:
@@ -94,67 +82,69 @@ def _join(job: Job, timeout: float) -> None:
             job.num_processes,
             job.process_id,
             ids,
-            # Else JAX would fill in what is left out here on purpose, such as all GPUs.
+            # Otherwise JAX fills in what is left out here on purpose, such as all GPUs.
             cluster_detection_method="deactivate",
         )
     except (ValueError, RuntimeError) as e:
         raise UserError(f"--coordinator={job.coordinator or 'auto'}: {e}") from e
 
 
-def check_devices(expected: Expected) -> None:
-    """Raises `UserError` unless the job's devices are those expected."""
+def check_devices(expect_devices: int | None, platform: str | None) -> None:
+    """Raises `UserError` unless the job has that number and platform of devices; None is any."""
     try:
         devices = jax.devices()
     except RuntimeError as e:
         raise UserError(f"JAX finds no devices: {e}") from e
-    platform = devices[0].platform
     what = f"found {len(devices)} {devices[0].device_kind} in {jax.process_count()} process(es)"
-    if expected.platform not in (None, platform):
+    if platform not in (None, devices[0].platform):
         raise UserError(
-            f"--platform={expected.platform}: {what}; expected devices of that platform: is the "
+            f"--platform={platform}: {what}; expected devices of that platform: is the "
             "jax of this environment the one for them, and does no other program hold them?"
         )
-    if expected.devices not in (None, len(devices)):
+    if expect_devices not in (None, len(devices)):
         counts = Counter(d.process_index for d in devices)
         usual = Counter(counts.values()).most_common(1)[0][0]
         odd = [f"process {i} has {n}" for i, n in sorted(counts.items()) if n != usual][:4]
         raise UserError(
-            f"--expect_devices={expected.devices}: {what}, {usual} each"
+            f"--expect_devices={expect_devices}: {what}, {usual} each"
             + "".join(f", {text}" for text in odd)
             + "; expected as many as asked for: is a process or its --local_device_ids missing?"
         )
 
 
+def _gather_json(value: Any) -> list[Any]:
+    """The JSON values of all processes, which all have to call this."""
+    text = json.dumps(value).encode()
+    length = int(np.max(multihost_utils.process_allgather(np.asarray(len(text), np.int32))))
+    padded = np.frombuffer(text.ljust(length), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(-1, length)
+    return [json.loads(row.astype(np.uint8).tobytes()) for row in rows]
+
+
 def host_names() -> tuple[str, ...]:
-    """The machine of each process; all processes have to ask for it."""
-    name = socket.gethostname().encode()[:_ENCODED_HOST]
-    row = np.zeros(_ENCODED_HOST, np.uint8)
-    row[: len(name)] = np.frombuffer(name, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(row)).reshape(-1, _ENCODED_HOST)
-    return tuple(bytes(r).rstrip(b"\0").decode(errors="replace") for r in rows)
+    """The host name of each process. All processes have to call it."""
+    return tuple(_gather_json(socket.gethostname()))
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Makes sure that all processes were started alike.
+    """Checks that all processes were started with the same values. All of them have to call it.
 
     Args:
-      values: by dotted key, such as the flat config. All processes have to come here.
+      values: by dotted key, such as the flat config.
 
     Raises:
-      UserError: they differ; names the first keys that do.
+      UserError: they differ; the message has the first keys that do.
     """
     if jax.process_count() == 1:
         return
-    text = json.dumps(dict(values), sort_keys=True, default=str).encode()
-    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
+    text = json.dumps(dict(values), sort_keys=True, default=str)
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     digests = np.asarray(multihost_utils.process_allgather(digest))
     other = next((i for i, d in enumerate(digests) if (d != digests[0]).any()), None)
     if other is None:
         return
-    length = int(np.max(multihost_utils.process_allgather(np.asarray(len(text), np.int32))))
-    padded = np.frombuffer(text.ljust(length), np.uint8)
-    texts = np.asarray(multihost_utils.process_allgather(padded))
-    first, second = (json.loads(bytes(texts[i])) for i in (0, other))
+    texts = _gather_json(json.loads(text))
+    first, second = texts[0], texts[other]
     keys = [
         k for k in sorted(first.keys() | second.keys()) if first.get(k, "") != second.get(k, "")
     ]
@@ -167,9 +157,9 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 
 def sum_over_processes(*counts: int) -> list[int]:
-    """The sums of each process's counts; all processes have to ask for them.
+    """The sums of the counts of all processes, which all have to call this.
 
-    Between processes numbers go as float32, in which those above 2**24 are rounded.
+    Counts above 2**24 are rounded, since processes exchange float32.
     """
     if jax.process_count() == 1:
         return list(counts)
@@ -177,31 +167,27 @@ def sum_over_processes(*counts: int) -> list[int]:
 
 
 def gather_over_processes(*values: float) -> np.ndarray:
-    """The numbers of each process, float64 `[processes, values]`; all have to ask for them.
+    """The numbers of each process, float64 `[processes, values]`. All processes have to call it.
 
-    Between processes they go as float32.
+    Numbers have the precision of float32, in which processes exchange them.
     """
     gathered = np.asarray(multihost_utils.process_allgather(np.array(values, np.float32)))
     return gathered.astype(np.float64).reshape(-1, len(values))
 
 
 def broadcast_from_process_0(value: Any) -> Any:
-    """What process 0 has, a JSON value, in all processes; all have to ask for it."""
-    if jax.process_count() == 1:
-        return value
-    text = json.dumps(value).encode()
-    length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text), np.int32)))
-    # Whatever the others have: only its length counts.
-    padded = np.frombuffer(text.ljust(length)[:length], np.uint8)
-    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8)))
+    """The JSON value of process 0, in all processes. All of them have to call it."""
+    return value if jax.process_count() == 1 else _gather_json(value)[0]
 
 
 @contextlib.contextmanager
-def all_agree() -> Iterator[None]:
-    """All processes go on, or none does: one that stopped alone would leave the others waiting.
+def fail_together() -> Iterator[None]:
+    """Raises in all processes if the block raises `UserError` in one of them.
+
+    Otherwise the others would wait for a process that has ended.
 
     Raises:
-      UserError: that of the block, or of another process.
+      UserError: the error of the block, or one that names the process that failed.
     """
     error = None
     try:

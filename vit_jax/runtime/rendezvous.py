@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All processes of a job report to process 0 before JAX starts.
+"""All processes of a job connect to process 0 before JAX starts.
 
-JAX aborts a process whose peers don't come, without a word on which. Here every process gets to
-know who is missing, after a bounded wait.
+JAX aborts a process whose peers are missing, without naming them. Here each process reports which
+ones are missing, after a bounded wait.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ _MAX_LINE = 1 << 16
 
 
 def rendezvous(coordinator: str, num_processes: int, process_id: int, *, timeout: float) -> None:
-    """Returns in all processes once all of them are there.
+    """Returns in all processes once all of them have connected.
 
     Args:
-      coordinator: HOST:PORT at which process 0 can be reached; the port is free again afterwards.
+      coordinator: HOST:PORT of process 0; the port is free again afterwards.
       num_processes: of the job.
       process_id: of this process.
       timeout: seconds to wait.
 
     Raises:
-      UserError: processes are missing, two say that they are the same, or they disagree on how
-        many there are; in every process that could be reached.
+      UserError: processes are missing, two have the same number, or they disagree on how many
+        there are; in every process that could be reached.
     """
     host, port = check_address(coordinator)
     deadline = time.monotonic() + timeout
@@ -37,10 +37,7 @@ def rendezvous(coordinator: str, num_processes: int, process_id: int, *, timeout
         _report(host, port, num_processes, process_id, deadline=deadline, timeout=timeout)
         return
     try:
-        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-        server = socket.create_server(
-            ("", port), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=1024
-        )
+        server = listen(port)
     except OSError as e:
         raise UserError(
             f"--coordinator={coordinator}: process 0 can't listen on port {port} ({e.strerror}); "
@@ -48,6 +45,17 @@ def rendezvous(coordinator: str, num_processes: int, process_id: int, *, timeout
         ) from None
     with server:
         _wait_for_all(server, num_processes, deadline=deadline, timeout=timeout)
+
+
+def listen(port: int) -> socket.socket:
+    """A server on all addresses, of IPv6 too if the machine has it; port 0 takes a free one.
+
+    Raises:
+      OSError: the port is taken.
+    """
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=1024)
 
 
 def _wait_for_all(
@@ -67,14 +75,14 @@ def _wait_for_all(
                 "all to be started with the same --coordinator and --num_processes"
             )
             break
-        said = _read(connection)
-        if said is None:  # Something else that tries the port, such as a scanner.
+        message = _read(connection)
+        if message is None:  # Another program, such as a port scanner.
             connection.close()
             continue
-        index, name = said["process_id"], said["host"]
-        if said["num_processes"] != num_processes:
+        index, name = message["process_id"], message["host"]
+        if message["num_processes"] != num_processes:
             error = (
-                f"--num_processes={said['num_processes']} in process {index} ({name}), "
+                f"--num_processes={message['num_processes']} in process {index} ({name}), "
                 f"{num_processes} in process 0: expected the same"
             )
         elif index in present or not 0 < index < num_processes:
@@ -98,7 +106,7 @@ def _report(
         try:
             with socket.create_connection((host, port), timeout=left) as connection:
                 _send(connection, me)
-                # Process 0 may have begun to wait later than this one.
+                # Process 0 may have started to wait later than this one.
                 answer = _read(connection, timeout=left + timeout)
         except OSError as e:
             reason = e.strerror or str(e)
@@ -121,7 +129,7 @@ def _name(indices: list[int]) -> str:
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    # Whoever has gone by now is missed elsewhere: nobody waits without end.
+    # A process that has ended by now is noticed elsewhere: every wait is bounded.
     with contextlib.suppress(OSError):
         connection.sendall(json.dumps(message).encode() + b"\n")
 

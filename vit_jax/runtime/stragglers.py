@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names the process that the others wait for.
+"""Finds the process that the others wait for.
 
-A step is as fast as its slowest process, and none can tell by its own step time which that is: all
-wait in the same collectives. What a process waits for by itself is its data.
+A step is as fast as its slowest process, and step times do not show which one that is, since all
+processes wait in the same collectives. Only the wait for data differs between them.
 """
 
 import dataclasses
@@ -13,10 +13,11 @@ import jax
 
 from vit_jax.runtime.processes import gather_over_processes
 
-# Clearly slower: so many times the median of the others, and more by so much of all time. By the
-# first alone, waits that cost nothing would count; by the second, a dataset that is slow for all.
+# A straggler waits for its data this many times as long as the median of the others, and longer by
+# this share of all time. The ratio alone would report negligible waits, and the difference alone a
+# dataset that is slow for all processes.
 _TIMES, _SHARE = 1.5, 0.1
-# Comparisons from one naming of a process to the next.
+# Comparisons after which the same process is reported again.
 PAUSE = 20
 
 
@@ -27,7 +28,7 @@ class Straggler:
     Attributes:
       process: its number.
       wait: share of the time that it waits for its data.
-      others: the same of the others, by their median.
+      others: median of this share over the other processes.
     """
 
     process: int
@@ -36,10 +37,10 @@ class Straggler:
 
 
 def find_straggler(waits: Sequence[float]) -> Straggler | None:
-    """The slowest process, if it is clearly slower than the others; None if there is none.
+    """The slowest process, if it is clearly slower than the others; otherwise None.
 
     Args:
-      waits: by process, the share of the same time for which it waited for its data.
+      waits: share of the time that each process waited for its data.
     """
     if len(waits) < 2:
         return None
@@ -51,10 +52,10 @@ def find_straggler(waits: Sequence[float]) -> Straggler | None:
 
 
 class Stragglers:
-    """Compares the waits of this process with those of the others.
+    """Compares the data waits of the processes.
 
     Args:
-      seconds: gives the seconds that the main thread has spent so far, by phase.
+      seconds: returns the seconds that the main thread has spent so far, by phase.
     """
 
     def __init__(self, seconds: Callable[[], Mapping[str, float]]):
@@ -62,10 +63,11 @@ class Stragglers:
         self._seconds, self._before = seconds, None
 
     def compare(self) -> Straggler | None:
-        """Who was slower since the last call; all processes have to ask at the same step.
+        """The straggler since the last call. All processes have to call it at the same step.
 
-        None up to the second call, as the first time has compilation in it, and for a process that
-        was named less than `PAUSE` calls before.
+        Returns:
+          None up to the second call, since the first interval includes compilation, and for a
+          process that was reported less than `PAUSE` calls before.
         """
         if self._count == 1:
             return None

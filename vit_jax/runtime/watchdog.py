@@ -1,36 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ends a process that hangs, so that the job is started again rather than waiting for ever.
 
-Where one process of a job dies or stops, the others are told by `runtime.heartbeat`.
+`runtime.heartbeat` ends the other processes of the job.
 """
 
 import contextlib
 import dataclasses
 import faulthandler
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vit_jax.runtime.preemption import RUN_AGAIN
+from vit_jax.runtime.preemption import RUN_AGAIN, end_to_run_again, report
 from vit_jax.utils.errors import UserError
 
-# Seconds for what is written before the end: the workdir may be what hangs.
-_LAST_WORDS_S = 10.0
+# Seconds for the report before the process ends: the workdir may be what hangs.
+_REPORT_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Seconds after which a process counts as hung, by what it does; 0 for no limit.
+    """Seconds after which a process counts as hung, by phase; 0 for no limit.
 
     Attributes:
-      compile: from the start to the end of the first step, with data opened and state restored.
-      step: from one step to the next, with the wait for data.
-      save: for a checkpoint, as far as training waits for it.
-      evaluation: by all evaluators that are due.
-      peer: for which nothing is heard of another process of the job.
+      compile: from the start of the process to the end of the first step.
+      step: from one step to the next, including the wait for data.
+      save: time that training waits for a checkpoint.
+      evaluation: time of all evaluators that are due.
+      peer: time without a sign of life from another process of the job.
     """
 
     compile: float = 7200
@@ -46,14 +45,14 @@ class Limits:
 
 
 class Watchdog:
-    """Watches the main thread from one of its own. A context manager.
+    """Watches the main thread from another thread, within its context.
 
     Args:
-      limits: by phase.
-      watched: gives the phase of the main thread, and when it began, by `time.monotonic`.
-      workdir: that the stacks of all threads are written to, as `watchdog-PROCESS.txt`.
+      limits: seconds by phase.
+      watched: returns the phase of the main thread and the `time.monotonic` of its start.
+      workdir: the stacks of all threads are written to `watchdog-PROCESS.txt` in it.
       process: number of this process.
-      last_words: called, with the phase, before the process ends.
+      on_exit: called, with the phase, before the process ends.
     """
 
     def __init__(
@@ -63,11 +62,11 @@ class Watchdog:
         *,
         workdir: Path,
         process: int,
-        last_words: Callable[[str], None] = lambda _: None,
+        on_exit: Callable[[str], None] = lambda _: None,
     ):
         self._limits = dataclasses.asdict(limits)
         self._file = workdir / f"watchdog-{process}.txt"
-        self._process, self._last_words = process, last_words
+        self._process, self._on_exit = process, on_exit
         self._watched, self._not_before = watched, 0.0
         self._stop = threading.Event()
         positive = [limit for limit in self._limits.values() if limit]
@@ -88,7 +87,7 @@ class Watchdog:
         while not self._stop.wait(self._poll):
             now = time.monotonic()
             if now - last > 2 * self._poll + 1:
-                # This process was stopped itself, or the machine: what it waits for gets its time.
+                # The process or the machine was suspended: the time until now does not count.
                 self._not_before = now
             last = now
             phase, since = self._watched()
@@ -102,15 +101,12 @@ class Watchdog:
             f"watchdog.{phase}={self._limits[phase]:g}; ends with code {RUN_AGAIN}, to be started "
             "again"
         )
-        speaker = threading.Thread(target=self._speak, args=(words, phase), daemon=True)
-        speaker.start()
-        speaker.join(_LAST_WORDS_S)
-        os._exit(RUN_AGAIN)
+        end_to_run_again(lambda: self._report(words, phase), timeout=_REPORT_S)
 
-    def _speak(self, words: str, phase: str) -> None:
-        print(f"vit_jax: {words}", file=sys.stderr, flush=True)
+    def _report(self, words: str, phase: str) -> None:
+        report(words)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         with contextlib.suppress(OSError), open(self._file, "w") as file:
             print(words, file=file, flush=True)
             faulthandler.dump_traceback(file=file, all_threads=True)
-        self._last_words(phase)
+        self._on_exit(phase)

@@ -36,7 +36,7 @@ from vit_jax.parallel.sharding import find_large_copies
 from vit_jax.runtime.chips import find_chip
 from vit_jax.runtime.heartbeat import Heartbeat
 from vit_jax.runtime.preemption import Preempted, PreemptionGuard
-from vit_jax.runtime.processes import all_agree, host_names
+from vit_jax.runtime.processes import fail_together, host_names
 from vit_jax.runtime.watchdog import Watchdog
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.loop import take_steps
@@ -72,7 +72,7 @@ def train(
     """
     main_process = jax.process_index() == 0
     with PreemptionGuard() as guard, contextlib.ExitStack() as stack:
-        with all_agree():
+        with fail_together():
             experiment = (make_experiment or Experiment.from_config)(config)
             settings = experiment.settings
             if main_process:
@@ -124,12 +124,12 @@ def _watching(
         phases.watched,
         workdir=folder,
         process=jax.process_index(),
-        last_words=lambda phase: ledger.end(f"watchdog: {phase}"),
+        on_exit=lambda phase: ledger.end(f"watchdog: {phase}"),
     )
     heartbeat = Heartbeat(
         limits.peer,
         shared=(UserError, DivergedError, SaveError, Preempted, KeyboardInterrupt),
-        last_words=lambda what: ledger.end(f"lost: {what}"),
+        on_exit=lambda what: ledger.end(f"lost: {what}"),
     )
 
     def end(cause: str) -> None:
@@ -158,7 +158,7 @@ def _prepare(
 ) -> tuple[int, TrainState]:
     """Opens the data and restores the state; only then writes what the workdir holds of a run."""
     settings, main_process = experiment.settings, jax.process_index() == 0
-    with all_agree():
+    with fail_together():
         notes = experiment.objective.notes()
         # Every split that the run will need, so that a missing one is found at once.
         count_examples(experiment.train_data)
@@ -173,7 +173,7 @@ def _prepare(
             log_changes(before, checkpoints.run)
     _report_start(experiment, input_bytes, notes)
     start, state = restore(experiment, checkpoints)
-    with all_agree():
+    with fail_together():
         if main_process:
             write_config(folder, experiment.config)
             write_labels(folder, experiment.train_data.info.class_names)

@@ -134,7 +134,7 @@ class Services:
         Raises:
           DivergedError: the step before diverged.
         """
-        self._guard.has_progress()
+        self._guard.allow_saving()
         if log_is_due := self._log_is_due(step):
             metrics = metrics | {"data/corrupt": self._counts.corrupt}
         self._monitor.step(step, metrics, log=log_is_due)
