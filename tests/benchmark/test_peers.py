@@ -46,8 +46,11 @@ def test_each_peer_has_an_interpreter_and_a_program(peer):
 
 # A benchmark whose peers become ready and then do what they are told; it prints their process ids.
 BENCHMARK = '''
-import sys
+import signal, sys
 from benchmarks import {name} as benchmark, turns
+
+# A shell starts what is in the background with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Peer(turns.Peer):
     def __init__(self, command):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes `old_workdir/`: a run that old code began, and the parameters with which it ends it.
 
-It runs in a checkout of commit 8b3d310, with the packages of `requirements.lock` for Python 3.11:
+It runs in a checkout of commit 8b3d310, with the packages of `requirements.lock` for Python 3.11
+and with the flags of `tests/conftest.py`:
 
-PYTHONPATH=$PWD python PATH/TO/make_old_workdir.py
+PYTHONPATH=$PWD XLA_FLAGS=--xla_cpu_use_fusion_emitters=false python PATH/TO/make_old_workdir.py
 
 `workdir/` is what SIGTERM leaves at step 4 of 8. `params.npz` holds the parameters and their moving
 average (float32) at step 4 and at step 8, to which the same code continues, and the numerics of the
@@ -11,8 +12,9 @@ machine. The files stay as they are: they show that later code resumes what this
 """
 
 import contextlib
-import hashlib
 import os
+import platform
+import re
 import shutil
 import signal
 import tempfile
@@ -43,22 +45,15 @@ CONFIG = {
 def describe_numerics() -> str:
     """Returns a text that is equal on two machines if programs can be expected to give equal bits.
 
-    XLA chooses instructions, and with them the order of sums, by the CPU and by its own version and
-    flags.
+    The order of sums depends on the version of XLA, its flags and the instructions of the CPU.
     """
-    import jax
-    import jax.numpy as jnp
     import jaxlib
 
-    def loss(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        hidden = jax.nn.gelu(x @ kernel)
-        scores = jax.nn.softmax(hidden @ hidden.T)
-        return jnp.sum((scores @ hidden) ** 2) + jnp.sqrt(jnp.var(hidden))
-
-    x, kernel = jax.random.normal(jax.random.key(0), (2, 24, 24))
-    value = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, kernel)
-    digest = hashlib.sha256(b"".join(leaf.tobytes() for leaf in jax.tree.leaves(value)))
-    return f"jaxlib {jaxlib.__version__}, {os.environ['XLA_FLAGS'].strip()}, {digest.hexdigest()}"
+    flags = os.environ["XLA_FLAGS"].split()
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else platform.machine()
+    vectors = set(re.findall(r"\b(?:sse|ssse|avx|fma|f16c|bmi|amx)\w*", text))
+    return " ".join(["jaxlib", jaxlib.__version__, *sorted(flags), *sorted(vectors)])
 
 
 def main() -> None:
