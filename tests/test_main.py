@@ -195,6 +195,23 @@ def test_a_missing_tracker_is_refused_before_devices_are_looked_at(monkeypatch, 
     assert not (tmp_path / "run").exists()
 
 
+def test_the_config_file_is_executed_once(monkeypatch, tmp_path):
+    file, runs, configs = tmp_path / "counts.py", tmp_path / "runs", []
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        f"    with open({str(runs)!r}, 'a') as file:\n"
+        "        file.write('x')\n"
+        "    return ConfigDict({'seed': 1})\n"
+    )
+    monkeypatch.setattr(main_module, "_join_job", lambda _: None)
+    monkeypatch.setattr(main_module, "train", lambda config, *_, **__: configs.append(config))
+    with flagsaver.flagsaver(config=str(file), workdir=str(tmp_path / "w"), compile_cache="off"):
+        main_module.main(["main", "--config.seed=2"])
+    assert runs.read_text() == "x"
+    assert [config.to_dict() for config in configs] == [{"seed": 2}]
+
+
 def test_less_and_more_at_once_is_refused():
     with flagsaver.flagsaver(), pytest.raises(UserError, match="expected one of them"):
         main_module.parse_flags(["main", "--config=c", "--workdir=w", "--quiet", "--verbose"])
