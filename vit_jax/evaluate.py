@@ -32,6 +32,7 @@ from vit_jax.training.experiment import Experiment
 from vit_jax.utils.command import CommandParser, print_error, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, EVALS, RESULTS
+from vit_jax.utils.registry import trust_parts
 
 # Seconds between two looks into the workdir, and what the removal of a checkpoint may take.
 _POLL = 2.0
@@ -147,6 +148,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--timeout", type=float, default=3600, help="of --follow: seconds without a checkpoint"
     )
+    parser.add_parts()
     args = parser.parse_args(argv)
     if args.workdir is None and args.config is None:
         raise UserError("--workdir and --config are missing: expected one of them, or both")
@@ -196,6 +198,7 @@ def main(argv: Sequence[str]) -> int:
     """Evaluates, shows the results and appends them to a file; returns the exit code."""
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
+    trust_parts(args.parts)
     set_up(quiet=False, to_stderr=args.json)
     output = args.output or (args.workdir / RESULTS if args.workdir else None)
 

@@ -114,7 +114,7 @@ def explain(model: LoadedModel, paths: Sequence[str], names: Sequence[str]) -> l
     sections, views = [], []
     with ProgressLog("drawing", total=len(paths), unit="images") as progress:
         for path, image in zip(paths, images, strict=True):
-            view = lib.make_view(model, image)
+            view = lib.make_view(model, image) if {*names} - lib.OF_MODEL.keys() else None
             drawn = [lib.OF_IMAGE[name](model, view) for name in names if name in lib.OF_IMAGE]
             sections.append(Section(path, drawn, _classify(model, image)))
             if any(name in lib.OF_VIEWS for name in names):

@@ -30,6 +30,7 @@ from vit_jax.training.run import train
 from vit_jax.utils.command import INTERRUPTED, print_error, report_errors
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.nested import flatten_config
+from vit_jax.utils.registry import trust_parts
 
 _CONFIG = flags.DEFINE_string(
     "config",
@@ -69,6 +70,10 @@ _COMPILE_CACHE = flags.DEFINE_string(
     "compile_cache",
     None,
     "Folder of compiled programs; a folder below ~/.cache by default, 'off' for none.",
+)
+
+_PARTS = flags.DEFINE_string(
+    "parts", "", "Modules outside of vit_jax that weights may name, to import: my_models,my_ops."
 )
 
 _QUIET = flags.DEFINE_bool("quiet", False, "Show results, warnings and the end alone.")
@@ -129,6 +134,7 @@ def _check_trackers(config: Mapping[str, Any]) -> None:
 
 def main(argv: list[str]) -> None:
     """Called by absl with the flags parsed."""
+    trust_parts(_PARTS.value)
     overrides, _ = parse_overrides(argv[1:])
     config, error = ConfigDict(), None
     try:

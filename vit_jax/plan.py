@@ -32,9 +32,10 @@ from vit_jax.planning.plan import Plan, make_plan
 from vit_jax.planning.topologies import Topology, parse_topology
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import trust_parts
 
 # Arguments for the subprocesses that compile.
-_PASSED_ON = ("config", "topology", "num_slices", "num_classes", "image_size", "cache")
+_PASSED_ON = ("config", "topology", "num_slices", "num_classes", "image_size", "cache", "parts")
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -58,6 +59,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     add("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     add("--scale", type=_ints, help="chips to predict speeds for, such as 16,64,256")
     add("--cache", type=Path, default=search_lib.default_cache(), help="of compiled programs")
+    parser.add_parts()
     args = parser.parse_args(rest)
     if args.search and args.scale:
         raise UserError("--search and --scale: expected one of them")
@@ -78,6 +80,7 @@ def main(argv: Sequence[str]) -> None:
     # Nothing runs here: accelerators are not initialized, since others may be using them.
     jax.config.update("jax_platforms", "cpu")
     args, overrides = parse_arguments(argv)
+    trust_parts(args.parts)
     topology = parse_topology(args.topology, num_slices=args.num_slices)
     config = load_config(args.config, overrides).to_dict()
     config = reduce_for_planning(config, num_classes=args.num_classes, image_size=args.image_size)
@@ -143,7 +146,7 @@ def pass_on(args: argparse.Namespace, overrides: Mapping[str, Any]) -> list[str]
     """The arguments for a subprocess that compiles with further overrides."""
     given = {key: getattr(args, key) for key in _PASSED_ON}
     return [
-        *(f"--{key}={value}" for key, value in given.items() if value is not None),
+        *(f"--{key}={value}" for key, value in given.items() if value not in (None, "")),
         *(f"--config.{key}={value!r}" for key, value in overrides.items()),
     ]
 

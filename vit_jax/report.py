@@ -39,6 +39,7 @@ from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import REPORT
+from vit_jax.utils.registry import trust_parts
 
 # Least and most pixels of the longer side of a picture.
 _MIN_SIDE, _MAX_SIDE = 112, 224
@@ -189,6 +190,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max_images", type=int, default=2000, help="to predict; %(default)s")
     parser.add_argument("--pictures", type=int, default=12, help="of each kind; %(default)s")
     parser.add_argument("--no_predict", action="store_true", help="do not run the model")
+    parser.add_parts()
     args = parser.parse_args(argv)
     for key in ("max_images", "pictures"):
         if getattr(args, key) < 1:
@@ -247,6 +249,7 @@ def predict(
 def main(argv: Sequence[str]) -> None:
     """Writes the page."""
     args = parse_arguments(argv)
+    trust_parts(args.parts)
     set_up(quiet=False)
     config = read_config(args.workdir)
     predictions, sections = [], []

@@ -55,6 +55,7 @@ from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CONFIG
 from vit_jax.utils.metrics import lower_is_better
+from vit_jax.utils.registry import trust_parts
 
 RESULTS = "sweep.json"
 _NAME = re.compile(r"[\w+-][\w.,=+-]*")
@@ -142,7 +143,7 @@ def _name_trial(
 
 
 def make_trials(
-    config: str, sweep: str, overrides: Mapping[str, Any], workdir: Path
+    config: str, sweep: str, overrides: Mapping[str, Any], workdir: Path, *, parts: str = ""
 ) -> list[Trial]:
     """The runs of a sweep.
 
@@ -151,6 +152,7 @@ def make_trials(
       sweep: value of --sweep.
       overrides: of all runs; those of a single run take precedence.
       workdir: with a folder for each run.
+      parts: value of --parts.
 
     Raises:
       UserError: a file is missing or wrong, or a key is below a value.
@@ -159,6 +161,7 @@ def make_trials(
     for name, own in read_sweep(sweep):
         both = {**overrides, **own}
         words = [f"--config.{key}={_write_literal(value)}" for key, value in both.items()]
+        words += [f"--parts={parts}"] if parts else []
         arguments = (f"--config={config}", f"--workdir={workdir / name}", *words)
         trials.append(Trial(name, own, arguments, load_config(config, both).to_dict()))
     return trials
@@ -367,6 +370,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--no_check", action="store_true", help="do not check the configs: the data is elsewhere"
     )
+    parser.add_parts()
     args = parser.parse_args(argv)
     if args.emit and args.summarize:
         raise UserError(f"--emit={args.emit} and --summarize: expected one of them")
@@ -380,7 +384,8 @@ def main(argv: Sequence[str]) -> int:
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
     set_up(quiet=False, to_stderr=args.emit is not None)
-    trials = make_trials(args.config, args.sweep, overrides, args.workdir)
+    trust_parts(args.parts)
+    trials = make_trials(args.config, args.sweep, overrides, args.workdir, parts=args.parts)
     if not args.no_check and not args.summarize:
         check_trials(trials)
     if args.emit:

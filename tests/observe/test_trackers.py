@@ -124,7 +124,7 @@ def test_images_are_laid_side_by_side(count, size):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"trackers": "wandbb"}, "tracking.trackers: 'wandbb' is unknown; did you mean 'wandb'?"),
+        ({"trackers": "wandbb"}, "tracking.trackers='wandbb' is unknown; did you mean 'wandb'?"),
         ({"images": -1}, "tracking.images=-1: expected at least 0"),
         ({"histograms_every": -1}, "tracking.histograms_every=-1: expected at least 0"),
     ],

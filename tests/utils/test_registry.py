@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Config sections become keyword arguments, or one clear line."""
 
+import dataclasses
 from typing import Literal
 
 import pytest
 
+from vit_jax.utils import registry
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.registry import bind, check_type, lookup
+from vit_jax.utils.registry import (
+    bind,
+    check_type,
+    find_part,
+    find_parts,
+    is_part,
+    keywords,
+    lookup,
+    trust_parts,
+)
 
 
 def shape(*, width: int, color: Literal["red", "blue"] = "red", scale: float | None = None):
@@ -98,3 +109,162 @@ def test_values_that_do_not_fit(value, annotation):
 def test_unknown_name_lists_what_there_is():
     with pytest.raises(UserError, match=r"model\.name='zzz' is unknown; there is: mixer, vit"):
         lookup({"vit": 1, "mixer": 2}, "zzz", key="model.name")
+
+
+# What is in a module of a user.
+OUTSIDE = """
+from __future__ import annotations
+import dataclasses
+import os
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from nowhere import Unknown
+
+NUMBER = 3
+
+def make_box(*, width: int, color: str = "red", fill=os.getcwd):
+    return {"width": width, "color": color}
+
+def make_line(length: int, style: Unknown = None):
+    return (length, style)
+
+@dataclasses.dataclass
+class Dot:
+    size: int = 1
+
+    hidden = "a class attribute"
+
+def fails(*, why: str = "no"):
+    raise ValueError(f"because\\n{why}")
+"""
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """The folder of a module that nobody has named yet."""
+    monkeypatch.setattr(registry, "_trusted", set())
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "registry_parts.py").write_text(OUTSIDE)
+    return tmp_path
+
+
+def find(name, **options):
+    return find_part({"box": lookup}, name, key="model.name", **options)
+
+
+def refuse(name, *, key="model.name"):
+    with pytest.raises(UserError) as error:
+        find_part({}, name, key=key)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["m:f", "my_models:make_vit", "a.b.c:D"])
+def test_names_of_parts(name):
+    assert is_part(name)
+    assert find_parts(f"decode|{name}(3)|keep('image')") == [name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit", "folder:/data", "folder:../x", "blank:10", "mnist/config:1.0.0", "mnist:3.*.*", "a:b-c"]
+    + ["augreg:B/16", "a:", ":b", "a:b:c", "a.:b", ".a:b", "a b:c", "a:b.c", None, 3],
+)
+def test_other_names_are_not_those_of_parts(name):
+    assert not is_part(name)
+
+
+def test_a_module_is_imported_only_if_the_user_named_it(outside):
+    mark = outside / "imported"
+    (outside / "registry_parts.py").write_text(f"open({str(mark)!r}, 'w')")
+    message = refuse("registry_parts:make_box")
+    assert message == (
+        "model.name='registry_parts:make_box' is named by a file only: add --parts=registry_parts "
+        "to import it (in Python, parts=['registry_parts'])"
+    )
+    assert not mark.exists()
+
+
+def test_trust_in_a_package_is_trust_in_its_modules_and_not_the_other_way_round(outside):
+    for name in ("boxes", "boxes_too"):
+        (outside / name).mkdir()
+        (outside / name / "__init__.py").touch()
+        (outside / name / "square.py").write_text(OUTSIDE)
+    trust_parts("boxes.square")
+    assert "--parts=boxes.round" in refuse("boxes.round:make_box")
+    assert "--parts=boxes_too.square" in refuse("boxes_too.square:make_box")
+    assert find("boxes.square:make_box")(width=1) == {"width": 1, "color": "red"}
+    trust_parts(["boxes_too:anything"])
+    assert find("boxes_too.square:make_box")(width=1) == {"width": 1, "color": "red"}
+
+
+def test_a_part_is_checked_like_a_built_in_constructor(outside):
+    trust_parts("others, registry_parts")
+    make = find("registry_parts:make_box")
+    assert bind({"width": 2}, make, key="it") == [{"width": 2, "color": "red"}]
+    with pytest.raises(UserError) as error:
+        bind({"widht": 2}, make, key="it")
+    expected = "unknown config key it.widht (registry_parts:make_box); did you mean 'width'?"
+    assert str(error.value) == expected
+    with pytest.raises(UserError, match=r"it\.width \(registry_parts:make_box\) is missing"):
+        bind({}, make, key="it")
+    with pytest.raises(UserError, match=r"it\.width='a' is a str; expected int \(registry_parts:"):
+        bind({"width": "a"}, make, key="it")
+
+
+def test_plain_functions_and_dataclasses_are_parts_too(outside):
+    trust_parts("registry_parts")
+    line, dot = find("registry_parts:make_line"), find("registry_parts:Dot")
+    assert bind({"length": 2}, line, key="it") == [{"length": 2, "style": None}]
+    assert line(length=2, style="any") == (2, "any")
+    assert bind({}, dot, key="it") == [{"size": 1}]
+    assert dot.hidden == "a class attribute"
+    assert dataclasses.asdict(dot(size=3)) == {"size": 3}
+
+
+def test_a_flax_module_has_its_own_fields(outside):
+    trust_parts("registry_flax")
+    code = "import flax.linen as nn\nclass Net(nn.Module):\n    width: int\n"
+    (outside / "registry_flax.py").write_text(code)
+    assert list(keywords(find("registry_flax:Net"))) == ["width"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("registry_none:make", "there is no module registry_none: expected it to be installed"),
+        ("registry_parts.sub:make", "there is no module registry_parts.sub"),
+        ("registry_parts:make_bix", "registry_parts has no make_bix; did you mean 'make_box'?"),
+        ("registry_parts:NUMBER", "is a int; expected a function or a class"),
+        ("registry_syntax:make", "registry_syntax fails: SyntaxError: "),
+        ("registry_raises:make", "fails: ZeroDivisionError: division by zero (registry_raises.py"),
+        ("registry_needs:make", "registry_needs fails: ModuleNotFoundError: No module named 'nop'"),
+        ("registry_exits:make", "registry_exits fails: SystemExit: 3"),
+    ],
+)
+def test_what_can_not_be_imported_is_one_line(outside, name, message):
+    (outside / "registry_syntax.py").write_text("def make(:\n")
+    (outside / "registry_raises.py").write_text("\n1 / 0\n")
+    (outside / "registry_needs.py").write_text("import nop\n")
+    (outside / "registry_exits.py").write_text("import sys\nsys.exit(3)\n")
+    trust_parts(name)
+    line = refuse(name)
+    assert line.startswith(f"model.name={name!r}")
+    assert message in line
+
+
+def test_an_error_in_a_part_is_one_line_with_its_place(outside):
+    trust_parts("registry_parts")
+    with pytest.raises(UserError) as error:
+        find("registry_parts:fails")(why="so")
+    assert str(error.value) == (
+        "model.name='registry_parts:fails' failed with ValueError: because so (registry_parts.py:24)"
+    )
+    with pytest.raises(UserError, match=r"gives a dict; expected builtins\.int or builtins\.float"):
+        find("registry_parts:make_box", gives=(int, float))(width=1)
+
+
+def test_built_in_names_come_first_and_unknown_ones_list_what_there_is(outside):
+    assert find("box") is lookup
+    with pytest.raises(UserError, match=r"model\.name='bax' is unknown; did you mean 'box'"):
+        find("bax")

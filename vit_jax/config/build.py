@@ -6,7 +6,9 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import flax.linen as nn
 import jax
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -19,13 +21,12 @@ from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.kinds import EVALUATORS
 from vit_jax.models.block_config import Constrain
-from vit_jax.models.mixer import MlpMixer
+from vit_jax.models.interface import Model, check_outputs, find_grid
 from vit_jax.models.variants import MODELS
-from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives.base import Objective
 from vit_jax.objectives.kinds import OBJECTIVES
 from vit_jax.observe.console import log
-from vit_jax.optim.base_optimizers import BASE_OPTIMIZERS
+from vit_jax.optim.base_optimizers import BASE_OPTIMIZERS, BaseOptimizer
 from vit_jax.optim.optimizer import Optimizer, make_optimizer
 from vit_jax.optim.schedules import drop_other_units
 from vit_jax.parallel.mesh import check_batch_size, choose_layout, make_mesh
@@ -39,9 +40,7 @@ from vit_jax.utils.durations import (
     to_steps,
 )
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.registry import bind, check_type, keywords, lookup
-
-Model = VisionTransformer | MlpMixer
+from vit_jax.utils.registry import Part, bind, check_type, find_part, keywords
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +105,8 @@ def build_parts(
     mesh, strategy, mesh_args = _make_mesh(settings.mesh, devices)
     data = _make_data(settings.data, mesh)
     place = functools.partial(constrain, mesh=mesh, sequence_parallel=strategy.sequence_parallel)
-    headless = getattr(OBJECTIVES.get(settings.objective.get("name", "")), "headless", False)
+    _, make = _by_name(dict(settings.objective), OBJECTIVES, "supervised", key="objective")
+    headless = getattr(make, "headless", False)
     model, model_args = _make_model(
         model_section, data, mesh, place, headless=headless, float8=precision.float8
     )
@@ -174,10 +174,15 @@ _Section = dict[str, Any]
 
 
 def _by_name(
-    section: _Section, table: Mapping[str, Any], default: str, *, key: str
+    section: _Section, table: Mapping[str, Any], default: str, *gives: type, key: str
 ) -> tuple[str, Any]:
     name = section.pop("name", default)
-    return name, lookup(table, name, key=f"{key}.name")
+    return name, find_part(table, name, key=f"{key}.name", gives=gives)
+
+
+def _take(given: Mapping[str, Any], make: Any) -> dict[str, Any]:
+    """Those of the arguments that a constructor has."""
+    return {name: value for name, value in given.items() if name in keywords(make)}
 
 
 def _make_mesh(section: _Section, devices: Sequence[Any] | None) -> tuple[Mesh, Strategy, _Section]:
@@ -221,7 +226,9 @@ def _make_model(
     headless: bool,
     float8: bool,
 ) -> tuple[Model, _Section]:
-    name, make = _by_name(section, MODELS, "vit", key="model")
+    name, make = _by_name(section, MODELS, "vit", nn.Module, key="model")
+    if "num_classes" not in keywords(make):
+        raise UserError(f"model.name={name!r} has no argument num_classes, the width of its head")
     section.setdefault("num_classes", 0 if headless else data.info.num_classes)
     (args,) = bind(section, make, key="model", given=("constrain", "float8"))
     if headless and args["num_classes"]:
@@ -234,20 +241,25 @@ def _make_model(
             f"model.num_classes={args['num_classes']} is less than the {data.info.num_classes} "
             f"classes of {data}"
         )
-    model = make(**args, constrain=place, float8=float8)
-    model.grid(data.image_shape()[:2])
+    if float8 and "float8" not in keywords(make):
+        raise UserError(f"precision='float8': model.name={name!r} has no argument float8")
+    model = make(**args, **_take({"constrain": place, "float8": float8}, make))
+    if isinstance(make, Part):
+        check_outputs(model, name, data.image_shape())
+    find_grid(model, data.image_shape()[:2])
     for key in ("num_heads", "mlp_dim", "tokens_mlp_dim", "channels_mlp_dim"):
         size, parts = getattr(model, key, 0), mesh.shape["tensor"]
         if size % parts:
             raise UserError(f"mesh.tensor={parts} does not divide model.{key}={size}")
     # What the variant decides is written down as decided.
-    return model, {"name": name} | args | {"classifier": model.classifier}
+    decided = {"classifier": model.classifier} if "classifier" in args else {}
+    return model, {"name": name} | args | decided
 
 
 def _make_objective(
     section: _Section, model: Model, data: DatasetSpec
 ) -> tuple[Objective, _Section]:
-    name, make = _by_name(section, OBJECTIVES, "supervised", key="objective")
+    name, make = _by_name(section, OBJECTIVES, "supervised", Objective, key="objective")
     given = {
         "model": model,
         "num_classes": model.num_classes or data.info.num_classes,
@@ -255,7 +267,7 @@ def _make_objective(
         "multi_label": data.info.multi_label,
     }
     (args,) = bind(section, make, key="objective", given=tuple(given))
-    if "unpooled" in model.classifier:
+    if "unpooled" in getattr(model, "classifier", ""):
         raise UserError(
             f"model.classifier={model.classifier!r} classifies every token; expected 'token', "
             f"'gap' or 'map' for objective.name={name!r}"
@@ -265,22 +277,23 @@ def _make_objective(
             f"objective.loss='softmax' takes one label an example, and {data} has several: "
             "expected objective.loss='sigmoid'"
         )
-    taken = {key: value for key, value in given.items() if key in keywords(make)}
-    return make(**taken, **args), {"name": name} | args
+    return make(**_take(given, make), **args), {"name": name} | args
 
 
 def _make_optimizer(
     section: _Section, total_steps: int, clock: Clock, mesh: Mesh, objective: Objective
 ) -> tuple[Optimizer, _Section]:
-    name, base = _by_name(section, BASE_OPTIMIZERS, "adamw", key="optimizer")
+    gives = (BaseOptimizer, optax.GradientTransformation)
+    name, base = _by_name(section, BASE_OPTIMIZERS, "adamw", *gives, key="optimizer")
     given = ("base", "total_steps", "clock")
     args, base_args = bind(section, make_optimizer, base, key="optimizer", given=given)
     rules = {
         "freeze": (*args["freeze"], *objective.frozen),
         "lr_multipliers": (*args["lr_multipliers"], *objective.lr_multipliers()),
     }
+    made = base(**base_args)
     optimizer = make_optimizer(
-        base=base(**base_args),
+        base=made if isinstance(made, BaseOptimizer) else BaseOptimizer(made),
         total_steps=total_steps,
         clock=clock,
         **(args | rules),
@@ -357,7 +370,7 @@ def _make_evaluators(
             raise UserError(f"{key}: {name!r} can't be a name of metrics; try 'val'")
         check_type(section, dict, key=key)
         section, every_given = every(dict(section), key=key)
-        kind, make = _by_name(section, EVALUATORS, "classification", key=key)
+        kind, make = _by_name(section, EVALUATORS, "classification", Evaluator, key=key)
         given = ("name", "data", "objective", "mesh")
         data_args, args = bind(section, EvalData, make, key=key, given=given)
         data_args["batch_size"] = data_args["batch_size"] or train_data.batch_size
@@ -368,7 +381,8 @@ def _make_evaluators(
                 f"{key}.preprocess gives images of {data.image_shape()}, data.preprocess of "
                 f"{image_shape}: expected the same"
             )
-        evaluator = make(name=name, data=data, objective=objective, mesh=mesh, **args)
+        supplied = {"name": name, "data": data, "objective": objective, "mesh": mesh}
+        evaluator = make(**_take(supplied, make), **args)
         if evaluator.judges_head and (other := data_args["data_name"]) is not None:
             check_same_classes(
                 train_data.info, data.info, str(train_data), other, key=f"{key}.data_name"

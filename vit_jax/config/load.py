@@ -9,9 +9,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vit_jax.data.sources import KINDS
 from vit_jax.utils.errors import UserError, describe_error
+from vit_jax.utils.nested import flatten_config
+from vit_jax.utils.registry import find_parts, trust_parts
 
 _OVERRIDE = "--config."
+
+# The last words of keys that can name a part outside of this package.
+_NAMES = ("name", "data_name", "mixture", "preprocess", "trackers")
+
 _WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -37,15 +44,32 @@ def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
         raise UserError(f"--config={value}: {describe_error(e)}") from e
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={value}: get_config gives {config!r}; expected a ConfigDict")
+    trust_config(config)
     return override_config(config.to_dict(), overrides)
+
+
+def trust_config(config: Mapping[str, Any]) -> None:
+    """Allows to import the modules that a config of the user names, see `trust_parts`.
+
+    Args:
+      config: nested, or values by dotted key.
+    """
+    config = config.to_dict() if isinstance(config, ConfigDict) else config
+    for key, value in flatten_config(config).items():
+        if key.rpartition(".")[2] in _NAMES:
+            names = [name.partition(":") for name in find_parts(str(value))]
+            trust_parts(module for module, *_ in names if module not in KINDS)
 
 
 def override_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> ConfigDict:
     """Returns a copy of a config with other values of some dotted keys.
 
+    The values are the user's: see `trust_config`.
+
     Raises:
       UserError: a key lies below a value.
     """
+    trust_config(overrides)
     result = ConfigDict(config).to_dict()
     for key, override in overrides.items():
         *parents, leaf = key.split(".")

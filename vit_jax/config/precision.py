@@ -10,7 +10,7 @@ from typing import Any
 
 from vit_jax.optim.base_optimizers import BASE_OPTIMIZERS, Dtype
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.registry import keywords, lookup
+from vit_jax.utils.registry import find_part, keywords, lookup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def apply_precision(
 def _moment_keys(name: str, optimizer: Mapping[str, Any]) -> list[str]:
     """The arguments of the optimizer that are the dtype of a moment."""
     chosen = optimizer.get("name", "adamw")
-    base = lookup(BASE_OPTIMIZERS, chosen, key="optimizer.name")
+    base = find_part(BASE_OPTIMIZERS, chosen, key="optimizer.name")
     keys = [key for key, argument in keywords(base).items() if argument.annotation == Dtype]
     if not keys:
         raise UserError(

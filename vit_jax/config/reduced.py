@@ -52,7 +52,8 @@ def reduce_for_evaluation(config: Mapping[str, Any]) -> dict[str, Any]:
     re-initialised among them.
     """
     adapt = {k: v for k, v in (config.get("adapt") or {}).items() if k != "dont_load"}
-    return {**config, "adapt": adapt, "init_from": None, "checkpoint": None, "profile": None}
+    unused = dict.fromkeys(("init_from", "checkpoint", "profile", "tracking"))
+    return {**config, "adapt": adapt, **unused}
 
 
 def reduce_for_timing(config: Mapping[str, Any], *, steps: int) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from vit_jax.training.experiment import Experiment
 from vit_jax.training.previews import preview_first_batch
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import find_parts, trust_parts
 
 # Formats by file name ending.
 _ENDINGS = {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}
@@ -254,6 +255,7 @@ def main(argv: Sequence[str]) -> int:
     set_up(quiet=False)
     if args.num_threads < 1:
         raise UserError(f"--num_threads={args.num_threads}: expected at least 1")
+    trust_parts(find_parts(f"{args.SRC}|{args.preprocess}"))
     parse_preprocess(args.preprocess, key="--preprocess")
     dataset = find_dataset(args.SRC, data_dir=args.data_dir)
     source = dataset.open(args.split, key="--split")

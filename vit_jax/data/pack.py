@@ -41,6 +41,7 @@ from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import atomic_file, write_atomically
+from vit_jax.utils.registry import find_parts, trust_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +218,7 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"--{name}={value}: expected at least 1")
     if args.quality > 100:
         raise UserError(f"--quality={args.quality}: expected 1 to 100")
+    trust_parts(find_parts(args.SRC))
     dataset = find_dataset(args.SRC, data_dir=args.data_dir)
     info = dataset.info
     manifest = Manifest(

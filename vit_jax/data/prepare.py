@@ -9,11 +9,12 @@ Example:
 
 from collections.abc import Sequence
 
-from vit_jax.data.sources import KINDS
+from vit_jax.data.sources import KINDS, find_dataset
 from vit_jax.data.sources.tfds import TfdsDataset
 from vit_jax.observe.console import log, set_up
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import find_parts, trust_parts
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,11 +24,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--data_dir", help="where TFDS keeps its datasets")
     args = parser.parse_args(argv)
     set_up(quiet=False)
-    if args.NAME.partition(":")[0] in KINDS:
+    trust_parts(find_parts(args.NAME))
+    own = args.NAME.partition(":")[0] in KINDS
+    dataset = None if own else find_dataset(args.NAME, data_dir=args.data_dir)
+    if not isinstance(dataset, TfdsDataset):
         raise UserError(
             f"{args.NAME!r} is read as it is: only datasets of TFDS have to be prepared"
         )
-    dataset = TfdsDataset(args.NAME, args.data_dir)
     lengths = dataset.lengths
     log(f"{args.NAME} is prepared in {dataset.folder}")
     for split, length in lengths.items():

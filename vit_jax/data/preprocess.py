@@ -3,12 +3,13 @@
 
 import ast
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from vit_jax.data.ops import policies, transforms
 from vit_jax.data.ops.transforms import Op
 from vit_jax.utils.errors import UserError, suggest
-from vit_jax.utils.registry import check_type
+from vit_jax.utils.registry import check_type, import_part, is_part
 
 OPS = transforms.OPS | policies.OPS
 
@@ -41,15 +42,17 @@ def parse_preprocess(text: str, *, key: str) -> tuple[Op, ...]:
 
 
 def _parse_op(text: str, *, key: str) -> Op:
+    name, parenthesis, arguments = text.partition("(")
+    outside = is_part(name)
     try:
-        node = ast.parse(text, mode="eval").body
+        node = ast.parse(f"op{parenthesis}{arguments}" if outside else text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         node = None
     call = node if isinstance(node, ast.Call) else None
     func = call.func if call else node
     if not isinstance(func, ast.Name):
         raise UserError(f"{key}: can't read {text!r}: expected op or op(argument, name=argument)")
-    name = func.id
+    name = name if outside else func.id
     op = _find_op(name, text, key=key)
     signature = inspect.signature(op)
     try:
@@ -72,7 +75,9 @@ def _parse_op(text: str, *, key: str) -> Op:
         raise UserError(f"{key}: {text!r}: {e}") from None
 
 
-def _find_op(name: str, text: str, *, key: str) -> type[Op]:
+def _find_op(name: str, text: str, *, key: str) -> Any:
+    if is_part(name):
+        return import_part(name, key=key, gives=(Callable,))
     if name in _ELSEWHERE:
         raise UserError(f"{key}: {text!r} is no operation here: {_ELSEWHERE[name]}")
     if name not in OPS:
@@ -90,8 +95,10 @@ def _bind(signature: inspect.Signature, call: ast.Call | None) -> inspect.BoundA
     return signature.bind(*args, **kwargs)
 
 
-def _check_sign(value: Any, argument: str, op: type[Op], *, where: str) -> None:
+def _check_sign(value: Any, argument: str, op: Any, *, where: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if not hasattr(op, "may_be_zero"):  # A function outside of this package.
         return
     if argument in op.may_be_zero and value < 0:
         raise UserError(f"{where}: {argument}={value}: expected 0 or more")

@@ -102,7 +102,8 @@ def make_card(
       params: the parameters that were loaded, "raw" or "ema".
     """
     results = read_results(model, params=params)
-    kind = "Mixer" if model.arguments.get("name") == "mixer" else "Vision Transformer"
+    kind = model.arguments.get("name", "vit")
+    kind = {"mixer": "Mixer", "vit": "Vision Transformer"}.get(kind, f"`{kind}`")
     classes = f"{model.module.num_classes} classes" if model.classifies else "no classifier"
     parts = [
         _front_matter(model, formats, results, name=name, license_id=license_id),

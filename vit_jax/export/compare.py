@@ -58,7 +58,7 @@ def compare_outputs(
         differences.append(float(np.abs(found - expected).max()))
         scale = max(scale, float(np.abs(expected).max()))
     largest = float(np.max(differences))  # NaN if any difference is NaN.
-    allowed = _TOLERANCES[str(np.dtype(model.module.dtype))] * scale
+    allowed = _TOLERANCES[str(np.dtype(getattr(model.module, "dtype", np.float32)))] * scale
     line = f"{what}: read back; differs from the model by {largest:.2g} at most, of {scale:.3g}"
     if not largest <= allowed:
         raise UserError(f"{line}: expected {allowed:.2g} or less; nothing is written")

@@ -35,7 +35,7 @@ def write_onnx(path: Path, model: LoadedModel, layer: str) -> list[str]:
     """
     jax2onnx, runtime = _import_libraries()
     check_size(model, what="onnx")
-    dtype = np.dtype(model.module.dtype)
+    dtype = np.dtype(getattr(model.module, "dtype", np.float32))
     if dtype != np.float32:
         raise UserError(
             f"--to=onnx: this model computes in {dtype}, for which runtimes lack operations: "

@@ -15,6 +15,7 @@ from vit_jax.inference import attention as attention_lib
 from vit_jax.inference import draw
 from vit_jax.inference.model import LoadedModel
 from vit_jax.models.positions import FIXED_POSITIONS, fixed_positions
+from vit_jax.models.vit import VisionTransformer
 from vit_jax.utils.tree import flatten
 
 # Least pixels of the longer side of a tile in a sheet, and of a single picture.
@@ -23,6 +24,10 @@ _LARGE = 224
 _COMPONENTS = 28
 _MAX_POSITIONS = 14  # tiles in a row
 _QUERIES = 3  # query patches in a row of the similarity figure
+
+
+# The first layer of a hybrid, of a Vision Transformer and of a Mixer.
+_EMBEDDINGS = ("conv_root/kernel", "embedding/kernel", "stem/kernel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +76,7 @@ def make_view(model: LoadedModel, image: np.ndarray) -> View:
 
 def has_attention(model: LoadedModel) -> bool:
     """Whether the model is a Vision Transformer."""
-    return hasattr(model.module, "num_heads")
+    return isinstance(model.module, VisionTransformer)
 
 
 # Figures of the model
@@ -85,7 +90,7 @@ def draw_filters(model: LoadedModel) -> Figure:
         kernels = np.moveaxis(np.asarray(root), -1, 0)
         caption = "Each tile is a filter of the first convolution of the ResNet."
     else:
-        kernel = np.asarray(flat["embedding/kernel" if has_attention(model) else "stem/kernel"])
+        kernel = np.asarray(next(flat[path] for path in _EMBEDDINGS if path in flat))
         filters = kernel.reshape(-1, kernel.shape[-1]).T
         components, _ = attention_lib.principal_components(filters, _COMPONENTS)
         kernels = components.reshape(-1, *kernel.shape[:-1])
@@ -247,6 +252,10 @@ def find_impossible(model: LoadedModel) -> dict[str, str]:
         reasons |= dict.fromkeys(
             ("attention", "rollout", "distance"), "the model has no attention, as a Mixer"
         )
+    if not hasattr(model.module, "num_prefix_tokens") or "encoded" not in model.layers:
+        reasons |= dict.fromkeys(("similarity", "pca"), "the model gives no tokens of patches")
+    if not any(path in flatten(model.params) for path in _EMBEDDINGS):
+        reasons["filters"] = "the model embeds no patches by a convolution of a known name"
     kind: Any = getattr(model.module, "position_embedding", "none")
     if kind != "learned" and kind not in FIXED_POSITIONS:
         reasons["positions"] = "the model adds no position embeddings"

@@ -28,13 +28,14 @@ from vit_jax.checkpoint.workdir import find_step, read_config, read_labels
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.inference.images import Preparation, make_preparation
 from vit_jax.models.attention import ATTENTION_WEIGHTS
+from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives.base import Params
 from vit_jax.objectives.pixels import Pixels, check_pixels, normalize
 from vit_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, shard_batch
 from vit_jax.parallel.sharding import infer_shardings
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG
-from vit_jax.utils.registry import check_type
+from vit_jax.utils.registry import check_type, find_parts, trust_parts
 from vit_jax.utils.tree import flatten
 
 Loss = Literal["softmax", "sigmoid"]
@@ -75,8 +76,8 @@ class LoadedModel:
       image_shape: height, width and channels of the images that `preprocess` returns.
       notes: lines about the weights and how they were adapted.
       workdir: workdir of the run; None for other weights.
-      arguments: arguments of `make_vit` or `make_mixer` for this module, with `name` for the
-        latter, as far as they are known.
+      arguments: `name` and the arguments of its constructor for this module, as far as they are
+        known.
       module: Flax module, called as `module.apply({"params": params}, x, train=False)`.
       params: nested dict of arrays, copied to each device.
       preparation: implementation of `preprocess`.
@@ -208,7 +209,7 @@ class LoadedModel:
           UserError: the model has no attention, or the images have another shape or dtype.
         """
         images = self._check_images(images)
-        if not hasattr(self.module, "num_heads"):
+        if not isinstance(self.module, VisionTransformer):
             raise UserError("this model has no attention; expected a Vision Transformer")
         return np.asarray(self._attention(self.params, images))
 
@@ -236,7 +237,9 @@ class LoadedModel:
     @functools.cached_property
     def classifies(self) -> bool:
         """Whether the model has a trained head."""
-        return bool(self.module.num_classes) and bool(np.any(self.params["head"]["kernel"]))
+        # A model from outside of this package may have its head elsewhere.
+        kernel = self.params.get("head", {}).get("kernel")
+        return bool(self.module.num_classes) and (kernel is None or bool(np.any(kernel)))
 
     def check_classifies(self) -> None:
         """Raises `UserError` unless the model `classifies`."""
@@ -364,6 +367,7 @@ def load_model(
     model: Mapping[str, Any] | None = None,
     pixel_mean: Pixels | None = None,
     pixel_std: Pixels | None = None,
+    parts: Sequence[str] | str = (),
     devices: Sequence[Any] | None = None,
 ) -> LoadedModel:
     """Loads a trained model for use.
@@ -380,11 +384,15 @@ def load_model(
       model: overrides arguments of the model, such as `{"dtype": "bfloat16"}`.
       pixel_mean: replaces the mean of pixels in [0, 1] that the weights expect.
       pixel_std: replaces the divisor that the weights expect.
+      parts: modules outside of this package that the weights may name, such as `["my_models"]`. To
+        import a module is to run its code, so only these are imported.
       devices: devices to compute on; all by default.
 
     Raises:
       UserError: the weights cannot be read, or an argument does not fit them.
     """
+    trust_parts(parts)
+    trust_parts(find_parts(preprocess or ""))
     path, workdir = _locate(os.fspath(source), checkpoint, params)
     weights = load_pretrained(f"{path}:ema_params" if params == "ema" else path)
     config: dict[str, Any] = {"model": weights.model, "preprocess": weights.preprocess}
@@ -450,7 +458,7 @@ def _locate(source: str, checkpoint: int | str | None, params: str) -> tuple[str
 def _guess_size(weights: Weights, module: Any) -> tuple[int, int] | None:
     """Height and width of the images that fit a file's position embeddings, if they are square."""
     positions = weights.params.get(POSEMB)
-    if positions is None or not hasattr(module, "stride"):
+    if positions is None or not isinstance(module, VisionTransformer):
         return None
     patches = positions.shape[1] - module.num_class_tokens
     side = math.isqrt(max(patches, 0))

@@ -8,6 +8,7 @@ from typing import Any
 
 from vit_jax.inference.model import LoadedModel, load_model
 from vit_jax.observe.console import log
+from vit_jax.utils.command import CommandParser
 from vit_jax.utils.errors import UserError
 
 # Config keys that can be overridden, with the arguments of `load_model` that they set.
@@ -18,7 +19,7 @@ _OVERRIDES = {
 }
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
+def add_source(parser: CommandParser) -> None:
     """Adds the arguments that `load_source` reads."""
     group = parser.add_argument_group(
         "the model",
@@ -40,6 +41,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "--preprocess", help="in place of that of the run's evaluation: 'decode|resize(224)'"
     )
     group.add_argument("--labels", type=Path, help="file with a class name a line")
+    parser.add_parts()
 
 
 def load_source(args: argparse.Namespace, overrides: Mapping[str, Any]) -> LoadedModel:
@@ -81,6 +83,7 @@ def load_source(args: argparse.Namespace, overrides: Mapping[str, Any]) -> Loade
         params=args.params,
         preprocess=args.preprocess,
         class_names=None if args.labels is None else _read_names(args.labels),
+        parts=args.parts,
         **options,
     )
     log(f"model: {model.source}")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from vit_jax.models.block_config import unconstrained
+from vit_jax.models.interface import unsharded
 
 
 def forward_flops(model: nn.Module, image_size: tuple[int, ...]) -> int:
@@ -26,8 +26,7 @@ def forward_flops(model: nn.Module, image_size: tuple[int, ...]) -> int:
       model: a `VisionTransformer` or `MlpMixer`.
       image_size: (height, width) in pixels.
     """
-    # The mesh of a run may not divide a batch of one image.
-    model = model.clone(constrain=unconstrained)
+    model = unsharded(model)  # The mesh of a run may not divide a batch of one image.
     image = jnp.zeros((1, *image_size, 3))
     rng = jax.random.key(0)
     params = jax.eval_shape(lambda: model.init(rng, image, train=False))

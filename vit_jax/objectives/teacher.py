@@ -41,7 +41,7 @@ def load_teacher(
 
     Args:
       source: see `load_pretrained`.
-      student: the teacher has the same `dtype` and `constrain`.
+      student: a model; the teacher has the same `dtype` and `constrain`.
       num_classes: number of classes that the teacher must have.
       image_shape: height, width and channels; position embeddings are resized to fit.
 
@@ -51,8 +51,9 @@ def load_teacher(
     key = f"objective.teacher={source!r}"
     try:
         weights = load_pretrained(source)
-        model = rebuild_model(weights, dtype=student.dtype, constrain=student.constrain)
-        _check_classes(weights, num_classes)
+        run = {k: getattr(student, k) for k in ("dtype", "constrain") if hasattr(student, k)}
+        model = rebuild_model(weights, run=run)
+        _check_classes(weights, model.num_classes, num_classes)
         params, notes = fill_model(model, weights, image_shape)
     except UserError as e:
         raise UserError(f"{key}: {e}") from e
@@ -61,13 +62,10 @@ def load_teacher(
     return Teacher(model, params, mean, std, (*weights.notes, *notes))
 
 
-def _check_classes(weights: Weights, num_classes: int) -> None:
-    head = weights.params.get("head/kernel")
-    if head is None:
+def _check_classes(weights: Weights, theirs: int, ours: int) -> None:
+    if not theirs:
         raise UserError("it has no head; expected a classifier")
-    if head.shape[-1] != num_classes:
-        raise UserError(
-            f"it has {head.shape[-1]} classes and the student {num_classes}: expected the same"
-        )
-    if not np.any(head):
+    if theirs != ours:
+        raise UserError(f"it has {theirs} classes and the student {ours}: expected the same")
+    if not np.any(weights.params.get("head/kernel", 1)):
         raise UserError("its head is all zeros: it was published untrained; expected a classifier")

@@ -7,6 +7,7 @@ logged once, and the tracker is dropped. Keys and addresses are read from the en
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
@@ -23,10 +24,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from vit_jax.observe.console import log
-from vit_jax.utils.errors import UserError, first_line, suggest
+from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import TRACKERS_FILE
 from vit_jax.utils.nested import flatten_config
+from vit_jax.utils.registry import find_part, is_part
 
 # Calls that may wait for a tracker, and seconds that it may take at the end.
 _MAX_WAITING = 2000
@@ -59,8 +61,7 @@ class Tracking:
 
     def __post_init__(self) -> None:
         for name in self.names:
-            if name not in TRACKERS:
-                raise UserError(f"tracking.trackers: {name!r} is unknown{suggest(name, TRACKERS)}")
+            find_part(TRACKERS, name, key="tracking.trackers")
         for key in ("images", "histograms_every"):
             if getattr(self, key) < 0:
                 raise UserError(f"tracking.{key}={getattr(self, key)}: expected at least 0")
@@ -169,7 +170,7 @@ def check_trackers(tracking: Tracking) -> None:
     Raises:
       UserError: a tracker is not installed, or would ask for a key.
     """
-    for name in tracking.names:
+    for name in (name for name in tracking.names if not is_part(name)):
         if importlib.util.find_spec(name) is None:
             raise UserError(
                 f"tracking.trackers: {name!r} is not installed: pip install 'vit_jax[{name}]'"
@@ -256,8 +257,9 @@ class Trackers:
     ):
         values = make_hyperparameters(config)
         self._all = [
-            Background(name, lambda name=name: TRACKERS[name](tracking, workdir, values))
+            Background(name, functools.partial(make, tracking, workdir, values))
             for name in (tracking.names if active else ())
+            for make in [find_part(TRACKERS, name, key="tracking.trackers")]
         ]
 
     def __enter__(self) -> "Trackers":

@@ -70,7 +70,7 @@ def count_activations(experiment: Experiment) -> Activations:
     """Counts what the forward pass saves for the backward pass, for each image."""
     saved = _count_saved(experiment, experiment.objective)
     model: Any = experiment.model
-    if getattr(model, "remat", "none") == "none":
+    if getattr(model, "remat", "none") == "none" or not hasattr(model, "num_layers"):
         return saved
     # The activations of one block at a time exist again while it is recomputed.
     objective: Any = experiment.objective

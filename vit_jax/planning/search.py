@@ -22,6 +22,7 @@ import jax
 from vit_jax.config.load import override_config
 from vit_jax.config.reduced import without_mesh
 from vit_jax.models.flops import count_flops, train_flops
+from vit_jax.models.interface import find_grid
 from vit_jax.parallel.mesh import count_batch_shards
 from vit_jax.planning.memory import Activations, Memory, count_activations, estimate_memory
 from vit_jax.planning.plan import Plan
@@ -237,8 +238,9 @@ def _assess(
     # Sums of gradients over copies; gathers of bfloat16 parameters forward and backward, and
     # scattered sums, over shards; four sums of activations in each block over `tensor`.
     data = mesh["data"] // num_slices
-    tokens = math.prod(experiment.model.grid(experiment.train_data.image_shape()[:2])) + 1
-    width = getattr(experiment.model, "hidden_size", 0) * experiment.model.num_layers
+    grid = find_grid(experiment.model, experiment.train_data.image_shape()[:2])
+    tokens = math.prod(grid or (1,)) + 1
+    width = math.prod(getattr(experiment.model, key, 0) for key in ("hidden_size", "num_layers"))
     ici = (
         2 * params * (data - 1) / data
         + params * (fsdp - 1) * (2 * accum_steps + 1) / 2

@@ -23,12 +23,14 @@ from vit_jax.checkpoint.state import TrainState
 from vit_jax.config.build import Parts, build_parts
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.pipeline import train_batches
+from vit_jax.models.interface import find_grid
 from vit_jax.objectives.base import Params
 from vit_jax.observe.console import log
 from vit_jax.parallel.mesh import batch_sharding, process_shards, shard_batch
 from vit_jax.parallel.sharding import constrain, infer_shardings, scatter_gradients
 from vit_jax.training import step as step_lib
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import is_part
 
 # Fields of a model that are Flax's, or that do not change what it computes.
 _NO_PART_OF_A_MODEL = ("parent", "name", "constrain", "scan", "remat", "float8")
@@ -120,8 +122,8 @@ class Experiment(Parts):
         params, notes = adapt_params(
             weights,
             {name: x for name, x in initial.items() if name not in own},
-            target_grid=self.model.grid(self.train_data.image_shape()[:2]),
-            num_class_tokens=self.model.num_class_tokens,
+            target_grid=find_grid(self.model, self.train_data.image_shape()[:2]),
+            num_class_tokens=getattr(self.model, "num_class_tokens", 0),
             **self.settings.adapt,
         )
         own, more = fit_objective_params(weights, own)
@@ -137,17 +139,19 @@ class Experiment(Parts):
     @functools.cached_property
     def description(self) -> dict[str, Any]:
         """The model and its preprocessing as JSON, which each checkpoint holds."""
-        model = {
-            field.name: getattr(self.model, field.name)
-            for field in dataclasses.fields(self.model)
-            if field.name not in _NO_PART_OF_A_MODEL
-        }
+        settings, name = self.settings, self.settings.model["name"]
+        fields = [field.name for field in dataclasses.fields(self.model)]
+        # A constructor outside of this package may take other arguments than its module has.
+        stated = settings.model if is_part(name) else {k: getattr(self.model, k) for k in fields}
+        model = {k: v for k, v in stated.items() if k not in _NO_PART_OF_A_MODEL}
+        outside = is_part(name) or is_part(settings.objective["name"])
         evaluated = self.evaluators[0].data if self.evaluators else self.train_data
         return {
-            "model": {"name": self.settings.model["name"]} | model,
+            "model": {"name": name} | model,
+            **({"objective_params": self.objective.objective_params} if outside else {}),
             "preprocess": {
-                "mean": self.settings.objective.get("pixel_mean"),
-                "std": self.settings.objective.get("pixel_std"),
+                "mean": settings.objective.get("pixel_mean"),
+                "std": settings.objective.get("pixel_std"),
                 "image_size": self.train_data.image_shape()[:2],
                 "eval": evaluated.preprocess,
             },

@@ -20,6 +20,7 @@ from vit_jax.checkpoint.workdir import (
     write_run,
 )
 from vit_jax.config.build import count_examples
+from vit_jax.config.load import trust_config
 from vit_jax.data.fingerprint import fingerprint
 from vit_jax.data.pipeline import plan_buffers
 from vit_jax.evaluators.base import Evaluator
@@ -58,7 +59,7 @@ def train(
     """Trains what the config describes; resumes from the workdir's newest whole checkpoint.
 
     Args:
-      config: of the experiment.
+      config: of the experiment; modules outside of this package that it names are imported.
       workdir: folder for checkpoints, metrics and config; one experiment each.
       command: that was typed, to show what to do next; None where there was none.
       make_experiment: of the config, in place of `Experiment.from_config`: to train with a part
@@ -70,6 +71,7 @@ def train(
       SaveError: a checkpoint can't be written.
       Preempted: SIGTERM came; the state is saved.
     """
+    trust_config(config)
     main_process = jax.process_index() == 0
     with PreemptionGuard() as guard, contextlib.ExitStack() as stack:
         with fail_together():
@@ -235,7 +237,7 @@ def _report_start(
         rates=describe_rates(experiment.optimizer),
     )
     kind = experiment.mesh.devices.flat[0].device_kind
-    if experiment.model.float8 and not ((chip := find_chip(kind)) and chip.float8):
+    if getattr(experiment.model, "float8", False) and not ((chip := find_chip(kind)) and chip.float8):
         log(f"precision=float8: {kind} is not known to multiply in float8: emulated, and slow")
     for note in notes:
         log(note)

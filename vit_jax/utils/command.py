@@ -29,6 +29,12 @@ class CommandParser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
 
+    def add_parts(self) -> None:
+        """Adds `--parts`, whose modules the files that the command reads may name."""
+        self.add_argument(
+            "--parts", default="", metavar="MODULES", help="outside of vit_jax, to import: my_models"
+        )
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 

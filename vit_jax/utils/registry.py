@@ -4,15 +4,22 @@
 A config section holds the keyword arguments of one constructor (or of two that share the section)
 and `name`. So the signature of the constructor is the only list of keys and defaults, and its
 annotations define which values fit. All else is an error that names the key.
+
+A name with a colon, `my_package.my_module:make_thing`, is a constructor outside of this package. It
+is imported where a built-in name is looked up, and only if the user named its module himself.
 """
 
+import importlib
 import inspect
+import re
+import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.errors import UserError, describe_error, suggest
 
 # Fields that Flax adds to every module.
 _FLAX_FIELDS = {"parent", "name"}
@@ -25,10 +32,164 @@ def lookup(table: Mapping[str, Any], name: Any, *, key: str) -> Any:
     return table[name]
 
 
+# A dotted module, a colon and the name of one of its attributes.
+_PART = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
+# Not the end of a path.
+_IN_TEXT = re.compile(rf"(?<![^\s|,'\"(\[])(?:{_PART.pattern})(?!\w)")
+
+_trusted: set[str] = set()
+
+
+class Part:
+    """A constructor that was imported by its name, which its errors quote.
+
+    Its attributes and its signature are those of what was imported.
+
+    Args:
+      make: the function or class.
+      name: `module:attribute`.
+      key: the config key with the name, for errors.
+      gives: the classes of which one must be that of its results; none for any.
+    """
+
+    def __init__(self, make: Callable, *, name: str, key: str, gives: tuple[type, ...] = ()):
+        self.imported, self._name, self._gives = make, name, gives
+        self._where = f"{key}={name!r}"
+        try:
+            self.__signature__ = _read_signature(make)
+        except (TypeError, ValueError) as e:
+            raise UserError(f"{self._where} can't be called by name: {e}") from None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            made = self.imported(*args, **kwargs)
+        except UserError:
+            raise
+        except Exception as e:
+            raise UserError(f"{self._where} failed with {describe_error(e)}{_find_line(e)}") from e
+        if self._gives and not isinstance(made, self._gives):
+            expected = " or ".join(f"{c.__module__}.{c.__qualname__}" for c in self._gives)
+            raise UserError(f"{self._where} gives a {type(made).__name__}; expected {expected}")
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.imported, name)
+
+    def __str__(self) -> str:
+        return self._name
+
+
+def is_part(name: Any) -> bool:
+    """Whether a name is that of a constructor outside of this package: `module:attribute`."""
+    return isinstance(name, str) and _PART.fullmatch(name) is not None
+
+
+def find_parts(text: str) -> list[str]:
+    """The names `module:attribute` in a text, such as a line of preprocessing or a list."""
+    return _IN_TEXT.findall(text)
+
+
+def trust_parts(modules: Iterable[str] | str) -> None:
+    """Allows to import modules, and modules inside these if they are packages.
+
+    A file never makes code run. A config of a workdir and what a checkpoint describes are files
+    that others may have written, so the modules that they name are imported only if the user named
+    them too: in his own config, or by `--parts`. What he named is kept here for the whole process,
+    because names are looked up in many places that know nothing of their origin, such as lines of
+    preprocessing in the threads of a loader. A place that was forgotten refuses a name, and does
+    not import it.
+
+    Args:
+      modules: dotted names, or `module:attribute`; a text may hold several, separated by commas.
+    """
+    names = modules.split(",") if isinstance(modules, str) else modules
+    _trusted.update(name.partition(":")[0].strip() for name in names)
+
+
+def import_part(name: str, *, key: str, gives: tuple[type, ...] = ()) -> Part:
+    """Imports `module:attribute`.
+
+    Args:
+      name: of the part, for which `is_part` holds.
+      key: the config key with the name, for errors.
+      gives: see `Part`.
+
+    Raises:
+      UserError: the user did not name the module, it can't be imported, or has no such callable.
+    """
+    module, _, attribute = name.partition(":")
+    where = f"{key}={name!r}"
+    parents = module.split(".")
+    if _trusted.isdisjoint(".".join(parents[:n]) for n in range(1, len(parents) + 1)):
+        raise UserError(
+            f"{where} is named by a file only: add --parts={module} to import it (in Python, "
+            f"parts=[{module!r}])"
+        )
+    try:
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if e.name is None or not f"{module}.".startswith(f"{e.name}."):
+            raise UserError(f"{where}: {module} fails: {describe_error(e)}{_find_line(e)}") from e
+        raise UserError(
+            f"{where}: there is no module {e.name}: expected it to be installed, or its folder in "
+            "PYTHONPATH"
+        ) from e
+    except (Exception, SystemExit) as e:
+        raise UserError(f"{where}: {module} fails: {describe_error(e)}{_find_line(e)}") from e
+    make = getattr(imported, attribute, None)
+    if make is None:
+        own = [n for n, x in vars(imported).items() if getattr(x, "__module__", "") == module]
+        raise UserError(f"{where}: {module} has no {attribute}{suggest(attribute, own)}")
+    if not callable(make):
+        raise UserError(f"{where} is a {type(make).__name__}; expected a function or a class")
+    return Part(make, name=name, key=key, gives=gives)
+
+
+def find_part(
+    table: Mapping[str, Any], name: Any, *, key: str, gives: tuple[type, ...] = ()
+) -> Any:
+    """A constructor: that of a built-in name, or an imported one if the name has a colon.
+
+    Args:
+      table: the built-in constructors by name.
+      name: of the constructor.
+      key: the config key with the name, for errors.
+      gives: see `Part`.
+
+    Raises:
+      UserError: an unknown name; see `import_part` for others.
+    """
+    if is_part(name) and name not in table:
+        return import_part(name, key=key, gives=gives)
+    return lookup(table, name, key=key)
+
+
+def _read_signature(make: Callable) -> inspect.Signature:
+    try:
+        return inspect.signature(make, eval_str=True)
+    except Exception:  # An annotation that only type checkers can evaluate.
+        return inspect.signature(make)
+
+
+def _find_line(error: BaseException) -> str:
+    """The file and the line that raised an exception, in parentheses; empty if it is not known."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    frames = [f for f in frames if not f.filename.startswith("<")]
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
 def keywords(fn: Callable) -> dict[str, inspect.Parameter]:
-    """Returns the parameters of `fn` that a config may set: the keyword-only ones."""
-    parameters = inspect.signature(fn).parameters.values()
-    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    """Returns the parameters of `fn` that a config may set: the keyword-only ones.
+
+    Those of a `Part` may be positional too, as in dataclasses and Flax modules.
+    """
+    kinds = [inspect.Parameter.KEYWORD_ONLY]
+    if isinstance(fn, Part):
+        kinds.append(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    found = {p.name: p for p in inspect.signature(fn).parameters.values() if p.kind in kinds}
+    if isinstance(fn, Part) and found.keys() >= _FLAX_FIELDS:
+        found = {name: p for name, p in found.items() if name not in _FLAX_FIELDS}
+    return found
 
 
 def takes_options_of(target: Callable) -> Callable[[Callable], Callable]:
@@ -59,7 +220,8 @@ def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str,
       given: parameters that the caller passes, and a config may not set.
 
     Returns:
-      A list with one dict for each constructor, with defaults, as in the resolved config.
+      A list with one dict for each constructor, with defaults, as in the resolved config. A
+      default that no config can hold, such as a function, is left to the constructor.
 
     Raises:
       UserError: a key is unknown or missing, or a value has the wrong type.
@@ -67,15 +229,19 @@ def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str,
     allowed: dict[str, inspect.Parameter] = {}
     for fn in fns:
         allowed |= {n: p for n, p in keywords(fn).items() if n not in given}
+    part = "".join(f" ({fn})" for fn in fns if isinstance(fn, Part))
     values = {}
     for name, value in section.items():
         if name not in allowed:
-            raise UserError(f"unknown config key {key}.{name}{suggest(name, allowed)}")
+            raise UserError(f"unknown config key {key}.{name}{part}{suggest(name, allowed)}")
         annotation = allowed[name].annotation
         # The command line turns none into None, which here means the choice of that name.
         if value is None and not _fits(None, annotation) and "none" in _literals(annotation):
             value = "none"
-        check_type(value, annotation, key=f"{key}.{name}")
+        try:
+            check_type(value, annotation, key=f"{key}.{name}")
+        except UserError as e:
+            raise UserError(f"{e}{part}") from None
         values[name] = value
     bound = []
     for fn in fns:
@@ -84,10 +250,18 @@ def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str,
             if name in given:
                 continue
             if name not in section and parameter.default is parameter.empty:
-                raise UserError(f"{key}.{name} is missing, and has no default")
-            kwargs[name] = values.get(name, parameter.default)
+                raise UserError(f"{key}.{name}{part} is missing, and has no default")
+            if name in values or _is_plain(parameter.default):
+                kwargs[name] = values.get(name, parameter.default)
         bound.append(kwargs)
     return bound
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a config can hold a value."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | dict)
 
 
 def check_type(value: Any, annotation: Any, *, key: str) -> None:
@@ -135,6 +309,8 @@ def _fits(value: Any, annotation: Any) -> bool:
         if members[1:] == (...,):
             members = members[:1] * len(value)
         return len(value) == len(members) and all(map(_fits, value, members))
+    if not isinstance(origin or annotation, type):
+        return True  # An alias of a library, or an annotation that could not be evaluated.
     if isinstance(value, bool):
         return annotation is bool
     if annotation is float:

@@ -42,7 +42,7 @@ def adapt_params(
     weights: Weights,
     target: Mapping[str, Any],
     *,
-    target_grid: tuple[int, int],
+    target_grid: tuple[int, int] | None,
     num_class_tokens: int,
     dont_load: tuple[str, ...] = (),
     posemb_resize: Method = "bilinear",
@@ -63,7 +63,8 @@ def adapt_params(
     Args:
       weights: any float dtype.
       target: nested dict of the model's initialised parameters, arrays of any dtype.
-      target_grid: (rows, columns) of patches in the model's input.
+      target_grid: (rows, columns) of patches in the model's input; None for a model without
+        patches, whose position embeddings are never resized.
       num_class_tokens: tokens in front of the patches that have position embeddings.
       dont_load: regular expressions; each must match the whole path of a parameter.
       posemb_resize: how position embeddings are interpolated, see `resize_posemb`.
@@ -82,19 +83,20 @@ def adapt_params(
     for fit in (_fit_tokens, _fit_channels, _fit_patches):
         params, more = fit(params, initial)
         notes += more
-    params, more = _compute_posemb(
-        weights, params, initial, target_grid=target_grid, num_class_tokens=num_class_tokens
-    )
-    notes += more
-    params, more = _fit_posemb(
-        params,
-        initial,
-        source_grid=_find_grid(weights),
-        target_grid=target_grid,
-        num_class_tokens=num_class_tokens,
-        method=posemb_resize,
-    )
-    notes += more
+    if target_grid is not None:
+        params, more = _compute_posemb(
+            weights, params, initial, target_grid=target_grid, num_class_tokens=num_class_tokens
+        )
+        notes += more
+        params, more = _fit_posemb(
+            params,
+            initial,
+            source_grid=_find_grid(weights),
+            target_grid=target_grid,
+            num_class_tokens=num_class_tokens,
+            method=posemb_resize,
+        )
+        notes += more
     params, head_notes = _fit_head(params, initial)
     params, pre_logits_notes = _fit_pre_logits(params, initial)
     _check_fit(params, initial)
@@ -162,7 +164,8 @@ def fit_objective_params(
 def describe_objective_params(weights: Weights) -> list[str]:
     """Returns one line for each part of the weights that belongs to an objective."""
     names = {path.partition("/")[0] for path in weights.objective_params}
-    return [f"{name}: {OBJECTIVE_PARAMS[name]}: dropped" for name in sorted(names)]
+    reasons = {name: OBJECTIVE_PARAMS.get(name, "of the objective") for name in sorted(names)}
+    return [f"{name}: {reason}: dropped" for name, reason in reasons.items()]
 
 
 def _name(note: str) -> str:

@@ -1,37 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rebuilds the model of pretrained weights from their own description, without a config."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.checkpoint.pretrained.adapt import adapt_params
 from vit_jax.checkpoint.pretrained.weights import Weights
+from vit_jax.models.interface import find_grid
 from vit_jax.models.variants import MODELS
-from vit_jax.utils.registry import bind, keywords
+from vit_jax.utils.registry import bind, find_part, is_part, keywords
 
 # Arguments that change how a model runs, and not what it computes.
 _RUN = ("constrain", "scan", "remat", "float8")
 
 
-def rebuild_model(weights: Weights, **given: Any) -> Any:
+def rebuild_model(weights: Weights, *, run: Mapping[str, Any] | None = None, **given: Any) -> Any:
     """Returns the Flax module of the weights, with as many classes as their head; 0 without one.
 
     Args:
       weights: describe the model.
-      **given: arguments of `make_vit` or `make_mixer` that override the description.
+      run: arguments such as `dtype` and `constrain`, which are ignored if the model has no such.
+      **given: arguments of the constructor that override the description.
 
     Raises:
-      UserError: the model has no such argument, or its sizes are not known.
+      UserError: the model has no such argument, its sizes are not known, or it is defined in a
+        module outside of this package that the user has not named.
     """
-    make = MODELS[weights.model["name"]]
+    name = weights.model["name"]
+    make = find_part(MODELS, name, key="model.name", gives=(nn.Module,))
     known = keywords(make).keys() - set(_RUN)
     args = {name: value for name, value in weights.model.items() if name in known}
-    head = weights.params.get("head/kernel")
-    args["num_classes"] = 0 if head is None else head.shape[-1]
+    if not is_part(name):  # Others say how many classes they have, and name their head at will.
+        head = weights.params.get("head/kernel")
+        args["num_classes"] = 0 if head is None else head.shape[-1]
+    args |= {name: value for name, value in (run or {}).items() if name in keywords(make)}
     (args,) = bind(args | given, make, key="model")
     return make(**args)
 
@@ -60,6 +67,6 @@ def fill_model(
     return adapt_params(
         weights,
         jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes),
-        target_grid=model.grid(image_shape[:2]),
-        num_class_tokens=model.num_class_tokens,
+        target_grid=find_grid(model, image_shape[:2]),
+        num_class_tokens=getattr(model, "num_class_tokens", 0),
     )

@@ -22,6 +22,7 @@ from vit_jax.checkpoint.pretrained.weights import (
     unstack_blocks,
 )
 from vit_jax.utils.errors import UserError, describe_error
+from vit_jax.utils.registry import is_part
 from vit_jax.utils.tree import flatten
 
 # A note on which parameters were read, by the part that was asked for.
@@ -50,20 +51,18 @@ def read_run(folder: Path, *, part: str = "") -> Weights:
         path.startswith("params/") for path in flat
     ):  # Another program's train state.
         flat = {p.removeprefix("params/"): x for p, x in flat.items() if p.startswith("params/")}
-    own = {
-        path: np.asarray(x)
-        for path, x in flat.items()
-        if path.partition("/")[0] in OBJECTIVE_PARAMS
-    }
+    names = described.get("objective_params", OBJECTIVE_PARAMS)
+    own = {path: np.asarray(x) for path, x in flat.items() if path.partition("/")[0] in names}
     params = unstack_blocks({path: np.asarray(x) for path, x in flat.items() if path not in own})
-    model = infer_model(params)
+    stated = as_tuples(described.get("model", {}))
+    model = stated if is_part(stated.get("name")) else infer_model(params)
     if not model:
         names = ", ".join(sorted({path.partition("/")[0] for path in params})[:8])
         raise UserError(f"{folder}: expected a model of this package, but it holds {names}")
     return Weights(
         params=params,
         layout="vit_jax checkpoint" if described else "Orbax checkpoint",
-        model=model | as_tuples(described.get("model", {})),
+        model=model | stated,
         preprocess=as_tuples(described.get("preprocess", {})),
         objective_params=own,
         notes=(_WHICH[part],) if described and part in _WHICH else (),

@@ -3,8 +3,11 @@
 
 `folder:PATH`, `manifest:PATH` and `parquet:PATH` are the user's own, `packed:PATH` and `raw:PATH`
 are packed copies of a dataset, `blank:CLASSES` is generated; any other name is that of a TFDS
-dataset in `array_record` form. `digits` comes with the package.
+dataset in `array_record` form. `digits` comes with the package. `my_module:attribute` is a dataset
+from outside of it.
 """
+
+import functools
 
 from collections.abc import Callable
 
@@ -13,8 +16,9 @@ from vit_jax.data.sources.blank import blank_dataset
 from vit_jax.data.sources.files import folder_dataset, manifest_dataset
 from vit_jax.data.sources.packed import packed_dataset, raw_dataset
 from vit_jax.data.sources.parquet import parquet_dataset
-from vit_jax.data.sources.tfds import TfdsDataset
+from vit_jax.data.sources.tfds import TfdsDataset, is_builder
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import import_part, is_part
 
 # Prefixes of a name, each with a function from the rest of the name to the dataset.
 KINDS: dict[str, Callable[[str], Dataset]] = {
@@ -31,18 +35,30 @@ def find_dataset(name: str, *, data_dir: str | None) -> Dataset | TfdsDataset:
     """The dataset of a name.
 
     Args:
-      name: of a TFDS dataset, or one of `KINDS` with a path.
+      name: of a TFDS dataset, or one of `KINDS` with a path; or the name of a part with or without
+        a text after another colon: a TFDS builder, or a function from that text to a `Dataset`.
       data_dir: where TFDS keeps its datasets; None for its default.
 
     Raises:
       UserError: the path is missing, or has no such dataset.
     """
     kind, colon, path = name.partition(":")
+    if is_part(":".join(name.split(":")[:2])) and kind not in KINDS:
+        return _find_outside(name, data_dir)
     if not colon or kind not in KINDS:
         return TfdsDataset(name, data_dir)
     if not path:
         raise UserError(f"data.name={name!r}: expected {kind}:PATH")
     return KINDS[kind](path)
+
+
+@functools.cache
+def _find_outside(name: str, data_dir: str | None) -> Dataset | TfdsDataset:
+    module, attribute, *text = name.split(":", 2)
+    part = import_part(f"{module}:{attribute}", key="data.name", gives=(Dataset,))
+    if is_builder(part.imported):
+        return TfdsDataset(part.imported.name, data_dir)
+    return part(*text)
 
 
 def dataset_info(name: str, *, data_dir: str | None) -> DatasetInfo:

@@ -134,6 +134,11 @@ class TfdsSource(Source):
         return name.decode() if isinstance(name, bytes) else str(name)
 
 
+def is_builder(value: Any) -> bool:
+    """Whether a value is a class of builders, which TFDS finds by their `name` once it is defined."""
+    return isinstance(value, type) and issubclass(value, tfds.core.DatasetBuilder)
+
+
 @functools.cache
 def _builder(name: str, data_dir: str | None) -> Any:  # TFDS has no useful types.
     base = re.split("[/:]", name)[0]

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts from outside of the package: used by name, found again, imported only if the user said so."""
+
+import json
+import sys
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from tests.tiny import tiny_config
+from tests.trained import write_images
+from vit_jax import evaluate, predict
+from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.inference.model import load_model
+from vit_jax.training.experiment import Experiment
+from vit_jax.training.run import train
+from vit_jax.utils import registry
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import trust_parts
+
+MODELS = """
+import flax.linen as nn
+import jax.numpy as jnp
+
+class Net(nn.Module):
+    num_classes: int
+    width: int = 8
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = nn.relu(nn.Conv(self.width, (3, 3), (2, 2), name="decoder")(images)).mean(axis=(1, 2))
+        logits = nn.Dense(self.num_classes, name="classes")(x).astype(jnp.float32)
+        return logits, {"pre_logits": x, "logits": logits}
+
+def make_net(*, num_classes: int, variant: str):
+    return Net(num_classes, width={"small": 4, "large": 16}[variant])
+
+class Bare(Net):
+    def __call__(self, images, *, train):
+        return super().__call__(images, train=train)[0]
+
+class Wide(Net):
+    def __call__(self, images, *, train):
+        logits, out = super().__call__(images, train=train)
+        return logits[:, :3], out
+"""
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """A folder with modules of a user, who has named none of them."""
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    (folder / "parts_models.py").write_text(MODELS)
+    monkeypatch.syspath_prepend(folder)
+    forget(monkeypatch)
+    return folder
+
+
+def forget(monkeypatch):
+    """As in a new process."""
+    monkeypatch.setattr(registry, "_trusted", set())
+    for name in [name for name in sys.modules if name.startswith("parts_")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def config_of(data_dir, model, **changes):
+    config = tiny_config(data_dir, **changes)
+    with config.unlocked():
+        config.model = model
+    return config
+
+
+@pytest.fixture
+def trained(outside, tmp_path, data_dir, monkeypatch):
+    """The workdir of a model from outside, after which everything is forgotten."""
+    model = {"name": "parts_models:make_net", "variant": "small"}
+    train(config_of(data_dir, model, ema_decay=0.5), tmp_path / "run")
+    forget(monkeypatch)
+    return tmp_path / "run"
+
+
+def test_a_model_is_trained_and_found_again(trained, tmp_path, capsys, monkeypatch):
+    assert json.loads((trained / "config.json").read_text())["model"] == {
+        "name": "parts_models:make_net",
+        "num_classes": 10,
+        "variant": "small",
+    }
+    weights = load_pretrained(str(trained))
+    assert weights.model["name"] == "parts_models:make_net"
+    assert set(weights.params) == {
+        f"{module}/{leaf}" for module in ("decoder", "classes") for leaf in ("kernel", "bias")
+    }
+    image = write_images(tmp_path / "images", 1)[0]
+    for command, arguments in ((evaluate, []), (predict, [str(image)])):
+        with pytest.raises(UserError, match="--parts=parts_models"):
+            command.main([f"--workdir={trained}", *arguments])
+    assert "parts_models" not in sys.modules
+    assert evaluate.main([f"--workdir={trained}", "--parts=parts_models", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"val/top1", "val_ema/top1"} <= found.keys()
+    forget(monkeypatch)
+    model = load_model(trained, parts=["parts_models"])
+    images = np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3), np.uint8)
+    assert model.classifies and model.module.width == 4
+    assert model(images).logits.shape == (3, 10)
+    assert model.features(images, "pre_logits").shape == (3, 4)
+
+
+def test_the_same_name_resumes_and_another_is_refused(trained, data_dir):
+    def start(**model):
+        model = {"name": "parts_models:make_net", "variant": "small"} | model
+        train(config_of(data_dir, model, ema_decay=0.5, total_steps=12), trained)
+
+    with pytest.raises(UserError, match="config.model.variant is 'small' there and 'large' here"):
+        start(variant="large")
+    start()
+    steps = [json.loads(line)["step"] for line in (trained / "metrics.jsonl").open()]
+    assert {4, 8, 12} <= set(steps)
+
+
+def test_a_teacher_is_from_outside(trained, tmp_path, data_dir):
+    config = tiny_config(data_dir, objective={"name": "distillation", "teacher": str(trained)})
+    with pytest.raises(UserError, match=r"objective\.teacher=.*--parts=parts_models"):
+        Experiment.from_config(config).objective.constants()
+    trust_parts("parts_models")
+    assert Experiment.from_config(config).objective.constants()["teacher"].keys() == {
+        "classes",
+        "decoder",
+    }
+
+
+def test_parameters_from_a_run_are_adapted(trained, data_dir):
+    trust_parts("parts_models")
+    model = {"name": "parts_models:make_net", "variant": "small"}
+    experiment = Experiment.from_config(config_of(data_dir, model, init_from=str(trained)))
+    weights = load_pretrained(str(trained))
+    state = experiment.init_state()
+    np.testing.assert_array_equal(
+        state.params["classes"]["kernel"], weights.params["classes/kernel"]
+    )
+
+
+def test_defaults_that_no_config_can_hold_are_left_to_the_constructor(outside, data_dir):
+    trust_parts("parts_models")
+    experiment = Experiment.from_config(config_of(data_dir, {"name": "parts_models:Net"}))
+    assert experiment.config["model"] == {
+        "name": "parts_models:Net",
+        "num_classes": 10,
+        "width": 8,
+    }
+    assert isinstance(experiment.model, nn.Module)
+    assert experiment.description["model"] == experiment.config["model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("parts_models:Bare", "expected (logits, out), and 'pre_logits' and 'logits' in"),
+        ("parts_models:Wide", "expected logits [batch, 10]"),
+        ("parts_models:jnp", "is a module; expected a function or a class"),
+        ("builtins:dict", "can't be called by name"),
+        ("parts_models:nn", "is a module"),
+    ],
+)
+def test_a_model_that_gives_something_else_is_refused(outside, data_dir, name, message):
+    trust_parts(["parts_models", "builtins"])
+    with pytest.raises(UserError) as error:
+        Experiment.from_config(config_of(data_dir, {"name": name}))
+    assert str(error.value).startswith(f"model.name={name!r}")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "config.json"])
+def test_a_hostile_workdir_runs_no_code(trained, tmp_path, outside, monkeypatch, where):
+    mark = tmp_path / "was here"
+    (outside / "parts_hostile.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    files = [trained / "config.json"]
+    if where == "checkpoint":
+        files = list(trained.glob("checkpoints/*/description/metadata"))
+        for manifest in trained.glob("checkpoints/*/manifest.json"):
+            manifest.unlink()
+    assert files
+    image = write_images(tmp_path / "images", 1)[0]
+    for file in files:
+        file.write_text(file.read_text().replace("parts_models:make_net", "parts_hostile:make"))
+    commands = (
+        lambda: load_model(trained, parts=["parts_models"]),
+        lambda: evaluate.main([f"--workdir={trained}", "--parts=parts_models"]),
+        lambda: predict.main([f"--workdir={trained}", "--parts=parts_models", str(image)]),
+    )
+    for command in commands:
+        try:
+            command()
+        except UserError as e:
+            assert "--parts=parts_hostile" in str(e)
+    assert not mark.exists()
+    assert "parts_hostile" not in sys.modules
+    # It would have run, had the user named it.
+    with pytest.raises(UserError):
+        load_model(trained, parts="parts_hostile") if where == "checkpoint" else evaluate.main(
+            [f"--workdir={trained}", "--parts=parts_hostile"]
+        )
+    assert mark.exists()
