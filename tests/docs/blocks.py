@@ -90,6 +90,12 @@ class Block:
         return self.language in _SHELL or (not self.language and bool({*first} & {*_COMMANDS}))
 
     @property
+    def module(self) -> str | None:
+        """The name of the file that the block is, by its first line."""
+        first = re.match(r"# (\w+\.py)\n", self.text)
+        return first[1] if first and self.language == "python" else None
+
+    @property
     def is_program(self) -> bool:
         return self.language == "python" and "import vit_jax" in self.text
 
@@ -112,6 +118,13 @@ def read_blocks(page: Path) -> list[Block]:
         elif start is None and line:
             assert not marks, f"{page.name}:{number}: {marks} stands before no block"
     return blocks
+
+
+def write_modules(page: Path, folder: Path) -> None:
+    """Writes the modules that a page shows into a folder."""
+    for block in read_blocks(page):
+        if block.module:
+            (folder / block.module).write_text(f"{block.text}\n")
 
 
 def inline_commands(page: Path) -> list[str]:

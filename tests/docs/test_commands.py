@@ -22,6 +22,7 @@ from tests.docs.blocks import (
     named_keys,
     read_blocks,
     split_commands,
+    write_modules,
 )
 from vit_jax.utils.errors import UserError
 
@@ -37,6 +38,17 @@ WORKDIRS = {
 # What all pages may start from: the first command of README, run to its end.
 DIGITS = ["--config=configs/digits.py", "--workdir=runs/digits"]
 BLOCK_SECONDS = 1800
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules(tmp_path_factory):
+    """The modules that pages show can be imported."""
+    folder = tmp_path_factory.mktemp("modules")
+    for page in PAGES:
+        write_modules(page, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
@@ -136,6 +148,7 @@ def make_env(checkout: Path, home: Path) -> dict[str, str]:
 @pytest.mark.parametrize("page", dict.fromkeys(b.page for b in RUN), ids=lambda page: page.name)
 def test_commands_run_as_they_stand(page, home, tmp_path):
     checkout = make_checkout(tmp_path / "checkout")
+    write_modules(page, checkout)
     shutil.copytree(home / "checkout" / "runs", checkout / "runs")
     # Programs that run for a moment are compiled faster than well.
     env = make_env(checkout, home) | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}

@@ -167,8 +167,12 @@ def test_names_of_parts(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["vit", "folder:/data", "folder:../x", "blank:10", "mnist/config:1.0.0", "mnist:3.*.*", "a:b-c"]
-    + ["augreg:B/16", "a:", ":b", "a:b:c", "a.:b", ".a:b", "a b:c", "a:b.c", None, 3],
+    [
+        *("vit", "folder:/data", "folder:../x", "blank:10", "augreg:B/16", "mnist:3.*.*"),
+        *("mnist/config:1.0.0", "a:b-c", "a:", ":b", "a:b:c", "a.:b", ".a:b", "a b:c", "a:b.c"),
+        None,
+        3,
+    ],
 )
 def test_other_names_are_not_those_of_parts(name):
     assert not is_part(name)
@@ -257,9 +261,8 @@ def test_an_error_in_a_part_is_one_line_with_its_place(outside):
     trust_parts("registry_parts")
     with pytest.raises(UserError) as error:
         find("registry_parts:fails")(why="so")
-    assert str(error.value) == (
-        "model.name='registry_parts:fails' failed with ValueError: because so (registry_parts.py:24)"
-    )
+    line = "'registry_parts:fails' failed with ValueError: because so (registry_parts.py:24)"
+    assert str(error.value) == f"model.name={line}"
     with pytest.raises(UserError, match=r"gives a dict; expected builtins\.int or builtins\.float"):
         find("registry_parts:make_box", gives=(int, float))(width=1)
 

@@ -237,7 +237,8 @@ def _report_start(
         rates=describe_rates(experiment.optimizer),
     )
     kind = experiment.mesh.devices.flat[0].device_kind
-    if getattr(experiment.model, "float8", False) and not ((chip := find_chip(kind)) and chip.float8):
+    float8 = getattr(experiment.model, "float8", False)
+    if float8 and not ((chip := find_chip(kind)) and chip.float8):
         log(f"precision=float8: {kind} is not known to multiply in float8: emulated, and slow")
     for note in notes:
         log(note)

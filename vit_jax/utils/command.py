@@ -32,7 +32,10 @@ class CommandParser(argparse.ArgumentParser):
     def add_parts(self) -> None:
         """Adds `--parts`, whose modules the files that the command reads may name."""
         self.add_argument(
-            "--parts", default="", metavar="MODULES", help="outside of vit_jax, to import: my_models"
+            "--parts",
+            default="",
+            metavar="MODULES",
+            help="outside of vit_jax, to import: my_models",
         )
 
     def error(self, message: str) -> NoReturn:

@@ -8,7 +8,6 @@ from outside of it.
 """
 
 import functools
-
 from collections.abc import Callable
 
 from vit_jax.data.sources.base import Dataset, DatasetInfo, Source

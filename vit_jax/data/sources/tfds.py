@@ -135,7 +135,7 @@ class TfdsSource(Source):
 
 
 def is_builder(value: Any) -> bool:
-    """Whether a value is a class of builders, which TFDS finds by their `name` once it is defined."""
+    """Whether a value is a class of builders, which TFDS then finds by its `name`."""
     return isinstance(value, type) and issubclass(value, tfds.core.DatasetBuilder)
 
 
