@@ -150,8 +150,8 @@ class Experiment(Parts):
             "model": {"name": name} | model,
             **({"objective_params": self.objective.objective_params} if outside else {}),
             "preprocess": {
-                "mean": settings.objective.get("pixel_mean"),
-                "std": settings.objective.get("pixel_std"),
+                "mean": settings.objective.get("pixel_mean", 0.5),
+                "std": settings.objective.get("pixel_std", 0.5),
                 "image_size": self.train_data.image_shape()[:2],
                 "eval": evaluated.preprocess,
             },

@@ -41,7 +41,8 @@ def _augment(experiment: Experiment, batch: Mapping[str, Any]) -> np.ndarray:
     rng, _ = jax.random.split(step_rng(experiment.settings.seed, 0))
     images = experiment.objective.augment(dict(batch), rng)["image"]
     args = experiment.settings.objective
-    pixels = np.asarray(images) * args["pixel_std"] + args["pixel_mean"]
+    mean, std = (args.get(key, 0.5) for key in ("pixel_mean", "pixel_std"))
+    pixels = np.asarray(images) * std + mean
     return np.round(255 * pixels.clip(0, 1)).astype(np.uint8)
 
 
