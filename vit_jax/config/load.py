@@ -48,7 +48,7 @@ def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
     return override_config(config.to_dict(), overrides)
 
 
-def trust_config(config: Mapping[str, Any]) -> None:
+def trust_config(config: ConfigDict | Mapping[str, Any]) -> None:
     """Allows to import the modules that a config of the user names, see `trust_parts`.
 
     Args:

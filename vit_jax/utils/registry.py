@@ -52,7 +52,7 @@ class Part:
       gives: the classes of which one must be that of its results; none for any.
     """
 
-    def __init__(self, make: Callable, *, name: str, key: str, gives: tuple[type, ...] = ()):
+    def __init__(self, make: Callable, *, name: str, key: str, gives: tuple[Any, ...] = ()):
         self.imported, self._name, self._gives = make, name, gives
         self._where = f"{key}={name!r}"
         try:
@@ -106,7 +106,7 @@ def trust_parts(modules: Iterable[str] | str) -> None:
     _trusted.update(name.partition(":")[0].strip() for name in names)
 
 
-def import_part(name: str, *, key: str, gives: tuple[type, ...] = ()) -> Part:
+def import_part(name: str, *, key: str, gives: tuple[Any, ...] = ()) -> Part:
     """Imports `module:attribute`.
 
     Args:
@@ -145,9 +145,7 @@ def import_part(name: str, *, key: str, gives: tuple[type, ...] = ()) -> Part:
     return Part(make, name=name, key=key, gives=gives)
 
 
-def find_part(
-    table: Mapping[str, Any], name: Any, *, key: str, gives: tuple[type, ...] = ()
-) -> Any:
+def find_part(table: Mapping[str, Any], name: Any, *, key: str, gives: tuple[Any, ...] = ()) -> Any:
     """A constructor: that of a built-in name, or an imported one if the name has a colon.
 
     Args:

@@ -56,7 +56,7 @@ def _find_outside(name: str, data_dir: str | None) -> Dataset | TfdsDataset:
     module, attribute, *text = name.split(":", 2)
     part = import_part(f"{module}:{attribute}", key="data.name", gives=(Dataset,))
     if is_builder(part.imported):
-        return TfdsDataset(part.imported.name, data_dir)
+        return TfdsDataset(part.name, data_dir)
     return part(*text)
 
 
