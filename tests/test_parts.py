@@ -14,6 +14,10 @@ from tests.trained import write_images
 from vit_jax import evaluate, predict, report
 from vit_jax.checkpoint.manifest import write_manifest
 from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.config.load import trust_config
+from vit_jax.data.ops.transforms import apply
+from vit_jax.data.preprocess import parse_preprocess
+from vit_jax.data.sources import find_dataset
 from vit_jax.inference.model import load_model
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.run import train
@@ -49,13 +53,54 @@ class Wide(Net):
         return logits[:, :3], out
 """
 
+OPS = """
+import cv2
+from vit_jax.data.ops.transforms import Transform
+
+class Blur(Transform):
+    def __init__(self, size: int):
+        if size > 9:
+            raise ValueError("too much")
+        self.size = size
+
+    def __call__(self, features):
+        return features | {"image": cv2.blur(features["image"], (self.size, self.size))}
+
+def shift(by: int = 0):
+    return lambda features: features | {"image": features["image"] + by}
+
+def nothing():
+    return None
+"""
+
+DATA = """
+import numpy as np
+from vit_jax.data.sources.base import Dataset, DatasetInfo, Records
+
+class Grey(Records):
+    def read(self, row):
+        return np.full((8, 8, 3), row, np.uint8)
+
+    def describe(self, row):
+        return f"grey[{row}]"
+
+def make_grey(count="20"):
+    rows = np.arange(int(count))
+    info = DatasetInfo(2, (8, 8, 3))
+    return Dataset("grey", info, Grey(), (rows % 2).astype(np.int32), {"train": rows})
+
+def make_list():
+    return [1]
+"""
+
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
     """A folder with modules of a user, who has named none of them."""
     folder = tmp_path / "outside"
     folder.mkdir()
-    (folder / "parts_models.py").write_text(MODELS)
+    for name, code in (("models", MODELS), ("ops", OPS), ("data", DATA)):
+        (folder / f"parts_{name}.py").write_text(code)
     monkeypatch.syspath_prepend(folder)
     forget(monkeypatch)
     return folder
@@ -174,6 +219,68 @@ def test_a_model_that_gives_something_else_is_refused(outside, data_dir, name, m
         Experiment.from_config(config_of(data_dir, {"name": name}))
     assert str(error.value).startswith(f"model.name={name!r}")
     assert message in str(error.value)
+
+
+def test_operations_are_from_outside(outside):
+    line = "parts_ops:Blur(3)|parts_ops:shift(by=2) | parts_ops:shift"
+    with pytest.raises(UserError, match=r"data\.preprocess='parts_ops:Blur' is named by a file"):
+        parse_preprocess(line, key="data.preprocess")
+    trust_parts("parts_ops")
+    image = np.full((8, 8, 3), 7, np.uint8)
+    ops = parse_preprocess(line, key="data.preprocess")
+    np.testing.assert_array_equal(
+        apply(ops, {"image": image}, np.random.default_rng(0))["image"], image + 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("parts_ops:Blur", "wrong arguments in 'parts_ops:Blur': expected parts_ops:Blur(size)"),
+        ("parts_ops:Blur('a')", "parts_ops:Blur: size='a' is a str; expected int"),
+        ("parts_ops:Blur(0)", "size=0: expected more than 0"),
+        ("parts_ops:Blur(11)", "'parts_ops:Blur' failed with ValueError: too much (parts_ops.py:"),
+        ("parts_ops:nothing", "gives a NoneType; expected collections.abc.Callable"),
+        ("parts_ops:Blur(open('x'))", "wrong arguments"),
+    ],
+)
+def test_operations_are_checked(outside, line, message):
+    trust_parts("parts_ops")
+    with pytest.raises(UserError) as error:
+        parse_preprocess(f"decode|{line}", key="pp")
+    assert message in str(error.value)
+
+
+def test_a_dataset_is_from_outside(outside, data_dir):
+    def find(name):
+        return find_dataset(f"parts_data:{name}", data_dir=data_dir)
+
+    with pytest.raises(UserError, match=r"data\.name='parts_data:make_grey' is named by a file"):
+        find("make_grey:30")
+    config = tiny_config(data_dir, data__name="parts_data:make_grey:30", data__preprocess="decode")
+    with config.unlocked():
+        config.evals = {}
+    trust_config(config)
+    assert Experiment.from_config(config).train_data.info.num_classes == 2
+    assert find("make_grey").lengths == {"train": 20}
+    assert find("make_grey:30").lengths == {"train": 30}
+    with pytest.raises(UserError, match=r"gives a list; expected vit_jax\.data\.sources\.base"):
+        find("make_list")
+
+
+def test_what_a_config_names_is_trusted_and_no_more(monkeypatch):
+    forget(monkeypatch)
+    trust_config(
+        {
+            "model": {"name": "a.b:c"},
+            "optimizer.name": "d:e",
+            "init_from": "no:thing",
+            "data": {"name": "folder:photos", "mixture": (("f:g:x", "train", 1.0),)},
+            "evals": {"val": {"data_name": "h:i", "preprocess": "decode|j:k(2)|l.m:n"}},
+            "tracking": {"trackers": ("o:p", "wandb")},
+        }
+    )
+    assert registry._trusted == {"a.b", "d", "f", "h", "j", "l.m", "o"}
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "config.json"])

@@ -85,6 +85,20 @@ CASES = {
         (TRAIN + "--config.model.name=vitt", ["model.name='vitt'", "'vit'"]),
         (TRAIN + "--config.model.name=[1]", ["model.name=[1]", "there is: mixer, vit"]),
         (
+            TRAIN + "--config.model.name=nowhere:make",
+            ["model.name='nowhere:make'", "no module nowhere", "PYTHONPATH"],
+        ),
+        (TRAIN + "--config.model.name=json:lods", ["model.name='json:lods'", "'loads'"]),
+        (TRAIN + "--config.objective.name=json:codecs", ["objective.name='json:codecs'", "module"]),
+        (TRAIN + "--config.optimizer.name=json:dump", ["optimizer.obj (json:dump) is missing"]),
+        (TRAIN + "--config.evals.val.name=nowhere:Judge", ["evals.val.name=", "no module nowhere"]),
+        (TRAIN + "--config.data.name=nowhere:make:x", ["data.name='nowhere:make'", "no module"]),
+        (
+            TRAIN + "'--config.data.preprocess=decode|nowhere:blur(3)'",
+            ["data.preprocess='nowhere:blur'", "no module nowhere"],
+        ),
+        (TRAIN + "--config.tracking.trackers=nowhere:T", ["tracking.trackers='nowhere:T'"]),
+        (
             TRAIN + "--config.model.patch_size=3",
             ["image of 16x16", "patches of 3x3", "model.patch_size"],
         ),
