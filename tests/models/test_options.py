@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.models.numpy_layers import normalise
+from tests.models.random_params import random_params
 from vit_jax.models.heads import MAPHead
 from vit_jax.models.positions import sincos_2d
 from vit_jax.models.variants import make_vit
@@ -20,15 +21,8 @@ TINY = {"patch_size": 4, "hidden_size": 16, "num_layers": 3, "num_heads": 4, "ml
 
 
 def init(model, shape=(2, 8, 12, 3)):
-    images = jax.random.uniform(jax.random.key(9), shape, minval=-1)
-    params = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), images)[
-        "params"
-    ]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    # Nothing may hide behind a zero or a one.
-    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, leaves), images
+    images = np.random.default_rng(9).uniform(-1, 1, shape).astype(np.float32)
+    return random_params(model, images, train=False), images
 
 
 def run(model, params, images, *, train=False, seed=0):
