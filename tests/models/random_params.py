@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random parameters without a program that makes them, whose compilation takes longer than a test."""
+"""Random parameters drawn without compiling a program, which takes longer than a test."""
 
 from typing import Any
 
