@@ -6,7 +6,7 @@ and `name`. So the signature of the constructor is the only list of keys and def
 annotations define which values fit. All else is an error that names the key.
 
 A name with a colon, `my_package.my_module:make_thing`, is a constructor outside of this package. It
-is imported where a built-in name is looked up, and only if the user named its module himself.
+is imported where a built-in name is looked up, and only if the user named its module too.
 """
 
 import importlib
@@ -94,7 +94,7 @@ def trust_parts(modules: Iterable[str] | str) -> None:
 
     A file never makes code run. A config of a workdir and what a checkpoint describes are files
     that others may have written, so the modules that they name are imported only if the user named
-    them too: in his own config, or by `--parts`. What he named is kept here for the whole process,
+    them too: in their own config, or by `--parts`. What they named is kept here for the whole process,
     because names are looked up in many places that know nothing of their origin, such as lines of
     preprocessing in the threads of a loader. A place that was forgotten refuses a name, and does
     not import it.
