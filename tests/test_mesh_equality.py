@@ -12,7 +12,7 @@ from vit_jax.utils.tree import flatten
 
 def losses(data_dir, *, steps=20, devices=None, **changes):
     if "model" not in changes:
-        model = {"dropout_rate": 0.1, "representation_size": 16}
+        model = {"dropout_rate": 0.1, "num_layers": 2, "representation_size": 16}
         changes |= {f"model__{key}": value for key, value in model.items()} | changes
     changes.setdefault("objective__mixup", 0.2)
     config = tiny_config(data_dir, total_steps=steps, **changes)

@@ -13,7 +13,7 @@ def tiny_config(data_dir: str, **changes: Any) -> ConfigDict:
         "model": {
             "patch_size": 2,
             "hidden_size": 16,
-            "num_layers": 2,
+            "num_layers": 1,
             "num_heads": 4,
             "mlp_dim": 32,
         },

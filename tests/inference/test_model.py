@@ -24,7 +24,7 @@ IMAGES = np.random.default_rng(2).integers(0, 256, (3, 8, 8, 3), np.uint8)
 def run(data_dir, tmp_path_factory):
     """A workdir of a model whose layers are scanned, its experiment and its parameters."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    return write_run(folder, data_dir, model__scan=True, model__patch_size=4)
+    return write_run(folder, data_dir, model__num_layers=2, model__scan=True, model__patch_size=4)
 
 
 @pytest.fixture(scope="module")

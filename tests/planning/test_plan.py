@@ -40,7 +40,8 @@ KEYS = {
 
 def small_config(**changes):
     """A model whose activations outweigh the rest, prepared, with no dataset on disk."""
-    sizes = {"model__hidden_size": 64, "model__mlp_dim": 256, "model__scan": True}
+    sizes = {"hidden_size": 64, "mlp_dim": 256, "num_layers": 2, "scan": True}
+    sizes = {f"model__{key}": value for key, value in sizes.items()}
     config = tiny_config("nowhere", **sizes, data__batch_size=256, **changes)
     return reduce_for_planning(config.to_dict(), num_classes=16, image_size=32)
 

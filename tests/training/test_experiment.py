@@ -97,6 +97,7 @@ def test_decay_by_the_schedule_is_said_in_both_conventions(data_dir):
 def test_parameters_that_are_treated_alike_are_one_row(data_dir):
     experiment = build(
         data_dir,
+        model__num_layers=2,
         optimizer__freeze=("embedding/.*",),
         optimizer__layer_decay=0.5,
         optimizer__schedules=(("head/kernel", {"schedule": "constant"}),),
