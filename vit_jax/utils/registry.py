@@ -94,10 +94,10 @@ def trust_parts(modules: Iterable[str] | str) -> None:
 
     A file never makes code run. A config of a workdir and what a checkpoint describes are files
     that others may have written, so the modules that they name are imported only if the user named
-    them too: in their own config, or by `--parts`. What they named is kept here for the whole process,
-    because names are looked up in many places that know nothing of their origin, such as lines of
-    preprocessing in the threads of a loader. A place that was forgotten refuses a name, and does
-    not import it.
+    them too: in their own config, or by `--parts`. What they named is kept here for the whole
+    process, because names are looked up in many places that know nothing of their origin, such as
+    lines of preprocessing in the threads of a loader. A place that was forgotten refuses a name,
+    and does not import it.
 
     Args:
       modules: dotted names, or `module:attribute`; a text may hold several, separated by commas.
