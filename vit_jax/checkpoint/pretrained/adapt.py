@@ -14,7 +14,6 @@ import numpy as np
 from flax import traverse_util
 
 from vit_jax.checkpoint.pretrained.embedding import change_channels, resize_patches
-from vit_jax.checkpoint.pretrained.posemb import Method, resize_posemb
 from vit_jax.checkpoint.pretrained.weights import (
     OBJECTIVE_PARAMS,
     POSEMB,
@@ -24,7 +23,7 @@ from vit_jax.checkpoint.pretrained.weights import (
     stack_blocks,
     unstack_blocks,
 )
-from vit_jax.models.positions import FIXED_POSITIONS, fixed_positions
+from vit_jax.models.positions import FIXED_POSITIONS, Method, fixed_positions, resize_posemb
 from vit_jax.utils.errors import UserError
 
 _MAX_LISTED = 4  # parameters in one line of an error
