@@ -62,11 +62,10 @@ serve = tf.saved_model.load("model.savedmodel").signatures["serving_default"]
 
 
 def read_results(model: LoadedModel, *, params: str) -> list[tuple[str, str, float]]:
-    """Reads the results of a run at a checkpoint: evaluator, metric and value of each.
+    """Returns (evaluator, metric, value) of each result of a run at the loaded checkpoint.
 
-    Args:
-      model: the loaded model; the list is empty for weights that are not of a run.
-      params: the parameters that were loaded, "raw" or "ema".
+    The results are those of the loaded parameters, `params` ("raw" or "ema"); the list is empty for
+    weights that are not of a run.
     """
     step = Path(model.source).name
     if model.workdir is None or not step.isdigit():
@@ -91,13 +90,13 @@ def make_card(
     license_id: str | None,
     params: str,
 ) -> str:
-    """Writes the text of a card.
+    """Returns the text of the card of a model that was exported in some formats.
 
     Args:
       model: the exported model.
       formats: formats of the files.
       layer: layer whose output programs return.
-      name: name of the model.
+      name: title of the card.
       license_id: licence of the weights, by its name on the hub; None if it is not known.
       params: the parameters that were loaded, "raw" or "ema".
     """

@@ -11,8 +11,8 @@ from vit_jax.inference.model import LoadedModel
 from vit_jax.utils.tree import flatten
 
 
-def write_weights(path: Path, model: LoadedModel) -> list[str]:
-    """Writes a `.npz` or `.safetensors` file, see `vit_jax.convert`, and reads it back.
+def write_weights(path: Path, model: LoadedModel) -> str:
+    """Writes a `.npz` or `.safetensors` file, reads it back and returns a line to log.
 
     Raises:
       UserError: the layout cannot hold this model, or the file cannot be written.
@@ -28,4 +28,4 @@ def write_weights(path: Path, model: LoadedModel) -> list[str]:
             "eval": model.preparation.line,
         },
     )
-    return [f"{path.name}: {convert(weights, path)[-1]}"]
+    return f"{path.name}: {convert(weights, path)[-1]}"

@@ -247,11 +247,9 @@ def _projections(layers: int, *, pooled: bool) -> Iterator[tuple[str, str, Seque
 def _tensors(layers: int) -> Iterator[tuple[str, str]]:
     """Yields (timm's, ours) of all tensors that differ in name only."""
     for i in range(layers):
-        for j in (1, 2):
-            yield (
-                f"blocks.{i}.ls{j}.gamma",
-                f"Transformer/encoderblock_{i}/LayerScale_{j - 1}/scale",
-            )
+        ours = f"Transformer/encoderblock_{i}"
+        yield f"blocks.{i}.ls1.gamma", f"{ours}/LayerScale_0/scale"
+        yield f"blocks.{i}.ls2.gamma", f"{ours}/LayerScale_1/scale"
     yield "attn_pool.latent", "MAPHead_0/probe"
 
 
