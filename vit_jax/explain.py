@@ -28,7 +28,7 @@ from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.pages import html
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, suggest
-from vit_jax.utils.files import fresh_folder
+from vit_jax.utils.files import check_fresh, fresh_folder
 
 PAGE = "index.html"
 
@@ -190,8 +190,7 @@ def main(argv: Sequence[str]) -> None:
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
     set_up(quiet=False)
-    if args.output.exists():
-        raise UserError(f"--output={args.output} exists; remove it, or choose another name")
+    check_fresh(args.output)
     paths = find_images(args.IMAGES)
     if len(paths) > _MAX_IMAGES:
         raise UserError(f"{len(paths):,} images: expected at most {_MAX_IMAGES} for one page")

@@ -194,12 +194,10 @@ def write_config(workdir: Path, config: dict[str, Any]) -> None:
     Raises:
       UserError: the file can't be written.
     """
-    file = workdir / CONFIG
-    _replace(file, json.dumps(config, indent=1, sort_keys=True) + "\n")
-    log(f"wrote {file}")
+    _replace(workdir / CONFIG, json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
-def _replace(file: Path, text: str) -> None:
+def _replace(file: Path, text: str, what: str = "") -> None:
     try:
         write_atomically(file, text)
     except OSError as e:
@@ -207,6 +205,7 @@ def _replace(file: Path, text: str) -> None:
             f"--workdir={str(file.parent)!r}: {file.name} can't be written ({e.strerror}); "
             "expected a folder to write to, with room"
         ) from None
+    log(f"wrote {file}{what}")
 
 
 def write_run(workdir: Path, run: Mapping[str, Any]) -> None:
@@ -221,7 +220,6 @@ def write_labels(workdir: Path, class_names: tuple[str, ...] | None) -> None:
       UserError: the file can't be written.
     """
     file = workdir / LABELS
-    if class_names is None or file.exists():
-        return
-    _replace(file, "".join(f"{name}\n" for name in class_names))
-    log(f"wrote {file}: {len(class_names)} class names")
+    if class_names is not None and not file.exists():
+        text = "".join(f"{name}\n" for name in class_names)
+        _replace(file, text, f": {len(class_names)} class names")

@@ -46,7 +46,7 @@ from vit_jax.inference.source import add_source, load_source
 from vit_jax.observe.console import log, set_up
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, suggest
-from vit_jax.utils.files import fresh_folder
+from vit_jax.utils.files import check_fresh, fresh_folder
 from vit_jax.utils.layout import LABELS
 
 WEIGHTS = ("npz", "safetensors")
@@ -169,8 +169,7 @@ def main(argv: Sequence[str]) -> None:
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
     set_up(quiet=False)
-    if args.output.exists():
-        raise UserError(f"--output={args.output} exists; remove it, or choose another name")
+    check_fresh(args.output)
     model = load_source(args, overrides)
     layer = choose_layer(model, args.layer)
     with fresh_folder(args.output) as folder:

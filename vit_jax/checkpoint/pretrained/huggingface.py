@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from vit_jax.checkpoint.pretrained.tensor_file import read_json
-from vit_jax.checkpoint.pretrained.timm_tensors import infer_num_heads, to_linen
+from vit_jax.checkpoint.pretrained.timm_tensors import to_linen
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
     describe_interpolation,
@@ -77,12 +77,10 @@ def read_huggingface(
     if not isinstance(config.get("model_type"), str):
         config = {}  # It was written by another program.
     renamed, kind, notes = _to_timm_names(tensors)
-    num_heads = num_heads or config.get("num_attention_heads")
-    if num_heads is None:
-        num_heads, more = infer_num_heads(renamed)
-        notes += more
     params, more = to_linen(
-        renamed, num_heads=num_heads, num_slots=1 + int("dist_token" in renamed)
+        renamed,
+        num_heads=num_heads or config.get("num_attention_heads"),
+        num_slots=1 + int("dist_token" in renamed),
     )
     settings, settings_notes = _read_settings(config, kind=kind)
     model = settings | describe_model(params, rope_theta=None)

@@ -8,7 +8,6 @@ The tensor names show the layout of a file. What they do not show is in the `con
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +124,9 @@ def _read_own(
     params, notes = to_linen(
         tensors,
         num_heads=num_heads or model["num_heads"],
-        num_slots=0 if "reg_token" in tensors else _count_class_tokens(tensors),
+        num_slots=0
+        if "reg_token" in tensors
+        else sum(name in tensors for name in ("cls_token", "dist_token")),
     )
     return Weights(
         params=params,
@@ -134,7 +135,3 @@ def _read_own(
         preprocess=as_tuples(stated["preprocess"]),
         notes=tuple(notes),
     )
-
-
-def _count_class_tokens(tensors: Mapping[str, Any]) -> int:
-    return int("cls_token" in tensors) + int("dist_token" in tensors)

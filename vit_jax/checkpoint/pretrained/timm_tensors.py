@@ -59,18 +59,8 @@ _DROPPED = {
 }
 
 
-def infer_num_heads(tensors: Mapping[str, np.ndarray]) -> tuple[int, list[str]]:
-    """Infers the number of attention heads from the width of the model.
-
-    Args:
-      tensors: arrays by timm's names; `patch_embed.proj.weight` is `[width, channels, ...]`.
-
-    Returns:
-      `(num_heads, notes)`, with a note if the number is only a convention.
-
-    Raises:
-      ValueError: there is no convention for this width.
-    """
+def _infer_num_heads(tensors: Mapping[str, np.ndarray]) -> tuple[int, list[str]]:
+    """Returns the number of attention heads, and a note if it is only a convention."""
     width = tensors["patch_embed.proj.weight"].shape[0]
     if "blocks.0.attn.q_norm.weight" in tensors:  # One for each channel of a head.
         return width // tensors["blocks.0.attn.q_norm.weight"].size, []
@@ -86,7 +76,7 @@ def infer_num_heads(tensors: Mapping[str, np.ndarray]) -> tuple[int, list[str]]:
 def to_linen(
     tensors: Mapping[str, np.ndarray],
     *,
-    num_heads: int,
+    num_heads: int | None,
     num_slots: int | None = None,
     average: bool = False,
     swap_axes: bool = False,
@@ -95,7 +85,8 @@ def to_linen(
 
     Args:
       tensors: arrays of any float dtype by name.
-      num_heads: attention heads, which the shape of a fused projection does not show.
+      num_heads: attention heads, which the shape of a fused projection does not show; None for
+        the usual number for the width.
       num_slots: position embeddings in front of those of the patches; None if unknown.
       average: whether the mean over patches is classified instead of the class token, which then
         becomes a register.
@@ -107,11 +98,16 @@ def to_linen(
       from the file.
 
     Raises:
-      ValueError: a tensor does not have the shape that its name implies.
+      ValueError: a tensor does not have the shape that its name implies, or there is no usual
+        number of heads.
     """
     rest = _join_parts(tensors)
     params: _Arrays = {}
     notes = []
+    if num_heads is None:
+        num_heads, notes = _infer_num_heads(rest)
+    if average:
+        notes.append("cls: kept as a register, since the mean over patches is classified")
     for prefix, reason in _DROPPED.items():
         names = [name for name in rest if name.startswith(prefix)]
         notes += [f"{prefix.rstrip('.')}: {reason}"] if names else []
