@@ -73,18 +73,19 @@ def follow(
     }
     since = time.monotonic()
     while True:
+        newest = max(done, default=0)
         todo = [step for step in list_steps(workdir) if step not in done]
         if todo:
             # The oldest first: it will be removed first.
             done.add(todo[0])
             _follow_step(judge, workdir / CHECKPOINTS / str(todo[0]), report)
             since = time.monotonic()
-        elif max(done, default=0) >= total:
+        elif newest >= total:
             return
         elif time.monotonic() - since > timeout:
             raise FollowTimeoutError(
                 f"no new checkpoint in {workdir / CHECKPOINTS} for {timeout:g} s; the newest is of "
-                f"step {max(done, default=0)} of {total}"
+                f"step {newest} of {total}"
             )
         else:
             time.sleep(_POLL)
@@ -174,7 +175,10 @@ def make_experiment(args: argparse.Namespace, overrides: dict[str, Any]) -> Expe
     if args.config:
         config = load_config(args.config, {}).to_dict()
     else:
-        config = _read_config(args.workdir, wait=args.timeout if args.follow else 0)
+        until = time.monotonic() + (args.timeout if args.follow else 0)
+        while not (args.workdir / CONFIG).exists() and time.monotonic() < until:
+            time.sleep(_POLL)
+        config = read_config(args.workdir)
     config = override_config(reduce_for_evaluation(config), overrides)
     experiment = Experiment.from_config(config)
     if not experiment.evaluators:
@@ -185,13 +189,6 @@ def make_experiment(args: argparse.Namespace, overrides: dict[str, Any]) -> Expe
     for evaluator in experiment.evaluators:
         evaluator.open()
     return experiment
-
-
-def _read_config(workdir: Path, *, wait: float) -> dict[str, Any]:
-    until = time.monotonic() + wait
-    while not (workdir / CONFIG).exists() and time.monotonic() < until:
-        time.sleep(_POLL)
-    return read_config(workdir)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -208,8 +205,7 @@ def main(argv: Sequence[str]) -> int:
         if args.json:
             print(json.dumps(record), flush=True)
         else:
-            for line in show(record):
-                log(line)
+            log("\n".join(show(record)))
 
     source = None if args.follow else find_source(args)
     experiment = make_experiment(args, overrides)

@@ -175,14 +175,11 @@ def _show_figure(figure: Figure) -> str:
 
 
 def _stem(section: Section, number: int) -> str:
-    if any(_is_of_model(figure) for figure in section.figures):
+    of_model = lib.OF_MODEL.keys() | lib.OF_VIEWS.keys()
+    if any(figure.name in of_model for figure in section.figures):
         return "model"
     name = re.sub(r"[^\w.-]+", "_", Path(section.title).stem)
     return f"{number:02}_{name}"
-
-
-def _is_of_model(figure: Figure) -> bool:
-    return figure.name in lib.OF_MODEL or figure.name in lib.OF_VIEWS
 
 
 def main(argv: Sequence[str]) -> None:

@@ -32,6 +32,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vit_jax.checkpoint.pretrained.convert import convert
+from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.config.load import parse_overrides
 from vit_jax.export.card import CARD, make_card
 from vit_jax.export.compare import check_size, compare_outputs, make_batches
@@ -40,7 +42,6 @@ from vit_jax.export.onnx import check_onnx, write_onnx
 from vit_jax.export.savedmodel import check_tensorflow, write_savedmodel
 from vit_jax.export.signature import SIGNATURE, describe_signature
 from vit_jax.export.stablehlo import write_stablehlo
-from vit_jax.export.weights import write_weights
 from vit_jax.inference.model import LoadedModel
 from vit_jax.inference.source import add_source, load_source
 from vit_jax.observe.console import log, set_up
@@ -48,6 +49,7 @@ from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.files import check_fresh, fresh_folder
 from vit_jax.utils.layout import LABELS
+from vit_jax.utils.tree import flatten
 
 WEIGHTS = ("npz", "safetensors")
 # Writers of programs by format. Each takes the path `model.FORMAT`, the model, the layer whose
@@ -146,7 +148,7 @@ def export(
     for name in formats:
         path = folder / f"model.{name}"
         if name in WEIGHTS:
-            lines.append(write_weights(path, model))
+            lines.append(f"{path.name}: {convert(_make_weights(model), path)[-1]}")
             continue
         check_size(model, what=name)
         options = {"python": tf_python} if name == "savedmodel" else {}
@@ -162,6 +164,20 @@ def export(
         names = "".join(f"{name}\n" for name in model.class_names)
         (folder / LABELS).write_text(names, encoding="utf-8")
     return lines
+
+
+def _make_weights(model: LoadedModel) -> Weights:
+    return Weights(
+        params={name: np.asarray(x) for name, x in flatten(model.params).items()},
+        layout="loaded model",
+        model=dict(model.arguments),
+        preprocess={
+            "mean": model.pixel_mean,
+            "std": model.pixel_std,
+            "image_size": model.image_shape[:2],
+            "eval": model.preparation.line,
+        },
+    )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from vit_jax.checkpoint.pretrained.tensor_file import read_json
 from vit_jax.checkpoint.pretrained.timm_tensors import to_linen
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
@@ -36,13 +34,13 @@ _TANH_GELU = re.compile(
 
 
 def read_timm(
-    file: epath.Path, tensors: Mapping[str, np.ndarray], num_heads: int | None
+    tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], num_heads: int | None
 ) -> Weights:
     """Reads a model of timm's classes `VisionTransformer`, its hybrid and distilled ones, or `Eva`.
 
     Args:
-      file: of the tensors; a `config.json` beside it is read.
       tensors: arrays of any float dtype by name.
+      config: content of the `config.json` beside them; may be empty.
       num_heads: attention heads; None for what the files state, or is usual for the width.
 
     Returns:
@@ -51,7 +49,6 @@ def read_timm(
     Raises:
       ValueError: the model has a part that no model here has, or the files are damaged.
     """
-    config = read_json(file.parent / "config.json")
     if not isinstance(config.get("architecture"), str):
         config = {}  # It was written by another program.
     architecture, options = config.get("architecture", ""), config.get("model_args", {})
