@@ -355,8 +355,8 @@ def _split_gates(rest: _Arrays, layers: int) -> None:
     """Splits the layer of a packed SwiGLU into the gate and what the gate is applied to."""
     for i in range(layers):
         mlp = f"blocks.{i}.mlp"
-        weights = [rest.get(f"{mlp}.fc{j}.weight") for j in (1, 2)]
-        if any(x is None for x in weights) or weights[0].shape[0] != 2 * weights[1].shape[1]:
+        first, second = (rest.get(f"{mlp}.fc{j}.weight") for j in (1, 2))
+        if first is None or second is None or first.shape[0] != 2 * second.shape[1]:
             continue
         for suffix in ("weight", "bias"):
             if f"{mlp}.fc1.{suffix}" in rest:
