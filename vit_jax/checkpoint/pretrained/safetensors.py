@@ -85,10 +85,8 @@ def read_safetensors(path: str | os.PathLike[str], *, num_heads: int | None = No
         if _METADATA in metadata:
             weights = _read_own(tensors, json.loads(metadata[_METADATA]), num_heads)
         elif is_huggingface(tensors):
-            config, processor = (
-                read_json(file.parent / f"{name}.json")
-                for name in ("config", "preprocessor_config")
-            )
+            config = read_json(file.parent / "config.json")
+            processor = read_json(file.parent / "preprocessor_config.json")
             weights = read_huggingface(tensors, config, processor, num_heads)
         elif "patch_embed.proj.weight" in tensors:
             weights = read_timm(tensors, read_json(file.parent / "config.json"), num_heads)
