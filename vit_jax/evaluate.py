@@ -40,7 +40,7 @@ _REMOVAL = 10.0
 
 
 class FollowTimeoutError(Exception):
-    """No new checkpoint has come for too long."""
+    """There is no new checkpoint for too long."""
 
 
 def follow(
@@ -54,16 +54,11 @@ def follow(
 ) -> None:
     """Evaluates the checkpoints of a run as another process writes them, each once.
 
-    Args:
-      judge: that evaluates.
-      workdir: of the run.
-      output: of the results: a step that it has with all evaluators is not evaluated again.
-      total: the step after which the run is complete.
-      timeout: seconds to wait for the next checkpoint.
-      report: takes the record of each checkpoint.
+    Steps that `output` has with all evaluators are not evaluated again. The run is complete after
+    the step `total`. `report` takes the record of each checkpoint.
 
     Raises:
-      FollowTimeoutError: none has come for so long.
+      FollowTimeoutError: there is no new checkpoint for `timeout` seconds.
     """
     done = {
         record["step"]

@@ -114,12 +114,10 @@ def open_writer(args: argparse.Namespace, model: LoadedModel, paths: list[str]) 
             yield _make_text_writer(args, sys.stdout, model, paths)
             return
         fresh = stack.enter_context(fresh_file(args.output))
-        if args.embed:
-            width = max(map(len, paths))
-            npz = args.format == "npz"
-            writer = (
-                FeatureNpzWriter(fresh, path_width=width) if npz else FeatureParquetWriter(fresh)
-            )
+        if args.format == "npz":
+            writer = FeatureNpzWriter(fresh, path_width=max(map(len, paths)))
+        elif args.embed:
+            writer = FeatureParquetWriter(fresh)
         elif args.format == "parquet":
             writer = ParquetWriter(fresh, name_of=model.name_of)
         else:

@@ -18,6 +18,7 @@ from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, LABELS, LEDGER, LOCK, METRICS, RUN
 from vit_jax.utils.metrics import lower_is_better
+from vit_jax.utils.nested import as_tuples
 
 # Seconds to wait for a lock, which a process that only inspects it may hold.
 _LOOK_S = 1.0
@@ -39,7 +40,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
             f"--workdir={str(workdir)!r}: {file} can't be read ({type(e).__name__}); expected "
             "the workdir of a run, or --config"
         ) from None
-    return _as_tuples(config)
+    return as_tuples(config)
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
@@ -99,13 +100,6 @@ def _find_best(workdir: Path, steps: Sequence[int]) -> int:
         )
     sign = -1 if lower_is_better(metric) else 1
     return max(judged, key=lambda step: sign * values[step])
-
-
-def _as_tuples(value: Any) -> Any:
-    """Replaces the lists of JSON by tuples."""
-    if isinstance(value, dict):
-        return {k: _as_tuples(v) for k, v in value.items()}
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 @contextlib.contextmanager

@@ -18,21 +18,16 @@ CARD = "README.md"
 # Keys that hold paths of this machine.
 _LOCAL_KEYS = ("data_dir", "init_from", "teacher")
 
+_LOAD = """```python
+import vit_jax
+
+model = vit_jax.load_model("model.{name}")
+prediction = model(model.preprocess("photo.jpg"))
+```"""
 _USE = {
-    "npz": """```python
-import vit_jax
-
-model = vit_jax.load_model("model.npz")
-prediction = model(model.preprocess("photo.jpg"))
-```""",
-    "safetensors": """The tensors have the names of timm's `VisionTransformer`. With vit_jax:
-
-```python
-import vit_jax
-
-model = vit_jax.load_model("model.safetensors")
-prediction = model(model.preprocess("photo.jpg"))
-```""",
+    "npz": _LOAD,
+    "safetensors": "The tensors have the names of timm's `VisionTransformer`. With vit_jax:\n\n"
+    + _LOAD,
     "stablehlo": """With JAX alone, on a CPU, GPU or TPU:
 
 ```python
@@ -198,7 +193,7 @@ def _show_use(model: LoadedModel, formats: Sequence[str], layer: str) -> list[st
             f"`images` are uint8 `[n, {height}, {width}, 3]`, RGB: decode and resize them; the "
             f"program does the rest, and gives float32 `{layer}`. See `{SIGNATURE}`."
         )
-    parts += [_USE[name].format(output=output) for name in formats]
+    parts += [_USE[name].format(name=name, output=output) for name in formats]
     if model.classifies:
         what = "a sigmoid" if model.loss == "sigmoid" else "a softmax"
         names = f" Class names are in `{LABELS}`, a line each." if model.class_names else ""

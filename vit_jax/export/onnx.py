@@ -20,9 +20,13 @@ from vit_jax.utils.errors import UserError, first_line
 _OPSET = 20
 
 
-def check_onnx() -> None:
-    """Raises `UserError` unless the libraries are installed."""
-    _import_libraries()
+def check_onnx() -> tuple[Any, Any]:
+    """Returns jax2onnx and onnxruntime; raises `UserError` unless they are installed."""
+    try:
+        with _silenced():
+            return importlib.import_module("jax2onnx"), importlib.import_module("onnxruntime")
+    except ImportError as e:
+        raise UserError(f"--to=onnx needs {e.name}: pip install 'vit_jax[onnx]'") from None
 
 
 def write_onnx(
@@ -34,7 +38,7 @@ def write_onnx(
       UserError: the model does not compute in float32, or the libraries are missing or cannot
         write it.
     """
-    jax2onnx, runtime = _import_libraries()
+    jax2onnx, runtime = check_onnx()
     dtype = np.dtype(getattr(model.module, "dtype", np.float32))
     if dtype != np.float32:
         raise UserError(
@@ -64,14 +68,6 @@ def write_onnx(
         raise
     except Exception as e:  # Unsupported operations lead to exceptions of many types.
         raise UserError(f"--to=onnx: jax2onnx can't write this model: {first_line(e)}") from e
-
-
-def _import_libraries() -> tuple[Any, Any]:
-    try:
-        with _silenced():
-            return importlib.import_module("jax2onnx"), importlib.import_module("onnxruntime")
-    except ImportError as e:
-        raise UserError(f"--to=onnx needs {e.name}: pip install 'vit_jax[onnx]'") from None
 
 
 @contextlib.contextmanager

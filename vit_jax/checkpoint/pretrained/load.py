@@ -23,11 +23,11 @@ from vit_jax.checkpoint.pretrained.safetensors import read_safetensors
 from vit_jax.checkpoint.pretrained.weights import (
     OBJECTIVE_PARAMS,
     Weights,
-    as_tuples,
     infer_model,
     unstack_blocks,
 )
 from vit_jax.utils.errors import UserError, describe_error
+from vit_jax.utils.nested import as_tuples
 from vit_jax.utils.registry import is_part
 from vit_jax.utils.tree import flatten
 
@@ -67,36 +67,25 @@ def load_pretrained(source: str) -> Weights:
         return dataclasses.replace(weights, preprocess=preprocess, notes=notes)
     if source.startswith(("https://", "http://")):
         return _read_file(fetch(source), "")
-    path, part = _split(source)
+    path, part = source, ""
+    if (match := _SUBTREE.fullmatch(source)) and not Path(source).exists():
+        path, part = match.groups()
     return read_run(Path(path), part=part) if Path(path).is_dir() else _read_file(path, part)
-
-
-def _split(source: str) -> tuple[str, str]:
-    match = _SUBTREE.fullmatch(source)
-    if match and not Path(source).exists():
-        return match[1], match[2]
-    return source, ""
 
 
 def _read_file(path: str | Path, part: str) -> Weights:
     file = epath.Path(path)
-    if not _is_safetensors(file):
-        return read_npz(file, subtree=part)
-    if part:
-        raise UserError(f"{path}:{part}: a .safetensors file has no parts; leave out :{part}")
-    return read_safetensors(file)
-
-
-def _is_safetensors(file: epath.Path) -> bool:
-    """Decides by the first bytes, and by the name if they are of neither kind or can't be read."""
     try:
         with file.open("rb") as f:
             start = f.read(9)
     except Exception:  # The reader reports the error; storage raises many types.
         start = b""
-    if start.startswith(b"PK"):
-        return False
-    return start[8:] == b"{" or file.suffix == ".safetensors"
+    # The name decides if the first bytes are of neither kind or can't be read.
+    if start.startswith(b"PK") or (start[8:] != b"{" and file.suffix != ".safetensors"):
+        return read_npz(file, subtree=part)
+    if part:
+        raise UserError(f"{path}:{part}: a .safetensors file has no parts; leave out :{part}")
+    return read_safetensors(file)
 
 
 def read_run(folder: Path, *, part: str = "") -> Weights:
@@ -114,13 +103,13 @@ def read_run(folder: Path, *, part: str = "") -> Weights:
     """
     tree, described = load_params(folder, item=part or "params")
     flat: dict[str, Any] = flatten(tree)
-    if not part and any(
-        path.startswith("params/") for path in flat
-    ):  # Another program's train state.
+    # Another program's train state has them below `params`.
+    if not part and any(path.startswith("params/") for path in flat):
         flat = {p.removeprefix("params/"): x for p, x in flat.items() if p.startswith("params/")}
+    flat = {path: np.asarray(x) for path, x in flat.items()}
     names = described.get("objective_params", OBJECTIVE_PARAMS)
-    own = {path: np.asarray(x) for path, x in flat.items() if path.partition("/")[0] in names}
-    params = unstack_blocks({path: np.asarray(x) for path, x in flat.items() if path not in own})
+    own = {path: x for path, x in flat.items() if path.partition("/")[0] in names}
+    params = unstack_blocks({path: x for path, x in flat.items() if path not in own})
     stated = as_tuples(described.get("model", {}))
     model = stated if is_part(stated.get("name")) else infer_model(params)
     if not model:

@@ -23,10 +23,11 @@ from safetensors.numpy import save
 from vit_jax.checkpoint.pretrained.huggingface import is_huggingface, read_huggingface
 from vit_jax.checkpoint.pretrained.timm import read_timm
 from vit_jax.checkpoint.pretrained.timm_tensors import to_linen, to_timm
-from vit_jax.checkpoint.pretrained.weights import Weights, as_tuples, describe_model, find_grid
+from vit_jax.checkpoint.pretrained.weights import Weights, describe_model, find_grid
 from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.files import atomic_file
+from vit_jax.utils.nested import as_tuples
 
 _DTYPES = {
     "F64": np.dtype("<f8"),
@@ -151,7 +152,7 @@ def _read_own(
         params=params,
         layout="vit_jax safetensors",
         model=describe_model(params, rope_theta=None) | model,
-        preprocess=as_tuples(stated["preprocess"]),
+        preprocess=as_tuples(dict(stated["preprocess"])),
         notes=tuple(notes),
     )
 

@@ -49,11 +49,6 @@ class Weights:
     notes: tuple[str, ...] = ()
 
 
-def as_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns values from JSON with tuples in place of lists."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-
-
 def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
     """Splits `[num_layers, ...]` arrays of a scanned encoder into arrays `[...]` with own paths."""
     flat = {}
