@@ -16,7 +16,7 @@ from tests.tiny import tiny_config
 from tests.training.test_run import assert_same
 from vit_jax.checkpoint import manager
 from vit_jax.checkpoint.manager import SaveError
-from vit_jax.checkpoint.pretrained.run import load_params
+from vit_jax.checkpoint.pretrained.load import load_params
 from vit_jax.objectives.supervised import Supervised
 from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.jsonl import read_metrics

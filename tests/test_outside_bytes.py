@@ -17,8 +17,8 @@ from tests.trained import write_model
 from vit_jax import status
 from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.manifest import find_fault, write_manifest
+from vit_jax.checkpoint.pretrained.load import load_params
 from vit_jax.checkpoint.pretrained.npz import read_npz
-from vit_jax.checkpoint.pretrained.run import load_params
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, write_safetensors
 from vit_jax.checkpoint.workdir import read_config
 from vit_jax.config.load import override_config, parse_overrides

@@ -23,28 +23,29 @@ from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.observe.console import log
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.tree import count
 
 
 def describe(weights: Weights) -> list[str]:
     """What weights are, in lines for the screen."""
-    count = sum(value.size for value in weights.params.values())
+    size = count(weights.params)
     head = weights.params.get("head/kernel")
     state = "none"
     if head is not None:
         untrained = "" if np.any(head) else ", all zero: published untrained"
         state = f"{head.shape[-1]} classes{untrained}"
-    model = " ".join(f"{key}={value}" for key, value in weights.model.items())
-    preprocess = " ".join(f"{key}={value}" for key, value in weights.preprocess.items())
+    model, preprocess = (
+        " ".join(f"{key}={value}" for key, value in values.items())
+        for values in (weights.model, weights.preprocess)
+    )
+    notes = (*weights.notes, *describe_objective_params(weights))
     return [
         f"  layout      {weights.layout}",
-        f"  parameters  {count:,} in {len(weights.params)} arrays",
+        f"  parameters  {size:,} in {len(weights.params)} arrays",
         f"  head        {state}",
         f"  model       {model}",
         f"  images      {preprocess or 'nothing is known of their preparation'}",
-        *(
-            f"  note        {note}"
-            for note in (*weights.notes, *describe_objective_params(weights))
-        ),
+        *(f"  note        {note}" for note in notes),
     ]
 
 
@@ -65,12 +66,9 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"--params={args.params}: {source} is no run; leave --params out")
         source += ":ema_params" if args.params == "ema" else ""
     weights = load_pretrained(source)
-    log(args.SRC)
-    for line in describe(weights):
-        log(line)
+    log("\n".join([args.SRC, *describe(weights)]))
     if args.DST is not None:
-        for line in convert(weights, args.DST):
-            log(line)
+        log("\n".join(convert(weights, args.DST)))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ _REMOVAL = 10.0
 
 
 class FollowTimeoutError(Exception):
-    """No new checkpoint has come for too long."""
+    """There is no new checkpoint for too long."""
 
 
 def follow(
@@ -54,16 +54,11 @@ def follow(
 ) -> None:
     """Evaluates the checkpoints of a run as another process writes them, each once.
 
-    Args:
-      judge: that evaluates.
-      workdir: of the run.
-      output: of the results: a step that it has with all evaluators is not evaluated again.
-      total: the step after which the run is complete.
-      timeout: seconds to wait for the next checkpoint.
-      report: takes the record of each checkpoint.
+    Steps that `output` has with all evaluators are not evaluated again. The run is complete after
+    the step `total`. `report` takes the record of each checkpoint.
 
     Raises:
-      FollowTimeoutError: none has come for so long.
+      FollowTimeoutError: there is no new checkpoint for `timeout` seconds.
     """
     done = {
         record["step"]
@@ -73,18 +68,19 @@ def follow(
     }
     since = time.monotonic()
     while True:
+        newest = max(done, default=0)
         todo = [step for step in list_steps(workdir) if step not in done]
         if todo:
             # The oldest first: it will be removed first.
             done.add(todo[0])
             _follow_step(judge, workdir / CHECKPOINTS / str(todo[0]), report)
             since = time.monotonic()
-        elif max(done, default=0) >= total:
+        elif newest >= total:
             return
         elif time.monotonic() - since > timeout:
             raise FollowTimeoutError(
                 f"no new checkpoint in {workdir / CHECKPOINTS} for {timeout:g} s; the newest is of "
-                f"step {max(done, default=0)} of {total}"
+                f"step {newest} of {total}"
             )
         else:
             time.sleep(_POLL)
@@ -174,7 +170,10 @@ def make_experiment(args: argparse.Namespace, overrides: dict[str, Any]) -> Expe
     if args.config:
         config = load_config(args.config, {}).to_dict()
     else:
-        config = _read_config(args.workdir, wait=args.timeout if args.follow else 0)
+        until = time.monotonic() + (args.timeout if args.follow else 0)
+        while not (args.workdir / CONFIG).exists() and time.monotonic() < until:
+            time.sleep(_POLL)
+        config = read_config(args.workdir)
     config = override_config(reduce_for_evaluation(config), overrides)
     experiment = Experiment.from_config(config)
     if not experiment.evaluators:
@@ -185,13 +184,6 @@ def make_experiment(args: argparse.Namespace, overrides: dict[str, Any]) -> Expe
     for evaluator in experiment.evaluators:
         evaluator.open()
     return experiment
-
-
-def _read_config(workdir: Path, *, wait: float) -> dict[str, Any]:
-    until = time.monotonic() + wait
-    while not (workdir / CONFIG).exists() and time.monotonic() < until:
-        time.sleep(_POLL)
-    return read_config(workdir)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -208,8 +200,7 @@ def main(argv: Sequence[str]) -> int:
         if args.json:
             print(json.dumps(record), flush=True)
         else:
-            for line in show(record):
-                log(line)
+            log("\n".join(show(record)))
 
     source = None if args.follow else find_source(args)
     experiment = make_experiment(args, overrides)

@@ -28,7 +28,7 @@ from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.pages import html
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, suggest
-from vit_jax.utils.files import fresh_folder
+from vit_jax.utils.files import check_fresh, fresh_folder
 
 PAGE = "index.html"
 
@@ -175,14 +175,11 @@ def _show_figure(figure: Figure) -> str:
 
 
 def _stem(section: Section, number: int) -> str:
-    if any(_is_of_model(figure) for figure in section.figures):
+    of_model = lib.OF_MODEL.keys() | lib.OF_VIEWS.keys()
+    if any(figure.name in of_model for figure in section.figures):
         return "model"
     name = re.sub(r"[^\w.-]+", "_", Path(section.title).stem)
     return f"{number:02}_{name}"
-
-
-def _is_of_model(figure: Figure) -> bool:
-    return figure.name in lib.OF_MODEL or figure.name in lib.OF_VIEWS
 
 
 def main(argv: Sequence[str]) -> None:
@@ -190,8 +187,7 @@ def main(argv: Sequence[str]) -> None:
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
     set_up(quiet=False)
-    if args.output.exists():
-        raise UserError(f"--output={args.output} exists; remove it, or choose another name")
+    check_fresh(args.output)
     paths = find_images(args.IMAGES)
     if len(paths) > _MAX_IMAGES:
         raise UserError(f"{len(paths):,} images: expected at most {_MAX_IMAGES} for one page")

@@ -46,7 +46,7 @@ from vit_jax.inference.writers import (
 from vit_jax.observe.console import log, set_up
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.files import fresh_file
+from vit_jax.utils.files import check_fresh, fresh_file
 
 PREDICTIONS = ("table", "csv", "json", "parquet")
 FEATURES = ("npz", "parquet")
@@ -114,12 +114,10 @@ def open_writer(args: argparse.Namespace, model: LoadedModel, paths: list[str]) 
             yield _make_text_writer(args, sys.stdout, model, paths)
             return
         fresh = stack.enter_context(fresh_file(args.output))
-        if args.embed:
-            width = max(map(len, paths))
-            npz = args.format == "npz"
-            writer = (
-                FeatureNpzWriter(fresh, path_width=width) if npz else FeatureParquetWriter(fresh)
-            )
+        if args.format == "npz":
+            writer = FeatureNpzWriter(fresh, path_width=max(map(len, paths)))
+        elif args.embed:
+            writer = FeatureParquetWriter(fresh)
         elif args.format == "parquet":
             writer = ParquetWriter(fresh, name_of=model.name_of)
         else:
@@ -190,8 +188,8 @@ def main(argv: Sequence[str]) -> int:
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
     set_up(quiet=False, to_stderr=args.output is None)
-    if args.output is not None and args.output.exists():
-        raise UserError(f"--output={args.output} exists; remove it, or choose another name")
+    if args.output is not None:
+        check_fresh(args.output)
     paths = find_images(args.PATHS, lines=sys.stdin)
     model = load_source(args, overrides)
     return 1 if predict(args, model, paths) else 0

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax.checkpoint.manager import CheckpointManager, CheckpointOptions
-from vit_jax.checkpoint.pretrained.run import load_params
+from vit_jax.checkpoint.pretrained.load import load_params
 from vit_jax.checkpoint.state import TrainState
 from vit_jax.parallel.mesh import make_mesh
 from vit_jax.utils.errors import UserError

@@ -12,7 +12,7 @@ from tests.checkpoint.test_manager import abstract, assert_same, make_state, res
 from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.manager import CheckpointManager, CheckpointOptions, SaveError
 from vit_jax.checkpoint.manifest import MANIFEST, find_fault
-from vit_jax.checkpoint.pretrained.run import load_params
+from vit_jax.checkpoint.pretrained.load import load_params
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import RUN
 

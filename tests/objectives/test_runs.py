@@ -12,8 +12,7 @@ import pytest
 from tests.tiny import tiny_config
 from tests.training.test_run import assert_same, stop_at
 from vit_jax.checkpoint.pretrained.adapt import describe_objective_params
-from vit_jax.checkpoint.pretrained.load import load_pretrained
-from vit_jax.checkpoint.pretrained.run import load_params
+from vit_jax.checkpoint.pretrained.load import load_params, load_pretrained
 from vit_jax.checkpoint.pretrained.weights import OBJECTIVE_PARAMS
 from vit_jax.objectives.linear_probe import LinearProbe
 from vit_jax.objectives.mae import MaskedAutoencoder

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.images import write_folder
-from vit_jax.checkpoint.pretrained.run import load_params
+from vit_jax.checkpoint.pretrained.load import load_params
 from vit_jax.config.load import load_config
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.training.experiment import Experiment

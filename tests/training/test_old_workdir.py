@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from tests.testdata.make_old_workdir import CONFIG, FOLDER, describe_numerics
 from vit_jax import evaluate, predict, status
 from vit_jax.checkpoint.listing import list_steps
-from vit_jax.checkpoint.pretrained.run import load_params
+from vit_jax.checkpoint.pretrained.load import load_params
 from vit_jax.observe import console
 from vit_jax.observe.jsonl import read_metrics, read_records
 from vit_jax.training.run import train

@@ -21,7 +21,7 @@ from tests.observe.test_writer import events
 from tests.tiny import tiny_config
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manager import CheckpointManager
-from vit_jax.checkpoint.pretrained.run import load_params
+from vit_jax.checkpoint.pretrained.load import load_params
 from vit_jax.observe import trackers
 from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.jsonl import read_metrics

@@ -18,7 +18,7 @@ import numpy as np
 
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manifest import find_fault
-from vit_jax.checkpoint.pretrained.run import load_params
+from vit_jax.checkpoint.pretrained.load import load_params
 from vit_jax.launch.local import make_commands
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.ledger import read_ledger

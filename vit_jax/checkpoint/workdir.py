@@ -18,6 +18,7 @@ from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, LABELS, LEDGER, LOCK, METRICS, RUN
 from vit_jax.utils.metrics import lower_is_better
+from vit_jax.utils.nested import as_tuples
 
 # Seconds to wait for a lock, which a process that only inspects it may hold.
 _LOOK_S = 1.0
@@ -39,7 +40,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
             f"--workdir={str(workdir)!r}: {file} can't be read ({type(e).__name__}); expected "
             "the workdir of a run, or --config"
         ) from None
-    return _as_tuples(config)
+    return as_tuples(config)
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
@@ -99,13 +100,6 @@ def _find_best(workdir: Path, steps: Sequence[int]) -> int:
         )
     sign = -1 if lower_is_better(metric) else 1
     return max(judged, key=lambda step: sign * values[step])
-
-
-def _as_tuples(value: Any) -> Any:
-    """Replaces the lists of JSON by tuples."""
-    if isinstance(value, dict):
-        return {k: _as_tuples(v) for k, v in value.items()}
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 @contextlib.contextmanager
@@ -194,12 +188,10 @@ def write_config(workdir: Path, config: dict[str, Any]) -> None:
     Raises:
       UserError: the file can't be written.
     """
-    file = workdir / CONFIG
-    _replace(file, json.dumps(config, indent=1, sort_keys=True) + "\n")
-    log(f"wrote {file}")
+    _replace(workdir / CONFIG, json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
-def _replace(file: Path, text: str) -> None:
+def _replace(file: Path, text: str, what: str = "") -> None:
     try:
         write_atomically(file, text)
     except OSError as e:
@@ -207,6 +199,7 @@ def _replace(file: Path, text: str) -> None:
             f"--workdir={str(file.parent)!r}: {file.name} can't be written ({e.strerror}); "
             "expected a folder to write to, with room"
         ) from None
+    log(f"wrote {file}{what}")
 
 
 def write_run(workdir: Path, run: Mapping[str, Any]) -> None:
@@ -221,7 +214,6 @@ def write_labels(workdir: Path, class_names: tuple[str, ...] | None) -> None:
       UserError: the file can't be written.
     """
     file = workdir / LABELS
-    if class_names is None or file.exists():
-        return
-    _replace(file, "".join(f"{name}\n" for name in class_names))
-    log(f"wrote {file}: {len(class_names)} class names")
+    if class_names is not None and not file.exists():
+        text = "".join(f"{name}\n" for name in class_names)
+        _replace(file, text, f": {len(class_names)} class names")

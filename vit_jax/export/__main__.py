@@ -30,29 +30,32 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from vit_jax.checkpoint.pretrained.convert import convert
+from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.config.load import parse_overrides
 from vit_jax.export.card import CARD, make_card
+from vit_jax.export.compare import check_size, compare_outputs, make_batches
 from vit_jax.export.hub import check_push, push_folder
 from vit_jax.export.onnx import check_onnx, write_onnx
 from vit_jax.export.savedmodel import check_tensorflow, write_savedmodel
 from vit_jax.export.signature import SIGNATURE, describe_signature
 from vit_jax.export.stablehlo import write_stablehlo
-from vit_jax.export.weights import write_weights
 from vit_jax.inference.model import LoadedModel
 from vit_jax.inference.source import add_source, load_source
 from vit_jax.observe.console import log, set_up
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, suggest
-from vit_jax.utils.files import fresh_folder
+from vit_jax.utils.files import check_fresh, fresh_folder
 from vit_jax.utils.layout import LABELS
+from vit_jax.utils.tree import flatten
 
-# Writers of weights and of programs by format. Each takes the path `model.FORMAT` and the model, of
-# programs also the layer whose output the program returns, and returns lines to log.
-WEIGHTS: Mapping[str, Callable[[Path, LoadedModel], list[str]]] = {
-    "npz": write_weights,
-    "safetensors": write_weights,
-}
-PROGRAMS: Mapping[str, Callable[..., list[str]]] = {
+WEIGHTS = ("npz", "safetensors")
+# Writers of programs by format. Each takes the path `model.FORMAT`, the model, the layer whose
+# output the program returns and batches of images, uint8 `[n, *image_shape]`. It returns what the
+# written program makes of them, float32 `[n, ...]` each.
+PROGRAMS: Mapping[str, Callable[..., list[np.ndarray]]] = {
     "stablehlo": write_stablehlo,
     "onnx": write_onnx,
     "savedmodel": write_savedmodel,
@@ -129,29 +132,28 @@ def choose_layer(model: LoadedModel, wanted: str | None) -> str:
 def export(
     folder: Path, model: LoadedModel, formats: Sequence[str], layer: str, *, tf_python: str
 ) -> list[str]:
-    """Writes a model into a folder.
+    """Writes a model into an empty folder, and returns lines to log.
 
     Args:
-      folder: an empty folder.
+      folder: of the files.
       model: the model to write.
       formats: names in `FORMATS`.
       layer: layer whose output programs return.
       tf_python: an interpreter with TensorFlow, for a SavedModel.
 
-    Returns:
-      Lines to log.
-
     Raises:
       UserError: a format cannot hold the model, or a written program computes something else.
     """
-    lines = []
+    lines, batches = [], make_batches(model)
     for name in formats:
         path = folder / f"model.{name}"
         if name in WEIGHTS:
-            lines += WEIGHTS[name](path, model)
-        else:
-            options = {"python": tf_python} if name == "savedmodel" else {}
-            lines += PROGRAMS[name](path, model, layer, **options)
+            lines.append(f"{path.name}: {convert(_make_weights(model), path)[-1]}")
+            continue
+        check_size(model, what=name)
+        options = {"python": tf_python} if name == "savedmodel" else {}
+        outputs = PROGRAMS[name](path, model, layer, batches, **options)
+        lines.append(compare_outputs(model, layer, batches, outputs, what=path.name))
     files = {name: f"model.{name}" for name in formats if name in PROGRAMS}
     if files:
         signature = describe_signature(model, layer, files)
@@ -164,13 +166,26 @@ def export(
     return lines
 
 
+def _make_weights(model: LoadedModel) -> Weights:
+    return Weights(
+        params={name: np.asarray(x) for name, x in flatten(model.params).items()},
+        layout="loaded model",
+        model=dict(model.arguments),
+        preprocess={
+            "mean": model.pixel_mean,
+            "std": model.pixel_std,
+            "image_size": model.image_shape[:2],
+            "eval": model.preparation.line,
+        },
+    )
+
+
 def main(argv: Sequence[str]) -> None:
     """Exports a model and logs the files that were written."""
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
     set_up(quiet=False)
-    if args.output.exists():
-        raise UserError(f"--output={args.output} exists; remove it, or choose another name")
+    check_fresh(args.output)
     model = load_source(args, overrides)
     layer = choose_layer(model, args.layer)
     with fresh_folder(args.output) as folder:

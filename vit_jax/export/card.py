@@ -18,21 +18,16 @@ CARD = "README.md"
 # Keys that hold paths of this machine.
 _LOCAL_KEYS = ("data_dir", "init_from", "teacher")
 
+_LOAD = """```python
+import vit_jax
+
+model = vit_jax.load_model("model.{name}")
+prediction = model(model.preprocess("photo.jpg"))
+```"""
 _USE = {
-    "npz": """```python
-import vit_jax
-
-model = vit_jax.load_model("model.npz")
-prediction = model(model.preprocess("photo.jpg"))
-```""",
-    "safetensors": """The tensors have the names of timm's `VisionTransformer`. With vit_jax:
-
-```python
-import vit_jax
-
-model = vit_jax.load_model("model.safetensors")
-prediction = model(model.preprocess("photo.jpg"))
-```""",
+    "npz": _LOAD,
+    "safetensors": "The tensors have the names of timm's `VisionTransformer`. With vit_jax:\n\n"
+    + _LOAD,
     "stablehlo": """With JAX alone, on a CPU, GPU or TPU:
 
 ```python
@@ -62,11 +57,10 @@ serve = tf.saved_model.load("model.savedmodel").signatures["serving_default"]
 
 
 def read_results(model: LoadedModel, *, params: str) -> list[tuple[str, str, float]]:
-    """Reads the results of a run at a checkpoint: evaluator, metric and value of each.
+    """Returns (evaluator, metric, value) of each result of a run at the loaded checkpoint.
 
-    Args:
-      model: the loaded model; the list is empty for weights that are not of a run.
-      params: the parameters that were loaded, "raw" or "ema".
+    The results are those of the loaded parameters, `params` ("raw" or "ema"); the list is empty for
+    weights that are not of a run.
     """
     step = Path(model.source).name
     if model.workdir is None or not step.isdigit():
@@ -91,13 +85,13 @@ def make_card(
     license_id: str | None,
     params: str,
 ) -> str:
-    """Writes the text of a card.
+    """Returns the text of the card of a model that was exported in some formats.
 
     Args:
       model: the exported model.
       formats: formats of the files.
       layer: layer whose output programs return.
-      name: name of the model.
+      name: title of the card.
       license_id: licence of the weights, by its name on the hub; None if it is not known.
       params: the parameters that were loaded, "raw" or "ema".
     """
@@ -199,7 +193,7 @@ def _show_use(model: LoadedModel, formats: Sequence[str], layer: str) -> list[st
             f"`images` are uint8 `[n, {height}, {width}, 3]`, RGB: decode and resize them; the "
             f"program does the rest, and gives float32 `{layer}`. See `{SIGNATURE}`."
         )
-    parts += [_USE[name].format(output=output) for name in formats]
+    parts += [_USE[name].format(name=name, output=output) for name in formats]
     if model.classifies:
         what = "a sigmoid" if model.loss == "sigmoid" else "a softmax"
         names = f" Class names are in `{LABELS}`, a line each." if model.class_names else ""

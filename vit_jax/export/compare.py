@@ -32,7 +32,7 @@ def compare_outputs(
     *,
     what: str,
 ) -> str:
-    """Compares the outputs of a written model with those of the original.
+    """Returns a line with the largest difference of a written model from the original.
 
     Args:
       model: the original model.
@@ -40,9 +40,6 @@ def compare_outputs(
       batches: uint8 `[n, *image_shape]` each, from `make_batches`.
       outputs: outputs of the written model for each batch, float32 `[n, ...]`.
       what: name of the written file, for messages.
-
-    Returns:
-      A line with the largest difference.
 
     Raises:
       UserError: the difference exceeds the tolerance.

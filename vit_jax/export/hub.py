@@ -20,16 +20,9 @@ def check_push(repo: str, *, now: bool) -> None:
 
 
 def push_folder(folder: Path, repo: str, *, private: bool, now: bool) -> list[str]:
-    """Uploads all files of a folder, or describes the upload.
+    """Uploads all files of a folder if `now`, or describes the upload; returns lines to log.
 
-    Args:
-      folder: the folder to upload.
-      repo: `USER/NAME`; created if it does not exist.
-      private: whether a new repository is private.
-      now: whether to upload.
-
-    Returns:
-      Lines to log.
+    The repository `USER/NAME` is created if it does not exist, and is then `private` or public.
 
     Raises:
       UserError: the hub refuses the upload, or cannot be reached.

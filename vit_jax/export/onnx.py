@@ -5,14 +5,13 @@ import contextlib
 import importlib
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from vit_jax.export.compare import check_size, compare_outputs, make_batches
 from vit_jax.export.signature import INPUT
 from vit_jax.inference.model import LoadedModel
 from vit_jax.utils.errors import UserError, first_line
@@ -21,20 +20,25 @@ from vit_jax.utils.errors import UserError, first_line
 _OPSET = 20
 
 
-def check_onnx() -> None:
-    """Raises `UserError` unless the libraries are installed."""
-    _import_libraries()
+def check_onnx() -> tuple[Any, Any]:
+    """Returns jax2onnx and onnxruntime; raises `UserError` unless they are installed."""
+    try:
+        with _silenced():
+            return importlib.import_module("jax2onnx"), importlib.import_module("onnxruntime")
+    except ImportError as e:
+        raise UserError(f"--to=onnx needs {e.name}: pip install 'vit_jax[onnx]'") from None
 
 
-def write_onnx(path: Path, model: LoadedModel, layer: str) -> list[str]:
-    """Writes a graph of a layer's output and compares it with the model.
+def write_onnx(
+    path: Path, model: LoadedModel, layer: str, batches: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Writes a graph, reads it back and returns its outputs; see `PROGRAMS` of the command.
 
     Raises:
-      UserError: the model does not compute in float32, the libraries are missing or cannot write
-        it, or the graph computes something else.
+      UserError: the model does not compute in float32, or the libraries are missing or cannot
+        write it.
     """
-    jax2onnx, runtime = _import_libraries()
-    check_size(model, what="onnx")
+    jax2onnx, runtime = check_onnx()
     dtype = np.dtype(getattr(model.module, "dtype", np.float32))
     if dtype != np.float32:
         raise UserError(
@@ -47,11 +51,10 @@ def write_onnx(path: Path, model: LoadedModel, layer: str) -> list[str]:
             "--to=onnx: jax2onnx mistakes the standardized convolutions of a hybrid for plain "
             "ones; expected a model without model.resnet_layers, or --to=stablehlo"
         )
-    function, batches = model.as_function(layer), make_batches(model)
     try:
         with _silenced():
             graph = jax2onnx.to_onnx(
-                function,
+                model.as_function(layer),
                 [images],
                 model_name="vit_jax",
                 opset=_OPSET,
@@ -60,20 +63,11 @@ def write_onnx(path: Path, model: LoadedModel, layer: str) -> list[str]:
             )
         path.write_bytes(graph.SerializeToString())
         session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        outputs = [session.run([layer], {INPUT: batch})[0] for batch in batches]
+        return [session.run([layer], {INPUT: batch})[0] for batch in batches]
     except OSError:
         raise
     except Exception as e:  # Unsupported operations lead to exceptions of many types.
         raise UserError(f"--to=onnx: jax2onnx can't write this model: {first_line(e)}") from e
-    return [compare_outputs(model, layer, batches, outputs, what=path.name)]
-
-
-def _import_libraries() -> tuple[Any, Any]:
-    try:
-        with _silenced():
-            return importlib.import_module("jax2onnx"), importlib.import_module("onnxruntime")
-    except ImportError as e:
-        raise UserError(f"--to=onnx needs {e.name}: pip install 'vit_jax[onnx]'") from None
 
 
 @contextlib.contextmanager

@@ -42,6 +42,12 @@ def write_atomically(path: Path, content: str | bytes, *, sync: bool = False) ->
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def check_fresh(path: Path) -> None:
+    """Raises `UserError` if the path of `--output` exists."""
+    if path.exists():
+        raise UserError(f"--output={path} exists; remove it, or choose another name")
+
+
 @contextlib.contextmanager
 def fresh_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path for `--output`, which gets its name if the block succeeds.
@@ -49,8 +55,7 @@ def fresh_file(path: Path) -> Iterator[Path]:
     Raises:
       UserError: the file exists, or can't be written.
     """
-    if path.exists():
-        raise UserError(f"--output={path} exists; remove it, or choose another name")
+    check_fresh(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:

@@ -14,3 +14,10 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def as_tuples(value: Any) -> Any:
+    """Returns a value from JSON with tuples in place of lists, at all levels."""
+    if isinstance(value, dict):
+        return {k: as_tuples(v) for k, v in value.items()}
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value

@@ -8,9 +8,8 @@ from flax import traverse_util
 
 from vit_jax.checkpoint.pretrained.adapt import adapt_params, check_arguments
 from vit_jax.checkpoint.pretrained.embedding import change_channels, resize_patches
-from vit_jax.checkpoint.pretrained.posemb import resize_posemb
 from vit_jax.checkpoint.pretrained.weights import REGISTERS, Weights, stack_blocks
-from vit_jax.models.positions import sincos_2d
+from vit_jax.models.positions import resize_posemb, sincos_2d
 from vit_jax.models.variants import make_vit
 from vit_jax.utils.errors import UserError
 

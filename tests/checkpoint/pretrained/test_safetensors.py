@@ -15,8 +15,12 @@ import pytest
 from etils import epath
 from flax import traverse_util
 
-from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, write_safetensors
-from vit_jax.checkpoint.pretrained.tensor_file import read_tensors, write_tensors
+from vit_jax.checkpoint.pretrained.safetensors import (
+    read_safetensors,
+    read_tensors,
+    write_safetensors,
+    write_tensors,
+)
 from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.models.variants import make_vit
 from vit_jax.utils.errors import UserError

@@ -14,7 +14,6 @@ import numpy as np
 from flax import traverse_util
 
 from vit_jax.checkpoint.pretrained.embedding import change_channels, resize_patches
-from vit_jax.checkpoint.pretrained.posemb import Method, resize_posemb
 from vit_jax.checkpoint.pretrained.weights import (
     OBJECTIVE_PARAMS,
     POSEMB,
@@ -24,7 +23,7 @@ from vit_jax.checkpoint.pretrained.weights import (
     stack_blocks,
     unstack_blocks,
 )
-from vit_jax.models.positions import FIXED_POSITIONS, fixed_positions
+from vit_jax.models.positions import FIXED_POSITIONS, Method, fixed_positions, resize_posemb
 from vit_jax.utils.errors import UserError
 
 _MAX_LISTED = 4  # parameters in one line of an error
@@ -79,16 +78,17 @@ def adapt_params(
     initial = traverse_util.flatten_dict(target, sep="/")
     stacked = is_stacked(initial)
     initial = unstack_blocks(initial)
-    params, notes = _leave_out(weights.params, initial, dont_load)
-    for fit in (_fit_tokens, _fit_channels, _fit_patches):
-        params, more = fit(params, initial)
-        notes += more
+    params = dict(weights.params)
+    # Each step changes `params` and returns one line for each decision.
+    notes = [
+        *_leave_out(params, initial, dont_load),
+        *_fit_tokens(params, initial),
+        *_fit_channels(params, initial),
+        *_fit_patches(params, initial),
+    ]
     if target_grid is not None:
-        params, more = _compute_posemb(
-            weights, params, initial, target_grid=target_grid, num_class_tokens=num_class_tokens
-        )
-        notes += more
-        params, more = _fit_posemb(
+        notes += _compute_posemb(weights, params, initial, target_grid, num_class_tokens)
+        notes += _fit_posemb(
             params,
             initial,
             source_grid=_find_grid(weights),
@@ -96,14 +96,12 @@ def adapt_params(
             num_class_tokens=num_class_tokens,
             method=posemb_resize,
         )
-        notes += more
-    params, head_notes = _fit_head(params, initial)
-    params, pre_logits_notes = _fit_pre_logits(params, initial)
+    head_notes = _fit_head(params, initial)
+    notes += _fit_pre_logits(params, initial) + head_notes
     _check_fit(params, initial)
     fitted = {path: _cast(params[path], like=leaf) for path, leaf in initial.items()}
     if stacked:
         fitted = stack_blocks(fitted)
-    notes += pre_logits_notes + head_notes
     return traverse_util.unflatten_dict(fitted, sep="/"), notes
 
 
@@ -157,7 +155,7 @@ def fit_objective_params(
             notes.append(f"{name}: none like it in the file: initialised")
         params |= traverse_util.unflatten_dict(flat, sep="/")
     return params, notes + [
-        note for note in describe_objective_params(weights) if _name(note) not in initial
+        note for note in describe_objective_params(weights) if note.partition(":")[0] not in initial
     ]
 
 
@@ -168,14 +166,8 @@ def describe_objective_params(weights: Weights) -> list[str]:
     return [f"{name}: {reason}: dropped" for name, reason in reasons.items()]
 
 
-def _name(note: str) -> str:
-    return note.partition(":")[0]
-
-
-def _leave_out(
-    params: Mapping[str, Any], initial: _Flat, dont_load: Iterable[str]
-) -> tuple[_Flat, list[str]]:
-    kept, notes = dict(params), []
+def _leave_out(params: _Flat, initial: _Flat, dont_load: Iterable[str]) -> list[str]:
+    loaded, notes = dict(params), []
     for pattern in dont_load:
         try:
             regex = re.compile(pattern)
@@ -184,21 +176,22 @@ def _leave_out(
                 f"adapt.dont_load: {pattern!r} is no regular expression: {error}"
             ) from None
         fresh = [path for path in initial if regex.fullmatch(path)]
-        dropped = [path for path in params if regex.fullmatch(path) and path not in initial]
+        dropped = [path for path in loaded if regex.fullmatch(path) and path not in initial]
         if not fresh and not dropped:
             raise UserError(
                 f"adapt.dont_load: {pattern!r} matches the whole path of no parameter; paths are "
                 f"like {next(iter(initial))}"
             )
-        kept = {path: x for path, x in kept.items() if path not in dropped}
-        kept |= {path: initial[path] for path in fresh}
+        for path in dropped:
+            params.pop(path, None)
+        params |= {path: initial[path] for path in fresh}
         notes += [f"{path}: not loaded: initialised" for path in fresh]
         notes += [f"{path}: not loaded: dropped" for path in dropped]
-    return kept, notes
+    return notes
 
 
-def _fit_tokens(params: _Flat, initial: _Flat) -> tuple[_Flat, list[str]]:
-    params, notes = dict(params), []
+def _fit_tokens(params: _Flat, initial: _Flat) -> list[str]:
+    notes = []
     registers = initial[REGISTERS].shape[1] if REGISTERS in initial else 0
     for name in ("dist", "cls"):
         theirs = [x for x in ("cls", "dist") if x in params]
@@ -213,7 +206,7 @@ def _fit_tokens(params: _Flat, initial: _Flat) -> tuple[_Flat, list[str]]:
         params[REGISTERS] = np.concatenate([token, *others], axis=1)
         notes.append(f"{name}: a register here, with its position embedding added")
         if name == "dist" and "head_dist/kernel" in params:
-            params = _replace(params, {}, "head_dist/")
+            _replace(params, {}, "head_dist/")
             notes.append("head_dist: none here: dropped; the file is meant to average both heads")
     if "dist" in initial and "dist" not in params and "cls" in params:
         params["dist"] = initial["dist"]
@@ -221,46 +214,43 @@ def _fit_tokens(params: _Flat, initial: _Flat) -> tuple[_Flat, list[str]]:
             slot = np.asarray(initial[POSEMB])[:, 1:2]
             params[POSEMB] = np.insert(params[POSEMB], [1], slot, axis=1)
         notes.append("dist: none in the file: initialised")
-    return params, notes
+    return notes
 
 
 def _compute_posemb(
     weights: Weights,
     params: _Flat,
     initial: _Flat,
-    *,
     target_grid: tuple[int, int],
     num_class_tokens: int,
-) -> tuple[_Flat, list[str]]:
+) -> list[str]:
     if POSEMB in params or POSEMB not in initial:
-        return params, []
+        return []
     kind, width = weights.model.get("position_embedding"), initial[POSEMB].shape[-1]
     fixed = fixed_positions(kind, target_grid, width)
     if fixed is None:
-        return params, []
-    posemb = np.pad(fixed, ((0, 0), (num_class_tokens, 0), (0, 0)))
-    return {**params, POSEMB: posemb}, [f"position embeddings: learned here, from {kind} on"]
+        return []
+    params[POSEMB] = np.pad(fixed, ((0, 0), (num_class_tokens, 0), (0, 0)))
+    return [f"position embeddings: learned here, from {kind} on"]
 
 
-def _fit_channels(params: _Flat, initial: _Flat) -> tuple[_Flat, list[str]]:
+def _fit_channels(params: _Flat, initial: _Flat) -> list[str]:
     path, theirs, ours = _find_embedding(params, initial)
     if len(theirs) != 4 or len(ours) != 4 or theirs[2] == ours[2] or theirs[3] != ours[3]:
-        return params, []
-    kernel = change_channels(np.asarray(params[path]), ours[2])
+        return []
+    params[path] = change_channels(np.asarray(params[path]), ours[2])
     how = "summed" if ours[2] == 1 else "repeated and scaled"
-    note = f"{path}: {theirs[2]} input channels in the file, {ours[2]} here: {how}"
-    return {**params, path: kernel}, [note]
+    return [f"{path}: {theirs[2]} input channels in the file, {ours[2]} here: {how}"]
 
 
-def _fit_patches(params: _Flat, initial: _Flat) -> tuple[_Flat, list[str]]:
+def _fit_patches(params: _Flat, initial: _Flat) -> list[str]:
     path, theirs, ours = _find_embedding(params, initial)
     if len(theirs) != 4 or path == "conv_root/kernel" or theirs[:2] == ours[:2]:
-        return params, []
+        return []
     if theirs[2:] != ours[2:]:
-        return params, []
-    kernel = resize_patches(np.asarray(params[path]), (ours[0], ours[1]))
-    note = f"{path}: patches resized from {_by(theirs)} to {_by(ours)} pixels (pseudo-inverse)"
-    return {**params, path: kernel}, [note]
+        return []
+    params[path] = resize_patches(np.asarray(params[path]), (ours[0], ours[1]))
+    return [f"{path}: patches resized from {_by(theirs)} to {_by(ours)} pixels (pseudo-inverse)"]
 
 
 def _find_embedding(params: _Flat, initial: _Flat) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
@@ -286,55 +276,57 @@ def _fit_posemb(
     target_grid: tuple[int, int],
     num_class_tokens: int,
     method: Method,
-) -> tuple[_Flat, list[str]]:
+) -> list[str]:
     theirs, ours = (_shapes(flat, POSEMB).get(POSEMB, ()) for flat in (params, initial))
     # Only the number of tokens can be changed; _check_fit reports other differences.
     if len(theirs) != 3 or theirs[::2] != ours[::2]:
-        return params, []
+        return []
     num_patches = theirs[1] - num_class_tokens
     side = math.isqrt(max(num_patches, 0))
     if source_grid is None or math.prod(source_grid) != num_patches:
         if theirs == ours and side**2 != num_patches:
-            return params, []  # Not a square: equal numbers are assumed to mean equal grids.
+            return []  # Not a square: equal numbers are assumed to mean equal grids.
         source_grid = (side, side)
     if source_grid == target_grid and theirs == ours:
-        return params, []
+        return []
     if not num_patches or math.prod(source_grid) != num_patches:
         raise UserError(
             f"init_from: {theirs[1]} position embeddings in the file, less {num_class_tokens} "
             "for the class token, are not a square grid; set model.classifier as in the file"
         )
-    resized = resize_posemb(
+    params[POSEMB] = resize_posemb(
         params[POSEMB],
         source_grid=source_grid,
         target_grid=target_grid,
         num_prefix_tokens=num_class_tokens,
         method=method,
     )
-    note = f"position embeddings: resized from {_by(source_grid)} to {_by(target_grid)}, {method}"
-    return {**params, POSEMB: resized}, [note]
+    return [f"position embeddings: resized from {_by(source_grid)} to {_by(target_grid)}, {method}"]
 
 
-def _fit_head(params: _Flat, initial: _Flat) -> tuple[_Flat, list[str]]:
-    params, notes = _fit_first_head(params, initial)
+def _fit_head(params: _Flat, initial: _Flat) -> list[str]:
+    notes = _fit_first_head(params, initial)
     if _shapes(params, "head_dist/") == _shapes(initial, "head_dist/"):
-        return params, notes
+        return notes
     what = "another one here" if "head_dist/kernel" in params else "none in the file"
     what = f"{what}: initialised" if "head_dist/kernel" in initial else "none here: dropped"
-    return _replace(params, initial, "head_dist/"), [*notes, f"head_dist: {what}"]
+    _replace(params, initial, "head_dist/")
+    return [*notes, f"head_dist: {what}"]
 
 
-def _fit_first_head(params: _Flat, initial: _Flat) -> tuple[_Flat, list[str]]:
+def _fit_first_head(params: _Flat, initial: _Flat) -> list[str]:
     same_input = _shapes(params, "pre_logits/") == _shapes(initial, "pre_logits/")
     if same_input and _shapes(params, "head/") == _shapes(initial, "head/"):
         if "head/kernel" not in params:
-            return params, []
+            return []
         if params["head/kernel"] is initial["head/kernel"]:
-            return params, []  # It was left out by `dont_load`.
+            return []  # It was left out by `dont_load`.
         if not np.any(params["head/kernel"]):
-            return params, ["head: the kernel in the file is all zero: it was published untrained"]
-        return params, [f"head: kept, {params['head/kernel'].shape[-1]} classes"]
-    return _replace(params, initial, "head/"), [_describe_new_head(params, initial)]
+            return ["head: the kernel in the file is all zero: it was published untrained"]
+        return [f"head: kept, {params['head/kernel'].shape[-1]} classes"]
+    note = _describe_new_head(params, initial)
+    _replace(params, initial, "head/")
+    return [note]
 
 
 def _describe_new_head(params: _Flat, initial: _Flat) -> str:
@@ -351,16 +343,15 @@ def _describe_new_head(params: _Flat, initial: _Flat) -> str:
     return f"head: kernel {theirs} in the file, {ours} here: re-initialised"
 
 
-def _fit_pre_logits(params: _Flat, initial: _Flat) -> tuple[_Flat, list[str]]:
+def _fit_pre_logits(params: _Flat, initial: _Flat) -> list[str]:
     theirs, ours = _shapes(params, "pre_logits/"), _shapes(initial, "pre_logits/")
-    if theirs and not ours:
-        return _replace(params, initial, "pre_logits/"), ["pre_logits: none here: dropped"]
-    if ours and not theirs:
-        note = "pre_logits: none in the file: initialised"
-        return _replace(params, initial, "pre_logits/"), [note]
+    if bool(theirs) != bool(ours):
+        _replace(params, initial, "pre_logits/")
+        what = "none here: dropped" if theirs else "none in the file: initialised"
+        return [f"pre_logits: {what}"]
     if not theirs or params["pre_logits/kernel"] is initial["pre_logits/kernel"]:
-        return params, []
-    return params, [f"pre_logits: kept, width {theirs['pre_logits/kernel'][-1]}"]
+        return []
+    return [f"pre_logits: kept, width {theirs['pre_logits/kernel'][-1]}"]
 
 
 def _check_fit(params: _Flat, initial: _Flat) -> None:
@@ -387,10 +378,11 @@ def _shapes(flat: _Flat, prefix: str = "") -> dict[str, tuple[int, ...]]:
     return {path: tuple(x.shape) for path, x in flat.items() if path.startswith(prefix)}
 
 
-def _replace(params: _Flat, initial: _Flat, prefix: str) -> _Flat:
-    """Returns `params` with all paths under `prefix` taken from `initial`."""
-    rest = {path: x for path, x in params.items() if not path.startswith(prefix)}
-    return rest | {path: x for path, x in initial.items() if path.startswith(prefix)}
+def _replace(params: _Flat, initial: _Flat, prefix: str) -> None:
+    """Takes all paths of `params` under `prefix` from `initial`."""
+    for path in _shapes(params, prefix):
+        del params[path]
+    params |= {path: initial[path] for path in _shapes(initial, prefix)}
 
 
 def _cast(value: Any, *, like: Any) -> Any:

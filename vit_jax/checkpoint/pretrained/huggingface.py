@@ -10,10 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from vit_jax.checkpoint.pretrained.tensor_file import read_json
-from vit_jax.checkpoint.pretrained.timm_tensors import infer_num_heads, to_linen
+from vit_jax.checkpoint.pretrained.timm_tensors import to_linen
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
     describe_interpolation,
@@ -57,13 +55,17 @@ def is_huggingface(tensors: Mapping[str, Any]) -> bool:
 
 
 def read_huggingface(
-    file: epath.Path, tensors: Mapping[str, np.ndarray], num_heads: int | None
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    processor: Mapping[str, Any],
+    num_heads: int | None,
 ) -> Weights:
     """Reads a ViT, DeiT or DINOv2 of Hugging Face.
 
     Args:
-      file: of the tensors; `config.json` and `preprocessor_config.json` beside it are read.
       tensors: arrays of any float dtype by name.
+      config: content of the `config.json` beside them; may be empty.
+      processor: content of the `preprocessor_config.json` beside them; may be empty.
       num_heads: attention heads; None for what the files state, or is usual for the width.
 
     Returns:
@@ -72,17 +74,13 @@ def read_huggingface(
     Raises:
       ValueError: the model has a part that no model here has, or the files are damaged.
     """
-    config = read_json(file.parent / "config.json")
-    processor = read_json(file.parent / "preprocessor_config.json")
     if not isinstance(config.get("model_type"), str):
         config = {}  # It was written by another program.
     renamed, kind, notes = _to_timm_names(tensors)
-    num_heads = num_heads or config.get("num_attention_heads")
-    if num_heads is None:
-        num_heads, more = infer_num_heads(renamed)
-        notes += more
     params, more = to_linen(
-        renamed, num_heads=num_heads, num_slots=1 + int("dist_token" in renamed)
+        renamed,
+        num_heads=num_heads or config.get("num_attention_heads"),
+        num_slots=1 + int("dist_token" in renamed),
     )
     settings, settings_notes = _read_settings(config, kind=kind)
     model = settings | describe_model(params, rope_theta=None)

@@ -23,12 +23,12 @@ from vit_jax.checkpoint.bounds import check_size
 from vit_jax.checkpoint.pretrained.weights import (
     POSEMB,
     Weights,
-    as_tuples,
     infer_model,
     unstack_blocks,
 )
 from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.files import atomic_file, write_atomically
+from vit_jax.utils.nested import as_tuples
 
 # What training code of several ages put around the parameters, outermost first.
 _WRAPPERS = ("opt/target/", "params/")
@@ -183,8 +183,7 @@ def _read_description(path: epath.Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(beside.read_text())
-        described = content.get("vit_jax", {})
-        return {section: as_tuples(values) for section, values in described.items()}
+        return {section: as_tuples(dict(x)) for section, x in content.get("vit_jax", {}).items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{beside}: {error}; expected what was written with {path.name}") from error
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rebuilds the model of pretrained weights from their own description, without a config."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -62,11 +62,10 @@ def fill_model(
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     # Only shapes matter: all values come from the weights.
-    init: Callable[..., Any] = lambda x: model.init(jax.random.key(0), x, train=False)  # noqa: E731
-    shapes = jax.eval_shape(init, images)["params"]
+    variables: Any = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     return adapt_params(
         weights,
-        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes),
+        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables["params"]),
         target_grid=find_grid(model, image_shape[:2]),
         num_class_tokens=getattr(model, "num_class_tokens", 0),
     )

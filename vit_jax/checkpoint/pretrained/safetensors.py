@@ -3,25 +3,42 @@
 
 The tensor names show the layout of a file. What they do not show is in the `config.json` and
 `preprocessor_config.json` that are published with it, or in the metadata of a file written here.
+
+The numpy interface of the `safetensors` package reads no bfloat16 and opens no remote files, so its
+parser, which checks every number of the untrusted header, is called directly.
 """
 
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import safetensors
 from etils import epath
+from safetensors.numpy import save
 
 from vit_jax.checkpoint.pretrained.huggingface import is_huggingface, read_huggingface
-from vit_jax.checkpoint.pretrained.tensor_file import read_tensors, write_tensors
 from vit_jax.checkpoint.pretrained.timm import read_timm
 from vit_jax.checkpoint.pretrained.timm_tensors import to_linen, to_timm
-from vit_jax.checkpoint.pretrained.weights import Weights, as_tuples, describe_model, find_grid
+from vit_jax.checkpoint.pretrained.weights import Weights, describe_model, find_grid
 from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.utils.errors import UserError, first_line
+from vit_jax.utils.files import atomic_file
+from vit_jax.utils.nested import as_tuples
+
+_DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
 
 _METADATA = "vit_jax"
 # Arguments of the model that change what it computes.
@@ -69,9 +86,11 @@ def read_safetensors(path: str | os.PathLike[str], *, num_heads: int | None = No
         if _METADATA in metadata:
             weights = _read_own(tensors, json.loads(metadata[_METADATA]), num_heads)
         elif is_huggingface(tensors):
-            weights = read_huggingface(file, tensors, num_heads)
+            config = read_json(file.parent / "config.json")
+            processor = read_json(file.parent / "preprocessor_config.json")
+            weights = read_huggingface(tensors, config, processor, num_heads)
         elif "patch_embed.proj.weight" in tensors:
-            weights = read_timm(file, tensors, num_heads)
+            weights = read_timm(tensors, read_json(file.parent / "config.json"), num_heads)
         else:
             names = ", ".join(sorted(tensors)[:3])
             raise ValueError(f"no Vision Transformer: {len(tensors)} tensors such as {names}")
@@ -125,16 +144,81 @@ def _read_own(
     params, notes = to_linen(
         tensors,
         num_heads=num_heads or model["num_heads"],
-        num_slots=0 if "reg_token" in tensors else _count_class_tokens(tensors),
+        num_slots=0
+        if "reg_token" in tensors
+        else sum(name in tensors for name in ("cls_token", "dist_token")),
     )
     return Weights(
         params=params,
         layout="vit_jax safetensors",
         model=describe_model(params, rope_theta=None) | model,
-        preprocess=as_tuples(stated["preprocess"]),
+        preprocess=as_tuples(dict(stated["preprocess"])),
         notes=tuple(notes),
     )
 
 
-def _count_class_tokens(tensors: Mapping[str, Any]) -> int:
-    return int("cls_token" in tensors) + int("dist_token" in tensors)
+def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads all tensors and the metadata of a file.
+
+    Args:
+      path: local or `gs://`.
+
+    Returns:
+      `(tensors, metadata)`; read-only arrays with the shapes and dtypes of the file, by name.
+
+    Raises:
+      OSError: the file can't be read.
+      ValueError: the file is damaged, or not a safetensors file.
+    """
+    content = path.read_bytes()
+    try:
+        entries = safetensors.deserialize(content)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"not a whole safetensors file: {len(content)} bytes, which start with "
+            f"{content[:16]!r} ({error})"
+        ) from error
+    tensors = {}
+    for name, entry in entries:
+        if entry["dtype"] not in _DTYPES:
+            expected = ", ".join(_DTYPES)
+            raise ValueError(f"{name} is of type {entry['dtype']}; expected one of {expected}")
+        array = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]])
+        tensors[name] = array.reshape(entry["shape"])
+    length = int.from_bytes(content[:8], "little")
+    return tensors, json.loads(content[8 : 8 + length]).get("__metadata__", {})
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Returns the JSON object in a file beside the weights; empty if there is no such file.
+
+    Raises:
+      ValueError: the file is not JSON.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path.name} beside it is no JSON") from error
+    return content if isinstance(content, dict) else {}
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[str, str]) -> None:
+    """Writes a file, which is flushed to the disk before it gets its name.
+
+    Args:
+      path: of the file, in a folder that exists.
+      tensors: arrays of any shape and of a dtype of the format, by name.
+      metadata: texts by key.
+
+    Raises:
+      OSError: the file can't be written.
+      ValueError: an array is of a type that has no name in the format.
+    """
+    for name, array in tensors.items():
+        if array.dtype.newbyteorder("<") not in _DTYPES.values():
+            raise ValueError(f"{name} is of type {array.dtype}; expected one of {list(_DTYPES)}")
+    content = save({k: np.ascontiguousarray(x) for k, x in tensors.items()}, metadata)
+    with atomic_file(path, sync=True) as temporary:
+        temporary.write_bytes(content)

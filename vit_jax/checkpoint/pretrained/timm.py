@@ -10,10 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from vit_jax.checkpoint.pretrained.tensor_file import read_json
-from vit_jax.checkpoint.pretrained.timm_tensors import infer_num_heads, to_linen
+from vit_jax.checkpoint.pretrained.timm_tensors import to_linen
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
     describe_interpolation,
@@ -36,13 +34,13 @@ _TANH_GELU = re.compile(
 
 
 def read_timm(
-    file: epath.Path, tensors: Mapping[str, np.ndarray], num_heads: int | None
+    tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], num_heads: int | None
 ) -> Weights:
     """Reads a model of timm's classes `VisionTransformer`, its hybrid and distilled ones, or `Eva`.
 
     Args:
-      file: of the tensors; a `config.json` beside it is read.
       tensors: arrays of any float dtype by name.
+      config: content of the `config.json` beside them; may be empty.
       num_heads: attention heads; None for what the files state, or is usual for the width.
 
     Returns:
@@ -51,7 +49,6 @@ def read_timm(
     Raises:
       ValueError: the model has a part that no model here has, or the files are damaged.
     """
-    config = read_json(file.parent / "config.json")
     if not isinstance(config.get("architecture"), str):
         config = {}  # It was written by another program.
     architecture, options = config.get("architecture", ""), config.get("model_args", {})
@@ -61,29 +58,21 @@ def read_timm(
         raise ValueError(f"{architecture} has norms behind its layers, which no model here has")
     theta, swap_axes, notes = _find_rope(tensors, architecture)
     num_heads = num_heads or options.get("num_heads") or _NUM_HEADS.get(architecture.split(".")[0])
-    if num_heads is None:
-        num_heads, more = infer_num_heads(tensors)
-        notes += more
     classifier = _find_classifier(tensors, config)
     average = classifier == "gap" and "cls_token" in tensors
-    if average:
-        notes.append("cls: kept as a register, since the mean over patches is classified")
     params, more = to_linen(tensors, num_heads=num_heads, average=average, swap_axes=swap_axes)
-    notes += more
-    settings, more = _read_timm_settings(architecture, options)
-    notes += more
+    settings, settings_notes = _read_timm_settings(architecture, options)
     model = settings | describe_model(params, rope_theta=theta) | {"classifier": classifier}
     if theta is None and classifier == "map" and ("cls" in params or "num_registers" in model):
         raise ValueError("attention pooling that leaves out registers, which no model here has")
-    preprocess, more = _read_timm_images(config.get("pretrained_cfg", config))
-    notes += more
+    preprocess, image_notes = _read_timm_images(config.get("pretrained_cfg", config))
     kind = "timm hybrid" if "resnet_layers" in model else "timm"
     return Weights(
         params=params,
         layout=f"{kind} safetensors",
         model=model,
         preprocess=infer_image_size(params, model) | preprocess,
-        notes=tuple(notes),
+        notes=(*notes, *more, *settings_notes, *image_notes),
     )
 
 

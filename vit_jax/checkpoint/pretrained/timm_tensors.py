@@ -13,6 +13,7 @@ Source: timm 1.0.31, `models/vision_transformer.py`, `vision_transformer_hybrid.
 `deit.py`.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,11 @@ _Arrays = dict[str, np.ndarray]
 
 _HEADS_BY_WIDTH = {width: heads for width, _, _, heads in SIZES.values()} | {1152: 16}
 _ATTENTION = ("query", "key", "value")
+# Paths of kernels that join the heads, and of what rotary embeddings turn.
+_OUTPUT = re.compile(r"MultiHeadDotProductAttention_0/out/kernel$")
+_ROTATED = re.compile(
+    r"Transformer/encoderblock_\d+/MultiHeadDotProductAttention_0/(query|key)(_norm)?/"
+)
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _UNIT = re.compile(r"patch_embed\.backbone\.stages\.(\d+)\.blocks\.(\d+)\.")
 
@@ -53,18 +59,8 @@ _DROPPED = {
 }
 
 
-def infer_num_heads(tensors: Mapping[str, np.ndarray]) -> tuple[int, list[str]]:
-    """Infers the number of attention heads from the width of the model.
-
-    Args:
-      tensors: arrays by timm's names; `patch_embed.proj.weight` is `[width, channels, ...]`.
-
-    Returns:
-      `(num_heads, notes)`, with a note if the number is only a convention.
-
-    Raises:
-      ValueError: there is no convention for this width.
-    """
+def _infer_num_heads(tensors: Mapping[str, np.ndarray]) -> tuple[int, list[str]]:
+    """Returns the number of attention heads, and a note if it is only a convention."""
     width = tensors["patch_embed.proj.weight"].shape[0]
     if "blocks.0.attn.q_norm.weight" in tensors:  # One for each channel of a head.
         return width // tensors["blocks.0.attn.q_norm.weight"].size, []
@@ -80,7 +76,7 @@ def infer_num_heads(tensors: Mapping[str, np.ndarray]) -> tuple[int, list[str]]:
 def to_linen(
     tensors: Mapping[str, np.ndarray],
     *,
-    num_heads: int,
+    num_heads: int | None,
     num_slots: int | None = None,
     average: bool = False,
     swap_axes: bool = False,
@@ -89,7 +85,8 @@ def to_linen(
 
     Args:
       tensors: arrays of any float dtype by name.
-      num_heads: attention heads, which the shape of a fused projection does not show.
+      num_heads: attention heads, which the shape of a fused projection does not show; None for
+        the usual number for the width.
       num_slots: position embeddings in front of those of the patches; None if unknown.
       average: whether the mean over patches is classified instead of the class token, which then
         becomes a register.
@@ -101,11 +98,16 @@ def to_linen(
       from the file.
 
     Raises:
-      ValueError: a tensor does not have the shape that its name implies.
+      ValueError: a tensor does not have the shape that its name implies, or there is no usual
+        number of heads.
     """
     rest = _join_parts(tensors)
     params: _Arrays = {}
     notes = []
+    if num_heads is None:
+        num_heads, notes = _infer_num_heads(rest)
+    if average:
+        notes.append("cls: kept as a register, since the mean over patches is classified")
     for prefix, reason in _DROPPED.items():
         names = [name for name in rest if name.startswith(prefix)]
         notes += [f"{prefix.rstrip('.')}: {reason}"] if names else []
@@ -113,12 +115,19 @@ def to_linen(
             del rest[name]
     _read_tokens(rest, params, num_slots=num_slots, average=average)
     layers = _count_layers(rest)
-    for i in range(layers):
-        _read_attention(rest, params, i, num_heads=num_heads, swap_axes=swap_axes)
-        _read_mlp(rest, params, i)
-    _read_pooling(rest, params, num_heads=num_heads)
+    _split_gates(rest, layers)
+    for theirs, ours, names in _projections(layers, pooled="attn_pool.latent" in rest):
+        _read_heads(rest, theirs, params, ours, names, num_heads)
     for theirs, ours in _modules(layers, _count_units(rest)):
         _read_module(rest, theirs, params, ours)
+    for theirs, ours in _tensors(layers):
+        if theirs in rest:
+            params[ours] = rest.pop(theirs)
+    for path, x in params.items():
+        if _OUTPUT.search(path):
+            params[path] = x.reshape(num_heads, -1, x.shape[1])
+        elif swap_axes and _ROTATED.match(path):
+            params[path] = np.roll(x, x.shape[-1] // 2, axis=-1)
     return params | rest, notes
 
 
@@ -149,12 +158,18 @@ def to_timm(
     rest = dict(params)
     tensors: _Arrays = {}
     _write_tokens(rest, tensors, model=model, grid=grid)
-    for i in range(model["num_layers"]):
-        _write_attention(rest, tensors, i)
-        _write_mlp(rest, tensors, i)
-    _write_pooling(rest, tensors)
-    for theirs, ours in _modules(model["num_layers"], units or ()):
+    layers = model["num_layers"]
+    _join_gates(rest, layers)
+    for path, x in rest.items():
+        if _OUTPUT.search(path):
+            rest[path] = x.reshape(-1, x.shape[-1])
+    for theirs, ours, names in _projections(layers, pooled="MAPHead_0/probe" in rest):
+        _write_heads(rest, ours, tensors, theirs, names)
+    for theirs, ours in _modules(layers, units or ()):
         _write_module(rest, ours, tensors, theirs)
+    for theirs, ours in _tensors(layers):
+        if ours in rest:
+            tensors[theirs] = rest.pop(ours)
     if units is not None and not units:  # timm has no level "stem" then.
         tensors = {n.replace("backbone.stem.", "backbone."): x for n, x in tensors.items()}
     if model.get("rope_theta") is not None:
@@ -215,16 +230,41 @@ def _count_units(tensors: Mapping[str, Any]) -> list[int]:
     ]
 
 
+def _projections(layers: int, *, pooled: bool) -> Iterator[tuple[str, str, Sequence[str]]]:
+    """Yields timm's module, our attention, and the projections of it that the module computes."""
+    for i in range(layers):
+        ours = f"Transformer/encoderblock_{i}/MultiHeadDotProductAttention_0"
+        yield f"blocks.{i}.attn.qkv", ours, _ATTENTION
+    if pooled:
+        yield "attn_pool.q", "MAPHead_0/MultiHeadDotProductAttention_0", _ATTENTION[:1]
+        yield "attn_pool.kv", "MAPHead_0/MultiHeadDotProductAttention_0", _ATTENTION[1:]
+
+
+def _tensors(layers: int) -> Iterator[tuple[str, str]]:
+    """Yields (timm's, ours) of all tensors that differ in name only."""
+    for i in range(layers):
+        ours = f"Transformer/encoderblock_{i}"
+        yield f"blocks.{i}.ls1.gamma", f"{ours}/LayerScale_0/scale"
+        yield f"blocks.{i}.ls2.gamma", f"{ours}/LayerScale_1/scale"
+    yield "attn_pool.latent", "MAPHead_0/probe"
+
+
 def _modules(layers: int, units: Sequence[int]) -> Iterator[tuple[str, str]]:
     """Yields (timm's, ours) of all modules whose parameters differ in name and layout only."""
     yield "patch_embed.proj", "embedding"
     for i in range(layers):
         theirs, ours = f"blocks.{i}", f"Transformer/encoderblock_{i}"
+        attention = f"{ours}/MultiHeadDotProductAttention_0"
+        yield f"{theirs}.attn.proj", f"{attention}/out"
+        yield f"{theirs}.attn.q_norm", f"{attention}/query_norm"
+        yield f"{theirs}.attn.k_norm", f"{attention}/key_norm"
+        yield f"{theirs}.mlp.gate", f"{ours}/MlpBlock_0/gate"
         yield f"{theirs}.norm1", f"{ours}/LayerNorm_0"
         yield f"{theirs}.norm2", f"{ours}/LayerNorm_1"
         yield f"{theirs}.mlp.fc1", f"{ours}/MlpBlock_0/Dense_0"
         yield f"{theirs}.mlp.fc2", f"{ours}/MlpBlock_0/Dense_1"
     yield "norm", "Transformer/encoder_norm"
+    yield "attn_pool.proj", "MAPHead_0/MultiHeadDotProductAttention_0/out"
     yield "attn_pool.norm", "MAPHead_0/LayerNorm_0"
     yield "attn_pool.mlp.fc1", "MAPHead_0/MlpBlock_0/Dense_0"
     yield "attn_pool.mlp.fc2", "MAPHead_0/MlpBlock_0/Dense_1"
@@ -295,20 +335,6 @@ def _add_slots(tokens: np.ndarray, slots: np.ndarray, *, start: int) -> np.ndarr
     return np.concatenate([tokens[:, :start], added, tokens[:, end:]], axis=1)
 
 
-def _read_attention(
-    rest: _Arrays, params: _Arrays, i: int, *, num_heads: int, swap_axes: bool
-) -> None:
-    theirs = f"blocks.{i}.attn"
-    ours = f"Transformer/encoderblock_{i}/MultiHeadDotProductAttention_0"
-    _read_heads(rest, f"{theirs}.qkv", params, ours, _ATTENTION, num_heads)
-    _read_output(rest, f"{theirs}.proj", params, f"{ours}/out", num_heads)
-    _read_module(rest, f"{theirs}.q_norm", params, f"{ours}/query_norm")
-    _read_module(rest, f"{theirs}.k_norm", params, f"{ours}/key_norm")
-    if swap_axes:
-        for name in [n for n in params if re.match(rf"{ours}/(query|key)(_norm)?/", n)]:
-            params[name] = np.roll(params[name], params[name].shape[-1] // 2, axis=-1)
-
-
 def _read_heads(
     rest: _Arrays, source: str, params: _Arrays, target: str, names: Sequence[str], heads: int
 ) -> None:
@@ -325,36 +351,17 @@ def _read_heads(
         params[f"{target}/{name}/bias"] = bias
 
 
-def _read_output(rest: _Arrays, source: str, params: _Arrays, target: str, heads: int) -> None:
-    _read_module(rest, source, params, target)
-    if f"{target}/kernel" in params:
-        kernel = params[f"{target}/kernel"]
-        params[f"{target}/kernel"] = kernel.reshape(heads, -1, kernel.shape[1])
-
-
-def _read_mlp(rest: _Arrays, params: _Arrays, i: int) -> None:
-    theirs, ours = f"blocks.{i}", f"Transformer/encoderblock_{i}"
-    for j in (1, 2):
-        if f"{theirs}.ls{j}.gamma" in rest:
-            params[f"{ours}/LayerScale_{j - 1}/scale"] = rest.pop(f"{theirs}.ls{j}.gamma")
-    weights = [rest.get(f"{theirs}.mlp.fc{j}.weight") for j in (1, 2)]
-    if weights[0] is None or weights[1] is None or weights[0].shape[0] != 2 * weights[1].shape[1]:
-        return
-    for suffix in ("weight", "bias"):  # SwiGLU, packed: the gate and what it is applied to.
-        if f"{theirs}.mlp.fc1.{suffix}" in rest:
-            halves = np.split(rest[f"{theirs}.mlp.fc1.{suffix}"], 2)
-            rest[f"{theirs}.mlp.gate.{suffix}"], rest[f"{theirs}.mlp.fc1.{suffix}"] = halves
-    _read_module(rest, f"{theirs}.mlp.gate", params, f"{ours}/MlpBlock_0/gate")
-
-
-def _read_pooling(rest: _Arrays, params: _Arrays, *, num_heads: int) -> None:
-    if "attn_pool.latent" not in rest:
-        return
-    params["MAPHead_0/probe"] = rest.pop("attn_pool.latent")
-    ours = "MAPHead_0/MultiHeadDotProductAttention_0"
-    _read_heads(rest, "attn_pool.q", params, ours, _ATTENTION[:1], num_heads)
-    _read_heads(rest, "attn_pool.kv", params, ours, _ATTENTION[1:], num_heads)
-    _read_output(rest, "attn_pool.proj", params, f"{ours}/out", num_heads)
+def _split_gates(rest: _Arrays, layers: int) -> None:
+    """Splits the layer of a packed SwiGLU into the gate and what the gate is applied to."""
+    for i in range(layers):
+        mlp = f"blocks.{i}.mlp"
+        first, second = (rest.get(f"{mlp}.fc{j}.weight") for j in (1, 2))
+        if first is None or second is None or first.shape[0] != 2 * second.shape[1]:
+            continue
+        for suffix in ("weight", "bias"):
+            if f"{mlp}.fc1.{suffix}" in rest:
+                halves = np.split(rest[f"{mlp}.fc1.{suffix}"], 2)
+                rest[f"{mlp}.gate.{suffix}"], rest[f"{mlp}.fc1.{suffix}"] = halves
 
 
 def _read_module(rest: _Arrays, source: str, params: _Arrays, target: str) -> None:
@@ -389,15 +396,6 @@ def _write_tokens(
     tensors |= {name: x for name, x in found.items() if x is not None}
 
 
-def _write_attention(rest: _Arrays, tensors: _Arrays, i: int) -> None:
-    theirs = f"blocks.{i}.attn"
-    ours = f"Transformer/encoderblock_{i}/MultiHeadDotProductAttention_0"
-    _write_heads(rest, ours, tensors, f"{theirs}.qkv", _ATTENTION)
-    _write_output(rest, f"{ours}/out", tensors, f"{theirs}.proj")
-    _write_module(rest, f"{ours}/query_norm", tensors, f"{theirs}.q_norm")
-    _write_module(rest, f"{ours}/key_norm", tensors, f"{theirs}.k_norm")
-
-
 def _write_heads(
     rest: _Arrays, source: str, tensors: _Arrays, target: str, names: Sequence[str]
 ) -> None:
@@ -408,32 +406,14 @@ def _write_heads(
     tensors[f"{target}.bias"] = np.concatenate([x.reshape(-1) for x in biases])
 
 
-def _write_output(rest: _Arrays, source: str, tensors: _Arrays, target: str) -> None:
-    kernel = rest[f"{source}/kernel"]
-    rest[f"{source}/kernel"] = kernel.reshape(-1, kernel.shape[-1])
-    _write_module(rest, source, tensors, target)
-
-
-def _write_mlp(rest: _Arrays, tensors: _Arrays, i: int) -> None:
-    theirs, ours = f"blocks.{i}", f"Transformer/encoderblock_{i}"
-    for j in (1, 2):
-        if f"{ours}/LayerScale_{j - 1}/scale" in rest:
-            tensors[f"{theirs}.ls{j}.gamma"] = rest.pop(f"{ours}/LayerScale_{j - 1}/scale")
-    for name in ("kernel", "bias"):
-        gate = rest.pop(f"{ours}/MlpBlock_0/gate/{name}", None)
+def _join_gates(rest: _Arrays, layers: int) -> None:
+    for i, name in itertools.product(range(layers), ("kernel", "bias")):
+        mlp = f"Transformer/encoderblock_{i}/MlpBlock_0"
+        gate = rest.pop(f"{mlp}/gate/{name}", None)
         if gate is not None:
-            hidden = rest[f"{ours}/MlpBlock_0/Dense_0/{name}"]
-            rest[f"{ours}/MlpBlock_0/Dense_0/{name}"] = np.concatenate([gate, hidden], axis=-1)
-
-
-def _write_pooling(rest: _Arrays, tensors: _Arrays) -> None:
-    if "MAPHead_0/probe" not in rest:
-        return
-    tensors["attn_pool.latent"] = rest.pop("MAPHead_0/probe")
-    ours = "MAPHead_0/MultiHeadDotProductAttention_0"
-    _write_heads(rest, ours, tensors, "attn_pool.q", _ATTENTION[:1])
-    _write_heads(rest, ours, tensors, "attn_pool.kv", _ATTENTION[1:])
-    _write_output(rest, f"{ours}/out", tensors, "attn_pool.proj")
+            rest[f"{mlp}/Dense_0/{name}"] = np.concatenate(
+                [gate, rest[f"{mlp}/Dense_0/{name}"]], axis=-1
+            )
 
 
 def _write_module(rest: _Arrays, source: str, tensors: _Arrays, target: str) -> None:

@@ -49,11 +49,6 @@ class Weights:
     notes: tuple[str, ...] = ()
 
 
-def as_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns values from JSON with tuples in place of lists."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-
-
 def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
     """Splits `[num_layers, ...]` arrays of a scanned encoder into arrays `[...]` with own paths."""
     flat = {}
@@ -151,6 +146,7 @@ def _infer_vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     height, width, _, hidden = shapes["embedding/kernel"]
     block = "Transformer/encoderblock_0"
     attention = f"{block}/MultiHeadDotProductAttention_0"
+    pooling = "map" if "MAPHead_0/probe" in shapes else "gap"
     found: dict[str, Any] = {
         "name": "vit",
         "patch_size": (height, width),
@@ -158,11 +154,7 @@ def _infer_vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "num_layers": _count(shapes, r"Transformer/encoderblock_(\d+)/"),
         "mlp_dim": shapes.get(f"{block}/MlpBlock_0/Dense_0/bias", (0,))[0],
         "num_heads": shapes.get(f"{attention}/query/bias", (0,))[0],
-        "classifier": "token"
-        if "cls" in shapes
-        else "map"
-        if "MAPHead_0/probe" in shapes
-        else "gap",
+        "classifier": "token" if "cls" in shapes else pooling,
     }
     if "pre_logits/bias" in shapes:
         found["representation_size"] = shapes["pre_logits/bias"][0]
@@ -173,16 +165,16 @@ def _infer_vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         found["resnet_width"] = shapes["conv_root/kernel"][-1] / 64
     if "Transformer/registers" in shapes:
         found["num_registers"] = shapes["Transformer/registers"][1]
-    if "dist" in shapes:
-        found["distillation_token"] = True
-    if f"{block}/MlpBlock_0/gate/kernel" in shapes:
-        found["activation"] = "swiglu"
-    if f"{attention}/query_norm/scale" in shapes:
-        found["qk_norm"] = True
-    if f"{block}/LayerScale_0/scale" in shapes:
-        found["layer_scale_init"] = 1e-5  # Only used to initialise.
-    if "fc_norm/scale" in shapes:
-        found["norm_after_pooling"] = True
+    options = {
+        "dist": {"distillation_token": True},
+        f"{block}/MlpBlock_0/gate/kernel": {"activation": "swiglu"},
+        f"{attention}/query_norm/scale": {"qk_norm": True},
+        f"{block}/LayerScale_0/scale": {"layer_scale_init": 1e-5},  # Only used to initialise.
+        "fc_norm/scale": {"norm_after_pooling": True},
+    }
+    for path, option in options.items():
+        if path in shapes:
+            found |= option
     return found
 
 

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax.checkpoint.pretrained.posemb import resize_posemb
+from vit_jax.models.positions import resize_posemb
 
-GOLDEN = Path(__file__).parents[2] / "testdata" / "golden"
+GOLDEN = Path(__file__).parents[1] / "testdata" / "golden"
 PATCH = 8
 
 SIZES = [(source, range(2, 41)) for source in range(2, 41)] + [(1, range(1, 5)), (5, [1])]
