@@ -45,8 +45,7 @@ class TfdsDataset:
     def info(self) -> DatasetInfo:
         """Classes and image shape, for which the dataset need not be prepared.
 
-        Raises:
-          UserError: no such dataset, or one that is not for classification.
+        Raises `UserError` if there is no such dataset, or if it is not for classification.
         """
         features = dict(_builder(self.name, self.data_dir).info.features or {})
         image, label = features.get("image"), features.get("label")
@@ -67,8 +66,7 @@ class TfdsDataset:
     def lengths(self) -> dict[str, int]:
         """The number of examples of each split. Prepares the dataset, with TFDS's own reports.
 
-        Raises:
-          UserError: the dataset can't be prepared or read.
+        Raises `UserError` if the dataset can't be prepared or read.
         """
         splits = _open_builder(self.name, self.data_dir, quiet=False).info.splits
         return {split: info.num_examples for split, info in splits.items()}
@@ -81,8 +79,7 @@ class TfdsDataset:
     def open(self, split: str, *, key: str) -> Source:
         """The examples of a split with slices. Prepares the dataset.
 
-        Raises:
-          UserError: the dataset can't be prepared or read, or has no such split.
+        Raises `UserError` if the dataset can't be prepared or read, or has no such split.
         """
         builder = _open_builder(self.name, self.data_dir, quiet=True)
         try:
@@ -101,13 +98,10 @@ class TfdsDataset:
 
 
 class TfdsSource(Source):
-    """Records of one split of a TFDS dataset.
+    """Records of one split of a TFDS dataset, read from the data source of TFDS.
 
-    Args:
-      records: the data source of TFDS.
-      name: of dataset and split, for `describe`.
-      keep: whether records that were read stay in memory: parsing a record takes longer than
-        decoding a small image.
+    With `keep`, records that were read stay in memory: parsing a record takes longer than decoding
+    a small image.
     """
 
     def __init__(self, records: Any, *, name: str, keep: bool):
