@@ -137,9 +137,8 @@ def check_same_classes(
             "the same"
         )
     if a.class_names and b.class_names and a.class_names != b.class_names:
-        label = next(
-            i for i, (x, y) in enumerate(zip(a.class_names, b.class_names, strict=True)) if x != y
-        )
+        same = [x == y for x, y in zip(a.class_names, b.class_names, strict=True)]
+        label = same.index(False)
         raise UserError(
             f"{key}: label {label} is {b.class_names[label]!r} in {b_name} and "
             f"{a.class_names[label]!r} in {a_name}: expected the same classes in the same order"

@@ -173,10 +173,12 @@ def _prepare(builder: Any, *, quiet: bool) -> None:
     where = f"data.name={builder.name!r} is not prepared in {builder.data_dir}"
     _check_hosts(builder, where)
     logger.info("preparing dataset %s in %s", builder.name, builder.data_dir)
-    # The output of TFDS is useful during downloads, and noise in a run otherwise.
-    silent = quiet and not builder.url_infos
     try:
-        with _silent() if silent else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            # The output of TFDS is useful during downloads, and noise in a run otherwise.
+            if quiet and not builder.url_infos:
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             builder.download_and_prepare(file_format="array_record")
     except Exception as e:
         # Another process may have finished the same work first.
@@ -211,9 +213,3 @@ def _check_hosts(builder: Any, where: str) -> None:
                 f"{where}, and {host} can't be reached to download it; set data.data_dir to where "
                 "it is"
             ) from None
-
-
-@contextlib.contextmanager
-def _silent():
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
