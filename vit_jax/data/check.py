@@ -195,8 +195,7 @@ def _bar(name: str, count: int, largest: int) -> str:
 def prepare_images(args: argparse.Namespace) -> np.ndarray:
     """Training images as a model would see them, uint8 `[64, height, width, 3]`.
 
-    Raises:
-      UserError: the config or the preprocessing line is invalid.
+    Raises `UserError` if the config or the preprocessing line is invalid.
     """
     count = _SHEET**2
     if args.config is None:

@@ -36,21 +36,17 @@ class CorruptCounter:
     def __init__(self):
         self._lock = threading.Lock()
         self._named: set[str] = set()
-        self._seen = self._corrupt = self._lost = 0
-
-    @property
-    def counts(self) -> Counts:
-        return Counts(self._seen, self._corrupt, self._lost)
+        self.counts = Counts()
 
     def see(self, count: int) -> None:
         """Counts examples."""
         with self._lock:
-            self._seen += count
+            self.counts = dataclasses.replace(self.counts, seen=self.counts.seen + count)
 
     def add(self, record: str, reason: Exception) -> None:
         """Counts a record that can't be read, and logs it if it is new."""
         with self._lock:
-            self._corrupt += 1
+            self.counts = dataclasses.replace(self.counts, corrupt=self.counts.corrupt + 1)
             new = record not in self._named
             self._named.add(record)
         if new:
@@ -59,19 +55,14 @@ class CorruptCounter:
     def lose(self) -> None:
         """Counts an example for which no record could be read."""
         with self._lock:
-            self._lost += 1
+            self.counts = dataclasses.replace(self.counts, lost=self.counts.lost + 1)
 
 
 def check_counts(counts: Counts, max_fraction: float) -> None:
     """Checks the sums over all processes, so that all of them stop or none.
 
-    Args:
-      counts: sums over processes.
-      max_fraction: of the examples seen that may be corrupt. Up to `GRACE` are always allowed,
-        unless it is 0.
-
-    Raises:
-      UserError: too many records are corrupt, or an example is lost.
+    Raises `UserError` if an example is lost, or if more than `max_fraction` of the examples seen
+    are corrupt. Up to `GRACE` are always allowed, unless `max_fraction` is 0.
     """
     met = f"{counts.corrupt:,} records of {counts.seen:,} examples have images that can't be read"
     if counts.lost:

@@ -8,6 +8,7 @@ Grain's mixing rounds weights to a hundredth of the smallest, which adds up over
 import bisect
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -58,15 +59,15 @@ class Schedule:
 def make_schedule(weights: tuple[float, ...], *, key: str) -> Schedule:
     """The schedule of weights, which are read as exact decimal numbers.
 
-    Raises:
-      UserError: a weight is not above 0, or the shares have no common denominator up to
-        `MAX_PERIOD`.
+    Raises `UserError` unless weights are above 0 and have a common denominator up to `MAX_PERIOD`.
     """
     for weight in weights:
         if not 0 < weight < float("inf"):
             raise UserError(f"{key}: weight {weight}: expected more than 0")
     exact = [Fraction(str(weight)) for weight in weights]
-    unit = functools.reduce(_common_measure, exact)
+    unit = Fraction(
+        math.gcd(*(x.numerator for x in exact)), math.lcm(*(x.denominator for x in exact))
+    )
     parts = [int(weight / unit) for weight in exact]
     if sum(parts) > MAX_PERIOD:
         shares = [float(weight / sum(exact)) for weight in exact]
@@ -76,12 +77,6 @@ def make_schedule(weights: tuple[float, ...], *, key: str) -> Schedule:
             f"exact; expected at most {MAX_PERIOD:,}, such as {', '.join(map(str, close))}"
         )
     return Schedule(parts)
-
-
-def _common_measure(a: Fraction, b: Fraction) -> Fraction:
-    while b:
-        a, b = b, a % b
-    return a
 
 
 class Mixture(Source):
@@ -114,8 +109,7 @@ class Mixture(Source):
 def merge_infos(infos: Sequence[DatasetInfo], names: Sequence[str], *, key: str) -> DatasetInfo:
     """Classes and image shape of a mixture; a side that differs between sources is None.
 
-    Raises:
-      UserError: labels do not mean the same in all sources.
+    Raises `UserError` unless labels mean the same in all sources.
     """
     first = infos[0]
     if len(infos) == 1:
@@ -143,9 +137,8 @@ def check_same_classes(
             "the same"
         )
     if a.class_names and b.class_names and a.class_names != b.class_names:
-        label = next(
-            i for i, (x, y) in enumerate(zip(a.class_names, b.class_names, strict=True)) if x != y
-        )
+        same = [x == y for x, y in zip(a.class_names, b.class_names, strict=True)]
+        label = same.index(False)
         raise UserError(
             f"{key}: label {label} is {b.class_names[label]!r} in {b_name} and "
             f"{a.class_names[label]!r} in {a_name}: expected the same classes in the same order"

@@ -55,13 +55,9 @@ class Packed:
 def shrink_jpeg(encoded: Any, *, short_side: int, quality: int) -> bytes:
     """Scales an image to a shorter side of at most `short_side`, keeping the aspect ratio.
 
-    Args:
-      encoded: bytes of a file, or uint8 `[height, width, 3]`.
-      short_side: in pixels; the bytes of a smaller image are returned unchanged.
-      quality: of the JPEG, 1 to 100.
-
-    Raises:
-      ImageError: it can't be read.
+    Takes the bytes of a file, or uint8 `[height, width, 3]`, and returns a JPEG of `quality` 1 to
+    100; the bytes of a smaller image are returned unchanged. Raises `ImageError` if it can't be
+    read.
     """
     image = decode_image(encoded)  # This also checks files that are copied unchanged.
     if min(image.shape[:2]) > short_side:
@@ -76,25 +72,18 @@ def shrink_jpeg(encoded: Any, *, short_side: int, quality: int) -> bytes:
 def make_square(encoded: Any, *, size: int) -> np.ndarray:
     """The middle of the image as uint8 `[size, size, 3]`, its shorter side scaled to `size`.
 
-    Raises:
-      ImageError: it can't be read.
+    Raises `ImageError` if it can't be read.
     """
-    features = {"image": decode_image(encoded)}
-    features = CentralCrop(size)(ResizeSmall(size, method="area")(features))
-    return features["image"]
+    image = ResizeSmall(size, method="area").change(decode_image(encoded))
+    return CentralCrop(size).change(image)
 
 
 def pack(
-    manifest: Manifest,
-    folder: Path,
-    *,
-    open_split: Callable[[str], Source],
-    num_threads: int,
+    manifest: Manifest, folder: Path, *, open_split: Callable[[str], Source], num_threads: int
 ) -> int:
     """Writes all missing shards, and returns how many images of all shards can't be read.
 
-    Raises:
-      OSError, RuntimeError: a file can't be written.
+    Raises `OSError` or `RuntimeError` if a file can't be written.
     """
     corrupt, total = 0, sum(manifest.splits.values())
     progress = ProgressLog("packing", total=total, unit="images")

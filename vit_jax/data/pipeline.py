@@ -84,8 +84,7 @@ class DatasetSpec:
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of preprocessed images, without reading any.
 
-        Raises:
-          UserError: the line does not decode first, or its images differ in shape.
+        Raises `UserError` if the line does not decode first, or if its images differ in shape.
         """
         shapes = find_shapes(self.preprocess, self.info.image_shape, key=f"{self.key}.preprocess")
         if len(shapes) > 1:
@@ -116,15 +115,9 @@ def find_shapes(
 ) -> set[tuple[int, int, int]]:
     """Height, width and channels of the images that a preprocessing line returns.
 
-    It runs on two blank images; several shapes mean that the result depends on the size.
-
-    Args:
-      line: see `vit_jax.data.preprocess`.
-      image_shape: height, width and channels of the dataset's images; None where they vary.
-      key: the config key of the line, for errors.
-
-    Raises:
-      UserError: the line does not start with `decode`, or repeats it.
+    It runs on two blank images of the dataset's `image_shape`, with sides of their own where that
+    is None; several results mean that the shape depends on the size. Raises `UserError`, with the
+    config key of the line, if this does not start with `decode`, or repeats it.
     """
     ops = parse_preprocess(line, key=key)
     if [isinstance(op, Decode) for op in ops] != [True] + [False] * (len(ops) - 1):
@@ -349,13 +342,8 @@ class Buffers:
 def plan_buffers(spec: DatasetSpec, *, num_shards: int = 1, shards: int = 1) -> Buffers:
     """Memory for loading ahead: enough to keep all threads busy, or what `max_ram_gb` allows.
 
-    Args:
-      spec: the data.
-      num_shards: the number of blocks of a batch.
-      shards: the number of blocks that this process loads.
-
-    Raises:
-      UserError: `max_ram_gb` is not enough for one batch ahead.
+    A batch has `num_shards` blocks, of which this process loads `shards`. Raises `UserError` if
+    `max_ram_gb` is not enough for one batch ahead.
     """
     rows = spec.batch_size // num_shards * shards
     batch = rows * math.prod(spec.image_shape())

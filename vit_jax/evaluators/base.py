@@ -109,17 +109,11 @@ class Evaluator(abc.ABC):
         self.data.open()
 
     def sum_split(self, params: Params) -> tuple[dict[str, np.ndarray], int, dict[str, np.ndarray]]:
-        """Goes over the split with `judge_batch`.
+        """Goes over the split with `judge_batch`; records that can't be read are left out.
 
-        Records that can't be read are left out.
-
-        Returns:
-          The float64 sums of its first columns, the number of examples, and the rows `[examples,
-          ...]` of its other columns, with their positions in the split as `index`.
-
-        Raises:
-          UserError: no image can be read.
-          Preempted: the job was told to stop.
+        Returns the float64 sums of its first columns, the number of examples, and the rows
+        `[examples, ...]` of its other columns, with their positions in the split as `index`.
+        The errors are those of `run`.
         """
         total: dict[str, Any] = {}
         collected: list[dict[str, np.ndarray]] = []
@@ -155,22 +149,13 @@ class Evaluator(abc.ABC):
         return jax.jit(fn, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
     def map_split(
-        self,
-        fn: Callable[[Params, Batch], Any],
-        params: Params,
-        data: DatasetSpec | None = None,
+        self, fn: Callable[[Params, Batch], Any], params: Params, data: DatasetSpec | None = None
     ) -> Generator[Any, None, None]:
-        """Yields `fn(params, batch)` as numpy arrays for each batch of a split.
+        """Yields `fn(params, batch)` as numpy arrays for each batch of a split; logs progress.
 
-        The next batch is dispatched before the results of one are fetched. Progress is logged.
-
-        Args:
-          fn: from `jit`; its batches are those that `judge_batch` takes.
-          params: parameters on the mesh.
-          data: another split than that of the evaluator.
-
-        Raises:
-          Preempted: the job was told to stop.
+        The next batch is dispatched before the results of one are fetched. `fn` is from `jit` and
+        takes the batches of `judge_batch`; `data` is another split than that of the evaluator.
+        Raises `Preempted` where the job was told to stop.
         """
         data = data or self.data
         shards, num_shards = process_shards(self.mesh)
@@ -206,12 +191,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Results on the raw parameters, `NAME/...`, and on their average, `NAME_ema/...`.
 
-    Args:
-      evaluator: judges them.
-      params: raw parameters.
-      ema_params: their average, if there is one.
-      details: the workdir and the step, for files of further results, `evals/NAME_STEP...`; None
-        for none.
+    `details` are the workdir and the step, for files of further results, `evals/NAME_STEP...`.
     """
     trees = {evaluator.name: params}
     if ema_params is not None:
@@ -219,8 +199,8 @@ def evaluate(
     results = {}
     for prefix, tree in trees.items():
         files = None if details is None else details[0] / EVALS / f"{prefix}_{details[1]}"
-        for metric, value in evaluator.run(tree, details=files).items():
-            results[f"{prefix}/{metric}"] = value
+        found = evaluator.run(tree, details=files)
+        results |= {f"{prefix}/{metric}": value for metric, value in found.items()}
     return results
 
 

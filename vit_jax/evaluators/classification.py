@@ -108,10 +108,6 @@ class Classification(Evaluator):
         If some records can't be read, `corrupt` is their number. Details are a JSON file with the
         results, the accuracy of each class and the bins of the confidence, and the confusion
         matrix as a CSV file.
-
-        Raises:
-          UserError: no image can be read.
-          Preempted: the job was told to stop.
         """
         total, count, rows = self.sum_split(params)
         bins: list[dict[str, float]] = []
@@ -171,16 +167,11 @@ def _rank(logits: jax.Array, label: jax.Array) -> jax.Array:
 
 def _describe_bins(counts: np.ndarray, sums: Mapping[str, np.ndarray]) -> list[dict[str, float]]:
     """Mean confidence and accuracy of each bin that has examples."""
+    bins = zip(counts, sums["bin_confidence"], sums["bin_hits"], strict=True)
     return [
-        {
-            "count": int(count),
-            "confidence": float(confidence / count),
-            "accuracy": float(hits / count),
-        }
-        for count, confidence, hits in zip(
-            counts, sums["bin_confidence"], sums["bin_hits"], strict=True
-        )
-        if count
+        {"count": int(n), "confidence": float(confidence / n), "accuracy": float(hits / n)}
+        for n, confidence, hits in bins
+        if n
     ]
 
 

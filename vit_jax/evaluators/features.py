@@ -70,12 +70,7 @@ class FeatureEvaluator(Evaluator):
         return {}, {"features": features, "label": batch["label"]}
 
     def run(self, params: Params, *, details: Path | None = None) -> dict[str, float]:
-        """Returns results by metric, and the `count` of examples of the test split.
-
-        Raises:
-          UserError: no image of a split can be read.
-          Preempted: the job was told to stop.
-        """
+        """Returns results by metric, and the `count` of examples of the test split."""
         train, test = (self._read(params, data) for data in (self.train_data, self.data))
         results, more = self.judge(train, test)
         results |= {"count": len(test.labels)}
@@ -121,12 +116,7 @@ class FeatureEvaluator(Evaluator):
 def whiten(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
     """Shifts and scales features so that those of `train` have mean 0 and deviation 1.
 
-    Args:
-      train: float `[n, width]`.
-      *others: float `[m, width]` each.
-
-    Returns:
-      All of them, in the same order and with the same shapes and dtypes.
+    All are float `[n, width]`, and are returned in the same order, shapes and dtypes.
     """
     mean, std = train.mean(axis=0), train.std(axis=0) + 1e-5
     return [(x - mean) / std for x in (train, *others)]

@@ -21,28 +21,17 @@ _BIAS = 100.0
 def choose_shots(labels: np.ndarray, num_classes: int, *, seed: int) -> list[np.ndarray]:
     """Shuffles the examples of each class; the first n are chosen for n shots.
 
-    Args:
-      labels: int `[n]`.
-      num_classes: labels are below it.
-      seed: of the order.
-
-    Returns:
-      For each class the positions of its examples, int64 `[examples of the class]`.
+    `labels` are int `[n]`. Returns for each class the positions of its examples, int64
+    `[examples of the class]`.
     """
     rng = np.random.default_rng(seed)
     return [rng.permutation(np.flatnonzero(labels == c)) for c in range(num_classes)]
 
 
 def solve_regression(features: np.ndarray, targets: np.ndarray, l2: float) -> np.ndarray:
-    """Minimises `|features @ weights - targets|^2 + l2 |weights|^2`.
+    """Minimises `|features @ weights - targets|^2 + l2 |weights|^2`; `l2` is above 0.
 
-    Args:
-      features: float64 `[n, width]`.
-      targets: float64 `[n, classes]`.
-      l2: strength of the regularisation, above 0.
-
-    Returns:
-      The weights, float64 `[width, classes]`.
+    Features are float64 `[n, width]`, targets `[n, classes]`, and weights `[width, classes]`.
     """
     num_examples, width = features.shape
     if num_examples >= width:
@@ -55,11 +44,7 @@ def solve_regression(features: np.ndarray, targets: np.ndarray, l2: float) -> np
 def fewshot_accuracies(
     train: Features, test: Features, *, num_classes: int, l2: tuple[float, ...]
 ) -> np.ndarray:
-    """Fits a regression to all of `train` with each value of `l2`.
-
-    Returns:
-      The test accuracy of each, float64 `[values]`.
-    """
+    """The test accuracy of the regression on `train` with each of `l2`, float64 `[values]`."""
     x, x_test = whiten(train.features.astype(np.float64), test.features.astype(np.float64))
     x, x_test = (np.pad(a, ((0, 0), (0, 1)), constant_values=_BIAS) for a in (x, x_test))
     targets = 2.0 * np.eye(num_classes)[train.labels] - 1.0

@@ -89,18 +89,10 @@ def _merge_block(
 def vote(
     similarities: np.ndarray, labels: np.ndarray, *, num_classes: int, temperature: float
 ) -> np.ndarray:
-    """Finds the class with the most votes; of equal ones, the first.
+    """Finds the class with the most votes, int64 `[m]`; of equal ones, the first.
 
-    A neighbour's vote is exp(similarity / temperature).
-
-    Args:
-      similarities: float `[m, k]`, of the neighbours.
-      labels: int `[m, k]`, of the neighbours.
-      num_classes: labels are below it.
-      temperature: above 0.
-
-    Returns:
-      The classes, int64 `[m]`.
+    A neighbour's vote is exp(similarity / temperature). `similarities`, float, and `labels`, int,
+    are those of the neighbours, `[m, k]`.
     """
     predicted = np.zeros(len(labels), np.int64)
     for start in range(0, len(labels), _VOTERS):
@@ -145,26 +137,15 @@ class NearestNeighbours(FeatureEvaluator):
 
     def judge(self, train: Features, test: Features) -> tuple[dict[str, float], dict[str, Any]]:
         self._check_count(len(train.labels))
-        similarities, found = find_neighbours(
-            _normalise(train.features),
-            _normalise(test.features),
-            k=max(self.k),
-            mesh=self.mesh,
-            name=self.name,
+        x, x_test = (
+            x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+            for x in (train.features, test.features)
         )
+        near, found = find_neighbours(x, x_test, k=max(self.k), mesh=self.mesh, name=self.name)
         labels = train.labels[found]
+        options = {"num_classes": self.data.info.num_classes, "temperature": self.temperature}
         results = {}
         for metric, k in zip(self.metrics, self.k, strict=True):
-            predicted = vote(
-                similarities[:, :k],
-                labels[:, :k],
-                num_classes=self.data.info.num_classes,
-                temperature=self.temperature,
-            )
+            predicted = vote(near[:, :k], labels[:, :k], **options)
             results[metric] = float(np.mean(predicted == test.labels))
         return results, {"temperature": self.temperature}
-
-
-def _normalise(features: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.maximum(norms, 1e-12)

@@ -57,9 +57,6 @@ def fit_logistic(
       mesh: the batch is sharded over it.
       name: name of the evaluator, for the log.
 
-    Returns:
-      `kernel` float32 `[values, width, num_classes]` and `bias` float32 `[values, num_classes]`.
-
     Raises:
       Preempted: the job was told to stop.
     """
@@ -88,13 +85,8 @@ def fit_logistic(
 def judge_logistic(
     params: _Classifier, test: Features, *, batch_size: int, mesh: Mesh
 ) -> dict[str, np.ndarray]:
-    """Measures classifiers on the whitened features of a split.
-
-    Returns:
-      The accuracy `top1` and the mean cross entropy `loss`, float64 `[values]` each.
-    """
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    judge = jax.jit(_sum_up, out_shardings=everywhere)
+    """The accuracy `top1` and the mean `loss` on whitened features, float64 `[values]` each."""
+    judge = jax.jit(_sum_up, out_shardings=NamedSharding(mesh, PartitionSpec()))
     count = len(test.labels)
     total: dict[str, Any] = {"top1": 0.0, "loss": 0.0}
     for start in range(0, count, batch_size):
@@ -104,10 +96,13 @@ def judge_logistic(
     return {k: v / count for k, v in total.items()}
 
 
-def _apply(params: _Classifier, features: jax.Array) -> jax.Array:
+def _apply(one: _Classifier, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The logits `[batch, classes]` and the cross entropies `[batch]` of one classifier."""
     # Accelerators would round the factors by default.
-    products = jnp.matmul(features, params["kernel"], precision=jax.lax.Precision.HIGHEST)
-    return products + params["bias"]
+    products = jnp.matmul(batch["features"], one["kernel"], precision=jax.lax.Precision.HIGHEST)
+    logits = products + one["bias"]
+    targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
+    return logits, softmax_cross_entropy(logits, targets)
 
 
 def _update(
@@ -118,8 +113,7 @@ def _update(
     l2: jax.Array,
 ) -> tuple[_Classifier, _Classifier]:
     def loss(one: _Classifier, l2: jax.Array) -> jax.Array:
-        logits = _apply(one, batch["features"])
-        losses = softmax_cross_entropy(logits, jax.nn.one_hot(batch["label"], logits.shape[-1]))
+        _, losses = _apply(one, batch)
         mean = jnp.sum(batch["mask"] * losses) / jnp.sum(batch["mask"])
         return mean + l2 / 2 * jnp.sum(one["kernel"] ** 2)
 
@@ -132,8 +126,7 @@ def _update(
 
 def _sum_up(params: _Classifier, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def sums(one: _Classifier) -> dict[str, jax.Array]:
-        logits = _apply(one, batch["features"])
-        losses = softmax_cross_entropy(logits, jax.nn.one_hot(batch["label"], logits.shape[-1]))
+        logits, losses = _apply(one, batch)
         hits = jnp.argmax(logits, axis=-1) == batch["label"]
         return {"top1": jnp.sum(batch["mask"] * hits), "loss": jnp.sum(batch["mask"] * losses)}
 
@@ -206,19 +199,18 @@ class LinearProbe(FeatureEvaluator):
             name=self.name,
         )
         judge = functools.partial(judge_logistic, batch_size=self.sgd_batch_size, mesh=self.mesh)
-        tried: list[dict[str, float]] = [{"lr": a, "l2": b} for a, b in pairs]
-        best = 0
+        columns, best = {}, 0
         if held_out is not None:
-            (_, x_held) = whiten(fit.features, held_out.features)
+            _, x_held = whiten(fit.features, held_out.features)
             scores = judge(params, Features(x_held, held_out.labels))
             # Of equal accuracies, the one with the smaller loss is the best.
             best = int(np.lexsort((scores["loss"], -scores["top1"]))[0])
-            for k, v in scores.items():
-                for row, value in zip(tried, v, strict=True):
-                    row[f"held_out_{k}"] = float(value)
-        for k, v in judge(params, Features(x_test, test.labels)).items():
-            for row, value in zip(tried, v, strict=True):
-                row[k] = float(value)
+            columns = {f"held_out_{k}": v for k, v in scores.items()}
+        columns |= judge(params, Features(x_test, test.labels))
+        tried: list[dict[str, float]] = [
+            {"lr": a, "l2": b} | {k: float(v[i]) for k, v in columns.items()}
+            for i, (a, b) in enumerate(pairs)
+        ]
         return dict(tried[best]), {"tried": tried}
 
 
@@ -227,9 +219,6 @@ def _hold_out(train: Features, *, name: str) -> tuple[Features, Features]:
     if count < 2:
         raise UserError(f"evals.{name}: {count} example to fit to; expected at least 2")
     order = np.random.default_rng(_SEED).permutation(count)
-    cut = max(1, round(_HELD_OUT * count))
-    held_out, fit = order[:cut], order[cut:]
-    return (
-        Features(train.features[fit], train.labels[fit]),
-        Features(train.features[held_out], train.labels[held_out]),
-    )
+    held_out, fit = np.split(order, [max(1, round(_HELD_OUT * count))])
+    fit, held_out = (Features(train.features[rows], train.labels[rows]) for rows in (fit, held_out))
+    return fit, held_out

@@ -7,14 +7,9 @@ import numpy as np
 def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Average precision of each class: the sum over thresholds of (R_n - R_{n-1}) P_n.
 
-    There is no interpolation, and examples of equal score pass a threshold together.
-
-    Args:
-      scores: float `[n, classes]`; only their order within a class counts.
-      targets: zeros and ones of any dtype, `[n, classes]`.
-
-    Returns:
-      float64 `[classes]`; NaN for a class without positives.
+    There is no interpolation, and examples of equal score pass a threshold together. `scores` are
+    float `[n, classes]`, and `targets` zeros and ones of any dtype, `[n, classes]`. Returns float64
+    `[classes]`; NaN for a class without positives.
     """
     precisions = np.full(scores.shape[1], np.nan)
     for c in range(scores.shape[1]):
@@ -32,15 +27,9 @@ def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
 def accuracy_by_class(
     labels: np.ndarray, predicted: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy and number of examples of each class.
+    """Accuracy and number of examples of each class, for int `[n]` labels and predictions.
 
-    Args:
-      labels: int `[n]`.
-      predicted: int `[n]`.
-      num_classes: labels are below it.
-
-    Returns:
-      float64 `[num_classes]`, NaN for a class without examples, and int64 `[num_classes]`.
+    Returns float64 `[num_classes]`, NaN for a class without examples, and int64 `[num_classes]`.
     """
     counts = np.bincount(labels, minlength=num_classes)
     hits = np.bincount(labels[labels == predicted], minlength=num_classes)

@@ -53,10 +53,6 @@ class Probes(Evaluator):
 
         `top1` and `loss` are those of the head with the best accuracy on this split. The JSON file
         of details has the same results.
-
-        Raises:
-          UserError: no image can be read.
-          Preempted: the job was told to stop.
         """
         sums, count, _ = self.sum_split(params)
         top1, loss = ((sums[key] / count).tolist() for key in ("top1", "loss"))

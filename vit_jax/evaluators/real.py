@@ -19,12 +19,8 @@ _VALIDATION_FILE = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
 def read_labels(path: str, *, key: str) -> dict[str, list[int]] | list[list[int]]:
     """Reads a list of the labels of each validation image, or a dict from file names to labels.
 
-    Args:
-      path: the JSON file.
-      key: the config key of the path, for errors.
-
-    Raises:
-      UserError: it can't be read, or has another form.
+    Raises `UserError`, with the config key of the path, if the file can't be read or has another
+    form.
     """
     try:
         labels = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -41,18 +37,9 @@ def read_labels(path: str, *, key: str) -> dict[str, list[int]] | list[list[int]
 def find_labels(
     labels: dict[str, list[int]] | list[list[int]], source: Source, *, key: str
 ) -> list[frozenset[int]]:
-    """Finds the labels of each record of a source by the name of its file.
+    """Finds the labels of each record of a source, in its order, by the name of its file.
 
-    Args:
-      labels: from `read_labels`.
-      source: the records.
-      key: the config key of the path, for errors.
-
-    Returns:
-      The labels of each record, in the order of the source.
-
-    Raises:
-      UserError: a name is not among the labels.
+    Raises `UserError`, with the config key of the path, if a name is not among the labels.
     """
     found = []
     for index in range(len(source)):

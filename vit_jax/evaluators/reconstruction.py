@@ -44,12 +44,7 @@ class Reconstruction(Evaluator):
         return {"loss": self.objective.reconstruct(params, batch)["loss"]}, {}
 
     def run(self, params: Params, *, details: Path | None = None) -> dict[str, float]:
-        """Returns the mean `loss` and the `count` of examples; details are a picture.
-
-        Raises:
-          UserError: no image can be read.
-          Preempted: the job was told to stop.
-        """
+        """Returns the mean `loss` and the `count` of examples; details are a picture."""
         sums, count, _ = self.sum_split(params)
         if details is not None:
             path = Path(f"{details}.png")

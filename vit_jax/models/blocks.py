@@ -39,13 +39,9 @@ REMAT_NAMES = ("qkv", "attn_out", "mlp_hidden")
 def parse_remat(remat: str) -> Callable[..., Any] | None:
     """Returns the checkpoint policy that `model.remat` names; None for no recomputation.
 
-    Args:
-      remat: `none`, `dots`, `full`, or the activations of `REMAT_NAMES` that are not recomputed:
-        `save:attn_out,mlp_hidden` keeps them on the device, `offload:mlp_hidden` in the host's
-        memory; `save:attn_out;offload:mlp_hidden` combines both.
-
-    Raises:
-      UserError: `remat` is none of these.
+    `remat` is `none`, `dots`, `full`, or the activations of `REMAT_NAMES` that are not recomputed:
+    `save:attn_out,mlp_hidden` keeps them on the device, `offload:mlp_hidden` in the host's memory;
+    `save:attn_out;offload:mlp_hidden` combines both. Raises `UserError` for anything else.
     """
     if remat == "none":
         return None
@@ -111,16 +107,11 @@ class PatchDropout(nn.Module):
 
 
 def take_patches(x: jax.Array, patches: jax.Array, prefix: int) -> tuple[jax.Array, jax.Array]:
-    """Selects the first `prefix` tokens and those of `patches`.
+    """Selects the first `prefix` tokens and those of `patches`, which come behind them.
 
-    Args:
-      x: `[batch, prefix + patches, hidden]`, of any dtype.
-      patches: indices of the patches to keep, int32 `[batch, kept]`, counted from the first patch.
-      prefix: number of tokens in front of the patches.
-
-    Returns:
-      `[batch, prefix + kept, hidden]`, and the indices of the tokens, int32
-      `[batch, prefix + kept]`.
+    Takes `[batch, prefix + patches, hidden]` of any dtype, and the indices of the patches to keep,
+    int32 `[batch, kept]`. Returns `[batch, prefix + kept, hidden]`, and the indices of the tokens,
+    int32 `[batch, prefix + kept]`.
     """
     first = jnp.broadcast_to(jnp.arange(prefix), (x.shape[0], prefix))
     indices = jnp.concatenate([first, patches + prefix], axis=1)
@@ -233,21 +224,17 @@ class Encoder1DBlock(nn.Module):
 class Encoder(nn.Module, kw_only=True):
     """Learned position embeddings, register tokens, `num_layers` blocks and a final norm.
 
+    Attributes that `VisionTransformer` has too are documented there.
+
     Attributes:
       config: options of the blocks; the dropout after the position embeddings and the final norm
         follow it too.
-      num_layers: number of blocks.
       num_class_tokens: number of class and distillation tokens, which come first.
       num_registers: number of learned tokens inserted behind these, without a position.
       learned_positions: whether position embeddings are added.
-      patch_dropout_rate: share of patches dropped in training.
-      stochastic_depth_rate: rate of the last block, or of all.
-      stochastic_depth_schedule: whether the rates of the blocks rise to it from 0 (`linear`), or
-        are all the same (`uniform`).
       final_norm: whether the output is normalised.
       scan: whether one block, compiled once, runs over parameters stacked along a leading axis
         (`encoderblock`), in place of blocks with parameters of their own (`encoderblock_3`).
-      remat: what the backward pass recomputes, see `parse_remat`.
 
     Call: `[batch, class tokens + patches, hidden]`, the rotation of each of the tokens after
     insertion of the registers or None, and the indices of the patches to encode, int32

@@ -13,11 +13,8 @@ from vit_jax.models.positions import fixed_positions
 class MaskedDecoder(nn.Module, kw_only=True):
     """Predicts the pixels of all patches from the encoded visible ones.
 
-    Attributes:
-      config: options of the blocks.
-      hidden_size: width; divisible by 4 and by `config.num_heads`.
-      num_layers: number of blocks.
-      patch_values: number of values predicted for a patch.
+    `hidden_size` is divisible by 4 and by `config.num_heads`; `patch_values` is the number of
+    values predicted for a patch.
 
     Call: encoded tokens `[batch, prefix + visible, encoder width]`, the indices of the visible
     patches, int32 `[batch, visible]`, and the grid (rows, columns), to predictions, float32

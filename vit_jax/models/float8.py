@@ -36,12 +36,8 @@ class Scaled:
 def quantize(x: jax.Array, dtype: type[jnp.generic]) -> Scaled:
     """Rounds a tensor to float8, scaled so that its largest magnitude nearly fills the format.
 
-    The scale is a power of two, so only the format itself rounds. Values that are not finite stay
-    so.
-
-    Args:
-      x: float32 or bfloat16, of any shape.
-      dtype: `FORWARD` or `BACKWARD`.
+    The tensor is float32 or bfloat16, of any shape; `dtype` is `FORWARD` or `BACKWARD`. The scale
+    is a power of two, so only the format itself rounds. Values that are not finite stay so.
     """
     _, largest = math.frexp(float(jnp.finfo(dtype).max))
     _, exponent = jnp.frexp(jnp.max(jnp.abs(x)).astype(jnp.float32))

@@ -20,11 +20,7 @@ from vit_jax.models.interface import unsharded
 def forward_flops(model: nn.Module, image_size: tuple[int, ...]) -> int:
     """Returns the operations of the forward pass of one image in training.
 
-    A multiply-add is two operations.
-
-    Args:
-      model: a `VisionTransformer` or `MlpMixer`.
-      image_size: (height, width) in pixels.
+    A multiply-add is two operations; `image_size` is (height, width) in pixels.
     """
     model = unsharded(model)  # The mesh of a run may not divide a batch of one image.
     image = jnp.zeros((1, *image_size, 3))

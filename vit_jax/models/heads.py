@@ -39,15 +39,8 @@ def apply_head(
 ) -> jax.Array:
     """Applies a linear layer whose kernel starts at zero; call it in a compact module.
 
-    Args:
-      x: `[batch, ..., width]`, of any floating dtype.
-      num_classes: width of the logits.
-      bias_init: initial value of the bias.
-      constrain: shards activations over a mesh.
-      name: name of the layer.
-
-    Returns:
-      Logits, float32 `[batch, ..., num_classes]`, sharded by classes where the mesh does so.
+    Takes `[batch, ..., width]` of any floating dtype, and returns logits, float32 `[batch, ...,
+    num_classes]`, sharded by classes where the mesh does so.
     """
 
     def dot_by_classes(x: jax.Array, kernel: jax.Array, *args, **kwargs) -> jax.Array:

@@ -19,9 +19,7 @@ from vit_jax.models.vit import Dtype
 class MixerBlock(nn.Module):
     """An MLP over tokens, then one over channels, each pre-norm with a residual connection.
 
-    Attributes:
-      config: options of the block and of its MLP over channels.
-      tokens_mlp_dim: hidden width of the MLP over tokens.
+    `config` has the options of the block and of its MLP over channels.
 
     Call: `[batch, tokens, channels]` and the rate of stochastic depth, to the same shape.
     """
@@ -47,20 +45,14 @@ class MixerBlock(nn.Module):
 class MlpMixer(nn.Module, kw_only=True):
     """Images of one size to logits.
 
+    Attributes that `VisionTransformer` has too are documented there.
+
     Attributes:
-      num_classes: width of the `head`; 0 for no head, only the representation.
-      patch_size: (height, width) of a patch in pixels.
-      hidden_size: width of the blocks.
-      num_layers: number of blocks.
       tokens_mlp_dim: hidden width of the MLPs over tokens.
       channels_mlp_dim: hidden width of the MLPs over channels.
       dropout_rate: dropout after both layers of each MLP.
       stochastic_depth_rate: rate at which the last block drops its branches for a sample; it rises
         linearly from 0 in the first block.
-      head_bias_init: initial value of the head's bias.
-      dtype: dtype of the computation. Parameters and logits are float32.
-      float8: as in `VisionTransformer`.
-      constrain: shards activations over a mesh.
 
     Call: images `[batch, height, width, channels]` to `(logits, out)`, as `VisionTransformer`. The
     parameters fit one number of patches only.

@@ -32,8 +32,7 @@ class Rotation(NamedTuple):
 def patch_grid(image_size: tuple[int, ...], stride: tuple[int, int]) -> tuple[int, int]:
     """Returns the rows and columns of patches in an image of (height, width) pixels.
 
-    Raises:
-      UserError: `stride`, the (height, width) of a patch in pixels, does not divide the image.
+    Raises `UserError` if `stride`, (height, width) of a patch in pixels, does not divide the image.
     """
     for size, step in zip(image_size, stride, strict=True):
         if size % step:
@@ -74,13 +73,8 @@ def rotation_2d(
 
     The first half of the channels turns with the row, the second with the column. The angle of
     pair j of an axis is position * theta^(-4 j / head_dim). Prefix tokens, which have no position,
-    are not turned. Sources: arXiv:2104.09864; in 2D: arXiv:2403.13298, section 3.2 ("axial").
-
-    Args:
-      grid: (rows, columns) of patches.
-      head_dim: number of channels of a head; divisible by 4.
-      theta: base of the frequencies.
-      num_prefix_tokens: number of tokens in front of the patches.
+    are not turned. `head_dim`, the number of channels of a head, must divide by 4.
+    Sources: arXiv:2104.09864; in 2D: arXiv:2403.13298, section 3.2 ("axial").
     """
     frequencies = theta ** -(4 * np.arange(head_dim // 4) / head_dim)
     angles = np.indices(grid).reshape(2, -1, 1) * frequencies
@@ -92,14 +86,9 @@ def rotation_2d(
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotates each pair (2 j, 2 j + 1) of channels.
+    """Rotates each pair (2 j, 2 j + 1) of channels by the angles of each token.
 
-    Args:
-      x: `[batch, length, heads, head_dim]`, of any floating dtype.
-      rotation: the angles of each token.
-
-    Returns:
-      The shape and dtype of `x`.
+    Takes `[batch, length, heads, head_dim]` of any floating dtype; shape and dtype are kept.
     """
     cos, sin = (table[..., None, :] for table in rotation)
     even, odd = x[..., ::2], x[..., 1::2]

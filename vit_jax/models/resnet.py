@@ -109,8 +109,7 @@ def apply_stages(
     """
     for i, units in enumerate(num_units):
         strides = (2, 2) if i else (1, 1)
-        stage = ResNetStage(units, width * 2**i, strides, dtype=dtype, name=f"block{i + 1}")
-        x = stage(x)
+        x = ResNetStage(units, width * 2**i, strides, dtype=dtype, name=f"block{i + 1}")(x)
     return x
 
 

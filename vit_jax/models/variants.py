@@ -61,12 +61,12 @@ def make_vit(
 ) -> VisionTransformer:
     """Makes a `VisionTransformer` of a named size, of given sizes, or of a mixture of both.
 
+    Other arguments are the attributes of `VisionTransformer`; None for the value of the variant.
+
     Args:
       variant: a size, with the patch or without ("B/16", "B"), or a hybrid ("R50+B/16"); with the
         suffix "-gap-norep" the classifier defaults to `gap`.
       patch_size: in pixels, one number for a square; required if `variant` does not include it.
-      hidden_size: see `VisionTransformer`, as for all other arguments; None for the value of the
-        variant.
 
     Raises:
       UserError: the variant is unknown, a size is missing or impossible, or options exclude each
@@ -95,7 +95,8 @@ def make_vit(
         raise UserError(f"model.num_registers={options['num_registers']}: expected at least 0")
     if pooling == "unpooled" and options.get("norm_after_pooling"):
         raise UserError("model.norm_after_pooling with model.classifier='unpooled': nothing pools")
-    _check_distillation_token(pooling, options)
+    if options.get("distillation_token"):
+        _check_distillation_token(options | {"classifier": pooling})
     return VisionTransformer(classifier=pooling, resnet_layers=resnet_layers, **sizes, **options)
 
 
@@ -112,8 +113,7 @@ def make_mixer(
 ) -> MlpMixer:
     """Makes an `MlpMixer` of a named size ("B/16"), of given sizes, or of a mixture of both.
 
-    Raises:
-      UserError: the variant is unknown, or a size is missing or impossible.
+    Raises `UserError` if the variant is unknown, or if a size is missing or impossible.
     """
     named = {} if variant is None else _parse_size(variant, MIXER_SIZES, _MIXER_KEYS)
     given = {
@@ -168,13 +168,10 @@ def _check_rates(options: Mapping[str, Any]) -> None:
             raise UserError(f"model.{key}={rate}: expected 0 <= value < 1")
 
 
-def _check_distillation_token(pooling: Classifier, options: Mapping[str, Any]) -> None:
-    if not options.get("distillation_token"):
-        return
+def _check_distillation_token(options: Mapping[str, Any]) -> None:
     expected = {"classifier": "token", "representation_size": None, "norm_after_pooling": False}
     for key, value in expected.items():
-        given = pooling if key == "classifier" else options.get(key, value)
-        if given != value:
+        if (given := options.get(key, value)) != value:
             raise UserError(
                 f"model.distillation_token with model.{key}={given!r}: expected {value!r}"
             )

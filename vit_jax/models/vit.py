@@ -16,7 +16,7 @@ from vit_jax.models import resnet
 from vit_jax.models.block_config import Activation, BlockConfig, Constrain, unconstrained
 from vit_jax.models.blocks import DepthSchedule, Encoder, Remat
 from vit_jax.models.heads import MAPHead, apply_head
-from vit_jax.models.positions import Rotation, fixed_positions, patch_grid, rotation_2d
+from vit_jax.models.positions import fixed_positions, patch_grid, rotation_2d
 
 Classifier = Literal["token", "gap", "map", "unpooled", "token_unpooled"]
 PositionEmbedding = Literal["learned", "sincos2d", "sincos2d_mae", "none"]
@@ -181,12 +181,7 @@ class VisionTransformer(nn.Module, kw_only=True):
         )(x)
 
     def _encode(
-        self,
-        embedded: jax.Array,
-        grid: tuple[int, int],
-        patches: jax.Array | None,
-        *,
-        train: bool,
+        self, embedded: jax.Array, grid: tuple[int, int], patches: jax.Array | None, *, train: bool
     ) -> jax.Array:
         n, h, w, c = embedded.shape
         x = embedded.reshape(n, h * w, c)
@@ -201,6 +196,10 @@ class VisionTransformer(nn.Module, kw_only=True):
         if tokens:
             first = jnp.concatenate(tokens, axis=1).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(first, (n, *first.shape[1:])), x], axis=1)
+        rotation = None
+        if self.rope_theta is not None:
+            head_dim, prefix = self.hidden_size // self.num_heads, self.num_prefix_tokens
+            rotation = rotation_2d(grid, head_dim, theta=self.rope_theta, num_prefix_tokens=prefix)
         return Encoder(
             config=self.block_config,
             num_layers=self.num_layers,
@@ -214,17 +213,7 @@ class VisionTransformer(nn.Module, kw_only=True):
             scan=self.scan,
             remat=self.remat,
             name="Transformer",
-        )(x, self._rotation(grid), patches, train=train)
-
-    def _rotation(self, grid: tuple[int, int]) -> Rotation | None:
-        if self.rope_theta is None:
-            return None
-        return rotation_2d(
-            grid,
-            self.hidden_size // self.num_heads,
-            theta=self.rope_theta,
-            num_prefix_tokens=self.num_prefix_tokens,
-        )
+        )(x, rotation, patches, train=train)
 
     def _pool(self, encoded: jax.Array, *, train: bool) -> jax.Array:
         if self.classifier == "token":

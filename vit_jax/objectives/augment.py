@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from vit_jax.objectives.base import check_share
 from vit_jax.utils.errors import UserError
 
 # ITU-R 601.
@@ -52,9 +53,8 @@ class Augmentation:
     mixup_switch_prob: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("flip", "random_erasing", "mixup_switch_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"objective.{name}={getattr(self, name)}: expected 0 to 1")
+        shares = ("flip", "random_erasing", "mixup_switch_prob")
+        check_share(**{name: getattr(self, name) for name in shares})
         for name, example in (("mixup", 0.2), ("cutmix", 1.0)):
             if getattr(self, name) < 0:
                 raise UserError(
@@ -79,27 +79,18 @@ class Augmentation:
 
 
 def distort(rng: jax.Array, images: jax.Array, augmentation: Augmentation) -> jax.Array:
-    """Applies the augmentations that come before pixels are normalised.
+    """Applies the augmentations that come before pixels are normalised, with the key of a step.
 
-    Args:
-      rng: key of this step.
-      images: uint8 `[batch, height, width, 3]`.
-      augmentation: which ones to apply.
-
-    Returns:
-      Images of the same shape, float32 from 0 to 255 if colours are augmented, else uint8.
+    Takes images uint8 `[batch, height, width, 3]`, and returns images of the same shape, float32
+    from 0 to 255 if colours are augmented, else uint8.
     """
     images = flip_lr(rng, images, probability=augmentation.flip)
     if augmentation.three_augment:
-        images = three_augment(
-            jax.random.fold_in(rng, _THREE_AUGMENT_KEY), images.astype(jnp.float32)
-        )
-    if any(augmentation.jitter_strengths):
-        images = jitter_colors(
-            jax.random.fold_in(rng, _JITTER_KEY),
-            images.astype(jnp.float32),
-            strengths=augmentation.jitter_strengths,
-        )
+        three_rng = jax.random.fold_in(rng, _THREE_AUGMENT_KEY)
+        images = three_augment(three_rng, images.astype(jnp.float32))
+    if any(strengths := augmentation.jitter_strengths):
+        jitter_rng = jax.random.fold_in(rng, _JITTER_KEY)
+        images = jitter_colors(jitter_rng, images.astype(jnp.float32), strengths=strengths)
     return images
 
 
@@ -117,10 +108,8 @@ def jitter_colors(
 ) -> jax.Array:
     """Changes brightness, contrast and saturation, in a random order for each image.
 
-    Args:
-      rng: key.
-      images: float32 `[batch, height, width, 3]` from 0 to 255, as is the result.
-      strengths: three; factors are drawn from 1 - strength (at least 0) to 1 + strength.
+    Images are float32 `[batch, height, width, 3]` from 0 to 255, as is the result. The factor of
+    each is drawn from 1 - strength (at least 0) to 1 + strength.
     """
     factor_rng, order_rng = jax.random.split(rng)
     shape = (images.shape[0], 3)
@@ -140,9 +129,7 @@ def jitter_colors(
 def three_augment(rng: jax.Array, images: jax.Array) -> jax.Array:
     """Makes each image gray, solarized or blurred with a deviation of 0.1 to 2 pixels.
 
-    Args:
-      rng: key.
-      images: float32 `[batch, height, width, 3]` from 0 to 255, as is the result.
+    Images are float32 `[batch, height, width, 3]` from 0 to 255, as is the result.
     """
     which_rng, sigma_rng = jax.random.split(rng)
     which = _per_image(jax.random.randint(which_rng, images.shape[:1], 0, 3))
@@ -155,9 +142,8 @@ def three_augment(rng: jax.Array, images: jax.Array) -> jax.Array:
 def blur(images: jax.Array, sigma: jax.Array) -> jax.Array:
     """Gaussian blur; pixels at the border are repeated beyond it.
 
-    Args:
-      images: float32 `[batch, height, width, channels]`, as is the result.
-      sigma: deviation for each image in pixels, float32 `[batch]`, up to 2.
+    Images are float32 `[batch, height, width, channels]`, as is the result. `sigma` is the
+    deviation for each image in pixels, float32 `[batch]`, up to 2.
     """
     offsets = jnp.arange(-_REACH, _REACH + 1)
     weights = jnp.exp(-0.5 * (offsets / sigma[:, None]) ** 2)

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import jax
 
+from vit_jax.utils.errors import UserError
+
 Batch = dict[str, jax.Array]
 Params = Any  # a nested dict of arrays
 
@@ -17,6 +19,13 @@ def headless(make: Make) -> Make:
     """Marks a constructor of objectives that train a model without its head (`num_classes=0`)."""
     make.headless = True  # pyright: ignore[reportFunctionMemberAccess]
     return make
+
+
+def check_share(**shares: float) -> None:
+    """Raises `UserError` unless the values of these keys of the config are 0 to 1."""
+    for key, value in shares.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"objective.{key}={value}: expected 0 to 1")
 
 
 class Objective(abc.ABC):

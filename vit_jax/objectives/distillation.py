@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.losses import distillation_divergence, softmax_cross_entropy
-from vit_jax.objectives.base import Batch, Params
+from vit_jax.objectives.base import Batch, Params, check_share
 from vit_jax.objectives.pixels import denormalize, normalize
 from vit_jax.objectives.supervised import Supervised, make_supervised
 from vit_jax.objectives.teacher import Teacher, load_teacher
@@ -49,12 +49,8 @@ class Distillation(Supervised):
 
     @functools.cached_property
     def teacher(self) -> Teacher:
-        return load_teacher(
-            self.source,
-            student=self.model,
-            num_classes=self.num_classes,
-            image_shape=self.image_shape,
-        )
+        sizes = {"num_classes": self.num_classes, "image_shape": self.image_shape}
+        return load_teacher(self.source, student=self.model, **sizes)
 
     def loss(
         self, params: Params, batch: Batch, rng: jax.Array
@@ -106,19 +102,16 @@ def make_distillation(
     """Makes a `Distillation` from config values; the rest are those of `make_supervised`.
 
     `model` is the student, and `teacher` a checkpoint that `load_pretrained` reads, with its own
-    pixel statistics. `multi_label` tells whether examples of the data have several labels.
-
-    Raises:
-      UserError: there is no teacher, or a value is out of its range. A teacher that does not fit
-        is found when it is loaded.
+    pixel statistics. `multi_label` tells whether examples of the data have several labels. Raises
+    `UserError` if there is no teacher, or if a value is out of its range; a teacher that does not
+    fit is found when it is loaded.
     """
     if not teacher:
         raise UserError(
             "objective.teacher is missing: expected a workdir, a file or a name such as "
             "'augreg+imagenet2012:B/16@224' for objective.name='distillation'"
         )
-    if not 0 <= alpha <= 1:
-        raise UserError(f"objective.alpha={alpha}: expected 0 to 1")
+    check_share(alpha=alpha)
     if temperature <= 0:
         raise UserError(f"objective.temperature={temperature}: expected more than 0")
     if multi_label:

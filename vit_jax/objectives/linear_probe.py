@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from vit_jax.losses import make_targets, softmax_cross_entropy
 from vit_jax.objectives.augment import flip_lr
-from vit_jax.objectives.base import Batch, Params, headless
+from vit_jax.objectives.base import Batch, Params, check_share, headless
 from vit_jax.objectives.pixels import ImageObjective, Pixels, check_pixels
 from vit_jax.utils.errors import UserError
 
@@ -136,13 +136,10 @@ def make_linear_probe(
     pixel_mean: Pixels = 0.5,
     pixel_std: Pixels = 0.5,
 ) -> LinearProbe:
-    """Makes a `LinearProbe` from config values.
+    """Makes a `LinearProbe` from config values, which are the attributes of that class.
 
-    The attributes of that class are the same; `multi_label` tells whether examples of the data have
-    several labels.
-
-    Raises:
-      UserError: the factors are not positive or not different, or examples have several labels.
+    Raises `UserError` if the factors are not positive or not different, or if the data are
+    `multi_label`: examples have several labels.
     """
     names = {f"{factor:g}" for factor in lr_factors}
     if not names or len(names) < len(lr_factors) or min(lr_factors) <= 0:
@@ -154,8 +151,7 @@ def make_linear_probe(
         raise UserError(
             "objective.name='linear_probe' takes one label an example, and the data have several"
         )
-    if not 0 <= flip <= 1:
-        raise UserError(f"objective.flip={flip}: expected 0 to 1")
+    check_share(flip=flip)
     mean, std = check_pixels(pixel_mean, pixel_std)
     factors = tuple(lr_factors)
     return LinearProbe(model, num_classes, factors, flip, pixel_mean=mean, pixel_std=std)

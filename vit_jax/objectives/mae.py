@@ -14,7 +14,7 @@ from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.decoder import MaskedDecoder
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives.augment import flip_lr
-from vit_jax.objectives.base import Batch, Params, headless
+from vit_jax.objectives.base import Batch, Params, check_share, headless
 from vit_jax.objectives.pixels import ImageObjective, Pixels, check_pixels, denormalize
 from vit_jax.utils.errors import UserError
 
@@ -86,10 +86,9 @@ class MaskedAutoencoder(ImageObjective):
     def reconstruct(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
         """Hides patches of a batch from the data and predicts them, with the same masks each time.
 
-        Returns:
-          `loss`, float32 `[batch]`, and images, float32 `[batch, height, width, channels]` from 0
-          to 255 (not clipped): `masked` is gray where patches are hidden, and `reconstructed` has
-          the predictions there.
+        Returns `loss`, float32 `[batch]`, and images, float32 `[batch, height, width, channels]`
+        from 0 to 255 (not clipped): `masked` is gray where patches are hidden, and `reconstructed`
+        has the predictions there.
         """
         images = self.normalize(batch["image"])
         visible = self.draw_visible(jax.random.key(0), images)
@@ -101,15 +100,13 @@ class MaskedAutoencoder(ImageObjective):
             _, mean, deviation = normalize_patches(patches)
             pixels = predicted * deviation + mean
         hidden = self._hidden(visible, patches.shape[1])[..., None]
-        found = {
-            "masked": jnp.where(hidden, 0, patches),
-            "reconstructed": jnp.where(hidden, pixels, patches),
-        }
-        pixel_args = (self.pixel_mean, self.pixel_std)
-        return {"loss": self._losses(predicted, batch)} | {
-            name: denormalize(unpatchify(x, images.shape, self.model.stride), *pixel_args)
-            for name, x in found.items()
-        }
+
+        def replace_hidden(pixels: jax.Array | int) -> jax.Array:
+            x = unpatchify(jnp.where(hidden, pixels, patches), images.shape, self.model.stride)
+            return denormalize(x, self.pixel_mean, self.pixel_std)
+
+        loss = self._losses(predicted, batch)
+        return {"loss": loss, "masked": replace_hidden(0), "reconstructed": replace_hidden(pixels)}
 
     def _apply(self, params: Params, batch: Batch, *, rng: jax.Array | None) -> jax.Array:
         """Predicts all patches, `[batch, patches, values]`; dropout is off without a key."""
@@ -149,13 +146,11 @@ def make_mae(
     pixel_mean: Pixels = 0.5,
     pixel_std: Pixels = 0.5,
 ) -> MaskedAutoencoder:
-    """Makes a `MaskedAutoencoder` from config values.
+    """Makes a `MaskedAutoencoder` from config values, most of them attributes of that class.
 
-    The attributes of that class are the same; `image_shape` is height, width and channels. The
-    MLPs of the decoder are four times `decoder_width` wide.
-
-    Raises:
-      UserError: the model is no Vision Transformer, or a value is out of its range.
+    `image_shape` is height, width and channels. The MLPs of the decoder are four times
+    `decoder_width` wide. Raises `UserError` if the model is no Vision Transformer, or if a value is
+    out of its range.
     """
     if not 0 < mask_ratio < 1:
         raise UserError(f"objective.mask_ratio={mask_ratio}: expected above 0 and below 1")
@@ -187,8 +182,7 @@ def make_mae(
             f"objective.decoder_width={decoder_width}: expected a multiple of 4 and of "
             f"objective.decoder_heads={decoder_heads}"
         )
-    if not 0 <= flip <= 1:
-        raise UserError(f"objective.flip={flip}: expected 0 to 1")
+    check_share(flip=flip)
     height, width = model.stride
     config = BlockConfig(
         num_heads=decoder_heads,

@@ -32,12 +32,8 @@ def mix(
     switch = jax.random.bernoulli(switch_rng, switch_prob)
     weight = _draw_weight(mixup_rng, mixup_alpha)
     stays = _draw_box(cutmix_rng, images.shape, cutmix_alpha)
-    return _blend(
-        images,
-        targets,
-        jnp.where(switch, stays, weight),
-        jnp.where(switch, stays.mean(), weight),
-    )
+    of_images, of_targets = (jnp.where(switch, x, weight) for x in (stays, stays.mean()))
+    return _blend(images, targets, of_images, of_targets)
 
 
 def mixup(
@@ -46,9 +42,7 @@ def mixup(
     """Blends each example with its neighbour in the batch, one weight a batch.
 
     The weight is Beta(alpha, alpha), folded so that the own example weighs more. Images and targets
-    are those of `mix`.
-
-    Source: arXiv:1710.09412.
+    are those of `mix`. Source: arXiv:1710.09412.
     """
     weight = _draw_weight(rng, alpha)
     return _blend(images, targets, weight, weight)
@@ -61,9 +55,7 @@ def cutmix(
 
     The box has 1 - Beta(alpha, alpha) of the area and the image's aspect. It is cut off at the
     border, and targets are weighted by the area inside the image. Images and targets are those of
-    `mix`.
-
-    Source: arXiv:1905.04899.
+    `mix`. Source: arXiv:1905.04899.
     """
     stays = _draw_box(rng, images.shape, alpha)
     return _blend(images, targets, stays, stays.mean())

@@ -47,15 +47,8 @@ def denormalize(images: jax.Array, mean: Pixels, std: Pixels) -> jax.Array:
 
 
 def check_pixels(mean: Pixels, std: Pixels) -> tuple[Pixels, Pixels]:
-    """Returns both as numbers or tuples, which can be hashed.
-
-    Raises:
-      UserError: a divisor of 0 or less.
-    """
+    """Returns both so that they can be hashed; raises `UserError` unless `std` is above 0."""
     if min(np.ravel(std)) <= 0:
         raise UserError(f"objective.pixel_std={std}: expected more than 0")
-    return _hashable(mean), _hashable(std)
-
-
-def _hashable(pixels: Pixels) -> Pixels:
-    return pixels if isinstance(pixels, float | int) else tuple(pixels)
+    mean, std = (x if isinstance(x, float | int) else tuple(x) for x in (mean, std))
+    return mean, std

@@ -48,12 +48,8 @@ class Supervised(ImageObjective):
         options = self.augmentation
         images = self.normalize(distort(rng, batch["image"], options))
         if options.random_erasing:
-            images = erase(
-                jax.random.fold_in(rng, ERASE_KEY),
-                images,
-                probability=options.random_erasing,
-                mode=options.random_erasing_mode,
-            )
+            erase_rng, mode = jax.random.fold_in(rng, ERASE_KEY), options.random_erasing_mode
+            images = erase(erase_rng, images, probability=options.random_erasing, mode=mode)
         targets = make_targets(batch["label"], self.num_classes)
         targets = smooth_labels(targets, self.label_smoothing)
         images, targets = mix(
@@ -108,11 +104,9 @@ def make_supervised(
 ) -> Supervised:
     """Makes a `Supervised` from config values; `augmentation` are fields of `Augmentation`.
 
-    `class_weights` may be the path of a text file with one number a line.
-
-    Raises:
-      UserError: a value is out of its range, the number of class weights is not that of the
-        classes, or targets are binary with another loss than sigmoid or with label smoothing.
+    `class_weights` may be the path of a text file with one number a line. Raises `UserError` if a
+    value is out of its range, if the number of class weights is not that of the classes, or if
+    targets are binary with another loss than sigmoid or with label smoothing.
     """
     if not 0 <= label_smoothing < 1:
         raise UserError(f"objective.label_smoothing={label_smoothing}: expected 0 <= value < 1")

@@ -17,14 +17,10 @@ from vit_jax.utils.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A model with its parameters.
+    """A model with its parameters on the host, and with the normalisation that it expects.
 
-    Attributes:
-      model: called as `model(images, train=False)`, it returns `(logits, out)`.
-      params: nested dict of arrays on the host.
-      pixel_mean: mean of pixels in [0, 1] that the teacher expects to be subtracted.
-      pixel_std: divisor that the teacher expects after that.
-      notes: one line for each change that made it fit.
+    `model(images, train=False)` returns `(logits, out)`; the pixel statistics are those of
+    `ImageObjective`, and `notes` has one line for each change that made the model fit.
     """
 
     model: nn.Module

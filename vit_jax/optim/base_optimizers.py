@@ -88,8 +88,7 @@ def adafactor(
       eps: added to squared gradients.
     """
     _check_rates(momentum=momentum or 0.0, b2_cap=b2_cap)
-    if decay_rate <= 0:
-        raise UserError(f"optimizer.decay_rate={decay_rate}: expected above 0")
+    _check_above_0(decay_rate=decay_rate)
     if clipping_threshold is not None and clipping_threshold <= 0:
         raise UserError(
             f"optimizer.clipping_threshold={clipping_threshold}: expected above 0, or None"
@@ -119,13 +118,9 @@ def lamb(
 ) -> BaseOptimizer:
     """LAMB (arXiv:1904.00962): Adam's update with decay, scaled to the norm of the parameter.
 
-    Args:
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root of the second moment.
-      mu_dtype: dtype of the first moment.
-      trust_ratio: which parameters have their updates scaled: "all", or those that are "decayed",
-        as in fused implementations.
+    `b1` and `b2` are the decays of the first moment, of `mu_dtype`, and of the second, to whose
+    root `eps` is added. `trust_ratio` tells which parameters have their updates scaled: "all", or
+    those that are "decayed", as in fused implementations.
     """
     _check_rates(b1=b1, b2=b2)
 
@@ -138,15 +133,11 @@ def lamb(
 def lars(*, momentum: float = 0.9, trust_coefficient: float = 0.001) -> BaseOptimizer:
     """LARS (arXiv:1708.03888): momentum of gradients scaled to the norm of the parameter.
 
-    Gradients of parameters without weight decay are not scaled.
-
-    Args:
-      momentum: decay of the sum of scaled gradients.
-      trust_coefficient: norm of a scaled gradient, relative to that of the parameter.
+    Gradients of parameters without weight decay are not scaled. `trust_coefficient` is the norm of
+    a scaled gradient, relative to that of the parameter.
     """
     _check_rates(momentum=momentum)
-    if trust_coefficient <= 0:
-        raise UserError(f"optimizer.trust_coefficient={trust_coefficient}: expected above 0")
+    _check_above_0(trust_coefficient=trust_coefficient)
 
     def scale(mask: DecayMask) -> optax.GradientTransformation:
         return optax.chain(_scale_by_trust_ratio(mask, trust_coefficient), optax.trace(momentum))
@@ -190,8 +181,7 @@ def muon(
     _check_rates(momentum=momentum, b1=b1, b2=b2)
     if ns_steps < 1:
         raise UserError(f"optimizer.ns_steps={ns_steps}: expected at least 1")
-    if rms <= 0:
-        raise UserError(f"optimizer.rms={rms}: expected above 0")
+    _check_above_0(rms=rms)
     orthogonal = contrib.scale_by_muon(
         ns_steps=ns_steps,
         beta=momentum,
@@ -215,12 +205,8 @@ def schedule_free_adamw(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
     """Schedule-free AdamW (arXiv:2405.15682): the iterates are averaged instead of decaying the lr.
 
     The parameters of a run, which it evaluates and saves, are the average x. The iterates z are in
-    the optimizer state, and gradients are taken between both.
-
-    Args:
-      b1: weight of x in the point at which gradients are taken; above 0.
-      b2: decay of the second moment.
-      eps: added to the root of the second moment.
+    the optimizer state, and gradients are taken between both: `b1`, above 0, is the weight of x
+    there. `b2` is the decay of the second moment, to whose root `eps` is added.
     """
     _check_rates(b1=b1, b2=b2)
     if not b1:
@@ -247,6 +233,12 @@ def _check_rates(**rates: float) -> None:
     for key, value in rates.items():
         if not 0 <= value < 1:
             raise UserError(f"optimizer.{key}={value}: expected 0 <= value < 1")
+
+
+def _check_above_0(**values: float) -> None:
+    for key, value in values.items():
+        if value <= 0:
+            raise UserError(f"optimizer.{key}={value}: expected above 0")
 
 
 def _scale_by_trust_ratio(

@@ -52,11 +52,9 @@ class Optimizer:
     averaging: float | None = None
 
     def gradient_point(self, opt_state: Any, trained: Any) -> Any:
-        """Returns the parameters at which gradients are taken.
+        """Returns the parameters at which gradients are taken, given the state of `tx`.
 
-        Args:
-          opt_state: the state of `tx`.
-          trained: the trained parameters, which schedule-free optimizers move towards the iterates.
+        These are the trained ones, which schedule-free optimizers move towards the iterates.
         """
         if self.averaging is None:
             return trained
@@ -117,7 +115,12 @@ def make_optimizer(
       UserError: a value is out of its range; `tx.init` raises it if rules do not fit the
         parameters.
     """
-    _check_values(lr, weight_decay, accum_steps, grad_clip_norm)
+    least = {"lr": (lr, 0), "weight_decay": (weight_decay, 0), "accum_steps": (accum_steps, 1)}
+    for key, (value, minimum) in least.items():
+        if value < minimum:
+            raise UserError(f"optimizer.{key}={value}: expected at least {minimum}")
+    if grad_clip_norm is not None and grad_clip_norm <= 0:
+        raise UserError(f"optimizer.grad_clip_norm={grad_clip_norm}: expected above 0, or None")
     rules = ParamRules(
         tuple(freeze),
         tuple((p, f) for p, f in lr_multipliers),
@@ -170,18 +173,6 @@ def _make_chain(
     if base.averaging is None:
         return tx
     return _schedule_free(tx, rates[0], base.averaging)
-
-
-def _check_values(
-    lr: float, weight_decay: float, accum_steps: int, grad_clip_norm: float | None
-) -> None:
-    for key, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if value < 0:
-            raise UserError(f"optimizer.{key}={value}: expected at least 0")
-    if accum_steps < 1:
-        raise UserError(f"optimizer.accum_steps={accum_steps}: expected at least 1")
-    if grad_clip_norm is not None and grad_clip_norm <= 0:
-        raise UserError(f"optimizer.grad_clip_norm={grad_clip_norm}: expected above 0, or None")
 
 
 def _batch_factor(scaling: LrScaling, base: int | None, clock: Clock | None) -> float:
@@ -246,11 +237,10 @@ def _apply_rules(
 
 def _scale_by_factors() -> optax.GradientTransformationExtraArgs:
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        factors = extra["factors"]
-        scaled = jax.tree_util.tree_map_with_path(
-            lambda path, update: factors[path_str(path)] * update, updates
-        )
-        return scaled, state
+        def scale(path: Any, update: jax.Array) -> jax.Array:
+            return extra["factors"][path_str(path)] * update
+
+        return jax.tree_util.tree_map_with_path(scale, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 

@@ -72,9 +72,8 @@ class ParamRules:
     def check(self, params: Any) -> None:
         """Checks the rules against the parameters of a model (arrays or shapes).
 
-        Raises:
-          UserError: an expression matches nothing, no parameter is left to train, or a layer decay
-            is given for a model with unknown layers.
+        Raises `UserError` if an expression matches nothing, if no parameter is left to train, or if
+        a layer decay is given for a model with unknown layers.
         """
         paths, trained = list(flatten(params)), list(flatten(self.split(params)[0]))
         if not trained:
@@ -125,10 +124,11 @@ class ParamRules:
             return {}
         leaves = flatten(params)
         layers = layer_decay_factors(leaves, self.layer_decay) if self.layer_decay else {}
-        return {path: self._multiplier(path) * layers.get(path, 1.0) for path in leaves}
-
-    def _multiplier(self, path: str) -> float:
-        return next((float(f) for p, f in self.lr_multipliers if re.fullmatch(p, path)), 1.0)
+        factors = {}
+        for path in leaves:
+            matches = (float(f) for p, f in self.lr_multipliers if re.fullmatch(p, path))
+            factors[path] = next(matches, 1.0) * layers.get(path, 1.0)
+        return factors
 
 
 def layer_decay_factors(leaves: dict[str, Any], decay: float) -> dict[str, Any]:
@@ -138,15 +138,8 @@ def layer_decay_factors(leaves: dict[str, Any], decay: float) -> dict[str, Any]:
     decay^(L-i), and everything after the blocks 1. Source: arXiv:2106.08254 (BEiT), as in
     fine-tuning of arXiv:2111.06377 (MAE).
 
-    Args:
-      leaves: parameters (arrays or shapes) by path.
-      decay: factor from one layer to the one before.
-
-    Returns:
-      Factors by path: floats, or for scanned blocks float32 arrays `[L, 1, ...]`.
-
-    Raises:
-      UserError: the layer of a parameter is not known.
+    Takes parameters (arrays or shapes) by path. Returns factors by path: floats, or for scanned
+    blocks float32 arrays `[L, 1, ...]`. Raises `UserError` if the layer of a parameter is unknown.
     """
     blocks = {path: match[1] for path in leaves if (match := re.fullmatch(_BLOCK, path))}
     depths = (leaves[path].shape[0] if i is None else int(i) + 1 for path, i in blocks.items())

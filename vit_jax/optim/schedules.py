@@ -114,33 +114,20 @@ class ScheduleOptions:
     timescale: int | None = None
 
     def make(self, *, lr: float, total_steps: int, clock: Clock | None) -> optax.Schedule:
-        """Makes the schedule of a run, see `make_schedule`.
-
-        Raises:
-          UserError: see `make_schedule` and `durations.find_duration`.
-        """
-        steps = {}
+        """Makes the schedule of a run; errors are those of `make_schedule` and `find_duration`."""
+        options = drop_other_units(vars(self))
         for stem in _STEMS:
-            units = duration_keys(stem)
-            if found := find_duration(vars(self), units, prefix="optimizer."):
-                unit = units[found[0]]
-                steps[stem] = to_steps(found[1], unit, clock=clock, total_steps=total_steps)
-        return make_schedule(
-            lr=lr,
-            total_steps=total_steps,
-            schedule=self.schedule,
-            warmup_steps=steps.get("warmup", 0),
-            cooldown_steps=steps.get("cooldown", 0),
-            start_lr=self.start_lr,
-            end_lr=self.end_lr,
-            timescale=self.timescale,
-        )
+            for key, unit in duration_keys(stem).items():
+                if key in options:
+                    duration = options.pop(key)
+                    steps = to_steps(duration, unit, clock=clock, total_steps=total_steps)
+                    options[f"{stem}_steps"] = steps
+        return make_schedule(lr=lr, total_steps=total_steps, **options)
 
     def replace(self, changes: Mapping[str, Any], *, key: str) -> "ScheduleOptions":
         """Returns these options with changes; a duration replaces one in another unit.
 
-        Raises:
-          UserError: a key is unknown, or a value has the wrong type.
+        Raises `UserError` if a key is unknown, or a value has the wrong type.
         """
         bind(changes, ScheduleOptions, key=key)
         durations = [keys for keys in map(duration_keys, _STEMS) if keys.keys() & changes.keys()]

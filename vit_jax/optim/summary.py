@@ -14,12 +14,9 @@ from vit_jax.utils.tree import flatten
 
 @dataclasses.dataclass(frozen=True)
 class ParamSummary:
-    """How one parameter is trained.
+    """How one parameter is trained; its path is as in `utils.tree`.
 
     Attributes:
-      path: its path, as in `utils.tree`.
-      shape: its shape.
-      frozen: whether it is not trained.
       decayed: whether weight decay applies.
       lr_factors: smallest and largest factor on the learning rate; scanned blocks have several.
       schedule: expression of its own schedule; None for that of the optimizer.

@@ -109,13 +109,9 @@ def _decode_with_pillow(encoded: bytes, *, orient: bool) -> np.ndarray:
 
 
 def read_header(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
-    """The format, and the size if the header has it.
+    """The format and the size, if the header has them; `ImageError` if it ends before the size.
 
-    Returns:
-      "JPEG", "PNG", "GIF", "WEBP", "BMP" or None, and (width, height) or None.
-
-    Raises:
-      ImageError: the header ends before the size.
+    Returns "JPEG", "PNG", "GIF", "WEBP", "BMP" or None, and (width, height) or None.
     """
     try:
         if encoded.startswith(b"\xff\xd8\xff"):

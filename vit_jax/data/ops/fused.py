@@ -53,14 +53,10 @@ class Job(NamedTuple):
 
 
 def decode(jobs: Iterable[Job], images: Iterable[np.ndarray]) -> list[bool]:
-    """Runs jobs in one call, without the GIL.
+    """Runs jobs in one call, without the GIL; returns whether each image was made.
 
-    Args:
-      jobs: from `Fused.plan`.
-      images: memory for the image of each job, uint8 of the size of its window.
-
-    Returns:
-      Whether each image was made; the operations decide on the others.
+    `images` is memory for the image of each job, uint8 of the size of its window. The operations
+    decide on images that were not made.
     """
     items = [(job.source, image, *job[1:]) for job, image in zip(jobs, images, strict=True)]
     return extension.decode(items) if items else []
@@ -68,11 +64,7 @@ def decode(jobs: Iterable[Job], images: Iterable[np.ndarray]) -> list[bool]:
 
 @dataclasses.dataclass(frozen=True)
 class Fused(Random):
-    """`decode`, operations that crop and resize, and an optional `flip_lr`, as one operation.
-
-    Attributes:
-      ops: the operations that it replaces.
-    """
+    """`decode`, operations that crop and resize, and an optional `flip_lr`, as one operation."""
 
     ops: tuple[Any, ...]
 
@@ -89,8 +81,7 @@ class Fused(Random):
     def plan(self, source: bytes | np.ndarray, rng: np.random.Generator) -> Job | None:
         """Makes the random choices for an image, without decoding it.
 
-        Returns:
-          None, before any choice, for what the extension does not take or the operations refuse.
+        Returns None, before any choice, for what the extension does not take or operations refuse.
         """
         if isinstance(source, np.ndarray):
             height, width, turned = *source.shape[:2], False

@@ -23,8 +23,7 @@ def resize_image(
 ) -> np.ndarray:
     """Resizes to uint8 `[height, width, 3]` with half-pixel centres, whatever the aspect ratio.
 
-    Raises:
-      ImageError: the result would have more than `MAX_PIXELS` pixels.
+    Raises `ImageError` if the result would have more than `MAX_PIXELS` pixels.
     """
     old_height, old_width = image.shape[:2]
     if (old_height, old_width) == (height, width):
@@ -40,13 +39,10 @@ def resize_image(
 
 
 def rotate(image: np.ndarray, degrees: float, *, fill: Fill, flag: int) -> np.ndarray:
-    """Rotates the image about its centre.
+    """Rotates an image, uint8 `[height, width, 3]`, counter-clockwise about its centre.
 
-    Args:
-      image: uint8 `[height, width, 3]`.
-      degrees: counter-clockwise.
-      fill: the colour of pixels from outside of the image.
-      flag: `cv2.INTER_NEAREST` or `cv2.INTER_LINEAR`.
+    `fill` is the colour of pixels from outside of the image, and `flag` is `cv2.INTER_NEAREST` or
+    `cv2.INTER_LINEAR`.
     """
     y, x = ((side - 1) / 2 for side in image.shape[:2])
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))

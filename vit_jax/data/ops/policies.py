@@ -6,7 +6,6 @@ fraction x from 0 to 1. Policies also differ in style: the fill colour and the i
 operations return an image of the shape and dtype that they take, uint8 `[height, width, 3]`.
 """
 
-import abc
 import dataclasses
 import functools
 import re
@@ -18,7 +17,7 @@ import numpy as np
 
 from vit_jax.data.ops import colors, geometry
 from vit_jax.data.ops.geometry import Fill
-from vit_jax.data.ops.transforms import Features, Op, Random
+from vit_jax.data.ops.transforms import Features, Op, Random, check_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +40,12 @@ def _either_sign(x: float, rng: np.random.Generator) -> float:
     return -x if rng.random() < 0.5 else x
 
 
-def _factor(x: float, rng: np.random.Generator) -> float:
-    return 0.1 + 1.8 * x
+def _enhance(adjust: Callable) -> Action:
+    return lambda image, x, *_: adjust(image, 0.1 + 1.8 * x)
 
 
-def _factor_about_one(x: float, rng: np.random.Generator) -> float:
-    return max(0.1, 1 + _either_sign(0.9 * x, rng))
-
-
-def _enhance(adjust: Callable, factor: Callable = _factor) -> Action:
-    return lambda image, x, rng, style: adjust(image, factor(x, rng))
+def _enhance_about_one(adjust: Callable) -> Action:
+    return lambda image, x, rng, _: adjust(image, max(0.1, 1 + _either_sign(0.9 * x, rng)))
 
 
 def _rotate(image: np.ndarray, x: float, rng: np.random.Generator, style: Style) -> np.ndarray:
@@ -58,9 +53,10 @@ def _rotate(image: np.ndarray, x: float, rng: np.random.Generator, style: Style)
     return geometry.rotate(image, degrees, fill=style.fill, flag=style.flag)
 
 
-def _shear(image: np.ndarray, x: float, rng: np.random.Generator, style: Style, axis: str):
-    shear = geometry.shear_x if axis == "x" else geometry.shear_y
-    return shear(image, _either_sign(0.3 * x, rng), fill=style.fill, flag=style.flag)
+def _shear(shear: Callable) -> Action:
+    return lambda image, x, rng, style: shear(
+        image, _either_sign(0.3 * x, rng), fill=style.fill, flag=style.flag
+    )
 
 
 def _translate(image: np.ndarray, pixels: float, rng: np.random.Generator, style: Style, axis: str):
@@ -74,6 +70,12 @@ def _cut_out(image: np.ndarray, x: float, rng: np.random.Generator, style: Style
     return geometry.cut_out(image, row, column, int(40 * x), fill=style.fill)
 
 
+_ENHANCE = {
+    "color": colors.adjust_saturation,
+    "contrast": colors.adjust_contrast,
+    "brightness": colors.adjust_brightness,
+    "sharpness": colors.adjust_sharpness,
+}
 # "..._increasing" actions are stronger at higher levels; "posterize_original" is the paper's.
 ACTIONS: dict[str, Action] = {
     "autocontrast": lambda image, *_: colors.autocontrast(image),
@@ -86,16 +88,10 @@ ACTIONS: dict[str, Action] = {
     "solarize": lambda image, x, *_: colors.solarize(image, int(256 * x)),
     "solarize_increasing": lambda image, x, *_: colors.solarize(image, 256 - int(256 * x)),
     "solarize_add": lambda image, x, *_: colors.solarize_add(image, int(110 * x)),
-    "color": _enhance(colors.adjust_saturation),
-    "color_increasing": _enhance(colors.adjust_saturation, _factor_about_one),
-    "contrast": _enhance(colors.adjust_contrast),
-    "contrast_increasing": _enhance(colors.adjust_contrast, _factor_about_one),
-    "brightness": _enhance(colors.adjust_brightness),
-    "brightness_increasing": _enhance(colors.adjust_brightness, _factor_about_one),
-    "sharpness": _enhance(colors.adjust_sharpness),
-    "sharpness_increasing": _enhance(colors.adjust_sharpness, _factor_about_one),
-    "shear_x": functools.partial(_shear, axis="x"),
-    "shear_y": functools.partial(_shear, axis="y"),
+    **{name: _enhance(adjust) for name, adjust in _ENHANCE.items()},
+    **{f"{name}_increasing": _enhance_about_one(adjust) for name, adjust in _ENHANCE.items()},
+    "shear_x": _shear(geometry.shear_x),
+    "shear_y": _shear(geometry.shear_y),
     "translate_x": lambda image, x, rng, style: _translate(image, 100 * x, rng, style, "x"),
     "translate_y": lambda image, x, rng, style: _translate(image, 100 * x, rng, style, "y"),
     "translate_x_relative": lambda image, x, rng, style: _translate(
@@ -108,7 +104,6 @@ ACTIONS: dict[str, Action] = {
 }
 
 _COMMON = ("autocontrast", "equalize", "invert", "rotate", "shear_x", "shear_y", "solarize_add")
-_ENHANCE = ("color", "contrast", "brightness", "sharpness")
 _TONES = ("posterize", "solarize", *_ENHANCE)
 AUGREG_ACTIONS = (*_COMMON, *_TONES, "translate_x", "translate_y", "cutout")
 DEIT_ACTIONS = (*_COMMON, *_TONES, "translate_x_relative", "translate_y_relative")
@@ -129,12 +124,11 @@ class RandAug(Random):
     magnitude: float
     may_be_zero = ("magnitude",)
 
-    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
-        image = features["image"]
+    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         for _ in range(self.num_layers):
             action = ACTIONS[AUGREG_ACTIONS[rng.integers(len(AUGREG_ACTIONS))]]
             image = action(image, self.magnitude / 10, rng, AUGREG_STYLE)
-        return features | {"image": image}
+        return image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +146,8 @@ class RandAugment(Random):
     def __post_init__(self) -> None:
         _parse_rand(self.policy)
 
-    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
-        image, parts = features["image"], _parse_rand(self.policy)
+    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        parts = _parse_rand(self.policy)
         actions = DEIT_INCREASING_ACTIONS if parts["inc"] else DEIT_ACTIONS
         for _ in range(int(parts["n"])):
             name = actions[rng.integers(len(actions))]
@@ -161,7 +155,7 @@ class RandAugment(Random):
                 continue
             level = np.clip(rng.normal(parts["m"], parts["mstd"]), 0, parts["mmax"])
             image = ACTIONS[name](image, float(level) / 10, rng, DEIT_STYLE)
-        return features | {"image": image}
+        return image
 
 
 @functools.cache
@@ -219,12 +213,12 @@ class AutoAugment(Random):
 
     policy: Literal["original", "v0"] = "original"
 
-    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
-        pairs, image = parse_pairs(self.policy), features["image"]
+    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        pairs = parse_pairs(self.policy)
         for name, probability, level in pairs[rng.integers(len(pairs))]:
             if rng.random() < probability:
                 image = ACTIONS[name](image, level / 10, rng, DEIT_STYLE)
-        return features | {"image": image}
+        return image
 
 
 @functools.cache
@@ -257,12 +251,7 @@ class _Sometimes(Random):
             raise ValueError(f"probability={self.probability}: expected at most 1")
 
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
-        if rng.random() >= self.probability:
-            return features
-        return features | {"image": self.change(features["image"], rng)}
-
-    @abc.abstractmethod
-    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray: ...
+        return features if rng.random() >= self.probability else super().__call__(features, rng)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,11 +286,7 @@ class GaussianBlur(_Sometimes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sigma_min > self.sigma_max:
-            raise ValueError(
-                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: expected "
-                "sigma_min <= sigma_max"
-            )
+        check_order(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
 
     def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return colors.blur(image, rng.uniform(self.sigma_min, self.sigma_max))
@@ -319,15 +304,14 @@ class ColorJitter(Random):
     saturation: float | None = None
     may_be_zero = ("brightness", "contrast", "saturation")
 
-    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
-        image = features["image"]
+    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         adjust = (colors.adjust_brightness, colors.adjust_contrast, colors.adjust_saturation)
         given = (self.brightness, self.contrast, self.saturation)
         for i in rng.permutation(3):
             strength = self.brightness if given[i] is None else given[i]
             factor = rng.uniform(max(0, 1 - strength), 1 + strength)
             image = adjust[i](image, factor) if strength else image
-        return features | {"image": image}
+        return image
 
 
 OPS: dict[str, type[Op]] = {

@@ -4,10 +4,10 @@
 An operation is a frozen dataclass that maps a features dict to another: `image` is uint8
 `[height, width, 3]`, or encoded bytes before `Decode`; the other features stay as they are. The
 fields are the arguments in a preprocessing line. `Random` operations also take a generator, which
-depends only on the seed and the example's position.
+depends only on the seed and the example's position. An operation on the image alone overrides
+`change`; one on other features overrides `__call__`.
 """
 
-import abc
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -23,26 +23,39 @@ from vit_jax.utils.errors import UserError
 Features = dict[str, Any]
 
 
-class Transform(abc.ABC):
+class Transform:
     """A deterministic operation."""
 
     # Arguments that may be 0; other numbers must be positive.
     may_be_zero: ClassVar[tuple[str, ...]] = ()
 
-    @abc.abstractmethod
-    def __call__(self, features: Features) -> Features: ...
+    def __call__(self, features: Features) -> Features:
+        return features | {"image": self.change(features["image"])}
+
+    def change(self, image: Any) -> np.ndarray:
+        raise NotImplementedError
 
 
-class Random(abc.ABC):
+class Random:
     """An operation with random choices."""
 
     may_be_zero: ClassVar[tuple[str, ...]] = ()
 
-    @abc.abstractmethod
-    def __call__(self, features: Features, rng: np.random.Generator) -> Features: ...
+    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
+        return features | {"image": self.change(features["image"], rng)}
+
+    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        raise NotImplementedError
 
 
 Op = Transform | Random
+
+
+def check_order(**limits: float) -> None:
+    """Raises `ValueError` if the first of two arguments is above the second."""
+    (low, least), (high, most) = limits.items()
+    if least > most:
+        raise ValueError(f"{low}={least}, {high}={most}: expected {low} <= {high}")
 
 
 def apply(ops: Sequence[Op], features: Features, rng: np.random.Generator) -> Features:
@@ -58,8 +71,8 @@ class Decode(Transform):
 
     orient: bool = False
 
-    def __call__(self, features: Features) -> Features:
-        return features | {"image": decode_image(features["image"], orient=self.orient)}
+    def change(self, image: bytes | np.ndarray) -> np.ndarray:
+        return decode_image(image, orient=self.orient)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +104,8 @@ class Resize(Transform):
     width: int | None = None
     method: Method = "bilinear"
 
-    def __call__(self, features: Features) -> Features:
-        width = self.width or self.height
-        return features | {
-            "image": resize_image(features["image"], self.height, width, self.method)
-        }
+    def change(self, image: np.ndarray) -> np.ndarray:
+        return resize_image(image, self.height, self.width or self.height, self.method)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +115,8 @@ class ResizeSmall(Transform):
     size: int
     method: Method = "bilinear"
 
-    def __call__(self, features: Features) -> Features:
-        image = features["image"]
-        height, width = self.shape(*image.shape[:2])
-        return features | {"image": resize_image(image, height, width, self.method)}
+    def change(self, image: np.ndarray) -> np.ndarray:
+        return resize_image(image, *self.shape(*image.shape[:2]), self.method)
 
     def shape(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the result for an image of this height and width."""
@@ -123,11 +131,10 @@ class ResizeLong(Transform):
     size: int
     method: Method = "bilinear"
 
-    def __call__(self, features: Features) -> Features:
-        image = features["image"]
+    def change(self, image: np.ndarray) -> np.ndarray:
         scale = self.size / max(image.shape[:2])
         height, width = (max(1, round(side * scale)) for side in image.shape[:2])
-        return features | {"image": resize_image(image, height, width, self.method)}
+        return resize_image(image, height, width, self.method)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +144,11 @@ class CentralCrop(Transform):
     height: int
     width: int | None = None
 
-    def __call__(self, features: Features) -> Features:
-        image, width = features["image"], self.width or self.height
+    def change(self, image: np.ndarray) -> np.ndarray:
+        width = self.width or self.height
         _check_crop("central_crop", image, self.height, width)
         top, left = (image.shape[0] - self.height) // 2, (image.shape[1] - width) // 2
-        return features | {"image": image[top : top + self.height, left : left + width]}
+        return image[top : top + self.height, left : left + width]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,12 +158,12 @@ class RandomCrop(Random):
     height: int
     width: int | None = None
 
-    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
-        image, width = features["image"], self.width or self.height
+    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        width = self.width or self.height
         _check_crop("random_crop", image, self.height, width)
         top = int(rng.integers(image.shape[0] - self.height + 1))
         left = int(rng.integers(image.shape[1] - width + 1))
-        return features | {"image": image[top : top + self.height, left : left + width]}
+        return image[top : top + self.height, left : left + width]
 
 
 def _check_crop(name: str, image: np.ndarray, height: int, width: int) -> None:
@@ -176,55 +183,46 @@ _BORDERS = {
 _Border = Literal["constant", "edge", "reflect"]
 
 
+class _Padding(Transform):
+    value: int
+    mode: _Border
+    may_be_zero = ("value",)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.value <= 255:
+            raise ValueError(f"value={self.value}: expected 0 to 255")
+
+    def pad(self, image: np.ndarray, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        color, border = (self.value, self.value, self.value), _BORDERS[self.mode]
+        return cv2.copyMakeBorder(image, top, bottom, left, right, border, value=color)
+
+
 @dataclasses.dataclass(frozen=True)
-class Pad(Transform):
+class Pad(_Padding):
     """Adds `pixels` on each side: of one `value`, like the edge, or its reflection."""
 
     pixels: int
     value: int = 0
     mode: _Border = "constant"
-    may_be_zero = ("value",)
 
-    def __post_init__(self) -> None:
-        _check_value(self.value)
-
-    def __call__(self, features: Features) -> Features:
+    def change(self, image: np.ndarray) -> np.ndarray:
         p = self.pixels
-        return features | {"image": _pad(features["image"], (p, p, p, p), self.value, self.mode)}
+        return self.pad(image, p, p, p, p)
 
 
 @dataclasses.dataclass(frozen=True)
-class PadTo(Transform):
+class PadTo(_Padding):
     """Pads an image that is smaller to `height` x `width` (default: `height`) on all sides."""
 
     height: int
     width: int | None = None
     value: int = 0
     mode: _Border = "constant"
-    may_be_zero = ("value",)
 
-    def __post_init__(self) -> None:
-        _check_value(self.value)
-
-    def __call__(self, features: Features) -> Features:
-        image = features["image"]
-        more_y = max(0, self.height - image.shape[0])
-        more_x = max(0, (self.width or self.height) - image.shape[1])
-        sides = (more_y // 2, more_y - more_y // 2, more_x // 2, more_x - more_x // 2)
-        return features | {"image": _pad(image, sides, self.value, self.mode)}
-
-
-def _pad(
-    image: np.ndarray, sides: tuple[int, int, int, int], value: int, mode: _Border
-) -> np.ndarray:
-    top, bottom, left, right = sides
-    color = (value, value, value)
-    return cv2.copyMakeBorder(image, top, bottom, left, right, _BORDERS[mode], value=color)
-
-
-def _check_value(value: int) -> None:
-    if not 0 <= value <= 255:
-        raise ValueError(f"value={value}: expected 0 to 255")
+    def change(self, image: np.ndarray) -> np.ndarray:
+        y = max(0, self.height - image.shape[0])
+        x = max(0, (self.width or self.height) - image.shape[1])
+        return self.pad(image, y // 2, y - y // 2, x // 2, x - x // 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,18 +246,13 @@ class InceptionCrop(Random):
                 f"area_min={self.area_min}, area_max={self.area_max}: expected "
                 "0 < area_min <= area_max <= 100"
             )
-        if self.aspect_min > self.aspect_max:
-            raise ValueError(
-                f"aspect_min={self.aspect_min}, aspect_max={self.aspect_max}: expected "
-                "aspect_min <= aspect_max"
-            )
+        check_order(aspect_min=self.aspect_min, aspect_max=self.aspect_max)
 
-    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
-        image = features["image"]
+    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         height, width = image.shape[:2]
         top, left, h, w = self.draw(height, width, rng)
         crop = image[top : top + h, left : left + w]
-        return features | {"image": resize_image(crop, self.size, self.size, self.method)}
+        return resize_image(crop, self.size, self.size, self.method)
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """Top, left, height and width of the part, for an image of this height and width."""
@@ -280,9 +273,8 @@ class InceptionCrop(Random):
 class FlipLr(Random):
     """Mirrors left and right with probability 0.5."""
 
-    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
-        image = features["image"]
-        return features | {"image": image[:, ::-1] if self.draw(rng) else image}
+    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return image[:, ::-1] if self.draw(rng) else image
 
     def draw(self, rng: np.random.Generator) -> bool:
         """Whether to mirror."""
@@ -295,12 +287,11 @@ class RandomShift(Random):
 
     pixels: int
 
-    def __call__(self, features: Features, rng: np.random.Generator) -> Features:
-        image, p = features["image"], self.pixels
-        height, width = image.shape[:2]
+    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        p, (height, width) = self.pixels, image.shape[:2]
         top, left = rng.integers(2 * p + 1, size=2)
         padded = cv2.copyMakeBorder(image, p, p, p, p, cv2.BORDER_REPLICATE)
-        return features | {"image": padded[top : top + height, left : left + width]}
+        return padded[top : top + height, left : left + width]
 
 
 OPS: dict[str, type[Op]] = {

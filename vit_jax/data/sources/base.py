@@ -3,7 +3,6 @@
 
 import abc
 import dataclasses
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,8 +18,6 @@ MAX_CLASSES = 2**20
 # Seed of splits and orders, which must not depend on the seed of a run.
 _SEED = 0
 _VALIDATION = 0.1
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +100,7 @@ class Dataset:
         return {split: len(rows) for split, rows in self.splits.items()}
 
     def open(self, split: str, *, key: str) -> "Rows":
-        """The examples of a split with slices, such as `train[:98%]`.
-
-        Raises:
-          UserError: no such split, or an empty one.
-        """
+        """The examples of a split with slices, such as `train[:98%]`; see `select` for errors."""
         parts = select(split, self.lengths, name=self.name, key=key)
         return Rows(self, np.concatenate([self.splits[n][start:stop] for n, start, stop in parts]))
 
@@ -143,8 +136,7 @@ def select(
 ) -> list[tuple[str, int, int]]:
     """Parts (name, start, stop) of a split in TFDS's notation, such as `train[:98%]+test`.
 
-    Raises:
-      UserError: it can't be parsed, there is no such split, or it is empty.
+    Raises `UserError` if it can't be parsed, if there is no such split, or if it is empty.
     """
     infos = {
         n: tfds.core.SplitInfo(name=n, shard_lengths=[length], num_bytes=0)
@@ -171,10 +163,9 @@ def make_splits(
 ) -> dict[str, np.ndarray]:
     """Rows of each split, int64 `[examples]`, in a seeded order: any slice is a random sample.
 
-    Args:
-      labels: int32 `[rows]` or an array for each row; the order must not depend on the file system.
-      split_of_row: the split of each row; None makes `train` and `validation` of 90 and 10 percent
-        of each class.
+    `labels` are int32 `[rows]` or an array for each row; their order must not depend on the file
+    system. Without the split of each row, `train` and `validation` are 90 and 10 percent of each
+    class.
     """
     order = np.random.default_rng(_SEED).permutation(len(labels))
     if split_of_row is not None:
@@ -193,8 +184,7 @@ def make_splits(
 def check_class_names(names: Sequence[str], *, name: str) -> tuple[str, ...]:
     """Checks that class names can be written to a text file, one per line.
 
-    Raises:
-      UserError: a name is empty or has a line break, or there are more than `MAX_CLASSES`.
+    Raises `UserError` if a name is empty or has a line break, or beyond `MAX_CLASSES` names.
     """
     for class_name in names:
         if class_name.splitlines() != [class_name]:

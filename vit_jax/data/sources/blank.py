@@ -28,11 +28,8 @@ class _Black(Records):
 def blank_dataset(text: str) -> Dataset:
     """1,024 black images, all in the split `train`; labels cycle from 0 to CLASSES - 1.
 
-    Args:
-      text: `CLASSES`, for images without a known size, or `CLASSES,SIZE` with their side in pixels.
-
-    Raises:
-      UserError: the text has another form.
+    `text` is `CLASSES`, for images without a known size, or `CLASSES,SIZE` with their side in
+    pixels; anything else raises `UserError`.
     """
     match = re.fullmatch(r"([1-9]\d*)(?:,([1-9]\d*))?", text)
     if not match:

@@ -92,25 +92,25 @@ def folder_dataset(path: str) -> Dataset:
       UserError: the folder can't be read, or has no images in class folders.
     """
     name = f"folder:{path}"
+    key = f"data.name={name!r}"
     started = time.monotonic()
     if "://" in path:
         raise UserError(
-            f"data.name={name!r}: expected a local folder; mount the bucket, or list its images in "
-            "a manifest"
+            f"{key}: expected a local folder; mount the bucket, or list its images in a manifest"
         )
     root = os.path.abspath(os.path.expanduser(path))
     try:
-        folders = [(split, entry) for split, entry in _class_folders(root, name)]
+        folders = [(split, entry) for split, entry in _class_folders(root, key)]
         with concurrent.futures.ThreadPoolExecutor(_LISTERS) as pool:
             listed = list(pool.map(lambda f: list_images(root, f[1]), folders))
     except OSError as e:
-        raise UserError(f"data.name={name!r} can't be read: {e.strerror}: {e.filename}") from None
+        raise UserError(f"{key} can't be read: {e.strerror}: {e.filename}") from None
     ignored = sum((count for _, count in listed), Counter())
     found = [(s, os.path.basename(f), p) for (s, f), (p, _) in zip(folders, listed, strict=True)]
     if not any(paths for *_, paths in found):
         raise UserError(
-            f"data.name={name!r} holds no images: expected CLASS/IMAGE or train/CLASS/IMAGE in "
-            f"{root}, as {', '.join(ENDINGS)}"
+            f"{key} holds no images: expected CLASS/IMAGE or train/CLASS/IMAGE in {root}, as "
+            f"{', '.join(ENDINGS)}"
         )
     class_names = check_class_names(sorted({c for _, c, paths in found if paths}), name=name)
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
@@ -131,7 +131,7 @@ def folder_dataset(path: str) -> Dataset:
     )
 
 
-def _class_folders(root: str, name: str) -> Iterator[tuple[str, str]]:
+def _class_folders(root: str, key: str) -> Iterator[tuple[str, str]]:
     """The split ("" if there are none) and the path of each class folder."""
     tops = _subfolders(root)
     named = [top for top in tops if top in SPLITS]
@@ -139,7 +139,7 @@ def _class_folders(root: str, name: str) -> Iterator[tuple[str, str]]:
     if len(named) > 1 and len(named) < len(tops):
         other = next(top for top in tops if top not in SPLITS)
         raise UserError(
-            f"data.name={name!r} holds {', '.join(named)} and {other}: expected folders of splits "
+            f"{key} holds {', '.join(named)} and {other}: expected folders of splits "
             "(train, test, validation) or of classes, not both"
         )
     if tops and len(named) == len(tops):
@@ -198,6 +198,7 @@ def manifest_dataset(path: str) -> Dataset:
       UserError: the file can't be read, or a column or a value is invalid.
     """
     name = f"manifest:{path}"
+    key = f"data.name={name!r}"
     file = path if "://" in path else os.path.abspath(os.path.expanduser(path))
     ending = os.path.splitext(file)[1]
     readers: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = {
@@ -206,59 +207,57 @@ def manifest_dataset(path: str) -> Dataset:
         ".jsonl": lambda lines: (json.loads(line) for line in lines if line.strip()),
     }
     if ending not in readers:
-        raise UserError(f"data.name={name!r}: expected a file that ends in {', '.join(readers)}")
+        raise UserError(f"{key}: expected a file that ends in {', '.join(readers)}")
     try:
         text = _read_file(file).decode("utf-8-sig")
         rows = list(readers[ending](io.StringIO(text, newline="")))
     # Storage clients raise other errors than OSError.
     except Exception as e:
-        raise UserError(f"data.name={name!r} can't be read: {describe_error(e)}") from None
-    columns = _check_columns(rows, name)
+        raise UserError(f"{key} can't be read: {describe_error(e)}") from None
+    columns = _check_columns(rows, key)
     kind = "labels" if "labels" in columns else "label"
     paths = [str(row["image"]) for row in rows]
     values = [row[kind] for row in rows]
     if kind == "labels":
-        values = [_several(value, row, name=name) for row, value in enumerate(values)]
+        values = [_several(value, row, key=key) for row, value in enumerate(values)]
     info, labels = encode_labels(values, multi_label=kind == "labels", name=name)
     splits = None
     if "split" in columns:
         splits = [SPLITS.get(str(row["split"]), str(row["split"])) for row in rows]
     records = Files(os.path.dirname(file), paths)
-    _check_access(records, paths, name)
+    _check_access(records, paths, key)
     return Dataset(name, info, records, labels, make_splits(labels, splits))
 
 
-def _check_columns(rows: Sequence[Any], name: str) -> list[str]:
+def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
     if not rows:
-        raise UserError(f"data.name={name!r} lists no images")
+        raise UserError(f"{key} lists no images")
     if not isinstance(rows[0], dict):
-        raise UserError(f"data.name={name!r}: {str(rows[0])[:80]!r}: expected an object a line")
+        raise UserError(f"{key}: {str(rows[0])[:80]!r}: expected an object a line")
     # DictReader stores surplus values under the key None, and None for missing values.
     columns = [column for column in rows[0] if column is not None]
     for column in columns:
         if column not in _COLUMNS:
-            raise UserError(
-                f"data.name={name!r}: unknown column {column!r}{suggest(str(column), _COLUMNS)}"
-            )
+            raise UserError(f"{key}: unknown column {column!r}{suggest(str(column), _COLUMNS)}")
     if "image" not in columns or ("label" in columns) == ("labels" in columns):
         raise UserError(
-            f"data.name={name!r} has the columns {', '.join(columns)}; expected image, and either "
-            "label or labels"
+            f"{key} has the columns {', '.join(columns)}; expected image, and either label or "
+            "labels"
         )
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or set(row) != set(columns) or None in row.values():
             raise UserError(
-                f"data.name={name!r}: row {number + 1} is {str(row)[:120]}; expected a value for "
-                f"each of {', '.join(columns)}"
+                f"{key}: row {number + 1} is {str(row)[:120]}; expected a value for each of "
+                f"{', '.join(columns)}"
             )
     return columns
 
 
-def _several(value: Any, row: int, *, name: str) -> list[Any]:
+def _several(value: Any, row: int, *, key: str) -> list[Any]:
     if isinstance(value, str):
         return value.split("|") if value else []
     if not isinstance(value, list):
-        raise UserError(f"data.name={name!r}: row {row + 1}: labels={value!r}: expected a list")
+        raise UserError(f"{key}: row {row + 1}: labels={value!r}: expected a list")
     return value
 
 
@@ -272,53 +271,41 @@ def encode_labels(
 ) -> tuple[DatasetInfo, Any]:
     """Converts labels from class names or integers to int32.
 
-    Args:
-      values: a label for each row, or a list of labels if `multi_label`.
-      multi_label: whether rows have any number of labels.
-      name: of the dataset, for errors.
-      class_names: names by label if they are known; None takes the sorted labels if they are names.
-      image_shape: of the dataset.
-
-    Returns:
-      The facts about the dataset, and int32 `[rows]`, or one array per row if `multi_label`.
-
-    Raises:
-      UserError: a label is unknown or out of range.
+    Takes a label for each row, or a list of labels if `multi_label`. Without names by label, class
+    names are the sorted labels, if these are names. Returns the facts about the dataset, and int32
+    `[rows]`, or one array per row if `multi_label`. Raises `UserError` if a label is unknown or out
+    of range.
     """
+    key = f"data.name={name!r}"
     rows = values if multi_label else [[value] for value in values]
-    numbers, names = True, {}
-    for number, labels in enumerate(rows):
+    row_of: dict[int | str, int] = {}  # the first row of each label, counted from 1
+    for row, labels in enumerate(rows, 1):
         for label in labels:
             if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
                 raise UserError(
-                    f"data.name={name!r}: row {number + 1}: label {label!r}: expected a class name "
-                    "or an integer"
+                    f"{key}: row {row}: label {label!r}: expected a class name or an integer"
                 )
-            numbers = numbers and _is_integer(label)
-            names.setdefault(label, number + 1)
-    if not names:
-        raise UserError(f"data.name={name!r} has no labels")
-    if numbers:
+            row_of.setdefault(label, row)
+    if not row_of:
+        raise UserError(f"{key} has no labels")
+    if all(map(_is_integer, row_of)):
         largest = len(class_names) if class_names else MAX_CLASSES
-        for label, row in names.items():
+        for label, row in row_of.items():
             if not 0 <= int(label) < largest:
                 raise UserError(
-                    f"data.name={name!r}: row {row}: label {label} is out of range; expected 0 to "
-                    f"{largest - 1}"
+                    f"{key}: row {row}: label {label} is out of range; expected 0 to {largest - 1}"
                 )
-        code = {label: int(label) for label in names}
+        code = {label: int(label) for label in row_of}
         num_classes = len(class_names) if class_names else max(code.values()) + 1
         known = None if class_names is None else check_class_names(class_names, name=name)
     else:
-        known = check_class_names(class_names or sorted(map(str, names)), name=name)
-        code = {class_name: label for label, class_name in enumerate(known)}
-        for label, row in names.items():
-            if str(label) not in code:
-                raise UserError(
-                    f"data.name={name!r}: row {row}: unknown label {label!r}"
-                    f"{suggest(str(label), known)[:200]}"
-                )
-        code = {label: code[str(label)] for label in names}
+        known = check_class_names(class_names or sorted(map(str, row_of)), name=name)
+        number_of = {class_name: number for number, class_name in enumerate(known)}
+        for label, row in row_of.items():
+            if str(label) not in number_of:
+                hint = suggest(str(label), known)[:200]
+                raise UserError(f"{key}: row {row}: unknown label {label!r}{hint}")
+        code = {label: number_of[str(label)] for label in row_of}
         num_classes = len(known)
     info = DatasetInfo(num_classes, image_shape, known, multi_label)
     if multi_label:
@@ -331,12 +318,12 @@ def _is_integer(label: int | str) -> bool:
     return isinstance(label, int) or (label.lstrip("-").isdecimal() and str(int(label)) == label)
 
 
-def _check_access(records: Files, paths: Sequence[str], name: str) -> None:
+def _check_access(records: Files, paths: Sequence[str], key: str) -> None:
     """Reads one image, as a wrong folder or missing credentials affect all records."""
     for row, path in enumerate(paths):
         if "://" in path and not path.startswith(_STORES):
             raise UserError(
-                f"data.name={name!r}: row {row + 1}: image {path!r}: expected a path, or a URL of "
+                f"{key}: row {row + 1}: image {path!r}: expected a path, or a URL of "
                 f"{' or '.join(_STORES)}"
             )
     for remote in (False, True):
@@ -351,7 +338,7 @@ def _check_access(records: Files, paths: Sequence[str], name: str) -> None:
         else:
             if rows:
                 raise UserError(
-                    f"data.name={name!r}: none of its first images can be read, such as "
+                    f"{key}: none of its first images can be read, such as "
                     f"{records.describe(rows[-1])}: {error}; expected paths from the manifest's "
                     "folder, or URLs that this machine has the credentials and the package for"
                 )

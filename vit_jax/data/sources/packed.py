@@ -81,11 +81,7 @@ class Shard:
 
 
 def read_manifest(folder: Path, *, key: str) -> Manifest:
-    """Reads `pack.json`.
-
-    Raises:
-      UserError: the file is missing or invalid.
-    """
+    """Reads `pack.json`; raises `UserError` if it is missing or invalid."""
     try:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         names = values.pop("class_names")
@@ -147,8 +143,7 @@ class Pixels(Records):
 def _dataset(path: str, kind: str) -> Dataset:
     """Opens a packed dataset; splits, rows and labels are those of its source.
 
-    Raises:
-      UserError: it is missing, unfinished, or of the other kind.
+    Raises `UserError` if it is missing, unfinished, or of the other kind.
     """
     name = f"{kind}:{path}"
     key = f"data.name={name!r}"

@@ -36,24 +36,23 @@ def parquet_dataset(path: str) -> Dataset:
       UserError: pyarrow is missing, there are no files, or a column is invalid.
     """
     name = f"parquet:{path}"
+    key = f"data.name={name!r}"
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise UserError(
-            f"data.name={name!r} needs pyarrow: pip install 'vit_jax[parquet]'"
-        ) from None
+        raise UserError(f"{key} needs pyarrow: pip install 'vit_jax[parquet]'") from None
     where = os.path.expanduser(path)
     pattern = os.path.join(glob.escape(where), "**", "*.parquet") if os.path.isdir(where) else where
     paths = sorted(glob.glob(pattern, recursive=True))
     if not paths:
-        raise UserError(f"data.name={name!r}: there are no files {pattern}")
+        raise UserError(f"{key}: there are no files {pattern}")
     labels, splits, names = [], [], []
     try:
         files = [pq.ParquetFile(file, memory_map=True) for file in paths]
         for file_path, file in zip(paths, files, strict=True):
             schema = file.schema_arrow
-            _check_schema(schema, file_path, name)
+            _check_schema(schema, file_path, key)
             names.append(_class_names(schema))
             columns = [c for c in ("label", "split") if c in schema.names]
             table = file.read(columns=columns)
@@ -63,21 +62,19 @@ def parquet_dataset(path: str) -> Dataset:
             else:
                 splits += [_split_of(file_path)] * file.metadata.num_rows
     except (OSError, pa.ArrowException) as e:
-        raise UserError(
-            f"data.name={name!r} can't be read: {' '.join(str(e).split())[:200]}"
-        ) from None
+        raise UserError(f"{key} can't be read: {' '.join(str(e).split())[:200]}") from None
     for file_path, other in zip(paths, names, strict=True):
         if other != names[0]:
             raise UserError(
-                f"data.name={name!r}: {file_path} has other class names than {paths[0]}; expected "
-                "the same in all files"
+                f"{key}: {file_path} has other class names than {paths[0]}; expected the same in "
+                "all files"
             )
     info, codes = encode_labels(labels, multi_label=False, name=name, class_names=names[0])
     _check_size(files, name)
     if None in splits:
         if set(splits) != {None}:
             raise UserError(
-                f"data.name={name!r}: only some of its files are named for a split; expected all, "
+                f"{key}: only some of its files are named for a split; expected all, "
                 "as in train-0.parquet, or none"
             )
         by_split = make_splits(codes, None)
@@ -88,22 +85,20 @@ def parquet_dataset(path: str) -> Dataset:
     return Dataset(name, info, RowGroups(paths, files), codes, by_split)
 
 
-def _check_schema(schema: Any, path: str, name: str) -> None:
+def _check_schema(schema: Any, path: str, key: str) -> None:
     import pyarrow as pa
 
     for column in ("image", "label"):
         if column not in schema.names:
             raise UserError(
-                f"data.name={name!r}: {path} has the columns {', '.join(schema.names)}; expected "
-                "image and label"
+                f"{key}: {path} has the columns {', '.join(schema.names)}; expected image and label"
             )
     image = schema.field("image").type
     if pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
         image = image.field("bytes").type
     if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
         raise UserError(
-            f"data.name={name!r}: {path}: column image is {image}; expected bytes, or a struct "
-            "with bytes"
+            f"{key}: {path}: column image is {image}; expected bytes, or a struct with bytes"
         )
 
 

@@ -45,8 +45,7 @@ class TfdsDataset:
     def info(self) -> DatasetInfo:
         """Classes and image shape, for which the dataset need not be prepared.
 
-        Raises:
-          UserError: no such dataset, or one that is not for classification.
+        Raises `UserError` if there is no such dataset, or if it is not for classification.
         """
         features = dict(_builder(self.name, self.data_dir).info.features or {})
         image, label = features.get("image"), features.get("label")
@@ -67,8 +66,7 @@ class TfdsDataset:
     def lengths(self) -> dict[str, int]:
         """The number of examples of each split. Prepares the dataset, with TFDS's own reports.
 
-        Raises:
-          UserError: the dataset can't be prepared or read.
+        Raises `UserError` if the dataset can't be prepared or read.
         """
         splits = _open_builder(self.name, self.data_dir, quiet=False).info.splits
         return {split: info.num_examples for split, info in splits.items()}
@@ -81,8 +79,7 @@ class TfdsDataset:
     def open(self, split: str, *, key: str) -> Source:
         """The examples of a split with slices. Prepares the dataset.
 
-        Raises:
-          UserError: the dataset can't be prepared or read, or has no such split.
+        Raises `UserError` if the dataset can't be prepared or read, or has no such split.
         """
         builder = _open_builder(self.name, self.data_dir, quiet=True)
         try:
@@ -101,13 +98,10 @@ class TfdsDataset:
 
 
 class TfdsSource(Source):
-    """Records of one split of a TFDS dataset.
+    """Records of one split of a TFDS dataset, read from the data source of TFDS.
 
-    Args:
-      records: the data source of TFDS.
-      name: of dataset and split, for `describe`.
-      keep: whether records that were read stay in memory: parsing a record takes longer than
-        decoding a small image.
+    With `keep`, records that were read stay in memory: parsing a record takes longer than decoding
+    a small image.
     """
 
     def __init__(self, records: Any, *, name: str, keep: bool):
@@ -179,10 +173,12 @@ def _prepare(builder: Any, *, quiet: bool) -> None:
     where = f"data.name={builder.name!r} is not prepared in {builder.data_dir}"
     _check_hosts(builder, where)
     logger.info("preparing dataset %s in %s", builder.name, builder.data_dir)
-    # The output of TFDS is useful during downloads, and noise in a run otherwise.
-    silent = quiet and not builder.url_infos
     try:
-        with _silent() if silent else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            # The output of TFDS is useful during downloads, and noise in a run otherwise.
+            if quiet and not builder.url_infos:
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             builder.download_and_prepare(file_format="array_record")
     except Exception as e:
         # Another process may have finished the same work first.
@@ -217,9 +213,3 @@ def _check_hosts(builder: Any, where: str) -> None:
                 f"{where}, and {host} can't be reached to download it; set data.data_dir to where "
                 "it is"
             ) from None
-
-
-@contextlib.contextmanager
-def _silent():
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
