@@ -35,7 +35,7 @@ from vit_jax.pages.html import make_figure, make_section
 from vit_jax.pages.run_page import Predictions, make_report, read_details
 from vit_jax.training.evaluation import Judge, find_source
 from vit_jax.training.experiment import Experiment
-from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.command import CommandParser, check_positive, run_command
 from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import REPORT
@@ -51,7 +51,6 @@ class Example:
 
     Attributes:
       image: uint8 `[height, width, 3]`.
-      label: its class.
       predicted: the most probable class.
       confidence: probability of `predicted`.
       loss: negative log-likelihood of the label, in nats.
@@ -82,13 +81,9 @@ class Findings:
 def predict_split(
     evaluator: Evaluator, params: Params, *, max_images: int, pictures: int
 ) -> Findings:
-    """Runs a model over the first images of an evaluator's split.
+    """Runs a model over the first `max_images` images of an evaluator's split.
 
-    Args:
-      evaluator: its split, objective and mesh are used.
-      params: parameters on the mesh.
-      max_images: number of images after which to stop.
-      pictures: number of the worst and of the best images to keep.
+    `params` are on the mesh. `pictures` of the worst and of the best predictions are kept.
     """
 
     def judge(params: Params, batch: Batch) -> dict[str, jax.Array]:
@@ -114,10 +109,10 @@ def predict_split(
             collected.append(rows)
             order = np.argsort(-rows["loss"], kind="stable")
             # Few images of each batch are kept, so a split need not fit in memory.
-            worst = _merge(worst, [_example(images[kept[i]], rows, i) for i in order[:pictures]])
-            ends = order[::-1][:pictures]
-            best = _merge(best, [_example(images[kept[i]], rows, i) for i in ends], sign=-1)
-            worst, best = worst[:pictures], best[:pictures]
+            worst += [_example(images[kept[i]], rows, i) for i in order[:pictures]]
+            best += [_example(images[kept[i]], rows, i) for i in order[::-1][:pictures]]
+            worst = sorted(worst, key=lambda example: -example.loss)[:pictures]
+            best = sorted(best, key=lambda example: example.loss)[:pictures]
             if seen >= max_images:
                 break
     rows = {k: np.concatenate([r[k] for r in collected]) for k in collected[0]}
@@ -127,10 +122,6 @@ def predict_split(
 def _example(image: np.ndarray, rows: Mapping[str, np.ndarray], i: int) -> Example:
     label, predicted = int(rows["label"][i]), int(rows["predicted"][i])
     return Example(image, label, predicted, float(rows["confidence"][i]), float(rows["loss"][i]))
-
-
-def _merge(before: list[Example], new: list[Example], *, sign: int = 1) -> list[Example]:
-    return sorted([*before, *new], key=lambda example: -sign * example.loss)
 
 
 def summarize_findings(findings: Findings, title: str, names: Sequence[str]) -> Predictions:
@@ -167,7 +158,7 @@ def _show(example: Example, names: Sequence[str]) -> str:
     picture = Image.fromarray(scale_up(image, _MIN_SIDE))
     label, predicted = (_name(names, i) for i in (example.label, example.predicted))
     right = example.label == example.predicted
-    text = f"{label}" if right else f"{label}, taken for {predicted}"
+    text = label if right else f"{label}, taken for {predicted}"
     facts = f"{example.confidence:.1%} sure, loss {example.loss:.3g}"
     return make_figure(encode_png(picture), picture.size, alt=text, caption=[text, facts])
 
@@ -177,11 +168,7 @@ def _name(names: Sequence[str], label: int) -> str:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command's arguments.
-
-    Raises:
-      UserError: an argument is invalid.
-    """
+    """Parses the command's arguments; raises `UserError` if one is invalid."""
     parser = CommandParser(prog="python -m vit_jax.report", description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="of the run")
     parser.add_argument("--output", type=Path, help=f"file to write; WORKDIR/{REPORT}")
@@ -192,20 +179,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no_predict", action="store_true", help="do not run the model")
     parser.add_parts()
     args = parser.parse_args(argv)
-    for key in ("max_images", "pictures"):
-        if getattr(args, key) < 1:
-            raise UserError(f"--{key}={getattr(args, key)}: expected at least 1")
+    check_positive(args, "max_images", "pictures", expected="at least 1")
     args.init_from = None
     read_config(args.workdir)
     return args
 
 
 def choose_evaluator(evaluators: Sequence[Evaluator], name: str | None) -> Evaluator:
-    """Chooses the evaluator of that name, or the first with one class per image.
-
-    Raises:
-      UserError: there is none.
-    """
+    """The evaluator of that name, or the first with one class per image; `UserError` if none."""
     able = {
         e.name: e
         for e in evaluators

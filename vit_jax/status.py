@@ -23,9 +23,7 @@ from vit_jax.utils.layout import CHECKPOINTS
 def describe(workdir: Path, *, verify: bool = True) -> dict[str, Any]:
     """The state and the progress of a run as a JSON object, with times in seconds.
 
-    Args:
-      workdir: of the run; it is only read.
-      verify: whether to verify the checksums of the newest checkpoint.
+    The workdir is only read. `verify` verifies the checksums of the newest checkpoint.
 
     Raises:
       UserError: the folder has no ledger.
@@ -35,8 +33,7 @@ def describe(workdir: Path, *, verify: bool = True) -> dict[str, Any]:
         raise UserError(f"{str(workdir)!r} has no ledger.jsonl; expected the workdir of a run")
     holder = find_holder(workdir)
     causes = list(summary.causes)
-    running = holder is not None
-    if not running and len(causes) < summary.starts:
+    if holder is None and len(causes) < summary.starts:
         causes.append("killed")
     steps = list_steps(workdir)
     speed = summary.steps_per_second
@@ -46,7 +43,7 @@ def describe(workdir: Path, *, verify: bool = True) -> dict[str, Any]:
         "total_steps": summary.total,
         "running": holder,
         "steps_per_second": speed,
-        "eta_s": left if running else None,
+        "eta_s": left if holder else None,
         "last_record_s_ago": max(0.0, time.time() - summary.time),
         "goodput": summary.goodput,
         "seconds": dict(summary.seconds),

@@ -19,6 +19,7 @@ Examples:
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -67,10 +68,9 @@ class Trial:
     """One run of a sweep.
 
     Attributes:
-      name: of its folder.
-      overrides: of this run alone, by dotted key.
-      arguments: of `vit_jax.main`.
-      config: with the overrides.
+      name: name of its folder.
+      overrides: values of this run alone, by dotted key.
+      arguments: arguments of `vit_jax.main`.
     """
 
     name: str
@@ -145,14 +145,9 @@ def _name_trial(
 def make_trials(
     config: str, sweep: str, overrides: Mapping[str, Any], workdir: Path, *, parts: str = ""
 ) -> list[Trial]:
-    """The runs of a sweep.
+    """The runs of a sweep, by the values of --config, --sweep and --parts.
 
-    Args:
-      config: value of --config.
-      sweep: value of --sweep.
-      overrides: of all runs; those of a single run take precedence.
-      workdir: with a folder for each run.
-      parts: value of --parts.
+    Overrides of a single run take precedence over those of all runs, `overrides`.
 
     Raises:
       UserError: a file is missing or wrong, or a key is below a value.
@@ -195,11 +190,9 @@ def run_trial(trial: Trial) -> int:
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         while True:
-            try:
+            # After Ctrl-C, which the subprocess has received too, it is about to end.
+            with contextlib.suppress(KeyboardInterrupt):
                 return process.wait()
-            except KeyboardInterrupt:
-                # The subprocess has received Ctrl-C too, and is about to end.
-                continue
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -213,11 +206,7 @@ def run_sweep(
 ) -> int:
     """Runs the trials that are not finished, one after another, and returns the exit code.
 
-    Args:
-      trials: the runs.
-      workdir: folder of the runs and the results.
-      metric: to sort results by.
-      run_trial: trains, and returns the exit code.
+    Results are sorted by `metric`. `run_trial` trains, and returns the exit code.
 
     Raises:
       UserError: the folder can't be created.
@@ -267,12 +256,9 @@ def sort_records(records: Sequence[RunRecord], metric: str | None) -> list[RunRe
     if metric is None:
         return list(records)
     sign = 1 if lower_is_better(metric) else -1
-
-    def rank(record: RunRecord) -> tuple[bool, float]:
-        points = record.points.get(metric)
-        return points is None, sign * points[-1][1] if points else 0.0
-
-    return sorted(records, key=rank)
+    known = [record for record in records if metric in record.points]
+    known.sort(key=lambda record: sign * record.points[metric][-1][1])
+    return known + [record for record in records if metric not in record.points]
 
 
 def write_results(
@@ -285,9 +271,7 @@ def write_results(
     """Writes `sweep.json`, `sweep.csv` and `sweep.html`, and returns the lines of the table.
 
     Args:
-      trials: all runs of the sweep.
-      states: of those that have been started, by name.
-      workdir: of the sweep.
+      states: states of the runs that have been started, by name.
       metric: to sort by; None for the first one that evaluators have recorded.
     """
     records = [
@@ -297,13 +281,12 @@ def write_results(
     ]
     metric = metric or next((key for record in records for key in record.results), None)
     records = sort_records(records, metric)
-    found = {record["run"]: record for record in make_records(records)} if records else {}
-    order = [*found, *(trial.name for trial in trials if trial.name not in found)]
-    by_name = {trial.name: trial for trial in trials}
+    found = {record["run"]: record for record in make_records(records)}
+    overrides = {trial.name: trial.overrides for trial in trials}
     runs = [
-        {"run": name, "state": dict(states.get(name, {})), "overrides": by_name[name].overrides}
-        | {k: v for k, v in found.get(name, {}).items() if k != "run"}
-        for name in order
+        {"run": name, "state": dict(states.get(name, {})), "overrides": overrides[name]}
+        | found.get(name, {})
+        for name in dict.fromkeys([*found, *overrides])
     ]
     content = json.dumps({"metric": metric, "runs": runs}, indent=1, default=repr) + "\n"
     write_atomically(workdir / RESULTS, content)
@@ -350,26 +333,17 @@ def _name_jobset(name: str, number: int) -> str:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of the command, without overrides of the config.
-
-    Raises:
-      UserError: arguments exclude each other.
-    """
+    """Parses the arguments, without overrides; raises `UserError` if they exclude each other."""
     parser = CommandParser(prog="python -m vit_jax.sweep", description=__doc__)
-    parser.add_argument("--config", required=True, help="config file, as for vit_jax.main")
-    parser.add_argument("--sweep", required=True, help="file with get_sweep")
-    parser.add_argument("--workdir", required=True, type=Path, help="of all runs")
-    parser.add_argument("--metric", help="to sort by, such as val/top1; the first there is")
-    parser.add_argument(
-        "--emit", choices=("commands", "slurm", "gke"), help="print the commands, run nothing"
-    )
-    parser.add_argument(
-        "--launch_args", default="", help="of --emit: options of sbatch, or of vit_jax.launch.gke"
-    )
-    parser.add_argument("--summarize", action="store_true", help="only make the table")
-    parser.add_argument(
-        "--no_check", action="store_true", help="do not check the configs: the data is elsewhere"
-    )
+    add = parser.add_argument
+    add("--config", required=True, help="config file, as for vit_jax.main")
+    add("--sweep", required=True, help="file with get_sweep")
+    add("--workdir", required=True, type=Path, help="of all runs")
+    add("--metric", help="to sort by, such as val/top1; the first there is")
+    add("--emit", choices=("commands", "slurm", "gke"), help="print the commands, run nothing")
+    add("--launch_args", default="", help="of --emit: options of sbatch, or of vit_jax.launch.gke")
+    add("--summarize", action="store_true", help="only make the table")
+    add("--no_check", action="store_true", help="do not check the configs: the data is elsewhere")
     parser.add_parts()
     args = parser.parse_args(argv)
     if args.emit and args.summarize:
@@ -393,8 +367,7 @@ def main(argv: Sequence[str]) -> int:
             print(line)
         return 0
     code = 0 if args.summarize else run_sweep(trials, args.workdir, metric=args.metric)
-    lines = write_results(trials, read_states(args.workdir), args.workdir, metric=args.metric)
-    for line in lines:
+    for line in write_results(trials, read_states(args.workdir), args.workdir, metric=args.metric):
         log(line)
     log(f"results are in {args.workdir / RESULTS}")
     return code

@@ -14,22 +14,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from vit_jax.benchmark import checkpoint, loop, startup
-from vit_jax.benchmark import input as input_benchmark
-from vit_jax.benchmark import step as step_benchmark
+from vit_jax.benchmark import checkpoint, input, loop, startup, step
 from vit_jax.config.load import parse_overrides
 from vit_jax.observe.console import log, set_up
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 
 # Each has `add_arguments(parser)` and `run(args)`, which returns a JSON object and lines to print.
-PARTS = {
-    "input": input_benchmark,
-    "step": step_benchmark,
-    "loop": loop,
-    "checkpoint": checkpoint,
-    "startup": startup,
-}
+PARTS = {"input": input, "step": step, "loop": loop, "checkpoint": checkpoint, "startup": startup}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax.benchmark.arguments import add_config, check_positive, read_config
+from vit_jax.benchmark.arguments import add_config, read_config
 from vit_jax.checkpoint.manager import CheckpointManager, CheckpointOptions
 from vit_jax.training.experiment import Experiment
+from vit_jax.utils.command import check_positive
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS
 
@@ -62,12 +63,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 
 def measure_saves(experiment: Experiment, folder: Path, *, saves: int) -> dict[str, list[float]]:
-    """Measures saves, restores and plain files with the same bytes.
-
-    Args:
-      experiment: whose state is saved.
-      folder: files are written to a temporary folder in it.
-      saves: number of saves, each followed by a plain file.
+    """Measures saves, restores and plain files with the same bytes, in a temporary folder.
 
     Returns:
       Seconds of each, and bytes of memory after each save.

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.benchmark.arguments import check_positive
 from vit_jax.data import loader
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.ops import fused
 from vit_jax.data.ops import transforms as image_ops
 from vit_jax.data.order import PositionRng
 from vit_jax.data.pipeline import Batch, DatasetSpec, train_batches, train_order
+from vit_jax.utils.command import check_positive
 
 # Operations of the stage "decode"; those after the last of them are the stage "augment".
 _DECODE = (
@@ -34,12 +34,7 @@ STAGES = ("order", "read", "decode", "augment", "assemble")
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Speed of the pipeline alone.
-
-    Attributes:
-      images_per_sec: images per second of elapsed time.
-      images_per_core: images per second of CPU time of all threads.
-    """
+    """Images per second of elapsed time, and per second of CPU time of all threads."""
 
     images_per_sec: float
     images_per_core: float
@@ -108,11 +103,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 def measure_speed(batches: Iterator[Batch], batch_size: int, *, seconds: float) -> Speed:
     """Measures the speed at which batches can be taken."""
-    _drain(batches, seconds / 10)
-    start, start_cpu, count = time.perf_counter(), time.process_time(), 0
-    while time.perf_counter() - start < seconds:
-        next(batches)
-        count += batch_size
+    _take(batches, seconds / 10)
+    start, start_cpu = time.perf_counter(), time.process_time()
+    count = batch_size * _take(batches, seconds)
     elapsed, cpu = time.perf_counter() - start, time.process_time() - start_cpu
     return Speed(count / elapsed, count / cpu)
 
@@ -124,7 +117,7 @@ def predict_wait(speed: Speed, batch_size: int, step: float) -> float:
 
 def measure_wait(batches: Iterator[Batch], step: float, *, seconds: float) -> float:
     """The measured share, in a loop that sleeps for `step` seconds in place of each step."""
-    _drain(batches, seconds / 10)
+    _take(batches, seconds / 10)
     start, waited = time.perf_counter(), 0.0
     while (now := time.perf_counter()) - start < seconds:
         next(batches)
@@ -133,11 +126,13 @@ def measure_wait(batches: Iterator[Batch], step: float, *, seconds: float) -> fl
     return waited / (time.perf_counter() - start)
 
 
-def _drain(batches: Iterator[Batch], seconds: float) -> None:
-    """Takes the batches that were loaded ahead, and warms up threads and caches."""
-    start = time.perf_counter()
+def _take(batches: Iterator[Batch], seconds: float) -> int:
+    """Takes batches for some time, which also warms up threads and caches; returns their number."""
+    start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         next(batches)
+        count += 1
+    return count
 
 
 def measure_stages(spec: DatasetSpec, *, seconds: float) -> dict[str, float]:

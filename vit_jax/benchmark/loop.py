@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from vit_jax.benchmark.arguments import add_config, check_positive, read_config
+from vit_jax.benchmark.arguments import add_config, read_config
 from vit_jax.benchmark.step import make_batch, measure_steps
 from vit_jax.config.cpu_devices import count_cpu_devices
 from vit_jax.config.reduced import reduce_for_timing
@@ -25,6 +25,7 @@ from vit_jax.parallel.mesh import shard_batch
 from vit_jax.runtime.cpu_devices import set_cpu_devices
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.run import train
+from vit_jax.utils.command import check_positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from typing import Any
 
-from vit_jax.benchmark.arguments import add_config, check_positive
+from vit_jax.benchmark.arguments import add_config
+from vit_jax.utils.command import check_positive
 from vit_jax.utils.errors import UserError
 
 _FIRST_STEP = "first step after"
@@ -26,20 +28,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """Measures, and returns the results as JSON and as lines of text."""
     check_positive(args, "rounds", expected="at least 1")
     overrides = [f"--config.{key}={value!r}" for key, value in args.overrides.items()]
-    times: dict[str, list[float]] = {"import_jax": [], "import_vit_jax": [], "cold": [], "warm": []}
+    times = defaultdict[str, list[float]](list)
     for _ in range(args.rounds):
         times["import_jax"].append(time_import("jax"))
         times["import_vit_jax"].append(time_import("jax, vit_jax"))
         with tempfile.TemporaryDirectory(prefix="startup_benchmark_") as folder:
+            own = (f"--config={args.config}", f"--compile_cache={folder}/cache", *overrides)
             for name in ("cold", "warm"):
-                times[name].append(
-                    time_first_step(
-                        f"--config={args.config}",
-                        f"--workdir={folder}/{name}",
-                        f"--compile_cache={folder}/cache",
-                        *overrides,
-                    )
-                )
+                times[name].append(time_first_step(*own, f"--workdir={folder}/{name}"))
     medians = {name: round(statistics.median(values), 2) for name, values in times.items()}
     results = {
         "seconds": medians,

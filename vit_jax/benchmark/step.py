@@ -2,21 +2,21 @@
 """Times a config's training step, with a batch that is already on the devices."""
 
 import argparse
-import resource
 import statistics
-import sys
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vit_jax.benchmark.arguments import add_config, check_positive, read_config
+from vit_jax.benchmark.arguments import add_config, read_config
 from vit_jax.config.cpu_devices import count_cpu_devices
 from vit_jax.models.flops import train_flops
+from vit_jax.observe.panel import peak_bytes
 from vit_jax.runtime.chips import find_chip
 from vit_jax.runtime.cpu_devices import set_cpu_devices
 from vit_jax.training.experiment import Experiment
+from vit_jax.utils.command import check_positive
 
 _GEMM_SIZE = 2048
 
@@ -119,15 +119,6 @@ def make_batch(experiment: Experiment) -> dict[str, jax.Array]:
 
     shardings = {k: v.sharding for k, v in experiment.abstract_batch.items()}
     return jax.jit(make, out_shardings=shardings)()
-
-
-def peak_bytes(device: Any) -> int:
-    """The peak memory of a device or, for a CPU, of this process."""
-    stats = device.memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def measure_gemm() -> float:

@@ -15,21 +15,8 @@ _FAINT = (128, 128, 128, 70)
 _GAP = 2  # pixels between tiles
 
 # From dark violet to yellow, perceptually uniform, also for colour-blind readers.
-_COLORS = np.array(
-    [
-        (68, 1, 84),
-        (72, 40, 120),
-        (62, 74, 137),
-        (49, 104, 142),
-        (38, 130, 142),
-        (31, 158, 137),
-        (53, 183, 121),
-        (109, 205, 89),
-        (180, 222, 44),
-        (253, 231, 37),
-    ],
-    np.float64,
-)
+_HEX = "440154 482878 3e4a89 31688e 26828e 1f9e89 35b779 6dcd59 b4de2c fde725"
+_COLORS = np.array([[*bytes.fromhex(color)] for color in _HEX.split()], np.float64)
 
 
 def colorize(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -47,7 +34,6 @@ def scale_up(image: np.ndarray, size: int, *, smooth: bool = False) -> np.ndarra
     Args:
       image: uint8 `[height, width, 3]`; it is never made smaller.
       size: pixels of the longer side; reached exactly with `smooth`, else by repeating pixels.
-      smooth: whether to interpolate.
 
     Returns:
       uint8 `[larger height, larger width, 3]`.
@@ -74,22 +60,16 @@ def overlay(image: np.ndarray, heat: np.ndarray, *, opacity: float = 0.6) -> np.
       uint8 `[height, width, 3]`.
     """
     height, width = image.shape[:2]
-    smooth = Image.fromarray(heat.astype(np.float32)).resize(
-        (width, height), Image.Resampling.BILINEAR
-    )
+    smooth = Image.fromarray(heat.astype(np.float32))
+    smooth = smooth.resize((width, height), Image.Resampling.BILINEAR)
     colors = colorize(np.asarray(smooth), float(heat.min()), float(heat.max()))
     return np.round((1 - opacity) * image + opacity * colors).astype(np.uint8)
 
 
 def outline(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
-    """Draws a white frame with black edges inside a box of an image.
+    """Draws a white frame with black edges on an image, uint8 `[height, width, 3]`.
 
-    Args:
-      image: uint8 `[height, width, 3]`.
-      box: top, left, bottom and right.
-
-    Returns:
-      uint8 `[height, width, 3]`.
+    The frame is inside `box`: top, left, bottom and right.
     """
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
@@ -102,24 +82,19 @@ def outline(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
 def sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
     """Arranges tiles of one size, uint8 `[height, width, 3]`, in rows; rows may be shorter."""
     height, width = rows[0][0].shape[:2]
-    columns = max(map(len, rows))
-    canvas = np.zeros(
-        (len(rows) * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 4), np.uint8
-    )
+    height, width = height + _GAP, width + _GAP
+    size = (max(map(len, rows)) * width - _GAP, len(rows) * height - _GAP)
+    picture = Image.new("RGBA", size, (0, 0, 0, 0))
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):
-            top, left = i * (height + _GAP), j * (width + _GAP)
-            canvas[top : top + height, left : left + width, :3] = tile
-            canvas[top : top + height, left : left + width, 3] = 255
-    return Image.fromarray(canvas)
+            picture.paste(Image.fromarray(tile), (j * width, i * height))
+    return picture
 
 
 def plot_by_layer(values: np.ndarray, *, label: str) -> Image.Image:
     """Plots a dot for each head above its layer, at twice the size, for high-density screens.
 
-    Args:
-      values: float `[layers, heads]`, not negative.
-      label: label of the vertical axis.
+    `values` are float `[layers, heads]`, not negative; `label` is that of the vertical axis.
     """
     width, height, left, bottom, top = 680, 460, 70, 70, 56
     picture = Image.new("RGBA", (width, height), (0, 0, 0, 0))
@@ -136,8 +111,7 @@ def plot_by_layer(values: np.ndarray, *, label: str) -> Image.Image:
         y = place(0, i * step)[1]
         draw.line((left, y, width - 20, y), fill=_GREY if i == 0 else _FAINT, width=2)
         draw.text((left - 14, y), f"{i * step:g}", fill=_GREY, font=font, anchor="rm")
-    every = -(-layers // 12)
-    for layer in range(0, layers, every):
+    for layer in range(0, layers, -(-layers // 12)):
         x = place(layer, 0)[0]
         draw.text((x, height - bottom + 12), str(layer + 1), fill=_GREY, font=font, anchor="mt")
     draw.text((0, 4), label, fill=_GREY, font=font, anchor="lt")

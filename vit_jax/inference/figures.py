@@ -5,6 +5,7 @@ The figures of the model follow figures 7 and 11 of arXiv:2010.11929.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,13 +33,10 @@ _EMBEDDINGS = ("conv_root/kernel", "embedding/kernel", "stem/kernel")
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A picture with its texts.
+    """An RGBA picture with its texts.
 
     Attributes:
       name: name of its file, without a suffix.
-      title: heading.
-      caption: explanation of the picture.
-      picture: RGBA image.
       density: pixels of the picture for one pixel of the page.
     """
 
@@ -79,9 +77,6 @@ def has_attention(model: LoadedModel) -> bool:
     return isinstance(model.module, VisionTransformer)
 
 
-# Figures of the model
-
-
 def draw_filters(model: LoadedModel) -> Figure:
     """The filters of the first layer, or their principal components."""
     flat = flatten(model.params)
@@ -94,9 +89,8 @@ def draw_filters(model: LoadedModel) -> Figure:
         filters = kernel.reshape(-1, kernel.shape[-1]).T
         components, _ = attention_lib.principal_components(filters, _COMPONENTS)
         kernels = components.reshape(-1, *kernel.shape[:-1])
-        caption = (
-            f"The first {len(kernels)} principal components of the filters of the patch embedding."
-        )
+        count = len(kernels)
+        caption = f"The first {count} principal components of the filters of the patch embedding."
     kernels = kernels / np.maximum(np.abs(kernels).max(axis=(1, 2, 3), keepdims=True), 1e-12)
     images = np.round(127.5 + 127.5 * kernels).astype(np.uint8)
     tiles = [draw.scale_up(image, _TILE) for image in images]
@@ -129,28 +123,18 @@ def draw_positions(model: LoadedModel) -> Figure:
 def draw_distances(model: LoadedModel, views: list[View]) -> Figure:
     """The mean attention distance of each head."""
     module = model.module
-    distances = np.mean(
-        [
-            attention_lib.mean_distances(
-                view.attention,
-                prefix=module.num_prefix_tokens,
-                grid=module.grid(model.image_shape[:2]),
-                stride=module.stride,
-            )
-            for view in views
-            if view.attention is not None
-        ],
-        axis=0,
+    prefix, grid = module.num_prefix_tokens, module.grid(model.image_shape[:2])
+    measure = functools.partial(
+        attention_lib.mean_distances, prefix=prefix, grid=grid, stride=module.stride
     )
+    weights = [view.attention for view in views if view.attention is not None]
+    distances = np.mean([measure(w) for w in weights], axis=0)
     caption = (
         f"Each dot is a head: the distance from a patch to where it looks, weighted by attention, "
         f"mean over patches and {len(views)} image{'s' if len(views) > 1 else ''}."
     )
     picture = draw.plot_by_layer(distances, label="mean attention distance (pixels)")
     return Figure("distance", "Attention distance", caption, picture, density=2)
-
-
-# Figures of an image
 
 
 def draw_attention(model: LoadedModel, view: View) -> Figure:
@@ -172,14 +156,11 @@ def draw_rollout(model: LoadedModel, view: View) -> Figure:
     heat = _to_grid(model, attention_lib.rollout(view.attention))
     large = draw.scale_up(view.image, _LARGE)
     colors = draw.colorize(heat, 0.0, float(heat.max()))
-    blocks = np.asarray(
-        Image.fromarray(colors).resize(large.shape[1::-1], Image.Resampling.NEAREST)
-    )
     caption = (
         "The image as the model sees it; attention rolled out over all layers, with residual "
         f"connections, to {_subject(model)}; and both together."
     )
-    picture = draw.sheet([[large, blocks, draw.overlay(large, heat)]])
+    picture = draw.sheet([[large, _stretch(colors, large), draw.overlay(large, heat)]])
     return Figure("rollout", "Attention rollout", caption, picture)
 
 
@@ -199,14 +180,13 @@ def draw_similarity(model: LoadedModel, view: View) -> Figure:
     similar = attention_lib.cosine_similarity(view.patches.reshape(-1, width))
     similar = similar.reshape(rows, columns, rows, columns)
     scale = max(-(-2 * _TILE // max(rows, columns)), 8)
-    tiles = []
-    for i in _spread(rows):
-        tiles.append([])
-        for j in _spread(columns):
-            colors = draw.colorize(similar[i, j], float(similar.min()), 1.0)
-            tile = colors.repeat(scale, axis=0).repeat(scale, axis=1)
-            box = (i * scale, j * scale, (i + 1) * scale, (j + 1) * scale)
-            tiles[-1].append(draw.outline(tile, box))
+
+    def frame(i: int, j: int) -> np.ndarray:
+        colors = draw.colorize(similar[i, j], float(similar.min()), 1.0)
+        tile = colors.repeat(scale, axis=0).repeat(scale, axis=1)
+        return draw.outline(tile, (i * scale, j * scale, (i + 1) * scale, (j + 1) * scale))
+
+    tiles = [[frame(i, j) for j in _spread(columns)] for i in _spread(rows)]
     caption = (
         "Cosine similarity of the framed patch with all others, after the last block: "
         f"dark is {similar.min():.2f}, bright is 1."
@@ -223,18 +203,16 @@ def draw_pca(model: LoadedModel, view: View) -> Figure:
     shares = (places - low) / np.maximum(high - low, 1e-12)
     colors = np.round(255 * shares).astype(np.uint8).reshape(rows, columns, 3)
     large = draw.scale_up(view.image, _LARGE)
-    blocks = Image.fromarray(colors).resize(large.shape[1::-1], Image.Resampling.NEAREST)
     caption = (
         "The first three principal components of this image's patches after the last block, as "
         "red, green and blue: patches of one colour are alike."
     )
-    return Figure("pca", "Tokens as colours", caption, draw.sheet([[large, np.asarray(blocks)]]))
+    return Figure(
+        "pca", "Tokens as colours", caption, draw.sheet([[large, _stretch(colors, large)]])
+    )
 
 
-OF_MODEL: dict[str, Callable[..., Figure]] = {
-    "filters": draw_filters,
-    "positions": draw_positions,
-}
+OF_MODEL: dict[str, Callable[..., Figure]] = {"filters": draw_filters, "positions": draw_positions}
 OF_VIEWS: dict[str, Callable[..., Figure]] = {"distance": draw_distances}
 OF_IMAGE: dict[str, Callable[..., Figure]] = {
     "attention": draw_attention,
@@ -277,6 +255,12 @@ def _subject(model: LoadedModel) -> str:
 
 def _tile(heat: np.ndarray) -> np.ndarray:
     return draw.scale_up(draw.colorize(heat, 0.0, float(heat.max())), _TILE)
+
+
+def _stretch(colors: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Repeats pixels up to the size of an image."""
+    size = image.shape[1::-1]
+    return np.asarray(Image.fromarray(colors).resize(size, Image.Resampling.NEAREST))
 
 
 def _spread(count: int) -> list[int]:

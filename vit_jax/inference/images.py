@@ -32,7 +32,6 @@ def find_images(arguments: Sequence[str], *, lines: Iterable[str] = ()) -> list[
     Args:
       arguments: files with any suffix; folders, which are searched at any depth; patterns such as
         `photos/**/*.jpg`; or `-` for `lines`.
-      lines: one path each.
 
     Raises:
       UserError: an argument matches no image.
@@ -47,9 +46,8 @@ def find_images(arguments: Sequence[str], *, lines: Iterable[str] = ()) -> list[
         elif os.path.isfile(argument) or "://" in argument:
             found.append(argument)
         elif glob.has_magic(argument):
-            for path in sorted(glob.glob(argument, recursive=True)):
-                # `**` also matches folders, whose files it matches separately.
-                found += [path] if os.path.isfile(path) else []
+            # `**` also matches folders, whose files it matches separately.
+            found += filter(os.path.isfile, sorted(glob.glob(argument, recursive=True)))
         else:
             raise UserError(f"{argument!r}: there is no such file or folder")
         if len(found) == before:
@@ -87,8 +85,7 @@ class Preparation:
     @property
     def random(self) -> bool:
         """Whether any operation draws random numbers, as in training."""
-        ops = parse_preprocess(self.line, key="preprocess")
-        return any(isinstance(op, Random) for op in ops)
+        return any(isinstance(op, Random) for op in parse_preprocess(self.line, key="preprocess"))
 
     def __call__(self, image: Any, *, seed: int = 0) -> np.ndarray:
         """Prepares one image.
@@ -145,15 +142,9 @@ def make_preparation(
     Raises:
       UserError: `given` yields images of different sizes, or nothing is known about the images.
     """
-    if given is not None:
-        shapes = find_shapes(given, _ANY_SHAPE, key="preprocess")
-        if len(shapes) > 1:
-            raise UserError(
-                f"preprocess={given!r} leaves images in different sizes: add resize(SIZE) or a crop"
-            )
-        return Preparation(given, shapes.pop())
     if line is None and image_size is not None:
         line = f"decode|resize{tuple(image_size)}"
+    line = line if given is None else given
     if line is None:
         raise UserError(
             "nothing is known of how images are prepared for these weights: expected a "
@@ -162,6 +153,10 @@ def make_preparation(
     shapes = find_shapes(line, _ANY_SHAPE, key="preprocess")
     if len(shapes) == 1:
         return Preparation(line, shapes.pop())
+    if given is not None:
+        raise UserError(
+            f"preprocess={given!r} leaves images in different sizes: add resize(SIZE) or a crop"
+        )
     # All images of the data had one size, so the line does not resize.
     if image_size is None:
         raise UserError(
@@ -195,9 +190,6 @@ def load_images(
     """Yields batches of one shape, in order; the last one is padded with zeros.
 
     Args:
-      paths: paths of the images.
-      preparation: makes the rows.
-      batch_size: rows of each batch.
       corrupt: counts and names images that cannot be read.
       num_threads: threads that decode ahead; 0 decodes in the caller's, None is one per core.
     """

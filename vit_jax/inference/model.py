@@ -151,7 +151,6 @@ class LoadedModel:
           layer: one of `layers`: `pre_logits` is the input of the head, one vector per image;
             `encoded` is the tokens `[length, hidden_size]` after the last block; any other is the
             path of a module, such as `Transformer/encoderblock_3`.
-          tta: see `__call__`.
 
         Raises:
           UserError: the layer does not exist, or the images have another shape or dtype.
@@ -170,8 +169,6 @@ class LoadedModel:
         Args:
           images: uint8 `[n, *image_shape]`; n must be a multiple of the number of devices, see
             `round_up`. Each n compiles a program.
-          layer: see `features`.
-          tta: see `__call__`.
 
         Returns:
           float32 `[n, ...]`, sharded over the mesh.
@@ -185,21 +182,14 @@ class LoadedModel:
     def as_function(self, layer: str) -> Callable[[jax.Array], jax.Array]:
         """Returns a function to be traced, with the parameters as constants.
 
-        Args:
-          layer: see `features`.
-
-        Returns:
-          A function from uint8 `[n, *image_shape]` to float32 `[n, ...]`, for any n.
+        It takes uint8 `[n, *image_shape]` and returns float32 `[n, ...]`, for any n.
         """
         self.check_layer(layer)
         params = jax.tree.map(np.asarray, self.params)
         return functools.partial(_apply, params, layer=layer, tta=None, **self._pixels)
 
     def attention(self, images: Any) -> np.ndarray:
-        """Computes the attention weights of all blocks.
-
-        Args:
-          images: see `__call__`.
+        """Computes the attention weights of all blocks for images as in `__call__`.
 
         Returns:
           float32 `[n, layers, heads, length, length]`: weights by query and key. Each row over
@@ -326,19 +316,11 @@ def _attend(
     params: Params, images: jax.Array, *, module: Any, mean: Pixels, std: Pixels
 ) -> jax.Array:
     """Attention weights of all blocks, float32 `[n, layers, heads, length, length]`."""
-    _, state = module.apply(
-        {"params": params},
-        normalize(images, mean, std),
-        train=False,
-        mutable=["intermediates"],
-    )
-    blocks = state["intermediates"]["Transformer"]
-    weights = [
-        flatten(blocks[f"encoderblock_{i}"])[
-            f"MultiHeadDotProductAttention_0/{ATTENTION_WEIGHTS}/0"
-        ]
-        for i in range(module.num_layers)
-    ]
+    pixels = normalize(images, mean, std)
+    _, state = module.apply({"params": params}, pixels, train=False, mutable=["intermediates"])
+    found = flatten(state["intermediates"]["Transformer"])
+    path = f"MultiHeadDotProductAttention_0{_ATTENTION}"
+    weights = [found[f"encoderblock_{i}/{path}"] for i in range(module.num_layers)]
     return jnp.stack(weights, axis=1)
 
 

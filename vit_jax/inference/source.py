@@ -26,21 +26,18 @@ def add_source(parser: CommandParser) -> None:
         "--config.model.KEY=VALUE sets an argument of the model in place of what the weights say; "
         f"{' and '.join(f'--config.{key}' for key in _OVERRIDES)} are taken too.",
     )
-    group.add_argument("--workdir", type=Path, help="of the run")
-    group.add_argument(
-        "--checkpoint", help="a step of the run, last (the default), best, or the path of a file"
-    )
-    group.add_argument("--init_from", help="weights of any kind, as in a config")
-    group.add_argument(
+    add = group.add_argument
+    add("--workdir", type=Path, help="of the run")
+    add("--checkpoint", help="a step of the run, last (the default), best, or the path of a file")
+    add("--init_from", help="weights of any kind, as in a config")
+    add(
         "--params",
         choices=("raw", "ema"),
         default="raw",
         help="of a run: the parameters as they are (raw, the default), or their average (ema)",
     )
-    group.add_argument(
-        "--preprocess", help="in place of that of the run's evaluation: 'decode|resize(224)'"
-    )
-    group.add_argument("--labels", type=Path, help="file with a class name a line")
+    add("--preprocess", help="in place of that of the run's evaluation: 'decode|resize(224)'")
+    add("--labels", type=Path, help="file with a class name a line")
     parser.add_parts()
 
 

@@ -29,10 +29,8 @@ def map_images(
     Progress is logged.
 
     Args:
-      model: the model to run.
       paths: paths of the images; those that cannot be read are left out.
-      layer: see `LoadedModel.features`.
-      tta: see `LoadedModel.__call__`.
+      layer: see `LoadedModel.features`, as for `tta`.
       batch_size: capped at the number of images, then rounded up to a multiple of the devices.
       corrupt: counts and names images that cannot be read.
       num_threads: threads that decode; None is one per core.

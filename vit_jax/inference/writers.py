@@ -67,10 +67,10 @@ class CsvWriter(Writer):
 
     def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
         for path, labels, values in zip(paths, *(c.tolist() for c in columns), strict=True):
-            cells = zip(
-                labels, map(self._name_of, labels), (f"{v:.6g}" for v in values), strict=True
-            )
-            self._writer.writerow([path, *(cell for triple in cells for cell in triple)])
+            row = [path]
+            for label, value in zip(labels, values, strict=True):
+                row += [label, self._name_of(label), f"{value:.6g}"]
+            self._writer.writerow(row)
 
 
 class JsonWriter(Writer):
@@ -90,11 +90,7 @@ class JsonWriter(Writer):
 
 
 def import_pyarrow() -> Any:
-    """Imports pyarrow with its Parquet module.
-
-    Raises:
-      UserError: it is not installed.
-    """
+    """Imports pyarrow with its Parquet module; raises `UserError` if it is not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -108,13 +104,10 @@ class ParquetWriter(Writer):
 
     def __init__(self, path: Path, *, name_of: Callable[[int], str]):
         self._pa, self._name_of = import_pyarrow(), name_of
-        columns = {
-            "image": self._pa.string(),
-            "label": self._pa.list_(self._pa.int32()),
-            "class": self._pa.list_(self._pa.string()),
-            "probability": self._pa.list_(self._pa.float32()),
-        }
-        self._schema = self._pa.schema(columns.items())
+        text, label, value = self._pa.string(), self._pa.int32(), self._pa.float32()
+        columns = {"label": label, "class": text, "probability": value}
+        lists = {name: self._pa.list_(kind) for name, kind in columns.items()}
+        self._schema = self._pa.schema({"image": text} | lists)
         self._file = self._pa.parquet.ParquetWriter(path, self._schema)
 
     def __exit__(self, *exc: object) -> None:
@@ -123,10 +116,8 @@ class ParquetWriter(Writer):
     def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
         labels, probabilities = (column.tolist() for column in columns)
         names = [[self._name_of(label) for label in row] for row in labels]
-        values = dict(
-            zip(self._schema.names, (list(paths), labels, names, probabilities), strict=True)
-        )
-        self._file.write_table(self._pa.table(values, schema=self._schema))
+        arrays = [list(paths), labels, names, probabilities]
+        self._file.write_table(self._pa.table(arrays, schema=self._schema))
 
 
 class FeatureParquetWriter(Writer):

@@ -66,11 +66,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--topology={args.topology}: expected that of the slice, such as 4x4")
     if not is_tpu and args.topology is not None:
         parser.error(f"--topology={args.topology}: is of TPUs; GPUs take --nodes")
-    for key in ("num_slices", "chips_per_host", "nodes", "gpus_per_node"):
-        if getattr(args, key) < 1:
-            parser.error(f"--{key}={getattr(args, key)}: expected at least 1")
-    if args.max_restarts < 0:
-        parser.error(f"--max_restarts={args.max_restarts}: expected at least 0")
+    counts = dict.fromkeys(("num_slices", "chips_per_host", "nodes", "gpus_per_node"), 1)
+    for key, least in (counts | {"max_restarts": 0}).items():
+        if getattr(args, key) < least:
+            parser.error(f"--{key}={getattr(args, key)}: expected at least {least}")
     return args
 
 
@@ -99,6 +98,8 @@ def make_jobset(args: argparse.Namespace) -> dict[str, Any]:
         pod["nodeSelector"]["cloud.google.com/gke-accelerator"] = args.accelerator
     # Each slice is a node pool: all pods of a Job are placed in one, exclusively.
     exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    # Failures that no rule of a Job matches are bad input or errors of the run.
+    failed = {"action": "FailJobSet", "onJobFailureReasons": ["BackoffLimitExceeded"]}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -106,21 +107,10 @@ def make_jobset(args: argparse.Namespace) -> dict[str, Any]:
         "spec": {
             "failurePolicy": {
                 "maxRestarts": args.max_restarts,
-                # Failures that no rule of a Job matches are bad input or errors of the run.
-                "rules": [
-                    {
-                        "name": "stayFailed",
-                        "action": "FailJobSet",
-                        "onJobFailureReasons": ["BackoffLimitExceeded"],
-                    }
-                ],
+                "rules": [{"name": "stayFailed"} | failed],
             },
             "replicatedJobs": [
-                {
-                    "name": "hosts",
-                    "replicas": slices,
-                    "template": {"spec": _make_job(hosts, pod)},
-                }
+                {"name": "hosts", "replicas": slices, "template": {"spec": _make_job(hosts, pod)}}
             ],
         },
     }
@@ -153,8 +143,7 @@ def _make_pod(
     volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
     mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
     if args.claim:
-        claim = {"claimName": args.claim}
-        volumes.append({"name": "shared", "persistentVolumeClaim": claim})
+        volumes.append({"name": "shared", "persistentVolumeClaim": {"claimName": args.claim}})
         mounts.append({"name": "shared", "mountPath": FOLDER})
     container = {
         "name": "train",

@@ -33,10 +33,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
     parser.add_argument("train", nargs="+", help="after --: the arguments of vit_jax.main")
     args = parser.parse_args(arguments)
-    if args.num_processes < 1:
-        parser.error(f"-n {args.num_processes}: expected at least 1")
-    if args.max_runs < 1:
-        parser.error(f"--max_runs={args.max_runs}: expected at least 1")
+    for flag, value in (("-n ", args.num_processes), ("--max_runs=", args.max_runs)):
+        if value < 1:
+            parser.error(f"{flag}{value}: expected at least 1")
     if args.dry_run:
         for command in make_commands(args.train, args.num_processes, port=1234):
             print(shlex.join(command))
@@ -70,14 +69,9 @@ def run_once(commands: Sequence[Sequence[str]]) -> tuple[int, bool]:
     Returns:
       The exit code of the first process that fails, otherwise 0, and whether a signal was received.
     """
+    pipe, both = subprocess.PIPE, subprocess.STDOUT
     started = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        subprocess.Popen(command, stdout=pipe, stderr=both, text=True, start_new_session=True)
         for command in commands
     ]
     readers = [

@@ -12,7 +12,6 @@ import rich.console
 # `quiet` shows results, warnings and the summary; `verbose` adds all metrics of each logged step.
 Verbosity = Literal["quiet", "normal", "verbose"]
 
-
 console = rich.console.Console(highlight=False)
 settings = types.SimpleNamespace(verbosity="normal")
 
@@ -26,10 +25,7 @@ def is_live(screen: rich.console.Console) -> bool:
 def set_up(*, quiet: bool, to_stderr: bool = False, verbosity: Verbosity = "normal") -> None:
     """Sends the log messages of the package to the console.
 
-    Args:
-      quiet: whether this process only prints warnings.
-      to_stderr: whether to write to stderr, so that stdout is left to the output of a command.
-      verbosity: of a run.
+    A quiet process only prints warnings. `to_stderr` leaves stdout to the output of a command.
     """
     settings.verbosity = verbosity
     console.quiet = quiet

@@ -32,8 +32,6 @@ class Divergence:
 
     Attributes:
       step: number of the step, from 1.
-      reason: for the screen.
-      metrics: values of the step by name.
       grad_norms: norm of the gradient of each layer.
     """
 
@@ -74,8 +72,6 @@ def write_dump(
     """Writes the batch of a step that diverged, and its metrics.
 
     Args:
-      workdir: of the run.
-      divergence: of the step.
       batch: the global batch `[batch, ...]` before augmentation on the device, by name.
       records: where each example comes from.
       layers: names for `divergence.grad_norms`.
@@ -85,9 +81,8 @@ def write_dump(
     if len(list(folder.glob("*.npz"))) >= _MAX_DUMPS:
         return
     path = folder / f"{divergence.step}.npz"
-    with open(path, "wb") as file:
-        arrays: dict[str, Any] = dict(batch)
-        np.savez(file, **arrays)
+    arrays: dict[str, Any] = dict(batch)
+    np.savez(path, **arrays)
     content = {
         "step": divergence.step,
         "reason": divergence.reason,

@@ -98,11 +98,8 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
     """Appends an object as a separate line, even after half a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
-        file.seek(0, os.SEEK_END)
-        torn = False
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            torn = file.read() != b"\n"
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        torn = file.read() not in (b"", b"\n")
         file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
 
 

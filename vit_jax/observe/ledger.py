@@ -27,10 +27,8 @@ class Ledger:
     """Writes down what the time of a run goes into.
 
     Args:
-      workdir: of the run.
-      step: that it starts after.
-      total_steps: of the run.
-      seconds: gives the seconds spent so far by kind.
+      step: step after which the run starts.
+      seconds: returns the seconds spent so far by kind.
       active: False for one that does nothing, on all processes but one.
     """
 
@@ -46,8 +44,7 @@ class Ledger:
         self._writer = LineWriter(workdir / LEDGER) if active else None
         self._seconds, self._written = seconds, time.monotonic()
         self._step, self._ended = step, False
-        who = {"host": socket.gethostname(), "pid": os.getpid()}
-        self._write("start", total=total_steps, **who)
+        self._write("start", total=total_steps, host=socket.gethostname(), pid=os.getpid())
 
     def took(self, step: int) -> None:
         """Notes that a step has been taken."""
@@ -66,8 +63,8 @@ class Ledger:
 
     def write_straggler(self, process: int, host: str, *, wait: float, others: float) -> None:
         """Writes which process the others wait for: shares of time in which data is waited for."""
-        found = {"process": process, "host": host}
-        self._write("straggler", **found, wait=round(wait, 3), others=round(others, 3))
+        shares = {"wait": round(wait, 3), "others": round(others, 3)}
+        self._write("straggler", process=process, host=host, **shares)
 
     def end(self, cause: str) -> None:
         """Writes why it ended; the first cause counts."""
@@ -88,16 +85,14 @@ class Summary:
     """All starts of a run together.
 
     Attributes:
-      step: that it has reached.
-      total: steps.
-      starts: how often it was started.
+      step: the last step.
       causes: why each start ended, as far as it has.
       seconds: by kind, with `down` (from one start to the next) and `repeated` (steps taken again,
         by the speed of their start); both are no part of `step`.
       lost: steps that were taken and not saved.
       steps_per_second: of the last start, without compilation, evaluation and saves.
       saved: step of the last checkpoint.
-      time: of the last record.
+      time: time of the last record, in seconds since 1970.
     """
 
     step: int
@@ -149,15 +144,19 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> Summary | None:
     seconds: dict[str, float] = dict.fromkeys((*KINDS, "repeated", "down"), 0.0)
     causes, lost, previous = [], 0, None
     speed = saved = None
+
+    def repeat(steps: int) -> None:
+        nonlocal lost
+        lost += steps
+        again = min(steps / speed if speed else 0.0, seconds["step"])
+        seconds["step"] -= again
+        seconds["repeated"] += again
+
     for begin, stop in zip(starts, [*starts[1:], len(records)], strict=True):
         run = records[begin:stop]
         first, last = run[0], run[-1]
         if previous is not None:
-            gone = max(0, previous["step"] - first["step"])
-            lost += gone
-            again = min(gone / speed if speed else 0.0, seconds["step"])
-            seconds["step"] -= again
-            seconds["repeated"] += again
+            repeat(max(0, previous["step"] - first["step"]))
             seconds["down"] += max(0.0, first["time"] - previous["time"])
         for kind in KINDS:
             seconds[kind] += last["seconds"].get(kind, 0.0)
@@ -165,11 +164,8 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> Summary | None:
         taken = last["step"] - first["step"]
         busy = last["seconds"]["step"] + last["seconds"]["data_wait"]
         speed = taken / busy if taken > 0 and busy > 0 else None
-        if speed and dropped:
-            again = min(dropped / speed, seconds["step"])
-            seconds["step"] -= again
-            seconds["repeated"] += again
-            lost += dropped
+        if speed:
+            repeat(dropped)
         saved = next((r["saved"] for r in reversed(run) if "saved" in r), saved)
         if last["event"] == "end":
             causes.append(last["cause"])

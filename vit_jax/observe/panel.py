@@ -5,6 +5,7 @@ import datetime
 import itertools
 import math
 import resource
+import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -33,9 +34,7 @@ class Panel:
     """A progress bar over a line of curves and a line of `_FIELDS`.
 
     Args:
-      console: to draw on.
       step: step after which the run starts.
-      total: number of steps of the run.
       live: whether to draw anything.
     """
 
@@ -98,8 +97,7 @@ def draw_sparkline(values: Sequence[float]) -> str:
     """Numbers as a line of blocks, low to high; long sequences are averaged in groups."""
     if len(values) > _SPARKS:
         edges = [round(i * len(values) / _SPARKS) for i in range(_SPARKS + 1)]
-        groups = [values[a:b] for a, b in itertools.pairwise(edges)]
-        values = [sum(group) / len(group) for group in groups]
+        values = [statistics.fmean(values[a:b]) for a, b in itertools.pairwise(edges)]
     low, high = min(values), max(values)
     if low == high:
         return _BLOCKS[0] * len(values)
@@ -109,12 +107,21 @@ def draw_sparkline(values: Sequence[float]) -> str:
 
 def describe_memory() -> str:
     """Peak memory of the first device, or of this process where the device does not report it."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    peak, limit = stats.get("peak_bytes_in_use"), stats.get("bytes_limit")
-    if peak is None:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB (host)"
+    device = jax.local_devices()[0]
+    stats, peak = device.memory_stats() or {}, peak_bytes(device)
+    if "peak_bytes_in_use" not in stats:
+        return f"{peak / 1e9:.1f} GB (host)"
+    limit = stats.get("bytes_limit")
     return f"{peak / 1e9:.1f} GB" + (f" ({peak / limit:.0%})" if limit else "")
+
+
+def peak_bytes(device: Any) -> int:
+    """The peak memory of a device or, where it does not report it, of this process."""
+    stats = device.memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _halve(values: list[float]) -> list[float]:

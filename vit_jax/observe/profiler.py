@@ -26,10 +26,9 @@ class Profile:
     steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.start < 1:
-            raise UserError(f"profile.start={self.start}: expected at least 1")
-        if self.steps < 0:
-            raise UserError(f"profile.steps={self.steps}: expected at least 0")
+        for key, value, least in (("start", self.start, 1), ("steps", self.steps, 0)):
+            if value < least:
+                raise UserError(f"profile.{key}={value}: expected at least {least}")
 
 
 class Profiler:
@@ -37,7 +36,6 @@ class Profiler:
 
     Args:
       workdir: the trace is written to its folder `profile`.
-      profile: the window, counted from the first step of this process, also in a resumed run.
       active: False on all processes but one, to do nothing.
     """
 
@@ -68,12 +66,9 @@ class Profiler:
             jax.profiler.stop_trace()
             self._running = False
             log(f"wrote profile {self._folder}: open it with TensorBoard or Perfetto")
-            self._log_operations()
-
-    def _log_operations(self) -> None:
-        operations = read_operations(self._folder)
-        steps, devices = self._taken - self._profile.start, jax.local_device_count()
-        if steps > 0 and operations:
-            log("operations that took longest, in a step on each device:")
-            for line in describe_operations(operations, steps=steps, devices=devices):
-                log(line)
+            operations = read_operations(self._folder)
+            steps, devices = self._taken - self._profile.start, jax.local_device_count()
+            if steps > 0 and operations:
+                log("operations that took longest, in a step on each device:")
+                for line in describe_operations(operations, steps=steps, devices=devices):
+                    log(line)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run gets on: speed, data wait and loss, on the screen and in the metric files."""
+"""Progress of a run: speed, data wait and loss, on the screen and in the metric files."""
 
 import datetime
 import math
@@ -27,14 +27,11 @@ class Monitor:
     never waits for the host. A terminal gets a panel; anything else one line for each logged step.
 
     Args:
-      writer: of the metrics.
-      step: the run starts after it.
-      total_steps: of the run.
-      batch_size: of a step.
-      seconds: gives the seconds spent so far by phase; `compile`, `step` and `data_wait` count.
+      step: step after which the run starts.
+      seconds: returns the seconds spent so far by phase; `compile`, `step` and `data_wait` count.
       on_divergence: one of `divergence.POLICIES`; with `skip`, such steps are counted.
-      max_loss: a higher one has diverged.
-      dump: takes what has diverged.
+      max_loss: a higher loss counts as diverged.
+      dump: called with each divergence.
       peak: images a second at which the devices would do nothing but the model's products, for
         the model FLOPs utilisation (MFU); None where it is not known.
     """
@@ -55,8 +52,7 @@ class Monitor:
         self._writer, self._seconds, self._peak = writer, seconds, peak
         self._skips, self._max_loss, self._dump = on_divergence == "skip", max_loss, dump
         self._skipped = self._in_a_row = 0
-        self._total, self._batch_size = total_steps, batch_size
-        self._first = True
+        self._total, self._batch_size, self._first = total_steps, batch_size, True
         self._pending: tuple[int, Any, bool] | None = None
         self._restart_clock(step)
         self._live = is_live(console)
@@ -116,7 +112,7 @@ class Monitor:
         log(f"step {step}/{self._total}  {'  '.join(words)}")
 
     def saved(self, step: int | None) -> None:
-        """Says which checkpoint is the newest."""
+        """Shows which checkpoint is the newest."""
         self._panel.update(checkpoint=step)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
@@ -137,12 +133,12 @@ class Monitor:
             }
             left = datetime.timedelta(seconds=round(seconds * (self._total - step)))
             text += f"  {speed:,.0f} images/s  data-wait {wait:.1%}"
-            mfu = None if self._peak is None else speed / self._peak
-            if mfu is not None:
+            mfu = None
+            if self._peak is not None:
+                mfu = speed / self._peak
                 record["perf/mfu"] = mfu
                 text += f"  MFU {mfu:.1%}"
-            corrupt = int(metrics.get("data/corrupt", 0))
-            if corrupt:
+            if corrupt := int(metrics.get("data/corrupt", 0)):
                 text += f"  corrupt {corrupt:,}"
             text += f"  ETA {left}"
             self._panel.update(
@@ -169,7 +165,6 @@ class Monitor:
 
 
 def _list(record: Mapping[str, float]) -> str:
-    """The metrics of training that are not said otherwise."""
-    said = ("train/loss",)
-    found = {k: v for k, v in record.items() if k.startswith("train/") and k not in said}
-    return "  ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in found.items())
+    """The metrics of training except the loss, which is shown anyway."""
+    shown = [(k.removeprefix("train/"), v) for k, v in record.items() if k.startswith("train/")]
+    return "  ".join(f"{name} {value:.4g}" for name, value in shown if name != "loss")

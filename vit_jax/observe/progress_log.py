@@ -23,7 +23,6 @@ class ProgressLog:
       total: number of units; None if it is not known.
       unit: what is counted, such as "images".
       done: units that were done before.
-      decimals: digits after the point in numbers of units.
     """
 
     def __init__(

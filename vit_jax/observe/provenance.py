@@ -21,19 +21,13 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "gra
 
 
 def describe_run(config: Mapping[str, Any], *, data: str) -> dict[str, Any]:
-    """Returns the origin of a run as JSON values.
-
-    Args:
-      config: the resolved config.
-      data: fingerprint of the training data.
-    """
-    kinds = Counter(d.device_kind for d in jax.devices())
+    """Returns the origin of a run as JSON values; `data` is the fingerprint of its data."""
     return {
         "config": dict(config),
         "versions": {"vit_jax": vit_jax.__version__, "python": platform.python_version()}
         | {name: find_version(name) for name in _PACKAGES},
         "git": describe_git(Path(vit_jax.__file__).parent),
-        "devices": dict(kinds),
+        "devices": dict(Counter(d.device_kind for d in jax.devices())),
         "processes": jax.process_count(),
         "data": data,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -32,7 +32,6 @@ def report_start(
     """Logs devices, mesh, parameters, and how these are optimized.
 
     Args:
-      mesh: of the run.
       hosts: the machine of each process.
       params: nested dict of all parameters, arrays or shapes.
       frozen: nested dict of the parameters that are not trained.
@@ -42,9 +41,7 @@ def report_start(
     """
     if settings.verbosity == "quiet":
         return
-    table = rich.table.Table(box=rich.box.SIMPLE, title="devices", title_justify="left")
-    for name in ("process", "host", "device", "count", "mesh"):
-        table.add_column(name)
+    table = _make_table("devices", "process", "host", "device", "count", "mesh")
     kinds = Counter((d.process_index, d.device_kind) for d in mesh.devices.flat)
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     for i, ((process, kind), count) in enumerate(sorted(kinds.items())):
@@ -56,9 +53,9 @@ def report_start(
         fixed = tree.count(frozen)
         log(f"trained: {tree.count(params) - fixed:,} parameters, frozen: {fixed:,}")
     if groups:
-        table = rich.table.Table(box=rich.box.SIMPLE, title="optimizer", title_justify="left")
-        for name in ("parameters", "arrays", "values", "weight decay", "learning rate"):
-            table.add_column(name)
+        table = _make_table(
+            "optimizer", "parameters", "arrays", "values", "weight decay", "learning rate"
+        )
         for row in groups:
             table.add_row(*row)
         console.print(table)
@@ -66,6 +63,10 @@ def report_start(
         log(line)
     sizes = (f"{name} {size / 1e9:.3f} GB" for name, size in input_bytes.items())
     log(f"memory of this host for batches: {', '.join(sizes)}")
+
+
+def _make_table(title: str, *columns: str) -> rich.table.Table:
+    return rich.table.Table(*columns, box=rich.box.SIMPLE, title=title, title_justify="left")
 
 
 def report_end(
@@ -81,9 +82,6 @@ def report_end(
     """Logs the results of a run, its files, and the command that trains it for longer.
 
     Args:
-      workdir: of the run.
-      step: the last step.
-      total_steps: of the config.
       checkpoint: folder of the newest checkpoint.
       longer: the command; None if it is not known.
       heads: names of the heads of a linear probe.
@@ -95,9 +93,7 @@ def report_end(
     for name, value in sorted(results.items()):
         if name.endswith("/top1") and not heads:
             split = name.removesuffix("/top1")
-            count = results.get(f"{split}/count", 0)
-            right = f"{round(value * count)} of {count} images"
-            log(f"  {split + ' accuracy':<15} {100 * value:.2f} %  ({right})")
+            log(_describe_accuracy(split, value, results.get(f"{split}/count", 0)))
     for line in describe_best_head(results, heads=heads, judged_on=judged_on):
         log(line)
     log(f"  {'checkpoint':<15} {checkpoint}")
@@ -118,10 +114,14 @@ def describe_best_head(
     best = max(heads, key=lambda head: results[f"{splits[0]}/{head}_top1"])
     lines = [f"  {'best head':<15} {best} optimizer.lr, chosen on {splits[0]}"]
     for split in splits:
-        value, count = results[f"{split}/{best}_top1"], results[f"{split}/count"]
-        right = f"{round(value * count)} of {count} images"
-        lines.append(f"  {split + ' accuracy':<15} {100 * value:.2f} %  ({right})")
+        accuracy = results[f"{split}/{best}_top1"]
+        lines.append(_describe_accuracy(split, accuracy, results[f"{split}/count"]))
     return lines
+
+
+def _describe_accuracy(split: str, value: float, count: float) -> str:
+    right = f"{round(value * count)} of {count} images"
+    return f"  {split + ' accuracy':<15} {100 * value:.2f} %  ({right})"
 
 
 def last_results(workdir: Path) -> dict[str, float]:

@@ -195,12 +195,7 @@ def _has_wandb_key() -> bool:
 
 
 class Background:
-    """Runs a tracker in a thread.
-
-    Args:
-      name: of the tracker, for the screen.
-      make: creates the tracker; called in the thread.
-    """
+    """Runs a tracker in a thread, in which `make` creates it."""
 
     def __init__(self, name: str, make: Callable[[], Tracker]):
         self._name, self._make, self._dropped = name, make, False
@@ -243,13 +238,9 @@ class Background:
 
 
 class Trackers:
-    """All trackers of a run. A context manager, which reports how the run ended.
+    """All trackers of a run; none unless `active`, on one process.
 
-    Args:
-      tracking: names of the trackers, and their options.
-      workdir: of the run.
-      config: the resolved config.
-      active: False on all processes but one, for no trackers.
+    A context manager, which reports how the run ended.
     """
 
     def __init__(

@@ -33,11 +33,9 @@ class MetricWriter:
     records that could not be written.
 
     Args:
-      workdir: folder of the files.
       step: the run starts after this step. Records of later steps, which a killed run left, and
         half a line are dropped.
       active: False on all processes but one, to do nothing.
-      trackers: receive the records too.
     """
 
     def __init__(self, workdir: Path, *, step: int, active: bool, trackers: Trackers | None = None):
@@ -109,9 +107,8 @@ class _Events:
         self._put([Event(step=step, summary=image(name, picture, dataformats="HWC"))])
 
     def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
-        self._put(
-            [Event(step=step, summary=_summarize(name, *h)) for name, h in histograms.items()]
-        )
+        values = [_summarize(name, *histogram) for name, histogram in histograms.items()]
+        self._put([Event(step=step, summary=value) for value in values])
 
     def close(self) -> None:
         self._flushed = 0.0

@@ -19,10 +19,9 @@ _MAX_POINTS = 400
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A curve of a chart.
+    """A curve of a chart, with its name in the legend.
 
     Attributes:
-      name: name in the legend.
       points: pairs of x and y, sorted by x; those that are not finite are left out.
       color: number of its colour; from 8 on the colours repeat, with dashes.
     """
@@ -37,7 +36,7 @@ def plot_curves(curves: Sequence[Curve], *, label: str) -> str:
 
     Args:
       curves: curves, at least one with a finite point; a single point is drawn as a dot.
-      label: text for readers who cannot see the chart.
+      label: text for readers who cannot see the chart, as in all functions of this module.
     """
     drawn = [dataclasses.replace(curve, points=_thin(curve.points)) for curve in curves]
     drawn = [curve for curve in drawn if curve.points]
@@ -50,19 +49,12 @@ def plot_curves(curves: Sequence[Curve], *, label: str) -> str:
         dashes = f";stroke-dasharray:{2 + 3 * (curve.color // _COLORS)} 3"
         style = f"stroke:{color}{dashes if curve.color >= _COLORS else ''}"
         title = f"<title>{html.escape(curve.name)}</title>"
-        places = [frame.place(x, y) for x, y in curve.points]
-        if len(places) > 1:
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            lines.append(
-                f'<polyline class="curve" style="{style}" points="{path}">{title}</polyline>'
-            )
-        if len(places) < 40:
-            for (x, y), (step, value) in zip(places, curve.points, strict=True):
-                text = html.escape(f"{curve.name} at {step:g}: {value:.4g}")
-                lines.append(
-                    f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" style="fill:{color}">'
-                    f"<title>{text}</title></circle>"
-                )
+        if len(curve.points) > 1:
+            lines.append(frame.path(curve.points, style, title))
+        if len(curve.points) < 40:
+            for x, y in curve.points:
+                text = html.escape(f"{curve.name} at {x:g}: {y:.4g}")
+                lines.append(frame.dot(x, y, "2.5", color, text))
     return _legend(drawn) + _wrap(lines, label)
 
 
@@ -72,7 +64,6 @@ def plot_reliability(bins: Sequence[tuple[float, float, int]], *, label: str) ->
     Args:
       bins: mean confidence, accuracy and number of examples of each bin; the area of a dot grows
         with the number.
-      label: text for readers who cannot see the chart.
     """
     frame = _Frame((0.0, 1.0), (0.0, 1.0))
     (x0, y0), (x1, y1) = frame.place(0, 0), frame.place(1, 1)
@@ -82,26 +73,19 @@ def plot_reliability(bins: Sequence[tuple[float, float, int]], *, label: str) ->
         f'y2="{y1:.1f}"/>',
     ]
     full = [row for row in bins if row[2]]
-    places = [frame.place(confidence, accuracy) for confidence, accuracy, _ in full]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    lines.append(f'<polyline class="curve" style="stroke:var(--s0)" points="{path}"/>')
+    lines.append(frame.path([row[:2] for row in full], "stroke:var(--s0)"))
     most = max((count for *_, count in full), default=1)
-    for (x, y), (confidence, accuracy, count) in zip(places, full, strict=True):
-        lines.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{2 + 5 * math.sqrt(count / most):.1f}" '
-            f'style="fill:var(--s0)"><title>confidence {confidence:.3f}, accuracy {accuracy:.3f}, '
-            f"{count:,} examples</title></circle>"
-        )
+    for confidence, accuracy, count in full:
+        radius = f"{2 + 5 * math.sqrt(count / most):.1f}"
+        text = f"confidence {confidence:.3f}, accuracy {accuracy:.3f}, {count:,} examples"
+        lines.append(frame.dot(confidence, accuracy, radius, "var(--s0)", text))
     return _wrap(lines, label)
 
 
 def plot_matrix(counts: Sequence[Sequence[int]], names: Sequence[str], *, label: str) -> str:
-    """Plots a confusion matrix; the colour of a cell shows its share of the row.
+    """Plots a confusion matrix of counts by label (rows) and prediction (columns).
 
-    Args:
-      counts: number of examples by label (rows) and prediction (columns).
-      names: class names.
-      label: text for readers who cannot see the chart.
+    The colour of a cell shows its share of the row.
     """
     size = len(counts)
     margin = 16 + 6.5 * max(len(_shorten(name)) for name in names)
@@ -132,7 +116,7 @@ def plot_matrix(counts: Sequence[Sequence[int]], names: Sequence[str], *, label:
                     f'text-anchor="middle" style="fill:var(--text);pointer-events:none">'
                     f"{count}</text>"
                 )
-    return _wrap(lines, label, width=whole, height=whole, most=whole)
+    return _wrap(lines, label, square=whole)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +127,18 @@ class _Frame:
     y: tuple[float, float]
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        across = (x - self.x[0]) / (self.x[1] - self.x[0])
-        up = (y - self.y[0]) / (self.y[1] - self.y[0])
-        return (
-            _LEFT + across * (_WIDTH - _LEFT - _RIGHT),
-            _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM),
-        )
+        right = (x - self.x[0]) / (self.x[1] - self.x[0]) * (_WIDTH - _LEFT - _RIGHT)
+        up = (y - self.y[0]) / (self.y[1] - self.y[0]) * (_HEIGHT - _TOP - _BOTTOM)
+        return _LEFT + right, _HEIGHT - _BOTTOM - up
+
+    def path(self, points: Sequence[tuple[float, float]], style: str, title: str = "") -> str:
+        places = " ".join("{:.1f},{:.1f}".format(*self.place(x, y)) for x, y in points)
+        return f'<polyline class="curve" style="{style}" points="{places}">{title}</polyline>'
+
+    def dot(self, x: float, y: float, radius: str, color: str, text: str) -> str:
+        across, down = self.place(x, y)
+        place = f'cx="{across:.1f}" cy="{down:.1f}" r="{radius}"'
+        return f'<circle {place} style="fill:{color}"><title>{text}</title></circle>'
 
     def axes(self) -> str:
         """SVG of the grid lines and their numbers."""
@@ -173,15 +163,9 @@ class _Frame:
         return "".join(lines)
 
 
-def _wrap(
-    lines: Sequence[str],
-    label: str,
-    *,
-    width: float = _WIDTH,
-    height: float = _HEIGHT,
-    most: float | None = None,
-) -> str:
-    limit = f' style="max-width:{most:.0f}px"' if most else ""
+def _wrap(lines: Sequence[str], label: str, *, square: float | None = None) -> str:
+    width, height = (square, square) if square else (_WIDTH, _HEIGHT)
+    limit = f' style="max-width:{square:.0f}px"' if square else ""
     return (
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
         f'aria-label="{html.escape(label)}"{limit}>{"".join(lines)}</svg>'

@@ -32,8 +32,7 @@ class RunRecord:
 
     Attributes:
       name: name that distinguishes the run from the others.
-      step: last step of the ledger; None without a ledger.
-      total: number of steps of the run; None without a ledger.
+      step: last step of the ledger; None without a ledger, as `total` is.
       points: pairs of step and value by metric.
       config: values by dotted key.
     """
@@ -57,21 +56,13 @@ class RunRecord:
 
 
 def read_run(workdir: Path, *, name: str) -> RunRecord:
-    """Reads the files of a run.
-
-    Raises:
-      UserError: the folder is not the workdir of a run.
-    """
+    """Reads the files of a run; raises `UserError` if the folder is not the workdir of one."""
     config = flatten_config(read_config(workdir))
     summary = summarize(read_ledger(workdir))
-    points = {
-        key: values
-        for key, values in collect_points(read_metrics(workdir)).items()
-        if not key.endswith("count")
-    }
-    if summary is None:
-        return RunRecord(name, None, None, points, config)
-    return RunRecord(name, summary.step, summary.total, points, config)
+    points = collect_points(read_metrics(workdir))
+    points = {key: values for key, values in points.items() if not key.endswith("count")}
+    step, total = (summary.step, summary.total) if summary else (None, None)
+    return RunRecord(name, step, total, points, config)
 
 
 def read_runs(workdirs: Sequence[Path]) -> list[RunRecord]:
@@ -127,9 +118,9 @@ def make_csv(records: Sequence[Mapping[str, Any]]) -> str:
         | {f"config.{key}": _text(value) for key, value in record["config"].items()}
         for record in records
     ]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    columns = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(stream, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return stream.getvalue()
@@ -169,17 +160,13 @@ def make_html(runs: Sequence[RunRecord]) -> str:
     """Makes a page of the table and of charts that show the curves of all runs."""
     header, *rows = make_rows(make_records(runs))
     table = make_card("", make_table(header, rows), caption="A star is at the best.", wide=True)
-    keys = dict.fromkeys(key for run in runs for key in (*_CURVES, *run.results))
     cards = []
-    for key in keys:
+    for key in dict.fromkeys(key for run in runs for key in (*_CURVES, *run.results)):
         curves = [Curve(r.name, r.points[key], i) for i, r in enumerate(runs) if key in r.points]
         if curves:
             cards.append(make_card(key, plot_curves(curves, label=f"{key} by step")))
     title = ", ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
-    sections = [
-        make_section("Results", [table]),
-        make_section("Curves", cards, layout="charts"),
-    ]
+    sections = [make_section("Results", [table]), make_section("Curves", cards, layout="charts")]
     return make_page(f"Compared: {title}", (), sections)
 
 

@@ -63,13 +63,7 @@ svg .curve { fill: none; stroke-width: 1.75; stroke-linejoin: round; stroke-line
 
 
 def make_page(title: str, notes: Sequence[str], body: Iterable[str]) -> str:
-    """Makes a page.
-
-    Args:
-      title: title of the page, also its heading.
-      notes: lines of text below the heading.
-      body: HTML of the sections.
-    """
+    """Makes a page of HTML sections, with lines of text below the heading."""
     lines = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -85,13 +79,7 @@ def make_page(title: str, notes: Sequence[str], body: Iterable[str]) -> str:
 
 
 def make_section(title: str, cards: Iterable[str], *, layout: Layout = "texts") -> str:
-    """Makes a section of cards, or an empty string without cards.
-
-    Args:
-      title: heading.
-      cards: HTML of each card.
-      layout: content of the cards, which decides how many fit in a row.
-    """
+    """Makes a section of cards, or an empty string; the layout decides how many fit in a row."""
     cards = list(cards)
     if not cards:
         return ""
@@ -102,8 +90,7 @@ def make_section(title: str, cards: Iterable[str], *, layout: Layout = "texts") 
 def make_card(title: str, content: str, *, caption: str = "", wide: bool = False) -> str:
     """Makes a card of HTML with a title above and a caption below."""
     below = f'<p class="soft">{html.escape(caption)}</p>' if caption else ""
-    heading = f"<h3>{html.escape(title)}</h3>" if title else ""
-    return f'<div class="card{" wide" if wide else ""}">{heading}{content}{below}</div>'
+    return f'<div class="card{" wide" if wide else ""}">{_head(title)}{content}{below}</div>'
 
 
 def make_figure(
@@ -119,17 +106,14 @@ def make_figure(
     """Makes a card of a picture.
 
     Args:
-      png: PNG file.
       size: width and height in pixels of the page.
       alt: text for readers who cannot see the picture.
-      title: text above the picture.
-      caption: lines of text below the picture.
+      title: text above the picture; `caption` is below it.
       wide: whether the card takes a whole row.
       sharp: whether enlarged pixels stay squares.
     """
-    heading = f"<h3>{html.escape(title)}</h3>" if title else ""
     return (
-        f'<figure class="card{" wide" if wide else ""}">{heading}'
+        f'<figure class="card{" wide" if wide else ""}">{_head(title)}'
         f'<img{" class=sharp" if sharp else ""} width="{size[0]}" height="{size[1]}" '
         f'alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         f"<figcaption>{'<br>'.join(map(html.escape, caption))}</figcaption></figure>"
@@ -171,6 +155,10 @@ def make_details(title: str, content: str) -> str:
 def make_command(text: str) -> str:
     """Makes a box with a command to copy."""
     return f"<pre>{html.escape(text)}</pre>"
+
+
+def _head(title: str) -> str:
+    return f"<h3>{html.escape(title)}</h3>" if title else ""
 
 
 def _is_number(cell: str) -> bool:

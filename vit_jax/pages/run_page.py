@@ -48,7 +48,6 @@ class Predictions:
 
     Attributes:
       title: name of the split, and step.
-      names: class names by label.
       bins: confidence, accuracy and count of each bin of confidence; empty if not known.
       confusion: non-zero counts by label and prediction; empty if not known.
     """
@@ -73,7 +72,6 @@ def make_report(
     """Makes the page of a run as HTML.
 
     Args:
-      workdir: workdir of the run; it is only read.
       predictions: statistics that are added to those in its files; equal titles replace them.
       sections: HTML of sections to add after the predictions.
     """
@@ -120,9 +118,8 @@ def read_details(workdir: Path) -> list[Predictions]:
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or "classes" not in content:
             continue
-        bins = [
-            (b["confidence"], b["accuracy"], b["count"]) for b in content.get("calibration", ())
-        ]
+        rows = content.get("calibration", ())
+        bins = [(row["confidence"], row["accuracy"], row["count"]) for row in rows]
         table = path.with_name(f"{path.stem}_confusion.csv")
         confusion: dict[tuple[int, int], int] = {}
         if table.exists():
@@ -176,13 +173,10 @@ def _show_curves(records: Sequence[Mapping[str, Any]]) -> list[str]:
         charts.setdefault(title, []).append(Curve(key, points, color))
     drawn = [(title, curves) for title, curves in charts.items() if curves]
     drawn.sort(key=lambda chart: chart[0].startswith(("perf/", "data/")))
-    cards = [
-        make_card(
-            curves[0].name if len(curves) == 1 else title,
-            plot_curves(curves, label=f"{title} by step"),
-        )
-        for title, curves in drawn[:_MAX_CHARTS]
-    ]
+    cards = []
+    for title, curves in drawn[:_MAX_CHARTS]:
+        name = curves[0].name if len(curves) == 1 else title
+        cards.append(make_card(name, plot_curves(curves, label=f"{title} by step")))
     if more := len(drawn) - len(cards):
         cards.append(make_card("", f"<p>{more} more metrics are in metrics.jsonl.</p>"))
     return cards
@@ -224,16 +218,14 @@ def _show_time(workdir: Path) -> list[str]:
     whole = sum(summary.seconds.values()) or 1.0
     spent = {kind: summary.seconds[kind] for kind in (*KINDS, "repeated", "down")}
     shares = [(f"{kind}, {s:,.0f} s", s / whole) for kind, s in spent.items() if s]
+    speed = summary.steps_per_second
     rows = [
+        *([("speed", f"{speed:.3g} steps/s")] if speed else []),
         ("goodput", f"{summary.goodput:.1%} of the time went into steps that count"),
         ("starts", f"{summary.starts}; ends: {', '.join(summary.causes) or 'none'}"),
     ]
-    if summary.steps_per_second:
-        rows.insert(0, ("speed", f"{summary.steps_per_second:.3g} steps/s"))
-    return [
-        make_card("Where it went", make_bars(shares)),
-        make_card("The run", make_table(("", ""), rows)),
-    ]
+    cards = {"Where it went": make_bars(shares), "The run": make_table(("", ""), rows)}
+    return [make_card(title, content) for title, content in cards.items()]
 
 
 def _show_params(run: Mapping[str, Any]) -> list[str]:

@@ -20,7 +20,6 @@ class Chip:
         ICI or NVLink; half of the advertised number, which is for both directions.
       dcn_bandwidth: bytes a second that a device's share of the network between slices (TPU) or
         hosts (GPU) sends.
-      source: of the numbers.
       per_chip: devices of a chip.
       clock: cycles a second of the unit whose cycles the compiler estimates; None if it does not.
       float8: whether it multiplies matrices in float8 (e4m3, e5m2) rather than emulating that.
@@ -39,34 +38,23 @@ class Chip:
     float8: bool = False
 
 
-def _tpu(
+def _chip(
     name: str,
     device_kind: str,
     tflops: float,
-    gib: float,
+    memory: float,
     gb_per_s: tuple[float, float, float],
+    product: str | None = None,
     **options: Any,
 ) -> Chip:
-    """A TPU, with the GB/s of its memory, its links and its share of the network."""
-    source = f"cloud.google.com/tpu/docs/{name}"
-    hbm, ici, dcn = (1e9 * rate for rate in gb_per_s)
-    size = int(gib * 2**30)
-    return Chip(name, device_kind, 1e12 * tflops, size, hbm, ici, dcn, source, **options)
+    """A TPU with its GiB, or a GPU of an NVIDIA product with its GB.
 
-
-def _gpu(
-    name: str,
-    device_kind: str,
-    tflops: float,
-    gb: float,
-    gb_per_s: tuple[float, float, float],
-    product: str,
-    **options: Any,
-) -> Chip:
-    """A GPU, with the GB/s of its memory, its links and its share of the network."""
-    source = f"NVIDIA {product} datasheet"
+    `gb_per_s` holds the speeds of its memory, its links and its share of the network.
+    """
+    source, size = f"cloud.google.com/tpu/docs/{name}", int(memory * 2**30)
+    if product is not None:
+        source, size = f"NVIDIA {product} datasheet", int(0.75 * (memory * 1e9))
     hbm, ici, dcn = (1e9 * rate for rate in gb_per_s)
-    size = int(0.75 * (gb * 1e9))
     return Chip(name, device_kind, 1e12 * tflops, size, hbm, ici, dcn, source, **options)
 
 
@@ -74,18 +62,18 @@ def _gpu(
 # peak divided by the products of its units in a cycle, four of 256 x 256. The network of v4 is not
 # published by chip: it is assumed to be that of v5p. That of v5e is 6.4 Tb/s for a pod of 256.
 _TPUS = (
-    _tpu("v4", "TPU v4", 275, 30.75, (1228, 150, 6.25), clock=1.05e9),
-    _tpu("v5e", "TPU v5 lite", 197, 15.75, (819, 200, 3.125), clock=1.5e9),
-    _tpu("v5p", "TPU v5", 459, 95.74, (2765, 600, 6.25), clock=1.75e9),
-    _tpu("v6e", "TPU v6 lite", 918, 31.25, (1638, 400, 12.5), clock=1.75e9),
-    _tpu("tpu7x", "TPU7x", 1153.5, 94.75, (3690, 300, 6.25), per_chip=2, float8=True),
+    _chip("v4", "TPU v4", 275, 30.75, (1228, 150, 6.25), clock=1.05e9),
+    _chip("v5e", "TPU v5 lite", 197, 15.75, (819, 200, 3.125), clock=1.5e9),
+    _chip("v5p", "TPU v5", 459, 95.74, (2765, 600, 6.25), clock=1.75e9),
+    _chip("v6e", "TPU v6 lite", 918, 31.25, (1638, 400, 12.5), clock=1.75e9),
+    _chip("tpu7x", "TPU7x", 1153.5, 94.75, (3690, 300, 6.25), per_chip=2, float8=True),
 )
 # Networks as in NVIDIA's DGX of each: 200 Gb/s for an A100, 400 Gb/s for the others.
 _GPUS = (
-    _gpu("a100", "NVIDIA A100-SXM4-80GB", 312, 80, (2039, 300, 25), "A100 SXM 80 GB"),
-    _gpu("h100", "NVIDIA H100 80GB HBM3", 989, 80, (3350, 450, 50), "H100 SXM", float8=True),
-    _gpu("h200", "NVIDIA H200", 989, 141, (4800, 450, 50), "H200 SXM", float8=True),
-    _gpu("b200", "NVIDIA B200", 2250, 180, (8000, 900, 50), "DGX B200", float8=True),
+    _chip("a100", "NVIDIA A100-SXM4-80GB", 312, 80, (2039, 300, 25), "A100 SXM 80 GB"),
+    _chip("h100", "NVIDIA H100 80GB HBM3", 989, 80, (3350, 450, 50), "H100 SXM", float8=True),
+    _chip("h200", "NVIDIA H200", 989, 141, (4800, 450, 50), "H200 SXM", float8=True),
+    _chip("b200", "NVIDIA B200", 2250, 180, (8000, 900, 50), "DGX B200", float8=True),
 )
 
 TPUS = {chip.name: chip for chip in _TPUS}

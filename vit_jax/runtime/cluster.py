@@ -22,7 +22,6 @@ class Job:
     Attributes:
       source: of these values: `flags`, `Slurm`, `Open MPI`, `GKE`, or `JAX` if it detects them.
       coordinator: HOST:PORT of process 0; None if JAX detects it.
-      num_processes: of the job.
       process_id: of this process, from 0.
       local_device_ids: GPUs of the machine that this process uses; None for all visible ones.
     """
@@ -47,10 +46,7 @@ def find_job(
       coordinator: HOST:PORT of process 0; `auto` to read the environment; `none` for a job of this
         process alone; None for that too, unless the environment has several processes. Under Slurm
         and Open MPI an address alone is enough.
-      num_processes: of the job.
-      process_id: of this process.
       local_device_ids: GPUs of this process.
-      environment: the process's variables.
 
     Returns:
       None for a job of one process that needs no coordinator.
@@ -104,11 +100,7 @@ def find_job(
 
 
 def check_address(address: str) -> tuple[str, int]:
-    """Splits HOST:PORT.
-
-    Raises:
-      UserError: the address has another form.
-    """
+    """Splits HOST:PORT; raises `UserError` if the address has another form."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise UserError(f"--coordinator={address}: expected HOST:PORT, auto or none")
@@ -132,7 +124,7 @@ def _from_slurm(environment: Mapping[str, str]) -> Job | None:
         process_id=int(index),
         local_device_ids=_own_gpus(
             environment,
-            tasks=int(here.group()) if here else 1,
+            tasks=int(here[0]) if here else 1,
             local_id=int(environment.get("SLURM_LOCALID", "0")),
             bound="SLURM_GPUS_PER_TASK" in environment,
         ),
@@ -147,12 +139,10 @@ def _from_open_mpi(environment: Mapping[str, str]) -> Job | None:
     # rank 0 on its own machine. Later versions do not set it.
     uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
     found = re.match(r"(\d+)\.\d+;tcp://([^,:;]+)", uri)
-    coordinator = None
-    if found:
-        coordinator = f"{found.group(2)}:{_FIRST_PORT + int(found.group(1)) % _PORTS}"
+    port = _FIRST_PORT + int(found[1]) % _PORTS if found else 0
     return Job(
         source="Open MPI",
-        coordinator=coordinator,
+        coordinator=f"{found[2]}:{port}" if found else None,
         num_processes=int(size),
         process_id=int(rank),
         local_device_ids=_own_gpus(

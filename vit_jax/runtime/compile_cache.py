@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps compiled programs on disk, so that a run that resumes does not compile again."""
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -35,11 +36,9 @@ def set_up(folder: str | None) -> None:
         path = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
     else:
         path = Path(folder) if folder else _default()
-        try:
+        with contextlib.suppress(OSError):
             path.mkdir(parents=True, exist_ok=True)
-            writable = os.access(path, os.W_OK)
-        except OSError:
-            writable = False
+        writable = os.path.isdir(path) and os.access(path, os.W_OK)
         if not writable and folder is None:  # A machine without a home still trains.
             return
         if not writable:

@@ -9,10 +9,7 @@ from vit_jax.utils.errors import UserError
 
 
 def set_cpu_devices(count: int | None) -> None:
-    """Sets the number of CPU devices, before JAX creates its devices.
-
-    Args:
-      count: number of devices; None leaves it as it is.
+    """Sets the number of CPU devices before JAX creates its devices; None leaves it as it is.
 
     Raises:
       UserError: the number is not positive, or `XLA_FLAGS` sets one too.

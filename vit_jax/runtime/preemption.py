@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -91,11 +92,7 @@ _entered: PreemptionGuard | None = None
 
 
 def interruptible(items: Iterable[T]) -> Iterator[T]:
-    """Yields the items of a long loop that all processes run alike.
-
-    Raises:
-      Preempted: the job received SIGTERM.
-    """
+    """Yields the items of a loop that all processes run alike; raises `Preempted` after SIGTERM."""
     for item in items:
         if _entered is not None and _entered.should_stop():
             raise Preempted
@@ -106,11 +103,7 @@ def _count_votes(received: bool) -> jax.Array:
     mesh = Mesh(np.array(jax.devices()), "all")
     mine = np.full(jax.local_device_count(), received)
     votes = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("all")), mine)
-    return jax.jit(_any, out_shardings=NamedSharding(mesh, PartitionSpec()))(votes)
-
-
-def _any(votes: jax.Array) -> jax.Array:
-    return votes.any()
+    return jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))(votes)
 
 
 def report(text: str) -> None:
@@ -119,11 +112,9 @@ def report(text: str) -> None:
 
 
 def end_to_run_again(before: Callable[[], None], *, timeout: float) -> NoReturn:
-    """Ends the process with `RUN_AGAIN`, from any thread.
+    """Ends the process with `RUN_AGAIN`, from any thread, at most `timeout` seconds from now.
 
-    Args:
-      before: called first; it may hang, for example in a file system.
-      timeout: seconds that it may take.
+    `before` is called first; it may hang, for example in a file system.
     """
     thread = threading.Thread(target=before, daemon=True)
     thread.start()

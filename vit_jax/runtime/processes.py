@@ -38,9 +38,6 @@ def initialize(
 
     Args:
       coordinator: this and the next three: see `cluster.find_job`.
-      num_processes: of the job.
-      process_id: of this process, from 0.
-      local_device_ids: GPUs of this process.
       timeout: seconds to wait for the other processes.
       expect_devices: number of devices that the job must have; None for any.
       platform: `cpu`, `gpu` or `tpu`, which the devices must be; None for any.
@@ -127,10 +124,7 @@ def host_names() -> tuple[str, ...]:
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Checks that all processes were started with the same values. All of them have to call it.
-
-    Args:
-      values: by dotted key, such as the flat config.
+    """Checks that all processes have the same values by key. All of them have to call it.
 
     Raises:
       UserError: they differ; the message has the first keys that do.
@@ -145,9 +139,8 @@ def check_same(values: Mapping[str, Any]) -> None:
         return
     texts = _gather_json(json.loads(text))
     first, second = texts[0], texts[other]
-    keys = [
-        k for k in sorted(first.keys() | second.keys()) if first.get(k, "") != second.get(k, "")
-    ]
+    keys = sorted(first.keys() | second.keys())
+    keys = [k for k in keys if first.get(k, "") != second.get(k, "")]
     shown = [f"{k} is {first.get(k)!r} there and {second.get(k)!r} here" for k in keys[:3]]
     raise UserError(
         f"processes 0 and {other} were not started alike: {'; '.join(shown)}"

@@ -23,8 +23,6 @@ def rendezvous(coordinator: str, num_processes: int, process_id: int, *, timeout
 
     Args:
       coordinator: HOST:PORT of process 0; the port is free again afterwards.
-      num_processes: of the job.
-      process_id: of this process.
       timeout: seconds to wait.
 
     Raises:
@@ -32,9 +30,8 @@ def rendezvous(coordinator: str, num_processes: int, process_id: int, *, timeout
         there are; in every process that could be reached.
     """
     host, port = check_address(coordinator)
-    deadline = time.monotonic() + timeout
     if process_id:
-        _report(host, port, num_processes, process_id, deadline=deadline, timeout=timeout)
+        _report(host, port, num_processes, process_id, timeout)
         return
     try:
         server = listen(port)
@@ -44,7 +41,7 @@ def rendezvous(coordinator: str, num_processes: int, process_id: int, *, timeout
             "expected a free one"
         ) from None
     with server:
-        _wait_for_all(server, num_processes, deadline=deadline, timeout=timeout)
+        _wait_for_all(server, num_processes, timeout)
 
 
 def listen(port: int) -> socket.socket:
@@ -58,9 +55,8 @@ def listen(port: int) -> socket.socket:
     return socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=1024)
 
 
-def _wait_for_all(
-    server: socket.socket, num_processes: int, *, deadline: float, timeout: float
-) -> None:
+def _wait_for_all(server: socket.socket, num_processes: int, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
     present: dict[int, str] = {}
     callers: list[socket.socket] = []
     error = None
@@ -97,9 +93,8 @@ def _wait_for_all(
         raise UserError(error)
 
 
-def _report(
-    host: str, port: int, num_processes: int, process_id: int, *, deadline: float, timeout: float
-) -> None:
+def _report(host: str, port: int, num_processes: int, process_id: int, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
     me = {"process_id": process_id, "num_processes": num_processes, "host": socket.gethostname()}
     reason = ""
     while (left := deadline - time.monotonic()) > 0:

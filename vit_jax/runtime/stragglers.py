@@ -23,13 +23,7 @@ PAUSE = 20
 
 @dataclasses.dataclass(frozen=True)
 class Straggler:
-    """A process that the others wait for.
-
-    Attributes:
-      process: its number.
-      wait: share of the time that it waits for its data.
-      others: median of this share over the other processes.
-    """
+    """A process that waits for its data for a larger share of the time than the others' median."""
 
     process: int
     wait: float
@@ -37,11 +31,7 @@ class Straggler:
 
 
 def find_straggler(waits: Sequence[float]) -> Straggler | None:
-    """The slowest process, if it is clearly slower than the others; otherwise None.
-
-    Args:
-      waits: share of the time that each process waited for its data.
-    """
+    """The process that clearly waits most for data, by each one's share of its time; else None."""
     if len(waits) < 2:
         return None
     process = max(range(len(waits)), key=lambda i: waits[i])
@@ -54,8 +44,7 @@ def find_straggler(waits: Sequence[float]) -> Straggler | None:
 class Stragglers:
     """Compares the data waits of the processes.
 
-    Args:
-      seconds: returns the seconds that the main thread has spent so far, by phase.
+    `seconds` returns the seconds that the main thread has spent so far, by phase.
     """
 
     def __init__(self, seconds: Callable[[], Mapping[str, float]]):

@@ -48,10 +48,8 @@ class Watchdog:
     """Watches the main thread from another thread, within its context.
 
     Args:
-      limits: seconds by phase.
       watched: returns the phase of the main thread and the `time.monotonic` of its start.
       workdir: the stacks of all threads are written to `watchdog-PROCESS.txt` in it.
-      process: number of this process.
       on_exit: called, with the phase, before the process ends.
     """
 

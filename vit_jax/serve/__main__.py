@@ -24,7 +24,7 @@ from vit_jax.config.load import parse_overrides
 from vit_jax.inference.figures import has_attention
 from vit_jax.inference.source import add_source, load_source
 from vit_jax.observe.console import log, set_up
-from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.command import CommandParser, check_positive, run_command
 from vit_jax.utils.errors import UserError
 
 # Seconds that open requests may take after Ctrl-C.
@@ -32,35 +32,20 @@ _SHUTDOWN_S = 3
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command's arguments, without overrides of the config.
-
-    Raises:
-      UserError: an argument is invalid.
-    """
+    """Parses the arguments, without overrides of the config; `UserError` if one is invalid."""
     parser = CommandParser(prog="python -m vit_jax.serve", description=__doc__)
     add_source(parser)
-    parser.add_argument("--port", type=int, default=8000, help="%(default)s; 0 for any")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for the whole network"
-    )
-    parser.add_argument(
-        "--max_mib", type=float, default=10, help="size of an image file; %(default)s"
-    )
-    parser.add_argument(
-        "--max_pixels", type=int, default=50_000_000, help="size of an image; %(default)s"
-    )
-    parser.add_argument(
-        "--max_requests", type=int, default=64, help="concurrent requests; %(default)s"
-    )
-    parser.add_argument(
-        "--batch_size", type=int, default=16, help="images computed together; %(default)s"
-    )
+    add = parser.add_argument
+    add("--port", type=int, default=8000, help="%(default)s; 0 for any")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for the whole network")
+    add("--max_mib", type=float, default=10, help="size of an image file; %(default)s")
+    add("--max_pixels", type=int, default=50_000_000, help="size of an image; %(default)s")
+    add("--max_requests", type=int, default=64, help="concurrent requests; %(default)s")
+    add("--batch_size", type=int, default=16, help="images computed together; %(default)s")
     args = parser.parse_args(argv)
     if not 0 <= args.port < 2**16:
         raise UserError(f"--port={args.port}: expected 0 to {2**16 - 1}")
-    for key in ("max_mib", "max_pixels", "max_requests", "batch_size"):
-        if getattr(args, key) <= 0:
-            raise UserError(f"--{key}={getattr(args, key)}: expected more than 0")
+    check_positive(args, "max_mib", "max_pixels", "max_requests", "batch_size")
     return args
 
 

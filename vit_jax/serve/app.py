@@ -77,12 +77,7 @@ class Error(BaseModel, extra="forbid"):
 
 
 class Predictor:
-    """Applies a model to image files, in batches across requests.
-
-    Args:
-      model: a classifier.
-      limits: what is accepted.
-    """
+    """Applies a classifier to image files, in batches across requests."""
 
     def __init__(self, model: LoadedModel, limits: Limits):
         self._model, self._limits = model, limits
@@ -166,8 +161,6 @@ def make_app(
     """The application.
 
     Args:
-      model: a classifier.
-      limits: what is accepted.
       hosts: names under which the server may be addressed, "*" for any. A page of another site
         cannot reach it under a name of its own then.
 
@@ -260,9 +253,8 @@ def make_app(
     async def predict(request: Request, options: Annotated[Options, Query()]) -> Any:
         with predictor.admit():
             content = await _read_body(request, limits.bytes)
-            return await predictor.predict(
-                content, top_k=options.top_k, overlay=options.overlay == "true"
-            )
+            overlay = options.overlay == "true"
+            return await predictor.predict(content, top_k=options.top_k, overlay=overlay)
 
     return app
 

@@ -17,8 +17,7 @@ class Batcher:
 
     Args:
       compute: maps an array `[n, ...]` to one of `[n, ...]`, row by row; called from one thread at
-        a time.
-      max_rows: largest n.
+        a time, with n up to `max_rows`.
     """
 
     def __init__(self, compute: Callable[[np.ndarray], np.ndarray], *, max_rows: int):

@@ -42,6 +42,14 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def check_positive(args: argparse.Namespace, *names: str, expected: str = "more than 0") -> None:
+    """Raises `UserError` unless the arguments that are given are above 0."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name}={value}: expected {expected}")
+
+
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
     """Turns a `UserError` into one line and exit code 2, at the outermost level of a command.
