@@ -22,6 +22,7 @@ from vit_jax.checkpoint.pretrained.timm_tensors import to_linen, to_timm
 from vit_jax.checkpoint.pretrained.weights import Weights, as_tuples, describe_model, find_grid
 from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.utils.errors import UserError, first_line
+from vit_jax.utils.registry import is_part
 
 _METADATA = "vit_jax"
 # Arguments of the model that change what it computes.
@@ -103,6 +104,8 @@ def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
       UserError: timm has no such model, or the file can't be written.
     """
     arrays, model, preprocess = weights.params, weights.model, weights.preprocess
+    if is_part(model.get("name")):
+        raise UserError(f"{path}: timm has no {model['name']}; expected a file that ends in .npz")
     stated = describe_model(arrays, rope_theta=None)
     stated |= {key: model[key] for key in _MODEL_KEYS if key in model}
     try:
