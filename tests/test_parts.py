@@ -13,6 +13,7 @@ from tests.tiny import tiny_config
 from tests.trained import write_images
 from vit_jax import evaluate, predict, report
 from vit_jax.checkpoint.manifest import write_manifest
+from vit_jax.checkpoint.pretrained.convert import convert
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.config.load import trust_config
 from vit_jax.data.ops.transforms import apply
@@ -118,6 +119,18 @@ def config_of(data_dir, model, **changes):
     with config.unlocked():
         config.model = model
     return config
+
+
+def test_weights_go_to_a_file_and_back(trained, tmp_path):
+    weights = load_pretrained(str(trained))
+    convert(weights, tmp_path / "net.npz")
+    again = load_pretrained(str(tmp_path / "net.npz"))
+    assert again.model == weights.model
+    with pytest.raises(UserError, match="--parts=parts_models"):
+        load_model(tmp_path / "net.npz")
+    assert load_model(tmp_path / "net.npz", parts="parts_models").module.width == 4
+    with pytest.raises(UserError, match="timm has no parts_models:make_net"):
+        convert(weights, tmp_path / "net.safetensors")
 
 
 @pytest.fixture

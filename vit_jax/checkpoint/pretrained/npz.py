@@ -29,6 +29,7 @@ from vit_jax.checkpoint.pretrained.weights import (
 from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.files import atomic_file, write_atomically
 from vit_jax.utils.nested import as_tuples
+from vit_jax.utils.registry import is_part
 
 # What training code of several ages put around the parameters, outermost first.
 _WRAPPERS = ("opt/target/", "params/")
@@ -52,7 +53,8 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
 
     Two layouts are read: that of google-research/vision_transformer, with names from before Flax
     Linen and any wrapper, and that of big_vision, with position embeddings at the root, blocks
-    stacked for scan, and bfloat16.
+    stacked for scan, and bfloat16. So are files of `write_npz` of a model from outside of this
+    package, whose parameters keep their names.
 
     Args:
       path: local, or `gs://` (which needs the package `gcsfs`).
@@ -65,7 +67,10 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
       UserError: the file is missing, damaged, or not a published checkpoint.
     """
     path = epath.Path(path)
-    params = read_arrays(path, subtree=subtree)
+    params, described = read_arrays(path, subtree=subtree), _read_description(path)
+    if is_part(described.get("model", {}).get("name")):
+        preprocess = described.get("preprocess", {})
+        return Weights(params=params, layout="npz", model=described["model"], preprocess=preprocess)
     is_big_vision = "pos_embedding" in params
     params = _move_to_our_names(params)
     model = infer_model(params)
@@ -76,7 +81,6 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
         )
     if model["name"] == "vit" and POSEMB not in params:
         model["position_embedding"] = "sincos2d"
-    described = _read_description(path)
     return Weights(
         params=params,
         layout="big_vision npz" if is_big_vision else "published npz",
@@ -101,10 +105,12 @@ def write_npz(path: str | os.PathLike[str], weights: Weights) -> None:
       OSError: a file can't be written.
     """
     file, description = Path(path), Path(path).with_suffix(".json")
-    arrays = {_published_name(name): value for name, value in weights.params.items()}
-    for name, value in arrays.items():
-        if _GROUP_NORM.fullmatch(name):
-            arrays[name] = value.reshape(1, 1, 1, -1)
+    arrays = dict(weights.params)
+    if not is_part(weights.model.get("name")):
+        arrays = {_published_name(name): value for name, value in arrays.items()}
+        for name, value in arrays.items():
+            if _GROUP_NORM.fullmatch(name):
+                arrays[name] = value.reshape(1, 1, 1, -1)
     text = json.dumps({"vit_jax": {"model": weights.model, "preprocess": weights.preprocess}})
     with atomic_file(file) as temporary:
         with temporary.open("wb") as f:

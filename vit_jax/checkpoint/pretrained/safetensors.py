@@ -28,6 +28,7 @@ from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.files import atomic_file
 from vit_jax.utils.nested import as_tuples
+from vit_jax.utils.registry import is_part
 
 _DTYPES = {
     "F64": np.dtype("<f8"),
@@ -122,6 +123,8 @@ def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
       UserError: timm has no such model, or the file can't be written.
     """
     arrays, model, preprocess = weights.params, weights.model, weights.preprocess
+    if is_part(model.get("name")):
+        raise UserError(f"{path}: timm has no {model['name']}; expected a file that ends in .npz")
     stated = describe_model(arrays, rope_theta=None)
     stated |= {key: model[key] for key in _MODEL_KEYS if key in model}
     try:
