@@ -134,12 +134,8 @@ def export(
 ) -> list[str]:
     """Writes a model into an empty folder, and returns lines to log.
 
-    Args:
-      folder: of the files.
-      model: the model to write.
-      formats: names in `FORMATS`.
-      layer: layer whose output programs return.
-      tf_python: an interpreter with TensorFlow, for a SavedModel.
+    Programs return the output of `layer`. `tf_python` is an interpreter with TensorFlow, which only
+    a SavedModel needs.
 
     Raises:
       UserError: a format cannot hold the model, or a written program computes something else.
