@@ -29,8 +29,7 @@ from vit_jax.pages.comparison import (
     show_table,
 )
 from vit_jax.utils.command import CommandParser, run_command
-from vit_jax.utils.errors import UserError
-from vit_jax.utils.files import fresh_file, fresh_folder
+from vit_jax.utils.files import check_fresh, fresh_file, fresh_folder
 
 FORMATS = ("table", "csv", "json")
 
@@ -60,8 +59,8 @@ def main(argv: Sequence[str]) -> None:
     """Prints the comparison, or writes it to files."""
     args = parse_arguments(argv)
     set_up(quiet=False, to_stderr=args.output is None)
-    if args.output is not None and args.output.exists():
-        raise UserError(f"--output={args.output} exists; remove it, or choose another name")
+    if args.output is not None:
+        check_fresh(args.output)
     runs = read_runs(args.WORKDIRS)
     if args.output is None:
         print(render(runs, args.format), end="")

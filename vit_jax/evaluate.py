@@ -131,19 +131,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
       UserError: they don't go together.
     """
     parser = CommandParser(prog="python -m vit_jax.evaluate", description=__doc__)
-    parser.add_argument("--workdir", type=Path, help="of the run")
-    parser.add_argument("--config", help="file in place of the workdir's; --config.KEY=VALUE too")
-    parser.add_argument("--checkpoint", help="a step of the run, last, best, or a path; last")
-    parser.add_argument("--init_from", help="weights of any kind, as in a config")
-    parser.add_argument("--json", action="store_true", help="print an object a line, no table")
-    parser.add_argument("--output", type=Path, help=f"file to append to; WORKDIR/{RESULTS}")
-    parser.add_argument(
-        "--details", action="store_true", help="write results by class, ... to WORKDIR/evals"
-    )
-    parser.add_argument("--follow", action="store_true", help="evaluate all checkpoints to come")
-    parser.add_argument(
-        "--timeout", type=float, default=3600, help="of --follow: seconds without a checkpoint"
-    )
+    add = parser.add_argument
+    add("--workdir", type=Path, help="of the run")
+    add("--config", help="file in place of the workdir's; --config.KEY=VALUE too")
+    add("--checkpoint", help="a step of the run, last, best, or a path; last")
+    add("--init_from", help="weights of any kind, as in a config")
+    add("--json", action="store_true", help="print an object a line, no table")
+    add("--output", type=Path, help=f"file to append to; WORKDIR/{RESULTS}")
+    add("--details", action="store_true", help="write results by class, ... to WORKDIR/evals")
+    add("--follow", action="store_true", help="evaluate all checkpoints to come")
+    add("--timeout", type=float, default=3600, help="of --follow: seconds without a checkpoint")
     parser.add_parts()
     args = parser.parse_args(argv)
     if args.workdir is None and args.config is None:

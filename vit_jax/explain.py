@@ -99,12 +99,7 @@ def choose_figures(model: LoadedModel, wanted: Sequence[str] | None) -> list[str
 
 
 def explain(model: LoadedModel, paths: Sequence[str], names: Sequence[str]) -> list[Section]:
-    """Draws the figures of the model, and those of each image.
-
-    Args:
-      model: the model to explain.
-      paths: paths of images.
-      names: names of figures that can be drawn for the model.
+    """Draws the figures of these names for the model, and for each of the images.
 
     Raises:
       UserError: an image cannot be read.

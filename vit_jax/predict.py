@@ -61,22 +61,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
       UserError: they don't go together.
     """
     parser = CommandParser(prog="python -m vit_jax.predict", description=__doc__)
-    parser.add_argument("PATHS", nargs="+", help="files, folders, patterns, or - for stdin")
+    add = parser.add_argument
+    add("PATHS", nargs="+", help="files, folders, patterns, or - for stdin")
     add_source(parser)
-    parser.add_argument("--output", type=Path, help="file to write; must not exist")
-    parser.add_argument(
+    add("--output", type=Path, help="file to write; must not exist")
+    add(
         "--format",
         choices=(*PREDICTIONS, "npz"),
         help="of the results; told by the ending of --output, else table",
     )
-    parser.add_argument("--top_k", type=int, default=5, help="classes to list; %(default)s")
-    parser.add_argument("--embed", action="store_true", help="write features, not classes")
-    parser.add_argument(
-        "--layer", help="of --embed: whose output; pre_logits. A wrong name lists all"
-    )
-    parser.add_argument("--tta", choices=("flip",), help="take the mean with the mirror image")
-    parser.add_argument("--batch_size", type=int, default=64, help="images; %(default)s")
-    parser.add_argument("--num_threads", type=int, help="that decode; one a core")
+    add("--top_k", type=int, default=5, help="classes to list; %(default)s")
+    add("--embed", action="store_true", help="write features, not classes")
+    add("--layer", help="of --embed: whose output; pre_logits. A wrong name lists all")
+    add("--tta", choices=("flip",), help="take the mean with the mirror image")
+    add("--batch_size", type=int, default=64, help="images; %(default)s")
+    add("--num_threads", type=int, help="that decode; one a core")
     args = parser.parse_intermixed_args(argv)
     for key, least in (("top_k", 1), ("batch_size", 1), ("num_threads", 0)):
         value = getattr(args, key)

@@ -7,14 +7,9 @@ _MIN_BOUND = 1 << 26
 
 
 def check_size(stored: int, claimed: int) -> None:
-    """Checks the size that a file claims for its arrays, before they are allocated.
+    """Raises ValueError if the arrays of a file of `stored` bytes would have far more bytes.
 
-    Args:
-      stored: bytes of the file.
-      claimed: bytes of its arrays, by its own headers.
-
-    Raises:
-      ValueError: the claim is far larger than the file.
+    By the headers of the file they have `claimed` bytes; this is checked before they are allocated.
     """
     if claimed > _MIN_BOUND + _MAX_RATIO * stored:
         raise ValueError(f"{stored:,} bytes that would become {claimed:,}")

@@ -106,11 +106,7 @@ def _find_best(workdir: Path, steps: Sequence[int]) -> int:
 def remove_workdir_on_error(workdir: Path, *, active: bool = True) -> Iterator[None]:
     """Removes a new workdir if a `UserError` ends the block before the config is written.
 
-    Only the ledger and empty folders are removed.
-
-    Args:
-      workdir: may not exist yet.
-      active: False on all processes but one, to do nothing.
+    Only the ledger and empty folders are removed, by the one process that is `active`.
     """
     existed = workdir.is_dir()
     used = existed and any(workdir.iterdir())
@@ -128,11 +124,9 @@ def remove_workdir_on_error(workdir: Path, *, active: bool = True) -> Iterator[N
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path, *, active: bool = True) -> Iterator[None]:
-    """Locks a workdir for a run. The lock ends with the process that holds it, even if killed.
+    """Locks an existing workdir for a run, in the one process that is `active`.
 
-    Args:
-      workdir: an existing folder.
-      active: False on all processes but one, to do nothing.
+    The lock ends with the process that holds it, even if killed.
 
     Raises:
       UserError: another process holds the lock.

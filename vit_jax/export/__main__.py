@@ -70,22 +70,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
       UserError: an argument is invalid, or a library for it is missing.
     """
     parser = CommandParser(prog="python -m vit_jax.export", description=__doc__)
+    add = parser.add_argument
     add_source(parser)
-    parser.add_argument("--to", help=f"formats, with commas: {', '.join(FORMATS)}")
-    parser.add_argument("--output", type=Path, help="folder to make; must not exist")
-    parser.add_argument(
+    add("--to", help=f"formats, with commas: {', '.join(FORMATS)}")
+    add("--output", type=Path, help="folder to make; must not exist")
+    add(
         "--layer",
         help="of programs: whose output they give; logits, or pre_logits of a model without a "
         "classifier. A wrong name lists all",
     )
-    parser.add_argument(
-        "--tf_python", default=sys.executable, help="of savedmodel: an interpreter with TensorFlow"
-    )
-    parser.add_argument("--name", help="of the model in its card; that of --push, or of --output")
-    parser.add_argument("--license", help="of the weights, for the card: apache-2.0, mit, ...")
-    parser.add_argument("--push", help="USER/NAME on the Hugging Face hub: say what would go there")
-    parser.add_argument("--yes", action="store_true", help="with --push: upload it")
-    parser.add_argument("--private", action="store_true", help="with --push: if it is new")
+    add("--tf_python", default=sys.executable, help="of savedmodel: an interpreter with TensorFlow")
+    add("--name", help="of the model in its card; that of --push, or of --output")
+    add("--license", help="of the weights, for the card: apache-2.0, mit, ...")
+    add("--push", help="USER/NAME on the Hugging Face hub: say what would go there")
+    add("--yes", action="store_true", help="with --push: upload it")
+    add("--private", action="store_true", help="with --push: if it is new")
     args = parser.parse_args(argv)
     for name in ("to", "output"):
         if not getattr(args, name):
@@ -134,12 +133,8 @@ def export(
 ) -> list[str]:
     """Writes a model into an empty folder, and returns lines to log.
 
-    Args:
-      folder: of the files.
-      model: the model to write.
-      formats: names in `FORMATS`.
-      layer: layer whose output programs return.
-      tf_python: an interpreter with TensorFlow, for a SavedModel.
+    Programs return the output of `layer`. `tf_python` is an interpreter with TensorFlow, which only
+    a SavedModel needs.
 
     Raises:
       UserError: a format cannot hold the model, or a written program computes something else.

@@ -85,15 +85,10 @@ def make_card(
     license_id: str | None,
     params: str,
 ) -> str:
-    """Returns the text of the card of a model that was exported in some formats.
+    """Returns the text of the card of a model whose programs return the output of `layer`.
 
-    Args:
-      model: the exported model.
-      formats: formats of the files.
-      layer: layer whose output programs return.
-      name: title of the card.
-      license_id: licence of the weights, by its name on the hub; None if it is not known.
-      params: the parameters that were loaded, "raw" or "ema".
+    `license_id` is the licence of the weights by its name on the hub, None if it is not known.
+    `params` are the parameters that were loaded, "raw" or "ema".
     """
     results = read_results(model, params=params)
     kind = model.arguments.get("name", "vit")

@@ -38,8 +38,8 @@ def compare_outputs(
       model: the original model.
       layer: layer whose output is compared.
       batches: uint8 `[n, *image_shape]` each, from `make_batches`.
-      outputs: outputs of the written model for each batch, float32 `[n, ...]`.
-      what: name of the written file, for messages.
+      outputs: of the written model for each batch, float32 `[n, ...]`.
+      what: name of the written file.
 
     Raises:
       UserError: the difference exceeds the tolerance.

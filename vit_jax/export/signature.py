@@ -26,10 +26,7 @@ def name_source(model: LoadedModel) -> str:
 def describe_signature(model: LoadedModel, layer: str, files: Mapping[str, str]) -> dict[str, Any]:
     """Describes the input, the output, the preparation of images and the class names.
 
-    Args:
-      model: the model that was written.
-      layer: layer whose output the programs return.
-      files: names of the files by format.
+    The programs return the output of `layer`; `files` are their names by format.
     """
     images = jax.ShapeDtypeStruct((1, *model.image_shape), np.uint8)
     output = jax.eval_shape(model.as_function(layer), images)

@@ -16,9 +16,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def trace_program(model: LoadedModel, layer: str) -> export.Exported:
     """Traces a program that maps uint8 `[n, *image_shape]` to float32 `[n, ...]`, for any n.
 
-    Args:
-      model: a model; its parameters become constants of the program.
-      layer: layer whose output the program returns, see `LoadedModel.features`.
+    It returns the output of `layer`, see `LoadedModel.features`, and holds the parameters.
     """
     (batch,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *model.image_shape), np.uint8)

@@ -106,11 +106,7 @@ def adapt_params(
 
 
 def check_arguments(weights: Weights, model: Any) -> None:
-    """Checks that a model computes the same function from parameters of the same shapes.
-
-    Args:
-      weights: `weights.model` has the arguments of their model.
-      model: Flax module whose attributes are compared with these.
+    """Checks that a Flax module computes what the model of the weights does (`weights.model`).
 
     Raises:
       UserError: an argument differs; the message has the overrides that set it as in the weights.
@@ -396,9 +392,7 @@ def _by(size: tuple[int, ...]) -> str:
 def compare_preprocess(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """Returns one line for each difference between the preprocessing of weights and of a run.
 
-    Args:
-      theirs: the known ones of `mean`, `std` and `eval`, see `Weights.preprocess`.
-      ours: all of these.
+    `ours` has `mean`, `std` and `eval`, `theirs` those that are known; see `Weights.preprocess`.
     """
     keys = {"mean": "objective.pixel_mean", "std": "objective.pixel_std"}
     notes = [

@@ -73,8 +73,11 @@ def fetch(source: Published | str, *, cache_dir: Path | None = None) -> Path:
     Raises:
       UserError: the file can't be downloaded, or differs from the published one.
     """
-    wanted = _want(source, cache_dir)
-    path = wanted.path
+    path = cache_path(source, cache_dir=cache_dir)
+    if isinstance(source, Published):
+        wanted = _Wanted(path, source.url_https, source.size, source.sha256)
+    else:
+        wanted = _Wanted(path, to_https(source))
     if path.is_file():
         _check(path, wanted, remedy=f"delete {path} to have it fetched again")
         return path
@@ -119,23 +122,16 @@ def compute_sha256(path: Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
-    """A file to fetch, with its known size and checksum, and its path in the cache."""
+    """A file to fetch, with its path in the cache, and its size and checksum if known."""
 
-    url: str
-    size: int | None
-    sha256: str
     path: Path
+    url: str
+    size: int | None = None
+    sha256: str = ""
 
     @property
     def by_hand(self) -> str:
         return f"fetch it on another machine and put it at {self.path}"
-
-
-def _want(source: Published | str, cache_dir: Path | None) -> _Wanted:
-    path = cache_path(source, cache_dir=cache_dir)
-    if isinstance(source, Published):
-        return _Wanted(source.url_https, source.size, source.sha256, path)
-    return _Wanted(to_https(source), None, "", path)
 
 
 class _CutError(Exception):

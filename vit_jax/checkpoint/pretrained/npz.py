@@ -212,12 +212,7 @@ def _read_arrays(path: epath.Path, subtree: str) -> dict[str, np.ndarray]:
 
 
 def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:
-    """Raises ValueError, before memory is allocated, if an array claims more bytes than it has.
-
-    Args:
-      archive: the open file.
-      size: bytes of the file.
-    """
+    """Raises ValueError, before memory is allocated, if an array claims more bytes than it has."""
     members = archive.infolist()
     check_size(size, sum(info.file_size for info in members))
     for info in members:

@@ -48,10 +48,7 @@ def fill_model(
 ) -> tuple[dict[str, Any], list[str]]:
     """Fits weights to the model that `rebuild_model` made of them.
 
-    Args:
-      model: from `rebuild_model`.
-      weights: to be fitted.
-      image_shape: height, width and channels of an image; position embeddings are resized to it.
+    Position embeddings are resized to images of `image_shape`: height, width and channels.
 
     Returns:
       `(params, notes)`: nested dict of NumPy arrays in the dtypes of the model's parameters, and

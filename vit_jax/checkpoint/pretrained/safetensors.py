@@ -161,13 +161,9 @@ def _read_own(
 
 
 def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Reads all tensors and the metadata of a file.
+    """Returns `(tensors, metadata)` of a local or `gs://` file.
 
-    Args:
-      path: local or `gs://`.
-
-    Returns:
-      `(tensors, metadata)`; read-only arrays with the shapes and dtypes of the file, by name.
+    The tensors are read-only arrays with the shapes and dtypes of the file, by name.
 
     Raises:
       OSError: the file can't be read.
@@ -210,10 +206,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[str, str]) -> None:
     """Writes a file, which is flushed to the disk before it gets its name.
 
-    Args:
-      path: of the file, in a folder that exists.
-      tensors: arrays of any shape and of a dtype of the format, by name.
-      metadata: texts by key.
+    The tensors are arrays of any shape by name; the metadata are texts by key.
 
     Raises:
       OSError: the file can't be written.
