@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributed training of Vision Transformers in JAX.
 
-What stands in `__all__` is for use from Python, and stays. Nothing is imported before it is used.
+The names in `__all__` are the public API. Modules are imported when they are first used.
 """
 
 import importlib
