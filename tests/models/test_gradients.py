@@ -98,7 +98,8 @@ def unstack_blocks(params):
 
 
 def build(data_dir, mesh=ONE, **changes):
-    changes = {"data__preprocess": "decode", "evals": {}, "model__patch_size": PATCH} | changes
+    own = {"model__patch_size": PATCH, "model__num_layers": LAYERS}
+    changes = {"data__preprocess": "decode", "evals": {}} | own | changes
     # After one update the momentum is the gradient.
     optimizer = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "schedule": "constant"}
     config = tiny_config(data_dir, mesh=mesh, optimizer=optimizer, **changes)

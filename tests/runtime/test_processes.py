@@ -155,7 +155,8 @@ def test_two_processes_evaluate_as_one(one, two):
 
 def said(output):
     """What the package printed, without what the transport between CPU processes does."""
-    return [line for line in output.splitlines() if not line.startswith("[Gloo]")]
+    # Its threads write at once, so that the beginning of a line may be missing.
+    return [line for line in output.splitlines() if "peer ranks" not in line]
 
 
 def opened(errors):
