@@ -216,6 +216,21 @@ def test_a_part_is_checked_like_a_built_in_constructor(outside):
         bind({"width": "a"}, make, key="it")
 
 
+@pytest.mark.parametrize("argument", ["name", "layers"])
+def test_an_argument_with_the_name_of_another_key_is_refused(outside, argument):
+    module = f"registry_reserves_{argument}"
+    (outside / f"{module}.py").write_text(f"def make(*, {argument}=3): pass\n")
+    trust_parts(module)
+    make = find(f"{module}:make")
+    with pytest.raises(UserError) as error:
+        bind({}, paint, make, key="it")
+    assert str(error.value) == (
+        f"it.{argument} is reserved: {module}:make needs another name for its argument {argument}"
+    )
+    given = bind({}, paint, make, key="it", given=("name", "layers"))
+    assert given == [{}, {}]
+
+
 def test_plain_functions_and_dataclasses_are_parts_too(outside):
     trust_parts("registry_parts")
     line, dot = find("registry_parts:make_line"), find("registry_parts:Dot")

@@ -226,6 +226,7 @@ def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str,
     """
     allowed: dict[str, inspect.Parameter] = {}
     for fn in fns:
+        _check_reserved(fn, fns, key=key, given=given)
         allowed |= {n: p for n, p in keywords(fn).items() if n not in given}
     part = "".join(f" ({fn})" for fn in fns if isinstance(fn, Part))
     values = {}
@@ -253,6 +254,15 @@ def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str,
                 kwargs[name] = values.get(name, parameter.default)
         bound.append(kwargs)
     return bound
+
+
+def _check_reserved(fn: Callable, fns: tuple[Callable, ...], *, key: str, given: tuple[str, ...]):
+    """Raises `UserError` if a part has an argument whose key means something else in its section."""
+    others = [keywords(other).keys() for other in fns if other is not fn]
+    reserved = {"name"}.union(*others).intersection(keywords(fn)).difference(given)
+    if isinstance(fn, Part) and reserved:
+        first = min(reserved)
+        raise UserError(f"{key}.{first} is reserved: {fn} needs another name for its argument {first}")
 
 
 def _is_plain(value: Any) -> bool:
