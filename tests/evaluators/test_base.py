@@ -86,3 +86,38 @@ def test_an_incomplete_evaluator_can_not_be_made():
 
     with pytest.raises(TypeError, match="judge_batch"):
         Incomplete(name="e", data=None, objective=None, mesh=None)
+
+
+def evaluate_to(data_dir, results, monkeypatch):
+    monkeypatch.setattr(Brightness, "run", lambda *_, **__: results)
+    return evaluate(brightness(data_dir, devices=1), np.float32(1), None)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (3, 3),
+        (0.5, 0.5),
+        (np.int64(3), 3),
+        (jnp.int32(3), 3),
+        (np.float32(0.5), 0.5),
+        (np.array(0.5), 0.5),
+        (jnp.float32(0.5), 0.5),
+        (jnp.bfloat16(0.5), 0.5),
+    ],
+)
+def test_results_are_python_numbers(data_dir, monkeypatch, value, expected):
+    (found,) = evaluate_to(data_dir, {"best": value}, monkeypatch).values()
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize("value", [None, "0.5", np.zeros(2), jnp.zeros(1), [1.0], 1j, np.array("x")])
+def test_a_result_that_is_no_number_is_refused(data_dir, monkeypatch, value):
+    with pytest.raises(UserError, match=r"evals\.e: best is a \w+; expected a single number"):
+        evaluate_to(data_dir, {"best": value}, monkeypatch)
+
+
+def test_results_are_a_dict(data_dir, monkeypatch):
+    with pytest.raises(UserError, match=r"evals\.e: run gives a NoneType; expected a dict"):
+        evaluate_to(data_dir, None, monkeypatch)

@@ -192,6 +192,9 @@ def evaluate(
     """Results on the raw parameters, `NAME/...`, and on their average, `NAME_ema/...`.
 
     `details` are the workdir and the step, for files of further results, `evals/NAME_STEP...`.
+
+    Raises:
+      UserError: the evaluator raises it, or a result is no number.
     """
     trees = {evaluator.name: params}
     if ema_params is not None:
@@ -200,8 +203,22 @@ def evaluate(
     for prefix, tree in trees.items():
         files = None if details is None else details[0] / EVALS / f"{prefix}_{details[1]}"
         found = evaluator.run(tree, details=files)
-        results |= {f"{prefix}/{metric}": value for metric, value in found.items()}
+        if not isinstance(found, dict):
+            raise UserError(
+                f"evals.{evaluator.name}: run gives a {type(found).__name__}; expected a dict"
+            )
+        for metric, value in found.items():
+            results[f"{prefix}/{metric}"] = _to_number(value, f"evals.{evaluator.name}: {metric}")
     return results
+
+
+def _to_number(value: Any, where: str) -> float:
+    """A Python number from one of Python, or from a scalar of numpy or JAX; integers remain so."""
+    if isinstance(value, int | float | np.generic | np.ndarray | jax.Array) and not np.ndim(value):
+        scalar = np.asarray(value)
+        if any(jnp.issubdtype(scalar.dtype, kind) for kind in (np.bool_, np.integer, jnp.floating)):
+            return scalar.item()
+    raise UserError(f"{where} is a {type(value).__name__}; expected a single number")
 
 
 def write_details(details: Path | None, content: Any) -> None:
