@@ -54,6 +54,61 @@ class Wide(Net):
         return logits[:, :3], out
 """
 
+# Parts that fail once their code runs.
+BROKEN = """
+import flax.linen as nn
+import jax.numpy as jnp
+import optax
+from parts_models import Net
+from vit_jax.objectives.supervised import Supervised
+
+class Fails(Net):
+    def __call__(self, images, *, train):
+        return super().__call__(images, train=train) + nn.nothing
+
+class FailsInTraining(Net):
+    def __call__(self, images, *, train):
+        if train:
+            images = images.reshape(3)
+        return super().__call__(images, train=train)
+
+class Averages(Net):
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = nn.BatchNorm(use_running_average=not train)(images).mean(axis=(1, 2))
+        x = nn.Dense(self.num_classes)(x)
+        return x, {"pre_logits": x, "logits": x}
+
+class Patches(Net):
+    def grid(self, image_size):
+        raise ValueError("expected a multiple of 3")
+
+def make_broken(broken):
+    class Broken(Supervised):
+        def loss(self, params, batch, rng):
+            return broken(*super().loss(params, batch, rng))
+
+    return lambda *, model, num_classes: Broken(model, num_classes, pixel_mean=0, pixel_std=1)
+
+no_metrics = make_broken(lambda loss, metrics: loss)
+no_loss = make_broken(lambda loss, metrics: (loss, {"brier": loss}))
+no_scalar = make_broken(lambda loss, metrics: (loss[None], metrics))
+no_key = make_broken(lambda loss, metrics: metrics["brier"])
+
+class NoParams(Supervised):
+    def init(self, rng, batch):
+        return None
+
+def no_params(*, model, num_classes):
+    return NoParams(model, num_classes, pixel_mean=0, pixel_std=1)
+
+def no_state():
+    return optax.GradientTransformation(lambda params: params["no"], lambda g, s, p: (g, s))
+
+def no_update():
+    return optax.GradientTransformation(lambda params: (), lambda g, s: (g, s))
+"""
+
 OPS = """
 import cv2
 from vit_jax.data.ops.transforms import Transform
@@ -72,6 +127,15 @@ def shift(by: int = 0):
 
 def nothing():
     return None
+
+def forgets():
+    return lambda features: None
+
+def flattens():
+    return lambda features: features | {"image": features["image"].ravel()}
+
+def fails():
+    return lambda features: features["picture"]
 """
 
 DATA = """
@@ -100,7 +164,7 @@ def outside(tmp_path, monkeypatch):
     """A folder with modules of a user, who has named none of them."""
     folder = tmp_path / "outside"
     folder.mkdir()
-    for name, code in (("models", MODELS), ("ops", OPS), ("data", DATA)):
+    for name, code in (("models", MODELS), ("ops", OPS), ("data", DATA), ("broken", BROKEN)):
         (folder / f"parts_{name}.py").write_text(code)
     monkeypatch.syspath_prepend(folder)
     forget(monkeypatch)
@@ -232,6 +296,57 @@ def test_a_model_that_gives_something_else_is_refused(outside, data_dir, name, m
         Experiment.from_config(config_of(data_dir, {"name": name}))
     assert str(error.value).startswith(f"model.name={name!r}")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "message"),
+    [
+        ("model", "Fails", "failed with AttributeError: "),
+        ("model", "FailsInTraining", "failed with TypeError: "),
+        ("model", "Averages", "failed with ScopeCollectionNotFound: "),
+        ("model", "Patches", "failed with ValueError: expected a multiple of 3 (parts_broken.py:"),
+        ("objective", "no_metrics", "loss gives float32[]: expected (loss, metrics), with"),
+        ("objective", "no_loss", "expected (loss, metrics), with 'loss' in the dict metrics"),
+        ("objective", "no_scalar", "expected a float32 scalar, and metrics"),
+        ("objective", "no_key", "failed with KeyError: 'brier' (parts_broken.py:"),
+        ("objective", "no_params", "init gives a NoneType; expected a dict of parameters"),
+        ("optimizer", "no_state", "failed with KeyError: 'no' (parts_broken.py:"),
+        ("optimizer", "no_update", "failed with TypeError: "),
+    ],
+)
+def test_a_part_that_fails_is_refused_before_a_run_starts(
+    outside, data_dir, section, name, message
+):
+    trust_parts(["parts_models", "parts_broken"])
+    config = config_of(data_dir, {"name": "parts_models:Net"})
+    with config.unlocked():
+        if section == "optimizer":
+            config.optimizer.name = f"parts_broken:{name}"
+        else:
+            config[section] = {"name": f"parts_broken:{name}"}
+    with pytest.raises(UserError) as error:
+        Experiment.from_config(config)
+    assert str(error.value).startswith(f"{section}.name='parts_broken:{name}'")
+    assert message in str(error.value)
+    # The call of an optimizer with wrong arguments is not a line of its code.
+    if " failed " in message and name != "no_update":
+        assert "(parts_broken.py:" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("op", "message"),
+    [
+        ("forgets", "gives no image in a NoneType; expected a dict of features with 'image'"),
+        ("flattens", "gives an image of another shape in a dict"),
+        ("fails", "failed with KeyError: 'picture' (parts_ops.py:"),
+    ],
+)
+def test_an_operation_that_fails_is_refused_before_a_run_starts(outside, data_dir, op, message):
+    trust_parts("parts_ops")
+    line = f"decode|parts_ops:{op}() | resize(8)"
+    with pytest.raises(UserError) as error:
+        Experiment.from_config(tiny_config(data_dir, data__preprocess=line))
+    assert str(error.value).startswith(f"data.preprocess: 'parts_ops:{op}()' {message}")
 
 
 def test_operations_are_from_outside(outside):

@@ -136,6 +136,9 @@ class Dot:
 
 def fails(*, why: str = "no"):
     raise ValueError(f"because\\n{why}")
+
+def fails_elsewhere():
+    return dataclasses.fields(3)
 """
 
 
@@ -255,6 +258,7 @@ def test_a_flax_module_has_its_own_fields(outside):
         ("registry_parts.sub:make", "there is no module registry_parts.sub"),
         ("registry_parts:make_bix", "registry_parts has no make_bix; did you mean 'make_box'?"),
         ("registry_parts:NUMBER", "is a int; expected a function or a class"),
+        ("registry_syntax:make", "(registry_syntax.py:2)"),
         ("registry_syntax:make", "registry_syntax fails: SyntaxError: "),
         ("registry_raises:make", "fails: ZeroDivisionError: division by zero (registry_raises.py"),
         ("registry_needs:make", "registry_needs fails: ModuleNotFoundError: No module named 'nop'"),
@@ -262,7 +266,7 @@ def test_a_flax_module_has_its_own_fields(outside):
     ],
 )
 def test_what_can_not_be_imported_is_one_line(outside, name, message):
-    (outside / "registry_syntax.py").write_text("def make(:\n")
+    (outside / "registry_syntax.py").write_text("\ndef make(:\n")
     (outside / "registry_raises.py").write_text("\n1 / 0\n")
     (outside / "registry_needs.py").write_text("import nop\n")
     (outside / "registry_exits.py").write_text("import sys\nsys.exit(3)\n")
@@ -278,6 +282,8 @@ def test_an_error_in_a_part_is_one_line_with_its_place(outside):
         find("registry_parts:fails")(why="so")
     line = "'registry_parts:fails' failed with ValueError: because so (registry_parts.py:24)"
     assert str(error.value) == f"model.name={line}"
+    with pytest.raises(UserError, match=r"TypeError: .* \(registry_parts\.py:27\)"):
+        find("registry_parts:fails_elsewhere")()
     with pytest.raises(UserError, match=r"gives a dict; expected builtins\.int or builtins\.float"):
         find("registry_parts:make_box", gives=(int, float))(width=1)
 

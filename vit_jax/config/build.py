@@ -16,6 +16,7 @@ from vit_jax.checkpoint.manager import CheckpointOptions
 from vit_jax.checkpoint.pretrained.adapt import adapt_params
 from vit_jax.config.precision import apply_precision
 from vit_jax.config.schema import Config, Data, EvalData, read_config, read_section
+from vit_jax.config.trace_parts import trace_parts
 from vit_jax.data.mixture import check_same_classes
 from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.evaluators.base import Evaluator
@@ -121,6 +122,8 @@ def build_parts(
     checkpoint, checkpoint_args = _make_checkpoint(
         top["checkpoint"], evaluators, settings.ema_decay is not None, every=every
     )
+    made_by = {"objective": objective_args, "model": model_args, "optimizer": optimizer_args}
+    trace_parts({k: args["name"] for k, args in made_by.items()}, objective, optimizer, data)
     (adapt_args,) = bind(
         settings.adapt, adapt_params, key="adapt", given=("target_grid", "num_class_tokens")
     )

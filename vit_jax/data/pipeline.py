@@ -27,6 +27,7 @@ from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources import dataset_info, open_source
 from vit_jax.data.sources.base import DatasetInfo, Source
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import is_part, report_failure
 
 Batch = dict[str, np.ndarray]
 
@@ -126,9 +127,31 @@ def find_shapes(
     for fill in ((64, 96), (600, 400)):
         sides = [side or other for side, other in zip(image_shape[:2], fill, strict=True)]
         blank = cv2.imencode(".png", np.zeros((*sides, 3), np.uint8))[1].tobytes()
-        features = {"image": blank, "label": np.int32(0)}
-        shapes.add(apply(ops, features, np.random.default_rng(0))["image"].shape)
+        features, rng = {"image": blank, "label": np.int32(0)}, np.random.default_rng(0)
+        for text, op in zip(line.split("|"), ops, strict=True):
+            features = _try_op(op, text.strip(), features, rng, key=key)
+        shapes.add(features["image"].shape)
     return shapes
+
+
+def _try_op(
+    op: Op, text: str, features: Features, rng: np.random.Generator, *, key: str
+) -> Features:
+    """Runs an operation; raises `UserError` if it is a part that fails or gives no image."""
+    name = text.partition("(")[0]
+    if not is_part(name):
+        return apply([op], features, rng)
+    where = f"{key}: {text!r}"
+    with report_failure(where, name):
+        features = apply([op], features, rng)
+    image = features.get("image") if isinstance(features, dict) else None
+    if not isinstance(image, np.ndarray) or image.ndim != 3:
+        what = "an image of another shape" if isinstance(image, np.ndarray) else "no image"
+        raise UserError(
+            f"{where} gives {what} in a {type(features).__name__}; expected a dict of features "
+            "with 'image', [height, width, channels]"
+        )
+    return features
 
 
 # Records that are tried for one position: if none of so many can be read, the storage is at fault.

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from vit_jax.models.block_config import unconstrained
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import report_failure
 
 Model = Any  # types of Flax modules are of little help
 
@@ -50,9 +51,11 @@ def check_outputs(model: Model, name: str, image_shape: tuple[int, ...]) -> None
     if num_classes is None:
         raise UserError(f"model.name={name!r} gives a model without the attribute num_classes")
     # A mesh may not divide a batch of one image.
-    init = functools.partial(unsharded(model).init_with_output, train=False)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    given, _ = jax.eval_shape(init, jax.random.key(0), images)
+    with report_failure(f"model.name={name!r}", name):
+        find_grid(model, image_shape[:2])
+        init = functools.partial(unsharded(model).init_with_output, train=False)
+        given, _ = jax.eval_shape(init, jax.random.key(0), images)
     logits, out = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
     if not isinstance(out, dict) or "pre_logits" not in out:
         wrong = "expected (logits, out), and 'pre_logits' and 'logits' in the dict out"

@@ -9,13 +9,15 @@ A name with a colon, `my_package.my_module:make_thing`, is a constructor outside
 is imported where a built-in name is looked up, and only if the user named its module too.
 """
 
+import contextlib
 import importlib
 import inspect
 import re
+import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +63,8 @@ class Part:
             raise UserError(f"{self._where} can't be called by name: {e}") from None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        try:
+        with report_failure(self._where, self._name):
             made = self.imported(*args, **kwargs)
-        except UserError:
-            raise
-        except Exception as e:
-            raise UserError(f"{self._where} failed with {describe_error(e)}{_find_line(e)}") from e
         if self._gives and not isinstance(made, self._gives):
             expected = " or ".join(f"{c.__module__}.{c.__qualname__}" for c in self._gives)
             raise UserError(f"{self._where} gives a {type(made).__name__}; expected {expected}")
@@ -129,13 +127,15 @@ def import_part(name: str, *, key: str, gives: tuple[Any, ...] = ()) -> Part:
         imported = importlib.import_module(module)
     except ModuleNotFoundError as e:
         if e.name is None or not f"{module}.".startswith(f"{e.name}."):
-            raise UserError(f"{where}: {module} fails: {describe_error(e)}{_find_line(e)}") from e
+            raise UserError(
+                f"{where}: {module} fails: {describe_error(e)}{_find_line(e, name)}"
+            ) from e
         raise UserError(
             f"{where}: there is no module {e.name}: expected it to be installed, or its folder in "
             "PYTHONPATH"
         ) from e
     except (Exception, SystemExit) as e:
-        raise UserError(f"{where}: {module} fails: {describe_error(e)}{_find_line(e)}") from e
+        raise _import_error(where, name, e) from e
     make = getattr(imported, attribute, None)
     if make is None:
         own = [n for n, x in vars(imported).items() if getattr(x, "__module__", "") == module]
@@ -143,6 +143,11 @@ def import_part(name: str, *, key: str, gives: tuple[Any, ...] = ()) -> Part:
     if not callable(make):
         raise UserError(f"{where} is a {type(make).__name__}; expected a function or a class")
     return Part(make, name=name, key=key, gives=gives)
+
+
+def _import_error(where: str, name: str, error: BaseException) -> UserError:
+    module = name.partition(":")[0]
+    return UserError(f"{where}: {module} fails: {describe_error(error)}{_find_line(error, name)}")
 
 
 def find_part(table: Mapping[str, Any], name: Any, *, key: str, gives: tuple[Any, ...] = ()) -> Any:
@@ -169,11 +174,39 @@ def _read_signature(make: Callable) -> inspect.Signature:
         return inspect.signature(make)
 
 
-def _find_line(error: BaseException) -> str:
-    """The file and the line that raised an exception, in parentheses; empty if it is not known."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
-    frames = [f for f in frames if not f.filename.startswith("<")]
-    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+@contextlib.contextmanager
+def report_failure(where: str, name: str) -> Iterator[None]:
+    """Turns an exception of a part's code into a `UserError` that names its file and line.
+
+    Args:
+      where: start of the error, such as `model.name='my_models:Net'`.
+      name: of the part, `module:attribute`.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"{where} failed with {describe_error(e)}{_find_line(e, name)}") from e
+
+
+def _find_line(error: BaseException, name: str) -> str:
+    """The file and line of a part's code that raised, in parentheses; empty if it is not known.
+
+    This is the last line in the part's own package, or the last one of all if none is in it.
+    """
+    if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):
+        return f" ({Path(error.filename).name}:{error.lineno})"
+    machinery = (__file__, contextlib.__file__, importlib.__file__)
+    frames = [
+        (f.filename, f.lineno)
+        for f in traceback.extract_tb(error.__traceback__)
+        if f.filename not in machinery and not f.filename.startswith("<")
+    ]
+    top = sys.modules.get(re.split("[.:]", name)[0])
+    places = {*getattr(top, "__path__", ()), getattr(top, "__file__", None)} - {None}
+    own = [f for f in frames if places & {f[0], *map(str, Path(f[0]).parents)}]
+    return "".join(f" ({Path(file).name}:{line})" for file, line in (own or frames)[-1:])
 
 
 def keywords(fn: Callable) -> dict[str, inspect.Parameter]:
@@ -257,12 +290,14 @@ def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str,
 
 
 def _check_reserved(fn: Callable, fns: tuple[Callable, ...], *, key: str, given: tuple[str, ...]):
-    """Raises `UserError` if a part has an argument whose key means something else in its section."""
+    """Raises `UserError` if an argument of a part is another key of its section."""
     others = [keywords(other).keys() for other in fns if other is not fn]
     reserved = {"name"}.union(*others).intersection(keywords(fn)).difference(given)
     if isinstance(fn, Part) and reserved:
         first = min(reserved)
-        raise UserError(f"{key}.{first} is reserved: {fn} needs another name for its argument {first}")
+        raise UserError(
+            f"{key}.{first} is reserved: {fn} needs another name for its argument {first}"
+        )
 
 
 def _is_plain(value: Any) -> bool:
