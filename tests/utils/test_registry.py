@@ -244,6 +244,20 @@ def test_plain_functions_and_dataclasses_are_parts_too(outside):
     assert dataclasses.asdict(dot(size=3)) == {"size": 3}
 
 
+def test_a_default_that_a_config_does_not_give_back_is_left_to_the_constructor(outside):
+    trust_parts("registry_defaults")
+    (outside / "registry_defaults.py").write_text(
+        "import enum, math\n"
+        "class Kind(enum.IntEnum):\n    A = 1\n"
+        "class Word(str, enum.Enum):\n    A = 'a'\n"
+        "def make(a={'f': print}, b=Kind.A, c=Word.A, d=math.nan, e=({'g': [math.nan]},),\n"
+        "         f={1: 2}, g=math.inf, h={'k': (1, {'l': None})}, i='text'): pass\n"
+    )
+    assert bind({}, find("registry_defaults:make"), key="it") == [
+        {"g": float("inf"), "h": {"k": (1, {"l": None})}, "i": "text"}
+    ]
+
+
 def test_a_flax_module_has_its_own_fields(outside):
     trust_parts("registry_flax")
     code = "import flax.linen as nn\nclass Net(nn.Module):\n    width: int\n"

@@ -301,10 +301,13 @@ def _check_reserved(fn: Callable, fns: tuple[Callable, ...], *, key: str, given:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a config can hold a value."""
+    """Whether a config can hold a value, and gives an equal one when it is read from JSON."""
     if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str | dict)
+    if isinstance(value, dict):
+        return all(isinstance(k, str) for k in value) and all(map(_is_plain, value.values()))
+    # Not a subclass, such as an enum, nor NaN, which differs from itself.
+    return value is None or (type(value) in (bool, int, float, str) and value == value)
 
 
 def check_type(value: Any, annotation: Any, *, key: str) -> None:
