@@ -280,6 +280,14 @@ def test_defaults_that_no_config_can_hold_are_left_to_the_constructor(outside, d
     assert experiment.description["model"] == experiment.config["model"]
 
 
+def test_a_model_without_dtype_has_no_precision(outside, data_dir):
+    trust_parts("parts_models")
+    config = config_of(data_dir, {"name": "parts_models:Net"}, precision="bfloat16")
+    line = r"precision='bfloat16': model\.name='parts_models:Net' has no argument dtype"
+    with pytest.raises(UserError, match=line):
+        Experiment.from_config(config)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from vit_jax.models.variants import MODELS
 from vit_jax.optim.base_optimizers import BASE_OPTIMIZERS, Dtype
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import find_part, keywords, lookup
@@ -47,12 +48,15 @@ def apply_precision(
       optimizer: the section `optimizer`.
 
     Raises:
-      UserError: there is no such policy, a section contradicts it, or the optimizer has no first
-        moment whose dtype could be set.
+      UserError: there is no such policy, a section contradicts it, or the model has no dtype or the
+        optimizer no first moment whose dtype could be set.
     """
     if name is None:
         return Precision(), dict(model), dict(optimizer)
     precision = lookup(PRECISIONS, name, key="precision")
+    chosen = model.get("name", "vit")
+    if "dtype" not in keywords(find_part(MODELS, chosen, key="model.name")):
+        raise UserError(f"precision={name!r}: model.name={chosen!r} has no argument dtype")
     model_keys = {"dtype": precision.dtype}
     optimizer_keys = {}
     if precision.moment_dtype is not None:
