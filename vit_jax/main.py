@@ -19,10 +19,10 @@ from vit_jax import __version__
 from vit_jax.checkpoint.manager import SaveError
 from vit_jax.config.cpu_devices import count_cpu_devices
 from vit_jax.config.load import load_config, parse_overrides
-from vit_jax.config.schema import per_host_keys
+from vit_jax.config.schema import per_host_keys, read_section
 from vit_jax.observe import console
 from vit_jax.observe.divergence import DivergedError
-from vit_jax.observe.trackers import Tracking, check_trackers
+from vit_jax.observe.trackers import check_trackers
 from vit_jax.runtime import compile_cache, processes
 from vit_jax.runtime.cpu_devices import set_cpu_devices
 from vit_jax.runtime.preemption import RUN_AGAIN, Preempted
@@ -125,9 +125,11 @@ def _check_same(config: ConfigDict) -> None:
 
 def _check_trackers(config: Mapping[str, Any]) -> None:
     """Refuses trackers that are not installed, before the process waits for others."""
+    section = config.get("tracking") or {}
     try:
-        tracking = Tracking(trackers=(config.get("tracking") or {}).get("trackers", ()))
-    except (UserError, AttributeError):
+        given = {"trackers": section["trackers"]} if "trackers" in section else {}
+        tracking, _ = read_section("tracking", given)
+    except (UserError, TypeError):  # The config is refused later, by all processes together.
         return
     check_trackers(tracking)
 
