@@ -93,11 +93,15 @@ CASES = {
         (TRAIN + "--config.optimizer.name=json:dump", ["optimizer.obj (json:dump) is missing"]),
         (TRAIN + "--config.evals.val.name=nowhere:Judge", ["evals.val.name=", "no module nowhere"]),
         (TRAIN + "--config.data.name=nowhere:make:x", ["data.name='nowhere:make'", "no module"]),
+        (TRAIN + "--config.data.name=huggingface:mnist", ["no module huggingface", "no TFDS"]),
         (
             TRAIN + "'--config.data.preprocess=decode|nowhere:blur(3)'",
             ["data.preprocess='nowhere:blur'", "no module nowhere"],
         ),
         (TRAIN + "--config.tracking.trackers=nowhere:T", ["tracking.trackers='nowhere:T'"]),
+        (TRAIN + "--config.tracking.trackers=3", ["tracking.trackers=3 is a int; expected tuple"]),
+        (TRAIN + "'--config.tracking.trackers=[3]'", ["tracking.trackers=", "expected tuple"]),
+        (TRAIN + "--config.tracking=3", ["tracking=3 is a int; expected dict"]),
         (
             TRAIN + "--config.model.patch_size=3",
             ["image of 16x16", "patches of 3x3", "model.patch_size"],

@@ -14,8 +14,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from vit_jax.data.datasets import Digits
-from vit_jax.data.sources import dataset_info, open_source
+from vit_jax.data.sources import dataset_info, find_dataset, open_source
 from vit_jax.data.sources import tfds as tfds_source
+from vit_jax.utils import registry
 from vit_jax.utils.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -191,3 +192,16 @@ def test_two_processes_may_prepare_a_dataset_at_once(tmp_path):
     finally:
         for process in processes:
             process.kill()
+
+
+def test_a_name_with_a_colon_is_that_of_a_community_if_there_is_no_such_module(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(registry, "_trusted", {"some_people"})
+    with pytest.raises(UserError) as error:
+        find_dataset("some_people:mnist", data_dir=str(tmp_path))
+    assert "there is no module some_people" in str(error.value)
+    assert "some_people:mnist is no TFDS dataset in data.data_dir" in str(error.value)
+    (tmp_path / "some_people").mkdir()
+    found = find_dataset("some_people:mnist", data_dir=str(tmp_path))
+    assert found == tfds_source.TfdsDataset("some_people:mnist", str(tmp_path))

@@ -8,6 +8,8 @@ from outside of it.
 """
 
 import functools
+import importlib.util
+import sys
 from collections.abc import Callable
 
 from vit_jax.data.sources.base import Dataset, DatasetInfo, Source
@@ -15,7 +17,7 @@ from vit_jax.data.sources.blank import blank_dataset
 from vit_jax.data.sources.files import folder_dataset, manifest_dataset
 from vit_jax.data.sources.packed import packed_dataset, raw_dataset
 from vit_jax.data.sources.parquet import parquet_dataset
-from vit_jax.data.sources.tfds import TfdsDataset, is_builder
+from vit_jax.data.sources.tfds import TfdsDataset, has_folder, is_builder
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import import_part, is_part
 
@@ -43,12 +45,26 @@ def find_dataset(name: str, *, data_dir: str | None) -> Dataset | TfdsDataset:
     """
     kind, colon, path = name.partition(":")
     if is_part(":".join(name.split(":")[:2])) and kind not in KINDS:
-        return _find_outside(name, data_dir)
+        # TFDS has names with a colon too, those of datasets of a community.
+        module_exists = _has_module(kind)
+        if not module_exists and has_folder(name, data_dir):
+            return TfdsDataset(name, data_dir)
+        try:
+            return _find_outside(name, data_dir)
+        except UserError as e:
+            other = "" if module_exists else f"; and {name} is no TFDS dataset in data.data_dir"
+            raise UserError(f"{e}{other}") from e
     if not colon or kind not in KINDS:
         return TfdsDataset(name, data_dir)
     if not path:
         raise UserError(f"data.name={name!r}: expected {kind}:PATH")
     return KINDS[kind](path)
+
+
+def _has_module(name: str) -> bool:
+    """Whether the top-level package of a module is there, which is not imported."""
+    top = name.partition(".")[0]
+    return top in sys.modules or importlib.util.find_spec(top) is not None
 
 
 @functools.cache

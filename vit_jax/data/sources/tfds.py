@@ -133,13 +133,21 @@ def is_builder(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, tfds.core.DatasetBuilder)
 
 
+def has_folder(name: str, data_dir: str | None) -> bool:
+    """Whether the folder of TFDS's datasets has one for a name, or for its namespace."""
+    return (epath.Path(data_dir or _DEFAULT_DIR).expanduser() / _base(name)).exists()
+
+
+def _base(name: str) -> str:
+    return re.split("[/:]", name)[0]
+
+
 @functools.cache
 def _builder(name: str, data_dir: str | None) -> Any:  # TFDS has no useful types.
-    base = re.split("[/:]", name)[0]
+    base = _base(name)
     known = tfds.list_builders(with_community_datasets=False)
-    folder = epath.Path(data_dir or _DEFAULT_DIR).expanduser() / base
     # For an unknown name, TFDS searches other places, for which it needs TensorFlow.
-    if base not in known and not folder.exists():
+    if base not in known and not has_folder(name, data_dir):
         raise UserError(f"data.name={name!r} is no TFDS dataset{suggest(base, known)[:200]}")
     try:
         return tfds.builder(name, data_dir=data_dir, try_gcs=False)
