@@ -268,6 +268,15 @@ def test_parameters_from_a_run_are_adapted(trained, data_dir):
     )
 
 
+def test_parameters_of_another_model_from_outside_are_noted(trained, data_dir):
+    trust_parts("parts_models")
+    model = {"name": "parts_models:Net", "width": 4}
+    experiment = Experiment.from_config(config_of(data_dir, model))
+    _, notes = experiment.fit_params(load_pretrained(str(trained)), experiment.initial_params())
+    line = "model.name: 'parts_models:make_net' in the file, 'parts_models:Net' here"
+    assert line in notes
+
+
 def test_defaults_that_no_config_can_hold_are_left_to_the_constructor(outside, data_dir):
     trust_parts("parts_models")
     experiment = Experiment.from_config(config_of(data_dir, {"name": "parts_models:Net"}))

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from vit_jax.checkpoint.pretrained.adapt import (
     adapt_params,
     check_arguments,
+    compare_models,
     compare_preprocess,
     fit_objective_params,
 )
@@ -112,7 +113,8 @@ class Experiment(Parts):
           initial: provides the parameters that are re-initialised.
 
         Returns:
-          The parameters, and a line for each adaptation and each difference in preprocessing.
+          The parameters, and a line for each adaptation and each difference in preprocessing
+          and between models from outside of the package.
 
         Raises:
           UserError: they don't fit.
@@ -128,6 +130,7 @@ class Experiment(Parts):
         )
         own, more = fit_objective_params(weights, own)
         notes = [*weights.notes, *notes, *more]
+        notes += compare_models(weights.model, self.description["model"])
         notes += compare_preprocess(weights.preprocess, self.description["preprocess"])
         return params | own, notes
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from vit_jax.checkpoint.pretrained.adapt import adapt_params, check_arguments
+from vit_jax.checkpoint.pretrained.adapt import adapt_params, check_arguments, compare_models
 from vit_jax.checkpoint.pretrained.embedding import change_channels, resize_patches
 from vit_jax.checkpoint.pretrained.weights import REGISTERS, Weights, stack_blocks
 from vit_jax.models.positions import resize_posemb, sincos_2d
@@ -308,6 +308,17 @@ def test_a_scanned_model_takes_the_blocks_of_a_loop():
     for i in range(2):
         expected = source[f"Transformer/encoderblock_{i}/LayerNorm_0/scale"]
         np.testing.assert_array_equal(stacked[i], expected)
+
+
+def test_models_from_outside_are_compared_by_the_arguments_that_both_have():
+    theirs = {"name": "my:Net", "sizes": [1, 2], "slope": 0.1, "num_classes": 3, "old": 1}
+    ours = {"name": "my:Net", "sizes": (1, 2), "slope": 0.2, "num_classes": 5, "new": 1}
+    slope = "model.slope: 0.1 in the file, 0.2 here"
+    assert compare_models(theirs, ours) == [slope]
+    name = "model.name: 'my:Net' in the file, 'vit' here"
+    assert compare_models(theirs, ours | {"name": "vit"}) == [name, slope]
+    assert compare_models(theirs | {"name": "vit"}, ours | {"name": "mixer"}) == []
+    assert compare_models({}, ours) == []
 
 
 def test_weights_of_a_model_that_computes_something_else_are_refused():

@@ -194,9 +194,7 @@ def test_two_processes_may_prepare_a_dataset_at_once(tmp_path):
             process.kill()
 
 
-def test_a_name_with_a_colon_is_that_of_a_community_if_there_is_no_such_module(
-    tmp_path, monkeypatch
-):
+def test_a_name_with_a_colon_is_of_a_community_if_there_is_no_such_module(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_trusted", {"some_people"})
     with pytest.raises(UserError) as error:
         find_dataset("some_people:mnist", data_dir=str(tmp_path))

@@ -25,6 +25,8 @@ from vit_jax.checkpoint.pretrained.weights import (
 )
 from vit_jax.models.positions import FIXED_POSITIONS, Method, fixed_positions, resize_posemb
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.nested import as_tuples
+from vit_jax.utils.registry import is_part
 
 _MAX_LISTED = 4  # parameters in one line of an error
 
@@ -33,6 +35,9 @@ _EMBEDDINGS = ("embedding/kernel", "stem/kernel", "conv_root/kernel")
 
 # Arguments of models that change the function but not the shapes of parameters.
 _ARGUMENTS = ("activation", "norm_epsilon", "rope_theta", "position_embedding", "num_heads")
+
+# Arguments of models whose differences are adapted, or do not matter for the parameters.
+_OTHERWISE_ADAPTED = ("num_classes", "dtype")
 
 _Flat = dict[str, Any]  # Arrays by path, as in "head/kernel".
 
@@ -123,6 +128,28 @@ def check_arguments(weights: Weights, model: Any) -> None:
             f"init_from: these weights ({weights.layout}) belong to a model with {found}: "
             f"add {overrides}"
         )
+
+
+def compare_models(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Compares the model of weights with that of a run, if one of them is a part from outside.
+
+    What such a model computes is known to its own code only, so no difference is an error.
+
+    Args:
+      theirs: see `Weights.model`.
+      ours: the same of the run.
+
+    Returns:
+      One line for each difference in the name and in the arguments that both have.
+    """
+    theirs, ours = as_tuples(dict(theirs)), as_tuples(dict(ours))
+    if not is_part(theirs.get("name")) and not is_part(ours["name"]):
+        return []
+    return [
+        f"model.{key}: {theirs[key]!r} in the file, {value!r} here"
+        for key, value in ours.items()
+        if key not in _OTHERWISE_ADAPTED and theirs.get(key, value) != value
+    ]
 
 
 def fit_objective_params(
