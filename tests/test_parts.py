@@ -324,7 +324,7 @@ def test_a_model_that_gives_something_else_is_refused(outside, data_dir, name, m
         ("model", "Patches", "failed with ValueError: expected a multiple of 3 (parts_broken.py:"),
         ("objective", "no_metrics", "loss gives float32[]: expected (loss, metrics), with"),
         ("objective", "no_loss", "expected (loss, metrics), with 'loss' in the dict metrics"),
-        ("objective", "no_scalar", "expected a float32 scalar, and metrics"),
+        ("objective", "no_scalar", "expected (loss, metrics), with a float scalar as loss"),
         ("objective", "no_key", "failed with KeyError: 'brier' (parts_broken.py:"),
         ("objective", "no_params", "init gives a NoneType; expected a dict of parameters"),
         ("optimizer", "no_state", "failed with KeyError: 'no' (parts_broken.py:"),

@@ -62,9 +62,13 @@ def _check_loss(given: Any, where: str) -> None:
     loss, metrics = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
     if not isinstance(metrics, dict) or "loss" not in metrics:
         wrong = "expected (loss, metrics), with 'loss' in the dict metrics"
-    elif getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
-        wrong = "expected a float32 scalar, and metrics"
+    elif jax.tree.map(_is_float, loss) is not True:
+        wrong = "expected (loss, metrics), with a float scalar as loss"
     else:
         return
     shown = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", given)
     raise UserError(f"{where}: loss gives {shown}: {wrong}")
+
+
+def _is_float(x: jax.ShapeDtypeStruct) -> bool:
+    return x.shape == () and bool(jnp.issubdtype(x.dtype, jnp.floating))
