@@ -419,6 +419,11 @@ def snapshot(folder):
     }
 
 
+def split(line, data_dir):
+    """The arguments in a line, of which the two folders may have a space in their paths."""
+    return [word.format(root=ROOT, data=data_dir) for word in shlex.split(line)]
+
+
 def call(command, argv, monkeypatch):
     """Runs a command as its shell would, and returns the exit code."""
     module = importlib.import_module(f"vit_jax.{command}")
@@ -442,7 +447,7 @@ def test_wrong_input_is_one_line_and_nothing_is_written(
 ):
     monkeypatch.chdir(place)
     before = snapshot(place)
-    code = call(command, shlex.split(line.format(root=ROOT, data=data_dir)), monkeypatch)
+    code = call(command, split(line, data_dir), monkeypatch)
     shown = capsys.readouterr()
     errors = shown.err.splitlines()
     assert code == 2, errors
