@@ -134,5 +134,5 @@ def shard_rows(x: np.ndarray, mesh: Mesh, *, size: int = 0) -> jax.Array:
 
 
 def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Makes a global array of one that each process has whole."""
+    """Makes a global array, of any shape and dtype, of one that each process has whole."""
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

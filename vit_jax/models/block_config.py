@@ -18,7 +18,7 @@ Activation = Literal["gelu_tanh", "gelu_erf", "swiglu"]
 
 
 def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """Returns `x`: the `Constrain` of a model that runs on one device."""
+    """Returns `x`, of any shape: the `Constrain` of a model that runs on one device."""
     del names
     return x
 

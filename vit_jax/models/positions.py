@@ -60,7 +60,7 @@ def sincos_2d(
 
 
 def fixed_positions(kind: str | None, grid: tuple[int, int], width: int) -> np.ndarray | None:
-    """Returns the embeddings that `model.position_embedding` names, as `sincos_2d`, or None."""
+    """Returns what `sincos_2d` does for a fixed `model.position_embedding`, and None for others."""
     if kind not in FIXED_POSITIONS:
         return None
     return sincos_2d(grid, width, endpoint=FIXED_POSITIONS[kind])

@@ -42,7 +42,7 @@ def mixup(
     """Blends each example with its neighbour in the batch, one weight a batch.
 
     The weight is Beta(alpha, alpha), folded so that the own example weighs more. Images and targets
-    are those of `mix`. Source: arXiv:1710.09412.
+    are those of `mix`, of the same shapes. Source: arXiv:1710.09412.
     """
     weight = _draw_weight(rng, alpha)
     return _blend(images, targets, weight, weight)

@@ -198,7 +198,7 @@ class Experiment(Parts):
     def train_batches(
         self, step: int, *, corrupt: CorruptCounter | None = None
     ) -> Iterator[dict[str, jax.Array]]:
-        """Global batches on the mesh, the first one that of step `step + 1`.
+        """Global batches `[batch, ...]` on the mesh, the first one that of step `step + 1`.
 
         Args:
           step: number of updates made before.

@@ -16,12 +16,12 @@ from vit_jax.utils.tree import flatten, merge
 
 
 def init_rng(seed: int) -> jax.Array:
-    """The key of the initial parameters."""
+    """The key of the initial parameters; a scalar key array."""
     return jax.random.fold_in(jax.random.key(seed), 0)
 
 
 def step_rng(seed: int, step: jax.Array | int) -> jax.Array:
-    """The key of all random choices of the step after `step` updates."""
+    """The key of all random choices of the step after `step` updates; a scalar key array."""
     return jax.random.fold_in(jax.random.key(seed), step + 1)
 
 
@@ -171,7 +171,16 @@ def accumulate_gradients(
     steps: int,
     split: Callable[[jax.Array], jax.Array],
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """Mean gradient of `loss`, and its mean metrics, over `steps` micro-batches in turn."""
+    """Mean gradient of `loss`, and its mean metrics, over `steps` micro-batches in turn.
+
+    Args:
+      loss: gives a float32 scalar to be differentiated, and float32 scalars by name.
+      params: the pytree to differentiate with respect to.
+      batch: arrays `[batch, ...]`, of which `steps` divides the first dimension.
+      rng: key; micro-batch i gets `fold_in(rng, i)`.
+      steps: number of micro-batches; with 1, the batch and the key are used as they are.
+      split: places arrays `[steps, batch / steps, ...]` on the mesh.
+    """
     grad_fn = jax.grad(loss, has_aux=True)
     if steps == 1:
         return grad_fn(params, batch, rng)
