@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from absl.testing import flagsaver
 
+from tests.command import call
 from vit_jax import main as main_module
 from vit_jax.config.load import load_config, parse_overrides
 from vit_jax.models.variants import make_vit
@@ -107,23 +108,25 @@ def snapshot(folder):
     ids=["other model", "other seed", "no config", "torn config", "gutted", "truncated"],
 )
 def test_a_workdir_of_something_else_is_left_alone(
-    spoil, arguments, words, trained, data_dir, tmp_path
+    spoil, arguments, words, trained, data_dir, tmp_path, monkeypatch, capsys
 ):
     workdir = tmp_path / "w"
     shutil.copytree(trained, workdir)
     if spoil:
         spoil(workdir)
     before = snapshot(workdir)
-    done = run_main(
+    argv = [
         f"--config={DIGITS}",
         f"--workdir={workdir}",
         f"--config.data.data_dir={data_dir}",
         "--config.total_steps=2",
         "--config.optimizer.warmup_steps=0",
         *arguments,
-    )
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+    ]
+    code = call("main", argv, monkeypatch)
+    errors = capsys.readouterr().err
+    assert code == 2, errors
+    (line,) = errors.splitlines()
     for word in words:
         assert word in line
     assert snapshot(workdir) == before

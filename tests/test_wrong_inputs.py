@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wrong input to any command: code 2, one line that can be acted on, and nothing written."""
 
-import importlib
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
-from absl.testing import flagsaver
 
+from tests.command import call
 from tests.tiny import tiny_config
 from tests.trained import write_images, write_model
-from vit_jax.runtime import compile_cache
-from vit_jax.utils.command import report_errors, run_command
 
 ROOT = Path(__file__).parent.parent
 SECONDS = {"step": 1.0, "compile": 2.0, "data_wait": 0.1, "save": 0.1, "evaluation": 0.1}
@@ -403,14 +399,6 @@ def place(tmp_path_factory, data_dir):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """What a command sets for its process does not last."""
-    monkeypatch.setattr(compile_cache, "set_up", lambda folder: None)
-    for name in ("SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def snapshot(folder):
     """All of it: files with their content and time, folders, links."""
     return {
@@ -422,21 +410,6 @@ def snapshot(folder):
 def split(line, data_dir):
     """The arguments in a line, of which the two folders may have a space in their paths."""
     return [word.format(root=ROOT, data=data_dir) for word in shlex.split(line)]
-
-
-def call(command, argv, monkeypatch):
-    """Runs a command as its shell would, and returns the exit code."""
-    module = importlib.import_module(f"vit_jax.{command}")
-    monkeypatch.setattr(sys, "argv", [f"vit_jax.{command}", *argv])
-    try:
-        if command == "main":
-            with flagsaver.flagsaver(), report_errors():
-                module.main(module.parse_flags(sys.argv))
-        else:
-            run_command(module.main)
-    except SystemExit as e:
-        return e.code
-    return 0
 
 
 @pytest.mark.parametrize(
