@@ -2,9 +2,23 @@
 """Packaging of vit_jax: `pip install .`, or with extras: `pip install '.[tpu]'`."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithConfigs(build_py):
+    """Puts `configs/` into the package, where an installed `vit_jax` finds it by name."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            source = Path(__file__).parent / "configs"
+            target = Path(self.build_lib) / "vit_jax" / "config" / "files"
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, target, dirs_exist_ok=True, ignore=ignore)
 
 
 def read_version() -> str:
@@ -19,19 +33,29 @@ def read_version() -> str:
 setup(
     name="vit_jax",
     version=read_version(),
+    cmdclass={"build_py": BuildWithConfigs},
     description="Train Vision Transformers with JAX and Flax, from one device to TPU pods.",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The authors of vit_jax",
+    keywords="vision-transformer vit jax flax tpu image-classification fine-tuning",
     license="Apache-2.0",
     license_files=["LICENSE"],
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
     ],
     python_requires=">=3.11,<3.14",
+    entry_points={"console_scripts": ["vit_jax = vit_jax.__main__:run"]},
     packages=find_packages(include=["vit_jax", "vit_jax.*"]),
     # Without a compiler or the headers of libjpeg-turbo it is left out, and OpenCV does its work.
     ext_modules=[
@@ -44,6 +68,7 @@ setup(
         )
     ],
     package_data={
+        "vit_jax": ["py.typed"],
         "vit_jax.checkpoint.pretrained": ["catalogue.csv"],
         "vit_jax.data.datasets.digits": ["*"],
         "vit_jax.serve": ["page.html"],

@@ -25,6 +25,7 @@ ORDER = (
 )
 # What is run as `python -m vit_jax.NAME`, with the folders that belong to one command alone.
 COMMANDS = (
+    "__main__",
     "benchmark",
     "compare",
     "convert",

@@ -45,6 +45,13 @@ GKE = "job --image=i --accelerator=tpu-v5-lite-podslice --topology=4x4 --dry_run
 
 # The command, its arguments, and what the line must name: the value, what was expected, the place.
 CASES = {
+    "__main__": [
+        ("trian --config=digits", ["'trian'", "did you mean 'train'"]),
+        ("runs/digits", ["'runs/digits'", "no command", "evaluate"]),
+        ("configs digit", ["digit", "did you mean 'digits'"]),
+        ("configs --name=digits", ["--name=digits", "vit_jax configs --help"]),
+        ("models vit_base", ["'vit_base'", "no published weights"]),
+    ],
     "main": [
         ("--workdir=new", ["--config", "is missing", "--help"]),
         ("--config={root}/configs/digits.py", ["--workdir", "is missing", "--help"]),

@@ -8,18 +8,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vit_jax.checkpoint.pretrained.catalogue import list_models
+    from vit_jax.config.shipped import list_configs
     from vit_jax.inference.model import LoadedModel, Prediction, load_model
     from vit_jax.training.run import train
     from vit_jax.utils.errors import UserError
 
 __version__ = "0.1.0"
 
-__all__ = ["LoadedModel", "Prediction", "UserError", "__version__", "load_model", "train"]
+__all__ = [
+    "LoadedModel",
+    "Prediction",
+    "UserError",
+    "__version__",
+    "list_configs",
+    "list_models",
+    "load_model",
+    "train",
+]
 
 _MODULES = {
     "LoadedModel": "vit_jax.inference.model",
     "Prediction": "vit_jax.inference.model",
     "UserError": "vit_jax.utils.errors",
+    "list_configs": "vit_jax.config.shipped",
+    "list_models": "vit_jax.checkpoint.pretrained.catalogue",
     "load_model": "vit_jax.inference.model",
     "train": "vit_jax.training.run",
 }
@@ -33,4 +46,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -35,7 +35,8 @@ from vit_jax.utils.registry import trust_parts
 _CONFIG = flags.DEFINE_string(
     "config",
     None,
-    "Config file, and its arguments after a colon: configs/vit.py:b16,cifar10. "
+    "Config file or name (`vit_jax configs` lists them), and its arguments after a colon: "
+    "configs/vit.py:b16,cifar10. "
     "--config.KEY=VALUE overrides a key.",
 )
 _WORKDIR = flags.DEFINE_string(

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports the progress of a run from its workdir alone: python -m vit_jax.status runs/digits."""
+"""Reports the progress of a run from its workdir alone.
+
+python -m vit_jax.status runs/digits
+"""
 
 import datetime
 import json

@@ -23,6 +23,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from vit_jax import main as main_command
+from vit_jax.__main__ import COMMANDS, LISTINGS
 from vit_jax.checkpoint.manager import CheckpointOptions
 from vit_jax.checkpoint.pretrained.adapt import adapt_params
 from vit_jax.config.load import load_config, override_config, parse_overrides
@@ -174,7 +175,11 @@ def check_command(
       partial: whether required arguments may be left out, as in a sentence.
     """
     program, *arguments = words
-    if program == "python" and arguments[:1] == ["-m"]:
+    if program == "vit_jax" and arguments[0] in COMMANDS:
+        program, arguments = "python", ["-m", f"vit_jax.{COMMANDS[arguments[0]]}", *arguments[1:]]
+    if program == "vit_jax":
+        assert arguments[0] in LISTINGS, f"vit_jax has no command {arguments[0]}"
+    elif program == "python" and arguments[:1] == ["-m"]:
         given = [a for a in arguments[2:] if a != "..."]
         try:
             _check_module(arguments[1], given, workdirs)
@@ -291,7 +296,8 @@ def build(config: str, overrides: Mapping[str, Any]) -> None:
     Raises:
       UserError: it can't be built.
     """
-    made = override_config(load_config(str(ROOT / config), {}).to_dict(), dict(overrides)).to_dict()
+    path = str(ROOT / config) if "/" in config else config
+    made = override_config(load_config(path, {}).to_dict(), dict(overrides)).to_dict()
     data = made["data"]
     if str(data.get("name")).startswith(_ELSEWHERE):
         data["name"] = "blank:1000"

@@ -4,11 +4,11 @@
 import ast
 import runpy
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from vit_jax.config.shipped import find_config
 from vit_jax.data.sources import KINDS
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.nested import flatten_config
@@ -26,17 +26,20 @@ def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
     """Runs `get_config` of a config file and puts overrides into its result.
 
     Args:
-      value: path of the file, with its arguments after a colon.
+      value: path of the file or name of a config of the package, see `find_config`, with its
+        arguments after a colon.
       overrides: values by dotted key, as in `{"data.batch_size": 64}`.
 
     Raises:
       UserError: the file is missing or fails, or a key lies below a value.
     """
-    path, colon, argument = value.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"--config={value}: there is no file {path}")
+    name, colon, argument = value.partition(":")
     try:
-        get_config = runpy.run_path(path)["get_config"]
+        path = find_config(name)
+    except UserError as e:
+        raise UserError(f"--config={value}: {e}") from None
+    try:
+        get_config = runpy.run_path(str(path))["get_config"]
         config = get_config(argument) if colon else get_config()
     except UserError:
         raise

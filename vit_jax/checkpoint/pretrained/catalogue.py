@@ -108,6 +108,22 @@ def load_catalogue(path: Path = CATALOGUE) -> dict[str, Published]:
     return catalogue
 
 
+def list_models(text: str = "") -> dict[str, str]:
+    """Returns what the published weights are that are found by name, by their names.
+
+    The names are what `init_from`, `load_model` and `--checkpoint` take.
+
+    Args:
+      text: only names that contain it, in any case.
+    """
+    models = {}
+    for name, model in load_catalogue().items():
+        top1 = "" if model.top1 is None else f", ImageNet top-1 {model.top1} %"
+        if text.lower() in name.lower():
+            models[name] = f"{model.image_size} px, {model.pretraining}{top1}"
+    return models
+
+
 def is_name(text: str) -> bool:
     """Whether a text has the form of a name, and not of a path or URL."""
     return _NAME.fullmatch(text) is not None

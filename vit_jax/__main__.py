@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a command of the package: `vit_jax COMMAND ...`, or `python -m vit_jax COMMAND ...`."""
+
+import runpy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from vit_jax import __version__
+from vit_jax.checkpoint.pretrained.catalogue import list_models
+from vit_jax.config.shipped import find_config, list_configs, read_docstring
+from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.errors import UserError, suggest
+
+USAGE = """\
+usage: vit_jax COMMAND ...
+
+Trains Vision Transformers with JAX, from one CPU to a pod, and uses what was trained.
+Start with: vit_jax train --config=digits --workdir=runs/digits
+"""
+
+# The module of each command; the first line of its docstring says what it does.
+COMMANDS = {
+    "train": "main",
+    "evaluate": "evaluate",
+    "predict": "predict",
+    "explain": "explain",
+    "report": "report",
+    "status": "status",
+    "compare": "compare",
+    "sweep": "sweep",
+    "convert": "convert",
+    "export": "export",
+    "serve": "serve",
+    "plan": "plan",
+    "benchmark": "benchmark",
+    "check": "data.check",
+    "pack": "data.pack",
+    "prepare": "data.prepare",
+    "launch": "launch.local",
+}
+
+
+def show_configs(argv: Sequence[str]) -> None:
+    """Prints the shipped configs, or the whole docstring of one."""
+    parser = CommandParser(prog="vit_jax configs", description=show_configs.__doc__)
+    parser.add_argument("name", nargs="?", help="config whose docstring is printed")
+    name = parser.parse_args(argv).name
+    if name is not None:
+        path = find_config(name)
+        print(f"{path}\n\n{read_docstring(path)}")
+        return
+    _print_table(list_configs())
+    print("\nvit_jax configs NAME prints more; vit_jax train --config=NAME --workdir=DIR trains.")
+
+
+def show_models(argv: Sequence[str]) -> None:
+    """Prints the published weights that `init_from`, `predict` and `load_model` take by name."""
+    parser = CommandParser(prog="vit_jax models", description=show_models.__doc__)
+    parser.add_argument("text", nargs="?", default="", help="print names that contain this text")
+    text = parser.parse_args(argv).text
+    found = list_models(text)
+    if not found:
+        raise UserError(f"no published weights are named {text!r}{suggest(text, list_models())}")
+    _print_table(found)
+
+
+LISTINGS: Mapping[str, Callable[[Sequence[str]], None]] = {
+    "configs": show_configs,
+    "models": show_models,
+}
+
+
+def describe_commands() -> dict[str, str]:
+    """Returns what each command does, by name."""
+    folder = Path(__file__).parent
+    texts = {}
+    for name, module in COMMANDS.items():
+        path = folder.joinpath(*module.split("."))
+        file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        texts[name] = read_docstring(file).partition("\n")[0]
+    return texts | {name: listing.__doc__ or "" for name, listing in LISTINGS.items()}
+
+
+def _print_table(rows: Mapping[str, str]) -> None:
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        print(f"  {name:<{width}}  {text}")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command that the first argument names, with the arguments after it."""
+    name, *rest = argv or ["--help"]
+    if name in ("-h", "--help"):
+        print(USAGE)
+        _print_table(describe_commands())
+        print("\nvit_jax COMMAND --help prints the arguments of a command.")
+    elif name == "--version":
+        print(__version__)
+    elif name in LISTINGS:
+        LISTINGS[name](rest)
+    elif name in COMMANDS:
+        sys.argv = [f"vit_jax {name}", *rest]
+        runpy.run_module(f"vit_jax.{COMMANDS[name]}", run_name="__main__", alter_sys=True)
+    else:
+        raise UserError(f"{name!r} is no command{suggest(name, [*COMMANDS, *LISTINGS])}")
+
+
+def run() -> None:
+    """The entry point of the console script."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    run()
