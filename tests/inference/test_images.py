@@ -3,9 +3,11 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.trained import write_images
 from vit_jax.data.corrupt import CorruptCounter
+from vit_jax.data.ops.decode import ImageError
 from vit_jax.inference.images import find_images, load_images, make_preparation
 from vit_jax.utils.errors import UserError
 
@@ -78,3 +80,12 @@ def test_only_a_few_batches_are_loaded_ahead(tmp_path):
 def test_random_operations_are_known_as_such():
     assert make_preparation("decode|inception_crop(8)", None).random
     assert not make_preparation("decode|resize(8)", None).random
+
+
+def test_pillow_images_of_sixteen_bits_keep_the_upper_eight():
+    prepare = make_preparation("decode", (4, 4))
+    grey = np.arange(0, 65536, 4096, dtype=np.uint16).reshape(4, 4)
+    found = prepare(Image.fromarray(grey))
+    np.testing.assert_array_equal(found, (grey >> 8).astype(np.uint8)[..., None].repeat(3, 2))
+    with pytest.raises(ImageError, match="floats"):
+        prepare(Image.fromarray(grey.astype(np.float32)))

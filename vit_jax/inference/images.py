@@ -12,7 +12,7 @@ import numpy as np
 
 from vit_jax.data import loader
 from vit_jax.data.corrupt import CorruptCounter
-from vit_jax.data.ops.decode import ImageError
+from vit_jax.data.ops.decode import ImageError, to_rgb
 from vit_jax.data.ops.fused import fuse
 from vit_jax.data.ops.transforms import Random, apply
 from vit_jax.data.pipeline import find_shapes
@@ -118,7 +118,7 @@ def _read(image: Any) -> bytes | np.ndarray:
     if isinstance(image, str | os.PathLike):
         return Files("", [os.fspath(image)]).read(0)
     if hasattr(image, "convert"):
-        image = np.asarray(image.convert("RGB"))
+        image = to_rgb(image)
     pixels = np.asarray(image)
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=2)
