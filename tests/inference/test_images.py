@@ -62,6 +62,16 @@ def test_batches_have_one_shape_and_miss_what_cannot_be_read(tmp_path):
     assert (corrupt.counts.seen, corrupt.counts.corrupt) == (5, 1)
 
 
+def test_an_image_that_an_operation_refuses_is_left_out(tmp_path):
+    paths = [str(path) for path in write_images(tmp_path, 2)]
+    Image.new("RGB", (30, 40), "red").save(paths[1])
+    corrupt = CorruptCounter()
+    preparation = make_preparation("decode|central_crop(25)", None)
+    (batch,) = load_images(paths, preparation, batch_size=2, corrupt=corrupt, num_threads=0)
+    assert batch.paths == [None, paths[1]]
+    assert corrupt.counts.corrupt == 1
+
+
 def test_only_a_few_batches_are_loaded_ahead(tmp_path):
     (path,) = write_images(tmp_path, 1)
     corrupt = CorruptCounter()

@@ -21,7 +21,6 @@ from vit_jax.data.ops.fused import Fused, fuse
 from vit_jax.data.ops.transforms import apply
 from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
 from vit_jax.data.preprocess import parse_preprocess
-from vit_jax.utils.errors import UserError
 
 LINES = (
     "decode|inception_crop(56)|flip_lr",
@@ -284,8 +283,8 @@ def test_odd_files_are_what_the_operations_make_of_them(name, line):
 @needs_extension
 def test_an_image_smaller_than_the_crop_is_the_error_of_the_operation():
     _, native = operations("decode|resize_small(20)|central_crop(32)")
-    with pytest.raises(UserError, match=r"^central_crop\(32\) of a 20x27 image"):
-        run(native, WHOLE, 0)
+    with pytest.raises(ImageError, match=r"^central_crop\(32\) of a 20x27 image"):
+        apply(native, {"image": WHOLE}, np.random.default_rng(0))
 
 
 @needs_extension
