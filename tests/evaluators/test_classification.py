@@ -306,5 +306,5 @@ def test_wrong_real_labels_are_refused_before_the_run(content, named, folder, tm
 
 def test_tfds_records_know_the_names_of_their_files():
     records = [{"image": b"", "label": 1, "file_name": b"a.JPEG"}, {"image": b"", "label": 0}]
-    source = TfdsSource(records, name="i:val", keep=False)
+    source = TfdsSource(records, name="i:val", num_classes=2, keep=False)
     assert [source.file_name(i) for i in range(2)] == ["a.JPEG", "i:val[1]"]

@@ -49,6 +49,29 @@ def test_an_argument_without_images_is_refused(folder, argument, message):
         find_images([str(folder), argument.format(folder=folder)])
 
 
+def test_urls_of_no_store_are_refused_before_any_image_is_read():
+    for url in ("https://x.org/a.png", "file:///a.png", "ftp://x/a.png"):
+        for arguments, lines in (([url], []), (["-"], ["gs://b/a.png\n", f"{url}\n"])):
+            with pytest.raises(UserError, match=f"image '{url}': expected a path, or a URL of gs"):
+                find_images(arguments, lines=lines)
+
+
+def test_files_that_are_left_out_are_counted_by_kind(folder, caplog):
+    caplog.set_level("INFO", "vit_jax")
+    (folder / "deep" / "1.HEIC").write_text("not read")
+    find_images([str(folder)])
+    (record,) = caplog.records
+    kinds = {"1 .txt", "1 hidden", "1 .heic"}
+    assert record.message.startswith(f"{folder}: ignored what is no image: ")
+    assert set(record.message.rpartition(": ")[2].split(", ")) == kinds
+
+
+def test_brackets_in_the_name_of_a_folder_are_no_pattern(tmp_path):
+    (path,) = write_images(tmp_path / "photos [1]*?", 1)
+    for argument in (path, path.parent, f"{path.parent}/*.png", f"{tmp_path}/*/0[0].png"):
+        assert find_images([str(argument)]) == [str(path)]
+
+
 def test_batches_have_one_shape_and_miss_what_cannot_be_read(tmp_path):
     paths = [str(path) for path in write_images(tmp_path, 5)]
     (tmp_path / "01.png").write_bytes(b"none")

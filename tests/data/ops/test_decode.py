@@ -345,6 +345,11 @@ def test_pillow_warns_of_nothing_in_any_thread():
     assert done.stderr == ""
 
 
+def test_photographs_of_phones_in_another_format_are_named_as_such():
+    with pytest.raises(ImageError, match="38 bytes that are no readable image: HEIC or AVIF"):
+        decode_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(14))
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_exif_orientation_is_heeded_where_asked_for(kind):
     exif = Image.Exif()

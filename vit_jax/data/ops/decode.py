@@ -151,7 +151,8 @@ def _decode_with_pillow(encoded: bytes, *, orient: bool) -> np.ndarray:
         raise ImageError(f"an image of {pixels:,} pixels: expected 1 to {MAX_PIXELS:,}") from e
     # Pillow's decoders raise OSError, SyntaxError, struct.error and others for broken files.
     except Exception as e:
-        raise ImageError(f"{len(encoded)} bytes that are no readable image") from e
+        phone = ": HEIC or AVIF, which is to be converted" if encoded[4:8] == b"ftyp" else ""
+        raise ImageError(f"{len(encoded)} bytes that are no readable image{phone}") from e
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
