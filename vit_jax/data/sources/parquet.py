@@ -110,7 +110,7 @@ def parquet_dataset(text: str) -> Dataset:
 
 def _split_columns(text: str) -> tuple[str, dict[str, str]]:
     """The path in the name of a dataset, and the names of its columns by what they hold."""
-    names_of = dict(zip(_COLUMNS, _COLUMNS, strict=True))
+    names_of: dict[str, str] = {column: column for column in _COLUMNS}
     renamed = _RENAMED.search(text)
     if not renamed:
         return text, names_of
