@@ -148,6 +148,13 @@ def test_sixteen_bits_are_turned_upright_too():
     np.testing.assert_array_equal(decode_image(encoded, orient=True)[..., 0], np.rot90(UPPER, -1))
 
 
+def test_colours_of_five_bits_are_scaled_to_eight():
+    white_and_red = np.array([0x7FFF, 0x7C00], "<u2").tobytes()
+    header = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 16, 0, 4, 0, 0, 0, 0)
+    encoded = b"BM" + struct.pack("<IHHI", 58, 0, 0, 54) + header + white_and_red
+    np.testing.assert_array_equal(decode_image(encoded), [[[255, 255, 255], [255, 0, 0]]])
+
+
 GREY = Image.fromarray(UPPER)
 ALPHA = Image.fromarray(UPPER.T.copy())
 MODES = {

@@ -20,9 +20,9 @@ from PIL import Image, ImageOps
 # photograph of ImageNet has 2**26.
 MAX_PIXELS = 2**27
 
-_OPENCV_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+_OPENCV_FORMATS = ("JPEG", "PNG", "WEBP")
 # Pillow reads more formats than these, some of them by running other programs.
-_PILLOW_FORMATS = (*_OPENCV_FORMATS, "GIF", "TIFF", "PPM", "JPEG2000")
+_PILLOW_FORMATS = (*_OPENCV_FORMATS, "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 
 # OpenCV would print several lines for each broken image, besides the `ImageError`.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -72,7 +72,8 @@ def decode_image(encoded: bytes | np.ndarray, *, orient: bool = False) -> np.nda
         encoded = _essential_png(encoded, orient=orient)
     flags = cv2.IMREAD_COLOR_RGB if orient else cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     image = None
-    # Other formats go to Pillow, which checks their size and handles partial frames of a GIF.
+    # Other formats go to Pillow, which checks their size, handles partial frames of a GIF, and scales
+    # colours of 5 and 6 bits in a BMP to 8.
     if kind in _OPENCV_FORMATS:
         with contextlib.suppress(cv2.error):
             image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
