@@ -293,6 +293,8 @@ def test_real_labels_are_several_or_none_for_a_file(form, folder, tmp_path):
         ("[1, 2]", "expected a list of lists"),
         ("[[1]]", "no labels for the file 'ILSVRC2012_val_"),
         ('{"a.png": [1]}', "no labels for the file 'ILSVRC2012_val_"),
+        (str([[0, 10]] * 10), "has label 10; expected integers from 0 to 9"),
+        (str([[-1]] * 10), "has label -1; expected integers from 0 to 9"),
     ],
 )
 def test_wrong_real_labels_are_refused_before_the_run(content, named, folder, tmp_path):
