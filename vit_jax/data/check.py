@@ -301,10 +301,10 @@ def main(argv: Sequence[str]) -> int:
     dataset = find_dataset(args.SRC, data_dir=args.data_dir)
     source = dataset.open(args.split, key="--split")
     if args.config is None:
-        key = "--preprocess"
-        sheet = DatasetSpec(args.SRC, args.split, args.preprocess, _SHEET**2, args.data_dir, key)
+        count, line = _SHEET**2, args.preprocess
+        sheet = DatasetSpec(args.SRC, args.split, line, count, args.data_dir, "check")
         sheet.image_shape()
-        lines = [Line(key, fuse(sheet.ops()), None)]
+        lines = [Line("--preprocess", fuse(sheet.ops()), None)]
     else:
         sheet = load_experiment(args)
         lines = find_lines(sheet, args.SRC)

@@ -72,8 +72,8 @@ def decode_image(encoded: bytes | np.ndarray, *, orient: bool = False) -> np.nda
         encoded = _essential_png(encoded, orient=orient)
     flags = cv2.IMREAD_COLOR_RGB if orient else cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     image = None
-    # Other formats go to Pillow, which checks their size, handles partial frames of a GIF, and scales
-    # colours of 5 and 6 bits in a BMP to 8.
+    # Other formats go to Pillow, which checks their size, handles partial frames of a GIF, and
+    # scales colours of 5 and 6 bits in a BMP to 8.
     if kind in _OPENCV_FORMATS:
         with contextlib.suppress(cv2.error):
             image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
