@@ -34,6 +34,7 @@ FILES = {
     "torn/config.json": '{"seed": ',
     "list/config.json": "[1, 2]",
     "nothing/here.txt": "no image",
+    "phone/1.heic": "not read",
     "packed/pack.json": "{}",
 }
 
@@ -134,6 +135,10 @@ CASES = {
             ["data.preprocess", "'resise'", "'resize'"],
         ),
         (TRAIN + "'--config.data.preprocess=decode|resize(-1)'", ["data.preprocess", "-1"]),
+        (
+            TRAIN + "'--config.data.preprocess=decode|resize(20000)'",
+            ["data.preprocess: 'resize(20000)'", "20000x20000 pixels", "134,217,728"],
+        ),
         (TRAIN + "--config.optimizer.name=adamv", ["optimizer.name='adamv'", "did you mean 'adam"]),
         (
             TRAIN + "--config.optimizer.schedule=cosin",
@@ -191,7 +196,9 @@ CASES = {
         ("photos", ["--workdir, --checkpoint and --init_from", "expected one"]),
         (MODEL + "--workdir=run photos", ["--workdir=run", "--checkpoint=model.npz", "one of"]),
         (MODEL + "none", ["none", "no such file"]),
-        (MODEL + "nothing", ["nothing", "image"]),
+        (MODEL + "nothing", ["nothing", "image", "left out: 1 .txt"]),
+        (MODEL + "phone", ["'phone'", "expected files as .jpg", "left out: 1 .heic"]),
+        (MODEL + "photos https://x.org/1.png", ["'https://x.org/1.png'", "gs:// or s3://"]),
         (MODEL + "--top_k=0 photos", ["--top_k=0", "at least 1"]),
         (MODEL + "--batch_size=-3 photos", ["--batch_size=-3", "at least 1"]),
         (MODEL + "--top_k=five photos", ["--top_k", "'five'", "int"]),

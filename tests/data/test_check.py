@@ -12,6 +12,8 @@ from PIL import Image
 from tests.images import encode, write_folder
 from vit_jax.data import check, prepare
 from vit_jax.data.datasets import Digits
+from vit_jax.data.preprocess import parse_preprocess
+from vit_jax.data.sources import open_source
 from vit_jax.utils.errors import UserError
 
 
@@ -48,6 +50,47 @@ def test_everything_wrong_or_odd_is_reported(mixed_bag, said):
         r"shorter side: 8 to 9, median 8\n  8 to 15 +11 #+",
     ):
         assert re.search(words, text), words
+
+
+def test_images_that_an_operation_refuses_are_corrupt(tmp_path, said):
+    # Each split is tried with the line that is for it.
+    sizes = {"train": (60, 70), "test": (60, 70), "validation": (30, 30)}
+    for split, (height, width) in sizes.items():
+        (tmp_path / "bag" / split / "a").mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "bag" / split / "a" / "x.png"), np.ones((height, width, 3)))
+    name = f"folder:{tmp_path / 'bag'}"
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from tests.tiny import tiny_config\n"
+        "def get_config():\n"
+        "    line = 'decode|central_crop(%d)|resize(8)'\n"
+        "    evals = {'val': {'split': 'test', 'preprocess': line % 62},\n"
+        "             'other': {'split': 'validation', 'preprocess': line % 20},\n"
+        "             'none': {'split': 'none', 'preprocess': line % 2}}\n"
+        "    return tiny_config(None, data__preprocess=line % 60, evals=evals, mesh={'fsdp': 4})\n"
+    )
+    assert check.main([name, f"--config={config}"]) == 1
+    assert said[0].startswith("evals.none.split='none': ")
+    assert "corrupt: 1" in said
+    refused = f"{tmp_path}/bag/test/a/x.png: evals.val.preprocess: central_crop(62) of a 60x70 im"
+    assert any(line.strip().startswith(refused) for line in said)
+    source = open_source(name, "validation", data_dir=None, key="split")
+    line = check.Line("--preprocess", parse_preprocess("decode|central_crop(40)", key="k"), None)
+    assert check.inspect_record(source, 0).corrupt is None
+    found = check.inspect_record(source, 0, [line])
+    assert found.size == (30, 30)
+    assert found.corrupt == (
+        "--preprocess: central_crop(40) of a 30x30 image: put resize_small or pad_to before it"
+    )
+
+
+def test_very_large_images_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "_MANY", 100)
+    name = f"folder:{write_folder(tmp_path / 'bag', {'train/a': 1})}"
+    cv2.imwrite(str(tmp_path / "bag" / "train" / "a" / "large.png"), np.ones((9, 12, 3)))
+    source = open_source(name, "all", data_dir=None, key="split")
+    large, small = (check.inspect_record(source, index).odd for index in (1, 0))
+    assert {large, small} == {("more than 100 pixels",), ()}
 
 
 def test_a_split_without_faults_is_exit_code_0(mixed_bag, said):

@@ -109,7 +109,8 @@ def test_class_names_travel_and_the_end_says_what_is_there(folder, tmp_path, sai
     pack(folder, tmp_path / "dst", "--short_side=32")
     info = dataset_info(f"packed:{tmp_path / 'dst'}", data_dir=None)
     assert info == dataset_info(f"folder:{folder}", data_dir=None)
-    assert said[0].startswith("packed 23 images")
+    assert "4.jpg: 7 bytes that are no readable image" in said[0]
+    assert said[1].startswith("packed 23 images")
     assert "1 of them can't be read" in "\n".join(said)
     assert f"--config.data.name=packed:{tmp_path / 'dst'}" in said[-1]
 
@@ -127,6 +128,29 @@ def test_several_labels_travel(tmp_path, said):
     for a, b in zip(read(name, "train"), read(packed, "train"), strict=True):
         np.testing.assert_array_equal(a["label"], b["label"])
         assert a["label"].dtype == b["label"].dtype
+
+
+def test_a_split_without_labels_is_not_packed(tmp_path, said):
+    (tmp_path / "0.jpg").write_bytes(jpeg(20, 20, 0))
+    lines = ["image,label,split", "0.jpg,1,train", "0.jpg,0,train", "0.jpg,,test"]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    name = f"manifest:{tmp_path / 'list.csv'}"
+    pack(name, tmp_path / "dst")
+    assert said[0].startswith(f"not packed: split='test' of {name}: {tmp_path}/0.jpg (row 3) has n")
+    assert [r["label"] for r in read(f"packed:{tmp_path / 'dst'}", "all")] == [
+        r["label"] for r in read(name, "train")
+    ]
+    (tmp_path / "some.csv").write_text("image,label\n0.jpg,\n0.jpg,3")
+    with pytest.raises(UserError, match=r"0.jpg \(row 1\) has no label"):
+        pack(f"manifest:{tmp_path / 'some.csv'}", tmp_path / "another")
+
+
+def test_images_that_can_not_be_packed_are_named(folder, tmp_path, said, caplog):
+    cv2.imwrite(str(folder / "train" / "cat" / "long.png"), np.zeros((300, 80_000, 3), np.uint8))
+    pack(folder, tmp_path / "dst", "--short_side=280")
+    assert "2 of them can't be read" in "\n".join(said)
+    assert any("4.jpg: 7 bytes that are no readable image" in line for line in said)
+    assert any("long.png: a JPEG can't hold an image of 74667x280 pixels" in line for line in said)
 
 
 def test_tfds_datasets_are_packed(data_dir, tmp_path, said):

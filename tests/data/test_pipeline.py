@@ -4,18 +4,29 @@
 import dataclasses
 import hashlib
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import grain
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.ops import transforms as image_ops
+from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.ops.transforms import apply
-from vit_jax.data.pipeline import Buffers, DatasetSpec, eval_batches, plan_buffers, train_batches
+from vit_jax.data.pipeline import (
+    Buffers,
+    DatasetSpec,
+    eval_batches,
+    find_shapes,
+    plan_buffers,
+    train_batches,
+)
 from vit_jax.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -173,12 +184,70 @@ def test_order_and_augmentation_stay_as_they_are(digits):
 
 
 def test_an_error_in_a_record_comes_in_one_line_and_ends_the_threads(digits, monkeypatch):
-    spec = dataclasses.replace(digits, preprocess="decode|central_crop(8)")
+    spec = dataclasses.replace(digits, preprocess="decode")
     batches = train_batches(spec, seed=0, step=0)
-    monkeypatch.setattr(image_ops, "decode_image", lambda *_, **__: np.zeros((4, 4, 3), np.uint8))
-    with pytest.raises(UserError, match=r"^central_crop\(8\) of a 4x4 image.*resize_small"):
+    monkeypatch.setattr(image_ops, "decode_image", lambda *_, **__: np.zeros((8, 8, 1), np.uint8))
+    with pytest.raises(UserError, match=r"^data.preprocess='decode' made an image of uint8 \(8, 8"):
         next(batches)
     assert list(batches) == []
+
+
+REFUSALS = {
+    "decode|central_crop(56)": r"small.png: central_crop\(56\) of a 40x90 image",
+    "decode|random_crop(48)|resize(8)": r"small.png: random_crop\(48\) of a 40x90 image",
+    "decode|resize_long(60)|central_crop(30)": r"small.png: central_crop\(30\) of a 27x60 image",
+    "decode|resize_small(60)|central_crop(40)": r"strip.png: an image of 2400000x60 pixels",
+}
+
+
+@pytest.mark.parametrize("line", REFUSALS)
+def test_an_image_that_an_operation_refuses_counts_as_corrupt(line, tmp_path, caplog):
+    for name, size in {"small": (40, 90), "strip": (1, 40_000)}.items():
+        for number in range(2):
+            (tmp_path / "train" / "a").mkdir(parents=True, exist_ok=True)
+            path = tmp_path / "train" / "a" / f"{number}{name}.png"
+            cv2.imwrite(str(path), np.full((*size, 3), 9, np.uint8))
+    cv2.imwrite(str(tmp_path / "train" / "a" / "good.png"), np.full((70, 70, 3), 100, np.uint8))
+    corrupt = CorruptCounter()
+    spec = DatasetSpec(f"folder:{tmp_path}", "train", line, 8, None, "data", num_threads=0)
+    (evaluated,) = eval_batches(spec, corrupt=corrupt)
+    assert evaluated["mask"].sum() == 5 - corrupt.counts.corrupt
+    assert evaluated["mask"][-1] == 0
+    assert corrupt.counts.corrupt >= 2
+    assert re.search(REFUSALS[line], caplog.text)
+    for batch in itertools.islice(train_batches(spec, seed=0, step=0, corrupt=corrupt), 2):
+        assert batch["image"].any(axis=(1, 2, 3)).all()
+    assert corrupt.counts.lost == 0
+
+
+def test_an_error_of_opencv_is_the_image_s(monkeypatch):
+    monkeypatch.setattr(image_ops, "resize_image", lambda *_: cv2.resize(np.zeros((0, 0)), (1, 1)))
+    ops = [image_ops.Resize(8)]
+    with pytest.raises(
+        ImageError, match=r"Resize\(height=8.*\) of an image of \[4, 5, 3\]: \(-215"
+    ):
+        apply(ops, {"image": np.zeros((4, 5, 3), np.uint8)}, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("decode|resize(20000)", "'resize(20000)': an image of 20000x20000 pixels: expected 1 to"),
+        ("decode|resize(2, 10000000000)", "10000000000x2 pixels"),
+        ("decode|resize_small(20000)|central_crop(8)", "30000x20000 pixels"),
+        ("decode|resize_long(30000)|resize(8)", "30000x20000 pixels"),
+        ("decode|inception_crop(30000)", "30000x30000 pixels"),
+        ("decode|pad(30000)|resize(8)", "60096x60064 pixels"),
+        ("decode|pad_to(30000)|resize(8)", "30000x30000 pixels"),
+        ("decode|random_shift(30000)|resize(8)", "60096x60064 pixels"),
+        ("decode|central_crop(30000)", "central_crop(30000) of a 64x96 image: put"),
+    ],
+)
+def test_a_line_whose_images_are_too_large_is_refused(line, words):
+    with pytest.raises(UserError, match=r"^data.preprocess: ") as error:
+        find_shapes(line, (None, None, 3), key="data.preprocess")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_other_seeds_augment_differently(digits):

@@ -13,7 +13,7 @@ import pytest
 
 from vit_jax.data.ops import policies as augment_ops
 from vit_jax.data.ops import transforms as image_ops
-from vit_jax.data.ops.decode import decode_image
+from vit_jax.data.ops.decode import ImageError, decode_image
 from vit_jax.data.ops.geometry import Method, resize_image
 from vit_jax.data.ops.transforms import apply
 from vit_jax.data.preprocess import OPS, parse_preprocess
@@ -295,9 +295,9 @@ def test_central_crop_takes_a_rectangle_too():
 @pytest.mark.parametrize("shape", [(3, 8), (8, 3)])
 @pytest.mark.parametrize("name", ["central_crop", "random_crop"])
 def test_a_crop_of_a_smaller_image_is_refused(name, shape):
-    with pytest.raises(UserError, match=rf"{name}\(4\) of a {shape[0]}x{shape[1]} image"):
+    with pytest.raises(ImageError, match=rf"{name}\(4\) of a {shape[0]}x{shape[1]} image"):
         run(f"{name}(4)", noise(*shape, 3))
-    with pytest.raises(UserError, match=rf"{name}\(4, 9\) of a {shape[0]}x{shape[1]} image"):
+    with pytest.raises(ImageError, match=rf"{name}\(4, 9\) of a {shape[0]}x{shape[1]} image"):
         run(f"{name}(4, 9)", noise(*shape, 3))
 
 

@@ -293,6 +293,8 @@ def test_real_labels_are_several_or_none_for_a_file(form, folder, tmp_path):
         ("[1, 2]", "expected a list of lists"),
         ("[[1]]", "no labels for the file 'ILSVRC2012_val_"),
         ('{"a.png": [1]}', "no labels for the file 'ILSVRC2012_val_"),
+        (str([[0, 10]] * 10), "has label 10; expected integers from 0 to 9"),
+        (str([[-1]] * 10), "has label -1; expected integers from 0 to 9"),
     ],
 )
 def test_wrong_real_labels_are_refused_before_the_run(content, named, folder, tmp_path):
@@ -306,5 +308,5 @@ def test_wrong_real_labels_are_refused_before_the_run(content, named, folder, tm
 
 def test_tfds_records_know_the_names_of_their_files():
     records = [{"image": b"", "label": 1, "file_name": b"a.JPEG"}, {"image": b"", "label": 0}]
-    source = TfdsSource(records, name="i:val", keep=False)
+    source = TfdsSource(records, name="i:val", num_classes=2, keep=False)
     assert [source.file_name(i) for i in range(2)] == ["a.JPEG", "i:val[1]"]

@@ -106,12 +106,11 @@ static int is_turned(const uint8_t *p, size_t size) {
 }
 
 /* Height and width in the header of a baseline or progressive JPEG of 8 bits with one or three
- * components, and whether it is to be turned; 0 if it is something else, or cut off at the end. */
+ * components, and whether it is to be turned; 0 if it is something else. */
 static int read_size(const uint8_t *data, size_t size, int *height, int *width, int *turned) {
   size_t i = 2;
   *turned = 0;
   if (size < 4 || data[0] != 0xff || data[1] != 0xd8) return 0;
-  if (data[size - 2] != 0xff || data[size - 1] != 0xd9) return 0;
   while (i + 10 <= size && data[i] == 0xff) {
     uint8_t marker = data[i + 1];
     size_t length = (size_t)data[i + 2] << 8 | data[i + 3];
@@ -130,6 +129,26 @@ static int read_size(const uint8_t *data, size_t size, int *height, int *width, 
       *turned |= is_turned(data + i + 4, length - 2);
     if (length < 2 || !(marker == 0xc4 || (marker >= 0xdb && marker <= 0xfe))) return 0;
     i += 2 + length;
+  }
+  return 0;
+}
+
+/* Whether the image is followed by its end marker, as has_jpeg_end() in decode.py finds it: the
+ * decoder fills pixels that are missing, and stops at the last row that is needed. */
+static int has_end(const uint8_t *data, size_t size) {
+  const uint8_t *at = data + 2, *end = data + size;
+  while ((at = memchr(at, 0xff, (size_t)(end - at))) != NULL) {
+    uint8_t marker;
+    while (at < end && *at == 0xff) at++;
+    if (at == end) return 0;
+    marker = *at++;
+    if (marker == 0xd9) return 1;
+    if (marker <= 0x01 || (marker >= 0xd0 && marker <= 0xd7)) continue;
+    if (marker < 0xc0 || marker == 0xc8 || marker == 0xd8 || marker == 0xde || marker == 0xdf ||
+        (marker >= 0xf0 && marker != 0xfe) || end - at < 2)
+      return 0;
+    if (end - at <= (at[0] << 8 | at[1])) return 0;
+    at += at[0] << 8 | at[1];
   }
   return 0;
 }
@@ -320,7 +339,9 @@ static int decode_jpeg(Decoder *d, const uint8_t *data, size_t size, const Plan 
   struct jpeg_decompress_struct *info = &d->info;
   int height, width, turned;
 
-  if (!read_size(data, size, &height, &width, &turned) || !fits(plan, height, width)) return 0;
+  if (!read_size(data, size, &height, &width, &turned) || !fits(plan, height, width) ||
+      !has_end(data, size))
+    return 0;
   info->err = jpeg_std_error(&d->errors);
   d->errors.error_exit = on_error;
   d->errors.emit_message = on_message;

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads every image of a dataset, reports errors and oddities, and writes a contact sheet.
 
-The exit code is 1 if some images can't be read.
+The exit code is 1 if some images can't be read, or if an operation of the preprocessing refuses
+them.
 
 Examples:
   python -m vit_jax.data.check folder:/data/birds
@@ -23,7 +24,9 @@ import numpy as np
 from PIL import Image
 
 from vit_jax.config.load import load_config
-from vit_jax.data.ops.decode import ImageError, decode_image, read_header
+from vit_jax.data.ops.decode import MAX_PIXELS, ImageError, decode_image, read_header
+from vit_jax.data.ops.fused import fuse
+from vit_jax.data.ops.transforms import Op, apply
 from vit_jax.data.pipeline import DatasetSpec, train_batches
 from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources import find_dataset
@@ -40,8 +43,9 @@ from vit_jax.utils.registry import find_parts, trust_parts
 _ENDINGS = {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}
 _ENDINGS |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
 _USUAL_MODES = ("RGB", "L")
-# A size is odd if a side is below _SMALL, or the longer one above _LONG times the shorter.
-_SMALL, _LONG = 8, 8
+# A size is odd if a side is below _SMALL, the longer one above _LONG times the shorter, or if there
+# are more than _MANY pixels.
+_SMALL, _LONG, _MANY = 8, 8, MAX_PIXELS // 2
 
 _LISTED = 10  # names in the report of each kind of finding
 _SHEET = 8  # rows and columns of the contact sheet
@@ -56,8 +60,8 @@ class Finding:
       record: its path, or dataset and position.
       digest: of the file; None if that can't be read.
       label: its class; None if it may have several.
-      size: height and width; None for a corrupt image.
-      corrupt: the reason why it can't be read.
+      size: height and width; None for an image that can't be read.
+      corrupt: the reason why it can't be read, or which operation refuses it.
       odd: kinds of oddities, such as "mode CMYK" or "PNG named .jpg".
     """
 
@@ -69,8 +73,35 @@ class Finding:
     odd: tuple[str, ...] = ()
 
 
-def inspect_record(source: Source, index: int) -> Finding:
-    """Reads and decodes one record."""
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A preprocessing line, and the names of the records that it is for; None for all."""
+
+    key: str
+    ops: Sequence[Op]
+    records: frozenset[str] | None
+
+
+def find_lines(experiment: Experiment, name: str) -> list[Line]:
+    """The preprocessing of each split of a dataset that an experiment reads.
+
+    A line is logged for an evaluator whose split is not there.
+    """
+    lines = []
+    for spec in (experiment.train_data, *(e.data for e in experiment.evaluators)):
+        if spec.name == name:
+            try:
+                source = spec.open()
+            except UserError as e:
+                log(f"{e}: images are not checked for {spec.key}.preprocess")
+                continue
+            records = frozenset(map(source.describe, range(len(source))))
+            lines.append(Line(f"{spec.key}.preprocess", fuse(spec.ops()), records))
+    return lines
+
+
+def inspect_record(source: Source, index: int, lines: Iterable[Line] = ()) -> Finding:
+    """Reads and decodes one record, and prepares it as the lines for it say."""
     record = source.describe(index)
     try:
         features = source[index]
@@ -93,7 +124,16 @@ def inspect_record(source: Source, index: int) -> Finding:
         odd.append(f"a side below {_SMALL} pixels")
     if max(height, width) > _LONG * min(height, width):
         odd.append(f"more than {_LONG} times as long as wide")
-    return dataclasses.replace(finding, size=(height, width), odd=tuple(odd))
+    if height * width > _MANY:
+        odd.append(f"more than {_MANY:,} pixels")
+    corrupt = None
+    for line in lines:
+        if line.records is None or record in line.records:
+            try:
+                apply(line.ops, features, np.random.default_rng(index))
+            except ImageError as e:
+                corrupt = f"{line.key}: {e}"
+    return dataclasses.replace(finding, size=(height, width), odd=tuple(odd), corrupt=corrupt)
 
 
 def _list_odd(encoded: bytes, ending: str) -> Iterator[str]:
@@ -112,7 +152,7 @@ def _list_odd(encoded: bytes, ending: str) -> Iterator[str]:
         yield "a header that Pillow can't read"
 
 
-def inspect(source: Source, *, num_threads: int) -> list[Finding]:
+def inspect(source: Source, lines: Sequence[Line] = (), *, num_threads: int) -> list[Finding]:
     """Inspects all records; progress is logged."""
     findings = []
     progress = ProgressLog("reading", total=len(source), unit="images")
@@ -121,7 +161,7 @@ def inspect(source: Source, *, num_threads: int) -> list[Finding]:
         size = 64 * num_threads
         for start in range(0, len(source), size):
             indices = range(start, min(start + size, len(source)))
-            findings += pool.map(lambda i: inspect_record(source, i), indices)
+            findings += pool.map(lambda i: inspect_record(source, i, lines), indices)
             progress.advance(len(indices))
     return findings
 
@@ -192,26 +232,28 @@ def _bar(name: str, count: int, largest: int) -> str:
     return f"  {name:<20.20} {count:>9,} {'#' * round(40 * count / max(largest, 1))}"
 
 
-def prepare_images(args: argparse.Namespace) -> np.ndarray:
-    """Training images as a model would see them, uint8 `[64, height, width, 3]`.
+def load_experiment(args: argparse.Namespace) -> Experiment:
+    """The experiment of `--config` on the dataset.
 
-    Raises `UserError` if the config or the preprocessing line is invalid.
+    Raises `UserError` if the config is invalid.
     """
-    count = _SHEET**2
-    if args.config is None:
-        spec = DatasetSpec(args.SRC, args.split, args.preprocess, count, args.data_dir, "check")
-        spec.image_shape()
-        return next(train_batches(spec, seed=0, step=0))["image"]
     # The batch is for the sheet alone, and fits any number of devices.
     overrides = {
         "data.name": args.SRC,
-        "data.batch_size": count,
+        "data.batch_size": _SHEET**2,
         "optimizer.accum_steps": 1,
         "mesh": {},
     }
     if args.data_dir is not None:
         overrides["data.data_dir"] = args.data_dir
-    return preview_first_batch(Experiment.from_config(load_config(args.config, overrides)))
+    return Experiment.from_config(load_config(args.config, overrides))
+
+
+def prepare_images(sheet: DatasetSpec | Experiment) -> np.ndarray:
+    """Training images as a model would see them, uint8 `[64, height, width, 3]`."""
+    if isinstance(sheet, Experiment):
+        return preview_first_batch(sheet)
+    return next(train_batches(sheet, seed=0, step=0))["image"]
 
 
 def write_contact_sheet(path: Path, images: np.ndarray) -> None:
@@ -236,12 +278,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("SRC", help="as data.name of a config, such as folder:/data/birds")
     parser.add_argument("--split", default="all", help="with slices; all by default")
     parser.add_argument("--data_dir", help="where TFDS keeps its datasets")
-    sheet = parser.add_mutually_exclusive_group()
-    sheet.add_argument("--config", help="whose augmentation the contact sheet shows")
-    sheet.add_argument(
+    lines = parser.add_mutually_exclusive_group()
+    lines.add_argument("--config", help="whose lines are tried, and whose augmentation is shown")
+    lines.add_argument(
         "--preprocess",
         default="decode|inception_crop(224)|flip_lr",
-        help="of the contact sheet, where there is no config; %(default)r by default",
+        help="to try and to show where there is no config; %(default)r by default",
     )
     parser.add_argument(
         "--output",
@@ -258,12 +300,20 @@ def main(argv: Sequence[str]) -> int:
     parse_preprocess(args.preprocess, key="--preprocess")
     dataset = find_dataset(args.SRC, data_dir=args.data_dir)
     source = dataset.open(args.split, key="--split")
-    findings = inspect(source, num_threads=args.num_threads)
+    if args.config is None:
+        count, line = _SHEET**2, args.preprocess
+        sheet = DatasetSpec(args.SRC, args.split, line, count, args.data_dir, "check")
+        sheet.image_shape()
+        lines = [Line("--preprocess", fuse(sheet.ops()), None)]
+    else:
+        sheet = load_experiment(args)
+        lines = find_lines(sheet, args.SRC)
+    findings = inspect(source, lines, num_threads=args.num_threads)
     for line in report(findings, dataset.info):
         log(line)
     if any(f.size for f in findings):
         path = args.output / "contact_sheet.png"
-        write_contact_sheet(path, prepare_images(args))
+        write_contact_sheet(path, prepare_images(sheet))
         log(f"wrote {path}")
     return 1 if any(f.corrupt for f in findings) else 0
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packs a dataset for fast reading: smaller JPEGs in few files, or their pixels.
 
-All splits are packed, in the order of the source. A command that was killed resumes if it is run
-again. Images whose shorter side is at most --short_side are copied unchanged.
+All splits with labels are packed, in the order of the source. A command that was killed resumes if
+it is run again. Images whose shorter side is at most --short_side are copied unchanged.
 
 Examples:
   python -m vit_jax.data.pack folder:/data/birds /fast/birds --short_side=256
@@ -14,6 +14,7 @@ Examples:
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -29,13 +30,15 @@ import cv2
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.loader import count_threads
 from vit_jax.data.ops.decode import ImageError, decode_image
 from vit_jax.data.ops.geometry import resize_image
 from vit_jax.data.ops.transforms import CentralCrop, ResizeSmall
 from vit_jax.data.sources import find_dataset
-from vit_jax.data.sources.base import Rows, Source
+from vit_jax.data.sources.base import Dataset, NoLabelError, Rows, Source
 from vit_jax.data.sources.packed import MANIFEST, Manifest, Shard, read_manifest
+from vit_jax.data.sources.tfds import TfdsDataset
 from vit_jax.observe.console import log, set_up
 from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.utils.command import CommandParser, run_command
@@ -57,7 +60,7 @@ def shrink_jpeg(encoded: Any, *, short_side: int, quality: int) -> bytes:
 
     Takes the bytes of a file, or uint8 `[height, width, 3]`, and returns a JPEG of `quality` 1 to
     100; the bytes of a smaller image are returned unchanged. Raises `ImageError` if it can't be
-    read.
+    read, or written as a JPEG.
     """
     image = decode_image(encoded)  # This also checks files that are copied unchanged.
     if min(image.shape[:2]) > short_side:
@@ -66,7 +69,10 @@ def shrink_jpeg(encoded: Any, *, short_side: int, quality: int) -> bytes:
     elif isinstance(encoded, bytes):
         return encoded
     options = [cv2.IMWRITE_JPEG_QUALITY, quality]
-    return cv2.imencode(".jpg", image[..., ::-1], options)[1].tobytes()
+    done, jpeg = cv2.imencode(".jpg", image[..., ::-1], options)
+    if not done:
+        raise ImageError(f"a JPEG can't hold an image of {image.shape[1]}x{image.shape[0]} pixels")
+    return jpeg.tobytes()
 
 
 def make_square(encoded: Any, *, size: int) -> np.ndarray:
@@ -109,6 +115,7 @@ def _prepare(
     num_threads: int,
 ) -> Iterator[Packed]:
     """Examples in order, a few of them prepared ahead."""
+    corrupt = CorruptCounter()
 
     def prepare(index: int) -> Packed:
         label = source.label(index) if isinstance(source, Rows) else np.int32(0)
@@ -116,7 +123,8 @@ def _prepare(
             features = source[index]
             label = features["label"]
             return Packed(shrink(features["image"]), _as_integers(label))
-        except ImageError:
+        except ImageError as e:
+            corrupt.add(source.describe(index), e)
             return Packed(None, _as_integers(label))
 
     if manifest.raw is None:
@@ -185,6 +193,27 @@ def _write_pixels(
         os.fsync(file.fileno())
 
 
+def _find_splits(dataset: Dataset | TfdsDataset) -> dict[str, int]:
+    """The lengths of the splits that have labels; a line is logged for any other.
+
+    Raises `UserError` if there is none.
+    """
+    found, error = {}, None
+    for split, length in dataset.lengths.items():
+        try:
+            if length:
+                source = dataset.open(split, key="split")
+                with contextlib.suppress(ImageError):
+                    source[0]  # A source may learn labels only from the records.
+            found[split] = length
+        except NoLabelError as e:
+            error = e
+            log(f"not packed: {e}")
+    if error and not any(found.values()):
+        raise error
+    return found
+
+
 def _check_same(manifest: Manifest, folder: Path) -> None:
     """Raises `UserError` if the folder holds another pack."""
     there = read_manifest(folder, key=f"DST={str(folder)!r}")
@@ -212,7 +241,7 @@ def main(argv: Sequence[str]) -> None:
     info = dataset.info
     manifest = Manifest(
         source=args.SRC,
-        splits=dataset.lengths,
+        splits=_find_splits(dataset),
         num_classes=info.num_classes,
         multi_label=info.multi_label,
         class_names=info.class_names,

@@ -137,11 +137,17 @@ def find_shapes(
 def _try_op(
     op: Op, text: str, features: Features, rng: np.random.Generator, *, key: str
 ) -> Features:
-    """Runs an operation; raises `UserError` if it is a part that fails or gives no image."""
+    """Runs an operation on a blank image.
+
+    Raises `UserError` if it refuses the image, or is a part that fails or gives no image.
+    """
     name = text.partition("(")[0]
-    if not is_part(name):
-        return apply([op], features, rng)
     where = f"{key}: {text!r}"
+    if not is_part(name):
+        try:
+            return apply([op], features, rng)
+        except ImageError as e:
+            raise UserError(f"{where}: {e}") from None
     with report_failure(where, name):
         features = apply([op], features, rng)
     image = features.get("image") if isinstance(features, dict) else None
@@ -232,17 +238,26 @@ class _Batches(abc.ABC):
     def _fill_row(self, batch: Batch, step: int, row: int, apply: _Apply) -> np.ndarray | Job:
         """Fills a row and returns its image, which may be a `Job` that is still to be run."""
         features = self.example(step * self.spec.batch_size + self.rows[row], apply)
-        image, shape = features["image"], self.blank["image"].shape
+        image = features["image"]
         for name in batch.keys() - {"image"}:
             batch[name][row] = features[name]
         if not isinstance(image, Job):
-            if image.shape != shape or image.dtype != np.uint8:
-                raise UserError(
-                    f"{self.spec.key}.preprocess={self.spec.preprocess!r} made an image of "
-                    f"{image.dtype} {image.shape}; expected uint8 {shape}"
-                )
             batch["image"][row] = image
         return image
+
+    def _prepare(self, index: int, rng: np.random.Generator, apply: _Apply) -> Features:
+        """The features of a record; raises `ImageError` if its image is unreadable or refused."""
+        features = apply(self.ops, self.source[index], rng)
+        image, shape = features["image"], self.blank["image"].shape
+        if isinstance(image, Job) or (image.shape, image.dtype) == (shape, np.uint8):
+            return features
+        error = (
+            ImageError if image.dtype == np.uint8 and image.shape[2:] == shape[2:] else UserError
+        )
+        raise error(
+            f"{self.spec.key}.preprocess={self.spec.preprocess!r} made an image of {image.dtype} "
+            f"{image.shape}; expected uint8 {shape}"
+        )
 
 
 class _TrainBatches(_Batches):
@@ -257,7 +272,7 @@ class _TrainBatches(_Batches):
         index, rng = self.order[position], self.rngs(position)
         for _ in range(min(_TRIES, len(self.source))):
             try:
-                return apply(self.ops, self.source[index], rng)
+                return self._prepare(index, rng, apply)
             except ImageError as e:
                 self.corrupt.add(self.source.describe(index), e)
                 index = self.source.successor(index)
@@ -276,7 +291,7 @@ class _EvalBatches(_Batches):
     def example(self, position: int, apply: _Apply) -> Features:
         if position < len(self.source):
             try:
-                features = apply(self.ops, self.source[position], self.rngs(position))
+                features = self._prepare(position, self.rngs(position), apply)
                 return features | {"mask": np.float32(1)}
             except ImageError as e:
                 self.corrupt.add(self.source.describe(position), e)

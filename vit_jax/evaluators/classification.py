@@ -64,7 +64,12 @@ class Classification(Evaluator):
     @functools.cached_property
     def _real(self) -> list[frozenset[int]]:
         key = f"evals.{self.name}.real_json"
-        return find_labels(read_labels(self.real_json or "", key=key), self.data.open(), key=key)
+        return find_labels(
+            read_labels(self.real_json or "", key=key),
+            self.data.open(),
+            num_classes=self.data.info.num_classes,
+            key=key,
+        )
 
     def open(self) -> None:
         super().open()

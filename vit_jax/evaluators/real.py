@@ -35,11 +35,12 @@ def read_labels(path: str, *, key: str) -> dict[str, list[int]] | list[list[int]
 
 
 def find_labels(
-    labels: dict[str, list[int]] | list[list[int]], source: Source, *, key: str
+    labels: dict[str, list[int]] | list[list[int]], source: Source, *, num_classes: int, key: str
 ) -> list[frozenset[int]]:
     """Finds the labels of each record of a source, in its order, by the name of its file.
 
-    Raises `UserError`, with the config key of the path, if a name is not among the labels.
+    Raises `UserError`, with the config key of the path, if a name is not among the labels, or if it
+    has others than 0 to `num_classes` - 1.
     """
     found = []
     for index in range(len(source)):
@@ -53,6 +54,12 @@ def find_labels(
         if value is None:
             expected = "one of its names" if isinstance(labels, dict) else "ILSVRC2012_val_NUMBER"
             raise UserError(f"{key}: it has no labels for the file {name!r}: expected {expected}")
+        for label in value:
+            if not 0 <= label < num_classes:
+                raise UserError(
+                    f"{key}: the file {name!r} has label {label}; expected integers from 0 to "
+                    f"{num_classes - 1}"
+                )
         found.append(frozenset(value))
     return found
 

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import glob
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -12,13 +13,22 @@ import numpy as np
 
 from vit_jax.data import loader
 from vit_jax.data.corrupt import CorruptCounter
-from vit_jax.data.ops.decode import ImageError
+from vit_jax.data.ops.decode import ImageError, to_rgb
 from vit_jax.data.ops.fused import fuse
 from vit_jax.data.ops.transforms import Random, apply
 from vit_jax.data.pipeline import find_shapes
 from vit_jax.data.preprocess import parse_preprocess
-from vit_jax.data.sources.files import ENDINGS, Files, list_images
+from vit_jax.data.sources.files import (
+    ENDINGS,
+    Files,
+    check_store,
+    describe_ignored,
+    list_images,
+)
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.files import find_paths
+
+logger = logging.getLogger(__name__)
 
 _ANY_SHAPE = (None, None, 3)
 STDIN = "-"
@@ -47,12 +57,14 @@ def find_images(arguments: Sequence[str], *, lines: Iterable[str] = ()) -> list[
             found.append(argument)
         elif glob.has_magic(argument):
             # `**` also matches folders, whose files it matches separately.
-            found += filter(os.path.isfile, sorted(glob.glob(argument, recursive=True)))
+            found += filter(os.path.isfile, find_paths(argument))
         else:
             raise UserError(f"{argument!r}: there is no such file or folder")
         if len(found) == before:
             what = "stdin" if argument == STDIN else repr(argument)
             raise UserError(f"no images found in {what}: expected files as {', '.join(ENDINGS)}")
+    for path in found:
+        check_store(path)
     if not found:
         raise UserError("no images: expected files, folders, patterns or - for a list on stdin")
     return found
@@ -60,9 +72,17 @@ def find_images(arguments: Sequence[str], *, lines: Iterable[str] = ()) -> list[
 
 def _list_folder(folder: str) -> list[str]:
     try:
-        paths, _ = list_images(folder, folder)
+        paths, others = list_images(folder, folder)
     except OSError as e:
         raise UserError(f"{folder!r} can't be read: {e.strerror}: {e.filename}") from None
+    ignored = describe_ignored(others)
+    if not paths:
+        raise UserError(
+            f"no images found in {folder!r}: expected files as {', '.join(ENDINGS)}"
+            f"{f'; left out: {ignored}' if ignored else ''}"
+        )
+    if ignored:
+        logger.info("%s: ignored what is no image: %s", folder, ignored)
     return sorted(os.path.normpath(os.path.join(folder, path)) for path in paths)
 
 
@@ -118,7 +138,7 @@ def _read(image: Any) -> bytes | np.ndarray:
     if isinstance(image, str | os.PathLike):
         return Files("", [os.fspath(image)]).read(0)
     if hasattr(image, "convert"):
-        image = np.asarray(image.convert("RGB"))
+        image = to_rgb(image)
     pixels = np.asarray(image)
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=2)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that appear under their name only once they are complete."""
+"""Files and folders that appear under their name only once they are complete, and patterns."""
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -83,3 +84,16 @@ def fresh_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"--output={path} can't be written: {e.strerror or e}") from e
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def find_paths(pattern: str) -> list[str]:
+    """Returns the files and folders that match a pattern such as `data/**/*.png`, sorted.
+
+    The part of the pattern that exists under this very name is none: folders may have `[`, `?` and
+    `*` in their names.
+    """
+    there = pattern
+    while there and not os.path.lexists(there):
+        there = os.path.dirname(there)
+    rest = pattern[len(there) :]
+    return sorted(glob.glob(glob.escape(there) + rest, recursive=True))

@@ -4,8 +4,11 @@
 import io
 import resource
 import struct
+import subprocess
+import sys
 import time
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,6 +18,8 @@ from PIL import Image
 from vit_jax.data.ops.decode import MAX_PIXELS, ImageError, decode_image, read_header
 from vit_jax.data.ops.transforms import apply, resize_image
 from vit_jax.data.preprocess import parse_preprocess
+
+ROOT = Path(__file__).parents[3]
 
 
 def picture(height=40, width=50, seed=0):
@@ -72,6 +77,111 @@ def test_sixteen_bits_become_eight():
     image = np.random.default_rng(0).integers(0, 65536, (5, 7, 3), dtype=np.uint16)
     decoded = decode_image(cv2.imencode(".png", image)[1].tobytes())
     np.testing.assert_array_equal(decoded, (image >> 8).astype(np.uint8)[..., ::-1])
+
+
+# Values of 16 bits, and the upper 8 of them.
+RAMP = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16) + 100
+UPPER = (RAMP >> 8).astype(np.uint8)
+
+
+def tiff(values, *, bits, white_is_zero=False, sample_format=1):
+    """A TIFF of one grey channel, uncompressed, of `values` as they are to be stored."""
+    height, width = 16, 16
+    content = values if isinstance(values, bytes) else values.tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: int(not white_is_zero)}
+    tags |= {273: 8 + 2 + 12 * 10 + 4, 277: 1, 278: height, 279: len(content), 339: sample_format}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + content
+
+
+def twelve_bits(values):
+    """The upper 12 bits of values, two in three bytes."""
+    a, b = (values >> 4).reshape(-1, 2).astype(np.uint32).T
+    return np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], -1).astype(np.uint8).tobytes()
+
+
+SIXTEEN_BITS = {
+    "grey png": save(Image.fromarray(RAMP), "PNG"),
+    "grey tiff": save(Image.fromarray(RAMP), "TIFF"),
+    "compressed tiff": save(Image.fromarray(RAMP), "TIFF", compression="tiff_lzw"),
+    "big-endian tiff": save(
+        Image.frombytes("I;16B", (16, 16), RAMP.astype(">u2").tobytes()), "TIFF"
+    ),
+    "colour tiff": cv2.imencode(".tiff", RAMP[..., None].repeat(3, 2))[1].tobytes(),
+    "tiff whose white is zero": tiff(65535 - RAMP, bits=16, white_is_zero=True),
+    "tiff of 12 bits": tiff(twelve_bits(RAMP), bits=12),
+    "jpeg 2000": save(Image.fromarray(RAMP), "JPEG2000"),
+    "pgm": b"P5 16 16 65535\n" + RAMP.astype(">u2").tobytes(),
+    "pgm of 12 bits": b"P5 16 16 4095\n" + (RAMP >> 4).astype(">u2").tobytes(),
+}
+
+
+@pytest.mark.parametrize("name", SIXTEEN_BITS)
+def test_of_sixteen_bits_the_upper_eight_are_used(name):
+    want = UPPER[..., None].repeat(3, 2)
+    np.testing.assert_array_equal(decode_image(SIXTEEN_BITS[name]), want)
+
+
+FLOATS = (RAMP / 65535).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("encoded", "kind"),
+    [
+        (save(Image.fromarray(FLOATS), "TIFF"), "floats"),
+        (b"Pf 16 16 -1.0\n" + FLOATS.tobytes(), "floats"),
+        (save(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), "32-bit or signed integers"),
+        (tiff(RAMP.astype(np.uint32), bits=32), "32-bit or signed integers"),
+        (tiff(RAMP.astype(np.int16), bits=16, sample_format=2), "32-bit or signed integers"),
+        (tiff(UPPER.astype(np.int8), bits=8, sample_format=2), "signed integers"),
+    ],
+)
+def test_pixels_of_unknown_range_are_refused(encoded, kind):
+    with pytest.raises(ImageError, match=f"pixels that are {kind}.*integers of 8 or 16 bits"):
+        decode_image(encoded)
+
+
+def test_sixteen_bits_are_turned_upright_too():
+    exif = Image.Exif()
+    exif[0x112] = 6
+    encoded = save(Image.fromarray(RAMP), "TIFF", exif=exif)
+    np.testing.assert_array_equal(decode_image(encoded, orient=True)[..., 0], np.rot90(UPPER, -1))
+
+
+def test_colours_of_five_bits_are_scaled_to_eight():
+    white_and_red = np.array([0x7FFF, 0x7C00], "<u2").tobytes()
+    header = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 16, 0, 4, 0, 0, 0, 0)
+    encoded = b"BM" + struct.pack("<IHHI", 58, 0, 0, 54) + header + white_and_red
+    np.testing.assert_array_equal(decode_image(encoded), [[[255, 255, 255], [255, 0, 0]]])
+
+
+GREY = Image.fromarray(UPPER)
+ALPHA = Image.fromarray(UPPER.T.copy())
+MODES = {
+    "1": GREY.convert("1"),
+    "L": GREY,
+    "LA": Image.merge("LA", (GREY, ALPHA)),
+    "P": GREY.quantize(256),
+    "RGBA": Image.merge("RGBA", (GREY, GREY, GREY, ALPHA)),
+    "CMYK": GREY.convert("RGB").convert("CMYK"),
+    "YCbCr": GREY.convert("RGB").convert("YCbCr"),
+}
+SAVED = [
+    *(("PNG", mode) for mode in ("1", "L", "LA", "P", "RGBA")),
+    *(("TIFF", mode) for mode in MODES),
+    *(("JPEG2000", mode) for mode in ("L", "LA", "RGBA")),
+    *(("GIF", mode) for mode in ("1", "L", "P")),
+    *(("BMP", mode) for mode in ("1", "L", "P", "RGBA")),
+]
+
+
+@pytest.mark.parametrize(("kind", "mode"), SAVED)
+def test_every_mode_keeps_its_values(kind, mode):
+    options = {"transparency": bytes(range(256))} if (kind, mode) == ("PNG", "P") else {}
+    decoded = decode_image(save(MODES[mode], kind, **options)).astype(int)
+    want = np.asarray(MODES["1"].convert("L")) if mode == "1" else UPPER
+    # Colour transforms round.
+    assert np.abs(decoded - want[..., None]).max() <= (1 if mode == "YCbCr" else 0)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 30000), (30000, 1)])
@@ -149,6 +259,102 @@ def test_a_jpeg_without_its_end_is_refused():
     assert decode_image(whole).shape == (40, 50, 3)
     with pytest.raises(ImageError, match="the end is missing"):
         decode_image(whole[:-2])
+
+
+# What cameras and editors append: videos, gain maps, further views, and padding of a block.
+TRAILERS = {
+    "zeros": bytes(5000),
+    "a video": b"\0\0\0\x18ftypmp42" + np.random.default_rng(0).bytes(1 << 20),
+    "a gain map": save(picture(seed=90), "JPEG"),
+    "half a gain map": save(picture(seed=90), "JPEG")[:400],
+    "end markers": b"\xff\xd9" * 9 + b"\xff",
+    "a scan without an end": b"\xff\xda\0\x08\1\1\0\0\x3f\0 and pixels",
+}
+JPEGS = {name: FILES[name] for name in FILES if name.endswith("jpeg")}
+JPEGS["jpeg with restarts"] = cv2.imencode(
+    ".jpg", np.asarray(picture()), [cv2.IMWRITE_JPEG_RST_INTERVAL, 1]
+)[1].tobytes()
+
+
+@pytest.mark.parametrize("trailer", TRAILERS)
+@pytest.mark.parametrize("name", JPEGS)
+def test_the_end_of_a_jpeg_is_its_own_and_not_that_of_the_file(name, trailer):
+    whole, extra = JPEGS[name], TRAILERS[trailer]
+    np.testing.assert_array_equal(decode_image(whole + extra), decode_image(whole))
+    # Entropy-coded data of an image that is cut off go on, until a marker that they can't have.
+    start = whole.rindex(b"\xff\xda") + 16
+    for cut in range(start, len(whole) - 2, 37):
+        if trailer in ("zeros", "a gain map", "half a gain map"):
+            with pytest.raises(ImageError, match="the end is missing"):
+                decode_image(whole[:cut] + extra)
+
+
+def chunk(name, content):
+    return (
+        struct.pack(">I4s", len(content), name)
+        + content
+        + struct.pack(">I", zlib.crc32(name + content))
+    )
+
+
+@pytest.mark.parametrize("orient", [False, True])
+def test_odd_parts_of_a_png_change_nothing_and_are_not_printed(orient, capfd):
+    png = FILES["png"]
+    want = decode_image(png)
+    parts = [
+        chunk(b"iCCP", b"x\0\0" + zlib.compress(b"no profile")),
+        chunk(b"bKGD", b"x"),
+        chunk(b"tRNS", b"x"),
+        chunk(b"sBIT", b"\x09\x09\x09"),
+        chunk(b"eXIf", b"none"),
+        chunk(b"zTXt", b"comment\0\0none"),
+        chunk(b"abCd", b"unknown"),
+        chunk(b"iCCP", b"damaged")[:-1] + b"?",
+        # An animation that ends before its first frame.
+        chunk(b"acTL", struct.pack(">II", 10, 0)),
+        chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 8, 2, 0, 0, 0)),
+    ]
+    for part in parts:
+        odd = png[:33] + part + png[33:]
+        np.testing.assert_array_equal(decode_image(odd, orient=orient), want)
+    grey = save(picture().convert("L"), "PNG")
+    with_palette = grey[:33] + chunk(b"PLTE", bytes(30)) + grey[33:]
+    np.testing.assert_array_equal(decode_image(with_palette), decode_image(grey))
+    place = png.index(b"IDAT") + 40
+    damaged = png[:place] + bytes([png[place] ^ 1]) + png[place + 1 :]
+    for broken in (damaged, png[:12] + b"CgBI" + png[16:], png[:-4], png[:-20]):
+        with pytest.raises(ImageError):
+            decode_image(broken)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_pillow_warns_of_nothing_in_any_thread():
+    program = """if True:
+        import concurrent.futures, io, sys
+        from PIL import Image
+        from vit_jax.data.ops.decode import ImageError, decode_image
+        Image.MAX_IMAGE_PIXELS = 1000  # as if images were 100,000 times as large
+        def encode(size):
+            file = io.BytesIO()
+            Image.new("RGB", size).save(file, "TIFF")
+            return file.getvalue()
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            assert [x.shape for x in pool.map(decode_image, [encode((40, 40))] * 200)]
+        try:
+            decode_image(encode((50, 50)))
+        except ImageError as e:
+            print(e)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.stdout == "an image of 2,500 pixels: expected 1 to 134,217,728\n", done.stderr
+    assert done.stderr == ""
+
+
+def test_photographs_of_phones_in_another_format_are_named_as_such():
+    with pytest.raises(ImageError, match="38 bytes that are no readable image: HEIC or AVIF"):
+        decode_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(14))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

@@ -16,12 +16,11 @@ import pytest
 from PIL import Image
 
 from vit_jax.data.ops import fused
-from vit_jax.data.ops.decode import ImageError
+from vit_jax.data.ops.decode import ImageError, has_jpeg_end
 from vit_jax.data.ops.fused import Fused, fuse
 from vit_jax.data.ops.transforms import apply
 from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
 from vit_jax.data.preprocess import parse_preprocess
-from vit_jax.utils.errors import UserError
 
 LINES = (
     "decode|inception_crop(56)|flip_lr",
@@ -220,6 +219,35 @@ def test_any_exif_data_are_what_the_operations_make_of_them():
         np.testing.assert_array_equal(run(native, encoded, 0)[0], run(ops, encoded, 0)[0])
 
 
+@needs_extension
+@pytest.mark.parametrize("progressive", [False, True])
+def test_bytes_after_the_image_change_nothing(progressive, monkeypatch):
+    whole = encode(picture(60, 80), progressive=progressive, restart=int(not progressive))
+    for trailer in (bytes(3000), np.random.default_rng(0).bytes(1 << 16), whole[:200], b"\xff"):
+        assert_native_and_equal(whole + trailer, monkeypatch, lines=LINES[:3], seeds=1)
+
+
+@needs_extension
+def test_the_end_of_an_image_is_found_as_the_operations_find_it():
+    rng = np.random.default_rng(0)
+    _, (native,) = operations("decode|resize(8)")
+    found = []
+    for number in range(400):
+        file = encode(picture(40, 50), progressive=bool(number % 2))
+        cut = file[: int(rng.integers(2, len(file)))] if number % 3 else file
+        # Markers are likely in what follows.
+        trailer = rng.choice(np.array([0xFF, 0, 1, 2, 8, 0xC4, 0xD0, 0xD8, 0xD9, 0xDA, 0xE1]), 40)
+        file = cut + trailer.astype(np.uint8).tobytes()
+        ended = has_jpeg_end(file)
+        job = native.plan(file, rng)
+        if job is not None and fused.decode([job], [np.empty((8, 8, 3), np.uint8)])[0]:
+            assert ended
+        if not ended:
+            assert run([native], file, 0) is None
+        found.append(ended)
+    assert 140 < sum(found) < 300
+
+
 WHOLE = encode(picture(60, 80))
 START = WHOLE.index(b"\xff\xda")
 FRAME = WHOLE.index(b"\xff\xc0")
@@ -255,8 +283,8 @@ def test_odd_files_are_what_the_operations_make_of_them(name, line):
 @needs_extension
 def test_an_image_smaller_than_the_crop_is_the_error_of_the_operation():
     _, native = operations("decode|resize_small(20)|central_crop(32)")
-    with pytest.raises(UserError, match=r"^central_crop\(32\) of a 20x27 image"):
-        run(native, WHOLE, 0)
+    with pytest.raises(ImageError, match=r"^central_crop\(32\) of a 20x27 image"):
+        apply(native, {"image": WHOLE}, np.random.default_rng(0))
 
 
 @needs_extension

@@ -312,6 +312,39 @@ def test_several_labels_are_a_vector_of_zeros_and_ones(ending, tmp_path):
     assert next(train_batches(spec(name, batch_size=2), seed=0, step=0))["label"].shape == (2, 3)
 
 
+def test_a_folder_of_other_files_says_which(tmp_path):
+    for number in range(3):
+        (tmp_path / "train" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / "a" / f"{number}.HEIC").write_text("not read")
+    refuse(lambda: info(f"folder:{tmp_path}"), "holds no images", "left out: 3 .heic")
+
+
+def test_labels_that_are_almost_numbers_are_names(tmp_path):
+    (tmp_path / "0.png").write_bytes(encode(0))
+    labels = ["--3", "-0", "+7", "007", "1e3", "3-", "9" * 5000, "-" + "9" * 5000, "\u0663", "-"]
+    (tmp_path / "list.csv").write_text("\n".join(["image,label", *(f"0.png,{x}" for x in labels)]))
+    assert info(f"manifest:{tmp_path}/list.csv").class_names == tuple(sorted(labels))
+
+
+@pytest.mark.parametrize("none", ["", "-1"])
+def test_rows_without_a_label_are_refused_only_where_they_are_used(none, tmp_path):
+    (tmp_path / "0.png").write_bytes(encode(0))
+    rows = [f"0.png,{none},test", "0.png,1,train", f"0.png,{none},test"]
+    (tmp_path / "list.csv").write_text("\n".join(["image,label,split", *rows]))
+    name = f"manifest:{tmp_path}/list.csv"
+    assert info(name).num_classes == 2
+    assert len(open_source(name, "train", data_dir=None, key="k")) == 1
+    image = f"{tmp_path}/0.png"
+    refuse(
+        lambda: open_source(name, "test", data_dir=None, key="evals.test.split"),
+        f"evals.test.split='test' of {name}: {image} (row ",
+        "has no label; expected integers from 0 to 1",
+    )
+    (tmp_path / "all.csv").write_text(f"image,label\n0.png,{none}\n0.png,1\n")
+    name = f"manifest:{tmp_path}/all.csv"
+    refuse(lambda: open_source(name, "train", data_dir=None, key="k"), f"{image} (row 1) has no l")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -322,8 +355,9 @@ def test_several_labels_are_a_vector_of_zeros_and_ones(ending, tmp_path):
         ("label\na\n", ["expected image"]),
         ("image,label\n0.png,a\n0.png\n", ["row 2", "expected a value for each"]),
         ("image,label\n0.png,a,b\n", ["row 1", "expected a value for each"]),
-        ("image,label\n0.png,\n", ["row 1", "label ''"]),
-        ("image,label\n0.png,3\n0.png,-1\n", ["row 2", "label -1 is out of range"]),
+        ("image,label\n0.png,\n", ["has no labels"]),
+        ("image,label\n0.png,3\n0.png,-2\n", ["row 2", "label -2 is out of range"]),
+        ("image,labels\n0.png,3\n0.png,3|-1\n", ["row 2", "label -1 is out of range"]),
         ("image,label\n0.png,123456789\n", ["label 123456789 is out of range"]),
         ("image,label\nno.png,a\n", ["none of its first images", "no.png", "manifest's folder"]),
         ("image,label\ngs://no-bucket/x.png,a\n", ["gs://no-bucket/x.png", "credentials"]),

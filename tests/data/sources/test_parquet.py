@@ -142,10 +142,14 @@ def test_files_that_will_not_do_are_refused(tmp_path):
     refuse(f"parquet:{tmp_path}", "can't be read")
     for number, (columns, words) in enumerate(
         [
-            ({"image": [b"x"]}, ["columns image", "image and label"]),
+            ({"image": [b"x"]}, ["columns image", "expected label for the label", "#image=img,"]),
+            ({"img": [b"x"], "label": [0]}, ["columns img, label", "expected image", "#image=img"]),
             ({"image": ["x"], "label": [0]}, ["column image is string", "bytes"]),
-            ({"image": [b"x"], "label": [-1]}, ["label -1 is out of range"]),
-            ({"image": [b"x"], "label": [None]}, ["label None"]),
+            ({"image": [b"x"], "label": [-2]}, ["parquet[0] (row 1): label -2 is out of range"]),
+            ({"image": [b"x"], "label": [2**40]}, ["label 1099511627776 is out of range"]),
+            ({"image": [b"x"], "label": [0.5]}, ["label 0.5: expected a class name or an int"]),
+            ({"image": [b"x"], "label": [-1]}, ["has no labels"]),
+            ({"image": [b"x"], "label": [None]}, ["has no labels"]),
         ]
     ):
         path = tmp_path / f"{number}.parquet"
@@ -155,9 +159,72 @@ def test_files_that_will_not_do_are_refused(tmp_path):
 
 def test_labels_outside_of_the_names_are_refused(tmp_path):
     write(tmp_path / "x.parquet", [1, 2], [0, 3], names=["a", "b"])
-    refuse(f"parquet:{tmp_path}", "row 2", "label 3 is out of range", "0 to 1")
+    refuse(f"parquet:{tmp_path}", "x.parquet[1] (row 2)", "label 3 is out of range", "0 to 1")
     write(tmp_path / "y.parquet", [1, 2], ["a", "bb"], names=["a", "b"])
     refuse(f"parquet:{tmp_path / 'y.parquet'}", "row 2", "unknown label 'bb'")
+
+
+UNLABELLED = {
+    "minus one": {"labels": [-1, -1], "names": ["a", "b"]},
+    "null": {"labels": [None, None], "names": ["a", "b"]},
+    "some": {"labels": [0, -1], "names": ["a", "b"]},
+    "names": {"labels": ["", ""]},
+    "no column": {"labels": None},
+}
+
+
+@pytest.mark.parametrize("name", UNLABELLED)
+def test_a_split_without_labels_is_refused_only_where_it_is_used(name, tmp_path):
+    given = dict(UNLABELLED[name])
+    labels = given.pop("labels")
+    texts = name in ("names", "no column")
+    write(tmp_path / "train-0.parquet", [5, 6], ["a", "b"] if texts else [0, 1], **given)
+    test = tmp_path / "test-0.parquet"
+    if labels is None:
+        pq.write_table(pa.table({"image": [encode(1), encode(2)]}), test)
+    else:
+        write(test, [1, 2], labels, **given)
+    dataset = f"parquet:{tmp_path}"
+    assert dataset_info(dataset, data_dir=None).class_names == ("a", "b")
+    assert greys(dataset, "train") == [5, 6]
+    row = 1 if name == "some" else 0
+    for split in ("test", "all"):
+        with pytest.raises(UserError) as error:
+            open_source(dataset, split, data_dir=None, key="evals.test.split")
+        # Files are in the order of their names.
+        assert str(error.value) == (
+            f"evals.test.split={split!r} of {dataset}: {test}[{row}] (row {row + 1}) has no label; "
+            "expected integers from 0 to 1"
+        )
+
+
+def test_other_names_of_columns_stand_in_the_name_of_the_dataset(tmp_path):
+    features = {"fine": {"names": ["a", "b"], "_type": "ClassLabel"}}
+    meta = {"huggingface": json.dumps({"info": {"features": features}})}
+    columns = {
+        "img": [encode(grey) for grey in (1, 2, 3)],
+        "fine": [0, 1, 1],
+        "coarse": [5, 6, 7],
+        "part": ["train", "train", "test"],
+    }
+    table = pa.table(columns).replace_schema_metadata(meta)
+    pq.write_table(table, tmp_path / "x.parquet")
+    name = f"parquet:{tmp_path}#image=img,label=fine,split=part"
+    info = dataset_info(name, data_dir=None)
+    assert (info.num_classes, info.class_names) == (2, ("a", "b"))
+    assert greys(name, "test") == [3]
+    other = f"parquet:{tmp_path / '*.parquet'}#label=coarse,image=img"
+    assert dataset_info(other, data_dir=None).num_classes == 8
+    refuse(f"parquet:{tmp_path}#image=img,label=fin", "columns img, fine, ", "expected fin for")
+    refuse(f"parquet:{tmp_path}#image=img,label=fine,split=x", "expected x for the split")
+    refuse(f"parquet:{tmp_path}#picture=img", "there are no files", "#picture=img")
+
+
+def test_brackets_in_a_path_are_no_pattern(tmp_path):
+    folder = tmp_path / "run [1] * ?"
+    write(folder / "train-[0].parquet", [1, 2], [0, 1])
+    for path in ("", "/train-[0].parquet", "/train-*.parquet", "/train-[[]0].parquet"):
+        assert greys(f"parquet:{folder}{path}", "train") == [1, 2]
 
 
 def test_files_that_contradict_each_other_are_refused(tmp_path):

@@ -45,6 +45,16 @@ def test_dataset_info_tells_classes_and_shape(data_dir, tmp_path):
     assert (info.num_classes, info.image_shape) == (2, (None, None, 3))
 
 
+@pytest.mark.parametrize(("label", "words"), [(-1, "no label"), (2, "label 2"), (-7, "label -7")])
+def test_a_label_out_of_range_is_refused_with_its_record(label, words):
+    records = [{"image": b"x", "label": np.int64(x)} for x in (0, 1, label)]
+    source = tfds_source.TfdsSource(records, name="mine:test", num_classes=2, keep=True)
+    assert [int(source[index]["label"]) for index in range(2)] == [0, 1]
+    with pytest.raises(UserError) as error:
+        source[2]
+    assert str(error.value) == f"mine:test[2] has {words}; expected integers from 0 to 1"
+
+
 def test_a_source_gives_encoded_images_by_position(stripes_dir):
     source = open_source("stripes", "validation", data_dir=stripes_dir, key="data.split")
     assert len(source) == 13

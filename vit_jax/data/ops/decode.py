@@ -7,8 +7,10 @@ that is not a whole image raises `ImageError`.
 
 import contextlib
 import io
+import re
 import struct
 import warnings
+import zlib
 
 import cv2
 import numpy as np
@@ -18,16 +20,25 @@ from PIL import Image, ImageOps
 # photograph of ImageNet has 2**26.
 MAX_PIXELS = 2**27
 
-_OPENCV_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+_OPENCV_FORMATS = ("JPEG", "PNG", "WEBP")
 # Pillow reads more formats than these, some of them by running other programs.
-_PILLOW_FORMATS = (*_OPENCV_FORMATS, "GIF", "TIFF", "PPM", "JPEG2000")
+_PILLOW_FORMATS = (*_OPENCV_FORMATS, "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 
 # OpenCV would print several lines for each broken image, besides the `ImageError`.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+# Pillow warns of odd metadata and of large images without the name of the file. A filter for the
+# time of one call would be no use, as all threads share the filters.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # JPEG segments with the size (SOF0 to SOF15, without DHT, JPG and DAC), and those without a length.
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BARE = frozenset((0x01, *range(0xD0, 0xD9)))
+# A marker, which is neither a byte 0xff of compressed pixels nor a restart within them.
+_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
+# Segments with a length that an image may have: frames, tables, scans, comments and applications'.
+_SEGMENTS = _SOF | {0xC4, 0xCC, *range(0xDA, 0xDE), *range(0xE0, 0xF0), 0xFE}
+
+_TIFF_DEPTH, _TIFF_COLORS, _TIFF_FORMAT = 258, 262, 339  # BitsPerSample, Photometric, SampleFormat
 
 
 class ImageError(ValueError):
@@ -38,6 +49,7 @@ def decode_image(encoded: bytes | np.ndarray, *, orient: bool = False) -> np.nda
     """Decodes a JPEG, PNG, WebP, BMP, GIF (first frame), TIFF, PPM or JPEG 2000 file.
 
     The content determines the format. Transparency is dropped; of 16 bits, the upper 8 are used.
+    Bytes after the end of the image are ignored, such as the video of a Motion Photo.
 
     Args:
       encoded: bytes of the file, or pixels, which are returned as they are.
@@ -54,58 +66,119 @@ def decode_image(encoded: bytes | np.ndarray, *, orient: bool = False) -> np.nda
     kind, size = read_header(encoded)
     if size is not None:
         check_size(*size)
-    if _is_cut_off(encoded, kind):
+    if kind == "JPEG" and not has_jpeg_end(encoded):
         raise ImageError(f"{len(encoded)} bytes that are no readable image: the end is missing")
+    if kind == "PNG":
+        encoded = _essential_png(encoded, orient=orient)
     flags = cv2.IMREAD_COLOR_RGB if orient else cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     image = None
-    # Other formats go to Pillow, which checks their size and handles partial frames of a GIF.
+    # Other formats go to Pillow, which checks their size, handles partial frames of a GIF, and
+    # scales colours of 5 and 6 bits in a BMP to 8.
     if kind in _OPENCV_FORMATS:
         with contextlib.suppress(cv2.error):
             image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     return _decode_with_pillow(encoded, orient=orient) if image is None else image
 
 
-def _is_cut_off(encoded: bytes, kind: str | None) -> bool:
-    if kind == "JPEG":
-        # OpenCV 4 fills missing pixels with grey. An embedded thumbnail is a whole JPEG, so the end
-        # marker must follow the last scan.
-        end = b"\xff\xd9"
-        return not encoded.endswith(end) and encoded.rfind(end) < encoded.rfind(b"\xff\xda")
-    if kind == "PNG":
-        # OpenCV allocates the length that a chunk claims.
-        at = 8
-        while at + 12 <= len(encoded):
-            length, name = struct.unpack_from(">I4s", encoded, at)
-            at += 12 + length
-            if name == b"IEND":
-                return at > len(encoded)
-        return True
+def has_jpeg_end(encoded: bytes) -> bool:
+    """Whether the first image of a JPEG file is followed by its end marker.
+
+    The bytes after it are not looked at, and neither is a thumbnail within a segment. OpenCV would
+    fill the pixels that are missing with grey.
+    """
+    at = 2
+    while match := _MARKER.search(encoded, at):
+        marker, at = encoded[match.end() - 1], match.end()
+        if marker == 0xD9:
+            return True
+        if marker in _SEGMENTS and at + 2 <= len(encoded):
+            at += struct.unpack_from(">H", encoded, at)[0]
+        elif marker != 0x01:  # The pixels break off here, as at the start of another image.
+            return False
     return False
+
+
+def _essential_png(encoded: bytes, *, orient: bool) -> bytes:
+    """A PNG with no more than what determines its pixels.
+
+    libpng prints a line for an odd colour profile and other such parts, without the name of the
+    file. The image of an animation that is shown where animations are unknown counts as its first.
+
+    Raises `ImageError` if a part that is needed is missing or damaged.
+    """
+    needed = {b"IHDR", b"IDAT", b"IEND"}
+    if encoded[25:26] == b"\3":  # Beside colours or greys, a palette is a mere suggestion.
+        needed.add(b"PLTE")
+    kept, at = [encoded[:8]], 8
+    while at + 12 <= len(encoded):
+        length, name = struct.unpack_from(">I4s", encoded, at)
+        part = encoded[at : at + 12 + length]
+        # libpng would print that a part is damaged, too.
+        whole = zlib.crc32(part[4:-4]) == int.from_bytes(part[-4:], "big")
+        at += 12 + length
+        if name in needed and at <= len(encoded) and not whole:
+            raise ImageError(f"{len(encoded)} bytes that are no readable image: damaged")
+        if name in needed or (name == b"eXIf" and orient and whole and _is_exif(part[8:])):
+            kept.append(part)
+            needed.discard(b"IHDR")  # The first counts.
+        if name == b"IEND" and at <= len(encoded):
+            return b"".join(kept)
+    raise ImageError(f"{len(encoded)} bytes that are no readable image: the end is missing")
+
+
+def _is_exif(content: bytes) -> bool:
+    return content.startswith((b"II*\0", b"MM\0*"))
 
 
 def check_size(width: int, height: int) -> None:
     """Raises `ImageError` unless an image has 1 to `MAX_PIXELS` pixels."""
     if width < 1 or height < 1 or width * height > MAX_PIXELS:
         raise ImageError(
-            f"an image of {width}x{height} pixels is no readable image here: expected 1 to "
-            f"{MAX_PIXELS:,}"
+            f"an image of {width}x{height} pixels: expected 1 to {MAX_PIXELS:,} pixels"
         )
 
 
 def _decode_with_pillow(encoded: bytes, *, orient: bool) -> np.ndarray:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as image:
-                check_size(*image.size)
-                if orient:
-                    image = ImageOps.exif_transpose(image)
-                return np.array(image.convert("RGB"))
+        with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as image:
+            check_size(*image.size)
+            if orient:
+                ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
     except (ImageError, MemoryError):
         raise
+    except Image.DecompressionBombError as e:  # Far above the limit; the text has the number.
+        pixels = int(re.findall(r"\d+", str(e))[0])
+        raise ImageError(f"an image of {pixels:,} pixels: expected 1 to {MAX_PIXELS:,}") from e
     # Pillow's decoders raise OSError, SyntaxError, struct.error and others for broken files.
     except Exception as e:
-        raise ImageError(f"{len(encoded)} bytes that are no readable image") from e
+        phone = ": HEIC or AVIF, which is to be converted" if encoded[4:8] == b"ftyp" else ""
+        raise ImageError(f"{len(encoded)} bytes that are no readable image{phone}") from e
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Converts a Pillow image to uint8 `[height, width, 3]`; of 16 bits, the upper 8 are used.
+
+    Pillow would clip 16 bits to white, and cut fractions off.
+
+    Raises:
+      ImageError: nothing states the range of the values: floats, signed and 32-bit integers.
+    """
+    tags = getattr(image, "tag_v2", {})
+    # Pillow scales all PPM files to 16 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        values = np.asarray(image).astype(np.int32) >> (tags.get(_TIFF_DEPTH, (16,))[0] - 8)
+        if tags.get(_TIFF_COLORS) == 0:  # White is zero, which Pillow heeds in 8 bits only.
+            values = 255 - values
+        return np.repeat(values.astype(np.uint8)[..., None], 3, axis=2)
+    kinds = {"I": "32-bit or signed integers", "F": "floats"}
+    signed = 2 in tags.get(_TIFF_FORMAT, ())
+    if image.mode in kinds or signed:
+        raise ImageError(
+            f"pixels that are {kinds.get(image.mode, 'signed integers')}, of which the range is "
+            "not known: expected integers of 8 or 16 bits, without a sign"
+        )
+    return np.array(image.convert("RGB"))
 
 
 def read_header(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
@@ -117,6 +190,8 @@ def read_header(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
         if encoded.startswith(b"\xff\xd8\xff"):
             return "JPEG", _jpeg_size(encoded)
         if encoded.startswith(b"\x89PNG\r\n\x1a\n"):
+            if encoded[12:16] != b"IHDR":  # Apple's variant starts with another part.
+                raise ValueError
             return "PNG", struct.unpack_from(">II", encoded, 16)
         if encoded.startswith((b"GIF87a", b"GIF89a")):
             return "GIF", struct.unpack_from("<HH", encoded, 6)

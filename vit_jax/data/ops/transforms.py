@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Literal
 import cv2
 import numpy as np
 
-from vit_jax.data.ops.decode import decode_image
+from vit_jax.data.ops.decode import ImageError, check_size, decode_image
 from vit_jax.data.ops.geometry import Method, resize_image
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, first_line
 
 Features = dict[str, Any]
 
@@ -59,9 +59,19 @@ def check_order(**limits: float) -> None:
 
 
 def apply(ops: Sequence[Op], features: Features, rng: np.random.Generator) -> Features:
-    """Runs operations in their order; only those with random choices use `rng`."""
+    """Runs operations in their order; only those with random choices use `rng`.
+
+    Raises:
+      ImageError: the image can't be read, or an operation refuses it, such as a crop of a smaller
+        image.
+    """
     for op in ops:
-        features = op(features, rng) if isinstance(op, Random) else op(features)
+        try:
+            features = op(features, rng) if isinstance(op, Random) else op(features)
+        except cv2.error as e:  # Such as a side above the 32,767 pixels of affine maps.
+            shape = np.shape(features["image"])
+            reason = first_line(e).rpartition(" error: ")[2]
+            raise ImageError(f"{op} of an image of {list(shape)}: {reason}") from e
     return features
 
 
@@ -169,9 +179,9 @@ class RandomCrop(Random):
 def _check_crop(name: str, image: np.ndarray, height: int, width: int) -> None:
     if image.shape[0] < height or image.shape[1] < width:
         size = f"{height}" if width == height else f"{height}, {width}"
-        raise UserError(
-            f"{name}({size}) of a {image.shape[0]}x{image.shape[1]} image: put resize_small or pad "
-            "before it"
+        raise ImageError(
+            f"{name}({size}) of a {image.shape[0]}x{image.shape[1]} image: put resize_small or "
+            "pad_to before it"
         )
 
 
@@ -193,6 +203,7 @@ class _Padding(Transform):
             raise ValueError(f"value={self.value}: expected 0 to 255")
 
     def pad(self, image: np.ndarray, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        check_size(image.shape[1] + left + right, image.shape[0] + top + bottom)
         color, border = (self.value, self.value, self.value), _BORDERS[self.mode]
         return cv2.copyMakeBorder(image, top, bottom, left, right, border, value=color)
 
@@ -289,6 +300,7 @@ class RandomShift(Random):
 
     def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         p, (height, width) = self.pixels, image.shape[:2]
+        check_size(width + 2 * p, height + 2 * p)
         top, left = rng.integers(2 * p + 1, size=2)
         padded = cv2.copyMakeBorder(image, p, p, p, p, cv2.BORDER_REPLICATE)
         return padded[top : top + height, left : left + width]

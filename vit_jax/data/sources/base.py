@@ -5,7 +5,7 @@ import abc
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -15,9 +15,24 @@ from vit_jax.utils.errors import UserError
 # Limit of the number of classes: larger labels are probably ids.
 MAX_CLASSES = 2**20
 
+# The label of an example whose label is not known, as that of a test set that is kept secret.
+NO_LABEL = -1
+
 # Seed of splits and orders, which must not depend on the seed of a run.
 _SEED = 0
 _VALIDATION = 0.1
+
+
+class NoLabelError(UserError):
+    """A split that is opened has an example without a label."""
+
+
+def refuse_label(label: Any, where: str, num_classes: int) -> NoReturn:
+    """Raises `UserError` for a label out of range; it is `NoLabelError` for `NO_LABEL`."""
+    has = "has no label" if label == NO_LABEL else f"has label {label}"
+    raise (NoLabelError if label == NO_LABEL else UserError)(
+        f"{where} {has}; expected integers from 0 to {num_classes - 1}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +99,12 @@ class Dataset:
       name: in the config, such as `folder:/data/birds`.
       info: classes and shape.
       records: the images.
-      labels: int32 `[rows]`, or an int32 array for each row if there may be several labels.
+      labels: int32 `[rows]`, or an int32 array for each row if there may be several labels. Splits
+        that are never opened may have other labels than 0 to `num_classes` - 1, such as `NO_LABEL`.
       splits: the rows of each split, in order, as integers `[examples]`.
+
+    Raises:
+      UserError: there is another number of class names than of classes.
     """
 
     name: str
@@ -94,15 +113,43 @@ class Dataset:
     labels: np.ndarray | Sequence[np.ndarray]
     splits: Mapping[str, np.ndarray]
 
+    def __post_init__(self) -> None:
+        names, count = self.info.class_names, self.info.num_classes
+        if names is not None and len(names) != count:
+            raise UserError(
+                f"data.name={self.name!r} has {len(names):,} class names for {count:,} classes; "
+                "expected as many"
+            )
+
     @property
     def lengths(self) -> dict[str, int]:
         """The number of examples of each split."""
         return {split: len(rows) for split, rows in self.splits.items()}
 
     def open(self, split: str, *, key: str) -> "Rows":
-        """The examples of a split with slices, such as `train[:98%]`; see `select` for errors."""
+        """The examples of a split with slices, such as `train[:98%]`.
+
+        Raises `UserError` if there is no such split, see `select`, or if a label in it is missing,
+        out of range, or no integer.
+        """
         parts = select(split, self.lengths, name=self.name, key=key)
-        return Rows(self, np.concatenate([self.splits[n][start:stop] for n, start, stop in parts]))
+        rows = np.concatenate([self.splits[n][start:stop] for n, start, stop in parts])
+        self._check_labels(rows, where=f"{key}={split!r} of {self.name}")
+        return Rows(self, rows)
+
+    def _check_labels(self, rows: np.ndarray, where: str) -> None:
+        if isinstance(self.labels, np.ndarray):
+            labels = self.labels[rows]
+        else:
+            of_rows = [np.atleast_1d(self.labels[row]) for row in rows]
+            rows = np.repeat(rows, [len(labels) for labels in of_rows])
+            labels = np.concatenate(of_rows)
+        bad = np.ones(len(labels), bool)
+        if labels.dtype.kind in "iuf":
+            bad = (labels < 0) | (labels >= self.info.num_classes) | (labels != np.floor(labels))
+        for place in np.flatnonzero(bad)[:1]:
+            record = f"{self.records.describe(int(rows[place]))} (row {rows[place] + 1})"
+            refuse_label(labels[place], f"{where}: {record}", self.info.num_classes)
 
 
 class Rows(Source):

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from etils import epath
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.sources.base import (
     MAX_CLASSES,
+    NO_LABEL,
     Dataset,
     DatasetInfo,
     Records,
@@ -34,6 +36,8 @@ ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".
 _COLUMNS = ("image", "label", "labels", "split")
 _STORES = ("gs://", "s3://")
 _ANY_SHAPE = (None, None, 3)
+# How tables say that a row has no label.
+_NO_LABELS = (None, "", -1, "-1")
 
 # Threads that list folders, which mostly wait for the file system.
 _LISTERS = 16
@@ -105,19 +109,18 @@ def folder_dataset(path: str) -> Dataset:
             listed = list(pool.map(lambda f: list_images(root, f[1]), folders))
     except OSError as e:
         raise UserError(f"{key} can't be read: {e.strerror}: {e.filename}") from None
-    ignored = sum((count for _, count in listed), Counter())
+    ignored = describe_ignored(sum((count for _, count in listed), Counter()))
     found = [(s, os.path.basename(f), p) for (s, f), (p, _) in zip(folders, listed, strict=True)]
     if not any(paths for *_, paths in found):
         raise UserError(
             f"{key} holds no images: expected CLASS/IMAGE or train/CLASS/IMAGE in {root}, as "
-            f"{', '.join(ENDINGS)}"
+            f"{', '.join(ENDINGS)}{f'; left out: {ignored}' if ignored else ''}"
         )
     class_names = check_class_names(sorted({c for _, c, paths in found if paths}), name=name)
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     rows = sorted((path, label_of[c], s) for s, c, paths in found for path in paths)
     if ignored:
-        few = ", ".join(f"{n:,} {kind}" for kind, n in ignored.most_common(5))
-        logger.info("%s: ignored what is no image: %s", name, few)
+        logger.info("%s: ignored what is no image: %s", name, ignored)
     if (seconds := time.monotonic() - started) > 2:
         logger.info("%s: listed %s images in %.1f s", name, f"{len(rows):,}", seconds)
     labels = np.array([label for _, label, _ in rows], np.int32)
@@ -177,6 +180,11 @@ def list_images(root: str, folder: str) -> tuple[list[str], Counter[str]]:
                 else:
                     ignored[ending or "without an ending"] += 1
     return paths, ignored
+
+
+def describe_ignored(ignored: Counter[str]) -> str:
+    """Numbers of files that were left out by kind, such as "12 .heic, 1 hidden"."""
+    return ", ".join(f"{n:,} {kind}" for kind, n in ignored.most_common(5))
 
 
 def _leads_back(link: str) -> bool:
@@ -268,32 +276,35 @@ def encode_labels(
     name: str,
     class_names: Sequence[str] | None = None,
     image_shape: tuple[int | None, ...] = _ANY_SHAPE,
+    describe: Callable[[int], str] = lambda row: f"row {row + 1}",
 ) -> tuple[DatasetInfo, Any]:
     """Converts labels from class names or integers to int32.
 
     Takes a label for each row, or a list of labels if `multi_label`. Without names by label, class
-    names are the sorted labels, if these are names. Returns the facts about the dataset, and int32
-    `[rows]`, or one array per row if `multi_label`. Raises `UserError` if a label is unknown or out
-    of range.
+    names are the sorted labels, if these are names. A row without a label (-1, an empty text or
+    None) gets `NO_LABEL`, and is refused when a split that holds it is opened. Returns the facts
+    about the dataset, and int32 `[rows]`, or one array per row if `multi_label`. Raises `UserError`
+    if a label is unknown or out of range, where `describe` names its row, counted from 0.
     """
     key = f"data.name={name!r}"
-    rows = values if multi_label else [[value] for value in values]
-    row_of: dict[int | str, int] = {}  # the first row of each label, counted from 1
-    for row, labels in enumerate(rows, 1):
+    rows = values if multi_label else [[] if v in _NO_LABELS else [v] for v in values]
+    row_of: dict[int | str, int] = {}  # the first row of each label
+    for row, labels in enumerate(rows):
         for label in labels:
             if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
                 raise UserError(
-                    f"{key}: row {row}: label {label!r}: expected a class name or an integer"
+                    f"{key}: {describe(row)}: label {label!r}: expected a class name or an integer"
                 )
             row_of.setdefault(label, row)
-    if not row_of:
+    if not row_of and not class_names:
         raise UserError(f"{key} has no labels")
     if all(map(_is_integer, row_of)):
         largest = len(class_names) if class_names else MAX_CLASSES
         for label, row in row_of.items():
             if not 0 <= int(label) < largest:
                 raise UserError(
-                    f"{key}: row {row}: label {label} is out of range; expected 0 to {largest - 1}"
+                    f"{key}: {describe(row)}: label {label} is out of range; expected 0 to "
+                    f"{largest - 1}"
                 )
         code = {label: int(label) for label in row_of}
         num_classes = len(class_names) if class_names else max(code.values()) + 1
@@ -304,28 +315,32 @@ def encode_labels(
         for label, row in row_of.items():
             if str(label) not in number_of:
                 hint = suggest(str(label), known)[:200]
-                raise UserError(f"{key}: row {row}: unknown label {label!r}{hint}")
+                raise UserError(f"{key}: {describe(row)}: unknown label {label!r}{hint}")
         code = {label: number_of[str(label)] for label in row_of}
         num_classes = len(known)
     info = DatasetInfo(num_classes, image_shape, known, multi_label)
     if multi_label:
         return info, [np.array([code[label] for label in labels], np.int32) for labels in rows]
-    return info, np.array([code[label] for label in values], np.int32)
+    return info, np.array([code[row[0]] if row else NO_LABEL for row in rows], np.int32)
 
 
 def _is_integer(label: int | str) -> bool:
-    # 007 and +7 are names.
-    return isinstance(label, int) or (label.lstrip("-").isdecimal() and str(int(label)) == label)
+    # 007, +7 and --7 are names, and so is what has more digits than any integer.
+    return isinstance(label, int) or re.fullmatch("0|-?[1-9][0-9]{0,18}", label) is not None
+
+
+def check_store(path: str, *, where: str = "") -> None:
+    """Raises `UserError`, which starts with `where`, for a URL that images are not read from."""
+    if "://" in path and not path.startswith(_STORES):
+        raise UserError(
+            f"{where}image {path!r}: expected a path, or a URL of {' or '.join(_STORES)}"
+        )
 
 
 def _check_access(records: Files, paths: Sequence[str], key: str) -> None:
     """Reads one image, as a wrong folder or missing credentials affect all records."""
     for row, path in enumerate(paths):
-        if "://" in path and not path.startswith(_STORES):
-            raise UserError(
-                f"{key}: row {row + 1}: image {path!r}: expected a path, or a URL of "
-                f"{' or '.join(_STORES)}"
-            )
+        check_store(path, where=f"{key}: row {row + 1}: ")
     for remote in (False, True):
         rows = [row for row, path in enumerate(paths) if ("://" in path) == remote][:8]
         error = None

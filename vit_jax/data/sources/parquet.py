@@ -3,7 +3,6 @@
 
 import collections
 import functools
-import glob
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.sources.base import Dataset, Records, make_splits
 from vit_jax.data.sources.files import SPLITS, encode_labels
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.files import find_paths
 
 logger = logging.getLogger(__name__)
 
@@ -24,52 +24,75 @@ logger = logging.getLogger(__name__)
 CACHE_BYTES = 2**30
 
 
+# The columns of a file by what they hold, and how a dataset's name says that they have other names.
+_COLUMNS = ("image", "label", "split")
+_RENAMED = re.compile(r"#((?:image|label|split)=[^,]+(?:,(?:image|label|split)=[^,]+)*)$")
+
+
 @functools.cache
-def parquet_dataset(path: str) -> Dataset:
+def parquet_dataset(text: str) -> Dataset:
     """A dataset of the files of a path or pattern, or of all files below a folder.
 
-    Columns: `image` (bytes, or a struct with `bytes`) and `label` (integer or class name). Class
-    names are those that the `datasets` library writes into the schema. The split is the column
-    `split`, or else the first word of the files' names, as in `train-00000-of-00002.parquet`.
+    Columns: `image` (bytes, or a struct with `bytes`) and `label` (integer or class name); after
+    the path, `#image=img,label=fine_label` gives other names of them. Class names are those that
+    the `datasets` library writes into the schema. The split is the column `split`, or else the
+    first word of the files' names, as in `train-00000-of-00002.parquet`. Labels may be missing, as
+    null, -1 or the whole column, in splits that are never opened.
 
     Raises:
       UserError: pyarrow is missing, there are no files, or a column is invalid.
     """
-    name = f"parquet:{path}"
+    name = f"parquet:{text}"
     key = f"data.name={name!r}"
+    path, names_of = _split_columns(text)
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise UserError(f"{key} needs pyarrow: pip install 'vit_jax[parquet]'") from None
     where = os.path.expanduser(path)
-    pattern = os.path.join(glob.escape(where), "**", "*.parquet") if os.path.isdir(where) else where
-    paths = sorted(glob.glob(pattern, recursive=True))
+    pattern = os.path.join(where, "**", "*.parquet") if os.path.isdir(where) else where
+    paths = find_paths(pattern)
     if not paths:
         raise UserError(f"{key}: there are no files {pattern}")
-    labels, splits, names = [], [], []
+    labels, splits, names = [], [], {}
     try:
         files = [pq.ParquetFile(file, memory_map=True) for file in paths]
         for file_path, file in zip(paths, files, strict=True):
             schema = file.schema_arrow
-            _check_schema(schema, file_path, key)
-            names.append(_class_names(schema))
-            columns = [c for c in ("label", "split") if c in schema.names]
+            _check_schema(schema, file_path, key, names_of)
+            rows = file.metadata.num_rows
+            columns = [names_of[c] for c in ("label", "split") if names_of[c] in schema.names]
             table = file.read(columns=columns)
-            labels += table.column("label").to_pylist()
-            if "split" in columns:
-                splits += [SPLITS.get(s, s) for s in map(str, table.column("split").to_pylist())]
+            if names_of["label"] in columns:
+                names[file_path] = _class_names(schema, names_of["label"])
+                labels += table.column(names_of["label"]).to_pylist()
             else:
-                splits += [_split_of(file_path)] * file.metadata.num_rows
+                labels += [None] * rows
+            if names_of["split"] in columns:
+                found = map(str, table.column(names_of["split"]).to_pylist())
+                splits += [SPLITS.get(split, split) for split in found]
+            else:
+                splits += [_split_of(file_path)] * rows
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"{key} can't be read: {' '.join(str(e).split())[:200]}") from None
-    for file_path, other in zip(paths, names, strict=True):
-        if other != names[0]:
+    if not names:
+        raise _lack("label", files[0].schema_arrow, paths[0], key, names_of)
+    first, class_names = next(iter(names.items()))
+    for file_path, other in names.items():
+        if other != class_names:
             raise UserError(
-                f"{key}: {file_path} has other class names than {paths[0]}; expected the same in "
+                f"{key}: {file_path} has other class names than {first}; expected the same in "
                 "all files"
             )
-    info, codes = encode_labels(labels, multi_label=False, name=name, class_names=names[0])
+    records = RowGroups(paths, files, column=names_of["image"])
+    info, codes = encode_labels(
+        labels,
+        multi_label=False,
+        name=name,
+        class_names=class_names,
+        describe=lambda row: f"{records.describe(row)} (row {row + 1})",
+    )
     _check_size(files, name)
     if None in splits:
         if set(splits) != {None}:
@@ -82,23 +105,41 @@ def parquet_dataset(path: str) -> Dataset:
         # The order of the files is kept, so that evaluation reads each row group once.
         array = np.asarray(splits)
         by_split = {str(s): np.flatnonzero(array == s) for s in sorted(set(splits))}
-    return Dataset(name, info, RowGroups(paths, files), codes, by_split)
+    return Dataset(name, info, records, codes, by_split)
 
 
-def _check_schema(schema: Any, path: str, key: str) -> None:
+def _split_columns(text: str) -> tuple[str, dict[str, str]]:
+    """The path in the name of a dataset, and the names of its columns by what they hold."""
+    names_of: dict[str, str] = {column: column for column in _COLUMNS}
+    renamed = _RENAMED.search(text)
+    if not renamed:
+        return text, names_of
+    return text[: renamed.start()], names_of | dict(
+        column.split("=", 1) for column in renamed[1].split(",")
+    )
+
+
+def _lack(what: str, schema: Any, path: str, key: str, names_of: dict[str, str]) -> UserError:
+    return UserError(
+        f"{key}: {path} has the columns {', '.join(schema.names)}; expected {names_of[what]} for "
+        f"the {what}: other names are given as in parquet:PATH#image=img,label=fine_label"
+    )
+
+
+def _check_schema(schema: Any, path: str, key: str, names_of: dict[str, str]) -> None:
     import pyarrow as pa
 
-    for column in ("image", "label"):
-        if column not in schema.names:
-            raise UserError(
-                f"{key}: {path} has the columns {', '.join(schema.names)}; expected image and label"
-            )
-    image = schema.field("image").type
+    # Files are also named for their split; labels may be missing in some.
+    for what in ("image", *(["split"] if names_of["split"] != "split" else [])):
+        if names_of[what] not in schema.names:
+            raise _lack(what, schema, path, key, names_of)
+    column = names_of["image"]
+    image = schema.field(column).type
     if pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
         image = image.field("bytes").type
     if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
         raise UserError(
-            f"{key}: {path}: column image is {image}; expected bytes, or a struct with bytes"
+            f"{key}: {path}: column {column} is {image}; expected bytes, or a struct with bytes"
         )
 
 
@@ -117,11 +158,11 @@ def _check_size(files: list[Any], name: str) -> None:
         )
 
 
-def _class_names(schema: Any) -> list[str] | None:
-    """The class names that the `datasets` library wrote into the schema."""
+def _class_names(schema: Any, column: str) -> list[str] | None:
+    """The class names of a column that the `datasets` library wrote into the schema."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        names = features["label"]["names"]
+        names = features[column]["names"]
     except (KeyError, TypeError, ValueError):
         return None
     return names if isinstance(names, list) and all(isinstance(n, str) for n in names) else None
@@ -139,8 +180,16 @@ class RowGroups(Records):
     shuffled order over more than `cache_bytes`, nearly every record costs the read of a row group.
     """
 
-    def __init__(self, paths: list[str], files: list[Any], *, cache_bytes: int = CACHE_BYTES):
-        self._paths, self._files, self._cache_bytes = paths, files, cache_bytes
+    def __init__(
+        self,
+        paths: list[str],
+        files: list[Any],
+        *,
+        column: str = "image",
+        cache_bytes: int = CACHE_BYTES,
+    ):
+        self._paths, self._files, self._column = paths, files, column
+        self._cache_bytes = cache_bytes
         groups = [
             (number, group, file.metadata.row_group(group).num_rows)
             for number, file in enumerate(files)
@@ -171,11 +220,11 @@ class RowGroups(Records):
                     self._cache.move_to_end(group)
                     return self._cache[group]
             try:
-                table = self._files[number].read_row_group(within, columns=["image"])
+                table = self._files[number].read_row_group(within, columns=[self._column])
             # Corrupt pages raise OSError, ArrowInvalid or ArrowNotImplementedError.
             except Exception as e:
                 raise ImageError(f"its row group can't be read ({' '.join(str(e).split())})") from e
-            images = table.column("image").combine_chunks()
+            images = table.column(self._column).combine_chunks()
             if hasattr(images, "field"):
                 images = images.field("bytes")
             with self._lock:

@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 import vit_jax.data.datasets  # noqa: F401  (registers the package's own TFDS builders)
-from vit_jax.data.sources.base import DatasetInfo, Source
+from vit_jax.data.sources.base import DatasetInfo, Source, refuse_label
 from vit_jax.utils.errors import UserError, describe_error, suggest
 
 _DEFAULT_DIR = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
@@ -94,7 +94,9 @@ class TfdsDataset:
         decoders = {"image": tfds.decode.SkipDecoding()}
         records = builder.as_data_source(split, decoders=decoders)
         keep = builder.info.dataset_size <= _KEPT_BYTES
-        return TfdsSource(records, name=f"{self.name}:{split}", keep=keep)
+        return TfdsSource(
+            records, name=f"{self.name}:{split}", num_classes=self.info.num_classes, keep=keep
+        )
 
 
 class TfdsSource(Source):
@@ -104,8 +106,8 @@ class TfdsSource(Source):
     a small image.
     """
 
-    def __init__(self, records: Any, *, name: str, keep: bool):
-        self._records, self._name = records, name
+    def __init__(self, records: Any, *, name: str, num_classes: int, keep: bool):
+        self._records, self._name, self._num_classes = records, name, num_classes
         self._kept: dict[int, dict[str, Any]] | None = {} if keep else None
 
     def __len__(self) -> int:
@@ -115,7 +117,11 @@ class TfdsSource(Source):
         if self._kept is not None and index in self._kept:
             return self._kept[index]
         record = self._records[index]
-        record = {"image": record["image"], "label": np.int32(record["label"])}
+        label = int(record["label"])
+        # Labels are stored with the images, so that each is known when it is read.
+        if not 0 <= label < self._num_classes:
+            refuse_label(label, self.describe(index), self._num_classes)
+        record = {"image": record["image"], "label": np.int32(label)}
         if self._kept is not None:
             self._kept[index] = record
         return record
