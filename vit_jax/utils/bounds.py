@@ -123,7 +123,7 @@ def read_bytes(path: str | os.PathLike[str], *, max_bytes: int = MAX_JSON) -> by
             raise OSError(errno.EFBIG, text, os.fspath(path))
         return remote.read_bytes()
     with open_outside(path, max_bytes=max_bytes) as file:
-        return file.read(max_bytes)
+        return file.read(os.fstat(file.fileno()).st_size)
 
 
 def read_text(
