@@ -117,11 +117,11 @@ def read_bytes(path: str | os.PathLike[str], *, max_bytes: int = MAX_JSON) -> by
     if "://" in os.fspath(path):
         from etils import epath
 
-        remote = epath.Path(path)
-        if (size := remote.stat().length) > max_bytes:
-            text = f"it has {size:,} bytes; expected {max_bytes:,} at most"
+        content = epath.Path(path).read_bytes()
+        if len(content) > max_bytes:  # The size of an object costs a request of its own.
+            text = f"it has {len(content):,} bytes; expected {max_bytes:,} at most"
             raise OSError(errno.EFBIG, text, os.fspath(path))
-        return remote.read_bytes()
+        return content
     with open_outside(path, max_bytes=max_bytes) as file:
         return file.read(os.fstat(file.fileno()).st_size)
 
