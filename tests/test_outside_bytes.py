@@ -10,6 +10,7 @@ import zipfile
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from tests.images import write_folder
 from tests.tiny import tiny_config
@@ -17,9 +18,15 @@ from tests.trained import write_model
 from vit_jax import status
 from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.manifest import find_fault, write_manifest
-from vit_jax.checkpoint.pretrained.load import load_params
+from vit_jax.checkpoint.pretrained.load import load_params, load_pretrained
 from vit_jax.checkpoint.pretrained.npz import read_npz
-from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, write_safetensors
+from vit_jax.checkpoint.pretrained.rebuild import rebuild_model
+from vit_jax.checkpoint.pretrained.safetensors import (
+    read_safetensors,
+    read_tensors,
+    write_safetensors,
+    write_tensors,
+)
 from vit_jax.checkpoint.workdir import read_config
 from vit_jax.config.load import override_config, parse_overrides
 from vit_jax.data.ops.decode import ImageError
@@ -172,9 +179,9 @@ def checkpoint(folder, data_dir):
     return Reader(folder / "4" / "manifest.json", read)
 
 
-def save_by_orbax(folder):
+def save_by_orbax(folder, params=None):
     """As another program would, with a description as this one writes: no checksums."""
-    params = {"head": {"kernel": np.ones((8, 3), np.float32), "bias": np.zeros(3, np.float32)}}
+    params = params or {"head": {"kernel": np.ones((8, 3), np.float32)}}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / "params").absolute(), params)
     description = folder / "description" / "metadata"
@@ -316,7 +323,7 @@ CLAIMS = {
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_sizes_that_a_file_only_claims_take_no_memory(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("vit_jax.checkpoint.bounds._MIN_BOUND", 1 << 20)
+    monkeypatch.setattr("vit_jax.utils.bounds._MIN_BOUND", 1 << 20)
     members, words = CLAIMS[name]
     file = tmp_path / "model.npz"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -347,8 +354,78 @@ def test_a_safetensors_header_that_is_longer_than_its_file_takes_no_memory(tmp_p
 
 
 def test_arrays_of_a_checkpoint_that_would_fill_the_memory_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("vit_jax.checkpoint.bounds._MIN_BOUND", 1 << 20)
+    monkeypatch.setattr("vit_jax.utils.bounds._MIN_BOUND", 1 << 20)
     with ocp.StandardCheckpointer() as checkpointer:  # Zeros, which compress to almost nothing.
         checkpointer.save((tmp_path / "params").absolute(), {"kernel": np.zeros(1 << 20)})
     with pytest.raises(UserError, match=r"bytes that would become 8,388,608\); expected a whole"):
         load_params(tmp_path)
+
+
+# What a file beside weights may say, by the name of a case: a section, its key and the value.
+DESCRIPTIONS = {
+    "many_layers": ("model", "num_layers", 10**9, "num_layers is 1000000000"),
+    "wide": ("model", "hidden_size", 10**9, "hidden_size is 1000000000"),
+    "other_width": ("model", "hidden_size", 32, "hidden_size is 32; its arrays are of 16"),
+    "long_integer": ("model", "mlp_dim", 10**4000, "model.mlp_dim is about 2**13288"),
+    "text_for_a_size": ("model", "mlp_dim", "32", "model.mlp_dim is '32'; its arrays are of 32"),
+    "patch": ("model", "patch_size", [10**6, 10**6], "patch_size is (1000000, 1000000)"),
+    "no_name": ("model", "name", 5, "model.name is 5; expected a text"),
+    "infinite": ("model", "rope_theta", float("inf"), "model.rope_theta is inf; expected a finite"),
+    "nan_epsilon": ("model", "norm_epsilon", float("nan"), "model.norm_epsilon is nan"),
+    "hybrid": ("model", "resnet_layers", [10**6], "model.resnet_layers is 1000000; expected"),
+    "nested": ("model", "x", [[10**7]], "model.x is 10000000; expected an integer"),
+    "many": ("model", "x", [0] * 10**6, "model has more than 100,000 values"),
+    "long_text": ("model", "activation", "x" * 10**6, "model.activation has 1,000,000 characters"),
+    "one_side": ("preprocess", "image_size", [16], "image_size is (16,); expected height and w"),
+    "no_side": ("preprocess", "image_size", [0, 8], "image_size is 0; expected an integer, 1 to"),
+    "large_image": ("preprocess", "image_size", [10**9, 8], "image_size is 1000000000"),
+    "many_pixels": ("preprocess", "image_size", [2**15] * 2, "number of pixels by image_size is"),
+    "number_for_a_line": ("preprocess", "eval", 5, "eval is 5; expected a line of operations"),
+    "nan_mean": ("preprocess", "mean", [0.5, float("nan"), 0.5], "preprocess.mean is nan"),
+    "text_mean": ("preprocess", "mean", "0.5", "mean is '0.5'; expected a number"),
+    "empty_mean": ("preprocess", "mean", [], "mean is (); expected a number"),
+    "zero_std": ("preprocess", "std", 0, "std is 0; expected a number above 0"),
+    "list_of_all": ("preprocess", None, [1, 2], "expected what was written with"),
+}
+
+
+# Safetensors files of this package have a list of keys, and their reader leaves others out.
+LEFT_OUT = [("safetensors", name) for name in ("nested", "many", "hybrid")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (kind, name)
+        for kind in ("npz", "safetensors", "orbax")
+        for name in DESCRIPTIONS
+        if (kind, name) not in LEFT_OUT
+    ],
+)
+def test_a_description_that_can_not_be_of_its_arrays_is_refused(name, kind, tmp_path):
+    section, key, value, words = DESCRIPTIONS[name]
+    file = write_model(tmp_path / "model.npz", size=16)
+    weights = read_npz(file)
+    stated = {"model": {**weights.model}, "preprocess": {**weights.preprocess}}
+    if key is None:
+        stated[section], words = value, ""
+    else:
+        stated[section][key] = value
+    if kind == "npz":
+        file.with_suffix(".json").write_text(json.dumps({"vit_jax": stated}))
+    elif kind == "safetensors":
+        file = tmp_path / "model.safetensors"
+        write_safetensors(file, weights)
+        tensors, metadata = read_tensors(epath.Path(file))
+        described = json.loads(metadata["vit_jax"])
+        described = stated | {"model": described["model"] | stated["model"]}
+        write_tensors(file, tensors, metadata={"vit_jax": json.dumps(described)})
+    else:
+        file = save_by_orbax(tmp_path / "run", weights.params)
+        (file / "description" / "metadata").write_text(json.dumps(stated))
+    begun = time.process_time()
+    with pytest.raises(UserError) as error:
+        rebuild_model(load_pretrained(str(file)))
+    assert time.process_time() - begun < LIMIT
+    assert words in str(error.value)
+    assert len(str(error.value)) < 500

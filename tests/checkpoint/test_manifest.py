@@ -11,7 +11,7 @@ import pytest
 from tests.checkpoint.test_manager import abstract, assert_same, make_state, restore, save
 from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.manager import CheckpointManager, CheckpointOptions, SaveError
-from vit_jax.checkpoint.manifest import MANIFEST, find_fault
+from vit_jax.checkpoint.manifest import MANIFEST, checksum_of, find_fault
 from vit_jax.checkpoint.pretrained.load import load_params
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import RUN
@@ -49,6 +49,60 @@ def put_back(path):
     content = path.read_bytes()
     yield
     path.write_bytes(content)
+
+
+def sign(folder, files):
+    """Writes a manifest of these files with a checksum that is right."""
+    content = {"algorithm": "crc32", "files": files}
+    text = json.dumps(content | {"crc32": checksum_of(content)})
+    (folder / MANIFEST).write_text(text)
+
+
+ENTRIES = {
+    "outside": {"../../metrics.jsonl": [0, "00000000"]},
+    "root": {"/etc/passwd": [1, "00000000"]},
+    "device": {"/dev/zero": [0, "00000000"]},
+    "no_name": {"": [0, "00000000"]},
+    "long_name": {"a" * 10**6: [0, "00000000"]},
+    "null": {"params/_METADATA": None},
+    "text": {"params/_METADATA": "00"},
+    "one": {"params/_METADATA": [5]},
+    "large": {"params/_METADATA": [10**30, "00000000"]},
+    "negative": {"params/_METADATA": [-1, "00000000"]},
+    "real": {"params/_METADATA": [1.5, "00000000"]},
+    "number": {"params/_METADATA": [5, 5]},
+    "list": ["params/_METADATA"],
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_right_checksum_makes_no_manifest_right(name, workdir):
+    folder = workdir / "checkpoints" / "8"
+    sign(folder, ENTRIES[name])
+    fault = find_fault(folder)
+    assert fault.startswith(MANIFEST)
+    assert len(fault) < 300
+    assert find_checkpoint(workdir).name == "4"
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["named", "beside"])
+def test_a_fifo_in_a_checkpoint_is_a_fault_and_is_not_waited_for(signed, workdir):
+    folder = workdir / "checkpoints" / "8"
+    os.mkfifo(folder / "params" / "fifo")
+    if signed:
+        sign(folder, {"params/fifo": [0, "00000000"]})
+    assert "it is a FIFO, not a file" in find_fault(folder)
+    assert find_checkpoint(workdir).name == "4"
+    (folder / MANIFEST).unlink()
+    os.mkfifo(folder / MANIFEST)
+    assert "it is a FIFO, not a file" in find_fault(folder)
+
+
+def test_a_checkpoint_that_is_linked_from_another_disk_is_whole(workdir, tmp_path):
+    folder = workdir / "checkpoints" / "8"
+    shutil.move(folder, tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert find_fault(folder) is None
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "removed"])

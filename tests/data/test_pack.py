@@ -6,25 +6,28 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from vit_jax.data import check, pipeline
+from vit_jax.data import check, pipeline, sources
 from vit_jax.data.ops import fused
 from vit_jax.data.ops.decode import ImageError, decode_image
 from vit_jax.data.ops.geometry import resize_image
 from vit_jax.data.ops.transforms import Decode
 from vit_jax.data.pack import main
 from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
-from vit_jax.data.sources import dataset_info, open_source
+from vit_jax.data.sources import dataset_info, find_dataset, open_source
 from vit_jax.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -301,3 +304,130 @@ def test_what_was_not_packed_is_refused_in_one_line(name, words, folder, tmp_pat
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+MANIFESTS = {
+    "endless": ({"splits": {"train": 10**30}}, "splits.'train' is about 2**100"),
+    "no_shards": ({"shard_size": 0}, "shard_size is 0; expected an integer, 1 to"),
+    "many_shards": (
+        {"splits": {"train": 10**9}, "shard_size": 1},
+        "number of shards is 1000000000",
+    ),
+    "negative": ({"splits": {"train": -5}}, "splits.'train' is -5"),
+    "real": ({"splits": {"train": 5.0}}, "splits.'train' is 5.0"),
+    "list": ({"splits": ["train"]}, "splits is ['train']; expected lengths by name"),
+    "none": ({"splits": {}}, "splits is {}"),
+    "outside": ({"splits": {"../../train": 5}}, "splits has '../../train'"),
+    "root": ({"splits": {"/etc/train": 5}}, "splits has '/etc/train'"),
+    "classes": ({"num_classes": 10**12}, "num_classes is 1000000000000"),
+    "names": ({"class_names": ["a", "b", "c"]}, "the number of class_names is 3"),
+    "no_names": ({"class_names": [1, 2]}, "class_names has other values than texts"),
+    "letters": ({"multi_label": "no"}, "multi_label is 'no'"),
+    "raw": ({"raw": 10**6}, "raw is 1000000"),
+    "side": ({"short_side": "a"}, "short_side is 'a'"),
+    "source": ({"source": ["a"]}, "source is ['a']"),
+    "key": ({"other": 1}, "unexpected keyword argument 'other'"),
+}
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory):
+    """JPEGs and pixels of six images, each in two shards of one split."""
+    root = tmp_path_factory.mktemp("packs")
+    for number in range(6):
+        path = root / "images" / "train" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(20, 20, number))
+    for kind, flags in (("packed", []), ("raw", ["--raw=8"])):
+        pack(root / "images", root / kind, "--shard_size=4", *flags)
+    return root
+
+
+def refuse(kind, folder):
+    sources.packed._dataset.cache_clear()
+    with pytest.raises(UserError) as error:
+        find_dataset(f"{kind}:{folder}", data_dir=None)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_that_claims_too_much_is_refused(name, packs, tmp_path, said):
+    changes, words = MANIFESTS[name]
+    values = json.loads((packs / "packed" / "pack.json").read_text())
+    (tmp_path / "pack.json").write_text(json.dumps(values | changes))
+    assert words in refuse("packed", tmp_path)
+
+
+def save_shard(**changes):
+    """A shard of labels as it should be, but for some arrays; None leaves one out."""
+    arrays = {"labels": np.array([0, 1, 0, 1], np.int32), "counts": np.ones(4, np.int32)}
+    arrays |= {"good": np.ones(4, bool)} | changes
+    return lambda path: np.savez_compressed(
+        path, **{name: x for name, x in arrays.items() if x is not None}
+    )
+
+
+def put_fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def write_records(*records, options="group_size:1,uncompressed"):
+    def write(path):
+        writer = ArrayRecordWriter(str(path), options)
+        for record in records:
+            writer.write(record)
+        writer.close()
+
+    return write
+
+
+LABELS, JPEGS, PIXELS = "*0-of*.npz", "*0-of*.array_record", "train.pixels"
+SHARDS = {
+    "inflated_labels": (LABELS, save_shard(labels=np.zeros(2**22)), "its arrays have 33,55"),
+    "labels_out_of_range": (LABELS, save_shard(labels=np.array([0, 1, 2, 1])), "labels from 0 to"),
+    "labels_below_zero": (LABELS, save_shard(labels=np.array([0, -1, 0, 1])), "labels from -1 to"),
+    "real_labels": (LABELS, save_shard(labels=np.zeros(4)), "of other types"),
+    "few_labels": (LABELS, save_shard(labels=np.zeros(3, int)), "has 3 labels for 4 examples"),
+    "few_rows": (LABELS, save_shard(good=np.ones(3, bool)), "of another length"),
+    "negative_counts": (LABELS, save_shard(counts=np.array([2, -1, 2, 1])), "labels for 4 exampl"),
+    "no_counts": (LABELS, save_shard(counts=None), "counts"),
+    "cut_labels": (LABELS, lambda path: os.truncate(path, 300), "not a whole zip archive"),
+    "empty_labels": (LABELS, lambda path: os.truncate(path, 0), "not a whole zip archive"),
+    "sparse_labels": (LABELS, lambda path: os.truncate(path, 2**29), "bytes, of which"),
+    "fifo_labels": (LABELS, put_fifo, "it is a FIFO, not a file"),
+    "cut_images": (JPEGS, lambda path: os.truncate(path, 300), ""),
+    "empty_images": (JPEGS, lambda path: os.truncate(path, 0), ""),
+    "few_images": (JPEGS, write_records(b"1", b"2"), "has 2 images; expected 4"),
+    "compressed_images": (
+        JPEGS,
+        write_records(*[bytes(2**24)] * 4, options="group_size:1"),
+        "is compressed (group_size:1",
+    ),
+    "fifo_images": (JPEGS, put_fifo, "it is a FIFO, not a file"),
+    "no_images": (JPEGS, lambda path: path.unlink(), "No such file"),
+    "cut_pixels": (PIXELS, lambda path: os.truncate(path, 5), "has 5 bytes; expected 1,152"),
+    "sparse_pixels": (PIXELS, lambda path: os.truncate(path, 2**40), "1,152 at most"),
+    "fifo_pixels": (PIXELS, put_fifo, "it is a FIFO, not a file"),
+    "no_pixels": (PIXELS, lambda path: path.unlink(), "No such file"),
+}
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_a_damaged_shard_is_refused_before_it_takes_memory(name, packs, tmp_path, said):
+    pattern, damage, words = SHARDS[name]
+    kind = "raw" if pattern == PIXELS else "packed"
+    shutil.copytree(packs / kind, tmp_path / "pack")
+    (path,) = (tmp_path / "pack").glob(pattern)
+    find_dataset(f"{kind}:{tmp_path / 'pack'}", data_dir=None)
+    damage(path)
+    tracemalloc.start()
+    try:
+        message = refuse(kind, tmp_path / "pack")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert words in message
+    assert peak < 2**24

@@ -32,7 +32,9 @@ def broadcast_from_process_0(value):
     return json.loads(file.read_text())
 
 heartbeat.jax.process_count, heartbeat.jax.process_index = lambda: 3, lambda: me
-heartbeat.host_names = lambda: ("left", "right", "right")
+same = what == "same"
+heartbeat.host_names = lambda: ("one",) * 3 if same else ("left", "right", "right")
+heartbeat.share_machine = lambda: same
 heartbeat.broadcast_from_process_0 = broadcast_from_process_0
 heartbeat._FAILED_S = 0.5
 
@@ -42,11 +44,14 @@ def meet(place):
         time.sleep(0.01)
 
 meet("imported")
-with heartbeat.Heartbeat(4.0, on_exit=lambda words: print("words", words, flush=True)):
+beat = heartbeat.Heartbeat(4.0, on_exit=lambda words: print("words", words, flush=True))
+with beat:
+    if me == 0:
+        (folder / "address").write_text(beat._server.getsockname()[0])
     print("ready", flush=True)
     if me == 1 and what == "raise":
         raise MemoryError
-    if what == "end":
+    if what in ("end", "same"):
         meet("in")
         time.sleep(0.5 * me)
     else:
@@ -97,8 +102,11 @@ def test_one_that_fails_alone_is_named_with_its_error(tmp_path):
         assert started[1].wait(600) == 1
 
 
-def test_processes_that_end_in_turn_miss_nobody(tmp_path):
-    with members(tmp_path, "end") as started:
+@pytest.mark.parametrize(("what", "address"), [("end", {"::", "0.0.0.0"}), ("same", {"127.0.0.1"})])
+def test_processes_that_end_in_turn_miss_nobody(what, address, tmp_path):
+    with members(tmp_path, what) as started:
         for process in started:
             _, errors = process.communicate(timeout=600)
             assert (process.returncode, errors) == (0, "")
+    # Of one machine, no other one can reach the port.
+    assert (tmp_path / "address").read_text() in address

@@ -2,11 +2,13 @@
 """Processes that don't come are named, in all processes that did, within the time allowed."""
 
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from vit_jax.runtime.rendezvous import rendezvous
+from vit_jax.runtime.processes import bind_address
+from vit_jax.runtime.rendezvous import is_loopback, listen, rendezvous
 from vit_jax.utils.errors import UserError
 
 
@@ -60,3 +62,46 @@ def test_a_taken_port_is_refused():
         address = f"localhost:{taken.getsockname()[1]}"
         with pytest.raises(UserError, match="can't listen on port"):
             rendezvous(address, 2, 0, timeout=1)
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.1.2.3", True),
+        ("::1", True),
+        ("10.0.0.1", False),
+        ("node-0", False),
+        ("0.0.0.0", False),
+    ],
+)
+def test_a_local_job_listens_on_the_loopback_address_alone(host, local):
+    assert is_loopback(host) is local
+    place = f"[{host}]:1234" if ":" in host else f"{host}:1234"
+    assert bind_address(place) == (place if local else None)
+    if local and host != "::1":
+        with listen(0, host) as server:
+            assert is_loopback(server.getsockname()[0])
+
+
+def test_other_programs_that_call_are_ignored():
+    port = free_port()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(rendezvous, f"localhost:{port}", 2, 0, timeout=20)
+        for words in (b"GET / HTTP/1.1\r\n\r\n", b"{}\n", b'{"process_id": "1"}\n', b"[" * 9999):
+            with connect(port) as connection:
+                connection.sendall(words + b"\n")
+                connection.recv(1)
+        rendezvous(f"localhost:{port}", 2, 1, timeout=20)
+        assert first.result() is None
+
+
+def connect(port):
+    until = time.monotonic() + 20
+    while True:
+        try:
+            return socket.create_connection(("localhost", port))
+        except ConnectionRefusedError:
+            assert time.monotonic() < until
+            time.sleep(0.01)

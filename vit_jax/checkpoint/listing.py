@@ -46,4 +46,5 @@ def find_checkpoint(folder: Path, *, items: Sequence[str] | None = None) -> Path
 
 def _steps_in(folder: Path) -> list[int]:
     # Checkpoints that are being written or removed have other names.
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    names = (path.name for path in folder.glob("*"))
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())

@@ -12,11 +12,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vit_jax.utils.bounds import (
+    MAX_WEIGHTS,
+    check_tree,
+    is_inside,
+    open_outside,
+    read_json,
+    shorten,
+)
 from vit_jax.utils.layout import RUN
 
 MANIFEST = "manifest.json"
 
 _CHUNK = 1 << 22
+_MAX_MANIFEST = 2**28  # bytes, for a million files
 _THREADS = 32
 # Files without which no checkpoint of a run can be read.
 _ESSENTIAL = tuple(
@@ -33,7 +42,7 @@ def write_manifest(folder: Path) -> None:
     content = {"algorithm": "crc32", "files": files}
     file = folder / MANIFEST
     with open(file, "w") as f:
-        json.dump(content | {"crc32": _checksum(content)}, f, indent=1)
+        json.dump(content | {"crc32": checksum_of(content)}, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
@@ -66,23 +75,51 @@ def find_fault(folder: Path, items: Sequence[str] | None = None) -> str | None:
     if not has_manifest(folder):
         missing = (name for name in _ESSENTIAL if not (folder / name).exists())
         wanted = (name for name in missing if items is None or name.partition("/")[0] in items)
-        return next((f"{name} is missing" for name in wanted), None)
+        return next((f"{name} is missing" for name in wanted), None) or _find_strange(folder)
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
+        content = read_json(folder / MANIFEST, max_bytes=_MAX_MANIFEST)
         checksum = content.pop("crc32")
         files: dict[str, list[Any]] = content["files"]
-        if checksum != _checksum(content):
+        if checksum != checksum_of(content):
             return f"{MANIFEST} is not as it was written"
+        # Whoever can write the files can write the checksum.
+        for name, entry in files.items():
+            if not is_inside(name) or not _is_entry(entry):
+                return f"{MANIFEST} has {shorten(name)}: {shorten(entry)}, which is no file of it"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
+    except OSError as e:
+        return f"{MANIFEST} can't be read ({e.strerror})"
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
         return f"{MANIFEST} can't be read ({type(e).__name__})"
+    if strange := _find_strange(folder):
+        return strange
     wanted = {
         name: was for name, was in files.items() if items is None or name.partition("/")[0] in items
     }
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda name: _compare(folder, name, wanted[name]), wanted)
         return next((fault for fault in found if fault is not None), None)
+
+
+def _find_strange(folder: Path) -> str | None:
+    """Finds what would block or fill the memory of the library that reads the checkpoint."""
+    try:
+        check_tree(folder)
+    except OSError as e:
+        return f"{e.filename} can't be read ({e.strerror})"
+    return None
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a value of the manifest is the size and the checksum of a file."""
+    return (
+        isinstance(entry, list)
+        and len(entry) == 2
+        and type(entry[0]) is int
+        and 0 <= entry[0] <= MAX_WEIGHTS
+        and isinstance(entry[1], str)
+    )
 
 
 def _compare(folder: Path, name: str, was: list[Any]) -> str | None:
@@ -102,7 +139,7 @@ def _compare(folder: Path, name: str, was: list[Any]) -> str | None:
 def _measure(path: Path, *, sync: bool = False) -> list[Any]:
     """Returns the size in bytes and the checksum of a file."""
     size = checksum = 0
-    with open(path, "rb") as file:
+    with open_outside(path, max_bytes=MAX_WEIGHTS) as file:
         while chunk := file.read(_CHUNK):
             size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
         if sync:
@@ -110,5 +147,6 @@ def _measure(path: Path, *, sync: bool = False) -> list[Any]:
     return [size, f"{checksum:08x}"]
 
 
-def _checksum(content: dict[str, Any]) -> str:
+def checksum_of(content: dict[str, Any]) -> str:
+    """Returns the CRC-32 that a manifest states for the rest of its content."""
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"

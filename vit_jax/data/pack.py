@@ -256,7 +256,7 @@ def main(argv: Sequence[str]) -> None:
         if (folder / MANIFEST).exists():
             _check_same(manifest, folder)
         else:
-            text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False)
+            text = json.dumps(dataclasses.asdict(manifest), indent=2)
             write_atomically(folder / MANIFEST, f"{text}\n", sync=True)
         with open(folder / MANIFEST, "rb") as lock:
             try:

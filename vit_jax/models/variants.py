@@ -12,6 +12,7 @@ from vit_jax.models.blocks import parse_remat
 from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.models.vit import Classifier, VisionTransformer
+from vit_jax.utils.bounds import shorten
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import lookup, takes_options_of
 
@@ -35,6 +36,8 @@ HYBRIDS: dict[str, tuple[tuple[int, ...], str, int]] = {
     "R50+B/16": ((3, 4, 9), "B", 1),
     "R50+L/32": ((3, 4, 6, 3), "L", 1),
 }
+# Largest sizes: tracing and memory grow by them, and files of others state them too.
+_MOST_LAYERS, _MOST = 2**10, 2**20
 _GAP = "-gap-norep"  # as published: the mean over patches, and no layer before the head
 
 _MIXER_KEYS = ("hidden_size", "num_layers", "tokens_mlp_dim", "channels_mlp_dim")
@@ -91,8 +94,9 @@ def make_vit(
     parse_remat(options.get("remat", "none"))
     _check_rates(options)
     _check_positions(sizes, options)
-    if options.get("num_registers", 0) < 0:
-        raise UserError(f"model.num_registers={options['num_registers']}: expected at least 0")
+    _check_sizes("num_registers", options.get("num_registers", 0), least=0)
+    _check_sizes("representation_size", options.get("representation_size") or 1)
+    _check_sizes("resnet_layers", resnet_layers or ())
     if pooling == "unpooled" and options.get("norm_after_pooling"):
         raise UserError("model.norm_after_pooling with model.classifier='unpooled': nothing pools")
     if options.get("distillation_token"):
@@ -155,11 +159,19 @@ def _fill_sizes(named: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
         value = named.get(key) if value is None else value
         if value is None:
             raise UserError(f"model.{key} is missing: give it, or a model.variant such as 'B/16'")
-        if min(value if isinstance(value, tuple | list) else (value,)) < 1:
-            raise UserError(f"model.{key}={value!r}: expected at least 1")
+        _check_sizes(key, value)
         sizes[key] = value
     patch = sizes["patch_size"]
     return sizes | {"patch_size": (patch, patch) if isinstance(patch, int) else tuple(patch)}
+
+
+def _check_sizes(key: str, value: int | tuple[int, ...], *, least: int = 1) -> None:
+    most = _MOST_LAYERS if "layers" in key else _MOST
+    for size in value if isinstance(value, tuple | list) else (value,):
+        if size < least:
+            raise UserError(f"model.{key}={value!r}: expected at least {least}")
+        if size > most:
+            raise UserError(f"model.{key}={shorten(value)}: expected {most:,} at most")
 
 
 def _check_rates(options: Mapping[str, Any]) -> None:

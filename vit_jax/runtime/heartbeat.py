@@ -16,9 +16,10 @@ from collections.abc import Callable
 import jax
 
 from vit_jax.runtime.preemption import RUN_AGAIN, end_to_run_again, report
-from vit_jax.runtime.processes import broadcast_from_process_0, host_names
+from vit_jax.runtime.processes import broadcast_from_process_0, host_names, share_machine
 from vit_jax.runtime.rendezvous import listen
 
+LOOPBACK = "127.0.0.1"
 _CONNECT_S = 5.0
 # Seconds for `on_exit` before the process ends: the workdir may hang too.
 _ON_EXIT_S = 5.0
@@ -79,9 +80,10 @@ class Heartbeat:
         if not self._limit or jax.process_count() == 1:
             return self
         self._hosts, self._me = host_names(), jax.process_index()
+        address = LOOPBACK if len(set(self._hosts)) == 1 and share_machine() else ""
         if self._me == 0:
-            self._server = listen(0)
-        place = self._server and [_own_address(), self._server.getsockname()[1]]
+            self._server = listen(0, address)
+        place = self._server and [address or _own_address(), self._server.getsockname()[1]]
         (address, port), self._token = broadcast_from_process_0([place, secrets.token_hex(8)])
         if self._me:
             self._connect(address, port)
@@ -163,7 +165,10 @@ class Heartbeat:
                 if not secrets.compare_digest(token.encode(), self._token.encode()):
                     peer.is_gone = True  # Another program, such as a port scanner.
                     break
-                peer.index = int(index)
+                peer.index = int(index) if index.isdecimal() else None
+                if peer.index is None or not 0 < peer.index < len(self._hosts):
+                    peer.index, peer.is_gone = None, True
+                    break
             elif kind == _BYE:
                 peer.has_left = True
             elif kind == "lost":

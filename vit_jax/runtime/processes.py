@@ -8,15 +8,16 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vit_jax.runtime.cluster import Job, find_job
+from vit_jax.runtime.cluster import Job, check_address, find_job
 from vit_jax.runtime.cpu_devices import set_cpu_devices
-from vit_jax.runtime.rendezvous import rendezvous
+from vit_jax.runtime.rendezvous import is_loopback, rendezvous
 from vit_jax.utils.errors import UserError
 
 # Seconds that processes wait for each other at the start of a job.
@@ -81,9 +82,15 @@ def _join(job: Job, timeout: float) -> None:
             ids,
             # Otherwise JAX fills in what is left out here on purpose, such as all GPUs.
             cluster_detection_method="deactivate",
+            coordinator_bind_address=bind_address(job.coordinator),
         )
     except (ValueError, RuntimeError) as e:
         raise UserError(f"--coordinator={job.coordinator or 'auto'}: {e}") from e
+
+
+def bind_address(coordinator: str) -> str | None:
+    """Returns where process 0 listens: a loopback address itself; None for all addresses."""
+    return coordinator if is_loopback(check_address(coordinator)[0]) else None
 
 
 def check_devices(expect_devices: int | None, platform: str | None) -> None:
@@ -121,6 +128,20 @@ def _gather_json(value: Any) -> list[Any]:
 def host_names() -> tuple[str, ...]:
     """The host name of each process. All processes have to call it."""
     return tuple(_gather_json(socket.gethostname()))
+
+
+def share_machine() -> bool:
+    """Whether all processes run on one machine and in one network namespace of it.
+
+    Host names may be equal on several machines. All processes have to call it.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        mine = f"{boot} {os.readlink('/proc/self/ns/net')}"
+    except OSError:  # Not Linux.
+        mine = None
+    places = _gather_json(mine)
+    return None not in places and len(set(places)) == 1
 
 
 def check_same(values: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ ones are missing, after a bounded wait.
 """
 
 import contextlib
+import ipaddress
 import json
 import socket
 import time
@@ -34,7 +35,8 @@ def rendezvous(coordinator: str, num_processes: int, process_id: int, *, timeout
         _report(host, port, num_processes, process_id, timeout)
         return
     try:
-        server = listen(port)
+        # Only processes of this machine can be meant by a loopback address.
+        server = listen(port, host if is_loopback(host) else "")
     except OSError as e:
         raise UserError(
             f"--coordinator={coordinator}: process 0 can't listen on port {port} ({e.strerror}); "
@@ -44,15 +46,26 @@ def rendezvous(coordinator: str, num_processes: int, process_id: int, *, timeout
         _wait_for_all(server, num_processes, timeout)
 
 
-def listen(port: int) -> socket.socket:
-    """A server on all addresses, of IPv6 too if the machine has it; port 0 takes a free one.
+def listen(port: int, host: str = "") -> socket.socket:
+    """A server on one address, or on all, of IPv6 too if the machine has it; port 0 is a free one.
 
     Raises:
       OSError: the port is taken.
     """
+    if host:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     return socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=1024)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is reached from this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _wait_for_all(server: socket.socket, num_processes: int, timeout: float) -> None:
@@ -72,7 +85,7 @@ def _wait_for_all(server: socket.socket, num_processes: int, timeout: float) -> 
             )
             break
         message = _read(connection)
-        if message is None:  # Another program, such as a port scanner.
+        if message is None or not _is_call(message):  # Another program, such as a port scanner.
             connection.close()
             continue
         index, name = message["process_id"], message["host"]
@@ -106,8 +119,8 @@ def _report(host: str, port: int, num_processes: int, process_id: int, timeout: 
         except OSError as e:
             reason = e.strerror or str(e)
         else:
-            if answer is not None:
-                if answer["error"] is not None:
+            if answer is not None and isinstance(answer.get("error"), str | None):
+                if answer.get("error") is not None:
                     raise UserError(answer["error"])
                 return
             reason = "it closed the connection, as one does that already runs without this process"
@@ -116,6 +129,11 @@ def _report(host: str, port: int, num_processes: int, process_id: int, timeout: 
         f"process 0 of {num_processes} did not answer at {host}:{port} within {timeout:g} s "
         f"({reason}); expected it to run there"
     )
+
+
+def _is_call(message: dict[str, Any]) -> bool:
+    kinds = {"process_id": int, "num_processes": int, "host": str}
+    return all(type(message.get(key)) is kind for key, kind in kinds.items())
 
 
 def _name(indices: list[int]) -> str:
@@ -134,6 +152,6 @@ def _read(connection: socket.socket, *, timeout: float = 5.0) -> dict[str, Any] 
     try:
         with connection.makefile("rb") as file:
             message = json.loads(file.readline(_MAX_LINE))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return message if isinstance(message, dict) else None

@@ -76,6 +76,7 @@ def main(argv: Sequence[str]) -> None:
     import uvicorn
 
     from vit_jax.serve.app import LOOPBACK, Limits, make_app
+    from vit_jax.serve.protocol import Protocol
 
     with open_socket(args.host, args.port) as listening:
         model = load_source(args, overrides)
@@ -97,6 +98,7 @@ def main(argv: Sequence[str]) -> None:
         log(f"http://{shown}:{listening.getsockname()[1]} is ready; Ctrl-C ends it")
         config = uvicorn.Config(
             app,
+            http=Protocol,
             log_level="warning",
             access_log=False,
             server_header=False,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The web application: one page for people, and predictions over HTTP for programs."""
 
+import asyncio
 import base64
 import contextlib
 import dataclasses
@@ -8,6 +9,7 @@ import functools
 import html
 import importlib.resources
 import io
+import re
 import time
 import warnings
 from collections.abc import AsyncIterator, Iterator
@@ -20,7 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from PIL import Image
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -43,6 +45,10 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _RETRY_S = 1
+# Bytes a second of the slowest upload.
+MIN_RATE = 2**16
+# Refused before the request was read: the rest of it is not.
+_CLOSE = {"Connection": "close"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,12 +60,14 @@ class Limits:
       pixels: size of an image, checked before it is decoded.
       requests: number of concurrent requests; further ones get status 503.
       batch_size: number of images that are computed together.
+      upload_s: seconds for an upload to arrive, and one more for every `MIN_RATE` bytes.
     """
 
     bytes: int = 10 * 2**20
     pixels: int = 50_000_000
     requests: int = 64
     batch_size: int = 16
+    upload_s: float = 10.0
 
 
 class Health(BaseModel, extra="forbid"):
@@ -97,7 +105,7 @@ class Predictor:
     def admit(self) -> Iterator[None]:
         """Counts a request while it is answered, or raises status 503."""
         if self._num_requests >= self._limits.requests:
-            headers = {"Retry-After": str(_RETRY_S)}
+            headers = {"Retry-After": str(_RETRY_S)} | _CLOSE
             raise HTTPException(503, "too many requests at a time", headers=headers)
         self._num_requests += 1
         try:
@@ -174,7 +182,9 @@ def make_app(
     expected = {"top_k": f"1 to {classes}", "overlay": "true or false"}
 
     class Options(BaseModel, extra="forbid"):
-        top_k: int = Field(min(5, classes), ge=1, le=classes)
+        top_k: Annotated[int, BeforeValidator(_check_digits)] = Field(
+            min(5, classes), ge=1, le=classes
+        )
         overlay: Literal["true", "false"] = "false"
 
     class Prediction(BaseModel, extra="forbid"):
@@ -195,10 +205,10 @@ def make_app(
         first = error.errors()[0]
         name = first["loc"][-1]
         if name in expected:
-            text = f"{name}={first['input'][:20]!r}: expected {expected[name]}"
+            text = f"{name}={str(first['input'])[:20]!r}: expected {expected[name]}"
         else:
-            text = f"{name!r} is unknown; expected {' or '.join(expected)}"
-        return JSONResponse({"error": text}, 400)
+            text = f"{str(name)[:20]!r} is unknown; expected {' or '.join(expected)}"
+        return JSONResponse({"error": text}, 400, headers=_CLOSE)
 
     # The interactive pages of FastAPI load scripts from another host.
     app = FastAPI(
@@ -252,19 +262,38 @@ def make_app(
     )
     async def predict(request: Request, options: Annotated[Options, Query()]) -> Any:
         with predictor.admit():
-            content = await _read_body(request, limits.bytes)
+            content = await _read_body(request, limits)
             overlay = options.overlay == "true"
             return await predictor.predict(content, top_k=options.top_k, overlay=overlay)
 
     return app
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
+def _check_digits(value: object) -> object:
+    """Refuses what `int` would take besides digits, and numbers of thousands of digits."""
+    if not re.fullmatch("[0-9]{1,9}", str(value)):
+        raise ValueError("expected up to 9 digits")
+    return value
+
+
+async def _read_body(request: Request, limits: Limits) -> bytes:
+    refusal = HTTPException(413, f"the image has more than {limits.bytes:,} bytes", headers=_CLOSE)
+    stated = request.headers.get("Content-Length", "")
+    # A number that is longer is larger too, and may have more digits than `int` takes.
+    if stated.isdecimal() and (len(stated) > 20 or int(stated) > limits.bytes):
+        raise refusal
     content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > max_bytes:
-            raise HTTPException(413, f"the image has more than {max_bytes:,} bytes")
+    started = asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout(limits.upload_s) as timeout:
+            async for chunk in request.stream():
+                content += chunk
+                if len(content) > limits.bytes:
+                    raise refusal
+                timeout.reschedule(started + limits.upload_s + len(content) / MIN_RATE)
+    except TimeoutError:
+        text = f"the upload takes too long: {len(content):,} bytes arrived"
+        raise HTTPException(408, text, headers=_CLOSE) from None
     if not content:
         raise HTTPException(415, "the body is empty: expected the bytes of an image")
     return bytes(content)

@@ -3,6 +3,7 @@
 
 import concurrent.futures
 import json
+import os
 import sys
 
 import pyarrow as pa
@@ -118,9 +119,9 @@ def test_a_row_group_is_read_once(tmp_path, monkeypatch):
     class Counted:
         metadata = file.metadata
 
-        def read_row_group(self, group, **options):
-            calls.append(group)
-            return file.read_row_group(group, **options)
+        def iter_batches(self, size, *, row_groups, **options):
+            calls.extend(row_groups)
+            return file.iter_batches(size, row_groups=row_groups, **options)
 
     records = RowGroups([str(path)], [Counted()])
     for row in range(40):
@@ -249,3 +250,41 @@ def test_slow_reading_is_announced(birds, caplog, monkeypatch):
 def test_without_pyarrow_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refuse(f"parquet:{tmp_path}/none", "pip install 'vit_jax[parquet]'")
+
+
+def table(rows, *, image=b"", label=0):
+    return pa.table({"image": pa.array([image] * rows, pa.binary()), "label": [label] * rows})
+
+
+@pytest.mark.parametrize("image", [b"", None], ids=["empty", "null"])
+def test_rows_that_take_no_bytes_are_refused(image, tmp_path):
+    pq.write_table(table(10**5, image=image), tmp_path / "train.parquet", row_group_size=10**5)
+    assert (tmp_path / "train.parquet").stat().st_size < 10_000
+    refuse(f"parquet:{tmp_path}", "100,000 rows in")
+
+
+def test_labels_that_grow_when_they_are_read_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("vit_jax.utils.bounds._MIN_BOUND", 1 << 16)
+    names = pa.array(["a" * 10**6, "b" * 10**6])
+    pq.write_table(pa.table({"image": [b"", b""], "label": names}), tmp_path / "a.parquet")
+    refuse(f"parquet:{tmp_path}", "column label: ", "bytes that would become 2,000,")
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "each"])
+def test_images_that_grow_when_they_are_read_are_corrupt(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr("vit_jax.utils.bounds._MIN_BOUND", 1 << 16)
+    pq.write_table(table(500, image=bytes(10**5)), tmp_path / "a.parquet", use_dictionary=shared)
+    source = open_source(f"parquet:{tmp_path}", "train", data_dir=None, key="data.split")
+    allocated = pa.total_allocated_bytes()
+    with pytest.raises(ImageError, match="bytes that would become"):
+        source[0]
+    assert pa.total_allocated_bytes() - allocated < 10**7
+
+
+def test_what_is_no_file_or_empty_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.parquet")
+    refuse(f"parquet:{tmp_path}/a.parquet", "it is a FIFO, not a file")
+    (tmp_path / "b.parquet").write_bytes(b"")
+    refuse(f"parquet:{tmp_path}/b.parquet", "can't be read")
+    os.truncate(tmp_path / "b.parquet", 2**39)
+    refuse(f"parquet:{tmp_path}/b.parquet", "are stored")

@@ -2,8 +2,8 @@
 """Loads pretrained weights from a name, a URL, a file or a run."""
 
 import dataclasses
-import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vit_jax.checkpoint.bounds import check_size
 from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.manager import DESCRIPTION, quiet_reads
 from vit_jax.checkpoint.manifest import find_fault, has_manifest
+from vit_jax.checkpoint.pretrained.description import check_description
 from vit_jax.checkpoint.pretrained.download import fetch, resolve
 from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors
@@ -26,7 +26,8 @@ from vit_jax.checkpoint.pretrained.weights import (
     infer_model,
     unstack_blocks,
 )
-from vit_jax.utils.errors import UserError, describe_error
+from vit_jax.utils.bounds import MAX_WEIGHTS, check_growth, check_tree, open_outside, read_json
+from vit_jax.utils.errors import UserError, describe_error, first_line
 from vit_jax.utils.nested import as_tuples
 from vit_jax.utils.registry import is_part
 from vit_jax.utils.tree import flatten
@@ -76,7 +77,8 @@ def load_pretrained(source: str) -> Weights:
 def _read_file(path: str | Path, part: str) -> Weights:
     file = epath.Path(path)
     try:
-        with file.open("rb") as f:
+        remote = "://" in os.fspath(path)
+        with file.open("rb") if remote else open_outside(path, max_bytes=MAX_WEIGHTS) as f:
             start = f.read(9)
     except Exception:  # The reader reports the error; storage raises many types.
         start = b""
@@ -107,6 +109,15 @@ def read_run(folder: Path, *, part: str = "") -> Weights:
     if not part and any(path.startswith("params/") for path in flat):
         flat = {p.removeprefix("params/"): x for p, x in flat.items() if p.startswith("params/")}
     flat = {path: np.asarray(x) for path, x in flat.items()}
+    try:
+        return check_description(_describe(flat, described, folder, part))
+    except (ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{folder}: its description: {first_line(e)}") from None
+
+
+def _describe(
+    flat: dict[str, np.ndarray], described: dict[str, Any], folder: Path, part: str
+) -> Weights:
     names = described.get("objective_params", OBJECTIVE_PARAMS)
     own = {path: x for path, x in flat.items() if path.partition("/")[0] in names}
     params = unstack_blocks({path: x for path, x in flat.items() if path not in own})
@@ -153,18 +164,20 @@ def load_params(folder: Path, *, item: str = "params") -> tuple[dict[str, Any], 
         raise UserError(f"the checkpoint {path} can't be read: {fault}")
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
+        size = check_tree(path)
         with ocp.StandardCheckpointer() as checkpointer, quiet_reads():
             stored = checkpointer.metadata(path).item_metadata.tree
-            files = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
             leaves = jax.tree.leaves(stored)
             claimed = sum(math.prod(m.shape) * np.dtype(m.dtype).itemsize for m in leaves)
-            check_size(sum(files), claimed)
+            check_growth(size, claimed)
             abstract = jax.tree.map(
                 lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), stored
             )
             params = checkpointer.restore(path, abstract)
         description = checkpoint / DESCRIPTION / "metadata"
-        described = json.loads(description.read_text()) if description.exists() else {}
+        described = read_json(description) if description.exists() else {}
+        if not isinstance(described, dict):
+            raise ValueError(f"{DESCRIPTION} holds no keys and values")
     except Exception as e:
         raise UserError(
             f"the checkpoint {path} can't be read ({describe_error(e)}); expected a whole one"

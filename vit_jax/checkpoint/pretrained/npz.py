@@ -6,10 +6,8 @@ The files are untrusted: pickled data in them is refused, so reading one runs no
 
 import collections
 import json
-import math
 import os
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,14 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from vit_jax.checkpoint.bounds import check_size
+from vit_jax.checkpoint.pretrained.description import check_description
 from vit_jax.checkpoint.pretrained.weights import (
     POSEMB,
     Weights,
     infer_model,
     unstack_blocks,
 )
+from vit_jax.utils.bounds import MAX_WEIGHTS, open_npz, open_outside, read_json
 from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.files import atomic_file, write_atomically
 from vit_jax.utils.nested import as_tuples
@@ -70,7 +69,10 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
     params, described = read_arrays(path, subtree=subtree), _read_description(path)
     if is_part(described.get("model", {}).get("name")):
         preprocess = described.get("preprocess", {})
-        return Weights(params=params, layout="npz", model=described["model"], preprocess=preprocess)
+        weights = Weights(
+            params=params, layout="npz", model=described["model"], preprocess=preprocess
+        )
+        return _check_described(weights, path)
     is_big_vision = "pos_embedding" in params
     params = _move_to_our_names(params)
     model = infer_model(params)
@@ -81,7 +83,7 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
         )
     if model["name"] == "vit" and POSEMB not in params:
         model["position_embedding"] = "sincos2d"
-    return Weights(
+    weights = Weights(
         params=params,
         layout="big_vision npz" if is_big_vision else "published npz",
         model=model
@@ -89,6 +91,7 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
         | described.get("model", {}),
         preprocess=described.get("preprocess", {"mean": 0.5, "std": 0.5}),
     )
+    return _check_described(weights, path)
 
 
 def write_npz(path: str | os.PathLike[str], weights: Weights) -> None:
@@ -188,49 +191,30 @@ def _read_description(path: epath.Path) -> dict[str, Any]:
     if not beside.exists():
         return {}
     try:
-        content = json.loads(beside.read_text())
+        content = read_json(beside)
         return {section: as_tuples(dict(x)) for section, x in content.get("vit_jax", {}).items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{beside}: {error}; expected what was written with {path.name}") from error
 
 
+def _check_described(weights: Weights, path: epath.Path) -> Weights:
+    try:
+        return check_description(weights)
+    except ValueError as error:
+        raise UserError(
+            f"{path.with_suffix('.json')}: {error}; expected what was written with {path.name}"
+        ) from None
+
+
 def _read_arrays(path: epath.Path, subtree: str) -> dict[str, np.ndarray]:
-    with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):  # np.load would report a pickle.
-            file.seek(0)
-            start = file.read(16)
-            size = file.seek(0, os.SEEK_END)
-            raise ValueError(f"not a whole zip archive but {size} bytes that start with {start!r}")
-        with zipfile.ZipFile(file) as members:
-            _check_sizes(members, file.seek(0, os.SEEK_END))
-        file.seek(0)
-        with np.load(file, allow_pickle=False) as archive:
-            names = _unwrap(archive.files)
-            if subtree:
-                names = _select(names, subtree.strip("/") + "/", path)
-            return {name: _read_array(archive, key) for name, key in names.items()}
-
-
-def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:
-    """Raises ValueError, before memory is allocated, if an array claims more bytes than it has."""
-    members = archive.infolist()
-    check_size(size, sum(info.file_size for info in members))
-    for info in members:
-        with archive.open(info) as member:
-            major, _ = np.lib.format.read_magic(member)
-            read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-            if major not in read:
-                raise ValueError(f"{info.filename} is of an unknown version of the format")
-            shape, _, dtype = read[major](member)
-            if any(not 0 <= n < 2**48 for n in shape):
-                raise ValueError(f"{info.filename} has the shape {shape}")
-            if dtype.hasobject:  # Such arrays have no size; np.load refuses them.
-                continue
-            claimed = member.tell() + math.prod(shape) * dtype.itemsize
-            if claimed != info.file_size:
-                raise ValueError(
-                    f"{info.filename} says that it has {claimed:,} bytes; it has {info.file_size:,}"
-                )
+    # Files of a store are neither FIFOs nor sparse.
+    remote = "://" in os.fspath(path)
+    opened = path.open("rb") if remote else open_outside(path, max_bytes=MAX_WEIGHTS)
+    with opened as file, open_npz(file) as archive:
+        names = _unwrap(archive.files)
+        if subtree:
+            names = _select(names, subtree.strip("/") + "/", path)
+        return {name: _read_array(archive, key) for name, key in names.items()}
 
 
 def _read_array(archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:

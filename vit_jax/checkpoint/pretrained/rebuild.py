@@ -13,6 +13,8 @@ from vit_jax.checkpoint.pretrained.adapt import adapt_params
 from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.models.interface import find_grid
 from vit_jax.models.variants import MODELS
+from vit_jax.utils.bounds import check_growth
+from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import bind, find_part, is_part, keywords
 
 # Arguments that change how a model runs, and not what it computes.
@@ -60,6 +62,11 @@ def fill_model(
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     # Only shapes matter: all values come from the weights.
     variables: Any = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    sizes = (x.size * x.dtype.itemsize for x in jax.tree.leaves(variables["params"]))
+    try:
+        check_growth(sum(x.nbytes for x in weights.params.values()), sum(sizes))
+    except ValueError as e:
+        raise UserError(f"the model that these weights describe is not theirs: {e}") from None
     return adapt_params(
         weights,
         jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables["params"]),

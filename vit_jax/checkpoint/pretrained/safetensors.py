@@ -20,11 +20,13 @@ import safetensors
 from etils import epath
 from safetensors.numpy import save
 
+from vit_jax.checkpoint.pretrained.description import check_description
 from vit_jax.checkpoint.pretrained.huggingface import is_huggingface, read_huggingface
 from vit_jax.checkpoint.pretrained.timm import read_timm
 from vit_jax.checkpoint.pretrained.timm_tensors import to_linen, to_timm
 from vit_jax.checkpoint.pretrained.weights import Weights, describe_model, find_grid
 from vit_jax.models.positions import FIXED_POSITIONS
+from vit_jax.utils import bounds
 from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.files import atomic_file
 from vit_jax.utils.nested import as_tuples
@@ -85,7 +87,7 @@ def read_safetensors(path: str | os.PathLike[str], *, num_heads: int | None = No
     try:
         tensors, metadata = read_tensors(file)
         if _METADATA in metadata:
-            weights = _read_own(tensors, json.loads(metadata[_METADATA]), num_heads)
+            weights = _read_own(tensors, bounds.parse_json(metadata[_METADATA]), num_heads)
         elif is_huggingface(tensors):
             config = read_json(file.parent / "config.json")
             processor = read_json(file.parent / "preprocessor_config.json")
@@ -95,6 +97,7 @@ def read_safetensors(path: str | os.PathLike[str], *, num_heads: int | None = No
         else:
             names = ", ".join(sorted(tensors)[:3])
             raise ValueError(f"no Vision Transformer: {len(tensors)} tensors such as {names}")
+        check_description(weights)
     except FileNotFoundError as error:
         raise UserError(f"{os.fspath(path)}: no such file; expected a .safetensors file") from error
     except Exception as error:  # Files are untrusted: shapes and settings can be anything.
@@ -169,7 +172,10 @@ def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str
       OSError: the file can't be read.
       ValueError: the file is damaged, or not a safetensors file.
     """
-    content = path.read_bytes()
+    content = bounds.read_bytes(path, max_bytes=bounds.MAX_WEIGHTS)
+    length = int.from_bytes(content[:8], "little")
+    if 8 + length <= len(content) and length > bounds.MAX_JSON:
+        raise ValueError(f"its header has {length:,} bytes; expected {bounds.MAX_JSON:,} at most")
     try:
         entries = safetensors.deserialize(content)
     except safetensors.SafetensorError as error:
@@ -184,20 +190,21 @@ def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str
             raise ValueError(f"{name} is of type {entry['dtype']}; expected one of {expected}")
         array = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]])
         tensors[name] = array.reshape(entry["shape"])
-    length = int.from_bytes(content[:8], "little")
-    return tensors, json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    return tensors, bounds.parse_json(content[8 : 8 + length]).get("__metadata__", {})
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
     """Returns the JSON object in a file beside the weights; empty if there is no such file.
 
     Raises:
-      ValueError: the file is not JSON.
+      ValueError: the file is not JSON, or can't be read.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = bounds.read_json(path)
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise ValueError(f"{path.name} beside it: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path.name} beside it is no JSON") from error
     return content if isinstance(content, dict) else {}

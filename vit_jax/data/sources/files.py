@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.sources.base import (
@@ -27,6 +26,7 @@ from vit_jax.data.sources.base import (
     check_class_names,
     make_splits,
 )
+from vit_jax.utils.bounds import MAX_IMAGE, MAX_TABLE, open_regular, read_bytes
 from vit_jax.utils.errors import UserError, describe_error, suggest
 
 # Names of folders or files, and values of a column, that mean a split.
@@ -45,14 +45,14 @@ _LISTERS = 16
 logger = logging.getLogger(__name__)
 
 
-def _read_file(path: str) -> bytes:
+def _read_file(path: str, *, max_bytes: int = MAX_IMAGE) -> bytes:
     if "://" in path:
         try:
-            return epath.Path(path).read_bytes()
+            return read_bytes(path, max_bytes=max_bytes)
         except ImportError as e:
             raise ImportError(f"{e}; vit_jax[gcs] has what reads gs://") from e
     # This is `open(path, "rb").read()` with a third of its system calls.
-    file = os.open(path, os.O_RDONLY)
+    file = open_regular(path, max_bytes=max_bytes)
     try:
         size = os.fstat(file).st_size
         content = os.read(file, size)
@@ -217,7 +217,7 @@ def manifest_dataset(path: str) -> Dataset:
     if ending not in readers:
         raise UserError(f"{key}: expected a file that ends in {', '.join(readers)}")
     try:
-        text = _read_file(file).decode("utf-8-sig")
+        text = _read_file(file, max_bytes=MAX_TABLE).decode("utf-8-sig")
         rows = list(readers[ending](io.StringIO(text, newline="")))
     # Storage clients raise other errors than OSError.
     except Exception as e:

@@ -7,22 +7,41 @@ uint8 `[rows, size, size, 3]`. An image that could not be read leaves an empty p
 positions are those of the source.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordReader
 
 from vit_jax.data.ops.decode import ImageError
-from vit_jax.data.sources.base import Dataset, DatasetInfo, Records
-from vit_jax.utils.errors import UserError
+from vit_jax.data.sources.base import MAX_CLASSES, Dataset, DatasetInfo, Records
+from vit_jax.utils.bounds import (
+    MAX_TABLE,
+    MAX_WEIGHTS,
+    check_count,
+    is_inside,
+    open_npz,
+    open_outside,
+    open_regular,
+    read_json,
+    shorten,
+)
+from vit_jax.utils.errors import UserError, describe_error
 
 MANIFEST = "pack.json"
+
+# Largest numbers in a manifest; ImageNet-21k has 14 million examples.
+_MAX_EXAMPLES, _MAX_SHARDS, _MAX_SPLITS, _MAX_SIDE = 2**33, 2**18, 1000, 2**14
+_HEADERS = 2**12  # bytes of the headers of three arrays
+_THREADS = 16
+_AGAIN = "expected what python -m vit_jax.data.pack wrote: pack it again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,16 +102,46 @@ class Shard:
 def read_manifest(folder: Path, *, key: str) -> Manifest:
     """Reads `pack.json`; raises `UserError` if it is missing or invalid."""
     try:
-        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        values = read_json(folder / MANIFEST)
         names = values.pop("class_names")
-        return Manifest(**values, class_names=None if names is None else tuple(names))
+        manifest = Manifest(**values, class_names=None if names is None else tuple(names))
+        _check_manifest(manifest)
     except OSError as e:
         raise UserError(
             f"{key}: {folder / MANIFEST}: {e.strerror}; expected a folder that "
             "python -m vit_jax.data.pack wrote"
         ) from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{key}: {folder / MANIFEST} can't be read: {e}") from None
+    return manifest
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """Raises ValueError unless each value is of its type and of a size that makes sense."""
+    if not isinstance(manifest.source, str):
+        raise ValueError(f"source is {shorten(manifest.source)}; expected a text")
+    if not isinstance(manifest.splits, dict) or not manifest.splits:
+        raise ValueError(f"splits is {shorten(manifest.splits)}; expected lengths by name")
+    check_count(manifest.shard_size, _MAX_EXAMPLES, "shard_size", least=1)
+    check_count(len(manifest.splits), _MAX_SPLITS, "the number of splits")
+    for split, length in manifest.splits.items():
+        if not is_inside(split) or "/" in split:
+            raise ValueError(f"splits has {shorten(split)}, which can't be part of a file's name")
+        check_count(length, _MAX_EXAMPLES, f"splits.{shorten(split)}")
+    check_count(sum(manifest.splits.values()), _MAX_EXAMPLES, "the number of examples", least=1)
+    shards = sum(-(-length // manifest.shard_size) for length in manifest.splits.values())
+    check_count(shards, _MAX_SHARDS, "the number of shards")
+    check_count(manifest.num_classes, MAX_CLASSES, "num_classes", least=1)
+    if type(manifest.multi_label) is not bool:
+        raise ValueError(f"multi_label is {shorten(manifest.multi_label)}; expected true or false")
+    for name in ("short_side", "quality", "raw"):
+        if (value := getattr(manifest, name)) is not None:
+            check_count(value, _MAX_SIDE, name, least=1)
+    names = manifest.class_names
+    if names is not None:
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("class_names has other values than texts")
+        check_count(len(names), manifest.num_classes, "the number of class_names")
 
 
 class Jpegs(Records):
@@ -100,10 +149,15 @@ class Jpegs(Records):
 
     def __init__(self, folder: Path, shards: Sequence[Shard]):
         self._paths = [str(folder / f"{shard.name}.array_record") for shard in shards]
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(_check_records, self._paths, shards))
         self._source = ArrayRecordDataSource(self._paths)
 
     def read(self, row: int) -> bytes:
-        encoded = self._source[row]
+        try:
+            encoded = self._source[row]
+        except Exception as e:  # Damaged chunks raise errors of several types.
+            raise ImageError(f"it can't be read: {describe_error(e)}") from None
         if not encoded:
             raise ImageError("it could not be read when it was packed")
         return encoded
@@ -112,12 +166,34 @@ class Jpegs(Records):
         return f"{os.path.dirname(self._paths[0])}[{row}]"
 
 
+def _check_records(path: str, shard: Shard) -> None:
+    """Raises OSError or ValueError unless a shard has all of its images, none of them compressed.
+
+    A chunk that was compressed could be of any size in memory, and only its reader would know.
+    """
+    os.close(open_regular(path, max_bytes=MAX_WEIGHTS))
+    reader = ArrayRecordReader(path)
+    try:
+        count, options = reader.num_records(), reader.writer_options_string()
+    finally:
+        reader.close()
+    if count != shard.stop - shard.start:
+        raise ValueError(f"{path} has {count:,} images; expected {shard.stop - shard.start:,}")
+    if "uncompressed" not in options:
+        raise ValueError(f"{path} is compressed ({options[:80]}); expected it to be as packed")
+
+
 class Pixels(Records):
     """Pixels of all splits, in memory-mapped files."""
 
     def __init__(self, folder: Path, manifest: Manifest, good: np.ndarray):
         self._folder, self._good = folder, good
         size = manifest.raw or 0
+        for split, length in manifest.splits.items():
+            path, expected = folder / f"{split}.pixels", length * size**2 * 3
+            os.close(open_regular(path, max_bytes=expected))
+            if (found := path.stat().st_size) != expected:
+                raise ValueError(f"{path} has {found:,} bytes; expected {expected:,}")
         # Plain arrays are faster to index than memmaps.
         self._splits = [
             np.asarray(
@@ -158,12 +234,15 @@ def _dataset(path: str, kind: str) -> Dataset:
             f"{key}: {len(missing)} of {len(shards)} shards are missing, such as {missing[0]}: run "
             "the same python -m vit_jax.data.pack again"
         )
-    parts = [np.load(folder / f"{shard.name}.npz") for shard in shards]
-    values, counts, good = (
-        np.concatenate([part[k] for part in parts]) for k in ("labels", "counts", "good")
-    )
-    labels = np.split(values, np.cumsum(counts)[:-1]) if manifest.multi_label else values
-    size = manifest.raw
+    try:
+        labels, good = _read_labels(folder, manifest, shards)
+        size = manifest.raw
+        records = Jpegs(folder, shards) if size is None else Pixels(folder, manifest, good)
+    except OSError as e:
+        raise UserError(f"{key}: {e.filename} can't be read: {e.strerror}; {_AGAIN}") from None
+    # Damaged files raise errors of many types.
+    except Exception as e:
+        raise UserError(f"{key} can't be read: {describe_error(e)}; {_AGAIN}") from None
     info = DatasetInfo(
         manifest.num_classes, (size, size, 3), manifest.class_names, manifest.multi_label
     )
@@ -172,8 +251,42 @@ def _dataset(path: str, kind: str) -> Dataset:
         split: np.arange(start, start + length)
         for start, (split, length) in zip(starts, manifest.splits.items(), strict=False)
     }
-    records = Jpegs(folder, shards) if size is None else Pixels(folder, manifest, good)
     return Dataset(name, info, records, labels, splits)
+
+
+def _read_labels(
+    folder: Path, manifest: Manifest, shards: Sequence[Shard]
+) -> tuple[Any, np.ndarray]:
+    """Returns the labels of all rows, and whether each image is there, bool `[rows]`."""
+    parts = [_read_shard(folder / f"{shard.name}.npz", shard, manifest) for shard in shards]
+    values, counts, good = map(np.concatenate, zip(*parts, strict=True))
+    if not manifest.multi_label:
+        return values, good
+    return np.split(values, np.cumsum(counts)[:-1]), good
+
+
+def _read_shard(
+    path: Path, shard: Shard, manifest: Manifest
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rows = shard.stop - shard.start
+    most = rows * (manifest.num_classes if manifest.multi_label else 1)
+    with (
+        open_outside(path, max_bytes=MAX_TABLE) as file,
+        open_npz(file, max_bytes=8 * (most + 2 * rows) + _HEADERS) as arrays,
+    ):
+        labels, counts, good = (arrays[name] for name in ("labels", "counts", "good"))
+    whole = labels.dtype.kind == counts.dtype.kind == "i" and good.dtype == bool
+    if not whole or counts.shape != (rows,) or good.shape != (rows,) or labels.ndim != 1:
+        raise ValueError(f"{path} is of other types or of another length than its split")
+    several = manifest.multi_label
+    if np.any(counts < 0) or counts.sum() != len(labels) or not (several or np.all(counts == 1)):
+        raise ValueError(f"{path} has {len(labels):,} labels for {rows:,} examples")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < manifest.num_classes:
+        raise ValueError(
+            f"{path} has labels from {labels.min()} to {labels.max()}; expected 0 to "
+            f"{manifest.num_classes - 1}"
+        )
+    return labels, counts, good
 
 
 packed_dataset = functools.partial(_dataset, kind="packed")

@@ -3,7 +3,6 @@
 
 import collections
 import functools
-import json
 import logging
 import os
 import re
@@ -15,6 +14,13 @@ import numpy as np
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.sources.base import Dataset, Records, make_splits
 from vit_jax.data.sources.files import SPLITS, encode_labels
+from vit_jax.utils.bounds import (
+    MAX_JSON,
+    MAX_WEIGHTS,
+    check_growth,
+    open_regular,
+    parse_json,
+)
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import find_paths
 
@@ -22,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 # Bytes of images of the row groups that stay in memory, for all files together.
 CACHE_BYTES = 2**30
-
+# A file may have this many rows, and one more for so many bytes: each has an image.
+_MIN_ROWS, _ROW_BYTES = 2**16, 16
+_BATCH_ROWS = 64
 
 # The columns of a file by what they hold, and how a dataset's name says that they have other names.
 _COLUMNS = ("image", "label", "split")
@@ -47,7 +55,7 @@ def parquet_dataset(text: str) -> Dataset:
     path, names_of = _split_columns(text)
     try:
         import pyarrow as pa
-        import pyarrow.parquet as pq
+        import pyarrow.parquet
     except ImportError:
         raise UserError(f"{key} needs pyarrow: pip install 'vit_jax[parquet]'") from None
     where = os.path.expanduser(path)
@@ -57,12 +65,14 @@ def parquet_dataset(text: str) -> Dataset:
         raise UserError(f"{key}: there are no files {pattern}")
     labels, splits, names = [], [], {}
     try:
-        files = [pq.ParquetFile(file, memory_map=True) for file in paths]
+        files = [_open(file) for file in paths]
         for file_path, file in zip(paths, files, strict=True):
             schema = file.schema_arrow
             _check_schema(schema, file_path, key, names_of)
             rows = file.metadata.num_rows
             columns = [names_of[c] for c in ("label", "split") if names_of[c] in schema.names]
+            for group in _groups(file):
+                _check_columns(group, file_path, columns)
             table = file.read(columns=columns)
             if names_of["label"] in columns:
                 names[file_path] = _class_names(schema, names_of["label"])
@@ -74,7 +84,7 @@ def parquet_dataset(text: str) -> Dataset:
                 splits += [SPLITS.get(split, split) for split in found]
             else:
                 splits += [_split_of(file_path)] * rows
-    except (OSError, pa.ArrowException) as e:
+    except (OSError, ValueError, pa.ArrowException) as e:  # Bounds raise the first two.
         raise UserError(f"{key} can't be read: {' '.join(str(e).split())[:200]}") from None
     if not names:
         raise _lack("label", files[0].schema_arrow, paths[0], key, names_of)
@@ -126,6 +136,36 @@ def _lack(what: str, schema: Any, path: str, key: str, names_of: dict[str, str])
     )
 
 
+def _open(path: str) -> Any:
+    """Opens a file; raises OSError, ValueError or ArrowException if it can't be one of images."""
+    import pyarrow.parquet as pq
+
+    os.close(open_regular(path, max_bytes=MAX_WEIGHTS))
+    limits = {"thrift_string_size_limit": MAX_JSON, "thrift_container_size_limit": 2**20}
+    file = pq.ParquetFile(path, memory_map=True, **limits)
+    rows, size = file.metadata.num_rows, os.path.getsize(path)
+    # Runs of equal values take no space, but rows with an image each do.
+    if rows > _MIN_ROWS + size // _ROW_BYTES:
+        raise ValueError(f"{path}: {rows:,} rows in {size:,} bytes: expected an image in each")
+    counts = [group.num_rows for group in _groups(file)]
+    if sum(counts) != rows or min(counts, default=0) < 0:
+        raise ValueError(f"{path}: {rows:,} rows, and {sum(counts):,} in its row groups")
+    return file
+
+
+def _groups(file: Any) -> list[Any]:
+    """The descriptions of the row groups of a file."""
+    return [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+
+
+def _check_columns(group: Any, path: str, columns: list[str]) -> None:
+    """Raises ValueError if columns of a row group take far more memory than bytes of the file."""
+    for column in map(group.column, range(group.num_columns)):
+        if column.path_in_schema.partition(".")[0] in columns:
+            stored, claimed = column.total_compressed_size, column.total_uncompressed_size
+            check_growth(stored, claimed, f"{path}: column {column.path_in_schema}")
+
+
 def _check_schema(schema: Any, path: str, key: str, names_of: dict[str, str]) -> None:
     import pyarrow as pa
 
@@ -161,7 +201,7 @@ def _check_size(files: list[Any], name: str) -> None:
 def _class_names(schema: Any, column: str) -> list[str] | None:
     """The class names of a column that the `datasets` library wrote into the schema."""
     try:
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        features = parse_json(schema.metadata[b"huggingface"])["info"]["features"]
         names = features[column]["names"]
     except (KeyError, TypeError, ValueError):
         return None
@@ -220,13 +260,10 @@ class RowGroups(Records):
                     self._cache.move_to_end(group)
                     return self._cache[group]
             try:
-                table = self._files[number].read_row_group(within, columns=[self._column])
+                images = self._read_images(self._files[number], self._paths[number], within)
             # Corrupt pages raise OSError, ArrowInvalid or ArrowNotImplementedError.
             except Exception as e:
                 raise ImageError(f"its row group can't be read ({' '.join(str(e).split())})") from e
-            images = table.column(self._column).combine_chunks()
-            if hasattr(images, "field"):
-                images = images.field("bytes")
             with self._lock:
                 self._cache[group] = images
                 self._held += images.nbytes
@@ -234,6 +271,23 @@ class RowGroups(Records):
                     _, old = self._cache.popitem(last=False)
                     self._held -= old.nbytes
             return images
+
+    def _read_images(self, file: Any, path: str, group: int) -> Any:
+        """Reads the images of a row group, as far as they can be those of its bytes."""
+        import pyarrow as pa
+
+        described = file.metadata.row_group(group)
+        _check_columns(described, path, [self._column])
+        parts, size = [], 0
+        # In batches, since an image that rows share in the file is copied for each of them.
+        for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[self._column]):
+            parts.append(batch.column(0))
+            size += batch.nbytes
+            check_growth(described.total_byte_size, size)
+        images = pa.chunked_array(parts).combine_chunks()
+        if len(images) != described.num_rows:
+            raise ValueError(f"{len(images)} rows; expected {described.num_rows}")
+        return images.field("bytes") if hasattr(images, "field") else images
 
     def describe(self, row: int) -> str:
         number = int(np.searchsorted(self._first_rows, row, side="right")) - 1

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one rule by which names from outside are printed, logged and written.
+
+File names, class names and metadata may hold bytes that are not UTF-8, line breaks and escape
+sequences of terminals. Each such character is written as a Python escape, so that one line stays
+one line, and text can be encoded. Other characters, in any script, stay as they are.
+"""
+
+import re
+
+# Control characters, line separators, marks that reverse the direction of a line, and halves of
+# surrogate pairs: Python stores bytes of file names that are not UTF-8 as U+DC80 to U+DCFF.
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def printable(text: object, *, keep: str = "") -> str:
+    r"""Returns a text as one line that any terminal and any UTF-8 file takes.
+
+    `"a\nb"` becomes `a\nb` with a backslash, and the byte 0xff in the name of a file `\xff`.
+
+    Args:
+      text: anything; `str` is applied to it.
+      keep: characters that stay as they are, such as the line breaks of a whole file.
+    """
+    return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), str(text))
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # A byte of a file name.
+        code -= 0xDC00
+    return _SHORT.get(character) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
