@@ -160,6 +160,23 @@ def test_a_second_run_does_nothing_and_says_so(finished, data_dir, said):
     assert any("val accuracy" in line and "of 50 images" in line for line in said)
 
 
+def test_a_run_that_stops_between_two_records_logs_the_same_means(data_dir, tmp_path, monkeypatch):
+    options = {"log_every": 3, "total_steps": 9, "evals": {}}
+    train(tiny_config(data_dir, **options), str(tmp_path / "straight"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "step", stop_at(6))
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(data_dir, **options), str(tmp_path / "w"))
+    train(tiny_config(data_dir, **options), str(tmp_path / "w"))
+    names = ("step", "train/loss", "train/top1", "train/lr", "train/grad_norm")
+    logged = [
+        [tuple(r[k] for k in names) for r in read_metrics(tmp_path / w) if "train/loss" in r]
+        for w in ("straight", "w")
+    ]
+    assert logged[0] == logged[1]
+    assert [record[0] for record in logged[0]] == [3, 6, 9]
+
+
 def stop_at(last):
     """A `Monitor.step` that is interrupted."""
 

@@ -17,7 +17,7 @@ from vit_jax.observe.jsonl import read_metrics
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, LABELS, LEDGER, LOCK, METRICS, RUN
-from vit_jax.utils.metrics import lower_is_better
+from vit_jax.utils.metrics import find_best_step
 from vit_jax.utils.nested import as_tuples
 
 # Seconds to wait for a lock, which a process that only inspects it may hold.
@@ -92,14 +92,13 @@ def _find_best(workdir: Path, steps: Sequence[int]) -> int:
             f"config.checkpoint.keep_best is not set; expected one of {', '.join(map(str, steps))}"
         )
     values = {r["step"]: r[metric] for r in read_metrics(workdir) if metric in r}
-    judged = [step for step in steps if step in values]
-    if not judged:
+    best = find_best_step({step: values[step] for step in steps if step in values}, metric)
+    if best is None:
         raise UserError(
             f"--checkpoint=best: {workdir / METRICS} has no {metric} of the steps "
             f"{', '.join(map(str, steps))}; expected one of them"
         )
-    sign = -1 if lower_is_better(metric) else 1
-    return max(judged, key=lambda step: sign * values[step])
+    return best
 
 
 @contextlib.contextmanager

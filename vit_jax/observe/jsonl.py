@@ -91,7 +91,7 @@ def cut_torn_line(file: Any) -> int:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the records of a workdir, each with a `step`; damaged lines are logged and skipped."""
+    """Returns the records of a workdir, each with a `step`; damaged lines are named and skipped."""
     return [record for _, record in _read_lines(workdir / METRICS, _is_metrics)]
 
 
@@ -191,6 +191,6 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 def read_records(
     path: Path, is_whole: Callable[[dict[str, Any]], bool] = lambda _: True
 ) -> list[dict[str, Any]]:
-    """Returns the objects of a file for which `is_whole` holds; other lines are logged and skipped."""
+    """Returns the objects for which `is_whole` holds; other lines are logged and skipped."""
     lines = _read_lines(path, lambda value: isinstance(value, dict) and is_whole(value))
     return [record for _, record in lines]

@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -83,6 +84,7 @@ class Services:
         """
         experiment, settings = self.experiment, self.experiment.settings
         saved = self.checkpoints.latest_step()
+        unlogged = self.checkpoints.read_run().get("unlogged") if self._main else None
         self._start = start
         writer = MetricWriter(
             self.folder, step=saved or 0, active=self._main, trackers=self._trackers
@@ -102,6 +104,7 @@ class Services:
                 max_loss=settings.max_loss,
                 dump=self._dump,
                 peak=_peak_images_per_sec(experiment),
+                unlogged=unlogged,
             )
             self._monitor.saved(saved)
             with self._monitor, self._profiler:
@@ -198,7 +201,10 @@ class Services:
         """
         self._monitor.flush()
         with self.phases("save"):
-            self.checkpoints.save(step, state, results)
+            save = functools.partial(
+                self.checkpoints.save, step, state, results, unlogged=self._monitor.unlogged
+            )
+            save()
             for attempt in range(MAX_FAILURES if last else 0):
                 try:
                     self.checkpoints.wait(must=True)
@@ -208,7 +214,7 @@ class Services:
                         raise
                     log(f"{e}: tries again")
                     time.sleep(2**attempt)
-                    self.checkpoints.save(step, state, results)
+                    save()
             saved = self.checkpoints.latest_step()
             self.ledger.took(step)
             self.ledger.write_progress(saved=saved)
