@@ -88,8 +88,18 @@ def snapshot(folder):
     [
         (None, ["--config.model.hidden_size=64"], ["config.model.hidden_size", "48", "64"]),
         (None, ["--config.seed=1"], ["config.seed", "another experiment"]),
-        (lambda w: (w / "config.json").unlink(), [], ["config.json", "not a workdir"]),
-        (lambda w: (w / "config.json").write_text("{"), [], ["--workdir=", "can't be used"]),
+        (
+            lambda w: [(w / name).unlink() for name in ("config.json", "checkpoints/2/run.json")],
+            [],
+            ["config.json", "not a workdir"],
+        ),
+        (
+            lambda w: [
+                (w / name).write_text("{") for name in ("config.json", "checkpoints/2/run.json")
+            ],
+            [],
+            ["--workdir=", "config.json can't be read (JSONDecodeError)"],
+        ),
         (
             lambda w: [p.unlink() for p in (w / "checkpoints/2/params").rglob("*") if p.is_file()],
             ["--config.total_steps=3"],

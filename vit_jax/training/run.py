@@ -19,8 +19,9 @@ from vit_jax.checkpoint.workdir import (
     write_labels,
     write_run,
 )
-from vit_jax.config.build import count_examples
+from vit_jax.config.build import build_parts, count_examples
 from vit_jax.config.load import trust_config
+from vit_jax.config.reduced import without_mesh
 from vit_jax.data.fingerprint import fingerprint
 from vit_jax.data.pipeline import plan_buffers
 from vit_jax.evaluators.base import Evaluator
@@ -83,7 +84,13 @@ def train(
             _ = experiment.abstract_state
             names = experiment.train_data.info.class_names
             stack.enter_context(remove_workdir_on_error(Path(workdir), active=main_process))
-            folder = open_workdir(os.fspath(workdir), experiment.config, names, settings.resume)
+            folder = open_workdir(
+                os.fspath(workdir),
+                experiment.config,
+                names,
+                settings.resume,
+                resolve=lambda config: build_parts(without_mesh(config)).config,
+            )
             stack.enter_context(lock_workdir(folder, active=main_process))
         checkpoints = stack.enter_context(
             CheckpointManager(folder, settings.checkpoint, experiment.description)
