@@ -37,7 +37,7 @@ from vit_jax.parallel.mesh import process_shards
 from vit_jax.parallel.sharding import find_large_copies
 from vit_jax.runtime.chips import find_chip
 from vit_jax.runtime.heartbeat import Heartbeat
-from vit_jax.runtime.preemption import Preempted, PreemptionGuard
+from vit_jax.runtime.preemption import Interrupted, Preempted, PreemptionGuard
 from vit_jax.runtime.processes import fail_together, host_names
 from vit_jax.runtime.watchdog import Watchdog
 from vit_jax.training.experiment import Experiment
@@ -70,7 +70,7 @@ def train(
       UserError: bad input.
       DivergedError: the loss is no longer finite.
       SaveError: a checkpoint can't be written.
-      Preempted: SIGTERM came; the state is saved.
+      Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
     trust_config(config)
     main_process = jax.process_index() == 0
@@ -153,6 +153,7 @@ def _watching(
         except BaseException as e:
             causes = {
                 Preempted: "SIGTERM",
+                Interrupted: "interrupted",
                 DivergedError: "divergence",
                 SaveError: "no checkpoint can be written",
                 KeyboardInterrupt: "interrupted",

@@ -48,7 +48,7 @@ class Services:
       experiment: that is trained.
       folder: the workdir.
       checkpoints: of the workdir.
-      guard: takes SIGTERM.
+      guard: takes SIGTERM and Ctrl-C.
       phases: the clock.
       ledger: of the workdir.
       trackers: that get the metrics too.
@@ -158,8 +158,12 @@ class Services:
         """Whether any process was told to stop; all ask at the same step."""
         return self._guard.should_stop()
 
+    def stopped(self, text: str) -> Preempted:
+        """The error that ends a run that was told to stop."""
+        return self._guard.stopped(text)
+
     def evaluate_if_due(self, step: int, state: TrainState) -> dict[str, float] | None:
-        """The results of the evaluators that are due; None where SIGTERM came in the meantime."""
+        """The results of the evaluators that are due; None where it was told to stop meanwhile."""
         total = self.experiment.total_steps
         wanted = [e for e in self.experiment.evaluators if is_due(step, e.every, total)]
         try:
@@ -173,7 +177,7 @@ class Services:
         """Runs evaluators and records their results; after the last step they write details too.
 
         Raises:
-          Preempted: SIGTERM came; there are no results.
+          Preempted: the run was told to stop; there are no results.
         """
         if not evaluators:
             return {}
