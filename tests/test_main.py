@@ -4,6 +4,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from vit_jax import main as main_module
 from vit_jax.config.load import load_config, parse_overrides
 from vit_jax.models.variants import make_vit
 from vit_jax.observe import trackers
+from vit_jax.runtime.preemption import Interrupted, Preempted
 from vit_jax.training.run import train
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import bind
@@ -89,8 +91,18 @@ def snapshot(folder):
     [
         (None, ["--config.model.hidden_size=64"], ["config.model.hidden_size", "48", "64"]),
         (None, ["--config.seed=1"], ["config.seed", "another experiment"]),
-        (lambda w: (w / "config.json").unlink(), [], ["config.json", "not a workdir"]),
-        (lambda w: (w / "config.json").write_text("{"), [], ["--workdir=", "can't be used"]),
+        (
+            lambda w: [(w / name).unlink() for name in ("config.json", "checkpoints/2/run.json")],
+            [],
+            ["config.json", "not a workdir"],
+        ),
+        (
+            lambda w: [
+                (w / name).write_text("{") for name in ("config.json", "checkpoints/2/run.json")
+            ],
+            [],
+            ["--workdir=", "config.json can't be read (JSONDecodeError)"],
+        ),
         (
             lambda w: [p.unlink() for p in (w / "checkpoints/2/params").rglob("*") if p.is_file()],
             ["--config.total_steps=3"],
@@ -218,3 +230,32 @@ def test_the_config_file_is_executed_once(monkeypatch, tmp_path):
 def test_less_and_more_at_once_is_refused():
     with flagsaver.flagsaver(), pytest.raises(UserError, match="expected one of them"):
         main_module.parse_flags(["main", "--config=c", "--workdir=w", "--quiet", "--verbose"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; there is no checkpoint yet, so the same command"),
+        (Interrupted("stopped after step 3 of 6"), 130, "stopped after step 3 of 6; the same"),
+        (Preempted("stopped after step 3 of 6"), 75, "stopped after step 3 of 6; the same"),
+    ],
+)
+def test_an_interruption_is_one_line_that_says_what_the_same_command_does(
+    error, code, line, tmp_path, monkeypatch, capsys
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(main_module.app, "run", lambda *_, **__: fail())
+    before = signal.getsignal(signal.SIGINT)
+    with flagsaver.flagsaver(workdir=str(tmp_path)):
+        for _ in range(2):
+            with pytest.raises(SystemExit) as end:
+                main_module.run()
+            signal.signal(signal.SIGINT, before)
+            assert end.value.code == code
+            (said,) = "".join(capsys.readouterr()).splitlines()
+            assert said.startswith(f"vit_jax: {line}")
+            (tmp_path / "checkpoints" / "40").mkdir(parents=True, exist_ok=True)
+            if isinstance(error, KeyboardInterrupt):
+                line = "interrupted; the same command resumes from the checkpoint of step 40"

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from tests.test_compare import write_run
 from vit_jax import sweep as sweep_module
 from vit_jax.config.load import parse_overrides
 from vit_jax.launch import gke
-from vit_jax.sweep import Trial, main, make_trials, read_sweep, run_sweep
+from vit_jax.sweep import Trial, main, make_trials, read_sweep, run_sweep, run_trial
 from vit_jax.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -256,22 +257,44 @@ def test_bad_arguments_are_one_line(arguments, message, file, tmp_path, data_dir
     assert message in str(error.value)
 
 
-@pytest.mark.slow
-def test_a_run_is_told_to_stop_when_the_sweep_is(tmp_path):
-    code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
-    code += "open(sys.argv[-1], 'w').close(); signal.pause()"
-    there = tmp_path / "there"
-    script = f"""
-import subprocess, sys
-from vit_jax import sweep
-popen = subprocess.Popen
-subprocess.Popen = lambda command: popen([sys.executable, "-c", {code!r}, {str(there)!r}])
-sys.exit(sweep.run_trial(sweep.Trial("a", {{}}, (), "")))
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)]
+)
+@pytest.mark.parametrize("own_code", [0, 75, 1])
+def test_a_run_is_told_to_stop_once_when_the_sweep_is(
+    number, code, own_code, tmp_path, monkeypatch
+):
+    there, heard = tmp_path / "there", tmp_path / "heard"
+    program = f"""
+import signal, sys, time
+def hear(number, _):
+    open({str(heard)!r}, "a").write(f"{{number}} ")
+for number in {int(number)}, signal.SIGINT:
+    signal.signal(number, hear)
+open({str(there)!r}, "w").close()
+signal.pause()
+time.sleep(0.1)
+sys.exit({own_code})
 """
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
-    wait_until(there.exists)
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(600) == 75
+    popen, group = subprocess.Popen, []
+
+    def start(command, **options):
+        process = popen([sys.executable, "-c", program], **options)
+        group.append(os.getpgid(process.pid))
+        return process
+
+    def tell():
+        wait_until(there.exists)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    thread = threading.Thread(target=tell)
+    thread.start()
+    assert run_trial(Trial("a", {}, (), {})) == code
+    thread.join()
+    assert heard.read_text() == f"{int(number)} "
+    # A terminal sends Ctrl-C to the group of the sweep.
+    assert group != [os.getpgid(0)]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ The names in `__all__` are the public API. Modules are imported when they are fi
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,6 +37,13 @@ _MODULES = {
     "load_model": "vit_jax.inference.model",
     "train": "vit_jax.training.run",
 }
+
+
+# As `python -m vit_jax.COMMAND`: importing the command takes seconds, in which Ctrl-C may come.
+if sys.argv[:1] == ["-m"]:
+    from vit_jax.utils.signals import end_at_interrupt
+
+    end_at_interrupt()
 
 
 def __getattr__(name: str) -> Any:

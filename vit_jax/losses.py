@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses, one value for each example.
+"""Losses and hits, one value for each example.
 
 The logit of a label is selected by a product with one-hot targets, not by indexing: if logits are
 sharded by classes, the sums become small all-reduces and no device gathers all classes.
@@ -49,6 +49,21 @@ def distillation_divergence(
     teacher = jax.nn.log_softmax(teacher_logits / temperature)
     student = jax.nn.log_softmax(logits / temperature)
     return temperature**2 * (jnp.exp(teacher) * (teacher - student)).sum(axis=-1)
+
+
+def top1_hits(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns which examples are classified correctly, float32 `[..., batch]` of 0 to 1.
+
+    Classes that share the highest logit share the hit, so that a new head of zeros has the accuracy
+    of a guess. Maxima are counted, not sorted, so that logits stay sharded by classes.
+
+    Args:
+      logits: `[..., batch, classes]`.
+      labels: int32 `[batch]`.
+    """
+    highest = logits == logits.max(axis=-1, keepdims=True)
+    own = highest & (jnp.arange(logits.shape[-1]) == labels[:, None])
+    return own.any(axis=-1) / jnp.maximum(highest.sum(axis=-1), 1)
 
 
 def make_targets(labels: jax.Array, num_classes: int) -> jax.Array:

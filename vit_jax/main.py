@@ -4,11 +4,13 @@
 python -m vit_jax.main --config=configs/digits.py --workdir=runs/digits --config.seed=1
 """
 
+import contextlib
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from vit_jax import __version__
+from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manager import SaveError
 from vit_jax.config.cpu_devices import count_cpu_devices
 from vit_jax.config.load import load_config, parse_overrides
@@ -25,12 +28,14 @@ from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.trackers import check_trackers
 from vit_jax.runtime import compile_cache, processes
 from vit_jax.runtime.cpu_devices import set_cpu_devices
-from vit_jax.runtime.preemption import RUN_AGAIN, Preempted
+from vit_jax.runtime.preemption import RUN_AGAIN, Interrupted, Preempted
 from vit_jax.training.run import train
-from vit_jax.utils.command import INTERRUPTED, print_error, report_errors
+from vit_jax.utils.command import print_error, report_errors, report_interrupt
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.registry import trust_parts
+from vit_jax.utils.signals import INTERRUPTED, ending_at_second_interrupt
+from vit_jax.utils.streams import print_line, settle_streams
 
 _CONFIG = flags.DEFINE_string(
     "config",
@@ -166,23 +171,37 @@ def _main_to_the_end(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _describe_checkpoint() -> str:
+    """What the same command would do now."""
+    steps = []
+    # The flags may not be parsed yet, and the workdir may not be readable.
+    with contextlib.suppress(flags.Error, UserError):
+        steps = list_steps(Path(_WORKDIR.value or ""))
+    if not steps:
+        return "there is no checkpoint yet, so the same command starts from the beginning"
+    return f"the same command resumes from the checkpoint of step {steps[-1]}"
+
+
 def run() -> None:
     """The command: one line and exit code 2 for bad input, 1 for a run that went wrong.
 
-    The code 75 asks the launcher to give the command again: the run was told to stop.
+    The code 75 asks the launcher to give the command again: the run was told to stop. After Ctrl-C
+    the code is 130.
     """
     try:
-        with report_errors():
+        with report_errors(), ending_at_second_interrupt():
             app.run(_main_to_the_end, flags_parser=parse_flags)
     except (DivergedError, SaveError) as e:
         print_error(e)
         sys.exit(1)
     except Preempted as e:
-        print(f"vit_jax: {e}; the same command goes on from there")
-        sys.exit(RUN_AGAIN)
+        print_line(f"{e}; the same command resumes from there", sys.stdout)
+        sys.exit(INTERRUPTED if isinstance(e, Interrupted) else RUN_AGAIN)
     except KeyboardInterrupt:
-        print("vit_jax: interrupted; the same command goes on from the last checkpoint")
+        report_interrupt(f"interrupted; {_describe_checkpoint()}")
         sys.exit(INTERRUPTED)
+    finally:
+        settle_streams()
 
 
 if __name__ == "__main__":

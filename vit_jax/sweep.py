@@ -19,7 +19,6 @@ Examples:
 """
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -51,12 +50,13 @@ from vit_jax.pages.comparison import (
 )
 from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.training.experiment import Experiment
-from vit_jax.utils.command import INTERRUPTED, CommandParser, run_command
+from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CONFIG
 from vit_jax.utils.metrics import lower_is_better
 from vit_jax.utils.registry import trust_parts
+from vit_jax.utils.signals import INTERRUPTED
 
 RESULTS = "sweep.json"
 _NAME = re.compile(r"[\w+-][\w.,=+-]*")
@@ -184,17 +184,35 @@ def check_trials(trials: Sequence[Trial]) -> None:
 
 
 def run_trial(trial: Trial) -> int:
-    """Trains in a subprocess, which gets SIGTERM too, and returns its exit code."""
-    command = [sys.executable, "-m", "vit_jax.main", *trial.arguments]
-    process = subprocess.Popen(command)
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    """Trains in a subprocess, and returns its exit code.
+
+    SIGTERM, Ctrl-C and the end of the terminal are passed on; then the code is one of a run that
+    was told to stop, even if it ended on its own meanwhile.
+    """
+    received: list[int] = []
+    processes: list[subprocess.Popen] = []
+
+    def forward(number: int, _: object) -> None:
+        received.append(number)
+        for process in processes:
+            process.send_signal(number)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, forward) for number in numbers}
     try:
-        while True:
-            # After Ctrl-C, which the subprocess has received too, it is about to end.
-            with contextlib.suppress(KeyboardInterrupt):
-                return process.wait()
+        command = [sys.executable, "-m", "vit_jax.main", *trial.arguments]
+        # In a session of its own: a terminal sends Ctrl-C to all processes of one, and the second
+        # that a run receives ends it at once.
+        processes.append(subprocess.Popen(command, start_new_session=True))
+        for number in received:
+            processes[0].send_signal(number)
+        code = processes[0].wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        return INTERRUPTED if received[0] == signal.SIGINT else RUN_AGAIN
+    return code
 
 
 def run_sweep(
@@ -374,4 +392,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, interrupted="interrupted; the same command goes on")
+    run_command(main, interrupted="interrupted; the same command resumes with what is not finished")

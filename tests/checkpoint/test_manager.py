@@ -245,6 +245,45 @@ def test_the_best_is_kept_as_well_and_a_loss_is_best_when_low(metric, best, tmp_
     assert kept(tmp_path) == {best, "5"}
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best"),
+    [
+        ("val/loss", (0.5, 0.1, NAN, 0.6, 0.4), "2"),
+        ("val/loss", (NAN, NAN, 0.3, 0.6, 0.4), "3"),
+        ("val/loss", (0.5, 0.1, -INF, 0.6, INF), "2"),
+        ("val/top1", (0.5, 0.9, INF, NAN, 0.4), "2"),
+        ("val/top1", (0.5, None, None, 0.4, None), "1"),
+        ("val/top1", (NAN, None, NAN, INF, None), None),
+    ],
+)
+def test_a_value_that_is_no_number_or_missing_does_not_cost_the_best(
+    metric, values, best, tmp_path, said
+):
+    metrics = [{} if value is None else {metric: value} for value in values]
+    states = [make_state(step) for step in (1, 2, 3, 4, 5)]
+    save(tmp_path, *states, metrics=metrics, keep_best=metric)
+    assert kept(tmp_path) == {"5"} | ({best} if best else set())
+    bad = [i for i, x in enumerate(values, 1) if x is not None and not np.isfinite(x)]
+    assert [line.split(" of step ")[1].split()[0] for line in said] == list(map(str, bad))
+    assert all("can't be the best" in line for line in said)
+
+
+@pytest.mark.parametrize("written", ["NaN", '{"val/loss": NaN}', "[]", "{", '{"val/loss": "low"}'])
+def test_what_was_written_as_metric_before_does_not_cost_the_best(written, tmp_path):
+    states = [make_state(step) for step in (1, 2)]
+    save(tmp_path, *states, metrics=[{"val/loss": 0.1}, {}], keep_best="val/loss")
+    folder = tmp_path / "checkpoints" / "2" / "metrics"
+    folder.mkdir()
+    (folder / "metadata").write_text(written)
+    (tmp_path / "checkpoints" / "2" / "manifest.json").unlink()
+    (tmp_path / "checkpoints" / "2" / "run.json").unlink()  # as of a version without checksums
+    save(tmp_path, make_state(3), keep_best="val/loss")
+    assert kept(tmp_path) == {"1", "3"}
+
+
 @pytest.mark.parametrize("key", ["every", "keep"])
 def test_options_below_one_are_refused(key):
     with pytest.raises(UserError, match=f"checkpoint.{key}=0: expected at least 1"):

@@ -61,6 +61,7 @@ def test_each_head_trains_as_if_it_were_alone():
         np.testing.assert_allclose(metrics[f"loss_{name}"], its_metrics["loss"], rtol=1e-5)
     assert set(metrics) == {
         *("loss", "loss_x0.1", "loss_x1", "loss_x10"),
+        *("top1_x0.1", "top1_x1", "top1_x10"),
         *("lr", "grad_norm", "param_norm"),
     }
 

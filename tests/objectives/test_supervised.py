@@ -7,7 +7,12 @@ import numpy as np
 import optax
 import pytest
 
-from vit_jax.losses import sigmoid_cross_entropy, smooth_labels, softmax_cross_entropy
+from vit_jax.losses import (
+    sigmoid_cross_entropy,
+    smooth_labels,
+    softmax_cross_entropy,
+    top1_hits,
+)
 from vit_jax.models.variants import make_vit
 from vit_jax.objectives.supervised import make_supervised
 from vit_jax.utils.errors import UserError
@@ -40,6 +45,37 @@ def supervised(**options):
         num_classes=3, patch_size=4, hidden_size=8, num_layers=1, num_heads=2, mlp_dim=8
     )
     return make_supervised(model=model, num_classes=3, **options)
+
+
+def test_hits_are_shared_by_classes_that_tie():
+    logits = jnp.array([[2.0, 1, 0], [2, 1, 0], [1, 1, 0], [0, 0, 0], [jnp.nan, 1, 0]])
+    labels = jnp.array([0, 1, 1, 2, 1])
+    np.testing.assert_allclose(top1_hits(logits, labels), [1, 0, 0.5, 1 / 3, 0], rtol=1e-6)
+    heads = jnp.stack([logits, logits[:, ::-1]])
+    np.testing.assert_allclose(top1_hits(heads, labels)[1], [0, 0, 0.5, 1 / 3, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "reported"),
+    [
+        ({}, True),
+        ({"loss": "sigmoid", "label_smoothing": 0.1, "random_erasing": 0.5}, True),
+        ({"mixup": 0.5}, False),
+        ({"cutmix": 1.0}, False),
+    ],
+)
+def test_accuracy_in_training_is_reported_unless_images_are_mixed(options, reported):
+    objective = supervised(**options)
+    batch = {"image": jnp.ones((4, 8, 8, 3), jnp.uint8), "label": jnp.arange(4) % 3}
+    params = objective.init(jax.random.key(0), batch)
+    params["head"]["bias"] = jnp.array([0.0, 1.0, 0.0])
+    augmented = objective.augment(batch, jax.random.key(1))
+    _, metrics = objective.loss(params, augmented, jax.random.key(2))
+    assert metrics.keys() == ({"loss", "top1"} if reported else {"loss"})
+    if reported:
+        assert float(metrics["top1"]) == 0.25
+    several = batch | {"label": jnp.eye(3)[batch["label"]]}
+    assert "label" not in objective.augment(several, jax.random.key(1))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 import contextlib
 import io
+import json
 import math
 import os
 import re
@@ -113,7 +114,7 @@ def test_metrics_are_handled_when_the_next_step_is_queued(records, screen):
         m.step(3, loss(1.0), log=True)
         assert len(records.of("train/loss")) == 1  # step 2 was not to be logged
         m.flush()
-        assert [(s, r["train/loss"]) for s, r in records.of("train/loss")] == [(1, 3.0), (3, 1.0)]
+        assert [(s, r["train/loss"]) for s, r in records.of("train/loss")] == [(1, 3.0), (3, 1.5)]
         before = len(records)
         m.flush()
         assert len(records) == before
@@ -133,6 +134,47 @@ def test_all_metrics_of_a_step_are_written_as_numbers(records, screen):
     }
     assert (record["train/loss"], record["train/lr"]) == (0.5, 0.25)
     assert {type(v) for v in record.values()} == {float}
+
+
+def test_what_is_measured_is_a_mean_since_the_last_record_and_the_rest_is_of_the_step(
+    records, screen
+):
+    file = screen(terminal=False)
+    with monitor(records, on_divergence="skip") as m:
+        for step, value in enumerate([1.0, 2.0, float("nan"), 6.0, 5.0, 7.0], 1):
+            values = {"loss": value, "top1": value / 8, "lr": value, "grad_norm": value}
+            m.step(step, {k: jnp.float32(v) for k, v in values.items()}, log=step in (4, 6))
+        m.flush()
+    logged = [(step, r) for step, r in records if "train/loss" in r]
+    # Step 3, which is skipped, has no part in the mean.
+    assert [(step, r["train/loss"], r["train/top1"]) for step, r in logged] == [
+        (4, 3.0, 0.375),
+        (6, 6.0, 0.75),
+    ]
+    assert [(r["train/lr"], r["train/grad_norm"]) for _, r in logged] == [(6.0, 6.0), (7.0, 7.0)]
+    assert "step 4/20  loss 3.0000  top1 0.3750" in file.getvalue()
+
+
+def test_a_mean_is_the_same_to_the_last_bit_when_a_run_resumes_within_it(records, screen):
+    screen(terminal=False)
+    values = [0.1, 1e8, 0.3, 0.7, 1e-8]
+    with monitor(records) as m:
+        for step, value in enumerate(values, 1):
+            m.step(step, loss(value), log=step == 5)
+        m.flush()
+    for stop in range(1, 5):
+        again = Records()
+        with monitor(again) as m:
+            for step, value in enumerate(values[:stop], 1):
+                m.step(step, loss(value), log=False)
+            m.flush()
+            saved = json.loads(json.dumps(m.unlogged))
+        with monitor(again, step=stop, unlogged=saved) as m:
+            for step, value in enumerate(values[stop:], stop + 1):
+                m.step(step, loss(value), log=step == 5)
+            m.flush()
+        ((_, want),), ((_, got),) = records.of("train/loss"), again.of("train/loss")
+        assert got["train/loss"] == want["train/loss"]
 
 
 def test_the_first_step_is_timed_apart_and_has_no_speed(records, clock, screen):
@@ -314,6 +356,13 @@ def test_utilisation_is_the_share_of_the_peak(records, clock, screen):
 )
 def test_a_sparkline_goes_up_with_its_values(values, line):
     assert draw_sparkline(values) == line
+
+
+def test_a_result_that_is_no_number_is_not_drawn():
+    panel = Panel(None, step=0, total=10, live=False)
+    for value in (math.nan, 0.5, math.inf):
+        panel.add_results({"val/top1": value})
+    assert panel._values == [0.5]
 
 
 def test_a_long_curve_is_drawn_as_a_short_one():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM to real processes: all save the same step and stop, and the run goes on."""
+"""SIGTERM and Ctrl-C: all processes save the same step and stop, and the run goes on."""
 
 import contextlib
 import os
@@ -9,8 +9,16 @@ import sys
 
 import pytest
 
+from tests.clock import wait_until
 from tests.runtime.test_processes import CONFIG_FILE, ROOT, finish, metric, run, start
-from vit_jax.runtime.preemption import RUN_AGAIN, PreemptionGuard
+from tests.tiny import tiny_config
+from vit_jax.checkpoint.listing import list_steps
+from vit_jax.observe.jsonl import read_metrics
+from vit_jax.observe.ledger import read_ledger
+from vit_jax.observe.progress import Monitor
+from vit_jax.runtime import preemption
+from vit_jax.runtime.preemption import RUN_AGAIN, Interrupted, Preempted, PreemptionGuard
+from vit_jax.training.run import train
 
 # Says when an evaluation begins, and takes a while over each of its batches.
 SLOW_EVALUATION = CONFIG_FILE.replace(
@@ -123,20 +131,70 @@ def waiting():
             process.kill()
 
 
-def test_a_second_sigterm_ends_it_at_once_whatever_it_does():
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")]
+)
+def test_a_second_signal_ends_it_at_once_whatever_it_does(number, name):
     with waiting() as process:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         wait_for(process, "told True")
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 128 + signal.SIGTERM
-        assert "a second SIGTERM: ends at once" in process.stderr.read()
+        process.send_signal(number)
+        assert process.wait(120) == 128 + number
+        first, second = process.stderr.read().splitlines()
+        assert first.startswith(f"vit_jax: {name}: saves after this step")
+        assert second == f"vit_jax: a second {name}: ends at once"
 
 
-def test_the_handler_of_before_is_back_afterwards():
-    before = signal.getsignal(signal.SIGTERM)
+def test_the_handlers_of_before_are_back_afterwards():
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
     with PreemptionGuard():
-        assert signal.getsignal(signal.SIGTERM) != before
-    assert signal.getsignal(signal.SIGTERM) == before
+        inside = [signal.getsignal(number) for number in numbers]
+        assert all(x != y for x, y in zip(before, inside, strict=True))
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_ctrl_c_is_an_interruption_while_there_is_nothing_to_save():
+    with pytest.raises(KeyboardInterrupt), PreemptionGuard():
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_that_a_shell_has_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with PreemptionGuard() as guard:
+            guard.allow_saving()
+            signal.raise_signal(signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert not guard.should_stop()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGTERM, Preempted), (signal.SIGINT, Interrupted)]
+)
+def test_a_run_saves_and_stops_at_the_first_signal(number, error, data_dir, tmp_path, monkeypatch):
+    def step(self, step, metrics, *, log):
+        original(self, step, metrics, log=log)
+        if step == 3:
+            signal.raise_signal(number)
+            # It is heard by another thread.
+            wait_until(lambda: preemption._entered._received)
+
+    original = Monitor.step
+    config = tiny_config(data_dir, evals={}, total_steps=6)
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "step", step)
+        with pytest.raises(Preempted, match="stopped after step 3 of 6, which is saved") as raised:
+            train(config, tmp_path)
+    assert type(raised.value) is error
+    assert list_steps(tmp_path) == [3]
+    assert read_ledger(tmp_path)[-1]["cause"] == (
+        "SIGTERM" if error is Preempted else "interrupted"
+    )
+    train(config, tmp_path)
+    assert [r["step"] for r in read_metrics(tmp_path) if "train/loss" in r] == [2, 4, 6]
 
 
 def test_sigterm_while_a_finished_run_takes_itself_apart_changes_nothing():

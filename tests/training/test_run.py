@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,6 +161,43 @@ def test_a_second_run_does_nothing_and_says_so(finished, data_dir, said):
     assert any("val accuracy" in line and "of 50 images" in line for line in said)
 
 
+def test_what_a_workdir_has_lost_is_no_other_experiment(finished, data_dir, tmp_path, said):
+    workdir = Path(shutil.copytree(finished, tmp_path / "w"))
+    (workdir / "config.json").write_text("")
+    with pytest.raises(UserError, match=r"optimizer\.sam is None there and \{'rho': 0\.1"):
+        train(tiny_config(data_dir, optimizer__sam={"rho": 0.1}), workdir)
+    assert any("checkpoints/8/run.json in its place" in line for line in said)
+    config = json.loads((finished / "config.json").read_text())
+    del config["optimizer"]["sam"], config["model"]["qk_norm"]
+    (workdir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"qk_norm is not set there and True here"):
+        train(tiny_config(data_dir, model__qk_norm=True), workdir)
+    train(tiny_config(data_dir), workdir)
+    assert any("started without: model.qk_norm=False, optimizer.sam=None" in line for line in said)
+    (workdir / "checkpoints").rename(tmp_path / "away")
+    metrics = (workdir / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"step 8 was saved, and there is no checkpoint"):
+        train(tiny_config(data_dir), workdir)
+    assert (workdir / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_run_that_stops_between_two_records_logs_the_same_means(data_dir, tmp_path, monkeypatch):
+    options = {"log_every": 3, "total_steps": 9, "evals": {}}
+    train(tiny_config(data_dir, **options), str(tmp_path / "straight"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "step", stop_at(6))
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(data_dir, **options), str(tmp_path / "w"))
+    train(tiny_config(data_dir, **options), str(tmp_path / "w"))
+    names = ("step", "train/loss", "train/top1", "train/lr", "train/grad_norm")
+    logged = [
+        [tuple(r[k] for k in names) for r in read_metrics(tmp_path / w) if "train/loss" in r]
+        for w in ("straight", "w")
+    ]
+    assert logged[0] == logged[1]
+    assert [record[0] for record in logged[0]] == [3, 6, 9]
+
+
 def stop_at(last):
     """A `Monitor.step` that is interrupted."""
 
@@ -250,7 +288,9 @@ def test_a_longer_run_goes_on_from_where_it_was(data_dir, tmp_path, said):
         config = tiny_config(data_dir, total_steps=steps)
         train(config, str(tmp_path / "w"), command="train")
     assert any(line.endswith("checkpoints/4") and "going on from" in line for line in said)
-    assert any(line == "config.total_steps: 4 before, 8 now" for line in said)
+    assert any(
+        line.startswith("config.total_steps: 4 before, 8 now; the learning") for line in said
+    )
     records = read_metrics(tmp_path / "w")
     assert [r["step"] for r in records if "train/loss" in r] == [2, 4, 6, 8]
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How commands begin and end."""
 
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -13,8 +15,12 @@ from vit_jax.utils.errors import UserError
 def run(main, monkeypatch, *arguments, **options):
     """The exit code of a command."""
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
-    with pytest.raises(SystemExit) as end:
-        run_command(main, **options)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as end:
+            run_command(main, **options)
+    finally:
+        signal.signal(signal.SIGINT, before)
     return end.value.code
 
 
@@ -56,3 +62,64 @@ def test_a_reader_that_has_seen_enough_ends_a_command_in_silence():
         ["bash", "-c", shell, sys.executable, program], capture_output=True, text=True, timeout=600
     )
     assert (done.stdout.splitlines()[1], done.stderr) == ("1", "")
+
+
+def run_program(body, shell):
+    """The exit code of a command whose `main` has a body, and what it writes, within a shell."""
+    program = (
+        "import hashlib, sys\n"
+        "from vit_jax.utils.command import run_command\n"
+        "from vit_jax.utils.streams import Unfailing\n"
+        f"def main(argv):\n    {body}\n"
+        "run_command(main)\n"
+    )
+    command = ["bash", "-c", shell, sys.executable, program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_an_output_that_finds_no_room_is_one_line(flush):
+    code, _, errors = run_program(
+        f"[print('line ' * 50, flush={flush}) for _ in range(500)]", '"$0" -c "$1" > /dev/full'
+    )
+    assert code == 1
+    assert errors == ("vit_jax: error: stdout can't be written to (No space left on device)\n")
+
+
+@pytest.mark.parametrize(
+    ("shell", "said"),
+    [
+        ('"$0" -c "$1" > /dev/full', 1),
+        ('"$0" -c "$1" > /dev/full 2> /dev/full', 0),
+        ('"$0" -c "$1" >&-', 0),
+        ('"$0" -c "$1" | true; exit "${PIPESTATUS[0]}"', 0),
+    ],
+)
+def test_a_log_that_can_not_be_written_ends_nothing(shell, said):
+    body = "[Unfailing(sys.stdout).write('line ' * 50) for _ in range(500)] if sys.stdout else 0"
+    code, _, errors = run_program(f"{body}; return 0", shell)
+    assert code == 0
+    assert errors.count("what is logged is lost") == errors.count("\n") == said
+
+
+def test_a_second_interruption_ends_a_command_at_once_whatever_it_does():
+    program = (
+        "import hashlib\n"
+        "from vit_jax.utils.command import run_command\n"
+        "def main(argv):\n"
+        "    print('ready', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)\n"
+        "run_command(main)\n"
+    )
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        while process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+        assert process.returncode == 130
+        assert process.stderr.read() == "vit_jax: a second Ctrl-C: ends at once\n"

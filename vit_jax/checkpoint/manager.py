@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -33,7 +34,7 @@ from vit_jax.observe.console import log
 from vit_jax.runtime.processes import broadcast_from_process_0, sum_over_processes
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.layout import BROKEN, CHECKPOINTS, RUN
-from vit_jax.utils.metrics import lower_is_better
+from vit_jax.utils.metrics import find_best_step
 
 DESCRIPTION = "description"
 _METRICS = "metrics"
@@ -58,7 +59,8 @@ class CheckpointOptions:
       every: steps from one to the next; the last step always has one.
       keep: how many of the newest are kept.
       keep_best: a metric such as `val/top1`; the checkpoint with its best value is kept as well.
-        Whether lower is better follows from the name, see `lower_is_better`.
+        Whether lower is better follows from the name, see `lower_is_better`; a value that is not
+        finite is not judged.
     """
 
     every: int = 1000
@@ -113,6 +115,7 @@ class CheckpointManager:
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._saving = self._failures = 0
+        self._unlogged: Mapping[str, Any] | None = None
         self._error: BaseException | None = None
 
     def __enter__(self) -> "CheckpointManager":
@@ -138,19 +141,29 @@ class CheckpointManager:
         file = self.path(self._latest or 0) / RUN
         return json.loads(file.read_text()) if file.exists() else {}
 
-    def save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        metrics: Mapping[str, float],
+        *,
+        unlogged: Mapping[str, Any] | None = None,
+    ) -> None:
         """Starts to write a checkpoint; blocks at most while the arrays are copied to the host.
 
         Args:
           step: number of updates made.
           state: any shapes, dtypes and shardings; may be donated to the next step afterwards.
           metrics: of this step by name; only the one of `keep_best` is used.
+          unlogged: metrics since the last record, which `read_run` returns as `unlogged`; JSON.
 
         Raises:
           SaveError: see `wait`.
         """
         self.wait()
-        self._saving, work = step, lambda: None
+        if not math.isfinite(value := metrics.get(self._best or "", 0.0)):
+            log(f"{self._best} of step {step} is {value}: its checkpoint can't be the best")
+        self._saving, self._unlogged, work = step, unlogged, lambda: None
         if (refused := broadcast_from_process_0(self._try_to_write())) is not None:
             self._error = OSError(refused)
         elif (copy := self._snapshot.take(state)) is not None:
@@ -180,7 +193,7 @@ class CheckpointManager:
         items[DESCRIPTION] = ocp.args.JsonSave(self._description)
         # After SIGTERM there was no evaluation, and this checkpoint can't be the best.
         name = self._best
-        if name is not None and name in metrics:
+        if name is not None and math.isfinite(metrics.get(name, math.nan)):
             items[_METRICS] = ocp.args.JsonSave({name: float(metrics[name])})
         self._checkpointer.save(self._half(step), args=ocp.args.Composite(**items), force=True)
 
@@ -233,7 +246,8 @@ class CheckpointManager:
             self._checkpointer.wait_until_finished()
             if self._main:
                 half, path = self._half(step), self.path(step)
-                (half / RUN).write_text(json.dumps({"step": step, **self.run}, indent=1) + "\n")
+                run = {"step": step, "unlogged": dict(self._unlogged or {}), **self.run}
+                (half / RUN).write_text(json.dumps(run, indent=1) + "\n")
                 write_manifest(half)
                 os.rename(half, path)
                 sync_folder(self._directory)
@@ -249,10 +263,8 @@ class CheckpointManager:
         steps = list_steps(self._directory.parent)
         kept = set(steps[-self._keep :])
         if self._best is not None:
-            scores = {step: _read_metrics(self.path(step)).get(self._best) for step in steps}
-            judged = [(value, step) for step, value in scores.items() if value is not None]
-            sign = -1 if lower_is_better(self._best) else 1
-            kept |= {step for _, step in sorted(judged, key=lambda x: (sign * x[0], x[1]))[-1:]}
+            scores = {step: _read_metric(self.path(step), self._best) for step in steps}
+            kept.add(find_best_step(scores, self._best))
         for step in steps:
             if step not in kept:
                 # Renamed first, so that a half-removed folder is not taken for a checkpoint.
@@ -337,12 +349,12 @@ def _choose(directory: Path) -> tuple[int | None, dict[int, str]]:
     return step, faults
 
 
-def _read_metrics(checkpoint: Path) -> dict[str, float]:
-    """Returns the metric of `keep_best` that was written with a checkpoint."""
+def _read_metric(checkpoint: Path, name: str) -> float:
+    """Returns the metric of `keep_best` that was written with a checkpoint; NaN without one."""
     try:
-        return json.loads((checkpoint / _METRICS / "metadata").read_text())
-    except (OSError, ValueError):
-        return {}
+        return float(json.loads((checkpoint / _METRICS / "metadata").read_text())[name])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return math.nan
 
 
 @contextlib.contextmanager

@@ -17,9 +17,11 @@ from vit_jax.observe.jsonl import read_metrics
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, LABELS, LEDGER, LOCK, METRICS, RUN
-from vit_jax.utils.metrics import lower_is_better
+from vit_jax.utils.metrics import find_best_step
 from vit_jax.utils.nested import as_tuples
 
+# Sections that every config has: without them, a file was emptied or cut.
+_REQUIRED = {"model", "data", "optimizer"}
 # Seconds to wait for a lock, which a process that only inspects it may hold.
 _LOOK_S = 1.0
 
@@ -30,24 +32,57 @@ def read_config(workdir: Path) -> dict[str, Any]:
     Raises:
       UserError: the workdir has no config that can be read.
     """
-    file = workdir / CONFIG
+    config = find_config(workdir)
+    if config is None:
+        raise UserError(
+            f"--workdir={str(workdir)!r}: there is no {workdir / CONFIG}; expected the workdir of "
+            "a run, or --config"
+        )
+    return as_tuples(config)
+
+
+def find_config(workdir: Path) -> dict[str, Any] | None:
+    """Returns the resolved config of a run as JSON; None if there is none.
+
+    Where `config.json` is missing, empty or damaged, it is the config that the newest checkpoint
+    was written with, and this is logged.
+
+    Raises:
+      UserError: there is a file that can't be read or holds no config, and no such checkpoint.
+    """
+    file, config, fault = workdir / CONFIG, None, "is missing"
     try:
         config = json.loads(file.read_text())
-        if not isinstance(config, dict):
-            raise ValueError(f"{file} holds no config")
+        if isinstance(config, dict) and config.keys() >= _REQUIRED:
+            return config
+        fault = "holds no whole config"
+    except FileNotFoundError:
+        pass
     except (OSError, ValueError, RecursionError) as e:
+        fault = f"can't be read ({type(e).__name__})"
+    for step in reversed(list_steps(workdir)):
+        record = workdir / CHECKPOINTS / str(step) / RUN
+        found = _read_object(record).get("config")
+        if isinstance(found, dict) and found.keys() >= _REQUIRED:
+            log(f"{file} {fault}: taken from {record} in its place")
+            return found
+    if os.path.lexists(file) and not (isinstance(config, dict) and config):
         raise UserError(
-            f"--workdir={str(workdir)!r}: {file} can't be read ({type(e).__name__}); expected "
-            "the workdir of a run, or --config"
-        ) from None
-    return as_tuples(config)
+            f"--workdir={str(workdir)!r}: {file} {fault}, and no checkpoint has the config; "
+            "expected the workdir of a run, or --config"
+        )
+    return config
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
     """Returns the content of `run.json`; empty if it is missing or damaged."""
+    return _read_object(workdir / RUN)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads((workdir / RUN).read_text())
-    except (OSError, ValueError):
+        content = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -92,14 +127,13 @@ def _find_best(workdir: Path, steps: Sequence[int]) -> int:
             f"config.checkpoint.keep_best is not set; expected one of {', '.join(map(str, steps))}"
         )
     values = {r["step"]: r[metric] for r in read_metrics(workdir) if metric in r}
-    judged = [step for step in steps if step in values]
-    if not judged:
+    best = find_best_step({step: values[step] for step in steps if step in values}, metric)
+    if best is None:
         raise UserError(
             f"--checkpoint=best: {workdir / METRICS} has no {metric} of the steps "
             f"{', '.join(map(str, steps))}; expected one of them"
         )
-    sign = -1 if lower_is_better(metric) else 1
-    return max(judged, key=lambda step: sign * values[step])
+    return best
 
 
 @contextlib.contextmanager

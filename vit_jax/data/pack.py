@@ -300,4 +300,4 @@ def _report(manifest: Manifest, folder: Path, corrupt: int) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, interrupted="interrupted; the same command resumes with what is missing")

@@ -17,6 +17,8 @@ from typing import IO
 
 from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.signals import INTERRUPTED
+from vit_jax.utils.streams import Unfailing
 
 # Seconds from the failure of one process until the others are killed.
 _GRACE_S = 20.0
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     code = 0
     for run in range(args.max_runs):
         if run:
-            print(f"launch: run {run + 1} of {args.max_runs}, after exit code {code}", flush=True)
+            _print(f"launch: run {run + 1} of {args.max_runs}, after exit code {code}\n")
         with socket.socket() as s:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
@@ -109,7 +111,7 @@ def _wait(started: Sequence[subprocess.Popen]) -> int:
         if failed and deadline is None:
             first = _exit_code(failed[0])
             deadline = time.monotonic() + _GRACE_S
-            if first != RUN_AGAIN:  # Otherwise all of them are ending.
+            if first not in (RUN_AGAIN, INTERRUPTED):  # Otherwise all of them are ending.
                 for process in started:
                     process.terminate()
         if deadline is not None and time.monotonic() > deadline:
@@ -127,7 +129,14 @@ def _exit_code(code: int) -> int:
 def _copy(index: int, output: IO[str] | None) -> None:
     with contextlib.suppress(ValueError):
         for line in output or ():
-            print(f"[{index}] {line}", end="", flush=True)
+            _print(f"[{index}] {line}")
+
+
+def _print(text: str) -> None:
+    # The processes would wait if their output were not read to its end.
+    stream = Unfailing(sys.stdout)
+    stream.write(text)
+    stream.flush()
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ class Distillation(Supervised):
         else:
             teacher_loss = distillation_divergence(taught, teacher_logits, self.temperature).mean()
         loss = (1 - self.alpha) * label_loss + self.alpha * teacher_loss
-        return loss, {"loss": loss, "label_loss": label_loss, "teacher_loss": teacher_loss}
+        metrics = {"loss": loss, "label_loss": label_loss, "teacher_loss": teacher_loss}
+        return loss, metrics | self.measure(logits, batch)
 
     def constants(self) -> dict[str, Any]:
         return {TEACHER: self.teacher.params}

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.losses import make_targets, softmax_cross_entropy
+from vit_jax.losses import make_targets, softmax_cross_entropy, top1_hits
 from vit_jax.objectives.augment import flip_lr
 from vit_jax.objectives.base import Batch, Params, check_share, headless
 from vit_jax.objectives.pixels import ImageObjective, Pixels, check_pixels
@@ -71,7 +71,7 @@ class LinearProbe(ImageObjective):
     def augment(self, batch: Batch, rng: jax.Array) -> Batch:
         images = flip_lr(rng, batch["image"], probability=self.flip)
         targets = make_targets(batch["label"], self.num_classes)
-        return {"image": self.normalize(images), "target": targets}
+        return {"image": self.normalize(images), "target": targets, "label": batch["label"]}
 
     def loss(
         self, params: Params, batch: Batch, rng: jax.Array
@@ -83,6 +83,8 @@ class LinearProbe(ImageObjective):
         losses = softmax_cross_entropy(logits, batch["target"][None]).mean(axis=1)
         # The mean is logged and the sum differentiated, so that no head depends on their number.
         named = {f"loss_{name}": losses[i] for i, name in enumerate(self.head_names)}
+        top1 = top1_hits(logits, batch["label"]).mean(axis=1)
+        named |= {f"top1_{name}": top1[i] for i, name in enumerate(self.head_names)}
         # Running variances are unbiased ones, as published.
         var = var * (len(features) / max(len(features) - 1, 1))
         statistics = {"batch_mean": mean, "batch_var": var}

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from vit_jax.losses import LOSSES, make_targets, smooth_labels
+from vit_jax.losses import LOSSES, make_targets, smooth_labels, top1_hits
 from vit_jax.objectives.augment import ERASE_KEY, Augmentation, distort, erase
 from vit_jax.objectives.base import Batch, Params
 from vit_jax.objectives.mixing import mix
@@ -62,14 +62,18 @@ class Supervised(ImageObjective):
         )
         if self.binary_targets:
             targets = (targets > 0).astype(targets.dtype)
-        return {"image": images, "target": targets}
+        # An image of two classes has no right answer, so mixing leaves no accuracy to report.
+        is_single = batch["label"].ndim == 1 and not (options.mixup or options.cutmix)
+        return {"image": images, "target": targets} | (
+            {"label": batch["label"]} if is_single else {}
+        )
 
     def loss(
         self, params: Params, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits, _ = self.apply(params, batch["image"], rng)
         loss = self.losses(logits, batch["target"]).mean()
-        return loss, {"loss": loss}
+        return loss, {"loss": loss} | self.measure(logits, batch)
 
     def predict(self, params: Params, batch: Batch) -> dict[str, Any]:
         outputs: Any = self.model.apply(
@@ -83,6 +87,13 @@ class Supervised(ImageObjective):
         The logits are `[batch, classes]`; `out` has all outputs by name.
         """
         return self.model.apply({"params": params}, images, train=True, rngs={"dropout": rng})
+
+    def measure(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        """Returns the accuracy `top1` in training, a float32 scalar, where `augment` left labels.
+
+        The logits are `[batch, classes]`.
+        """
+        return {"top1": top1_hits(logits, batch["label"]).mean()} if "label" in batch else {}
 
     def losses(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
         """The losses, float32 `[batch]`, for logits and targets `[batch, classes]`."""

@@ -5,14 +5,25 @@ import logging
 import os
 import sys
 import types
-from typing import Literal
+from typing import Any, Literal
 
 import rich.console
+
+from vit_jax.utils.streams import Unfailing
 
 # `quiet` shows results, warnings and the summary; `verbose` adds all metrics of each logged step.
 Verbosity = Literal["quiet", "normal", "verbose"]
 
-console = rich.console.Console(highlight=False)
+
+class _Screen(rich.console.Console):
+    """A console that goes on without a screen where that can't be written to."""
+
+    @property
+    def file(self) -> Any:
+        return Unfailing(super().file)
+
+
+console = _Screen(highlight=False)
 settings = types.SimpleNamespace(verbosity="normal")
 
 
@@ -45,6 +56,6 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         # A warning of a quiet process concerns it alone, such as a file that only it can't read.
         if console.quiet and record.levelno >= logging.WARNING:
-            print(record.getMessage(), file=sys.stderr)
+            Unfailing(sys.stderr).write(f"{record.getMessage()}\n")
         else:
             log(record.getMessage())

@@ -97,8 +97,10 @@ def write_dump(
 
 def read_rollbacks(workdir: Path) -> list[dict[str, Any]]:
     """Returns rollbacks with the steps `to` (the checkpoint) and `past` (the one that diverged)."""
-    records = read_records(workdir / DIVERGENCE / ROLLBACKS)
-    return [r for r in records if all(type(r.get(key)) is int for key in ("to", "past"))]
+    return read_records(
+        workdir / DIVERGENCE / ROLLBACKS,
+        lambda record: all(type(record.get(key)) is int for key in ("to", "past")),
+    )
 
 
 def append_rollback(workdir: Path, *, to: int, past: int, reason: str) -> None:

@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of one JSON object a line; half a line that a crash leaves is not read, and cut off."""
+"""Files of one JSON object a line.
 
+A damaged line is skipped and named, and the others are read; half a line that a crash leaves at the
+end is cut off.
+"""
+
+import codecs
 import collections
+import functools
+import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +20,8 @@ from vit_jax.utils.layout import METRICS
 
 # Lines that may wait for space on the disk.
 _MAX_WAITING = 10_000
+# Damaged lines of a file that are listed by their numbers.
+_MAX_NAMED = 5
 
 
 class LineWriter:
@@ -57,7 +66,10 @@ class LineWriter:
 
 
 def cut_torn_line(file: Any) -> int:
-    """Cuts off what follows the last newline of a binary file; returns its length in bytes."""
+    """Cuts off half a line after the last newline of a binary file; returns its length in bytes.
+
+    A whole object there, whose newline an editor removed, gets its newline back.
+    """
     end = file.seek(0, os.SEEK_END)
     length = end
     while length:
@@ -69,29 +81,102 @@ def cut_torn_line(file: Any) -> int:
             break
         length = start
     if length != end:
+        file.seek(length)
+        if isinstance(_parse(file.read()), dict):
+            file.write(b"\n")
+            return end + 1
         os.ftruncate(file.fileno(), length)
     file.seek(length)
     return length
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the records of a workdir up to the first line that is torn or damaged."""
-    records = []
-    for record in _read_lines(workdir / METRICS):
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            break
-        records.append(record)
-    return records
+    """Returns the records of a workdir, each with a `step`; damaged lines are named and skipped."""
+    return [record for _, record in _read_lines(workdir / METRICS, _is_metrics)]
 
 
-def _read_lines(path: Path) -> Iterator[Any]:
-    """Yields the JSON value of each line; None for a line that is not JSON."""
-    if path.exists():
-        for line in path.read_text(errors="replace").split("\n"):
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError):
-                yield None
+def drop_metrics_after(workdir: Path, step: int) -> None:
+    """Cuts the records of steps after `step` off the end of `metrics.jsonl`.
+
+    The file is shortened where it is, which takes no space on the disk; damaged lines before stay.
+    An error is logged, and the file stays as it is.
+    """
+    path = workdir / METRICS
+    end = 0
+    for stop, record in _read_lines(path, _is_metrics):
+        if record["step"] <= step:
+            end = stop
+    try:
+        with open(path, "r+b", buffering=0) as file:
+            # A damaged line may be of a step that is kept.
+            for line in _split(file.read()[end:]):
+                record = _parse(line)
+                if not line.endswith(b"\n") or (_is_metrics(record) and record["step"] > step):
+                    break
+                end += len(line)
+            if end < file.seek(0, os.SEEK_END):
+                os.ftruncate(file.fileno(), end)
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        log(f"{path} can't be shortened to step {step} ({e.strerror}): records of later steps stay")
+
+
+def _is_metrics(value: Any) -> bool:
+    """Whether a value is a record of metrics: a dict of numbers, one of them the step."""
+    return (
+        isinstance(value, dict)
+        and type(value.get("step")) is int
+        and all(isinstance(number, int | float) for number in value.values())
+    )
+
+
+def _read_lines(path: Path, is_whole: Callable[[Any], bool]) -> Iterator[tuple[int, Any]]:
+    """Yields the values of the lines that are whole, each with its end in the file in bytes.
+
+    Other lines are logged, once in a process, as is a file that can't be read; half a line at the
+    end is not, since another process may be writing it.
+    """
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as e:
+        _log_once(f"{path} can't be read ({e.strerror}): it counts as empty")
+        return
+    damaged, end = [], 0
+    for number, line in enumerate(_split(content), 1):
+        value = _parse(line)
+        end += len(line)
+        if is_whole(value):
+            yield end, value
+        elif line.endswith(b"\n") and line.strip():
+            damaged.append(number)
+    if damaged:
+        few = ", ".join(map(str, damaged[:_MAX_NAMED])) + ", ..." * (len(damaged) > _MAX_NAMED)
+        what = f"line {few} is" if len(damaged) == 1 else f"{len(damaged)} lines ({few}) are"
+        _log_once(f"{path}: {what} damaged, and skipped")
+
+
+def _split(content: bytes) -> list[bytes]:
+    """Splits a file into lines, which keep their line breaks."""
+    return io.BytesIO(content).readlines()
+
+
+def _parse(line: bytes) -> Any:
+    """Returns the value of a line; None if it is damaged.
+
+    A byte order mark of an editor, and zeros that a crash of the machine leaves, are no part of it.
+    """
+    try:
+        return json.loads(line.strip(b"\0\r\n ").removeprefix(codecs.BOM_UTF8).decode())
+    except (ValueError, RecursionError):
+        return None
+
+
+@functools.cache
+def _log_once(text: str) -> None:
+    log(text)
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -103,6 +188,9 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
         file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Returns the objects that `append_record` wrote, without lines that are torn or damaged."""
-    return [record for record in _read_lines(path) if isinstance(record, dict)]
+def read_records(
+    path: Path, is_whole: Callable[[dict[str, Any]], bool] = lambda _: True
+) -> list[dict[str, Any]]:
+    """Returns the objects for which `is_whole` holds; other lines are logged and skipped."""
+    lines = _read_lines(path, lambda value: isinstance(value, dict) and is_whole(value))
+    return [record for _, record in lines]

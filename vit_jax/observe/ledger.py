@@ -113,8 +113,8 @@ class Summary:
 
 
 def read_ledger(workdir: Path) -> list[dict[str, Any]]:
-    """The records of a workdir; what is torn or damaged is left out."""
-    return [record for record in read_records(workdir / LEDGER) if _is_whole(record)]
+    """The records of a workdir; what is damaged is logged and left out."""
+    return read_records(workdir / LEDGER, _is_whole)
 
 
 # What a record must have, by event; all have the first ones.

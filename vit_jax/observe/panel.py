@@ -79,7 +79,7 @@ class Panel:
     def add_results(self, results: dict[str, float]) -> None:
         """Appends a point to the curve of the first accuracy that was reported."""
         key = self._metric or next((k for k in results if k.endswith("/top1")), "")
-        if key in results:
+        if math.isfinite(results.get(key, math.nan)):
             self._metric = key
             self._values.append(results[key])
 

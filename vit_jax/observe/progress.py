@@ -19,21 +19,31 @@ from vit_jax.observe.panel import Panel, describe_memory
 from vit_jax.observe.writer import MetricWriter
 from vit_jax.runtime import compile_cache
 
+# Metrics that are recorded as they are at the logged step, and not as means.
+_OF_ONE_STEP = ("lr", "grad_norm", "param_norm")
+
 
 class Monitor:
     """Follows the training loop. A context manager, for the panel.
 
     Metrics are fetched one step late, when the next step is already queued, so that the device
     never waits for the host. A terminal gets a panel; anything else one line for each logged step.
+    What the objective measures, such as the loss, is recorded as its mean over the steps since the
+    last record; the other metrics are those of the logged step.
 
     Args:
       step: step after which the run starts.
+      unlogged: the attribute of that name when `step` was saved.
       seconds: returns the seconds spent so far by phase; `compile`, `step` and `data_wait` count.
       on_divergence: one of `divergence.POLICIES`; with `skip`, such steps are counted.
       max_loss: a higher loss counts as diverged.
       dump: called with each divergence.
       peak: images a second at which the devices would do nothing but the model's products, for
         the model FLOPs utilisation (MFU); None where it is not known.
+
+    Attributes:
+      unlogged: sum and count of each averaged metric since the last record, as JSON. They are saved
+        with checkpoints, so that a run that resumes logs the same means.
     """
 
     def __init__(
@@ -48,12 +58,16 @@ class Monitor:
         max_loss: float | None = None,
         dump: Callable[[Divergence], None] = lambda _: None,
         peak: float | None = None,
+        unlogged: Mapping[str, Any] | None = None,
     ):
         self._writer, self._seconds, self._peak = writer, seconds, peak
         self._skips, self._max_loss, self._dump = on_divergence == "skip", max_loss, dump
         self._skipped = self._in_a_row = 0
         self._total, self._batch_size, self._first = total_steps, batch_size, True
         self._pending: tuple[int, Any, bool] | None = None
+        self.unlogged: dict[str, tuple[float, int]] = {}
+        for name, (total, count) in (unlogged or {}).items():
+            self.unlogged[name] = (float(total), int(count))
         self._restart_clock(step)
         self._live = is_live(console)
         self._panel = Panel(console, step=step, total=total_steps, live=self._live)
@@ -90,6 +104,7 @@ class Monitor:
                 raise DivergedError(diverged.reason, step=step)
             self._skipped += 1
         self._in_a_row = self._in_a_row + 1 if diverged else 0
+        self._add(metrics)
         self._panel.update(step=step)
         if self._first:
             # Mostly compilation: left out of the speeds.
@@ -115,12 +130,23 @@ class Monitor:
         """Shows which checkpoint is the newest."""
         self._panel.update(checkpoint=step)
 
+    def _add(self, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            # A step that is skipped because it diverges has no part in the mean.
+            if name not in _OF_ONE_STEP and "/" not in name and math.isfinite(value):
+                total, count = self.unlogged.get(name, (0.0, 0))
+                self.unlogged[name] = (total + value, count + 1)
+
     def _log(self, step: int, metrics: dict[str, float]) -> None:
+        metrics = metrics | {name: total / n for name, (total, n) in self.unlogged.items()}
+        self.unlogged = {}
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
         record = {k if "/" in k else f"train/{k}": v for k, v in finite.items()}
         if self._skips:
             record["train/skipped"] = float(self._skipped)
         text = f"loss {metrics['loss']:.4f}"
+        if "top1" in metrics:
+            text += f"  top1 {metrics['top1']:.4f}"
         if steps := step - self._step:
             spent = self._spent()
             whole = max(sum(spent.values()), 1e-9)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The summaries on the screen at the start and end of a run."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -120,6 +121,8 @@ def describe_best_head(
 
 
 def _describe_accuracy(split: str, value: float, count: float) -> str:
+    if not math.isfinite(value):
+        return f"  {split + ' accuracy':<15} {value}"
     right = f"{round(value * count)} of {count} images"
     return f"  {split + ' accuracy':<15} {100 * value:.2f} %  ({right})"
 

@@ -258,7 +258,7 @@ class Trackers:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         status: Status = "FINISHED" if kind is None else "FAILED"
-        if kind is not None and kind.__name__ in ("Preempted", "KeyboardInterrupt"):
+        if kind is not None and kind.__name__ in ("Preempted", "Interrupted", "KeyboardInterrupt"):
             status = "KILLED"
         for tracker in self._all:
             tracker.close(status)

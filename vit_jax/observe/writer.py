@@ -2,7 +2,6 @@
 """Writes the metrics of a run to `metrics.jsonl`, TensorBoard events and trackers."""
 
 import contextlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,8 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.summary import histogram_raw, hparams, image, scalar
 
 from vit_jax.observe.console import log
-from vit_jax.observe.jsonl import LineWriter, read_metrics
+from vit_jax.observe.jsonl import LineWriter, drop_metrics_after
 from vit_jax.observe.trackers import Histogram, Trackers, make_hyperparameters, tile
-from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import METRICS, TENSORBOARD
 
 # Created by protobuf at import, which type checkers do not see.
@@ -43,10 +41,8 @@ class MetricWriter:
         self._sinks: list[Any] = []  # They get what metrics.jsonl gets, and pictures.
         if not active:
             return
-        path = workdir / METRICS
-        kept = [r for r in read_metrics(workdir) if r["step"] <= step]
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._lines = LineWriter(path)
+        drop_metrics_after(workdir, step)
+        self._lines = LineWriter(workdir / METRICS)
         self._tensorboard = _Events(workdir / TENSORBOARD, step=step)
         self._sinks = [self._tensorboard, *([] if trackers is None else [trackers])]
 

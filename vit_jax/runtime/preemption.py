@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handles SIGTERM: the run saves and ends, and all processes of a job stop after the same step.
+"""Handles SIGTERM and Ctrl-C: the run saves and ends, all processes of a job after the same step.
 
-Schedulers and clouds send it before they take machines away, to one process or to all.
+Schedulers and clouds send SIGTERM before they take machines away, to one process or to all.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vit_jax.utils.signals import end_now, listening
+from vit_jax.utils.streams import print_line
 
 T = TypeVar("T")
 
@@ -26,89 +30,103 @@ class Preempted(Exception):
     """The job received SIGTERM."""
 
 
-class PreemptionGuard:
-    """Handles SIGTERM within its context, which the main thread enters.
+class Interrupted(Preempted):
+    """The job received Ctrl-C (SIGINT)."""
 
-    The first one sets `should_stop` or, while there is nothing to save, ends the process with exit
-    code 75; a second one ends the process immediately. Both work during a compilation too.
+
+class PreemptionGuard:
+    """Handles SIGTERM and Ctrl-C within its context, which the main thread enters.
+
+    The first one sets `should_stop`. While there is nothing to save, SIGTERM ends the process with
+    exit code 75, and Ctrl-C is a `KeyboardInterrupt`. A second one ends the process immediately.
+    All but `KeyboardInterrupt` works during a compilation too.
     """
 
     def __init__(self) -> None:
-        self._received = False
+        self._received = self._told = 0
         self._may_save = False
         self._vote: jax.Array | None = None
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "PreemptionGuard":
         global _entered
         _entered = self
-        self._active = threading.current_thread() is threading.main_thread()
-        if self._active:
-            # The interpreter writes the number of a signal to the pipe immediately; a handler in
-            # Python would have to wait for the main thread.
-            self._reader, self._writer = os.pipe()
-            os.set_blocking(self._writer, False)
-            self._old_handler = signal.signal(signal.SIGTERM, lambda *_: None)
-            self._old_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-            threading.Thread(target=self._listen, daemon=True).start()
+        if threading.current_thread() is threading.main_thread():
+            self._handle(signal.SIGTERM, lambda *_: None)
+            # A shell without job control starts what is in the background with Ctrl-C ignored.
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+                self._handle(signal.SIGINT, self._interrupt)
+            self._stack.enter_context(listening(self._hear))
         return self
+
+    def _handle(self, number: int, handler: Any) -> None:
+        self._stack.callback(signal.signal, number, signal.signal(number, handler))
 
     def __exit__(self, *exc: object) -> None:
         global _entered
         _entered = None
-        if self._active:
-            signal.set_wakeup_fd(self._old_fd)
-            signal.signal(signal.SIGTERM, self._old_handler)
-            os.close(self._writer)  # Ends the thread.
+        self._stack.close()
 
-    def _listen(self) -> None:
-        while number := os.read(self._reader, 1):
-            if number[0] != signal.SIGTERM:
-                continue
-            if self._received:
-                _end("a second SIGTERM: ends at once", 128 + signal.SIGTERM)
-            if not self._may_save:
-                _end("SIGTERM before the first step: there is nothing to save", RUN_AGAIN)
-            self._received = True
-            report("SIGTERM: saves after this step, then stops; a second one ends it at once")
-        os.close(self._reader)
+    def _hear(self, number: int) -> None:
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            return
+        name = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
+        if self._received:
+            end_now(f"a second {name}: ends at once", 128 + number)
+        if self._may_save:
+            report(f"{name}: saves after this step, then stops; a second one ends it at once")
+        elif number == signal.SIGTERM:
+            end_now("SIGTERM before the first step: there is nothing to save", RUN_AGAIN)
+        self._received = number
+
+    def _interrupt(self, *_: object) -> None:
+        if not self._may_save:
+            raise KeyboardInterrupt
 
     def allow_saving(self) -> None:
-        """Makes SIGTERM wait for a checkpoint, since there is something to save from now on."""
+        """Makes a signal wait for a checkpoint, since there is something to save from now on."""
         self._may_save = True
 
     def should_stop(self) -> bool:
-        """Whether any process of the job has received SIGTERM.
+        """Whether any process of the job has received SIGTERM or Ctrl-C.
 
         With several processes all have to call it equally often. The result is that of the previous
         call, so that no process waits for it, and the same in all of them.
         """
         if jax.process_count() == 1:
-            return self._received
-        before, self._vote = self._vote, _count_votes(self._received)
-        return before is not None and bool(before)
+            self._told = self._received
+        else:
+            before, self._vote = self._vote, _share(self._received)
+            self._told = 0 if before is None else int(before)
+        return bool(self._told)
+
+    def stopped(self, text: str) -> Preempted:
+        """The error to raise after `should_stop`, by the signal that came."""
+        return (Interrupted if self._told == signal.SIGINT else Preempted)(text)
 
 
 _entered: PreemptionGuard | None = None
 
 
 def interruptible(items: Iterable[T]) -> Iterator[T]:
-    """Yields the items of a loop that all processes run alike; raises `Preempted` after SIGTERM."""
+    """Yields the items of a loop that all processes run alike; raises `Preempted` on a signal."""
     for item in items:
         if _entered is not None and _entered.should_stop():
             raise Preempted
         yield item
 
 
-def _count_votes(received: bool) -> jax.Array:
+def _share(received: int) -> jax.Array:
+    """The highest number of a signal that a process has received, int32 `[]`; 0 for none."""
     mesh = Mesh(np.array(jax.devices()), "all")
-    mine = np.full(jax.local_device_count(), received)
+    mine = np.full(jax.local_device_count(), received, np.int32)
     votes = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("all")), mine)
-    return jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))(votes)
+    return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))(votes)
 
 
 def report(text: str) -> None:
     """Prints a line to stderr, from any thread."""
-    print(f"vit_jax: {text}", file=sys.stderr, flush=True)
+    print_line(text, sys.stderr)
 
 
 def end_to_run_again(before: Callable[[], None], *, timeout: float) -> NoReturn:
@@ -120,9 +138,3 @@ def end_to_run_again(before: Callable[[], None], *, timeout: float) -> NoReturn:
     thread.start()
     thread.join(timeout)
     os._exit(RUN_AGAIN)
-
-
-def _end(text: str, code: int) -> NoReturn:
-    report(text)
-    sys.stdout.flush()
-    os._exit(code)

@@ -4,7 +4,6 @@
 import jax
 
 from vit_jax.checkpoint.state import TrainState
-from vit_jax.runtime.preemption import Preempted
 from vit_jax.training.services import Services
 
 
@@ -18,7 +17,7 @@ def take_steps(run: Services, state: TrainState, *, start: int) -> None:
       UserError: too many images can't be read, in all processes at the same step.
       DivergedError: a step diverged.
       SaveError: a checkpoint can't be written.
-      Preempted: SIGTERM came; the state is saved.
+      Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
     experiment, phases, total = run.experiment, run.phases, run.experiment.total_steps
     batches = experiment.train_batches(start, corrupt=run.corrupt)
@@ -38,4 +37,4 @@ def take_steps(run: Services, state: TrainState, *, start: int) -> None:
         if stop or run.save_is_due(step):
             run.save(step, state, results or {}, last=stop or step == total)
         if stop:
-            raise Preempted(f"stopped after step {step} of {total}, which is saved")
+            raise run.stopped(f"stopped after step {step} of {total}, which is saved")

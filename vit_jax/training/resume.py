@@ -5,15 +5,16 @@ import dataclasses
 import itertools
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.checkpoint.state import TrainState
-from vit_jax.checkpoint.workdir import read_labels
+from vit_jax.checkpoint.workdir import find_config, read_labels
 from vit_jax.config.schema import CONTENT, Resume, may_change
 from vit_jax.observe import divergence
 from vit_jax.observe.console import log
@@ -23,12 +24,21 @@ from vit_jax.observe.divergence import (
     read_rollbacks,
     skip_past,
 )
-from vit_jax.observe.ledger import Ledger
+from vit_jax.observe.jsonl import read_metrics
+from vit_jax.observe.ledger import Ledger, read_ledger
 from vit_jax.runtime.processes import broadcast_from_process_0
 from vit_jax.training.experiment import Experiment
+from vit_jax.utils.durations import LENGTH
 from vit_jax.utils.errors import UserError, describe_error, suggest
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, DIVERGENCE, LABELS, METRICS
-from vit_jax.utils.nested import flatten_config
+from vit_jax.utils.nested import as_tuples, flatten_config
+
+# The value of a key that a config does not have.
+_ABSENT: Any = type("Absent", (), {"__repr__": lambda _: "not set"})()
+_OTHER_SCHEDULE = (
+    "; the learning rate follows the schedule of the new length from here on, so the result is not "
+    "that of a run that had this length from its start"
+)
 
 
 def open_workdir(
@@ -36,6 +46,8 @@ def open_workdir(
     config: dict[str, Any],
     class_names: tuple[str, ...] | None = None,
     resume: Resume | None = None,
+    *,
+    resolve: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
 ) -> Path:
     """Creates a workdir, or checks that an existing one belongs to this experiment.
 
@@ -44,33 +56,33 @@ def open_workdir(
       config: the resolved config.
       class_names: the names by label, or None where the data has none.
       resume: what may differ from the workdir's own config.
+      resolve: returns a config with the defaults of keys that it lacks, or raises `UserError`; None
+        where the defaults are not known.
 
     Raises:
-      UserError: it can't be written to, belongs to another experiment or program, or was trained
-        with other class names.
+      UserError: it can't be written to, belongs to another experiment or program, was trained with
+        other class names, or has lost its checkpoints.
     """
     if "://" in path:
         raise UserError(f"--workdir={path!r}: expected a folder; mount a bucket to use it as one")
     resume = resume or Resume()
-    flat = _flatten(config)
-    for key in resume.keys:
-        if key != CONTENT and not any(k == key or k.startswith(f"{key}.") for k in flat):
-            options = {*flat, *(k.partition(".")[0] for k in flat), CONTENT}
-            raise UserError(f"resume.allow: {key!r} is no key{suggest(key, options)}")
     workdir = Path(path)
-    file = workdir / CONFIG
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
             pass
-        previous = json.loads(file.read_text()) if file.exists() else None
         old_names = read_labels(workdir)
-        if not isinstance(previous, dict | None):
-            raise ValueError(f"{file} holds no config")
-    except (OSError, ValueError, RecursionError) as e:
+    except (OSError, ValueError) as e:
         raise UserError(f"--workdir={path!r} can't be used: {describe_error(e)}") from None
+    previous = find_config(workdir)
+    keys = [*flatten_config(config), *flatten_config(previous or {})]
+    for key in resume.keys:
+        if key != CONTENT and not any(k == key or k.startswith(f"{key}.") for k in keys):
+            options = {*keys, *(k.partition(".")[0] for k in keys), CONTENT}
+            raise UserError(f"resume.allow: {key!r} is no key{suggest(key, options)}")
     if previous is not None:
-        _compare(path, _flatten(previous), flat, resume)
+        _compare(path, previous, config, resume, resolve)
+        _check_progress(path, workdir)
         if class_names is not None and old_names is not None:
             _compare_labels(path, old_names, class_names)
     else:
@@ -118,17 +130,29 @@ def check_data(
     log(what)
 
 
-def _compare(path: str, old: dict[str, Any], new: dict[str, Any], resume: Resume) -> None:
-    if added := [f"{key}={new[key]!r}" for key in sorted(new.keys() - old.keys())]:
+def _compare(
+    path: str,
+    old: dict[str, Any],
+    new: dict[str, Any],
+    resume: Resume,
+    resolve: Callable[[dict[str, Any]], Mapping[str, Any]] | None,
+) -> None:
+    changes = dict(_find_changes(_as_json(old), _as_json(new)))
+    if added := [key for key, (before, _) in changes.items() if before is _ABSENT]:
         # A later version of the package has more keys; their defaults are what was there before.
-        log(f"config keys that the run was started without: {', '.join(added)}")
+        defaults = _find_defaults(old, resolve)
+        if defaults is not None:
+            added = [key for key in added if changes[key][1] == defaults.get(key)]
+        values = [f"{key}={changes.pop(key)[1]!r}" for key in added]
+        if values:
+            log(f"config keys that the run was started without: {', '.join(values)}")
     refused = {}
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if before == after or key not in old:
-            continue
+    for key, (before, after) in changes.items():
         if may_change(key) or resume.allows(key):
-            log(f"config.{key}: {before!r} before, {after!r} now")
+            longer = (
+                key in LENGTH and after is not None and _depends_on_length(new.get("optimizer", {}))
+            )
+            log(f"config.{key}: {before!r} before, {after!r} now{_OTHER_SCHEDULE * longer}")
         else:
             refused[key] = f"config.{key} is {before!r} there and {after!r} here"
     if refused:
@@ -139,10 +163,65 @@ def _compare(path: str, old: dict[str, Any], new: dict[str, Any], resume: Resume
         )
 
 
-def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-    # As JSON has it, so that a tuple equals the list that is read back.
-    flat = flatten_config(json.loads(json.dumps(config)))
-    return {key: value for key, value in flat.items() if value != {}}
+def _find_changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Yields the dotted keys whose values differ, with both values.
+
+    A section in place of None, or the reverse, is one change. A key that only the new config has is
+    one of `_ABSENT`; one that only the old config has becomes None.
+    """
+    for name in sorted(old.keys() | new.keys()):
+        key, before, after = f"{prefix}{name}", old.get(name, _ABSENT), new.get(name)
+        if isinstance(after, dict) and (before is _ABSENT or isinstance(before, dict)):
+            before = {} if before is _ABSENT else before
+            yield from _find_changes(before, after, f"{key}.")
+        elif isinstance(before, dict) and name not in new:
+            yield from _find_changes(before, {}, f"{key}.")
+        elif before != after:
+            yield key, (before, after)
+
+
+def _find_defaults(
+    old: dict[str, Any], resolve: Callable[[dict[str, Any]], Mapping[str, Any]] | None
+) -> dict[str, Any] | None:
+    """Returns the values of a config by dotted key, with its defaults; None if they are unknown."""
+    try:
+        return resolve and flatten_config(_as_json(resolve(as_tuples(old))))
+    except UserError:
+        return None
+
+
+def _depends_on_length(optimizer: Mapping[str, Any]) -> bool:
+    """Whether a schedule of the learning rate depends on the length of the run."""
+    schedules = [optimizer, *(optimizer | own for _, own in optimizer.get("schedules") or ())]
+    return any(
+        schedule.get("schedule") not in ("constant", "rsqrt")
+        or any(v for k, v in schedule.items() if "cooldown" in k or k.endswith("_percent"))
+        for schedule in schedules
+    )
+
+
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config as JSON has it, so that a tuple equals the list that is read back."""
+    return json.loads(json.dumps(config))
+
+
+def _check_progress(path: str, workdir: Path) -> None:
+    """Raises `UserError` if checkpoints were written and none is left; logs what else is gone."""
+    newest = max(list_steps(workdir), default=0)
+    ledger, metrics = read_ledger(workdir), read_metrics(workdir)
+    saved = max((record.get("saved") or 0 for record in ledger), default=0)
+    if not newest and (saved or (metrics and not ledger)):
+        before = f"step {saved} was saved" if saved else f"{METRICS} is of steps that were taken"
+        raise UserError(
+            f"--workdir={path!r}: {before}, and there is no checkpoint in "
+            f"{workdir / CHECKPOINTS}: bring them back, or choose another workdir to start anew"
+        )
+    if saved > newest:
+        log(f"the checkpoint of step {saved}, which was saved, is gone: the newest is of {newest}")
+    elif not newest and metrics:
+        log(f"{path} has no checkpoint yet: the run starts at step 0 again")
 
 
 def restore(experiment: Experiment, checkpoints: CheckpointManager) -> tuple[int, TrainState]:

@@ -19,8 +19,9 @@ from vit_jax.checkpoint.workdir import (
     write_labels,
     write_run,
 )
-from vit_jax.config.build import count_examples
+from vit_jax.config.build import build_parts, count_examples
 from vit_jax.config.load import trust_config
+from vit_jax.config.reduced import without_mesh
 from vit_jax.data.fingerprint import fingerprint
 from vit_jax.data.pipeline import plan_buffers
 from vit_jax.evaluators.base import Evaluator
@@ -36,7 +37,7 @@ from vit_jax.parallel.mesh import process_shards
 from vit_jax.parallel.sharding import find_large_copies
 from vit_jax.runtime.chips import find_chip
 from vit_jax.runtime.heartbeat import Heartbeat
-from vit_jax.runtime.preemption import Preempted, PreemptionGuard
+from vit_jax.runtime.preemption import Interrupted, Preempted, PreemptionGuard
 from vit_jax.runtime.processes import fail_together, host_names
 from vit_jax.runtime.watchdog import Watchdog
 from vit_jax.training.experiment import Experiment
@@ -69,7 +70,7 @@ def train(
       UserError: bad input.
       DivergedError: the loss is no longer finite.
       SaveError: a checkpoint can't be written.
-      Preempted: SIGTERM came; the state is saved.
+      Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
     trust_config(config)
     main_process = jax.process_index() == 0
@@ -83,7 +84,13 @@ def train(
             _ = experiment.abstract_state
             names = experiment.train_data.info.class_names
             stack.enter_context(remove_workdir_on_error(Path(workdir), active=main_process))
-            folder = open_workdir(os.fspath(workdir), experiment.config, names, settings.resume)
+            folder = open_workdir(
+                os.fspath(workdir),
+                experiment.config,
+                names,
+                settings.resume,
+                resolve=lambda config: build_parts(without_mesh(config)).config,
+            )
             stack.enter_context(lock_workdir(folder, active=main_process))
         checkpoints = stack.enter_context(
             CheckpointManager(folder, settings.checkpoint, experiment.description)
@@ -146,6 +153,7 @@ def _watching(
         except BaseException as e:
             causes = {
                 Preempted: "SIGTERM",
+                Interrupted: "interrupted",
                 DivergedError: "divergence",
                 SaveError: "no checkpoint can be written",
                 KeyboardInterrupt: "interrupted",

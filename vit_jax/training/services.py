@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ class Services:
       experiment: that is trained.
       folder: the workdir.
       checkpoints: of the workdir.
-      guard: takes SIGTERM.
+      guard: takes SIGTERM and Ctrl-C.
       phases: the clock.
       ledger: of the workdir.
       trackers: that get the metrics too.
@@ -83,6 +84,7 @@ class Services:
         """
         experiment, settings = self.experiment, self.experiment.settings
         saved = self.checkpoints.latest_step()
+        unlogged = self.checkpoints.read_run().get("unlogged") if self._main else None
         self._start = start
         writer = MetricWriter(
             self.folder, step=saved or 0, active=self._main, trackers=self._trackers
@@ -102,6 +104,7 @@ class Services:
                 max_loss=settings.max_loss,
                 dump=self._dump,
                 peak=_peak_images_per_sec(experiment),
+                unlogged=unlogged,
             )
             self._monitor.saved(saved)
             with self._monitor, self._profiler:
@@ -155,8 +158,12 @@ class Services:
         """Whether any process was told to stop; all ask at the same step."""
         return self._guard.should_stop()
 
+    def stopped(self, text: str) -> Preempted:
+        """The error that ends a run that was told to stop."""
+        return self._guard.stopped(text)
+
     def evaluate_if_due(self, step: int, state: TrainState) -> dict[str, float] | None:
-        """The results of the evaluators that are due; None where SIGTERM came in the meantime."""
+        """The results of the evaluators that are due; None where it was told to stop meanwhile."""
         total = self.experiment.total_steps
         wanted = [e for e in self.experiment.evaluators if is_due(step, e.every, total)]
         try:
@@ -170,7 +177,7 @@ class Services:
         """Runs evaluators and records their results; after the last step they write details too.
 
         Raises:
-          Preempted: SIGTERM came; there are no results.
+          Preempted: the run was told to stop; there are no results.
         """
         if not evaluators:
             return {}
@@ -198,7 +205,10 @@ class Services:
         """
         self._monitor.flush()
         with self.phases("save"):
-            self.checkpoints.save(step, state, results)
+            save = functools.partial(
+                self.checkpoints.save, step, state, results, unlogged=self._monitor.unlogged
+            )
+            save()
             for attempt in range(MAX_FAILURES if last else 0):
                 try:
                     self.checkpoints.wait(must=True)
@@ -208,7 +218,7 @@ class Services:
                         raise
                     log(f"{e}: tries again")
                     time.sleep(2**attempt)
-                    self.checkpoints.save(step, state, results)
+                    save()
             saved = self.checkpoints.latest_step()
             self.ledger.took(step)
             self.ledger.write_progress(saved=saved)

@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -11,9 +12,9 @@ from typing import Any, NoReturn
 import absl.logging
 
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.signals import INTERRUPTED, ending_at_second_interrupt
+from vit_jax.utils.streams import print_line, settle_streams
 
-# Exit code after Ctrl-C, as in shells.
-INTERRUPTED = 130
 # Characters of an error that are printed at most.
 _MAX_ERROR = 4000
 
@@ -69,22 +70,46 @@ def run_command(
 ) -> NoReturn:
     """Runs a command and exits: with code 2 and one line for bad input, 130 after Ctrl-C.
 
+    A second Ctrl-C ends it at once. Where the output can't be written the code is 1, in silence if
+    its reader has closed the pipe.
+
     Args:
       main: takes the arguments and returns the exit code; None is 0.
       interrupted: text to print after Ctrl-C.
     """
     try:
-        with report_errors():
+        with report_errors(), ending_at_second_interrupt():
             code = main(sys.argv[1:])
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has closed the pipe. Python would print an error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        code = 1
+    except OSError as e:
+        if e.filename is not None or not _is_full(sys.stdout):
+            raise
+        print_line(f"error: stdout can't be written to ({e.strerror})", sys.stderr)
+        code = 1
     except KeyboardInterrupt:
-        print(f"vit_jax: {interrupted}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        report_interrupt(interrupted)
+        code = INTERRUPTED
+    finally:
+        settle_streams()
     sys.exit(code)
+
+
+def report_interrupt(text: str) -> None:
+    """Prints a line after Ctrl-C; another one ends the process at once, whatever it does."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    print_line(text, sys.stderr)
+
+
+def _is_full(stream: Any) -> bool:
+    """Whether nothing more can be written to a stream."""
+    try:
+        os.write(stream.fileno(), b"\n")
+    except (OSError, ValueError):
+        return True
+    return False
 
 
 def print_error(error: Exception) -> None:
@@ -94,4 +119,4 @@ def print_error(error: Exception) -> None:
         text = f"{text[: _MAX_ERROR // 2]} ... {text[-_MAX_ERROR // 2 :]}"
     # Arguments that are not UTF-8 have characters that can't be printed.
     text = text.encode(errors="backslashreplace").decode()
-    print(f"vit_jax: error: {text}", file=sys.stderr)
+    print_line(f"error: {text}", sys.stderr)

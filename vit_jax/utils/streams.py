@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Output that ends nothing where it fails: a full disk, a reader that has closed the pipe."""
+
+import contextlib
+import os
+import sys
+from typing import Any
+
+
+class Unfailing:
+    """A text stream whose writes never raise. The first that fails is reported on stderr.
+
+    A closed pipe is not reported: who reads has seen enough.
+    """
+
+    _failed = False
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes a text, or as much of it as can be written."""
+        try:
+            return self._stream.write(text)
+        except UnicodeError:  # The caller writes other characters.
+            raise
+        except (OSError, ValueError) as e:  # ValueError: the stream is closed.
+            self._report(e)
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes what is buffered."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as e:
+            self._report(e)
+
+    def _report(self, error: Exception) -> None:
+        if Unfailing._failed or isinstance(error, BrokenPipeError):
+            return
+        Unfailing._failed = True
+        reason = getattr(error, "strerror", None) or error
+        name = str(getattr(self._stream, "name", "output")).strip("<>")
+        print_line(f"{name} can't be written to ({reason}): what is logged is lost", sys.stderr)
+
+
+def print_line(text: str, stream: Any) -> None:
+    """Prints a line to a stream, from any thread, or nothing where that fails or there is none."""
+    if stream is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(f"vit_jax: {text}", file=stream, flush=True)
+
+
+def settle_streams() -> None:
+    """Gives up what stdout and stderr can't write, which would be an error of Python at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
