@@ -39,6 +39,7 @@ CASES = {
             "norm_after_pooling": True,
             "position_embedding": "none",
             "rope_theta": 10_000.0,
+            "rope_reference_grid": (16, 16),
             "num_registers": 4,
             "layer_scale_init": 0.5,
             "activation": "gelu_erf",
@@ -57,6 +58,7 @@ CASES = {
                 "init_values": 0.5,
                 "use_abs_pos_emb": False,
                 "use_rot_pos_emb": True,
+                "ref_feat_shape": 16,
             },
         ),
     ),
@@ -216,7 +218,8 @@ def test_logits_are_those_of_timm(name, source, folder):
     case = folder / name
     weights = read_safetensors(case / f"{source}.safetensors")
     if name == "rope":  # Nothing beside timm's file says so.
-        assert weights.model["rope_theta"] == options["rope_theta"]
+        for key in ("rope_theta", "rope_reference_grid"):
+            assert weights.model[key] == options[key]
     arguments = {k: v for k, v in weights.model.items() if k != "name"}
     model = make_vit(**arguments, num_classes=CLASSES)
     found = logits(model, weights.params, np.load(case / "image.npy"))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads Hugging Face's ViT, DeiT and DINOv2 by the tensor names of timm.
+"""Reads Hugging Face's ViT, DeiT, DINOv2 and I-JEPA by the tensor names of timm.
 
-Source: transformers 5.23, `models/vit`, `deit`, `dinov2` and `dinov2_with_registers`; the names are
-those that its files have.
+Source: transformers 5.23, `models/vit`, `deit`, `dinov2`, `dinov2_with_registers` and `ijepa`; the
+names are those that its files have.
 """
 
 import re
@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint.pretrained.timm_tensors import to_linen
+from vit_jax.checkpoint.pretrained.timm_tensors import find_positions, to_linen
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
     describe_interpolation,
     describe_model,
-    infer_image_size,
+    image_size_of,
 )
 
 _PATCHES = "embeddings.patch_embeddings.projection.weight"
@@ -60,7 +60,7 @@ def read_huggingface(
     processor: Mapping[str, Any],
     num_heads: int | None,
 ) -> Weights:
-    """Reads a ViT, DeiT or DINOv2 of Hugging Face.
+    """Reads a ViT, DeiT, DINOv2 or I-JEPA of Hugging Face.
 
     Args:
       tensors: arrays of any float dtype by name.
@@ -77,10 +77,17 @@ def read_huggingface(
     if not isinstance(config.get("model_type"), str):
         config = {}  # It was written by another program.
     renamed, kind, notes = _to_timm_names(tensors)
-    params, more = to_linen(
+    slots = sum(name in renamed for name in ("cls_token", "dist_token"))
+    size = config.get("image_size")
+    _, grid, grid_notes = find_positions(
         renamed,
-        num_heads=num_heads or config.get("num_attention_heads"),
-        num_slots=1 + int("dist_token" in renamed),
+        image_size=None if size is None else _pair(size),
+        candidates=(slots,),
+        usual=slots,
+        key="image_size in config.json" if config else "model_type and image_size in config.json",
+    )
+    params, more = to_linen(
+        renamed, num_heads=num_heads or config.get("num_attention_heads"), num_slots=slots
     )
     settings, settings_notes = _read_settings(config, kind=kind)
     model = settings | describe_model(params, rope_theta=None)
@@ -89,8 +96,10 @@ def read_huggingface(
         params=params,
         layout=f"Hugging Face {kind} safetensors",
         model=model,
-        preprocess=infer_image_size(params, model) | preprocess,
-        notes=(*notes, *more, *settings_notes, *image_notes),
+        preprocess=({"image_size": image_size_of(grid, model)} if grid else {}) | preprocess,
+        posemb_grid=grid,
+        posemb_resize="bicubic" if kind == "DINOv2 with registers" else "bicubic_no_antialias",
+        notes=(*notes, *grid_notes, *more, *settings_notes, *image_notes),
     )
 
 
@@ -111,6 +120,8 @@ def _to_timm_names(
         kind = "DINOv2 with registers" if "reg_token" in renamed else "DINOv2"
     elif "dist_token" in renamed:
         kind = "DeiT"
+    elif "cls_token" not in renamed:
+        kind = "I-JEPA"
     return renamed, kind, _drop_unused(renamed)
 
 
@@ -128,6 +139,9 @@ def _drop_unused(tensors: dict[str, np.ndarray]) -> list[str]:
     if head is not None and tensors.pop("pre_logits.fc.weight", None) is not None:
         tensors.pop("pre_logits.fc.bias", None)
         notes.append("pre_logits: the pooler is not in front of the classifier: dropped")
+    if "cls_token" not in tensors and tensors.pop("pre_logits.fc.weight", None) is not None:
+        tensors.pop("pre_logits.fc.bias", None)
+        notes.append("pre_logits: the pooler reads the first patch, as no layer here: dropped")
     return notes
 
 

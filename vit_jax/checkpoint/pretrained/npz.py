@@ -23,7 +23,9 @@ from vit_jax.checkpoint.bounds import check_size
 from vit_jax.checkpoint.pretrained.weights import (
     POSEMB,
     Weights,
+    describe_posemb,
     infer_model,
+    read_posemb,
     unstack_blocks,
 )
 from vit_jax.utils.errors import UserError, first_line
@@ -68,6 +70,10 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
     """
     path = epath.Path(path)
     params, described = read_arrays(path, subtree=subtree), _read_description(path)
+    try:
+        posemb = read_posemb(described.get("posemb", {}))
+    except ValueError as error:
+        raise UserError(f"{path.with_suffix('.json')}: {error}") from error
     if is_part(described.get("model", {}).get("name")):
         preprocess = described.get("preprocess", {})
         return Weights(params=params, layout="npz", model=described["model"], preprocess=preprocess)
@@ -88,6 +94,7 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
         | {"activation": "gelu_tanh", "norm_epsilon": 1e-6}
         | described.get("model", {}),
         preprocess=described.get("preprocess", {"mean": 0.5, "std": 0.5}),
+        **posemb,
     )
 
 
@@ -111,7 +118,8 @@ def write_npz(path: str | os.PathLike[str], weights: Weights) -> None:
         for name, value in arrays.items():
             if _GROUP_NORM.fullmatch(name):
                 arrays[name] = value.reshape(1, 1, 1, -1)
-    text = json.dumps({"vit_jax": {"model": weights.model, "preprocess": weights.preprocess}})
+    described = {"model": weights.model, "preprocess": weights.preprocess}
+    text = json.dumps({"vit_jax": described | {"posemb": describe_posemb(weights)}})
     with atomic_file(file) as temporary:
         with temporary.open("wb") as f:
             np.savez(f, **arrays)  # pyright: ignore[reportArgumentType]
