@@ -18,6 +18,7 @@ import numpy as np
 import timm
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import save_file
 from timm.layers import HybridEmbed, StdConv2dSame, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
@@ -296,6 +297,52 @@ def save_resized_positions() -> None:
     np.savez(OUT / "positions.npz", posemb=posemb.numpy(), **arrays)
 
 
+# Sides of the image: rounding down differs from rounding, and halves of odd numbers occur.
+EVALUATED = (75, 113)
+TIMM_EVALUATIONS = {
+    "timm_bicubic": {"input_size": [3, 32, 32], "crop_pct": 0.9, "interpolation": "bicubic"},
+    "timm_bilinear": {"input_size": [3, 32, 32], "crop_pct": 0.7, "interpolation": "bilinear"},
+    "timm_lanczos": {"input_size": [3, 24, 24], "crop_pct": 0.8, "interpolation": "lanczos"},
+    "timm_nearest": {"input_size": [3, 32, 32], "crop_pct": 1.0, "interpolation": "nearest"},
+    "timm_defaults": {"input_size": [3, 24, 24]},
+    "timm_squash": {"input_size": [3, 24, 32], "crop_pct": 0.85, "crop_mode": "squash"},
+    "timm_larger": {"input_size": [3, 80, 80], "crop_pct": 1.0, "interpolation": "bicubic"},
+}
+HF_EVALUATIONS = {
+    "hf_vit": {"size": {"height": 32, "width": 24}},
+    "hf_deit": {"size": {"height": 37, "width": 37}, "crop_size": {"height": 32, "width": 32}},
+    "hf_bit": {"size": {"shortest_edge": 37}, "crop_size": {"height": 32, "width": 32}},
+}
+
+
+def save_evaluations() -> None:
+    """Saves what timm and transformers make of an image before they normalise it."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize(EVALUATED[::-1], Image.Resampling.BICUBIC), np.float64)
+    image = np.clip(smooth + rng.normal(0, 25, smooth.shape), 0, 255).astype(np.uint8)
+    arrays, configs = {"image": image}, {}
+    for name, config in TIMM_EVALUATIONS.items():
+        config = {**config, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+        data = timm.data.resolve_data_config(pretrained_cfg=config)
+        transform = timm.data.create_transform(**data, normalize=False)
+        arrays[name] = transform(Image.fromarray(image)).permute(1, 2, 0).numpy()
+        configs[name] = {"config": {"architecture": "x", "pretrained_cfg": config}}
+    classes = {
+        "hf_vit": transformers.ViTImageProcessorPil,
+        "hf_deit": transformers.DeiTImageProcessorPil,
+        "hf_bit": transformers.BitImageProcessorPil,
+    }
+    for name, options in HF_EVALUATIONS.items():
+        processor = classes[name](**options)
+        plain = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
+        arrays[name] = plain["pixel_values"][0].transpose(1, 2, 0).astype(np.uint8)
+        configs[name] = {"preprocessor_config": json.loads(processor.to_json_string())}
+    np.savez_compressed(OUT / "evaluation.npz", **arrays)
+    text = json.dumps(configs, indent=2, sort_keys=True)
+    (OUT / "evaluation.json").write_text(text + "\n")
+
+
 if __name__ == "__main__":
     for folder in filter(Path.is_dir, OUT.iterdir()):
         shutil.rmtree(folder)
@@ -303,3 +350,4 @@ if __name__ == "__main__":
     save_all_timm()
     save_all_transformers()
     save_resized_positions()
+    save_evaluations()

@@ -23,6 +23,8 @@ from vit_jax.checkpoint.pretrained.safetensors import (
     write_tensors,
 )
 from vit_jax.checkpoint.pretrained.weights import Weights
+from vit_jax.data.ops.transforms import apply
+from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.models.variants import make_vit
 from vit_jax.utils.errors import UserError
 
@@ -296,16 +298,15 @@ def test_settings_come_from_the_files_beside_the_weights():
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
         "image_size": (32, 32),
-        "eval": "decode|resize_small(35)|central_crop(32)",
+        "eval": "decode|resize_small(35, method='bicubic_antialias', rounding='down')"
+        "|central_crop(32, rounding='nearest')",
     }
-    assert weights.notes == (
-        "images: resized by bicubic interpolation in evaluation there, by bilinear here",
-    )
+    assert weights.notes == ()
     weights = read_case("hf_vit_pooler")
     assert weights.model["activation"] == "gelu_tanh"
     assert weights.model["norm_epsilon"] == 1e-3
     assert weights.preprocess["mean"] == (0.5, 0.5, 0.5)
-    assert weights.preprocess["eval"] == "decode|resize(32, 32)"
+    assert weights.preprocess["eval"] == "decode|resize(32, 32, method='bilinear_antialias')"
 
 
 @pytest.mark.parametrize(
@@ -345,9 +346,58 @@ def test_preprocessing_with_a_crop_is_described(tmp_path):
         "mean": 0.0,
         "std": 1.0,
         "image_size": (224, 224),
-        "eval": "decode|resize_small(256)|central_crop(224)",
+        "eval": "decode|resize_small(256, method='bicubic_antialias', rounding='down')"
+        "|central_crop(224)",
     }
-    assert any("bicubic" in note for note in weights.notes)
+
+
+EVALUATION = GOLDEN / "evaluation.npz"
+DESCRIPTIONS = json.loads((GOLDEN / "evaluation.json").read_text())
+
+
+@pytest.mark.parametrize("case", DESCRIPTIONS)
+def test_images_are_evaluated_as_the_original_code_prepares_them(case, tmp_path):
+    path = copy_weights("timm_vit" if case.startswith("timm") else "hf_vit", tmp_path)
+    for name, content in DESCRIPTIONS[case].items():
+        if name == "config":  # The position embeddings of these weights are of another size.
+            content = content | {"model_args": {"img_size": 32}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    weights = read_safetensors(path, num_heads=4)
+    with np.load(EVALUATION) as golden:
+        image, expected = golden["image"], golden[case]
+    ops = parse_preprocess(weights.preprocess["eval"], key="eval")[1:]  # It is decoded.
+    found = apply(ops, {"image": image}, np.random.default_rng(0))["image"]
+    np.testing.assert_array_equal(found, expected)
+    assert weights.preprocess["image_size"] == expected.shape[:2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config", {"interpolation": "hamming"}, "'hamming' interpolation"),
+        ("config", {"crop_mode": "border"}, "crop_mode='border'"),
+        ("config", {"input_size": [3, 32, 48]}, "crop_mode='center' for 32x48"),
+        ("config", {"crop_pct": 1.2}, "padded"),
+        ("processor", {"resample": 4}, "'box' interpolation"),
+        ("processor", {"size": {"shortest_edge": 32}}, "shorter side of 32"),
+        ("processor", {"size": {"max_height": 32, "max_width": 32}}, "max_height"),
+        ("processor", {"do_center_crop": True, "crop_size": 64}, "padded"),
+    ],
+)
+def test_images_that_no_line_prepares_are_noted(name, content, words, tmp_path):
+    path = copy_weights("timm_vit" if name == "config" else "hf_vit", tmp_path)
+    if name == "config":
+        images = {"input_size": [3, 32, 32]} | content
+        content = {"architecture": "x", "model_args": {"img_size": 32}, "pretrained_cfg": images}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+    else:
+        content = {"size": {"height": 32, "width": 32}} | content
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    weights = read_safetensors(path, num_heads=4)
+    assert "eval" not in weights.preprocess
+    (note,) = [note for note in weights.notes if note.startswith("images: ")]
+    assert words in note
+    assert "no operation here does" in note
 
 
 def test_other_programs_files_beside_the_weights_do_not_matter(tmp_path):

@@ -14,12 +14,14 @@ import numpy as np
 from vit_jax.checkpoint.pretrained.timm_tensors import find_positions, to_linen
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
-    describe_interpolation,
+    describe_evaluation,
     describe_model,
+    describe_no_line,
     image_size_of,
 )
 
 _NORM_EPSILON = 1e-6
+_CROP_PCT = 0.875  # timm's default
 _ROPE_REFERENCE = (16, 16)  # of timm's vit_*_rope_reg*_gap_*
 _EVA = re.compile(r"blocks\.\d+\.(gamma_1|attn\.(q_bias|q_proj\.weight))$")
 _ACTIVATIONS = {"gelu": "gelu_erf", "gelu_tanh": "gelu_tanh"}
@@ -131,12 +133,12 @@ def _find_positions(
     tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
 ) -> tuple[int, tuple[int, int] | None, list[str]]:
     """Returns what `find_positions` does."""
-    options, images = config.get("model_args", {}), config.get("pretrained_cfg", config)
+    options, images = config.get("model_args") or {}, config.get("pretrained_cfg", config)
     tokens = [
         sum(tensors[name].shape[1] for name in names if name in tensors)
         for names in (("cls_token", "dist_token"), ("reg_token", "register_tokens"))
     ]
-    candidates, usual = (sum(tokens), 0), None if tokens[1] else tokens[0]
+    candidates, usual = (sum(tokens), tokens[0], 0), None if tokens[1] else tokens[0]
     if "register_tokens" in tensors:  # The original DINOv2: only the class token has a position.
         candidates, usual = (tokens[0],), tokens[0]
     if _NO_EMBED_CLASS.match(config.get("architecture", "")):
@@ -191,10 +193,15 @@ def _read_timm_images(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
         return found, []
     _, height, width = config["input_size"]
     found["image_size"] = (height, width)
-    crop, mode = config.get("crop_pct"), config.get("crop_mode", "center")
-    if height != width or crop is None or mode not in ("center", "squash"):
-        return found, []
-    size = math.floor(height / crop)
-    resize = f"resize_small({size})" if mode == "center" else f"resize({size})"
-    found["eval"] = f"decode|{resize}|central_crop({height})"
-    return found, describe_interpolation(config.get("interpolation", "bilinear"))
+    crop, mode = config.get("crop_pct") or _CROP_PCT, config.get("crop_mode") or "center"
+    size = math.floor(height / crop), math.floor(width / crop)
+    if mode not in ("center", "squash") or (mode == "center" and size[0] != size[1]):
+        what = f"prepared in crop_mode={mode!r} for {height}x{width} pixels"
+        return found, [describe_no_line(what)]
+    line, notes = describe_evaluation(
+        resize=size[:1] if mode == "center" else size,
+        crop=(height, width),
+        interpolation=config.get("interpolation") or "bicubic",
+        rounding="nearest",
+    )
+    return found | line, notes

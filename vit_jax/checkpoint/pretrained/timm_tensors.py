@@ -214,7 +214,6 @@ def find_positions(
     if posemb.ndim != 3:
         raise ValueError(f"pos_embed is {list(posemb.shape)}; expected [1, length, width]")
     length = posemb.shape[1]
-    side = math.isqrt(max(length - (usual or 0), 0))
     if image_size is not None:
         rows, columns = _find_stride(tensors)
         grid = image_size[0] // rows, image_size[1] // columns
@@ -223,6 +222,7 @@ def find_positions(
         why = f"{key} is {image_size[0]}x{image_size[1]}, which makes {grid[0]}x{grid[1]} patches"
     else:
         why = "nothing states the size of the images"
+        side = 0 if usual is None else math.isqrt(max(length - usual, 0))
         if usual is not None and side and usual + side**2 == length:
             note = f"position embeddings: taken as those of a square, {side}x{side} patches; {why}"
             return usual, (side, side), [note]
@@ -236,9 +236,8 @@ def find_positions(
 def _find_stride(tensors: Mapping[str, np.ndarray]) -> tuple[int, int]:
     """Returns (height, width) of a patch in pixels of the image."""
     height, width = tensors["patch_embed.proj.weight"].shape[2:]
-    names = [pattern.sub(new, name) for name in tensors for pattern, new in _SYNONYMS[-1:]]
-    hybrid = any(name.startswith("patch_embed.backbone.") for name in names)
-    shrink = total_stride(tuple(_count_units(dict.fromkeys(names)))) if hybrid else 1
+    hybrid = any(name.startswith("patch_embed.backbone.") for name in tensors)
+    shrink = total_stride(tuple(_count_units(tensors))) if hybrid else 1
     return height * shrink, width * shrink
 
 

@@ -4,7 +4,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -18,6 +18,14 @@ REGISTERS = "Transformer/registers"
 OBJECTIVE_PARAMS = {
     "decoder": "only for pre-training",
     "probe": "the heads of a linear probe",
+}
+
+# Methods of resizing here by the names of Pillow.
+_RESIZES = {
+    "nearest": "nearest",
+    "bilinear": "bilinear_antialias",
+    "bicubic": "bicubic_antialias",
+    "lanczos": "lanczos_antialias",
 }
 
 _BLOCK = re.compile(r"(.*/)?encoderblock_(\d+)/(.*)")
@@ -140,11 +148,46 @@ def find_grid(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> tuple[
     return height // rows, width // columns
 
 
-def describe_interpolation(name: Any) -> list[str]:
-    """Returns a note if images were resized by another rule than that of the operations here."""
-    if name == "bilinear":
-        return []
-    return [f"images: resized by {name} interpolation in evaluation there, by bilinear here"]
+def describe_evaluation(
+    *,
+    resize: tuple[int, ...],
+    crop: tuple[int, int] | None,
+    interpolation: Any,
+    rounding: Literal["down", "nearest"],
+) -> tuple[dict[str, str], list[str]]:
+    """Describes how torchvision, timm and Hugging Face prepare images for evaluation.
+
+    They resize by Pillow, or by PyTorch as Pillow does: antialiased, and the longer side is rounded
+    down.
+
+    Args:
+      resize: (length of the shorter side,); or (height, width), where the aspect is not kept.
+      crop: (height, width) of the middle that is cropped then; None for the whole image.
+      interpolation: name of the filter in Pillow, in lower case.
+      rounding: of `central_crop`.
+
+    Returns:
+      `(preprocess, notes)`: `{"eval": line}`, or nothing and a note if no line does the same.
+    """
+    sides = resize * 2 if len(resize) == 1 else resize
+    if interpolation not in _RESIZES:
+        return {}, [describe_no_line(f"resized by {interpolation!r} interpolation")]
+    if crop is not None and (crop[0] > sides[0] or crop[1] > sides[1]):
+        return {}, [describe_no_line(f"resized to {sides}, and padded in a crop of {crop}")]
+    arguments = f"{', '.join(map(str, resize))}, method={_RESIZES[interpolation]!r}"
+    if len(resize) == 1:
+        line = f"decode|resize_small({arguments}, rounding='down')"
+    else:
+        line = f"decode|resize({arguments})"
+    if crop is not None and crop != resize:
+        size = f"{crop[0]}" if crop[0] == crop[1] else f"{crop[0]}, {crop[1]}"
+        line += f"|central_crop({size}{'' if rounding == 'down' else f', rounding={rounding!r}'})"
+    return {"eval": line}, []
+
+
+def describe_no_line(what: str) -> str:
+    """Returns a note on images that are prepared in a way for which there is no operation here."""
+    return f"images: {what} in evaluation there, which no operation here does: name another line"
 
 
 def _infer_mixer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
