@@ -99,7 +99,7 @@ class Fused(Random):
             full = (resize.height, resize.width or resize.height)
         else:
             full = resize.shape(height, width)
-        window = (0, 0, *full)
+        window = (0, 0, full[0], full[1])
         if rest and isinstance(crop := rest[0], CentralCrop):
             window = crop.window(*full)
             if full[0] * full[1] > MAX_PIXELS or window[2] > full[0] or window[3] > full[1]:
