@@ -21,8 +21,9 @@ from vit_jax.models.variants import make_vit
 ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / os.environ.get("TORCH_PYTHON", "build/torch/bin/python")
 CLASSES = 11
-# Nothing in these files of timm says what must be known of rotary embeddings and of pooling.
-REFUSED = [("rope_token", "theirs"), ("map", "theirs")]
+# Nothing in these files of timm states what must be known of rotary embeddings, of pooling, and of
+# the tokens that have position embeddings.
+REFUSED = [("rope_token", "theirs"), ("map", "theirs"), ("swiglu", "theirs")]
 
 # The arguments of the model here, the image size, and timm's model: a function and its arguments.
 CASES = {
