@@ -62,7 +62,8 @@ def get_config(size: str = "S") -> ConfigDict:
     config.evals = {
         "val": {
             "split": "validation",
-            "preprocess": "decode|resize_small(256, method='bicubic_antialias')|central_crop(224)",
+            "preprocess": "decode|resize_small(256, 'bicubic_antialias', rounding='down')"
+            "|central_crop(224, rounding='nearest')",
             "every_epochs": 10,
         },
     }

@@ -83,11 +83,11 @@ def get_config(arguments: str = "B") -> ConfigDict:
             "weight_decay": 0.05,
             "grad_clip_norm": 1.0 * NUM_CLASSES,
         }
-    resize = f"resize_small({pixels}, method='bicubic_antialias')"
+    resize = f"resize_small({pixels}, 'bicubic_antialias', rounding='down')"
     config.evals = {
         "val": {
             "split": "validation",
-            "preprocess": f"decode|{resize}|central_crop({pixels})",
+            "preprocess": f"decode|{resize}|central_crop({pixels}, rounding='nearest')",
             "every_epochs": 1 if finetune else 20,
         },
     }

@@ -59,7 +59,8 @@ def get_config(teacher: str = "augreg+imagenet2012:B/16@224") -> ConfigDict:
     config.evals = {
         "val": {
             "split": "validation",
-            "preprocess": "decode|resize_small(256, method='bicubic_antialias')|central_crop(224)",
+            "preprocess": "decode|resize_small(256, 'bicubic_antialias', rounding='down')"
+            "|central_crop(224, rounding='nearest')",
             "every_epochs": 10,
         },
     }

@@ -56,7 +56,8 @@ def get_config() -> ConfigDict:
         "val": {
             "name": "reconstruction",
             "split": "validation",
-            "preprocess": "decode|resize_small(256, method='bicubic_antialias')|central_crop(224)",
+            "preprocess": "decode|resize_small(256, 'bicubic_antialias', rounding='down')"
+            "|central_crop(224, rounding='nearest')",
             "every_epochs": 40,
         },
     }

@@ -57,7 +57,8 @@ def get_config(init_from: str = "runs/mae") -> ConfigDict:
     config.evals = {
         "val": {
             "split": "validation",
-            "preprocess": "decode|resize_small(256, method='bicubic_antialias')|central_crop(224)",
+            "preprocess": "decode|resize_small(256, 'bicubic_antialias', rounding='down')"
+            "|central_crop(224, rounding='nearest')",
             "every_epochs": 5,
         },
     }

@@ -60,7 +60,8 @@ def get_config(init_from: str = "runs/mae") -> ConfigDict:
         "val": {
             "name": "probes",
             "split": "validation",
-            "preprocess": "decode|resize_small(256, method='bicubic_antialias')|central_crop(224)",
+            "preprocess": "decode|resize_small(256, 'bicubic_antialias', rounding='down')"
+            "|central_crop(224, rounding='nearest')",
             "batch_size": 1024,
             "every_epochs": 10,
         },

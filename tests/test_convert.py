@@ -8,9 +8,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from tests.tiny import tiny_config
 from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.checkpoint.pretrained.safetensors import read_tensors
+from vit_jax.checkpoint.pretrained.weights import POSEMB
 from vit_jax.convert import main
 from vit_jax.models.variants import MODELS
 from vit_jax.training.experiment import Experiment
@@ -102,6 +105,19 @@ def test_a_converted_file_starts_a_run_of_the_same_function(run, tmp_path, data_
     assert "  head: kept, 10 classes" in said
     expected = load_pretrained(str(run)).params["Transformer/registers"]
     np.testing.assert_array_equal(state.params["Transformer"]["registers"], expected)
+
+
+@pytest.mark.parametrize("ending", [".npz", ".safetensors"])
+def test_a_file_without_class_token_keeps_all_positions(ending, tmp_path, capfd):
+    source = GOLDEN.parent / "torch" / "hf_ijepa" / "model.safetensors"
+    written = tmp_path / f"out{ending}"
+    main([str(source), str(written)])
+    assert "layout      Hugging Face I-JEPA safetensors" in capfd.readouterr().out
+    tensors, _ = read_tensors(epath.Path(source))
+    weights = load_pretrained(str(written))
+    expected = tensors["ijepa.embeddings.position_embeddings"]
+    np.testing.assert_array_equal(weights.params[POSEMB], expected)
+    assert (weights.posemb_grid, weights.posemb_resize) == ((4, 4), "bicubic_no_antialias")
 
 
 @pytest.mark.parametrize(

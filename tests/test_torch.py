@@ -21,8 +21,9 @@ from vit_jax.models.variants import make_vit
 ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / os.environ.get("TORCH_PYTHON", "build/torch/bin/python")
 CLASSES = 11
-# Nothing in these files of timm says what must be known of rotary embeddings and of pooling.
-REFUSED = [("rope_token", "theirs"), ("map", "theirs")]
+# Nothing in these files of timm states what must be known of rotary embeddings, of pooling, and of
+# the tokens that have position embeddings.
+REFUSED = [("rope_token", "theirs"), ("map", "theirs"), ("swiglu", "theirs")]
 
 # The arguments of the model here, the image size, and timm's model: a function and its arguments.
 CASES = {
@@ -39,6 +40,7 @@ CASES = {
             "norm_after_pooling": True,
             "position_embedding": "none",
             "rope_theta": 10_000.0,
+            "rope_reference_grid": (16, 16),
             "num_registers": 4,
             "layer_scale_init": 0.5,
             "activation": "gelu_erf",
@@ -57,6 +59,7 @@ CASES = {
                 "init_values": 0.5,
                 "use_abs_pos_emb": False,
                 "use_rot_pos_emb": True,
+                "ref_feat_shape": 16,
             },
         ),
     ),
@@ -216,7 +219,8 @@ def test_logits_are_those_of_timm(name, source, folder):
     case = folder / name
     weights = read_safetensors(case / f"{source}.safetensors")
     if name == "rope":  # Nothing beside timm's file says so.
-        assert weights.model["rope_theta"] == options["rope_theta"]
+        for key in ("rope_theta", "rope_reference_grid"):
+            assert weights.model[key] == options[key]
     arguments = {k: v for k, v in weights.model.items() if k != "name"}
     model = make_vit(**arguments, num_classes=CLASSES)
     found = logits(model, weights.params, np.load(case / "image.npy"))

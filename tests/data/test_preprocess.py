@@ -278,6 +278,32 @@ def test_resize_small_keeps_the_aspect(old, new):
 
 
 @pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((7, 9), (20, 25)),  # 25.7
+        ((9, 7), (25, 20)),
+        ((40, 60), (20, 30)),
+        ((3, 400), (20, 2666)),
+        ((49, 49), (20, 20)),
+    ],
+)
+def test_resize_small_rounds_as_torchvision_does_on_request(old, new):
+    image = noise(*old, 3)
+    resized = run("resize_small(20, rounding='down')", image)
+    np.testing.assert_array_equal(resized, run(f"resize{new}", image))
+
+
+@pytest.mark.parametrize(
+    ("shape", "top", "left"),
+    [((10, 8), 3, 2), ((5, 7), 0, 2), ((9, 11), 2, 4), ((4, 4), 0, 0)],  # 0.5, 1.5, 2.5, 3.5
+)
+def test_central_crop_rounds_as_torchvision_does_on_request(shape, top, left):
+    image = noise(*shape, 3)
+    cropped = run("central_crop(4, rounding='nearest')", image)
+    np.testing.assert_array_equal(cropped, image[top : top + 4, left : left + 4])
+
+
+@pytest.mark.parametrize(
     ("shape", "top", "left"), [((10, 8), 3, 2), ((9, 4), 2, 0), ((4, 5), 0, 0)]
 )
 def test_central_crop_takes_the_middle(shape, top, left):

@@ -254,6 +254,8 @@ def test_scanned_blocks_start_with_values_of_their_own():
     ("options", "message"),
     [
         ({"rope_theta": 0.0}, "model.rope_theta=0.0: expected more than 0"),
+        ({"rope_reference_grid": (16, 16)}, "with model.rope_theta=None: expected rows"),
+        ({"rope_theta": 9.0, "rope_reference_grid": (0, 4)}, r"rope_reference_grid=\(0, 4\)"),
         ({"rope_theta": 10.0, "hidden_size": 24}, "the 6 channels of a head can't be halved"),
         ({"position_embedding": "sincos2d", "hidden_size": 6, "num_heads": 2}, "a multiple of 4"),
         ({"stochastic_depth_rate": 1.0}, "model.stochastic_depth_rate=1.0: expected 0 <= value"),

@@ -32,6 +32,18 @@ def test_rotation_turns_pairs_by_row_then_by_column():
     np.testing.assert_allclose(turned[0, 1 + row * 3 + column], want, atol=1e-6)
 
 
+def test_positions_of_another_grid_span_those_of_the_reference():
+    options = {"theta": 100.0, "num_prefix_tokens": 1}
+    reference = rotation_2d((4, 6), 8, **options)
+    same = rotation_2d((4, 6), 8, reference_grid=(4, 6), **options)
+    np.testing.assert_array_equal(same.cos, reference.cos)
+    # Twice as many rows and three times as many columns: each second and third stays where it was.
+    finer = rotation_2d((8, 18), 8, reference_grid=(4, 6), **options)
+    np.testing.assert_array_equal(finer.sin[0], 0)
+    grid = np.asarray(finer.sin)[1:].reshape(8, 18, 8)
+    np.testing.assert_allclose(grid[::2, ::3].reshape(24, 8), reference.sin[1:], atol=1e-6)
+
+
 def test_products_of_rotated_vectors_depend_on_the_offset_only():
     rotation = rotation_2d((4, 4), 8, theta=100.0, num_prefix_tokens=0)
     rng = np.random.default_rng(0)

@@ -109,3 +109,19 @@ def test_bicubic_is_the_antialiased_one_of_images(source, target):
     want = jax.image.resize(grid, (target, target, grid.shape[-1]), "cubic", antialias=True)
     np.testing.assert_array_equal(got[:, 0], posemb[:, 0])
     np.testing.assert_allclose(got[0, 1:], want.reshape(target * target, -1), atol=1e-5)
+
+
+POSITIONS = np.load(Path(__file__).parents[1] / "testdata" / "torch" / "positions.npz")
+
+
+@pytest.mark.parametrize("case", [name for name in POSITIONS.files if name != "posemb"])
+def test_timm_gives_the_same_without_aligned_corners(case):
+    method, rows, columns = case.rsplit("_", 2)
+    got = resize_posemb(
+        POSITIONS["posemb"],
+        source_grid=(4, 6),
+        target_grid=(int(rows), int(columns)),
+        num_prefix_tokens=1,
+        method=method,
+    )
+    np.testing.assert_allclose(got, POSITIONS[case], rtol=0, atol=2e-6)

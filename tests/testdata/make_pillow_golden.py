@@ -19,6 +19,8 @@ ENHANCE = {
 RESIZE = {
     "bilinear_antialias": Image.Resampling.BILINEAR,
     "bicubic_antialias": Image.Resampling.BICUBIC,
+    "lanczos_antialias": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
 }
 # Height and width: smaller, larger, one of each, a little smaller, very small.
 SIZES = ((10, 8), (35, 28), (13, 40), (24, 19), (1, 2))

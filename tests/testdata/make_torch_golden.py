@@ -18,6 +18,7 @@ import numpy as np
 import timm
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import save_file
 from timm.layers import HybridEmbed, StdConv2dSame, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
@@ -33,6 +34,7 @@ IMAGES = {
     "crop_pct": 0.9,
     "crop_mode": "center",
 }
+OTHER_SIZE = (48, 40)  # (height, width), besides that of the position embeddings
 PROCESSOR = {
     "do_normalize": True,
     "do_rescale": True,
@@ -69,7 +71,9 @@ def save_case(name: str, tensors: dict, images: torch.Tensor, outputs: dict, **f
     tensors = {k: v.contiguous().clone() for k, v in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     arrays = {k: v.detach().float().numpy() for k, v in outputs.items()}
-    np.savez(folder / "io.npz", image=images.permute(0, 2, 3, 1).numpy(), **arrays)
+    other = draw_images(*OTHER_SIZE).permute(0, 2, 3, 1).numpy()
+    images = images.permute(0, 2, 3, 1).numpy()
+    np.savez(folder / "io.npz", image=images, other_image=other, **arrays)
     for file, content in files.items():
         text = json.dumps(content, indent=2, sort_keys=True)
         (folder / f"{file}.json").write_text(text + "\n")
@@ -94,12 +98,18 @@ def save_timm(
         tensors = {k: v.bfloat16() for k, v in tensors.items()}
         model.load_state_dict({k: v.float() for k, v in tensors.items()})
     model = model.double()
+    outputs = {"logits": run_timm(model, images)}
+    model.set_input_size(img_size=OTHER_SIZE)  # It resizes the position embeddings.
+    outputs["other_logits"] = run_timm(model, draw_images(*OTHER_SIZE))
+    save_case(name, tensors, images, outputs, config=config)
+
+
+def run_timm(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Returns the logits of the class token's head, if there are two, in float64."""
     with torch.no_grad():
-        features = model.forward_features(images.double())
-        logits = model(images.double())
         if hasattr(model, "head_dist"):
-            logits = model.head(features[:, 0])
-    save_case(name, tensors, images, {"logits": logits}, config=config)
+            return model.head(model.forward_features(images.double())[:, 0])
+        return model(images.double())
 
 
 def save_transformers(name: str, model: torch.nn.Module, *, seed: int) -> None:
@@ -108,18 +118,23 @@ def save_transformers(name: str, model: torch.nn.Module, *, seed: int) -> None:
     folder = OUT / name
     folder.mkdir(parents=True)
     model.save_pretrained(folder)
-    images = draw_images(32, 32)
-    with torch.no_grad():
-        out = model.double()(images.double())
-    outputs = {
-        "encoded": out.get("last_hidden_state"),
-        "pre_logits": out.get("pooler_output"),
-        "logits": out.get("cls_logits", out.get("logits")),
-    }
-    outputs = {k: v.float().numpy() for k, v in outputs.items() if v is not None}
-    if model.config.model_type != "vit":
-        outputs.pop("pre_logits", None)
-    np.savez(folder / "io.npz", image=images.permute(0, 2, 3, 1).numpy(), **outputs)
+    model = model.double()
+    options = {} if "dinov2" in model.config.model_type else {"interpolate_pos_encoding": True}
+    arrays = {}
+    for prefix, size in (("", (32, 32)), ("other_", OTHER_SIZE)):
+        images = draw_images(*size)
+        with torch.no_grad():
+            out = model(images.double(), **options)
+        outputs = {
+            "encoded": out.get("last_hidden_state"),
+            "pre_logits": out.get("pooler_output"),
+            "logits": out.get("cls_logits", out.get("logits")),
+        }
+        if model.config.model_type != "vit":
+            outputs.pop("pre_logits")
+        arrays |= {prefix + k: v.float().numpy() for k, v in outputs.items() if v is not None}
+        arrays[f"{prefix}image"] = images.permute(0, 2, 3, 1).numpy()
+    np.savez(folder / "io.npz", **arrays)
     text = json.dumps(PROCESSOR, indent=2, sort_keys=True)
     (folder / "preprocessor_config.json").write_text(text + "\n")
 
@@ -198,9 +213,10 @@ def save_all_timm() -> None:
     )
     rope = {**small, "img_size": (32, 48), "num_heads": 2, "init_values": 1.0}
     rope |= {"use_rot_pos_emb": True, "num_classes": 5}
+    options = {"class_token": False, "num_reg_tokens": 1, "use_abs_pos_emb": False}
     save_timm(
         "timm_eva_rope",
-        Eva(**rope, class_token=False, num_reg_tokens=1, use_abs_pos_emb=False),
+        Eva(**rope, **options, ref_feat_shape=16),
         architecture="vit_medium_patch16_rope_reg1_gap_256",
         pool="avg",
         heads=2,
@@ -260,6 +276,71 @@ def save_all_transformers() -> None:
         tf.Dinov2WithRegistersModel(tf.Dinov2WithRegistersConfig(**registers)),
         seed=24,
     )
+    save_transformers(
+        "hf_ijepa", tf.IJepaForImageClassification(tf.IJepaConfig(**vit, **labels)), seed=25
+    )
+
+
+def save_resized_positions() -> None:
+    """Saves what timm makes of position embeddings `[1, 1 + 4 * 6, 3]`."""
+    posemb = torch.randn((1, 25, 3), generator=torch.Generator().manual_seed(11))
+    resized = {}
+    for height, width in ((2, 3), (3, 9), (7, 5), (6, 6), (1, 13)):
+        options = {"new_size": [height, width], "old_size": [4, 6], "num_prefix_tokens": 1}
+        options |= {"posemb": posemb}
+        resample = partial(timm.layers.resample_abs_pos_embed, **options)
+        size = f"{height}_{width}"
+        resized[f"bicubic_{size}"] = resample()
+        resized[f"bicubic_no_antialias_{size}"] = resample(antialias=False)
+        resized[f"bilinear_half_pixel_{size}"] = resample(interpolation="bilinear", antialias=False)
+    arrays = {name: x.numpy() for name, x in resized.items()}
+    np.savez(OUT / "positions.npz", posemb=posemb.numpy(), **arrays)
+
+
+# Sides of the image: rounding down differs from rounding, and halves of odd numbers occur.
+EVALUATED = (75, 113)
+TIMM_EVALUATIONS = {
+    "timm_bicubic": {"input_size": [3, 32, 32], "crop_pct": 0.9, "interpolation": "bicubic"},
+    "timm_bilinear": {"input_size": [3, 32, 32], "crop_pct": 0.7, "interpolation": "bilinear"},
+    "timm_lanczos": {"input_size": [3, 24, 24], "crop_pct": 0.8, "interpolation": "lanczos"},
+    "timm_nearest": {"input_size": [3, 32, 32], "crop_pct": 1.0, "interpolation": "nearest"},
+    "timm_defaults": {"input_size": [3, 24, 24]},
+    "timm_squash": {"input_size": [3, 24, 32], "crop_pct": 0.85, "crop_mode": "squash"},
+    "timm_larger": {"input_size": [3, 80, 80], "crop_pct": 1.0, "interpolation": "bicubic"},
+}
+HF_EVALUATIONS = {
+    "hf_vit": {"size": {"height": 32, "width": 24}},
+    "hf_deit": {"size": {"height": 37, "width": 37}, "crop_size": {"height": 32, "width": 32}},
+    "hf_bit": {"size": {"shortest_edge": 37}, "crop_size": {"height": 32, "width": 32}},
+}
+
+
+def save_evaluations() -> None:
+    """Saves what timm and transformers make of an image before they normalise it."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize(EVALUATED[::-1], Image.Resampling.BICUBIC), np.float64)
+    image = np.clip(smooth + rng.normal(0, 25, smooth.shape), 0, 255).astype(np.uint8)
+    arrays, configs = {"image": image}, {}
+    for name, config in TIMM_EVALUATIONS.items():
+        config = {**config, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+        data = timm.data.resolve_data_config(pretrained_cfg=config)
+        transform = timm.data.create_transform(**data, normalize=False)
+        arrays[name] = transform(Image.fromarray(image)).permute(1, 2, 0).numpy()
+        configs[name] = {"config": {"architecture": "x", "pretrained_cfg": config}}
+    classes = {
+        "hf_vit": transformers.ViTImageProcessorPil,
+        "hf_deit": transformers.DeiTImageProcessorPil,
+        "hf_bit": transformers.BitImageProcessorPil,
+    }
+    for name, options in HF_EVALUATIONS.items():
+        processor = classes[name](**options)
+        plain = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
+        arrays[name] = plain["pixel_values"][0].transpose(1, 2, 0).astype(np.uint8)
+        configs[name] = {"preprocessor_config": json.loads(processor.to_json_string())}
+    np.savez_compressed(OUT / "evaluation.npz", **arrays)
+    text = json.dumps(configs, indent=2, sort_keys=True)
+    (OUT / "evaluation.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":
@@ -268,3 +349,5 @@ if __name__ == "__main__":
     print(f"timm {timm.__version__}, transformers {transformers.__version__}")
     save_all_timm()
     save_all_transformers()
+    save_resized_positions()
+    save_evaluations()

@@ -438,13 +438,18 @@ def _locate(source: str, checkpoint: int | str | None, params: str) -> tuple[str
 
 
 def _guess_size(weights: Weights, module: Any) -> tuple[int, int] | None:
-    """Height and width of the images that fit a file's position embeddings, if they are square."""
+    """Height and width of the images that fit a file's position embeddings.
+
+    They are assumed to be square where nothing states their grid.
+    """
     positions = weights.params.get(POSEMB)
     if positions is None or not isinstance(module, VisionTransformer):
         return None
     patches = positions.shape[1] - module.num_class_tokens
     side = math.isqrt(max(patches, 0))
-    return (side * module.stride[0], side * module.stride[1]) if side**2 == patches else None
+    grid = weights.posemb_grid or (side, side)
+    fits = math.prod(grid) == patches
+    return (grid[0] * module.stride[0], grid[1] * module.stride[1]) if fits else None
 
 
 def _check_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...] | None:

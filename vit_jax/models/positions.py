@@ -13,7 +13,7 @@ import numpy as np
 
 from vit_jax.utils.errors import UserError
 
-Method = Literal["bilinear", "bicubic"]
+Method = Literal["bilinear", "bilinear_half_pixel", "bicubic", "bicubic_no_antialias"]
 
 # Values of `model.position_embedding` that are computed, and the `endpoint` of `sincos_2d`.
 FIXED_POSITIONS = {"sincos2d": True, "sincos2d_mae": False}
@@ -67,17 +67,28 @@ def fixed_positions(kind: str | None, grid: tuple[int, int], width: int) -> np.n
 
 
 def rotation_2d(
-    grid: tuple[int, int], head_dim: int, *, theta: float, num_prefix_tokens: int
+    grid: tuple[int, int],
+    head_dim: int,
+    *,
+    theta: float,
+    num_prefix_tokens: int,
+    reference_grid: tuple[int, int] | None = None,
 ) -> Rotation:
     """Returns an axial 2D rotary embedding, `[num_prefix_tokens + rows * columns, head_dim]`.
 
     The first half of the channels turns with the row, the second with the column. The angle of
     pair j of an axis is position * theta^(-4 j / head_dim). Prefix tokens, which have no position,
     are not turned. `head_dim`, the number of channels of a head, must divide by 4.
-    Sources: arXiv:2104.09864; in 2D: arXiv:2403.13298, section 3.2 ("axial").
+
+    Positions are 0, 1, 2, ... With a `reference_grid` of (rows, columns), they are those multiplied
+    by its size over that of `grid`, so that any grid spans the positions of the reference.
+
+    Sources: arXiv:2104.09864; in 2D: arXiv:2403.13298, section 3.2 ("axial"); the reference grid:
+    arXiv:2303.11331 (EVA-02), and `ref_feat_shape` of timm.
     """
     frequencies = theta ** -(4 * np.arange(head_dim // 4) / head_dim)
-    angles = np.indices(grid).reshape(2, -1, 1) * frequencies
+    spacing = np.divide(reference_grid or grid, grid).reshape(2, 1, 1)
+    angles = np.indices(grid).reshape(2, -1, 1) * spacing * frequencies
     angles = np.repeat(np.concatenate(list(angles), axis=1), 2, axis=1)
     angles = np.concatenate([np.zeros((num_prefix_tokens, head_dim)), angles])
     return Rotation(
@@ -108,11 +119,14 @@ def resize_posemb(
 
     "bilinear" aligns corners: the first and the last row (column) keep their values, and the others
     are evenly spaced between them; a single row takes the first. The published checkpoints were
-    fine-tuned, and their accuracies measured, with this rule. The half-pixel rule of
-    `jax.image.resize` samples at other positions, and gives other logits.
+    fine-tuned, and their accuracies measured, with this rule. The other rules have half-pixel
+    centres, so they sample at other positions and give other logits:
 
-    "bicubic" is the rule for images, as in timm: half-pixel centres, Keys' kernel with a = -0.5,
-    widened if the grid becomes smaller.
+    - "bicubic" has Keys' kernel with a = -0.5, widened if the grid becomes smaller, and cut off at
+      the border: `resample_abs_pos_embed` of timm, and Hugging Face's DINOv2 with registers.
+    - "bicubic_no_antialias" has the kernel with a = -0.75, never widened, and repeats the border:
+      `interpolate_pos_encoding` of Hugging Face's ViT, DeiT, DINOv2 and I-JEPA.
+    - "bilinear_half_pixel" is without antialiasing too: timm's rule for FlexiViT.
 
     Source: Dosovitskiy et al., arXiv:2010.11929, section 3.2 ("2D interpolation"), done there by
     `scipy.ndimage.zoom(order=1)`. That call also zeroes the last row and column for some pairs
@@ -123,7 +137,7 @@ def resize_posemb(
       source_grid: (rows, columns) of `posemb`.
       target_grid: (rows, columns) of the result.
       num_prefix_tokens: tokens in front of the grid (such as the class token), which are copied.
-      method: "bilinear" or "bicubic".
+      method: one of these four.
 
     Returns:
       `[1, num_prefix_tokens + target rows * target columns, width]`, in the dtype of `posemb`.
@@ -131,10 +145,18 @@ def resize_posemb(
     prefix, grid = np.split(np.asarray(posemb), [num_prefix_tokens], axis=1)
     width = grid.shape[-1]
     grid = grid.reshape(*source_grid, width)
-    make_matrix = {"bilinear": _align_corners_matrix, "bicubic": _bicubic_matrix}[method]
-    rows, columns = map(make_matrix, source_grid, target_grid)
+    rows, columns = map(_MATRICES[method], source_grid, target_grid)
     grid = np.einsum("ri,cj,ijw->rcw", rows, columns, grid, optimize=True)
     return np.concatenate([prefix, grid.reshape(1, -1, width).astype(prefix.dtype)], axis=1)
+
+
+def half_pixel_matrix(source: int, target: int) -> np.ndarray:
+    """Returns float64 `[target, source]`: bilinear interpolation between half-pixel centres."""
+    centres = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
+    lower = np.minimum(np.floor(centres).astype(int), max(source - 2, 0))
+    fraction = (centres - lower)[:, None]
+    identity = np.eye(source)
+    return (1 - fraction) * identity[lower] + fraction * identity[np.minimum(lower + 1, source - 1)]
 
 
 def _align_corners_matrix(source: int, target: int) -> np.ndarray:
@@ -148,12 +170,34 @@ def _align_corners_matrix(source: int, target: int) -> np.ndarray:
     return (1 - fraction) * identity[lower] + fraction * identity[upper]
 
 
-def _bicubic_matrix(source: int, target: int) -> np.ndarray:
+def _bicubic_antialias_matrix(source: int, target: int) -> np.ndarray:
     """Returns float64 `[target, source]`: row `i` holds the weights of output `i`."""
     scale = source / target
     centres = (np.arange(target) + 0.5) * scale - 0.5
-    x = np.abs(centres[:, None] - np.arange(source)) / max(scale, 1.0)
-    near = (1.5 * x - 2.5) * x**2 + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    weights = _keys((centres[:, None] - np.arange(source)) / max(scale, 1.0), a=-0.5)
     return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _bicubic_matrix(source: int, target: int) -> np.ndarray:
+    """Returns float64 `[target, source]`: row `i` holds the weights of output `i`."""
+    centres = (np.arange(target) + 0.5) * (source / target) - 0.5
+    taps = np.floor(centres)[:, None] + np.arange(-1, 3)
+    weights = _keys(centres[:, None] - taps, a=-0.75)
+    pixels = np.clip(taps, 0, source - 1).astype(int)
+    return np.einsum("tk,tks->ts", weights, np.eye(source)[pixels])
+
+
+def _keys(x: np.ndarray, *, a: float) -> np.ndarray:
+    """Returns the cubic convolution kernel (Keys 1981, equation 4) at distances `x` in pixels."""
+    x = np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x**2 + 1
+    far = a * (((x - 5) * x + 8) * x - 4)
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+_MATRICES = {
+    "bilinear": _align_corners_matrix,
+    "bilinear_half_pixel": half_pixel_matrix,
+    "bicubic": _bicubic_antialias_matrix,
+    "bicubic_no_antialias": _bicubic_matrix,
+}

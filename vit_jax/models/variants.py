@@ -199,6 +199,12 @@ def _check_positions(sizes: Mapping[str, Any], options: Mapping[str, Any]) -> No
             f"model.rope_theta={theta}: the {head_dim} channels of a head can't be halved into "
             "pairs for rows and columns; choose model.num_heads so that they divide by 4"
         )
+    reference = options.get("rope_reference_grid")
+    if reference is not None and (theta is None or min(reference) < 1):
+        raise UserError(
+            f"model.rope_reference_grid={reference!r} with model.rope_theta={theta}: expected rows "
+            "and columns of at least 1, and a rope_theta such as 100.0"
+        )
     positions = options.get("position_embedding")
     if positions in FIXED_POSITIONS and sizes["hidden_size"] % 4:
         raise UserError(

@@ -44,6 +44,8 @@ class VisionTransformer(nn.Module, kw_only=True):
       position_embedding: `learned`, fixed 2D sines and cosines (`sincos2d`, or `sincos2d_mae` with
         the frequencies of arXiv:2111.06377), or `none`.
       rope_theta: base of a 2D rotary embedding of queries and keys, such as 100.0; None for none.
+      rope_reference_grid: (rows, columns) of patches whose positions any other grid spans, as in
+        timm's models (16, 16); None for positions that are rows and columns of patches.
       num_registers: number of learned tokens beside the patches (arXiv:2309.16588).
       distillation_token: whether a second class token with a head of its own (`head_dist`) follows
         the first (arXiv:2012.12877); the logits are the mean of both heads.
@@ -90,6 +92,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     resnet_width: float = 1.0
     position_embedding: PositionEmbedding = "learned"
     rope_theta: float | None = None
+    rope_reference_grid: tuple[int, int] | None = None
     num_registers: int = 0
     distillation_token: bool = False
     activation: Activation = "gelu_tanh"
@@ -198,8 +201,13 @@ class VisionTransformer(nn.Module, kw_only=True):
             x = jnp.concatenate([jnp.broadcast_to(first, (n, *first.shape[1:])), x], axis=1)
         rotation = None
         if self.rope_theta is not None:
-            head_dim, prefix = self.hidden_size // self.num_heads, self.num_prefix_tokens
-            rotation = rotation_2d(grid, head_dim, theta=self.rope_theta, num_prefix_tokens=prefix)
+            rotation = rotation_2d(
+                grid,
+                self.hidden_size // self.num_heads,
+                theta=self.rope_theta,
+                num_prefix_tokens=self.num_prefix_tokens,
+                reference_grid=self.rope_reference_grid,
+            )
         return Encoder(
             config=self.block_config,
             num_layers=self.num_layers,

@@ -33,10 +33,13 @@ def make_params(seed, *, classes=10, tokens=17, width=6, pre_logits=None, layers
     return {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
 
 
-def adapt(source, target, *, grid=(4, 4), prefix=1, source_size=None, **options):
-    preprocess = {"image_size": source_size} if source_size else {}
+def adapt(source, target, *, grid=(4, 4), prefix=1, source_size=None, origin=None, **options):
     weights = Weights(
-        params=source, layout="test", model={"patch_size": (2, 2)}, preprocess=preprocess
+        params=source,
+        layout="test",
+        model={"patch_size": (2, 2)},
+        preprocess={"image_size": source_size} if source_size else {},
+        **(origin or {}),
     )
     params, notes = adapt_params(
         weights,
@@ -231,8 +234,48 @@ def test_as_many_positions_on_another_grid_are_resized_too():
 
 def test_positions_of_an_unknown_rectangle_are_kept_for_as_many():
     source, target = make_params(0, tokens=1 + 8), make_params(1, tokens=1 + 8)
-    params, _ = adapt(source, target, grid=(2, 4))
+    params, notes = adapt(source, target, grid=(2, 4))
     assert_taken_from(source, params, [POSEMB])
+    assert "position embeddings: nothing states their grid; 2x4, as here, taken" in notes
+
+
+def test_the_rule_of_the_file_is_taken_where_none_is_asked_for():
+    source, target = make_params(0), make_params(1, tokens=1 + 64)
+    origin = {"posemb_resize": "bicubic_no_antialias"}
+    _, notes = adapt(source, target, grid=(8, 8), origin=origin)
+    assert "position embeddings: resized from 4x4 to 8x8, bicubic_no_antialias" in notes
+    _, notes = adapt(source, target, grid=(8, 8), origin=origin, posemb_resize="bilinear")
+    assert "position embeddings: resized from 4x4 to 8x8, bilinear" in notes
+
+
+def test_the_grid_of_the_file_is_taken_before_the_size_of_its_images():
+    source, target = make_params(0, tokens=1 + 24), make_params(1, tokens=1 + 24)
+    origin = {"posemb_grid": (4, 6)}
+    _, notes = adapt(source, target, grid=(3, 8), source_size=(16, 6), origin=origin)
+    assert "position embeddings: resized from 4x6 to 3x8, bilinear" in notes
+
+
+def test_a_class_token_that_is_left_out_takes_its_position_along():
+    # As many positions as the model has: a class token and 4x6 patches, against 5x5 patches.
+    source, target = make_params(0, tokens=25), make_params(1, tokens=25, cls=False)
+    options = {"dont_load": ("cls",), "origin": {"posemb_grid": (4, 6)}}
+    params, notes = adapt(source, target, grid=(5, 5), prefix=0, **options)
+    assert "cls: its position embedding is dropped too" in notes
+    assert "position embeddings: resized from 4x6 to 5x5, bilinear" in notes
+    np.testing.assert_array_equal(params[POSEMB][:, 0], source[POSEMB][:, 1])
+
+    source, target = make_params(0, tokens=25, cls=False), make_params(1, tokens=25)
+    params, notes = adapt(source, target, grid=(4, 6), dont_load=("cls",))
+    assert "cls: its position embedding is initialised too" in notes
+    np.testing.assert_array_equal(params[POSEMB][:, 0], target[POSEMB][:, 0])
+    np.testing.assert_array_equal(params[POSEMB][:, 1], source[POSEMB][:, 0])
+
+
+@pytest.mark.parametrize("cls", [True, False])
+def test_as_many_positions_of_other_tokens_are_refused(cls):
+    source, target = make_params(0, tokens=25, cls=cls), make_params(1, tokens=25, cls=not cls)
+    message = refusal(source, target, grid=(5, 5) if cls else (4, 6), prefix=1 - cls)
+    assert "set model.classifier as in the file" in message
 
 
 def test_bicubic_on_request():

@@ -15,6 +15,7 @@ import pytest
 from etils import epath
 from flax import traverse_util
 
+from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.safetensors import (
     read_safetensors,
     read_tensors,
@@ -22,6 +23,8 @@ from vit_jax.checkpoint.pretrained.safetensors import (
     write_tensors,
 )
 from vit_jax.checkpoint.pretrained.weights import Weights
+from vit_jax.data.ops.transforms import apply
+from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.models.variants import make_vit
 from vit_jax.utils.errors import UserError
 
@@ -108,10 +111,24 @@ def refusal(call, *args, **kwargs):
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_are_those_of_the_original_code(name):
     weights = read_case(name)
+    check_outputs(name, weights, weights.params, "")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_at_another_size_are_those_of_the_original_code(name):
+    weights = read_case(name)
+    params, notes = fill_model(rebuild_model(weights), weights, (48, 40, 3))
+    learned = weights.model["position_embedding"] == "learned"
+    assert learned == any("resized from 4x4 to 6x5, bicubic" in note for note in notes)
+    check_outputs(name, weights, traverse_util.flatten_dict(params, sep="/"), "other_")
+
+
+def check_outputs(name, weights, params, prefix):
     with np.load(GOLDEN / name / "io.npz") as file:
-        io = dict(file)
+        found = {key: file[key] for key in file.files if key.startswith("other_") == bool(prefix)}
+    io = {key.removeprefix(prefix): x for key, x in found.items()}
     image, classes = io.pop("image"), io["logits"].shape[-1] if "logits" in io else 0
-    out = run(weights.model, weights.params, image, classes)
+    out = run(weights.model, params, image, classes)
     if weights.model.get("distillation_token"):  # The published logits are of the first head.
         io["class_logits"] = io.pop("logits")
         head = [weights.params[f"head_dist/{x}"] for x in ("kernel", "bias")]
@@ -281,16 +298,15 @@ def test_settings_come_from_the_files_beside_the_weights():
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
         "image_size": (32, 32),
-        "eval": "decode|resize_small(35)|central_crop(32)",
+        "eval": "decode|resize_small(35, method='bicubic_antialias', rounding='down')"
+        "|central_crop(32, rounding='nearest')",
     }
-    assert weights.notes == (
-        "images: resized by bicubic interpolation in evaluation there, by bilinear here",
-    )
+    assert weights.notes == ()
     weights = read_case("hf_vit_pooler")
     assert weights.model["activation"] == "gelu_tanh"
     assert weights.model["norm_epsilon"] == 1e-3
     assert weights.preprocess["mean"] == (0.5, 0.5, 0.5)
-    assert weights.preprocess["eval"] == "decode|resize(32, 32)"
+    assert weights.preprocess["eval"] == "decode|resize(32, 32, method='bilinear_antialias')"
 
 
 @pytest.mark.parametrize(
@@ -330,9 +346,58 @@ def test_preprocessing_with_a_crop_is_described(tmp_path):
         "mean": 0.0,
         "std": 1.0,
         "image_size": (224, 224),
-        "eval": "decode|resize_small(256)|central_crop(224)",
+        "eval": "decode|resize_small(256, method='bicubic_antialias', rounding='down')"
+        "|central_crop(224)",
     }
-    assert any("bicubic" in note for note in weights.notes)
+
+
+EVALUATION = GOLDEN / "evaluation.npz"
+DESCRIPTIONS = json.loads((GOLDEN / "evaluation.json").read_text())
+
+
+@pytest.mark.parametrize("case", DESCRIPTIONS)
+def test_images_are_evaluated_as_the_original_code_prepares_them(case, tmp_path):
+    path = copy_weights("timm_vit" if case.startswith("timm") else "hf_vit", tmp_path)
+    for name, content in DESCRIPTIONS[case].items():
+        if name == "config":  # The position embeddings of these weights are of another size.
+            content = content | {"model_args": {"img_size": 32}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    weights = read_safetensors(path, num_heads=4)
+    with np.load(EVALUATION) as golden:
+        image, expected = golden["image"], golden[case]
+    ops = parse_preprocess(weights.preprocess["eval"], key="eval")[1:]  # It is decoded.
+    found = apply(ops, {"image": image}, np.random.default_rng(0))["image"]
+    np.testing.assert_array_equal(found, expected)
+    assert weights.preprocess["image_size"] == expected.shape[:2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config", {"interpolation": "hamming"}, "'hamming' interpolation"),
+        ("config", {"crop_mode": "border"}, "crop_mode='border'"),
+        ("config", {"input_size": [3, 32, 48]}, "crop_mode='center' for 32x48"),
+        ("config", {"crop_pct": 1.2}, "padded"),
+        ("processor", {"resample": 4}, "'box' interpolation"),
+        ("processor", {"size": {"shortest_edge": 32}}, "shorter side of 32"),
+        ("processor", {"size": {"max_height": 32, "max_width": 32}}, "max_height"),
+        ("processor", {"do_center_crop": True, "crop_size": 64}, "padded"),
+    ],
+)
+def test_images_that_no_line_prepares_are_noted(name, content, words, tmp_path):
+    path = copy_weights("timm_vit" if name == "config" else "hf_vit", tmp_path)
+    if name == "config":
+        images = {"input_size": [3, 32, 32]} | content
+        content = {"architecture": "x", "model_args": {"img_size": 32}, "pretrained_cfg": images}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+    else:
+        content = {"size": {"height": 32, "width": 32}} | content
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    weights = read_safetensors(path, num_heads=4)
+    assert "eval" not in weights.preprocess
+    (note,) = [note for note in weights.notes if note.startswith("images: ")]
+    assert words in note
+    assert "no operation here does" in note
 
 
 def test_other_programs_files_beside_the_weights_do_not_matter(tmp_path):
@@ -340,6 +405,117 @@ def test_other_programs_files_beside_the_weights_do_not_matter(tmp_path):
     alone = read_safetensors(path, num_heads=4)
     (tmp_path / "config.json").write_text('{"model": {"variant": "B/16"}, "model_args": 3}')
     assert read_safetensors(path, num_heads=4).model == alone.model
+
+
+def write_grid(folder, *, slots, name="timm_vit", grid=(4, 6), config=None, extra=None):
+    """Writes a case with another grid of position embeddings; returns the path and those."""
+    tensors, _ = raw_tensors(GOLDEN / name / "model.safetensors")
+    key = next(k for k in tensors if k.endswith(("pos_embed", "position_embeddings")))
+    shape = (1, slots + grid[0] * grid[1], 32)
+    posemb = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    write_tensors(folder / "x.safetensors", tensors | {key: posemb} | (extra or {}), metadata={})
+    (folder / "config.json").unlink(missing_ok=True)
+    if config:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder / "x.safetensors", posemb
+
+
+TIMM = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"input_size": [3, 32, 48]}}
+DEIT3 = {"architecture": "deit3_small_patch16_224"}
+REG = {"reg_token": np.zeros((1, 3, 32), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        # 25 is also 5x5, 28 is 4x7, 12 + 4 is 4x4, and 36 is 4x9: only the description shows which.
+        ({"slots": 1}, TIMM),
+        ({"slots": 0}, TIMM),
+        ({"slots": 4, "extra": REG}, TIMM),
+        ({"slots": 4, "grid": (3, 4), "extra": REG}, TIMM | {"model_args": {"img_size": [24, 32]}}),
+        ({"slots": 0, "extra": REG}, TIMM),
+        ({"slots": 1, "grid": (4, 9)}, TIMM | {"model_args": {"img_size": [32, 72]}}),
+        ({"slots": 0, "grid": (5, 5)}, DEIT3),
+        ({"slots": 1, "grid": (5, 5)}, {"architecture": "x", "model_args": {"img_size": 40}}),
+        ({"slots": 2, "name": "timm_deit_distilled"}, TIMM),
+        ({"slots": 1, "name": "hf_vit"}, {"model_type": "vit", "image_size": [32, 48]}),
+        ({"slots": 2, "name": "hf_deit"}, {"model_type": "deit", "image_size": [32, 48]}),
+        ({"slots": 0, "name": "hf_ijepa"}, {"model_type": "ijepa", "image_size": [32, 48]}),
+        ({"slots": 0, "name": "hf_ijepa", "grid": (5, 5)}, None),
+    ],
+)
+def test_the_grid_of_positions_is_that_of_the_description(case, config, tmp_path):
+    path, posemb = write_grid(tmp_path, config=config, **case)
+    weights = read_safetensors(path, num_heads=4)
+    assert weights.posemb_grid == case.get("grid", (4, 6))
+    tokens = sum(name in weights.params for name in ("cls", "dist"))
+    found = weights.params[POSEMB]
+    np.testing.assert_array_equal(found[:, tokens:], posemb[:, case["slots"] :])
+    slots = posemb[:, :tokens] if case["slots"] else np.zeros_like(found[:, :tokens])
+    np.testing.assert_array_equal(found[:, :tokens], slots)
+    # What is written says so too.
+    write_safetensors(tmp_path / "again.safetensors", weights)
+    again = read_safetensors(tmp_path / "again.safetensors")
+    assert (again.posemb_grid, again.posemb_resize) == (weights.posemb_grid, weights.posemb_resize)
+
+
+@pytest.mark.parametrize(
+    ("case", "config", "key"),
+    [
+        ({"slots": 1}, None, "pretrained_cfg.input_size in a config.json beside"),
+        ({"slots": 0, "grid": (5, 5)}, None, "pretrained_cfg.input_size in a config.json beside"),
+        ({"slots": 0, "grid": (4, 4), "extra": REG}, None, "pretrained_cfg.input_size"),
+        ({"slots": 1}, {"architecture": "x"}, "pretrained_cfg.input_size in config.json"),
+        ({"slots": 3}, TIMM, "pretrained_cfg.input_size in config.json is 32x48, which makes 4x6"),
+        ({"slots": 1}, DEIT3 | {"model_args": {"img_size": 48}}, "model_args.img_size"),
+        ({"slots": 1}, DEIT3 | {"model_args": {"no_embed_class": False}}, "input_size"),
+        ({"slots": 1, "grid": (6, 6)}, TIMM, "32x48, which makes 4x6 patches"),
+        ({"slots": 1, "name": "hf_vit"}, None, "image_size in config.json"),
+        ({"slots": 0, "name": "hf_ijepa"}, None, "image_size in config.json"),
+        (
+            {"slots": 1, "name": "hf_vit"},
+            {"model_type": "vit", "image_size": 40},
+            "image_size in config.json is 40x40, which makes 5x5 patches",
+        ),
+    ],
+)
+def test_a_grid_of_positions_that_nothing_shows_is_asked_for(case, config, key, tmp_path):
+    path, posemb = write_grid(tmp_path, config=config, **case)
+    message = refusal(read_safetensors, path, num_heads=4)
+    assert f"{posemb.shape[1]} position embeddings" in message
+    assert key in message
+
+
+def test_a_square_of_positions_is_assumed_with_a_note(tmp_path):
+    path, _ = write_grid(tmp_path, slots=1, grid=(5, 5))
+    weights = read_safetensors(path, num_heads=4)
+    assert weights.posemb_grid == (5, 5)
+    assert any("5x5 patches; nothing states the size" in note for note in weights.notes)
+
+
+def test_positions_are_resized_by_the_rule_of_their_project():
+    def rule(name):
+        return read_case(name).posemb_resize
+
+    assert rule("timm_vit") == rule("hf_dinov2_registers") == "bicubic"
+    assert {rule(f"hf_{name}") for name in ("vit", "deit", "dinov2", "ijepa")} == {
+        "bicubic_no_antialias"
+    }
+
+
+def test_flexivit_is_resized_without_antialiasing(tmp_path):
+    config = {"architecture": "flexivit_small.1200ep_in1k"}
+    path, _ = write_grid(tmp_path, slots=0, grid=(4, 4), config=config)
+    assert read_safetensors(path, num_heads=4).posemb_resize == "bilinear_half_pixel"
+
+
+def test_a_reference_grid_of_rotary_embeddings_is_that_of_the_architecture(tmp_path):
+    path = copy_weights("timm_eva_rope", tmp_path)
+    config = {"architecture": "vit_medium_patch16_rope_reg1_gap_256"}
+    for options, expected in [({}, (16, 16)), ({"ref_feat_shape": [24, 12]}, (24, 12))]:
+        (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": options}))
+        assert read_safetensors(path, num_heads=2).model["rope_reference_grid"] == expected
+    assert read_case("timm_eva_rope_ape").model["rope_reference_grid"] is None
 
 
 def test_layers_that_no_model_here_has_are_dropped_with_a_note():
@@ -380,6 +556,8 @@ def test_names_of_the_original_dinov2_are_those_of_timm(tmp_path):
         name.replace("reg_token", "register_tokens").replace("fc1", "w12").replace("fc2", "w3"): x
         for name, x in tensors.items()
     }
+    # Of the tokens, only the class token has a position there; its is zero in this layout.
+    renamed["pos_embed"] = np.pad(renamed["pos_embed"], ((0, 0), (1, 0), (0, 0)))
     write_tensors(tmp_path / "x", renamed, metadata={})
     assert_same(
         read_safetensors(tmp_path / "x", num_heads=4).params, read_case("timm_vit_swiglu").params
@@ -394,7 +572,12 @@ def test_names_of_the_original_dinov2_are_those_of_timm(tmp_path):
         ("timm_eva_rope", {"cls_token": (1, 1, 32)}, {}, "config.json"),
         ("timm_eva_rope", {"pos_embed": (1, 24, 32)}, {}, "config.json"),
         ("timm_eva_rope", {}, {"architecture": "vit_small_patch16_dinov3"}, "dinov3"),
-        ("timm_vit_map", {"reg_token": (1, 2, 32)}, {}, "registers"),
+        (
+            "timm_vit_map",
+            {"reg_token": (1, 2, 32)},
+            {"architecture": "x", "model_args": {"no_embed_class": True}},
+            "registers",
+        ),
         ("timm_vit", {}, {"architecture": "vit_base_patch16_rpn_224"}, "rpn"),
         ("timm_vit", {}, {"architecture": "x", "global_pool": "max"}, "global_pool='max'"),
         (

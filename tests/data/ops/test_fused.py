@@ -28,6 +28,7 @@ LINES = (
     "decode|resize(40, 56)|flip_lr",
     "decode|resize_small(50)|central_crop(48, 40)|flip_lr",
     "decode|resize_small(40)|central_crop(40)",
+    "decode|resize_small(41, rounding='down')|central_crop(38, 34, rounding='nearest')",
 )
 SAMPLINGS = {
     "4:4:4": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,

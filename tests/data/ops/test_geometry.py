@@ -22,13 +22,12 @@ def noise(*shape, seed=0):
 
 
 @pytest.mark.parametrize("call", [name for name in GOLDEN.files if "resize" in name])
-def test_antialiased_resizing_is_that_of_pillow(call):
+def test_resizing_of_pillow_is_the_same_to_the_last_bit(call):
     arguments = ast.literal_eval(call.removeprefix("resize_image"))
     result = resize_image(GOLDEN["image"], *arguments)
     assert result.dtype == np.uint8
-    assert result.shape == GOLDEN[call].shape
-    # Pillow rounds between the two directions too.
-    assert np.abs(result.astype(int) - GOLDEN[call]).max() <= 1
+    assert result.flags.writeable  # Later operations may work in place.
+    np.testing.assert_array_equal(result, GOLDEN[call])
 
 
 def test_area_averages_where_it_shrinks():

@@ -19,6 +19,7 @@ from vit_jax.checkpoint.pretrained.weights import (
     POSEMB,
     REGISTERS,
     Weights,
+    find_grid,
     is_stacked,
     stack_blocks,
     unstack_blocks,
@@ -30,11 +31,21 @@ from vit_jax.utils.registry import is_part
 
 _MAX_LISTED = 4  # parameters in one line of an error
 
+# Tokens whose position embeddings are in front of those of the patches.
+_TOKENS = ("cls", "dist")
+
 # First convolution of a Vision Transformer, a Mixer and a hybrid; the last can't be resized.
 _EMBEDDINGS = ("embedding/kernel", "stem/kernel", "conv_root/kernel")
 
 # Arguments of models that change the function but not the shapes of parameters.
-_ARGUMENTS = ("activation", "norm_epsilon", "rope_theta", "position_embedding", "num_heads")
+_ARGUMENTS = (
+    "activation",
+    "norm_epsilon",
+    "rope_theta",
+    "rope_reference_grid",
+    "position_embedding",
+    "num_heads",
+)
 
 # Arguments of models whose differences are adapted, or do not matter for the parameters.
 _OTHERWISE_ADAPTED = ("num_classes", "dtype")
@@ -49,7 +60,7 @@ def adapt_params(
     target_grid: tuple[int, int] | None,
     num_class_tokens: int,
     dont_load: tuple[str, ...] = (),
-    posemb_resize: Method = "bilinear",
+    posemb_resize: Method | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Fills the parameters of a model from pretrained weights.
 
@@ -59,7 +70,9 @@ def adapt_params(
     - A class or distillation token that the model lacks becomes a register if the model has more
       registers than the weights; a distillation token that only the model has is initialised.
     - Position embeddings are resized if the grids differ. Learned ones start from fixed ones.
-      Without an image size in the weights' `preprocess`, their grid is assumed to be square.
+      Where neither `weights.posemb_grid` nor an image size in `weights.preprocess` fits their
+      number, their grid is assumed to be square.
+    - The position embedding of a class token is loaded, dropped or initialised with the token.
     - The first convolution is changed to another patch size and number of channels (`embedding`).
     - Parameters that `dont_load` names are initialised, or dropped if the model lacks them.
     - All other parameters must have the same path and shape on both sides.
@@ -71,7 +84,8 @@ def adapt_params(
         patches, whose position embeddings are never resized.
       num_class_tokens: tokens in front of the patches that have position embeddings.
       dont_load: regular expressions; each must match the whole path of a parameter.
-      posemb_resize: how position embeddings are interpolated, see `resize_posemb`.
+      posemb_resize: how position embeddings are interpolated, see `resize_posemb`; None for the
+        rule of the weights' own project.
 
     Returns:
       `(params, notes)`: nested dict of arrays with the paths, shapes and dtypes of `target`, and
@@ -87,6 +101,7 @@ def adapt_params(
     # Each step changes `params` and returns one line for each decision.
     notes = [
         *_leave_out(params, initial, dont_load),
+        *_fit_slots(params, initial, weights.params),
         *_fit_tokens(params, initial),
         *_fit_channels(params, initial),
         *_fit_patches(params, initial),
@@ -96,10 +111,10 @@ def adapt_params(
         notes += _fit_posemb(
             params,
             initial,
-            source_grid=_find_grid(weights),
+            source_grids=(weights.posemb_grid, find_grid(weights.model, weights.preprocess)),
             target_grid=target_grid,
             num_class_tokens=num_class_tokens,
-            method=posemb_resize,
+            method=posemb_resize or weights.posemb_resize,
         )
     head_notes = _fit_head(params, initial)
     notes += _fit_pre_logits(params, initial) + head_notes
@@ -123,7 +138,8 @@ def check_arguments(weights: Weights, model: Any) -> None:
         del different["position_embedding"]
     if different:
         found = ", ".join(f"{k}={v!r} (here {getattr(model, k)!r})" for k, v in different.items())
-        overrides = " ".join(f"--config.model.{k}={v}" for k, v in different.items())
+        values = {k: shlex.quote(str(v)) for k, v in different.items()}
+        overrides = " ".join(f"--config.model.{k}={v}" for k, v in values.items())
         raise UserError(
             f"init_from: these weights ({weights.layout}) belong to a model with {found}: "
             f"add {overrides}"
@@ -213,6 +229,26 @@ def _leave_out(params: _Flat, initial: _Flat, dont_load: Iterable[str]) -> list[
     return notes
 
 
+def _fit_slots(params: _Flat, initial: _Flat, source: Mapping[str, Any]) -> list[str]:
+    """Leaves out the position embeddings of the class tokens that `_leave_out` has left out."""
+    posemb, notes = params.get(POSEMB), []
+    if posemb is None or POSEMB not in initial or posemb is initial[POSEMB] or posemb.ndim != 3:
+        return []
+    theirs = [name for name in _TOKENS if name in source]
+    for name in [name for name in theirs if name not in params]:
+        posemb = np.delete(posemb, theirs.index(name), axis=1)
+        theirs.remove(name)
+        notes.append(f"{name}: its position embedding is dropped too")
+    ours = [name for name in _TOKENS if name in initial]
+    for name in [name for name in ours if name in params and name not in theirs]:
+        slot = ours.index(name)
+        posemb = np.insert(posemb, [slot], np.asarray(initial[POSEMB])[:, slot : slot + 1], axis=1)
+        theirs.insert(slot, name)
+        notes.append(f"{name}: its position embedding is initialised too")
+    params[POSEMB] = posemb
+    return notes
+
+
 def _fit_tokens(params: _Flat, initial: _Flat) -> list[str]:
     notes = []
     registers = initial[REGISTERS].shape[1] if REGISTERS in initial else 0
@@ -283,19 +319,11 @@ def _find_embedding(params: _Flat, initial: _Flat) -> tuple[str, tuple[int, ...]
     return "", (), ()
 
 
-def _find_grid(weights: Weights) -> tuple[int, int] | None:
-    """Returns (rows, columns) of the weights' position embeddings, if their description has it."""
-    size, patch = weights.preprocess.get("image_size"), weights.model.get("patch_size")
-    if not size or not patch or "resnet_layers" in weights.model:
-        return None
-    return size[0] // patch[0], size[1] // patch[1]
-
-
 def _fit_posemb(
     params: _Flat,
     initial: _Flat,
     *,
-    source_grid: tuple[int, int] | None,
+    source_grids: Iterable[tuple[int, int] | None],
     target_grid: tuple[int, int],
     num_class_tokens: int,
     method: Method,
@@ -304,21 +332,30 @@ def _fit_posemb(
     # Only the number of tokens can be changed; _check_fit reports other differences.
     if len(theirs) != 3 or theirs[::2] != ours[::2]:
         return []
+    tokens = [sum(name in flat for name in _TOKENS) for flat in (params, initial)]
+    if tokens[0] != tokens[1]:
+        raise UserError(
+            f"init_from: {theirs[1]} position embeddings in the file, {tokens[0]} of them for "
+            f"class tokens; here {ours[1]}, and {tokens[1]}: set model.classifier as in the file"
+        )
     num_patches = theirs[1] - num_class_tokens
+    stated = [grid for grid in source_grids if grid and math.prod(grid) == num_patches]
     side = math.isqrt(max(num_patches, 0))
-    if source_grid is None or math.prod(source_grid) != num_patches:
-        if theirs == ours and side**2 != num_patches:
-            return []  # Not a square: equal numbers are assumed to mean equal grids.
-        source_grid = (side, side)
+    if not stated and theirs == ours and side**2 != num_patches:
+        return [
+            f"position embeddings: nothing states their grid; {_by(target_grid)}, as here, taken"
+        ]
+    source_grid = stated[0] if stated else (side, side)
     if source_grid == target_grid and theirs == ours:
         return []
     if not num_patches or math.prod(source_grid) != num_patches:
         raise UserError(
             f"init_from: {theirs[1]} position embeddings in the file, less {num_class_tokens} "
-            "for the class token, are not a square grid; set model.classifier as in the file"
+            "for class tokens, are not a square grid, and nothing states another one; set "
+            "model.classifier as in the file, or posemb.grid in the .json beside a .npz"
         )
     params[POSEMB] = resize_posemb(
-        params[POSEMB],
+        _cast(params[POSEMB], like=initial[POSEMB]),  # bfloat16 in the file would be rounded again.
         source_grid=source_grid,
         target_grid=target_grid,
         num_prefix_tokens=num_class_tokens,

@@ -3,6 +3,7 @@
 
 import numpy as np
 
+from vit_jax.models.positions import half_pixel_matrix
 from vit_jax.utils.errors import UserError
 
 
@@ -21,7 +22,7 @@ def resize_patches(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
       `[*size, channels, features]`, in the dtype of `kernel`.
     """
     rows, columns = (
-        np.linalg.pinv(_half_pixel_matrix(old, new).T)
+        np.linalg.pinv(half_pixel_matrix(old, new).T)
         for old, new in zip(kernel.shape, size, strict=False)
     )
     resized = np.einsum("ri,cj,ijxf->rcxf", rows, columns, kernel, optimize=True)
@@ -54,12 +55,3 @@ def change_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
         )
     repeated = kernel[:, :, np.arange(channels) % old]
     return (repeated * (old / channels)).astype(kernel.dtype)
-
-
-def _half_pixel_matrix(old: int, new: int) -> np.ndarray:
-    """Returns float64 `[new, old]`: bilinear interpolation between half-pixel centres."""
-    centres = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    lower = np.minimum(np.floor(centres).astype(int), max(old - 2, 0))
-    fraction = (centres - lower)[:, None]
-    identity = np.eye(old)
-    return (1 - fraction) * identity[lower] + fraction * identity[np.minimum(lower + 1, old - 1)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads Hugging Face's ViT, DeiT and DINOv2 by the tensor names of timm.
+"""Reads Hugging Face's ViT, DeiT, DINOv2 and I-JEPA by the tensor names of timm.
 
-Source: transformers 5.23, `models/vit`, `deit`, `dinov2` and `dinov2_with_registers`; the names are
-those that its files have.
+Source: transformers 5.23, `models/vit`, `deit`, `dinov2`, `dinov2_with_registers` and `ijepa`; the
+names are those that its files have.
 """
 
 import re
@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint.pretrained.timm_tensors import to_linen
+from vit_jax.checkpoint.pretrained.timm_tensors import find_positions, to_linen
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
-    describe_interpolation,
+    describe_evaluation,
     describe_model,
-    infer_image_size,
+    describe_no_line,
+    image_size_of,
 )
 
 _PATCHES = "embeddings.patch_embeddings.projection.weight"
@@ -45,7 +46,8 @@ _NAMES = tuple(
         (r"^distillation_classifier\.", "head_dist."),
     )
 )
-_INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # as in PIL
+# By their numbers in Pillow.
+_INTERPOLATIONS = dict(enumerate(("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")))
 _ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -60,7 +62,7 @@ def read_huggingface(
     processor: Mapping[str, Any],
     num_heads: int | None,
 ) -> Weights:
-    """Reads a ViT, DeiT or DINOv2 of Hugging Face.
+    """Reads a ViT, DeiT, DINOv2 or I-JEPA of Hugging Face.
 
     Args:
       tensors: arrays of any float dtype by name.
@@ -77,20 +79,29 @@ def read_huggingface(
     if not isinstance(config.get("model_type"), str):
         config = {}  # It was written by another program.
     renamed, kind, notes = _to_timm_names(tensors)
-    params, more = to_linen(
+    slots = sum(name in renamed for name in ("cls_token", "dist_token"))
+    size = config.get("image_size")
+    _, grid, grid_notes = find_positions(
         renamed,
-        num_heads=num_heads or config.get("num_attention_heads"),
-        num_slots=1 + int("dist_token" in renamed),
+        image_size=None if size is None else _pair(size),
+        candidates=(slots,),
+        usual=slots,
+        key="image_size in config.json" if config else "model_type and image_size in config.json",
+    )
+    params, more = to_linen(
+        renamed, num_heads=num_heads or config.get("num_attention_heads"), num_slots=slots
     )
     settings, settings_notes = _read_settings(config, kind=kind)
     model = settings | describe_model(params, rope_theta=None)
-    preprocess, image_notes = _read_preprocess(processor, config)
+    preprocess, image_notes = _read_preprocess(processor, config, kind=kind)
     return Weights(
         params=params,
         layout=f"Hugging Face {kind} safetensors",
         model=model,
-        preprocess=infer_image_size(params, model) | preprocess,
-        notes=(*notes, *more, *settings_notes, *image_notes),
+        preprocess=({"image_size": image_size_of(grid, model)} if grid else {}) | preprocess,
+        posemb_grid=grid,
+        posemb_resize="bicubic" if kind == "DINOv2 with registers" else "bicubic_no_antialias",
+        notes=(*notes, *grid_notes, *more, *settings_notes, *image_notes),
     )
 
 
@@ -111,6 +122,8 @@ def _to_timm_names(
         kind = "DINOv2 with registers" if "reg_token" in renamed else "DINOv2"
     elif "dist_token" in renamed:
         kind = "DeiT"
+    elif "cls_token" not in renamed:
+        kind = "I-JEPA"
     return renamed, kind, _drop_unused(renamed)
 
 
@@ -128,6 +141,9 @@ def _drop_unused(tensors: dict[str, np.ndarray]) -> list[str]:
     if head is not None and tensors.pop("pre_logits.fc.weight", None) is not None:
         tensors.pop("pre_logits.fc.bias", None)
         notes.append("pre_logits: the pooler is not in front of the classifier: dropped")
+    if "cls_token" not in tensors and tensors.pop("pre_logits.fc.weight", None) is not None:
+        tensors.pop("pre_logits.fc.bias", None)
+        notes.append("pre_logits: the pooler reads the first patch, as no layer here: dropped")
     return notes
 
 
@@ -155,7 +171,7 @@ def _read_settings(config: Mapping[str, Any], *, kind: str) -> tuple[dict[str, A
 
 
 def _read_preprocess(
-    processor: Mapping[str, Any], config: Mapping[str, Any]
+    processor: Mapping[str, Any], config: Mapping[str, Any], *, kind: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns `Weights.preprocess` from preprocessor_config.json or config.json, and notes."""
     found: dict[str, Any] = {}
@@ -165,26 +181,45 @@ def _read_preprocess(
         found |= {"mean": 0.0, "std": 1.0}
     if abs(processor.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         found = {}  # The mean is not that of pixels in [0, 1].
-    size = processor.get("size")
-    if processor.get("do_resize", True) and size is not None:
-        crop = processor.get("crop_size") if processor.get("do_center_crop") else None
-        found |= _describe_resize(size, crop)
+    more, notes = _describe_images(processor, kind=kind)
+    found |= more
     if "image_size" not in found and "image_size" in config:
         found["image_size"] = _pair(config["image_size"])
-    resample = processor.get("resample", 2)
-    return found, describe_interpolation(_INTERPOLATIONS.get(resample, resample))
+    return found, notes
 
 
-def _describe_resize(size: Any, crop: Any) -> dict[str, Any]:
-    shortest = size.get("shortest_edge") if isinstance(size, Mapping) else None
-    resize = f"resize_small({shortest})" if shortest else f"resize{_pair(size)}"
-    if crop is None:
-        return {} if shortest else {"image_size": _pair(size), "eval": f"decode|{resize}"}
-    height, width = _pair(crop)
-    found: dict[str, Any] = {"image_size": (height, width)}
-    if height == width:
-        found["eval"] = f"decode|{resize}|central_crop({height})"
-    return found
+def _describe_images(
+    processor: Mapping[str, Any], *, kind: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns `image_size` and `eval` of `Weights.preprocess`, and notes."""
+    size, crop = processor.get("size"), None
+    if not processor.get("do_resize", True) or size is None:
+        return {}, []
+    if isinstance(size, Mapping):
+        size = {name: value for name, value in size.items() if value is not None}
+    dinov2 = kind.startswith("DINOv2")
+    if isinstance(size, int) and dinov2:  # As BitImageProcessor reads it.
+        size = {"shortest_edge": size}
+    if processor.get("do_center_crop") and processor.get("crop_size") is not None:
+        crop = _pair(processor["crop_size"])
+    if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
+        resize = (size["shortest_edge"],)
+    elif isinstance(size, Mapping) and set(size) != {"height", "width"}:
+        return {}, [describe_no_line(f"resized to {size}")]
+    else:
+        resize = _pair(size)
+    if crop is None and len(resize) == 1:
+        return {}, [describe_no_line(f"resized to a shorter side of {resize[0]} and not cropped")]
+    resample = processor.get("resample")
+    if resample is None:
+        resample = 3 if dinov2 or kind == "DeiT" else 2
+    found, notes = describe_evaluation(
+        resize=resize,
+        crop=crop,
+        interpolation=_INTERPOLATIONS.get(resample, resample),
+        rounding="down",
+    )
+    return {"image_size": crop or resize} | found, notes
 
 
 def _pair(size: Any) -> tuple[int, int]:

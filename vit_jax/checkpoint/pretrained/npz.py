@@ -21,7 +21,9 @@ from vit_jax.checkpoint.pretrained.description import check_description
 from vit_jax.checkpoint.pretrained.weights import (
     POSEMB,
     Weights,
+    describe_posemb,
     infer_model,
+    read_posemb,
     unstack_blocks,
 )
 from vit_jax.utils.bounds import MAX_WEIGHTS, open_npz, open_outside, read_json
@@ -67,6 +69,10 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
     """
     path = epath.Path(path)
     params, described = read_arrays(path, subtree=subtree), _read_description(path)
+    try:
+        posemb = read_posemb(described.get("posemb", {}))
+    except ValueError as error:
+        raise UserError(f"{path.with_suffix('.json')}: {error}") from error
     if is_part(described.get("model", {}).get("name")):
         preprocess = described.get("preprocess", {})
         weights = Weights(
@@ -90,6 +96,7 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
         | {"activation": "gelu_tanh", "norm_epsilon": 1e-6}
         | described.get("model", {}),
         preprocess=described.get("preprocess", {"mean": 0.5, "std": 0.5}),
+        **posemb,
     )
     return _check_described(weights, path)
 
@@ -114,7 +121,8 @@ def write_npz(path: str | os.PathLike[str], weights: Weights) -> None:
         for name, value in arrays.items():
             if _GROUP_NORM.fullmatch(name):
                 arrays[name] = value.reshape(1, 1, 1, -1)
-    text = json.dumps({"vit_jax": {"model": weights.model, "preprocess": weights.preprocess}})
+    described = {"model": weights.model, "preprocess": weights.preprocess}
+    text = json.dumps({"vit_jax": described | {"posemb": describe_posemb(weights)}})
     with atomic_file(file) as temporary:
         with temporary.open("wb") as f:
             np.savez(f, **arrays)  # pyright: ignore[reportArgumentType]

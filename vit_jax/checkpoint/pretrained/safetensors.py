@@ -24,7 +24,13 @@ from vit_jax.checkpoint.pretrained.description import check_description
 from vit_jax.checkpoint.pretrained.huggingface import is_huggingface, read_huggingface
 from vit_jax.checkpoint.pretrained.timm import read_timm
 from vit_jax.checkpoint.pretrained.timm_tensors import to_linen, to_timm
-from vit_jax.checkpoint.pretrained.weights import Weights, describe_model, find_grid
+from vit_jax.checkpoint.pretrained.weights import (
+    Weights,
+    describe_model,
+    describe_posemb,
+    find_grid,
+    read_posemb,
+)
 from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.utils import bounds
 from vit_jax.utils.errors import UserError, first_line
@@ -58,6 +64,7 @@ _MODEL_KEYS = (
     "resnet_width",
     "position_embedding",
     "rope_theta",
+    "rope_reference_grid",
     "num_registers",
     "distillation_token",
     "activation",
@@ -134,7 +141,8 @@ def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
         tensors = to_timm(arrays, model=stated, grid=find_grid(stated, preprocess))
         if stated.get("position_embedding") in FIXED_POSITIONS:
             stated["position_embedding"] = "learned"  # The file stores them as learned ones.
-        text = json.dumps({"model": stated, "preprocess": dict(preprocess)})
+        described = {"model": stated, "preprocess": dict(preprocess)}
+        text = json.dumps(described | {"posemb": describe_posemb(weights)})
         write_tensors(Path(path), tensors, metadata={"format": "pt", _METADATA: text})
     except KeyError as error:
         raise UserError(f"{os.fspath(path)}: can't be written without {error}") from error
@@ -159,6 +167,7 @@ def _read_own(
         layout="vit_jax safetensors",
         model=describe_model(params, rope_theta=None) | model,
         preprocess=as_tuples(dict(stated["preprocess"])),
+        **read_posemb(stated.get("posemb", {})),
         notes=tuple(notes),
     )
 

@@ -11,21 +11,28 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint.pretrained.timm_tensors import to_linen
+from vit_jax.checkpoint.pretrained.timm_tensors import find_positions, to_linen
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
-    describe_interpolation,
+    describe_evaluation,
     describe_model,
-    infer_image_size,
+    describe_no_line,
+    image_size_of,
 )
 
 _NORM_EPSILON = 1e-6
+_CROP_PCT = 0.875  # timm's default
+_ROPE_REFERENCE = (16, 16)  # of timm's vit_*_rope_reg*_gap_*
 _EVA = re.compile(r"blocks\.\d+\.(gamma_1|attn\.(q_bias|q_proj\.weight))$")
 _ACTIVATIONS = {"gelu": "gelu_erf", "gelu_tanh": "gelu_tanh"}
 # Models of timm with another number of heads than is usual for their width.
 _NUM_HEADS = {
     f"vit_giantopt_patch16_siglip_{pool}{size}": 16 for pool in ("", "gap_") for size in (256, 384)
 }
+# Architectures of timm whose class token and registers have no position embedding.
+_NO_EMBED_CLASS = re.compile(
+    r"deit3_|flexivit_|vit_(?!so150m)\w+_reg\d+_(gap|dinov2)|vit_[a-z]+_patch\d+_rope_ape_"
+)
 # In timm these SigLIP models, and no others, approximate GELU by tanh.
 _TANH_GELU = re.compile(
     r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip"
@@ -56,13 +63,18 @@ def read_timm(
         raise ValueError("it has a norm in front of the blocks (norm_pre), which no model here has")
     if "_rpn_" in architecture:
         raise ValueError(f"{architecture} has norms behind its layers, which no model here has")
-    theta, swap_axes, notes = _find_rope(tensors, architecture)
+    theta, reference, swap_axes, notes = _find_rope(tensors, architecture, options)
     num_heads = num_heads or options.get("num_heads") or _NUM_HEADS.get(architecture.split(".")[0])
     classifier = _find_classifier(tensors, config)
     average = classifier == "gap" and "cls_token" in tensors
-    params, more = to_linen(tensors, num_heads=num_heads, average=average, swap_axes=swap_axes)
+    slots, grid, more = _find_positions(tensors, config)
+    notes += more
+    params, more = to_linen(
+        tensors, num_heads=num_heads, num_slots=slots, average=average, swap_axes=swap_axes
+    )
     settings, settings_notes = _read_timm_settings(architecture, options)
     model = settings | describe_model(params, rope_theta=theta) | {"classifier": classifier}
+    model["rope_reference_grid"] = reference
     if theta is None and classifier == "map" and ("cls" in params or "num_registers" in model):
         raise ValueError("attention pooling that leaves out registers, which no model here has")
     preprocess, image_notes = _read_timm_images(config.get("pretrained_cfg", config))
@@ -71,30 +83,78 @@ def read_timm(
         params=params,
         layout=f"{kind} safetensors",
         model=model,
-        preprocess=infer_image_size(params, model) | preprocess,
+        preprocess=({"image_size": image_size_of(grid, model)} if grid else {}) | preprocess,
+        posemb_grid=grid,
+        # The published FlexiViTs were trained with another rule than timm's.
+        posemb_resize="bilinear_half_pixel" if architecture.startswith("flexivit_") else "bicubic",
         notes=(*notes, *more, *settings_notes, *image_notes),
     )
 
 
 def _find_rope(
-    tensors: Mapping[str, np.ndarray], architecture: str
-) -> tuple[float | None, bool, list[str]]:
-    """Infers rotary embeddings, which have no tensors: `(theta or None, swap_axes, notes)`."""
+    tensors: Mapping[str, np.ndarray], architecture: str, options: Mapping[str, Any]
+) -> tuple[float | None, tuple[int, int] | None, bool, list[str]]:
+    """Infers rotary embeddings, which have no tensors.
+
+    Returns:
+      `(theta or None, reference grid or None, swap_axes, notes)`.
+    """
     if "rope.freqs" in tensors:
         raise ValueError("rotary embeddings with learned frequencies (rope.freqs) are unknown here")
+    reference = options.get("ref_feat_shape", _ROPE_REFERENCE)
     if re.match(r"vit_\w+_rope_reg\d+_gap_", architecture):
-        return 10_000.0, False, []
+        return 10_000.0, _pair(reference), False, []
     if re.match(r"vit_[a-z]+_patch\d+_rope_(ape_)?\d+", architecture):
-        return 100.0, True, []
+        return 100.0, _pair(options.get("ref_feat_shape")), True, []
     if "pos_embed" in tensors and not any(map(_EVA.match, tensors)):
-        return None, False, []
+        return None, None, False, []
     if "pos_embed" in tensors or "cls_token" in tensors or architecture:
         raise ValueError(
             f"tensors of timm's class Eva, architecture {architecture or 'unknown'}: only "
             "vit_*_rope_reg*_gap_* and vit_*_rope_* are known here, from the config.json beside "
             "the file"
         )
-    return 10_000.0, False, ["rope_theta: no config.json states it; 10000 taken"]
+    note = (
+        "rope_theta, rope_reference_grid: no config.json states them; 10000 and "
+        f"{_ROPE_REFERENCE}, as in timm's vit_*_rope_reg*_gap_256, taken"
+    )
+    return 10_000.0, _ROPE_REFERENCE, False, [note]
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    """Returns (rows, columns) of a size in config.json: a number, two, or none."""
+    if size is None:
+        return None
+    first, second = (size, size) if isinstance(size, int) else size
+    return first, second
+
+
+def _find_positions(
+    tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
+) -> tuple[int, tuple[int, int] | None, list[str]]:
+    """Returns what `find_positions` does."""
+    options, images = config.get("model_args") or {}, config.get("pretrained_cfg", config)
+    tokens = [
+        sum(tensors[name].shape[1] for name in names if name in tensors)
+        for names in (("cls_token", "dist_token"), ("reg_token", "register_tokens"))
+    ]
+    candidates, usual = (sum(tokens), tokens[0], 0), None if tokens[1] else tokens[0]
+    if "register_tokens" in tensors:  # The original DINOv2: only the class token has a position.
+        candidates, usual = (tokens[0],), tokens[0]
+    if _NO_EMBED_CLASS.match(config.get("architecture", "")):
+        usual = 0
+    if "no_embed_class" in options:
+        usual = 0 if options["no_embed_class"] else sum(tokens)
+        candidates = (usual,)
+    size, key = images.get("input_size"), "pretrained_cfg.input_size"
+    size = None if size is None else tuple(size[1:])
+    if options.get("img_size") is not None:
+        size, key = _pair(options["img_size"]), "model_args.img_size"
+    if config.get("architecture"):
+        key = f"{key} in config.json"
+    else:
+        key = f"architecture and {key} in a config.json beside the file"
+    return find_positions(tensors, image_size=size, candidates=candidates, usual=usual, key=key)
 
 
 def _find_classifier(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -133,10 +193,15 @@ def _read_timm_images(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
         return found, []
     _, height, width = config["input_size"]
     found["image_size"] = (height, width)
-    crop, mode = config.get("crop_pct"), config.get("crop_mode", "center")
-    if height != width or crop is None or mode not in ("center", "squash"):
-        return found, []
-    size = math.floor(height / crop)
-    resize = f"resize_small({size})" if mode == "center" else f"resize({size})"
-    found["eval"] = f"decode|{resize}|central_crop({height})"
-    return found, describe_interpolation(config.get("interpolation", "bilinear"))
+    crop, mode = config.get("crop_pct") or _CROP_PCT, config.get("crop_mode") or "center"
+    size = math.floor(height / crop), math.floor(width / crop)
+    if mode not in ("center", "squash") or (mode == "center" and size[0] != size[1]):
+        what = f"prepared in crop_mode={mode!r} for {height}x{width} pixels"
+        return found, [describe_no_line(what)]
+    line, notes = describe_evaluation(
+        resize=size[:1] if mode == "center" else size,
+        crop=(height, width),
+        interpolation=config.get("interpolation") or "bicubic",
+        rounding="nearest",
+    )
+    return found | line, notes

@@ -23,6 +23,7 @@ import numpy as np
 
 from vit_jax.checkpoint.pretrained.weights import POSEMB, infer_model
 from vit_jax.models.positions import FIXED_POSITIONS, fixed_positions
+from vit_jax.models.resnet import total_stride
 from vit_jax.models.variants import SIZES
 
 _Arrays = dict[str, np.ndarray]
@@ -77,7 +78,7 @@ def to_linen(
     tensors: Mapping[str, np.ndarray],
     *,
     num_heads: int | None,
-    num_slots: int | None = None,
+    num_slots: int,
     average: bool = False,
     swap_axes: bool = False,
 ) -> tuple[_Arrays, list[str]]:
@@ -87,7 +88,7 @@ def to_linen(
       tensors: arrays of any float dtype by name.
       num_heads: attention heads, which the shape of a fused projection does not show; None for
         the usual number for the width.
-      num_slots: position embeddings in front of those of the patches; None if unknown.
+      num_slots: position embeddings in front of those of the patches, see `find_positions`.
       average: whether the mean over patches is classified instead of the class token, which then
         becomes a register.
       swap_axes: whether rotary embeddings turn the first half of a head's channels with the column
@@ -177,6 +178,67 @@ def to_timm(
     if rest:
         raise ValueError(f"timm has no place for {', '.join(sorted(rest)[:4])}")
     return tensors
+
+
+def find_positions(
+    tensors: Mapping[str, np.ndarray],
+    *,
+    image_size: tuple[int, int] | None,
+    candidates: Sequence[int],
+    usual: int | None,
+    key: str,
+) -> tuple[int, tuple[int, int] | None, list[str]]:
+    """Finds which position embeddings belong to tokens, and the grid of those of the patches.
+
+    Their number alone does not show it: 25 may be a class token and 4x6 patches, or 5x5 patches.
+
+    Args:
+      tensors: arrays by the names of timm.
+      image_size: (height, width) in pixels for which the embeddings are, if anything states it.
+      candidates: the numbers of embeddings in front of those of the patches that the model's class
+        allows.
+      usual: the one of these that is taken where the size is unknown, if it leaves a square grid;
+        None for none.
+      key: what states the size and where, for the error.
+
+    Returns:
+      `(num_slots, grid, notes)`: see `to_linen`; (rows, columns) of patches, None without position
+      embeddings; and a line if the grid is an assumption.
+
+    Raises:
+      ValueError: it can't be known.
+    """
+    if "pos_embed" not in tensors:
+        return 0, None, []
+    posemb = tensors["pos_embed"]
+    if posemb.ndim != 3:
+        raise ValueError(f"pos_embed is {list(posemb.shape)}; expected [1, length, width]")
+    length = posemb.shape[1]
+    if image_size is not None:
+        rows, columns = _find_stride(tensors)
+        grid = image_size[0] // rows, image_size[1] // columns
+        if (slots := length - math.prod(grid)) in candidates:
+            return slots, grid, []
+        why = f"{key} is {image_size[0]}x{image_size[1]}, which makes {grid[0]}x{grid[1]} patches"
+    else:
+        why = "nothing states the size of the images"
+        side = 0 if usual is None else math.isqrt(max(length - usual, 0))
+        if usual is not None and side and usual + side**2 == length:
+            note = f"position embeddings: taken as those of a square, {side}x{side} patches; {why}"
+            return usual, (side, side), [note]
+    slots = " or ".join(map(str, dict.fromkeys(candidates)))
+    raise ValueError(
+        f"the grid of its {length} position embeddings, {slots} of them for tokens, is not known: "
+        f"{why}; set {key} to the size that they are for"
+    )
+
+
+def _find_stride(tensors: Mapping[str, np.ndarray]) -> tuple[int, int]:
+    """Returns (height, width) of a patch in pixels of the image."""
+    height, width = tensors["patch_embed.proj.weight"].shape[2:]
+    hybrid = any(name.startswith("patch_embed.backbone.") for name in tensors)
+    shrink = total_stride(tuple(_count_units(tensors))) if hybrid else 1
+    return height * shrink, width * shrink
 
 
 def _check_expressible(model: Mapping[str, Any], grid: tuple[int, int] | None) -> None:
@@ -285,7 +347,7 @@ def _modules(layers: int, units: Sequence[int]) -> Iterator[tuple[str, str]]:
         yield f"{theirs}.downsample.norm", f"{ours}/gn_proj"
 
 
-def _read_tokens(rest: _Arrays, params: _Arrays, *, num_slots: int | None, average: bool) -> None:
+def _read_tokens(rest: _Arrays, params: _Arrays, *, num_slots: int, average: bool) -> None:
     # A distillation token that no head reads becomes a register.
     distilled = "head_dist.weight" in rest and not average
     found = [rest.pop(name, None) for name in ("cls_token", "dist_token", "reg_token")]
@@ -293,8 +355,6 @@ def _read_tokens(rest: _Arrays, params: _Arrays, *, num_slots: int | None, avera
     with_class = int(found[0] is not None and not average) + int(distilled)
     posemb = rest.pop("pos_embed", None)
     if posemb is not None:
-        if num_slots is None:
-            num_slots = _guess_slots(posemb.shape[1], found)
         slots, patches = np.split(posemb, [num_slots], axis=1)
         no_slot = np.zeros_like(patches, shape=(1, with_class, patches.shape[-1]))
         first = slots[:, :with_class] if num_slots and with_class else no_slot
@@ -310,20 +370,6 @@ def _read_tokens(rest: _Arrays, params: _Arrays, *, num_slots: int | None, avera
         params["dist"] = classes[:, 1:]
     if registers.shape[1]:
         params["Transformer/registers"] = registers
-
-
-def _guess_slots(length: int, found: list[np.ndarray | None]) -> int:
-    """Returns the first number of slots of a class of timm that leaves a square grid."""
-    first, registers = found[:2], found[2]
-    with_first = sum(x.shape[1] for x in first if x is not None)
-    if registers is None:
-        candidates = [with_first, 0]
-    else:
-        candidates = [0, with_first + registers.shape[1], with_first]
-    for slots in candidates:
-        if math.isqrt(max(length - slots, 0)) ** 2 == length - slots:
-            return slots
-    return candidates[0]
 
 
 def _add_slots(tokens: np.ndarray, slots: np.ndarray, *, start: int) -> np.ndarray:

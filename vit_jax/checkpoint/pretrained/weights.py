@@ -2,13 +2,13 @@
 """Pretrained weights by the parameter names of this package, and the model that they belong to."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from vit_jax.models.positions import Method
 from vit_jax.models.resnet import total_stride
 
 POSEMB = "Transformer/posembed_input/pos_embedding"
@@ -18,6 +18,14 @@ REGISTERS = "Transformer/registers"
 OBJECTIVE_PARAMS = {
     "decoder": "only for pre-training",
     "probe": "the heads of a linear probe",
+}
+
+# Methods of resizing here by the names of Pillow.
+_RESIZES = {
+    "nearest": "nearest",
+    "bilinear": "bilinear_antialias",
+    "bicubic": "bicubic_antialias",
+    "lanczos": "lanczos_antialias",
 }
 
 _BLOCK = re.compile(r"(.*/)?encoderblock_(\d+)/(.*)")
@@ -36,6 +44,9 @@ class Weights:
         sizes, and what shapes do not show, such as `{"activation": "gelu_erf"}`.
       preprocess: the known ones of `mean` and `std` of pixels in [0, 1] (one number or one for each
         channel), `image_size` (height, width in pixels), and `eval`, a value of `data.preprocess`.
+      posemb_grid: (rows, columns) of patches of the learned position embeddings; None if only
+        `preprocess` or their number shows it.
+      posemb_resize: the rule by which the file's own project resizes position embeddings.
       objective_params: arrays by path of parameters that a run trained beside its model's, such as
         those of a decoder.
       notes: what was left out or changed while reading, one line each.
@@ -45,6 +56,8 @@ class Weights:
     layout: str
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     preprocess: dict[str, Any] = dataclasses.field(default_factory=dict)
+    posemb_grid: tuple[int, int] | None = None
+    posemb_resize: Method = "bilinear"
     objective_params: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -102,32 +115,79 @@ def describe_model(params: Mapping[str, np.ndarray], *, rope_theta: float | None
     return infer_model(params) | {"position_embedding": positions, "rope_theta": rope_theta}
 
 
-def infer_image_size(params: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `{"image_size": (height, width)}` if the position embeddings are of a square."""
-    posemb = params.get(POSEMB)
-    if posemb is None:
-        return {}
-    patches = posemb.shape[1] - int("cls" in params) - int("dist" in params)
-    side = math.isqrt(patches)
+def image_size_of(grid: tuple[int, int], model: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns (height, width) in pixels of an image that becomes (rows, columns) of patches."""
     rows, columns = _stride(model)
-    return {"image_size": (side * rows, side * columns)} if side * side == patches else {}
+    return grid[0] * rows, grid[1] * columns
+
+
+def describe_posemb(weights: Weights) -> dict[str, Any]:
+    """Returns what `read_posemb` reads, as JSON."""
+    return {"grid": weights.posemb_grid, "resize": weights.posemb_resize}
+
+
+def read_posemb(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of `Weights` in a description by `describe_posemb`, which may be empty.
+
+    Raises:
+      ValueError: the rule has no name here.
+    """
+    resize, grid = description.get("resize", "bilinear"), description.get("grid")
+    if resize not in get_args(Method):
+        raise ValueError(f"posemb.resize={resize!r}: expected one of {', '.join(get_args(Method))}")
+    return {"posemb_grid": None if grid is None else tuple(grid), "posemb_resize": resize}
 
 
 def find_grid(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Returns (rows, columns) of patches in an image, if its size is known."""
+    """Returns (rows, columns) of patches in an image, if its size and that of a patch are known."""
     image_size = preprocess.get("image_size")
-    if image_size is None:
+    if image_size is None or not model.get("patch_size"):
         return None
     height, width = image_size
     rows, columns = _stride(model)
     return height // rows, width // columns
 
 
-def describe_interpolation(name: Any) -> list[str]:
-    """Returns a note if images were resized by another rule than that of the operations here."""
-    if name == "bilinear":
-        return []
-    return [f"images: resized by {name} interpolation in evaluation there, by bilinear here"]
+def describe_evaluation(
+    *,
+    resize: tuple[int, ...],
+    crop: tuple[int, int] | None,
+    interpolation: Any,
+    rounding: Literal["down", "nearest"],
+) -> tuple[dict[str, str], list[str]]:
+    """Describes how torchvision, timm and Hugging Face prepare images for evaluation.
+
+    They resize by Pillow, or by PyTorch as Pillow does: antialiased, and the longer side is rounded
+    down.
+
+    Args:
+      resize: (length of the shorter side,); or (height, width), where the aspect is not kept.
+      crop: (height, width) of the middle that is cropped then; None for the whole image.
+      interpolation: name of the filter in Pillow, in lower case.
+      rounding: of `central_crop`.
+
+    Returns:
+      `(preprocess, notes)`: `{"eval": line}`, or nothing and a note if no line does the same.
+    """
+    sides = resize * 2 if len(resize) == 1 else resize
+    if interpolation not in _RESIZES:
+        return {}, [describe_no_line(f"resized by {interpolation!r} interpolation")]
+    if crop is not None and (crop[0] > sides[0] or crop[1] > sides[1]):
+        return {}, [describe_no_line(f"resized to {sides}, and padded in a crop of {crop}")]
+    arguments = f"{', '.join(map(str, resize))}, method={_RESIZES[interpolation]!r}"
+    if len(resize) == 1:
+        line = f"decode|resize_small({arguments}, rounding='down')"
+    else:
+        line = f"decode|resize({arguments})"
+    if crop is not None and crop != resize:
+        size = f"{crop[0]}" if crop[0] == crop[1] else f"{crop[0]}, {crop[1]}"
+        line += f"|central_crop({size}{'' if rounding == 'down' else f', rounding={rounding!r}'})"
+    return {"eval": line}, []
+
+
+def describe_no_line(what: str) -> str:
+    """Returns a note on images that are prepared in a way for which there is no operation here."""
+    return f"images: {what} in evaluation there, which no operation here does: name another line"
 
 
 def _infer_mixer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

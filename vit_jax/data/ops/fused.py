@@ -99,12 +99,11 @@ class Fused(Random):
             full = (resize.height, resize.width or resize.height)
         else:
             full = resize.shape(height, width)
-        h, w = full
+        window = (0, 0, full[0], full[1])
         if rest and isinstance(crop := rest[0], CentralCrop):
-            h, w = crop.height, crop.width or crop.height
-            if full[0] * full[1] > MAX_PIXELS or h > full[0] or w > full[1]:
+            window = crop.window(*full)
+            if full[0] * full[1] > MAX_PIXELS or window[2] > full[0] or window[3] > full[1]:
                 return None
-        window = ((full[0] - h) // 2, (full[1] - w) // 2, h, w)
         flip = isinstance(self.ops[-1], FlipLr) and self.ops[-1].draw(rng)
         return Job(source, part, full, window, flip)
 

@@ -1,19 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Geometric operations on images, uint8 `[height, width, 3]`: resizing and affine maps."""
 
-import functools
 import math
 from typing import Literal
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from vit_jax.data.ops.decode import check_size
 
 # Methods without antialiasing are "bilinear", as published models were trained, and "bicubic" (a =
 # -0.75, as in OpenCV and PyTorch). "area" averages if both sides shrink, and is bilinear otherwise.
-# The last two are Pillow's BILINEAR and BICUBIC.
-Method = Literal["bilinear", "bicubic", "area", "bilinear_antialias", "bicubic_antialias"]
+# The others are those of Pillow.
+Method = Literal[
+    "bilinear",
+    "bicubic",
+    "area",
+    "bilinear_antialias",
+    "bicubic_antialias",
+    "lanczos_antialias",
+    "nearest",
+]
+_PILLOW = {
+    "bilinear_antialias": Image.Resampling.BILINEAR,
+    "bicubic_antialias": Image.Resampling.BICUBIC,
+    "lanczos_antialias": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+}
 
 Fill = tuple[int, int, int]
 
@@ -29,8 +43,8 @@ def resize_image(
     if (old_height, old_width) == (height, width):
         return image
     check_size(width, height)  # If the aspect is kept, a narrow strip may become huge.
-    if method.endswith("_antialias"):
-        return _resample(image, height, width, method)
+    if method in _PILLOW:
+        return np.array(Image.fromarray(image).resize((width, height), _PILLOW[method]))
     if method == "area" and height <= old_height and width <= old_width:
         flag = cv2.INTER_AREA
     else:
@@ -83,44 +97,3 @@ def _warp(image: np.ndarray, matrix: list[list[float]], fill: Fill, flag: int) -
         borderMode=cv2.BORDER_CONSTANT,
         borderValue=fill,
     )
-
-
-def _resample(image: np.ndarray, height: int, width: int, method: Method) -> np.ndarray:
-    rows = _resample_rows(image, height, method)
-    columns = _resample_rows(rows.transpose(1, 0, 2), width, method)
-    return np.clip(columns.transpose(1, 0, 2) + 0.5, 0, 255).astype(np.uint8)
-
-
-def _resample_rows(image: np.ndarray, size: int, method: Method) -> np.ndarray:
-    """Resamples the first axis to `size`, as float32."""
-    places, weights = _taps(image.shape[0], size, method)
-    flat = np.ascontiguousarray(image).reshape(image.shape[0], -1)
-    total = np.zeros((size, flat.shape[1]), np.float32)
-    for place, weight in zip(places, weights, strict=True):
-        total += flat[place] * weight[:, None]
-    return total.reshape(size, *image.shape[1:])
-
-
-@functools.lru_cache(maxsize=256)
-def _taps(old: int, new: int, method: Method) -> tuple[np.ndarray, np.ndarray]:
-    """The old pixels that make each new one, and their weights: intp and float32 `[taps, new]`.
-
-    The kernel is a triangle, or a cubic with a = -0.5 (Keys 1981), widened if the image shrinks.
-    """
-    scale = old / new
-    width = max(scale, 1.0)
-    support = width * (2 if method == "bicubic_antialias" else 1)
-    centre = (np.arange(new) + 0.5) * scale
-    first = np.floor(centre - support + 0.5)
-    places = first + np.arange(math.ceil(2 * support) + 1)[:, None]
-    inside = (places >= 0) & (places < old) & (places < np.floor(centre + support + 0.5))
-    x = np.abs(places + 0.5 - centre) / width
-    if method == "bicubic_antialias":
-        near = (1.5 * x - 2.5) * x * x + 1
-        weights = np.where(x < 1, near, ((-0.5 * x + 2.5) * x - 4) * x + 2)
-        weights = np.where(x < 2, weights, 0)
-    else:
-        weights = np.maximum(0, 1 - x)
-    weights = np.where(inside, weights, 0)
-    weights /= weights.sum(axis=0)
-    return np.clip(places, 0, old - 1).astype(np.intp), weights.astype(np.float32)

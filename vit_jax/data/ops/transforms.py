@@ -21,6 +21,7 @@ from vit_jax.data.ops.geometry import Method, resize_image
 from vit_jax.utils.errors import UserError, first_line
 
 Features = dict[str, Any]
+_Rounding = Literal["nearest", "down"]
 
 
 class Transform:
@@ -120,17 +121,25 @@ class Resize(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class ResizeSmall(Transform):
-    """Resizes the shorter side to `size`, keeping the aspect ratio."""
+    """Resizes the shorter side to `size`, keeping the aspect ratio.
+
+    The longer side is rounded to the `nearest` integer, as in big_vision, or `down`, as in
+    torchvision, timm and Hugging Face.
+    """
 
     size: int
     method: Method = "bilinear"
+    rounding: _Rounding = "nearest"
 
     def change(self, image: np.ndarray) -> np.ndarray:
         return resize_image(image, *self.shape(*image.shape[:2]), self.method)
 
     def shape(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the result for an image of this height and width."""
-        scale = self.size / min(height, width)
+        short = min(height, width)
+        if self.rounding == "down":
+            return self.size * height // short, self.size * width // short
+        scale = self.size / short
         return max(self.size, round(height * scale)), max(self.size, round(width * scale))
 
 
@@ -149,16 +158,27 @@ class ResizeLong(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class CentralCrop(Transform):
-    """Crops the middle `height` x `width` (default: `height`) of an image of at least this size."""
+    """Crops the middle `height` x `width` (default: `height`) of an image of at least this size.
+
+    Half of an odd number of pixels is rounded `down`, or to the `nearest` even integer, as in
+    torchvision and timm.
+    """
 
     height: int
     width: int | None = None
+    rounding: _Rounding = "down"
 
     def change(self, image: np.ndarray) -> np.ndarray:
-        width = self.width or self.height
-        _check_crop("central_crop", image, self.height, width)
-        top, left = (image.shape[0] - self.height) // 2, (image.shape[1] - width) // 2
-        return image[top : top + self.height, left : left + width]
+        _check_crop("central_crop", image, self.height, self.width or self.height)
+        top, left, height, width = self.window(*image.shape[:2])
+        return image[top : top + height, left : left + width]
+
+    def window(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Top, left, height and width of the part, for an image of this height and width."""
+        size = self.height, self.width or self.height
+        halves = ((height - size[0]) / 2, (width - size[1]) / 2)
+        top, left = map(math.floor if self.rounding == "down" else round, halves)
+        return top, left, *size
 
 
 @dataclasses.dataclass(frozen=True)
