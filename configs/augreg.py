@@ -49,7 +49,7 @@ def get_config(checkpoint: str = "R_Ti_16") -> ConfigDict:
     config.data = {
         "name": "oxford_iiit_pet",
         "split": "train[:90%]",
-        "preprocess": "decode|inception_crop(384)|flip_lr",
+        "preprocess": "decode|inception_crop(384, variant='tensorflow')|flip_lr",
         "batch_size": 512,
     }
     config.optimizer = {

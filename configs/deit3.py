@@ -48,16 +48,18 @@ def get_config(arguments: str = "B") -> ConfigDict:
         "pixel_mean": (0.485, 0.456, 0.406),
         "pixel_std": (0.229, 0.224, 0.225),
     }
-    crop = f"inception_crop({pixels}, area_min=8, method='bicubic_antialias')"
+    method = "method='bicubic_antialias'"
+    crop = f"inception_crop({pixels}, area_min=8, {method}, variant='torchvision')"
     data = {"name": "imagenet2012", "split": "train"}
     optimizer = {"schedule": "cosine", "warmup_epochs": 5, "start_lr": 1e-6, "end_lr": 1e-5}
     if finetune:
+        policy = "rand_augment('rand-m9-mstd0.5-inc1', variant='timm')"
         config.init_from = finetune
         config.adapt = {"posemb_resize": "bicubic"}
         config.objective = {**objective, "label_smoothing": 0.1}
         config.data = {
             **data,
-            "preprocess": f"decode|{crop}|flip_lr|rand_augment('rand-m9-mstd0.5-inc1')",
+            "preprocess": f"decode|{crop}|flip_lr|{policy}",
             "batch_size": 512,
         }
         # After the warmup the rate is constant: as published, the least one is the peak.
@@ -83,7 +85,7 @@ def get_config(arguments: str = "B") -> ConfigDict:
             "weight_decay": 0.05,
             "grad_clip_norm": 1.0 * NUM_CLASSES,
         }
-    resize = f"resize_small({pixels}, 'bicubic_antialias', rounding='down')"
+    resize = f"resize_small({pixels}, {method}, rounding='down')"
     config.evals = {
         "val": {
             "split": "validation",

@@ -36,10 +36,11 @@ def get_config() -> ConfigDict:
         "pixel_mean": (0.485, 0.456, 0.406),
         "pixel_std": (0.229, 0.224, 0.225),
     }
+    crop = "inception_crop(224, area_min=20, method='bicubic_antialias', variant='torchvision')"
     config.data = {
         "name": "imagenet2012",
         "split": "train",
-        "preprocess": "decode|inception_crop(224, area_min=20, method='bicubic_antialias')|flip_lr",
+        "preprocess": f"decode|{crop}|flip_lr",
         "batch_size": 4096,
     }
     config.optimizer = {

@@ -36,11 +36,11 @@ def get_config(init_from: str = "runs/mae") -> ConfigDict:
         "pixel_mean": (0.485, 0.456, 0.406),
         "pixel_std": (0.229, 0.224, 0.225),
     }
-    crop = "inception_crop(224, area_min=8, method='bicubic_antialias')"
+    crop = "inception_crop(224, area_min=8, method='bicubic_antialias', variant='torchvision')"
     config.data = {
         "name": "imagenet2012",
         "split": "train",
-        "preprocess": f"decode|{crop}|flip_lr|rand_augment('rand-m9-mstd0.5-inc1')",
+        "preprocess": f"decode|{crop}|flip_lr|rand_augment('rand-m9-mstd0.5-inc1', variant='timm')",
         "batch_size": 1024,
     }
     config.optimizer = {

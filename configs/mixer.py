@@ -47,7 +47,7 @@ def get_config(arguments: str = "b16,cifar10") -> ConfigDict:
     config.data = {
         "name": dataset,
         "split": train,
-        "preprocess": "decode|inception_crop(224)|flip_lr",
+        "preprocess": "decode|inception_crop(224, variant='tensorflow')|flip_lr",
         "batch_size": 512,
     }
     config.optimizer = {

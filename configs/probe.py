@@ -41,7 +41,7 @@ def get_config(init_from: str = "runs/mae") -> ConfigDict:
     config.precision = "bfloat16"
     config.model = model
     config.objective = {"name": "linear_probe", "pixel_mean": mean, "pixel_std": std}
-    crop = "inception_crop(224, area_min=8, method='bicubic_antialias')"
+    crop = "inception_crop(224, area_min=8, method='bicubic_antialias', variant='byol')"
     config.data = {
         "name": "imagenet2012",
         "split": "train",

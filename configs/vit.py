@@ -55,7 +55,7 @@ def get_config(arguments: str = "b16,cifar10") -> ConfigDict:
     pixels = 384 if resnet else 384 // patch * patch
     eval_ops = {
         "eval=squash": f"resize({pixels})",
-        "eval=central": f"resize_small({448 * pixels // 384})|central_crop({pixels})",
+        "eval=central": f"resize_small({448 * pixels // 384}, 'area')|central_crop({pixels})",
     }
     option = option or "eval=squash"
     if option not in eval_ops:
@@ -73,7 +73,7 @@ def get_config(arguments: str = "b16,cifar10") -> ConfigDict:
     config.data = {
         "name": dataset,
         "split": train,
-        "preprocess": f"decode|inception_crop({pixels})|flip_lr",
+        "preprocess": f"decode|inception_crop({pixels}, variant='tensorflow')|flip_lr",
         "batch_size": 512,
     }
     config.optimizer = {

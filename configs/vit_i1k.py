@@ -18,12 +18,12 @@ WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024}
 # Operations after the crop, and mixup.
 LEVELS = {
     "none": ("", 0.0),
-    "light1": ("|randaug(2, 0)", 0.0),
-    "light2": ("|randaug(2, 10)", 0.2),
-    "medium1": ("|randaug(2, 15)", 0.2),
-    "medium2": ("|randaug(2, 15)", 0.5),
-    "strong1": ("|randaug(2, 20)", 0.5),
-    "strong2": ("|randaug(2, 20)", 0.8),
+    "light1": ("|randaug(2, 0, variant='augreg')", 0.0),
+    "light2": ("|randaug(2, 10, variant='augreg')", 0.2),
+    "medium1": ("|randaug(2, 15, variant='augreg')", 0.2),
+    "medium2": ("|randaug(2, 15, variant='augreg')", 0.5),
+    "strong1": ("|randaug(2, 20, variant='augreg')", 0.5),
+    "strong2": ("|randaug(2, 20, variant='augreg')", 0.8),
 }
 
 
@@ -63,7 +63,7 @@ def get_config(arguments: str = "variant=B/16") -> ConfigDict:
     config.data = {
         "name": "imagenet2012",
         "split": "train[:99%]",
-        "preprocess": f"decode|inception_crop(224)|flip_lr{randaug}",
+        "preprocess": f"decode|inception_crop(224, variant='tensorflow')|flip_lr{randaug}",
         "batch_size": batch_size,
     }
     config.optimizer = {
@@ -74,7 +74,7 @@ def get_config(arguments: str = "variant=B/16") -> ConfigDict:
         "weight_decay": 0.1,
         "grad_clip_norm": 1.0,
     }
-    preprocess = "decode|resize_small(256)|central_crop(224)"
+    preprocess = "decode|resize_small(256, method='area')|central_crop(224)"
     config.evals = {
         "minival": {"split": "train[99%:]", "preprocess": preprocess, "every": 2500},
         "val": {"split": "validation", "preprocess": preprocess, "every": 5000},

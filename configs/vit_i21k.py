@@ -31,12 +31,12 @@ VARIANTS = {
 # Operations after the crop, and mixup.
 LEVELS = {
     "none": ("", 0.0),
-    "light1": ("|randaug(2, 0)", 0.0),
-    "light2": ("|randaug(2, 10)", 0.2),
-    "medium1": ("|randaug(2, 15)", 0.2),
-    "medium2": ("|randaug(2, 15)", 0.5),
-    "strong1": ("|randaug(2, 20)", 0.5),
-    "strong2": ("|randaug(2, 20)", 0.8),
+    "light1": ("|randaug(2, 0, variant='augreg')", 0.0),
+    "light2": ("|randaug(2, 10, variant='augreg')", 0.2),
+    "medium1": ("|randaug(2, 15, variant='augreg')", 0.2),
+    "medium2": ("|randaug(2, 15, variant='augreg')", 0.5),
+    "strong1": ("|randaug(2, 20, variant='augreg')", 0.5),
+    "strong2": ("|randaug(2, 20, variant='augreg')", 0.8),
 }
 
 
@@ -73,7 +73,7 @@ def get_config(arguments: str = "variant=B/16") -> ConfigDict:
     config.data = {
         "name": "folder:imagenet21k",
         "split": "train[51200:]",
-        "preprocess": f"decode|inception_crop(224)|flip_lr{randaug}",
+        "preprocess": f"decode|inception_crop(224, variant='tensorflow')|flip_lr{randaug}",
         "batch_size": batch_size,
     }
     config.optimizer = {
@@ -84,7 +84,7 @@ def get_config(arguments: str = "variant=B/16") -> ConfigDict:
         "weight_decay": VARIANTS[variant][1],
         "grad_clip_norm": 1.0,
     }
-    preprocess = "decode|resize_small(256)|central_crop(224)"
+    preprocess = "decode|resize_small(256, method='area')|central_crop(224)"
     config.evals = {
         "val": {"split": "train[25600:51200]", "preprocess": preprocess, "every": 5000},
         "test": {"split": "train[:25600]", "preprocess": preprocess, "every": 5000},

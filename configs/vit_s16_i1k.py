@@ -37,7 +37,10 @@ def get_config(argument: str = "epochs=90") -> ConfigDict:
     config.data = {
         "name": "imagenet2012",
         "split": "train[:99%]",
-        "preprocess": "decode|inception_crop(224)|flip_lr|randaug(2, 10)",
+        "preprocess": (
+            "decode|inception_crop(224, variant='tensorflow')|flip_lr"
+            "|randaug(2, 10, variant='augreg')"
+        ),
         "batch_size": batch_size,
     }
     config.optimizer = {
@@ -48,7 +51,7 @@ def get_config(argument: str = "epochs=90") -> ConfigDict:
         "weight_decay": 0.1,
         "grad_clip_norm": 1.0,
     }
-    preprocess = "decode|resize_small(256)|central_crop(224)"
+    preprocess = "decode|resize_small(256, method='area')|central_crop(224)"
     config.evals = {
         "minival": {"split": "train[99%:]", "preprocess": preprocess, "every": 2500},
         "val": {"split": "validation", "preprocess": preprocess, "every": 2500},

@@ -9,6 +9,9 @@ import pytest
 from tests.images import write_folder
 from vit_jax.checkpoint.pretrained.catalogue import find, is_name, needs_index
 from vit_jax.config.load import load_config, override_config
+from vit_jax.data.ops.policies import RandAug, RandAugment
+from vit_jax.data.ops.transforms import InceptionCrop, ResizeSmall
+from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import count
@@ -97,7 +100,7 @@ RECIPES = [
             500,
             0.03,
             0.0,
-            "resize_small(448)|central_crop(384)",
+            "resize_small(448, 'area')|central_crop(384)",
         ),
     ),
     (
@@ -163,8 +166,9 @@ def test_recipes_are_as_published(recipe):
         "accum_steps": 8,
     }
     assert {e.preprocess for e in config.evals.values()} == {f"decode|{images}"}
-    size = images.rpartition("(")[2]
-    assert config.data.preprocess == f"decode|inception_crop({size}|flip_lr"
+    size = images.rpartition("(")[2].rstrip(")")
+    crop = f"inception_crop({size}, variant='tensorflow')"
+    assert config.data.preprocess == f"decode|{crop}|flip_lr"
 
 
 def test_every_config_is_built_here():
@@ -202,43 +206,89 @@ def test_wrong_arguments_are_refused(config):
         load_config(str(CONFIGS / config), {})
 
 
+def augreg_line(magnitude):
+    line = "decode|inception_crop(224, variant='tensorflow')|flip_lr"
+    return line if magnitude is None else f"{line}|randaug(2, {magnitude}, variant='augreg')"
+
+
+# The library whose crops a source took; None of it for the recipes of this project.
+CROPS = {
+    "augreg.py": "tensorflow",
+    "deit.py": "torchvision",
+    "deit3.py:B": "torchvision",
+    "deit3.py:B,finetune=runs/deit3_b16": "torchvision",
+    "distill.py": "torchvision",
+    "mae.py": "torchvision",
+    "mae_finetune.py": "torchvision",
+    "mixer.py": "tensorflow",
+    "probe.py": "byol",
+    "vit.py": "tensorflow",
+    "vit_i1k.py": "tensorflow",
+    "vit_i21k.py": "tensorflow",
+    "vit_s16_i1k.py": "tensorflow",
+}
+POLICIES = {"tensorflow": (RandAug, "augreg"), "torchvision": (RandAugment, "timm")}
+
+
+def test_recipes_crop_and_distort_as_their_sources_did():
+    found = set()
+    for file in CONFIGS.glob("*.py"):
+        for name in [c for c in CROPS if c.partition(":")[0] == file.name] or [file.name]:
+            line = load_config(str(CONFIGS / name), {}).data.preprocess
+            ops = parse_preprocess(line, key="data.preprocess")
+            variant = next((op.variant for op in ops if isinstance(op, InceptionCrop)), None)
+            assert variant == CROPS.get(name), name
+            for op in ops:
+                if isinstance(op, RandAug | RandAugment):
+                    assert (type(op), op.variant) == POLICIES[variant], name
+                    found.add(name)
+    assert found >= {"vit_i1k.py", "vit_s16_i1k.py", "deit.py", "distill.py", "mae_finetune.py"}
+
+
+def test_recipes_of_big_vision_evaluate_as_it_does():
+    for name in ("vit_i1k.py", "vit_i21k.py", "vit_s16_i1k.py", "vit.py:b16,cifar10,eval=central"):
+        for section in load_config(str(CONFIGS / name), {}).evals.values():
+            ops = parse_preprocess(section.preprocess, key="evals")
+            assert [op.method for op in ops if isinstance(op, ResizeSmall)] == ["area"]
+
+
 def test_recipes_stay_short():
     for file in CONFIGS.glob("*.py"):
         assert len(file.read_text().splitlines()) <= 120, file.name
 
 
 @pytest.mark.parametrize(
-    ("arguments", "randaug", "mixup"),
+    ("arguments", "magnitude", "mixup"),
     [
-        ("variant=Ti/16", "|randaug(2, 0)", 0.0),
-        ("variant=S/32", "|randaug(2, 15)", 0.2),
-        ("variant=S/16", "|randaug(2, 15)", 0.5),
-        ("variant=L/16", "|randaug(2, 15)", 0.5),
-        ("variant=Ti/16,aug=none", "", 0.0),
-        ("aug=light2,variant=B/32", "|randaug(2, 10)", 0.2),
-        ("variant=B/16,aug=strong2", "|randaug(2, 20)", 0.8),
+        ("variant=Ti/16", 0, 0.0),
+        ("variant=S/32", 15, 0.2),
+        ("variant=S/16", 15, 0.5),
+        ("variant=L/16", 15, 0.5),
+        ("variant=Ti/16,aug=none", None, 0.0),
+        ("aug=light2,variant=B/32", 10, 0.2),
+        ("variant=B/16,aug=strong2", 20, 0.8),
     ],
 )
-def test_augmentation_goes_by_the_levels_of_augreg(arguments, randaug, mixup):
+def test_augmentation_goes_by_the_levels_of_augreg(arguments, magnitude, mixup):
     config = load_config(str(CONFIGS / f"vit_i1k.py:{arguments}"), {})
-    assert config.data.preprocess == f"decode|inception_crop(224)|flip_lr{randaug}"
+    assert config.data.preprocess == augreg_line(magnitude)
     assert config.objective.mixup == mixup
 
 
 @pytest.mark.parametrize(
-    ("variant", "randaug", "weight_decay"),
+    ("variant", "magnitude", "weight_decay"),
     [
-        ("Ti/16", "", 0.03),
-        ("S/32", "", 0.1),
-        ("S/16", "|randaug(2, 0)", 0.03),
-        ("B/32", "|randaug(2, 0)", 0.1),
-        ("B/16", "|randaug(2, 15)", 0.1),
-        ("L/16", "|randaug(2, 20)", 0.1),
+        ("Ti/16", None, 0.03),
+        ("S/32", None, 0.1),
+        ("S/16", 0, 0.03),
+        ("B/32", 0, 0.1),
+        ("B/16", 15, 0.1),
+        ("L/16", 20, 0.1),
     ],
 )
-def test_pre_training_is_that_of_the_recommended_checkpoints(variant, randaug, weight_decay):
+def test_pre_training_is_that_of_the_recommended_checkpoints(variant, magnitude, weight_decay):
     config = load_config(str(CONFIGS / f"vit_i21k.py:variant={variant}"), {})
-    assert config.data.preprocess == f"decode|inception_crop(224)|flip_lr{randaug}"
+    assert config.data.preprocess == augreg_line(magnitude)
     assert config.optimizer.weight_decay == weight_decay
     # The names of the files say both.
     name = find(f"augreg:{variant}").url_gs

@@ -127,7 +127,7 @@ def test_the_documentation_has_all_operations_and_lines_that_can_be_read():
         ("keep()", ["'keep()'", "expected 'image' among the names"]),
         ("keep('image', 3)", ["keep: names=('image', 3) is a tuple; expected tuple[str, ...]"]),
         ("keep(names='image')", ["expected keep(*names)"]),
-        ("randaug(2)", ["'randaug(2)'", "expected randaug(num_layers, magnitude)"]),
+        ("randaug(2)", ["'randaug(2)'", "expected randaug(num_layers, magnitude, variant="]),
         ("randaug(2, -1)", ["magnitude=-1: expected 0 or more"]),
         ("auto_augment('v1')", ["auto_augment: policy='v1'", "expected 'original' or 'v0'"]),
         ("grayscale(1.5)", ["'grayscale(1.5)'", "probability=1.5: expected at most 1"]),

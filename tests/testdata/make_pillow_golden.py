@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes what Pillow makes of two small images, for tests/data/test_augment_ops.py.
+"""Writes what Pillow makes of two small images, for tests/data/ops/test_colors.py.
 
 python tests/testdata/make_pillow_golden.py    (with Pillow and numpy; made with Pillow 13.0)
 """

@@ -25,6 +25,7 @@ from vit_jax.data.preprocess import parse_preprocess
 LINES = (
     "decode|inception_crop(56)|flip_lr",
     "decode|inception_crop(32, area_min=1)",
+    "decode|inception_crop(32, variant='tensorflow')|flip_lr",
     "decode|resize(40, 56)|flip_lr",
     "decode|resize_small(50)|central_crop(48, 40)|flip_lr",
     "decode|resize_small(40)|central_crop(40)",

@@ -37,12 +37,12 @@ def posterize(image: np.ndarray, bits: int) -> np.ndarray:
 
 def solarize(image: np.ndarray, threshold: int = 128) -> np.ndarray:
     """Inverts the values of `threshold` or more."""
-    return _map_values(image, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS))
+    return map_values(image, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS))
 
 
 def solarize_add(image: np.ndarray, addition: int, threshold: int = 128) -> np.ndarray:
     """Adds `addition` to the values below `threshold`."""
-    return _map_values(image, np.where(threshold > _LEVELS, _LEVELS + addition, _LEVELS))
+    return map_values(image, np.where(threshold > _LEVELS, _LEVELS + addition, _LEVELS))
 
 
 def autocontrast(image: np.ndarray) -> np.ndarray:
@@ -51,7 +51,7 @@ def autocontrast(image: np.ndarray) -> np.ndarray:
     low, high = np.transpose(limits)
     scale = 255 / np.maximum(high - low, 1)
     stretched = _LEVELS[:, None] * scale - low * scale
-    return _map_values(image, np.where(high > low, stretched, _LEVELS[:, None]))
+    return map_values(image, np.where(high > low, stretched, _LEVELS[:, None]))
 
 
 def equalize(image: np.ndarray) -> np.ndarray:
@@ -63,30 +63,30 @@ def equalize(image: np.ndarray) -> np.ndarray:
         step = (histogram.sum() - histogram[np.flatnonzero(histogram)[-1]]) // 255
         before = np.cumsum(histogram) - histogram
         tables[:, channel] = (before + step // 2) // step if step else _LEVELS
-    return _map_values(image, tables)
+    return map_values(image, tables)
 
 
 def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
     """Interpolates from black (`factor` 0) to the image (1), or extrapolates beyond it."""
-    return _map_values(image, _blend(0, _LEVELS, factor))
+    return map_values(image, blend(0, _LEVELS, factor))
 
 
 def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
     """Interpolates from the image's mean luma (`factor` 0) to the image (1), or extrapolates."""
     mean = int(to_gray(image).mean() + 0.5)
-    return _map_values(image, _blend(mean, _LEVELS, factor))
+    return map_values(image, blend(mean, _LEVELS, factor))
 
 
 def adjust_saturation(image: np.ndarray, factor: float) -> np.ndarray:
     """Interpolates from gray (`factor` 0) to the image (1), or extrapolates beyond it."""
-    return _to_uint8(_blend(to_gray(image)[..., None], image, factor))
+    return to_uint8(blend(to_gray(image)[..., None], image, factor))
 
 
 def adjust_sharpness(image: np.ndarray, factor: float) -> np.ndarray:
     """Interpolates from a smoothed image (`factor` 0) to the image (1); border pixels stay."""
     smooth = image.astype(np.float32)
     smooth[1:-1, 1:-1] = np.rint(cv2.filter2D(smooth, -1, _SMOOTH)[1:-1, 1:-1])
-    return _to_uint8(_blend(smooth, image, factor))
+    return to_uint8(blend(smooth, image, factor))
 
 
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -95,19 +95,21 @@ def blur(image: np.ndarray, sigma: float) -> np.ndarray:
     # OpenCV's weights for uint8 have eight bits, which is off by more than one level.
     image = image.astype(np.float32)
     blurred = cv2.GaussianBlur(image, (size, size), sigma, borderType=cv2.BORDER_REPLICATE)
-    return _to_uint8(blurred + 0.5)
+    return to_uint8(blurred + 0.5)
 
 
-def _blend(start: np.ndarray | int, end: np.ndarray, factor: float) -> np.ndarray:
+def blend(start: np.ndarray | int, end: np.ndarray, factor: float) -> np.ndarray:
+    """Interpolates from `start` (`factor` 0) to `end` (1), in float32; shapes are broadcast."""
     start = np.asarray(start, np.float32)
     return start + np.float32(factor) * (end.astype(np.float32) - start)
 
 
-def _to_uint8(values: np.ndarray) -> np.ndarray:
+def to_uint8(values: np.ndarray) -> np.ndarray:
+    """Clips values of any shape to 0 and 255; fractions are cut off, as in Pillow."""
     return np.clip(values, 0, 255).astype(np.uint8)
 
 
-def _map_values(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Looks values up in a table, `[256]` or `[256, 3]`; fractions are cut off, as in Pillow."""
-    table = _to_uint8(table)
+def map_values(image: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Looks values of an image up in a table, `[256]` or `[256, 3]`, see `to_uint8`."""
+    table = to_uint8(table)
     return cv2.LUT(image, table if table.ndim == 1 else table[None])

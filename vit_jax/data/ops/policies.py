@@ -10,28 +10,43 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 
-from vit_jax.data.ops import colors, geometry
+from vit_jax.data.ops import augreg, colors, geometry, pillow
 from vit_jax.data.ops.geometry import Fill
 from vit_jax.data.ops.transforms import Features, Op, Random, check_order
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """Fill colour of pixels from outside of the image, and interpolation flag of OpenCV."""
+    """Fill colour of pixels from outside of the image, and operations that move pixels.
+
+    The operations take an image and how far it goes, as the functions of `geometry` do.
+    """
 
     fill: Fill
-    flag: int
+    rotate: Callable
+    shear_x: Callable
+    shear_y: Callable
+    translate: Callable
+
+
+def _make_style(module: Any, fill: Fill, **options: Any) -> Style:
+    functions = (module.rotate, module.shear_x, module.shear_y, module.translate)
+    return Style(fill, *(functools.partial(f, fill=fill, **options) for f in functions))
 
 
 # arXiv:2106.10270, and the code of arXiv:1909.13719.
-AUGREG_STYLE = Style((128, 128, 128), cv2.INTER_NEAREST)
+_GRAY = (128, 128, 128)
+AUGREG_STYLE = _make_style(geometry, _GRAY, flag=cv2.INTER_NEAREST)
+AUGREG_PUBLISHED_STYLE = _make_style(augreg, _GRAY)
 # DeiT (arXiv:2012.12877) and later work fill with the mean colour of ImageNet.
-DEIT_STYLE = Style((124, 116, 104), cv2.INTER_LINEAR)
+_MEAN = (124, 116, 104)
+DEIT_STYLE = _make_style(geometry, _MEAN, flag=cv2.INTER_LINEAR)
+TIMM_STYLE = _make_style(pillow, _MEAN)
 
 Action = Callable[[np.ndarray, float, np.random.Generator, Style], np.ndarray]
 
@@ -49,20 +64,21 @@ def _enhance_about_one(adjust: Callable) -> Action:
 
 
 def _rotate(image: np.ndarray, x: float, rng: np.random.Generator, style: Style) -> np.ndarray:
-    degrees = _either_sign(30 * x, rng)
-    return geometry.rotate(image, degrees, fill=style.fill, flag=style.flag)
+    return style.rotate(image, _either_sign(30 * x, rng))
 
 
-def _shear(shear: Callable) -> Action:
-    return lambda image, x, rng, style: shear(
-        image, _either_sign(0.3 * x, rng), fill=style.fill, flag=style.flag
-    )
+def _shear_x(image: np.ndarray, x: float, rng: np.random.Generator, style: Style) -> np.ndarray:
+    return style.shear_x(image, _either_sign(0.3 * x, rng))
+
+
+def _shear_y(image: np.ndarray, x: float, rng: np.random.Generator, style: Style) -> np.ndarray:
+    return style.shear_y(image, _either_sign(0.3 * x, rng))
 
 
 def _translate(image: np.ndarray, pixels: float, rng: np.random.Generator, style: Style, axis: str):
     pixels = _either_sign(pixels, rng)
     x, y = (pixels, 0) if axis == "x" else (0, pixels)
-    return geometry.translate(image, x, y, fill=style.fill, flag=style.flag)
+    return style.translate(image, x, y)
 
 
 def _cut_out(image: np.ndarray, x: float, rng: np.random.Generator, style: Style) -> np.ndarray:
@@ -90,8 +106,8 @@ ACTIONS: dict[str, Action] = {
     "solarize_add": lambda image, x, *_: colors.solarize_add(image, int(110 * x)),
     **{name: _enhance(adjust) for name, adjust in _ENHANCE.items()},
     **{f"{name}_increasing": _enhance_about_one(adjust) for name, adjust in _ENHANCE.items()},
-    "shear_x": _shear(geometry.shear_x),
-    "shear_y": _shear(geometry.shear_y),
+    "shear_x": _shear_x,
+    "shear_y": _shear_y,
     "translate_x": lambda image, x, rng, style: _translate(image, 100 * x, rng, style, "x"),
     "translate_y": lambda image, x, rng, style: _translate(image, 100 * x, rng, style, "y"),
     "translate_x_relative": lambda image, x, rng, style: _translate(
@@ -101,6 +117,18 @@ ACTIONS: dict[str, Action] = {
         image, 0.45 * x * image.shape[0], rng, style, "y"
     ),
     "cutout": _cut_out,
+}
+# What published code computes in another way: see `augreg`, and timm at levels above 11.
+AUGREG_COLORS: dict[str, Action] = {
+    "autocontrast": lambda image, *_: augreg.autocontrast(image),
+    "posterize": lambda image, x, *_: augreg.posterize(image, int(4 * x)),
+    "solarize": lambda image, x, *_: augreg.solarize(image, int(256 * x)),
+    "color": _enhance(augreg.adjust_saturation),
+    "contrast": _enhance(augreg.adjust_contrast),
+    "sharpness": _enhance(augreg.adjust_sharpness),
+}
+TIMM_COLORS: dict[str, Action] = {
+    "solarize_add": lambda image, x, *_: colors.solarize_add(image, min(128, int(110 * x))),
 }
 
 _COMMON = ("autocontrast", "equalize", "invert", "rotate", "shear_x", "shear_y", "solarize_add")
@@ -117,18 +145,43 @@ class RandAug(Random):
     """Applies `num_layers` of sixteen actions at level `magnitude`, which may be above 10.
 
     The definition is AugReg's (arXiv:2106.10270), after arXiv:1909.13719: no action is skipped by
-    chance, and `magnitude` 0 still changes the image.
+    chance, and `magnitude` 0 still changes the image. `variant` "pillow" has the actions that the
+    papers describe, in which Pillow's functions are; "augreg" those of the published code, with
+    its faults, see `augreg`.
     """
 
     num_layers: int
     magnitude: float
+    variant: Literal["pillow", "augreg"] = "pillow"
     may_be_zero = ("magnitude",)
 
     def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        published = self.variant == "augreg"
+        actions = ACTIONS | AUGREG_COLORS if published else ACTIONS
+        style = AUGREG_PUBLISHED_STYLE if published else AUGREG_STYLE
         for _ in range(self.num_layers):
-            action = ACTIONS[AUGREG_ACTIONS[rng.integers(len(AUGREG_ACTIONS))]]
-            image = action(image, self.magnitude / 10, rng, AUGREG_STYLE)
+            action = actions[AUGREG_ACTIONS[rng.integers(len(AUGREG_ACTIONS))]]
+            image = action(image, self.magnitude / 10, rng, style)
         return image
+
+
+# Policies that move pixels by OpenCV's bilinear interpolation, or as timm does by default for
+# DeiT: by Pillow's bicubic one.
+PolicyVariant = Literal["opencv", "timm"]
+
+
+def _act(
+    name: str,
+    image: np.ndarray,
+    level: float,
+    rng: np.random.Generator,
+    variant: PolicyVariant,
+) -> np.ndarray:
+    """Applies an action of a policy of timm."""
+    if variant == "opencv":
+        return ACTIONS[name](image, level / 10, rng, DEIT_STYLE)
+    action = TIMM_COLORS.get(name, ACTIONS[name])
+    return action(image, level / 10, rng, TIMM_STYLE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +191,12 @@ class RandAugment(Random):
     `rand-m9-mstd0.5-inc1` applies two actions with probability 0.5 each, at a level drawn from a
     normal distribution of mean 9 and standard deviation 0.5; their strength increases with it.
     Parts and defaults: m (10), n (2 actions), mstd (0), mmax (10, the highest level), p (0.5),
-    inc (0).
+    inc (0). With `variant` "timm" images are turned, sheared and moved by Pillow's bicubic
+    interpolation, as in DeiT, with "opencv" by a bilinear one.
     """
 
     policy: str = "rand-m9-mstd0.5-inc1"
+    variant: PolicyVariant = "opencv"
 
     def __post_init__(self) -> None:
         _parse_rand(self.policy)
@@ -154,7 +209,7 @@ class RandAugment(Random):
             if rng.random() >= parts["p"]:
                 continue
             level = np.clip(rng.normal(parts["m"], parts["mstd"]), 0, parts["mmax"])
-            image = ACTIONS[name](image, float(level) / 10, rng, DEIT_STYLE)
+            image = _act(name, image, float(level), rng, self.variant)
         return image
 
 
@@ -209,15 +264,17 @@ class AutoAugment(Random):
     """Applies one of 25 pairs of actions, each with its probability (arXiv:1805.09501).
 
     `original` is the paper's policy for ImageNet; `v0` is the later one of the authors' code.
+    `variant` is that of `RandAugment`.
     """
 
     policy: Literal["original", "v0"] = "original"
+    variant: PolicyVariant = "opencv"
 
     def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         pairs = parse_pairs(self.policy)
         for name, probability, level in pairs[rng.integers(len(pairs))]:
             if rng.random() < probability:
-                image = ACTIONS[name](image, level / 10, rng, DEIT_STYLE)
+                image = _act(name, image, level, rng, self.variant)
         return image
 
 
