@@ -24,6 +24,7 @@ def get_config(size: str = "S") -> ConfigDict:
     config.seed = 0
     config.epochs = 300
     config.ema_decay = 0.99996
+    config.ema_warmup = "none"
     config.precision = "bfloat16"
     config.model = {
         "name": "vit",
@@ -54,6 +55,8 @@ def get_config(size: str = "S") -> ConfigDict:
         "lr_scaling": "linear",
         "base_batch_size": 512,
         "schedule": "cosine",
+        "decay_from": "start",
+        "lr_every": "epoch",
         "warmup_epochs": 5,
         "start_lr": 1e-6,
         "end_lr": 1e-5,

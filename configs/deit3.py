@@ -51,7 +51,14 @@ def get_config(arguments: str = "B") -> ConfigDict:
     method = "method='bicubic_antialias'"
     crop = f"inception_crop({pixels}, area_min=8, {method}, variant='torchvision')"
     data = {"name": "imagenet2012", "split": "train"}
-    optimizer = {"schedule": "cosine", "warmup_epochs": 5, "start_lr": 1e-6, "end_lr": 1e-5}
+    optimizer = {
+        "schedule": "cosine",
+        "decay_from": "start",
+        "lr_every": "epoch",
+        "warmup_epochs": 5,
+        "start_lr": 1e-6,
+        "end_lr": 1e-5,
+    }
     if finetune:
         policy = "rand_augment('rand-m9-mstd0.5-inc1', variant='timm')"
         config.init_from = finetune

@@ -17,6 +17,7 @@ def get_config(teacher: str = "augreg+imagenet2012:B/16@224") -> ConfigDict:
     config.seed = 0
     config.epochs = 300
     config.ema_decay = 0.99996
+    config.ema_warmup = "none"
     config.precision = "bfloat16"
     config.model = {
         "name": "vit",
@@ -51,6 +52,8 @@ def get_config(teacher: str = "augreg+imagenet2012:B/16@224") -> ConfigDict:
         "lr_scaling": "linear",
         "base_batch_size": 512,
         "schedule": "cosine",
+        "decay_from": "start",
+        "lr_every": "epoch",
         "warmup_epochs": 5,
         "start_lr": 1e-6,
         "end_lr": 1e-5,

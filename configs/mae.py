@@ -52,6 +52,8 @@ def get_config() -> ConfigDict:
         "schedule": "cosine",
         "warmup_epochs": 40,
         "weight_decay": 0.05,
+        # All but vectors, as in the published code: tokens too.
+        "weight_decay_params": (".*(kernel|registers|mask_token)",),
     }
     config.evals = {
         "val": {

@@ -3,9 +3,9 @@
 
 python -m tools.config_dumps
 
-Of each, with its default arguments: all parameters with their shapes, where they lie on a mesh, and
-how they are trained, and the first learning rates. Only shapes are computed. A change of these
-files should be one that was meant.
+Of each, with its default arguments: preprocessing, all parameters with their shapes, where they lie
+on a mesh, and how they are trained, and the first learning rates. Only shapes are computed. A
+change of these files should be one that was meant.
 """
 
 import re
@@ -52,6 +52,8 @@ def dump_config(file: Path, *, data_dir: str) -> str:
     return "\n".join(
         [
             f"{experiment.total_steps} steps of {experiment.train_data.batch_size}",
+            f"images: {experiment.train_data.preprocess}",
+            *(f"images of {e.name}: {e.data.preprocess}" for e in experiment.evaluators),
             *describe_rates(optimizer),
             f"first learning rates: {rates}",
             "",

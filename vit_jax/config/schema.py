@@ -18,6 +18,7 @@ from vit_jax.data.corrupt import MAX_CORRUPT
 from vit_jax.observe.divergence import POLICIES
 from vit_jax.observe.profiler import Profile
 from vit_jax.observe.trackers import Tracking
+from vit_jax.optim.averages import EmaWarmup
 from vit_jax.runtime.watchdog import Limits
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import bind, lookup
@@ -144,6 +145,7 @@ class Config:
     mesh: dict = key(dict, may_change=True)
     objective: dict = key(dict)
     ema_decay: float | None = None
+    ema_warmup: EmaWarmup = "count"
     on_divergence: str = key("stop", may_change=True)
     max_loss: float | None = key(None, may_change=True)
     init_from: str | None = key(None, may_change=True, old=["model_or_filename", "pretrained_dir"])

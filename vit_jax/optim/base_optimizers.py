@@ -32,13 +32,13 @@ class BaseOptimizer:
     Attributes:
       tx: the transformation, which comes before weight decay.
       after_decay: makes a transformation that comes after weight decay, given which parameters
-        decay; None for none.
+        decay and by what; None for none.
       averaging: for schedule-free optimizers, the weight of the average in the point at which
         gradients are taken (beta in arXiv:2405.15682); None for the others.
     """
 
     tx: optax.GradientTransformation
-    after_decay: Callable[[DecayMask], optax.GradientTransformation] | None = None
+    after_decay: Callable[[DecayMask, float], optax.GradientTransformation] | None = None
     averaging: float | None = None
 
 
@@ -124,23 +124,35 @@ def lamb(
     """
     _check_rates(b1=b1, b2=b2)
 
-    def scale(mask: DecayMask) -> optax.GradientTransformation:
+    def scale(mask: DecayMask, decay: float) -> optax.GradientTransformation:
         return _scale_by_trust_ratio(mask if trust_ratio == "decayed" else None)
 
     return BaseOptimizer(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype), scale)
 
 
-def lars(*, momentum: float = 0.9, trust_coefficient: float = 0.001) -> BaseOptimizer:
+def lars(
+    *,
+    momentum: float = 0.9,
+    trust_coefficient: float = 0.001,
+    trust_ratio: Literal["update", "norms"] = "update",
+) -> BaseOptimizer:
     """LARS (arXiv:1708.03888): momentum of gradients scaled to the norm of the parameter.
 
-    Gradients of parameters without weight decay are not scaled. `trust_coefficient` is the norm of
-    a scaled gradient, relative to that of the parameter.
+    Gradients of parameters without weight decay are not scaled. With gradient g, parameter w and
+    weight decay d, the scaled gradient is c |w| (g + d w) / n with c the `trust_coefficient`. n is
+    |g + d w| for `trust_ratio` "update", as in MoCo v3 and the linear probes of MAE, and
+    |g| + d |w| + 1e-8 for "norms", as in the paper and timm, which scales nothing if d is 0.
     """
     _check_rates(momentum=momentum)
     _check_above_0(trust_coefficient=trust_coefficient)
 
-    def scale(mask: DecayMask) -> optax.GradientTransformation:
-        return optax.chain(_scale_by_trust_ratio(mask, trust_coefficient), optax.trace(momentum))
+    def scale(mask: DecayMask, decay: float) -> optax.GradientTransformation:
+        trace = optax.trace(momentum)
+        if trust_ratio == "update":
+            return optax.chain(_scale_by_trust_ratio(mask, trust_coefficient), trace)
+        if not decay:
+            return trace
+        return optax.chain(_scale_by_trust_ratio(mask, trust_coefficient, decay), trace)
 
     return BaseOptimizer(optax.identity(), scale)
 
@@ -242,18 +254,24 @@ def _check_above_0(**values: float) -> None:
 
 
 def _scale_by_trust_ratio(
-    mask: DecayMask | None, coefficient: float = 1.0
+    mask: DecayMask | None, coefficient: float = 1.0, decay: float | None = None
 ) -> optax.GradientTransformation:
-    """As `optax.scale_by_trust_ratio`, with a ratio for each block of a stack."""
+    """As `optax.scale_by_trust_ratio`, with a ratio for each block of a stack.
+
+    With `decay`, the norm of the update is the sum of those of the gradient and of the decay.
+    """
 
     def scale(path: Any, update: jax.Array, param: jax.Array, chosen: bool) -> jax.Array:
         if not chosen:
             return update
         axes = tuple(range(1 if is_stacked(path_str(path)) else 0, param.ndim))
+        gradient = update if decay is None else update - decay * param
         norm, update_norm = (
-            jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True)) for x in (param, update)
+            jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True)) for x in (param, gradient)
         )
         usable = (norm > 0) & (update_norm > 0)
+        if decay is not None:
+            update_norm += decay * norm + 1e-8
         return update * jnp.where(usable, coefficient * norm / jnp.where(usable, update_norm, 1), 1)
 
     def update(updates: Any, params: Any) -> Any:

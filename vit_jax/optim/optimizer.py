@@ -166,7 +166,7 @@ def _make_chain(
     multiplied = rules.lr_multipliers or rules.layer_decay is not None
     scale = [_scale_by_factors()] if multiplied else []
     shrink = [optax.add_decayed_weights(decay, mask=rules.decay_mask)] if decay else []
-    after = [base.after_decay(rules.decay_mask)] if base.after_decay else []
+    after = [base.after_decay(rules.decay_mask, decay)] if base.after_decay else []
     if shrink and multiply_first:
         scale, shrink = [], [*scale, *shrink]
     tx = optax.chain(*clip, base.tx, *shrink, *after, _scale_by_rates(rates, rules), *scale)

@@ -14,6 +14,7 @@ from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import bind
 
 Schedule = Literal["cosine", "linear", "rsqrt", "constant"]
+DecayFrom = Literal["warmup", "start"]
 
 # Default of "rsqrt": the number of updates until the rate has fallen by 1/sqrt(2).
 TIMESCALE = 10_000
@@ -30,6 +31,8 @@ def make_schedule(
     start_lr: float = 0.0,
     end_lr: float = 0.0,
     timescale: int | None = None,
+    decay_from: DecayFrom = "warmup",
+    hold_steps: int = 1,
 ) -> optax.Schedule:
     """Makes a schedule: linear warmup from `start_lr` to `lr`, a shape, a linear cooldown.
 
@@ -48,6 +51,9 @@ def make_schedule(
       start_lr: rate at update 0.
       end_lr: rate at T.
       timescale: timescale of "rsqrt" in updates; `TIMESCALE` by default.
+      decay_from: where "cosine" and "linear" start to fall: after the "warmup", or at the "start"
+        of the run, so that the warmup ends on a curve over all T updates, as timm's does.
+      hold_steps: the rate changes after so many updates, to that of the first of them.
 
     Raises:
       UserError: a duration does not fit, or the schedule has no use for a value.
@@ -74,8 +80,14 @@ def make_schedule(
         raise UserError(
             f"optimizer.timescale={timescale}: expected at least 1, and optimizer.schedule='rsqrt'"
         )
+    if decay_from == "start" and schedule not in ("cosine", "linear"):
+        raise UserError(
+            f"optimizer.decay_from='start': expected optimizer.schedule='cosine' or 'linear', not "
+            f"{schedule!r}"
+        )
     scale = timescale or TIMESCALE
-    steps = total_steps - warmup_steps
+    skipped = 0 if decay_from == "start" else warmup_steps
+    steps = total_steps - skipped
     decays = {
         "cosine": lambda: optax.cosine_decay_schedule(lr, steps, alpha=end_lr / lr if lr else 0.0),
         "linear": lambda: optax.linear_schedule(lr, end_lr, steps),
@@ -84,11 +96,19 @@ def make_schedule(
     }
     rate = decays[schedule]()
     if warmup_steps:
-        warmup = optax.linear_schedule(start_lr, lr, warmup_steps)
-        rate = optax.join_schedules([warmup, rate], [warmup_steps])
-    if not cooldown_steps:
-        return rate
+        warmup, decay = optax.linear_schedule(start_lr, lr, warmup_steps), rate
+        after = decay if skipped else lambda count: decay(count + warmup_steps)
+        rate = optax.join_schedules([warmup, after], [warmup_steps])
+    if cooldown_steps:
+        rate = _cool_down(rate, total_steps, cooldown_steps, end_lr)
+    if hold_steps > 1:
+        return lambda count: rate(jnp.asarray(count) // hold_steps * hold_steps)
+    return rate
 
+
+def _cool_down(
+    rate: optax.Schedule, total_steps: int, cooldown_steps: int, end_lr: float
+) -> optax.Schedule:
     def cool_down(count: jax.typing.ArrayLike) -> jax.Array:
         left = jnp.clip((total_steps - jnp.asarray(count)) / cooldown_steps, 0, 1)
         return jnp.where(left < 1, end_lr + (rate(count) - end_lr) * left, rate(count))
@@ -98,7 +118,10 @@ def make_schedule(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
-    """The arguments of `make_schedule` in a config, with durations in one of four units."""
+    """The arguments of `make_schedule` in a config, with durations in one of four units.
+
+    `lr_every` is "step", or "epoch" for a rate that changes between epochs alone.
+    """
 
     schedule: Schedule = "cosine"
     warmup_steps: int | None = None
@@ -112,6 +135,8 @@ class ScheduleOptions:
     start_lr: float = 0.0
     end_lr: float = 0.0
     timescale: int | None = None
+    decay_from: DecayFrom = "warmup"
+    lr_every: Literal["step", "epoch"] = "step"
 
     def make(self, *, lr: float, total_steps: int, clock: Clock | None) -> optax.Schedule:
         """Makes the schedule of a run; errors are those of `make_schedule` and `find_duration`."""
@@ -122,6 +147,10 @@ class ScheduleOptions:
                     duration = options.pop(key)
                     steps = to_steps(duration, unit, clock=clock, total_steps=total_steps)
                     options[f"{stem}_steps"] = steps
+        if options.pop("lr_every") == "epoch":
+            assert clock is not None
+            # Whole batches, as a loader has that leaves out the last one.
+            options["hold_steps"] = max(1, clock.epoch_examples() // clock.batch_size)
         return make_schedule(lr=lr, total_steps=total_steps, **options)
 
     def replace(self, changes: Mapping[str, Any], *, key: str) -> "ScheduleOptions":

@@ -168,6 +168,7 @@ class Experiment(Parts):
             objective=self.objective,
             optimizer=self.optimizer,
             ema_decay=self.settings.ema_decay,
+            ema_warmup=self.settings.ema_warmup,
             seed=self.settings.seed,
             split=self._split,
             scatter=self._scatter,

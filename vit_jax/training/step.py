@@ -11,6 +11,8 @@ import optax
 
 from vit_jax.checkpoint.state import TrainState
 from vit_jax.objectives.base import Batch, Objective, Params
+from vit_jax.optim import averages
+from vit_jax.optim.averages import EmaWarmup
 from vit_jax.optim.optimizer import Optimizer
 from vit_jax.utils.tree import flatten, merge
 
@@ -62,6 +64,7 @@ def train_step(
     objective: Objective,
     optimizer: Optimizer,
     ema_decay: float | None,
+    ema_warmup: EmaWarmup = "count",
     seed: int,
     split: Callable[[jax.Array], jax.Array] = lambda x: x,
     scatter: Callable[[Params], Params] = lambda x: x,
@@ -79,7 +82,8 @@ def train_step(
       constants: arrays of the objective that are not trained, on the mesh.
       objective: gives the loss.
       optimizer: its `accum_steps` splits the batch into micro-batches of equal size.
-      ema_decay: decay of the parameter average, which is warmed up; None for no average.
+      ema_decay: decay of the parameter average; None for no average.
+      ema_warmup: how the decay rises to it, see `averages.ema_decay`.
       seed: of the run.
       split: places arrays `[micro-batches, batch, ...]` on the mesh.
       scatter: places the gradients on the mesh.
@@ -128,8 +132,7 @@ def train_step(
     }
     ema_params = state.ema_params
     if ema_decay is not None:
-        # A short memory at first: else the average would consist of the initial values.
-        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        decay = averages.ema_decay(state.step, ema_decay, ema_warmup)
         average, same = optimizer.rules.split(state.ema_params)
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, trained)
         ema_params, _ = objective.update_statistics(merge(average, same), statistics)
