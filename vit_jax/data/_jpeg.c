@@ -308,10 +308,24 @@ static int read_row(Decoder *d, int row) {
   return jpeg_read_scanlines(info, &d->row, 1) == 1;
 }
 
+/* Whether rows of the image are rows of the result. */
+static int keeps_rows(const Decoder *d, const Plan *plan) {
+  return !plan->flip && plan->left == 0 && d->skip == 0 && d->take == (size_t)plan->width * 3 &&
+         plan->width == plan->full_width && plan->width == plan->out_width &&
+         plan->height == plan->full_height;
+}
+
 /* Reads and resizes row by row. */
 static int resize_all(Decoder *d, const Plan *plan, uint8_t *out) {
   int held[2] = {-1, -1}; /* which row of the image each of d->rows is made of */
   int y, k;
+  if (keeps_rows(d, plan)) {
+    for (y = 0; y < plan->out_height; y++) {
+      if (!read_row(d, plan->top + plan->window_top + y)) return 0;
+      memcpy(out + (size_t)y * d->take, d->row, d->take);
+    }
+    return 1;
+  }
   for (y = 0; y < plan->out_height; y++) {
     Tap tap = locate(plan->window_top + y, plan->height, plan->full_height);
     int rows[2] = {plan->top + clip(tap.place, plan->height),

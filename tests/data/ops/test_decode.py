@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit_jax.data.ops import decode
 from vit_jax.data.ops.decode import MAX_PIXELS, ImageError, decode_image, read_header
 from vit_jax.data.ops.transforms import apply, resize_image
 from vit_jax.data.preprocess import parse_preprocess
@@ -287,6 +288,23 @@ def test_the_end_of_a_jpeg_is_its_own_and_not_that_of_the_file(name, trailer):
         if trailer in ("zeros", "a gain map", "half a gain map"):
             with pytest.raises(ImageError, match="the end is missing"):
                 decode_image(whole[:cut] + extra)
+
+
+@pytest.mark.skipif(decode.extension is None, reason="vit_jax.data._jpeg was not built")
+def test_what_libjpeg_warns_of_is_not_printed(capfd):
+    whole = FILES["jpeg"]
+    start = whole.index(b"\xff\xda") + 100
+    files = [
+        whole,
+        whole[:-2] + bytes(3) + whole[-2:],
+        whole[:start] + bytes(40) + whole[start + 40 :],
+        whole[:start] + whole[-2:],
+    ]
+    native = [decode_image(file) for file in files]
+    assert capfd.readouterr() == ("", "")
+    for file, image in zip(files, native, strict=True):
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        np.testing.assert_array_equal(image, cv2.imdecode(np.frombuffer(file, np.uint8), flags))
 
 
 def chunk(name, content):

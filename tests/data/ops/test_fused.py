@@ -40,6 +40,13 @@ SAMPLINGS = {
 }
 SIZES = ((120, 160), (97, 131), (61, 5), (279, 3), (3, 90), (1, 1), (16, 16), (17, 200))
 
+
+@pytest.fixture(autouse=True)
+def operations_use_opencv(monkeypatch):
+    """The operations decode without the extension, which is compared with them."""
+    monkeypatch.setattr("vit_jax.data.ops.decode.extension", None)
+
+
 needs_extension = pytest.mark.skipif(
     fused.extension is None, reason="vit_jax.data._jpeg was not built"
 )
@@ -137,6 +144,21 @@ def test_grey_images_are_read_natively_too(progressive, monkeypatch):
     for size in SIZES:
         encoded = save(picture(*size)[..., 0], progressive=progressive)
         assert_native_and_equal(encoded, monkeypatch)
+
+
+@needs_extension
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_whole_image_of_the_same_size_is_equal(progressive, monkeypatch):
+    for height, width in SIZES:
+        encoded = encode(picture(height, width), progressive=progressive)
+        lines = [f"decode|resize({height}, {width})", f"decode|resize({height}, {width})|flip_lr"]
+        if min(height, width) >= 16:
+            lines += [
+                f"decode|resize_small({min(height, width)})|central_crop({height - 7}, {width})",
+                f"decode|resize_small({min(height, width)})|central_crop({height}, {width - 7})",
+            ]
+        assert_native_and_equal(encoded, monkeypatch, lines=lines, seeds=2)
+        assert_native_and_equal(picture(height, width), monkeypatch, lines=lines, seeds=2)
 
 
 @needs_extension

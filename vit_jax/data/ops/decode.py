@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoded images to arrays: OpenCV first, Pillow for what it can't read.
+"""Encoded images to arrays: JPEGs by the extension, others by OpenCV, and what is left by Pillow.
 
 Files may be hostile: sizes are read from headers before memory for pixels is allocated, and a file
 that is not a whole image raises `ImageError`.
@@ -11,10 +11,18 @@ import re
 import struct
 import warnings
 import zlib
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
+
+try:
+    from vit_jax.data import _jpeg  # pyright: ignore[reportAttributeAccessIssue]
+except ImportError:  # installed without a compiler, or without libjpeg-turbo
+    extension: Any = None
+else:
+    extension = _jpeg
 
 # Limit of the pixels of an image: 400 MB in RGB, of which every thread may hold one. The largest
 # photograph of ImageNet has 2**26.
@@ -68,6 +76,14 @@ def decode_image(encoded: bytes | np.ndarray, *, orient: bool = False) -> np.nda
         check_size(*size)
     if kind == "JPEG" and not has_jpeg_end(encoded):
         raise ImageError(f"{len(encoded)} bytes that are no readable image: the end is missing")
+    if kind == "JPEG" and extension is not None and (known := extension.size(encoded)):
+        height, width, turned = known
+        if not (turned and orient):
+            image, whole = np.empty((height, width, 3), np.uint8), (0, 0, height, width)
+            job = (encoded, image, whole, (height, width), whole, False)
+            # OpenCV would print what libjpeg warns of, without the name of the file.
+            done = extension.decode([job])[0]
+            return image if done else _decode_with_pillow(encoded, orient=orient)
     if kind == "PNG":
         encoded = _essential_png(encoded, orient=orient)
     flags = cv2.IMREAD_COLOR_RGB if orient else cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_jax.data.ops.decode import MAX_PIXELS
+from vit_jax.data.ops.decode import MAX_PIXELS, extension
 from vit_jax.data.ops.transforms import (
     CentralCrop,
     Decode,
@@ -25,13 +25,6 @@ from vit_jax.data.ops.transforms import (
     ResizeSmall,
     apply,
 )
-
-try:
-    from vit_jax.data import _jpeg  # pyright: ignore[reportAttributeAccessIssue]
-except ImportError:  # installed without a compiler, or without libjpeg-turbo
-    extension: Any = None
-else:
-    extension = _jpeg
 
 
 class Job(NamedTuple):
