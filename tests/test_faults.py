@@ -15,7 +15,9 @@ from tests.runtime.test_processes import start
 from tests.tiny import tiny_config
 from tests.training.test_run import assert_same
 from vit_jax.checkpoint import manager
+from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manager import SaveError
+from vit_jax.checkpoint.manifest import find_fault
 from vit_jax.checkpoint.pretrained.load import load_params
 from vit_jax.objectives.supervised import Supervised
 from vit_jax.observe.divergence import DivergedError
@@ -162,6 +164,29 @@ def test_a_run_that_can_not_save_ends_with_one_line(data_dir, tmp_path, monkeypa
     with pytest.raises(SaveError, match=r"step 8 can't be written .*the newest is of step 0"):
         run(data_dir, tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_files_of_another_kind_do_not_cost_the_last_step(data_dir, tmp_path, said):
+    for name in ("evals", "tensorboard", "divergence", "profile", "broken"):
+        (tmp_path / name).write_text("mine")
+    for name in ("report.html", "trackers.json", "watchdog-0.txt"):
+        (tmp_path / name).mkdir()
+    profile = {"start": 2, "steps": 2}
+    evals = {"val": {"split": "test[:50]", "preprocess": "decode", "every": 4}}
+    run(data_dir, tmp_path, evals=evals, profile=profile)
+    assert list_steps(tmp_path) == [4, 8]
+    assert find_fault(tmp_path / "checkpoints" / "8") is None
+    assert (tmp_path / "evals").read_text() == "mine"
+    text = "\n".join(said)
+    for name in ("evals/val_8.json", "tensorboard", "profile", "report.html"):
+        assert f"{tmp_path / name} can't be written" in text, name
+
+
+def test_a_rollback_that_can_not_be_recorded_is_one_line(data_dir, tmp_path, monkeypatch):
+    poison(monkeypatch, 6)
+    (tmp_path / "divergence").write_text("mine")
+    with pytest.raises(UserError, match=r"loss of step 6 is nan, and divergence/rollbacks\.jsonl"):
+        run(data_dir, tmp_path, on_divergence="rollback")
 
 
 def test_secrets_of_the_environment_are_in_no_file_of_a_run(data_dir, tmp_path, monkeypatch, capfd):

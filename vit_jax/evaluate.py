@@ -101,6 +101,15 @@ def _follow_step(judge: Judge, checkpoint: Path, report: Callable[[dict[str, Any
     report(judge.record(str(checkpoint), loaded))
 
 
+def try_to_append(path: Path, record: Mapping[str, Any]) -> str | None:
+    """Appends a record to a file; returns why it can't be written, None if it was."""
+    try:
+        append_record(path, record)
+    except OSError as e:
+        return e.strerror
+    return None
+
+
 def show(record: Mapping[str, Any]) -> list[str]:
     """A record as the lines of a table: a metric a line, by raw parameters and by their average."""
     table: dict[str, dict[str, Any]] = {}
@@ -192,12 +201,13 @@ def main(argv: Sequence[str]) -> int:
     output = args.output or (args.workdir / RESULTS if args.workdir else None)
 
     def report(record: dict[str, Any]) -> None:
-        if output is not None:
-            append_record(output, record)
+        unwritten = None if output is None else try_to_append(output, record)
         if args.json:
             print(json.dumps(record), flush=True)
         else:
             log("\n".join(show(record)))
+        if unwritten is not None:  # The results have been shown.
+            raise UserError(f"--output={output} can't be written ({unwritten})")
 
     source = None if args.follow else find_source(args)
     experiment = make_experiment(args, overrides)

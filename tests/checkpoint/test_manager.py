@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: what is in them, which are kept, and which are refused."""
 
+import contextlib
+import os
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +14,12 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manager import CheckpointManager, CheckpointOptions
 from vit_jax.checkpoint.pretrained.load import load_params
 from vit_jax.checkpoint.state import TrainState
 from vit_jax.parallel.mesh import make_mesh
+from vit_jax.training.resume import open_workdir
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten
 
@@ -150,6 +155,162 @@ def test_a_checkpoint_has_its_name_only_once_it_is_complete(tmp_path):
         while "4" not in (names := kept(tmp_path)):
             assert all(name.startswith(f"4{ocp.utils.TMP_DIR_SUFFIX}") for name in names)
         assert_same(load_params(tmp_path)[0], state.params)
+
+
+# What else is where checkpoints are
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder", "broken link"])
+def test_what_has_the_name_of_half_a_checkpoint_is_no_obstacle(kind, tmp_path):
+    save(tmp_path, make_state(4))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").touch()
+    half = tmp_path / "checkpoints" / f"70{ocp.utils.TMP_DIR_SUFFIX}-x"
+    if kind == "file":
+        half.touch()
+    elif kind == "folder":
+        half.mkdir()
+    else:
+        half.symlink_to(elsewhere if kind == "link" else tmp_path / "none")
+    assert_same(restore(tmp_path, abstract(make_state(4))), make_state(4))
+    assert kept(tmp_path) == {"4"}
+    assert (elsewhere / "precious").exists()
+
+
+def refuse(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+
+def test_half_a_checkpoint_that_can_not_be_removed_is_named_and_stays(tmp_path, monkeypatch, said):
+    save(tmp_path, make_state(4))
+    half = tmp_path / "checkpoints" / f"8{ocp.utils.TMP_DIR_SUFFIX}-removed"
+    half.mkdir()
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    assert_same(restore(tmp_path, abstract(make_state(4))), make_state(4))
+    (line,) = said
+    assert line.startswith(f"{half} can't be removed (Permission denied)")
+
+
+@pytest.mark.parametrize("name", ["abc", "007", "٣", "²", "9" * 5000, "-1", "1e3", " 8", "70.tmp"])
+def test_other_names_are_no_checkpoints(name, tmp_path):
+    save(tmp_path, make_state(4))
+    with contextlib.suppress(OSError):  # Names have at most 255 bytes.
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert list_steps(tmp_path) == [4]
+    save(tmp_path, make_state(8))
+    assert list_steps(tmp_path) == [8]
+
+
+def make_obstacle(kind, path):
+    if kind == "file":
+        path.write_text("mine")
+    elif kind == "empty folder":
+        path.mkdir()
+    elif kind == "broken link":
+        path.symlink_to(path.with_name("none"))
+
+
+@pytest.mark.parametrize("kind", ["file", "empty folder", "broken link"])
+@pytest.mark.parametrize("broken", ["folder", "file"])
+def test_what_has_the_name_of_a_checkpoint_is_named_skipped_and_kept(kind, broken, tmp_path, said):
+    save(tmp_path, make_state(4))
+    make_obstacle(kind, tmp_path / "checkpoints" / "8")
+    if broken == "file":
+        (tmp_path / "broken").touch()
+    with CheckpointManager(tmp_path, CheckpointOptions(keep=1), {}) as checkpoints:
+        assert checkpoints.latest_step() == 4
+        checkpoints.restore(abstract(make_state(4)))
+        checkpoints.save(8, make_state(8), {})
+    place = "checkpoints/broken-8" if broken == "file" else "broken/8"
+    assert said[0].startswith(f"skipped {tmp_path / 'checkpoints' / '8'}, which is damaged: ")
+    assert said[1].startswith(f"moved to {tmp_path / place}: ")
+    assert os.path.lexists(tmp_path / place)
+    assert list_steps(tmp_path) == [8]
+
+
+def test_what_can_not_be_moved_costs_no_checkpoint(tmp_path, monkeypatch, said):
+    save(tmp_path, make_state(4))
+    make_obstacle("file", tmp_path / "checkpoints" / "8")
+    original = os.rename
+
+    def rename(source, target):
+        return refuse() if Path(source).name == "8" else original(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with CheckpointManager(tmp_path, CheckpointOptions(keep=1), {}) as checkpoints:
+        checkpoints.restore(abstract(make_state(4)))
+        checkpoints.save(6, make_state(6), {})
+    assert "checkpoints/8 can't be moved out of the way (Permission denied)" in said[-1]
+    # The newest two names are 6 and 8, and only one of them is a checkpoint.
+    assert list_steps(tmp_path) == [6, 8]
+    assert (tmp_path / "checkpoints" / "8").read_text() == "mine"
+
+
+def test_what_comes_in_the_way_while_a_run_trains_is_set_aside(tmp_path, said):
+    with CheckpointManager(tmp_path, CheckpointOptions(keep=2), {}) as checkpoints:
+        checkpoints.save(4, make_state(4), {})
+        checkpoints.wait(must=True)
+        (tmp_path / "broken" / "8").mkdir(parents=True)
+        make_obstacle("file", tmp_path / "checkpoints" / "8")
+        checkpoints.save(8, make_state(8), {})
+    assert_same(restore(tmp_path, abstract(make_state(8))), make_state(8))
+    assert (tmp_path / "broken" / "8-2").read_text() == "mine"
+    assert f"moved to {tmp_path / 'broken/8-2'}" in said[0]
+
+
+def test_checkpoints_behind_links_are_used_and_what_the_links_lead_to_is_kept(tmp_path):
+    workdir, disk = tmp_path / "w", tmp_path / "disk"
+    save(workdir, make_state(2), make_state(4), keep=2)
+    (workdir / "checkpoints").rename(disk)
+    (workdir / "checkpoints").symlink_to(disk)
+    assert_same(restore(workdir, abstract(make_state(4))), make_state(4))
+    (disk / "4").rename(tmp_path / "4")
+    (disk / "4").symlink_to(tmp_path / "4")
+    assert_same(restore(workdir, abstract(make_state(4))), make_state(4))
+    assert_same(load_params(workdir)[0], make_state(4).params)
+    save(workdir, make_state(6))
+    assert {path.name for path in disk.iterdir()} == {"6"}
+    assert (tmp_path / "4" / "params").is_dir()
+
+
+def test_an_old_checkpoint_that_can_not_be_removed_does_not_fail_a_save(
+    tmp_path, monkeypatch, said
+):
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    save(tmp_path, *map(make_state, (2, 4, 6, 8)))
+    assert list_steps(tmp_path) == [8]
+    assert len(said) == 3
+    assert "checkpoints/2 can't be removed (Permission denied): it stays" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("file", "can't be read (Not a directory)"), ("broken link", "is a link to .*/none, which")],
+)
+def test_a_folder_of_checkpoints_that_is_none_is_one_line(kind, words, tmp_path):
+    make_obstacle(kind, tmp_path / "checkpoints")
+    for act in (lambda: open_workdir(str(tmp_path), {"seed": 0}), lambda: load_params(tmp_path)):
+        with pytest.raises(UserError, match=words.replace("(", r"\(").replace(")", r"\)")):
+            act()
+    with pytest.raises(UserError, match="checkpoints"):
+        CheckpointManager(tmp_path, CheckpointOptions(), {})
+
+
+def test_checkpoints_that_can_not_be_read_are_not_none(tmp_path, monkeypatch, said):
+    save(tmp_path, make_state(4), make_state(8), keep=2)
+    original = os.listdir
+
+    def list_folder(path):
+        return refuse() if Path(path).name == unreadable else original(path)
+
+    monkeypatch.setattr(os, "listdir", list_folder)
+    unreadable = "8"
+    assert_same(restore(tmp_path, abstract(make_state(4))), make_state(4))
+    assert "checkpoints/8, which is damaged: it can't be read (Permission denied)" in said[0]
+    unreadable = "checkpoints"
+    with pytest.raises(UserError, match=r"checkpoints can't be read \(Permission denied\)"):
+        list_steps(tmp_path)
 
 
 # What can't be restored

@@ -2,6 +2,7 @@
 """The files of a run, and the lock on them."""
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vit_jax.checkpoint.workdir import find_holder, lock_workdir, write_config
+from vit_jax.checkpoint.workdir import check_files, find_holder, lock_workdir, write_config
 from vit_jax.utils.errors import UserError
 
 
@@ -53,4 +54,55 @@ def test_a_second_run_is_refused_until_the_first_is_gone_however_it_went(tmp_pat
     assert find_holder(tmp_path) is None
     with lock_workdir(tmp_path):
         assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
+    assert not (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "ledger.jsonl", "config.json", "labels.txt"])
+@pytest.mark.parametrize("kind", ["folder", "broken link", "unreadable"])
+def test_a_file_of_another_kind_is_one_line(name, kind, tmp_path, monkeypatch):
+    path = tmp_path / name
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "broken link":
+        path.symlink_to(tmp_path / "none")
+    else:
+        path.touch()
+
+        def refuse(*_, **__):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("builtins.open", refuse)
+    reasons = {
+        "folder": "not a file",
+        "broken link": f"a link to {tmp_path / 'none'}, which there is not",
+        "unreadable": "Permission denied",
+    }
+    with pytest.raises(UserError) as error:
+        check_files(tmp_path)
+    assert f"{name} can't be used ({reasons[kind]}); expected a file" in str(error.value)
+
+
+def test_a_link_to_a_file_is_as_good_as_the_file(tmp_path):
+    (tmp_path / "elsewhere").touch()
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
+    check_files(tmp_path)
+
+
+def test_a_lock_of_another_kind_is_one_line(tmp_path):
+    (tmp_path / "lock").mkdir()
+    with (
+        pytest.raises(UserError, match=r"lock can't be opened \(Is a directory\)"),
+        lock_workdir(tmp_path),
+    ):
+        pass
+
+
+def test_a_lock_needs_no_room_on_the_disk(tmp_path):
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, old[1]))
+    try:
+        with lock_workdir(tmp_path):
+            assert find_holder(tmp_path) == "another process"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert not (tmp_path / "lock").exists()

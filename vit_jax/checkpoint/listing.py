@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which checkpoints a workdir has; needs neither JAX nor Orbax."""
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,10 +11,23 @@ from vit_jax.observe.console import log
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS
 
+_STEP = re.compile("0|[1-9][0-9]{0,17}")
+
 
 def list_steps(workdir: Path) -> list[int]:
-    """Returns the steps of the complete checkpoints of a workdir, in ascending order."""
-    return _steps_in(workdir / CHECKPOINTS)
+    """Returns the steps of the complete checkpoints of a workdir, in ascending order.
+
+    Raises:
+      UserError: the folder of the checkpoints can't be read, or is none.
+    """
+    folder = workdir / CHECKPOINTS
+    # Without this, they would count as none, and a run would start from scratch.
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(
+            f"{folder} is a link to {os.readlink(folder)}, which there is not; expected the folder "
+            "of the checkpoints: is a disk not mounted?"
+        )
+    return _steps_in(folder)
 
 
 def find_checkpoint(folder: Path, *, items: Sequence[str] | None = None) -> Path:
@@ -26,8 +41,10 @@ def find_checkpoint(folder: Path, *, items: Sequence[str] | None = None) -> Path
     Raises:
       UserError: the folder has no checkpoint.
     """
-    parent = folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
-    paths = [(parent / str(step)).absolute() for step in reversed(_steps_in(parent))]
+    is_workdir = os.path.lexists(folder / CHECKPOINTS)
+    parent = folder / CHECKPOINTS if is_workdir else folder
+    steps = list_steps(folder) if is_workdir else _steps_in(folder)
+    paths = [(parent / str(step)).absolute() for step in reversed(steps)]
     skipped = []
     for path in paths:
         if (fault := find_fault(path, items)) is None:
@@ -37,7 +54,7 @@ def find_checkpoint(folder: Path, *, items: Sequence[str] | None = None) -> Path
         skipped.append(f"skipped {path}, which is damaged: {fault}")
     if paths:
         return paths[0]
-    if any((folder / name).exists() for name in ("params", "_METADATA")):
+    if any(os.path.exists(folder / name) for name in ("params", "_METADATA")):
         return folder.absolute()
     raise UserError(
         f"{str(folder)!r} has no checkpoint; expected the workdir of a run, or a checkpoint"
@@ -45,6 +62,13 @@ def find_checkpoint(folder: Path, *, items: Sequence[str] | None = None) -> Path
 
 
 def _steps_in(folder: Path) -> list[int]:
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise UserError(
+            f"{folder} can't be read ({e.strerror}); expected a folder of checkpoints"
+        ) from None
     # Checkpoints that are being written or removed have other names.
-    names = (path.name for path in folder.glob("*"))
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+    return sorted(int(name) for name in names if _STEP.fullmatch(name))

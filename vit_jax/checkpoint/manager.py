@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import math
@@ -30,8 +31,13 @@ from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manifest import find_fault, has_manifest, sync_folder, write_manifest
 from vit_jax.checkpoint.snapshot import Snapshot
 from vit_jax.checkpoint.state import TrainState
+from vit_jax.checkpoint.workdir import read_run
 from vit_jax.observe.console import log
-from vit_jax.runtime.processes import broadcast_from_process_0, sum_over_processes
+from vit_jax.runtime.processes import (
+    broadcast_from_process_0,
+    fail_together,
+    sum_over_processes,
+)
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.layout import BROKEN, CHECKPOINTS, RUN
 from vit_jax.utils.metrics import find_best_step
@@ -90,7 +96,8 @@ class CheckpointManager:
       run: written into each checkpoint as `run.json`, see `provenance.describe_run`.
 
     Raises:
-      UserError: there are checkpoints, and all are damaged; raised in all processes.
+      UserError: there are checkpoints, and all are damaged, or their folder can't be used; raised
+        in all processes.
     """
 
     def __init__(
@@ -106,9 +113,11 @@ class CheckpointManager:
         self._keep, self._best = options.keep, options.keep_best
         self._main = jax.process_index() == 0
         self._latest, self._faults = _choose(self._directory)
-        if self._main:
-            _remove_halves(self._directory)
-            self._directory.mkdir(parents=True, exist_ok=True)
+        with fail_together():
+            if self._main:
+                self._open()
+        # Steps whose checkpoints can't be removed: said once.
+        self._stuck = set[int]()
         # Orbax also logs the errors of its threads that it raises.
         logging.getLogger("absl").addFilter(_is_not_of_orbax)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -117,6 +126,17 @@ class CheckpointManager:
         self._saving = self._failures = 0
         self._unlogged: Mapping[str, Any] | None = None
         self._error: BaseException | None = None
+
+    def _open(self) -> None:
+        """Makes the folder of the checkpoints, and removes what a killed run left half done."""
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            _remove_halves(self._directory)
+        except OSError as e:
+            raise UserError(
+                f"--workdir: {self._directory} can't be used ({e.strerror}); expected a folder of "
+                "checkpoints to write to"
+            ) from None
 
     def __enter__(self) -> "CheckpointManager":
         return self
@@ -138,8 +158,7 @@ class CheckpointManager:
 
     def read_run(self) -> dict[str, Any]:
         """Returns `run.json` of the newest checkpoint; empty if it has none."""
-        file = self.path(self._latest or 0) / RUN
-        return json.loads(file.read_text()) if file.exists() else {}
+        return {} if self._latest is None else read_run(self.path(self._latest))
 
     def save(
         self,
@@ -246,12 +265,15 @@ class CheckpointManager:
             self._checkpointer.wait_until_finished()
             if self._main:
                 half, path = self._half(step), self.path(step)
-                run = {"step": step, "unlogged": dict(self._unlogged or {}), **self.run}
+                unlogged = {"unlogged": dict(self._unlogged)} if self._unlogged else {}
+                run = {"step": step, **unlogged, **self.run}
                 (half / RUN).write_text(json.dumps(run, indent=1) + "\n")
                 write_manifest(half)
+                if os.path.lexists(path):
+                    self._set_aside(step, "the new checkpoint of this step takes its place")
                 os.rename(half, path)
                 sync_folder(self._directory)
-                self._remove_old()
+                self._remove_old(step)
             _give_back_memory()
         except BaseException as e:  # raised or logged by the main thread
             self._error = e
@@ -259,18 +281,40 @@ class CheckpointManager:
                 with contextlib.suppress(OSError):
                     _remove_halves(self._directory)
 
-    def _remove_old(self) -> None:
-        steps = list_steps(self._directory.parent)
+    def _set_aside(self, step: int, why: str) -> None:
+        """Moves what has the name of a checkpoint out of the way, and keeps it."""
+        path, error = self.path(step), OSError()
+        # The second place is for checkpoints that a link has put on another disk.
+        for place in (self.workdir / BROKEN / str(step), self._directory / f"{BROKEN}-{step}"):
+            try:
+                place.parent.mkdir(exist_ok=True)
+                others = (Path(f"{place}-{i}") for i in itertools.count(2))
+                names = itertools.chain([place], others)
+                place = next(name for name in names if not os.path.lexists(name))
+                os.rename(path, place)
+                log(f"moved to {place}: {why}")
+                return
+            except OSError as e:
+                error = e
+        log(f"{path} can't be moved out of the way ({error.strerror}): {why}")
+
+    def _remove_old(self, newest: int) -> None:
+        # What has a later step is no checkpoint of this run, and can't take the place of one.
+        steps = [step for step in list_steps(self.workdir) if step <= newest]
         kept = set(steps[-self._keep :])
         if self._best is not None:
             scores = {step: _read_metric(self.path(step), self._best) for step in steps}
-            kept.add(find_best_step(scores, self._best))
-        for step in steps:
-            if step not in kept:
-                # Renamed first, so that a half-removed folder is not taken for a checkpoint.
-                going = self._directory / f"{step}{_HALF}-removed"
+            best = find_best_step(scores, self._best)
+            kept |= set() if best is None else {best}
+        for step in set(steps) - kept - self._stuck:
+            # Renamed first, so that a half-removed folder is not taken for a checkpoint.
+            going = self._directory / f"{step}{_HALF}-removed"
+            try:
                 os.rename(self.path(step), going)
-                shutil.rmtree(going)
+                _remove(going)
+            except OSError as e:
+                self._stuck.add(step)
+                log(f"{self.path(step)} can't be removed ({e.strerror}): it stays, and takes space")
 
     def restore(self, abstract_state: TrainState) -> TrainState:
         """Reads the newest checkpoint that is not damaged.
@@ -297,11 +341,7 @@ class CheckpointManager:
                 f"({describe_error(e)}); expected a whole one of this experiment"
             ) from e
         for broken, fault in self._faults.items() if self._main else ():
-            place = self._directory.parent / BROKEN / str(broken)
-            shutil.rmtree(place, ignore_errors=True)
-            place.parent.mkdir(exist_ok=True)
-            os.rename(self.path(broken), place)
-            log(f"moved to {place}: {fault}")
+            self._set_aside(broken, fault)
         self._faults = {}
         return TrainState(
             params=found["params"], ema_params=found.get("ema_params"), **found["training"]
@@ -375,9 +415,20 @@ def quiet_reads() -> Iterator[None]:
 
 
 def _remove_halves(directory: Path) -> None:
-    """Removes folders that a killed run left half written or half removed."""
+    """Removes what a killed run left half written or half removed."""
     for half in directory.glob(f"*{_HALF}*"):
-        shutil.rmtree(half)
+        try:
+            _remove(half)
+        except OSError as e:
+            log(f"{half} can't be removed ({e.strerror}): it is no whole checkpoint, and stays")
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, a file or a link, but not what a link leads to."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _items(state: TrainState) -> dict[str, Any]:

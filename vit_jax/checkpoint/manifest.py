@@ -72,8 +72,13 @@ def find_fault(folder: Path, items: Sequence[str] | None = None) -> str | None:
       folder: of the checkpoint.
       items: the parts to verify, such as `params`; None for all.
     """
-    if not has_manifest(folder):
-        missing = (name for name in _ESSENTIAL if not (folder / name).exists())
+    try:
+        os.listdir(folder)
+        verifiable = has_manifest(folder)
+    except OSError as e:
+        return f"it can't be read ({e.strerror})"
+    if not verifiable:
+        missing = (name for name in _ESSENTIAL if not os.path.exists(folder / name))
         wanted = (name for name in missing if items is None or name.partition("/")[0] in items)
         return next((f"{name} is missing" for name in wanted), None) or _find_strange(folder)
     try:

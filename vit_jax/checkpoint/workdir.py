@@ -20,6 +20,8 @@ from vit_jax.utils.layout import CHECKPOINTS, CONFIG, LABELS, LEDGER, LOCK, METR
 from vit_jax.utils.metrics import find_best_step
 from vit_jax.utils.nested import as_tuples
 
+# Files of a run, and how it opens them: those that it continues, and those that it replaces.
+_KEPT = {METRICS: "r+b", LEDGER: "r+b", CONFIG: "rb", LABELS: "rb", RUN: "rb"}
 # Sections that every config has: without them, a file was emptied or cut.
 _REQUIRED = {"model", "data", "optimizer"}
 # Seconds to wait for a lock, which a process that only inspects it may hold.
@@ -72,6 +74,28 @@ def find_config(workdir: Path) -> dict[str, Any] | None:
             "expected the workdir of a run, or --config"
         )
     return config
+
+
+def check_files(workdir: Path) -> None:
+    """Checks that the files of a run can be used, as far as they exist.
+
+    Raises:
+      UserError: one is a folder, a broken link or of another kind, or can't be read and written.
+    """
+    for name, mode in _KEPT.items():
+        path = workdir / name
+        try:
+            if path.is_symlink() and not path.exists():
+                raise OSError(0, f"a link to {os.readlink(path)}, which there is not")
+            if path.exists():
+                if not path.is_file():
+                    raise OSError(0, "not a file")
+                open(path, mode).close()
+        except OSError as e:
+            raise UserError(
+                f"--workdir={str(workdir)!r}: {name} can't be used ({e.strerror}); expected a file "
+                "that this user can read and write"
+            ) from None
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
@@ -142,12 +166,15 @@ def remove_workdir_on_error(workdir: Path, *, active: bool = True) -> Iterator[N
 
     Only the ledger and empty folders are removed, by the one process that is `active`.
     """
-    existed = workdir.is_dir()
-    used = existed and any(workdir.iterdir())
+    existed = os.path.isdir(workdir)
+    try:
+        used = existed and any(workdir.iterdir())
+    except OSError:
+        used = True
     try:
         yield
     except UserError:
-        written = used or not workdir.is_dir() or (workdir / CONFIG).exists()
+        written = used or not os.path.isdir(workdir) or (workdir / CONFIG).exists()
         if active and not written and find_holder(workdir) is None:
             (workdir / LEDGER).unlink(missing_ok=True)
             for folder in (workdir / CHECKPOINTS, *([] if existed else [workdir])):
@@ -163,14 +190,20 @@ def lock_workdir(workdir: Path, *, active: bool = True) -> Iterator[None]:
     The lock ends with the process that holds it, even if killed.
 
     Raises:
-      UserError: another process holds the lock.
+      UserError: another process holds the lock, or there can be none.
     """
     if not active:
         yield
         return
     path, until = workdir / LOCK, time.monotonic() + _LOOK_S
     while True:
-        file = open(path, "a+")  # noqa: SIM115 (closed below)
+        try:
+            file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed below)
+        except OSError as e:
+            raise UserError(
+                f"--workdir={str(workdir)!r}: {LOCK} can't be opened ({e.strerror}); expected a "
+                "file of this user: remove it if no run uses the folder"
+            ) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Its last holder may have removed the file after it was opened here.
@@ -179,7 +212,7 @@ def lock_workdir(workdir: Path, *, active: bool = True) -> Iterator[None]:
         except BlockingIOError:
             if time.monotonic() > until:
                 file.seek(0)
-                holder = file.read().strip() or "another process"
+                holder = file.read().decode(errors="replace").strip() or "another process"
                 file.close()
                 raise UserError(
                     f"--workdir={str(workdir)!r} is in use by {holder}; expected one run at a "
@@ -188,19 +221,20 @@ def lock_workdir(workdir: Path, *, active: bool = True) -> Iterator[None]:
             time.sleep(_LOOK_S / 20)
         file.close()
     with file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # The lock needs no room on the disk, its text does.
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def find_holder(workdir: Path) -> str | None:
     """Returns the process that trains in a workdir, as `process PID on HOST`, or None."""
     try:
-        with open(workdir / LOCK) as file:
+        with open(workdir / LOCK, errors="replace") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -217,9 +251,10 @@ def write_config(workdir: Path, config: dict[str, Any]) -> None:
       UserError: the file can't be written.
     """
     _replace(workdir / CONFIG, json.dumps(config, indent=1, sort_keys=True) + "\n")
+    log(f"wrote {workdir / CONFIG}")
 
 
-def _replace(file: Path, text: str, what: str = "") -> None:
+def _replace(file: Path, text: str) -> None:
     try:
         write_atomically(file, text)
     except OSError as e:
@@ -227,12 +262,15 @@ def _replace(file: Path, text: str, what: str = "") -> None:
             f"--workdir={str(file.parent)!r}: {file.name} can't be written ({e.strerror}); "
             "expected a folder to write to, with room"
         ) from None
-    log(f"wrote {file}{what}")
 
 
 def write_run(workdir: Path, run: Mapping[str, Any]) -> None:
-    """Writes `run.json`: the result of `provenance.describe_run` at the newest start of a run."""
-    write_atomically(workdir / RUN, json.dumps(run, indent=1) + "\n")
+    """Writes `run.json`: the result of `provenance.describe_run` at the newest start of a run.
+
+    Raises:
+      UserError: the file can't be written.
+    """
+    _replace(workdir / RUN, json.dumps(run, indent=1) + "\n")
 
 
 def write_labels(workdir: Path, class_names: tuple[str, ...] | None) -> None:
@@ -244,4 +282,5 @@ def write_labels(workdir: Path, class_names: tuple[str, ...] | None) -> None:
     file = workdir / LABELS
     if class_names is not None and not file.exists():
         text = "".join(f"{name}\n" for name in class_names)
-        _replace(file, text, f": {len(class_names)} class names")
+        _replace(file, text)
+        log(f"wrote {file}: {len(class_names)} class names")

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.pipeline import DatasetSpec, eval_batches
 from vit_jax.objectives.base import Batch, Objective, Params
+from vit_jax.observe.console import log
 from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.parallel.mesh import process_shards, shard_batch
 from vit_jax.runtime.preemption import interruptible
@@ -228,6 +229,9 @@ def write_details(details: Path | None, content: Any) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Writes a file of details; only process 0 does."""
+    """Writes a file of details; only process 0 does. An error is logged, and ends no run."""
     if jax.process_index() == 0:
-        write_atomically(path, content)
+        try:
+            write_atomically(path, content)
+        except OSError as e:
+            log(f"{path} can't be written ({e.strerror}): continues without it")

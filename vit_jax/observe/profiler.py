@@ -9,7 +9,7 @@ import jax
 
 from vit_jax.observe.console import log
 from vit_jax.observe.trace import describe_operations, read_operations
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.layout import PROFILE
 
 
@@ -55,16 +55,27 @@ class Profiler:
             return
         self._taken += 1
         if self._taken == self._profile.start:
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
+            try:
+                jax.profiler.start_trace(str(self._folder))
+            except (OSError, RuntimeError) as e:
+                self._give_up(e)
+            else:
+                self._running = True
         elif self._taken == self._profile.start + self._profile.steps:
             jax.block_until_ready(state)
             self._stop()
 
+    def _give_up(self, error: Exception) -> None:
+        self._active = False
+        log(f"{self._folder} can't be written ({describe_error(error)}): continues without it")
+
     def _stop(self) -> None:
         if self._running:
-            jax.profiler.stop_trace()
             self._running = False
+            try:
+                jax.profiler.stop_trace()
+            except (OSError, RuntimeError) as e:
+                return self._give_up(e)
             log(f"wrote profile {self._folder}: open it with TensorBoard or Perfetto")
             operations = read_operations(self._folder)
             steps, devices = self._taken - self._profile.start, jax.local_device_count()

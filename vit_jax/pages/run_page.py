@@ -115,20 +115,28 @@ def read_details(workdir: Path) -> list[Predictions]:
             newest[match[1]] = (int(match[2]), path)
     found = []
     for name, (step, path) in sorted(newest.items()):
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict) or "classes" not in content:
-            continue
-        rows = content.get("calibration", ())
-        bins = [(row["confidence"], row["accuracy"], row["count"]) for row in rows]
-        table = path.with_name(f"{path.stem}_confusion.csv")
-        confusion: dict[tuple[int, int], int] = {}
-        if table.exists():
-            with table.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    confusion[int(row["label"]), int(row["predicted"])] = int(row["count"])
-        names = [c["name"] or str(c["label"]) for c in content["classes"]]
-        found.append(Predictions(f"{name}, step {step:,}", names, bins, confusion))
+        try:
+            found += _read_predictions(f"{name}, step {step:,}", path)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+            log(f"{path} can't be read ({describe_error(e)}): left out")
     return found
+
+
+def _read_predictions(title: str, path: Path) -> list[Predictions]:
+    """Reads the details of one evaluation; none if they are not of a classification."""
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict) or "classes" not in content:
+        return []
+    rows = content.get("calibration", ())
+    bins = [(row["confidence"], row["accuracy"], row["count"]) for row in rows]
+    table = path.with_name(f"{path.stem}_confusion.csv")
+    confusion: dict[tuple[int, int], int] = {}
+    if table.exists():
+        with table.open(newline="") as file:
+            for row in csv.DictReader(file):
+                confusion[int(row["label"]), int(row["predicted"])] = int(row["count"])
+    names = [c["name"] or str(c["label"]) for c in content["classes"]]
+    return [Predictions(title, names, bins, confusion)]
 
 
 def _describe(workdir: Path, run: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ import jax
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.checkpoint.state import TrainState
-from vit_jax.checkpoint.workdir import find_config, read_labels
+from vit_jax.checkpoint.workdir import check_files, find_config, read_labels
 from vit_jax.config.schema import CONTENT, Resume, may_change
 from vit_jax.observe import divergence
 from vit_jax.observe.console import log
@@ -26,11 +26,11 @@ from vit_jax.observe.divergence import (
 )
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.ledger import Ledger, read_ledger
-from vit_jax.runtime.processes import broadcast_from_process_0
+from vit_jax.runtime.processes import broadcast_from_process_0, fail_together
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.durations import LENGTH
 from vit_jax.utils.errors import UserError, describe_error, suggest
-from vit_jax.utils.layout import CHECKPOINTS, CONFIG, DIVERGENCE, LABELS, METRICS
+from vit_jax.utils.layout import CHECKPOINTS, CONFIG, DIVERGENCE, LABELS, METRICS, ROLLBACKS
 from vit_jax.utils.nested import as_tuples, flatten_config
 
 # The value of a key that a config does not have.
@@ -71,9 +71,11 @@ def open_workdir(
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
             pass
+        check_files(workdir)
         old_names = read_labels(workdir)
     except (OSError, ValueError) as e:
         raise UserError(f"--workdir={path!r} can't be used: {describe_error(e)}") from None
+    list_steps(workdir)  # raises where the checkpoints can't be listed
     previous = find_config(workdir)
     keys = [*flatten_config(config), *flatten_config(previous or {})]
     for key in resume.keys:
@@ -240,6 +242,16 @@ def restore(experiment: Experiment, checkpoints: CheckpointManager) -> tuple[int
     return start, state
 
 
+def _record_rollback(workdir: Path, to: int, error: DivergedError) -> None:
+    try:
+        append_rollback(workdir, to=to, past=error.step, reason=str(error))
+    except OSError as e:
+        raise UserError(
+            f"--workdir={str(workdir)!r}: {error}, and {DIVERGENCE}/{ROLLBACKS}, which has what "
+            f"is left out, can't be written ({e.strerror})"
+        ) from None
+
+
 def plan_rollback(
     experiment: Experiment, checkpoints: CheckpointManager, ledger: Ledger, error: DivergedError
 ) -> None:
@@ -247,6 +259,7 @@ def plan_rollback(
 
     Raises:
       DivergedError: the config asks for no rollback, or one would not help.
+      UserError: it can't be written down.
     """
     workdir, policy = checkpoints.workdir, experiment.settings.on_divergence
     advice = f"see {workdir / DIVERGENCE} and docs/faults.md"
@@ -259,8 +272,9 @@ def plan_rollback(
     elif error.step < experiment.total_steps:
         checkpoints.wait()
         to = checkpoints.latest_step() or 0
-        if jax.process_index() == 0:
-            append_rollback(workdir, to=to, past=error.step, reason=str(error))
+        with fail_together():
+            if jax.process_index() == 0:
+                _record_rollback(workdir, to, error)
         ledger.write_rollback(to=to, past=error.step)
         log(f"{error}: goes back to step {to}")
         return

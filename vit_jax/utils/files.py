@@ -25,6 +25,8 @@ def atomic_file(path: Path, *, sync: bool = False) -> Iterator[Path]:
       OSError: the file can't be replaced.
     """
     temporary = path.with_name(f"{path.name}.tmp")
+    with contextlib.suppress(OSError):  # One that a killed process of another user has left.
+        temporary.unlink()
     try:
         yield temporary
         if sync:
