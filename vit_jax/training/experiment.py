@@ -141,7 +141,7 @@ class Experiment(Parts):
 
     @functools.cached_property
     def description(self) -> dict[str, Any]:
-        """The model and its preprocessing as JSON, which each checkpoint holds."""
+        """The model, its preprocessing and its classes as JSON, which each checkpoint holds."""
         settings, name = self.settings, self.settings.model["name"]
         fields = [field.name for field in dataclasses.fields(self.model)]
         # A constructor outside of this package may take other arguments than its module has.
@@ -158,6 +158,7 @@ class Experiment(Parts):
                 "image_size": self.train_data.image_shape()[:2],
                 "eval": evaluated.preprocess,
             },
+            "class_names": self.train_data.info.class_names,
         }
 
     @functools.cached_property
