@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from vit_jax.utils.class_names import check_names, format_names, read_names
+from vit_jax.utils.class_names import check_names, format_names, normalize_name, read_names
 from vit_jax.utils.errors import UserError
 
 NAMES = ("Käfer", "café au lait", "naïve", "0")
@@ -56,6 +56,12 @@ def test_a_file_that_would_shift_names_is_refused(content, words, tmp_path):
     (tmp_path / "names.txt").write_bytes(content)
     with pytest.raises(UserError, match=words):
         read_names(tmp_path / "names.txt", key="k")
+
+
+def test_what_no_file_or_terminal_takes_is_escaped():
+    assert normalize_name("caf\udce9") == "caf\\xe9"
+    assert normalize_name("\x1b[31mred") == "\\x1b[31mred"
+    assert normalize_name("a\nb") == "a\nb"
 
 
 def test_an_empty_file_has_no_names(tmp_path):

@@ -2,6 +2,7 @@
 """Class names by label: their spelling, and text files that hold one a line."""
 
 import codecs
+import functools
 import logging
 import unicodedata
 from collections.abc import Sequence
@@ -10,13 +11,22 @@ from typing import Any
 
 from vit_jax.utils.bounds import read_bytes
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.text import printable
+
+# What `str.splitlines` takes for the end of a line.
+_LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 
 logger = logging.getLogger(__name__)
 
 
+@functools.lru_cache(maxsize=2**16)
 def normalize_name(name: str) -> str:
-    """Returns a name in Unicode form NFC: file systems differ in how they store an accent."""
-    return unicodedata.normalize("NFC", name)
+    """Returns a name in Unicode form NFC, as file systems differ in how they store an accent.
+
+    Characters that a terminal or a file in UTF-8 does not take are escaped; see `printable`. Line
+    breaks stay, to be refused.
+    """
+    return printable(unicodedata.normalize("NFC", name), keep=_LINE_BREAKS)
 
 
 def check_names(names: Any, where: str) -> tuple[str, ...] | None:
