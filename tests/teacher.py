@@ -16,7 +16,7 @@ PIXELS = {"mean": 0.3, "std": 0.2}
 SIZES = {"patch_size": 4, "hidden_size": 12, "num_layers": 1, "num_heads": 3, "mlp_dim": 16}
 
 
-def write_teacher(folder: Path, *, classes: int = 3, size: int = 16) -> str:
+def write_teacher(folder: Path, *, classes: int = 3, size: int = 16, names=None) -> str:
     """A larger model with random parameters, for images of twice the size."""
     model = make_vit(num_classes=classes, **SIZES)
     images = jnp.zeros((1, size, size, 3))
@@ -26,6 +26,8 @@ def write_teacher(folder: Path, *, classes: int = 3, size: int = 16) -> str:
     flat = {path: rng.normal(size=x.shape).astype(np.float32) for path, x in flat.items()}
     stated = {"name": "vit", **SIZES, "patch_size": (4, 4), "classifier": "token"}
     preprocess = PIXELS | {"image_size": (size, size)}
-    weights = Weights(params=flat, layout="test", model=stated, preprocess=preprocess)
+    weights = Weights(
+        params=flat, layout="test", model=stated, preprocess=preprocess, class_names=names
+    )
     write_npz(folder / "teacher.npz", weights)
     return str(folder / "teacher.npz")

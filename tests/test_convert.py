@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command that looks into checkpoints and converts them."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from etils import epath
 
 from tests.tiny import tiny_config
+from vit_jax.checkpoint.pretrained.convert import convert
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.safetensors import read_tensors
 from vit_jax.checkpoint.pretrained.weights import POSEMB
@@ -64,6 +66,16 @@ def test_a_run_becomes_a_file_that_says_all_that_the_run_knew(run, tmp_path, cap
         "image_size": (8, 8),
         "eval": "decode",
     }
+
+
+@pytest.mark.parametrize("ending", [".npz", ".safetensors"])
+def test_class_names_are_in_what_is_written(ending, tmp_path, capfd):
+    names = tuple(f"Käfer {i}" for i in range(10))
+    weights = dataclasses.replace(load_pretrained(str(GOLDEN / "vit_gap.npz")), class_names=names)
+    convert(weights, tmp_path / f"one{ending}")
+    main([str(tmp_path / f"one{ending}"), str(tmp_path / "two.npz")])
+    assert "class names Käfer 0, Käfer 1, " in capfd.readouterr().out
+    assert load_pretrained(str(tmp_path / "two.npz")).class_names == names
 
 
 def test_a_run_is_read_without_warnings(run):

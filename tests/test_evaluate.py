@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.images import encode
 from tests.tiny import tiny_config
 from vit_jax import evaluate
 from vit_jax.checkpoint.listing import list_steps
@@ -307,3 +308,98 @@ def test_the_best_checkpoint_by_a_metric_of_the_average_is_kept(data_dir, tmp_pa
     errors = {r["step"]: r["val_ema/ece"] for r in read_metrics(tmp_path / "w") if "val/ece" in r}
     assert sorted(errors) == [2, 4, 6, 8]
     assert list_steps(tmp_path / "w") == sorted({min(errors, key=errors.__getitem__), 8})
+
+
+# Classes by name
+
+
+@pytest.fixture(scope="module")
+def animals(tmp_path_factory):
+    """A run that knows which grey is which of its classes, and folders of the same greys."""
+    place = tmp_path_factory.mktemp("animals")
+    greys = {"1": 0, "10": 80, "2": 160, "cat": 240}
+
+    def write(name, classes):
+        for folder, grey in classes.items():
+            path = place / name / "test" / folder
+            path.mkdir(parents=True)
+            for number in range(4):
+                (path / f"{number}.png").write_bytes(encode(greys[grey]))
+        return f"folder:{place / name}"
+
+    own = write("own", {name: name for name in greys})
+    line = "decode|resize(8)"
+    changes = {
+        "data__name": own,
+        "data__split": "test",
+        "data__preprocess": line,
+        "evals__val": {"split": "test", "preprocess": line, "every": 0},
+        "optimizer__lr": 0.03,
+        "total_steps": 60,
+        "checkpoint__every": 60,
+        "log_every": 60,
+    }
+    train(tiny_config("", **changes), str(place / "run"), command="train")
+    return place, write
+
+
+def test_a_run_is_judged_by_the_names_of_its_classes(animals, said):
+    place, write = animals
+    run = place / "run"
+    assert read_metrics(run)[-1]["val/top1"] == 1
+    details = {path: path.read_bytes() for path in (run / "evals").iterdir()}
+    few = write("few", {"2": "2", "cat": "cat"})
+    for options in (["--config.data.name"], ["--config.evals.val.data_name"]):
+        main([f"--workdir={run}", f"{options[0]}={few}", "--details"])
+        record = read_records(run / "evals.jsonl")[-1]
+        assert (record["val/top1"], record["val/count"]) == (1, 8)
+        assert any("2 of 2 labels become those" in line for line in said)
+        key = options[0].removeprefix("--config.")
+        assert record["changes"] == {key: few}
+        (file,) = (run / "evals").glob(f"val_{key}=*_60.json")
+        classes = json.loads(file.read_text())["classes"]
+        assert [c["name"] for c in classes] == ["1", "10", "2", "cat"]
+        assert [c["count"] for c in classes] == [0, 0, 4, 4]
+    # Those of the run itself are as they were, and evaluating it again writes the same.
+    main([f"--workdir={run}", "--details"])
+    assert details == {path: path.read_bytes() for path in details}
+    assert "changes" not in read_records(run / "evals.jsonl")[-1]
+    # Its checkpoint and a file made of it know the names too.
+    write_npz(place / "run.npz", load_pretrained(str(run / "checkpoints" / "60")))
+    options = [f"--init_from={place / 'run.npz'}", f"--config.data.name={few}"]
+    main([f"--workdir={run}", *options, f"--output={place / 'npz.jsonl'}"])
+    assert read_records(place / "npz.jsonl")[-1]["val/top1"] == 1
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        ({"2": "2", "kat": "cat"}, ["lacks 'kat'", "did you mean 'cat'"]),
+        ({"0": "1", "2": "2"}, ["lacks '0'"]),
+    ],
+    ids=["renamed", "other numbers"],
+)
+def test_data_with_a_class_that_the_run_lacks_is_refused(classes, words, animals, request):
+    place, write = animals
+    other = write(request.node.callspec.id, classes)
+    with pytest.raises(UserError) as e:
+        main([f"--workdir={place / 'run'}", f"--config.data.name={other}", "--details"])
+    for word in ("evals.val: ", other, *words):
+        assert word in str(e.value)
+
+
+def test_files_and_steps_of_another_run_are_not_those_of_this_one(animals, run):
+    place, _ = animals
+    before = {path: path.read_bytes() for path in (run / "evals").iterdir()}
+    other = shutil.copytree(run, place / "other")
+    main([f"--workdir={run}", f"--init_from={other / 'checkpoints' / '4'}", "--details"])
+    assert read_records(run / "evals.jsonl")[-1]["step"] is None
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_following_does_not_count_results_on_other_data(run):
+    main([f"--workdir={run}", "--checkpoint=4", "--config.evals.val.split=test[:20]"])
+    main([f"--workdir={run}", "--follow"])
+    records = read_records(run / "evals.jsonl")
+    assert [(r["step"], r["val/count"]) for r in records] == [(4, 20), (4, 50), (8, 50)]
+    assert [r.get("changes") for r in records] == [{"evals.val.split": "test[:20]"}, None, None]

@@ -25,6 +25,8 @@ from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import count
 
+_LISTED = 8  # class names in the description of a file
+
 
 def describe(weights: Weights) -> list[str]:
     """What weights are, in lines for the screen."""
@@ -38,11 +40,14 @@ def describe(weights: Weights) -> list[str]:
         " ".join(f"{key}={value}" for key, value in values.items())
         for values in (weights.model, weights.preprocess)
     )
+    names = weights.class_names or ("not known",)
+    classes = ", ".join([*names[:_LISTED], *(["..."] if len(names) > _LISTED else [])])
     notes = (*weights.notes, *describe_objective_params(weights))
     return [
         f"  layout      {weights.layout}",
         f"  parameters  {size:,} in {len(weights.params)} arrays",
         f"  head        {state}",
+        *([f"  class names {classes}"] if head is not None else []),
         f"  model       {model}",
         f"  images      {preprocess or 'nothing is known of their preparation'}",
         *(f"  note        {note}" for note in notes),

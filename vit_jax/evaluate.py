@@ -32,6 +32,7 @@ from vit_jax.training.experiment import Experiment
 from vit_jax.utils.command import CommandParser, print_error, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, EVALS, RESULTS
+from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.registry import trust_parts
 
 # Seconds between two looks into the workdir, and what the removal of a checkpoint may take.
@@ -54,8 +55,8 @@ def follow(
 ) -> None:
     """Evaluates the checkpoints of a run as another process writes them, each once.
 
-    Steps that `output` has with all evaluators are not evaluated again. The run is complete after
-    the step `total`. `report` takes the record of each checkpoint.
+    Steps that `output` has with all evaluators and the same changes are not evaluated again. The
+    run is complete after the step `total`. `report` takes the record of each checkpoint.
 
     Raises:
       FollowTimeoutError: there is no new checkpoint for `timeout` seconds.
@@ -64,6 +65,7 @@ def follow(
         record["step"]
         for record in read_records(output)
         if isinstance(record.get("step"), int)
+        and record.get("changes", {}) == judge.changes
         and judge.names <= {key.partition("/")[0] for key in record}
     }
     since = time.monotonic()
@@ -181,7 +183,7 @@ def make_experiment(args: argparse.Namespace, overrides: dict[str, Any]) -> Expe
             time.sleep(_POLL)
         config = read_config(args.workdir)
     config = override_config(reduce_for_evaluation(config), overrides)
-    experiment = Experiment.from_config(config)
+    experiment = Experiment.from_config(config, match_classes=False)
     if not experiment.evaluators:
         raise UserError(
             "config.evals is empty: expected evaluators, such as --config.evals.val.split=test "
@@ -190,6 +192,42 @@ def make_experiment(args: argparse.Namespace, overrides: dict[str, Any]) -> Expe
     for evaluator in experiment.evaluators:
         evaluator.open()
     return experiment
+
+
+def find_changes(
+    workdir: Path | None, experiment: Experiment, overrides: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Returns, by evaluator, the config keys whose values are not those of the run, as in JSON.
+
+    Only what decides the results counts: data, preprocessing, model and objective. An evaluator
+    that the run has not is compared by all keys but its own.
+    """
+    if workdir is None or not (workdir / CONFIG).exists():
+        return {}
+    before, now = (
+        flatten_config(json.loads(json.dumps(config)))
+        for config in (read_config(workdir), experiment.config)
+    )
+    # Keys that only the newer config has are defaults, unless they were given.
+    known = before.keys() | overrides.keys()
+    changed = {k: v for k, v in now.items() if k in known and before.get(k) != v}
+    changes = {}
+    for evaluator in experiment.evaluators:
+        own = f"evals.{evaluator.name}."
+        prefixes = ["model.", "objective.", "adapt.", "precision"]
+        if evaluator.data.name == experiment.train_data.name:
+            prefixes.append("data.name")
+        if any(key.startswith(own) for key in before):
+            prefixes.append(own)
+        ignored = (f"{own}every", f"{own}batch_size")
+        keys = {
+            key: value
+            for key, value in changed.items()
+            if key.startswith(tuple(prefixes)) and not key.startswith(ignored)
+        }
+        if keys:
+            changes[evaluator.name] = keys
+    return changes
 
 
 def main(argv: Sequence[str]) -> int:
@@ -211,7 +249,8 @@ def main(argv: Sequence[str]) -> int:
 
     source = None if args.follow else find_source(args)
     experiment = make_experiment(args, overrides)
-    judge = Judge(experiment, workdir=args.workdir if args.details else None)
+    changes = find_changes(args.workdir, experiment, overrides)
+    judge = Judge(experiment, workdir=args.workdir, details=args.details, changes=changes)
     if source is not None:
         report(judge.record(source, judge.load(source)))
     else:

@@ -210,10 +210,12 @@ def predict(
       UserError: there is no checkpoint, the data is missing, or no evaluator classifies.
     """
     source = find_source(args)
-    experiment = Experiment.from_config(reduce_for_evaluation(without_mesh(config)))
-    evaluator = choose_evaluator(experiment.evaluators, args.eval)
-    evaluator.open()
-    params, _ = Judge(experiment).load(source)
+    config = reduce_for_evaluation(without_mesh(config))
+    experiment = Experiment.from_config(config, match_classes=False)
+    choose_evaluator(experiment.evaluators, args.eval).open()
+    judge = Judge(experiment)
+    params, _ = judge.load(source)
+    evaluator = choose_evaluator(judge.evaluators, args.eval)
     findings = predict_split(evaluator, params, max_images=args.max_images, pictures=args.pictures)
     names = read_labels(args.workdir) or evaluator.data.info.class_names or ()
     count, step = len(findings.rows["label"]), int(Path(source).name)

@@ -118,19 +118,23 @@ def test_records_of_all_sources_are_the_examples_of_a_mixture(mixed):
     assert len(set(greys(eval_batches(mixed))[:47])) == 47
 
 
-@pytest.mark.parametrize(
-    ("other", "words"),
-    [
-        ({"x": 3, "z": 3}, ["label 1 is 'z'", "'y'", "same order"]),
-        ({"x": 3, "y": 3, "z": 3}, ["3 classes", "has 2"]),
-    ],
-)
-def test_classes_that_differ_are_refused(other, words, mixed, tmp_path):
-    write_folder(tmp_path / "c", {f"train/{name}": n for name, n in other.items()})
+def test_sources_share_the_classes_of_the_one_with_the_most(mixed, tmp_path):
+    write_folder(tmp_path / "c", {f"train/{name}": 1 for name in "wxyz"})
+    mixture = (*mixed.mixture, (f"folder:{tmp_path / 'c'}", "train", 1.0))
+    mixed = dataclasses.replace(mixed, mixture=mixture)
+    assert mixed.info.class_names == ("w", "x", "y", "z")
+    source = mixed.open()
+    records = [(source.describe(i), int(source[i]["label"])) for i in range(len(source))]
+    found = {(path.split("/")[-2], label) for path, label in records}
+    assert found == {(name, label) for label, name in enumerate("wxyz")}
+
+
+def test_classes_that_no_other_source_has_are_refused(mixed, tmp_path):
+    write_folder(tmp_path / "c", {"train/x": 3, "train/z": 3})
     mixture = (mixed.mixture[0], (f"folder:{tmp_path / 'c'}", "train", 1.0))
     with pytest.raises(UserError) as error:
         _ = dataclasses.replace(mixed, mixture=mixture).info
-    for word in ("data.mixture", *words):
+    for word in ("data.mixture", "2 classes ('x', 'z')", "2 classes ('x', 'y')", "lacks 'z'"):
         assert word in str(error.value)
 
 

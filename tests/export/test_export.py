@@ -99,6 +99,7 @@ def test_weights_are_read_again_as_the_same_model(written, place):
         again = load_model(written / name)
         np.testing.assert_allclose(again(images).logits, expected, atol=1e-6)
         assert (again.pixel_mean, again.preparation.line) == (0.4, "decode|resize(8, 8)")
+        assert list(again.class_names) == NAMES
 
 
 def test_a_model_is_exported_as_it_was_asked_for(call):

@@ -13,6 +13,7 @@ from PIL import Image
 
 import vit_jax
 from tests.trained import MIXER, NAMES, write_images, write_model, write_run
+from vit_jax.checkpoint.manifest import write_manifest
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.safetensors import write_safetensors
 from vit_jax.utils.errors import UserError
@@ -119,10 +120,26 @@ def test_a_checkpoint_by_its_path_finds_its_workdir(run):
     assert model.class_names == NAMES
 
 
+def test_a_checkpoint_that_was_moved_keeps_its_class_names(run, tmp_path):
+    workdir, experiment, _ = run
+    description = experiment.description | {"class_names": NAMES[::-1]}
+    for place in (tmp_path / "checkpoints" / "8", tmp_path / "alone"):
+        shutil.copytree(workdir / "checkpoints" / "8", place)
+        (place / "description" / "metadata").write_text(json.dumps(description))
+        (place / "manifest.json").unlink()
+        write_manifest(place)
+        assert vit_jax.load_model(place).class_names == NAMES[::-1]
+    model = vit_jax.load_model(tmp_path / "alone", class_names=NAMES[:8])
+    assert "classes: 8 names for 10: the last 2 are named by their numbers" in model.notes
+    (tmp_path / "labels.txt").write_text("a\nb")
+    model = vit_jax.load_model(tmp_path / "checkpoints" / "8")
+    assert model.class_names == ("a", "b", *map(str, range(2, 10)))
+
+
 def test_a_converted_file_is_the_same_model(run, model, tmp_path):
     write_safetensors(tmp_path / "vit.safetensors", load_pretrained(str(run[0])))
     other = vit_jax.load_model(tmp_path / "vit.safetensors")
-    assert (other.class_names, other.image_shape) == (None, (8, 8, 3))
+    assert (other.class_names, other.image_shape) == (NAMES, (8, 8, 3))
     np.testing.assert_allclose(other(IMAGES).logits, model(IMAGES).logits, atol=1e-5)
 
 

@@ -106,3 +106,11 @@ def test_what_can_not_be_distilled_is_refused(options, words, teacher):
 def test_teachers_of_other_classes_are_refused(classes, words, tmp_path):
     with pytest.raises(UserError, match=rf"objective\.teacher=.*: {words}"):
         _ = distillation(write_teacher(tmp_path, classes=classes)).teacher
+
+
+def test_a_teacher_whose_classes_have_another_order_is_refused(tmp_path):
+    teacher = write_teacher(tmp_path, names=("a", "b", "c"))
+    assert distillation(teacher, class_names=("a", "b", "c")).teacher
+    assert distillation(teacher).teacher
+    with pytest.raises(UserError, match="its class 1 is 'b' and that of the data 'c'"):
+        _ = distillation(teacher, class_names=("a", "c", "b")).teacher

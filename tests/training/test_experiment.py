@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a config comes to: durations, rates, and what is said of them."""
 
+import numpy as np
 import pytest
 
+from tests.images import write_folder
 from tests.tiny import tiny_config
+from vit_jax.checkpoint.pretrained.npz import write_npz
+from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.checkpoint.workdir import write_config
 from vit_jax.optim.summary import describe_rates, group_params, summarize_params
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.resume import open_workdir
 from vit_jax.training.run import override_for_longer_run
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.tree import flatten
 
 
 def build(data_dir, **changes):
@@ -123,3 +128,53 @@ def test_a_longer_run_may_be_counted_otherwise_but_keeps_its_warmup(data_dir, tm
     start(total_steps=80, checkpoint={"every_percent": 50}, **warmup)
     with pytest.raises(UserError, match=r"config\.optimizer\.warmup_percent is 25 there"):
         start(total_steps=80, optimizer={"lr": 1e-2, "warmup_steps": 20})
+
+
+def test_a_head_that_is_kept_for_other_classes_is_named(tmp_path, said):
+    write_folder(tmp_path / "own", {"train/cat": 8, "train/dog": 8})
+    data = {"data__name": f"folder:{tmp_path / 'own'}", "data__preprocess": "decode|resize(8)"}
+
+    def make(**changes):
+        return build("", **data, evals={}, **changes)
+
+    experiment = make()
+    params = {k: np.full_like(v, 0.1) for k, v in flatten(experiment.initial_params()).items()}
+    model = experiment.description["model"]
+    for names in (("dog", "cat"), ("cat", "dog")):
+        weights = Weights(params=params, layout="test", model=model, class_names=names)
+        write_npz(tmp_path / f"{names[0]}.npz", weights)
+    make(init_from=str(tmp_path / "dog.npz")).init_state()
+    (line,) = [line for line in said if "class 0 was" in line]
+    assert "head: class 0 was 'dog' and is 'cat'" in line
+    said.clear()
+    make(init_from=str(tmp_path / "cat.npz")).init_state()
+    assert "  head: kept, 2 classes" in said
+    assert not any("class 0 was" in line for line in said)
+
+
+def test_evaluators_on_other_data_have_the_labels_of_the_run(tmp_path, said):
+    write_folder(tmp_path / "own", {f"train/{name}": 8 for name in ("cat", "dog", "eel")})
+    write_folder(tmp_path / "some", {"test/dog": 1, "test/eel": 1})
+    write_folder(tmp_path / "other", {"test/cat": 1, "test/fox": 1})
+    line = "decode|resize(8)"
+    options = {"data__name": f"folder:{tmp_path / 'own'}", "data__preprocess": line}
+
+    def make(other, **evaluator):
+        evaluator |= {"data_name": f"folder:{tmp_path / other}", "preprocess": line}
+        return build("", **options, evals={"val": {"split": "test"} | evaluator})
+
+    data = make("some").evaluators[0].data
+    assert data.info.class_names == ("cat", "dog", "eel")
+    source = data.open()
+    assert {(source.describe(i).split("/")[-2], int(source[i]["label"])) for i in (0, 1)} == {
+        ("dog", 1),
+        ("eel", 2),
+    }
+    assert any(line.startswith("val: folder:") and "2 of 2 labels" in line for line in said)
+    with pytest.raises(
+        UserError, match=r"evals\.val\.data_name: folder:.*other has 2 classes.*lacks 'fox'"
+    ):
+        make("other")
+    # A classifier that is fit to the other data needs no classes of the run.
+    (near,) = make("other", name="knn", train_split="test", k=(1,)).evaluators
+    assert near.data.info.class_names == ("cat", "fox")

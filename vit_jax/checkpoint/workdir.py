@@ -14,6 +14,7 @@ from typing import Any
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.observe.console import log
 from vit_jax.observe.jsonl import read_metrics
+from vit_jax.utils.class_names import format_names, read_names
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, LABELS, LEDGER, LOCK, METRICS, RUN
@@ -112,9 +113,13 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def read_labels(workdir: Path) -> tuple[str, ...] | None:
-    """Returns the class names of a run by label; None if they are not known."""
+    """Returns the class names of a run by label; None if they are not known.
+
+    Raises:
+      UserError: the file can't be read.
+    """
     file = workdir / LABELS
-    return tuple(file.read_text(encoding="utf-8").split("\n")[:-1]) if file.exists() else None
+    return (read_names(file, key=str(file)) or None) if file.exists() else None
 
 
 def find_step(workdir: Path | None, checkpoint: str) -> str:
@@ -274,13 +279,12 @@ def write_run(workdir: Path, run: Mapping[str, Any]) -> None:
 
 
 def write_labels(workdir: Path, class_names: tuple[str, ...] | None) -> None:
-    """Writes `labels.txt`, one class name a line, if names are known and the file does not exist.
+    """Writes `labels.txt`, one class name a line, if names are known and it holds none.
 
     Raises:
       UserError: the file can't be written.
     """
     file = workdir / LABELS
-    if class_names is not None and not file.exists():
-        text = "".join(f"{name}\n" for name in class_names)
-        _replace(file, text)
+    if class_names is not None and read_labels(workdir) is None:
+        _replace(file, format_names(class_names))
         log(f"wrote {file}: {len(class_names)} class names")

@@ -17,7 +17,8 @@ from vit_jax.checkpoint.pretrained.adapt import adapt_params
 from vit_jax.config.precision import apply_precision
 from vit_jax.config.schema import Config, Data, EvalData, read_config, read_section
 from vit_jax.config.trace_parts import trace_parts
-from vit_jax.data.mixture import check_same_classes
+from vit_jax.data.classes import Classes
+from vit_jax.data.mixture import check_same_kind
 from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.kinds import EVALUATORS
@@ -78,6 +79,7 @@ def build_parts(
     *,
     devices: Sequence[Any] | None = None,
     epoch_examples: int | None = None,
+    match_classes: bool = True,
 ) -> Parts:
     """Builds the parts that a config describes.
 
@@ -86,6 +88,8 @@ def build_parts(
       devices: of the mesh; all by default.
       epoch_examples: of the training data, where that is not at hand; it is opened to count them
         if a duration needs it.
+      match_classes: whether evaluators that judge the head take its classes to be those of the
+        training data. Without it they have those of their own data, to be matched with weights.
 
     Raises:
       UserError: an unknown key or name, or values that don't go together.
@@ -118,7 +122,9 @@ def build_parts(
     optimizer, optimizer_args = _make_optimizer(
         optimizer_section, total_steps, clock, mesh, objective
     )
-    evaluators, eval_args = _make_evaluators(settings.evals, data, objective, mesh, every=every)
+    evaluators, eval_args = _make_evaluators(
+        settings.evals, data, objective, mesh, every=every, match_classes=match_classes
+    )
     checkpoint, checkpoint_args = _make_checkpoint(
         top["checkpoint"], evaluators, settings.ema_decay is not None, every=every
     )
@@ -268,6 +274,7 @@ def _make_objective(
         "num_classes": model.num_classes or data.info.num_classes,
         "image_shape": data.image_shape(),
         "multi_label": data.info.multi_label,
+        "class_names": data.info.class_names,
     }
     (args,) = bind(section, make, key="objective", given=tuple(given))
     if "unpooled" in getattr(model, "classifier", ""):
@@ -362,6 +369,7 @@ def _make_evaluators(
     mesh: Mesh,
     *,
     every: _Every,
+    match_classes: bool,
 ) -> tuple[tuple[Evaluator, ...], _Section]:
     image_shape = train_data.image_shape()
     evaluators, resolved = [], {}
@@ -386,10 +394,12 @@ def _make_evaluators(
             )
         supplied = {"name": name, "data": data, "objective": objective, "mesh": mesh}
         evaluator = make(**_take(supplied, make), **args)
-        if evaluator.judges_head and (other := data_args["data_name"]) is not None:
-            check_same_classes(
-                train_data.info, data.info, str(train_data), other, key=f"{key}.data_name"
-            )
+        if evaluator.judges_head and match_classes and (other := data_args["data_name"]):
+            info, owner, where = train_data.info, str(train_data), f"{key}.data_name"
+            check_same_kind(info, data.info, owner, other, key=where)
+            evaluator, note = evaluator.match(Classes.of(info, owner), key=where)
+            if note:
+                log(f"{name}: {note}")
         evaluators.append(evaluator)
         resolved[name] = {"name": kind} | data_args | _as_given(args, every_given)
     return tuple(evaluators), resolved

@@ -6,6 +6,7 @@ Grain's mixing rounds weights to a hundredth of the smallest, which adds up over
 """
 
 import bisect
+import dataclasses
 import functools
 import itertools
 import math
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.data.classes import Classes, match_labels
 from vit_jax.data.sources.base import DatasetInfo, Source
 from vit_jax.utils.errors import UserError
 
@@ -109,37 +111,25 @@ class Mixture(Source):
 def merge_infos(infos: Sequence[DatasetInfo], names: Sequence[str], *, key: str) -> DatasetInfo:
     """Classes and image shape of a mixture; a side that differs between sources is None.
 
-    Raises `UserError` unless labels mean the same in all sources.
+    The classes are those of the source with the most, which has all of the others; see
+    `match_labels`. Raises `UserError` if it has not.
     """
-    first = infos[0]
     if len(infos) == 1:
-        return first
-    for info, name in zip(infos[1:], names[1:], strict=True):
-        check_same_classes(first, info, names[0], name, key=key)
+        return infos[0]
+    pairs = list(zip(infos, names, strict=True))
+    widest, owner = max(pairs, key=lambda pair: (pair[0].num_classes, bool(pair[0].class_names)))
+    for info, name in pairs:
+        check_same_kind(info, widest, name, owner, key=key)
+        match_labels(Classes.of(info, name), Classes.of(widest, owner), key=key)
     shapes = zip(*(info.image_shape for info in infos), strict=True)
     height, width, _ = (sizes[0] if len(set(sizes)) == 1 else None for sizes in shapes)
-    named = next((info.class_names for info in infos if info.class_names), None)
-    return DatasetInfo(first.num_classes, (height, width, 3), named, first.multi_label)
+    return dataclasses.replace(widest, image_shape=(height, width, 3))
 
 
-def check_same_classes(
-    a: DatasetInfo, b: DatasetInfo, a_name: str, b_name: str, *, key: str
-) -> None:
-    """Raises `UserError` unless labels mean the same in two datasets."""
+def check_same_kind(a: DatasetInfo, b: DatasetInfo, a_name: str, b_name: str, *, key: str) -> None:
+    """Raises `UserError` if examples have one label in one dataset and several in the other."""
     if a.multi_label != b.multi_label:
         one, several = (b_name, a_name) if a.multi_label else (a_name, b_name)
         raise UserError(
             f"{key}: {several} has several labels an example, {one} has one: expected the same"
-        )
-    if a.num_classes != b.num_classes:
-        raise UserError(
-            f"{key}: {b_name} has {b.num_classes} classes, {a_name} has {a.num_classes}: expected "
-            "the same"
-        )
-    if a.class_names and b.class_names and a.class_names != b.class_names:
-        same = [x == y for x, y in zip(a.class_names, b.class_names, strict=True)]
-        label = same.index(False)
-        raise UserError(
-            f"{key}: label {label} is {b.class_names[label]!r} in {b_name} and "
-            f"{a.class_names[label]!r} in {a_name}: expected the same classes in the same order"
         )

@@ -16,6 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from vit_jax.data.classes import Classes, match_labels, relabel
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.loader import Loader, count_ahead, count_threads
 from vit_jax.data.mixture import Mixture, Schedule, make_schedule, merge_infos
@@ -48,6 +49,8 @@ class DatasetSpec:
       split_key: the key of the split in the config section, for errors.
       repeats: copies of each image in a training batch, each with its own augmentation.
       max_ram_gb: limit of `plan_buffers`, in 10**9 bytes.
+      classes: those whose labels the examples have, by the names of their classes; None for the
+        labels of the data, or of the source of a mixture with the most classes.
     """
 
     name: str
@@ -61,13 +64,35 @@ class DatasetSpec:
     split_key: str = "split"
     repeats: int = 1
     max_ram_gb: float | None = None
+    classes: Classes | None = None
 
     @property
     def info(self) -> DatasetInfo:
-        """Classes and image shape before preprocessing."""
+        """Classes, of which some may have no examples, and image shape before preprocessing.
+
+        Raises `UserError` if the classes of the data and those of `classes`, or of the sources of a
+        mixture, can't be matched.
+        """
         names = [name for name, *_ in self.mixture] or [self.name]
         infos = [dataset_info(name, data_dir=self.data_dir) for name in names]
-        return merge_infos(infos, names, key=f"{self.key}.mixture")
+        info = merge_infos(infos, names, key=f"{self.key}.mixture")
+        if self.classes is None:
+            return info
+        match_labels(Classes.of(info, str(self)), self.classes, key=self.key)
+        count, class_names = self.classes.count, self.classes.names
+        return dataclasses.replace(info, num_classes=count, class_names=class_names)
+
+    def match(self, classes: Classes, *, key: str) -> tuple["DatasetSpec", str]:
+        """Gives the examples the labels that their classes have among others.
+
+        Returns the new spec, and a line on how classes were matched, which is empty if all labels
+        stay as they are. Raises `UserError`, with the config key, if they can't be matched.
+        """
+        own = Classes.of(self.info, str(self))
+        labels, note = match_labels(own, classes, key=key)
+        if classes.names is None and list(labels) == list(range(classes.count)):
+            return self, note  # The data may have names, which the others lack.
+        return dataclasses.replace(self, classes=classes), note
 
     def ops(self) -> tuple[Op, ...]:
         """The operations of `preprocess`."""
@@ -99,7 +124,11 @@ class DatasetSpec:
         """The records; those of a mixture are concatenated."""
         parts = self.mixture or ((self.name, self.split, 1.0),)
         key = f"{self.key}.{'mixture' if self.mixture else self.split_key}"
-        sources = [open_source(n, split, data_dir=self.data_dir, key=key) for n, split, _ in parts]
+        classes, sources = Classes.of(self.info, str(self)), []
+        for name, split, _ in parts:
+            source = open_source(name, split, data_dir=self.data_dir, key=key)
+            own = Classes.of(dataset_info(name, data_dir=self.data_dir), name)
+            sources.append(relabel(source, own, classes, key=key))
         return Mixture(sources) if self.mixture else sources[0]
 
     def schedule(self) -> Schedule:

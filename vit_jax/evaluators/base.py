@@ -7,13 +7,14 @@ import functools
 import json
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vit_jax.data.classes import Classes
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.pipeline import DatasetSpec, eval_batches
 from vit_jax.objectives.base import Batch, Objective, Params
@@ -104,6 +105,11 @@ class Evaluator(abc.ABC):
           UserError: no image can be read.
           Preempted: the job was told to stop.
         """
+
+    def match(self, classes: Classes, *, key: str) -> tuple[Self, str]:
+        """Gives the examples of the split the labels of a head; see `DatasetSpec.match`."""
+        data, note = self.data.match(classes, key=key)
+        return (self if data is self.data else dataclasses.replace(self, data=data)), note
 
     def open(self) -> None:
         """Opens all data that is read; raises `UserError` where some is missing."""

@@ -45,6 +45,7 @@ from vit_jax.export.stablehlo import write_stablehlo
 from vit_jax.inference.model import LoadedModel
 from vit_jax.inference.source import add_source, load_source
 from vit_jax.observe.console import log, set_up
+from vit_jax.utils.class_names import format_names
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.files import check_fresh, fresh_folder
@@ -156,8 +157,7 @@ def export(
             json.dumps(signature, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
     if model.class_names is not None:
-        names = "".join(f"{name}\n" for name in model.class_names)
-        (folder / LABELS).write_text(names, encoding="utf-8")
+        (folder / LABELS).write_text(format_names(model.class_names), encoding="utf-8")
     return lines
 
 
@@ -172,6 +172,7 @@ def _make_weights(model: LoadedModel) -> Weights:
             "image_size": model.image_shape[:2],
             "eval": model.preparation.line,
         },
+        class_names=model.class_names,
     )
 
 

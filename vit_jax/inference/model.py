@@ -24,7 +24,7 @@ from vit_jax.checkpoint.pretrained.adapt import describe_objective_params
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights
-from vit_jax.checkpoint.workdir import find_step, read_config, read_labels
+from vit_jax.checkpoint.workdir import find_step, read_config
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.inference.images import Preparation, make_preparation
 from vit_jax.models.attention import ATTENTION_WEIGHTS
@@ -361,7 +361,7 @@ def load_model(
         metric of `config.checkpoint.keep_best`.
       params: which parameters of a run: the trained ones ("raw") or their average ("ema").
       preprocess: replaces the preprocessing of the weights, such as "decode|resize(224)".
-      class_names: replaces the class names of the run.
+      class_names: replaces the class names of the run or the file.
       loss: replaces the loss of the run, "softmax" or "sigmoid"; "softmax" for other weights.
       model: overrides arguments of the model, such as `{"dtype": "bfloat16"}`.
       pixel_mean: replaces the mean of pixels in [0, 1] that the weights expect.
@@ -380,7 +380,6 @@ def load_model(
     config: dict[str, Any] = {"model": weights.model, "preprocess": weights.preprocess}
     if workdir is not None:
         config = read_config(workdir)
-        class_names = read_labels(workdir) if class_names is None else class_names
     trained_with: Loss = loss or (config.get("objective") or {}).get("loss") or "softmax"
     check_type(trained_with, Loss, key="loss")
     module = rebuild_model(weights, **(model or {}))
@@ -394,13 +393,20 @@ def load_model(
     )
     notes = [*weights.notes, *notes, *describe_objective_params(weights)]
     notes.append(f"images: {preparation.line}, mean {mean}, std {std}")
+    if class_names is not None and len(class_names) < module.num_classes:
+        notes.append(
+            f"classes: {len(class_names)} names for {module.num_classes}: the last "
+            f"{module.num_classes - len(class_names)} are named by their numbers"
+        )
     if preparation.random:
         notes.append("images: the line has operations of training, which draw random numbers")
     mesh = make_mesh(devices=devices)
     return LoadedModel(
         source=path,
         config=config,
-        class_names=_check_names(class_names, module.num_classes),
+        class_names=_check_names(
+            weights.class_names if class_names is None else class_names, module.num_classes
+        ),
         image_shape=preparation.image_shape,
         notes=tuple(notes),
         workdir=workdir,

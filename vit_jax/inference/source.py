@@ -8,6 +8,7 @@ from typing import Any
 
 from vit_jax.inference.model import LoadedModel, load_model
 from vit_jax.observe.console import log
+from vit_jax.utils.class_names import read_names
 from vit_jax.utils.command import CommandParser
 from vit_jax.utils.errors import UserError
 
@@ -79,7 +80,7 @@ def load_source(args: argparse.Namespace, overrides: Mapping[str, Any]) -> Loade
         checkpoint=step if of_run else None,
         params=args.params,
         preprocess=args.preprocess,
-        class_names=None if args.labels is None else _read_names(args.labels),
+        class_names=None if args.labels is None else _read_labels(args.labels),
         parts=args.parts,
         **options,
     )
@@ -89,11 +90,8 @@ def load_source(args: argparse.Namespace, overrides: Mapping[str, Any]) -> Loade
     return model
 
 
-def _read_names(file: Path) -> list[str]:
-    try:
-        names = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as e:
-        raise UserError(f"--labels={file} can't be read: {e}") from None
+def _read_labels(file: Path) -> tuple[str, ...]:
+    names = read_names(file, key=f"--labels={file}")
     if not names:
         raise UserError(f"--labels={file} is empty: expected a class name a line")
     return names

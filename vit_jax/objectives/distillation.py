@@ -39,6 +39,7 @@ class Distillation(Supervised):
         with its most likely class.
       alpha: weight of the teacher.
       temperature: softens both distributions where the kind is "soft".
+      class_names: of the data by label, which the teacher's must be; None if they are not known.
     """
 
     source: str
@@ -46,11 +47,17 @@ class Distillation(Supervised):
     kind: Literal["soft", "hard"]
     alpha: float
     temperature: float
+    class_names: tuple[str, ...] | None = None
 
     @functools.cached_property
     def teacher(self) -> Teacher:
-        sizes = {"num_classes": self.num_classes, "image_shape": self.image_shape}
-        return load_teacher(self.source, student=self.model, **sizes)
+        return load_teacher(
+            self.source,
+            student=self.model,
+            num_classes=self.num_classes,
+            image_shape=self.image_shape,
+            class_names=self.class_names,
+        )
 
     def loss(
         self, params: Params, batch: Batch, rng: jax.Array
@@ -94,6 +101,7 @@ def make_distillation(
     num_classes: int,
     image_shape: tuple[int, int, int],
     multi_label: bool = False,
+    class_names: tuple[str, ...] | None = None,
     teacher: str | None = None,
     kind: Literal["soft", "hard"] = "soft",
     alpha: float = 0.5,
@@ -103,9 +111,9 @@ def make_distillation(
     """Makes a `Distillation` from config values; the rest are those of `make_supervised`.
 
     `model` is the student, and `teacher` a checkpoint that `load_pretrained` reads, with its own
-    pixel statistics. `multi_label` tells whether examples of the data have several labels. Raises
-    `UserError` if there is no teacher, or if a value is out of its range; a teacher that does not
-    fit is found when it is loaded.
+    pixel statistics. `multi_label` tells whether examples of the data have several labels, and
+    `class_names` are theirs. Raises `UserError` if there is no teacher, or if a value is out of its
+    range; a teacher that does not fit is found when it is loaded.
     """
     if not teacher:
         raise UserError(
@@ -128,4 +136,5 @@ def make_distillation(
         kind=kind,
         alpha=alpha,
         temperature=temperature,
+        class_names=class_names,
     )

@@ -31,7 +31,12 @@ class Teacher:
 
 
 def load_teacher(
-    source: str, *, student: Any, num_classes: int, image_shape: tuple[int, int, int]
+    source: str,
+    *,
+    student: Any,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    class_names: tuple[str, ...] | None = None,
 ) -> Teacher:
     """Loads a model of any size and kind that has the student's classes.
 
@@ -40,9 +45,10 @@ def load_teacher(
       student: a model; the teacher has the same `dtype` and `constrain`.
       num_classes: number of classes that the teacher must have.
       image_shape: height, width and channels; position embeddings are resized to fit.
+      class_names: of the student by label; None if they are not known.
 
     Raises:
-      UserError: it can't be read, has no head, or has another number of classes.
+      UserError: it can't be read, has no head, or has other classes.
     """
     key = f"objective.teacher={source!r}"
     try:
@@ -50,6 +56,7 @@ def load_teacher(
         run = {k: getattr(student, k) for k in ("dtype", "constrain") if hasattr(student, k)}
         model = rebuild_model(weights, run=run)
         _check_classes(weights, model.num_classes, num_classes)
+        _check_names(weights.class_names, class_names)
         params, notes = fill_model(model, weights, image_shape)
     except UserError as e:
         raise UserError(f"{key}: {e}") from e
@@ -65,3 +72,12 @@ def _check_classes(weights: Weights, theirs: int, ours: int) -> None:
         raise UserError(f"it has {theirs} classes and the student {ours}: expected the same")
     if not np.any(weights.params.get("head/kernel", 1)):
         raise UserError("its head is all zeros: it was published untrained; expected a classifier")
+
+
+def _check_names(theirs: tuple[str, ...] | None, ours: tuple[str, ...] | None) -> None:
+    for label, (a, b) in enumerate(zip(theirs or (), ours or (), strict=False)):
+        if a != b:
+            raise UserError(
+                f"its class {label} is {a!r} and that of the data {b!r}: expected the same classes "
+                "in the same order"
+            )

@@ -2,7 +2,10 @@
 """Evaluates checkpoints by the evaluators of an experiment."""
 
 import argparse
+import dataclasses
+import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,16 @@ import numpy as np
 
 from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.checkpoint.workdir import find_step
+from vit_jax.data.classes import Classes
 from vit_jax.evaluators.base import evaluate
 from vit_jax.objectives.base import Params
 from vit_jax.observe.console import log
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
+
+_MAX_NAME = 100  # characters of changed config keys in the name of a file
 
 
 class Judge:
@@ -23,29 +30,52 @@ class Judge:
 
     Args:
       experiment: whose model, mesh and evaluators are used.
-      workdir: where details are written; None to write none.
+      workdir: of the run whose checkpoints have steps; None if any has.
+      details: whether files of details are written to the workdir.
+      changes: the config keys, with their values, by which each evaluator judges otherwise than the
+        run does. They are part of the names of its files, so that those of the run are kept.
+
+    Attributes:
+      evaluators: those of the experiment, which know the classes of the weights that were loaded.
     """
 
-    def __init__(self, experiment: Experiment, *, workdir: Path | None = None):
-        self._experiment, self._workdir = experiment, workdir
+    def __init__(
+        self,
+        experiment: Experiment,
+        *,
+        workdir: Path | None = None,
+        details: bool = False,
+        changes: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        self._experiment, self._workdir, self._details = experiment, workdir, details
+        self._changes = changes or {}
         self._initial = experiment.initial_params()
         self._notes: list[str] = []
+        self._classes: Classes | None = None
+        self.evaluators = experiment.evaluators
 
     @property
     def names(self) -> set[str]:
         """The names of the evaluators."""
-        return {evaluator.name for evaluator in self._experiment.evaluators}
+        return {evaluator.name for evaluator in self.evaluators}
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The changed config keys of all evaluators, with their values."""
+        return {key: value for keys in self._changes.values() for key, value in keys.items()}
 
     def load(self, source: str) -> tuple[Params, Params | None]:
         """Reads the parameters of a checkpoint and, if it has one, their average.
 
-        How they were adapted is logged when it differs from the checkpoint before.
+        How they were adapted is logged when it differs from the checkpoint before. Evaluators of
+        the head give their examples the labels that its classes have in the weights.
 
         Args:
           source: as `load_pretrained` takes it.
 
         Raises:
-          UserError: they can't be read or don't fit, or a head that is judged is not in it.
+          UserError: they can't be read or don't fit, or a head that is judged is not in it or lacks
+            classes of the data.
         """
         params = self._load(source)
         if not (Path(source) / "ema_params").is_dir():
@@ -55,14 +85,21 @@ class Judge:
     def record(self, source: str, loaded: tuple[Params, Params | None]) -> dict[str, Any]:
         """The results of all evaluators on what `load` gave, with `checkpoint` and `step`.
 
-        The step is that of the run's checkpoint, None for weights of another kind.
+        The step is that of the run's checkpoint, None for other weights. `changes` are added if
+        there are any.
         """
-        name = Path(source).name
-        step = int(name) if name.isdigit() else None
+        path = Path(source)
+        of_run = self._workdir is None or path.resolve().parts[:-2] == self._workdir.resolve().parts
+        step = int(path.name) if path.name.isdigit() and of_run else None
         record: dict[str, Any] = {"checkpoint": source, "step": step}
-        files = re.sub(r"[^\w.-]+", "_", source) if step is None else step
-        details = None if self._workdir is None else (self._workdir, files)
-        for evaluator in self._experiment.evaluators:
+        if self.changes:
+            record["changes"] = self.changes
+        for evaluator in self.evaluators:
+            details = None
+            if self._workdir is not None and self._details:
+                changes = _name_files(self._changes.get(evaluator.name, {}))
+                which = _shorten(source) if step is None else str(step)
+                details = (self._workdir, f"{changes}{which}")
             record |= evaluate(evaluator, *loaded, details=details)
         return record
 
@@ -70,12 +107,34 @@ class Judge:
         weights = load_pretrained(source)
         params, notes = self._experiment.fit_params(weights, self._initial)
         self._check_head(params, source)
+        self._match_classes(weights, source)
         log(f"evaluating {source} ({weights.layout})")
         if notes != self._notes:
             for note in notes:
                 log(f"  {note}")
         self._notes = notes
         return self._experiment.place_params(params)
+
+    def _match_classes(self, weights: Weights, source: str) -> None:
+        names, width = weights.class_names, getattr(self._experiment.model, "num_classes", 0)
+        classes = Classes(len(names) if names else width, names, source)
+        known = self._classes and dataclasses.replace(self._classes, owner=source)
+        if not classes.count or classes == known:
+            return
+        # The heads of a linear probe are not in the model.
+        if width and classes.count > width:
+            raise UserError(
+                f"{source}: {classes.count} class names, and its head has {width} classes: "
+                "expected one each"
+            )
+        self._classes, matched = classes, []
+        for evaluator in self._experiment.evaluators:
+            if evaluator.judges_head:
+                evaluator, note = evaluator.match(classes, key=f"evals.{evaluator.name}")
+                if note:
+                    log(f"{evaluator.name}: {note}")
+            matched.append(evaluator)
+        self.evaluators = tuple(matched)
 
     def _check_head(self, params: Params, source: str) -> None:
         judged = [e.name for e in self._experiment.evaluators if e.judges_head]
@@ -90,6 +149,18 @@ class Judge:
                 "set config.model and config.data to those of the checkpoint, or leave it out "
                 f"with --config.evals.{judged[0]}=None"
             )
+
+
+def _name_files(changes: Mapping[str, Any]) -> str:
+    text = _shorten(",".join(f"{key}={value}" for key, value in changes.items()))
+    if len(text) > _MAX_NAME:
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        text = f"{text[:_MAX_NAME]}-{digest}"
+    return f"{text}_" if text else ""
+
+
+def _shorten(text: str) -> str:
+    return re.sub(r"[^\w.,=-]+", "_", text)
 
 
 def find_source(args: argparse.Namespace) -> str:

@@ -48,9 +48,15 @@ class Experiment(Parts):
         *,
         devices: Sequence[Any] | None = None,
         epoch_examples: int | None = None,
+        match_classes: bool = True,
     ) -> "Experiment":
         """Builds the experiment that a config describes; see `config.build.build_parts`."""
-        parts = build_parts(config, devices=devices, epoch_examples=epoch_examples)
+        parts = build_parts(
+            config,
+            devices=devices,
+            epoch_examples=epoch_examples,
+            match_classes=match_classes,
+        )
         return cls(**vars(parts))
 
     @functools.cached_property
@@ -97,9 +103,21 @@ class Experiment(Parts):
             raise UserError(f"init_from={self.settings.init_from!r}: {e}") from e
         params, notes = self.fit_params(weights, self.initial_params())
         log(f"parameters from {self.settings.init_from} ({weights.layout})")
-        for note in notes:
+        for note in [*notes, *self._compare_classes(weights, notes)]:
             log(f"  {note}")
         return jax.jit(self._make_state, out_shardings=shardings)(params)
+
+    def _compare_classes(self, weights: Weights, notes: Sequence[str]) -> list[str]:
+        theirs, ours = weights.class_names, self.train_data.info.class_names
+        if theirs is None or ours is None or not any(n.startswith("head: kept") for n in notes):
+            return []
+        pairs = enumerate(zip(theirs, ours, strict=False))
+        return [
+            f"head: class {label} was {a!r} and is {b!r}; adapt.dont_load=('head/.*',) starts a "
+            "new head"
+            for label, (a, b) in pairs
+            if a != b
+        ][:1]
 
     def initial_params(self) -> Params:
         """Randomly initialised parameters, in the memory of the host."""
@@ -141,7 +159,7 @@ class Experiment(Parts):
 
     @functools.cached_property
     def description(self) -> dict[str, Any]:
-        """The model and its preprocessing as JSON, which each checkpoint holds."""
+        """The model, its preprocessing and its classes as JSON, which each checkpoint holds."""
         settings, name = self.settings, self.settings.model["name"]
         fields = [field.name for field in dataclasses.fields(self.model)]
         # A constructor outside of this package may take other arguments than its module has.
@@ -158,6 +176,7 @@ class Experiment(Parts):
                 "image_size": self.train_data.image_shape()[:2],
                 "eval": evaluated.preprocess,
             },
+            "class_names": self.train_data.info.class_names,
         }
 
     @functools.cached_property

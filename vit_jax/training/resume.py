@@ -85,8 +85,6 @@ def open_workdir(
     if previous is not None:
         _compare(path, previous, config, resume, resolve)
         _check_progress(path, workdir)
-        if class_names is not None and old_names is not None:
-            _compare_labels(path, old_names, class_names)
     else:
         checkpoints = workdir / CHECKPOINTS
         if (workdir / METRICS).exists() or (checkpoints.exists() and any(checkpoints.iterdir())):
@@ -94,6 +92,8 @@ def open_workdir(
                 f"--workdir={path!r} holds metrics or checkpoints but no {CONFIG}: it is not a "
                 "workdir of vit_jax; choose another"
             )
+    if class_names is not None and old_names is not None:
+        _compare_labels(path, old_names, class_names)
     return workdir
 
 

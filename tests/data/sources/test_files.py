@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import unicodedata
 
 import numpy as np
 import pytest
@@ -144,9 +145,177 @@ def test_slow_listing_says_how_long_it_took(plain, caplog, monkeypatch):
     assert any("listed 100 images in 3.0 s" in r.message for r in caplog.records)
 
 
-def test_a_class_may_be_called_train(tmp_path):
+def splits_of(root):
+    """The class names of each split's examples, and all class names."""
+    dataset = files.folder_dataset(str(root))
+    names = dataset.info.class_names
+    labels = np.asarray(dataset.labels)
+    return {
+        split: sorted({names[i] for i in labels[rows]}) for split, rows in dataset.splits.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "split"),
+    [
+        ("Train", "Test", "test"),
+        ("TRAIN", "TEST", "test"),
+        ("Training", "Testing", "test"),
+        ("training", "VALIDATION", "validation"),
+        ("train", "eval", "validation"),
+        ("train", "dev", "validation"),
+        ("Train", "Evaluation", "validation"),
+    ],
+)
+def test_splits_are_known_by_other_names_in_any_case(train, other, split, tmp_path):
+    root = write_folder(
+        tmp_path, {f"{top}/{c}": 2 for top in (train, other) for c in ("cat", "dog")}
+    )
+    assert splits_of(root) == {"train": ["cat", "dog"], split: ["cat", "dog"]}
+
+
+def logged(caplog, root):
+    caplog.clear()
+    with caplog.at_level("INFO", "vit_jax"):
+        splits = splits_of(root)
+    lines = [r.message for r in caplog.records]
+    assert all(line.count("\n") == 0 and str(root) in line for line in lines)
+    return splits, lines
+
+
+def test_a_split_that_is_not_sorted_by_class_is_left_out(tmp_path, caplog):
+    counts = {"train/n01/images": 3, "train/n02/images": 3, "val/images": 4, "test/images": 2}
+    root = write_folder(tmp_path, counts)
+    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01\n")
+    splits, lines = logged(caplog, root)
+    assert splits == {"train": ["n01", "n02"]}
+    assert any("left out val/images with 4 images" in line for line in lines)
+    assert any("left out test/images with 2 images" in line for line in lines)
+    refuse(lambda: open_split(f"folder:{root}", "validation"), "validation", "train (6)")
+
+
+def test_a_name_is_one_class_in_any_unicode_form(tmp_path, caplog):
+    nfc, nfd = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    counts = {f"train/{nfc}": 2, f"train/{nfd}": 1, f"val/{nfd}": 3, "train/z": 1, "val/z": 1}
+    splits, lines = logged(caplog, write_folder(tmp_path, counts))
+    assert splits == {"train": [nfc, "z"], "validation": [nfc, "z"]}
+    assert lines == []
+    assert len(open_split(f"folder:{tmp_path}", "validation")) == 4
+    assert len(read(open_split(f"folder:{tmp_path}", "train"))) == 4
+
+
+def test_names_that_differ_in_case_are_reported_or_refused(tmp_path, caplog):
+    root = write_folder(tmp_path / "one", {"Cat": 10, "cat": 10, "big dog": 10, "big_dog": 10})
+    _, lines = logged(caplog, root)
+    assert any("'Cat' and 'cat' differ only in case" in line for line in lines)
+    assert any("'big dog' and 'big_dog' differ only in" in line for line in lines)
+    root = write_folder(tmp_path / "two", {"train/Cat": 2, "train/dog": 2, "val/cat": 2})
+    refuse(lambda: splits_of(root), "'Cat' and 'cat' are in different splits", "one name for each")
+
+
+def test_folders_of_systems_are_left_out_and_named(tmp_path, caplog):
+    others = (
+        "@eaDir",
+        "__MACOSX",
+        ".ipynb_checkpoints",
+        "lost+found",
+        "$RECYCLE.BIN",
+        "cat/@eaDir",
+    )
+    root = write_folder(tmp_path, {"cat": 10, "dog": 10} | dict.fromkeys(others, 1))
+    splits, lines = logged(caplog, root)
+    assert splits == {"train": ["cat", "dog"], "validation": ["cat", "dog"]}
+    (line,) = [line for line in lines if "left out" in line]
+    for word in (
+        "$RECYCLE.BIN",
+        ".ipynb_checkpoints",
+        "@eaDir",
+        "__MACOSX",
+        "cat/@eaDir",
+        "1 more",
+    ):
+        assert word in line
+
+
+def test_images_and_folders_that_are_no_class_are_reported(tmp_path, caplog):
+    counts = {
+        "train/cat": 2,
+        "train/dog": 2,
+        "train/eel": 0,
+        "val/cat": 2,
+        "val/fox": 1,
+        "val": 3,
+        "": 1,
+    }
+    splits, lines = logged(caplog, write_folder(tmp_path, counts))
+    assert splits == {"train": ["cat", "dog"], "validation": ["cat", "fox"]}
+    assert any(
+        "left out 4 images that are in no folder of a class: 000.png, val/0" in x for x in lines
+    )
+    assert any("left out the folders train/eel, which have no images" in line for line in lines)
+    assert any(
+        "1 of 3 classes have no images in train, and are never predicted: fox" in x for x in lines
+    )
+    assert len(lines) == 3
+
+
+def test_folders_without_images_beside_splits_are_left_out(tmp_path):
+    root = write_folder(tmp_path, {"train/a": 2, "train/b": 1, "test/a": 1})
+    (root / "annotations").mkdir()
+    (root / "annotations" / "boxes.xml").write_text("none")
+    assert splits_of(root) == {"train": ["a", "b"], "test": ["a"]}
+
+
+def test_a_single_class_is_reported_with_where_the_classes_may_be(tmp_path, caplog):
+    _, lines = logged(caplog, write_folder(tmp_path / "flat", {"birds": 20}))
+    (line,) = lines
+    assert line.endswith("a single class, 'birds', so that every prediction is right")
+    root = write_folder(tmp_path / "high", {"data/images/heron": 20, "data/images/robin": 20})
+    (root / "annotations").mkdir()
+    _, lines = logged(caplog, root)
+    (line,) = [line for line in lines if "single class" in line]
+    assert line.endswith(f"heron, robin: are these the classes of folder:{root}/data/images?")
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ({"train_images/a": 1, "val_images/a": 1}, ["train_images, val_images", "suggests splits"]),
+        ({"train2017/a": 1, "val2017/a": 1}, ["train2017, val2017", "expected train, validation"]),
+        ({"seg_train/a": 1, "seg_test/a": 1, "seg_pred": 1}, ["seg_test, seg_train"]),
+        ({"fold1/a": 1, "fold2/a": 1}, ["fold1, fold2", "suggests splits"]),
+        ({"train/a": 1, "train/b": 1, "unlabeled": 2}, ["holds train", "suggests splits"]),
+        ({"train/a": 1, "extra/a": 1}, ["holds train", "suggests splits"]),
+        ({"trainset": 1, "testset": 1}, ["testset, trainset"]),
+        ({"Train/a": 1, "train/a": 1}, ["Train and train both mean the split 'train'"]),
+        ({"train/a": 1, "val/a": 1, "dev/a": 1}, ["dev and val both mean the split 'validation'"]),
+        ({"set/train/a": 1, "set/val/a": 1}, ["train, val are in set", "set"]),
+        ({"x/y/train/a": 1, "x/y/test/a": 1}, ["test, train are in x/y", "/x/y"]),
+        (
+            {"cat/train": 1, "cat/test": 1, "dog/train": 1, "dog/test": 1},
+            ["cat, dog", "train/CLASS"],
+        ),
+        ({"Training/a": 1, "Testing/a": 1, "docs": 1}, ["Testing, Training", "docs", "not both"]),
+    ],
+)
+def test_what_looks_like_splits_is_never_taken_for_classes(counts, words, tmp_path):
+    root = write_folder(tmp_path, counts)
+    refuse(lambda: splits_of(root), "data.name='folder:", *words)
+
+
+def test_a_class_may_have_a_word_of_a_split_in_its_name(tmp_path, caplog):
+    root = write_folder(tmp_path, {"test tube": 10, "bullet train/red": 10, "cat/left": 10})
+    splits, lines = logged(caplog, root)
+    assert splits["train"] == ["bullet train", "cat", "test tube"]
+    assert lines == []
+
+
+def test_a_class_may_be_called_train(tmp_path, caplog):
     write_folder(tmp_path, {"train": 10, "car": 10})
-    assert info(f"folder:{tmp_path}").class_names == ("car", "train")
+    with caplog.at_level("INFO", "vit_jax"):
+        assert info(f"folder:{tmp_path}").class_names == ("car", "train")
+    (record,) = caplog.records
+    assert "'train' is taken as a class, beside car" in record.message
 
 
 @pytest.mark.parametrize(
@@ -294,6 +463,29 @@ def test_paths_may_be_absolute_or_urls(tmp_path, monkeypatch):
         int(v): int(n) for v, n in zip(batch["image"][:2, 0, 0, 0], batch["label"], strict=False)
     }
     assert seen == {50: 0, 70: 1}
+
+
+def test_labels_of_a_manifest_are_one_class_in_any_unicode_form(tmp_path):
+    nfc, nfd = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    name = write_manifest(tmp_path, [{"label": label} for label in (nfd, "b", nfc)])
+    assert info(name).class_names == ("b", nfc)
+
+
+def test_splits_of_a_manifest_are_known_in_any_case(tmp_path, caplog):
+    rows = [
+        {"label": f"c{i % 2}", "split": split} for i, split in enumerate(["Train", "TRAIN"] * 2)
+    ]
+    rows += [{"label": "c1", "split": "Dev"}, {"label": "c2", "split": "Dev"}]
+    with caplog.at_level("INFO", "vit_jax"):
+        name = write_manifest(tmp_path, [*rows, {"label": "c1", "split": "extra"}])
+        assert len(open_split(name, "train")) == 4
+    assert len(open_split(name, "validation")) == 2
+    assert len(open_split(name, "extra")) == 1
+    assert any("1 of 3 classes have no images in train" in r.message for r in caplog.records)
+    (tmp_path / "two").mkdir()
+    two = [{"label": "a", "split": split} for split in ("train", "val", "dev")]
+    name = write_manifest(tmp_path / "two", two)
+    refuse(lambda: info(name), "column split", "dev and val both mean the split 'validation'")
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl"])

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ from vit_jax.checkpoint.pretrained.weights import (
     infer_model,
     unstack_blocks,
 )
+from vit_jax.checkpoint.workdir import read_labels
 from vit_jax.utils.bounds import MAX_WEIGHTS, check_growth, check_tree, open_outside, read_json
+from vit_jax.utils.class_names import check_names
 from vit_jax.utils.errors import UserError, describe_error, first_line
+from vit_jax.utils.layout import CHECKPOINTS
 from vit_jax.utils.nested import as_tuples
 from vit_jax.utils.registry import is_part
 from vit_jax.utils.tree import flatten
@@ -132,8 +136,17 @@ def _describe(
         model=model | stated,
         preprocess=as_tuples(described.get("preprocess", {})),
         objective_params=own,
+        class_names=_find_class_names(folder, described),
         notes=(_WHICH[part],) if described and part in _WHICH else (),
     )
+
+
+def _find_class_names(folder: Path, described: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The names in the run's `labels.txt`, or else those in the description of a checkpoint."""
+    folder = folder.absolute()
+    workdir = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
+    names = read_labels(workdir)
+    return check_names(described.get("class_names"), str(folder)) if names is None else names
 
 
 def load_params(folder: Path, *, item: str = "params") -> tuple[dict[str, Any], dict[str, Any]]:

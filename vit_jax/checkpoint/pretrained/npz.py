@@ -21,12 +21,13 @@ from vit_jax.checkpoint.pretrained.description import check_description
 from vit_jax.checkpoint.pretrained.weights import (
     POSEMB,
     Weights,
-    describe_posemb,
+    describe_weights,
     infer_model,
     read_posemb,
     unstack_blocks,
 )
 from vit_jax.utils.bounds import MAX_WEIGHTS, open_npz, open_outside, read_json
+from vit_jax.utils.class_names import check_names
 from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.files import atomic_file, write_atomically
 from vit_jax.utils.nested import as_tuples
@@ -74,9 +75,12 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
     except ValueError as error:
         raise UserError(f"{path.with_suffix('.json')}: {error}") from error
     if is_part(described.get("model", {}).get("name")):
-        preprocess = described.get("preprocess", {})
         weights = Weights(
-            params=params, layout="npz", model=described["model"], preprocess=preprocess
+            params=params,
+            layout="npz",
+            model=described["model"],
+            preprocess=described.get("preprocess", {}),
+            class_names=described.get("class_names"),
         )
         return _check_described(weights, path)
     is_big_vision = "pos_embedding" in params
@@ -97,6 +101,7 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
         | described.get("model", {}),
         preprocess=described.get("preprocess", {"mean": 0.5, "std": 0.5}),
         **posemb,
+        class_names=described.get("class_names"),
     )
     return _check_described(weights, path)
 
@@ -104,8 +109,8 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
 def write_npz(path: str | os.PathLike[str], weights: Weights) -> None:
     """Writes a file with the layout and names of those published with vision_transformer.
 
-    The arguments of the model and the preprocessing, for which the layout has no place, are written
-    to a `.json` beside it, which `read_npz` reads.
+    The arguments of the model, the preprocessing and the class names, for which the layout has no
+    place, are written to a `.json` beside it, which `read_npz` reads.
 
     Args:
       path: of the `.npz` file, in a folder that exists.
@@ -121,8 +126,7 @@ def write_npz(path: str | os.PathLike[str], weights: Weights) -> None:
         for name, value in arrays.items():
             if _GROUP_NORM.fullmatch(name):
                 arrays[name] = value.reshape(1, 1, 1, -1)
-    described = {"model": weights.model, "preprocess": weights.preprocess}
-    text = json.dumps({"vit_jax": described | {"posemb": describe_posemb(weights)}})
+    text = json.dumps({"vit_jax": describe_weights(weights)})
     with atomic_file(file) as temporary:
         with temporary.open("wb") as f:
             np.savez(f, **arrays)  # pyright: ignore[reportArgumentType]
@@ -199,8 +203,10 @@ def _read_description(path: epath.Path) -> dict[str, Any]:
     if not beside.exists():
         return {}
     try:
-        content = read_json(beside)
-        return {section: as_tuples(dict(x)) for section, x in content.get("vit_jax", {}).items()}
+        described = dict(read_json(beside).get("vit_jax", {}))
+        names = check_names(described.pop("class_names", None), str(beside))
+        sections = {section: as_tuples(dict(x)) for section, x in described.items()}
+        return sections | {"class_names": names}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{beside}: {error}; expected what was written with {path.name}") from error
 

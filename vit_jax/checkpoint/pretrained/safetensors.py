@@ -27,12 +27,13 @@ from vit_jax.checkpoint.pretrained.timm_tensors import to_linen, to_timm
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
     describe_model,
-    describe_posemb,
+    describe_weights,
     find_grid,
     read_posemb,
 )
 from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.utils import bounds
+from vit_jax.utils.class_names import check_names
 from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.files import atomic_file
 from vit_jax.utils.nested import as_tuples
@@ -122,8 +123,8 @@ def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
     """Writes a file that timm loads with `load_state_dict(strict=True)`.
 
     The class in timm is `VisionTransformer`, or `Eva` with rotary embeddings. The arguments of the
-    model and the preprocessing are JSON in the metadata, under `vit_jax`. Reading the file gives
-    the same parameters, except those that `to_timm` merges.
+    model, the preprocessing and the class names are JSON in the metadata, under `vit_jax`. Reading
+    the file gives the same parameters, except those that `to_timm` merges.
 
     Args:
       path: of the file, in a folder that exists.
@@ -141,8 +142,7 @@ def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
         tensors = to_timm(arrays, model=stated, grid=find_grid(stated, preprocess))
         if stated.get("position_embedding") in FIXED_POSITIONS:
             stated["position_embedding"] = "learned"  # The file stores them as learned ones.
-        described = {"model": stated, "preprocess": dict(preprocess)}
-        text = json.dumps(described | {"posemb": describe_posemb(weights)})
+        text = json.dumps(describe_weights(weights) | {"model": stated})
         write_tensors(Path(path), tensors, metadata={"format": "pt", _METADATA: text})
     except KeyError as error:
         raise UserError(f"{os.fspath(path)}: can't be written without {error}") from error
@@ -168,6 +168,7 @@ def _read_own(
         model=describe_model(params, rope_theta=None) | model,
         preprocess=as_tuples(dict(stated["preprocess"])),
         **read_posemb(stated.get("posemb", {})),
+        class_names=check_names(stated.get("class_names"), "its metadata"),
         notes=tuple(notes),
     )
 

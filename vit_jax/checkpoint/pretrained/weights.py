@@ -49,6 +49,7 @@ class Weights:
       posemb_resize: the rule by which the file's own project resizes position embeddings.
       objective_params: arrays by path of parameters that a run trained beside its model's, such as
         those of a decoder.
+      class_names: names of the head's classes by label; None if they are not known.
       notes: what was left out or changed while reading, one line each.
     """
 
@@ -59,7 +60,19 @@ class Weights:
     posemb_grid: tuple[int, int] | None = None
     posemb_resize: Method = "bilinear"
     objective_params: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+
+
+def describe_weights(weights: Weights) -> dict[str, Any]:
+    """Returns what the parameters of a written file do not show, as JSON."""
+    described = {
+        "model": dict(weights.model),
+        "preprocess": dict(weights.preprocess),
+        "posemb": describe_posemb(weights),
+    }
+    names = weights.class_names
+    return described if names is None else described | {"class_names": list(names)}
 
 
 def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:

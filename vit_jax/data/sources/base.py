@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 import tensorflow_datasets as tfds
 
+from vit_jax.utils.class_names import normalize_name
 from vit_jax.utils.errors import UserError
 
 # Limit of the number of classes: larger labels are probably ids.
@@ -231,7 +232,8 @@ def make_splits(
 def check_class_names(names: Sequence[str], *, name: str) -> tuple[str, ...]:
     """Checks that class names can be written to a text file, one per line.
 
-    Raises `UserError` if a name is empty or has a line break, or beyond `MAX_CLASSES` names.
+    Returns them as `normalize_name` does. Raises `UserError` if a name is empty or has a line
+    break, or beyond `MAX_CLASSES` names.
     """
     for class_name in names:
         if class_name.splitlines() != [class_name]:
@@ -243,4 +245,4 @@ def check_class_names(names: Sequence[str], *, name: str) -> tuple[str, ...]:
             f"data.name={name!r} has {len(names):,} different labels; expected at most "
             f"{MAX_CLASSES:,}"
         )
-    return tuple(names)
+    return tuple(map(normalize_name, names))

@@ -3,15 +3,17 @@
 
 import concurrent.futures
 import csv
+import dataclasses
 import functools
 import io
+import itertools
 import json
 import logging
 import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,12 +28,20 @@ from vit_jax.data.sources.base import (
     check_class_names,
     make_splits,
 )
+from vit_jax.data.sources.layout import (
+    Top,
+    check_classes,
+    describe_depth,
+    drop_unsorted,
+    find_splits,
+    is_left_out,
+    list_few,
+    map_splits,
+)
 from vit_jax.utils.bounds import MAX_IMAGE, MAX_TABLE, open_regular, read_bytes
+from vit_jax.utils.class_names import normalize_name
 from vit_jax.utils.errors import UserError, describe_error, suggest
 
-# Names of folders or files, and values of a column, that mean a split.
-SPLITS = {"train": "train", "test": "test"}
-SPLITS |= dict.fromkeys(("validation", "valid", "val"), "validation")
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _COLUMNS = ("image", "label", "labels", "split")
 _STORES = ("gs://", "s3://")
@@ -104,82 +114,143 @@ def folder_dataset(path: str) -> Dataset:
         )
     root = os.path.abspath(os.path.expanduser(path))
     try:
-        folders = [(split, entry) for split, entry in _class_folders(root, key)]
-        with concurrent.futures.ThreadPoolExecutor(_LISTERS) as pool:
-            listed = list(pool.map(lambda f: list_images(root, f[1]), folders))
+        first, tops, ignored, left_out = _read_tree(root)
     except OSError as e:
         raise UserError(f"{key} can't be read: {e.strerror}: {e.filename}") from None
-    ignored = describe_ignored(sum((count for _, count in listed), Counter()))
-    found = [(s, os.path.basename(f), p) for (s, f), (p, _) in zip(folders, listed, strict=True)]
-    if not any(paths for *_, paths in found):
+    if kinds := describe_ignored(ignored):
+        logger.info("%s: ignored what is no image: %s", name, kinds)
+    if left_out:
+        logger.info("%s: left out the folders %s", name, list_few(sorted(left_out)))
+    split_of = find_splits(tops, key=key)
+    rows = _list_rows(tops, split_of, first.images, name=name)
+    if not rows:
+        kinds = describe_ignored(ignored + first.ignored)
         raise UserError(
             f"{key} holds no images: expected CLASS/IMAGE or train/CLASS/IMAGE in {root}, as "
-            f"{', '.join(ENDINGS)}{f'; left out: {ignored}' if ignored else ''}"
+            f"{', '.join(ENDINGS)}{f'; left out: {kinds}' if kinds else ''}"
         )
-    class_names = check_class_names(sorted({c for _, c, paths in found if paths}), name=name)
+    class_names = check_class_names(sorted({c for _, c, _ in rows}), name=name)
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
-    rows = sorted((path, label_of[c], s) for s, c, paths in found for path in paths)
-    if ignored:
-        logger.info("%s: ignored what is no image: %s", name, ignored)
     if (seconds := time.monotonic() - started) > 2:
         logger.info("%s: listed %s images in %.1f s", name, f"{len(rows):,}", seconds)
-    labels = np.array([label for _, label, _ in rows], np.int32)
-    splits = [split for *_, split in rows] if folders[0][0] else None
-    return Dataset(
-        name,
-        DatasetInfo(len(class_names), _ANY_SHAPE, class_names),
-        Files(root, [path for path, *_ in rows]),
-        labels,
-        make_splits(labels, splits),
-    )
+    labels = np.array([label_of[c] for _, c, _ in rows], np.int32)
+    info = DatasetInfo(len(class_names), _ANY_SHAPE, class_names)
+    splits = make_splits(labels, [split for *_, split in rows] if split_of else None)
+    paths = [path for path, *_ in rows]
+    single = len(class_names) == 1 and not split_of
+    hint = describe_depth(paths, root=root, key=key) if single else ""
+    check_classes(name, info, labels, splits, hint=hint)
+    return Dataset(name, info, Files(root, paths), labels, splits)
 
 
-def _class_folders(root: str, key: str) -> Iterator[tuple[str, str]]:
-    """The split ("" if there are none) and the path of each class folder."""
-    tops = _subfolders(root)
-    named = [top for top in tops if top in SPLITS]
-    # A single "train" may be a class, beside "car" and "plane".
-    if len(named) > 1 and len(named) < len(tops):
-        other = next(top for top in tops if top not in SPLITS)
-        raise UserError(
-            f"{key} holds {', '.join(named)} and {other}: expected folders of splits "
-            "(train, test, validation) or of classes, not both"
+@dataclasses.dataclass
+class _Listing:
+    """The content of a folder.
+
+    Attributes:
+      images: paths of images, relative to the folder of the dataset.
+      folders: paths of its subfolders.
+      left_out: paths of subfolders that hold nothing to be read, relative like `images`.
+      ignored: numbers of other files by kind.
+    """
+
+    images: list[str] = dataclasses.field(default_factory=list)
+    folders: list[str] = dataclasses.field(default_factory=list)
+    left_out: list[str] = dataclasses.field(default_factory=list)
+    ignored: Counter[str] = dataclasses.field(default_factory=Counter)
+
+
+def _read_tree(root: str) -> tuple[_Listing, dict[str, Top], Counter[str], list[str]]:
+    """Lists the folder of a dataset, and what is below each folder in it.
+
+    Returns what is directly in it, the folders by name, and of all of them the numbers of files
+    that are no images and the folders that were left out.
+    """
+    first = _list_folder(root, root)
+    with concurrent.futures.ThreadPoolExecutor(_LISTERS) as pool:
+        listed = list(pool.map(lambda folder: _list_folder(root, folder), first.folders))
+        inner = [folder for top in listed for folder in top.folders]
+        below = dict(zip(inner, pool.map(lambda f: _list_below(root, f), inner), strict=True))
+    tops = {}
+    for folder, top in zip(first.folders, listed, strict=True):
+        images = {os.path.basename(f): below[f].images for f in top.folders}
+        tops[os.path.basename(folder)] = Top(top.images, images)
+    everything = [*listed, *below.values()]
+    left_out = [path for one in [first, *everything] for path in one.left_out]
+    return first, tops, sum((one.ignored for one in everything), Counter()), left_out
+
+
+def _list_rows(
+    tops: Mapping[str, Top], split_of: Mapping[str, str], loose: list[str], *, name: str
+) -> list[tuple[str, str, str]]:
+    """The path, class name and split ("" if there are none) of each image, sorted by path.
+
+    Images that are in no folder of a class are left out, `loose` ones among them, and so are
+    folders without images; both are logged.
+    """
+    found: dict[tuple[str, str], list[str]] = {}  # by split and folder
+    for top_name, top in tops.items():
+        if top_name in split_of:
+            loose = loose + top.images
+            found |= {(top_name, folder): paths for folder, paths in top.below.items()}
+        elif not split_of:
+            found["", top_name] = [*top.images, *itertools.chain(*top.below.values())]
+    found = drop_unsorted(found, split_of, name=name)
+    if loose:
+        few = list_few(sorted(loose))
+        logger.info(
+            "%s: left out %s images that are in no folder of a class: %s",
+            name,
+            f"{len(loose):,}",
+            few,
         )
-    if tops and len(named) == len(tops):
-        for top in tops:
-            for sub in _subfolders(os.path.join(root, top)):
-                yield SPLITS[top], os.path.join(root, top, sub)
-    else:
-        for top in tops:
-            yield "", os.path.join(root, top)
-
-
-def _subfolders(path: str) -> list[str]:
-    with os.scandir(path) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    if empty := [os.path.join(*key) for key, paths in found.items() if not paths]:
+        logger.info("%s: left out the folders %s, which have no images", name, list_few(empty))
+    return sorted(
+        (path, normalize_name(folder), split_of.get(top_name, ""))
+        for (top_name, folder), paths in found.items()
+        for path in paths
+    )
 
 
 def list_images(root: str, folder: str) -> tuple[list[str], Counter[str]]:
     """Paths of all images below a folder, relative to the root, and other files counted by kind."""
-    paths, ignored, todo = [], Counter(), [folder]
+    found = _list_below(root, folder)
+    return found.images, found.ignored
+
+
+def _list_below(root: str, folder: str) -> _Listing:
+    found, todo = _Listing(), [folder]
     while todo:
-        folder = todo.pop()
-        prefix = os.path.relpath(folder, root)
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                name = entry.name
-                ending = os.path.splitext(name)[1].lower()
-                if name.startswith("."):
-                    ignored["hidden"] += 1
-                elif entry.is_dir():
-                    if entry.is_symlink() and _leads_back(entry.path):
-                        continue
-                    todo.append(entry.path)
-                elif ending in ENDINGS and entry.is_file():
-                    paths.append(f"{prefix}/{name}")
-                else:
-                    ignored[ending or "without an ending"] += 1
-    return paths, ignored
+        one = _list_folder(root, todo.pop())
+        found.images += one.images
+        found.left_out += one.left_out
+        found.ignored += one.ignored
+        todo += one.folders
+    return found
+
+
+def _list_folder(root: str, folder: str) -> _Listing:
+    found = _Listing()
+    prefix = os.path.relpath(folder, root)
+    prefix = "" if prefix == "." else f"{prefix}/"
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            name = entry.name
+            ending = os.path.splitext(name)[1].lower()
+            if entry.is_dir():
+                if is_left_out(name):
+                    found.left_out.append(f"{prefix}{name}")
+                    found.ignored["hidden"] += name.startswith(".")
+                elif not (entry.is_symlink() and _leads_back(entry.path)):
+                    found.folders.append(entry.path)
+            elif name.startswith("."):
+                found.ignored["hidden"] += 1
+            elif ending in ENDINGS and entry.is_file():
+                found.images.append(f"{prefix}{name}")
+            else:
+                found.ignored[ending or "without an ending"] += 1
+    return found
 
 
 def describe_ignored(ignored: Counter[str]) -> str:
@@ -231,10 +302,14 @@ def manifest_dataset(path: str) -> Dataset:
     info, labels = encode_labels(values, multi_label=kind == "labels", name=name)
     splits = None
     if "split" in columns:
-        splits = [SPLITS.get(str(row["split"]), str(row["split"])) for row in rows]
+        given = [str(row["split"]) for row in rows]
+        split_of = map_splits(set(given), key=f"{key}: column split")
+        splits = [split_of[split] for split in given]
     records = Files(os.path.dirname(file), paths)
     _check_access(records, paths, key)
-    return Dataset(name, info, records, labels, make_splits(labels, splits))
+    by_split = make_splits(labels, splits)
+    check_classes(name, info, labels, by_split)
+    return Dataset(name, info, records, labels, by_split)
 
 
 def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
@@ -288,6 +363,7 @@ def encode_labels(
     """
     key = f"data.name={name!r}"
     rows = values if multi_label else [[] if v in _NO_LABELS else [v] for v in values]
+    rows = [[normalize_name(v) if isinstance(v, str) else v for v in labels] for labels in rows]
     row_of: dict[int | str, int] = {}  # the first row of each label
     for row, labels in enumerate(rows):
         for label in labels:

@@ -13,7 +13,8 @@ import numpy as np
 
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.sources.base import Dataset, Records, make_splits
-from vit_jax.data.sources.files import SPLITS, encode_labels
+from vit_jax.data.sources.files import encode_labels
+from vit_jax.data.sources.layout import check_classes, find_split, map_splits
 from vit_jax.utils.bounds import (
     MAX_JSON,
     MAX_WEIGHTS,
@@ -80,8 +81,7 @@ def parquet_dataset(text: str) -> Dataset:
             else:
                 labels += [None] * rows
             if names_of["split"] in columns:
-                found = map(str, table.column(names_of["split"]).to_pylist())
-                splits += [SPLITS.get(split, split) for split in found]
+                splits += map(str, table.column(names_of["split"]).to_pylist())
             else:
                 splits += [_split_of(file_path)] * rows
     except (OSError, ValueError, pa.ArrowException) as e:  # Bounds raise the first two.
@@ -113,8 +113,10 @@ def parquet_dataset(text: str) -> Dataset:
         by_split = make_splits(codes, None)
     else:
         # The order of the files is kept, so that evaluation reads each row group once.
-        array = np.asarray(splits)
-        by_split = {str(s): np.flatnonzero(array == s) for s in sorted(set(splits))}
+        split_of = map_splits(set(splits), key=key)
+        array = np.asarray([split_of[split] for split in splits])
+        by_split = {s: np.flatnonzero(array == s) for s in sorted(set(split_of.values()))}
+    check_classes(name, info, codes, by_split)
     return Dataset(name, info, records, codes, by_split)
 
 
@@ -210,7 +212,8 @@ def _class_names(schema: Any, column: str) -> list[str] | None:
 
 def _split_of(path: str) -> str | None:
     word = re.split(r"[-_.]", os.path.basename(path))[0]
-    return SPLITS.get(word) or SPLITS.get(os.path.basename(os.path.dirname(path)))
+    words = (word, os.path.basename(os.path.dirname(path)))
+    return next((word for word in words if find_split(word)), None)
 
 
 class RowGroups(Records):
