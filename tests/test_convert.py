@@ -2,6 +2,8 @@
 """The command that looks into checkpoints and converts them."""
 
 import dataclasses
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,13 @@ import pytest
 from etils import epath
 
 from tests.tiny import tiny_config
-from vit_jax.checkpoint.pretrained.convert import convert
+from vit_jax.checkpoint.pretrained.convert import WRITERS, convert
 from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.checkpoint.pretrained.npz import write_npz as write_npz_file
 from vit_jax.checkpoint.pretrained.safetensors import read_tensors
 from vit_jax.checkpoint.pretrained.weights import POSEMB
 from vit_jax.convert import main
+from vit_jax.inference.model import load_model
 from vit_jax.models.variants import MODELS
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.run import train
@@ -30,7 +34,7 @@ def run(data_dir, tmp_path_factory):
     """A workdir with averages."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
     model = {"scan": True, "num_registers": 1, "activation": "gelu_erf", "layer_scale_init": 0.1}
-    config = tiny_config(data_dir, ema_decay=0.5, objective={"pixel_mean": 0.4})
+    config = tiny_config(data_dir, ema_decay=0.5, objective={"pixel_mean": 0.4, "loss": "sigmoid"})
     config.model.update(model)
     train(config, str(workdir), command="train")
     return workdir
@@ -60,6 +64,7 @@ def test_a_run_becomes_a_file_that_says_all_that_the_run_knew(run, tmp_path, cap
     assert_same(written.params, source.params)
     assert (written.model, written.preprocess) == (source.model, source.preprocess)
     assert written.model["activation"] == "gelu_erf"
+    assert source.loss == written.loss == "sigmoid"
     assert written.preprocess == {
         "mean": 0.4,
         "std": 0.5,
@@ -130,6 +135,68 @@ def test_a_file_without_class_token_keeps_all_positions(ending, tmp_path, capfd)
     expected = tensors["ijepa.embeddings.position_embeddings"]
     np.testing.assert_array_equal(weights.params[POSEMB], expected)
     assert (weights.posemb_grid, weights.posemb_resize) == ((4, 4), "bicubic_no_antialias")
+
+
+def write_npz(file, **changes):
+    """Writes a published file with other arrays; None leaves one out."""
+    arrays = dict(np.load(GOLDEN / "vit_gap.npz")) | changes
+    np.savez(file, **{name: x for name, x in arrays.items() if x is not None})
+    return str(file)
+
+
+@pytest.mark.parametrize("ending", ["npz", "safetensors"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"decoder/Dense_0/kernel": np.ones((2, 2), "f")}, "decoder/Dense_0/kernel is (2, 2)"),
+        ({"Transformer/encoder_norm/bias": None}, "Transformer/encoder_norm/bias is missing"),
+        ({"head/bias": np.ones(4, "f")}, "head/bias is (4,), expected (10,)"),
+        (
+            {"Transformer/encoderblock_0/MlpBlock_3/Dense_1/bias": np.ones(3, "f")},
+            "Transformer/encoderblock_0/MlpBlock_0/Dense_1/bias is (3,)",
+        ),
+    ],
+)
+def test_only_all_parameters_of_a_model_are_written(changes, words, ending, tmp_path):
+    source = write_npz(tmp_path / "in.npz", **changes)
+    with pytest.raises(UserError) as caught:
+        main([source, str(tmp_path / f"out.{ending}")])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.npz"]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(GOLDEN.glob("*.json"))])
+def test_what_is_published_is_written_and_rebuilt(name, tmp_path, capfd):
+    main([str(GOLDEN / f"{name}.npz"), str(tmp_path / "out.npz")])
+    assert "read back: every parameter is the same, and so is the model" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["npz", "safetensors"])
+def test_class_names_and_the_kind_of_problem_travel_with_the_file(ending, tmp_path):
+    folder = tmp_path / "hub"
+    shutil.copytree(GOLDEN.parent / "torch" / "hf_vit", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {str(i): f"class {i}" for i in range(5)}
+    config["problem_type"] = "multi_label_classification"
+    (folder / "config.json").write_text(json.dumps(config))
+    written = tmp_path / f"out.{ending}"
+    main([str(folder), str(written)])
+    for source in (folder, written):
+        model = load_model(source)
+        assert model.class_names == tuple(f"class {i}" for i in range(5))
+        assert model.loss == "sigmoid"
+
+
+def test_a_file_that_is_not_the_model_is_removed(tmp_path, monkeypatch):
+    def write(path, weights):
+        model = weights.model | {"num_heads": 4, "norm_epsilon": 1e-3}
+        write_npz_file(path, dataclasses.replace(weights, model=model))
+
+    monkeypatch.setitem(WRITERS, ".npz", (write, (".npz", ".json")))
+    with pytest.raises(UserError, match=r"what was read back is not what was written"):
+        main([str(GOLDEN / "vit_gap.npz"), str(tmp_path / "out.npz")])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,7 @@ def _make_weights(model: LoadedModel) -> Weights:
             "eval": model.preparation.line,
         },
         class_names=model.class_names,
+        loss=model.loss,
     )
 
 

@@ -21,9 +21,10 @@ from jax.sharding import Mesh
 
 from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.pretrained.adapt import describe_objective_params
+from vit_jax.checkpoint.pretrained.hub import find_weights
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
-from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights
+from vit_jax.checkpoint.pretrained.weights import POSEMB, Loss, Weights
 from vit_jax.checkpoint.workdir import find_step, read_config
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.inference.images import Preparation, make_preparation
@@ -38,7 +39,6 @@ from vit_jax.utils.layout import CHECKPOINTS, CONFIG
 from vit_jax.utils.registry import check_type, find_parts, trust_parts
 from vit_jax.utils.tree import flatten
 
-Loss = Literal["softmax", "sigmoid"]
 Tta = Literal["flip"]
 
 # Suffixes of paths in the `intermediates` that Flax captures.
@@ -355,14 +355,16 @@ def load_model(
     """Loads a trained model for use.
 
     Args:
-      source: the workdir of a run, one of its checkpoints, a `.npz` or `.safetensors` file, or any
-        other source of `vit_jax.checkpoint.pretrained.load.load_pretrained`.
+      source: the workdir of a run, one of its checkpoints, a `.npz` or `.safetensors` file, a
+        folder of the Hugging Face hub, or any other source of
+        `vit_jax.checkpoint.pretrained.load.load_pretrained`.
       checkpoint: which checkpoint of a workdir: a step, "last" (the default), or "best" by the
         metric of `config.checkpoint.keep_best`.
       params: which parameters of a run: the trained ones ("raw") or their average ("ema").
       preprocess: replaces the preprocessing of the weights, such as "decode|resize(224)".
       class_names: replaces the class names of the run or the file.
-      loss: replaces the loss of the run, "softmax" or "sigmoid"; "softmax" for other weights.
+      loss: replaces the loss of the run or the file, "softmax" or "sigmoid"; "softmax" if it is
+        not known.
       model: overrides arguments of the model, such as `{"dtype": "bfloat16"}`.
       pixel_mean: replaces the mean of pixels in [0, 1] that the weights expect.
       pixel_std: replaces the divisor that the weights expect.
@@ -380,7 +382,8 @@ def load_model(
     config: dict[str, Any] = {"model": weights.model, "preprocess": weights.preprocess}
     if workdir is not None:
         config = read_config(workdir)
-    trained_with: Loss = loss or (config.get("objective") or {}).get("loss") or "softmax"
+    stated = (config.get("objective") or {}).get("loss")
+    trained_with: Loss = loss or stated or weights.loss or "softmax"
     check_type(trained_with, Loss, key="loss")
     module = rebuild_model(weights, **(model or {}))
     known = weights.preprocess
@@ -426,7 +429,7 @@ def _locate(source: str, checkpoint: int | str | None, params: str) -> tuple[str
     folder = Path(source)
     if params not in ("raw", "ema"):
         raise UserError(f"params={params!r}: expected 'raw' or 'ema'")
-    if not folder.is_dir():
+    if not folder.is_dir() or find_weights(folder) is not None:
         for key, value, default in (("checkpoint", checkpoint, None), ("params", params, "raw")):
             if value != default:
                 raise UserError(f"{key}={value!r}: {source} is no run; leave {key} out")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.checkpoint.listing import find_checkpoint
+from vit_jax.checkpoint.pretrained.hub import find_weights
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.checkpoint.workdir import find_step
@@ -172,4 +173,6 @@ def find_source(args: argparse.Namespace) -> str:
     source = args.init_from or str(args.workdir)
     if args.checkpoint:
         source = find_step(args.workdir, args.checkpoint)
-    return str(find_checkpoint(Path(source))) if Path(source).is_dir() else source
+    if not Path(source).is_dir() or find_weights(Path(source)) is not None:
+        return source
+    return str(find_checkpoint(Path(source)))

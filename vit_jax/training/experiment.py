@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from vit_jax.checkpoint.pretrained.adapt import (
     fit_objective_params,
 )
 from vit_jax.checkpoint.pretrained.load import load_pretrained
-from vit_jax.checkpoint.pretrained.weights import Weights
+from vit_jax.checkpoint.pretrained.weights import Loss, Weights
 from vit_jax.checkpoint.state import TrainState
 from vit_jax.config.build import Parts, build_parts
 from vit_jax.data.corrupt import CorruptCounter
@@ -159,7 +159,7 @@ class Experiment(Parts):
 
     @functools.cached_property
     def description(self) -> dict[str, Any]:
-        """The model, its preprocessing and its classes as JSON, which each checkpoint holds."""
+        """What each checkpoint says of itself, as JSON: see the attributes of `Weights`."""
         settings, name = self.settings, self.settings.model["name"]
         fields = [field.name for field in dataclasses.fields(self.model)]
         # A constructor outside of this package may take other arguments than its module has.
@@ -167,6 +167,7 @@ class Experiment(Parts):
         model = {k: v for k, v in stated.items() if k not in _NO_PART_OF_A_MODEL}
         outside = is_part(name) or is_part(settings.objective["name"])
         evaluated = self.evaluators[0].data if self.evaluators else self.train_data
+        loss = settings.objective.get("loss")  # An objective from outside may have others.
         return {
             "model": {"name": name} | model,
             **({"objective_params": self.objective.objective_params} if outside else {}),
@@ -177,6 +178,7 @@ class Experiment(Parts):
                 "eval": evaluated.preprocess,
             },
             "class_names": self.train_data.info.class_names,
+            "loss": loss if loss in get_args(Loss) else None,
         }
 
     @functools.cached_property

@@ -330,8 +330,10 @@ def test_heads_of_a_width_are_usual_or_noted(tmp_path):
         weights = read_safetensors(tmp_path / "x")
         return weights.model["num_heads"], [n for n in weights.notes if "num_heads" in n]
 
-    assert heads(192, 1) == (3, [])
-    assert heads(128, 1) == (2, ["num_heads: nothing states it; 2, of 64 channels each, taken"])
+    for width, expected in ((192, 3), (128, 2)):
+        found, (note,) = heads(width, 1)
+        assert found == expected
+        assert f"no config.json names the model: num_heads={expected}," in note
     with pytest.raises(UserError, match="num_heads"):
         heads(16, 1)
 
@@ -542,7 +544,7 @@ def test_heads_that_read_other_features_are_dropped_with_a_note(tmp_path):
 
 
 def test_unknown_tensors_keep_their_names(tmp_path):
-    for name, odd in [("timm_vit", "blocks.0.mlp.norm.weight"), ("hf_vit", "decoder.norm.weight")]:
+    for name, odd in [("timm_vit", "blocks.0.mlp.norm.weight"), ("hf_vit", "neck.norm.weight")]:
         tensors, _ = raw_tensors(GOLDEN / name / "model.safetensors")
         tensors[odd] = np.arange(3, dtype=np.float32)
         write_tensors(tmp_path / "x", tensors, metadata={})
@@ -600,6 +602,163 @@ def test_models_that_are_not_here_are_refused(name, changes, config, words, tmp_
     message = refusal(read_safetensors, tmp_path / "x.safetensors", num_heads=4)
     assert words in message
     assert str(tmp_path) in message
+
+
+def describe(name, folder, **changes):
+    """Copies the weights with a changed config.json; `model_args` are added to those there."""
+    config = json.loads((GOLDEN / name / "config.json").read_text())
+    if "model_args" in changes:
+        changes["model_args"] = config.get("model_args", {}) | changes["model_args"]
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return copy_weights(name, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("timm_vit_registers", {"pool_include_prefix": True}, "pool_include_prefix=True"),
+        ("timm_vit_average", {"pool_include_prefix": True}, "pool_include_prefix=True"),
+        ("timm_vit", {"global_pool": "avgmax"}, "global_pool='avgmax'"),
+        ("timm_vit", {"norm_layer": "rmsnorm"}, "norm_layer='rmsnorm'"),
+        ("timm_vit", {"act_layer": "silu"}, "act_layer='silu'"),
+        ("timm_vit_swiglu", {"act_layer": "gelu"}, "act_layer='gelu'"),
+        ("timm_vit", {"attn_layer": "diff"}, "attn_layer='diff'"),
+        ("timm_vit", {"num_heads": 5}, "5 attention heads do not divide the width of 32"),
+        ("timm_vit", {"num_heads": "4"}, "'4' attention heads"),
+        ("timm_vit", {"embed_dim": 64}, "embed_dim=64 in config.json, but the tensors have 32"),
+        ("timm_vit", {"depth": 3}, "depth=3 in config.json, but the tensors have 2"),
+        ("timm_vit_map", {"attn_pool_num_heads": 2}, "attn_pool_num_heads=2"),
+        ("timm_eva_rope", {"rope_rotate_half": True}, "rope_rotate_half=True"),
+        ("timm_eva_rope", {"rope_grid_offset": 1.0}, "rope_grid_offset=1.0"),
+        ("timm_eva_rope", {"rope_type": "dinov3"}, "rope_type='dinov3'"),
+        ("timm_eva_rope", {"use_post_norm": True}, "use_post_norm=True"),
+        ("timm_vit", {"window_size": 7}, "model_args.window_size=7 in config.json is unknown here"),
+        ("timm_vit", {"new\nline": ["long"] * 99}, "is unknown here"),
+        ("hf_vit", {"rope_theta": 100.0}, "rope_theta=100.0 in config.json is unknown here"),
+        ("hf_vit", {"use_mean_pooling": True}, "use_mean_pooling=True"),
+        ("hf_vit", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("hf_vit", {"pruned_heads": {"0": [1]}}, "pruned_heads"),
+        ("hf_vit", {"is_decoder": True}, "is_decoder=True"),
+        ("hf_vit", {"problem_type": "ranking"}, "problem_type='ranking'"),
+        ("hf_vit", {"hidden_size": 48}, "hidden_size=48 in config.json, but the tensors have 32"),
+        ("hf_vit", {"num_hidden_layers": 12}, "num_hidden_layers=12"),
+        ("hf_vit", {"patch_size": 16}, "patch_size=16"),
+        ("hf_vit", {"num_attention_heads": 5}, "5 attention heads"),
+        ("hf_vit", {"model_type": "beit"}, "model_type='beit' in config.json: expected one of vit"),
+        ("hf_vit", {"model_type": "dpt"}, "model_type='dpt'"),
+        ("hf_vit", {"id2label": {"a": "b"}}, "id2label"),
+    ],
+)
+def test_each_argument_that_changes_the_function_is_used_or_refused(name, options, words, tmp_path):
+    changes = {"model_args": options} if name.startswith("timm") else options
+    message = refusal(read_safetensors, describe(name, tmp_path, **changes))
+    assert words in message
+    assert "config.json" in message or "attention heads" in message
+
+
+def test_arguments_that_models_here_have_are_used(tmp_path):
+    def read(name, **options):
+        return read_safetensors(describe(name, tmp_path, model_args=options))
+
+    assert read("timm_eva_rope_ape", rope_temperature=50).model["rope_theta"] == 50.0
+    query = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"
+    swapped = read("timm_eva_rope", rope_grid_indexing="xy").params[query]
+    np.testing.assert_array_equal(
+        np.roll(swapped, 8, axis=-1), read_case("timm_eva_rope").params[query]
+    )
+    assert read("timm_eva_rope", use_rot_pos_emb=False).model["rope_theta"] is None
+    assert read("timm_vit", global_pool="").model["classifier"] == "token_unpooled"
+    assert read("timm_vit", act_layer="gelu_tanh").model["activation"] == "gelu_tanh"
+    assert read("timm_vit", num_heads=2, drop_path_rate=0.1, act_layer=None).model["num_heads"] == 2
+    tensors, _ = raw_tensors(GOLDEN / "timm_vit_map" / "model.safetensors")
+    path = describe("timm_vit_map", tmp_path, model_args={"pool_include_prefix": True})
+    write_tensors(Path(path), tensors | {"reg_token": np.ones((1, 2, 32), "f")}, metadata={})
+    assert read_safetensors(path).model["num_registers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("architecture", "num_heads"),
+    [
+        ("vit_base_patch16_gap_224", 16),
+        ("vit_base_patch16_gap_224.tag", 16),
+        ("vit_giantopt_patch16_siglip_gap_256", 16),
+        ("deit3_huge_patch14_224", 16),
+        ("flexivit_large", 16),
+        ("test_vit", 2),
+        ("vit_medium_patch16_reg4_gap_256", 8),
+    ],
+)
+def test_a_name_implies_the_heads_at_any_width(architecture, num_heads, tmp_path):
+    path = describe("timm_vit", tmp_path, architecture=architecture)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["model_args"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = read_safetensors(path)
+    assert weights.model["num_heads"] == num_heads
+    assert not [note for note in weights.notes if "num_heads" in note]
+
+
+def test_what_an_unknown_name_leaves_open_is_noted(tmp_path):
+    path = describe("timm_vit", tmp_path, architecture="vit_new_patch8_32")
+    (note,) = [note for note in read_safetensors(path).notes if "unknown here" in note]
+    assert note == (
+        "architecture 'vit_new_patch8_32' is unknown here: activation='gelu_erf', "
+        "norm_epsilon=1e-06, the defaults of timm, taken"
+    )
+
+
+def test_class_names_come_from_the_description(tmp_path):
+    def read(name, **changes):
+        weights = read_safetensors(describe(name, tmp_path, **changes))
+        return weights.class_names, [note for note in weights.notes if "class names" in note]
+
+    names = ("tench", "hammer\u0065\u0301", "crane", "crane", "x,\ny")
+    expected = ("tench", "hammer\u00e9", "crane", "crane", r"x,\ny"), []
+    by_label = {str(i): name for i, name in reversed(list(enumerate(names)))}
+    assert read("hf_vit", id2label=by_label) == expected
+    assert read("hf_deit", id2label=by_label) == expected
+    assert read("timm_vit", label_names=names) == expected
+    assert read("timm_vit", label_names=by_label) == expected
+    assert read("timm_vit", pretrained_cfg={"label_names": names}) == expected
+    assert read("timm_vit", labels=names) == expected
+    assert read("hf_vit", id2label={str(i): f"LABEL_{i}" for i in range(5)}) == (None, [])
+    assert read("hf_vit", id2label=None) == (None, [])
+    assert read("hf_dinov2", id2label={"0": "a"}) == (None, [])  # It has no head.
+    note = "class names: id2label in config.json has 2 names, and the head 5 classes: not used"
+    assert read("hf_vit", id2label={"0": "a", "1": "b"}) == (None, [note])
+
+
+def test_the_kind_of_problem_decides_what_the_head_means(tmp_path):
+    def read(kind):
+        return read_safetensors(describe("hf_vit", tmp_path, problem_type=kind))
+
+    assert read("multi_label_classification").loss == "sigmoid"
+    assert read("single_label_classification").loss == "softmax"
+    assert read(None).loss is None
+    regression = read("regression")
+    assert "head/kernel" not in regression.params
+    assert regression.class_names is None
+    assert any("regression" in note and "dropped" in note for note in regression.notes)
+
+
+def test_decoders_of_pre_training_are_dropped_with_a_note(tmp_path):
+    for name, odd in (("timm_vit", "decoder_blocks.0.norm1.bias"), ("hf_vit", "decoder.0.weight")):
+        tensors, _ = raw_tensors(GOLDEN / name / "model.safetensors")
+        write_tensors(tmp_path / "x", tensors | {odd: np.ones(3, np.float32)}, metadata={})
+        weights = read_safetensors(tmp_path / "x", num_heads=4)
+        assert_same(weights.params, read_case(name).params)
+        assert "decoder: only for pre-training: dropped" in weights.notes
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "timm_hybrid", "hf_vit", "hf_deit", "hf_dinov2"])
+def test_wrapped_weights_are_read(name, tmp_path):
+    tensors, _ = raw_tensors(GOLDEN / name / "model.safetensors")
+    wrapped = {f"module._orig_mod.{n}": x for n, x in tensors.items()}
+    path = describe(name, tmp_path)
+    write_tensors(Path(path), wrapped, metadata={})
+    weights = read_safetensors(path)
+    assert_same(weights.params, read_case(name).params)
+    assert any("wrappers removed" in note for note in weights.notes)
 
 
 def test_rotary_embeddings_without_config_are_timms_with_a_note(tmp_path):

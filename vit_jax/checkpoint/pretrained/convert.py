@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes weights to a file of another layout, and compares what is read back."""
+"""Writes weights to a file of another layout, reads it back and rebuilds the model from it."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.npz import write_npz
-from vit_jax.checkpoint.pretrained.safetensors import write_safetensors
+from vit_jax.checkpoint.pretrained.rebuild import check_complete
+from vit_jax.checkpoint.pretrained.safetensors import MODEL_KEYS, write_safetensors
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights
 from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.nested import as_tuples
+from vit_jax.utils.registry import is_part
 
 # By the ending of a path: the function that writes it, and the endings of all files it writes.
 WRITERS: dict[str, tuple[Callable[[Path, Weights], None], tuple[str, ...]]] = {
@@ -21,7 +25,7 @@ WRITERS: dict[str, tuple[Callable[[Path, Weights], None], tuple[str, ...]]] = {
 
 
 def convert(weights: Weights, destination: Path) -> list[str]:
-    """Writes weights to a file and reads them back.
+    """Writes weights to a file, and rebuilds the model from what is read back.
 
     Args:
       weights: any float dtype.
@@ -31,8 +35,9 @@ def convert(weights: Weights, destination: Path) -> list[str]:
       Lines for the screen: the files written, and how they compare with the weights.
 
     Raises:
-      UserError: the path has another ending, exists or can't be written, the layout can't hold this
-        model, or the parameters that are read back differ.
+      UserError: the path has another ending, exists or can't be written, the weights are not all
+        parameters of the model that they describe and no others, the layout can't hold this model,
+        or what is read back differs. No file is left then.
     """
     if destination.suffix not in WRITERS:
         raise UserError(f"DST={destination}: expected a file that ends in {' or '.join(WRITERS)}")
@@ -41,26 +46,56 @@ def convert(weights: Weights, destination: Path) -> list[str]:
     for path in files:
         if path.exists():
             raise UserError(f"DST={destination}: {path} exists; remove it, or choose another name")
+    # A model from outside is built by code that is not imported here.
+    model = None if is_part(weights.model.get("name")) else check_complete(weights)
     try:
         write(destination, weights)
     except OSError as e:
         raise UserError(f"DST={destination} can't be written: {e.strerror or e}") from e
     lines = [f"wrote {path} ({path.stat().st_size / 2**20:,.1f} MiB)" for path in files]
-    return [*lines, _compare(weights, load_pretrained(str(destination)), destination)]
+    try:
+        again = load_pretrained(str(destination))
+        _compare_descriptions(weights, again)
+        line = _compare_params(weights, again)
+        if model is not None:
+            _compare_models(model, check_complete(again), weights)
+            line += ", and so is the model that is rebuilt from the file"
+        return [*lines, line]
+    except UserError as e:
+        for path in files:
+            path.unlink()
+        raise UserError(
+            f"DST={destination}: what was read back is not what was written, so it was removed; "
+            f"this is a bug: {e}"
+        ) from e
 
 
-def _compare(weights: Weights, again: Weights, destination: Path) -> str:
+def _compare_models(model: Any, again: Any, weights: Weights) -> None:
+    skipped = {"name", "variant"}
+    if weights.model.get("position_embedding") in FIXED_POSITIONS:
+        skipped.add("position_embedding")  # It may be written as learned.
+    for key in MODEL_KEYS:
+        ours, theirs = (getattr(m, key, None) for m in (model, again))
+        if key not in skipped and ours != theirs:
+            raise UserError(f"model.{key} was {ours!r} and is {theirs!r}")
+
+
+def _compare_descriptions(weights: Weights, again: Weights) -> None:
+    for key in ("preprocess", "posemb_grid", "posemb_resize", "class_names", "loss"):
+        ours, theirs = (as_tuples(getattr(w, key)) for w in (weights, again))
+        if ours != theirs:
+            raise UserError(f"{key} was {ours!r} and is {theirs!r}")
+
+
+def _compare_params(weights: Weights, again: Weights) -> str:
     if not _list_differences(weights.params, again.params):
         return "read back: every parameter is the same"
     ours, theirs = (_fold_positions(w.params) for w in (weights, again))
     if weights.model.get("position_embedding") in FIXED_POSITIONS:
         theirs.pop(POSEMB, None)  # They are written as learned ones.
     if different := _list_differences(ours, theirs):
-        raise UserError(
-            f"DST={destination}: {len(different)} parameters are not the same when read back, "
-            f"{different[0]} among them; this is a bug"
-        )
-    return "read back: the same function; positions are put where this layout has them"
+        raise UserError(f"{len(different)} parameters are not the same, {different[0]} among them")
+    return "read back: with positions where this layout has them, every parameter is the same"
 
 
 def _list_differences(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads Hugging Face's ViT, DeiT, DINOv2 and I-JEPA by the tensor names of timm.
 
-Source: transformers 5.23, `models/vit`, `deit`, `dinov2`, `dinov2_with_registers` and `ijepa`; the
-names are those that its files have.
+Source: transformers 5.23, `models/vit`, `deit`, `dinov2`, `dinov2_with_registers` and `ijepa`;
+`vit_msn` and `vit_mae` compute the same. The names are those that its files have.
 """
 
 import re
@@ -11,8 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.checkpoint.pretrained.config_json import (
+    check_keys,
+    check_sizes,
+    check_values,
+    read_class_names,
+)
+from vit_jax.checkpoint.pretrained.names import HUGGINGFACE_PATCHES as _PATCHES
+from vit_jax.checkpoint.pretrained.names import describe_family
 from vit_jax.checkpoint.pretrained.timm_tensors import find_positions, to_linen
 from vit_jax.checkpoint.pretrained.weights import (
+    Loss,
     Weights,
     describe_evaluation,
     describe_model,
@@ -20,7 +29,6 @@ from vit_jax.checkpoint.pretrained.weights import (
     image_size_of,
 )
 
-_PATCHES = "embeddings.patch_embeddings.projection.weight"
 _NAMES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -50,6 +58,50 @@ _NAMES = tuple(
 _INTERPOLATIONS = dict(enumerate(("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")))
 _ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
+# Kinds of models by `model_type`; None where the tensors tell them apart.
+_KINDS = {
+    **{"vit": None, "deit": None, "dinov2": None, "dinov2_with_registers": None},
+    **{"vit_msn": "ViT-MSN", "vit_mae": "ViT-MAE", "ijepa": "I-JEPA"},
+}
+# Keys of config.json that tensors show, that matter in training or for other programs alone, or
+# that every config has, for models of text too.
+_HARMLESS = {
+    *("model_type", "architectures", "transformers_version", "dtype", "torch_dtype"),
+    *("_name_or_path", "name_or_path", "_commit_hash", "_attn_implementation"),
+    *("_attn_implementation_autoset", "attn_implementation"),
+    *("patch_size", "num_channels", "hidden_size", "num_hidden_layers", "intermediate_size"),
+    *("mlp_ratio", "qkv_bias", "use_mask_token", "use_swiglu_ffn", "num_register_tokens"),
+    *("pooler_output_size", "add_pooling_layer", "layerscale_value", "initializer_range"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"),
+    *("classifier_dropout", "classifier_dropout_prob", "gradient_checkpointing"),
+    *("encoder_stride", "mask_ratio", "norm_pix_loss", "decoder_hidden_size"),
+    *("decoder_num_hidden_layers", "decoder_num_attention_heads", "decoder_intermediate_size"),
+    *("out_features", "out_indices", "stage_names", "reshape_hidden_states", "apply_layernorm"),
+    *("num_labels", "label2id", "finetuning_task", "task_specific_params"),
+    *("output_hidden_states", "output_attentions", "return_dict", "use_return_dict", "use_cache"),
+    *("torchscript", "tf_legacy_loss", "use_bfloat16", "chunk_size_feed_forward", "vocab_size"),
+    *("tie_word_embeddings", "tie_encoder_decoder", "cross_attention_hidden_size"),
+    *("tokenizer_class", "prefix", "bos_token_id", "pad_token_id", "eos_token_id"),
+    *("sep_token_id", "decoder_start_token_id", "max_length", "min_length", "do_sample"),
+    *("early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature"),
+    *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids"),
+    *("num_return_sequences", "output_scores", "return_dict_in_generate"),
+    *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"),
+    *("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
+}
+_USED = {"num_attention_heads", "layer_norm_eps", "image_size", "id2label"}
+# Values of other keys with which the function is that of a model here.
+_EXPECTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": tuple(_ACTIVATIONS),
+    "pooler_act": ("tanh",),
+    "problem_type": ("single_label_classification", "multi_label_classification", "regression"),
+    "is_decoder": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "pruned_heads": ({},),
+}
+
 
 def is_huggingface(tensors: Mapping[str, Any]) -> bool:
     """Whether the names are those of a Vision Transformer of Hugging Face."""
@@ -78,7 +130,12 @@ def read_huggingface(
     """
     if not isinstance(config.get("model_type"), str):
         config = {}  # It was written by another program.
+    _check_kind(tensors, config)
+    check_keys(config, _HARMLESS | _USED | _EXPECTED.keys())
+    check_values(config, _EXPECTED)
     renamed, kind, notes = _to_timm_names(tensors)
+    kind = _KINDS.get(config.get("model_type", "vit")) or kind
+    loss, loss_notes = _read_loss(renamed, config)
     slots = sum(name in renamed for name in ("cls_token", "dist_token"))
     size = config.get("image_size")
     _, grid, grid_notes = find_positions(
@@ -91,8 +148,16 @@ def read_huggingface(
     params, more = to_linen(
         renamed, num_heads=num_heads or config.get("num_attention_heads"), num_slots=slots
     )
-    settings, settings_notes = _read_settings(config, kind=kind)
-    model = settings | describe_model(params, rope_theta=None)
+    model = describe_model(params, rope_theta=None)
+    check_sizes(config, _list_sizes(renamed, model))
+    settings, settings_notes = _read_settings(config, model, kind=kind)
+    model = settings | model
+    head = params.get("head/kernel")
+    names, name_notes = read_class_names(
+        config.get("id2label"),
+        key="id2label",
+        num_classes=None if head is None else head.shape[-1],
+    )
     preprocess, image_notes = _read_preprocess(processor, config, kind=kind)
     return Weights(
         params=params,
@@ -101,8 +166,58 @@ def read_huggingface(
         preprocess=({"image_size": image_size_of(grid, model)} if grid else {}) | preprocess,
         posemb_grid=grid,
         posemb_resize="bicubic" if kind == "DINOv2 with registers" else "bicubic_no_antialias",
-        notes=(*notes, *grid_notes, *more, *settings_notes, *image_notes),
+        class_names=names,
+        loss=loss if head is not None else None,
+        notes=(
+            *notes,
+            *loss_notes,
+            *grid_notes,
+            *more,
+            *settings_notes,
+            *image_notes,
+            *name_notes,
+        ),
     )
+
+
+def _check_kind(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
+    """Refuses other models that embed patches by the same names."""
+    family = describe_family(tensors)
+    if "model_type" in config and config["model_type"] not in _KINDS:
+        found = f", a {family}" if family else ""
+        raise ValueError(
+            f"model_type={config['model_type']!r} in config.json{found}: expected one of "
+            f"{', '.join(_KINDS)}"
+        )
+    if family:
+        raise ValueError(f"it is a {family}: expected one of {', '.join(_KINDS)}")
+    if not any(".layer.0." in f".{name}" for name in tensors):
+        raise ValueError("it has no tensors encoder.layer.0.*; no model here has such layers")
+
+
+def _read_loss(
+    tensors: dict[str, np.ndarray], config: Mapping[str, Any]
+) -> tuple[Loss | None, list[str]]:
+    """Returns what the head was trained for; removes the head of a regression, with a note."""
+    kind = config.get("problem_type")
+    if kind == "regression":
+        for name in [name for name in tensors if name.startswith(("head.", "head_dist."))]:
+            del tensors[name]
+        return None, ["head: that of a regression (problem_type), as none here: dropped"]
+    if kind == "multi_label_classification":
+        return "sigmoid", ["head: for any number of classes per image (problem_type): sigmoid"]
+    return "softmax" if kind else None, []
+
+
+def _list_sizes(tensors: Mapping[str, np.ndarray], model: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the sizes in the words of Hugging Face."""
+    _, channels, *patch = tensors["patch_embed.proj.weight"].shape
+    sizes = {
+        "hidden_size": model["hidden_size"],
+        "num_hidden_layers": model["num_layers"],
+        "num_channels": channels,
+    }
+    return sizes | ({"patch_size": patch[0]} if patch[0] == patch[-1] else {})
 
 
 def _to_timm_names(
@@ -112,10 +227,9 @@ def _to_timm_names(
     prefix = next(name for name in tensors if name.endswith(_PATCHES)).removesuffix(_PATCHES)
     renamed = {}
     for name, x in tensors.items():
-        if name.startswith(prefix) or "classifier." in name:
-            name = name.removeprefix(prefix)
-            for pattern, replacement in _NAMES:
-                name = pattern.sub(replacement, name)
+        name = name.removeprefix(prefix)
+        for pattern, replacement in _NAMES:
+            name = pattern.sub(replacement, name)
         renamed[name] = x
     kind = "ViT"
     if any(name.endswith(".ls1.gamma") for name in renamed):
@@ -147,26 +261,24 @@ def _drop_unused(tensors: dict[str, np.ndarray]) -> list[str]:
     return notes
 
 
-def _read_settings(config: Mapping[str, Any], *, kind: str) -> tuple[dict[str, Any], list[str]]:
+def _read_settings(
+    config: Mapping[str, Any], model: Mapping[str, Any], *, kind: str
+) -> tuple[dict[str, Any], list[str]]:
     """Returns arguments of the model from config.json, or the defaults of the kind and a note."""
     epsilon = 1e-6 if kind.startswith("DINOv2") else 1e-12
-    missing = [key for key in ("hidden_act", "layer_norm_eps") if key not in config]
-    act = config.get("hidden_act", "gelu")
-    if act not in _ACTIVATIONS:
-        raise ValueError(
-            f"hidden_act={act!r} in config.json: expected one of {', '.join(_ACTIVATIONS)}"
-        )
-    if config.get("pooler_act", "tanh") != "tanh":
-        raise ValueError(f"pooler_act={config['pooler_act']!r} in config.json: expected 'tanh'")
-    model = {
-        "activation": _ACTIVATIONS[act],
-        "norm_epsilon": float(config.get("layer_norm_eps", epsilon)),
+    taken = {
+        "hidden_act": ("activation", _ACTIVATIONS[config.get("hidden_act") or "gelu"]),
+        "layer_norm_eps": ("norm_epsilon", float(config.get("layer_norm_eps", epsilon))),
     }
+    settings = dict(taken.values())
+    taken["num_attention_heads"] = "num_heads", model["num_heads"]
+    missing = {name: x for key, (name, x) in taken.items() if key not in config}
     if not missing:
-        return model, []
-    return model, [
-        f"no config.json states {' and '.join(missing)}: activation={model['activation']!r}, "
-        f"norm_epsilon={model['norm_epsilon']}, the defaults of Hugging Face's {kind}, taken"
+        return settings, []
+    keys = " and ".join(key for key in taken if key not in config)
+    values = ", ".join(f"{name}={value!r}" for name, value in missing.items())
+    return settings, [
+        f"no config.json states {keys}: {values}, the defaults of Hugging Face's {kind}, taken"
     ]
 
 

@@ -7,9 +7,10 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -19,19 +20,22 @@ from vit_jax.checkpoint.manager import DESCRIPTION, quiet_reads
 from vit_jax.checkpoint.manifest import find_fault, has_manifest
 from vit_jax.checkpoint.pretrained.description import check_description
 from vit_jax.checkpoint.pretrained.download import fetch, resolve
+from vit_jax.checkpoint.pretrained.hub import INDEX, find_weights, refuse_format
 from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors
 from vit_jax.checkpoint.pretrained.weights import (
     OBJECTIVE_PARAMS,
+    Loss,
     Weights,
+    check_loss,
     infer_model,
     unstack_blocks,
 )
-from vit_jax.checkpoint.workdir import read_labels
+from vit_jax.checkpoint.workdir import read_config, read_labels
 from vit_jax.utils.bounds import MAX_WEIGHTS, check_growth, check_tree, open_outside, read_json
 from vit_jax.utils.class_names import check_names
 from vit_jax.utils.errors import UserError, describe_error, first_line
-from vit_jax.utils.layout import CHECKPOINTS
+from vit_jax.utils.layout import CHECKPOINTS, CONFIG
 from vit_jax.utils.nested import as_tuples
 from vit_jax.utils.registry import is_part
 from vit_jax.utils.tree import flatten
@@ -48,17 +52,24 @@ def load_pretrained(source: str) -> Weights:
     """Reads pretrained weights; the content of a file decides which layout it has.
 
     Args:
-      source: a workdir or an Orbax checkpoint, a `.npz` or `.safetensors` file, the URL of one, or
-        a name of the catalogue such as "augreg:B/16". `:PART` at the end of a path selects a part:
-        the model in a file of several (`siglip.npz:img`), or the average of the parameters of a
-        run (`WORKDIR:ema_params`).
+      source: a workdir or an Orbax checkpoint, a `.npz` or `.safetensors` file, the index of shards
+        of the latter, a folder of the Hugging Face hub, the URL of a file, or a name of the
+        catalogue such as "augreg:B/16". `:PART` at the end of a path selects a part: the model in
+        a file of several (`siglip.npz:img`), or the average of the parameters of a run
+        (`WORKDIR:ema_params`).
 
     Returns:
       Weights with the shapes of the source; float32 from a `.npz`, else the dtypes of the source.
 
     Raises:
-      UserError: the source is none of these, or is damaged.
+      UserError: the source is none of these, or is damaged; a parameter is NaN or infinite.
     """
+    weights = _load(source)
+    check_parameters(weights, source)
+    return weights
+
+
+def _load(source: str) -> Weights:
     if resolved := resolve(source):
         path, published = resolved
         weights = _read_file(path, "")
@@ -75,7 +86,39 @@ def load_pretrained(source: str) -> Weights:
     path, part = source, ""
     if (match := _SUBTREE.fullmatch(source)) and not Path(source).exists():
         path, part = match.groups()
-    return read_run(Path(path), part=part) if Path(path).is_dir() else _read_file(path, part)
+    if not Path(path).is_dir():
+        return _read_file(path, part)
+    weights = find_weights(Path(path))
+    return read_run(Path(path), part=part) if weights is None else _read_file(weights, part)
+
+
+def check_parameters(weights: Weights, source: str) -> None:
+    """Checks that parameters are numbers with which a model can compute.
+
+    Raises:
+      UserError: one is not finite in float32 or of an integer type, or there are no layers.
+    """
+    bad = []
+    for path, x in (weights.params | weights.objective_params).items():
+        if not jnp.issubdtype(x.dtype, np.floating):
+            if "/" not in path:
+                continue  # It is no parameter of a model here.
+            raise UserError(f"{source}: {path} is of type {x.dtype}; expected a float type")
+        with np.errstate(over="ignore"):
+            if not np.isfinite(x.astype(np.float32, copy=False)).all():
+                bad.append(path)
+    if bad:
+        raise UserError(
+            f"{source}: {len(bad)} of {len(weights.params)} parameters hold NaN or infinity, "
+            f"{bad[0]} among them: the run that wrote them has diverged, or the file is damaged; "
+            "expected finite numbers, as in an earlier checkpoint"
+        )
+    if not weights.model.get("num_layers", 1):
+        names = ", ".join(sorted(weights.params)[:4])
+        raise UserError(
+            f"{source}: there are no layers with names that are known here, but {names}, ...; "
+            "expected a whole model"
+        )
 
 
 def _read_file(path: str | Path, part: str) -> Weights:
@@ -86,12 +129,14 @@ def _read_file(path: str | Path, part: str) -> Weights:
             start = f.read(9)
     except Exception:  # The reader reports the error; storage raises many types.
         start = b""
+    if file.name.endswith(INDEX) or start[8:] == b"{":
+        return read_safetensors(file, part=part)
     # The name decides if the first bytes are of neither kind or can't be read.
-    if start.startswith(b"PK") or (start[8:] != b"{" and file.suffix != ".safetensors"):
+    if file.suffix not in (".npz", ".safetensors"):
+        refuse_format(file)
+    if start.startswith(b"PK") or file.suffix != ".safetensors":
         return read_npz(file, subtree=part)
-    if part:
-        raise UserError(f"{path}:{part}: a .safetensors file has no parts; leave out :{part}")
-    return read_safetensors(file)
+    return read_safetensors(file, part=part)
 
 
 def read_run(folder: Path, *, part: str = "") -> Weights:
@@ -130,23 +175,32 @@ def _describe(
     if not model:
         names = ", ".join(sorted({path.partition("/")[0] for path in params})[:8])
         raise UserError(f"{folder}: expected a model of this package, but it holds {names}")
+    folder = folder.absolute()
+    workdir = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
     return Weights(
         params=params,
         layout="vit_jax checkpoint" if described else "Orbax checkpoint",
         model=model | stated,
         preprocess=as_tuples(described.get("preprocess", {})),
         objective_params=own,
-        class_names=_find_class_names(folder, described),
+        class_names=_find_class_names(workdir, described),
+        loss=_find_loss(workdir, described),
         notes=(_WHICH[part],) if described and part in _WHICH else (),
     )
 
 
-def _find_class_names(folder: Path, described: Mapping[str, Any]) -> tuple[str, ...] | None:
+def _find_class_names(workdir: Path, described: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The names in the run's `labels.txt`, or else those in the description of a checkpoint."""
-    folder = folder.absolute()
-    workdir = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
     names = read_labels(workdir)
-    return check_names(described.get("class_names"), str(folder)) if names is None else names
+    return check_names(described.get("class_names"), str(workdir)) if names is None else names
+
+
+def _find_loss(workdir: Path, described: Mapping[str, Any]) -> Loss | None:
+    """The loss in the description of a checkpoint, or else in the config of its run."""
+    if "loss" in described or not (workdir / CONFIG).exists():
+        return check_loss(described.get("loss"), str(workdir))
+    loss = (read_config(workdir).get("objective") or {}).get("loss")
+    return loss if loss in get_args(Loss) else None
 
 
 def load_params(folder: Path, *, item: str = "params") -> tuple[dict[str, Any], dict[str, Any]]:

@@ -21,6 +21,7 @@ from vit_jax.checkpoint.pretrained.description import check_description
 from vit_jax.checkpoint.pretrained.weights import (
     POSEMB,
     Weights,
+    check_loss,
     describe_weights,
     infer_model,
     read_posemb,
@@ -81,6 +82,7 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
             model=described["model"],
             preprocess=described.get("preprocess", {}),
             class_names=described.get("class_names"),
+            loss=described.get("loss"),
         )
         return _check_described(weights, path)
     is_big_vision = "pos_embedding" in params
@@ -102,6 +104,7 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
         preprocess=described.get("preprocess", {"mean": 0.5, "std": 0.5}),
         **posemb,
         class_names=described.get("class_names"),
+        loss=described.get("loss"),
     )
     return _check_described(weights, path)
 
@@ -205,8 +208,9 @@ def _read_description(path: epath.Path) -> dict[str, Any]:
     try:
         described = dict(read_json(beside).get("vit_jax", {}))
         names = check_names(described.pop("class_names", None), str(beside))
+        loss = check_loss(described.pop("loss", None), str(beside))
         sections = {section: as_tuples(dict(x)) for section, x in described.items()}
-        return sections | {"class_names": names}
+        return sections | {"class_names": names, "loss": loss}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{beside}: {error}; expected what was written with {path.name}") from error
 

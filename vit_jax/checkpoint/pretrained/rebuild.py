@@ -8,17 +8,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from vit_jax.checkpoint.pretrained.adapt import adapt_params
-from vit_jax.checkpoint.pretrained.weights import Weights
+from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights
 from vit_jax.models.interface import find_grid
 from vit_jax.models.variants import MODELS
 from vit_jax.utils.bounds import check_growth
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.registry import bind, find_part, is_part, keywords
 
 # Arguments that change how a model runs, and not what it computes.
 _RUN = ("constrain", "scan", "remat", "float8")
+
+_MAX_LISTED = 4  # parameters in one line of an error
 
 
 def rebuild_model(weights: Weights, *, run: Mapping[str, Any] | None = None, **given: Any) -> Any:
@@ -73,3 +76,58 @@ def fill_model(
         target_grid=find_grid(model, image_shape[:2]),
         num_class_tokens=getattr(model, "num_class_tokens", 0),
     )
+
+
+def check_complete(weights: Weights) -> Any:
+    """Rebuilds a model, and checks that the weights are its parameters and no others.
+
+    Args:
+      weights: of a model of this package.
+
+    Returns:
+      The Flax module.
+
+    Raises:
+      UserError: the model can't be rebuilt, or a parameter is missing, left over or of another
+        shape.
+    """
+    model = rebuild_model(weights)
+    images = jax.ShapeDtypeStruct((1, *_find_image_shape(weights, model)), jnp.float32)
+    try:
+        init = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    except UserError:
+        raise
+    except Exception as e:  # Flax and JAX have many types for sizes that do not go together.
+        raise UserError(f"the model can't be rebuilt: {first_line(e)}") from e
+    flat: dict[str, Any] = traverse_util.flatten_dict(init["params"], sep="/")
+    ours = {path: tuple(x.shape) for path, x in flat.items()}
+    theirs = {path: tuple(x.shape) for path, x in weights.params.items()}
+    problems = [
+        f"{path} is {theirs.get(path, 'missing')}, expected {ours.get(path, 'none of that name')}"
+        for path in sorted(ours.keys() | theirs.keys())
+        if ours.get(path) != theirs.get(path)
+    ]
+    if problems:
+        more = len(problems) - _MAX_LISTED
+        raise UserError(
+            f"{len(problems)} parameters are not those of the model that the source describes: "
+            f"{'; '.join(problems[:_MAX_LISTED])}{f'; and {more} more' if more > 0 else ''}"
+        )
+    return model
+
+
+def _find_image_shape(weights: Weights, model: Any) -> tuple[int, int, int]:
+    """Returns (height, width, channels) of an image with as many patches as the weights are for.
+
+    The patches are in one row, since shapes of parameters only depend on their number.
+    """
+    kernels = ("conv_root/kernel", "stem/kernel", "embedding/kernel")
+    channels = next(weights.params[path].shape[2] for path in kernels if path in weights.params)
+    patches = 1
+    if POSEMB in weights.params:
+        patches = weights.params[POSEMB].shape[1] - model.num_class_tokens
+    mixing = weights.params.get("MixerBlock_0/token_mixing/Dense_0/kernel")
+    if mixing is not None:
+        patches = mixing.shape[0]
+    rows, columns = getattr(model, "stride", model.patch_size)
+    return rows, columns * max(patches, 1), channels

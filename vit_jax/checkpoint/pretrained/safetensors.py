@@ -21,11 +21,14 @@ from etils import epath
 from safetensors.numpy import save
 
 from vit_jax.checkpoint.pretrained.description import check_description
+from vit_jax.checkpoint.pretrained.hub import INDEX, read_index, refuse_shard
 from vit_jax.checkpoint.pretrained.huggingface import is_huggingface, read_huggingface
+from vit_jax.checkpoint.pretrained.names import TIMM_PATCHES, describe_family, unwrap
 from vit_jax.checkpoint.pretrained.timm import read_timm
 from vit_jax.checkpoint.pretrained.timm_tensors import to_linen, to_timm
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
+    check_loss,
     describe_model,
     describe_weights,
     find_grid,
@@ -52,7 +55,7 @@ _DTYPES = {
 
 _METADATA = "vit_jax"
 # Arguments of the model that change what it computes.
-_MODEL_KEYS = (
+MODEL_KEYS = (
     "name",
     "patch_size",
     "hidden_size",
@@ -76,13 +79,16 @@ _MODEL_KEYS = (
 )
 
 
-def read_safetensors(path: str | os.PathLike[str], *, num_heads: int | None = None) -> Weights:
+def read_safetensors(
+    path: str | os.PathLike[str], *, num_heads: int | None = None, part: str = ""
+) -> Weights:
     """Reads a Vision Transformer of timm, Hugging Face or this package.
 
     Args:
-      path: local or `gs://`.
+      path: of a file or of the index of its shards, local or `gs://`.
       num_heads: attention heads; None for the number that the files beside it state, or else the
         usual one for the width.
+      part: takes only the tensors whose names start with this, of a file of several models.
 
     Returns:
       Weights with the values and dtypes of the file. Tensors that have no place in a model of this
@@ -93,18 +99,22 @@ def read_safetensors(path: str | os.PathLike[str], *, num_heads: int | None = No
     """
     file = epath.Path(path)
     try:
-        tensors, metadata = read_tensors(file)
-        if _METADATA in metadata:
+        refuse_shard(file)
+        read = _read_shards if file.name.endswith(INDEX) else read_tensors
+        tensors, metadata = read(file)
+        own, notes = _METADATA in metadata and not part, []
+        if not own:
+            tensors, notes = unwrap(tensors, part=part)
+        if own:
             weights = _read_own(tensors, bounds.parse_json(metadata[_METADATA]), num_heads)
         elif is_huggingface(tensors):
             config = read_json(file.parent / "config.json")
             processor = read_json(file.parent / "preprocessor_config.json")
             weights = read_huggingface(tensors, config, processor, num_heads)
-        elif "patch_embed.proj.weight" in tensors:
+        elif TIMM_PATCHES in tensors:
             weights = read_timm(tensors, read_json(file.parent / "config.json"), num_heads)
         else:
-            names = ", ".join(sorted(tensors)[:3])
-            raise ValueError(f"no Vision Transformer: {len(tensors)} tensors such as {names}")
+            raise ValueError(_describe_unknown(tensors, read_json(file.parent / "config.json")))
         check_description(weights)
     except FileNotFoundError as error:
         raise UserError(f"{os.fspath(path)}: no such file; expected a .safetensors file") from error
@@ -114,9 +124,8 @@ def read_safetensors(path: str | os.PathLike[str], *, num_heads: int | None = No
             "Vision Transformer of timm or Hugging Face"
         ) from error
     if "mean" not in weights.preprocess:
-        note = "mean and std of the images: stated nowhere"
-        weights = dataclasses.replace(weights, notes=(*weights.notes, note))
-    return weights
+        notes.append("mean and std of the images: stated nowhere")
+    return dataclasses.replace(weights, notes=(*notes, *weights.notes))
 
 
 def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
@@ -137,7 +146,7 @@ def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
     if is_part(model.get("name")):
         raise UserError(f"{path}: timm has no {model['name']}; expected a file that ends in .npz")
     stated = describe_model(arrays, rope_theta=None)
-    stated |= {key: model[key] for key in _MODEL_KEYS if key in model}
+    stated |= {key: model[key] for key in MODEL_KEYS if key in model}
     try:
         tensors = to_timm(arrays, model=stated, grid=find_grid(stated, preprocess))
         if stated.get("position_embedding") in FIXED_POSITIONS:
@@ -150,11 +159,21 @@ def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
         raise UserError(f"{os.fspath(path)}: can't be written: {error}") from error
 
 
+def _describe_unknown(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> str:
+    stated = [f"{k}={config[k]!r}" for k in ("model_type", "architecture") if k in config]
+    found = [
+        f"{stated[0]} in config.json" if stated else "",
+        describe_family(tensors) or "",
+        f"{len(tensors)} tensors such as {', '.join(sorted(tensors)[:3])}",
+    ]
+    return f"no Vision Transformer that is known here: {', '.join(filter(None, found))}"
+
+
 def _read_own(
     tensors: dict[str, np.ndarray], stated: dict[str, Any], num_heads: int | None
 ) -> Weights:
     """Reads a file of `write_safetensors`, whose metadata describe the model."""
-    model = {k: v for k, v in as_tuples(stated["model"]).items() if k in _MODEL_KEYS}
+    model = {k: v for k, v in as_tuples(stated["model"]).items() if k in MODEL_KEYS}
     params, notes = to_linen(
         tensors,
         num_heads=num_heads or model["num_heads"],
@@ -169,6 +188,7 @@ def _read_own(
         preprocess=as_tuples(dict(stated["preprocess"])),
         **read_posemb(stated.get("posemb", {})),
         class_names=check_names(stated.get("class_names"), "its metadata"),
+        loss=check_loss(stated.get("loss"), "its metadata"),
         notes=tuple(notes),
     )
 
@@ -201,6 +221,20 @@ def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str
         array = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]])
         tensors[name] = array.reshape(entry["shape"])
     return tensors, bounds.parse_json(content[8 : 8 + length]).get("__metadata__", {})
+
+
+def _read_shards(index: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns what `read_tensors` does, of all shards that an index lists."""
+    tensors: dict[str, np.ndarray] = {}
+    for name, names in read_index(index).items():
+        shard = index.parent / name
+        if not shard.exists():
+            raise ValueError(f"its shard {name} is not in the same folder")
+        found, _ = read_tensors(shard)
+        if missing := [tensor for tensor in names if tensor not in found]:
+            raise ValueError(f"its shard {name} does not hold {missing[0]}")
+        tensors |= {tensor: found[tensor] for tensor in names}
+    return tensors, {}
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:

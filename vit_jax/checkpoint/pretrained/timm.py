@@ -11,6 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.checkpoint.pretrained.config_json import (
+    check_keys,
+    check_sizes,
+    check_values,
+    read_class_names,
+)
+from vit_jax.checkpoint.pretrained.names import TIMM_PATCHES, describe_family
 from vit_jax.checkpoint.pretrained.timm_tensors import find_positions, to_linen
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
@@ -19,15 +26,36 @@ from vit_jax.checkpoint.pretrained.weights import (
     describe_no_line,
     image_size_of,
 )
+from vit_jax.utils.bounds import shorten
 
 _NORM_EPSILON = 1e-6
 _CROP_PCT = 0.875  # timm's default
 _ROPE_REFERENCE = (16, 16)  # of timm's vit_*_rope_reg*_gap_*
+_NO_CONFIG = "no config.json names the model"
 _EVA = re.compile(r"blocks\.\d+\.(gamma_1|attn\.(q_bias|q_proj\.weight))$")
 _ACTIVATIONS = {"gelu": "gelu_erf", "gelu_tanh": "gelu_tanh"}
-# Models of timm with another number of heads than is usual for their width.
-_NUM_HEADS = {
-    f"vit_giantopt_patch16_siglip_{pool}{size}": 16 for pool in ("", "gap_") for size in (256, 384)
+# Attention heads by the name of an architecture: the first pattern that matches, and then the word
+# after the kind of model. Verified for all architectures of timm that can be read here.
+_NUM_HEADS = (
+    (re.compile(r"vit_base_patch16_gap_224$"), 16),
+    (re.compile(r"vit_base_patch\d+_plus_"), 14),
+    (re.compile(r"vit_giant_patch14(_reg\d)?_(dinov2|tipsv2)$"), 24),
+    (re.compile(r"test_vit2?$"), 2),
+    (re.compile(r"test_vit[34]$"), 3),
+)
+_SIZED = re.compile(r"(?:vit|deit3?|flexivit|eva)_([a-z0-9]+)(?:_|$)")
+_NUM_HEADS_BY_SIZE = {
+    "tiny": 3,
+    "wee": 4,
+    "little": 5,
+    "small": 6,
+    "medium": 8,
+    "mediumd": 8,
+    "betwixt": 10,
+    "base": 12,
+    "so150m2": 13,
+    "so150m": 14,
+    **dict.fromkeys(("large", "huge", "giant", "gigantic", "giantopt", "so400m"), 16),
 }
 # Architectures of timm whose class token and registers have no position embedding.
 _NO_EMBED_CLASS = re.compile(
@@ -38,6 +66,32 @@ _TANH_GELU = re.compile(
     r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip"
     r"|vit_large_patch16_siglip_(gap_)?512"
 )
+# Arguments of the classes: those that tensors show, or that matter in training alone.
+_SHOWN = {
+    *("patch_size", "in_chans", "num_classes", "embed_dim", "depth", "mlp_ratio", "init_values"),
+    *("qkv_bias", "qkv_fused", "proj_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm"),
+    *("scale_mlp", "scale_attn_inner", "swiglu_mlp", "swiglu_align_to", "attn_pool_mlp_ratio"),
+    *("class_token", "reg_tokens", "num_reg_tokens", "distilled", "use_abs_pos_emb", "pos_embed"),
+    *("pre_norm", "final_norm", "fc_norm", "use_fc_norm", "attn_type", "embed_norm_layer"),
+    *("use_pre_transformer_norm", "use_post_transformer_norm", "img_size", "no_embed_class"),
+    *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
+    *("drop_path_rate", "weight_init", "fix_init", "head_init_scale"),
+    *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "device", "dtype"),
+}
+# Arguments that are used, and values of others with which the function is that of a model here.
+_USED = {"num_heads", "global_pool", "act_layer", "pool_include_prefix", "use_rot_pos_emb"} | {
+    *("rope_temperature", "rope_grid_indexing", "ref_feat_shape"),
+}
+_EXPECTED: dict[str, tuple[Any, ...]] = {
+    "norm_layer": ("", "layernorm", "LayerNorm", "layer_norm"),
+    "attn_layer": ("", "attn"),
+    "use_post_norm": (False,),
+    "rope_type": ("", "cat"),
+    "rope_grid_offset": (0,),
+    "rope_grid_indexing": ("ij", "xy"),
+    "rope_rotate_half": (False,),
+    "global_pool": ("", "avg", "token", "map"),
+}
 
 
 def read_timm(
@@ -58,26 +112,31 @@ def read_timm(
     """
     if not isinstance(config.get("architecture"), str):
         config = {}  # It was written by another program.
-    architecture, options = config.get("architecture", ""), config.get("model_args", {})
-    if any(name.startswith("norm_pre.") for name in tensors):
-        raise ValueError("it has a norm in front of the blocks (norm_pre), which no model here has")
-    if "_rpn_" in architecture:
-        raise ValueError(f"{architecture} has norms behind its layers, which no model here has")
+    # A name may have a tag of the weights, which does not change the model.
+    architecture, options = config.get("architecture", "").partition(".")[0], _read_options(config)
+    _check_architecture(tensors, architecture)
     theta, reference, swap_axes, notes = _find_rope(tensors, architecture, options)
-    num_heads = num_heads or options.get("num_heads") or _NUM_HEADS.get(architecture.split(".")[0])
-    classifier = _find_classifier(tensors, config)
-    average = classifier == "gap" and "cls_token" in tensors
+    classifier = _find_classifier(tensors, config, options)
+    average = classifier in ("gap", "map") and "cls_token" in tensors
+    implied = _imply_num_heads(architecture)
     slots, grid, more = _find_positions(tensors, config)
     notes += more
     params, more = to_linen(
-        tensors, num_heads=num_heads, num_slots=slots, average=average, swap_axes=swap_axes
+        tensors,
+        num_heads=num_heads or options.get("num_heads") or implied,
+        num_slots=slots,
+        average=average,
+        swap_axes=swap_axes,
     )
-    settings, settings_notes = _read_timm_settings(architecture, options)
-    model = settings | describe_model(params, rope_theta=theta) | {"classifier": classifier}
-    model["rope_reference_grid"] = reference
-    if theta is None and classifier == "map" and ("cls" in params or "num_registers" in model):
-        raise ValueError("attention pooling that leaves out registers, which no model here has")
+    model = describe_model(params, rope_theta=theta) | {"classifier": classifier}
+    check_sizes(options, _list_sizes(params, model), where="model_args.")
+    settings, settings_notes = _read_timm_settings(
+        architecture, options, model, known=implied is not None
+    )
+    model = settings | model | {"rope_reference_grid": reference}
+    _check_pooling(architecture, options, model, params)
     preprocess, image_notes = _read_timm_images(config.get("pretrained_cfg", config))
+    names, name_notes = _read_names(config, params)
     kind = "timm hybrid" if "resnet_layers" in model else "timm"
     return Weights(
         params=params,
@@ -87,7 +146,89 @@ def read_timm(
         posemb_grid=grid,
         # The published FlexiViTs were trained with another rule than timm's.
         posemb_resize="bilinear_half_pixel" if architecture.startswith("flexivit_") else "bicubic",
-        notes=(*notes, *more, *settings_notes, *image_notes),
+        class_names=names,
+        notes=(*notes, *more, *settings_notes, *image_notes, *name_notes),
+    )
+
+
+def _read_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of the model that config.json states."""
+    options = config.get("model_args") or {}
+    if not isinstance(options, Mapping):
+        raise ValueError(f"model_args={shorten(options)} in config.json: expected an object")
+    check_keys(options, _SHOWN | _USED | _EXPECTED.keys(), where="model_args.")
+    check_values(options, _EXPECTED, where="model_args.")
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _check_architecture(tensors: Mapping[str, np.ndarray], architecture: str) -> None:
+    named = f"architecture {architecture!r}" if architecture else _NO_CONFIG
+    if tensors[TIMM_PATCHES].ndim != 4:
+        raise ValueError(f"{TIMM_PATCHES} is {tensors[TIMM_PATCHES].shape}: expected a convolution")
+    if any(name.startswith("norm_pre.") for name in tensors):
+        raise ValueError(
+            f"{named}: it has a norm in front of the blocks (norm_pre), which no model here has"
+        )
+    if "_rpn_" in architecture:
+        raise ValueError(f"{named}: it has norms behind its layers, which no model here has")
+    if family := describe_family(tensors):
+        raise ValueError(f"{named}: it is a {family}, which no model here computes")
+    if not {"blocks.0.attn.qkv.weight", "blocks.0.attn.q_proj.weight"} & tensors.keys():
+        found = next((name for name in sorted(tensors) if name.startswith("blocks.0.")), "none")
+        raise ValueError(f"{named}: it has {found} in place of blocks.0.attn.qkv, as no model here")
+
+
+def _imply_num_heads(architecture: str) -> int | None:
+    for pattern, heads in _NUM_HEADS:
+        if pattern.match(architecture):
+            return heads
+    size = _SIZED.match(architecture)
+    return _NUM_HEADS_BY_SIZE.get(size[1]) if size else None
+
+
+def _list_sizes(params: Mapping[str, np.ndarray], model: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the sizes in timm's words."""
+    sizes = {"embed_dim": model["hidden_size"], "depth": model["num_layers"]}
+    if "head/kernel" in params:
+        sizes["num_classes"] = params["head/kernel"].shape[-1]
+    return sizes
+
+
+def _check_pooling(
+    architecture: str,
+    options: Mapping[str, Any],
+    model: Mapping[str, Any],
+    params: Mapping[str, Any],
+) -> None:
+    """Refuses pooling over other tokens than those that are pooled here."""
+    more = "cls" in params or "num_registers" in model
+    implied = model["rope_theta"] is not None or architecture == "test_vit3"
+    everything = options.get("pool_include_prefix", implied)
+    if more and model["classifier"] == "map" and not everything:
+        raise ValueError("attention pooling that leaves out registers, which no model here has")
+    if more and model["classifier"] == "gap" and options.get("pool_include_prefix"):
+        raise ValueError(
+            "model_args.pool_include_prefix=True in config.json: a mean over patches and other "
+            "tokens, which no model here has"
+        )
+    heads = options.get("attn_pool_num_heads")
+    if model["classifier"] == "map" and heads not in (None, model["num_heads"]):
+        raise ValueError(
+            f"model_args.attn_pool_num_heads={heads} in config.json: expected {model['num_heads']},"
+            " as many as in the blocks"
+        )
+
+
+def _read_names(
+    config: Mapping[str, Any], params: Mapping[str, np.ndarray]
+) -> tuple[tuple[str, ...] | None, list[str]]:
+    images = config.get("pretrained_cfg") or {}
+    found = [x.get(key) for x in (config, images) for key in ("label_names", "labels")]
+    head = params.get("head/kernel")
+    return read_class_names(
+        next(filter(None, found), None),
+        key="label_names",
+        num_classes=None if head is None else head.shape[-1],
     )
 
 
@@ -101,24 +242,30 @@ def _find_rope(
     """
     if "rope.freqs" in tensors:
         raise ValueError("rotary embeddings with learned frequencies (rope.freqs) are unknown here")
-    reference = options.get("ref_feat_shape", _ROPE_REFERENCE)
+    theta, reference, indexing, notes = None, None, "ij", []
     if re.match(r"vit_\w+_rope_reg\d+_gap_", architecture):
-        return 10_000.0, _pair(reference), False, []
-    if re.match(r"vit_[a-z]+_patch\d+_rope_(ape_)?\d+", architecture):
-        return 100.0, _pair(options.get("ref_feat_shape")), True, []
-    if "pos_embed" in tensors and not any(map(_EVA.match, tensors)):
-        return None, None, False, []
-    if "pos_embed" in tensors or "cls_token" in tensors or architecture:
-        raise ValueError(
-            f"tensors of timm's class Eva, architecture {architecture or 'unknown'}: only "
-            "vit_*_rope_reg*_gap_* and vit_*_rope_* are known here, from the config.json beside "
-            "the file"
-        )
-    note = (
-        "rope_theta, rope_reference_grid: no config.json states them; 10000 and "
-        f"{_ROPE_REFERENCE}, as in timm's vit_*_rope_reg*_gap_256, taken"
-    )
-    return 10_000.0, _ROPE_REFERENCE, False, [note]
+        theta, reference = 10_000.0, _ROPE_REFERENCE
+    elif re.match(r"vit_[a-z]+_patch\d+_rope_(ape_)?\d+", architecture):
+        theta, indexing = 100.0, "xy"
+    elif options.get("use_rot_pos_emb"):
+        theta = 10_000.0  # The default of the class.
+    elif "pos_embed" not in tensors or any(map(_EVA.match, tensors)):
+        if "pos_embed" in tensors or "cls_token" in tensors or architecture:
+            raise ValueError(
+                f"tensors of timm's class Eva, architecture {architecture or 'unknown'}: only "
+                "vit_*_rope_reg*_gap_* and vit_*_rope_* are known here, from the config.json "
+                "beside the file"
+            )
+        theta, reference = 10_000.0, _ROPE_REFERENCE
+        notes = [
+            "rope_theta, rope_reference_grid: no config.json states them; 10000 and "
+            f"{_ROPE_REFERENCE}, as in timm's vit_*_rope_reg*_gap_256, taken"
+        ]
+    if theta is None or options.get("use_rot_pos_emb") is False:
+        return None, None, False, notes
+    theta = float(options.get("rope_temperature", theta))
+    reference = _pair(options.get("ref_feat_shape", reference))
+    return theta, reference, options.get("rope_grid_indexing", indexing) == "xy", notes
 
 
 def _pair(size: Any) -> tuple[int, int] | None:
@@ -157,13 +304,19 @@ def _find_positions(
     return find_positions(tensors, image_size=size, candidates=candidates, usual=usual, key=key)
 
 
-def _find_classifier(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    pool = config.get("global_pool") or ""
-    if pool not in ("", "avg", "token", "map"):
-        raise ValueError(f"global_pool={pool!r} in config.json: expected avg, token or map")
+def _find_classifier(
+    tensors: Mapping[str, Any], config: Mapping[str, Any], options: Mapping[str, Any]
+) -> str:
+    # As timm has it: what is stated of the model comes before what is stated of its images.
+    images = config.get("pretrained_cfg") or {}
+    pool = options.get("global_pool", config.get("global_pool") or images.get("global_pool"))
+    check_values({"global_pool": pool}, _EXPECTED)
+    has_token = "cls_token" in tensors
+    if pool == "":
+        return "token_unpooled" if has_token else "unpooled"
     if "attn_pool.latent" in tensors:
         return "map"
-    if "cls_token" not in tensors or pool == "avg":
+    if not has_token or pool == "avg":
         return "gap"
     # By default timm puts the norm behind the pooling where that is a mean.
     mean = not pool and "fc_norm.weight" in tensors and "norm.weight" not in tensors
@@ -171,18 +324,22 @@ def _find_classifier(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> s
 
 
 def _read_timm_settings(
-    architecture: str, options: Mapping[str, Any]
+    architecture: str, options: Mapping[str, Any], model: Mapping[str, Any], *, known: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    act = options.get("act_layer", "gelu_tanh" if _TANH_GELU.match(architecture) else "gelu")
-    if act not in _ACTIVATIONS:
-        raise ValueError(f"act_layer={act!r} in config.json: expected gelu or gelu_tanh")
-    model = {"activation": _ACTIVATIONS[act], "norm_epsilon": _NORM_EPSILON}
-    if architecture:
-        return model, []
-    return model, [
-        "no config.json names the model: activation='gelu_erf', norm_epsilon=1e-06, the defaults "
-        "of timm, taken"
-    ]
+    act = options.get("act_layer")
+    gated = model.get("activation") == "swiglu"
+    expected = ("silu", "swish") if gated else tuple(_ACTIVATIONS)
+    check_values({"act_layer": act}, {"act_layer": expected}, where="model_args.")
+    default = "gelu_tanh" if _TANH_GELU.match(architecture) else "gelu"
+    settings: dict[str, Any] = {"norm_epsilon": _NORM_EPSILON}
+    if not gated:
+        settings["activation"] = _ACTIVATIONS[act or default]
+    if known:
+        return settings, []
+    stated = {"num_heads": model["num_heads"], "activation": model.get("activation"), **settings}
+    taken = ", ".join(f"{key}={value!r}" for key, value in stated.items() if key not in options)
+    who = f"architecture {architecture!r} is unknown here" if architecture else _NO_CONFIG
+    return settings, [f"{who}: {taken}, the defaults of timm, taken"]
 
 
 def _read_timm_images(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

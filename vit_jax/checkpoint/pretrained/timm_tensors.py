@@ -57,21 +57,23 @@ _FUSED = (
 # Tensors that no model of this package has, and why that does not matter.
 _DROPPED = {
     "mask_token": "only for pre-training: dropped",
+    "decoder_": "only for pre-training: dropped",
+    "decoder.": "only for pre-training: dropped",
 }
 
 
-def _infer_num_heads(tensors: Mapping[str, np.ndarray]) -> tuple[int, list[str]]:
-    """Returns the number of attention heads, and a note if it is only a convention."""
+def _infer_num_heads(tensors: Mapping[str, np.ndarray]) -> int:
+    """Returns the number of attention heads that tensors show, or that is usual for the width."""
     width = tensors["patch_embed.proj.weight"].shape[0]
     if "blocks.0.attn.q_norm.weight" in tensors:  # One for each channel of a head.
-        return width // tensors["blocks.0.attn.q_norm.weight"].size, []
+        return width // tensors["blocks.0.attn.q_norm.weight"].size
     if width in _HEADS_BY_WIDTH:
-        return _HEADS_BY_WIDTH[width], []
+        return _HEADS_BY_WIDTH[width]
     if width % 64:
         raise ValueError(
             f"nothing says how many heads share the width of {width}; give model.num_heads"
         )
-    return width // 64, [f"num_heads: nothing states it; {width // 64}, of 64 channels each, taken"]
+    return width // 64
 
 
 def to_linen(
@@ -89,8 +91,8 @@ def to_linen(
       num_heads: attention heads, which the shape of a fused projection does not show; None for
         the usual number for the width.
       num_slots: position embeddings in front of those of the patches, see `find_positions`.
-      average: whether the mean over patches is classified instead of the class token, which then
-        becomes a register.
+      average: whether the mean over patches, or attention pooling, is classified instead of the
+        class token, which then becomes a register.
       swap_axes: whether rotary embeddings turn the first half of a head's channels with the column
         instead of the row; the halves of queries and keys are then swapped.
 
@@ -106,12 +108,15 @@ def to_linen(
     params: _Arrays = {}
     notes = []
     if num_heads is None:
-        num_heads, notes = _infer_num_heads(rest)
+        num_heads = _infer_num_heads(rest)
+    width = rest["patch_embed.proj.weight"].shape[0]
+    if type(num_heads) is not int or num_heads < 1 or width % num_heads:
+        raise ValueError(f"{num_heads!r} attention heads do not divide the width of {width}")
     if average:
-        notes.append("cls: kept as a register, since the mean over patches is classified")
+        notes.append("cls: kept as a register, since it is not what is classified")
     for prefix, reason in _DROPPED.items():
         names = [name for name in rest if name.startswith(prefix)]
-        notes += [f"{prefix.rstrip('.')}: {reason}"] if names else []
+        notes += [f"{prefix.rstrip('._')}: {reason}"] if names else []
         for name in names:
             del rest[name]
     _read_tokens(rest, params, num_slots=num_slots, average=average)

@@ -10,6 +10,7 @@ import numpy as np
 
 from vit_jax.models.positions import Method
 from vit_jax.models.resnet import total_stride
+from vit_jax.utils.errors import UserError
 
 POSEMB = "Transformer/posembed_input/pos_embedding"
 REGISTERS = "Transformer/registers"
@@ -27,6 +28,7 @@ _RESIZES = {
     "bicubic": "bicubic_antialias",
     "lanczos": "lanczos_antialias",
 }
+Loss = Literal["softmax", "sigmoid"]
 
 _BLOCK = re.compile(r"(.*/)?encoderblock_(\d+)/(.*)")
 _STACK = re.compile(r"(.*/)?encoderblock/(.*)")
@@ -50,6 +52,8 @@ class Weights:
       objective_params: arrays by path of parameters that a run trained beside its model's, such as
         those of a decoder.
       class_names: names of the head's classes by label; None if they are not known.
+      loss: "softmax" if the head was trained for one class per image, "sigmoid" if for any number;
+        None if it is not known.
       notes: what was left out or changed while reading, one line each.
     """
 
@@ -61,18 +65,33 @@ class Weights:
     posemb_resize: Method = "bilinear"
     objective_params: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
+    loss: Loss | None = None
     notes: tuple[str, ...] = ()
 
 
 def describe_weights(weights: Weights) -> dict[str, Any]:
     """Returns what the parameters of a written file do not show, as JSON."""
-    described = {
+    described: dict[str, Any] = {
         "model": dict(weights.model),
         "preprocess": dict(weights.preprocess),
         "posemb": describe_posemb(weights),
     }
-    names = weights.class_names
-    return described if names is None else described | {"class_names": list(names)}
+    if weights.class_names is not None:
+        described["class_names"] = list(weights.class_names)
+    if weights.loss is not None:
+        described["loss"] = weights.loss
+    return described
+
+
+def check_loss(loss: Any, where: str) -> Loss | None:
+    """Returns a loss that was read as JSON; None if it is not known.
+
+    Raises:
+      UserError: it has no name here; the message starts with `where`.
+    """
+    if loss not in (None, *get_args(Loss)):
+        raise UserError(f"{where}: loss={loss!r}: expected one of {', '.join(get_args(Loss))}")
+    return loss
 
 
 def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the JSON files published with weights say, whoever published them."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from vit_jax.utils.bounds import shorten
+from vit_jax.utils.class_names import normalize_name
+from vit_jax.utils.text import printable
+
+
+def check_keys(stated: Mapping[str, Any], known: Collection[str], *, where: str = "") -> None:
+    """Refuses keys of which nobody here knows whether they change what the model computes.
+
+    Args:
+      stated: key and value; a value of None states nothing.
+      known: keys that are used, or that do not change the function of the model.
+      where: of the keys within config.json, such as "model_args.".
+
+    Raises:
+      ValueError: there is another key.
+    """
+    for key, value in stated.items():
+        if key not in known and value is not None:
+            what = f"{where}{shorten(key)[1:-1]}={shorten(value)}"
+            raise ValueError(
+                f"{what} in config.json is unknown here and may change what the model computes; "
+                "remove it from config.json if it does not"
+            )
+
+
+def check_values(
+    stated: Mapping[str, Any], expected: Mapping[str, Collection[Any]], *, where: str = ""
+) -> None:
+    """Refuses values that select a function that no model here has.
+
+    Args:
+      stated: key and value; a value of None states nothing.
+      expected: the values of some keys that the models here have.
+      where: see `check_keys`.
+
+    Raises:
+      ValueError: a key of `expected` has another value.
+    """
+    for key, values in expected.items():
+        value = stated.get(key)
+        if value is not None and value not in values:
+            named = " or ".join(str(value) for value in values if value != "")
+            raise ValueError(f"{where}{key}={shorten(value)} in config.json: expected {named}")
+
+
+def check_sizes(stated: Mapping[str, Any], found: Mapping[str, Any], *, where: str = "") -> None:
+    """Refuses a description of another model than that of the tensors.
+
+    Args:
+      stated: key and value; a value of None states nothing.
+      found: the values of the same keys that follow from the tensors' shapes.
+      where: see `check_keys`.
+
+    Raises:
+      ValueError: a value differs.
+    """
+    for key, value in found.items():
+        if stated.get(key) is not None and stated[key] != value:
+            raise ValueError(
+                f"{where}{key}={shorten(stated[key])} in config.json, but the tensors have "
+                f"{value}: the files are not of the same model"
+            )
+
+
+def read_class_names(
+    names: Any, *, key: str, num_classes: int | None
+) -> tuple[tuple[str, ...] | None, list[str]]:
+    """Returns the class names of a head by label, None if there are none, and notes.
+
+    Args:
+      names: names in the order of the labels, or names by label; JSON has labels as text.
+      key: of the names in config.json.
+      num_classes: width of the head; None without a head.
+
+    Raises:
+      ValueError: a label is no number.
+    """
+    if not names or num_classes is None:
+        return None, []
+    try:
+        pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
+        by_label = {int(label): name for label, name in pairs}
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{key}={shorten(names)} in config.json: expected class names, or class names by number"
+        ) from None
+    if all(name == f"LABEL_{label}" for label, name in by_label.items()):
+        return None, []  # Hugging Face writes these where no names were given.
+    if sorted(by_label) != list(range(num_classes)):
+        return None, [
+            f"class names: {key} in config.json has {len(by_label)} names, and the head "
+            f"{num_classes} classes: not used"
+        ]
+    return tuple(normalize_name(printable(by_label[i])) for i in range(num_classes)), []

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders and files as the Hugging Face hub has them: shards, and formats that are not read."""
+
+import re
+import shlex
+import zipfile
+from pathlib import Path
+
+from etils import epath
+
+from vit_jax.utils.bounds import read_json
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.layout import CHECKPOINTS
+
+INDEX = ".safetensors.index.json"
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
+# The file to take of several, the preferred ones first.
+_NAMES = ("model.safetensors", f"model{INDEX}")
+
+_PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".pickle")
+_OTHERS = {
+    ".h5": "Keras",
+    ".keras": "Keras",
+    ".msgpack": "Flax",
+    ".onnx": "ONNX",
+    ".gguf": "GGUF",
+    ".tflite": "TensorFlow Lite",
+    ".pb": "TensorFlow",
+}
+
+
+def find_weights(folder: Path) -> Path | None:
+    """Returns the file of weights in a folder of the Hugging Face hub, or of its cache.
+
+    Returns:
+      A `.safetensors` file, or the index of its shards; None if the folder holds none, or is the
+      workdir of a run or a checkpoint.
+
+    Raises:
+      UserError: there are several files, or only files of formats that are not read.
+    """
+    names = {path.name for path in folder.glob("*")}
+    if {CHECKPOINTS, "params", "_METADATA"} & names or any(name.isdigit() for name in names):
+        return None
+    snapshots = [path for path in (folder / "snapshots").glob("*") if path.is_dir()]
+    if len(snapshots) == 1:
+        return find_weights(snapshots[0])
+    if snapshots:
+        listed = ", ".join(sorted(path.name for path in snapshots))
+        raise UserError(f"{folder} has several snapshots: expected one of {listed}")
+    found = [name for name in names if name.endswith((".safetensors", INDEX))]
+    found = [name for name in found if not is_shard(name)]
+    for name in (*_NAMES, *found):
+        if name in found and (name in _NAMES or len(found) == 1):
+            return folder / name
+    if found:
+        raise UserError(f"{folder} has several files: expected one of {', '.join(sorted(found))}")
+    for name in sorted(names):
+        refuse_format(folder / name)
+    return None
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file name is that of one of several shards."""
+    match = _SHARD.fullmatch(name)
+    return match is not None and int(match[2]) > 1
+
+
+def read_index(path: epath.Path) -> dict[str, list[str]]:
+    """Reads the index of shards, which are stored in its folder.
+
+    Returns:
+      The names of the tensors by the name of the shard.
+
+    Raises:
+      ValueError: it is no such index.
+    """
+    content = read_json(path)
+    placed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(placed, dict) or not placed:
+        raise ValueError("no weight_map: expected the index of shards")
+    shards: dict[str, list[str]] = {}
+    for tensor, name in placed.items():
+        if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
+            raise ValueError(f"{tensor} is in {name!r}: expected a .safetensors file beside it")
+        shards.setdefault(name, []).append(tensor)
+    return shards
+
+
+def refuse_shard(path: epath.Path) -> None:
+    """Raises a ValueError with what to give instead, if a file is one of several shards."""
+    if is_shard(path.name):
+        index = re.sub(r"-\d{5}-of-\d{5}\.safetensors$", INDEX, path.name)
+        raise ValueError(f"it is one of several shards: give {index} or the folder")
+
+
+def refuse_format(path: Path | epath.Path) -> None:
+    """Raises a UserError with what to do, if a file is of a format that is not read.
+
+    Files of PyTorch are also recognised by their content.
+    """
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        return
+    if suffix in _PICKLES or _is_pickle(path):
+        raise UserError(
+            f"{path}: a file of PyTorch is not read, since it is a pickle and can run code; where "
+            f"PyTorch is installed, save it as .safetensors by {_command(path)}"
+        )
+    if suffix in _OTHERS:
+        raise UserError(
+            f"{path}: a file of {_OTHERS[suffix]} is not read; expected .npz or .safetensors"
+        )
+
+
+def _is_pickle(path: Path | epath.Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+            if start == b"PK":
+                with zipfile.ZipFile(file) as archive:
+                    return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except Exception:  # The reader of the file reports the error; storage raises many types.
+        return False
+    return start[:1] == b"\x80" and start[1:] in (b"\2", b"\3", b"\4", b"\5")
+
+
+def _command(path: Path | epath.Path) -> str:
+    target = path.parent / f"{Path(path.name.removesuffix('.tar')).stem}.safetensors"
+    code = (
+        "import torch; from safetensors.torch import save_file; "
+        f"x = torch.load({str(path)!r}, map_location='cpu', weights_only=True); "
+        "x = x.get('state_dict', x.get('model', x)); "
+        "save_file({k: v.contiguous().clone() for k, v in x.items() if torch.is_tensor(v)}, "
+        f"{str(target)!r})"
+    )
+    return f"python -c {shlex.quote(code)}"
