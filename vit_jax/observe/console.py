@@ -16,10 +16,10 @@ Verbosity = Literal["quiet", "normal", "verbose"]
 
 
 class _Screen(rich.console.Console):
-    """A console that goes on without a screen where that can't be written to."""
+    """A console whose output is lost, with a note, where the screen can't be written to."""
 
     @property
-    def file(self) -> Any:
+    def file(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]: never set
         return Unfailing(super().file)
 
 

@@ -57,9 +57,10 @@ def print_line(text: str, stream: Any) -> None:
 def settle_streams() -> None:
     """Gives up what stdout and stderr can't write, which would be an error of Python at its end."""
     for stream in (sys.stdout, sys.stderr):
+        if stream is None:
+            continue
         try:
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         except (OSError, ValueError):
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -227,7 +227,7 @@ def _check_described(weights: Weights, path: epath.Path) -> Weights:
 def _read_arrays(path: epath.Path, subtree: str) -> dict[str, np.ndarray]:
     # Files of a store are neither FIFOs nor sparse.
     remote = "://" in os.fspath(path)
-    opened = path.open("rb") if remote else open_outside(path, max_bytes=MAX_WEIGHTS)
+    opened: Any = path.open("rb") if remote else open_outside(path, max_bytes=MAX_WEIGHTS)
     with opened as file, open_npz(file) as archive:
         names = _unwrap(archive.files)
         if subtree:
@@ -241,7 +241,8 @@ def _read_array(archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
         array = array.view(ml_dtypes.bfloat16)
     elif not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{key} is of type {array.dtype}, not a float")
-    return array.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # Infinite values are refused by name.
+        return array.astype(np.float32, copy=False)
 
 
 def _unwrap(keys: list[str]) -> dict[str, str]:

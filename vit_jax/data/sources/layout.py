@@ -17,9 +17,12 @@ from vit_jax.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 # Names of folders or files, and values of a column, that mean a split, in lower case.
-_SPLITS = dict.fromkeys(("train", "training"), "train")
-_SPLITS |= dict.fromkeys(("validation", "valid", "val", "eval", "evaluation", "dev"), "validation")
-_SPLITS |= dict.fromkeys(("test", "testing"), "test")
+_NAMES_OF_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "eval", "evaluation", "dev"),
+    "test": ("test", "testing"),
+}
+_SPLITS = {name: split for split, names in _NAMES_OF_SPLITS.items() for name in names}
 # Parts of longer names that suggest a split, such as `train2017` or `seg_test`.
 _WORD = re.compile(
     r"(train(ing)?|test(ing)?|val(id(ation)?)?|eval(uation)?|dev|holdout|fold|split)"

@@ -143,7 +143,10 @@ def _open(path: str) -> Any:
     import pyarrow.parquet as pq
 
     os.close(open_regular(path, max_bytes=MAX_WEIGHTS))
-    limits = {"thrift_string_size_limit": MAX_JSON, "thrift_container_size_limit": 2**20}
+    limits: dict[str, Any] = {
+        "thrift_string_size_limit": MAX_JSON,
+        "thrift_container_size_limit": 2**20,
+    }
     file = pq.ParquetFile(path, memory_map=True, **limits)
     rows, size = file.metadata.num_rows, os.path.getsize(path)
     # Runs of equal values take no space, but rows with an image each do.
