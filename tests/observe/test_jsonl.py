@@ -99,6 +99,8 @@ def metrics(tmp_path):
         lambda line: b'{"step": 4, "train/loss": [1]}\n',
         lambda line: b"[" * 100_000 + b"\n",
         lambda line: b'{"step": ' + b"9" * 10_000 + b"}\n",
+        lambda line: b'{"step": ' + b"9" * 400 + b"}\n",
+        lambda line: b'{"step": 4, "train/loss": -' + b"9" * 400 + b"}\n",
     ],
     ids=lambda change: None,
 )

@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,15 @@ def _is_metrics(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and type(value.get("step")) is int
-        and all(isinstance(number, int | float) for number in value.values())
+        and all(_is_number(number) for number in value.values())
     )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that arithmetic with floats takes; it refuses longer integers."""
+    if isinstance(value, float):
+        return True
+    return isinstance(value, int) and abs(value) <= sys.float_info.max
 
 
 def _read_lines(path: Path, is_whole: Callable[[Any], bool]) -> Iterator[tuple[int, Any]]:
