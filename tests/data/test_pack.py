@@ -243,10 +243,13 @@ def test_threads_do_not_change_the_bytes(folder, tmp_path, said):
         (["--short_side=0"], ["--short_side=0: expected at least 1"]),
         (["--raw=-1"], ["--raw=-1"]),
         (["--quality=101"], ["--quality=101"]),
+        (["--raw=100000"], ["could not be read: raw is 100000; expected an integer, 1 to"]),
+        (["--short_side=20000"], ["could not be read: short_side is 20000; expected"]),
     ],
 )
 def test_bad_flags_are_one_line(flags, words, folder, tmp_path):
     assert_refused(folder, tmp_path / "dst", *flags, words=words)
+    assert not (tmp_path / "dst").exists()
 
 
 def test_another_pack_in_the_folder_is_refused(folder, tmp_path, said):
@@ -321,6 +324,7 @@ MANIFESTS = {
     "root": ({"splits": {"/etc/train": 5}}, "splits has '/etc/train'"),
     "classes": ({"num_classes": 10**12}, "num_classes is 1000000000000"),
     "names": ({"class_names": ["a", "b", "c"]}, "the number of class_names is 3"),
+    "one_text": ({"class_names": "ab"}, "class_names is 'ab'; expected a list of texts"),
     "no_names": ({"class_names": [1, 2]}, "class_names has other values than texts"),
     "letters": ({"multi_label": "no"}, "multi_label is 'no'"),
     "raw": ({"raw": 10**6}, "raw is 1000000"),
@@ -358,6 +362,14 @@ def test_a_manifest_that_claims_too_much_is_refused(name, packs, tmp_path, said)
     values = json.loads((packs / "packed" / "pack.json").read_text())
     (tmp_path / "pack.json").write_text(json.dumps(values | changes))
     assert words in refuse("packed", tmp_path)
+
+
+@pytest.mark.parametrize("class_name", ["", "a\n", "a\u2028b"])
+def test_class_names_of_a_pack_are_ones_that_can_be_written(class_name, packs, tmp_path, said):
+    shutil.copytree(packs / "packed", tmp_path / "packed")
+    path = tmp_path / "packed" / "pack.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"class_names": [class_name, "b"]}))
+    assert "is empty or has a line break" in refuse("packed", tmp_path / "packed")
 
 
 def save_shard(**changes):

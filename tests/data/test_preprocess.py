@@ -122,6 +122,7 @@ def test_the_documentation_has_all_operations_and_lines_that_can_be_read():
         ("inception_crop(8, 5, 50, 2, 1)", ["inception_crop", "aspect_min=2, aspect_max=1"]),
         ("resize(8, method='cubic')", ["resize: method='cubic'", "or 'bicubic' or 'area'"]),
         ("pad(0)", ["'pad(0)'", "pixels=0: expected more than 0"]),
+        ("inception_crop(8, aspect_max=1e999)", ["aspect_max=inf: expected a finite number"]),
         ("pad(1, -1)", ["'pad(1, -1)'", "value=-1: expected 0 or more"]),
         ("pad_to(8, value=256)", ["value=256: expected 0 to 255"]),
         ("keep()", ["'keep()'", "expected 'image' among the names"]),

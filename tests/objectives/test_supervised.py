@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses and on-device augmentation."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,6 +149,9 @@ def test_pixels_of_other_weights_have_a_mean_and_a_deviation_for_each_channel():
     np.testing.assert_allclose(images.ravel(), [0.1 / 0.5, 0, -0.1 / 0.125], atol=1e-6)
     with pytest.raises(UserError, match=r"objective\.pixel_std="):
         supervised(pixel_std=[0.5, 0.0, 0.5])
+    for key, value in (("pixel_mean", [1, 1]), ("pixel_mean", [1] * 4), ("pixel_std", math.nan)):
+        with pytest.raises(UserError, match=rf"objective\.{key}=.*: expected a number, or one for"):
+            supervised(**{key: value})
 
 
 WEIGHTS = (1.0, 2.0, 0.5)

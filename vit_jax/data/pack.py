@@ -37,7 +37,7 @@ from vit_jax.data.ops.geometry import resize_image
 from vit_jax.data.ops.transforms import CentralCrop, ResizeSmall
 from vit_jax.data.sources import find_dataset
 from vit_jax.data.sources.base import Dataset, NoLabelError, Rows, Source
-from vit_jax.data.sources.packed import MANIFEST, Manifest, Shard, read_manifest
+from vit_jax.data.sources.packed import MANIFEST, Manifest, Shard, check_manifest, read_manifest
 from vit_jax.data.sources.tfds import TfdsDataset
 from vit_jax.observe.console import log, set_up
 from vit_jax.observe.progress_log import ProgressLog
@@ -250,6 +250,10 @@ def main(argv: Sequence[str]) -> None:
         raw=args.raw,
         shard_size=args.shard_size,
     )
+    try:
+        check_manifest(manifest)
+    except ValueError as e:
+        raise UserError(f"what would be packed could not be read: {e}") from None
     folder = args.DST.expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)

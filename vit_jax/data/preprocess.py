@@ -3,6 +3,7 @@
 
 import ast
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +99,8 @@ def _bind(signature: inspect.Signature, call: ast.Call | None) -> inspect.BoundA
 def _check_sign(value: Any, argument: str, op: Any, *, where: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
+    if not math.isfinite(value):  # As 1e999 is read.
+        raise UserError(f"{where}: {argument}={value}: expected a finite number")
     if not hasattr(op, "may_be_zero"):  # A function outside of this package.
         return
     if argument in op.may_be_zero and value < 0:

@@ -64,7 +64,7 @@ def find_images(arguments: Sequence[str], *, lines: Iterable[str] = ()) -> list[
             what = "stdin" if argument == STDIN else repr(argument)
             raise UserError(f"no images found in {what}: expected files as {', '.join(ENDINGS)}")
     for path in found:
-        check_store(path)
+        check_store(path, where="image ")
     if not found:
         raise UserError("no images: expected files, folders, patterns or - for a list on stdin")
     return found

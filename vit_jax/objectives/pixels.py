@@ -47,7 +47,13 @@ def denormalize(images: jax.Array, mean: Pixels, std: Pixels) -> jax.Array:
 
 
 def check_pixels(mean: Pixels, std: Pixels) -> tuple[Pixels, Pixels]:
-    """Returns both so that they can be hashed; raises `UserError` unless `std` is above 0."""
+    """Returns both so that they can be hashed.
+
+    Raises `UserError` unless each is one finite number or three, and `std` is above 0.
+    """
+    for name, value in (("pixel_mean", mean), ("pixel_std", std)):
+        if np.size(value) not in (1, 3) or not np.all(np.isfinite(value)):
+            raise UserError(f"objective.{name}={value}: expected a number, or one for each of RGB")
     if min(np.ravel(std)) <= 0:
         raise UserError(f"objective.pixel_std={std}: expected more than 0")
     mean, std = (x if isinstance(x, float | int) else tuple(x) for x in (mean, std))

@@ -353,6 +353,27 @@ def test_preprocessing_with_a_crop_is_described(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("settings", "mean", "std"),
+    [
+        ({"rescale_factor": 1 / 255}, 0.25, 0.5),
+        ({"rescale_factor": 1 / 127.5}, 0.125, 0.25),
+        ({"do_rescale": False}, 0.25 / 255, 0.5 / 255),
+        ({"do_rescale": False, "rescale_factor": 1 / 255}, 0.25 / 255, 0.5 / 255),
+        ({"do_normalize": False, "do_rescale": False}, 0, 1 / 255),
+        ({"do_normalize": False, "rescale_factor": 1 / 127.5}, 0, 0.5),
+    ],
+)
+@pytest.mark.parametrize("one", [False, True])
+def test_colours_are_scaled_as_the_processor_scales_pixels(settings, mean, std, one, tmp_path):
+    path = copy_weights("hf_vit", tmp_path)
+    colors = {f"image_{k}": x if one else [x] * 3 for k, x in (("mean", 0.25), ("std", 0.5))}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(colors | settings))
+    preprocess = read_safetensors(path, num_heads=4).preprocess
+    np.testing.assert_allclose(preprocess["mean"], mean)
+    np.testing.assert_allclose(preprocess["std"], std)
+
+
 EVALUATION = GOLDEN / "evaluation.npz"
 DESCRIPTIONS = json.loads((GOLDEN / "evaluation.json").read_text())
 

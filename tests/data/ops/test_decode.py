@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vit_jax.data.ops import decode
 from vit_jax.data.ops.decode import MAX_PIXELS, ImageError, decode_image, read_header
@@ -346,10 +346,25 @@ def test_odd_parts_of_a_png_change_nothing_and_are_not_printed(orient, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_png_without_its_palette_is_refused_and_not_black(capfd):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 3, 1, 8, 3, 0, 0, 0))
+    colors = chunk(b"PLTE", bytes(range(10, 19)))
+    pixels, end = chunk(b"IDAT", zlib.compress(b"\0\0\1\2")), chunk(b"IEND", b"")
+    start = FILES["png"][:8]
+    whole = decode_image(start + header + colors + pixels + end)
+    assert whole.tolist() == [[[10, 11, 12], [13, 14, 15], [16, 17, 18]]]
+    twice = start + header + colors + chunk(b"PLTE", bytes(9)) + pixels + end
+    np.testing.assert_array_equal(decode_image(twice), whole)
+    for parts, lost in (((pixels,), "PLTE"), ((pixels, colors), "PLTE"), ((colors,), "IDAT")):
+        with pytest.raises(ImageError, match=f"no readable image: {lost} is missing"):
+            decode_image(start + header + b"".join(parts) + end)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_pillow_warns_of_nothing_in_any_thread():
     program = """if True:
         import concurrent.futures, io, sys
-        from PIL import Image
+        from PIL import Image, ImageOps
         from vit_jax.data.ops.decode import ImageError, decode_image
         Image.MAX_IMAGE_PIXELS = 1000  # as if images were 100,000 times as large
         def encode(size):
@@ -386,6 +401,17 @@ def test_exif_orientation_is_heeded_where_asked_for(kind):
     )
     assert stored["image"].shape == (40, 50, 3)
     np.testing.assert_array_equal(upright["image"], np.rot90(stored["image"], -1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_turned_only_where_asked_for(orientation):
+    image, exif = picture(), Image.Exif()
+    exif[0x112] = orientation
+    encoded = save(image, "TIFF", exif=exif)
+    np.testing.assert_array_equal(decode_image(encoded), np.asarray(image))
+    image.getexif()[0x112] = orientation
+    upright = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(decode_image(encoded, orient=True), upright)
 
 
 def mutate(data, rng):

@@ -518,6 +518,13 @@ def test_labels_that_are_almost_numbers_are_names(tmp_path):
     assert info(f"manifest:{tmp_path}/list.csv").class_names == tuple(sorted(labels))
 
 
+def test_a_number_and_its_text_are_one_class_among_names(tmp_path):
+    (tmp_path / "0.png").write_bytes(encode(0))
+    rows = [json.dumps({"image": "0.png", "label": label}) for label in (1, "1", "b")]
+    (tmp_path / "list.jsonl").write_text("\n".join(rows))
+    assert info(f"manifest:{tmp_path}/list.jsonl").class_names == ("1", "b")
+
+
 @pytest.mark.parametrize("none", ["", "-1"])
 def test_rows_without_a_label_are_refused_only_where_they_are_used(none, tmp_path):
     (tmp_path / "0.png").write_bytes(encode(0))
@@ -545,6 +552,7 @@ def test_rows_without_a_label_are_refused_only_where_they_are_used(none, tmp_pat
         ("image,lable\n0.png,a\n", ["unknown column 'lable'", "did you mean 'label'?"]),
         ("image,label,labels\n0.png,a,b\n", ["either label or labels"]),
         ("label\na\n", ["expected image"]),
+        ("image,label,label\n0.png,a,b\n", ["two columns of one name among image, label, label"]),
         ("image,label\n0.png,a\n0.png\n", ["row 2", "expected a value for each"]),
         ("image,label\n0.png,a,b\n", ["row 1", "expected a value for each"]),
         ("image,label\n0.png,\n", ["has no labels"]),
@@ -601,4 +609,7 @@ def test_a_manifest_may_be_in_a_bucket_beside_its_images(monkeypatch):
 
 def test_other_files_are_no_manifests(tmp_path):
     refuse(lambda: info(f"manifest:{tmp_path}/list.txt"), "ends in .csv, .tsv, .jsonl")
+    refuse(
+        lambda: info("manifest:https://x.org/a.csv"), "'https://x.org/a.csv': expected a path, or"
+    )
     refuse(lambda: info(f"manifest:{tmp_path}/list.csv"), "can't be read", "FileNotFoundError")

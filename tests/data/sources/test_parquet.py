@@ -158,6 +158,12 @@ def test_files_that_will_not_do_are_refused(tmp_path):
         refuse(f"parquet:{path}", *words)
 
 
+def test_columns_of_one_name_are_refused(tmp_path):
+    columns = [pa.array([b"x"]), pa.array([0]), pa.array([1])]
+    pq.write_table(pa.table(columns, names=["image", "label", "label"]), tmp_path / "x.parquet")
+    refuse(f"parquet:{tmp_path}", "x.parquet has several columns label; expected one")
+
+
 def test_labels_outside_of_the_names_are_refused(tmp_path):
     write(tmp_path / "x.parquet", [1, 2], [0, 3], names=["a", "b"])
     refuse(f"parquet:{tmp_path}", "x.parquet[1] (row 2)", "label 3 is out of range", "0 to 1")

@@ -287,12 +287,17 @@ def _read_preprocess(
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns `Weights.preprocess` from preprocessor_config.json or config.json, and notes."""
     found: dict[str, Any] = {}
+    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
+    scale = 255 * factor  # The mean there is that of pixels in [0, scale].
+    if abs(scale - 1) < 1e-6:
+        scale = 1.0
     if processor.get("do_normalize", True) and "image_mean" in processor:
-        found |= {"mean": tuple(processor["image_mean"]), "std": tuple(processor["image_std"])}
+        for key in ("mean", "std"):
+            value = processor[f"image_{key}"]
+            values = value if isinstance(value, list) else [value]
+            found[key] = tuple(x / scale for x in values)
     elif processor.get("do_normalize") is False:
-        found |= {"mean": 0.0, "std": 1.0}
-    if abs(processor.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-        found = {}  # The mean is not that of pixels in [0, 1].
+        found |= {"mean": 0.0, "std": 1 / scale}
     more, notes = _describe_images(processor, kind=kind)
     found |= more
     if "image_size" not in found and "image_size" in config:

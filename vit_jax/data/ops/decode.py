@@ -46,6 +46,17 @@ _MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
 # Segments with a length that an image may have: frames, tables, scans, comments and applications'.
 _SEGMENTS = _SOF | {0xC4, 0xCC, *range(0xDA, 0xDE), *range(0xE0, 0xF0), 0xFE}
 
+_ORIENTATION = 274  # of EXIF and TIFF
+# From an image that is upright to the one that is stored, by orientation.
+_STORED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 _TIFF_DEPTH, _TIFF_COLORS, _TIFF_FORMAT = 258, 262, 339  # BitsPerSample, Photometric, SampleFormat
 
 
@@ -125,7 +136,7 @@ def _essential_png(encoded: bytes, *, orient: bool) -> bytes:
     needed = {b"IHDR", b"IDAT", b"IEND"}
     if encoded[25:26] == b"\3":  # Beside colours or greys, a palette is a mere suggestion.
         needed.add(b"PLTE")
-    kept, at = [encoded[:8]], 8
+    kept, absent, at = [encoded[:8]], set(needed), 8
     while at + 12 <= len(encoded):
         length, name = struct.unpack_from(">I4s", encoded, at)
         part = encoded[at : at + 12 + length]
@@ -136,8 +147,16 @@ def _essential_png(encoded: bytes, *, orient: bool) -> bytes:
             raise ImageError(f"{len(encoded)} bytes that are no readable image: damaged")
         if name in needed or (name == b"eXIf" and orient and whole and _is_exif(part[8:])):
             kept.append(part)
-            needed.discard(b"IHDR")  # The first counts.
+            absent.discard(name)
+            needed -= {name} & {b"IHDR", b"PLTE"}  # The first counts.
+        if name == b"IDAT":
+            needed.discard(b"PLTE")  # It is too late then.
         if name == b"IEND" and at <= len(encoded):
+            if absent:  # Without its palette, Pillow would make a black image of it.
+                names = ", ".join(sorted(part.decode() for part in absent))
+                raise ImageError(
+                    f"{len(encoded)} bytes that are no readable image: {names} is missing"
+                )
             return b"".join(kept)
     raise ImageError(f"{len(encoded)} bytes that are no readable image: the end is missing")
 
@@ -158,9 +177,14 @@ def _decode_with_pillow(encoded: bytes, *, orient: bool) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as image:
             check_size(*image.size)
+            stored = _STORED.get(image.getexif().get(_ORIENTATION, 1))
             if orient:
                 ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
+            rgb = to_rgb(image)
+            # Pillow turns this format, and no other, while it reads the pixels.
+            if stored is not None and not orient and image.format == "TIFF":
+                return np.array(Image.fromarray(rgb).transpose(stored))
+            return rgb
     except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as e:  # Far above the limit; the text has the number.

@@ -281,12 +281,13 @@ def manifest_dataset(path: str) -> Dataset:
     file = path if "://" in path else os.path.abspath(os.path.expanduser(path))
     ending = os.path.splitext(file)[1]
     readers: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = {
-        ".csv": csv.DictReader,
-        ".tsv": functools.partial(csv.DictReader, delimiter="\t"),
+        ".csv": functools.partial(_read_table, delimiter=","),
+        ".tsv": functools.partial(_read_table, delimiter="\t"),
         ".jsonl": lambda lines: (json.loads(line) for line in lines if line.strip()),
     }
     if ending not in readers:
         raise UserError(f"{key}: expected a file that ends in {', '.join(readers)}")
+    check_store(path, where=f"{key}: ")
     try:
         text = _read_file(file, max_bytes=MAX_TABLE).decode("utf-8-sig")
         rows = list(readers[ending](io.StringIO(text, newline="")))
@@ -310,6 +311,14 @@ def manifest_dataset(path: str) -> Dataset:
     by_split = make_splits(labels, splits)
     check_classes(name, info, labels, by_split)
     return Dataset(name, info, records, labels, by_split)
+
+
+def _read_table(lines: Iterator[str], *, delimiter: str) -> Iterator[dict[str, Any]]:
+    reader = csv.DictReader(lines, delimiter=delimiter)
+    columns = reader.fieldnames or []
+    if len(set(columns)) < len(columns):  # The last one would count.
+        raise ValueError(f"two columns of one name among {', '.join(columns)}")
+    yield from reader
 
 
 def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
@@ -386,7 +395,7 @@ def encode_labels(
         num_classes = len(class_names) if class_names else max(code.values()) + 1
         known = None if class_names is None else check_class_names(class_names, name=name)
     else:
-        known = check_class_names(class_names or sorted(map(str, row_of)), name=name)
+        known = check_class_names(class_names or sorted(set(map(str, row_of))), name=name)
         number_of = {class_name: number for number, class_name in enumerate(known)}
         for label, row in row_of.items():
             if str(label) not in number_of:
@@ -408,15 +417,13 @@ def _is_integer(label: int | str) -> bool:
 def check_store(path: str, *, where: str = "") -> None:
     """Raises `UserError`, which starts with `where`, for a URL that images are not read from."""
     if "://" in path and not path.startswith(_STORES):
-        raise UserError(
-            f"{where}image {path!r}: expected a path, or a URL of {' or '.join(_STORES)}"
-        )
+        raise UserError(f"{where}{path!r}: expected a path, or a URL of {' or '.join(_STORES)}")
 
 
 def _check_access(records: Files, paths: Sequence[str], key: str) -> None:
     """Reads one image, as a wrong folder or missing credentials affect all records."""
     for row, path in enumerate(paths):
-        check_store(path, where=f"{key}: row {row + 1}: ")
+        check_store(path, where=f"{key}: row {row + 1}: image ")
     for remote in (False, True):
         rows = [row for row, path in enumerate(paths) if ("://" in path) == remote][:8]
         error = None

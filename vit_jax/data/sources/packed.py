@@ -21,7 +21,13 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader
 
 from vit_jax.data.ops.decode import ImageError
-from vit_jax.data.sources.base import MAX_CLASSES, Dataset, DatasetInfo, Records
+from vit_jax.data.sources.base import (
+    MAX_CLASSES,
+    Dataset,
+    DatasetInfo,
+    Records,
+    check_class_names,
+)
 from vit_jax.utils.bounds import (
     MAX_TABLE,
     MAX_WEIGHTS,
@@ -104,8 +110,10 @@ def read_manifest(folder: Path, *, key: str) -> Manifest:
     try:
         values = read_json(folder / MANIFEST)
         names = values.pop("class_names")
+        if not isinstance(names, list | None):
+            raise ValueError(f"class_names is {shorten(names)}; expected a list of texts, or null")
         manifest = Manifest(**values, class_names=None if names is None else tuple(names))
-        _check_manifest(manifest)
+        check_manifest(manifest)
     except OSError as e:
         raise UserError(
             f"{key}: {folder / MANIFEST}: {e.strerror}; expected a folder that "
@@ -116,7 +124,7 @@ def read_manifest(folder: Path, *, key: str) -> Manifest:
     return manifest
 
 
-def _check_manifest(manifest: Manifest) -> None:
+def check_manifest(manifest: Manifest) -> None:
     """Raises ValueError unless each value is of its type and of a size that makes sense."""
     if not isinstance(manifest.source, str):
         raise ValueError(f"source is {shorten(manifest.source)}; expected a text")
@@ -243,9 +251,9 @@ def _dataset(path: str, kind: str) -> Dataset:
     # Damaged files raise errors of many types.
     except Exception as e:
         raise UserError(f"{key} can't be read: {describe_error(e)}; {_AGAIN}") from None
-    info = DatasetInfo(
-        manifest.num_classes, (size, size, 3), manifest.class_names, manifest.multi_label
-    )
+    names = manifest.class_names
+    class_names = None if names is None else check_class_names(names, name=name)
+    info = DatasetInfo(manifest.num_classes, (size, size, 3), class_names, manifest.multi_label)
     starts = itertools.accumulate(manifest.splits.values(), initial=0)
     splits = {
         split: np.arange(start, start + length)

@@ -178,6 +178,9 @@ def _check_schema(schema: Any, path: str, key: str, names_of: dict[str, str]) ->
     for what in ("image", *(["split"] if names_of["split"] != "split" else [])):
         if names_of[what] not in schema.names:
             raise _lack(what, schema, path, key, names_of)
+    for column in names_of.values():
+        if schema.names.count(column) > 1:
+            raise UserError(f"{key}: {path} has several columns {column}; expected one")
     column = names_of["image"]
     image = schema.field(column).type
     if pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
