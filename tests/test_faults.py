@@ -158,6 +158,17 @@ def test_a_save_that_fails_is_said_and_the_next_one_is_another_try(
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["6", "8"]
 
 
+def test_the_last_step_is_tried_after_all_before_it_have_failed(data_dir, tmp_path, monkeypatch):
+    failures = iter([True, True, True, True, False])
+    original = manager.write_manifest
+    monkeypatch.setattr(
+        manager, "write_manifest", lambda f: full(f) if next(failures) else original(f)
+    )
+    monkeypatch.setattr("vit_jax.training.services.time.sleep", lambda _: None)
+    run(data_dir, tmp_path, checkpoint__every=2)
+    assert list_steps(tmp_path) == [8]
+
+
 def test_a_run_that_can_not_save_ends_with_one_line(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(manager, "write_manifest", full)
     monkeypatch.setattr("vit_jax.training.services.time.sleep", lambda _: None)

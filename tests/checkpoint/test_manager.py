@@ -2,8 +2,11 @@
 """Checkpoints: what is in them, which are kept, and which are refused."""
 
 import contextlib
+import logging
 import os
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -14,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vit_jax.checkpoint import manager
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manager import CheckpointManager, CheckpointOptions
 from vit_jax.checkpoint.pretrained.load import load_params
@@ -227,6 +231,21 @@ def test_what_has_the_name_of_a_checkpoint_is_named_skipped_and_kept(kind, broke
     assert said[1].startswith(f"moved to {tmp_path / place}: ")
     assert os.path.lexists(tmp_path / place)
     assert list_steps(tmp_path) == [8]
+
+
+def test_a_save_that_fails_leaves_no_traces_of_libraries(tmp_path, caplog, monkeypatch):
+    save(tmp_path, make_state(4))
+    caplog.clear()
+    logging.getLogger("asyncio").error("Task exception was never retrieved\nfuture: <Task ...>")
+    assert caplog.records == []
+    logging.getLogger("asyncio").error("something else")
+    assert len(caplog.records) == 1
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    manager._silence_failed_saves.__wrapped__()
+    for text in ("Event loop is closed", "something else"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
+    assert [str(unraisable.exc_value) for unraisable in seen] == ["something else"]
 
 
 def test_what_can_not_be_moved_costs_no_checkpoint(tmp_path, monkeypatch, said):

@@ -118,8 +118,7 @@ class CheckpointManager:
                 self._open()
         # Steps whose checkpoints can't be removed: said once.
         self._stuck = set[int]()
-        # Orbax also logs the errors of its threads that it raises.
-        logging.getLogger("absl").addFilter(_is_not_of_orbax)
+        _silence_failed_saves()
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
@@ -358,8 +357,24 @@ def _give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
+@functools.cache
+def _silence_failed_saves() -> None:
+    """Silences what Orbax and its event loop print about a save that fails, which is one line here.
+
+    Orbax logs the errors that it raises, asyncio those of the other arrays, and TensorStore prints
+    one for each array that is done when the event loop is gone.
+    """
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "never retrieved" not in record.getMessage()
+    )
+    hook = sys.unraisablehook
+
+    def report(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = report
 
 
 def _choose(directory: Path) -> tuple[int | None, dict[int, str]]:

@@ -208,9 +208,11 @@ class Services:
             save = functools.partial(
                 self.checkpoints.save, step, state, results, unlogged=self._monitor.unlogged
             )
-            save()
+            if not last:
+                save()
             for attempt in range(MAX_FAILURES if last else 0):
                 try:
+                    save()
                     self.checkpoints.wait(must=True)
                     break
                 except SaveError as e:
@@ -218,7 +220,6 @@ class Services:
                         raise
                     log(f"{e}: tries again")
                     time.sleep(2**attempt)
-                    save()
             saved = self.checkpoints.latest_step()
             self.ledger.took(step)
             self.ledger.write_progress(saved=saved)
