@@ -29,6 +29,7 @@ from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import TRACKERS_FILE
 from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.registry import find_part, is_part
+from vit_jax.utils.text import printable
 
 # Calls that may wait for a tracker, and seconds that it may take at the end.
 _MAX_WAITING = 2000
@@ -283,7 +284,7 @@ class Trackers:
 def make_hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values of a config by dotted key: numbers, booleans and text, without None."""
     flat = {k: v for k, v in flatten_config(config).items() if v is not None and v != {}}
-    return {k: v if isinstance(v, int | float | str) else str(v) for k, v in flat.items()}
+    return {k: v if isinstance(v, int | float) else printable(v) for k, v in flat.items()}
 
 
 def tile(images: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 
 import csv
 import dataclasses
-import html
 import json
 import math
 import re
@@ -31,6 +30,7 @@ from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CONFIG, EVALS, REPORT
 from vit_jax.utils.metrics import lower_is_better
 from vit_jax.utils.nested import flatten_config
+from vit_jax.utils.text import escape_html
 
 # Most classes of a confusion matrix; with more, the most frequent confusions are listed.
 _MAX_CLASSES = 50
@@ -258,7 +258,7 @@ def _show_commands(workdir: Path, run: Mapping[str, Any]) -> list[str]:
         "Make this page again, with pictures": f"python -m vit_jax.report --workdir={place}",
     }
     content = "".join(
-        f"<p>{html.escape(title)}</p>{make_command(command)}"
+        f"<p>{escape_html(title)}</p>{make_command(command)}"
         for title, command in commands.items()
         if command
     )
