@@ -24,6 +24,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from vit_jax.observe.console import log
+from vit_jax.utils.bounds import read_json
 from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import TRACKERS_FILE
@@ -311,7 +312,7 @@ def _name_run(tracking: Tracking, workdir: Path) -> str:
 
 def _read_state(workdir: Path) -> dict[str, str]:
     try:
-        return dict(json.loads((workdir / TRACKERS_FILE).read_text()))
+        return dict(read_json(workdir / TRACKERS_FILE))
     except (OSError, ValueError):
         return {}
 
