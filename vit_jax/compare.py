@@ -30,6 +30,7 @@ from vit_jax.pages.comparison import (
 )
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.files import check_fresh, fresh_file, fresh_folder
+from vit_jax.utils.text import encode_text
 
 FORMATS = ("table", "csv", "json")
 
@@ -66,13 +67,13 @@ def main(argv: Sequence[str]) -> None:
         print(render(runs, args.format), end="")
     elif (form := args.output.suffix.removeprefix(".")) in ("csv", "json", "html"):
         with fresh_file(args.output) as fresh:
-            fresh.write_text(render(runs, form), encoding="utf-8")
+            fresh.write_bytes(encode_text(render(runs, form)))
         log(f"wrote {args.output}")
     else:
         files = {PAGE: "html", "runs.csv": "csv", "runs.json": "json"}
         with fresh_folder(args.output) as folder:
             for name, form in files.items():
-                (folder / name).write_text(render(runs, form), encoding="utf-8")
+                (folder / name).write_bytes(encode_text(render(runs, form)))
         for name in files:
             log(f"wrote {args.output / name}")
 

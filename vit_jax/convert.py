@@ -20,7 +20,7 @@ from vit_jax.checkpoint.pretrained.adapt import describe_objective_params
 from vit_jax.checkpoint.pretrained.convert import convert
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.weights import Weights
-from vit_jax.observe.console import log
+from vit_jax.observe.console import log_lines
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import count
@@ -71,9 +71,9 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"--params={args.params}: {source} is no run; leave --params out")
         source += ":ema_params" if args.params == "ema" else ""
     weights = load_pretrained(source)
-    log("\n".join([args.SRC, *describe(weights)]))
+    log_lines([args.SRC, *describe(weights)])
     if args.DST is not None:
-        log("\n".join(convert(weights, args.DST)))
+        log_lines(convert(weights, args.DST))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.workdir import read_config
 from vit_jax.config.load import load_config, override_config, parse_overrides
 from vit_jax.config.reduced import reduce_for_evaluation
-from vit_jax.observe.console import log, set_up
+from vit_jax.observe.console import log, log_lines, set_up
 from vit_jax.observe.jsonl import append_record, read_records
 from vit_jax.training.evaluation import Judge, find_source
 from vit_jax.training.experiment import Experiment
@@ -243,7 +243,7 @@ def main(argv: Sequence[str]) -> int:
         if args.json:
             print(json.dumps(record), flush=True)
         else:
-            log("\n".join(show(record)))
+            log_lines(show(record))
         if unwritten is not None:  # The results have been shown.
             raise UserError(f"--output={output} can't be written ({unwritten})")
 

@@ -19,6 +19,7 @@ Examples:
 
 import argparse
 import contextlib
+import io
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ import numpy as np
 
 from vit_jax.config.load import parse_overrides
 from vit_jax.data.corrupt import CorruptCounter
-from vit_jax.inference.images import find_images
+from vit_jax.inference.images import STDIN, find_images
 from vit_jax.inference.model import LoadedModel
 from vit_jax.inference.source import add_source, load_source
 from vit_jax.inference.stream import map_images
@@ -47,6 +48,7 @@ from vit_jax.observe.console import log, set_up
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import check_fresh, fresh_file
+from vit_jax.utils.text import printable
 
 PREDICTIONS = ("table", "csv", "json", "parquet")
 FEATURES = ("npz", "parquet")
@@ -114,7 +116,7 @@ def open_writer(args: argparse.Namespace, model: LoadedModel, paths: list[str]) 
             return
         fresh = stack.enter_context(fresh_file(args.output))
         if args.format == "npz":
-            writer = FeatureNpzWriter(fresh, path_width=max(map(len, paths)))
+            writer = FeatureNpzWriter(fresh, path_width=_width(paths))
         elif args.embed:
             writer = FeatureParquetWriter(fresh)
         elif args.format == "parquet":
@@ -134,8 +136,12 @@ def _make_text_writer(
         return CsvWriter(stream, name_of=model.name_of, top_k=top_k)
     if args.format == "json":
         return JsonWriter(stream, name_of=model.name_of)
-    width = min(max(map(len, paths)), _PATH)
+    width = min(_width(paths), _PATH)
     return TableWriter(stream, name_of=model.name_of, path_width=width)
+
+
+def _width(paths: Sequence[str]) -> int:
+    return max(len(printable(path)) for path in paths)
 
 
 def predict(args: argparse.Namespace, model: LoadedModel, paths: list[str]) -> int:
@@ -189,6 +195,8 @@ def main(argv: Sequence[str]) -> int:
     set_up(quiet=False, to_stderr=args.output is None)
     if args.output is not None:
         check_fresh(args.output)
+    if STDIN in args.PATHS and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # Names of files may be of any bytes.
     paths = find_images(args.PATHS, lines=sys.stdin)
     model = load_source(args, overrides)
     return 1 if predict(args, model, paths) else 0

@@ -90,7 +90,8 @@ def show(workdir: Path, found: dict[str, Any]) -> list[str]:
     rows["starts"] = f"{found['starts']}; ends: {ends or 'none'}"
     rows["lost"] = f"{found['steps_lost']} steps were taken again or left out"
     for rollback in found["rollbacks"]:
-        rows[f"rollback to {rollback['to']}"] = f"past {rollback['past']}: {rollback['reason']}"
+        reason = rollback.get("reason", "its reason is lost")
+        rows[f"rollback to {rollback['to']}"] = f"past {rollback['past']}: {reason}"
     return lines + [f"  {name:<14} {text}" for name, text in rows.items()]
 
 

@@ -23,6 +23,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import re
 import runpy
 import shlex
@@ -50,6 +51,7 @@ from vit_jax.pages.comparison import (
 )
 from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.training.experiment import Experiment
+from vit_jax.utils.bounds import MAX_TABLE, read_json
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.files import write_atomically
@@ -57,9 +59,11 @@ from vit_jax.utils.layout import CONFIG
 from vit_jax.utils.metrics import lower_is_better
 from vit_jax.utils.registry import trust_parts
 from vit_jax.utils.signals import INTERRUPTED
+from vit_jax.utils.text import printable
 
 RESULTS = "sweep.json"
 _NAME = re.compile(r"[\w+-][\w.,=+-]*")
+_MOST_RUNS = 10_000
 _LONGEST = 100  # characters of a name
 
 
@@ -101,6 +105,9 @@ def read_sweep(path: str) -> list[tuple[str, dict[str, Any]]]:
         for key, values in sweep.items():
             if not isinstance(key, str) or not isinstance(values, list | tuple) or not values:
                 raise UserError(f"--sweep={path}: {key!r}: {values!r}; expected a list of values")
+        count = math.prod(map(len, sweep.values()))
+        if count > _MOST_RUNS:
+            raise UserError(f"--sweep={path}: {count:,} runs; expected {_MOST_RUNS:,} at most")
         combinations = itertools.product(*sweep.values())
         trials = [dict(zip(sweep, values, strict=True)) for values in combinations]
         trials = trials if sweep else []
@@ -263,8 +270,9 @@ def run_sweep(
 def read_states(workdir: Path) -> dict[str, dict[str, Any]]:
     """The states of the runs that have been started, by name."""
     try:
-        runs = json.loads((workdir / RESULTS).read_text())["runs"]
-        return {run["run"]: run["state"] for run in runs if run["state"]}
+        runs = read_json(workdir / RESULTS, max_bytes=MAX_TABLE)["runs"]
+        states = {run["run"]: run["state"] for run in runs if run["state"]}
+        return {name: state for name, state in states.items() if isinstance(state, dict)}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -382,7 +390,7 @@ def main(argv: Sequence[str]) -> int:
         check_trials(trials)
     if args.emit:
         for line in emit(trials, args.emit, shlex.split(args.launch_args)):
-            print(line)
+            print(printable(line))
         return 0
     code = 0 if args.summarize else run_sweep(trials, args.workdir, metric=args.metric)
     for line in write_results(trials, read_states(args.workdir), args.workdir, metric=args.metric):

@@ -9,6 +9,8 @@ import pytest
 
 from tests.trained import NAMES, write_model, write_run
 from vit_jax.export.__main__ import main
+from vit_jax.export.card import _without_paths
+from vit_jax.export.signature import without_folders
 from vit_jax.utils.errors import UserError
 
 
@@ -140,3 +142,45 @@ def test_bad_targets_are_refused_before_anything_is_written(place, monkeypatch, 
         with pytest.raises(UserError, match=message):
             export(place, tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/home/me/birds", "birds"),
+        ("~/birds", "birds"),
+        ("~me/birds", "birds"),
+        ("../me/birds", "birds"),
+        ("./birds", "birds"),
+        ("decode|my_op('/home/me/mean.npy', 3)|flip_lr", "decode|my_op('mean.npy', 3)|flip_lr"),
+        ("siglip:/home/me/x.npz:img", "siglip:x.npz:img"),
+        ("https://example.org/a/b.npz", "https://example.org/a/b.npz"),
+        ("gs://bucket/a.npz", "gs://bucket/a.npz"),
+        ("augreg:B/16", "augreg:B/16"),
+        ("val/top1", "val/top1"),
+        ("embedding/.*", "embedding/.*"),
+        (".*/kernel", ".*/kernel"),
+        ("imagenet2012:5.*.*", "imagenet2012:5.*.*"),
+        ("a\nb", r"a\nb"),
+    ],
+)
+def test_paths_of_the_machine_become_their_last_part(text, expected):
+    assert without_folders(text) == expected
+
+
+def test_a_config_is_shown_without_folders():
+    config = {
+        "data": {"name": "folder:/home/me/birds", "data_dir": "/data/me"},
+        "mixture": [["manifest:work/me/rows.csv", "train", 1.0], ["parquet:~/p", "train", 1.0]],
+        "evals": {"val": {"data_name": "packed:../me/pack", "real_json": "~/me/real.json"}},
+        "objective": {"teacher": "runs/me/teacher", "class_weights": "/home/me/weights.txt"},
+        "init_from": "runs/me/first",
+        "model": {"variant": "B/16"},
+    }
+    shown = _without_paths(config)
+    assert shown["data"] == {"name": "folder:birds", "data_dir": "me"}
+    assert [source[0] for source in shown["mixture"]] == ["manifest:rows.csv", "parquet:p"]
+    assert shown["evals"]["val"] == {"data_name": "packed:pack", "real_json": "real.json"}
+    assert shown["objective"] == {"teacher": "teacher", "class_weights": "weights.txt"}
+    assert shown["model"] == config["model"]
+    assert "/me" not in json.dumps(shown)

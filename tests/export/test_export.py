@@ -6,6 +6,7 @@ import errno
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from vit_jax.export.compare import check_size, compare_outputs
 from vit_jax.inference.model import load_model
 from vit_jax.utils.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 NAMES = ["ant", "bee", "ça va"]
 
 # What a program that knows only JAX does with a folder that was written.
@@ -49,6 +51,15 @@ def written(place):
     source = [f"--checkpoint={place / 'vit.npz'}", f"--labels={place / 'names.txt'}"]
     main([*source, "--to=stablehlo,npz,safetensors", f"--output={place / 'written'}"])
     return place / "written"
+
+
+def test_no_file_has_a_path_of_this_machine(written):
+    files = [path for path in written.rglob("*") if path.is_file()]
+    assert len(files) >= 7
+    for path in files:
+        content = path.read_bytes()
+        for words in (str(ROOT), str(written.parent), sys.prefix, "site-packages"):
+            assert words.encode() not in content, (path.name, words)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.progress import Monitor
 from vit_jax.pages import run_page
+from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.training import services
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.run import train
@@ -460,3 +462,28 @@ def test_another_seed_goes_on_where_it_is_allowed(data_dir, tmp_path, said):
     other["resume"] = {"allow": "seed"}
     train(tiny_config(data_dir, **other), str(tmp_path / "w"), command="train")
     assert "config.seed: 0 before, 1 now" in said
+
+
+def test_a_start_that_hangs_where_its_files_are_opened_ends_to_be_run_again(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    ended = threading.Event()
+    codes = []
+
+    def end(code):
+        codes.append(code)
+        ended.set()
+
+    def open_files(config):
+        assert ended.wait(60)
+        raise UserError("the file system answers again")
+
+    monkeypatch.setattr("os._exit", end)
+    monkeypatch.setattr("faulthandler.dump_traceback", lambda **_: None)
+    config = tiny_config(data_dir, watchdog__compile=0.1)
+    with pytest.raises(UserError, match="answers again"):
+        train(config, tmp_path / "run", make_experiment=open_files)
+    assert RUN_AGAIN in codes
+    assert "hangs: 0 s in the phase 'compile', more than watchdog.compile=0.1" in (
+        capsys.readouterr().err
+    )

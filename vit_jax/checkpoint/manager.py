@@ -38,6 +38,7 @@ from vit_jax.runtime.processes import (
     fail_together,
     sum_over_processes,
 )
+from vit_jax.utils.bounds import read_json
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.layout import BROKEN, CHECKPOINTS, RUN
 from vit_jax.utils.metrics import find_best_step
@@ -407,7 +408,7 @@ def _choose(directory: Path) -> tuple[int | None, dict[int, str]]:
 def _read_metric(checkpoint: Path, name: str) -> float:
     """Returns the metric of `keep_best` that was written with a checkpoint; NaN without one."""
     try:
-        return float(json.loads((checkpoint / _METRICS / "metadata").read_text())[name])
+        return float(read_json(checkpoint / _METRICS / "metadata")[name])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return math.nan
 

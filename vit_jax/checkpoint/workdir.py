@@ -14,6 +14,7 @@ from typing import Any
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.observe.console import log
 from vit_jax.observe.jsonl import read_metrics
+from vit_jax.utils.bounds import MAX_JSON, open_regular, read_json
 from vit_jax.utils.class_names import format_names, read_names
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import write_atomically
@@ -55,7 +56,7 @@ def find_config(workdir: Path) -> dict[str, Any] | None:
     """
     file, config, fault = workdir / CONFIG, None, "is missing"
     try:
-        config = json.loads(file.read_text())
+        config = read_json(file)
         if isinstance(config, dict) and config.keys() >= _REQUIRED:
             return config
         fault = "holds no whole config"
@@ -106,7 +107,7 @@ def read_run(workdir: Path) -> dict[str, Any]:
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file)
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -239,7 +240,7 @@ def lock_workdir(workdir: Path, *, active: bool = True) -> Iterator[None]:
 def find_holder(workdir: Path) -> str | None:
     """Returns the process that trains in a workdir, as `process PID on HOST`, or None."""
     try:
-        with open(workdir / LOCK, errors="replace") as file:
+        with open(open_regular(workdir / LOCK, max_bytes=MAX_JSON), errors="replace") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:

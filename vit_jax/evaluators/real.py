@@ -4,12 +4,12 @@
 Source: Beyer et al., arXiv:2006.07159.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from vit_jax.data.sources.base import Source
+from vit_jax.utils.bounds import read_json
 from vit_jax.utils.errors import UserError, describe_error
 
 # The published labels are a list in the order of these numbers, from 1.
@@ -23,7 +23,7 @@ def read_labels(path: str, *, key: str) -> dict[str, list[int]] | list[list[int]
     form.
     """
     try:
-        labels = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        labels = read_json(Path(path).expanduser())
     except (OSError, ValueError) as e:
         raise UserError(f"{key}={path!r} can't be read: {describe_error(e)}") from None
     values = labels.values() if isinstance(labels, dict) else labels

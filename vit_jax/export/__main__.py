@@ -50,6 +50,7 @@ from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.files import check_fresh, fresh_folder
 from vit_jax.utils.layout import LABELS
+from vit_jax.utils.text import encode_text, printable
 from vit_jax.utils.tree import flatten
 
 WEIGHTS = ("npz", "safetensors")
@@ -153,9 +154,8 @@ def export(
     files = {name: f"model.{name}" for name in formats if name in PROGRAMS}
     if files:
         signature = describe_signature(model, layer, files)
-        (folder / SIGNATURE).write_text(
-            json.dumps(signature, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(signature, indent=1, ensure_ascii=False) + "\n"
+        (folder / SIGNATURE).write_bytes(encode_text(text))
     if model.class_names is not None:
         (folder / LABELS).write_text(format_names(model.class_names), encoding="utf-8")
     return lines
@@ -191,11 +191,11 @@ def main(argv: Sequence[str]) -> None:
             model,
             args.to,
             layer,
-            name=args.name or (args.push or args.output.name).rpartition("/")[2],
+            name=printable(args.name or (args.push or args.output.name).rpartition("/")[2]),
             license_id=args.license,
             params=args.params,
         )
-        (folder / CARD).write_text(card, encoding="utf-8")
+        (folder / CARD).write_bytes(encode_text(card))
     for line in lines:
         log(line)
     for path in sorted(p for p in args.output.rglob("*") if p.is_file()):

@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import vit_jax
-from vit_jax.export.signature import SIGNATURE, name_source
+from vit_jax.data.sources import KINDS
+from vit_jax.export.signature import SIGNATURE, name_source, without_folders
 from vit_jax.inference.model import LoadedModel
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.utils.layout import LABELS
+from vit_jax.utils.text import printable
 from vit_jax.utils.tree import count
 
 CARD = "README.md"
 
 # Keys that hold paths of this machine.
-_LOCAL_KEYS = ("data_dir", "init_from", "teacher")
+_LOCAL_KEYS = ("data_dir", "init_from", "teacher", "real_json", "class_weights")
+# Keys that hold names of datasets.
+_NAME_KEYS = ("name", "data_name", "mixture")
 
 _LOAD = """```python
 import vit_jax
@@ -163,7 +167,7 @@ def _show_training(model: LoadedModel) -> list[str]:
     data, optimizer = config["data"], config.get("optimizer") or {}
     lines = [
         f"- data: {_data_name(config)}, {data.get('split')}, in batches of {data['batch_size']}",
-        f"- preparation of images: `{data.get('preprocess')}`",
+        f"- preparation of images: `{without_folders(str(data.get('preprocess')))}`",
         f"- objective: {(config.get('objective') or {}).get('name')}",
         f"- optimizer: {optimizer.get('name')}, learning rate {optimizer.get('lr')}",
         f"- steps: {Path(model.source).name} of {config.get('total_steps')}",
@@ -177,8 +181,8 @@ def _show_use(model: LoadedModel, formats: Sequence[str], layer: str) -> list[st
     height, width, _ = model.image_shape
     parts = [
         "## Images",
-        f"`{model.preparation.line}` makes the input, then pixels in [0, 1] have the mean "
-        f"{model.pixel_mean} subtracted and are divided by {model.pixel_std}.",
+        f"`{without_folders(model.preparation.line)}` makes the input, then pixels in [0, 1] have "
+        f"the mean {model.pixel_mean} subtracted and are divided by {model.pixel_std}.",
         "## Use",
     ]
     programs = [name for name in formats if name in ("stablehlo", "onnx", "savedmodel")]
@@ -213,7 +217,11 @@ def _judged_on(config: Mapping[str, Any], evaluator: str) -> tuple[str, str]:
 
 
 def _without_folder(name: str) -> str:
-    return Path(name).name if "/" in name and Path(name).is_absolute() else name
+    """Returns the name of a dataset; of one in files, the kind and the last part of its path."""
+    kind, colon, path = name.partition(":")
+    if colon and kind in KINDS and "://" not in path:
+        return printable(f"{kind}:{Path(path).name}")
+    return without_folders(name)
 
 
 def _without_paths(value: Any, key: str = "") -> Any:
@@ -221,7 +229,11 @@ def _without_paths(value: Any, key: str = "") -> Any:
     if isinstance(value, Mapping):
         return {k: _without_paths(v, k) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_paths(v) for v in value]
-    if isinstance(value, str) and (key in _LOCAL_KEYS or value.startswith(("/", "~"))):
-        return Path(value).name
-    return value
+        return [_without_paths(v, key) for v in value]
+    if not isinstance(value, str):
+        return value
+    if key in _NAME_KEYS:
+        return _without_folder(value)
+    if key in _LOCAL_KEYS and "://" not in value:
+        return printable(Path(value).name)
+    return without_folders(value)

@@ -61,6 +61,7 @@ def write_onnx(
                 input_names=[INPUT],
                 output_names=[layer],
             )
+        _strip_locations(graph)
         path.write_bytes(graph.SerializeToString())
         session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         return [session.run([layer], {INPUT: batch})[0] for batch in batches]
@@ -68,6 +69,15 @@ def write_onnx(
         raise
     except Exception as e:  # Unsupported operations lead to exceptions of many types.
         raise UserError(f"--to=onnx: jax2onnx can't write this model: {first_line(e)}") from e
+
+
+def _strip_locations(graph: Any) -> None:
+    """Removes notes on the code that made each operation, which have paths of this machine."""
+    functions = [node for function in graph.functions for node in function.node]
+    for part in (graph, graph.graph, *graph.graph.node, *graph.functions, *functions):
+        for field in ("doc_string", "metadata_props"):
+            if field in part.DESCRIPTOR.fields_by_name:
+                part.ClearField(field)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a model as one StableHLO program for CPUs, GPUs and TPUs, which needs JAX only."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -20,7 +21,19 @@ def trace_program(model: LoadedModel, layer: str) -> export.Exported:
     """
     (batch,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *model.image_shape), np.uint8)
-    return export.export(jax.jit(model.as_function(layer)), platforms=PLATFORMS)(images)
+    with _without_locations():
+        return export.export(jax.jit(model.as_function(layer)), platforms=PLATFORMS)(images)
+
+
+@contextlib.contextmanager
+def _without_locations() -> Iterator[None]:
+    """Leaves out of programs in which files of this machine an operation was called."""
+    before = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", before)
 
 
 def write_stablehlo(

@@ -37,6 +37,7 @@ from vit_jax.parallel.sharding import infer_shardings
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG
 from vit_jax.utils.registry import check_type, find_parts, trust_parts
+from vit_jax.utils.text import printable
 from vit_jax.utils.tree import flatten
 
 Tta = Literal["flip"]
@@ -470,4 +471,4 @@ def _check_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ..
             "each, in --labels or in labels.txt of the run"
         )
     # A head may have more classes than the data.
-    return (*names, *map(str, range(len(names), num_classes)))
+    return (*map(printable, names), *map(str, range(len(names), num_classes)))

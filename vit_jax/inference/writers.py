@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.text import printable
 
 _COPIED = 2**20  # bytes at a time
 _NAME = 24  # most characters of a class name in a table
@@ -28,15 +29,19 @@ class Writer(abc.ABC):
     def __exit__(self, *exc: object) -> None:  # noqa: B027 (streams have an owner)
         pass
 
-    @abc.abstractmethod
     def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
         """Appends rows.
 
         Args:
-          paths: paths of n images.
+          paths: paths of n images, which are written as `printable` has them.
           *columns: for predictions, labels int `[n, k]` and probabilities float32 `[n, k]`, the
             most probable first; otherwise features float32 `[n, ...]`.
         """
+        self._write([printable(path) for path in paths], *columns)
+
+    @abc.abstractmethod
+    def _write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
+        """Appends rows; see `write`."""
 
 
 class TableWriter(Writer):
@@ -45,7 +50,7 @@ class TableWriter(Writer):
     def __init__(self, stream: IO[str], *, name_of: Callable[[int], str], path_width: int):
         self._stream, self._name_of, self._width = stream, name_of, path_width
 
-    def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
+    def _write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
         labels, probabilities = columns
         names = [[self._name_of(label)[:_NAME] for label in row] for row in labels.tolist()]
         # Columns are aligned within a batch: later names are not known yet.
@@ -65,7 +70,7 @@ class CsvWriter(Writer):
         header = [f"{kind}_{rank}" for rank in range(1, top_k + 1) for kind in kinds]
         self._writer.writerow(["image", *header])
 
-    def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
+    def _write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
         for path, labels, values in zip(paths, *(c.tolist() for c in columns), strict=True):
             row = [path]
             for label, value in zip(labels, values, strict=True):
@@ -79,7 +84,7 @@ class JsonWriter(Writer):
     def __init__(self, stream: IO[str], *, name_of: Callable[[int], str]):
         self._stream, self._name_of = stream, name_of
 
-    def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
+    def _write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
         for path, labels, values in zip(paths, *(c.tolist() for c in columns), strict=True):
             predictions = [
                 {"label": label, "class": self._name_of(label), "probability": round(value, 6)}
@@ -113,7 +118,7 @@ class ParquetWriter(Writer):
     def __exit__(self, *exc: object) -> None:
         self._file.close()
 
-    def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
+    def _write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
         labels, probabilities = (column.tolist() for column in columns)
         names = [[self._name_of(label) for label in row] for row in labels]
         arrays = [list(paths), labels, names, probabilities]
@@ -134,7 +139,7 @@ class FeatureParquetWriter(Writer):
         if self._file is not None:
             self._file.close()
 
-    def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
+    def _write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
         (features,) = columns
         pa = self._pa
         flat = features.reshape(len(features), -1)
@@ -171,7 +176,7 @@ class FeatureNpzWriter(Writer):
             for file in self._files.values():
                 file.close()
 
-    def write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
+    def _write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
         (features,) = columns
         self._files["image"].write(np.array(paths, self._paths_dtype).tobytes())
         self._files["features"].write(np.ascontiguousarray(features, "<f4").tobytes())

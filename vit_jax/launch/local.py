@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, Any
 
 from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.utils.command import CommandParser, run_command
@@ -71,11 +71,9 @@ def run_once(commands: Sequence[Sequence[str]]) -> tuple[int, bool]:
     Returns:
       The exit code of the first process that fails, otherwise 0, and whether a signal was received.
     """
-    pipe, both = subprocess.PIPE, subprocess.STDOUT
-    started = [
-        subprocess.Popen(command, stdout=pipe, stderr=both, text=True, start_new_session=True)
-        for command in commands
-    ]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    pipes |= {"encoding": "utf-8", "errors": "backslashreplace"}
+    started = [subprocess.Popen(command, start_new_session=True, **pipes) for command in commands]
     readers = [
         threading.Thread(target=_copy, args=(i, process.stdout), daemon=True)
         for i, process in enumerate(started)

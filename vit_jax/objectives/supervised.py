@@ -2,7 +2,6 @@
 """Supervised classification."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -14,7 +13,8 @@ from vit_jax.objectives.augment import ERASE_KEY, Augmentation, distort, erase
 from vit_jax.objectives.base import Batch, Params
 from vit_jax.objectives.mixing import mix
 from vit_jax.objectives.pixels import ImageObjective, Pixels, check_pixels
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.bounds import read_text
+from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.registry import takes_options_of
 
 
@@ -143,10 +143,12 @@ def make_supervised(
 def _read_class_weights(given: tuple[float, ...] | str, num_classes: int) -> tuple[float, ...]:
     key = "objective.class_weights" + (f"={given!r}" if isinstance(given, str) else "")
     try:
-        lines = Path(given).read_text().split() if isinstance(given, str) else given
+        lines = read_text(given).split() if isinstance(given, str) else given
         weights = tuple(float(x) for x in lines)
     except (OSError, ValueError) as e:
-        raise UserError(f"{key}: {e}; expected a text file with one number a line") from None
+        raise UserError(
+            f"{key}: {describe_error(e)}; expected a text file with one number a line"
+        ) from None
     if len(weights) != num_classes:
         raise UserError(f"{key}: {len(weights)} weights; expected one for each of {num_classes}")
     if not all(0 <= x < np.inf for x in weights) or not any(weights):

@@ -5,11 +5,13 @@ import logging
 import os
 import sys
 import types
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import rich.console
 
 from vit_jax.utils.streams import Unfailing
+from vit_jax.utils.text import printable
 
 # `quiet` shows results, warnings and the summary; `verbose` adds all metrics of each logged step.
 Verbosity = Literal["quiet", "normal", "verbose"]
@@ -48,14 +50,20 @@ def set_up(*, quiet: bool, to_stderr: bool = False, verbosity: Verbosity = "norm
 
 
 def log(text: str) -> None:
-    """Prints a line without markup or wrapping."""
-    console.print(text, markup=False, soft_wrap=True)
+    """Prints one line without markup or wrapping; a line break in it becomes an escape."""
+    console.print(printable(text), markup=False, soft_wrap=True)
+
+
+def log_lines(lines: Iterable[str]) -> None:
+    """Prints several lines, see `log`."""
+    for line in lines:
+        log(line)
 
 
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         # A warning of a quiet process concerns it alone, such as a file that only it can't read.
         if console.quiet and record.levelno >= logging.WARNING:
-            Unfailing(sys.stderr).write(f"{record.getMessage()}\n")
+            Unfailing(sys.stderr).write(f"{printable(record.getMessage())}\n")
         else:
             log(record.getMessage())

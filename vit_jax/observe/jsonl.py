@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.observe.console import log
+from vit_jax.utils.bounds import MAX_LINE, MAX_TABLE, open_regular, read_bytes
 from vit_jax.utils.layout import METRICS
 
 # Lines that may wait for space on the disk.
@@ -108,6 +109,7 @@ def drop_metrics_after(workdir: Path, step: int) -> None:
         if record["step"] <= step:
             end = stop
     try:
+        os.close(open_regular(path, max_bytes=MAX_TABLE))
         with open(path, "r+b", buffering=0) as file:
             # A damaged line may be of a step that is kept.
             for line in _split(file.read()[end:]):
@@ -146,7 +148,7 @@ def _read_lines(path: Path, is_whole: Callable[[Any], bool]) -> Iterator[tuple[i
     end is not, since another process may be writing it.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, max_bytes=MAX_TABLE)
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as e:
@@ -176,6 +178,8 @@ def _parse(line: bytes) -> Any:
 
     A byte order mark of an editor, and zeros that a crash of the machine leaves, are no part of it.
     """
+    if len(line) > MAX_LINE:
+        return None
     try:
         return json.loads(line.strip(b"\0\r\n ").removeprefix(codecs.BOM_UTF8).decode())
     except (ValueError, RecursionError):

@@ -14,7 +14,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 import vit_jax
-from vit_jax.observe.console import console, log, settings
+from vit_jax.observe.console import console, log, log_lines, settings
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.utils import tree
 from vit_jax.utils.layout import EVALS, METRICS, TENSORBOARD
@@ -49,7 +49,7 @@ def report_start(
         table.add_row(str(process), hosts[process], kind, str(count), "" if i else shape)
     log(f"vit_jax {vit_jax.__version__}, jax {jax.__version__}")
     console.print(table)
-    log(parameter_overview.get_parameter_overview(params, include_stats=False))
+    log_lines(parameter_overview.get_parameter_overview(params, include_stats=False).splitlines())
     if frozen:
         fixed = tree.count(frozen)
         log(f"trained: {tree.count(params) - fixed:,} parameters, frozen: {fixed:,}")

@@ -24,11 +24,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from vit_jax.observe.console import log
+from vit_jax.utils.bounds import read_json
 from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import TRACKERS_FILE
 from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.registry import find_part, is_part
+from vit_jax.utils.text import printable
 
 # Calls that may wait for a tracker, and seconds that it may take at the end.
 _MAX_WAITING = 2000
@@ -283,7 +285,7 @@ class Trackers:
 def make_hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values of a config by dotted key: numbers, booleans and text, without None."""
     flat = {k: v for k, v in flatten_config(config).items() if v is not None and v != {}}
-    return {k: v if isinstance(v, int | float | str) else str(v) for k, v in flat.items()}
+    return {k: v if isinstance(v, int | float) else printable(v) for k, v in flat.items()}
 
 
 def tile(images: np.ndarray) -> np.ndarray:
@@ -310,7 +312,7 @@ def _name_run(tracking: Tracking, workdir: Path) -> str:
 
 def _read_state(workdir: Path) -> dict[str, str]:
     try:
-        return dict(json.loads((workdir / TRACKERS_FILE).read_text()))
+        return dict(read_json(workdir / TRACKERS_FILE))
     except (OSError, ValueError):
         return {}
 

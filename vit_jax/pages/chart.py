@@ -5,9 +5,10 @@ They are drawn for a width of about 400 pixels, so their text is readable on a p
 """
 
 import dataclasses
-import html
 import math
 from collections.abc import Sequence
+
+from vit_jax.utils.text import escape_html
 
 # Size and margins of a drawing in its own units; the browser scales it.
 _WIDTH, _HEIGHT = 400, 230
@@ -48,12 +49,12 @@ def plot_curves(curves: Sequence[Curve], *, label: str) -> str:
         color = f"var(--s{curve.color % _COLORS})"
         dashes = f";stroke-dasharray:{2 + 3 * (curve.color // _COLORS)} 3"
         style = f"stroke:{color}{dashes if curve.color >= _COLORS else ''}"
-        title = f"<title>{html.escape(curve.name)}</title>"
+        title = f"<title>{escape_html(curve.name)}</title>"
         if len(curve.points) > 1:
             lines.append(frame.path(curve.points, style, title))
         if len(curve.points) < 40:
             for x, y in curve.points:
-                text = html.escape(f"{curve.name} at {x:g}: {y:.4g}")
+                text = escape_html(f"{curve.name} at {x:g}: {y:.4g}")
                 lines.append(frame.dot(x, y, "2.5", color, text))
     return _legend(drawn) + _wrap(lines, label)
 
@@ -94,7 +95,7 @@ def plot_matrix(counts: Sequence[Sequence[int]], names: Sequence[str], *, label:
     lines = []
     for i, row in enumerate(counts):
         total, middle = sum(row), margin + cell * (i + 0.5)
-        short = html.escape(_shorten(names[i]))
+        short = escape_html(_shorten(names[i]))
         lines.append(
             f'<text x="{margin - 6}" y="{middle + 4:.1f}" text-anchor="end">{short}</text>'
             f'<text x="{middle + 4:.1f}" y="{margin - 6}" '
@@ -108,7 +109,7 @@ def plot_matrix(counts: Sequence[Sequence[int]], names: Sequence[str], *, label:
             lines.append(
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell - 1:.1f}" height="{cell - 1:.1f}" '
                 f'style="fill:{color};fill-opacity:{0.06 + 0.84 * share:.2f}">'
-                f"<title>{html.escape(title)}</title></rect>"
+                f"<title>{escape_html(title)}</title></rect>"
             )
             if count and cell > 20:
                 lines.append(
@@ -168,7 +169,7 @@ def _wrap(lines: Sequence[str], label: str, *, square: float | None = None) -> s
     limit = f' style="max-width:{square:.0f}px"' if square else ""
     return (
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
-        f'aria-label="{html.escape(label)}"{limit}>{"".join(lines)}</svg>'
+        f'aria-label="{escape_html(label)}"{limit}>{"".join(lines)}</svg>'
     )
 
 
@@ -176,7 +177,7 @@ def _legend(curves: Sequence[Curve]) -> str:
     if len(curves) < 2:
         return ""
     keys = "".join(
-        f'<li style="--key:var(--s{curve.color % _COLORS})">{html.escape(curve.name)}</li>'
+        f'<li style="--key:var(--s{curve.color % _COLORS})">{escape_html(curve.name)}</li>'
         for curve in curves
     )
     return f'<ul class="keys">{keys}</ul>'

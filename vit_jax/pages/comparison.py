@@ -20,6 +20,7 @@ from vit_jax.pages.run_page import Points, collect_points, find_best
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.metrics import lower_is_better
 from vit_jax.utils.nested import flatten_config
+from vit_jax.utils.text import printable
 
 PAGE = "index.html"
 _SPEED = "perf/images_per_sec"
@@ -76,7 +77,7 @@ def read_runs(workdirs: Sequence[Path]) -> list[RunRecord]:
         if path in paths[:i]:
             raise UserError(f"{workdirs[i]} is given twice; expected each run once")
     root = os.path.commonpath([path.parent for path in paths])
-    names = [os.path.relpath(path, root) for path in paths]
+    names = [printable(os.path.relpath(path, root)) for path in paths]
     return [read_run(path, name=name) for path, name in zip(workdirs, names, strict=True)]
 
 
@@ -153,7 +154,7 @@ def _mark(values: Sequence[float | None], *, lower: bool) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return printable(value) if isinstance(value, str) else json.dumps(value)
 
 
 def make_html(runs: Sequence[RunRecord]) -> str:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-contained HTML pages: no other file, no script, no network.
 
-They suit light and dark screens of any width. All text is escaped with `html.escape`.
+They suit light and dark screens of any width. All text is escaped with `escape_html`.
 """
 
 import base64
-import html
 from collections.abc import Iterable, Sequence
 from typing import Literal
+
+from vit_jax.utils.text import escape_html
 
 Layout = Literal["texts", "charts", "pictures"]
 
@@ -68,9 +69,9 @@ def make_page(title: str, notes: Sequence[str], body: Iterable[str]) -> str:
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
-        f"<header><h1>{html.escape(title)}</h1>",
-        *(f'<p class="soft">{html.escape(note)}</p>' for note in notes),
+        f"<title>{escape_html(title)}</title><style>{STYLE}</style></head><body>",
+        f"<header><h1>{escape_html(title)}</h1>",
+        *(f'<p class="soft">{escape_html(note)}</p>' for note in notes),
         "</header><main>",
         *body,
         "</main></body></html>",
@@ -83,13 +84,13 @@ def make_section(title: str, cards: Iterable[str], *, layout: Layout = "texts") 
     cards = list(cards)
     if not cards:
         return ""
-    heading = f'<section><h2>{html.escape(title)}</h2><div class="cards {layout}">'
+    heading = f'<section><h2>{escape_html(title)}</h2><div class="cards {layout}">'
     return "\n".join([heading, *cards, "</div></section>"])
 
 
 def make_card(title: str, content: str, *, caption: str = "", wide: bool = False) -> str:
     """Makes a card of HTML with a title above and a caption below."""
-    below = f'<p class="soft">{html.escape(caption)}</p>' if caption else ""
+    below = f'<p class="soft">{escape_html(caption)}</p>' if caption else ""
     return f'<div class="card{" wide" if wide else ""}">{_head(title)}{content}{below}</div>'
 
 
@@ -115,8 +116,8 @@ def make_figure(
     return (
         f'<figure class="card{" wide" if wide else ""}">{_head(title)}'
         f'<img{" class=sharp" if sharp else ""} width="{size[0]}" height="{size[1]}" '
-        f'alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        f"<figcaption>{'<br>'.join(map(html.escape, caption))}</figcaption></figure>"
+        f'alt="{escape_html(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        f"<figcaption>{'<br>'.join(map(escape_html, caption))}</figcaption></figure>"
     )
 
 
@@ -127,7 +128,7 @@ def make_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
     def line(tag: str, cells: Sequence[str]) -> str:
         text = "".join(
-            f"<{tag}{' class=number' if to_right else ''}>{html.escape(cell)}</{tag}>"
+            f"<{tag}{' class=number' if to_right else ''}>{escape_html(cell)}</{tag}>"
             for cell, to_right in zip(cells, right, strict=True)
         )
         return f"<tr>{text}</tr>"
@@ -140,7 +141,7 @@ def make_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def make_bars(rows: Iterable[tuple[str, float]]) -> str:
     """Makes a table of names with fractions, as bars and in percent."""
     body = "".join(
-        f'<tr><td>{html.escape(name)}</td><td><div class="bar" style="width:{value:.1%}"></div>'
+        f'<tr><td>{escape_html(name)}</td><td><div class="bar" style="width:{value:.1%}"></div>'
         f"</td><td>{value:.1%}</td></tr>"
         for name, value in rows
     )
@@ -149,16 +150,16 @@ def make_bars(rows: Iterable[tuple[str, float]]) -> str:
 
 def make_details(title: str, content: str) -> str:
     """Makes HTML that is shown when its title is clicked."""
-    return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
+    return f"<details><summary>{escape_html(title)}</summary>{content}</details>"
 
 
 def make_command(text: str) -> str:
     """Makes a box with a command to copy."""
-    return f"<pre>{html.escape(text)}</pre>"
+    return f"<pre>{escape_html(text)}</pre>"
 
 
 def _head(title: str) -> str:
-    return f"<h3>{html.escape(title)}</h3>" if title else ""
+    return f"<h3>{escape_html(title)}</h3>" if title else ""
 
 
 def _is_number(cell: str) -> bool:

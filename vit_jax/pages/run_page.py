@@ -3,7 +3,6 @@
 
 import csv
 import dataclasses
-import html
 import json
 import math
 import re
@@ -26,15 +25,19 @@ from vit_jax.pages.html import (
     make_section,
     make_table,
 )
+from vit_jax.utils.bounds import MAX_TABLE, check_count, read_json, read_text
 from vit_jax.utils.errors import describe_error
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CONFIG, EVALS, REPORT
 from vit_jax.utils.metrics import lower_is_better
 from vit_jax.utils.nested import flatten_config
+from vit_jax.utils.text import escape_html
 
 # Most classes of a confusion matrix; with more, the most frequent confusions are listed.
 _MAX_CLASSES = 50
 _PAIRS = 20
+_MAX_LABEL = 2**20
+_GROUPS = ("parameters", "arrays", "values", "weight decay", "learning rate")
 _MAX_CHARTS = 24
 # Metrics without a chart: counts, and those that another curve shows.
 _NOT_DRAWN = ("count", "real_count", "step_ms", "first_step_s")
@@ -75,7 +78,7 @@ def make_report(
       predictions: statistics that are added to those in its files; equal titles replace them.
       sections: HTML of sections to add after the predictions.
     """
-    records, run = read_metrics(workdir), read_run(workdir)
+    records, run = read_metrics(workdir), _check_run(read_run(workdir))
     known = {one.title: one for one in [*read_details(workdir), *predictions]}
     body = [
         make_section("Results", _show_results(records)),
@@ -107,7 +110,7 @@ def find_best(key: str, points: Points) -> tuple[float, float]:
 
 
 def read_details(workdir: Path) -> list[Predictions]:
-    """Reads the details of each evaluator's newest evaluation."""
+    """Reads the details of each evaluator's newest evaluation; damaged ones are left out."""
     newest: dict[str, tuple[int, Path]] = {}
     for path in (workdir / EVALS).glob("*.json"):
         match = re.fullmatch(r"(.+)_(\d+)", path.stem)
@@ -116,27 +119,59 @@ def read_details(workdir: Path) -> list[Predictions]:
     found = []
     for name, (step, path) in sorted(newest.items()):
         try:
-            found += _read_predictions(f"{name}, step {step:,}", path)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+            found += _read_details(path, f"{name}, step {step:,}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as e:
             log(f"{path} can't be read ({describe_error(e)}): left out")
     return found
 
 
-def _read_predictions(title: str, path: Path) -> list[Predictions]:
-    """Reads the details of one evaluation; none if they are not of a classification."""
-    content = json.loads(path.read_text())
+def _read_details(path: Path, title: str) -> list[Predictions]:
+    """Reads the details of an evaluation; none if it was not of a classifier."""
+    content = read_json(path, max_bytes=MAX_TABLE)
     if not isinstance(content, dict) or "classes" not in content:
         return []
     rows = content.get("calibration", ())
-    bins = [(row["confidence"], row["accuracy"], row["count"]) for row in rows]
+    bins = [(float(row["confidence"]), float(row["accuracy"]), int(row["count"])) for row in rows]
+    names = [str(c["name"] or c["label"]) for c in content["classes"]]
     table = path.with_name(f"{path.stem}_confusion.csv")
     confusion: dict[tuple[int, int], int] = {}
     if table.exists():
-        with table.open(newline="") as file:
-            for row in csv.DictReader(file):
-                confusion[int(row["label"]), int(row["predicted"])] = int(row["count"])
-    names = [c["name"] or str(c["label"]) for c in content["classes"]]
+        for row in csv.DictReader(read_text(table, max_bytes=MAX_TABLE).splitlines()):
+            label, predicted = int(row["label"]), int(row["predicted"])
+            for number in (label, predicted):
+                check_count(number, _MAX_LABEL, "a label")
+            confusion[label, predicted] = int(row["count"])
     return [Predictions(title, names, bins, confusion)]
+
+
+# What run.json has of each kind; other values are of another program, or damaged.
+_RUN_KINDS = {
+    "versions": dict,
+    "devices": dict,
+    "git": str,
+    "started": str,
+    "command": str,
+    "params": list,
+    "groups": list,
+}
+
+
+def _check_run(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what is known of a run, without values of other kinds than those of `_RUN_KINDS`."""
+    known = {k: v for k, v in run.items() if isinstance(v, _RUN_KINDS.get(k, ()))}
+    known["params"] = [row for row in known.get("params", ()) if _is_param(row)]
+    known["groups"] = [row for row in known.get("groups", ()) if isinstance(row, list)]
+    known["groups"] = [row for row in known["groups"] if len(row) == len(_GROUPS)]
+    return known
+
+
+def _is_param(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("path"), str)
+        and isinstance(row.get("shape"), list)
+        and all(type(n) is int and 0 <= n < 2**48 for n in row["shape"])
+    )
 
 
 def _describe(workdir: Path, run: Mapping[str, Any]) -> list[str]:
@@ -241,9 +276,7 @@ def _show_params(run: Mapping[str, Any]) -> list[str]:
     if not params:
         return []
     count = sum(math.prod(row["shape"]) for row in params)
-    groups = make_table(
-        ("parameters", "arrays", "values", "weight decay", "learning rate"), run.get("groups") or ()
-    )
+    groups = make_table(_GROUPS, run.get("groups") or ())
     rows = [(p["path"], str(tuple(p["shape"])), f"{math.prod(p['shape']):,}") for p in params]
     every = make_details(f"All {len(params)}", make_table(("path", "shape", "values"), rows))
     return [make_card(f"{count:,} values", groups + every, wide=True)]
@@ -258,7 +291,7 @@ def _show_commands(workdir: Path, run: Mapping[str, Any]) -> list[str]:
         "Make this page again, with pictures": f"python -m vit_jax.report --workdir={place}",
     }
     content = "".join(
-        f"<p>{html.escape(title)}</p>{make_command(command)}"
+        f"<p>{escape_html(title)}</p>{make_command(command)}"
         for title, command in commands.items()
         if command
     )
@@ -267,8 +300,10 @@ def _show_commands(workdir: Path, run: Mapping[str, Any]) -> list[str]:
 
 def _show_config(workdir: Path) -> list[str]:
     try:
-        config = json.loads((workdir / CONFIG).read_text())
+        config = read_json(workdir / CONFIG)
     except (OSError, ValueError):
+        return []
+    if not isinstance(config, dict):
         return []
     rows = [(key, json.dumps(value)) for key, value in flatten_config(config).items()]
     table = make_table(("key", "value"), rows)

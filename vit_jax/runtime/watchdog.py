@@ -50,7 +50,8 @@ class Watchdog:
     Args:
       watched: returns the phase of the main thread and the `time.monotonic` of its start.
       workdir: the stacks of all threads are written to `watchdog-PROCESS.txt` in it.
-      on_exit: called, with the phase, before the process ends.
+      on_exit: called, with the phase, before the process ends; an attribute, since what it needs
+        may be made while the watchdog already runs.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Watchdog:
     ):
         self._limits = dataclasses.asdict(limits)
         self._file = workdir / f"watchdog-{process}.txt"
-        self._process, self._on_exit = process, on_exit
+        self._process, self.on_exit = process, on_exit
         self._watched, self._not_before = watched, 0.0
         self._stop = threading.Event()
         positive = [limit for limit in self._limits.values() if limit]
@@ -77,6 +78,10 @@ class Watchdog:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends the watch; may be called again."""
         self._stop.set()
         self._thread.join()
 
@@ -107,4 +112,4 @@ class Watchdog:
         with contextlib.suppress(OSError), open(self._file, "w") as file:
             print(words, file=file, flush=True)
             faulthandler.dump_traceback(file=file, all_threads=True)
-        self._on_exit(phase)
+        self.on_exit(phase)

@@ -6,7 +6,6 @@ import base64
 import contextlib
 import dataclasses
 import functools
-import html
 import importlib.resources
 import io
 import re
@@ -33,6 +32,7 @@ from vit_jax.inference.model import LoadedModel
 from vit_jax.pages.html import STYLE
 from vit_jax.serve.batches import Batcher
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.text import escape_html
 
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -234,7 +234,7 @@ def make_app(
         facts = f"{classes} classes, images of {height}×{width}"
         text = text.replace("%STYLE%", STYLE)
         for name, value in (("SOURCE", model.source), ("FACTS", facts)):
-            text = text.replace(f"%{name}%", html.escape(value))
+            text = text.replace(f"%{name}%", escape_html(value))
         return HTMLResponse(text, headers=_HEADERS)
 
     @app.head("/healthz", include_in_schema=False)

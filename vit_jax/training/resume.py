@@ -4,6 +4,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from vit_jax.utils.durations import LENGTH
 from vit_jax.utils.errors import UserError, describe_error, suggest
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, DIVERGENCE, LABELS, METRICS, ROLLBACKS
 from vit_jax.utils.nested import as_tuples, flatten_config
+from vit_jax.utils.text import encode_text
 
 # The value of a key that a config does not have.
 _ABSENT: Any = type("Absent", (), {"__repr__": lambda _: "not set"})()
@@ -65,6 +67,8 @@ def open_workdir(
     """
     if "://" in path:
         raise UserError(f"--workdir={path!r}: expected a folder; mount a bucket to use it as one")
+    if encode_text(path) != os.fsencode(path):
+        raise UserError(f"--workdir={path!r}: checkpoints can't be written there: expected UTF-8")
     resume = resume or Resume()
     workdir = Path(path)
     try:

@@ -22,6 +22,7 @@ from vit_jax.checkpoint.workdir import (
 from vit_jax.config.build import build_parts, count_examples
 from vit_jax.config.load import trust_config
 from vit_jax.config.reduced import without_mesh
+from vit_jax.config.schema import read_section
 from vit_jax.data.fingerprint import fingerprint
 from vit_jax.data.pipeline import plan_buffers
 from vit_jax.evaluators.base import Evaluator
@@ -39,7 +40,7 @@ from vit_jax.runtime.chips import find_chip
 from vit_jax.runtime.heartbeat import Heartbeat
 from vit_jax.runtime.preemption import Interrupted, Preempted, PreemptionGuard
 from vit_jax.runtime.processes import fail_together, host_names
-from vit_jax.runtime.watchdog import Watchdog
+from vit_jax.runtime.watchdog import Limits, Watchdog
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.loop import take_steps
 from vit_jax.training.phases import Phases
@@ -74,7 +75,17 @@ def train(
     """
     trust_config(config)
     main_process = jax.process_index() == 0
+    phases = Phases()
     with PreemptionGuard() as guard, contextlib.ExitStack() as stack:
+        # Before the first file is opened, since a file system may hang.
+        watchdog = stack.enter_context(
+            Watchdog(
+                _find_limits(config),
+                phases.watched,
+                workdir=Path(workdir),
+                process=jax.process_index(),
+            )
+        )
         with fail_together():
             experiment = (make_experiment or Experiment.from_config)(config)
             settings = experiment.settings
@@ -100,11 +111,10 @@ def train(
         if saved >= total and not missed:
             log(f"nothing to do: {folder} is at step {saved} of {total}")
         else:
-            phases = Phases()
             ledger = Ledger(
                 folder, step=saved, total_steps=total, seconds=phases.seconds, active=main_process
             )
-            with _watching(experiment, folder, phases, ledger):
+            with _watching(experiment, folder, watchdog, ledger):
                 start, state = _prepare(experiment, folder, checkpoints, command)
                 trackers = stack.enter_context(
                     Trackers(settings.tracking, folder, experiment.config, active=main_process)
@@ -122,21 +132,22 @@ def train(
         _report_end(experiment, folder, checkpoints, command)
 
 
+def _find_limits(config: ConfigDict | Mapping[str, Any]) -> Limits:
+    """Reads the limits of a config before all of it is read; a wrong section is refused later."""
+    try:
+        return read_section("watchdog", dict(config.get("watchdog") or {}))[0]
+    except (UserError, TypeError, ValueError):
+        return Limits()
+
+
 @contextlib.contextmanager
 def _watching(
-    experiment: Experiment, folder: Path, phases: Phases, ledger: Ledger
+    experiment: Experiment, folder: Path, watchdog: Watchdog, ledger: Ledger
 ) -> Iterator[None]:
     """Around a run: ends the process if it or another one hangs, and notes why the run ended."""
-    limits = experiment.settings.watchdog
-    watchdog = Watchdog(
-        limits,
-        phases.watched,
-        workdir=folder,
-        process=jax.process_index(),
-        on_exit=lambda phase: ledger.end(f"watchdog: {phase}"),
-    )
+    watchdog.on_exit = lambda phase: ledger.end(f"watchdog: {phase}")
     heartbeat = Heartbeat(
-        limits.peer,
+        experiment.settings.watchdog.peer,
         shared=(UserError, DivergedError, SaveError, Preempted, KeyboardInterrupt),
         on_exit=lambda what: ledger.end(f"lost: {what}"),
     )
@@ -146,21 +157,23 @@ def _watching(
         if jax.process_index() == 0 and (folder / CONFIG).exists():
             refresh_report(folder)
 
-    with watchdog:
-        try:
-            with heartbeat:
-                yield
-        except BaseException as e:
-            causes = {
-                Preempted: "SIGTERM",
-                Interrupted: "interrupted",
-                DivergedError: "divergence",
-                SaveError: "no checkpoint can be written",
-                KeyboardInterrupt: "interrupted",
-            }
-            end(causes.get(type(e), f"error: {type(e).__name__}"))
-            raise
+    try:
+        with heartbeat:
+            yield
+    except BaseException as e:
+        causes = {
+            Preempted: "SIGTERM",
+            Interrupted: "interrupted",
+            DivergedError: "divergence",
+            SaveError: "no checkpoint can be written",
+            KeyboardInterrupt: "interrupted",
+        }
+        end(causes.get(type(e), f"error: {type(e).__name__}"))
+        raise
+    else:
         end("finished")
+    finally:
+        watchdog.stop()
 
 
 def _prepare(

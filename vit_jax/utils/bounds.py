@@ -26,6 +26,7 @@ MAX_IMAGE = 2**30  # An encoded image; its pixels are limited on their own.
 MAX_LINE = 2**22  # One record of a file of lines.
 MAX_WEIGHTS = 2**40  # A file of parameters, or of images without a bound of its own.
 
+_MAX_DEPTH = 64
 # Parameters, pixels and labels hardly compress: what grows by this factor does not hold them.
 _MAX_RATIO = 20
 # Growth up to this size does no harm.
@@ -146,9 +147,22 @@ def read_json(path: str | os.PathLike[str], *, max_bytes: int = MAX_JSON) -> Any
 def parse_json(text: str | bytes) -> Any:
     """Returns a JSON value; raises ValueError, also for one that is nested too deeply."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    _check_depth(value)
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    """Raises ValueError for a value that functions which call themselves can't walk through."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_MAX_DEPTH):
+        parts = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [x for part in parts for x in part if isinstance(x, dict | list)]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
 
 
 def is_inside(name: str) -> bool:

@@ -16,6 +16,9 @@ from vit_jax.utils.text import printable
 # What `str.splitlines` takes for the end of a line.
 _LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 
+# Characters of a name: a longer one is no name but another kind of file.
+_MAX_NAME = 1000
+
 logger = logging.getLogger(__name__)
 
 
@@ -72,8 +75,8 @@ def read_names(path: Path, *, key: str) -> tuple[str, ...]:
     while lines and not lines[-1].strip():
         lines.pop()
     for number, line in enumerate(lines, 1):
-        if not line.strip() or "\0" in line:
-            what = "empty" if not line.strip() else "no text"
+        if not line.strip() or "\0" in line or len(line) > _MAX_NAME:
+            what = "no text" if line.strip() else "empty"
             raise UserError(f"{key}: line {number} is {what}: expected a class name a line")
     return tuple(map(normalize_name, lines))
 

@@ -117,6 +117,4 @@ def print_error(error: Exception) -> None:
     text = " ".join(str(error).split())
     if len(text) > _MAX_ERROR:
         text = f"{text[: _MAX_ERROR // 2]} ... {text[-_MAX_ERROR // 2 :]}"
-    # Arguments that are not UTF-8 have characters that can't be printed.
-    text = text.encode(errors="backslashreplace").decode()
     print_line(f"error: {text}", sys.stderr)

@@ -4,6 +4,8 @@
 import difflib
 from collections.abc import Iterable
 
+from vit_jax.utils.text import printable
+
 # Characters of another library's message that are worth showing within a line.
 _MAX_CHARS = 400
 
@@ -14,12 +16,13 @@ class UserError(Exception):
 
 def describe_error(error: BaseException) -> str:
     """Returns the type and message of an exception as part of one line: `ValueError: ...`."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_MAX_CHARS]
+    return printable(f"{type(error).__name__}: {' '.join(str(error).split())}"[:_MAX_CHARS])
 
 
 def first_line(error: BaseException) -> str:
     """Returns the first line of an exception's message, or its type if there is no message."""
-    return str(error).strip().partition("\n")[0][:_MAX_CHARS] or type(error).__name__
+    line = str(error).strip().partition("\n")[0][:_MAX_CHARS]
+    return printable(line) or type(error).__name__
 
 
 def suggest(name: str, options: Iterable[str]) -> str:

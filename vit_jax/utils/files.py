@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.text import encode_text
 
 
 @contextlib.contextmanager
@@ -39,10 +40,13 @@ def atomic_file(path: Path, *, sync: bool = False) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes, *, sync: bool = False) -> None:
-    """Writes a file, and its folder if there is none; see `atomic_file`. Text becomes UTF-8."""
+    """Writes a file, and its folder if there is none; see `atomic_file`.
+
+    Text becomes UTF-8; what has none is written by `encode_text`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path, sync=sync) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(encode_text(content) if isinstance(content, str) else content)
 
 
 def check_fresh(path: Path) -> None:

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import Any
 
+from vit_jax.utils.text import printable
+
 
 class Unfailing:
     """A text stream whose writes never raise. The first that fails is reported on stderr.
@@ -51,7 +53,7 @@ def print_line(text: str, stream: Any) -> None:
     """Prints a line to a stream, from any thread, or nothing where that fails or there is none."""
     if stream is not None:
         with contextlib.suppress(OSError, ValueError):
-            print(f"vit_jax: {text}", file=stream, flush=True)
+            print(f"vit_jax: {printable(text)}", file=stream, flush=True)
 
 
 def settle_streams() -> None:

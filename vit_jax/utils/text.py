@@ -6,11 +6,13 @@ sequences of terminals. Each such character is written as a Python escape, so th
 one line, and text can be encoded. Other characters, in any script, stay as they are.
 """
 
+import html
 import re
 
 # Control characters, line separators, marks that reverse the direction of a line, and halves of
 # surrogate pairs: Python stores bytes of file names that are not UTF-8 as U+DC80 to U+DCFF.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -24,6 +26,16 @@ def printable(text: object, *, keep: str = "") -> str:
       keep: characters that stay as they are, such as the line breaks of a whole file.
     """
     return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), str(text))
+
+
+def encode_text(text: str) -> bytes:
+    """Returns the UTF-8 bytes of a whole file, of which names may have no UTF-8."""
+    return _SURROGATE.sub(lambda found: _escape(found[0]), text).encode()
+
+
+def escape_html(text: object) -> str:
+    """Returns a text for HTML pages: `printable`, with the characters of tags escaped."""
+    return html.escape(printable(text))
 
 
 def _escape(character: str) -> str:

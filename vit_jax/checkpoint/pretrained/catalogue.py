@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from vit_jax.utils.bounds import MAX_TABLE, read_text
 from vit_jax.utils.errors import UserError, suggest
 
 CATALOGUE = Path(__file__).with_name("catalogue.csv")
@@ -178,16 +179,16 @@ def select_augreg(
     catalogue = load_catalogue() if catalogue is None else catalogue
     if "-" in model:
         return _find_augreg(model, catalogue)
-    text = index.read_text(encoding="utf-8") if isinstance(index, Path) else index
     place = str(index) if isinstance(index, Path) else "the AugReg index"
     accuracies: dict[str, float] = {}
     try:
+        text = read_text(index, max_bytes=MAX_TABLE) if isinstance(index, Path) else index
         # A file has a row for each of its fine-tuned ones.
         for row in csv.DictReader(text.splitlines()):
             if row["ds"] == "i21k":
                 accuracies[row["filename"]] = float(row["final_val"] or math.nan)
         models = {filename.split("-")[0] for filename in accuracies}
-    except (AttributeError, KeyError, TypeError, ValueError, csv.Error):
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, csv.Error):
         raise UserError(
             f"{place} is no AugReg index: expected CSV with ds, filename and final_val; delete it "
             "to have it fetched again"

@@ -31,7 +31,7 @@ from vit_jax.checkpoint.pretrained.catalogue import (
     select_augreg,
     to_https,
 )
-from vit_jax.observe.console import log
+from vit_jax.observe.console import log, log_lines
 from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.utils.errors import UserError, first_line
 
@@ -86,7 +86,7 @@ def fetch(source: Published | str, *, cache_dir: Path | None = None) -> Path:
         with _own_part(path) as part:
             if part is None:
                 return path
-            log(f"fetching {wanted.url}\n      to {path}")
+            log_lines([f"fetching {wanted.url}", f"      to {path}"])
             _download(part, wanted)
             try:
                 _check(Path(part.name), wanted, remedy="it was deleted; try again")
