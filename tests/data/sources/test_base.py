@@ -66,3 +66,8 @@ def test_class_names_are_as_many_as_classes():
     info = dataclasses.replace(dataset(SEVERAL).info, class_names=("a", "b"))
     with pytest.raises(UserError, match="'mine:x' has 2 class names for 3 classes"):
         dataclasses.replace(dataset(SEVERAL), info=info)
+
+
+def test_class_names_are_one_line_in_one_unicode_form():
+    info = dataclasses.replace(dataset(SEVERAL).info, class_names=["e\u0301", "a\nb", 3])
+    assert info.class_names == ("\u00e9", "a\\nb", "3")

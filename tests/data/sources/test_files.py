@@ -275,6 +275,9 @@ def test_a_single_class_is_reported_with_where_the_classes_may_be(tmp_path, capl
     _, lines = logged(caplog, root)
     (line,) = [line for line in lines if "single class" in line]
     assert line.endswith(f"heron, robin: are these the classes of folder:{root}/data/images?")
+    folders = [f"{split}/images/{name}" for split in ("train", "val") for name in "ab"]
+    _, lines = logged(caplog, write_folder(tmp_path / "deep", dict.fromkeys(folders, 2)))
+    assert lines[-1].endswith("its images are in a, b: expected them in the folder of the split")
 
 
 @pytest.mark.parametrize(
@@ -294,6 +297,10 @@ def test_a_single_class_is_reported_with_where_the_classes_may_be(tmp_path, capl
         (
             {"cat/train": 1, "cat/test": 1, "dog/train": 1, "dog/test": 1},
             ["cat, dog", "train/CLASS"],
+        ),
+        (
+            {"train/train/a": 1, "train/train/b": 1, "test/test": 1},
+            ["test holds test", "train/CLASS"],
         ),
         ({"Training/a": 1, "Testing/a": 1, "docs": 1}, ["Testing, Training", "docs", "not both"]),
     ],

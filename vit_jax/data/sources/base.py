@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 
 from vit_jax.utils.class_names import normalize_name
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.text import printable
 
 # Limit of the number of classes: larger labels are probably ids.
 MAX_CLASSES = 2**20
@@ -43,7 +44,7 @@ class DatasetInfo:
     Attributes:
       num_classes: labels are from 0 to `num_classes` - 1.
       image_shape: height, width and channels; None where they vary.
-      class_names: names by label, if they are known.
+      class_names: names by label, if they are known; they are made one line each, and NFC.
       multi_label: whether an example has any number of labels, as a vector of zeros and ones.
     """
 
@@ -51,6 +52,12 @@ class DatasetInfo:
     image_shape: tuple[int | None, ...]
     class_names: tuple[str, ...] | None = None
     multi_label: bool = False
+
+    def __post_init__(self) -> None:
+        if self.class_names is not None:
+            # Any source may give names, which are written to files with a name a line.
+            names = tuple(printable(normalize_name(str(name))) for name in self.class_names)
+            object.__setattr__(self, "class_names", names)
 
 
 class Source(abc.ABC):

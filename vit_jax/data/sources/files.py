@@ -137,8 +137,10 @@ def folder_dataset(path: str) -> Dataset:
     info = DatasetInfo(len(class_names), _ANY_SHAPE, class_names)
     splits = make_splits(labels, [split for *_, split in rows] if split_of else None)
     paths = [path for path, *_ in rows]
-    single = len(class_names) == 1 and not split_of
-    hint = describe_depth(paths, root=root, key=key) if single else ""
+    hint = ""
+    if len(class_names) == 1:
+        first = [path for path, _, split in rows if split == rows[0][2]]
+        hint = describe_depth(first, root=root, key=key)
     check_classes(name, info, labels, splits, hint=hint)
     return Dataset(name, info, Files(root, paths), labels, splits)
 
@@ -216,6 +218,8 @@ def _list_rows(
 def list_images(root: str, folder: str) -> tuple[list[str], Counter[str]]:
     """Paths of all images below a folder, relative to the root, and other files counted by kind."""
     found = _list_below(root, folder)
+    names = (os.path.basename(path) for path in found.left_out)
+    found.ignored.update(f"folder {name}" for name in names if not name.startswith("."))
     return found.images, found.ignored
 
 

@@ -121,6 +121,12 @@ def find_splits(tops: Mapping[str, Top], *, key: str) -> dict[str, str]:
         for split in set(named.values()):
             if len(same := [name for name, s in named.items() if s == split]) > 1:
                 raise UserError(_twice(same, split, key=key))
+        for name, top in used.items():
+            if top.folders and all(map(find_split, top.folders)):
+                raise UserError(
+                    f"{key}: {name} holds {', '.join(sorted(top.folders))}, of the name of a split "
+                    "too: expected train/CLASS/IMAGE"
+                )
         return named
     if len(named) > 1:
         raise UserError(
@@ -153,7 +159,7 @@ def describe_depth(paths: Sequence[str], *, root: str, key: str) -> str:
     """Returns a hint on where the classes may be, where all images are below one folder.
 
     Args:
-      paths: of all images, sorted, relative to the root.
+      paths: of all images, or of those of one split, sorted, relative to the root.
       root: path of the dataset.
       key: the config key, for errors.
 
@@ -169,7 +175,10 @@ def describe_depth(paths: Sequence[str], *, root: str, key: str) -> str:
         raise UserError(f"{key}: {list_few(folders)} are in {common}: expected {place}")
     if len(folders) < 2 or not all("/" in path for path in rest):
         return ""
-    return f"; its images are in {list_few(folders)}: are these the classes of {place}?"
+    where = f"; its images are in {list_few(folders)}: "
+    if find_split(common.partition("/")[0]):
+        return f"{where}expected them in the folder of the split"
+    return f"{where}are these the classes of {place}?"
 
 
 def _are_splits(likely: Sequence[str], tops: Mapping[str, Top]) -> bool:
