@@ -108,12 +108,12 @@ class Judge:
         weights = load_pretrained(source)
         params, notes = self._experiment.fit_params(weights, self._initial)
         self._check_head(params, source)
-        self._match_classes(weights, source)
         log(f"evaluating {source} ({weights.layout})")
         if notes != self._notes:
             for note in notes:
                 log(f"  {note}")
         self._notes = notes
+        self._match_classes(weights, source)
         return self._experiment.place_params(params)
 
     def _match_classes(self, weights: Weights, source: str) -> None:
@@ -133,7 +133,7 @@ class Judge:
             if evaluator.judges_head:
                 evaluator, note = evaluator.match(classes, key=f"evals.{evaluator.name}")
                 if note:
-                    log(f"{evaluator.name}: {note}")
+                    log(f"  {evaluator.name}: {note}")
             matched.append(evaluator)
         self.evaluators = tuple(matched)
 
