@@ -74,6 +74,8 @@ def parquet_dataset(text: str) -> Dataset:
             rows = file.metadata.num_rows
             columns = [names_of[c] for c in ("label", "split") if names_of[c] in schema.names]
             table = _read_columns(file, file_path, columns)
+            if columns and table.num_rows != rows:
+                raise ValueError(f"{file_path} has {table.num_rows} rows; expected {rows}")
             if names_of["label"] in columns:
                 names[file_path] = _class_names(schema, names_of["label"])
                 labels += table.column(names_of["label"]).to_pylist()
