@@ -6,6 +6,7 @@ import json
 import time
 import tracemalloc
 import zipfile
+import zlib
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -17,7 +18,7 @@ from tests.tiny import tiny_config
 from tests.trained import write_model
 from vit_jax import status
 from vit_jax.checkpoint.listing import find_checkpoint
-from vit_jax.checkpoint.manifest import find_fault, write_manifest
+from vit_jax.checkpoint.manifest import checksum_of, find_fault, write_manifest
 from vit_jax.checkpoint.pretrained.load import load_params, load_pretrained
 from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.checkpoint.pretrained.rebuild import rebuild_model
@@ -87,8 +88,9 @@ def mutate(data, rng):
 class Reader:
     """A file as it should be, and what reads it."""
 
-    def __init__(self, file, read):
+    def __init__(self, file, read, *, whole=True):
         self.file, self.read, self.good = file, read, file.read_bytes()
+        self.whole = whole  # Whether `read` accepts it.
 
 
 def read_rows(dataset):
@@ -257,6 +259,92 @@ def pack_json(folder, data_dir):
     return Reader(file, lambda: read_manifest(folder, key="data.name").shards())
 
 
+# Behind the checksums: a part is mutated, and what surrounds it is made to fit.
+
+
+def sealed_manifest(folder, data_dir):
+    found = checkpoint(folder, data_dir)
+    whole, file = found.file, folder / "files"
+    file.write_text(json.dumps(json.loads(whole.read_text())["files"]))
+
+    def read():
+        try:
+            content = {"algorithm": "crc32", "files": json.loads(file.read_bytes())}
+        except (ValueError, RecursionError):
+            raise UserError("no JSON") from None
+        whole.write_text(json.dumps(content | {"crc32": checksum_of(content)}))
+        found.read()
+
+    return Reader(file, read)
+
+
+def sealed_checkpoint(folder, data_dir):
+    save_by_orbax(folder / "4")
+    files = [p for p in sorted((folder / "4").rglob("*")) if p.is_file() and p.stat().st_size]
+    content = {file: file.read_bytes() for file in files}
+    part = folder / "part"  # Its bytes choose a file and how that is changed.
+    part.write_bytes(b"0" * 8)
+
+    def read():
+        rng = np.random.default_rng(zlib.crc32(part.read_bytes()))
+        file = files[rng.integers(len(files))]
+        file.write_bytes(mutate(content[file], rng))
+        try:
+            write_manifest(folder / "4")
+            load_params(folder)
+        finally:
+            file.write_bytes(content[file])
+
+    return Reader(part, read, whole=False)
+
+
+def sealed_safetensors(folder, data_dir):
+    whole = safetensors(folder, data_dir).file
+    length = int.from_bytes(whole.read_bytes()[:8], "little")
+    header, data = whole.read_bytes()[8 : 8 + length], whole.read_bytes()[8 + length :]
+    file = folder / "header"
+    file.write_bytes(header)
+
+    def read():
+        header = file.read_bytes()
+        whole.write_bytes(len(header).to_bytes(8, "little") + header + data)
+        read_safetensors(whole)
+
+    return Reader(file, read)
+
+
+def sealed_npz(folder, data_dir):
+    whole = write_model(folder / "model.npz")
+    with zipfile.ZipFile(whole) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    name = "cls.npy"
+    file = folder / "member"
+    file.write_bytes(members[name])
+
+    def read():
+        with zipfile.ZipFile(whole, "w") as archive:
+            for other, content in (members | {name: file.read_bytes()}).items():
+                archive.writestr(other, content)
+        read_npz(whole)
+
+    return Reader(file, read)
+
+
+def sealed_parquet(folder, data_dir):
+    found = parquet(folder, data_dir)
+    length = int.from_bytes(found.good[-8:-4], "little")
+    file = folder / "footer"
+    file.write_bytes(found.good[-8 - length : -8])
+
+    def read():
+        footer = file.read_bytes()
+        body = found.good[: -8 - length]
+        found.file.write_bytes(body + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+        found.read()
+
+    return Reader(file, read)
+
+
 READERS = (
     npz,
     npz_description,
@@ -274,6 +362,11 @@ READERS = (
     labels,
     ledger,
     pack_json,
+    sealed_manifest,
+    sealed_checkpoint,
+    sealed_safetensors,
+    sealed_npz,
+    sealed_parquet,
 )
 
 
@@ -283,7 +376,8 @@ READERS = (
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
 def test_damaged_bytes_are_one_line_or_a_value(reader, count, tmp_path, data_dir, capsys):
     found = reader(tmp_path, data_dir)
-    found.read()
+    if found.whole:
+        found.read()
     rng = np.random.default_rng(READERS.index(reader))
     refused = 0
     for i in range(count):

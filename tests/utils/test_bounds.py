@@ -86,6 +86,7 @@ def test_a_count_is_an_integer_within_its_bounds(value):
         ("", False),
         ("a//b", False),
         ("a\0", False),
+        ("a\ud800", False),
         ("a" * 5000, False),
     ],
 )

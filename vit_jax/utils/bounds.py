@@ -167,8 +167,11 @@ def _check_depth(value: Any) -> None:
 
 def is_inside(name: str) -> bool:
     """Whether a name in a file denotes a file below the folder of that file: no `..`, no root."""
-    parts = name.split("/")
-    return "\0" not in name and not {"", ".", ".."} & set(parts) and len(name) < 4096
+    try:
+        os.fsencode(name)
+    except UnicodeError:  # Half of a surrogate pair, which is the name of no file.
+        return False
+    return not {"", ".", ".."} & set(name.split("/")) and "\0" not in name and len(name) < 4096
 
 
 def check_tree(folder: Path, *, max_files: int = 10**6) -> int:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,9 @@ def parquet_dataset(text: str) -> Dataset:
             _check_schema(schema, file_path, key, names_of)
             rows = file.metadata.num_rows
             columns = [names_of[c] for c in ("label", "split") if names_of[c] in schema.names]
-            for group in _groups(file):
-                _check_columns(group, file_path, columns)
-            table = file.read(columns=columns)
+            table = _read_columns(file, file_path, columns)
+            if columns and table.num_rows != rows:
+                raise ValueError(f"{file_path} has {table.num_rows} rows; expected {rows}")
             if names_of["label"] in columns:
                 names[file_path] = _class_names(schema, names_of["label"])
                 labels += table.column(names_of["label"]).to_pylist()
@@ -155,6 +156,8 @@ def _open(path: str) -> Any:
     counts = [group.num_rows for group in _groups(file)]
     if sum(counts) != rows or min(counts, default=0) < 0:
         raise ValueError(f"{path}: {rows:,} rows, and {sum(counts):,} in its row groups")
+    # Not by columns: pyarrow aborts the process where the description of one is damaged.
+    check_growth(size, sum(group.total_byte_size for group in _groups(file)), path)
     return file
 
 
@@ -163,12 +166,19 @@ def _groups(file: Any) -> list[Any]:
     return [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
 
 
-def _check_columns(group: Any, path: str, columns: list[str]) -> None:
-    """Raises ValueError if columns of a row group take far more memory than bytes of the file."""
-    for column in map(group.column, range(group.num_columns)):
-        if column.path_in_schema.partition(".")[0] in columns:
-            stored, claimed = column.total_compressed_size, column.total_uncompressed_size
-            check_growth(stored, claimed, f"{path}: column {column.path_in_schema}")
+def _read_columns(file: Any, path: str, columns: Sequence[str], **options: Any) -> Any:
+    """Reads columns as a table; raises ValueError once they take far more memory than the file.
+
+    They are read in batches, since a value that rows share in the file is copied for each of them.
+    """
+    import pyarrow as pa
+
+    batches, size, stored = [], 0, os.path.getsize(path)
+    for batch in file.iter_batches(columns=list(columns), **options):
+        batches.append(batch)
+        size += batch.nbytes
+        check_growth(stored, size, path)
+    return pa.Table.from_batches(batches) if batches else file.read(columns=list(columns))
 
 
 def _check_schema(schema: Any, path: str, key: str, names_of: dict[str, str]) -> None:
@@ -283,19 +293,11 @@ class RowGroups(Records):
 
     def _read_images(self, file: Any, path: str, group: int) -> Any:
         """Reads the images of a row group, as far as they can be those of its bytes."""
-        import pyarrow as pa
-
-        described = file.metadata.row_group(group)
-        _check_columns(described, path, [self._column])
-        parts, size = [], 0
-        # In batches, since an image that rows share in the file is copied for each of them.
-        for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[self._column]):
-            parts.append(batch.column(0))
-            size += batch.nbytes
-            check_growth(described.total_byte_size, size)
-        images = pa.chunked_array(parts).combine_chunks()
-        if len(images) != described.num_rows:
-            raise ValueError(f"{len(images)} rows; expected {described.num_rows}")
+        options = {"row_groups": [group], "batch_size": _BATCH_ROWS}
+        table = _read_columns(file, path, [self._column], **options)
+        images, rows = table.column(0).combine_chunks(), file.metadata.row_group(group).num_rows
+        if len(images) != rows:
+            raise ValueError(f"{len(images)} rows; expected {rows}")
         return images.field("bytes") if hasattr(images, "field") else images
 
     def describe(self, row: int) -> str:
