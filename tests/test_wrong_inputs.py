@@ -187,7 +187,7 @@ CASES = {
         (TRAIN + "--workdir=gs://bucket/run", ["--workdir='gs://bucket/run'", "a folder"]),
         (TRAIN + "--workdir=empty.txt", ["--workdir='empty.txt'", "can't be used"]),
         (TRAIN + "--workdir=/proc/none", ["--workdir='/proc/none'", "can't be used"]),
-        (TRAIN + "--workdir=torn", ["--workdir='torn'", "can't be used"]),
+        (TRAIN + "--workdir=torn", ["--workdir='torn'", "can't be read"]),
         (TRAIN + "--workdir=foreign", ["--workdir='foreign'", "config.json", "choose another"]),
         (TRAIN + "--workdir=run", ["--workdir='run'", "another experiment", "config.model."]),
     ],
@@ -307,7 +307,7 @@ CASES = {
         ("", ["--workdir", "required", "--help"]),
         ("--workdir=none", ["--workdir='none'", "config.json"]),
         ("--workdir=torn", ["--workdir='torn'", "can't be read"]),
-        ("--workdir=list", ["--workdir='list'", "can't be read"]),
+        ("--workdir=list", ["--workdir='list'", "holds no whole config"]),
         ("--workdir=run --pictures=0", ["--pictures=0", "at least 1"]),
         ("--workdir=run --checkpoint=5", ["--checkpoint=5", "--workdir=run", "4"]),
         (

@@ -35,6 +35,7 @@ from vit_jax.observe.profiler import Profile
 from vit_jax.observe.trackers import Tracking
 from vit_jax.optim.base_optimizers import BASE_OPTIMIZERS
 from vit_jax.optim.optimizer import make_optimizer
+from vit_jax.optim.sam import Sam
 from vit_jax.parallel.mesh import make_mesh
 from vit_jax.parallel.sharding import Strategy
 from vit_jax.runtime.watchdog import Limits
@@ -316,6 +317,8 @@ def knows(key: str) -> bool:
         return _fits(rest.partition(".")[2], EvalData, *EVALUATORS.values())
     if not rest:
         return section.startswith("log_every_") or _fits(section, top_level)
+    if key.startswith("optimizer.sam."):
+        return _fits(rest.partition(".")[2], Sam)
     constructors = {
         "adapt": [adapt_params],
         "checkpoint": [CheckpointOptions],
