@@ -4,6 +4,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,12 +29,13 @@ def trace_program(model: LoadedModel, layer: str) -> export.Exported:
 @contextlib.contextmanager
 def _without_locations() -> Iterator[None]:
     """Leaves out of programs in which files of this machine an operation was called."""
-    before = jax.config.jax_traceback_in_locations_limit
-    jax.config.update("jax_traceback_in_locations_limit", 0)
+    config: Any = jax.config  # Whose attributes type checkers do not see.
+    before = config.jax_traceback_in_locations_limit
+    config.update("jax_traceback_in_locations_limit", 0)
     try:
         yield
     finally:
-        jax.config.update("jax_traceback_in_locations_limit", before)
+        config.update("jax_traceback_in_locations_limit", before)
 
 
 def write_stablehlo(

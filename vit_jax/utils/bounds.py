@@ -36,7 +36,6 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
-    stat.S_IFDIR: "a folder",
 }
 
 
@@ -91,6 +90,8 @@ def open_regular(path: str | os.PathLike[str], *, max_bytes: int) -> int:
 
 def _check_file(number: int, path: str, max_bytes: int) -> None:
     status = os.fstat(number)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, f"it is {_kind(status.st_mode)}, not a file", path)
     size = status.st_size
