@@ -421,8 +421,16 @@ def write_records(*records, options="group_size:1,uncompressed"):
 LABELS, JPEGS, PIXELS = "*0-of*.npz", "*0-of*.array_record", "train.pixels"
 SHARDS = {
     "inflated_labels": (LABELS, save_shard(labels=np.zeros(2**22)), "its arrays have 33,55"),
-    "labels_out_of_range": (LABELS, save_shard(labels=np.array([0, 1, 2, 1])), "train[2] has label 2"),
-    "labels_below_zero": (LABELS, save_shard(labels=np.array([0, -1, 0, 1])), "train[1] has label -1"),
+    "labels_out_of_range": (
+        LABELS,
+        save_shard(labels=np.array([0, 1, 2, 1])),
+        "train[2] has label 2",
+    ),
+    "labels_below_zero": (
+        LABELS,
+        save_shard(labels=np.array([0, -1, 0, 1])),
+        "train[1] has label -1",
+    ),
     "real_labels": (LABELS, save_shard(labels=np.zeros(4)), "of other types"),
     "few_labels": (LABELS, save_shard(labels=np.zeros(3, int)), "has 3 labels for 4 examples"),
     "few_rows": (LABELS, save_shard(good=np.ones(3, bool)), "of another length"),
