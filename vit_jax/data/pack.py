@@ -94,7 +94,7 @@ def pack(
 
     Raises `OSError` or `RuntimeError` if a file can't be written.
     """
-    corrupt, total = 0, sum(manifest.splits.values())
+    corrupt, counter, total = 0, CorruptCounter(), sum(manifest.splits.values())
     progress = ProgressLog("packing", total=total, unit="images")
     with progress, concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         for split, shards in itertools.groupby(manifest.shards(), key=lambda s: s.split):
@@ -103,7 +103,7 @@ def pack(
                 labels = folder / f"{shard.name}.npz"
                 if not labels.exists():
                     source = source or open_split(split)
-                    examples = _prepare(source, shard, manifest, pool, num_threads)
+                    examples = _prepare(source, shard, manifest, pool, num_threads, counter)
                     _write_shard(examples, shard, manifest, folder)
                 corrupt += int(np.sum(~np.load(labels)["good"]))
                 progress.advance(shard.stop - shard.start)
@@ -116,9 +116,9 @@ def _prepare(
     manifest: Manifest,
     pool: concurrent.futures.ThreadPoolExecutor,
     num_threads: int,
+    corrupt: CorruptCounter,
 ) -> Iterator[Packed]:
     """Examples in order, a few of them prepared ahead."""
-    corrupt = CorruptCounter()
 
     def prepare(index: int) -> Packed:
         label = source.label(index) if isinstance(source, Rows) else np.int32(0)
