@@ -118,16 +118,15 @@ def decode_image(encoded: bytes | np.ndarray, *, orient: bool = False) -> np.nda
             # OpenCV would print what libjpeg warns of, without the name of the file.
             done = extension.decode([job])[0]
             return image if done else _decode_with_pillow(encoded, orient=orient)
-    if kind == "PNG":
-        encoded = _essential_png(encoded, orient=orient)
+    file = _essential_png(encoded, orient=orient) if kind == "PNG" else encoded
     flags = cv2.IMREAD_COLOR_RGB if orient else cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     image = None
     # Other formats go to Pillow, which checks their size, handles partial frames of a GIF, and
     # scales colours of 5 and 6 bits in a BMP to 8.
     if kind in _OPENCV_FORMATS and max(size or (0,)) <= _OPENCV_SIDE:
         with contextlib.suppress(cv2.error):
-            image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
-    return _decode_with_pillow(encoded, orient=orient) if image is None else image
+            image = cv2.imdecode(np.frombuffer(file, np.uint8), flags)
+    return _decode_with_pillow(file, orient=orient) if image is None else image
 
 
 def has_jpeg_end(encoded: bytes) -> bool:
