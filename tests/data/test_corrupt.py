@@ -9,6 +9,7 @@ import pytest
 from tests.images import write_folder
 from vit_jax.data.corrupt import GRACE, CorruptCounter, Counts, check_counts
 from vit_jax.data.mixture import Mixture
+from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
 from vit_jax.utils.errors import UserError
 
@@ -83,6 +84,20 @@ def test_a_record_is_named_once_with_the_reason(spoiled, caplog):
     assert {line.split(": ")[1][-9:] for line in lines} == BAD
     assert any("0 bytes" in line for line in lines)
     assert any("FileNotFoundError" in line for line in lines)
+
+
+def test_the_first_records_are_named_and_then_counted(caplog):
+    corrupt = CorruptCounter()
+    for number in range(1234):
+        corrupt.add(f"{number}.png", ImageError("no crop"))
+        corrupt.add("0.png", ImageError("no crop"))
+    lines = [r.message for r in caplog.records]
+    assert lines[:10] == [f"corrupt: {number}.png: no crop" for number in range(10)]
+    counts = ("11", "100", "1,000")
+    assert lines[10:] == [
+        f"corrupt: {count} records so far; only the first 10 are named" for count in counts
+    ]
+    assert corrupt.counts.corrupt == 2468
 
 
 def test_stand_ins_come_from_the_same_source_of_a_mixture(tmp_path):

@@ -2,6 +2,7 @@
 """Packing: what comes out reads like the source, and what is killed goes on."""
 
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -282,6 +283,27 @@ def test_a_full_disk_is_one_line(kind, folder, tmp_path):
     assert str(tmp_path / "dst") in done.stderr
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_reservation_that_fails_gives_the_disk_back(resumed, folder, tmp_path, said, monkeypatch):
+    def fill(file, offset, size):
+        os.truncate(file, size - 5)  # as some file systems leave it
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    kept = b""
+    if resumed:
+        pack(folder, tmp_path / "dst", "--raw=16", "--shard_size=8")
+        (tmp_path / "dst" / "train-00001-of-00002.npz").unlink()
+        os.truncate(tmp_path / "dst" / "train.pixels", 8 * 16 * 16 * 3)
+        kept = (tmp_path / "dst" / "train.pixels").read_bytes()
+    monkeypatch.setattr(os, "posix_fallocate", fill)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 2, 1234))
+    path = tmp_path / "dst" / ("train.pixels" if resumed else "test.pixels")
+    words = [f"{path} can't be written: No space left", "bytes more, and 1,234 are free"]
+    words += [] if resumed else [f"it needs {8 * 16 * 16 * 3:,} bytes"]
+    assert_refused(folder, tmp_path / "dst", "--raw=16", "--shard_size=8", words=words)
+    assert not path.exists() if not resumed else path.read_bytes() == kept
+
+
 def assert_refused(source, target, *flags, words):
     with pytest.raises(UserError) as error:
         pack(source, target, *flags)
@@ -399,8 +421,16 @@ def write_records(*records, options="group_size:1,uncompressed"):
 LABELS, JPEGS, PIXELS = "*0-of*.npz", "*0-of*.array_record", "train.pixels"
 SHARDS = {
     "inflated_labels": (LABELS, save_shard(labels=np.zeros(2**22)), "its arrays have 33,55"),
-    "labels_out_of_range": (LABELS, save_shard(labels=np.array([0, 1, 2, 1])), "labels from 0 to"),
-    "labels_below_zero": (LABELS, save_shard(labels=np.array([0, -1, 0, 1])), "labels from -1 to"),
+    "labels_out_of_range": (
+        LABELS,
+        save_shard(labels=np.array([0, 1, 2, 1])),
+        "train[2] has label 2",
+    ),
+    "labels_below_zero": (
+        LABELS,
+        save_shard(labels=np.array([0, -1, 0, 1])),
+        "train[1] has label -1",
+    ),
     "real_labels": (LABELS, save_shard(labels=np.zeros(4)), "of other types"),
     "few_labels": (LABELS, save_shard(labels=np.zeros(3, int)), "has 3 labels for 4 examples"),
     "few_rows": (LABELS, save_shard(good=np.ones(3, bool)), "of another length"),

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import urllib.request
+import warnings
 import zlib
 from pathlib import Path
 
@@ -128,6 +129,12 @@ def test_what_is_no_image_or_too_large_is_refused_in_one_line(client, path, cont
     reply = client.post(f"/v1/predict{path}", content=content)
     assert reply.status_code == code
     assert reply.json()["error"].startswith(message)
+
+
+def test_a_request_leaves_the_filters_of_warnings_alone(client, photo, monkeypatch):
+    assert client.post("/v1/predict", content=photo).status_code == 200
+    monkeypatch.setattr(warnings, "catch_warnings", None)  # All threads share what it changes.
+    assert client.post("/v1/predict", content=photo).status_code == 200
 
 
 def test_other_ways_and_other_names_of_the_server_are_refused(client, photo):

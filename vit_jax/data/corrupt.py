@@ -12,6 +12,9 @@ MAX_CORRUPT = 0.001
 # So many are always allowed: one of the first twenty does not predict the rate.
 GRACE = 10
 
+# Records that are named; beyond these, a line is logged at each power of ten.
+_NAMED = 10
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,11 +34,14 @@ class Counts:
 
 
 class CorruptCounter:
-    """Counts from many threads, and logs each corrupt record once."""
+    """Counts from many threads, and logs each of the first corrupt records once.
+
+    Further ones are logged as numbers, since one operation may refuse most images of a dataset.
+    """
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._named: set[str] = set()
+        self._known: set[str] = set()
         self.counts = Counts()
 
     def see(self, count: int) -> None:
@@ -44,13 +50,18 @@ class CorruptCounter:
             self.counts = dataclasses.replace(self.counts, seen=self.counts.seen + count)
 
     def add(self, record: str, reason: Exception) -> None:
-        """Counts a record that can't be read, and logs it if it is new."""
+        """Counts a record that can't be read, and logs it if it is among the first new ones."""
         with self._lock:
             self.counts = dataclasses.replace(self.counts, corrupt=self.counts.corrupt + 1)
-            new = record not in self._named
-            self._named.add(record)
-        if new:
+            new = record not in self._known
+            self._known.add(record)
+            known = len(self._known)
+        if new and known <= _NAMED:
             logger.warning("corrupt: %s: %s", record, reason)
+        elif new and (known == _NAMED + 1 or str(known).strip("0") == "1"):
+            logger.warning(
+                "corrupt: %s records so far; only the first %d are named", f"{known:,}", _NAMED
+            )
 
     def lose(self) -> None:
         """Counts an example for which no record could be read."""
@@ -65,10 +76,8 @@ def check_counts(counts: Counts, max_fraction: float) -> None:
     are corrupt. Up to `GRACE` are always allowed, unless `max_fraction` is 0.
     """
     met = f"{counts.corrupt:,} records of {counts.seen:,} examples have images that can't be read"
+    lines = "the lines 'corrupt: ...' name the first of them"
     if counts.lost:
-        raise UserError(f"{met}, and nor have those after them; the lines 'corrupt: ...' name them")
+        raise UserError(f"{met}, and nor have those after them; {lines}")
     if counts.corrupt > max(max_fraction * counts.seen, GRACE if max_fraction else 0):
-        raise UserError(
-            f"{met}, and data.max_corrupt={max_fraction} allows no more; the lines 'corrupt: ...' "
-            "name them"
-        )
+        raise UserError(f"{met}, and data.max_corrupt={max_fraction} allows no more; {lines}")

@@ -22,6 +22,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import atomic_file, write_atomically
 from vit_jax.utils.registry import find_parts, trust_parts
+
+_BLOCK = 512  # bytes of a block, as `stat` counts them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,7 @@ def pack(
 
     Raises `OSError` or `RuntimeError` if a file can't be written.
     """
-    corrupt, total = 0, sum(manifest.splits.values())
+    corrupt, counter, total = 0, CorruptCounter(), sum(manifest.splits.values())
     progress = ProgressLog("packing", total=total, unit="images")
     with progress, concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         for split, shards in itertools.groupby(manifest.shards(), key=lambda s: s.split):
@@ -100,7 +103,7 @@ def pack(
                 labels = folder / f"{shard.name}.npz"
                 if not labels.exists():
                     source = source or open_split(split)
-                    examples = _prepare(source, shard, manifest, pool, num_threads)
+                    examples = _prepare(source, shard, manifest, pool, num_threads, counter)
                     _write_shard(examples, shard, manifest, folder)
                 corrupt += int(np.sum(~np.load(labels)["good"]))
                 progress.advance(shard.stop - shard.start)
@@ -113,9 +116,9 @@ def _prepare(
     manifest: Manifest,
     pool: concurrent.futures.ThreadPoolExecutor,
     num_threads: int,
+    corrupt: CorruptCounter,
 ) -> Iterator[Packed]:
     """Examples in order, a few of them prepared ahead."""
-    corrupt = CorruptCounter()
 
     def prepare(index: int) -> Packed:
         label = source.label(index) if isinstance(source, Rows) else np.int32(0)
@@ -181,16 +184,38 @@ def _write_pixels(
 ) -> Iterator[Packed]:
     assert manifest.raw is not None
     size = manifest.raw**2 * 3
-    with open(folder / f"{shard.split}.pixels", "ab") as file:
-        # This reserves the whole split, so that a full disk is noticed now, and keeps written data.
-        os.posix_fallocate(file.fileno(), 0, size * manifest.splits[shard.split])
-    with open(folder / f"{shard.split}.pixels", "r+b") as file:
+    path = folder / f"{shard.split}.pixels"
+    # The whole split is reserved, so that a full disk is noticed now.
+    _reserve(path, size * manifest.splits[shard.split])
+    with path.open("r+b") as file:
         file.seek(size * shard.start)
         for example in examples:
             file.write(bytes(size) if example.image is None else example.image.tobytes())
             yield example
         file.flush()
         os.fsync(file.fileno())
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Reserves the bytes of a file on the disk, and keeps those that are written.
+
+    Raises `UserError` if they don't fit, and leaves the file as it was.
+    """
+    with path.open("ab") as file:
+        before = os.fstat(file.fileno())
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as e:
+            # Some file systems keep the part that they could reserve.
+            file.truncate(before.st_size)
+            if not before.st_size:
+                path.unlink()
+            needed = max(size - _BLOCK * before.st_blocks, 0)
+            free = shutil.disk_usage(path.parent).free
+            raise UserError(
+                f"{path} can't be written: {e.strerror}; it needs {needed:,} bytes more, and "
+                f"{free:,} are free: choose another folder as DST, or a smaller --raw"
+            ) from None
 
 
 def _find_splits(dataset: Dataset | TfdsDataset) -> dict[str, int]:

@@ -10,7 +10,6 @@ import importlib.resources
 import io
 import re
 import time
-import warnings
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal
 
@@ -137,11 +136,8 @@ class Predictor:
 
     def _prepare(self, content: bytes) -> np.ndarray:
         try:
-            with warnings.catch_warnings():
-                # Pillow warns about sizes that the limits allow.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(io.BytesIO(content)) as opened:
-                    width, height = opened.size
+            with Image.open(io.BytesIO(content)) as opened:
+                width, height = opened.size
         except Image.DecompressionBombError:
             raise self._refuse_size("far too many") from None
         except Exception:  # Damaged files lead to exceptions of many types.

@@ -361,6 +361,98 @@ def test_a_png_without_its_palette_is_refused_and_not_black(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+PIXELS = b"".join(b"\0" + bytes(range(9)) for _ in range(2))
+STREAM = zlib.compress(PIXELS)
+
+
+def png(*, header=(), pixels=PIXELS, stream=None, palette=None, parts=b"", end=b""):
+    """A PNG of 3x2 pixels with right checksums of its parts, and other values in its header."""
+    fields = {"width": 3, "height": 2, "depth": 8, "color": 2, "compression": 0, "filter": 0}
+    fields |= {"interlace": 0} | dict(header)
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *fields.values()))
+    colors = b"" if palette is None else chunk(b"PLTE", palette)
+    data = chunk(b"IDAT", zlib.compress(pixels) if stream is None else stream)
+    return FILES["png"][:8] + head + colors + data + parts + chunk(b"IEND", end)
+
+
+INDEXED = {"header": {"color": 3}, "pixels": bytes(8)}
+WRONG = {
+    "wrong adler": ("IDAT", png(stream=STREAM[:-1] + bytes([STREAM[-1] ^ 1]))),
+    "no adler": ("IDAT", png(stream=STREAM[:-4])),
+    "part of a row is missing": ("IDAT", png(pixels=PIXELS[:-3])),
+    "rows are missing": ("IDAT", png(pixels=PIXELS[:10])),
+    "no stream": ("IDAT", png(stream=b"")),
+    "garbage": ("IDAT", png(stream=b"garbage!")),
+    "dictionary": ("IDAT", png(stream=b"\x78\xbb" + STREAM[2:])),
+    "bomb": ("IDAT", png(pixels=PIXELS + bytes(2**21))),
+    "unknown filter": ("IDAT", png(pixels=b"\5" + PIXELS[1:])),
+    "unknown filter of the second row": ("IDAT", png(pixels=PIXELS[:10] + b"\xff" + bytes(9))),
+    "unknown interlacing": ("IHDR", png(header={"interlace": 2})),
+    "unknown compression": ("IHDR", png(header={"compression": 1})),
+    "unknown set of filters": ("IHDR", png(header={"filter": 1})),
+    "unknown depth": ("IHDR", png(header={"depth": 3})),
+    "depth of another colour": ("IHDR", png(header={"depth": 4})),
+    "unknown colour": ("IHDR", png(header={"color": 5})),
+    "long header": ("IHDR", png()[:8] + chunk(b"IHDR", png()[16:29] + b"\0") + png()[33:]),
+    "empty palette": ("PLTE", png(**INDEXED, palette=b"")),
+    "palette of ten bytes": ("PLTE", png(**INDEXED, palette=bytes(10))),
+    "palette of 300 colours": ("PLTE", png(**INDEXED, palette=bytes(900))),
+}  # fmt: skip
+
+
+def test_a_png_that_is_wrong_behind_right_checksums_is_refused_and_nothing_printed(capfd):
+    for name, (part, encoded) in WRONG.items():
+        with pytest.raises(ImageError) as error:
+            decode_image(encoded)
+        want = f"{len(encoded)} bytes that are no readable image: {part} is damaged"
+        assert str(error.value) == want, name
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_follows_the_pixels_of_a_png_is_not_printed(capfd):
+    want = decode_image(png())
+    assert want.tolist() == [[[0, 1, 2], [3, 4, 5], [6, 7, 8]]] * 2
+    exif = chunk(b"eXIf", b"II*\0\x08\0\0\0\0\0")
+    first, rest = chunk(b"IDAT", STREAM[:5]), chunk(b"IDAT", STREAM[5:])
+    odd = (
+        png(pixels=PIXELS + bytes(5)),
+        png(stream=STREAM + b"more"),
+        png(end=b"more"),
+        png(parts=exif),
+        png()[:33] + exif + exif + png()[33:],
+        png()[:33] + first + exif + rest + chunk(b"IEND", b""),
+    )
+    for encoded in odd:
+        for orient in (False, True):
+            np.testing.assert_array_equal(decode_image(encoded, orient=orient), want)
+    wide = png(header={"width": 2**20, "height": 1}, pixels=bytes(1 + 3 * 2**20))
+    assert decode_image(wide).shape == (1, 2**20, 3)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (5, 9), (20, 17)])
+@pytest.mark.parametrize("depth", [1, 8])
+def test_an_interlaced_png_is_read(size, depth, capfd):
+    width, height = size
+    grey = np.random.default_rng(0).integers(0, 2**depth, (height, width), np.uint8)
+    # https://www.w3.org/TR/png-3/#8InterlaceMethods
+    steps = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2)]
+    pixels = b"".join(
+        b"\0" + (np.packbits(row) if depth == 1 else row).tobytes()
+        for x, y, dx, dy in [*steps, (0, 1, 1, 2)]
+        for row in grey[y::dy, x::dx]
+        if len(row)
+    )
+    header = {"width": width, "height": height, "depth": depth, "color": 0, "interlace": 1}
+    got = decode_image(png(header=header, pixels=pixels))
+    np.testing.assert_array_equal(
+        got, np.repeat(grey[..., None] * (255 if depth == 1 else 1), 3, 2)
+    )
+    with pytest.raises(ImageError, match="IDAT is damaged"):
+        decode_image(png(header=header, pixels=pixels[:-1]))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_pillow_warns_of_nothing_in_any_thread():
     program = """if True:
         import concurrent.futures, io, sys

@@ -13,6 +13,7 @@ import pytest
 from etils import epath
 
 from tests.images import encode, write_folder
+from vit_jax.data import sources
 from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
 from vit_jax.data.sources import dataset_info, files, open_source
 from vit_jax.utils.errors import UserError
@@ -509,6 +510,59 @@ def test_several_labels_are_a_vector_of_zeros_and_ones(ending, tmp_path):
     order = np.argsort(batch["image"][:4, 0, 0, 0])
     assert batch["label"][:4][order].tolist() == [[1, 1, 0], [0, 0, 1], [0, 0, 0], [0, 1, 1]]
     assert next(train_batches(spec(name, batch_size=2), seed=0, step=0))["label"].shape == (2, 3)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl"])
+def test_spaces_around_labels_and_splits_do_not_count(ending, tmp_path, caplog):
+    labels = [" cat", "cat", "cat ", "Cat", " -1", " "]
+    splits = ["train ", "train", " TRAIN", "train", "test", "test "]
+    rows = [{"label": x, "split": y} for x, y in zip(labels, splits, strict=True)]
+    with caplog.at_level("INFO", "vit_jax"):
+        name = write_manifest(tmp_path, rows, ending)
+        assert info(name).class_names == ("Cat", "cat")
+    assert sorted(label for _, label in read(open_split(name, "train"))) == [0, 1, 1, 1]
+    refuse(lambda: open_split(name, "test"), "has no label")
+    assert any("'Cat' and 'cat' differ only in case" in r.message for r in caplog.records)
+    (tmp_path / "n").mkdir()
+    numbers = write_manifest(tmp_path / "n", [{"label": x} for x in (" 1", "0 ", "1")], ending)
+    assert (info(numbers).num_classes, info(numbers).class_names) == (2, None)
+
+
+def test_spaces_around_several_labels_do_not_count(tmp_path):
+    labels = ["a | b", "b|a ", "  ", "a"]
+    name = write_manifest(tmp_path, [{"labels": text} for text in labels])
+    assert info(name).class_names == ("a", "b")
+    rows = sources.find_dataset(name, data_dir=None).labels
+    assert [row.tolist() for row in rows] == [[0, 1], [1, 0], [], [0]]
+
+
+def test_spaces_around_the_names_of_folders_count_and_are_reported(tmp_path, caplog):
+    counts = {f"train/{folder}": 2 for folder in (" owl", "dog", "cat", "cat ")}
+    splits, lines = logged(caplog, write_folder(tmp_path, counts))
+    assert splits == {"train": [" owl", "cat", "cat ", "dog"]}
+    assert any("' owl', 'cat ' have spaces around them" in line for line in lines)
+    assert any("'cat' and 'cat ' differ only in case, spaces" in line for line in lines)
+
+
+def test_rows_without_a_split_are_left_out_and_counted(tmp_path, caplog):
+    rows = [{"label": "ab"[i % 2], "split": "train" if i < 3 else " " * i} for i in range(5)]
+    with caplog.at_level("INFO", "vit_jax"):
+        name = write_manifest(tmp_path, rows)
+        dataset = sources.find_dataset(name, data_dir=None)
+    assert dataset.lengths == {"train": 3}
+    assert len(open_split(name, "all")) == 3
+    assert any("left out 2 rows that have no split" in r.message for r in caplog.records)
+    assert any("the first of them row 4" in r.message for r in caplog.records)
+    for split, words in {
+        "": "no row has a split",
+        "a b": "'a b' can't be the name of a split",
+        "train[0]": "'train[0]' can't",
+        "x+y": "'x+y' can't",
+    }.items():
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        bad = write_manifest(folder, [{"label": "a", "split": split}])
+        refuse(lambda bad=bad: info(bad), "column split", words)
 
 
 def test_a_folder_of_other_files_says_which(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from tests.images import encode
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.pipeline import DatasetSpec, eval_batches
-from vit_jax.data.sources import dataset_info, open_source, parquet
+from vit_jax.data.sources import dataset_info, find_dataset, open_source, parquet
 from vit_jax.data.sources.parquet import RowGroups
 from vit_jax.utils.errors import UserError
 
@@ -169,6 +169,34 @@ def test_labels_outside_of_the_names_are_refused(tmp_path):
     refuse(f"parquet:{tmp_path}", "x.parquet[1] (row 2)", "label 3 is out of range", "0 to 1")
     write(tmp_path / "y.parquet", [1, 2], ["a", "bb"], names=["a", "b"])
     refuse(f"parquet:{tmp_path / 'y.parquet'}", "row 2", "unknown label 'bb'")
+
+
+@pytest.mark.parametrize("names", [["2", "1", "0"], ["10", "cat"]])
+def test_a_text_that_is_the_name_of_a_class_is_that_class(names, tmp_path):
+    write(tmp_path / "train-0.parquet", range(len(names)), names, names=names)
+    dataset = find_dataset(f"parquet:{tmp_path}", data_dir=None)
+    assert dataset.info.class_names == tuple(names)
+    assert dataset.labels.tolist() == list(range(len(names)))
+    write(tmp_path / "b" / "train-0.parquet", [1, 2], ["1", "3"], names=["5", "4", "1", "0"])
+    refuse(f"parquet:{tmp_path / 'b'}", "row 2", "unknown label '3'")
+
+
+def test_numbers_and_texts_of_numbers_are_positions_among_other_names(tmp_path):
+    write(tmp_path / "a.parquet", [1, 2], [1, 0], names=["1", "0"])
+    write(tmp_path / "b.parquet", [1, 2], ["1", "0"], names=["auk", "bat"])
+    for name in "ab":
+        dataset = find_dataset(f"parquet:{tmp_path / name}.parquet", data_dir=None)
+        assert dataset.labels.tolist() == [1, 0]
+
+
+def test_spaces_and_nulls_of_the_column_split_make_no_splits(tmp_path, caplog):
+    splits = ["train ", None, "train", "", " test"]
+    write(tmp_path / "x.parquet", range(5), [" a", "a", "b", "b ", "a"], split=splits)
+    with caplog.at_level("INFO", "vit_jax"):
+        dataset = find_dataset(f"parquet:{tmp_path}", data_dir=None)
+    assert dataset.lengths == {"test": 1, "train": 2}
+    assert dataset.info.class_names == ("a", "b")
+    assert any("left out 2 rows that have no split" in r.message for r in caplog.records)
 
 
 UNLABELLED = {

@@ -7,10 +7,12 @@ that is not a whole image raises `ImageError`.
 
 import contextlib
 import io
+import itertools
 import re
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import cv2
@@ -45,6 +47,27 @@ _BARE = frozenset((0x01, *range(0xD0, 0xD9)))
 _MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
 # Segments with a length that an image may have: frames, tables, scans, comments and applications'.
 _SEGMENTS = _SOF | {0xC4, 0xCC, *range(0xDA, 0xDE), *range(0xE0, 0xF0), 0xFE}
+
+# Channels and bits of each by the kind of colours in a PNG, and the last of its parts.
+_PNG_COLORS = {
+    0: (1, (1, 2, 4, 8, 16)),
+    2: (3, (8, 16)),
+    3: (1, (1, 2, 4, 8)),
+    4: (2, (8, 16)),
+    6: (4, (8, 16)),
+}
+_IEND = b"\0\0\0\0IEND\xaeB`\x82"
+# First column and row, and steps, of the passes of an interlaced PNG.
+_ADAM7 = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
+_OPENCV_SIDE = 10**6  # limit of libpng
 
 _ORIENTATION = 274  # of EXIF and TIFF
 # From an image that is upright to the one that is stored, by orientation.
@@ -95,16 +118,15 @@ def decode_image(encoded: bytes | np.ndarray, *, orient: bool = False) -> np.nda
             # OpenCV would print what libjpeg warns of, without the name of the file.
             done = extension.decode([job])[0]
             return image if done else _decode_with_pillow(encoded, orient=orient)
-    if kind == "PNG":
-        encoded = _essential_png(encoded, orient=orient)
+    file = _essential_png(encoded, orient=orient) if kind == "PNG" else encoded
     flags = cv2.IMREAD_COLOR_RGB if orient else cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     image = None
     # Other formats go to Pillow, which checks their size, handles partial frames of a GIF, and
     # scales colours of 5 and 6 bits in a BMP to 8.
-    if kind in _OPENCV_FORMATS:
+    if kind in _OPENCV_FORMATS and max(size or (0,)) <= _OPENCV_SIDE:
         with contextlib.suppress(cv2.error):
-            image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
-    return _decode_with_pillow(encoded, orient=orient) if image is None else image
+            image = cv2.imdecode(np.frombuffer(file, np.uint8), flags)
+    return _decode_with_pillow(file, orient=orient) if image is None else image
 
 
 def has_jpeg_end(encoded: bytes) -> bool:
@@ -125,40 +147,94 @@ def has_jpeg_end(encoded: bytes) -> bool:
     return False
 
 
-def _essential_png(encoded: bytes, *, orient: bool) -> bytes:
-    """A PNG with no more than what determines its pixels.
+def _essential_png(encoded: bytes, *, orient: bool) -> bytearray:
+    """A PNG with no more than what determines its pixels, which are not compressed any more.
 
-    libpng prints a line for an odd colour profile and other such parts, without the name of the
-    file. The image of an animation that is shown where animations are unknown counts as its first.
+    libpng would print what is odd or wrong about a file, such as its colour profile or a checksum,
+    without the name of the file. The image of an animation that is shown where animations are
+    unknown counts as its first.
 
     Raises `ImageError` if a part that is needed is missing or damaged.
     """
-    needed = {b"IHDR", b"IDAT", b"IEND"}
-    if encoded[25:26] == b"\3":  # Beside colours or greys, a palette is a mere suggestion.
-        needed.add(b"PLTE")
-    kept, absent, at = [encoded[:8]], set(needed), 8
-    while at + 12 <= len(encoded):
+    found: dict[bytes, list[bytes]] = {name: [] for name in (b"IHDR", b"PLTE", b"eXIf", b"IDAT")}
+    at, ended = 8, False
+    while at + 12 <= len(encoded) and not ended:
         length, name = struct.unpack_from(">I4s", encoded, at)
         part = encoded[at : at + 12 + length]
-        # libpng would print that a part is damaged, too.
-        whole = zlib.crc32(part[4:-4]) == int.from_bytes(part[-4:], "big")
         at += 12 + length
-        if name in needed and at <= len(encoded) and not whole:
-            raise ImageError(f"{len(encoded)} bytes that are no readable image: damaged")
-        if name in needed or (name == b"eXIf" and orient and whole and _is_exif(part[8:])):
-            kept.append(part)
-            absent.discard(name)
-            needed -= {name} & {b"IHDR", b"PLTE"}  # The first counts.
-        if name == b"IDAT":
-            needed.discard(b"PLTE")  # It is too late then.
-        if name == b"IEND" and at <= len(encoded):
-            if absent:  # Without its palette, Pillow would make a black image of it.
-                names = ", ".join(sorted(part.decode() for part in absent))
-                raise ImageError(
-                    f"{len(encoded)} bytes that are no readable image: {names} is missing"
-                )
-            return b"".join(kept)
-    raise ImageError(f"{len(encoded)} bytes that are no readable image: the end is missing")
+        if at > len(encoded):
+            break
+        ended = name == b"IEND"
+        whole = zlib.crc32(part[4:-4]) == int.from_bytes(part[-4:], "big")
+        if name == b"eXIf" and not (orient and whole and _is_exif(part[8:])):
+            continue
+        # Beside colours or greys, a palette is a mere suggestion; after pixels, it is too late.
+        if name == b"PLTE" and (encoded[25:26] != b"\3" or found[b"IDAT"]):
+            continue
+        if name == b"IDAT" or (name in found and not found[name]):  # The first counts.
+            found[name].append(part)
+        elif not ended:
+            continue
+        if not whole:
+            raise _damaged(encoded, name.decode())
+    if not ended:
+        raise ImageError(f"{len(encoded)} bytes that are no readable image: the end is missing")
+    needed = (b"IHDR", b"IDAT", *([b"PLTE"] if encoded[25:26] == b"\3" else []))
+    if absent := [name.decode() for name in needed if not found[name]]:
+        # Without its palette, Pillow would make a black image of it.
+        raise ImageError(
+            f"{len(encoded)} bytes that are no readable image: {', '.join(absent)} is missing"
+        )
+    if found[b"PLTE"] and len(found[b"PLTE"][0][8:-4]) not in range(3, 3 * 256 + 1, 3):
+        raise _damaged(encoded, "PLTE")
+    compressed = b"".join(part[8:-4] for part in found.pop(b"IDAT"))
+    png = bytearray().join([encoded[:8], *itertools.chain(*found.values())])
+    start = len(png)
+    png += b"\0\0\0\0IDAT"
+    for part in _store_pixels(encoded, compressed):
+        png += part
+    struct.pack_into(">I", png, start, len(png) - start - 8)
+    png += struct.pack(">I", zlib.crc32(memoryview(png)[start + 4 :]))
+    png += _IEND
+    return png
+
+
+def _store_pixels(encoded: bytes, compressed: bytes) -> Iterator[bytes]:
+    """Inflates the pixels of a PNG, and wraps them again without compression.
+
+    What follows the last pixel is left out. Raises `ImageError` if pixels are missing or damaged.
+    """
+    width, height, depth, color, *methods, interlaced = struct.unpack_from(">IIBBBBB", encoded, 16)
+    channels, depths = _PNG_COLORS.get(color, (0, ()))
+    header = int.from_bytes(encoded[8:12], "big")
+    if header != 13 or depth not in depths or any(methods) or interlaced not in (0, 1):
+        raise _damaged(encoded, "IHDR")
+    inflate, store = zlib.decompressobj(), zlib.compressobj(0)
+    # Bytes at a time. The rest of the input is copied each time, so there are fewer times if it
+    # is long.
+    most = max(len(compressed), 2**20)
+    try:
+        for x, y, dx, dy in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+            columns, rows = -((x - width) // dx), -((y - height) // dy)
+            stride = 1 + (columns * channels * depth + 7) // 8
+            while columns > 0 and rows > 0:
+                size = stride * min(rows, max(most // stride, 1))
+                part = inflate.decompress(compressed, size)
+                compressed = inflate.unconsumed_tail
+                if len(part) < size or max(part[::stride]) > 4:  # Each row starts with its filter.
+                    raise _damaged(encoded, "IDAT")
+                rows -= size // stride
+                yield store.compress(part)
+        inflate.decompress(compressed, most)
+    except zlib.error:
+        raise _damaged(encoded, "IDAT") from None
+    if not inflate.eof:  # The checksum is missing.
+        raise _damaged(encoded, "IDAT")
+    yield store.flush()
+
+
+def _damaged(encoded: bytes, part: str) -> ImageError:
+    return ImageError(f"{len(encoded)} bytes that are no readable image: {part} is damaged")
 
 
 def _is_exif(content: bytes) -> bool:
@@ -173,7 +249,7 @@ def check_size(width: int, height: int) -> None:
         )
 
 
-def _decode_with_pillow(encoded: bytes, *, orient: bool) -> np.ndarray:
+def _decode_with_pillow(encoded: bytes | bytearray, *, orient: bool) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as image:
             check_size(*image.size)

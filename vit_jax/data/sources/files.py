@@ -32,6 +32,7 @@ from vit_jax.data.sources.layout import (
     Top,
     check_classes,
     describe_depth,
+    drop_unassigned,
     drop_unsorted,
     find_splits,
     is_left_out,
@@ -312,7 +313,7 @@ def manifest_dataset(path: str) -> Dataset:
         splits = [split_of[split] for split in given]
     records = Files(os.path.dirname(file), paths)
     _check_access(records, paths, key)
-    by_split = make_splits(labels, splits)
+    by_split = drop_unassigned(make_splits(labels, splits), name=name)
     check_classes(name, info, labels, by_split)
     return Dataset(name, info, records, labels, by_split)
 
@@ -351,7 +352,7 @@ def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
 
 def _several(value: Any, row: int, *, key: str) -> list[Any]:
     if isinstance(value, str):
-        return value.split("|") if value else []
+        return value.split("|") if value.strip() else []
     if not isinstance(value, list):
         raise UserError(f"{key}: row {row + 1}: labels={value!r}: expected a list")
     return value
@@ -369,14 +370,16 @@ def encode_labels(
     """Converts labels from class names or integers to int32.
 
     Takes a label for each row, or a list of labels if `multi_label`. Without names by label, class
-    names are the sorted labels, if these are names. A row without a label (-1, an empty text or
-    None) gets `NO_LABEL`, and is refused when a split that holds it is opened. Returns the facts
-    about the dataset, and int32 `[rows]`, or one array per row if `multi_label`. Raises `UserError`
-    if a label is unknown or out of range, where `describe` names its row, counted from 0.
+    names are the sorted labels, if these are names. Spaces around a label do not count. A row
+    without a label (-1, an empty text or None) gets `NO_LABEL`, and is refused when a split that
+    holds it is opened. Returns the facts about the dataset, and int32 `[rows]`, or one array per
+    row if `multi_label`. Raises `UserError` if a label is unknown or out of range, where `describe`
+    names its row, counted from 0.
     """
     key = f"data.name={name!r}"
-    rows = values if multi_label else [[] if v in _NO_LABELS else [v] for v in values]
-    rows = [[normalize_name(v) if isinstance(v, str) else v for v in labels] for labels in rows]
+    rows = [list(map(_clean, value if multi_label else [value])) for value in values]
+    if not multi_label:
+        rows = [[] if labels[0] in _NO_LABELS else labels for labels in rows]
     row_of: dict[int | str, int] = {}  # the first row of each label
     for row, labels in enumerate(rows):
         for label in labels:
@@ -387,7 +390,9 @@ def encode_labels(
             row_of.setdefault(label, row)
     if not row_of and not class_names:
         raise UserError(f"{key} has no labels")
-    if all(map(_is_integer, row_of)):
+    # A text that is the name of a class is that class, even if it is a number.
+    named = {_clean(class_name) for class_name in class_names or ()}.intersection(row_of)
+    if all(map(_is_integer, row_of)) and not named:
         largest = len(class_names) if class_names else MAX_CLASSES
         for label, row in row_of.items():
             if not 0 <= int(label) < largest:
@@ -400,7 +405,7 @@ def encode_labels(
         known = None if class_names is None else check_class_names(class_names, name=name)
     else:
         known = check_class_names(class_names or sorted(set(map(str, row_of))), name=name)
-        number_of = {class_name: number for number, class_name in enumerate(known)}
+        number_of = {_clean(class_name): number for number, class_name in enumerate(known)}
         for label, row in row_of.items():
             if str(label) not in number_of:
                 hint = suggest(str(label), known)[:200]
@@ -411,6 +416,11 @@ def encode_labels(
     if multi_label:
         return info, [np.array([code[label] for label in labels], np.int32) for labels in rows]
     return info, np.array([code[row[0]] if row else NO_LABEL for row in rows], np.int32)
+
+
+def _clean(label: Any) -> Any:
+    """A label without spaces around it, in the form of class names."""
+    return normalize_name(label).strip() if isinstance(label, str) else label
 
 
 def _is_integer(label: int | str) -> bool:

@@ -23,6 +23,8 @@ _NAMES_OF_SPLITS = {
     "test": ("test", "testing"),
 }
 _SPLITS = {name: split for split, names in _NAMES_OF_SPLITS.items() for name in names}
+# What can be opened as in `train[:98%]+test`.
+_SPLIT = re.compile(r"[\w-]+")
 # Parts of longer names that suggest a split, such as `train2017` or `seg_test`.
 _WORD = re.compile(
     r"(train(ing)?|test(ing)?|val(id(ation)?)?|eval(uation)?|dev|holdout|fold|split)"
@@ -52,14 +54,46 @@ def find_split(name: str) -> str | None:
 def map_splits(names: Iterable[str], *, key: str) -> dict[str, str]:
     """Returns the split that each name means; a name that means none of the usual is a split too.
 
-    Raises `UserError` if names that differ by more than case mean the same split.
+    Spaces around a name do not count; a name without anything else means no split, "".
+
+    Raises `UserError` if names that differ by more than case mean the same split, or if a name
+    can't be used to open its split.
     """
-    meant = {name: find_split(name) or name for name in names}
-    for split in set(meant.values()):
-        several = sorted({name.lower(): name for name, s in meant.items() if s == split}.values())
+    meant = {name: find_split(name.strip()) or name.strip() for name in names}
+    splits = set(meant.values()) - {""}
+    if not splits:
+        raise UserError(
+            f"{key}: no row has a split: expected names such as train, or no such column"
+        )
+    for split in splits:
+        several = sorted(
+            {name.strip().lower(): name.strip() for name, s in meant.items() if s == split}.values()
+        )
         if len(several) > 1:
             raise UserError(_twice(several, split, key=key))
+        if not _SPLIT.fullmatch(split) or (split == "all" and len(splits) > 1):
+            raise UserError(
+                f"{key}: {split[:80]!r} can't be the name of a split: expected letters, digits, "
+                "'_' and '-', and not 'all' beside others"
+            )
     return meant
+
+
+def drop_unassigned(splits: Mapping[str, np.ndarray], *, name: str) -> dict[str, np.ndarray]:
+    """Returns the rows of each split without those of no split, "", which are logged.
+
+    Args:
+      splits: integers `[examples]` by split.
+      name: of the dataset, for the log.
+    """
+    if (rows := splits.get("")) is not None:
+        logger.info(
+            "%s: left out %s rows that have no split, the first of them row %d",
+            name,
+            f"{len(rows):,}",
+            rows.min() + 1,
+        )
+    return {split: rows for split, rows in splits.items() if split}
 
 
 def _twice(names: Sequence[str], split: str, *, key: str) -> str:
@@ -285,6 +319,12 @@ def _key(name: str) -> str:
 
 
 def _check_spelling(name: str, names: Sequence[str], found: Mapping[str, set[int]]) -> None:
+    if spaced := [repr(class_name) for class_name in names if class_name != class_name.strip()]:
+        logger.info(
+            "%s: the names of classes %s have spaces around them, which count",
+            name,
+            list_few(spaced),
+        )
     alike = collections.defaultdict(list)
     for label, class_name in enumerate(names):
         alike[_key(class_name)].append(label)

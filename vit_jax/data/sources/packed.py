@@ -289,9 +289,10 @@ def _read_shard(
     several = manifest.multi_label
     if np.any(counts < 0) or counts.sum() != len(labels) or not (several or np.all(counts == 1)):
         raise ValueError(f"{path} has {len(labels):,} labels for {rows:,} examples")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < manifest.num_classes:
+    for place in np.flatnonzero((labels < 0) | (labels >= manifest.num_classes))[:1]:
+        row = shard.start + int(np.searchsorted(np.cumsum(counts), place, side="right"))
         raise ValueError(
-            f"{path} has labels from {labels.min()} to {labels.max()}; expected 0 to "
+            f"{path}: {shard.split}[{row}] has label {labels[place]}; expected 0 to "
             f"{manifest.num_classes - 1}"
         )
     return labels, counts, good

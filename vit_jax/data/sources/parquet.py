@@ -15,7 +15,7 @@ import numpy as np
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.sources.base import Dataset, Records, make_splits
 from vit_jax.data.sources.files import encode_labels
-from vit_jax.data.sources.layout import check_classes, find_split, map_splits
+from vit_jax.data.sources.layout import check_classes, drop_unassigned, find_split, map_splits
 from vit_jax.utils.bounds import (
     MAX_JSON,
     MAX_WEIGHTS,
@@ -82,7 +82,8 @@ def parquet_dataset(text: str) -> Dataset:
             else:
                 labels += [None] * rows
             if names_of["split"] in columns:
-                splits += map(str, table.column(names_of["split"]).to_pylist())
+                given = table.column(names_of["split"]).to_pylist()
+                splits += ["" if split is None else str(split) for split in given]
             else:
                 splits += [_split_of(file_path)] * rows
     except (OSError, ValueError, pa.ArrowException) as e:  # Bounds raise the first two.
@@ -117,6 +118,7 @@ def parquet_dataset(text: str) -> Dataset:
         split_of = map_splits(set(splits), key=key)
         array = np.asarray([split_of[split] for split in splits])
         by_split = {s: np.flatnonzero(array == s) for s in sorted(set(split_of.values()))}
+        by_split = drop_unassigned(by_split, name=name)
     check_classes(name, info, codes, by_split)
     return Dataset(name, info, records, codes, by_split)
 
