@@ -771,6 +771,8 @@ HF_CONTRADICTIONS = {
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"model_type": "dinov2"}, "the tensors have those of a ViT"),
         ({"model_type": "deit"}, "the tensors have those of a ViT"),
+        ({"id2label": {str(i): ["a"] for i in range(5)}}, "expected class names"),
+        ({"id2label": "abcde"}, "expected class names"),
         ({"layer_norm_eps": "small"}, "expected a number of 0 or more"),
         ({"image_size": "32"}, "expected an integer above 0, or two"),
     ],
@@ -866,6 +868,7 @@ def test_an_absent_block_is_named(name, stem, tmp_path):
         ({"input_size": [3, 32, 0]}, "expected an integer above 0"),
         ({"mean": "half"}, "mean is 'half'"),
         ({"std": 0}, "std is 0; expected a number above 0"),
+        ({"mean": [0.5, 0.5]}, "mean is (0.5, 0.5); expected one number, or one for each of the 3"),
     ],
 )
 def test_images_of_timm_that_make_no_sense_are_refused(images, words, tmp_path):

@@ -90,9 +90,10 @@ def read_pair(size: Any, key: str) -> tuple[int, int]:
     pair: Sequence[Any] = size if isinstance(size, list | tuple) else (size, size)
     if isinstance(size, Mapping):
         pair = size.get("height"), size.get("width")
-    if len(pair) != 2 or any(type(n) is not int or n < 1 for n in pair):
+    sides = [n for n in pair if type(n) is int and n > 0]
+    if len(pair) != 2 or len(sides) != 2:
         raise ValueError(f"{key} is {shorten(size)}; expected an integer above 0, or two")
-    return pair[0], pair[1]
+    return sides[0], sides[1]
 
 
 def read_colors(value: Any) -> Any:
@@ -114,12 +115,14 @@ def read_class_names(
       num_classes: width of the head; None without a head.
 
     Raises:
-      ValueError: a label is no number.
+      ValueError: a label is no number, or a name no text.
     """
     if not names or num_classes is None:
         return None, []
     try:
-        pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
+        pairs = list(names.items() if isinstance(names, Mapping) else enumerate(names))
+        if isinstance(names, str) or not all(isinstance(name, str | int) for _, name in pairs):
+            raise TypeError
         by_label = {int(label): name for label, name in pairs}
     except (TypeError, ValueError):
         raise ValueError(
