@@ -101,5 +101,14 @@ def test_a_model_without_layers_is_refused(tmp_path):
     assert "no layers with names that are known here" in message
 
 
+def test_an_absent_block_of_a_checkpoint_is_named(tmp_path):
+    block = "Transformer/encoderblock_0"
+    params = load_pretrained(str(NPZ)).params
+    params = {name: np.array(x) for name, x in params.items() if not name.startswith(block)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", traverse_util.unflatten_dict(params, sep="/"))
+    assert f"nothing of {block}:" in refusal(load_pretrained, str(tmp_path / "orbax"))
+
+
 def test_the_loss_of_an_older_run_comes_from_its_config():
     assert load_pretrained(str(TESTDATA / "old_workdir" / "workdir")).loss == "softmax"

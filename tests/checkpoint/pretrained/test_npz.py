@@ -63,6 +63,21 @@ def test_published_blocks_get_their_linen_names():
         )
 
 
+@pytest.mark.parametrize(
+    ("case", "block"),
+    [
+        ("vit_token", "Transformer/encoderblock_0"),
+        ("mixer", "MixerBlock_0"),
+        ("hybrid_stages", "block1"),
+    ],
+)
+def test_an_absent_block_is_named(case, block, tmp_path):
+    flat = {n: x for n, x in np.load(GOLDEN / f"{case}.npz").items() if not n.startswith(block)}
+    for prefix in ("", "opt/target/"):
+        path = save_npz(tmp_path / "x.npz", **{prefix + name: x for name, x in flat.items()})
+        assert f"nothing of {block}:" in refusal(path)
+
+
 def test_renaming_leaves_linen_names_alone():
     params = traverse_util.unflatten_dict(read_npz(GOLDEN / "vit_token.npz").params, sep="/")
     again = traverse_util.flatten_dict(rename_to_linen(params))

@@ -4,6 +4,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -405,6 +406,11 @@ def test_images_are_evaluated_as_the_original_code_prepares_them(case, tmp_path)
         ("processor", {"size": {"shortest_edge": 32}}, "shorter side of 32"),
         ("processor", {"size": {"max_height": 32, "max_width": 32}}, "max_height"),
         ("processor", {"do_center_crop": True, "crop_size": 64}, "padded"),
+        ("processor", {"do_resize": False}, "not resized (do_resize)"),
+        ("processor", {"do_pad": True}, "do_pad=True"),
+        ("processor", {"do_flip_channel_order": True}, "do_flip_channel_order=True"),
+        ("processor", {"resample": ["bicubic"]}, "['bicubic'] interpolation"),
+        ("config", {"interpolation": ["bicubic"]}, "['bicubic'] interpolation"),
     ],
 )
 def test_images_that_no_line_prepares_are_noted(name, content, words, tmp_path):
@@ -675,6 +681,223 @@ def test_each_argument_that_changes_the_function_is_used_or_refused(name, option
     message = refusal(read_safetensors, describe(name, tmp_path, **changes))
     assert words in message
     assert "config.json" in message or "attention heads" in message
+
+
+TIMM_CONTRADICTIONS = {
+    "timm_vit": [
+        ({"class_token": False}, "the tensors show class_token=True"),
+        ({"reg_tokens": 4}, "the tensors have 0"),
+        ({"num_reg_tokens": 1}, "the tensors have 0"),
+        ({"distilled": True}, "the tensors show distilled=False"),
+        ({"init_values": 1e-5}, "the tensors have no layer scale"),
+        ({"qk_norm": True}, "the tensors show qk_norm=False"),
+        ({"qkv_bias": False}, "the tensors show qkv_bias=True"),
+        ({"proj_bias": False}, "the tensors show proj_bias=True"),
+        ({"scale_attn_norm": True}, "the tensors show scale_attn_norm=False"),
+        ({"scale_mlp_norm": True}, "the tensors show scale_mlp_norm=False"),
+        ({"swiglu_mlp": True}, "the tensors show swiglu_mlp=False"),
+        ({"pre_norm": True}, "the tensors show pre_norm=False"),
+        ({"final_norm": False}, "the tensors show final_norm=True"),
+        ({"fc_norm": True}, "the tensors show fc_norm=False"),
+        ({"embed_norm_layer": "layernorm"}, "the tensors have no norm in patch_embed"),
+        ({"pos_embed": "none"}, "the tensors have position embeddings"),
+        ({"pos_embed": ""}, "the tensors have position embeddings"),
+        ({"pos_embed": "sincos"}, "expected none or learn"),
+        ({"use_abs_pos_emb": False}, "the tensors show use_abs_pos_emb=True"),
+        ({"no_embed_class": True}, "the tensors have 1 position embeddings in front"),
+        ({"in_chans": 1}, "the tensors have 3"),
+        ({"patch_size": 16}, "the tensors have 8x8"),
+        ({"patch_size": [8, 4]}, "the tensors have 8x8"),
+        ({"mlp_ratio": 4}, "the tensors have 2.0"),
+        ({"mlp_ratio": "2"}, "the tensors have 2.0"),
+        ({"mlp_ratio": 1e308}, "the tensors have 2.0"),
+        ({"num_classes": 7}, "the tensors have 5"),
+        ({"num_heads": 0}, "correct num_heads"),
+        ({"global_pool": "map"}, "the tensors have no attention pooling"),
+        ({"img_size": "32"}, "expected an integer above 0, or two"),
+    ],
+    "timm_vit_swiglu": [
+        ({"init_values": 0.0, "reg_tokens": 3, "mlp_ratio": 4.0}, "the tensors have 1.0"),
+        ({"swiglu_mlp": False}, "the tensors show swiglu_mlp=True"),
+        ({"reg_tokens": 4}, "the tensors have 3"),
+    ],
+    "timm_vit_map": [
+        ({"global_pool": "avg"}, "the tensors have attention pooling"),
+        ({"global_pool": "token"}, "the tensors have no class token"),
+        ({"class_token": True}, "the tensors show class_token=False"),
+        ({"attn_pool_mlp_ratio": 4}, "the tensors have 2.0"),
+    ],
+    "timm_vit_average": [({"fc_norm": False}, "the tensors show fc_norm=True")],
+    "timm_vit_no_embed_class": [({"qkv_bias": True}, "the tensors show qkv_bias=False")],
+    "timm_eva_rope": [
+        ({"pos_embed": "learn"}, "the tensors have no position embeddings"),
+        ({"num_reg_tokens": 4}, "the tensors have 1"),
+        ({"rope_temperature": "hot"}, "expected a number above 0"),
+        ({"ref_feat_shape": [16]}, "expected an integer above 0, or two"),
+    ],
+    "timm_hybrid": [({"in_chans": 256}, "the tensors have 3")],
+}
+
+
+@pytest.mark.parametrize("name", TIMM_CONTRADICTIONS)
+def test_arguments_of_timm_that_contradict_the_tensors_are_refused(name, tmp_path):
+    for options, words in TIMM_CONTRADICTIONS[name]:
+        message = refusal(read_safetensors, describe(name, tmp_path, model_args=options))
+        assert words in message
+        assert any(key in message for key in options)
+        assert "config.json" in message
+
+
+def test_heads_that_norms_of_queries_contradict_are_refused(tmp_path):
+    tensors, _ = raw_tensors(GOLDEN / "timm_vit" / "model.safetensors")
+    norms = {f"blocks.{i}.attn.{x}_norm.weight": np.ones(8, "f") for i in range(2) for x in "qk"}
+    path = describe("timm_vit", tmp_path, model_args={"num_heads": 2, "qk_norm": True})
+    write_tensors(Path(path), tensors | norms, metadata={})
+    message = refusal(read_safetensors, path)
+    assert "model_args.num_heads=2 in config.json, but the tensors have 4" in message
+
+
+HF_CONTRADICTIONS = {
+    "hf_vit": [
+        ({"num_labels": 7}, "the tensors have 5"),
+        ({"num_register_tokens": 4}, "the tensors have 0"),
+        ({"intermediate_size": 128}, "the tensors have 64"),
+        ({"mlp_ratio": 4}, "the tensors have layers of 64 units"),
+        ({"use_swiglu_ffn": True}, "the tensors show use_swiglu_ffn=False"),
+        ({"qkv_bias": False}, "the tensors show qkv_bias=True"),
+        ({"layerscale_value": 1.0}, "the tensors have no layer scale"),
+        ({"num_channels": 1}, "the tensors have 3"),
+        ({"patch_size": [8, 4]}, "the tensors have 8x8"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"model_type": "dinov2"}, "the tensors have those of a ViT"),
+        ({"model_type": "deit"}, "the tensors have those of a ViT"),
+        ({"id2label": {str(i): ["a"] for i in range(5)}}, "expected class names"),
+        ({"id2label": "abcde"}, "expected class names"),
+        ({"layer_norm_eps": "small"}, "expected a number of 0 or more"),
+        ({"image_size": "32"}, "expected an integer above 0, or two"),
+    ],
+    "hf_vit_pooler": [({"pooler_output_size": 32}, "the tensors have 24")],
+    "hf_deit": [({"model_type": "vit"}, "the tensors have those of a DeiT")],
+    "hf_dinov2": [({"mlp_ratio": 4}, "the tensors have layers of 64 units")],
+    "hf_dinov2_registers": [
+        ({"num_register_tokens": 4}, "the tensors have 3"),
+        ({"use_swiglu_ffn": False}, "the tensors show use_swiglu_ffn=True"),
+        ({"mlp_ratio": 4}, "the tensors have layers of 48 units"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", HF_CONTRADICTIONS)
+def test_keys_of_huggingface_that_contradict_the_tensors_are_refused(name, tmp_path):
+    for changes, words in HF_CONTRADICTIONS[name]:
+        message = refusal(read_safetensors, describe(name, tmp_path, **changes))
+        assert words in message
+        assert any(key in message for key in changes)
+        assert "config.json" in message
+
+
+def test_what_agrees_with_the_tensors_is_read(tmp_path):
+    common = {"class_token": True, "in_chans": 3, "mlp_ratio": 2.0, "patch_size": [8, 8]}
+    common |= {"qkv_bias": True, "num_classes": 5, "embed_dim": 32}
+    for name, options in [
+        ("timm_vit", common | {"pos_embed": "learn", "init_values": None, "qk_norm": False}),
+        ("timm_vit", common | {"reg_tokens": 0, "pre_norm": False, "no_embed_class": False}),
+        ("timm_vit_swiglu", {"mlp_ratio": 2.0, "reg_tokens": 3, "init_values": 1e-5}),
+        ("timm_vit_map", {"class_token": False, "global_pool": "map", "attn_pool_mlp_ratio": 2}),
+        ("timm_hybrid", common | {"patch_size": 1}),
+        ("timm_eva_rope", {"use_abs_pos_emb": False, "num_reg_tokens": 1, "init_values": 0.1}),
+    ]:
+        weights = read_safetensors(describe(name, tmp_path, model_args=options))
+        assert weights.model == read_case(name).model
+    for name, changes in [
+        ("hf_vit", {"patch_size": [8, 8], "num_labels": 5, "qkv_bias": True}),
+        ("hf_dinov2_registers", {"num_register_tokens": 3, "mlp_ratio": 2.0}),
+    ]:
+        assert_same(
+            read_safetensors(describe(name, tmp_path, **changes)).params, read_case(name).params
+        )
+    params, model = random_params(patch_size=(4, 8))
+    tensors, _ = raw_tensors(write(tmp_path / "own", params, model))
+    path = describe("timm_vit", tmp_path, num_classes=3, pretrained_cfg=None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"] = {"patch_size": [4, 8], "num_heads": 2, "img_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_tensors(Path(path), tensors, metadata={})
+    assert read_safetensors(path).model["patch_size"] == (4, 8)
+
+
+def test_sizes_beside_the_arguments_of_timm_are_compared(tmp_path):
+    for changes in ({"num_classes": 7}, {"num_features": 768}, {"pretrained_cfg": 5}):
+        message = refusal(read_safetensors, describe("timm_vit", tmp_path, **changes))
+        assert f"{next(iter(changes))}=" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("timm_vit", "blocks."),
+        ("hf_vit", "vit.encoder.layer."),
+        ("hf_dinov2_registers", "encoder.layer."),
+        ("timm_hybrid", "patch_embed.backbone.stages."),
+    ],
+)
+def test_an_absent_block_is_named(name, stem, tmp_path):
+    tensors, _ = raw_tensors(GOLDEN / name / "model.safetensors")
+    for numbers, absent in [((0, 2), 1), ((1, 2), 0), ((0, 10**9), 1)]:
+        renamed = {
+            re.sub(
+                rf"^{re.escape(stem)}(\d)\.", lambda m, n=numbers: f"{stem}{n[int(m[1])]}.", key
+            ): x
+            for key, x in tensors.items()
+        }
+        write_tensors(tmp_path / "x", renamed, metadata={})
+        message = refusal(read_safetensors, tmp_path / "x", num_heads=4)
+        assert f"it has {stem}{numbers[1]}, but nothing of {stem}{absent}:" in message
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ({"crop_pct": "0.9"}, "crop_pct='0.9' in config.json: expected a number such as 0.875"),
+        ({"crop_pct": -1}, "crop_pct=-1"),
+        ({"crop_pct": 0}, "crop_pct=0"),
+        ({"crop_pct": 1e-300}, "crop_pct=1e-300"),
+        ({"crop_pct": True}, "crop_pct=True"),
+        ({"input_size": 32}, "input_size=32"),
+        ({"input_size": [32, 32]}, "expected channels, height and width"),
+        ({"input_size": [3, 32, 0]}, "expected an integer above 0"),
+        ({"mean": "half"}, "mean is 'half'"),
+        ({"std": 0}, "std is 0; expected a number above 0"),
+        ({"mean": [0.5, 0.5]}, "mean is (0.5, 0.5); expected one number, or one for each of the 3"),
+    ],
+)
+def test_images_of_timm_that_make_no_sense_are_refused(images, words, tmp_path):
+    config = json.loads((GOLDEN / "timm_vit" / "config.json").read_text())
+    path = describe("timm_vit", tmp_path, pretrained_cfg=config["pretrained_cfg"] | images)
+    assert words in refusal(read_safetensors, path)
+
+
+def test_one_number_is_the_mean_of_all_channels(tmp_path):
+    config = json.loads((GOLDEN / "timm_vit" / "config.json").read_text())
+    images = config["pretrained_cfg"] | {"mean": 0.5, "std": 0.25}
+    preprocess = read_safetensors(describe("timm_vit", tmp_path, pretrained_cfg=images)).preprocess
+    assert (preprocess["mean"], preprocess["std"]) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"size": {"shortest_edge": "256"}}, "size.shortest_edge in preprocessor_config.json"),
+        ({"size": "large"}, "size in preprocessor_config.json is 'large'"),
+        ({"size": 32, "do_center_crop": True, "crop_size": [1, 2, 3]}, "crop_size in preproc"),
+        ({"rescale_factor": "1/255"}, "rescale_factor='1/255' in preprocessor_config.json"),
+        ({"image_mean": ["a"] * 3, "image_std": [1] * 3}, "image_mean=('a', 'a', 'a')"),
+    ],
+)
+def test_images_of_huggingface_that_make_no_sense_are_refused(settings, words, tmp_path):
+    path = copy_weights("hf_vit", tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert words in refusal(read_safetensors, path, num_heads=4)
 
 
 def test_arguments_that_models_here_have_are_used(tmp_path):

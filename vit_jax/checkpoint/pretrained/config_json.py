@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the JSON files published with weights say, whoever published them."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from vit_jax.utils.bounds import shorten
 from vit_jax.utils.class_names import normalize_name
 from vit_jax.utils.text import printable
+
+_MAX_NUMBER = 1e30
 
 
 def check_keys(stated: Mapping[str, Any], known: Collection[str], *, where: str = "") -> None:
@@ -54,18 +56,52 @@ def check_sizes(stated: Mapping[str, Any], found: Mapping[str, Any], *, where: s
 
     Args:
       stated: key and value; a value of None states nothing.
-      found: the values of the same keys that follow from the tensors' shapes.
+      found: the values of the same keys that follow from the tensors: numbers, bools, pairs, for
+        which one number states both, or words, which no value equals.
       where: see `check_keys`.
 
     Raises:
       ValueError: a value differs.
     """
     for key, value in found.items():
-        if stated.get(key) is not None and stated[key] != value:
+        said = stated.get(key)
+        if isinstance(value, tuple) and said is not None:
+            said = tuple(said) if isinstance(said, list | tuple) else (said, said)
+        if said is not None and said != value:
+            have = f"show {key}=" if isinstance(value, bool) else "have "
+            words = "x".join(map(str, value)) if isinstance(value, tuple) else value
             raise ValueError(
-                f"{where}{key}={shorten(stated[key])} in config.json, but the tensors have "
-                f"{value}: the files are not of the same model"
+                f"{where}{key}={shorten(stated[key])} in config.json, but the tensors "
+                f"{have}{words}: the files are not of the same model"
             )
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number with which one can compute."""
+    return type(value) in (int, float) and abs(value) < _MAX_NUMBER
+
+
+def read_pair(size: Any, key: str) -> tuple[int, int]:
+    """Returns (height, width) of a size: a number, two, or a mapping.
+
+    Raises:
+      ValueError: it is none of these; the message starts with `key`.
+    """
+    pair: Sequence[Any] = size if isinstance(size, list | tuple) else (size, size)
+    if isinstance(size, Mapping):
+        pair = size.get("height"), size.get("width")
+    sides = [n for n in pair if type(n) is int and n > 0]
+    if len(pair) != 2 or len(sides) != 2:
+        raise ValueError(f"{key} is {shorten(size)}; expected an integer above 0, or two")
+    return sides[0], sides[1]
+
+
+def read_colors(value: Any) -> Any:
+    """Returns the mean or deviation of pixels, a number or one a channel, as a number or a tuple.
+
+    `check_description` refuses what is neither.
+    """
+    return tuple(value) if isinstance(value, list | tuple) else value
 
 
 def read_class_names(
@@ -79,12 +115,14 @@ def read_class_names(
       num_classes: width of the head; None without a head.
 
     Raises:
-      ValueError: a label is no number.
+      ValueError: a label is no number, or a name no text.
     """
     if not names or num_classes is None:
         return None, []
     try:
-        pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
+        pairs = list(names.items() if isinstance(names, Mapping) else enumerate(names))
+        if isinstance(names, str) or not all(isinstance(name, str | int) for _, name in pairs):
+            raise TypeError
         by_label = {int(label): name for label, name in pairs}
     except (TypeError, ValueError):
         raise ValueError(

@@ -50,6 +50,7 @@ def check_description(weights: Weights) -> Weights:
         _check_values(getattr(weights, section), section, max(count, _MIN_INTEGER))
     _check_model(weights.model, weights.params)
     _check_images(weights.preprocess)
+    _check_channels(weights)
     return weights
 
 
@@ -100,6 +101,22 @@ def _as_pair(key: str, value: Any) -> Any:
     if key == "patch_size" and isinstance(value, int):
         return (value, value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _check_channels(weights: Weights) -> None:
+    kernels = ("conv_root/kernel", "stem/kernel", "embedding/kernel")
+    kernel = next((weights.params[path] for path in kernels if path in weights.params), None)
+    if kernel is None or kernel.ndim != 4:
+        return
+    # Models that read grey images may still state the three of the colours they started from.
+    expected = sorted({1, 3, kernel.shape[2]})
+    for key in ("mean", "std"):
+        value = weights.preprocess.get(key)
+        if isinstance(value, list | tuple) and len(value) not in expected:
+            raise ValueError(
+                f"{key} is {shorten(value)}; expected one number, or one for each of the "
+                f"{kernel.shape[2]} channels"
+            )
 
 
 def _check_images(preprocess: Mapping[str, Any]) -> None:

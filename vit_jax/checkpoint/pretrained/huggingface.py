@@ -15,7 +15,10 @@ from vit_jax.checkpoint.pretrained.config_json import (
     check_keys,
     check_sizes,
     check_values,
+    is_number,
     read_class_names,
+    read_colors,
+    read_pair,
 )
 from vit_jax.checkpoint.pretrained.names import HUGGINGFACE_PATCHES as _PATCHES
 from vit_jax.checkpoint.pretrained.names import describe_family
@@ -28,6 +31,7 @@ from vit_jax.checkpoint.pretrained.weights import (
     describe_no_line,
     image_size_of,
 )
+from vit_jax.utils.bounds import shorten
 
 _NAMES = tuple(
     (re.compile(pattern), replacement)
@@ -56,15 +60,22 @@ _NAMES = tuple(
 )
 # By their numbers in Pillow.
 _INTERPOLATIONS = dict(enumerate(("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")))
+# Keys of preprocessor_config.json that prepare images as no operation here does.
+_ODD_IMAGES = ("do_pad", "crop_pct", "do_flip_channel_order")
 _ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
-# Kinds of models by `model_type`; None where the tensors tell them apart.
+# Kinds of models by `model_type`: the kind that the tensors show, and its name.
 _KINDS = {
-    **{"vit": None, "deit": None, "dinov2": None, "dinov2_with_registers": None},
-    **{"vit_msn": "ViT-MSN", "vit_mae": "ViT-MAE", "ijepa": "I-JEPA"},
+    "vit": ("ViT", "ViT"),
+    "deit": ("DeiT", "DeiT"),
+    "dinov2": ("DINOv2", "DINOv2"),
+    "dinov2_with_registers": ("DINOv2 with registers", "DINOv2 with registers"),
+    "vit_msn": ("ViT", "ViT-MSN"),
+    "vit_mae": ("ViT", "ViT-MAE"),
+    "ijepa": ("I-JEPA", "I-JEPA"),
 }
-# Keys of config.json that tensors show, that matter in training or for other programs alone, or
-# that every config has, for models of text too.
+# Keys of config.json that tensors show (see `_list_sizes`), that matter in training or for other
+# programs alone, or that every config has, for models of text too.
 _HARMLESS = {
     *("model_type", "architectures", "transformers_version", "dtype", "torch_dtype"),
     *("_name_or_path", "name_or_path", "_commit_hash", "_attn_implementation"),
@@ -134,22 +145,24 @@ def read_huggingface(
     check_keys(config, _HARMLESS | _USED | _EXPECTED.keys())
     check_values(config, _EXPECTED)
     renamed, kind, notes = _to_timm_names(tensors)
-    kind = _KINDS.get(config.get("model_type", "vit")) or kind
+    if "model_type" in config:
+        shown, name = _KINDS[config["model_type"]]
+        check_sizes(config, {"model_type": f"those of a {kind}"} if kind != shown else {})
+        kind = name
     loss, loss_notes = _read_loss(renamed, config)
     slots = sum(name in renamed for name in ("cls_token", "dist_token"))
     size = config.get("image_size")
     _, grid, grid_notes = find_positions(
         renamed,
-        image_size=None if size is None else _pair(size),
+        image_size=None if size is None else read_pair(size, "image_size in config.json"),
         candidates=(slots,),
         usual=slots,
         key="image_size in config.json" if config else "model_type and image_size in config.json",
     )
-    params, more = to_linen(
-        renamed, num_heads=num_heads or config.get("num_attention_heads"), num_slots=slots
-    )
+    heads = config.get("num_attention_heads") if num_heads is None else num_heads
+    params, more = to_linen(renamed, num_heads=heads, num_slots=slots)
     model = describe_model(params, rope_theta=None)
-    check_sizes(config, _list_sizes(renamed, model))
+    check_sizes(config, _list_sizes(config, renamed, params, model))
     settings, settings_notes = _read_settings(config, model, kind=kind)
     model = settings | model
     head = params.get("head/kernel")
@@ -209,15 +222,37 @@ def _read_loss(
     return "softmax" if kind else None, []
 
 
-def _list_sizes(tensors: Mapping[str, np.ndarray], model: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the sizes in the words of Hugging Face."""
+def _list_sizes(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    params: Mapping[str, np.ndarray],
+    model: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns what config.json states as the tensors, by the names of timm, show it."""
     _, channels, *patch = tensors["patch_embed.proj.weight"].shape
+    width, gated = model["hidden_size"], model.get("activation") == "swiglu"
     sizes = {
-        "hidden_size": model["hidden_size"],
+        "hidden_size": width,
         "num_hidden_layers": model["num_layers"],
         "num_channels": channels,
+        "patch_size": tuple(patch),
+        "intermediate_size": model["mlp_dim"],
+        "num_register_tokens": model.get("num_registers", 0),
+        "use_swiglu_ffn": gated,
+        "qkv_bias": "blocks.0.attn.q_proj.bias" in tensors,
     }
-    return sizes | ({"patch_size": patch[0]} if patch[0] == patch[-1] else {})
+    if "layer_scale_init" not in model:
+        sizes["layerscale_value"] = "no layer scale"
+    for key, path in (("num_labels", "head/kernel"), ("pooler_output_size", "pre_logits/kernel")):
+        if path in params:
+            sizes[key] = params[path].shape[-1]
+    ratio = config.get("mlp_ratio")
+    hidden = int(width * ratio) if is_number(ratio) else 0
+    if gated:  # As the library has it.
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+    if hidden != model["mlp_dim"]:
+        sizes["mlp_ratio"] = f"layers of {model['mlp_dim']} units"
+    return sizes
 
 
 def _to_timm_names(
@@ -268,18 +303,28 @@ def _read_settings(
     epsilon = 1e-6 if kind.startswith("DINOv2") else 1e-12
     taken = {
         "hidden_act": ("activation", _ACTIVATIONS[config.get("hidden_act") or "gelu"]),
-        "layer_norm_eps": ("norm_epsilon", float(config.get("layer_norm_eps", epsilon))),
+        "layer_norm_eps": ("norm_epsilon", _read_epsilon(config, epsilon)),
     }
     settings = dict(taken.values())
     taken["num_attention_heads"] = "num_heads", model["num_heads"]
-    missing = {name: x for key, (name, x) in taken.items() if key not in config}
+    missing = {name: x for key, (name, x) in taken.items() if config.get(key) is None}
     if not missing:
         return settings, []
-    keys = " and ".join(key for key in taken if key not in config)
+    keys = " and ".join(key for key in taken if config.get(key) is None)
     values = ", ".join(f"{name}={value!r}" for name, value in missing.items())
     return settings, [
         f"no config.json states {keys}: {values}, the defaults of Hugging Face's {kind}, taken"
     ]
+
+
+def _read_epsilon(config: Mapping[str, Any], default: float) -> float:
+    epsilon = config.get("layer_norm_eps")
+    epsilon = default if epsilon is None else epsilon
+    if not is_number(epsilon) or epsilon < 0:
+        raise ValueError(
+            f"layer_norm_eps={shorten(epsilon)} in config.json: expected a number of 0 or more"
+        )
+    return float(epsilon)
 
 
 def _read_preprocess(
@@ -288,20 +333,30 @@ def _read_preprocess(
     """Returns `Weights.preprocess` from preprocessor_config.json or config.json, and notes."""
     found: dict[str, Any] = {}
     factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
+    if not is_number(factor) or factor <= 0:
+        raise ValueError(
+            f"rescale_factor={shorten(factor)} in preprocessor_config.json: expected a number "
+            "above 0"
+        )
     scale = 255 * factor  # The mean there is that of pixels in [0, scale].
     if abs(scale - 1) < 1e-6:
         scale = 1.0
-    if processor.get("do_normalize", True) and "image_mean" in processor:
-        for key in ("mean", "std"):
-            value = processor[f"image_{key}"]
-            values = value if isinstance(value, list) else [value]
+    stated = [processor.get(f"image_{key}") for key in ("mean", "std")]
+    if processor.get("do_normalize", True) and None not in stated:
+        for key, value in zip(("mean", "std"), map(read_colors, stated), strict=True):
+            values = value if isinstance(value, tuple) else (value,)
+            if not all(map(is_number, values)):
+                raise ValueError(
+                    f"image_{key}={shorten(value)} in preprocessor_config.json: expected a number, "
+                    "or one a channel"
+                )
             found[key] = tuple(x / scale for x in values)
     elif processor.get("do_normalize") is False:
         found |= {"mean": 0.0, "std": 1 / scale}
     more, notes = _describe_images(processor, kind=kind)
     found |= more
     if "image_size" not in found and "image_size" in config:
-        found["image_size"] = _pair(config["image_size"])
+        found["image_size"] = read_pair(config["image_size"], "image_size in config.json")
     return found, notes
 
 
@@ -310,21 +365,28 @@ def _describe_images(
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns `image_size` and `eval` of `Weights.preprocess`, and notes."""
     size, crop = processor.get("size"), None
-    if not processor.get("do_resize", True) or size is None:
+    if not processor:
         return {}, []
+    odd = next((key for key in _ODD_IMAGES if processor.get(key)), None)
+    if odd is not None:
+        return {}, [describe_no_line(f"prepared with {odd}={shorten(processor[odd])}")]
+    if not processor.get("do_resize", True):
+        return {}, [describe_no_line("not resized (do_resize)")]
+    if size is None:
+        return {}, ["images: preprocessor_config.json states no size of them: name another line"]
     if isinstance(size, Mapping):
         size = {name: value for name, value in size.items() if value is not None}
-    dinov2 = kind.startswith("DINOv2")
+    dinov2, where = kind.startswith("DINOv2"), "in preprocessor_config.json"
     if isinstance(size, int) and dinov2:  # As BitImageProcessor reads it.
         size = {"shortest_edge": size}
     if processor.get("do_center_crop") and processor.get("crop_size") is not None:
-        crop = _pair(processor["crop_size"])
+        crop = read_pair(processor["crop_size"], f"crop_size {where}")
     if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
-        resize = (size["shortest_edge"],)
+        resize = read_pair(size["shortest_edge"], f"size.shortest_edge {where}")[:1]
     elif isinstance(size, Mapping) and set(size) != {"height", "width"}:
         return {}, [describe_no_line(f"resized to {size}")]
     else:
-        resize = _pair(size)
+        resize = read_pair(size, f"size {where}")
     if crop is None and len(resize) == 1:
         return {}, [describe_no_line(f"resized to a shorter side of {resize[0]} and not cropped")]
     resample = processor.get("resample")
@@ -333,17 +395,7 @@ def _describe_images(
     found, notes = describe_evaluation(
         resize=resize,
         crop=crop,
-        interpolation=_INTERPOLATIONS.get(resample, resample),
+        interpolation=_INTERPOLATIONS[resample] if resample in list(_INTERPOLATIONS) else resample,
         rounding="down",
     )
     return {"image_size": crop or resize} | found, notes
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    """Returns (height, width) of a size in a config: a number, two, or a mapping."""
-    if isinstance(size, Mapping):
-        return size["height"], size["width"]
-    if isinstance(size, int):
-        return size, size
-    height, width = size
-    return height, width

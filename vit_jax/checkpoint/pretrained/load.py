@@ -27,6 +27,7 @@ from vit_jax.checkpoint.pretrained.weights import (
     OBJECTIVE_PARAMS,
     Loss,
     Weights,
+    check_blocks,
     check_loss,
     infer_model,
     unstack_blocks,
@@ -170,6 +171,7 @@ def _describe(
     names = described.get("objective_params", OBJECTIVE_PARAMS)
     own = {path: x for path, x in flat.items() if path.partition("/")[0] in names}
     params = unstack_blocks({path: x for path, x in flat.items() if path not in own})
+    check_blocks(params)
     stated = as_tuples(described.get("model", {}))
     model = stated if is_part(stated.get("name")) else infer_model(params)
     if not model:

@@ -21,6 +21,7 @@ from vit_jax.checkpoint.pretrained.description import check_description
 from vit_jax.checkpoint.pretrained.weights import (
     POSEMB,
     Weights,
+    check_blocks,
     check_loss,
     describe_weights,
     infer_model,
@@ -71,6 +72,10 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
     """
     path = epath.Path(path)
     params, described = read_arrays(path, subtree=subtree), _read_description(path)
+    try:
+        check_blocks(params)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
     try:
         posemb = read_posemb(described.get("posemb", {}))
     except ValueError as error:

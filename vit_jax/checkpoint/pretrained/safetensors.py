@@ -28,6 +28,7 @@ from vit_jax.checkpoint.pretrained.timm import read_timm
 from vit_jax.checkpoint.pretrained.timm_tensors import to_linen, to_timm
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
+    check_blocks,
     check_loss,
     describe_model,
     describe_weights,
@@ -105,6 +106,7 @@ def read_safetensors(
         own, notes = _METADATA in metadata and not part, []
         if not own:
             tensors, notes = unwrap(tensors, part=part)
+        check_blocks(tensors)
         if own:
             weights = _read_own(tensors, bounds.parse_json(metadata[_METADATA]), num_heads)
         elif is_huggingface(tensors):
@@ -176,7 +178,7 @@ def _read_own(
     model = {k: v for k, v in as_tuples(stated["model"]).items() if k in MODEL_KEYS}
     params, notes = to_linen(
         tensors,
-        num_heads=num_heads or model["num_heads"],
+        num_heads=model["num_heads"] if num_heads is None else num_heads,
         num_slots=0
         if "reg_token" in tensors
         else sum(name in tensors for name in ("cls_token", "dist_token")),

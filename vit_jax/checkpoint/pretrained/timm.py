@@ -6,7 +6,7 @@ Source: timm 1.0.31.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,10 @@ from vit_jax.checkpoint.pretrained.config_json import (
     check_keys,
     check_sizes,
     check_values,
+    is_number,
     read_class_names,
+    read_colors,
+    read_pair,
 )
 from vit_jax.checkpoint.pretrained.names import TIMM_PATCHES, describe_family
 from vit_jax.checkpoint.pretrained.timm_tensors import find_positions, to_linen
@@ -66,7 +69,8 @@ _TANH_GELU = re.compile(
     r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip"
     r"|vit_large_patch16_siglip_(gap_)?512"
 )
-# Arguments of the classes: those that tensors show, or that matter in training alone.
+# Arguments of the classes: those that tensors show (see `_list_arguments`), or that matter in
+# training alone.
 _SHOWN = {
     *("patch_size", "in_chans", "num_classes", "embed_dim", "depth", "mlp_ratio", "init_values"),
     *("qkv_bias", "qkv_fused", "proj_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm"),
@@ -78,6 +82,8 @@ _SHOWN = {
     *("drop_path_rate", "weight_init", "fix_init", "head_init_scale"),
     *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "device", "dtype"),
 }
+_QUERY_BIASES = ("qkv.bias", "q_bias", "q_proj.bias")
+_QUERY_NORM = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query_norm/scale"
 # Arguments that are used, and values of others with which the function is that of a model here.
 _USED = {"num_heads", "global_pool", "act_layer", "pool_include_prefix", "use_rot_pos_emb"} | {
     *("rope_temperature", "rope_grid_indexing", "ref_feat_shape"),
@@ -91,6 +97,7 @@ _EXPECTED: dict[str, tuple[Any, ...]] = {
     "rope_grid_indexing": ("ij", "xy"),
     "rope_rotate_half": (False,),
     "global_pool": ("", "avg", "token", "map"),
+    "pos_embed": ("", "none", "learn"),
 }
 
 
@@ -112,6 +119,9 @@ def read_timm(
     """
     if not isinstance(config.get("architecture"), str):
         config = {}  # It was written by another program.
+    config = {key: value for key, value in config.items() if value is not None}
+    if not isinstance(images := config.get("pretrained_cfg", {}), Mapping):
+        raise ValueError(f"pretrained_cfg={shorten(images)} in config.json: expected an object")
     # A name may have a tag of the weights, which does not change the model.
     architecture, options = config.get("architecture", "").partition(".")[0], _read_options(config)
     _check_architecture(tensors, architecture)
@@ -123,13 +133,16 @@ def read_timm(
     notes += more
     params, more = to_linen(
         tensors,
-        num_heads=num_heads or options.get("num_heads") or implied,
+        num_heads=next(
+            (n for n in (num_heads, options.get("num_heads")) if n is not None), implied
+        ),
         num_slots=slots,
         average=average,
         swap_axes=swap_axes,
     )
     model = describe_model(params, rope_theta=theta) | {"classifier": classifier}
-    check_sizes(options, _list_sizes(params, model), where="model_args.")
+    check_sizes(options, _list_arguments(options, tensors, params, model), where="model_args.")
+    check_sizes(config, _list_sizes(params, model))
     settings, settings_notes = _read_timm_settings(
         architecture, options, model, known=implied is not None
     )
@@ -187,11 +200,83 @@ def _imply_num_heads(architecture: str) -> int | None:
 
 
 def _list_sizes(params: Mapping[str, np.ndarray], model: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the sizes in timm's words."""
-    sizes = {"embed_dim": model["hidden_size"], "depth": model["num_layers"]}
+    """Returns the sizes that timm states beside the arguments of the model."""
+    sizes = {} if "pre_logits/kernel" in params else {"num_features": model["hidden_size"]}
     if "head/kernel" in params:
         sizes["num_classes"] = params["head/kernel"].shape[-1]
     return sizes
+
+
+def _list_arguments(
+    options: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    params: Mapping[str, np.ndarray],
+    model: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns the arguments of timm's classes as the tensors show them, for `check_sizes`."""
+    width, gated = model["hidden_size"], model.get("activation") == "swiglu"
+    registers = next((tensors[n] for n in ("reg_token", "register_tokens") if n in tensors), None)
+    num_registers = 0 if registers is None else registers.shape[1]
+    first = params.get("conv_root/kernel", params["embedding/kernel"])
+    norm, fc_norm = ("norm.weight" in tensors), ("fc_norm.weight" in tensors)
+    scaled_attention, scaled_mlp = (f"blocks.0.{x}.norm.weight" in tensors for x in ("attn", "mlp"))
+    scaled = "layer_scale_init" in model
+    positions = "pos_embed" in tensors
+    found: dict[str, Any] = _list_sizes(params, model) | {
+        "embed_dim": width,
+        "depth": model["num_layers"],
+        "patch_size": tuple(tensors[TIMM_PATCHES].shape[2:]),
+        "in_chans": first.shape[2],
+        "class_token": "cls_token" in tensors,
+        "reg_tokens": num_registers,
+        "num_reg_tokens": num_registers,
+        "distilled": "dist_token" in tensors,
+        "qk_norm": "qk_norm" in model,
+        "qkv_bias": any(f"blocks.0.attn.{n}" in tensors for n in _QUERY_BIASES),
+        "proj_bias": "blocks.0.attn.proj.bias" in tensors,
+        "scale_attn_norm": scaled_attention,
+        "scale_attn_inner": scaled_attention,
+        "scale_mlp_norm": scaled_mlp,
+        "scale_mlp": scaled_mlp,
+        "swiglu_mlp": gated,
+        "pre_norm": False,  # See `_check_architecture`.
+        "use_pre_transformer_norm": False,
+        "final_norm": norm or fc_norm,
+        "use_post_transformer_norm": norm or fc_norm,
+        "use_abs_pos_emb": positions,
+    }
+    if norm or fc_norm:
+        found |= {"fc_norm": fc_norm, "use_fc_norm": fc_norm}
+    if "qk_norm" in model:
+        found["num_heads"] = width // params[_QUERY_NORM].size
+    if bool(options.get("init_values")) != scaled and options.get("init_values") != 0:
+        found["init_values"] = "layer scale" if scaled else "no layer scale"
+    if (options.get("pos_embed") == "learn") != positions:
+        found["pos_embed"] = "position embeddings" if positions else "no position embeddings"
+    if "patch_embed.norm.weight" not in tensors and options.get("embed_norm_layer"):
+        found["embed_norm_layer"] = "no norm in patch_embed"
+    ratio, align = options.get("mlp_ratio"), options.get("swiglu_align_to")
+    # A gated layer of `VisionTransformer` halves its width, one of `Eva` does not.
+    halved = gated and not options.get("swiglu_mlp")
+    widths = {model["mlp_dim"]} | ({2 * model["mlp_dim"]} if halved else set())
+    if not _makes_width(ratio, width, widths, align):
+        found["mlp_ratio"] = model["mlp_dim"] / width
+    pooling = params.get("MAPHead_0/MlpBlock_0/Dense_0/bias")
+    if pooling is not None and not _makes_width(
+        options.get("attn_pool_mlp_ratio"), width, {pooling.size}, None
+    ):
+        found["attn_pool_mlp_ratio"] = pooling.size / width
+    return found
+
+
+def _makes_width(ratio: Any, width: int, expected: Collection[int], align: Any) -> bool:
+    """Whether a layer `ratio` times as wide as the model has one of the expected widths."""
+    if not is_number(ratio):
+        return False
+    hidden = int(width * ratio)
+    if type(align) is int and align > 0:
+        hidden += -hidden % align
+    return hidden in expected
 
 
 def _check_pooling(
@@ -263,17 +348,16 @@ def _find_rope(
         ]
     if theta is None or options.get("use_rot_pos_emb") is False:
         return None, None, False, notes
-    theta = float(options.get("rope_temperature", theta))
-    reference = _pair(options.get("ref_feat_shape", reference))
+    temperature = options.get("rope_temperature", theta)
+    if not is_number(temperature) or temperature <= 0:
+        raise ValueError(
+            f"model_args.rope_temperature={shorten(temperature)} in config.json: expected a number "
+            "above 0"
+        )
+    theta = float(temperature)
+    if "ref_feat_shape" in options:
+        reference = read_pair(options["ref_feat_shape"], "model_args.ref_feat_shape in config.json")
     return theta, reference, options.get("rope_grid_indexing", indexing) == "xy", notes
-
-
-def _pair(size: Any) -> tuple[int, int] | None:
-    """Returns (rows, columns) of a size in config.json: a number, two, or none."""
-    if size is None:
-        return None
-    first, second = (size, size) if isinstance(size, int) else size
-    return first, second
 
 
 def _find_positions(
@@ -290,18 +374,38 @@ def _find_positions(
         candidates, usual = (tokens[0],), tokens[0]
     if _NO_EMBED_CLASS.match(config.get("architecture", "")):
         usual = 0
-    if "no_embed_class" in options:
-        usual = 0 if options["no_embed_class"] else sum(tokens)
-        candidates = (usual,)
-    size, key = images.get("input_size"), "pretrained_cfg.input_size"
-    size = None if size is None else tuple(size[1:])
+    stated = options.get("no_embed_class")
+    if stated is not None:
+        usual = 0 if stated else sum(tokens)
+    size, key = _read_input_size(images), "pretrained_cfg.input_size"
     if options.get("img_size") is not None:
-        size, key = _pair(options["img_size"]), "model_args.img_size"
+        key = "model_args.img_size"
+        size = read_pair(options["img_size"], f"{key} in config.json")
+    if usual is not None and stated is not None and size is None:
+        candidates = (usual,)
     if config.get("architecture"):
         key = f"{key} in config.json"
     else:
         key = f"architecture and {key} in a config.json beside the file"
-    return find_positions(tensors, image_size=size, candidates=candidates, usual=usual, key=key)
+    slots, grid, notes = find_positions(
+        tensors, image_size=size, candidates=candidates, usual=usual, key=key
+    )
+    if stated is not None and grid is not None and slots != usual:
+        what = f"{slots} position embeddings in front of those of patches"
+        check_sizes(options, {"no_embed_class": what}, where="model_args.")
+    return slots, grid, notes
+
+
+def _read_input_size(images: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Returns (height, width) of the images, None if it is not stated."""
+    size = images.get("input_size")
+    if size is None:
+        return None
+    if not isinstance(size, list) or len(size) != 3:
+        raise ValueError(
+            f"input_size={shorten(size)} in config.json: expected channels, height and width"
+        )
+    return read_pair(size[1:], "input_size in config.json")
 
 
 def _find_classifier(
@@ -311,10 +415,16 @@ def _find_classifier(
     images = config.get("pretrained_cfg") or {}
     pool = options.get("global_pool", config.get("global_pool") or images.get("global_pool"))
     check_values({"global_pool": pool}, _EXPECTED)
-    has_token = "cls_token" in tensors
+    has_token, has_pool = "cls_token" in tensors, "attn_pool.latent" in tensors
+    if pool == "token" and not has_token:
+        check_sizes({"global_pool": pool}, {"global_pool": "no class token"})
+    if pool == "map" and not has_pool:
+        check_sizes({"global_pool": pool}, {"global_pool": "no attention pooling"})
+    if pool in ("token", "avg") and has_pool:
+        check_sizes({"global_pool": pool}, {"global_pool": "attention pooling"})
     if pool == "":
         return "token_unpooled" if has_token else "unpooled"
-    if "attn_pool.latent" in tensors:
+    if has_pool:
         return "map"
     if not has_token or pool == "avg":
         return "gap"
@@ -345,12 +455,18 @@ def _read_timm_settings(
 def _read_timm_images(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     found: dict[str, Any] = {}
     if "mean" in config and "std" in config:
-        found |= {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
-    if "input_size" not in config:
+        found |= {key: read_colors(config[key]) for key in ("mean", "std")}
+    image_size = _read_input_size(config)
+    if image_size is None:
         return found, []
-    _, height, width = config["input_size"]
-    found["image_size"] = (height, width)
-    crop, mode = config.get("crop_pct") or _CROP_PCT, config.get("crop_mode") or "center"
+    height, width = found["image_size"] = image_size
+    crop, mode = config.get("crop_pct"), config.get("crop_mode") or "center"
+    crop = _CROP_PCT if crop is None else crop
+    if not is_number(crop) or not 0.01 <= crop <= 100:
+        raise ValueError(
+            f"crop_pct={shorten(crop)} in config.json: expected a number such as {_CROP_PCT}, the "
+            "part of a side that is kept"
+        )
     size = math.floor(height / crop), math.floor(width / crop)
     if mode not in ("center", "squash") or (mode == "center" and size[0] != size[1]):
         what = f"prepared in crop_mode={mode!r} for {height}x{width} pixels"

@@ -111,7 +111,10 @@ def to_linen(
         num_heads = _infer_num_heads(rest)
     width = rest["patch_embed.proj.weight"].shape[0]
     if type(num_heads) is not int or num_heads < 1 or width % num_heads:
-        raise ValueError(f"{num_heads!r} attention heads do not divide the width of {width}")
+        raise ValueError(
+            f"{num_heads!r} attention heads do not divide the width of {width}: correct num_heads "
+            "of timm, or num_attention_heads of Hugging Face, in config.json"
+        )
     if average:
         notes.append("cls: kept as a register, since it is not what is classified")
     for prefix, reason in _DROPPED.items():

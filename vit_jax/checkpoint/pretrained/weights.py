@@ -2,14 +2,16 @@
 """Pretrained weights by the parameter names of this package, and the model that they belong to."""
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from vit_jax.models.positions import Method
 from vit_jax.models.resnet import total_stride
+from vit_jax.utils.bounds import shorten
 from vit_jax.utils.errors import UserError
 
 POSEMB = "Transformer/posembed_input/pos_embedding"
@@ -31,6 +33,19 @@ _RESIZES = {
 Loss = Literal["softmax", "sigmoid"]
 
 _BLOCK = re.compile(r"(.*/)?encoderblock_(\d+)/(.*)")
+# What a name has up to the number of a block, or of a part of a ResNet, this number, and the first.
+_NUMBERED = tuple(
+    (re.compile(pattern), first)
+    for pattern, first in (
+        (r"((?:.*/)?(?:encoderblock|MixerBlock)_)(\d+)/", 0),
+        (r"((?:.*/)?block)(\d+)/", 1),
+        (r"((?:.*/)?block\d+/unit)(\d+)/", 1),
+        (r"(blocks\.)(\d+)\.", 0),
+        (r"(patch_embed\.backbone\.stages\.)(\d+)\.", 0),
+        (r"(patch_embed\.backbone\.stages\.\d+\.blocks\.)(\d+)\.", 0),
+        (r"((?:.*\.)?encoder\.layer\.)(\d+)\.", 0),
+    )
+)
 _STACK = re.compile(r"(.*/)?encoderblock/(.*)")
 
 
@@ -119,6 +134,29 @@ def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_blocks(names: Iterable[str]) -> None:
+    """Refuses parameters of which a whole block is absent, as in a part of a file.
+
+    Args:
+      names: of parameters of this package, or of tensors of timm or Hugging Face.
+
+    Raises:
+      ValueError: there is a block of a higher number than one that is absent.
+    """
+    blocks: dict[tuple[str, int], set[int]] = {}
+    for name, (pattern, first) in itertools.product(names, _NUMBERED):
+        if match := pattern.match(name):
+            blocks.setdefault((match[1], first), set()).add(int(match[2]))
+    for (prefix, first), numbers in blocks.items():
+        every = range(first, first + len(numbers))
+        absent = next((i for i in every if i not in numbers), None)
+        if absent is not None:
+            raise ValueError(
+                f"it has {prefix}{max(numbers)}, but nothing of {prefix}{absent}: expected all "
+                "blocks of the model"
+            )
+
+
 def is_stacked(params: Mapping[str, Any]) -> bool:
     """Whether the blocks' parameters are those of a scanned encoder."""
     return any(_STACK.fullmatch(path) for path in params)
@@ -202,8 +240,8 @@ def describe_evaluation(
       `(preprocess, notes)`: `{"eval": line}`, or nothing and a note if no line does the same.
     """
     sides = resize * 2 if len(resize) == 1 else resize
-    if interpolation not in _RESIZES:
-        return {}, [describe_no_line(f"resized by {interpolation!r} interpolation")]
+    if interpolation not in list(_RESIZES):  # It may be of any type.
+        return {}, [describe_no_line(f"resized by {shorten(interpolation)} interpolation")]
     if crop is not None and (crop[0] > sides[0] or crop[1] > sides[1]):
         return {}, [describe_no_line(f"resized to {sides}, and padded in a crop of {crop}")]
     arguments = f"{', '.join(map(str, resize))}, method={_RESIZES[interpolation]!r}"
