@@ -28,12 +28,13 @@ def trace_program(model: LoadedModel, layer: str) -> export.Exported:
 @contextlib.contextmanager
 def _without_locations() -> Iterator[None]:
     """Leaves out of programs in which files of this machine an operation was called."""
-    before = jax.config.jax_traceback_in_locations_limit
-    jax.config.update("jax_traceback_in_locations_limit", 0)
+    key = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, key)
+    jax.config.update(key, 0)
     try:
         yield
     finally:
-        jax.config.update("jax_traceback_in_locations_limit", before)
+        jax.config.update(key, before)
 
 
 def write_stablehlo(

@@ -134,8 +134,9 @@ def train(
 
 def _find_limits(config: ConfigDict | Mapping[str, Any]) -> Limits:
     """Reads the limits of a config before all of it is read; a wrong section is refused later."""
+    section: Any = config.get("watchdog") or {}
     try:
-        return read_section("watchdog", dict(config.get("watchdog") or {}))[0]
+        return read_section("watchdog", dict(section))[0]
     except (UserError, TypeError, ValueError):
         return Limits()
 
