@@ -101,14 +101,21 @@ def train(
                 names,
                 settings.resume,
                 resolve=lambda config: build_parts(without_mesh(config)).config,
+                total_steps=experiment.total_steps,
             )
             stack.enter_context(lock_workdir(folder, active=main_process))
         checkpoints = stack.enter_context(
             CheckpointManager(folder, settings.checkpoint, experiment.description)
         )
         total, saved = experiment.total_steps, checkpoints.latest_step() or 0
+        if saved > total:
+            log(
+                f"nothing is trained: {folder} is at step {saved}, past the {total} steps of the "
+                f"config; expected a larger {_length_key(experiment)} to train on"
+            )
+            return
         missed = missed_evaluators(experiment, folder, saved)
-        if saved >= total and not missed:
+        if saved == total and not missed:
             log(f"nothing to do: {folder} is at step {saved} of {total}")
         else:
             ledger = Ledger(
@@ -270,8 +277,13 @@ def _report_start(
 
 def override_for_longer_run(experiment: Experiment) -> str:
     """What to add to the command for a run of double length, in the unit that the config has."""
-    key = next(key for key in LENGTH if experiment.config[key] is not None)
+    key = _length_key(experiment)
     return f"--config.{key}={2 * experiment.config[key]}"
+
+
+def _length_key(experiment: Experiment) -> str:
+    """The key of the config that states the length of the run."""
+    return next(key for key in LENGTH if experiment.config[key] is not None)
 
 
 def _report_end(
