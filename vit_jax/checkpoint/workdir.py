@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.checkpoint.listing import list_steps
+from vit_jax.checkpoint.listing import is_step, list_steps
 from vit_jax.observe.console import log
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.utils.bounds import MAX_JSON, open_regular, read_json
@@ -139,7 +139,7 @@ def find_step(workdir: Path | None, checkpoint: str) -> str:
     steps = list_steps(workdir) if workdir else []
     if workdir is not None and steps and checkpoint in ("last", "best"):
         step = steps[-1] if checkpoint == "last" else _find_best(workdir, steps)
-    elif checkpoint.isdigit() and int(checkpoint) in steps:
+    elif is_step(checkpoint) and int(checkpoint) in steps:
         step = int(checkpoint)
     else:
         raise UserError(
