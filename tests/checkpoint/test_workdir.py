@@ -95,13 +95,22 @@ def test_a_link_to_a_file_is_as_good_as_the_file(tmp_path):
     check_files(tmp_path)
 
 
-def test_a_lock_of_another_kind_is_one_line(tmp_path):
-    (tmp_path / "lock").mkdir()
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Path.mkdir, "Is a directory"),
+        (os.mkfifo, "it is not a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is not a file"),
+    ],
+)
+def test_a_lock_of_another_kind_is_one_line(make, reason, tmp_path):
+    make(tmp_path / "lock")
     with (
-        pytest.raises(UserError, match=r"lock can't be opened \(Is a directory\)"),
+        pytest.raises(UserError, match=rf"lock can't be opened \({reason}\)"),
         lock_workdir(tmp_path),
     ):
         pass
+    assert os.path.lexists(tmp_path / "lock")
 
 
 def test_a_lock_needs_no_room_on_the_disk(tmp_path):

@@ -2,10 +2,12 @@
 """The folder of a run, which belongs to the experiment of its `config.json`."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -205,6 +207,9 @@ def lock_workdir(workdir: Path, *, active: bool = True) -> Iterator[None]:
     while True:
         try:
             file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed below)
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                file.close()
+                raise OSError(errno.EINVAL, "it is not a file")
         except OSError as e:
             raise UserError(
                 f"--workdir={str(workdir)!r}: {LOCK} can't be opened ({e.strerror}); expected a "
