@@ -115,6 +115,7 @@ def train(
             )
             return
         missed = missed_evaluators(experiment, folder, saved)
+        skipped: Sequence[int] = ()
         if saved == total and not missed:
             log(f"nothing to do: {folder} is at step {saved} of {total}")
         else:
@@ -136,7 +137,8 @@ def train(
                     trackers=trackers,
                 )
                 _take_steps(run, state, start=start, missed=missed)
-        _report_end(experiment, folder, checkpoints, command)
+                skipped = run.skipped
+        _report_end(experiment, folder, checkpoints, command, skipped)
 
 
 def _find_limits(config: ConfigDict | Mapping[str, Any]) -> Limits:
@@ -287,7 +289,11 @@ def _length_key(experiment: Experiment) -> str:
 
 
 def _report_end(
-    experiment: Experiment, folder: Path, checkpoints: CheckpointManager, command: str | None
+    experiment: Experiment,
+    folder: Path,
+    checkpoints: CheckpointManager,
+    command: str | None,
+    skipped: Sequence[int],
 ) -> None:
     last = checkpoints.latest_step() or 0
     probes = [e for e in experiment.evaluators if e.head_names]
@@ -296,6 +302,7 @@ def _report_end(
         step=last,
         total_steps=experiment.total_steps,
         checkpoint=folder / CHECKPOINTS / str(last),
+        skipped=skipped,
         longer=None if command is None else f"{command} {override_for_longer_run(experiment)}",
         heads=probes[0].head_names if probes else (),
         # The split that chooses comes first.
