@@ -32,6 +32,7 @@ from absl import flags
 
 from vit_jax.data.sources import open_source
 from vit_jax.observe import console
+from vit_jax.utils import streams
 
 if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
@@ -94,7 +95,18 @@ def restore_screen():
 
 @pytest.fixture
 def said(monkeypatch):
-    """The lines that the package prints."""
+    """The lines that the package prints, as its log and as results."""
     lines = []
     monkeypatch.setattr(console.console, "print", lambda *text, **_: lines.append(str(text[0])))
+    printed = streams.result_stream
+
+    class Both:
+        def write(self, text):
+            lines.extend(text.splitlines() if text != "\n" else ())
+            return printed().write(text)
+
+        def flush(self):
+            printed().flush()
+
+    monkeypatch.setattr(streams, "result_stream", Both)
     return lines

@@ -70,9 +70,10 @@ def test_a_step_that_diverges_stops_the_run_and_leaves_its_batch(data_dir, tmp_p
     assert found.causes == ("divergence",)
 
 
-def test_skipped_steps_are_as_if_they_had_not_been(data_dir, tmp_path, monkeypatch):
+def test_skipped_steps_are_as_if_they_had_not_been(data_dir, tmp_path, monkeypatch, said):
     poison(monkeypatch, 7)
     run(data_dir, tmp_path, on_divergence="skip", checkpoint__every=1, checkpoint__keep=3)
+    assert "  skipped         1 steps that diverged and changed nothing: 7" in said
     params = {s: load_params(tmp_path / "checkpoints" / str(s))[0] for s in (6, 7, 8)}
     assert_same(params[6], params[7])
     assert not np.array_equal(params[8]["head"]["kernel"], params[7]["head"]["kernel"])

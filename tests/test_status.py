@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands that only read the files of a workdir start without the libraries of training."""
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -26,6 +28,27 @@ def test_a_command_that_reads_json_imports_no_library_of_training(command):
     names = imported("-m", f"vit_jax.{command}", "--help")
     assert "rich" in names
     assert not names & HEAVY
+
+
+SECONDS = dict.fromkeys(("step", "compile", "data_wait", "save", "evaluation"), 0)
+START = {"event": "start", "time": 1.0, "step": 0, "total": 8, "seconds": SECONDS}
+
+
+@pytest.mark.parametrize("place", [">/dev/full", ">&-"])
+@pytest.mark.parametrize("arguments", ["status run", "status run --json"])
+def test_a_status_that_can_not_be_printed_is_code_1(place, arguments, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ledger.jsonl").write_text(json.dumps(START))
+    done = subprocess.run(
+        ["bash", "-c", f'"$0" -m vit_jax.{arguments} {place}', sys.executable],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("vit_jax: error: stdout can't be written to (")
+    assert done.stderr.count("\n") == 1
 
 
 def test_checkpoints_and_records_need_no_library_of_the_input():

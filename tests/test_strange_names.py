@@ -12,11 +12,12 @@ import pytest
 from tests.images import encode
 from tests.tiny import tiny_config
 from tests.trained import write_model
-from vit_jax import explain, predict
+from vit_jax import compare, explain, predict, report, status
 from vit_jax.checkpoint.workdir import read_labels
 from vit_jax.config.load import override_config
 from vit_jax.data.sources import dataset_info
 from vit_jax.inference.model import load_model
+from vit_jax.sweep import Trial, write_results
 from vit_jax.training.run import train
 from vit_jax.utils.command import print_error
 from vit_jax.utils.errors import UserError
@@ -129,3 +130,43 @@ def test_a_run_on_such_classes_in_such_a_folder_is_whole(data_dir, tmp_path, sai
 def test_an_error_is_one_line(capsys):
     print_error(UserError(os.fsdecode(b"a\xff\nvit_jax: error: fake\x1b[2J")))
     assert capsys.readouterr().err == "vit_jax: error: a\\xff vit_jax: error: fake\\x1b[2J\n"
+
+
+EVIL = "x\x1b[31m\nvit_jax: error: made up"
+SHOWN = r"x\x1b[31m\nvit_jax: error: made up"
+
+
+def test_texts_in_files_of_a_run_print_no_lines_of_their_own(tmp_path, capsys):
+    seconds = dict.fromkeys(("step", "compile", "data_wait", "save", "evaluation"), 0)
+    start = {"event": "start", "time": 1.0, "step": 0, "total": 8, "seconds": seconds}
+    ledger = [start, start | {"event": "end", "cause": EVIL}]
+    config = {"model": {EVIL: 1}, "data": {"name": EVIL}, "optimizer": {}}
+    for name in "ab":
+        run = tmp_path / name
+        (run / "divergence").mkdir(parents=True)
+        (run / "ledger.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ledger))
+        (run / "metrics.jsonl").write_text(json.dumps({"step": 1, f"val/{EVIL}": 1.0}) + "\n")
+        (run / "config.json").write_text(json.dumps(config | {"seed": f"{name}{EVIL}"}))
+        rollback = {"to": 1, "past": 2, "reason": EVIL}
+        (run / "divergence" / "rollbacks.jsonl").write_text(json.dumps(rollback) + "\n")
+    for main, arguments in (
+        (status.main, [str(tmp_path / "a")]),
+        (status.main, [str(tmp_path / "a"), "--json"]),
+        (compare.main, [str(tmp_path / "a"), str(tmp_path / "b")]),
+        (compare.main, [str(tmp_path / "a"), str(tmp_path / "b"), "--format=csv"]),
+        (compare.main, [str(tmp_path / "a"), str(tmp_path / "b"), "--format=json"]),
+    ):
+        main(arguments)
+        printed = "".join(capsys.readouterr())
+        assert "made up" in printed
+        assert "\x1b" not in printed
+        if "--format=csv" not in arguments:  # Quoted cells of CSV may have several lines.
+            assert not any(line.startswith("vit_jax: error") for line in printed.splitlines())
+    report.main([f"--workdir={tmp_path / 'a'}", "--no_predict"])
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "\x1b" not in page
+    assert SHOWN in page
+    trials = [Trial("a", {}, (), config), Trial("b", {}, (), config)]
+    lines = write_results(trials, {"a": {"status": EVIL}}, tmp_path, metric=None)
+    assert SHOWN in "".join(lines)
+    assert not any("\n" in line or "\x1b" in line for line in lines)

@@ -11,6 +11,7 @@ from vit_jax.checkpoint.pretrained.catalogue import list_models
 from vit_jax.config.shipped import find_config, list_configs, read_docstring
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.streams import print_result
 
 USAGE = """\
 usage: vit_jax COMMAND ...
@@ -48,10 +49,12 @@ def show_configs(argv: Sequence[str]) -> None:
     name = parser.parse_args(argv).name
     if name is not None:
         path = find_config(name)
-        print(f"{path}\n\n{read_docstring(path)}")
+        print_result(f"{path}\n\n{read_docstring(path)}")
         return
     _print_table(list_configs())
-    print("\nvit_jax configs NAME prints more; vit_jax train --config=NAME --workdir=DIR trains.")
+    print_result(
+        "\nvit_jax configs NAME prints more; vit_jax train --config=NAME --workdir=DIR trains."
+    )
 
 
 def show_models(argv: Sequence[str]) -> None:
@@ -85,18 +88,18 @@ def describe_commands() -> dict[str, str]:
 def _print_table(rows: Mapping[str, str]) -> None:
     width = max(map(len, rows))
     for name, text in rows.items():
-        print(f"  {name:<{width}}  {text}")
+        print_result(f"  {name:<{width}}  {text}")
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command that the first argument names, with the arguments after it."""
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
-        print(USAGE)
+        print_result(USAGE)
         _print_table(describe_commands())
-        print("\nvit_jax COMMAND --help prints the arguments of a command.")
+        print_result("\nvit_jax COMMAND --help prints the arguments of a command.")
     elif name == "--version":
-        print(__version__)
+        print_result(__version__)
     elif name in LISTINGS:
         LISTINGS[name](rest)
     elif name in COMMANDS:

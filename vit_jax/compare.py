@@ -30,6 +30,7 @@ from vit_jax.pages.comparison import (
 )
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.files import check_fresh, fresh_file, fresh_folder
+from vit_jax.utils.streams import print_result
 from vit_jax.utils.text import encode_text
 
 FORMATS = ("table", "csv", "json")
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
         check_fresh(args.output)
     runs = read_runs(args.WORKDIRS)
     if args.output is None:
-        print(render(runs, args.format), end="")
+        print_result(render(runs, args.format), end="")
     elif (form := args.output.suffix.removeprefix(".")) in ("csv", "json", "html"):
         with fresh_file(args.output) as fresh:
             fresh.write_bytes(encode_text(render(runs, form)))

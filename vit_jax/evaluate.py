@@ -34,6 +34,7 @@ from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, EVALS, RESULTS
 from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.registry import trust_parts
+from vit_jax.utils.streams import print_result
 
 # Seconds between two looks into the workdir, and what the removal of a checkpoint may take.
 _POLL = 2.0
@@ -241,7 +242,9 @@ def main(argv: Sequence[str]) -> int:
     def report(record: dict[str, Any]) -> None:
         unwritten = None if output is None else try_to_append(output, record)
         if args.json:
-            print(json.dumps(record), flush=True)
+            print_result(json.dumps(record))
+        elif output is None:
+            print_result("\n".join(show(record)))
         else:
             log_lines(show(record))
         if unwritten is not None:  # The results have been shown.

@@ -23,7 +23,6 @@ import jax
 
 from vit_jax.config.load import load_config, parse_overrides
 from vit_jax.config.reduced import reduce_for_planning
-from vit_jax.observe.console import log
 from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.planning import scale as scale_lib
 from vit_jax.planning import search as search_lib
@@ -33,6 +32,7 @@ from vit_jax.planning.topologies import Topology, parse_topology
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import trust_parts
+from vit_jax.utils.streams import print_result
 
 # Arguments for the subprocesses that compile.
 _PASSED_ON = ("config", "topology", "num_slices", "num_classes", "image_size", "cache", "parts")
@@ -92,10 +92,10 @@ def main(argv: Sequence[str]) -> None:
         found = make_plan(config, topology, cache=args.cache)
         lines = _describe(found, config, topology)
     if args.json:
-        print(json.dumps(found, indent=1))
+        print_result(json.dumps(found, indent=1))
     else:
         for line in lines:
-            log(line)
+            print_result(line)
 
 
 def _describe(plan: Plan, config: Mapping[str, Any], topology: Topology) -> Iterator[str]:

@@ -48,6 +48,7 @@ from vit_jax.observe.console import log, set_up
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import check_fresh, fresh_file
+from vit_jax.utils.streams import result_stream
 from vit_jax.utils.text import printable
 
 PREDICTIONS = ("table", "csv", "json", "parquet")
@@ -112,7 +113,7 @@ def open_writer(args: argparse.Namespace, model: LoadedModel, paths: list[str]) 
     """What takes the results: the screen, or a file that appears when all are in it."""
     with contextlib.ExitStack() as stack:
         if args.output is None:
-            yield _make_text_writer(args, sys.stdout, model, paths)
+            yield _make_text_writer(args, result_stream(), model, paths)
             return
         fresh = stack.enter_context(fresh_file(args.output))
         if args.format == "npz":

@@ -15,12 +15,14 @@ from typing import Any
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manifest import find_fault, has_manifest
 from vit_jax.checkpoint.workdir import find_holder
-from vit_jax.observe.console import log, set_up
+from vit_jax.observe.console import set_up
 from vit_jax.observe.divergence import read_rollbacks
 from vit_jax.observe.ledger import KINDS, read_ledger, summarize
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS
+from vit_jax.utils.streams import print_result
+from vit_jax.utils.text import printable
 
 
 def describe(workdir: Path, *, verify: bool = True) -> dict[str, Any]:
@@ -105,10 +107,10 @@ def main(argv: Sequence[str]) -> None:
     set_up(quiet=False, to_stderr=args.json)
     found = describe(args.workdir, verify=not args.no_verify)
     if args.json:
-        print(json.dumps(found, indent=1))
+        print_result(json.dumps(found, indent=1))
     else:
         for line in show(args.workdir, found):
-            log(line)
+            print_result(printable(line))
 
 
 if __name__ == "__main__":

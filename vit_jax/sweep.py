@@ -59,6 +59,7 @@ from vit_jax.utils.layout import CONFIG
 from vit_jax.utils.metrics import lower_is_better
 from vit_jax.utils.registry import trust_parts
 from vit_jax.utils.signals import INTERRUPTED
+from vit_jax.utils.streams import print_result
 from vit_jax.utils.text import printable
 
 RESULTS = "sweep.json"
@@ -390,7 +391,7 @@ def main(argv: Sequence[str]) -> int:
         check_trials(trials)
     if args.emit:
         for line in emit(trials, args.emit, shlex.split(args.launch_args)):
-            print(printable(line))
+            print_result(printable(line))
         return 0
     code = 0 if args.summarize else run_sweep(trials, args.workdir, metric=args.metric)
     for line in write_results(trials, read_states(args.workdir), args.workdir, metric=args.metric):

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from vit_jax.checkpoint.workdir import check_files, find_holder, lock_workdir, write_config
+from vit_jax.checkpoint.listing import list_steps
+from vit_jax.checkpoint.workdir import (
+    check_files,
+    find_holder,
+    find_step,
+    lock_workdir,
+    write_config,
+)
 from vit_jax.utils.errors import UserError
 
 
@@ -88,13 +95,22 @@ def test_a_link_to_a_file_is_as_good_as_the_file(tmp_path):
     check_files(tmp_path)
 
 
-def test_a_lock_of_another_kind_is_one_line(tmp_path):
-    (tmp_path / "lock").mkdir()
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Path.mkdir, "Is a directory"),
+        (os.mkfifo, "it is not a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is not a file"),
+    ],
+)
+def test_a_lock_of_another_kind_is_one_line(make, reason, tmp_path):
+    make(tmp_path / "lock")
     with (
-        pytest.raises(UserError, match=r"lock can't be opened \(Is a directory\)"),
+        pytest.raises(UserError, match=rf"lock can't be opened \({reason}\)"),
         lock_workdir(tmp_path),
     ):
         pass
+    assert os.path.lexists(tmp_path / "lock")
 
 
 def test_a_lock_needs_no_room_on_the_disk(tmp_path):
@@ -106,3 +122,16 @@ def test_a_lock_needs_no_room_on_the_disk(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert not (tmp_path / "lock").exists()
+
+
+def test_names_that_are_almost_those_of_steps_are_skipped_and_named(tmp_path, said):
+    for name in ("20", "00020", "007", "٣", "1" * 19, "²", "20.tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    for _ in range(2):
+        assert list_steps(tmp_path) == [20]
+    named = [line.partition(" is skipped: it has no name of a checkpoint")[0] for line in said]
+    strays = sorted(("00020", "007", "٣", "1" * 19))
+    assert named == [str(tmp_path / "checkpoints" / name) for name in strays]
+    for wrong in ("00020", "²", "٣", "9" * 5000):
+        with pytest.raises(UserError, match="has 20"):
+            find_step(tmp_path, wrong)

@@ -2,6 +2,7 @@
 """Clients that are slow, silent or send too much."""
 
 import contextlib
+import logging
 import socket
 import threading
 import time
@@ -35,7 +36,7 @@ def app(place):
 def serving(app):
     """Yields the server and how to connect to it."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        config = uvicorn.Config(app, http=Protocol, log_level="critical", server_header=False)
+        config = uvicorn.Config(app, http=Protocol, log_level="error", server_header=False)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -156,3 +157,58 @@ def test_stalled_connections_do_not_delay_the_end(app):
         server.should_exit = True
         thread.join()
         assert time.monotonic() - begun < 1
+
+
+CHUNKED = "POST {} HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("path", ["/", "/none", "/healthz", "/v1/predict", "/v1/predict?top_k=x"])
+@pytest.mark.parametrize("wait", [0.0, 0.1])
+def test_a_chunk_without_a_size_is_no_bug_of_the_server(path, wait, connect, caplog, monkeypatch):
+    for name in ("uvicorn.error", "asyncio"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [caplog.handler])
+    with connect() as connection:
+        connection.sendall(CHUNKED.format(path).encode())
+        time.sleep(wait)
+        with contextlib.suppress(OSError):
+            connection.sendall(b"zz\r\n" + b"x" * 100)
+        reply = read(connection)
+    assert reply.startswith(b"HTTP/1.1 4")
+    assert reply.count(b"HTTP/1.1 ") == 1
+    assert not [r for r in caplog.records if r.exc_info or "Traceback" in r.getMessage()]
+
+
+def test_headers_that_are_too_long_get_an_answer(connect):
+    with connect() as connection:
+        with contextlib.suppress(OSError):
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"x" * 2**20)
+        reply = read(connection)
+    assert reply.startswith(b"HTTP/1.1 431 ")
+    assert b'{"error":' in reply
+
+
+@pytest.mark.parametrize(
+    "query", ["top_k=1&top_k=2", "overlay=true&overlay=true", "top_k=1&top_k=1"]
+)
+def test_an_option_that_is_given_twice_is_refused(query, connect, place):
+    photo = (place / "images" / "00.png").read_bytes()
+    with connect() as connection:
+        head = post(len(photo), query=f"?{query}", more="Connection: close\r\n")
+        connection.sendall(head + photo)
+        reply = read(connection)
+    assert reply.startswith(b"HTTP/1.1 400")
+    assert f"{query.partition('=')[0]} is given 2 times; expected once" in reply.decode()
+
+
+def test_many_stalled_uploads_do_not_delay_the_end(app):
+    with contextlib.ExitStack() as stack, serving(app) as (server, thread, connect):
+        for _ in range(80):
+            stack.enter_context(connect()).sendall(post(5000) + b"x")
+        deadline = time.monotonic() + 20
+        while len(server.server_state.connections) < REQUESTS:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        begun = time.monotonic()
+        server.should_exit = True
+        thread.join()
+        assert time.monotonic() - begun < 1.5

@@ -50,6 +50,16 @@ def test_another_schedule_is_said_where_it_depends_on_the_length(optimizer, othe
     assert ("schedule of the new length" in said[-1]) is other
 
 
+def test_no_schedule_is_claimed_of_a_run_that_is_past_its_length(tmp_path, said):
+    write_config(open_workdir(str(tmp_path), CONFIG), CONFIG)
+    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+    for total in (8, 5):
+        open_workdir(str(tmp_path), CONFIG | {"total_steps": 5}, total_steps=total)
+        assert said[-1] == "config.total_steps: 8 before, 5 now"
+    open_workdir(str(tmp_path), CONFIG | {"total_steps": 16}, total_steps=16)
+    assert "schedule of the new length" in said[-1]
+
+
 SECTION = CONFIG | {"optimizer": {"sam": {"rho": 0.05}}}
 NO_SECTION = CONFIG | {"optimizer": {"sam": None}}
 

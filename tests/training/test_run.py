@@ -163,6 +163,18 @@ def test_a_second_run_does_nothing_and_says_so(finished, data_dir, said):
     assert any("val accuracy" in line and "of 50 images" in line for line in said)
 
 
+def test_a_shorter_run_than_was_trained_is_one_line_and_changes_nothing(finished, data_dir, said):
+    before = {path: path.read_bytes() for path in finished.glob("*.json*")}
+    config = tiny_config(data_dir, total_steps=5)
+    train(config, str(finished), command="train")
+    assert said[-2:] == [
+        "config.total_steps: 8 before, 5 now",
+        f"nothing is trained: {finished} is at step 8, past the 5 steps of the config; expected a "
+        "larger total_steps to train on",
+    ]
+    assert {path: path.read_bytes() for path in finished.glob("*.json*")} == before
+
+
 def test_what_a_workdir_has_lost_is_no_other_experiment(finished, data_dir, tmp_path, said):
     workdir = Path(shutil.copytree(finished, tmp_path / "w"))
     (workdir / "config.json").write_text("")

@@ -10,6 +10,7 @@ import pytest
 
 from vit_jax.utils.command import run_command
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.streams import print_result
 
 
 def run(main, monkeypatch, *arguments, **options):
@@ -69,7 +70,7 @@ def run_program(body, shell):
     program = (
         "import hashlib, sys\n"
         "from vit_jax.utils.command import run_command\n"
-        "from vit_jax.utils.streams import Unfailing\n"
+        "from vit_jax.utils.streams import Unfailing, print_result\n"
         f"def main(argv):\n    {body}\n"
         "run_command(main)\n"
     )
@@ -85,6 +86,26 @@ def test_an_output_that_finds_no_room_is_one_line(flush):
     )
     assert code == 1
     assert errors == ("vit_jax: error: stdout can't be written to (No space left on device)\n")
+
+
+@pytest.mark.parametrize(
+    ("shell", "reason"),
+    [
+        ('"$0" -c "$1" > /dev/full', "No space left on device"),
+        ('"$0" -c "$1" >&-', "Bad file descriptor"),
+        ('"$0" -c "$1" | true; exit "${PIPESTATUS[0]}"', None),
+    ],
+)
+def test_a_result_that_can_not_be_written_ends_with_code_1(shell, reason):
+    code, _, errors = run_program("print_result('line'); print_result('line ' * 50_000)", shell)
+    assert code == 1
+    line = f"vit_jax: error: stdout can't be written to ({reason})\n"
+    assert errors == (line if reason else "")
+
+
+def test_a_result_is_printed_without_escape_sequences(capsys):
+    print_result("a\x1b[31m\nb", end="")
+    assert capsys.readouterr().out == "a\\x1b[31m\nb"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which checkpoints a workdir has; needs neither JAX nor Orbax."""
 
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -70,5 +71,21 @@ def _steps_in(folder: Path) -> list[int]:
         raise UserError(
             f"{folder} can't be read ({e.strerror}); expected a folder of checkpoints"
         ) from None
+    for name in sorted(names):
+        if name.isdecimal() and not is_step(name):
+            _log_once(
+                f"{folder / name} is skipped: it has no name of a checkpoint; expected the number "
+                "of its step, such as 20"
+            )
     # Checkpoints that are being written or removed have other names.
-    return sorted(int(name) for name in names if _STEP.fullmatch(name))
+    return sorted(int(name) for name in names if is_step(name))
+
+
+def is_step(name: str) -> bool:
+    """Whether a name is that of a checkpoint: the number of a step, as a run writes it."""
+    return _STEP.fullmatch(name) is not None
+
+
+@functools.cache
+def _log_once(text: str) -> None:
+    log(text)

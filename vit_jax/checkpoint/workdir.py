@@ -2,16 +2,18 @@
 """The folder of a run, which belongs to the experiment of its `config.json`."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.checkpoint.listing import list_steps
+from vit_jax.checkpoint.listing import is_step, list_steps
 from vit_jax.observe.console import log
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.utils.bounds import MAX_JSON, open_regular, read_json
@@ -139,7 +141,7 @@ def find_step(workdir: Path | None, checkpoint: str) -> str:
     steps = list_steps(workdir) if workdir else []
     if workdir is not None and steps and checkpoint in ("last", "best"):
         step = steps[-1] if checkpoint == "last" else _find_best(workdir, steps)
-    elif checkpoint.isdigit() and int(checkpoint) in steps:
+    elif is_step(checkpoint) and int(checkpoint) in steps:
         step = int(checkpoint)
     else:
         raise UserError(
@@ -205,6 +207,9 @@ def lock_workdir(workdir: Path, *, active: bool = True) -> Iterator[None]:
     while True:
         try:
             file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed below)
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                file.close()
+                raise OSError(errno.EINVAL, "it is not a file")
         except OSError as e:
             raise UserError(
                 f"--workdir={str(workdir)!r}: {LOCK} can't be opened ({e.strerror}); expected a "

@@ -38,6 +38,8 @@ from vit_jax.training.previews import preview_first_batch
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import find_parts, trust_parts
+from vit_jax.utils.streams import print_result
+from vit_jax.utils.text import printable
 
 # Formats by file name ending.
 _ENDINGS = {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}
@@ -310,7 +312,7 @@ def main(argv: Sequence[str]) -> int:
         lines = find_lines(sheet, args.SRC)
     findings = inspect(source, lines, num_threads=args.num_threads)
     for line in report(findings, dataset.info):
-        log(line)
+        print_result(printable(line))
     if any(f.size for f in findings):
         path = args.output / "contact_sheet.png"
         write_contact_sheet(path, prepare_images(sheet))

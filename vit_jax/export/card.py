@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import vit_jax
+from vit_jax.checkpoint.listing import is_step
 from vit_jax.data.sources import KINDS
 from vit_jax.export.signature import SIGNATURE, name_source, without_folders
 from vit_jax.inference.model import LoadedModel
@@ -67,7 +68,7 @@ def read_results(model: LoadedModel, *, params: str) -> list[tuple[str, str, flo
     weights that are not of a run.
     """
     step = Path(model.source).name
-    if model.workdir is None or not step.isdigit():
+    if model.workdir is None or not is_step(step):
         return []
     names = {f"{name}_ema" if params == "ema" else name: name for name in model.config["evals"]}
     results = {}

@@ -4,7 +4,6 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -29,13 +28,13 @@ def trace_program(model: LoadedModel, layer: str) -> export.Exported:
 @contextlib.contextmanager
 def _without_locations() -> Iterator[None]:
     """Leaves out of programs in which files of this machine an operation was called."""
-    config: Any = jax.config  # Whose attributes type checkers do not see.
-    before = config.jax_traceback_in_locations_limit
-    config.update("jax_traceback_in_locations_limit", 0)
+    key = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, key)
+    jax.config.update(key, 0)
     try:
         yield
     finally:
-        config.update("jax_traceback_in_locations_limit", before)
+        jax.config.update(key, before)
 
 
 def write_stablehlo(

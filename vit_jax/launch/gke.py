@@ -16,6 +16,7 @@ from typing import Any
 from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.streams import print_result
 
 # Mount path of the volume of --claim.
 FOLDER = "/shared"
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     args = _parse(arguments)
     manifest = json.dumps(make_jobset(args), indent=2)
     if args.dry_run:
-        print(manifest)
+        print_result(manifest)
         return 0
     command = ["kubectl", "apply", "--filename=-"]
     try:

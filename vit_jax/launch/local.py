@@ -18,7 +18,7 @@ from typing import IO, Any
 from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.signals import INTERRUPTED
-from vit_jax.utils.streams import Unfailing
+from vit_jax.utils.streams import Unfailing, print_result
 
 # Seconds from the failure of one process until the others are killed.
 _GRACE_S = 20.0
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
             parser.error(f"{flag}{value}: expected at least 1")
     if args.dry_run:
         for command in make_commands(args.train, args.num_processes, port=1234):
-            print(shlex.join(command))
+            print_result(shlex.join(command))
         return 0
     code = 0
     for run in range(args.max_runs):

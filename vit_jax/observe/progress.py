@@ -42,6 +42,7 @@ class Monitor:
         the model FLOPs utilisation (MFU); None where it is not known.
 
     Attributes:
+      skipped: the steps that diverged and were left out, with `on_divergence="skip"`.
       unlogged: sum and count of each averaged metric since the last record, as JSON. They are saved
         with checkpoints, so that a run that resumes logs the same means.
     """
@@ -62,7 +63,8 @@ class Monitor:
     ):
         self._writer, self._seconds, self._peak = writer, seconds, peak
         self._skips, self._max_loss, self._dump = on_divergence == "skip", max_loss, dump
-        self._skipped = self._in_a_row = 0
+        self.skipped: list[int] = []
+        self._in_a_row = 0
         self._total, self._batch_size, self._first = total_steps, batch_size, True
         self._pending: tuple[int, Any, bool] | None = None
         self.unlogged: dict[str, tuple[float, int]] = {}
@@ -102,7 +104,7 @@ class Monitor:
             self._dump(diverged)
             if not self._skips or self._in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise DivergedError(diverged.reason, step=step)
-            self._skipped += 1
+            self.skipped.append(step)
         self._in_a_row = self._in_a_row + 1 if diverged else 0
         self._add(metrics)
         self._panel.update(step=step)
@@ -143,7 +145,7 @@ class Monitor:
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
         record = {k if "/" in k else f"train/{k}": v for k, v in finite.items()}
         if self._skips:
-            record["train/skipped"] = float(self._skipped)
+            record["train/skipped"] = float(len(self.skipped))
         text = f"loss {metrics['loss']:.4f}"
         if "top1" in metrics:
             text += f"  top1 {metrics['top1']:.4f}"

@@ -19,6 +19,9 @@ from vit_jax.observe.jsonl import read_metrics
 from vit_jax.utils import tree
 from vit_jax.utils.layout import EVALS, METRICS, TENSORBOARD
 
+# Skipped steps that are listed by their numbers.
+_MAX_STEPS = 20
+
 
 def report_start(
     *,
@@ -77,6 +80,7 @@ def report_end(
     total_steps: int,
     checkpoint: Path,
     longer: str | None,
+    skipped: Sequence[int] = (),
     heads: Sequence[str] = (),
     judged_on: Sequence[str] = (),
 ) -> None:
@@ -85,11 +89,15 @@ def report_end(
     Args:
       checkpoint: folder of the newest checkpoint.
       longer: the command; None if it is not known.
+      skipped: the steps that diverged and changed nothing, in ascending order.
       heads: names of the heads of a linear probe.
       judged_on: names of their evaluators; the first one chooses the head.
     """
     log("")
     log(f"finished at step {step} of {total_steps}")
+    if skipped:
+        few = ", ".join(map(str, skipped[:_MAX_STEPS])) + ", ..." * (len(skipped) > _MAX_STEPS)
+        log(f"  {'skipped':<15} {len(skipped)} steps that diverged and changed nothing: {few}")
     results = last_results(workdir)
     for name, value in sorted(results.items()):
         if name.endswith("/top1") and not heads:

@@ -173,6 +173,7 @@ def make_html(runs: Sequence[RunRecord]) -> str:
 
 def show_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Formats rows of text as lines with aligned columns."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -2,11 +2,16 @@
 """Keeps compiled programs on disk, so that a run that resumes does not compile again."""
 
 import contextlib
+import functools
 import hashlib
+import logging
 import os
 import platform
+import re
+import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -17,6 +22,10 @@ _EVENTS = {
     "/jax/compilation_cache/cache_misses": "misses",
 }
 _counts: Counter[str] = Counter()
+# The warnings of JAX, which compiles the program in any case.
+_FAILURE = re.compile(
+    r"Error (reading|writing) persistent compilation cache entry for '(.+?)': (.*)", re.DOTALL
+)
 
 
 def set_up(folder: str | None) -> None:
@@ -44,7 +53,33 @@ def set_up(folder: str | None) -> None:
         if not writable:
             raise UserError(f"--compile_cache={folder}: expected a folder to write to, or off")
         jax.config.update("jax_compilation_cache_dir", str(path))
+    _log_failures(path)
     jax.monitoring.register_event_listener(_count)
+
+
+def _log_failures(folder: Path) -> None:
+    """Logs entries that can't be read or written, in place of the warnings of JAX."""
+    show = warnings.showwarning
+
+    @functools.cache
+    def report(what: str) -> None:
+        logging.getLogger("vit_jax").warning(
+            "compile cache: an entry of %s can't be %s: the program is compiled", folder, what
+        )
+
+    def show_or_log(message: Any, *args: Any, **options: Any) -> None:
+        found = _FAILURE.fullmatch(str(message))
+        if found is None:
+            show(message, *args, **options)
+            return
+        reading = found[1] == "reading"
+        report(f"read ({found[3][:200]})" if reading else f"written ({found[3][:200]})")
+        if not reading:  # JAX never replaces half an entry, and fails to read it at each start.
+            with contextlib.suppress(OSError, ValueError):
+                entries = folder.glob(f"{found[2]}-*-cache")
+                max(entries, key=lambda path: path.stat().st_mtime).unlink()
+
+    warnings.showwarning = show_or_log
 
 
 def summary() -> str:

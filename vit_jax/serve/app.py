@@ -10,6 +10,7 @@ import importlib.resources
 import io
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal
 
@@ -257,12 +258,21 @@ def make_app(
         openapi_extra={"requestBody": {"required": True, "description": body, "content": image}},
     )
     async def predict(request: Request, options: Annotated[Options, Query()]) -> Any:
+        _check_once(request)
         with predictor.admit():
             content = await _read_body(request, limits)
             overlay = options.overlay == "true"
             return await predictor.predict(content, top_k=options.top_k, overlay=overlay)
 
     return app
+
+
+def _check_once(request: Request) -> None:
+    counts = Counter(name for name, _ in request.query_params.multi_items())
+    for name, count in counts.items():
+        if count > 1:
+            text = f"{name} is given {count} times; expected once"
+            raise HTTPException(400, text, headers=_CLOSE)
 
 
 def _check_digits(value: object) -> object:

@@ -2,6 +2,9 @@
 """HTTP/1.1 of uvicorn with limits for clients that are slow, silent or send too much."""
 
 import asyncio
+import contextlib
+import json
+import sys
 from typing import Any
 
 import h11
@@ -17,8 +20,9 @@ class Protocol(H11Protocol):
     """One connection.
 
     A connection without complete headers is closed after `HEADERS_S`. The rest of a request that
-    was answered before it was complete is not read. At the end of the server, connections that wait
-    for their clients are closed at once; only those whose request is being answered stay.
+    was answered before it was complete is not read. What is no HTTP, or has headers that are too
+    long, gets one answer, and not that of the application. At the end of the server, connections
+    that wait for their clients are closed at once; only those whose request is being answered stay.
     """
 
     _timer: asyncio.TimerHandle | None = None
@@ -52,8 +56,29 @@ class Protocol(H11Protocol):
             self.loop.call_later(_LINGER_S, self.transport.abort)
 
     def sends_body(self) -> bool:
-        """Whether the client has not yet sent all of its request."""
-        return self.conn.their_state is h11.SEND_BODY
+        """Whether the client has not yet sent all of its request, or sends what is no HTTP."""
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what h11 refuses, within the `except` clause of that error; see uvicorn."""
+        error = sys.exc_info()[1]
+        status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+        text = "the headers are too long" if status == 431 else f"this is no HTTP/1.1: {error}"
+        content = json.dumps({"error": text}).encode()
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(content)))]
+        if self.cycle is not None and not self.cycle.response_complete:
+            # What the application would send has no place on the connection any more.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        # The request may be answered already, or the answer have begun.
+        with contextlib.suppress(h11.LocalProtocolError):
+            for event in (
+                h11.Response(status_code=status, headers=[*headers, ("Connection", "close")]),
+                h11.Data(data=content),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _limit_headers(self) -> None:
         if self.conn.their_state is not h11.IDLE:

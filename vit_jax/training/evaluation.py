@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint.listing import find_checkpoint
+from vit_jax.checkpoint.listing import find_checkpoint, is_step
 from vit_jax.checkpoint.pretrained.hub import find_weights
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.weights import Weights
@@ -91,7 +91,7 @@ class Judge:
         """
         path = Path(source)
         of_run = self._workdir is None or path.resolve().parts[:-2] == self._workdir.resolve().parts
-        step = int(path.name) if path.name.isdigit() and of_run else None
+        step = int(path.name) if is_step(path.name) and of_run else None
         record: dict[str, Any] = {"checkpoint": source, "step": step}
         if self.changes:
             record["changes"] = self.changes

@@ -50,6 +50,7 @@ def open_workdir(
     resume: Resume | None = None,
     *,
     resolve: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+    total_steps: int | None = None,
 ) -> Path:
     """Creates a workdir, or checks that an existing one belongs to this experiment.
 
@@ -60,6 +61,7 @@ def open_workdir(
       resume: what may differ from the workdir's own config.
       resolve: returns a config with the defaults of keys that it lacks, or raises `UserError`; None
         where the defaults are not known.
+      total_steps: of the config; None where it is not known.
 
     Raises:
       UserError: it can't be written to, belongs to another experiment or program, was trained with
@@ -79,7 +81,7 @@ def open_workdir(
         old_names = read_labels(workdir)
     except (OSError, ValueError) as e:
         raise UserError(f"--workdir={path!r} can't be used: {describe_error(e)}") from None
-    list_steps(workdir)  # raises where the checkpoints can't be listed
+    newest = max(list_steps(workdir), default=0)  # raises where they can't be listed
     previous = find_config(workdir)
     keys = [*flatten_config(config), *flatten_config(previous or {})]
     for key in resume.keys:
@@ -87,7 +89,8 @@ def open_workdir(
             options = {*keys, *(k.partition(".")[0] for k in keys), CONTENT}
             raise UserError(f"resume.allow: {key!r} is no key{suggest(key, options)}")
     if previous is not None:
-        _compare(path, previous, config, resume, resolve)
+        trains = total_steps is None or newest < total_steps
+        _compare(path, previous, config, resume, resolve, trains=trains)
         _check_progress(path, workdir)
     else:
         checkpoints = workdir / CHECKPOINTS
@@ -142,6 +145,8 @@ def _compare(
     new: dict[str, Any],
     resume: Resume,
     resolve: Callable[[dict[str, Any]], Mapping[str, Any]] | None,
+    *,
+    trains: bool,
 ) -> None:
     changes = dict(_find_changes(_as_json(old), _as_json(new)))
     if added := [key for key, (before, _) in changes.items() if before is _ABSENT]:
@@ -155,10 +160,9 @@ def _compare(
     refused = {}
     for key, (before, after) in changes.items():
         if may_change(key) or resume.allows(key):
-            longer = (
-                key in LENGTH and after is not None and _depends_on_length(new.get("optimizer", {}))
-            )
-            log(f"config.{key}: {before!r} before, {after!r} now{_OTHER_SCHEDULE * longer}")
+            other = trains and key in LENGTH and after is not None
+            other = other and _depends_on_length(new.get("optimizer", {}))
+            log(f"config.{key}: {before!r} before, {after!r} now{_OTHER_SCHEDULE * other}")
         else:
             refused[key] = f"config.{key} is {before!r} there and {after!r} here"
     if refused:

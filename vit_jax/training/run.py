@@ -101,14 +101,22 @@ def train(
                 names,
                 settings.resume,
                 resolve=lambda config: build_parts(without_mesh(config)).config,
+                total_steps=experiment.total_steps,
             )
             stack.enter_context(lock_workdir(folder, active=main_process))
         checkpoints = stack.enter_context(
             CheckpointManager(folder, settings.checkpoint, experiment.description)
         )
         total, saved = experiment.total_steps, checkpoints.latest_step() or 0
+        if saved > total:
+            log(
+                f"nothing is trained: {folder} is at step {saved}, past the {total} steps of the "
+                f"config; expected a larger {_length_key(experiment)} to train on"
+            )
+            return
         missed = missed_evaluators(experiment, folder, saved)
-        if saved >= total and not missed:
+        skipped: Sequence[int] = ()
+        if saved == total and not missed:
             log(f"nothing to do: {folder} is at step {saved} of {total}")
         else:
             ledger = Ledger(
@@ -129,13 +137,14 @@ def train(
                     trackers=trackers,
                 )
                 _take_steps(run, state, start=start, missed=missed)
-        _report_end(experiment, folder, checkpoints, command)
+                skipped = run.skipped
+        _report_end(experiment, folder, checkpoints, command, skipped)
 
 
 def _find_limits(config: ConfigDict | Mapping[str, Any]) -> Limits:
     """Reads the limits of a config before all of it is read; a wrong section is refused later."""
+    section: Any = config.get("watchdog") or {}
     try:
-        section: Any = config.get("watchdog") or {}
         return read_section("watchdog", dict(section))[0]
     except (UserError, TypeError, ValueError):
         return Limits()
@@ -270,12 +279,21 @@ def _report_start(
 
 def override_for_longer_run(experiment: Experiment) -> str:
     """What to add to the command for a run of double length, in the unit that the config has."""
-    key = next(key for key in LENGTH if experiment.config[key] is not None)
+    key = _length_key(experiment)
     return f"--config.{key}={2 * experiment.config[key]}"
 
 
+def _length_key(experiment: Experiment) -> str:
+    """The key of the config that states the length of the run."""
+    return next(key for key in LENGTH if experiment.config[key] is not None)
+
+
 def _report_end(
-    experiment: Experiment, folder: Path, checkpoints: CheckpointManager, command: str | None
+    experiment: Experiment,
+    folder: Path,
+    checkpoints: CheckpointManager,
+    command: str | None,
+    skipped: Sequence[int],
 ) -> None:
     last = checkpoints.latest_step() or 0
     probes = [e for e in experiment.evaluators if e.head_names]
@@ -284,6 +302,7 @@ def _report_end(
         step=last,
         total_steps=experiment.total_steps,
         checkpoint=folder / CHECKPOINTS / str(last),
+        skipped=skipped,
         longer=None if command is None else f"{command} {override_for_longer_run(experiment)}",
         heads=probes[0].head_names if probes else (),
         # The split that chooses comes first.

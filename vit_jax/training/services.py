@@ -55,6 +55,7 @@ class Services:
 
     Attributes:
       corrupt: counts the records that this process can't read.
+      skipped: the steps since the start that diverged and changed nothing.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Services:
         self.experiment, self.folder, self.checkpoints = experiment, folder, checkpoints
         self.phases, self.ledger = phases, ledger
         self.corrupt, self._counts = CorruptCounter(), Counts()
+        self.skipped: list[int] = []
         self._guard, self._trackers = guard, trackers
         self._main = jax.process_index() == 0
         self._profiler = Profiler(folder, experiment.settings.profile, active=self._main)
@@ -106,6 +108,7 @@ class Services:
                 peak=_peak_images_per_sec(experiment),
                 unlogged=unlogged,
             )
+            self.skipped = self._monitor.skipped
             self._monitor.saved(saved)
             with self._monitor, self._profiler:
                 yield

@@ -104,7 +104,9 @@ def report_interrupt(text: str) -> None:
 
 
 def _is_full(stream: Any) -> bool:
-    """Whether nothing more can be written to a stream."""
+    """Whether nothing more can be written to a stream, or there is none."""
+    if stream is None:
+        return True
     try:
         os.write(stream.fileno(), b"\n")
     except (OSError, ValueError):

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output that ends nothing where it fails: a full disk, a reader that has closed the pipe."""
+"""Output where it can fail: on a full disk, or with a reader that has closed the pipe.
+
+A log that can't be written ends nothing. A result that can't be written ends its command.
+"""
 
 import contextlib
+import errno
 import os
 import sys
-from typing import Any
+from typing import IO, Any
 
 from vit_jax.utils.text import printable
 
@@ -47,6 +51,26 @@ class Unfailing:
         reason = getattr(error, "strerror", None) or error
         name = str(getattr(self._stream, "name", "output")).strip("<>")
         print_line(f"{name} can't be written to ({reason}): what is logged is lost", sys.stderr)
+
+
+def result_stream() -> IO[str]:
+    """Returns stdout for the result of a command.
+
+    Raises:
+      OSError: there is none; `run_command` reports it.
+    """
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    return sys.stdout
+
+
+def print_result(text: object, *, end: str = "\n") -> None:
+    """Prints the result of a command, or a part of it, which may have several lines.
+
+    Raises:
+      OSError: it can't be written; `run_command` reports it, and the exit code is 1.
+    """
+    print(printable(text, keep="\n"), end=end, file=result_stream(), flush=True)
 
 
 def print_line(text: str, stream: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from etils import epath
 
+from vit_jax.checkpoint.listing import is_step
 from vit_jax.utils.bounds import read_json
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS
@@ -40,7 +41,7 @@ def find_weights(folder: Path) -> Path | None:
       UserError: there are several files, or only files of formats that are not read.
     """
     names = {path.name for path in folder.glob("*")}
-    if {CHECKPOINTS, "params", "_METADATA"} & names or any(name.isdigit() for name in names):
+    if {CHECKPOINTS, "params", "_METADATA"} & names or any(map(is_step, names)):
         return None
     snapshots = [path for path in (folder / "snapshots").glob("*") if path.is_dir()]
     if len(snapshots) == 1:
