@@ -21,6 +21,7 @@ from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manifest import find_fault
 from vit_jax.data.sources import open_source
 from vit_jax.runtime.preemption import RUN_AGAIN
+from vit_jax.utils.signals import INTERRUPTED
 
 # Losses of the same steps on other numbers of processes: float additions in another order.
 RTOL = 1e-4
@@ -445,6 +446,170 @@ def terminate(lab: Lab) -> Iterator[Outcome]:
         yield Outcome("SIGTERM", f"in {when}", problem, lost, equal)
 
 
+def interrupt(lab: Lab) -> Iterator[Outcome]:
+    """Ctrl-C before the first step, within the steps, and twice."""
+    want = baseline(lab, 1)
+    for when in ("compile", "step", "step, twice"):
+        workdir = _fresh(lab, "ctrl-c")
+        step = int(lab.rng.integers(3, TOTAL - 5))
+        come, _ = PHASES[when.partition(",")[0]]
+        with lab.start(workdir) as job:
+            job.until(functools.partial(come, job, step))
+            for _ in range(2 if "twice" in when else 1):
+                job.signal(signal.SIGINT)
+            job.wait()
+        whole = newest_whole(workdir)
+        lost = max(job.step - whole, 0)
+        again = lab.finish(workdir)
+        named = f"stopped after step {whole} " if when == "step" else "there is no checkpoint yet"
+        problem = first_problem(
+            **{f"it ended with code {job.code}": job.code in (0, INTERRUPTED)},
+            steps_were_lost=lost == 0 or when != "step",
+            the_step_was_not_named=job.code == 0 or "twice" in when or job.says(named),
+            it_was_not_said_in_lines="Traceback" not in job.text,
+            the_next_start_failed=again.code == 0,
+        )
+        equal = problem is None and End.read(workdir).equals(want)
+        yield Outcome("Ctrl-C", f"in {when}", problem, lost, equal)
+
+
+def lose_the_screen(lab: Lab) -> Iterator[Outcome]:
+    """Output that goes to a full disk, or to a reader that has seen enough, or nowhere."""
+    want = baseline(lab, 1)
+    screens = {
+        "a full disk": '"$@" > /dev/full 2> /dev/full',
+        "a closed pipe": '"$@" 2>&1 | head -1; exit "${PIPESTATUS[0]}"',
+        "nowhere": '"$@" >&- 2>&-',
+    }
+    for name, shell in screens.items():
+        workdir = _fresh(lab, "screen")
+        job = lab.finish(workdir, wrap=("bash", "-c", shell, "bash"))
+        problem = first_problem(**{f"it ended with code {job.code}": job.code == 0})
+        equal = problem is None and End.read(workdir).equals(want)
+        yield Outcome("failing screen", name, problem, None, equal)
+
+
+def _half_run(lab: Lab, name: str) -> Path:
+    """The workdir of a run that was killed after half of its steps."""
+    half = lab.folder / "half"
+    if not half.exists():
+        with lab.start(half) as job:
+            job.until(lambda: newest_whole(half) >= TOTAL // 2)
+    workdir = _fresh(lab, name)
+    shutil.copytree(half, workdir, symlinks=True)
+    return workdir
+
+
+def damage_metrics(lab: Lab) -> Iterator[Outcome]:
+    """A bit of a line, zeros, a byte order mark, other line breaks: no other line is lost."""
+    want = baseline(lab, 1)
+
+    def change(name: str, line: bytes) -> bytes:
+        at = int(lab.rng.integers(1, len(line) - 2))
+        return {
+            "a high bit": line[:at] + bytes([line[at] ^ 128]) + line[at + 1 :],
+            "zeros": bytes(512) + line[at:],
+            "half a line": line[:at] + b"\n",
+            "no JSON": b"?" * at + b"\n",
+            "a byte order mark": b"\xef\xbb\xbf" + line,
+            "another line break": line.replace(b"\n", b"\r\n"),
+        }[name]
+
+    for name in ("a high bit", "zeros", "half a line", "no JSON", *_NO_DAMAGE):
+        workdir = _half_run(lab, "metrics")
+        path = workdir / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        lost = next(i for i, line in enumerate(lines) if line.startswith(b'{"step": 5, '))
+        lines[lost] = change(name, lines[lost])
+        path.write_bytes(b"".join(lines))
+        job = lab.finish(workdir)
+        end = End.read(workdir) if job.code == 0 else None
+        left = {step for step in want.losses if step != 5 or name in _NO_DAMAGE}
+        problem = first_problem(
+            the_start_failed=end is not None,
+            another_line_is_lost=end is not None and left == set(end.losses),
+            it_was_not_named=name in _NO_DAMAGE or job.says(f"line {lost + 1} is damaged"),
+        )
+        same = {step: want.losses[step] for step in left}
+        equal = end is not None and End(end.params, end.losses).equals(End(want.params, same))
+        yield Outcome("damaged metrics", name, problem, 0, equal)
+
+
+_NO_DAMAGE = ("a byte order mark", "another line break")
+
+
+def _link(path: Path) -> None:
+    place = path.with_name(f"{path.name} elsewhere")
+    path.rename(place)
+    path.symlink_to(place.resolve())
+
+
+def _obstruct(workdir: Path) -> None:
+    checkpoints = workdir / "checkpoints"
+    (checkpoints / "70.orbax-checkpoint-tmp-x").touch()
+    (checkpoints / "abc").touch()
+    (checkpoints / "50").touch()
+    (checkpoints / "60").symlink_to(workdir / "none")
+    for name in ("evals", "broken"):
+        shutil.rmtree(workdir / name, ignore_errors=True)
+        (workdir / name).touch()
+    (workdir / "report.html").unlink(missing_ok=True)
+    (workdir / "report.html").mkdir()
+
+
+def strange_files(lab: Lab) -> Iterator[Outcome]:
+    """Links, and files that have names of a run and are not of it."""
+    want = baseline(lab, 1)
+    kinds: dict[str, Callable[[Path], object]] = {
+        "checkpoints behind links": lambda w: [
+            *map(_link, (w / "checkpoints").iterdir()),
+            _link(w / "checkpoints"),
+            _link(w / "metrics.jsonl"),
+        ],
+        "other files in the way": _obstruct,
+        "config.json emptied": lambda w: os.truncate(w / "config.json", 0),
+        "config.json gone": lambda w: (w / "config.json").unlink(),
+    }
+    for name, make in kinds.items():
+        workdir = _half_run(lab, "strange")
+        make(workdir)
+        job = lab.finish(workdir)
+        problem = first_problem(
+            **{f"it ended with code {job.code}": job.code == 0},
+            it_was_not_said_in_lines="Traceback" not in job.text,
+        )
+        equal = problem is None and End.read(workdir).equals(want)
+        yield Outcome("strange files", name, problem, 0, equal)
+
+
+def lose_what_was_saved(lab: Lab) -> Iterator[Outcome]:
+    """What can't be resumed is refused in one line, and nothing is changed."""
+    kinds: dict[str, Callable[[Path], object]] = {
+        "all checkpoints": lambda w: shutil.rmtree(w / "checkpoints"),
+        "the disk of the checkpoints": lambda w: [
+            _link(w / "checkpoints"),
+            shutil.rmtree(w / "checkpoints elsewhere"),
+        ],
+        "metrics.jsonl, a folder now": lambda w: [
+            (w / "metrics.jsonl").unlink(),
+            (w / "metrics.jsonl").mkdir(),
+        ],
+    }
+    for name, lose in kinds.items():
+        workdir = _half_run(lab, "lost")
+        lose(workdir)
+        before = {p: p.read_bytes() for p in sorted(workdir.rglob("*")) if p.is_file()}
+        job = lab.finish(workdir)
+        after = {p: p.read_bytes() for p in sorted(workdir.rglob("*")) if p.is_file()}
+        said = [line for line in job.lines if line.startswith("vit_jax: error: ")]
+        problem = first_problem(
+            **{f"it ended with code {job.code}": job.code == 2},
+            it_was_not_said_in_one_line=len(said) == 1 and "Traceback" not in job.text,
+            a_file_was_changed=before == after,
+        )
+        yield Outcome("lost checkpoints", name, problem)
+
+
 def reproduce(lab: Lab) -> Iterator[Outcome]:
     """The same run again, with nothing compiled before."""
     want, workdir = baseline(lab, 1), _fresh(lab, "again")
@@ -540,6 +705,11 @@ def prepare(lab: Lab) -> None:
 FAULTS: dict[str, Fault] = {
     "kill": functools.partial(kill, processes=1),
     "sigterm": terminate,
+    "interrupt": interrupt,
+    "screen": lose_the_screen,
+    "metrics": damage_metrics,
+    "strange": strange_files,
+    "gone": lose_what_was_saved,
     "damage": damage,
     "lost": lose_a_process,
     "disk": fill_disk,
