@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is said at the start of a run."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from vit_jax.observe import console
-from vit_jax.observe.summary import report_start
+from vit_jax.observe.summary import report_end, report_start
 from vit_jax.parallel.mesh import make_mesh
 
 BODY = {"body": {"kernel": jax.ShapeDtypeStruct((100, 30), jnp.float32)}}
@@ -44,3 +46,18 @@ def test_groups_of_parameters_and_effective_rates_are_shown(capsys):
     shown = capsys.readouterr().out
     for word in ("weight decay", "x 0.5 to 1", "3,000", "learning rate: 1"):
         assert word in shown
+
+
+def test_accuracies_of_splits_are_shown_and_not_that_of_training(tmp_path, said):
+    records = [
+        {"step": 4, "time": 1.0, "train/loss": 1.0, "train/top1": 0.5},
+        {"step": 4, "time": 1.0, "val/top1": 0.75, "val/count": 8},
+    ]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    report_end(
+        workdir=tmp_path, step=4, total_steps=4, checkpoint=tmp_path / "checkpoints/4", longer=None
+    )
+    assert [line for line in said if "accuracy" in line] == [
+        "  val accuracy    75.00 %  (6 of 8 images)"
+    ]

@@ -100,9 +100,10 @@ def report_end(
         log(f"  {'skipped':<15} {len(skipped)} steps that diverged and changed nothing: {few}")
     results = last_results(workdir)
     for name, value in sorted(results.items()):
-        if name.endswith("/top1") and not heads:
-            split = name.removesuffix("/top1")
-            log(_describe_accuracy(split, value, results.get(f"{split}/count", 0)))
+        split = name.removesuffix("/top1")
+        # Training accuracy is a mean over steps: it has no count of images.
+        if name.endswith("/top1") and f"{split}/count" in results and not heads:
+            log(_describe_accuracy(split, value, results[f"{split}/count"]))
     for line in describe_best_head(results, heads=heads, judged_on=judged_on):
         log(line)
     log(f"  {'checkpoint':<15} {checkpoint}")
