@@ -38,6 +38,16 @@ if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Escapes what is captured of names that are not UTF-8, which can't be sent to pytest-xdist."""
+    report = yield
+    report.sections = [
+        (title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections
+    ]
+    return report
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forgotten_programs():
     """Compiled programs are given up after each module: together they take gigabytes."""
