@@ -178,9 +178,7 @@ def test_a_whole_line_without_its_newline_stays(metrics):
 def test_what_is_no_file_of_lines_counts_as_empty_and_is_said(tmp_path, said):
     (tmp_path / METRICS).mkdir()
     assert read_metrics(tmp_path) == []
-    assert said == [
-        f"{tmp_path / METRICS} can't be read (it is a folder, not a file): it counts as empty"
-    ]
+    assert said == [f"{tmp_path / METRICS} can't be read (Is a directory): it counts as empty"]
     assert read_metrics(tmp_path / "none") == []
     assert read_records(tmp_path / METRICS / "below") == []
     assert len(said) == 1
