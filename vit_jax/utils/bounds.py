@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 # Largest sizes in bytes, by kind of file; each is at least ten times what real ones have.
 MAX_JSON = 2**25  # A description: a config with the names of 20,000 classes has 2 MB.
 MAX_TABLE = 2**30  # Records of a run, or a list of images.
@@ -219,6 +217,8 @@ def open_npz(file: BinaryIO, *, max_bytes: int | None = None) -> Iterator[Any]:
     Raises:
       ValueError, zipfile.BadZipFile: it is damaged, or claims more bytes than it has.
     """
+    import numpy as np  # Here, since commands that list configs or weights do without it.
+
     if not zipfile.is_zipfile(file):  # np.load would report a pickle.
         file.seek(0)
         start = file.read(16)
@@ -232,6 +232,8 @@ def open_npz(file: BinaryIO, *, max_bytes: int | None = None) -> Iterator[Any]:
 
 
 def _check_arrays(archive: zipfile.ZipFile, size: int, max_bytes: int | None) -> None:
+    import numpy as np
+
     members = archive.infolist()
     whole = sum(info.file_size for info in members)
     check_growth(size, whole)
