@@ -3,10 +3,14 @@
 
 import importlib.metadata
 import os
+import signal
 import tempfile
 
 # `make test PYTHON=...` exports it, and the launch scripts would take it for theirs.
 os.environ.pop("PYTHON", None)
+# A shell ignores Ctrl-C in what it starts in the background, and so would the commands of tests.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before jax is imported.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 # Most of the time goes into compilation, of programs that run for a moment.

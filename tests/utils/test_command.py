@@ -139,6 +139,7 @@ def test_a_second_interruption_ends_a_command_at_once_whatever_it_does():
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline() == "ready\n"
+        time.sleep(1)  # Until the computation has begun, which nothing in Python interrupts.
         while process.poll() is None:
             process.send_signal(signal.SIGINT)
             time.sleep(0.1)
