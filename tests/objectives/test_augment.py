@@ -241,9 +241,12 @@ def test_what_is_off_costs_nothing():
         images = batch["image"].astype(jnp.float32) / np.float32(127.5) - np.float32(1)
         return {"image": images, "target": jax.nn.one_hot(batch["label"], 5)}
 
-    assert describe(supervised().augment) == describe(plain)
+    def labelled(batch, rng):
+        return plain(batch, rng) | {"label": batch["label"]}
+
+    assert describe(supervised().augment) == describe(labelled)
     options = {"mixup_switch_prob": 0.3, "random_erasing_mode": "const", "color_jitter": [0, 0, 0]}
-    assert describe(supervised(**options).augment) == describe(plain)
+    assert describe(supervised(**options).augment) == describe(labelled)
 
     def mixed(batch, rng):
         batch = plain(batch, rng)

@@ -43,6 +43,7 @@ def test_the_second_process_finds_what_the_first_compiled(tmp_path):
 
 def test_entries_that_fail_are_one_line_and_leave_no_half(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("vit_jax"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("vit_jax"), "handlers", [])
     shown = []
     monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
     compile_cache._log_failures(tmp_path)
