@@ -141,7 +141,12 @@ MIXER = {"name": "mixer", "tokens_mlp_dim": 8, "channels_mlp_dim": 32}
 
 @pytest.mark.parametrize(
     "options",
-    [EVERYTHING, EVERYTHING | {"scan": True, "remat": "dots"}, HYBRID, MIXER],
+    [
+        EVERYTHING,
+        EVERYTHING | {"scan": True, "remat": "dots"},
+        pytest.param(HYBRID, marks=pytest.mark.slow),
+        pytest.param(MIXER, marks=pytest.mark.slow),
+    ],
     ids=["every_option", "scan", "hybrid", "mixer"],
 )
 def test_every_model_gives_the_same_losses_on_a_mesh(options, data_dir):

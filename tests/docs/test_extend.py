@@ -74,6 +74,7 @@ def test_all_parts_train_and_are_found_again(run):
     assert "preprocessing.png" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workdir", ["convnet", "squares", "stains"])
 def test_other_commands_of_the_page_train(run, workdir):
     code, said, home = run(find("vit_jax.main", workdir))

@@ -93,9 +93,9 @@ def start(folder, data_dir, *, processes, devices, arguments=(), text=CONFIG_FIL
                     | {
                         "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
                         "JAX_PLATFORMS": "cpu",
-                        # Compiles in half the time.
-                        "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-                        f"--xla_force_host_platform_device_count={devices}",
+                        "XLA_FLAGS": re.sub(
+                            r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"]
+                        ),
                     },
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
@@ -190,6 +190,7 @@ def test_only_the_first_process_prints_and_writes_metrics(two):
     assert opened(second_errors) == []
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_from_the_checkpoint_of_two(two, data_dir, tmp_path):
     workdir = tmp_path / "workdir"
     shutil.copytree(two[0] / "workdir", workdir)

@@ -89,6 +89,7 @@ TfdsSource.__getitem__ = slow
 """
 
 
+@pytest.mark.slow
 def test_the_slow_one_of_two_processes_is_in_the_output_and_the_ledger(data_dir, tmp_path):
     text = SLOW + CONFIG_FILE.replace("total_steps=6", "total_steps=12").replace(
         "evals__val__every=3", "evals={}, data__num_threads=1"

@@ -259,7 +259,7 @@ def start(tmp_path, workdir, data_dir):
 
 def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(data_dir, tmp_path):
     train(tiny_config(data_dir, **KILLED), str(tmp_path / "straight"))
-    rng, kills = random.Random(0), 0
+    rng, killed = random.Random(0), False
     for _ in range(20):
         run = start(tmp_path, tmp_path / "killed", data_dir)
         metrics = tmp_path / "killed" / "metrics.jsonl"
@@ -267,14 +267,14 @@ def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(data_dir, tmp_pat
         while run.poll() is None and not (metrics.exists() and metrics.stat().st_size > size):
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
-        if run.poll() is None and kills < 2:
+        if run.poll() is None and not killed:
             run.send_signal(signal.SIGKILL)
-            kills += 1
+            killed = True
         output, _ = run.communicate(timeout=600)
         if run.returncode == 0:
             break
         assert run.returncode == -signal.SIGKILL, output
-    assert kills
+    assert killed
     assert "finished at step 40 of 40" in output
     assert_same(load_params(tmp_path / "killed")[0], load_params(tmp_path / "straight")[0])
     steps = [r["step"] for r in read_metrics(tmp_path / "killed") if "train/loss" in r]
