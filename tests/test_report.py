@@ -8,6 +8,8 @@ import pytest
 
 from tests.html_pages import assert_stands_alone
 from tests.trained import write_run
+from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.checkpoint.pretrained.npz import write_npz
 from vit_jax.data.pipeline import eval_batches
 from vit_jax.report import main
 from vit_jax.utils.errors import UserError
@@ -57,6 +59,15 @@ def test_of_a_part_of_the_split_it_is_said(place, tmp_path, said):
     main([f"--workdir={workdir}", f"--output={output}", "--max_images=20", "--checkpoint=best"])
     text = assert_stands_alone(output.read_text()).text
     assert "Confusion: val, step 4, first 20 images" in text
+
+
+def test_weights_that_are_no_step_are_named_by_their_file(place, tmp_path, said):
+    workdir, *_ = place
+    weights = tmp_path / "weights.npz"
+    write_npz(weights, load_pretrained(str(workdir)))
+    main([f"--workdir={workdir}", f"--output={tmp_path}/page.html", f"--checkpoint={weights}"])
+    text = assert_stands_alone((tmp_path / "page.html").read_text()).text
+    assert "Confusion: val, weights.npz" in text
 
 
 def test_without_a_checkpoint_the_page_has_no_pictures(place, tmp_path, said):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from vit_jax.checkpoint.listing import list_steps
+from vit_jax.checkpoint.listing import is_step, list_steps
 from vit_jax.checkpoint.workdir import read_config, read_labels
 from vit_jax.config.reduced import reduce_for_evaluation, without_mesh
 from vit_jax.evaluators.base import Evaluator
@@ -218,8 +218,8 @@ def predict(
     evaluator = choose_evaluator(judge.evaluators, args.eval)
     findings = predict_split(evaluator, params, max_images=args.max_images, pictures=args.pictures)
     names = read_labels(args.workdir) or evaluator.data.info.class_names or ()
-    count, step = len(findings.rows["label"]), int(Path(source).name)
-    title = f"{evaluator.name}, step {step:,}"
+    count, weights = len(findings.rows["label"]), Path(source).name
+    title = f"{evaluator.name}, {f'step {int(weights):,}' if is_step(weights) else weights}"
     whole = count == len(evaluator.data.open())
     shown = title if whole else f"{title}, first {count:,} images"
     known = {one.title for one in read_details(args.workdir)}
