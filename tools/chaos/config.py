@@ -2,11 +2,13 @@
 """Digits, so small that a run takes seconds: what faults are injected into.
 
 The argument is the folder of the prepared data. `CHAOS_NAN=7,8` in the environment makes the images
-of those steps no numbers.
+of those steps no numbers. `CHAOS_STALL=FILE` makes opening an image wait for ever once that file
+exists, as on a network that no longer answers.
 """
 
 import os
 import runpy
+import threading
 from pathlib import Path
 
 import jax
@@ -35,7 +37,20 @@ def get_config(data_dir: str) -> ConfigDict:
     steps = [int(step) for step in os.environ.get("CHAOS_NAN", "").split(",") if step]
     if steps:
         _poison(steps, seed=config.seed)
+    if marker := os.environ.get("CHAOS_STALL"):
+        _stall(marker)
     return config
+
+
+def _stall(marker: str) -> None:
+    original = os.open
+
+    def open_or_wait(path, *args, **options):
+        if os.fspath(path).endswith(".png") and os.path.exists(marker):
+            threading.Event().wait()
+        return original(path, *args, **options)
+
+    os.open = open_or_wait
 
 
 def _poison(steps: list[int], *, seed: int) -> None:

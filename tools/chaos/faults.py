@@ -379,23 +379,21 @@ def lose_the_data(lab: Lab) -> Iterator[Outcome]:
     data, elsewhere = _fresh(lab, "images-lost"), _fresh(lab, "images-elsewhere")
     # More than a run sees: none is in memory because it was read before.
     arguments = (*_make_images(data, lab.rng, 40 * TOTAL), "--config.watchdog.step=10")
-    pipes = _fresh(lab, "images-that-block")
-    for file in data.rglob("*.png"):
-        pipe = pipes / file.relative_to(data)
-        pipe.parent.mkdir(parents=True, exist_ok=True)
-        os.mkfifo(pipe)  # Who opens it waits for a writer.
+    marker = _fresh(lab, "data-stalls") / "now"
+    marker.parent.mkdir()
     whole = lab.finish(_fresh(lab, "data-there"), arguments=arguments)
     want = End.read(whole.workdir) if whole.code == 0 else None
     for name, code in (("is gone", 2), ("stalls", RUN_AGAIN)):
         workdir = _fresh(lab, "data-lost")
-        with lab.start(workdir, arguments=arguments) as job:
+        with lab.start(workdir, arguments=arguments, env={"CHAOS_STALL": str(marker)}) as job:
             job.until(lambda job=job: job.step >= SAVE_EVERY + 2)
-            data.rename(elsewhere)
             if name == "stalls":
-                pipes.rename(data)
+                marker.touch()
+            else:
+                data.rename(elsewhere)
             job.wait()
-        shutil.rmtree(data, ignore_errors=True)
-        elsewhere.rename(data)
+        if name == "is gone":
+            elsewhere.rename(data)
         lost = max(job.step - newest_whole(workdir), 0)
         again = lab.finish(workdir, arguments=arguments)
         said = [line for line in job.lines if line.startswith("vit_jax: error: ")]
