@@ -98,6 +98,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "tpu-plan": ["jax[tpu]"],  # libtpu, of the version that fits jax; no TPU is needed
         "cuda": ["jax[cuda13]"],
+        "gpu-plan": ["jax[cuda13]"],  # XLA's compiler for GPUs; no GPU is needed
         "gcs": ["etils[epath-gcs]>=1.9.1"],
         "parquet": ["pyarrow>=15.0"],
         "onnx": ["jax2onnx>=0.13", "onnxruntime>=1.24"],

@@ -52,6 +52,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     add("--num_slices", type=int, default=1, help="slices of TPUs, or hosts of GPUs")
     add("--num_classes", type=int, help="in place of the dataset's, which then is not looked at")
     add("--image_size", type=int, help="with --num_classes, in place of the preprocessing's")
+    add("--kernels", action="store_true", help="list the kernels that take the longest")
     add("--json", action="store_true", help="print the plan as JSON")
     add("--search", action="store_true", help="find the mesh, remat and accumulation to use")
     add("--images_per_device", type=_ints, default=(), help="for --search: batches to try, 64,128")
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
         found, lines = _scale(args, overrides, topology)
     else:
         found = make_plan(config, topology, cache=args.cache)
-        lines = _describe(found, config, topology)
+        lines = _describe(found, config, topology, kernels=args.kernels)
     if args.json:
         print_result(json.dumps(found, indent=1))
     else:
@@ -98,8 +99,12 @@ def main(argv: Sequence[str]) -> None:
             print_result(line)
 
 
-def _describe(plan: Plan, config: Mapping[str, Any], topology: Topology) -> Iterator[str]:
+def _describe(
+    plan: Plan, config: Mapping[str, Any], topology: Topology, *, kernels: bool
+) -> Iterator[str]:
     yield from text.describe_plan(plan)
+    if kernels:
+        yield from text.describe_kernels(plan)
     if not plan["fits"]:
         candidates = search_lib.make_candidates(config, topology)
         yield from text.describe_remedies(plan, candidates)

@@ -53,6 +53,7 @@ NEEDS = {
     "data": "images of the reader's",
     "weights": "checkpoints of the reader's",
     "accelerator": "a GPU or TPUs",
+    "gpu-plan": "the compiler for GPUs",
     "tpu": "the compiler for TPUs",
     "cluster": "machines that are rented",
     "time": "hours",

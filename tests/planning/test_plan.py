@@ -19,7 +19,12 @@ from vit_jax.planning.search import (
     format_overrides,
     make_candidates,
 )
-from vit_jax.planning.text import describe_plan, describe_remedies, describe_search
+from vit_jax.planning.text import (
+    describe_kernels,
+    describe_plan,
+    describe_remedies,
+    describe_search,
+)
 from vit_jax.planning.topologies import make_devices, parse_topology
 from vit_jax.runtime.chips import GPUS
 from vit_jax.training.experiment import Experiment
@@ -44,6 +49,14 @@ def small_config(**changes):
     sizes = {f"model__{key}": value for key, value in sizes.items()}
     config = tiny_config("nowhere", **sizes, data__batch_size=256, **changes)
     return reduce_for_planning(config.to_dict(), num_classes=16, image_size=32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_gpu_compiler():
+    """CPUs take the place of GPUs, whatever is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vit_jax.planning.gpus.find_version", lambda name: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +97,29 @@ def test_a_plan_has_memory_speed_and_transfers_along_all_axes(plan):
 
 def test_a_plan_for_gpus_says_that_cpus_stand_in_for_them(plan):
     assert plan["compiled_for"] == "cpu"
-    assert "compiled for as many CPUs" in "\n".join(describe_plan(plan))
+    text = "\n".join(describe_plan(plan))
+    assert "compiled for as many CPUs" in text
+    assert "pip install 'vit_jax[gpu-plan]'" in text
+    assert list(describe_kernels(plan)) == ["  no kernels: the step was not compiled for this chip"]
+
+
+def test_the_kernels_that_take_the_longest_are_listed():
+    row = {
+        "layer": "encoderblock_*/MlpBlock_0/Dense_0/dot_general",
+        "backward": True,
+        "kind": "fusion",
+        "count": 24,
+        "bytes": 198_400_000,
+        "flops": 119_000_000_000,
+        "bound": "compute",
+        "seconds": 0.003,
+    }
+    kernels = [row, row | {"seconds": 0.001}]
+    first, _, *shown = describe_kernels({"num_kernels": 26, "kernels": kernels}, limit=1)
+    assert first == "  26 kernels, 4.00 ms; the longest:"
+    (row,) = shown
+    assert row.split()[:6] == ["3.000", "75.0%", "24", "198.4", "119.0", "compute"]
+    assert row.endswith("  encoderblock_*/MlpBlock_0/Dense_0/dot_general (fusion, backward)")
 
 
 def test_what_was_compiled_is_kept(plan, cache):

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 
 from vit_jax.observe.provenance import find_version
-from vit_jax.planning.topologies import Topology
+from vit_jax.planning.gpus import GPU_PLUGINS
+from vit_jax.planning.topologies import Topology, find_compiler
 from vit_jax.training.experiment import Experiment
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -55,14 +56,16 @@ def compile_step(
       The report, also if the step does not fit, and whether it was in the cache.
     """
     train_step: Any = experiment.train_step
+    for_gpus = find_compiler(list(experiment.mesh.devices.flat)) == "gpu"
     lowered = train_step.lower(experiment.abstract_state, experiment.abstract_batch)
-    path = None if cache is None else cache / f"{_key(lowered.as_text(), topology)}.json.gz"
+    key = _key(lowered.as_text(), topology, for_gpus)
+    path = None if cache is None else cache / f"{key}.json.gz"
     if path is not None and path.exists():
         with gzip.open(path, "rt", encoding="utf-8") as file:
             return CompiledStep(**json.load(file)), True
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = _compile_for_gpus(lowered) if for_gpus else lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
@@ -89,6 +92,17 @@ def compile_step(
     return step, False
 
 
+def _compile_for_gpus(lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        # Tiles of Triton's products are found by trying them on a GPU, and for some shapes the
+        # tiles that XLA takes without a GPU do not exist. cuBLAS has all shapes.
+        if "tile sizes" not in str(e):
+            raise
+    return lowered.compile({"xla_gpu_enable_triton_gemm": False})
+
+
 def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     """Bytes of an array, of any shape, dtype and sharding, on one device."""
     shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
@@ -113,7 +127,8 @@ def did_not_fit(arguments: int, message: str, seconds: float) -> CompiledStep:
     return CompiledStep(arguments, temp, peak, seconds, "", " ".join(message.split())[:1000])
 
 
-def _key(program: str, topology: Topology) -> str:
-    versions = {name: find_version(name) for name in ("jax", "jaxlib", "libtpu")}
+def _key(program: str, topology: Topology, for_gpus: bool) -> str:
+    compiler = GPU_PLUGINS if for_gpus else ("libtpu",)
+    versions = {name: find_version(name) for name in ("jax", "jaxlib", *compiler)}
     text = json.dumps([topology.name, topology.num_slices, versions, program])
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -33,6 +33,8 @@ _BY_HOSTS = {
     "ALL_TO_ALL": "all-to-all",
     "ONE_TO_ONE": "collective-permute",
 }
+# Prefixes of the calls of libraries for GPUs.
+_LIBRARIES = ("__cublas$", "__cudnn$")
 # Operations that move no bytes: other names for a value, or work that is counted elsewhere.
 _FREE = {
     *("parameter", "constant", "iota", "partition-id", "replica-id"),
@@ -40,6 +42,7 @@ _FREE = {
     *("while", "call", "conditional"),
     *(f"{kind}-done" for kind in ("copy", "slice", *_COLLECTIVES)),
 }
+_BETWEEN_HOSTS = ("send", "send-done", "recv", "recv-done")
 _SLICING = ("dynamic-slice", "slice", "gather")
 
 
@@ -71,6 +74,35 @@ class Instruction:
     def bytes(self) -> int:
         """Size of the result, in any memory."""
         return _type_bytes(self.type)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it moves no bytes and computes nothing by itself."""
+        return self.opcode in _FREE
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether it transfers data between devices."""
+        return _collective_kind(self) is not None or self.opcode in _BETWEEN_HOSTS
+
+    @property
+    def call_target(self) -> str:
+        """What a custom call runs; empty for other instructions."""
+        match = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return match[1] if match else ""
+
+    @property
+    def op_name(self) -> str:
+        """The path of the operation in the traced program; empty if the compiler made it."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
+
+    @property
+    def estimated_cycles(self) -> int | None:
+        """The compiler's estimate; None without one, or with one that is impossible."""
+        match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        # For some chips the estimates are near 2**63.
+        return int(match[1]) if match and 0 < int(match[1]) < 2**53 else None
 
     @functools.cached_property
     def hbm_bytes(self) -> int:
@@ -184,21 +216,13 @@ class Program:
     @functools.cached_property
     def hbm_bytes(self) -> int:
         """Bytes that a device reads from and writes to its main memory, each operand once."""
-        return sum(times * self._moved(i) for times, i in self._executed())
+        return sum(times * self.moved_bytes(i) for times, i in self.executed())
 
-    @functools.cached_property
-    def cycles(self) -> int | None:
-        """Cycles of computation that the compiler estimates; None if it gives no estimate."""
-        found = (
-            times * int(match[1])
-            for times, i in self._executed()
-            if (match := re.search(r'"estimated_cycles":"(\d+)"', i.attributes))
-        )
-        total = sum(found)
-        # For some chips the estimates are impossible: near 2**63.
-        return total if 0 < total < 2**53 else None
+    def computation(self, name: str) -> Sequence[Instruction]:
+        """The instructions of a computation; none if there is no such computation."""
+        return self._computations.get(name, ())
 
-    def _executed(self) -> Iterator[tuple[int, Instruction]]:
+    def executed(self) -> Iterator[tuple[int, Instruction]]:
         """Instructions outside fusions, with how often they run."""
         fused = {
             callee
@@ -211,8 +235,9 @@ class Program:
             if name not in fused:
                 yield from ((times, i) for i in self._computations[name])
 
-    def _moved(self, i: Instruction) -> int:
-        if i.opcode in _FREE:
+    def moved_bytes(self, i: Instruction) -> int:
+        """Bytes that one run of an instruction reads from and writes to the main memory."""
+        if i.is_free:
             return 0
         if i.opcode == "fusion" and i.attribute("calls") in self._computations:
             return self._moved_by_fusion(i)
@@ -228,6 +253,8 @@ class Program:
             return (i.bytes if i.operands and i.operands[0].hbm_bytes else 0) + i.hbm_bytes
         if i.opcode == "dynamic-update-slice":
             return 2 * i.operands[1].hbm_bytes if i.hbm_bytes and len(i.operands) > 1 else 0
+        if i.call_target.startswith(_LIBRARIES):
+            return i.hbm_bytes + read - _workspace_bytes(i.type)
         return i.hbm_bytes + read
 
     def _moved_by_fusion(self, fusion: Instruction) -> int:
@@ -398,6 +425,19 @@ def _type_bytes(type_: str, *, hbm_only: bool = False) -> int:
         bits = _BITS.get(dtype) or int((re.search(r"\d+", dtype) or ["0"])[0])
         total += math.prod(_ints(dims)) * bits // 8
     return total
+
+
+def _workspace_bytes(type_: str) -> int:
+    """Size of the scratch memory that is the last result of a call of a library."""
+    arrays = list(_ARRAY.finditer(type_))
+    is_scratch = len(arrays) > 1 and arrays[-1][1] in ("s8", "u8")
+    return _type_bytes(arrays[-1][0]) if is_scratch else 0
+
+
+def parse_dims(type_: str) -> list[int]:
+    """The shape of an array, or of the first one of a tuple."""
+    match = _ARRAY.search(type_)
+    return _ints(match[2]) if match else []
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:

@@ -12,9 +12,16 @@ from vit_jax.models.flops import count_flops, train_flops
 from vit_jax.parallel.mesh import count_batch_shards
 from vit_jax.planning.compiled import compile_step
 from vit_jax.planning.hlo import Collective, Program
+from vit_jax.planning.kernels import TimedKernel, list_kernels, merge_alike, time_kernels
 from vit_jax.planning.memory import estimate_memory
 from vit_jax.planning.roofline import Work, make_roofline
-from vit_jax.planning.topologies import Topology, make_devices, slice_of
+from vit_jax.planning.topologies import (
+    Topology,
+    explain_cpus,
+    find_compiler,
+    make_devices,
+    slice_of,
+)
 from vit_jax.runtime.chips import Chip
 from vit_jax.training.experiment import Experiment
 
@@ -51,7 +58,9 @@ def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | No
     Raises:
       UserError: the config is wrong, or the topology is not available.
     """
-    experiment = Experiment.from_config(config, devices=make_devices(topology))
+    devices = make_devices(topology)
+    compiler = find_compiler(devices)
+    experiment = Experiment.from_config(config, devices=devices)
     memory = estimate_memory(experiment)
     traced = jax.make_jaxpr(experiment.train_step)(
         experiment.abstract_state, experiment.abstract_batch
@@ -64,12 +73,14 @@ def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | No
     chip, mesh = topology.chip, dict(experiment.mesh.shape)
     limit = None if chip is None else chip.hbm_bytes
     collectives: list[Collective] = []
-    work, cycles = None, None
+    kernels: list[TimedKernel] = []
+    work = None
     if step.error is None:
         program = Program(step.hlo)
         placed = list(experiment.mesh.devices.flat)
         collectives = program.collectives(mesh, slice_of(topology, placed), [d.id for d in placed])
-        cycles = program.cycles
+        if chip is not None and compiler != "cpu":
+            kernels = time_kernels(list_kernels(program), chip)
         work = Work(
             flops=flops,
             model_flops=model_flops,
@@ -79,7 +90,8 @@ def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | No
         )
     speed: dict[str, Any] = dict.fromkeys(_SPEED)
     if work is not None and chip is not None:
-        speed |= _find_speed(work, chip, cycles, batch_size / topology.num_chips)
+        expected = sum(one.seconds for one in kernels)
+        speed |= _find_speed(work, chip, expected, batch_size / topology.num_chips)
     return {
         "topology": topology.name,
         "num_slices": topology.num_slices,
@@ -89,7 +101,7 @@ def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | No
         "batch_size": batch_size,
         "images_per_device": batch_size / count_batch_shards(experiment.mesh),
         "accum_steps": experiment.optimizer.accum_steps,
-        "compiled_for": "tpu" if topology.is_tpu else "cpu",
+        "compiled_for": compiler,
         "fits": step.error is None and (limit is None or step.peak_bytes <= limit),
         "hbm_limit_bytes": limit,
         "peak_bytes": step.peak_bytes,
@@ -103,20 +115,24 @@ def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | No
         "ici_bytes": work and work.ici_bytes,
         "dcn_bytes": work and work.dcn_bytes,
         **speed,
+        "num_kernels": sum(one.kernel.count for one in kernels),
+        "kernels": [
+            dataclasses.asdict(one.kernel) | {"seconds": one.seconds, "bound": one.bound}
+            for one in merge_alike(kernels)
+        ],
         "compile_seconds": step.seconds,
         "cached": cached,
         "error": step.error,
-        "notes": [*_describe_target(topology), *_warn_of_slow_axes(collectives)],
+        "notes": [*_describe_target(topology, compiler), *_warn_of_slow_axes(collectives)],
     }
 
 
 def _find_speed(
-    work: Work, chip: Chip, cycles: int | None, images_per_chip: float
+    work: Work, chip: Chip, kernel_seconds: float, images_per_chip: float
 ) -> dict[str, Any]:
     roofline = make_roofline(work, chip)
-    bound, expected = roofline.step_seconds, None
-    if chip.clock and cycles:
-        expected = max(cycles / chip.clock, bound)
+    bound = roofline.step_seconds
+    expected = max(kernel_seconds, bound) if kernel_seconds else None
     values = (
         dataclasses.asdict(roofline),
         roofline.bound_by,
@@ -137,13 +153,19 @@ def _warn_of_slow_axes(collectives: Sequence[Collective]) -> list[str]:
     ]
 
 
-def _describe_target(topology: Topology) -> list[str]:
-    if topology.is_tpu:
-        return []
+def _describe_target(topology: Topology, compiler: str) -> list[str]:
     if topology.chip is None:
-        return ["a CPU has no roofline here: only memory and transfers are said"]
-    return [
-        "no compiler for GPUs is used here: this is the same sharded step, compiled for as many "
-        "CPUs. Arguments and operations are exact; temporaries, bytes and transfers are "
-        "those of XLA for CPUs, which computes bfloat16 in float32 and fuses less"
-    ]
+        return ["a CPU has no roofline here: only memory and transfers are predicted"]
+    if compiler == "gpu":
+        return [
+            "compiled by XLA for this GPU, without one: products have default tiles, where a GPU "
+            "would try several. Times are predicted, not measured"
+        ]
+    if compiler == "cpu":
+        return [
+            f"XLA's compiler for GPUs can't be used: {explain_cpus(topology)}. This is the "
+            "same sharded step, compiled for as many CPUs. Arguments and operations are exact; "
+            "temporaries, bytes and transfers are those of XLA for CPUs, which computes bfloat16 "
+            "in float32 and fuses less"
+        ]
+    return []

@@ -39,13 +39,33 @@ def describe_plan(plan: Plan) -> Iterator[str]:
         best, expected = plan["mfu_bound"], plan["expected_seconds"]
         yield f"                MFU {best:.0%}"
         if expected is not None:
-            yield f"  expected      {1e3 * expected:.1f} ms a step by the compiler, without waits"
-            yield f"                for transfers: MFU {plan['expected_mfu']:.0%}"
+            count = f"{plan['num_kernels']:,} kernels"
+            yield f"  expected      {1e3 * expected:.1f} ms a step, the sum of its {count},"
+            yield f"                without waits for transfers: MFU {plan['expected_mfu']:.0%}"
         yield f"                {plan['images_per_second_per_chip']:,.0f} images/s a chip"
     cached = " (kept from before)" if plan["cached"] else ""
     yield f"  compiled in   {plan['compile_seconds']:.0f} s{cached}"
     for note in plan["notes"]:
         yield f"  note: {note}"
+
+
+def describe_kernels(plan: Plan, limit: int = 20) -> Iterator[str]:
+    """A table of the kernels that take the longest; those of all blocks are in one row."""
+    kernels = plan["kernels"]
+    if not kernels:
+        yield "  no kernels: the step was not compiled for this chip"
+        return
+    total = sum(kernel["seconds"] for kernel in kernels)
+    shown = kernels[:limit]
+    yield f"  {plan['num_kernels']:,} kernels, {1e3 * total:.2f} ms; the longest:"
+    yield f"  {'ms':>8} {'share':>6} {'runs':>5} {'MB each':>9} {'GFLOP':>7}  bound    layer"
+    for kernel in shown:
+        backward = ", backward" if kernel["backward"] else ""
+        yield (
+            f"  {1e3 * kernel['seconds']:8.3f} {kernel['seconds'] / total:6.1%} "
+            f"{kernel['count']:5d} {kernel['bytes'] / 1e6:9,.1f} {kernel['flops'] / 1e9:7,.1f}  "
+            f"{kernel['bound']:<7}  {kernel['layer']} ({kernel['kind']}{backward})"
+        )
 
 
 def describe_remedies(plan: Plan, candidates: Sequence[Candidate]) -> Iterator[str]:

@@ -7,11 +7,13 @@ import importlib.util
 import math
 import os
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 from jax.experimental import topologies
 
+from vit_jax.planning.gpus import NoGpuCompilerError, make_gpus
 from vit_jax.runtime.chips import GPUS, TPUS, Chip
 from vit_jax.utils.errors import UserError
 
@@ -79,13 +81,19 @@ def parse_topology(name: str, *, num_slices: int = 1) -> Topology:
 
 
 def make_devices(topology: Topology) -> list[Any]:
-    """Makes devices to compile for; for CPUs and GPUs, they are CPU devices of this process.
+    """Makes devices to compile for.
+
+    They are CPU devices of this process for CPUs, and for GPUs where XLA's compiler for GPUs can't
+    be used.
 
     Raises:
       UserError: libtpu is not installed, does not know the shape, or JAX has fewer CPUs already.
     """
     if topology.is_tpu:
         return _tpus(topology)
+    if topology.chip is not None:
+        with contextlib.suppress(NoGpuCompilerError):
+            return _gpus(topology)
     count = topology.num_devices
     # Raises if JAX has already created its devices, whose number is then fixed.
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -98,6 +106,26 @@ def make_devices(topology: Topology) -> list[Any]:
             f"start it with XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )
     return devices[:count]
+
+
+def find_compiler(devices: Sequence[Any]) -> Literal["cpu", "gpu", "tpu"]:
+    """The kind of the devices that `make_devices` made."""
+    platform = devices[0].platform
+    return "gpu" if platform == "cuda" else platform
+
+
+def explain_cpus(topology: Topology) -> str:
+    """Why `make_devices` made CPUs for a topology of GPUs; empty if it did not."""
+    try:
+        _gpus(topology)
+    except NoGpuCompilerError as e:
+        return str(e)
+    return ""
+
+
+def _gpus(topology: Topology) -> list[Any]:
+    assert topology.chip is not None
+    return make_gpus(topology.chip.name, topology.num_slices, math.prod(topology.shape))
 
 
 def _tpus(topology: Topology) -> list[Any]:

@@ -22,6 +22,9 @@ class Chip:
         hosts (GPU) sends.
       per_chip: devices of a chip.
       clock: cycles a second of the unit whose cycles the compiler estimates; None if it does not.
+      memory_share: of `hbm_bandwidth`, what a kernel reaches that moves many bytes.
+      product_share: of `flops`, what a matrix product of a model reaches.
+      launch_seconds: from one kernel to the next.
       float8: whether it multiplies matrices in float8 (e4m3, e5m2) rather than emulating that.
     """
 
@@ -35,6 +38,9 @@ class Chip:
     source: str
     per_chip: int = 1
     clock: float | None = None
+    memory_share: float = 0.8
+    product_share: float = 0.68
+    launch_seconds: float = 0.0
     float8: bool = False
 
 
@@ -54,6 +60,7 @@ def _chip(
     source, size = f"cloud.google.com/tpu/docs/{name}", int(memory * 2**30)
     if product is not None:
         source, size = f"NVIDIA {product} datasheet", int(0.75 * (memory * 1e9))
+        options["launch_seconds"] = 2.5e-6
     hbm, ici, dcn = (1e9 * rate for rate in gb_per_s)
     return Chip(name, device_kind, 1e12 * tflops, size, hbm, ici, dcn, source, **options)
 
@@ -68,6 +75,8 @@ _TPUS = (
     _chip("v6e", "TPU v6 lite", 918, 31.25, (1638, 400, 12.5), clock=1.75e9),
     _chip("tpu7x", "TPU7x", 1153.5, 94.75, (3690, 300, 6.25), per_chip=2, float8=True),
 )
+# Shares of peaks: the largest bfloat16 products reach 790 TFLOP/s on an H200. Those of a model are
+# assumed to reach 85 % of that, and the same share of the peak on the other chips.
 # Networks as in NVIDIA's DGX of each: 200 Gb/s for an A100, 400 Gb/s for the others.
 _GPUS = (
     _chip("a100", "NVIDIA A100-SXM4-80GB", 312, 80, (2039, 300, 25), "A100 SXM 80 GB"),
