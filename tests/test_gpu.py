@@ -20,6 +20,20 @@ def losses(data_dir, devices, **changes):
 
 
 @pytest.mark.gpu
+def test_fused_attention_gives_the_losses_of_attention_in_memory(data_dir):
+    changes = {
+        "precision": "bfloat16",
+        "model__hidden_size": 32,
+        "model__num_heads": 2,
+        "model__qk_norm": True,
+    }
+    gpu = jax.devices("gpu")[:1]
+    want = losses(data_dir, gpu, model__attention="xla", **changes)
+    got = losses(data_dir, gpu, model__attention="fused", **changes)
+    np.testing.assert_allclose(got, want, rtol=0.02)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05), ("float8", 0.05)]
 )

@@ -5,8 +5,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.tiny import tiny_config
+from vit_jax.config.load import override_config
+from vit_jax.config.reduced import reduce_for_planning
 from vit_jax.planning import gpus
 from vit_jax.planning.gpus import NoGpuCompilerError, make_gpus
+from vit_jax.planning.plan import make_plan
 from vit_jax.planning.topologies import explain_cpus, find_compiler, make_devices, parse_topology
 from vit_jax.runtime.chips import GPUS
 
@@ -59,3 +63,34 @@ def test_a_program_is_compiled_for_each_gpu(name):
     x = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=sharding)
     program = jax.jit(lambda x: jnp.tanh(x) + 1).lower(x).compile().as_text()
     assert "kind=kLoop" in program
+
+
+@pytest.mark.slow
+def test_fused_attention_gathers_no_queries_keys_or_values():
+    try:
+        make_gpus("h100", 1, 8)
+    except NoGpuCompilerError as e:
+        pytest.skip(str(e))
+    sizes = {"hidden_size": 128, "mlp_dim": 256, "num_heads": 4, "patch_size": 4, "num_layers": 1}
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    config = tiny_config(
+        "nowhere",
+        **{f"model__{key}": value for key, value in sizes.items()},
+        precision="bfloat16",
+        data__batch_size=64,
+        mesh=mesh,
+    )
+    transfers = {}
+    for attention in ("xla", "fused"):
+        changed = override_config(config, {"model.attention": attention}).to_dict()
+        reduced = reduce_for_planning(changed, num_classes=16, image_size=32)
+        plan = make_plan(reduced, parse_topology("h100:8"), cache=None)
+        assert plan["compiled_for"] == "gpu"
+        kinds = [kernel["kind"] for kernel in plan["kernels"]]
+        assert any("fmha" in kind for kind in kinds) == (attention == "fused")
+        transfers[attention] = {
+            (c["kind"], tuple(c["axes"])): c["bytes"] for c in plan["collectives"]
+        }
+    queries = 64 // 4 * 65 * 128 // 2 * 2  # bytes of one device's part
+    for key, sent in transfers["fused"].items():
+        assert sent - transfers["xla"].get(key, 0) < queries, key

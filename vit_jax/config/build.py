@@ -22,6 +22,7 @@ from vit_jax.data.mixture import check_same_kind
 from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.kinds import EVALUATORS
+from vit_jax.models.attention import choose_attention
 from vit_jax.models.block_config import Constrain
 from vit_jax.models.interface import Model, check_outputs, find_grid
 from vit_jax.models.variants import MODELS
@@ -260,6 +261,13 @@ def _make_model(
         size, parts = getattr(model, key, 0), mesh.shape["tensor"]
         if size % parts:
             raise UserError(f"mesh.tensor={parts} does not divide model.{key}={size}")
+    if hasattr(model, "attention"):
+        rows, columns = model.grid(data.image_shape()[:2])
+        tokens = rows * columns + model.num_prefix_tokens
+        chosen = choose_attention(
+            model.block_config, mesh.devices.flat[0], model.hidden_size, tokens
+        )
+        model = model.clone(attention=chosen)
     # What the variant decides is written down as decided.
     decided = {"classifier": model.classifier} if "classifier" in args else {}
     return model, {"name": name} | args | decided

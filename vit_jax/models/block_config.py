@@ -14,6 +14,10 @@ from vit_jax.models.products import dot_tokens, dot_tokens_float8
 # Shards an activation over the mesh, given one logical name for each of its dimensions.
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
+# Where attention weights are computed: in memory by XLA, or within one kernel. `auto` is the faster
+# one on the devices of a run (see `attention.choose_attention`), and XLA outside of runs.
+Attention = Literal["auto", "xla", "fused"]
+
 Activation = Literal["gelu_tanh", "gelu_erf", "swiglu"]
 
 
@@ -35,6 +39,7 @@ class BlockConfig:
     num_heads: int = 0
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
+    attention: Attention = "auto"
     activation: Activation = "gelu_tanh"
     qk_norm: bool = False
     layer_scale_init: float | None = None

@@ -53,6 +53,8 @@ def count_flops(program: ClosedJaxpr | Jaxpr) -> int:
             ((contracted, _), _) = eqn.params["dimension_numbers"]
             depth = math.prod(_shape(eqn.invars[0])[d] for d in contracted)
             total += 2 * math.prod(_shape(eqn.outvars[0])) * depth
+        elif name.startswith("dot_product_attention_"):  # the kernels of `fused` attention
+            total += _attention_flops(eqn)
         elif name == "conv_general_dilated":
             total += _conv_flops(eqn)
         inner = [count_flops(sub) for sub in _sub_programs(eqn.params)]
@@ -70,6 +72,13 @@ def _conv_flops(eqn: Any) -> int:
     # Zeros between the inputs, as in the gradient of a strided convolution, do not count.
     zeros = math.prod(eqn.params["lhs_dilation"])
     return 2 * math.prod(_shape(eqn.outvars[0])) * depth // zeros
+
+
+def _attention_flops(eqn: Any) -> int:
+    batch, queries, heads, head_dim = _shape(eqn.invars[0])
+    product = 2 * batch * heads * queries * _shape(eqn.invars[1])[1] * head_dim
+    # Scores and outputs; backward, the scores again and the gradients of q, k, v and scores.
+    return product * (5 if eqn.primitive.name.startswith("dot_product_attention_bwd") else 2)
 
 
 def _shape(variable: Any) -> tuple[int, ...]:

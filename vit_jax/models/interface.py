@@ -35,7 +35,9 @@ def find_grid(model: Model, image_size: tuple[int, ...]) -> tuple[int, int] | No
 
 
 def unsharded(model: Model) -> Model:
-    """The model with its activations not sharded."""
+    """The model as it runs on one device of any kind."""
+    if hasattr(model, "attention"):
+        model = model.clone(attention="xla")
     return model.clone(constrain=unconstrained) if hasattr(model, "constrain") else model
 
 

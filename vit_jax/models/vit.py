@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.models import resnet
-from vit_jax.models.block_config import Activation, BlockConfig, Constrain, unconstrained
+from vit_jax.models.block_config import Activation, Attention, BlockConfig, Constrain, unconstrained
 from vit_jax.models.blocks import DepthSchedule, Encoder, Remat
 from vit_jax.models.heads import MAPHead, apply_head
 from vit_jax.models.positions import fixed_positions, patch_grid, rotation_2d
@@ -67,6 +67,8 @@ class VisionTransformer(nn.Module, kw_only=True):
       remat: what the backward pass recomputes to save memory: nothing (`none`), all but the dense
         layers (`dots`), everything (`full`), or all but named activations, such as
         `save:attn_out,mlp_hidden` (see `blocks.parse_remat`).
+      attention: where attention weights are computed: in memory (`xla`), or within one kernel that
+        never writes them (`fused`); `auto` for the faster one on the devices of a run.
       dtype: dtype of the computation. Parameters and logits are float32.
       float8: whether the matrix products of attention projections and MLPs, and of their gradients,
         take float8 inputs (see `models.float8`). The parameters are the same.
@@ -108,6 +110,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     head_bias_init: float = 0.0
     scan: bool = False
     remat: Remat = "none"
+    attention: Attention = "auto"
     dtype: Dtype = "float32"
     float8: bool = False
     constrain: Constrain = unconstrained

@@ -191,6 +191,7 @@ def make_mae(
         norm_epsilon=model.norm_epsilon,
         dtype=model.dtype,
         float8=model.float8,
+        attention=model.attention,
         constrain=model.constrain,
     )
     decoder = MaskedDecoder(

@@ -34,7 +34,7 @@ from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import is_part
 
 # Fields of a model that are Flax's, or that do not change what it computes.
-_NO_PART_OF_A_MODEL = ("parent", "name", "constrain", "scan", "remat", "float8")
+_NO_PART_OF_A_MODEL = ("parent", "name", "constrain", "scan", "remat", "attention", "float8")
 
 
 @dataclasses.dataclass(frozen=True)
