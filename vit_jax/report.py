@@ -155,12 +155,16 @@ def _show(example: Example, names: Sequence[str]) -> str:
         small = Image.fromarray(image)
         small.thumbnail((_MAX_SIDE, _MAX_SIDE))
         image = np.asarray(small)
-    picture = Image.fromarray(scale_up(image, _MIN_SIDE))
+    enlarged = scale_up(image, _MIN_SIDE)
+    picture = Image.fromarray(enlarged)
     label, predicted = (_name(names, i) for i in (example.label, example.predicted))
     right = example.label == example.predicted
     text = label if right else f"{label}, taken for {predicted}"
-    facts = f"{example.confidence:.1%} sure, loss {example.loss:.3g}"
-    return make_figure(encode_png(picture), picture.size, alt=text, caption=[text, facts])
+    facts = [f"{100 * example.confidence:.1f} % sure", f"loss {example.loss:.3g}"]
+    sharp = enlarged.shape != image.shape
+    return make_figure(
+        encode_png(picture), picture.size, alt=text, name=text, caption=facts, sharp=sharp
+    )
 
 
 def _name(names: Sequence[str], label: int) -> str:

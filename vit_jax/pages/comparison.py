@@ -18,7 +18,7 @@ from vit_jax.pages.chart import Curve, plot_curves
 from vit_jax.pages.html import make_card, make_page, make_section, make_table
 from vit_jax.pages.run_page import Points, collect_points, find_best
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.metrics import lower_is_better
+from vit_jax.utils.metrics import describe_metric, lower_is_better
 from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.text import printable
 
@@ -164,8 +164,13 @@ def make_html(runs: Sequence[RunRecord]) -> str:
     cards = []
     for key in dict.fromkeys(key for run in runs for key in (*_CURVES, *run.results)):
         curves = [Curve(r.name, r.points[key], i) for i, r in enumerate(runs) if key in r.points]
-        if curves:
-            cards.append(make_card(key, plot_curves(curves, label=f"{key} by step")))
+        # A single point is in the table.
+        if any(len(curve.points) > 1 for curve in curves):
+            what = describe_metric(key)
+            chart = plot_curves(
+                curves, label=f"{key} by step", y=what.label, is_share=what.is_share
+            )
+            cards.append(make_card(key, chart))
     title = ", ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     sections = [make_section("Results", [table]), make_section("Curves", cards, layout="charts")]
     return make_page(f"Compared: {title}", (), sections)
