@@ -120,13 +120,9 @@ def test_what_was_measured_once_is_no_curve(workdir):
 
 def test_the_page_of_a_long_run_is_small(workdir):
     names = ["train/loss", "train/top1", "perf/images_per_sec", *(f"val/{i}shot" for i in range(9))]
-    write_lines(
-        workdir / "metrics.jsonl",
-        (
-            {"step": step} | dict.fromkeys(names, (step * 7919 % 1000) / 1000)
-            for step in range(9999)
-        ),
-    )
+    values = ((step * 7919 % 1000) / 1000 for step in range(10_000))
+    records = ({"step": step} | dict.fromkeys(names, value) for step, value in enumerate(values))
+    write_lines(workdir / "metrics.jsonl", records)
     text = make_report(workdir)
     assert_stands_alone(text)
     # No more than 402 points of 12 bytes for each curve.

@@ -123,7 +123,7 @@ def _show_time(spent: Mapping[str, float]) -> list[str]:
     if whole < 1:
         return []
     shares = [f"{phase} {s / whole:.1%}" for phase, s in spent.items() if s]
-    return [f"time {datetime.timedelta(seconds=round(whole))}:", *shares]
+    return [f"time {datetime.timedelta(seconds=round(whole))}", *shares]
 
 
 def draw_sparkline(values: Sequence[float], *, most: int = _SPARKS) -> str:

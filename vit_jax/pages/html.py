@@ -134,7 +134,7 @@ def make_card(title: str, content: str, *, caption: str = "", wide: bool = False
 
 
 def make_figure(
-    png: bytes,
+    picture: bytes,
     size: tuple[int, int],
     *,
     alt: str,
@@ -147,6 +147,7 @@ def make_figure(
     """Makes a card of a picture.
 
     Args:
+      picture: the bytes of a PNG or JPEG file.
       size: width and height in pixels of the page.
       alt: text for readers who cannot see the picture.
       title: text above the picture.
@@ -156,10 +157,12 @@ def make_figure(
     """
     lines = [f"<b>{escape_html(name)}</b>"] if name else []
     lines += map(escape_html, caption)
+    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
+    source = f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
     return (
         f'<figure class="card{" wide" if wide else ""}">{_head(title)}'
         f'<img{" class=sharp" if sharp else ""} width="{size[0]}" height="{size[1]}" '
-        f'alt="{escape_html(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        f'alt="{escape_html(alt)}" src="{source}">'
         f"<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
     )
 
