@@ -20,7 +20,7 @@ HEAD = {"head": {"kernel": jax.ShapeDtypeStruct((30, 2), jnp.float32)}}
 START = {
     "mesh": make_mesh(),
     "hosts": ("here",),
-    "model": "vit, 2 layers, width 30",
+    "model": "vit, layers 2, width 30",
     "params": BODY | HEAD,
     "frozen": {},
     "input_bytes": {"train": 2_500_000},
@@ -47,7 +47,7 @@ def test_a_model_is_a_line_and_its_tables_are_for_verbose(capsys, monkeypatch):
     assert shown["quiet"] == ""
     devices, model, rate, _ = shown["normal"].splitlines()[1:]
     assert devices == f"devices: 8 x {jax.devices()[0].device_kind}; mesh: data=8, fsdp=1, tensor=1"
-    assert model == "model: vit, 2 layers, width 30, 3,060 parameters"
+    assert model == "model: vit, layers 2, width 30, 3,060 parameters"
     assert rate == "learning rate: 1"
     assert all(word in shown["verbose"] for word in words)
     assert {*shown["normal"].splitlines()} <= {*shown["verbose"].splitlines()}

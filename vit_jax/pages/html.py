@@ -14,7 +14,7 @@ from vit_jax.utils.text import escape_html
 Layout = Literal["texts", "charts", "pairs", "pictures"]
 
 # A cell that is aligned to the right: a number, perhaps with its unit, a star or a total.
-_NUMBER = re.compile(r"([-+]?\d[\d,.]*(e[-+]?\d+)?( %| \*| of [\d,]+)?)?")
+_NUMBER = re.compile(r"([-+]?\d[\d,.]*(e[-+]?\d+)?( %)?( \*| of [\d,]+)?)?")
 
 STYLE = """
 :root { color-scheme: light dark; --back: #f6f6f4; --card: #fff; --text: #1d1d1f; --soft: #5f5f68;

@@ -284,9 +284,9 @@ def _describe_model(experiment: Experiment) -> str:
     """Name and sizes of a model, as far as it has those of a Transformer of patches."""
     model, sizes = experiment.model, []
     for name, text in (
-        ("num_layers", "{} layers"),
+        ("num_layers", "layers {}"),
         ("hidden_size", "width {}"),
-        ("num_heads", "{} heads"),
+        ("num_heads", "heads {}"),
     ):
         if isinstance(size := getattr(model, name, None), int):
             sizes.append(text.format(size))
