@@ -42,7 +42,7 @@ def test_the_length_of_a_run_has_three_units(length, steps, longer, data_dir):
         )
 
 
-@pytest.mark.parametrize(("total", "every"), [(2, 1), (50, 1), (240, 2), (4000, 40), (90_000, 900)])
+@pytest.mark.parametrize(("total", "every"), [(4, 1), (50, 1), (240, 2), (4000, 40), (90_000, 900)])
 def test_a_hundredth_of_the_steps_is_logged_by_default(total, every, data_dir):
     experiment = build(data_dir, total_steps=total, log_every=None)
     assert experiment.settings.log_every == every

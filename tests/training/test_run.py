@@ -83,8 +83,11 @@ def test_a_run_leaves_config_metrics_and_checkpoint(finished):
     assert [r["step"] for r in records if "train/loss" in r] == [1, 2, 4, 6, 8]
     assert [r["step"] for r in records if "val/top1" in r] == [4, 8]
     assert {r["val/count"] for r in records if "val/count" in r} == {50}
-    names = {"train/loss", "train/lr", "train/grad_norm", "perf/images_per_sec", "perf/data_wait"}
+    names = {"train/loss", "train/lr", "train/grad_norm"}
     assert all(names <= r.keys() for r in records if "train/loss" in r)
+    # The first step has no speed, since most of its time is compilation.
+    names = {"perf/images_per_sec", "perf/data_wait"}
+    assert [r["step"] for r in records if names <= r.keys()] == [2, 4, 6, 8]
     assert [r["step"] for r in records if "perf/first_step_s" in r] == [1]
     assert list((finished / "tensorboard").glob("events*"))
 
