@@ -23,7 +23,7 @@ START = {
     "model": "vit, layers 2, width 30",
     "params": BODY | HEAD,
     "frozen": {},
-    "input_bytes": {"train": 2_500_000},
+    "input_bytes": {"train": 2_500_000, "val": 1_500_000_000},
 }
 
 
@@ -33,7 +33,7 @@ START = {
 def test_frozen_parameters_are_counted_where_there_are_some(frozen, want, said):
     report_start(**(START | {"frozen": frozen}))
     assert [line for line in said if "frozen" in line] == want
-    assert said[-1] == "memory of this host for batches: train 0.003 GB"
+    assert said[-1] == "memory of this host for batches: train 2.5 MB, val 1.5 GB"
 
 
 def test_a_model_is_a_line_and_its_tables_are_for_verbose(capsys, monkeypatch):

@@ -76,8 +76,12 @@ def report_start(
         _print_table("optimizer", columns, groups)
     for line in rates:
         log(line)
-    sizes = (f"{name} {size / 1e9:.3f} GB" for name, size in input_bytes.items())
+    sizes = (f"{name} {_show_bytes(size)}" for name, size in input_bytes.items())
     log(f"memory of this host for batches: {', '.join(sizes)}")
+
+
+def _show_bytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
