@@ -77,7 +77,7 @@ def test_all_that_is_in_the_files_is_on_the_page_as_text(workdir):
         "jax 1.2",
         "Calibration: val, step 12",
         f"{EVIL} taken for 1: 1 of 13",
-        "start and compilation, 2 s",
+        "start and compilation, 2\N{NO-BREAK SPACE}s",
         "60.0 %: the share of the time since the first start that went into training steps",
         "ece: expected calibration error: ",
         "7 values",

@@ -80,6 +80,7 @@ th:last-child, td:last-child { padding-right: 0; }
     linear-gradient(to right, var(--shade), transparent) left / 1rem 100%,
     linear-gradient(to left, var(--shade), transparent) right / 1rem 100%;
   background-repeat: no-repeat; }
+.scroll > svg { margin: 0 auto; }
 .scroll th, .scroll td { white-space: nowrap; }
 .scroll td.text:last-child { white-space: normal; min-width: 12rem; }
 pre { margin: 0.25rem 0 0.75rem; padding: 0.6rem 0.75rem; font-size: 0.85rem;

@@ -322,7 +322,11 @@ def _show_time(workdir: Path) -> list[str]:
         return []
     whole = sum(summary.seconds.values()) or 1.0
     spent = {kind: summary.seconds[kind] for kind in (*KINDS, "repeated", "down")}
-    shares = [(f"{_TIMES[kind]}, {s:,.0f} s", s / whole) for kind, s in spent.items() if s]
+    shares = [
+        (f"{_TIMES[kind]}, {s:,.0f}\N{NO-BREAK SPACE}s", s / whole)
+        for kind, s in spent.items()
+        if s
+    ]
     speed = summary.steps_per_second
     rows = [
         *([("speed", f"{speed:.3g} steps/s")] if speed else []),
