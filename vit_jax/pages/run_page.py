@@ -13,7 +13,7 @@ from typing import Any
 
 from vit_jax.checkpoint.workdir import read_run
 from vit_jax.observe.console import log
-from vit_jax.observe.jsonl import read_metrics
+from vit_jax.observe.jsonl import iterate_metrics
 from vit_jax.observe.ledger import KINDS, read_ledger, summarize
 from vit_jax.pages.chart import Curve, plot_curves, plot_matrix, plot_reliability
 from vit_jax.pages.html import (
@@ -91,7 +91,7 @@ def make_report(
       predictions: statistics that are added to those in its files; equal titles replace them.
       sections: HTML of sections to add after the predictions.
     """
-    points, run = collect_points(read_metrics(workdir)), _check_run(read_run(workdir))
+    points, run = collect_points(iterate_metrics(workdir)), _check_run(read_run(workdir))
     known = {one.title: one for one in [*read_details(workdir), *predictions]}
     body = [
         make_tiles(_find_tiles(points)),
