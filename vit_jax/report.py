@@ -144,12 +144,15 @@ def show_examples(findings: Findings, title: str, names: Sequence[str]) -> list[
     """Makes sections with pictures of the worst and of the best predictions."""
     kinds = {"Worst predictions": findings.worst, "Best predictions": findings.best}
     return [
-        make_section(f"{kind}: {title}", [_show(e, names) for e in examples], layout="pictures")
+        make_section(
+            f"{kind}: {title}", [show_example(e, names) for e in examples], layout="pictures"
+        )
         for kind, examples in kinds.items()
     ]
 
 
-def _show(example: Example, names: Sequence[str]) -> str:
+def show_example(example: Example, names: Sequence[str]) -> str:
+    """Makes a card of the picture of an example, with the names of its classes."""
     image = example.image
     if max(image.shape[:2]) > _MAX_SIDE:
         small = Image.fromarray(image)
