@@ -68,5 +68,4 @@ def get_config(checkpoint: str = "R_Ti_16") -> ConfigDict:
         "test": {"split": "test", "preprocess": preprocess},
     }
     config.checkpoint = {"every": 500}
-    config.log_every = 10
     return config

@@ -68,5 +68,4 @@ def get_config(size: str = "compact") -> ConfigDict:
         "test": {"split": "test", "preprocess": preprocess},
     }
     config.checkpoint = {"every_percent": 5}
-    config.log_every = 100
     return config

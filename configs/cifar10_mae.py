@@ -70,5 +70,4 @@ def get_config(init_from: str | None = None) -> ConfigDict:
         "test": {"name": judge, "split": "test", "preprocess": preprocess},
     }
     config.checkpoint = {"every_percent": 10}
-    config.log_every = 50
     return config

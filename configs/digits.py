@@ -45,5 +45,4 @@ def get_config() -> ConfigDict:
         "test": {"split": "test", "preprocess": "decode|resize(16)"},
     }
     config.checkpoint = {"every": 500}
-    config.log_every = 100
     return config

@@ -45,5 +45,4 @@ def get_config(init_from: str = "runs/digits") -> ConfigDict:
         "test": {"split": "test", "preprocess": preprocess},
     }
     config.checkpoint = {"every": 250}
-    config.log_every = 50
     return config

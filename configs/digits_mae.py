@@ -60,5 +60,4 @@ def get_config(init_from: str | None = None) -> ConfigDict:
         "test": {"name": judge, "split": "test", "preprocess": preprocess},
     }
     config.checkpoint = {"every": 500}
-    config.log_every = 100
     return config

@@ -52,5 +52,4 @@ def get_config(init_from: str = "runs/digits_mae") -> ConfigDict:
         "test": {"name": "probes", "split": "test", "preprocess": preprocess},
     }
     config.checkpoint = {"every": 500}
-    config.log_every = 100
     return config

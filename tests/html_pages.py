@@ -35,7 +35,7 @@ class Page(html.parser.HTMLParser):
 def assert_stands_alone(text):
     """No other file, no script, no network; light and dark; any width."""
     page = Page(text)
-    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert all(re.match(r"data:image/(png|jpeg);base64,", source) for source in page.sources)
     assert "script" not in page.tags
     assert not re.search(r"https?://|url\(|@import", text)
     assert "prefers-color-scheme: dark" in text

@@ -48,10 +48,10 @@ def test_the_table_has_a_column_for_each_run_and_a_star_at_the_best(runs, capsys
     rows = {cells[0]: [c.strip() for c in cells[1:] if c.strip()] for cells in lines}
     assert rows[""] == ["<b>one", "two"]
     assert rows["step"] == ["8 of 8", "8 of 8"]
-    assert rows["val/top1"] == ["0.7500 *", "0.6250"]
-    assert rows["val/top1, best"] == ["0.7500", "0.8750 *"]
-    assert rows["val/loss"] == ["0.5000 *", "2.0000"]
-    assert rows["val/loss, best"] == ["0.5000", "0.2500 *"]
+    assert rows["val/top1"] == ["75.00 % *", "62.50 %"]
+    assert rows["val/top1, best"] == ["75.00 %", "87.50 % *"]
+    assert rows["val/loss"] == ["0.5 *", "2"]
+    assert rows["val/loss, best"] == ["0.5", "0.25 *"]
     assert rows["images/s"] == ["300", "300"]
     assert rows["config.optimizer.lr"] == ["0.1", "0.2"]
     # What is the same in all says nothing.

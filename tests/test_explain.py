@@ -38,7 +38,7 @@ def call(place, said):
 
 def test_every_figure_is_a_file_and_on_the_page_and_named(call, tmp_path):
     output = tmp_path / "seen"
-    said = call("vit.npz", f"--output={output}")
+    said = call("vit.npz", f"--output={output}", "--verbose")
     of_image = ("attention", "rollout", "similarity", "pca")
     names = {f"0{i + 1}_0{i}_{name}.png" for i in (0, 1) for name in of_image}
     names |= {f"model_{name}.png" for name in ("filters", "positions", "distance")}
@@ -51,6 +51,15 @@ def test_every_figure_is_a_file_and_on_the_page_and_named(call, tmp_path):
     with Image.open(output / "01_00_attention.png") as sheet:
         # Two layers and four heads, of tiles of 56 pixels with gaps of 2.
         assert sheet.size == (4 * 58 - 2, 2 * 58 - 2)
+
+
+def test_a_summary_of_two_lines_replaces_the_list_of_files(call, tmp_path):
+    said = call("vit.npz", f"--output={tmp_path / 'seen'}", "--figures=filters,rollout")
+    assert said[-2:] == [
+        f"wrote {tmp_path / 'seen'}: 3 pictures of 2 images (filters, rollout)",
+        f"open {tmp_path / 'seen' / 'index.html'} in a browser to see them together",
+    ]
+    assert not any(".png" in line for line in said)
 
 
 def test_a_model_without_a_class_token_shows_the_mean_of_its_patches(call, tmp_path):

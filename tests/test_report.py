@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command that writes the page of a run, with pictures."""
 
+import re
 import shutil
 
 import numpy as np
 import pytest
 
-from tests.html_pages import assert_stands_alone
+from tests.html_pages import Page, assert_stands_alone
 from tests.trained import write_run
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.npz import write_npz
 from vit_jax.data.pipeline import eval_batches
-from vit_jax.report import main
+from vit_jax.report import Example, main, show_example
 from vit_jax.utils.errors import UserError
 
 
@@ -30,14 +31,14 @@ def test_the_worst_and_the_best_predictions_have_pictures(place, tmp_path, said)
     assert f"wrote {output}" in said
     page = assert_stands_alone(output.read_text())
     assert page.tags.count("img") == 6
-    captions = [text for text in page.texts if " sure, loss " in text]
+    captions = [text for text in page.texts if re.fullmatch(r"loss [\d.e-]+", text)]
     losses = [float(text.rpartition(" ")[2]) for text in captions]
     want = judge(experiment, params)
     np.testing.assert_allclose(losses[:3], np.sort(want)[::-1][:3], rtol=1e-2)
     np.testing.assert_allclose(losses[3:], np.sort(want)[:3], rtol=1e-2)
     assert "Worst predictions: val, step 8" in page.text
     assert "Calibration: val, step 8" in page.text
-    assert "digit 3 taken for digit 3" in page.text
+    assert re.search(r"digit \d taken for digit \d: \d+ of \d+", page.text)
 
 
 def judge(experiment, params):
@@ -103,3 +104,16 @@ def test_bad_input_is_one_line(place, tmp_path, arguments, message):
         main([argument.format(tmp=tmp_path, run=place[0]) for argument in arguments])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("size", "kind"), [(160, "jpeg"), (16, "png")])
+def test_a_picture_has_its_classes_below_it_and_a_photograph_is_small(size, kind):
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    example = Example(image, label=1, predicted=0, confidence=0.755, loss=2.5)
+    text = show_example(example, ["great white shark", "<dog>"])
+    page = Page(text)
+    assert page.texts == ["<dog>, taken for great white shark", "75.5 % sure", "loss 2.5"]
+    assert page.sources[0].startswith(f"data:image/{kind};base64,")
+    # Enlarged pixels stay squares.
+    assert ("class=sharp" in text) == (kind == "png")
+    assert len(text) < 40_000

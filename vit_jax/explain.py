@@ -67,6 +67,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--figures", help=f"what to draw, with commas; all that can be of {','.join(FIGURES)}"
     )
+    parser.add_argument("--verbose", action="store_true", help="Print the name of each file.")
     args = parser.parse_intermixed_args(argv)
     if args.output is None:
         raise UserError("--output is missing: expected a folder to make")
@@ -178,7 +179,7 @@ def _stem(section: Section, number: int) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draws the figures and logs the files that were written."""
+    """Draws the figures and logs where they are."""
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
     set_up(quiet=False)
@@ -192,8 +193,11 @@ def main(argv: Sequence[str]) -> None:
         title = f"What {args.workdir or args.init_from or args.checkpoint} sees"
         notes = [f"Parameters: {model.source}", *model.notes]
         files = write(folder, title, notes, explain(model, paths, names))
-    for name in files:
+    for name in files if args.verbose else ():
         log(f"wrote {args.output / name}")
+    images = f"{len(paths)} image{'s' * (len(paths) != 1)}"
+    log(f"wrote {args.output}: {len(files) - 1} pictures of {images} ({', '.join(names)})")
+    log(f"open {args.output / PAGE} in a browser to see them together")
 
 
 if __name__ == "__main__":

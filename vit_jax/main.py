@@ -83,7 +83,9 @@ _PARTS = flags.DEFINE_string(
 )
 
 _QUIET = flags.DEFINE_bool("quiet", False, "Show results, warnings and the end alone.")
-_VERBOSE = flags.DEFINE_bool("verbose", False, "Show all metrics of each logged step, as lines.")
+_VERBOSE = flags.DEFINE_bool(
+    "verbose", False, "Show all parameters, and all metrics of each logged step."
+)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -28,7 +28,7 @@ from vit_jax.checkpoint.workdir import read_config, read_labels
 from vit_jax.config.reduced import reduce_for_evaluation, without_mesh
 from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.classification import NUM_BINS
-from vit_jax.inference.draw import encode_png, scale_up
+from vit_jax.inference.draw import encode_jpeg, encode_png, scale_up
 from vit_jax.objectives.base import Batch, Params
 from vit_jax.observe.console import log, set_up
 from vit_jax.pages.html import make_figure, make_section
@@ -144,23 +144,30 @@ def show_examples(findings: Findings, title: str, names: Sequence[str]) -> list[
     """Makes sections with pictures of the worst and of the best predictions."""
     kinds = {"Worst predictions": findings.worst, "Best predictions": findings.best}
     return [
-        make_section(f"{kind}: {title}", [_show(e, names) for e in examples], layout="pictures")
+        make_section(
+            f"{kind}: {title}", [show_example(e, names) for e in examples], layout="pictures"
+        )
         for kind, examples in kinds.items()
     ]
 
 
-def _show(example: Example, names: Sequence[str]) -> str:
+def show_example(example: Example, names: Sequence[str]) -> str:
+    """Makes a card of the picture of an example, with the names of its classes."""
     image = example.image
     if max(image.shape[:2]) > _MAX_SIDE:
         small = Image.fromarray(image)
         small.thumbnail((_MAX_SIDE, _MAX_SIDE))
         image = np.asarray(small)
-    picture = Image.fromarray(scale_up(image, _MIN_SIDE))
+    enlarged = scale_up(image, _MIN_SIDE)
+    sharp = enlarged.shape != image.shape
+    picture = Image.fromarray(enlarged)
+    # A photograph takes a tenth of the space as JPEG.
+    encoded = encode_png(picture) if sharp else encode_jpeg(picture)
     label, predicted = (_name(names, i) for i in (example.label, example.predicted))
     right = example.label == example.predicted
     text = label if right else f"{label}, taken for {predicted}"
-    facts = f"{example.confidence:.1%} sure, loss {example.loss:.3g}"
-    return make_figure(encode_png(picture), picture.size, alt=text, caption=[text, facts])
+    facts = [f"{100 * example.confidence:.1f} % sure", f"loss {example.loss:.3g}"]
+    return make_figure(encoded, picture.size, alt=text, name=text, caption=facts, sharp=sharp)
 
 
 def _name(names: Sequence[str], label: int) -> str:

@@ -58,7 +58,7 @@ def test_the_keys_as_written_are_those_of_the_schema():
 def test_a_section_that_is_left_out_or_none_has_its_defaults():
     given = {"model": {}, "data": {}, "optimizer": {}, "watchdog": None}
     read = read_config(given)
-    assert (read["watchdog"], read["evals"], read["log_every"]) == ({}, {}, 50)
+    assert (read["watchdog"], read["evals"], read["log_every"]) == ({}, {}, None)
     limits, args = read_section("watchdog", read["watchdog"] | {"step": 7})
     assert (limits.step, args["step"], args["save"]) == (7, 7, limits.save)
 

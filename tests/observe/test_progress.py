@@ -285,6 +285,52 @@ def test_a_terminal_gets_a_panel_and_no_lines(records, clock, screen):
     assert "step 12/20  loss" not in shown
 
 
+def test_the_panel_shows_accuracy_and_the_time_of_each_phase(records, clock, screen):
+    file = screen(terminal=True)
+    with monitor(records) as m:
+        for step in (1, 2, 3):
+            with m.phases("data_wait"):
+                clock.pass_(1)
+            m.step(step, loss(0.5) | {"top1": jnp.float32(step / 8)}, log=True)
+            clock.pass_(3)
+            m.phases.step_taken()
+        with paused(m):
+            clock.pass_(4)
+    shown = file.getvalue()
+    assert "loss 0.5000 ▁▁▁  top1 0.3750 ▁▅█" in shown
+    # The first step is compilation, the two others are steps.
+    phases = "step 37.5%  compile 18.8%  data_wait 18.8%  evaluation 25.0%"
+    assert f"time 0:00:16  {phases}" in shown
+
+
+def test_the_panel_counts_the_seconds_until_the_first_step_is_done(records, clock, screen):
+    file = screen(terminal=True)
+    with monitor(records) as m:
+        clock.pass_(12)
+        m._panel._live.refresh()
+        assert "compiling ... 12 s" in file.getvalue()
+        m.step(1, loss(0.5), log=True)
+        m.flush()
+        before = len(file.getvalue())
+        m._panel._live.refresh()
+        assert "compiling" not in file.getvalue()[before:]
+
+
+@pytest.mark.parametrize("width", [60, 100, 200])
+def test_the_curves_of_the_panel_fit_in_a_line(width):
+    console = rich.console.Console(width=width, file=io.StringIO(), force_terminal=True)
+    panel = Panel(console, step=0, total=10, live=False)
+    for value in range(1, 100):
+        panel.add_loss(value / 100)
+        panel.add_accuracy(value / 100)
+        panel.add_results({"val/top1": value / 100})
+    console.print(panel._render())
+    (line,) = (line for line in console.file.getvalue().splitlines() if "loss" in line)
+    assert "val/top1 0.9900" in line
+    assert line.count("█") >= 3
+    assert len(line) <= width
+
+
 @pytest.mark.parametrize(
     ("environment", "drawn", "colored"),
     [({}, True, True), ({"NO_COLOR": "1"}, True, False), ({"CI": "true"}, False, False)],

@@ -2,9 +2,12 @@
 """The page of a run: what is in its files is on it, and nothing of it is taken for HTML."""
 
 import json
+import os
+import re
 
 import pytest
 
+from tests.browser import Browser
 from tests.html_pages import assert_stands_alone
 from vit_jax.checkpoint.workdir import write_run
 from vit_jax.pages import run_page
@@ -27,9 +30,9 @@ def workdir(tmp_path):
         workdir / "metrics.jsonl",
         [
             {"step": 2, "train/loss": 2.0, "train/lr": 0.1, "perf/images_per_sec": 10.0},
-            {"step": 2, "val/top1": 0.75, "val/loss": 1.0, "val/count": 4},
+            {"step": 2, "val/top1": 0.75, "val/loss": 1.0, "val/count": 4, "val/ece": 0.25},
             {"step": 4, "train/loss": float("nan"), "train/lr": 0.05},
-            {"step": 4, "val/top1": 0.5, "val/loss": 0.25, "val/count": 4},
+            {"step": 4, "val/top1": 0.5, "val/loss": 0.25, "val/count": 4, "val/ece": 0.125},
         ],
     )
     spent = {"step": 6.0, "compile": 2.0, "data_wait": 0.0, "save": 1.0, "evaluation": 1.0}
@@ -66,19 +69,21 @@ def test_all_that_is_in_the_files_is_on_the_page_as_text(workdir):
     text = make_report(workdir)
     page = assert_stands_alone(text)
     assert "i" not in page.tags
-    shown = page.text
+    # Words of commands are elements of their own.
+    shown = re.sub(" +", " ", page.text)
     for words in (
         str(workdir),
         "Step 4 of 4; ended: finished",
         "jax 1.2",
         "Calibration: val, step 12",
         f"{EVIL} taken for 1: 1 of 13",
-        "compile, 2 s",
-        "60.0% of the time went into steps that count",
+        "start and compilation, 2\N{NO-BREAK SPACE}s",
+        "60.0 %: the share of the time since the first start that went into training steps",
+        "ece: expected calibration error: ",
         "7 values",
         "head/kernel",
         f"train {EVIL}",
-        f"python -m vit_jax.predict --workdir='{workdir}' PHOTOS",
+        f"python -m vit_jax.predict --workdir='{workdir}' IMAGES",
         json.dumps(EVIL),
     ):
         assert words in shown
@@ -87,8 +92,65 @@ def test_all_that_is_in_the_files_is_on_the_page_as_text(workdir):
 
 def test_results_are_the_last_and_the_best(workdir):
     cells = [text.strip() for text in assert_stands_alone(make_report(workdir)).texts]
-    assert cells[cells.index("val/top1") :][:4] == ["val/top1", "0.5", "0.75", "2"]
-    assert cells[cells.index("val/loss") :][:4] == ["val/loss", "0.25", "0.25", "4"]
+    assert cells[cells.index("val/top1") :][:4] == ["val/top1", "50.00 %", "75.00 %", "2"]
+    table = cells.index("metric")
+    assert cells[cells.index("val/loss", table) :][:4] == ["val/loss", "0.25", "0.25", "4"]
+    assert cells[cells.index("val/ece", table) :][:4] == ["val/ece", "12.50 %", "12.50 %", "4"]
+    # The accuracy is at the head of the page.
+    assert cells.index("50.00 %") < cells.index("val accuracy, 4 images") < table
+
+
+def test_what_was_measured_once_is_no_curve(workdir):
+    records = [
+        {"step": 1, "train/loss": 2.0, "train/lr": 0.1, "train/top1": 0.5},
+        {"step": 2, "train/loss": 1.0, "val/top1": 0.75, "val/ece": 0.1},
+    ]
+    write_lines(workdir / "metrics.jsonl", records)
+    for path in (workdir / "evals").iterdir():
+        path.unlink()
+    page = assert_stands_alone(make_report(workdir))
+    assert page.tags.count("svg") == 1  # train/loss
+    texts = [text.strip() for text in page.texts]
+    once = texts[texts.index("Measured once") :]
+    assert [text for text in once if text][4:10] == [
+        *("train/top1", "50.00 %", "1"),
+        *("train/lr", "0.1", "1"),
+    ]
+
+
+def test_the_page_of_a_long_run_is_small(workdir):
+    names = ["train/loss", "train/top1", "perf/images_per_sec", *(f"val/{i}shot" for i in range(9))]
+    values = ((step * 7919 % 1000) / 1000 for step in range(10_000))
+    records = ({"step": step} | dict.fromkeys(names, value) for step, value in enumerate(values))
+    write_lines(workdir / "metrics.jsonl", records)
+    text = make_report(workdir)
+    assert_stands_alone(text)
+    # No more than 402 points of 12 bytes for each curve.
+    assert len(text) < 12 * 402 * len(names) + 30_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (800, True), (390, False)])
+def test_the_page_fits_its_screen_and_its_charts_fill_their_rows(width, dark, workdir, tmp_path):
+    program = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+    if not os.path.exists(program):
+        pytest.skip(f"{program} is missing: install Chromium, or set CHROMIUM to where it is")
+    with Browser(program, tmp_path / "browser") as browser:
+        for charts in range(1, 8):
+            metrics = {f"train/m{i}": 0.5 for i in range(charts)}
+            records = [{"step": step} | metrics for step in (1, 2)]
+            write_lines(workdir / "metrics.jsonl", records)
+            refresh_report(workdir)
+            browser.open((workdir / REPORT).as_uri(), width=width, height=900, dark=dark)
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width
+            ends = browser.evaluate(
+                "[...document.querySelectorAll('.charts')].map(grid => {"
+                " const right = x => Math.round(x.getBoundingClientRect().right);"
+                " const rows = {};"
+                " for (const card of grid.children) rows[card.offsetTop] = right(card);"
+                " return [right(grid), ...Object.values(rows)]; })"
+            )
+            assert [len({*row}) for row in ends] == [1], ends
 
 
 def test_points_are_finite_and_the_best_is_the_first_of_equals():

@@ -12,7 +12,7 @@ from vit_jax.checkpoint.workdir import write_config
 from vit_jax.optim.summary import describe_rates, group_params, summarize_params
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.resume import open_workdir
-from vit_jax.training.run import override_for_longer_run
+from vit_jax.training.run import make_longer_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten
 
@@ -32,7 +32,21 @@ def build(data_dir, **changes):
 def test_the_length_of_a_run_has_three_units(length, steps, longer, data_dir):
     experiment = build(data_dir, **({"total_steps": None} | length))
     assert experiment.total_steps == steps
-    assert override_for_longer_run(experiment) == longer
+    # The length that was given is replaced, in either way to write it.
+    (key,) = length
+    for given in ("", f" --config.{key}=3 --config.seed=1", f" --config.{key} 3 --config.seed=1"):
+        command = f"python -m vit_jax.main '--config=a b'{given} --config.{key}s=1"
+        seed = " --config.seed=1" if given else ""
+        assert make_longer_command(command, experiment) == (
+            f"python -m vit_jax.main '--config=a b'{seed} --config.{key}s=1 {longer}"
+        )
+
+
+@pytest.mark.parametrize(("total", "every"), [(4, 1), (50, 1), (240, 2), (4000, 40), (90_000, 900)])
+def test_a_hundredth_of_the_steps_is_logged_by_default(total, every, data_dir):
+    experiment = build(data_dir, total_steps=total, log_every=None)
+    assert experiment.settings.log_every == every
+    assert experiment.config["log_every"] is None  # A longer run has another period.
 
 
 def test_cadences_have_four_units_and_stay_as_given(data_dir):

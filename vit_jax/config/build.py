@@ -45,6 +45,9 @@ from vit_jax.utils.durations import (
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import Part, bind, check_type, find_part, keywords
 
+# Percent of a run from one record of training to the next, by default.
+_LOG_PERCENT = 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
@@ -147,7 +150,9 @@ def build_parts(
     if log_every:
         del resolved["log_every"]
         resolved |= log_every
-        steps = every_steps(log_every, "log_every", clock=clock, total_steps=total_steps)
+    if settings.log_every is None:
+        period = log_every or {"log_every_percent": _LOG_PERCENT}
+        steps = every_steps(period, "log_every", clock=clock, total_steps=total_steps)
         changes["log_every"] = max(steps, 1)
     return Parts(
         model=model,

@@ -156,7 +156,7 @@ class Config:
     evals: dict = key(
         dict, may_change=True, old={"batch_eval": "NAME.batch_size", "eval_every": "NAME.every"}
     )
-    log_every: int = key(50, may_change=True, old=["progress_every"])
+    log_every: int | None = key(None, may_change=True, old=["progress_every"])
     profile: Profile = key(Profile, may_change=True)
     resume: Resume = key(Resume, may_change=True)
     tracking: Tracking = key(Tracking, may_change=True)
@@ -171,7 +171,7 @@ class Config:
         lookup(dict.fromkeys(POLICIES), self.on_divergence, key="on_divergence")
         if self.max_loss is not None and self.max_loss <= 0:
             raise UserError(f"max_loss={self.max_loss}: expected more than 0, or None")
-        if self.log_every < 1:
+        if self.log_every is not None and self.log_every < 1:
             raise UserError(f"log_every={self.log_every}: expected at least 1")
 
 

@@ -131,6 +131,13 @@ def _round_step(step: float) -> float:
     return float(next(power * m for m in (1, 2, 5, 10) if power * m >= step))
 
 
+def encode_jpeg(picture: Image.Image) -> bytes:
+    """Encodes a picture without transparency as JPEG."""
+    stream = io.BytesIO()
+    picture.convert("RGB").save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
 def encode_png(picture: Image.Image) -> bytes:
     """Encodes a picture as a PNG file."""
     stream = io.BytesIO()

@@ -54,6 +54,12 @@ def log(text: str) -> None:
     console.print(printable(text), markup=False, soft_wrap=True)
 
 
+def log_progress(text: str) -> None:
+    """Prints a line as `log` does, unless results alone are wanted."""
+    if settings.verbosity != "quiet":
+        log(text)
+
+
 def log_lines(lines: Iterable[str]) -> None:
     """Prints several lines, see `log`."""
     for line in lines:

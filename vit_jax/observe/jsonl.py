@@ -94,7 +94,13 @@ def cut_torn_line(file: Any) -> int:
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """Returns the records of a workdir, each with a `step`; damaged lines are named and skipped."""
-    return [record for _, record in _read_lines(workdir / METRICS, _is_metrics)]
+    return list(iterate_metrics(workdir))
+
+
+def iterate_metrics(workdir: Path) -> Iterator[dict[str, Any]]:
+    """Yields what `read_metrics` returns; a long run has more records than memory should hold."""
+    for _, record in _read_lines(workdir / METRICS, _is_metrics):
+        yield record
 
 
 def drop_metrics_after(workdir: Path, step: int) -> None:
@@ -168,9 +174,9 @@ def _read_lines(path: Path, is_whole: Callable[[Any], bool]) -> Iterator[tuple[i
         _log_once(f"{path}: {what} damaged, and skipped")
 
 
-def _split(content: bytes) -> list[bytes]:
+def _split(content: bytes) -> Iterator[bytes]:
     """Splits a file into lines, which keep their line breaks."""
-    return io.BytesIO(content).readlines()
+    yield from io.BytesIO(content)
 
 
 def _parse(line: bytes) -> Any:

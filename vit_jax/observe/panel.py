@@ -7,7 +7,7 @@ import math
 import resource
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +17,9 @@ import rich.progress
 import rich.text
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_SPARKS = 24  # characters of a sparkline
+_SPARKS = 24  # characters of a sparkline at most
 _BAR = 40
-# Fields of the last line; unknown ones and counts of zero are left out.
+# Fields of a line; unknown ones and counts of zero are left out.
 _FIELDS = {
     "images_per_sec": "{:,.0f} images/s",
     "data_wait": "data-wait {:.1%}",
@@ -31,16 +31,32 @@ _FIELDS = {
 
 
 class Panel:
-    """A progress bar over a line of curves and a line of `_FIELDS`.
+    """A progress bar over lines of curves, of `_FIELDS`, and of the time by phase.
 
     Args:
       step: step after which the run starts.
       live: whether to draw anything.
+      seconds: returns the seconds spent so far by phase; the first steps are in `compile`.
+
+    Attributes:
+      loss: points of the curve of the loss, and `accuracy` of that of the training accuracy.
+      compiling: whether the first step is still being compiled.
     """
 
-    def __init__(self, console: rich.console.Console, *, step: int, total: int, live: bool):
+    def __init__(
+        self,
+        console: rich.console.Console,
+        *,
+        step: int,
+        total: int,
+        live: bool,
+        seconds: Callable[[], Mapping[str, float]] = dict,
+    ):
         self.loss: list[float] = []
+        self.accuracy: list[float] = []
+        self.compiling = False
         self._metric, self._values = "", list[float]()
+        self._console, self._seconds = console, seconds
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("step {task.completed}/{task.total}"),
             rich.progress.BarColumn(_BAR),
@@ -70,33 +86,50 @@ class Panel:
 
     def add_loss(self, value: float) -> None:
         """Appends a point to the curve of the loss."""
-        if math.isfinite(value):
-            self.loss.append(value)
-            # A sparkline draws means of neighbours anyway.
-            if len(self.loss) > 8 * _SPARKS:
-                self.loss = _halve(self.loss)
+        self.loss = _append(self.loss, value)
+
+    def add_accuracy(self, value: float) -> None:
+        """Appends a point to the curve of the training accuracy."""
+        self.accuracy = _append(self.accuracy, value)
 
     def add_results(self, results: dict[str, float]) -> None:
-        """Appends a point to the curve of the first accuracy that was reported."""
+        """Appends a point to the curve of the first accuracy that an evaluator reported."""
         key = self._metric or next((k for k in results if k.endswith("/top1")), "")
         if math.isfinite(results.get(key, math.nan)):
             self._metric = key
             self._values.append(results[key])
 
     def _render(self) -> rich.console.RenderableType:
-        curves = [("loss", self.loss), (self._metric, self._values)]
+        spent = dict(self._seconds())
+        curves = [("loss", self.loss), ("top1", self.accuracy), (self._metric, self._values)]
+        curves = [(f"{name} {ys[-1]:.4f} ", ys) for name, ys in curves if ys]
+        # All curves fit in one line.
+        free = self._console.width - sum(len(name) + 2 for name, _ in curves)
+        most = min(max(free // max(len(curves), 1), 4), _SPARKS)
         fields = [(text, self._bar.tasks[0].fields.get(key)) for key, text in _FIELDS.items()]
-        lines = (
-            [f"{name} {ys[-1]:.4f} {draw_sparkline(ys)}" for name, ys in curves if ys],
+        lines = [
+            [name + draw_sparkline(ys, most=most) for name, ys in curves],
             [text.format(value) for text, value in fields if value or isinstance(value, float)],
-        )
+            _show_time(spent),
+        ]
+        if self.compiling:
+            lines.insert(0, [f"compiling ... {spent.get('compile', 0.0):.0f} s"])
         return rich.console.Group(self._bar, *(rich.text.Text("  ".join(x)) for x in lines if x))
 
 
-def draw_sparkline(values: Sequence[float]) -> str:
-    """Numbers as a line of blocks, low to high; long sequences are averaged in groups."""
-    if len(values) > _SPARKS:
-        edges = [round(i * len(values) / _SPARKS) for i in range(_SPARKS + 1)]
+def _show_time(spent: Mapping[str, float]) -> list[str]:
+    """The time so far, and its share in each phase; phases that took no time are left out."""
+    whole = sum(spent.values())
+    if whole < 1:
+        return []
+    shares = [f"{phase} {s / whole:.1%}" for phase, s in spent.items() if s]
+    return [f"time {datetime.timedelta(seconds=round(whole))}", *shares]
+
+
+def draw_sparkline(values: Sequence[float], *, most: int = _SPARKS) -> str:
+    """Numbers as a line of blocks, low to high; more than `most` are averaged in groups."""
+    if len(values) > most:
+        edges = [round(i * len(values) / most) for i in range(most + 1)]
         values = [statistics.fmean(values[a:b]) for a, b in itertools.pairwise(edges)]
     low, high = min(values), max(values)
     if low == high:
@@ -122,6 +155,14 @@ def peak_bytes(device: Any) -> int:
         return stats["peak_bytes_in_use"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _append(values: list[float], value: float) -> list[float]:
+    """Adds a finite value to a curve; a long one keeps means of neighbours, as it is drawn."""
+    if not math.isfinite(value):
+        return values
+    longer = [*values, value]
+    return _halve(longer) if len(longer) > 8 * _SPARKS else longer
 
 
 def _halve(values: list[float]) -> list[float]:

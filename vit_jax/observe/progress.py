@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from vit_jax.observe.console import console, is_live, log, settings
+from vit_jax.observe.console import console, is_live, log, log_progress, settings
 from vit_jax.observe.divergence import (
     MAX_SKIPPED_IN_A_ROW,
     DivergedError,
@@ -72,9 +72,11 @@ class Monitor:
             self.unlogged[name] = (float(total), int(count))
         self._restart_clock(step)
         self._live = is_live(console)
-        self._panel = Panel(console, step=step, total=total_steps, live=self._live)
+        self._panel = Panel(console, step=step, total=total_steps, live=self._live, seconds=seconds)
 
     def __enter__(self) -> "Monitor":
+        # After a rollback the step is compiled already.
+        self._panel.compiling = not self._before.get("step")
         self._panel.start()
         return self
 
@@ -108,12 +110,12 @@ class Monitor:
         self._in_a_row = self._in_a_row + 1 if diverged else 0
         self._add(metrics)
         self._panel.update(step=step)
+        self._panel.compiling = False
         if self._first:
             # Mostly compilation: left out of the speeds.
             seconds, self._first = sum(self._spent().values()), False
             self._writer.write(step, {"perf/first_step_s": seconds})
-            if settings.verbosity != "quiet":
-                log(f"first step after {seconds:.1f} s{compile_cache.summary()}")
+            log_progress(f"first step after {seconds:.1f} s{compile_cache.summary()}")
             self._restart_clock(step)
         if logged:
             self._log(step, metrics)
@@ -149,6 +151,7 @@ class Monitor:
         text = f"loss {metrics['loss']:.4f}"
         if "top1" in metrics:
             text += f"  top1 {metrics['top1']:.4f}"
+            self._panel.add_accuracy(metrics["top1"])
         if steps := step - self._step:
             spent = self._spent()
             whole = max(sum(spent.values()), 1e-9)

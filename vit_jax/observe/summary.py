@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import rich.box
 import rich.table
-from clu import parameter_overview
+import rich.text
 from jax.sharding import Mesh
 
 import vit_jax
-from vit_jax.observe.console import console, log, log_lines, settings
+from vit_jax.observe.console import console, log, settings
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.utils import tree
-from vit_jax.utils.layout import EVALS, METRICS, TENSORBOARD
+from vit_jax.utils.layout import EVALS, METRICS, REPORT, TENSORBOARD
 
 # Skipped steps that are listed by their numbers.
 _MAX_STEPS = 20
@@ -27,16 +27,20 @@ def report_start(
     *,
     mesh: Mesh,
     hosts: tuple[str, ...],
+    model: str,
     params: Any,
     frozen: Any,
     input_bytes: Mapping[str, int],
     groups: Sequence[tuple[str, ...]] = (),
     rates: Sequence[str] = (),
 ) -> None:
-    """Logs devices, mesh, parameters, and how these are optimized.
+    """Logs devices, mesh, model, and how its parameters are optimized.
+
+    The tables of all parameters and of how groups of them are optimized are for `--verbose`.
 
     Args:
       hosts: the machine of each process.
+      model: its name and sizes.
       params: nested dict of all parameters, arrays or shapes.
       frozen: nested dict of the parameters that are not trained.
       input_bytes: bytes of batches on this host, by their use.
@@ -45,32 +49,49 @@ def report_start(
     """
     if settings.verbosity == "quiet":
         return
-    table = _make_table("devices", "process", "host", "device", "count", "mesh")
     kinds = Counter((d.process_index, d.device_kind) for d in mesh.devices.flat)
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    for i, ((process, kind), count) in enumerate(sorted(kinds.items())):
-        table.add_row(str(process), hosts[process], kind, str(count), "" if i else shape)
     log(f"vit_jax {vit_jax.__version__}, jax {jax.__version__}")
-    console.print(table)
-    log_lines(parameter_overview.get_parameter_overview(params, include_stats=False).splitlines())
+    if len(hosts) == 1:
+        counts = ", ".join(f"{count} x {kind}" for (_, kind), count in sorted(kinds.items()))
+        log(f"devices: {counts}; mesh: {shape}")
+    else:
+        rows = [
+            (str(process), hosts[process], kind, str(count), "" if i else shape)
+            for i, ((process, kind), count) in enumerate(sorted(kinds.items()))
+        ]
+        _print_table("devices", ("process", "host", "device", "count", "mesh"), rows)
+    log(f"model: {model}, {tree.count(params):,} parameters")
     if frozen:
         fixed = tree.count(frozen)
         log(f"trained: {tree.count(params) - fixed:,} parameters, frozen: {fixed:,}")
-    if groups:
-        table = _make_table(
-            "optimizer", "parameters", "arrays", "values", "weight decay", "learning rate"
-        )
-        for row in groups:
-            table.add_row(*row)
-        console.print(table)
+    if settings.verbosity == "verbose":
+        shapes = tree.flatten(params)
+        rows = [
+            (path, "x".join(map(str, leaf.shape)) or "scalar", f"{math.prod(leaf.shape):,}")
+            for path, leaf in shapes.items()
+        ]
+        _print_table("parameters", ("path", "shape", "values"), rows)
+        columns = ("parameters", "arrays", "values", "weight decay", "learning rate")
+        _print_table("optimizer", columns, groups)
     for line in rates:
         log(line)
-    sizes = (f"{name} {size / 1e9:.3f} GB" for name, size in input_bytes.items())
+    sizes = (f"{name} {_show_bytes(size)}" for name, size in input_bytes.items())
     log(f"memory of this host for batches: {', '.join(sizes)}")
 
 
-def _make_table(title: str, *columns: str) -> rich.table.Table:
-    return rich.table.Table(*columns, box=rich.box.SIMPLE, title=title, title_justify="left")
+def _show_bytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table that is at most as wide as the screen: longer cells take several lines."""
+    table = rich.table.Table(box=rich.box.SIMPLE, title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(rich.text.Text, row))
+    console.print(table)
 
 
 def report_end(
@@ -80,15 +101,17 @@ def report_end(
     total_steps: int,
     checkpoint: Path,
     longer: str | None,
+    predict: str | None = None,
     skipped: Sequence[int] = (),
     heads: Sequence[str] = (),
     judged_on: Sequence[str] = (),
 ) -> None:
-    """Logs the results of a run, its files, and the command that trains it for longer.
+    """Logs the results of a run, what to look at, its files, and what to do next.
 
     Args:
       checkpoint: folder of the newest checkpoint.
-      longer: the command; None if it is not known.
+      longer: the command that trains for longer; None if it is not known.
+      predict: the command that uses the model; None if it has no classes.
       skipped: the steps that diverged and changed nothing, in ascending order.
       heads: names of the heads of a linear probe.
       judged_on: names of their evaluators; the first one chooses the head.
@@ -106,6 +129,10 @@ def report_end(
             log(_describe_accuracy(split, value, results[f"{split}/count"]))
     for line in describe_best_head(results, heads=heads, judged_on=judged_on):
         log(line)
+    if (workdir / REPORT).is_file():
+        log(f"  {'report':<15} {workdir / REPORT}")
+    if predict is not None:
+        log(f"  {'to predict':<15} {predict}")
     log(f"  {'checkpoint':<15} {checkpoint}")
     log(f"  {'logs':<15} {workdir / METRICS}, {workdir / TENSORBOARD}")
     if (workdir / EVALS).is_dir():

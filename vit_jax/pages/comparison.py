@@ -18,7 +18,7 @@ from vit_jax.pages.chart import Curve, plot_curves
 from vit_jax.pages.html import make_card, make_page, make_section, make_table
 from vit_jax.pages.run_page import Points, collect_points, find_best
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.metrics import lower_is_better
+from vit_jax.utils.metrics import describe_metric, format_value, lower_is_better
 from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.text import printable
 
@@ -133,10 +133,9 @@ def make_rows(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     steps = [(record["step"], record["total_steps"]) for record in records]
     rows.append(("step", *("" if s is None else f"{s:,} of {total:,}" for s, total in steps)))
     for key in dict.fromkeys(key for record in records for key in record["last"]):
-        lower = lower_is_better(key)
-        rows.append((key, *_mark([record["last"].get(key) for record in records], lower=lower)))
+        rows.append((key, *_mark(key, [record["last"].get(key) for record in records])))
         best = [record["best"].get(key, {}).get("value") for record in records]
-        rows.append((f"{key}, best", *_mark(best, lower=lower)))
+        rows.append((f"{key}, best", *_mark(key, best)))
     speeds = [record["images_per_sec"] for record in records]
     rows.append(("images/s", *("" if s is None else f"{s:,.0f}" for s in speeds)))
     for key in records[0]["config"]:
@@ -144,12 +143,14 @@ def make_rows(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _mark(values: Sequence[float | None], *, lower: bool) -> list[str]:
-    """Formats numbers, with a star at the best of several."""
+def _mark(key: str, values: Sequence[float | None]) -> list[str]:
+    """Formats the values of a metric, with a star at the best of several."""
     known = [value for value in values if value is not None]
-    best = (min if lower else max)(known) if len(set(known)) > 1 else None
+    choose = min if lower_is_better(key) else max
+    best = choose(known) if len(set(known)) > 1 else None
     return [
-        "" if value is None else f"{value:.4f}{' *' if value == best else ''}" for value in values
+        "" if value is None else format_value(key, value) + " *" * (value == best)
+        for value in values
     ]
 
 
@@ -164,8 +165,13 @@ def make_html(runs: Sequence[RunRecord]) -> str:
     cards = []
     for key in dict.fromkeys(key for run in runs for key in (*_CURVES, *run.results)):
         curves = [Curve(r.name, r.points[key], i) for i, r in enumerate(runs) if key in r.points]
-        if curves:
-            cards.append(make_card(key, plot_curves(curves, label=f"{key} by step")))
+        # A single point is in the table.
+        if any(len(curve.points) > 1 for curve in curves):
+            what = describe_metric(key)
+            chart = plot_curves(
+                curves, label=f"{key} by step", y=what.label, is_share=what.is_share
+            )
+            cards.append(make_card(key, chart))
     title = ", ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     sections = [make_section("Results", [table]), make_section("Curves", cards, layout="charts")]
     return make_page(f"Compared: {title}", (), sections)

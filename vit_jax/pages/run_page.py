@@ -13,7 +13,7 @@ from typing import Any
 
 from vit_jax.checkpoint.workdir import read_run
 from vit_jax.observe.console import log
-from vit_jax.observe.jsonl import read_metrics
+from vit_jax.observe.jsonl import iterate_metrics
 from vit_jax.observe.ledger import KINDS, read_ledger, summarize
 from vit_jax.pages.chart import Curve, plot_curves, plot_matrix, plot_reliability
 from vit_jax.pages.html import (
@@ -24,12 +24,13 @@ from vit_jax.pages.html import (
     make_page,
     make_section,
     make_table,
+    make_tiles,
 )
 from vit_jax.utils.bounds import MAX_TABLE, check_count, read_json, read_text
 from vit_jax.utils.errors import describe_error
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CONFIG, EVALS, REPORT
-from vit_jax.utils.metrics import lower_is_better
+from vit_jax.utils.metrics import describe_metric, format_value, lower_is_better
 from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.text import escape_html
 
@@ -41,6 +42,18 @@ _GROUPS = ("parameters", "arrays", "values", "weight decay", "learning rate")
 _MAX_CHARTS = 24
 # Metrics without a chart: counts, and those that another curve shows.
 _NOT_DRAWN = ("count", "real_count", "step_ms", "first_step_s")
+# Accuracies at the head of the page; runs with more of them have a table below.
+_MAX_TILES = 4
+# What the kinds of time in the ledger are.
+_TIMES = {
+    "step": "training steps",
+    "compile": "start and compilation",
+    "data_wait": "waiting for images",
+    "save": "saving checkpoints",
+    "evaluation": "evaluation",
+    "repeated": "steps taken again",
+    "down": "between a stop and the next start",
+}
 
 Points = list[tuple[float, float]]
 
@@ -78,12 +91,13 @@ def make_report(
       predictions: statistics that are added to those in its files; equal titles replace them.
       sections: HTML of sections to add after the predictions.
     """
-    records, run = read_metrics(workdir), _check_run(read_run(workdir))
+    points, run = collect_points(iterate_metrics(workdir)), _check_run(read_run(workdir))
     known = {one.title: one for one in [*read_details(workdir), *predictions]}
     body = [
-        make_section("Results", _show_results(records)),
-        make_section("Curves", _show_curves(records), layout="charts"),
-        make_section("Predictions", _show_predictions(known.values()), layout="charts"),
+        make_tiles(_find_tiles(points)),
+        make_section("Results", _show_results(points)),
+        make_section("Curves", _show_curves(points), layout="charts"),
+        make_section("Predictions", _show_predictions(known.values()), layout="pairs"),
         *sections,
         make_section("Time", _show_time(workdir)),
         make_section("Parameters", _show_params(run)),
@@ -184,44 +198,86 @@ def _describe(workdir: Path, run: Mapping[str, Any]) -> list[str]:
     versions = run.get("versions") or {}
     devices = run.get("devices") or {}
     words = [f"{name} {versions[name]}" for name in ("vit_jax", "jax") if versions.get(name)]
-    words += [f"commit {run['git']}"] if run.get("git") else []
+    if run.get("git"):
+        commit, dash, dirty = run["git"].partition("-")
+        words.append(f"commit {commit[:12]}{dash}{dirty}")
     words += [f"{count} x {kind}" for kind, count in devices.items()]
     words += [f"started {run['started']}"] if run.get("started") else []
     return [*lines, ", ".join(words)] if words else lines
 
 
-def _show_results(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    rows = []
-    for key, points in collect_points(records).items():
-        if key.startswith(("train/", "perf/", "data/")) or key.endswith("count"):
+def _is_result(key: str) -> bool:
+    """Whether an evaluator reports a metric."""
+    return not key.startswith(("train/", "perf/", "data/")) and not key.endswith("count")
+
+
+def _find_tiles(points: Mapping[str, Points]) -> list[tuple[str, str]]:
+    """The last accuracy of each evaluator, with its name."""
+    found = []
+    for key, values in points.items():
+        split, _, metric = key.rpartition("/")
+        if metric == "top1" and _is_result(key):
+            count = points.get(f"{split}/count", [(0, 0)])[-1][1]
+            below = f"{split} accuracy" + (f", {count:,.0f} images" if count else "")
+            found.append((format_value(key, values[-1][1]), below))
+    return found[:_MAX_TILES]
+
+
+def _show_results(points: Mapping[str, Points]) -> list[str]:
+    rows, meanings = [], dict[str, str]()
+    for key, values in points.items():
+        if not _is_result(key):
             continue
-        step, best = find_best(key, points)
-        rows.append((key, f"{points[-1][1]:.4g}", f"{best:.4g}", f"{step:,.0f}"))
+        step, best = find_best(key, values)
+        last = format_value(key, values[-1][1])
+        rows.append((key, last, format_value(key, best), f"{step:,.0f}"))
+        meanings[key.rpartition("/")[2]] = describe_metric(key).meaning
     if not rows:
         return []
-    return [make_card("", make_table(("metric", "last", "best", "at step"), rows), wide=True)]
+    table = make_table(("metric", "last", "best", "at step"), rows)
+    notes = "".join(
+        f'<p class="soft">{escape_html(f"{name}: {meaning}")}</p>'
+        for name, meaning in meanings.items()
+        if meaning
+    )
+    return [make_card("", table + notes, wide=True)]
 
 
-def _show_curves(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A chart for each metric, shared by the evaluators that report it."""
+def _show_curves(points: Mapping[str, Points]) -> list[str]:
+    """A chart for each metric, shared by the evaluators that report it.
+
+    What was measured once is no curve: training metrics of that kind are in a table.
+    """
     prefixes = {"train": 0}
     charts: dict[str, list[Curve]] = {"loss": [], "top1": [], "lr": []}
-    for key, points in collect_points(records).items():
+    for key, values in points.items():
         prefix, _, metric = key.rpartition("/")
-        if metric in _NOT_DRAWN or (metric == "corrupt" and not any(y for _, y in points)):
+        if metric in _NOT_DRAWN or (metric == "corrupt" and not any(y for _, y in values)):
             continue
         # Metrics of speed and data are not shared by evaluators.
         title = key if prefix in ("perf", "data") else metric
         color = 0 if prefix in ("perf", "data") else prefixes.setdefault(prefix, len(prefixes))
-        charts.setdefault(title, []).append(Curve(key, points, color))
-    drawn = [(title, curves) for title, curves in charts.items() if curves]
+        charts.setdefault(title, []).append(Curve(key, values, color))
+    once = [
+        curve
+        for curves in charts.values()
+        if all(len(curve.points) == 1 for curve in curves)
+        for curve in curves
+    ]
+    drawn = [(t, curves) for t, curves in charts.items() if any(len(c.points) > 1 for c in curves)]
     drawn.sort(key=lambda chart: chart[0].startswith(("perf/", "data/")))
     cards = []
     for title, curves in drawn[:_MAX_CHARTS]:
-        name = curves[0].name if len(curves) == 1 else title
-        cards.append(make_card(name, plot_curves(curves, label=f"{title} by step")))
-    if more := len(drawn) - len(cards):
-        cards.append(make_card("", f"<p>{more} more metrics are in metrics.jsonl.</p>"))
+        name, what = curves[0].name if len(curves) == 1 else title, describe_metric(title)
+        chart = plot_curves(curves, label=f"{title} by step", y=what.label, is_share=what.is_share)
+        caption = f"{title.rpartition('/')[2]}: {what.meaning}" if what.meaning else ""
+        cards.append(make_card(name, chart, caption=caption))
+    rows = [(c.name, format_value(c.name, y), f"{x:,.0f}") for c in once for x, y in c.points]
+    if rows := [row for row in rows if not _is_result(row[0])]:
+        cards.append(make_card("Measured once", make_table(("metric", "value", "step"), rows)))
+    if len(drawn) > _MAX_CHARTS:
+        text = f"{len(drawn) - _MAX_CHARTS} more metrics are in metrics.jsonl."
+        cards.append(make_card("", f"<p>{text}</p>"))
     return cards
 
 
@@ -230,7 +286,10 @@ def _show_predictions(predictions: Iterable[Predictions]) -> list[str]:
     for one in predictions:
         if one.bins:
             chart = plot_reliability(one.bins, label=f"reliability of {one.title}")
-            caption = "Accuracy by confidence; on the dashed line both agree."
+            caption = (
+                "The accuracy of predictions by their confidence. On the dashed line they are "
+                "equal; below it the model is too confident."
+            )
             cards.append(make_card(f"Calibration: {one.title}", chart, caption=caption))
         if one.confusion:
             cards.append(_show_confusion(one))
@@ -244,7 +303,10 @@ def _show_confusion(one: Predictions) -> str:
     names = [*one.names, *map(str, range(len(one.names), size))]
     if size <= _MAX_CLASSES:
         counts = [[one.confusion.get((i, j), 0) for j in range(size)] for i in range(size)]
-        caption = "Rows are labels, columns what was predicted; as strong as its share of the row."
+        caption = (
+            "The number of images by label and prediction. The stronger the colour, the larger "
+            "the share of the label; errors are red."
+        )
         return make_card(title, plot_matrix(counts, names, label=title), caption=caption)
     wrong = [(count, pair) for pair, count in one.confusion.items() if pair[0] != pair[1]]
     rows = [
@@ -260,11 +322,19 @@ def _show_time(workdir: Path) -> list[str]:
         return []
     whole = sum(summary.seconds.values()) or 1.0
     spent = {kind: summary.seconds[kind] for kind in (*KINDS, "repeated", "down")}
-    shares = [(f"{kind}, {s:,.0f} s", s / whole) for kind, s in spent.items() if s]
+    shares = [
+        (f"{_TIMES[kind]}, {s:,.0f}\N{NO-BREAK SPACE}s", s / whole)
+        for kind, s in spent.items()
+        if s
+    ]
     speed = summary.steps_per_second
     rows = [
         *([("speed", f"{speed:.3g} steps/s")] if speed else []),
-        ("goodput", f"{summary.goodput:.1%} of the time went into steps that count"),
+        (
+            "goodput",
+            f"{100 * summary.goodput:.1f} %: the share of the time since the first start "
+            "that went into training steps whose result was kept",
+        ),
         ("starts", f"{summary.starts}; ends: {', '.join(summary.causes) or 'none'}"),
     ]
     cards = {"Where it went": make_bars(shares), "The run": make_table(("", ""), rows)}
@@ -286,7 +356,7 @@ def _show_commands(workdir: Path, run: Mapping[str, Any]) -> list[str]:
     place = shlex.quote(str(workdir))
     commands = {
         "Train it again": run.get("command"),
-        "Predict": f"python -m vit_jax.predict --workdir={place} PHOTOS",
+        "Predict": f"python -m vit_jax.predict --workdir={place} IMAGES",
         "Evaluate": f"python -m vit_jax.evaluate --workdir={place}",
         "Make this page again, with pictures": f"python -m vit_jax.report --workdir={place}",
     }

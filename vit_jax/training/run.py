@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from vit_jax.config.schema import read_section
 from vit_jax.data.fingerprint import fingerprint
 from vit_jax.data.pipeline import plan_buffers
 from vit_jax.evaluators.base import Evaluator
-from vit_jax.observe.console import log
+from vit_jax.observe.console import log, log_progress
 from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.ledger import Ledger
 from vit_jax.observe.provenance import describe_run, log_changes
@@ -205,6 +206,7 @@ def _prepare(
             check_data(str(folder), before, checkpoints.run, settings.resume)
             log_changes(before, checkpoints.run)
     _report_start(experiment, input_bytes, notes)
+    log_progress("compiling ...")
     start, state = restore(experiment, checkpoints)
     with fail_together():
         if main_process:
@@ -261,6 +263,7 @@ def _report_start(
     report_start(
         mesh=experiment.mesh,
         hosts=host_names(),
+        model=_describe_model(experiment),
         params=params,
         frozen=frozen,
         input_bytes=input_bytes,
@@ -277,15 +280,47 @@ def _report_start(
         log(f"on every device whole: {path}, {size / 2**20:.0f} MiB: no dimension divides")
 
 
-def override_for_longer_run(experiment: Experiment) -> str:
-    """What to add to the command for a run of double length, in the unit that the config has."""
+def _describe_model(experiment: Experiment) -> str:
+    """Name and sizes of a model, as far as it has those of a Transformer of patches."""
+    model, sizes = experiment.model, []
+    for name, text in (
+        ("num_layers", "layers {}"),
+        ("hidden_size", "width {}"),
+        ("num_heads", "heads {}"),
+    ):
+        if isinstance(size := getattr(model, name, None), int):
+            sizes.append(text.format(size))
+    patch = getattr(model, "stride", getattr(model, "patch_size", None))
+    if isinstance(patch, tuple):
+        sizes.append(f"patches {'x'.join(map(str, patch))}")
+    height, width = experiment.train_data.image_shape()[:2]
+    return ", ".join([experiment.config["model"]["name"], *sizes, f"images {height}x{width}"])
+
+
+def make_longer_command(command: str, experiment: Experiment) -> str:
+    """The command of a run with double length, in the unit that the config has."""
     key = _length_key(experiment)
-    return f"--config.{key}={2 * experiment.config[key]}"
+    override = f"--config.{key}"
+    words, kept = iter(shlex.split(command)), []
+    for word in words:
+        if word == override:
+            next(words, None)  # Its value.
+        elif not word.startswith(f"{override}="):
+            kept.append(word)
+    return shlex.join([*kept, f"{override}={2 * experiment.config[key]}"])
 
 
 def _length_key(experiment: Experiment) -> str:
     """The key of the config that states the length of the run."""
     return next(key for key in LENGTH if experiment.config[key] is not None)
+
+
+def _predict_command(experiment: Experiment, folder: Path, command: str | None) -> str | None:
+    """The command that uses the model, by the interpreter of `command`; None without classes."""
+    if not experiment.objective.classifies:
+        return None
+    python = "python" if command is None else shlex.split(command)[0]
+    return f"{python} -m vit_jax.predict --workdir={shlex.quote(str(folder))} IMAGES"
 
 
 def _report_end(
@@ -303,7 +338,8 @@ def _report_end(
         total_steps=experiment.total_steps,
         checkpoint=folder / CHECKPOINTS / str(last),
         skipped=skipped,
-        longer=None if command is None else f"{command} {override_for_longer_run(experiment)}",
+        longer=None if command is None else make_longer_command(command, experiment),
+        predict=_predict_command(experiment, folder, command),
         heads=probes[0].head_names if probes else (),
         # The split that chooses comes first.
         judged_on=[e.name for e in sorted(probes, key=lambda e: not e.choose)],

@@ -124,7 +124,7 @@ class Services:
             counts = sum_over_processes(*dataclasses.astuple(self.corrupt.counts))
             self._counts = Counts(*counts)
             check_counts(self._counts, settings.data.max_corrupt)
-        if log_is_due:
+        if log_is_due and step > 1:
             self._name_straggler(step)
         if step == 1 and settings.tracking.images and self._main:
             images = preview_images(self.experiment, batch, settings.tracking.images)
@@ -229,7 +229,10 @@ class Services:
         self._monitor.saved(saved)
 
     def _log_is_due(self, step: int) -> bool:
-        return is_due(step, self.experiment.settings.log_every, self.experiment.total_steps)
+        """Whether a step is logged; the first one shows the loss before training."""
+        every = self.experiment.settings.log_every
+        assert every is not None  # build_parts has replaced None.
+        return step == 1 or is_due(step, every, self.experiment.total_steps)
 
     def _name_straggler(self, step: int) -> None:
         found = self._stragglers.compare()
