@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -37,6 +38,7 @@ from vit_jax.data.sources.layout import (
     find_splits,
     is_left_out,
     list_few,
+    log_cut,
     map_splits,
 )
 from vit_jax.utils.bounds import MAX_IMAGE, MAX_TABLE, open_regular, read_bytes
@@ -100,8 +102,8 @@ class Files(Records):
 def folder_dataset(path: str) -> Dataset:
     """A dataset of `PATH/{train,test,validation}/CLASS/...` or `PATH/CLASS/...`.
 
-    Labels number the sorted class names of all splits. Without folders for splits, `train` and
-    `validation` are 90 and 10 percent of each class, drawn with a fixed seed.
+    Labels number the sorted class names of all splits. Without folders for splits, `make_splits`
+    cuts `train`, `validation` and `test` from each class with a fixed seed.
 
     Raises:
       UserError: the folder can't be read, or has no images in class folders.
@@ -143,7 +145,9 @@ def folder_dataset(path: str) -> Dataset:
         first = [path for path, _, split in rows if split == rows[0][2]]
         hint = describe_depth(first, root=root, key=key)
     check_classes(name, info, labels, splits, hint=hint)
-    return Dataset(name, info, Files(root, paths), labels, splits)
+    dataset = Dataset(name, info, Files(root, paths), labels, splits, cut=not split_of)
+    log_cut(dataset)
+    return dataset
 
 
 @dataclasses.dataclass
@@ -209,11 +213,13 @@ def _list_rows(
         )
     if empty := [os.path.join(*key) for key, paths in found.items() if not paths]:
         logger.info("%s: left out the folders %s, which have no images", name, list_few(empty))
-    return sorted(
+    rows = (
         (path, normalize_name(folder), split_of.get(top_name, ""))
         for (top_name, folder), paths in found.items()
         for path in paths
     )
+    # A copy on a system that decomposes accents has the same order.
+    return sorted(rows, key=lambda row: (unicodedata.normalize("NFC", row[0]), row))
 
 
 def list_images(root: str, folder: str) -> tuple[list[str], Counter[str]]:
@@ -315,7 +321,9 @@ def manifest_dataset(path: str) -> Dataset:
     _check_access(records, paths, key)
     by_split = drop_unassigned(make_splits(labels, splits), name=name)
     check_classes(name, info, labels, by_split)
-    return Dataset(name, info, records, labels, by_split)
+    dataset = Dataset(name, info, records, labels, by_split, cut=splits is None)
+    log_cut(dataset)
+    return dataset
 
 
 def _read_table(lines: Iterator[str], *, delimiter: str) -> Iterator[dict[str, Any]]:
