@@ -228,7 +228,7 @@ def test_mean_average_precision_is_that_of_scikit_learn(devices, tmp_path):
     (tmp_path / "all.csv").write_text("\n".join(lines) + "\n")
     name = f"manifest:{tmp_path / 'all.csv'}"
     evaluation = evaluator(
-        None, name=name, split="train+validation", devices=jax.devices()[:devices]
+        None, name=name, split="all", devices=jax.devices()[:devices]
     )
     results = evaluation.run(PARAMS, details=tmp_path / "val_0")
     batch = next(eval_batches(dataclasses.replace(evaluation.data, batch_size=21)))

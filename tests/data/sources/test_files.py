@@ -357,12 +357,17 @@ def test_a_class_may_be_called_train(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("counts", "words"),
     [
-        ({}, ["holds no images", "CLASS/IMAGE"]),
-        ({"a": 0, "b": 0}, ["holds no images"]),
+        ({}, ["holds no images in folders of classes", "CLASS/IMAGE"]),
+        ({"a": 0, "b": 0}, ["holds no images in folders of classes"]),
+        ({"": 3}, ["holds 3 images, none in folders of classes", "CLASS/IMAGE"]),
+        ({"train": 3, "test": 1}, ["holds 4 images, none in folders of classes"]),
         ({"train/a": 1, "test/a": 1, "docs": 1}, ["train", "docs", "not both"]),
         ({"a\nb": 1}, ["'a\\nb'", "line break"]),
     ],
-    ids=["empty", "empty classes", "splits and classes", "line break"],
+    ids=[
+        *("empty", "empty classes", "images alone", "splits of images"),
+        *("splits and classes", "line break"),
+    ],
 )
 def test_folders_that_will_not_do_are_refused(counts, words, tmp_path):
     write_folder(tmp_path, counts)

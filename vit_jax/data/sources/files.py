@@ -29,6 +29,7 @@ from vit_jax.data.sources.base import (
     check_class_names,
     make_splits,
 )
+from vit_jax.data.sources.guess import suggest_name
 from vit_jax.data.sources.layout import (
     Top,
     check_classes,
@@ -119,7 +120,8 @@ def folder_dataset(path: str) -> Dataset:
     try:
         first, tops, ignored, left_out = _read_tree(root)
     except OSError as e:
-        raise UserError(f"{key} can't be read: {e.strerror}: {e.filename}") from None
+        hint = suggest_name(path, besides="folder")
+        raise UserError(f"{key} can't be read: {e.strerror}: {e.filename}{hint}") from None
     if kinds := describe_ignored(ignored):
         logger.info("%s: ignored what is no image: %s", name, kinds)
     if left_out:
@@ -128,9 +130,12 @@ def folder_dataset(path: str) -> Dataset:
     rows = _list_rows(tops, split_of, first.images, name=name)
     if not rows:
         kinds = describe_ignored(ignored + first.ignored)
+        loose = len(first.images) + sum(len(top.images) for top in tops.values())
         raise UserError(
-            f"{key} holds no images: expected CLASS/IMAGE or train/CLASS/IMAGE in {root}, as "
+            f"{key} holds {f'{loose:,} images, none' if loose else 'no images'} in folders of "
+            f"classes: expected CLASS/IMAGE or train/CLASS/IMAGE in {root}, as "
             f"{', '.join(ENDINGS)}{f'; left out: {kinds}' if kinds else ''}"
+            f"{suggest_name(path, besides='folder')}"
         )
     class_names = check_class_names(sorted({c for _, c, _ in rows}), name=name)
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
@@ -297,7 +302,10 @@ def manifest_dataset(path: str) -> Dataset:
         ".jsonl": lambda lines: (json.loads(line) for line in lines if line.strip()),
     }
     if ending not in readers:
-        raise UserError(f"{key}: expected a file that ends in {', '.join(readers)}")
+        raise UserError(
+            f"{key}: expected a file that ends in {', '.join(readers)}"
+            f"{suggest_name(path, besides='manifest')}"
+        )
     check_store(path, where=f"{key}: ")
     try:
         text = _read_file(file, max_bytes=MAX_TABLE).decode("utf-8-sig")

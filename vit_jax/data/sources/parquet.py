@@ -15,6 +15,7 @@ import numpy as np
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.sources.base import Dataset, Records, make_splits
 from vit_jax.data.sources.files import encode_labels
+from vit_jax.data.sources.guess import suggest_name
 from vit_jax.data.sources.layout import (
     check_classes,
     drop_unassigned,
@@ -70,7 +71,8 @@ def parquet_dataset(text: str) -> Dataset:
     pattern = os.path.join(where, "**", "*.parquet") if os.path.isdir(where) else where
     paths = find_paths(pattern)
     if not paths:
-        raise UserError(f"{key}: there are no files {pattern}")
+        hint = suggest_name(path, besides="parquet")
+        raise UserError(f"{key}: there are no files {pattern}{hint}")
     labels, splits, names = [], [], {}
     try:
         files = [_open(file) for file in paths]
