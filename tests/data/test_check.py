@@ -48,8 +48,8 @@ def test_everything_wrong_or_odd_is_reported(mixed_bag, said):
         "odd: PNG named .jpg: 1\n.*wrong.jpg",
         "odd: mode CMYK: 1\n.*print.jpg",
         "odd: more than 8 times as long as wide: 1\n.*print.jpg",
-        "duplicates: 1\n.* = .* with different labels, in test and train\n"
-        "  1 of them are in several splits, which makes results too good",
+        "duplicates: 1\n.* = .* with different labels, in test, train\n"
+        "  in several splits, which makes results too good: 1",
         "images of a class: 4 to 8, median 6",
         r"shorter side: 8 to 9, median 8\n  8 to 15 +11 #+",
     ):

@@ -211,23 +211,24 @@ def _listing(title: str, names: Sequence[str]) -> list[str]:
 def _report_duplicates(findings: Iterable[Finding], dataset: Dataset | TfdsDataset) -> list[str]:
     same = collections.defaultdict(list)
     for finding in findings:
-        if finding.digest is not None:
+        if finding.size is not None:
             same[finding.digest].append(finding)
     groups = [group for group in same.values() if len(group) > 1]
     split_of = _find_splits(dataset) if groups else {}
-    names, across = [], 0
+    order, names, across = dict.fromkeys(split_of.values()), [], 0
     # Groups with contradicting labels come first, then those that are in several splits.
     for group in groups:
         labels = {f.label for f in group}
-        splits = sorted({split_of[f.record] for f in group if f.record in split_of})
+        found = {split_of.get(f.record) for f in group}
+        splits = [split for split in order if split in found]
         across += len(splits) > 1
         note = " with different labels" * (len(labels) > 1)
-        note += f", in {' and '.join(splits)}" * (len(splits) > 1)
+        note += f", in {', '.join(splits)}" * (len(splits) > 1)
         rank = (len(labels) == 1, len(splits) < 2)
         names.append((rank, " = ".join(f.record for f in group[:3]) + note))
     lines = _listing("duplicates", [name for _, name in sorted(names, key=lambda n: n[0])])
     if across:
-        lines.append(f"  {across:,} of them are in several splits, which makes results too good")
+        lines.append(f"  in several splits, which makes results too good: {across:,}")
     return lines
 
 

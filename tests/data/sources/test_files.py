@@ -159,6 +159,8 @@ def test_what_is_no_image_is_ignored_and_counted(tmp_path, caplog):
         (root / name).write_text("no image")
     os.mkfifo(root / "a" / "pipe.png")  # would never end
     (root / "b" / "loop").symlink_to(root)
+    for one, other in ("xy", "yx", ("x.png", "y.png"), ("y.png", "x.png")):
+        (root / one).symlink_to(other)
     assert len(read(open_split(f"folder:{root}", "all"))) == 5
     (line,) = [r.message for r in caplog.records if "ignored" in r.message]
     for words in ("2 .txt", "2 hidden", "1 .png", "1 without an ending"):

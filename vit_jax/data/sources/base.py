@@ -4,6 +4,7 @@
 import abc
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -205,9 +206,9 @@ def select(
     try:
         instructions = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
     except (ValueError, KeyError, AssertionError, NotImplementedError) as e:
-        raise UserError(
-            f"{key}={split!r}: {' '.join(str(e).split())[:200]}; {has}{_advise(key, lengths)}"
-        ) from None
+        unknown = re.fullmatch(r"[\w-]+", split) and split not in lengths
+        reason = "there is no such split" if unknown else " ".join(str(e).split())[:200].rstrip(".")
+        raise UserError(f"{key}={split!r}: {reason}; {has}{_advise(key, lengths)}") from None
     parts = []
     for part in instructions:
         stop = lengths[part.splitname] if part.to is None else part.to

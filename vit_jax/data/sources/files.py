@@ -123,7 +123,7 @@ def folder_dataset(path: str) -> Dataset:
         hint = suggest_name(path, besides="folder")
         raise UserError(f"{key} can't be read: {e.strerror}: {e.filename}{hint}") from None
     if kinds := describe_ignored(ignored):
-        logger.info("%s: ignored what is no image: %s", name, kinds)
+        logger.info("%s: ignored files that are no images of a known format: %s", name, kinds)
     if left_out:
         logger.info("%s: left out the folders %s", name, list_few(sorted(left_out)))
     split_of = find_splits(tops, key=key)
@@ -254,7 +254,7 @@ def _list_folder(root: str, folder: str) -> _Listing:
         for entry in sorted(entries, key=lambda entry: entry.name):
             name = entry.name
             ending = os.path.splitext(name)[1].lower()
-            if entry.is_dir():
+            if _is_folder(entry):
                 if is_left_out(name):
                     found.left_out.append(f"{prefix}{name}")
                     found.ignored["hidden"] += name.startswith(".")
@@ -262,11 +262,25 @@ def _list_folder(root: str, folder: str) -> _Listing:
                     found.folders.append(entry.path)
             elif name.startswith("."):
                 found.ignored["hidden"] += 1
-            elif ending in ENDINGS and entry.is_file():
+            elif ending in ENDINGS and _is_file(entry):
                 found.images.append(f"{prefix}{name}")
             else:
                 found.ignored[ending or "without an ending"] += 1
     return found
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # Links that lead to each other lead nowhere.
+        return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
 
 
 def describe_ignored(ignored: Counter[str]) -> str:
