@@ -170,7 +170,9 @@ def test_captions_that_are_too_long_or_have_other_characters_fit(tmp_path):
 def test_a_check_with_a_config_says_what_a_run_would_use(said, tmp_path):
     name = f"folder:{write_folder(tmp_path / 'bag', {'a': 40, 'b': 60})}"
     assert check.main([name, "--config=folder", "--config.data.batch_size=32"]) == 0
-    assert [line for line in said if ".split=" in line and line.startswith(("data.", "evals."))] == [
+    assert [
+        line for line in said if ".split=" in line and line.startswith(("data.", "evals."))
+    ] == [
         "data.split='train': 80 images, 2 batches of 32",
         "evals.test.split='test': 10 images",
         "evals.val.split='validation': 10 images",

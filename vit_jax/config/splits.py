@@ -15,10 +15,10 @@ _START = re.compile(r"train\[:(\d+%?)\]")
 def use_cut(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config that reads the splits into which the package cuts its data.
 
-    A config that trains on `train[:98%]` and evaluates on `train[98%:]` takes its validation off the
-    end of `train`, since data may have no split for it. Where the data has no splits at all, the
-    package cuts a `validation` off each class (see `make_splits`), so this one is read, and `train`
-    as a whole. The change is logged. Anything else stays as it is.
+    A config that trains on `train[:98%]` and evaluates on `train[98%:]` takes its validation off
+    the end of `train`, since data may have no split for it. Where the data has no splits at all,
+    the package cuts a `validation` off each class (see `make_splits`), so this one is read, and
+    `train` as a whole. The change is logged. Anything else stays as it is.
 
     Args:
       config: the sections by name; `data` and `evals` are checked later.

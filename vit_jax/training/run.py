@@ -197,7 +197,9 @@ def _prepare(
         sizes = [f"train {count_examples(experiment.train_data):,}"]
         for evaluator in experiment.evaluators:
             evaluator.open()
-            sizes.append(f"{evaluator.name} {len(evaluator.data.open()):,} ({evaluator.data.split})")
+            sizes.append(
+                f"{evaluator.name} {len(evaluator.data.open()):,} ({evaluator.data.split})"
+            )
         log(f"images: {', '.join(sizes)}")
         input_bytes = _count_input_bytes(experiment)
         if main_process:

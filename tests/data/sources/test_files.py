@@ -88,14 +88,17 @@ def test_without_split_folders_a_tenth_of_each_class_is_for_validation_and_for_t
     (record,) = caplog.records
     assert record.message == (
         f"{plain}: it has no splits of its own, so a fixed seed cuts each class into "
-        "80 % train (80), 10 % validation (10), 10 % test (10)"
+        "80 % train, 10 % validation and 10 % test, at least one image each: train 80, validation "
+        "10, test 10"
     )
 
 
 def test_the_cut_is_the_same_on_any_machine(tmp_path):
     root = write_folder(tmp_path, {"a": 12, "b": 10})
     found = {
-        split: [os.path.relpath(path, root) for path, _ in read(open_split(f"folder:{root}", split))]
+        split: [
+            os.path.relpath(path, root) for path, _ in read(open_split(f"folder:{root}", split))
+        ]
         for split in ("validation", "test")
     }
     assert found == {"validation": ["a/010.png", "b/007.png"], "test": ["b/004.png", "a/004.png"]}
@@ -112,7 +115,9 @@ def test_a_tenth_of_a_small_class_is_an_image(count, sizes, tmp_path, caplog):
     splits = [dataset.splits[split] for split in ("train", "validation", "test")]
     assert tuple(int(sum(dataset.labels[rows])) for rows in splits) == sizes
     lines = [r.message for r in caplog.records if "fewer than 3 images" in r.message]
-    assert [line.endswith("if there is a single one: small") for line in lines] == [True] * (count < 3)
+    assert [line.endswith("if there is a single one: small") for line in lines] == [True] * (
+        count < 3
+    )
 
 
 def test_order_does_not_depend_on_the_file_system(tmp_path):
@@ -256,7 +261,7 @@ def test_folders_of_systems_are_left_out_and_named(tmp_path, caplog):
     )
     root = write_folder(tmp_path, {"cat": 10, "dog": 10} | dict.fromkeys(others, 1))
     splits, lines = logged(caplog, root)
-    assert splits == dict.fromkeys(("train", "validation", "test"), ["cat", "dog"])
+    assert splits == {split: ["cat", "dog"] for split in ("train", "validation", "test")}
     (line,) = [line for line in lines if "left out" in line]
     for word in (
         "$RECYCLE.BIN",

@@ -234,9 +234,9 @@ def make_splits(
     """Rows of each split, int64 `[examples]`, in a seeded order: any slice is a random sample.
 
     `labels` are int32 `[rows]` or an array for each row; their order must not depend on the file
-    system. Without the split of each row, `train`, `validation` and `test` are 80, 10 and 10 percent
-    of each class. A class of three images or more has at least one in each of them; one of two has
-    none in `validation`, and a single image is in `train`.
+    system. Without the split of each row, `train`, `validation` and `test` are 80, 10 and 10
+    percent of each class. A class of three images or more has at least one in each of them; one of
+    two has none in `validation`, and a single image is in `train`.
     """
     order = np.random.default_rng(_SEED).permutation(len(labels))
     if split_of_row is not None:

@@ -268,17 +268,20 @@ def log_cut(dataset: Dataset) -> None:
     if not dataset.cut:
         return
     several, held = dataset.info.multi_label, round(100 * HELD_OUT)
-    percents = {"train": 100 - 2 * held, "validation": held, "test": held}
     logger.info(
-        "%s: it has no splits of its own, so a fixed seed cuts %s into %s",
+        "%s: it has no splits of its own, so a fixed seed cuts %s into %d %% train, %d %% "
+        "validation and %d %% test, at least one image each: %s",
         dataset.name,
         "the images" if several else "each class",
-        ", ".join(f"{p} % {split} ({dataset.lengths[split]:,})" for split, p in percents.items()),
+        100 - 2 * held,
+        held,
+        held,
+        ", ".join(f"{split} {length:,}" for split, length in dataset.lengths.items()),
     )
     if several:
         return
     labels, counts = np.unique(np.asarray(dataset.labels), return_counts=True)
-    small = labels[(counts < len(percents)) & (labels != NO_LABEL)]
+    small = labels[(counts < len(dataset.splits)) & (labels != NO_LABEL)]
     if len(small):
         names = dataset.info.class_names or tuple(map(str, range(dataset.info.num_classes)))
         logger.info(
@@ -287,7 +290,7 @@ def log_cut(dataset: Dataset) -> None:
             dataset.name,
             len(small),
             dataset.info.num_classes,
-            len(percents),
+            len(dataset.splits),
             list_few([names[label] for label in small]),
         )
 
