@@ -57,6 +57,7 @@ def test_class_names_stand_in_the_workdir_and_guard_it(animals, tmp_path, said):
     labels = workdir / "labels.txt"
     assert labels.read_text() == "cat\ndog\n"
     assert f"wrote {labels}: 2 class names" in said
+    assert "images: train 40, val 11 (test)" in said
     labels.unlink()  # as in a run of an earlier version
     run(config(animals, total_steps=4), workdir)
     assert labels.read_text() == "cat\ndog\n"
