@@ -63,7 +63,7 @@ _SHARE = 0.02  # of a target, that is worth a name
 _LISTED = 10  # names in the report of each kind of finding
 _SHEET = 8  # rows and columns of the contact sheet
 _TILE = 96  # least pixels of the longer side of an image there
-_CAPTION = 16  # pixels of the name of a class below an image
+_POINTS = 12  # least size of the font of the names below the images
 _LATIN = 0x250  # the font of the captions has no characters from here on
 
 
@@ -352,17 +352,19 @@ def write_contact_sheet(path: Path, images: np.ndarray, captions: Sequence[str])
     """
     times = -(-_TILE // max(images.shape[1:3]))
     images = images.repeat(times, axis=1).repeat(times, axis=2)
-    images = np.pad(images, ((0, 0), (1, 1 + _CAPTION), (1, 1), (0, 0)))
+    # The sheet of large images is looked at from further away.
+    points = max(_POINTS, images.shape[2] // 16)
+    images = np.pad(images, ((0, 0), (1, points + 5), (1, 1), (0, 0)))
     _, height, width, channels = images.shape
     rows = images.reshape(_SHEET, -1, height, width, channels).swapaxes(1, 2)
     sheet = Image.fromarray(rows.reshape(_SHEET * height, -1, channels))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(points)
     for place, text in enumerate(captions):
         row, column = divmod(place, _SHEET)
         text = "".join(c if ord(c) < _LATIN else "?" for c in text)
         while font.getlength(text) > width - 2:
             text = f"{text.removesuffix('...')[:-1]}..."
-        at = (column * width + width // 2, (row + 1) * height - _CAPTION // 2)
+        at = (column * width + width // 2, (row + 1) * height - points // 2 - 2)
         draw.text(at, text, fill="white", font=font, anchor="mm")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
