@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 
 from tests.images import encode, write_folder
+from tests.tiny import tiny_config
 from vit_jax.data import check, prepare
 from vit_jax.data.datasets import Digits
 from vit_jax.data.preprocess import parse_preprocess
-from vit_jax.data.sources import open_source
+from vit_jax.data.sources import find_dataset, open_source
 from vit_jax.data.sources.base import DatasetInfo
+from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
 
 
@@ -221,6 +223,19 @@ def test_a_dataset_of_tfds_is_prepared_and_checked(tmp_path, said):
         assert "  train                  1,437 examples" in said
     assert check.main(["digits", "--split=test[:50]", f"--data_dir={tmp_path}"]) == 0
     assert "50 images, 10 classes" in said
+
+
+def test_the_lines_of_a_config_are_for_their_splits_of_tfds_too(data_dir, said):
+    dataset = find_dataset("digits", data_dir=data_dir)
+    evals = {"val": {"split": "test[:50]", "preprocess": "decode"}}
+    experiment = Experiment.from_config(tiny_config(data_dir, evals=evals), epoch_examples=64)
+    lines = check.find_lines(experiment, dataset, "digits", "all")
+    source = dataset.open("all", key="split")
+    for line, split in zip(lines, ("train", "test[:50]"), strict=True):
+        part, places = dataset.open(split, key="split"), np.flatnonzero(line.records)
+        assert len(line.records) == len(source)
+        assert len(places) == len(part)
+        assert [source[int(i)]["image"] for i in places[:3]] == [part[i]["image"] for i in range(3)]
 
 
 def test_folders_need_no_preparation():

@@ -15,10 +15,12 @@ Examples:
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +38,7 @@ from vit_jax.data.ops.transforms import Op, apply
 from vit_jax.data.pipeline import DatasetSpec, train_batches
 from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources import find_dataset
-from vit_jax.data.sources.base import Dataset, DatasetInfo, Source
+from vit_jax.data.sources.base import Dataset, DatasetInfo, Source, select
 from vit_jax.data.sources.tfds import TfdsDataset
 from vit_jax.observe.console import log, set_up
 from vit_jax.observe.progress_log import ProgressLog
@@ -90,25 +92,33 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A preprocessing line, and the names of the records that it is for; None for all."""
+    """A preprocessing line, and which records it is for, bool `[records]`; None for all."""
 
     key: str
     ops: Sequence[Op]
-    records: frozenset[str] | None
+    records: np.ndarray | None
 
 
-def find_lines(experiment: Experiment, name: str) -> list[Line]:
-    """The preprocessing of each split of a dataset that an experiment reads, if it is there."""
-    lines = []
+def find_lines(
+    experiment: Experiment, dataset: Dataset | TfdsDataset, name: str, split: str
+) -> list[Line]:
+    """The preprocessing of each split that an experiment reads, for the records of `split`."""
+    lines, rows = [], _find_rows(dataset, name, split)
     for spec in (experiment.train_data, *(e.data for e in experiment.evaluators)):
-        if spec.name == name:
-            try:
-                source = spec.open()
-            except UserError:  # `check_run` reports it.
-                continue
-            records = frozenset(map(source.describe, range(len(source))))
-            lines.append(Line(f"{spec.key}.preprocess", fuse(spec.ops()), records))
+        # A split that is not there is reported by `check_run`.
+        with contextlib.suppress(UserError):
+            if spec.name == name:
+                records = np.isin(rows, _find_rows(dataset, name, spec.split))
+                lines.append(Line(f"{spec.key}.preprocess", fuse(spec.ops()), records))
     return lines
+
+
+def _find_rows(dataset: Dataset | TfdsDataset, name: str, split: str) -> np.ndarray:
+    """Numbers of the records of a split among those of all splits, one after the other."""
+    lengths = dataset.lengths
+    first = dict(zip(lengths, itertools.accumulate(lengths.values(), initial=0), strict=False))
+    parts = select(split, lengths, name=name, key="split")
+    return np.concatenate([np.arange(start, stop) + first[n] for n, start, stop in parts])
 
 
 def inspect_record(source: Source, index: int, lines: Iterable[Line] = ()) -> Finding:
@@ -139,7 +149,7 @@ def inspect_record(source: Source, index: int, lines: Iterable[Line] = ()) -> Fi
         odd.append(f"more than {_MANY:,} pixels")
     corrupt = None
     for line in lines:
-        if line.records is None or record in line.records:
+        if line.records is None or line.records[index]:
             try:
                 apply(line.ops, features, np.random.default_rng(index))
             except ImageError as e:
@@ -420,7 +430,10 @@ def main(argv: Sequence[str]) -> int:
         print_result(f"splits: {', '.join(sizes)}")
     else:
         sheet, refused = load_experiment(args, overrides)
-        lines, input_shape = find_lines(sheet, args.SRC), sheet.train_data.image_shape()
+        lines, input_shape = (
+            find_lines(sheet, dataset, args.SRC, args.split),
+            sheet.train_data.image_shape(),
+        )
         found, missing = check_run(sheet)
         refused += [line for line in missing if line not in refused]
         for line in [*found, *(f"a run is refused: {line}" for line in refused)]:
