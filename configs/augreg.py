@@ -8,9 +8,11 @@ the checkpoint that was best on its validation split when it was pre-trained on 
 other is had by its name, such as S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0, and one
 that lies on disk by its path, which ends in .npz.
 The dataset is --config.data.name=NAME of TFDS, with the splits that it has in data.split,
-evals.val.split and evals.test.split. Recipe: arXiv:2106.10270, as in the published code: SGD with
-momentum in bfloat16, 500 steps of batch 512 in 8 micro-batches, 384 pixels, no dropout and no
-weight decay. The paper chose optimizer.lr among 0.001, 0.003, 0.01 and 0.03 on a validation split.
+evals.val.split and evals.test.split; or folder:PATH with train/CLASS/IMAGE and test/CLASS/IMAGE, or
+with CLASS/IMAGE, which is cut into 80 % train, 10 % validation and 10 % test of each class. Recipe:
+arXiv:2106.10270, as in the published code: SGD with momentum in bfloat16, 500 steps of batch 512 in
+8 micro-batches, 384 pixels, no dropout and no weight decay. The paper chose optimizer.lr among
+0.001, 0.003, 0.01 and 0.03 on a validation split.
 """
 
 import re

@@ -4,10 +4,11 @@
 python -m vit_jax.main --config=configs/folder.py --workdir=runs/mine \
     --config.data.name=folder:/data/mine
 
-The folder holds train/CLASS/IMAGE and test/CLASS/IMAGE; docs/data.md has the other layouts. The
-sizes fit images of 32x32 pixels, such as CIFAR-10; all images are brought to that size, upright
-as their EXIF orientation says. The last 2 % of the training images are for validation: no gradient
-sees them. Without a folder test, add --config.evals.test.split=validation.
+The folder holds CLASS/IMAGE, which is cut into 80 % train, 10 % validation and 10 % test of each
+class, or train/CLASS/IMAGE and test/CLASS/IMAGE, where the last 2 % of the training images are for
+validation; docs/data.md has the other layouts. No gradient sees validation or test. The sizes fit
+images of 32x32 pixels, such as CIFAR-10; all images are brought to that size, upright as their EXIF
+orientation says. With few images add --config.data.batch_size=32.
 
 For larger images set data.preprocess='decode(orient=True)|inception_crop(224)|flip_lr',
 'decode(orient=True)|resize(224)' as both evals.NAME.preprocess, and model.patch_size=16.

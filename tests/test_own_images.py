@@ -57,6 +57,7 @@ def test_class_names_stand_in_the_workdir_and_guard_it(animals, tmp_path, said):
     labels = workdir / "labels.txt"
     assert labels.read_text() == "cat\ndog\n"
     assert f"wrote {labels}: 2 class names" in said
+    assert "images: train 40, val 11 (test)" in said
     labels.unlink()  # as in a run of an earlier version
     run(config(animals, total_steps=4), workdir)
     assert labels.read_text() == "cat\ndog\n"
@@ -139,7 +140,7 @@ def test_an_evaluation_may_be_on_another_dataset(animals, tmp_path):
 
 def test_a_batch_is_no_larger_than_the_split(animals, tmp_path):
     made = config(animals, data__batch_size=48)
-    refuse(lambda: run(made, tmp_path / "w"), "data.batch_size=48", "40 examples")
+    refuse(lambda: run(made, tmp_path / "w"), "data.batch_size=48", "40 examples", "batch_size=32")
     made = config(animals, data__batch_size=48, total_steps=None, epochs=2)
     refuse(lambda: Experiment.from_config(made), "data.batch_size=48", "40 examples")
 

@@ -10,10 +10,13 @@ import pytest
 from PIL import Image
 
 from tests.images import encode, write_folder
+from tests.tiny import tiny_config
 from vit_jax.data import check, prepare
 from vit_jax.data.datasets import Digits
 from vit_jax.data.preprocess import parse_preprocess
-from vit_jax.data.sources import open_source
+from vit_jax.data.sources import find_dataset, open_source
+from vit_jax.data.sources.base import DatasetInfo
+from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
 
 
@@ -40,13 +43,15 @@ def test_everything_wrong_or_odd_is_reported(mixed_bag, said):
     assert check.main([mixed_bag]) == 1
     text = "\n".join(said)
     assert said[0].endswith("1 of 2 classes have no images in train, and are never predicted: dog")
-    assert said[1] == "12 images, 2 classes"
+    assert said[1] == "splits: test 4, train 8"
+    assert said[2] == "12 images, 2 classes"
     for words in (
         "corrupt: 1\n.*broken.jpg: .* no readable image",
         "odd: PNG named .jpg: 1\n.*wrong.jpg",
         "odd: mode CMYK: 1\n.*print.jpg",
         "odd: more than 8 times as long as wide: 1\n.*print.jpg",
-        "duplicates: 1\n.* = .* with different labels",
+        "duplicates: 1\n.* = .* with different labels, in test, train\n"
+        "  in several splits, which makes results too good: 1",
         "images of a class: 4 to 8, median 6",
         r"shorter side: 8 to 9, median 8\n  8 to 15 +11 #+",
     ):
@@ -72,7 +77,10 @@ def test_images_that_an_operation_refuses_are_corrupt(tmp_path, said):
     )
     assert check.main([name, f"--config={config}"]) == 1
     assert said[0].endswith("there is a single class, 'a', so that every prediction is right")
-    assert said[1].startswith("evals.none.split='none': ")
+    assert "evals.val.split='test': 1 images" in said
+    refused = [line.split(": ")[1] for line in said if line.startswith("a run is refused: ")]
+    assert refused[0].startswith("data.batch_size=16 is more than the 1 examples")
+    assert refused[1] == "evals.none.split='none'"
     assert "corrupt: 1" in said
     refused = f"{tmp_path}/bag/test/a/x.png: evals.val.preprocess: central_crop(62) of a 60x70 im"
     assert any(line.strip().startswith(refused) for line in said)
@@ -105,10 +113,12 @@ def test_the_contact_sheet_shows_what_the_model_sees(mixed_bag, said, tmp_path):
     preprocess = "--preprocess=decode|resize(20)"
     check.main([mixed_bag, "--split=train[:1]", preprocess, f"--output={tmp_path / 'out'}"])
     sheet = cv2.imread(str(tmp_path / "out" / "contact_sheet.png"))
-    assert sheet.shape == (8 * 102, 8 * 102, 3)
-    tile = sheet[1:101, 1:101]
+    assert sheet.shape == (8 * 118, 8 * 102, 3)
+    tile, caption = sheet[1:101, 1:101], sheet[101:118, :102]
     assert len(np.unique(tile)) == 1
-    np.testing.assert_array_equal(sheet[103:203, 205:305], tile)
+    np.testing.assert_array_equal(sheet[119:219, 205:305], tile)
+    assert caption.max() > 200
+    np.testing.assert_array_equal(sheet[101 + 118 : 118 + 118, 204:306], caption)
     assert said[-1] == f"wrote {tmp_path / 'out' / 'contact_sheet.png'}"
 
 
@@ -121,13 +131,13 @@ def test_the_contact_sheet_shows_the_augmentation_of_a_config(said, tmp_path):
             "from tests.tiny import tiny_config\n"
             "def get_config():\n"
             f"    return tiny_config(None, objective={extra}, mesh={{'fsdp': 4}},\n"
-            "        data__preprocess='decode|resize(8)', evals={}, data__batch_size=4096)\n"
+            "        data__preprocess='decode|resize(8)', evals={})\n"
         )
         assert check.main([name, f"--config={config}"]) == 0
         assert said[-1] == "wrote runs/check/contact_sheet.png"
         sheets.append(cv2.imread("runs/check/contact_sheet.png"))
     whole, erased = (
-        s.reshape(8, 98, 8, 98, 3)[:, 1:97:12, :, 1:97:12].swapaxes(1, 2) for s in sheets
+        s.reshape(8, 114, 8, 98, 3)[:, 1:97:12, :, 1:97:12].swapaxes(1, 2) for s in sheets
     )
     grey = whole[:, :, :1, :1]
     assert (whole == grey).all()
@@ -135,6 +145,57 @@ def test_the_contact_sheet_shows_the_augmentation_of_a_config(said, tmp_path):
     changed = (erased != whole).any(axis=(2, 3, 4))
     assert changed.mean() > 0.9
     assert (erased == whole).mean() > 0.5
+
+
+def test_captions_are_names_of_classes():
+    info = DatasetInfo(3, (8, 8, 3), ("cat", "dog", "eel"))
+    for label, words in (
+        (np.int32(2), "eel"),
+        (np.array([0.05, 0.05, 0.9]), "eel"),
+        (np.array([0.65, 0.05, 0.3]), "cat + eel"),
+        (np.array([1.0, 1.0, 0.0]), "cat + dog"),
+        (np.zeros(3), ""),
+    ):
+        assert check.caption(label, info) == words
+    assert check.caption(np.ones(1), DatasetInfo(1, (8, 8, 3), ("cat",))) == "cat"
+    assert check.caption(np.int32(2), DatasetInfo(3, (8, 8, 3))) == "2"
+
+
+def test_captions_that_are_too_long_or_have_other_characters_fit(tmp_path):
+    names = ["a very long name of a class that does not end here", "\u732b", "", "cat"] * 16
+    check.write_contact_sheet(tmp_path / "sheet.png", np.zeros((64, 32, 32, 3), np.uint8), names)
+    sheet = cv2.imread(str(tmp_path / "sheet.png"))[:114].reshape(114, 8, 98, 3)
+    assert [bool(sheet[:, column].any()) for column in range(4)] == [True, True, False, True]
+    assert not sheet[:, :, [0, 97]].any()
+
+
+def test_a_check_with_a_config_says_what_a_run_would_use(said, tmp_path):
+    name = f"folder:{write_folder(tmp_path / 'bag', {'a': 40, 'b': 60})}"
+    assert check.main([name, "--config=folder", "--config.data.batch_size=32"]) == 0
+    assert [
+        line for line in said if ".split=" in line and line.startswith(("data.", "evals."))
+    ] == [
+        "data.split='train': 80 images, 2 batches of 32",
+        "evals.test.split='test': 10 images",
+        "evals.val.split='validation': 10 images",
+    ]
+    assert "the model takes 32x32: 100 of 100 images are smaller" in said
+
+
+def test_a_check_with_a_config_reports_what_a_run_would_refuse(said, tmp_path):
+    name = f"folder:{write_folder(tmp_path / 'bag', {'train/a': 30, 'val/a': 3})}"
+    assert check.main([name, "--config=folder"]) == 1
+    refused = [line for line in said if line.startswith("a run is refused: ")]
+    assert [line.split(": ")[1].partition(" ")[0] for line in refused] == [
+        "data.batch_size=128",
+        "evals.test.split='test'",
+    ]
+    assert refused[1].endswith(
+        "folder has train (30), validation (3); add --config.evals.test.split=validation, or "
+        "--config.evals.test=none to leave it out".replace("folder", name)
+    )
+    assert "33 images, 1 classes" in said
+    assert said[-1] == "wrote runs/check/contact_sheet.png"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +206,9 @@ def test_the_contact_sheet_shows_the_augmentation_of_a_config(said, tmp_path):
         (["{bag}", "--num_threads=0"], "--num_threads=0"),
         (["{bag}", "--preprocess=decode|resise(8)"], "'resise'"),
         (["{bag}", "--config=none.py"], "--config=none.py: there is no file"),
+        (["{bag}", "--config.seed=1"], "--config.seed: expected --config=FILE"),
+        (["{bag}", "--config=folder", "--config.model.num_classes=1"], "model.num_classes=1"),
+        (["{bag}", "--config=folder", "--config.data.bach_size=1"], "data.bach_size"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, words, mixed_bag):
@@ -159,6 +223,19 @@ def test_a_dataset_of_tfds_is_prepared_and_checked(tmp_path, said):
         assert "  train                  1,437 examples" in said
     assert check.main(["digits", "--split=test[:50]", f"--data_dir={tmp_path}"]) == 0
     assert "50 images, 10 classes" in said
+
+
+def test_the_lines_of_a_config_are_for_their_splits_of_tfds_too(data_dir, said):
+    dataset = find_dataset("digits", data_dir=data_dir)
+    evals = {"val": {"split": "test[:50]", "preprocess": "decode"}}
+    experiment = Experiment.from_config(tiny_config(data_dir, evals=evals), epoch_examples=64)
+    lines = check.find_lines(experiment, dataset, "digits", "all")
+    source = dataset.open("all", key="split")
+    for line, split in zip(lines, ("train", "test[:50]"), strict=True):
+        part, places = dataset.open(split, key="split"), np.flatnonzero(line.records)
+        assert len(line.records) == len(source)
+        assert len(places) == len(part)
+        assert [source[int(i)]["image"] for i in places[:3]] == [part[i]["image"] for i in range(3)]
 
 
 def test_folders_need_no_preparation():

@@ -21,6 +21,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
+from tests.images import write_folder
 from vit_jax.data import check, pipeline, sources
 from vit_jax.data.ops import fused
 from vit_jax.data.ops.decode import ImageError, decode_image
@@ -117,6 +118,16 @@ def test_class_names_travel_and_the_end_says_what_is_there(folder, tmp_path, sai
     assert said[1].startswith("packed 23 images")
     assert "1 of them can't be read" in "\n".join(said)
     assert f"--config.data.name=packed:{tmp_path / 'dst'}" in said[-1]
+
+
+def test_the_cut_of_a_folder_without_splits_travels(tmp_path, said):
+    pack(write_folder(tmp_path / "flat", {"a": 10, "b": 10}), tmp_path / "packed")
+    names = (f"folder:{tmp_path / 'flat'}", f"packed:{tmp_path / 'packed'}")
+    one, two = (find_dataset(name, data_dir=None) for name in names)
+    assert one.cut
+    assert two.cut
+    assert two.lengths == one.lengths == {"train": 16, "validation": 2, "test": 2}
+    assert read(two.name, "test")[0]["image"] == read(one.name, "test")[0]["image"]
 
 
 def test_several_labels_travel(tmp_path, said):

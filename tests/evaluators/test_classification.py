@@ -227,9 +227,7 @@ def test_mean_average_precision_is_that_of_scikit_learn(devices, tmp_path):
         lines.append(f"{i}.png,{'|'.join(f'c{c}' for c in rng.permutation(10)[: i % 4])}")
     (tmp_path / "all.csv").write_text("\n".join(lines) + "\n")
     name = f"manifest:{tmp_path / 'all.csv'}"
-    evaluation = evaluator(
-        None, name=name, split="train+validation", devices=jax.devices()[:devices]
-    )
+    evaluation = evaluator(None, name=name, split="all", devices=jax.devices()[:devices])
     results = evaluation.run(PARAMS, details=tmp_path / "val_0")
     batch = next(eval_batches(dataclasses.replace(evaluation.data, batch_size=21)))
     scores = np.asarray(Linear().predict(PARAMS, batch)["logits"])

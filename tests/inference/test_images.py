@@ -62,7 +62,9 @@ def test_files_that_are_left_out_are_counted_by_kind(folder, caplog):
     find_images([str(folder)])
     (record,) = caplog.records
     kinds = {"1 .txt", "1 hidden", "1 .heic"}
-    assert record.message.startswith(f"{folder}: ignored what is no image: ")
+    assert record.message.startswith(
+        f"{folder}: ignored files that are no images of a known format: "
+    )
     assert set(record.message.rpartition(": ")[2].split(", ")) == kinds
 
 

@@ -16,6 +16,7 @@ from vit_jax.checkpoint.manager import CheckpointOptions
 from vit_jax.checkpoint.pretrained.adapt import adapt_params
 from vit_jax.config.precision import apply_precision
 from vit_jax.config.schema import Config, Data, EvalData, read_config, read_section
+from vit_jax.config.splits import use_cut
 from vit_jax.config.trace_parts import trace_parts
 from vit_jax.data.classes import Classes
 from vit_jax.data.mixture import check_same_kind
@@ -100,7 +101,7 @@ def build_parts(
     """
     config = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     config, log_every = split_every(config, "log_every")
-    top = read_config(config)
+    top = use_cut(read_config(config))
     typed = {
         name: read_section(name, top[name])
         for name in ("data", "profile", "resume", "tracking", "watchdog")
@@ -178,7 +179,8 @@ def count_examples(data: DatasetSpec) -> int:
     if length < data.batch_size:
         raise UserError(
             f"data.batch_size={data.batch_size} is more than the {length} examples to train on of "
-            f"{data}: expected at most that many"
+            f"{data}: expected at most that many, as --config.data.batch_size="
+            f"{2 ** (length.bit_length() - 1)}"
         )
     return length
 

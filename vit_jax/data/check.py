@@ -1,36 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads every image of a dataset, reports errors and oddities, and writes a contact sheet.
 
-The exit code is 1 if some images can't be read, or if an operation of the preprocessing refuses
-them.
+With --config, and --config.KEY=VALUE as for training, the splits, the batch size, the classes and
+the preprocessing are those that a run would use, and what it would refuse is reported.
+
+The exit code is 1 if a run would be refused, if images can't be read, or if an operation of the
+preprocessing refuses them.
 
 Examples:
   python -m vit_jax.data.check folder:/data/birds
-  python -m vit_jax.data.check folder:/data/birds --config=configs/folder.py
+  python -m vit_jax.data.check folder:/data/birds --config=folder --config.data.batch_size=64
 """
 
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import cv2
+import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from vit_jax.config.load import load_config
+from vit_jax.config.build import count_examples
+from vit_jax.config.load import load_config, parse_overrides
 from vit_jax.data.ops.decode import MAX_PIXELS, ImageError, decode_image, read_header
 from vit_jax.data.ops.fused import fuse
 from vit_jax.data.ops.transforms import Op, apply
 from vit_jax.data.pipeline import DatasetSpec, train_batches
 from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources import find_dataset
-from vit_jax.data.sources.base import DatasetInfo, Source
+from vit_jax.data.sources.base import Dataset, DatasetInfo, Source, select
+from vit_jax.data.sources.tfds import TfdsDataset
 from vit_jax.observe.console import log, set_up
 from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.training.experiment import Experiment
@@ -49,9 +58,15 @@ _USUAL_MODES = ("RGB", "L")
 # are more than _MANY pixels.
 _SMALL, _LONG, _MANY = 8, 8, MAX_PIXELS // 2
 
+# Examples of an epoch where a config can't have its own: no warm-up is longer.
+_EPOCH = 10**9
+_SHARE = 0.02  # of a target, that is worth a name
+
 _LISTED = 10  # names in the report of each kind of finding
 _SHEET = 8  # rows and columns of the contact sheet
 _TILE = 96  # least pixels of the longer side of an image there
+_POINTS = 12  # least size of the font of the names below the images
+_LATIN = 0x250  # the font of the captions has no characters from here on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,29 +92,33 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A preprocessing line, and the names of the records that it is for; None for all."""
+    """A preprocessing line, and which records it is for, bool `[records]`; None for all."""
 
     key: str
     ops: Sequence[Op]
-    records: frozenset[str] | None
+    records: np.ndarray | None
 
 
-def find_lines(experiment: Experiment, name: str) -> list[Line]:
-    """The preprocessing of each split of a dataset that an experiment reads.
-
-    A line is logged for an evaluator whose split is not there.
-    """
-    lines = []
+def find_lines(
+    experiment: Experiment, dataset: Dataset | TfdsDataset, name: str, split: str
+) -> list[Line]:
+    """The preprocessing of each split that an experiment reads, for the records of `split`."""
+    lines, rows = [], _find_rows(dataset, name, split)
     for spec in (experiment.train_data, *(e.data for e in experiment.evaluators)):
-        if spec.name == name:
-            try:
-                source = spec.open()
-            except UserError as e:
-                log(f"{e}: images are not checked for {spec.key}.preprocess")
-                continue
-            records = frozenset(map(source.describe, range(len(source))))
-            lines.append(Line(f"{spec.key}.preprocess", fuse(spec.ops()), records))
+        # A split that is not there is reported by `check_run`.
+        with contextlib.suppress(UserError):
+            if spec.name == name:
+                records = np.isin(rows, _find_rows(dataset, name, spec.split))
+                lines.append(Line(f"{spec.key}.preprocess", fuse(spec.ops()), records))
     return lines
+
+
+def _find_rows(dataset: Dataset | TfdsDataset, name: str, split: str) -> np.ndarray:
+    """Numbers of the records of a split among those of all splits, one after the other."""
+    lengths = dataset.lengths
+    first = dict(zip(lengths, itertools.accumulate(lengths.values(), initial=0), strict=False))
+    parts = select(split, lengths, name=name, key="split")
+    return np.concatenate([np.arange(start, stop) + first[n] for n, start, stop in parts])
 
 
 def inspect_record(source: Source, index: int, lines: Iterable[Line] = ()) -> Finding:
@@ -130,7 +149,7 @@ def inspect_record(source: Source, index: int, lines: Iterable[Line] = ()) -> Fi
         odd.append(f"more than {_MANY:,} pixels")
     corrupt = None
     for line in lines:
-        if line.records is None or record in line.records:
+        if line.records is None or line.records[index]:
             try:
                 apply(line.ops, features, np.random.default_rng(index))
             except ImageError as e:
@@ -168,8 +187,13 @@ def inspect(source: Source, lines: Sequence[Line] = (), *, num_threads: int) -> 
     return findings
 
 
-def report(findings: Sequence[Finding], info: DatasetInfo) -> list[str]:
-    """The lines of the report."""
+def report(
+    findings: Sequence[Finding],
+    dataset: Dataset | TfdsDataset,
+    input_shape: tuple[int, ...] | None = None,
+) -> list[str]:
+    """The lines of the report; `input_shape` starts with the height and width of the model's."""
+    info = dataset.info
     good = [f for f in findings if f.size is not None]
     corrupt = [f for f in findings if f.corrupt is not None]
     lines = [f"{len(findings):,} images, {info.num_classes:,} classes"]
@@ -180,12 +204,12 @@ def report(findings: Sequence[Finding], info: DatasetInfo) -> list[str]:
             odd[word].append(finding.record)
     for word in sorted(odd):
         lines += _listing(f"odd: {word}", odd[word])
-    lines += _report_duplicates(findings)
+    lines += _report_duplicates(findings, dataset)
     labels = [f.label for f in findings if f.label is not None]
     if labels:
         lines += _report_balance(np.bincount(labels, minlength=info.num_classes), info)
     if good:
-        lines += _report_sizes([f.size for f in good if f.size])
+        lines += _report_sizes([f.size for f in good if f.size], input_shape)
     return lines
 
 
@@ -194,19 +218,39 @@ def _listing(title: str, names: Sequence[str]) -> list[str]:
     return [f"{title}: {len(names):,}", *(f"  {name}" for name in names[:_LISTED]), *more]
 
 
-def _report_duplicates(findings: Iterable[Finding]) -> list[str]:
+def _report_duplicates(findings: Iterable[Finding], dataset: Dataset | TfdsDataset) -> list[str]:
     same = collections.defaultdict(list)
     for finding in findings:
-        if finding.digest is not None:
+        if finding.size is not None:
             same[finding.digest].append(finding)
     groups = [group for group in same.values() if len(group) > 1]
-    names = []
-    # Groups with contradicting labels come first.
-    for group in sorted(groups, key=lambda g: len({f.label for f in g}) == 1):
+    split_of = _find_splits(dataset) if groups else {}
+    order, names, across = dict.fromkeys(split_of.values()), [], 0
+    # Groups with contradicting labels come first, then those that are in several splits.
+    for group in groups:
         labels = {f.label for f in group}
-        note = " with different labels" if len(labels) > 1 else ""
-        names.append(" = ".join(f.record for f in group[:3]) + note)
-    return _listing("duplicates", names)
+        found = {split_of.get(f.record) for f in group}
+        splits = [split for split in order if split in found]
+        across += len(splits) > 1
+        note = " with different labels" * (len(labels) > 1)
+        note += f", in {', '.join(splits)}" * (len(splits) > 1)
+        rank = (len(labels) == 1, len(splits) < 2)
+        names.append((rank, " = ".join(f.record for f in group[:3]) + note))
+    lines = _listing("duplicates", [name for _, name in sorted(names, key=lambda n: n[0])])
+    if across:
+        lines.append(f"  in several splits, which makes results too good: {across:,}")
+    return lines
+
+
+def _find_splits(dataset: Dataset | TfdsDataset) -> dict[str, str]:
+    """The split of each record, by its path; none for TFDS, which checks its own data."""
+    if not isinstance(dataset, Dataset):
+        return {}
+    return {
+        dataset.records.describe(int(row)): split
+        for split, rows in dataset.splits.items()
+        for row in rows
+    }
 
 
 def _report_balance(counts: np.ndarray, info: DatasetInfo) -> list[str]:
@@ -219,7 +263,9 @@ def _report_balance(counts: np.ndarray, info: DatasetInfo) -> list[str]:
     ]
 
 
-def _report_sizes(sizes: Sequence[tuple[int, int]]) -> list[str]:
+def _report_sizes(
+    sizes: Sequence[tuple[int, int]], input_shape: tuple[int, ...] | None
+) -> list[str]:
     sides = np.array([min(size) for size in sizes])
     powers = np.floor(np.log2(sides)).astype(int)
     lines = [f"shorter side: {sides.min():,} to {sides.max():,}, median {np.median(sides):,.0f}"]
@@ -227,6 +273,12 @@ def _report_sizes(sizes: Sequence[tuple[int, int]]) -> list[str]:
     for power in range(powers.min(), powers.max() + 1):
         span = f"{2**power:,} to {2 ** (power + 1) - 1:,}"
         lines.append(_bar(span, counts[power], counts.max()))
+    if input_shape is not None:
+        height, width = input_shape[:2]
+        smaller = sum(h < height or w < width for h, w in sizes)
+        lines.append(
+            f"the model takes {height}x{width}: {smaller:,} of {len(sizes):,} images are smaller"
+        )
     return lines
 
 
@@ -234,51 +286,114 @@ def _bar(name: str, count: int, largest: int) -> str:
     return f"  {name:<20.20} {count:>9,} {'#' * round(40 * count / max(largest, 1))}"
 
 
-def load_experiment(args: argparse.Namespace) -> Experiment:
-    """The experiment of `--config` on the dataset.
+def load_experiment(
+    args: argparse.Namespace, overrides: Mapping[str, Any]
+) -> tuple[Experiment, list[str]]:
+    """The experiment of `--config` on the dataset, and why a run of its length would be refused.
 
-    Raises `UserError` if the config is invalid.
+    Raises `UserError` if the config is invalid for data of any length.
     """
-    # The batch is for the sheet alone, and fits any number of devices.
-    overrides = {
-        "data.name": args.SRC,
-        "data.batch_size": _SHEET**2,
-        "optimizer.accum_steps": 1,
-        "mesh": {},
-    }
+    own = {"data.name": args.SRC, "mesh": {}}
     if args.data_dir is not None:
-        overrides["data.data_dir"] = args.data_dir
-    return Experiment.from_config(load_config(args.config, overrides))
+        own["data.data_dir"] = args.data_dir
+    config, device = load_config(args.config, {**overrides, **own}), jax.devices()[:1]
+    try:
+        return Experiment.from_config(config, devices=device), []
+    except UserError as e:
+        # A length in epochs depends on the number of images, which may be too small for a batch.
+        return Experiment.from_config(config, devices=device, epoch_examples=_EPOCH), [str(e)]
 
 
-def prepare_images(sheet: DatasetSpec | Experiment) -> np.ndarray:
-    """Training images as a model would see them, uint8 `[64, height, width, 3]`."""
+def check_run(experiment: Experiment) -> tuple[list[str], list[str]]:
+    """Opens all data that a run reads; returns lines on what is there, and on what is refused."""
+    lines, refused = [], []
+
+    data = experiment.train_data
+
+    def note(spec: DatasetSpec, check: Callable[[], Any]) -> None:
+        try:
+            check()
+            length = len(spec.open())
+        except UserError as e:
+            refused.append(str(e))
+            return
+        batches = f", {length // data.batch_size:,} batches of {data.batch_size:,}"
+        more = batches if spec is data else ""
+        lines.append(f"{spec.key}.split={spec.split!r}: {length:,} images{more}")
+
+    note(data, functools.partial(count_examples, data))
+    for evaluator in experiment.evaluators:
+        note(evaluator.data, evaluator.open)
+    outputs, classes = getattr(experiment.model, "num_classes", 0), data.info.num_classes
+    if outputs > classes:
+        lines.append(
+            f"model.num_classes={outputs:,}: {outputs - classes:,} of them are no class of the data"
+        )
+    return lines, refused
+
+
+def prepare_images(sheet: DatasetSpec | Experiment) -> tuple[np.ndarray, list[str]]:
+    """Training images as a model would see them, uint8 `[64, height, width, 3]`, and captions."""
     if isinstance(sheet, Experiment):
-        return preview_first_batch(sheet)
-    return next(train_batches(sheet, seed=0, step=0))["image"]
+        data = dataclasses.replace(sheet.train_data, batch_size=_SHEET**2)
+        images, labels = preview_first_batch(dataclasses.replace(sheet, train_data=data))
+        return images, [caption(label, data.info) for label in labels]
+    batch = next(train_batches(sheet, seed=0, step=0))
+    return batch["image"], [caption(label, sheet.info) for label in batch["label"]]
 
 
-def write_contact_sheet(path: Path, images: np.ndarray) -> None:
-    """Writes a PNG of images, uint8 `[64, height, width, 3]`; small ones are enlarged."""
+def caption(label: np.ndarray, info: DatasetInfo) -> str:
+    """The name of a label, or of the classes of a target `[classes]`, the largest share first."""
+    shares = np.asarray(label)
+    if shares.ndim == 0:
+        found = [int(shares)]
+    else:
+        # Smoothing gives each class the same small share.
+        shares = shares - (shares.min() if len(shares) > 1 else 0)
+        found = [i for i in np.argsort(-shares, kind="stable")[:3] if shares[i] > _SHARE]
+    names = dict(enumerate(info.class_names or ()))
+    return " + ".join(names.get(i, str(i)) for i in found)
+
+
+def write_contact_sheet(path: Path, images: np.ndarray, captions: Sequence[str]) -> None:
+    """Writes a PNG of images, uint8 `[64, height, width, 3]`; small ones are enlarged.
+
+    Below each one is its caption, as far as it fits.
+    """
     times = -(-_TILE // max(images.shape[1:3]))
     images = images.repeat(times, axis=1).repeat(times, axis=2)
-    images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    # The sheet of large images is looked at from further away.
+    points = max(_POINTS, images.shape[2] // 16)
+    images = np.pad(images, ((0, 0), (1, points + 5), (1, 1), (0, 0)))
     _, height, width, channels = images.shape
     rows = images.reshape(_SHEET, -1, height, width, channels).swapaxes(1, 2)
-    sheet = rows.reshape(_SHEET * height, -1, channels)
-    png = cv2.imencode(".png", sheet[..., ::-1])[1].tobytes()
+    sheet = Image.fromarray(rows.reshape(_SHEET * height, -1, channels))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(points)
+    for place, text in enumerate(captions):
+        row, column = divmod(place, _SHEET)
+        text = "".join(c if ord(c) < _LATIN else "?" for c in text)
+        while font.getlength(text) > width - 2:
+            text = f"{text.removesuffix('...')[:-1]}..."
+        at = (column * width + width // 2, (row + 1) * height - points // 2 - 2)
+        draw.text(at, text, fill="white", font=font, anchor="mm")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png)
+        sheet.save(path, "PNG")
     except OSError as e:
-        raise UserError(f"--output={path.parent}: {e.strerror}") from None
+        raise UserError(f"--output={path.parent}: {e.strerror or e}") from None
 
 
 def main(argv: Sequence[str]) -> int:
     """Checks the dataset, logs the report, and returns the exit code."""
     parser = CommandParser(prog="python -m vit_jax.data.check", description=__doc__)
-    parser.add_argument("SRC", help="as data.name of a config, such as folder:/data/birds")
-    parser.add_argument("--split", default="all", help="with slices; all by default")
+    parser.add_argument(
+        "SRC",
+        help="as data.name of a config, such as folder:/data/birds; without folders for splits, "
+        "each class is cut into 80 %% train, 10 %% validation and 10 %% test",
+    )
+    parser.add_argument(
+        "--split", default="all", help="with slices, such as train[:98%%]; all by default"
+    )
     parser.add_argument("--data_dir", help="where TFDS keeps its datasets")
     lines = parser.add_mutually_exclusive_group()
     lines.add_argument("--config", help="whose lines are tried, and whose augmentation is shown")
@@ -294,30 +409,48 @@ def main(argv: Sequence[str]) -> int:
         help="folder for contact_sheet.png; %(default)s by default",
     )
     parser.add_argument("--num_threads", type=int, default=os.cpu_count() or 1)
-    args = parser.parse_args(argv)
+    overrides, rest = parse_overrides(list(argv))
+    args = parser.parse_args(rest)
     set_up(quiet=False)
+    if overrides and args.config is None:
+        raise UserError(f"--config.{next(iter(overrides))}: expected --config=FILE with it")
     if args.num_threads < 1:
         raise UserError(f"--num_threads={args.num_threads}: expected at least 1")
     trust_parts(find_parts(f"{args.SRC}|{args.preprocess}"))
     parse_preprocess(args.preprocess, key="--preprocess")
     dataset = find_dataset(args.SRC, data_dir=args.data_dir)
     source = dataset.open(args.split, key="--split")
+    refused, input_shape = [], None
     if args.config is None:
         count, line = _SHEET**2, args.preprocess
         sheet = DatasetSpec(args.SRC, args.split, line, count, args.data_dir, "check")
         sheet.image_shape()
         lines = [Line("--preprocess", fuse(sheet.ops()), None)]
+        sizes = (f"{split} {length:,}" for split, length in dataset.lengths.items())
+        print_result(f"splits: {', '.join(sizes)}")
     else:
-        sheet = load_experiment(args)
-        lines = find_lines(sheet, args.SRC)
+        sheet, refused = load_experiment(args, overrides)
+        lines, input_shape = (
+            find_lines(sheet, dataset, args.SRC, args.split),
+            sheet.train_data.image_shape(),
+        )
+        found, missing = check_run(sheet)
+        refused += [line for line in missing if line not in refused]
+        for line in [*found, *(f"a run is refused: {line}" for line in refused)]:
+            print_result(printable(line))
     findings = inspect(source, lines, num_threads=args.num_threads)
-    for line in report(findings, dataset.info):
+    for line in report(findings, dataset, input_shape):
         print_result(printable(line))
     if any(f.size for f in findings):
         path = args.output / "contact_sheet.png"
-        write_contact_sheet(path, prepare_images(sheet))
-        log(f"wrote {path}")
-    return 1 if any(f.corrupt for f in findings) else 0
+        try:
+            write_contact_sheet(path, *prepare_images(sheet))
+            log(f"wrote {path}")
+        except UserError as e:
+            if not refused:
+                raise
+            log(f"no contact sheet: {e}")
+    return 1 if refused or any(f.corrupt for f in findings) else 0
 
 
 if __name__ == "__main__":

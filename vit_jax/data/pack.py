@@ -274,6 +274,7 @@ def main(argv: Sequence[str]) -> None:
         quality=None if args.raw else args.quality,
         raw=args.raw,
         shard_size=args.shard_size,
+        cut=isinstance(dataset, Dataset) and dataset.cut,
     )
     try:
         check_manifest(manifest)

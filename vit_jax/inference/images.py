@@ -82,7 +82,7 @@ def _list_folder(folder: str) -> list[str]:
             f"{f'; left out: {ignored}' if ignored else ''}"
         )
     if ignored:
-        logger.info("%s: ignored what is no image: %s", folder, ignored)
+        logger.info("%s: ignored files that are no images of a known format: %s", folder, ignored)
     return sorted(os.path.normpath(os.path.join(folder, path)) for path in paths)
 
 

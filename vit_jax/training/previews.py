@@ -29,21 +29,28 @@ def preview_images(
     Returns:
       uint8 `[n, height, width, 3]`.
     """
-    return _augment(experiment, {k: _local_rows(x, count) for k, x in batch.items()})
+    images, _ = _augment(experiment, {k: _local_rows(x, count) for k, x in batch.items()})
+    return images
 
 
-def preview_first_batch(experiment: Experiment) -> np.ndarray:
-    """The images of the first step as the model sees them, uint8 `[batch, height, width, 3]`."""
+def preview_first_batch(experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
+    """The images of the first step as the model sees them, and their labels or targets.
+
+    Returns:
+      Images, uint8 `[batch, height, width, 3]`, and what the model learns of them: targets, float32
+      `[batch, classes]`, or, if the objective has none, the labels of the data.
+    """
     return _augment(experiment, next(experiment.train_batches(0)))
 
 
-def _augment(experiment: Experiment, batch: Mapping[str, Any]) -> np.ndarray:
+def _augment(experiment: Experiment, batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     rng, _ = jax.random.split(step_rng(experiment.settings.seed, 0))
-    images = experiment.objective.augment(dict(batch), rng)["image"]
+    augmented = experiment.objective.augment(dict(batch), rng)
+    images, targets = augmented["image"], np.asarray(augmented.get("target", batch["label"]))
     args = experiment.settings.objective
     mean, std = (args.get(key, 0.5) for key in ("pixel_mean", "pixel_std"))
     pixels = np.asarray(images) * std + mean
-    return np.round(255 * pixels.clip(0, 1)).astype(np.uint8)
+    return np.round(255 * pixels.clip(0, 1)).astype(np.uint8), targets
 
 
 def _local_rows(x: jax.Array, count: int) -> np.ndarray:

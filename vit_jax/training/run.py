@@ -195,9 +195,13 @@ def _prepare(
     with fail_together():
         notes = experiment.objective.notes()
         # Every split that the run will need, so that a missing one is found at once.
-        count_examples(experiment.train_data)
+        sizes = [f"train {count_examples(experiment.train_data):,}"]
         for evaluator in experiment.evaluators:
             evaluator.open()
+            sizes.append(
+                f"{evaluator.name} {len(evaluator.data.open()):,} ({evaluator.data.split})"
+            )
+        log(f"images: {', '.join(sizes)}")
         input_bytes = _count_input_bytes(experiment)
         if main_process:
             data = fingerprint(experiment.train_data.open())

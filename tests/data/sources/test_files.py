@@ -78,12 +78,46 @@ def test_a_validation_folder_has_several_names(name, tmp_path):
     assert len(open_split(f"folder:{root}", "validation")) == 2
 
 
-def test_without_split_folders_a_tenth_of_each_class_is_for_validation(plain):
+def test_without_split_folders_a_tenth_of_each_class_is_for_validation_and_for_test(plain, caplog):
+    caplog.set_level("INFO", "vit_jax")
     assert info(plain).class_names == ("a", "b", "c")
-    train, validation = read(open_split(plain)), read(open_split(plain, "validation"))
-    assert np.bincount([label for _, label in train]).tolist() == [18, 27, 45]
-    assert np.bincount([label for _, label in validation]).tolist() == [2, 3, 5]
-    assert len({path for path, _ in train + validation}) == 100
+    parts = {split: read(open_split(plain, split)) for split in ("train", "validation", "test")}
+    counts = {k: np.bincount([label for _, label in rows]).tolist() for k, rows in parts.items()}
+    assert counts == {"train": [16, 24, 40], "validation": [2, 3, 5], "test": [2, 3, 5]}
+    assert len({path for rows in parts.values() for path, _ in rows}) == 100
+    (record,) = caplog.records
+    assert record.message == (
+        f"{plain}: it has no splits of its own, so a fixed seed cuts each class into "
+        "80 % train, 10 % validation and 10 % test, at least one image each: train 80, validation "
+        "10, test 10"
+    )
+
+
+def test_the_cut_is_the_same_on_any_machine(tmp_path):
+    root = write_folder(tmp_path, {"a": 12, "b": 10})
+    found = {
+        split: [
+            os.path.relpath(path, root) for path, _ in read(open_split(f"folder:{root}", split))
+        ]
+        for split in ("validation", "test")
+    }
+    assert found == {"validation": ["a/010.png", "b/007.png"], "test": ["b/004.png", "a/004.png"]}
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (1, 1, 1)), (5, (3, 1, 1)), (14, (12, 1, 1))],
+)
+def test_a_tenth_of_a_small_class_is_an_image(count, sizes, tmp_path, caplog):
+    caplog.set_level("INFO", "vit_jax")
+    name = f"folder:{write_folder(tmp_path, {'large': 40, 'small': count})}"
+    dataset = sources.find_dataset(name, data_dir=None)
+    splits = [dataset.splits[split] for split in ("train", "validation", "test")]
+    assert tuple(int(sum(dataset.labels[rows])) for rows in splits) == sizes
+    lines = [r.message for r in caplog.records if "fewer than 3 images" in r.message]
+    assert [line.endswith("if there is a single one: small") for line in lines] == [True] * (
+        count < 3
+    )
 
 
 def test_order_does_not_depend_on_the_file_system(tmp_path):
@@ -95,15 +129,15 @@ def test_order_does_not_depend_on_the_file_system(tmp_path):
         copy = tmp_path / "here" / path.relative_to(there)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         one, two = (read(open_split(f"folder:{tmp_path / p}", split)) for p in ("there", "here"))
         assert [(p.replace("/there/", "/here/"), label) for p, label in one] == two
 
 
 def test_slices_are_those_of_tfds_and_fair_samples(plain):
     whole = read(open_split(plain))
-    assert read(open_split(plain, "train[:98%]")) == whole[:88]
-    assert read(open_split(plain, "train[98%:]")) == whole[88:]
+    assert read(open_split(plain, "train[:98%]")) == whole[:78]
+    assert read(open_split(plain, "train[98%:]")) == whole[78:]
     assert read(open_split(plain, "train[10:20]")) == whole[10:20]
     assert read(open_split(plain, "train[-5:]")) == whole[-5:]
     both = read(open_split(plain, "train[:3]+validation[:2]"))
@@ -130,6 +164,8 @@ def test_what_is_no_image_is_ignored_and_counted(tmp_path, caplog):
         (root / name).write_text("no image")
     os.mkfifo(root / "a" / "pipe.png")  # would never end
     (root / "b" / "loop").symlink_to(root)
+    for one, other in ("xy", "yx", ("x.png", "y.png"), ("y.png", "x.png")):
+        (root / one).symlink_to(other)
     assert len(read(open_split(f"folder:{root}", "all"))) == 5
     (line,) = [r.message for r in caplog.records if "ignored" in r.message]
     for words in ("2 .txt", "2 hidden", "1 .png", "1 without an ending"):
@@ -179,7 +215,7 @@ def logged(caplog, root):
     caplog.clear()
     with caplog.at_level("INFO", "vit_jax"):
         splits = splits_of(root)
-    lines = [r.message for r in caplog.records]
+    lines = [r.message for r in caplog.records if "so a fixed seed cuts" not in r.message]
     assert all(line.count("\n") == 0 and str(root) in line for line in lines)
     return splits, lines
 
@@ -225,7 +261,7 @@ def test_folders_of_systems_are_left_out_and_named(tmp_path, caplog):
     )
     root = write_folder(tmp_path, {"cat": 10, "dog": 10} | dict.fromkeys(others, 1))
     splits, lines = logged(caplog, root)
-    assert splits == {"train": ["cat", "dog"], "validation": ["cat", "dog"]}
+    assert splits == {split: ["cat", "dog"] for split in ("train", "validation", "test")}
     (line,) = [line for line in lines if "left out" in line]
     for word in (
         "$RECYCLE.BIN",
@@ -322,19 +358,23 @@ def test_a_class_may_be_called_train(tmp_path, caplog):
     write_folder(tmp_path, {"train": 10, "car": 10})
     with caplog.at_level("INFO", "vit_jax"):
         assert info(f"folder:{tmp_path}").class_names == ("car", "train")
-    (record,) = caplog.records
-    assert "'train' is taken as a class, beside car" in record.message
+    assert "'train' is taken as a class, beside car" in caplog.records[0].message
 
 
 @pytest.mark.parametrize(
     ("counts", "words"),
     [
-        ({}, ["holds no images", "CLASS/IMAGE"]),
-        ({"a": 0, "b": 0}, ["holds no images"]),
+        ({}, ["holds no images in folders of classes", "CLASS/IMAGE"]),
+        ({"a": 0, "b": 0}, ["holds no images in folders of classes"]),
+        ({"": 3}, ["holds 3 images, none in folders of classes", "CLASS/IMAGE"]),
+        ({"train": 3, "test": 1}, ["holds 4 images, none in folders of classes"]),
         ({"train/a": 1, "test/a": 1, "docs": 1}, ["train", "docs", "not both"]),
         ({"a\nb": 1}, ["'a\\nb'", "line break"]),
     ],
-    ids=["empty", "empty classes", "splits and classes", "line break"],
+    ids=[
+        *("empty", "empty classes", "images alone", "splits of images"),
+        *("splits and classes", "line break"),
+    ],
 )
 def test_folders_that_will_not_do_are_refused(counts, words, tmp_path):
     write_folder(tmp_path, counts)
@@ -350,10 +390,10 @@ def test_a_missing_folder_and_a_bucket_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("split", "words"),
     [
-        ("test", ["test", "train (90), validation (10)"]),
-        ("train[90:]", ["holds no examples"]),
-        ("train[:5%", ["train (90)"]),
-        ("train[1000:2000]", ["train (90)"]),
+        ("tests", ["tests", "train (80), validation (10), test (10)"]),
+        ("train[80:]", ["holds no examples", "train (80)"]),
+        ("train[:5%", ["train (80)"]),
+        ("train[1000:2000]", ["train (80)"]),
     ],
 )
 def test_a_split_that_will_not_do_is_refused(split, words, plain):
@@ -379,7 +419,7 @@ def assert_same(got, want):
 @pytest.mark.parametrize(("hosts", "threads"), [(1, 0), (1, 3), (2, 2), (4, 0), (8, 3)])
 @pytest.mark.parametrize("step", [0, 5])
 def test_batches_are_the_same_on_any_hosts_threads_and_first_step(hosts, threads, step, plain):
-    want = take(train_batches(spec(plain), seed=3, step=0), 15)[step:]  # beyond an epoch of 90
+    want = take(train_batches(spec(plain), seed=3, step=0), 15)[step:]  # beyond an epoch of 80
     parts = [
         take(
             train_batches(
@@ -397,11 +437,11 @@ def test_batches_are_the_same_on_any_hosts_threads_and_first_step(hosts, threads
 
 
 def test_each_epoch_holds_every_image_once(plain):
-    batches = take(train_batches(spec(plain, batch_size=9), seed=0, step=0), 20)
+    batches = take(train_batches(spec(plain, batch_size=8), seed=0, step=0), 20)
     values = np.concatenate([b["image"][:, 4, 4, 0] for b in batches])
-    for epoch in (values[:90], values[90:]):
-        assert len(set(epoch)) == 90
-    assert values[:90].tolist() != values[90:].tolist()
+    for epoch in (values[:80], values[80:]):
+        assert len(set(epoch)) == 80
+    assert values[:80].tolist() != values[80:].tolist()
 
 
 # Manifests
@@ -444,10 +484,11 @@ def test_integers_are_labels_and_have_no_names(tmp_path):
     assert sorted(label for _, label in read(open_split(name))) == [0, 2, 4]
 
 
-def test_without_a_split_column_a_tenth_of_each_class_is_for_validation(tmp_path):
+def test_without_a_split_column_a_tenth_of_each_class_is_held_out(tmp_path):
     name = write_manifest(tmp_path, [{"label": "ab"[n % 4 == 0]} for n in range(40)])
-    labels = [label for _, label in read(open_split(name, "validation"))]
-    assert sorted(labels) == [0, 0, 0, 1]
+    for split in ("validation", "test"):
+        labels = [label for _, label in read(open_split(name, split))]
+        assert sorted(labels) == [0, 0, 0, 1]
 
 
 def test_paths_may_be_absolute_or_urls(tmp_path, monkeypatch):

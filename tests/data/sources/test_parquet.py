@@ -83,10 +83,11 @@ def test_binary_images_and_names_as_labels(tmp_path):
 
 def test_files_without_a_split_are_cut_by_a_seed(tmp_path):
     write(tmp_path / "x.parquet", range(50), [0] * 20 + [1] * 30)
-    train, held = (greys(f"parquet:{tmp_path}", split) for split in ("train", "validation"))
-    assert (len(train), len(held)) == (45, 5)
-    assert sum(grey < 20 for grey in held) == 2
-    assert sorted(train + held) == list(range(50))
+    names = ("train", "validation", "test")
+    train, held, test = (greys(f"parquet:{tmp_path}", split) for split in names)
+    assert (len(train), len(held), len(test)) == (40, 5, 5)
+    assert sum(grey < 20 for grey in held) == sum(grey < 20 for grey in test) == 2
+    assert sorted(train + held + test) == list(range(50))
 
 
 def test_a_row_without_bytes_is_corrupt(tmp_path):

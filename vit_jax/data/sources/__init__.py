@@ -7,6 +7,7 @@ dataset in `array_record` form. `digits` comes with the package. `my_module:attr
 from outside of it.
 """
 
+import difflib
 import functools
 import importlib.util
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from vit_jax.data.sources.base import Dataset, DatasetInfo, Source
 from vit_jax.data.sources.blank import blank_dataset
 from vit_jax.data.sources.files import folder_dataset, manifest_dataset
+from vit_jax.data.sources.guess import is_path, suggest_name
 from vit_jax.data.sources.packed import packed_dataset, raw_dataset
 from vit_jax.data.sources.parquet import parquet_dataset
 from vit_jax.data.sources.tfds import TfdsDataset, has_folder, is_builder
@@ -53,12 +55,22 @@ def find_dataset(name: str, *, data_dir: str | None) -> Dataset | TfdsDataset:
             return _find_outside(name, data_dir)
         except UserError as e:
             other = "" if module_exists else f"; and {name} is no TFDS dataset in data.data_dir"
-            raise UserError(f"{e}{other}") from e
+            raise UserError(f"{e}{other}{_suggest_kind(kind, path)}") from e
     if not colon or kind not in KINDS:
+        given = path if colon and "://" not in name else name
+        hint = suggest_name(given) if is_path(given) else _suggest_kind(kind, path)
+        if hint:
+            raise UserError(f"data.name={name!r} is no name of a dataset{hint}")
         return TfdsDataset(name, data_dir)
     if not path:
         raise UserError(f"data.name={name!r}: expected {kind}:PATH")
     return KINDS[kind](path)
+
+
+def _suggest_kind(kind: str, path: str) -> str:
+    """Returns a hint for a misspelled prefix, such as `Folder:PATH`; else an empty text."""
+    near = difflib.get_close_matches(kind.lower(), KINDS, n=1)
+    return f"; did you mean '{near[0]}:{path}'?" if path and near else ""
 
 
 def _has_module(name: str) -> bool:

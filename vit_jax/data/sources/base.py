@@ -4,6 +4,7 @@
 import abc
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -22,7 +23,9 @@ NO_LABEL = -1
 
 # Seed of splits and orders, which must not depend on the seed of a run.
 _SEED = 0
-_VALIDATION = 0.1
+
+# The share of each class in `validation` and in `test`, where data has no splits of its own.
+HELD_OUT = 0.1
 
 
 class NoLabelError(UserError):
@@ -110,6 +113,7 @@ class Dataset:
       labels: int32 `[rows]`, or an int32 array for each row if there may be several labels. Splits
         that are never opened may have other labels than 0 to `num_classes` - 1, such as `NO_LABEL`.
       splits: the rows of each split, in order, as integers `[examples]`.
+      cut: whether the splits are those of `make_splits`, as the data has none of its own.
 
     Raises:
       UserError: there is another number of class names than of classes.
@@ -120,6 +124,7 @@ class Dataset:
     records: Records
     labels: np.ndarray | Sequence[np.ndarray]
     splits: Mapping[str, np.ndarray]
+    cut: bool = False
 
     def __post_init__(self) -> None:
         names, count = self.info.class_names, self.info.num_classes
@@ -197,20 +202,30 @@ def select(
         n: tfds.core.SplitInfo(name=n, shard_lengths=[length], num_bytes=0)
         for n, length in lengths.items()
     }
+    has = f"{name} has {', '.join(f'{n} ({length:,})' for n, length in lengths.items())}"
     try:
         instructions = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
     except (ValueError, KeyError, AssertionError, NotImplementedError) as e:
-        raise UserError(
-            f"{key}={split!r}: {' '.join(str(e).split())[:200]}; {name} has "
-            f"{', '.join(f'{n} ({length:,})' for n, length in lengths.items())}"
-        ) from None
+        unknown = re.fullmatch(r"[\w-]+", split) and split not in lengths
+        reason = "there is no such split" if unknown else " ".join(str(e).split())[:200].rstrip(".")
+        raise UserError(f"{key}={split!r}: {reason}; {has}{_advise(key, lengths)}") from None
     parts = []
     for part in instructions:
         stop = lengths[part.splitname] if part.to is None else part.to
         parts.append((part.splitname, part.from_ or 0, stop))
     if not any(start < stop for _, start, stop in parts):
-        raise UserError(f"{key}={split!r} of {name} holds no examples")
+        raise UserError(f"{key}={split!r} holds no examples; {has}{_advise(key, lengths)}")
     return parts
+
+
+def _advise(key: str, lengths: Mapping[str, int]) -> str:
+    """Returns the overrides that would do, for a split of an evaluator that is not there."""
+    section, _, last = key.rpartition(".")
+    if not section.startswith("evals.") or last != "split":
+        return ""
+    held = [split for split in ("test", "validation") if lengths.get(split)]
+    other = "".join(f"--config.{key}={split}, or " for split in held[:1])
+    return f"; add {other}--config.{section}=none to leave it out"
 
 
 def make_splits(
@@ -219,8 +234,9 @@ def make_splits(
     """Rows of each split, int64 `[examples]`, in a seeded order: any slice is a random sample.
 
     `labels` are int32 `[rows]` or an array for each row; their order must not depend on the file
-    system. Without the split of each row, `train` and `validation` are 90 and 10 percent of each
-    class.
+    system. Without the split of each row, `train`, `validation` and `test` are 80, 10 and 10
+    percent of each class. A class of three images or more has at least one in each of them; one of
+    two has none in `validation`, and a single image is in `train`.
     """
     order = np.random.default_rng(_SEED).permutation(len(labels))
     if split_of_row is not None:
@@ -230,10 +246,13 @@ def make_splits(
     classes = labels[order] if isinstance(labels, np.ndarray) else np.zeros(len(order), np.int32)
     by_class = np.argsort(classes, kind="stable")
     _, starts, counts = np.unique(classes[by_class], return_index=True, return_counts=True)
-    held = np.zeros(len(order), bool)
+    split = np.full(len(order), "train", "<U10")
     for start, count in zip(starts, counts, strict=True):
-        held[by_class[start : start + round(count * _VALIDATION)]] = True
-    return {"train": order[~held], "validation": order[held]}
+        tenth = max(round(count * HELD_OUT), 1)
+        middle = start + tenth * (count > 2)
+        split[by_class[start:middle]] = "validation"
+        split[by_class[middle : middle + tenth * (count > 1)]] = "test"
+    return {name: order[split == name] for name in ("train", "validation", "test")}
 
 
 def check_class_names(names: Sequence[str], *, name: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from vit_jax.data.sources.base import (
     check_class_names,
     make_splits,
 )
+from vit_jax.data.sources.guess import suggest_name
 from vit_jax.data.sources.layout import (
     Top,
     check_classes,
@@ -37,6 +39,7 @@ from vit_jax.data.sources.layout import (
     find_splits,
     is_left_out,
     list_few,
+    log_cut,
     map_splits,
 )
 from vit_jax.utils.bounds import MAX_IMAGE, MAX_TABLE, open_regular, read_bytes
@@ -100,8 +103,8 @@ class Files(Records):
 def folder_dataset(path: str) -> Dataset:
     """A dataset of `PATH/{train,test,validation}/CLASS/...` or `PATH/CLASS/...`.
 
-    Labels number the sorted class names of all splits. Without folders for splits, `train` and
-    `validation` are 90 and 10 percent of each class, drawn with a fixed seed.
+    Labels number the sorted class names of all splits. Without folders for splits, `make_splits`
+    cuts `train`, `validation` and `test` from each class with a fixed seed.
 
     Raises:
       UserError: the folder can't be read, or has no images in class folders.
@@ -117,18 +120,22 @@ def folder_dataset(path: str) -> Dataset:
     try:
         first, tops, ignored, left_out = _read_tree(root)
     except OSError as e:
-        raise UserError(f"{key} can't be read: {e.strerror}: {e.filename}") from None
+        hint = suggest_name(path, besides="folder")
+        raise UserError(f"{key} can't be read: {e.strerror}: {e.filename}{hint}") from None
     if kinds := describe_ignored(ignored):
-        logger.info("%s: ignored what is no image: %s", name, kinds)
+        logger.info("%s: ignored files that are no images of a known format: %s", name, kinds)
     if left_out:
         logger.info("%s: left out the folders %s", name, list_few(sorted(left_out)))
     split_of = find_splits(tops, key=key)
     rows = _list_rows(tops, split_of, first.images, name=name)
     if not rows:
         kinds = describe_ignored(ignored + first.ignored)
+        loose = len(first.images) + sum(len(top.images) for top in tops.values())
         raise UserError(
-            f"{key} holds no images: expected CLASS/IMAGE or train/CLASS/IMAGE in {root}, as "
+            f"{key} holds {f'{loose:,} images, none' if loose else 'no images'} in folders of "
+            f"classes: expected CLASS/IMAGE or train/CLASS/IMAGE in {root}, as "
             f"{', '.join(ENDINGS)}{f'; left out: {kinds}' if kinds else ''}"
+            f"{suggest_name(path, besides='folder')}"
         )
     class_names = check_class_names(sorted({c for _, c, _ in rows}), name=name)
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
@@ -143,7 +150,9 @@ def folder_dataset(path: str) -> Dataset:
         first = [path for path, _, split in rows if split == rows[0][2]]
         hint = describe_depth(first, root=root, key=key)
     check_classes(name, info, labels, splits, hint=hint)
-    return Dataset(name, info, Files(root, paths), labels, splits)
+    dataset = Dataset(name, info, Files(root, paths), labels, splits, cut=not split_of)
+    log_cut(dataset)
+    return dataset
 
 
 @dataclasses.dataclass
@@ -209,11 +218,13 @@ def _list_rows(
         )
     if empty := [os.path.join(*key) for key, paths in found.items() if not paths]:
         logger.info("%s: left out the folders %s, which have no images", name, list_few(empty))
-    return sorted(
+    rows = (
         (path, normalize_name(folder), split_of.get(top_name, ""))
         for (top_name, folder), paths in found.items()
         for path in paths
     )
+    # A copy on a system that decomposes accents has the same order.
+    return sorted(rows, key=lambda row: (unicodedata.normalize("NFC", row[0]), row))
 
 
 def list_images(root: str, folder: str) -> tuple[list[str], Counter[str]]:
@@ -243,7 +254,7 @@ def _list_folder(root: str, folder: str) -> _Listing:
         for entry in sorted(entries, key=lambda entry: entry.name):
             name = entry.name
             ending = os.path.splitext(name)[1].lower()
-            if entry.is_dir():
+            if _is_folder(entry):
                 if is_left_out(name):
                     found.left_out.append(f"{prefix}{name}")
                     found.ignored["hidden"] += name.startswith(".")
@@ -251,11 +262,25 @@ def _list_folder(root: str, folder: str) -> _Listing:
                     found.folders.append(entry.path)
             elif name.startswith("."):
                 found.ignored["hidden"] += 1
-            elif ending in ENDINGS and entry.is_file():
+            elif ending in ENDINGS and _is_file(entry):
                 found.images.append(f"{prefix}{name}")
             else:
                 found.ignored[ending or "without an ending"] += 1
     return found
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # Links that lead to each other lead nowhere.
+        return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
 
 
 def describe_ignored(ignored: Counter[str]) -> str:
@@ -291,7 +316,10 @@ def manifest_dataset(path: str) -> Dataset:
         ".jsonl": lambda lines: (json.loads(line) for line in lines if line.strip()),
     }
     if ending not in readers:
-        raise UserError(f"{key}: expected a file that ends in {', '.join(readers)}")
+        raise UserError(
+            f"{key}: expected a file that ends in {', '.join(readers)}"
+            f"{suggest_name(path, besides='manifest')}"
+        )
     check_store(path, where=f"{key}: ")
     try:
         text = _read_file(file, max_bytes=MAX_TABLE).decode("utf-8-sig")
@@ -315,7 +343,9 @@ def manifest_dataset(path: str) -> Dataset:
     _check_access(records, paths, key)
     by_split = drop_unassigned(make_splits(labels, splits), name=name)
     check_classes(name, info, labels, by_split)
-    return Dataset(name, info, records, labels, by_split)
+    dataset = Dataset(name, info, records, labels, by_split, cut=splits is None)
+    log_cut(dataset)
+    return dataset
 
 
 def _read_table(lines: Iterator[str], *, delimiter: str) -> Iterator[dict[str, Any]]:

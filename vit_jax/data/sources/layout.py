@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from vit_jax.data.sources.base import NO_LABEL, DatasetInfo
+from vit_jax.data.sources.base import HELD_OUT, NO_LABEL, Dataset, DatasetInfo
 from vit_jax.utils.class_names import normalize_name
 from vit_jax.utils.errors import UserError
 
@@ -261,6 +261,38 @@ def drop_unsorted(
         else:
             kept[top, folder] = paths
     return kept
+
+
+def log_cut(dataset: Dataset) -> None:
+    """Logs how a dataset without splits of its own is cut, and which classes are too small."""
+    if not dataset.cut:
+        return
+    several, held = dataset.info.multi_label, round(100 * HELD_OUT)
+    logger.info(
+        "%s: it has no splits of its own, so a fixed seed cuts %s into %d %% train, %d %% "
+        "validation and %d %% test, at least one image each: %s",
+        dataset.name,
+        "the images" if several else "each class",
+        100 - 2 * held,
+        held,
+        held,
+        ", ".join(f"{split} {length:,}" for split, length in dataset.lengths.items()),
+    )
+    if several:
+        return
+    labels, counts = np.unique(np.asarray(dataset.labels), return_counts=True)
+    small = labels[(counts < len(dataset.splits)) & (labels != NO_LABEL)]
+    if len(small):
+        names = dataset.info.class_names or tuple(map(str, range(dataset.info.num_classes)))
+        logger.info(
+            "%s: %d of %d classes have fewer than %d images, and so none in validation, nor in "
+            "test if there is a single one: %s",
+            dataset.name,
+            len(small),
+            dataset.info.num_classes,
+            len(dataset.splits),
+            list_few([names[label] for label in small]),
+        )
 
 
 def check_classes(

@@ -64,6 +64,7 @@ class Manifest:
       quality: of the JPEGs; None for pixels.
       raw: height and width of the pixels; None for JPEGs.
       shard_size: examples of each file except the last of a split.
+      cut: whether the source has no splits of its own; see `Dataset`.
     """
 
     source: str
@@ -75,6 +76,7 @@ class Manifest:
     quality: int | None
     raw: int | None
     shard_size: int
+    cut: bool = False
 
     @property
     def kind(self) -> str:
@@ -140,8 +142,9 @@ def check_manifest(manifest: Manifest) -> None:
     shards = sum(-(-length // manifest.shard_size) for length in manifest.splits.values())
     check_count(shards, _MAX_SHARDS, "the number of shards")
     check_count(manifest.num_classes, MAX_CLASSES, "num_classes", least=1)
-    if type(manifest.multi_label) is not bool:
-        raise ValueError(f"multi_label is {shorten(manifest.multi_label)}; expected true or false")
+    for name in ("multi_label", "cut"):
+        if type(value := getattr(manifest, name)) is not bool:
+            raise ValueError(f"{name} is {shorten(value)}; expected true or false")
     for name in ("short_side", "quality", "raw"):
         if (value := getattr(manifest, name)) is not None:
             check_count(value, _MAX_SIDE, name, least=1)
@@ -259,7 +262,7 @@ def _dataset(path: str, kind: str) -> Dataset:
         split: np.arange(start, start + length)
         for start, (split, length) in zip(starts, manifest.splits.items(), strict=False)
     }
-    return Dataset(name, info, records, labels, splits)
+    return Dataset(name, info, records, labels, splits, manifest.cut)
 
 
 def _read_labels(

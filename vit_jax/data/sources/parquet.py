@@ -15,7 +15,14 @@ import numpy as np
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.sources.base import Dataset, Records, make_splits
 from vit_jax.data.sources.files import encode_labels
-from vit_jax.data.sources.layout import check_classes, drop_unassigned, find_split, map_splits
+from vit_jax.data.sources.guess import suggest_name
+from vit_jax.data.sources.layout import (
+    check_classes,
+    drop_unassigned,
+    find_split,
+    log_cut,
+    map_splits,
+)
 from vit_jax.utils.bounds import (
     MAX_JSON,
     MAX_WEIGHTS,
@@ -64,7 +71,8 @@ def parquet_dataset(text: str) -> Dataset:
     pattern = os.path.join(where, "**", "*.parquet") if os.path.isdir(where) else where
     paths = find_paths(pattern)
     if not paths:
-        raise UserError(f"{key}: there are no files {pattern}")
+        hint = suggest_name(path, besides="parquet")
+        raise UserError(f"{key}: there are no files {pattern}{hint}")
     labels, splits, names = [], [], {}
     try:
         files = [_open(file) for file in paths]
@@ -112,15 +120,17 @@ def parquet_dataset(text: str) -> Dataset:
                 f"{key}: only some of its files are named for a split; expected all, "
                 "as in train-0.parquet, or none"
             )
-        by_split = make_splits(codes, None)
+        by_split, cut = make_splits(codes, None), True
     else:
         # The order of the files is kept, so that evaluation reads each row group once.
         split_of = map_splits(set(splits), key=key)
         array = np.asarray([split_of[split] for split in splits])
         by_split = {s: np.flatnonzero(array == s) for s in sorted(set(split_of.values()))}
-        by_split = drop_unassigned(by_split, name=name)
+        by_split, cut = drop_unassigned(by_split, name=name), False
     check_classes(name, info, codes, by_split)
-    return Dataset(name, info, records, codes, by_split)
+    dataset = Dataset(name, info, records, codes, by_split, cut=cut)
+    log_cut(dataset)
+    return dataset
 
 
 def _split_columns(text: str) -> tuple[str, dict[str, str]]:

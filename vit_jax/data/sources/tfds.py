@@ -19,6 +19,7 @@ from etils import epath
 
 import vit_jax.data.datasets  # noqa: F401  (registers the package's own TFDS builders)
 from vit_jax.data.sources.base import DatasetInfo, Source, refuse_label
+from vit_jax.data.sources.guess import suggest_name
 from vit_jax.utils.errors import UserError, describe_error, suggest
 
 _DEFAULT_DIR = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
@@ -154,7 +155,8 @@ def _builder(name: str, data_dir: str | None) -> Any:  # TFDS has no useful type
     known = tfds.list_builders(with_community_datasets=False)
     # For an unknown name, TFDS searches other places, for which it needs TensorFlow.
     if base not in known and not has_folder(name, data_dir):
-        raise UserError(f"data.name={name!r} is no TFDS dataset{suggest(base, known)[:200]}")
+        hint = suggest_name(name) if os.path.exists(name) else suggest(base, known)[:200]
+        raise UserError(f"data.name={name!r} is no TFDS dataset{hint}")
     try:
         return tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except Exception as e:

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suggests the name of a dataset for a path that was given in its place, by what is there."""
+
+import os
+
+from vit_jax.data.sources.packed import MANIFEST
+
+_TABLES = (".csv", ".tsv", ".jsonl")
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_LISTED = 1000  # entries of a folder that are looked at
+
+
+def is_path(name: str) -> bool:
+    """Whether the name of a dataset can only be meant as a path or a URL."""
+    starts = ("/", "~", ".", "file:", "gs://", "s3://", "http://", "https://")
+    return name.startswith(starts) or name.lower().endswith((*_TABLES, ".parquet", *_ARCHIVES))
+
+
+def suggest_name(path: str, *, besides: str | None = None) -> str:
+    """Returns a hint to append to an error, such as ``"; did you mean 'folder:/data/birds'?"``.
+
+    Args:
+      path: that was given.
+      besides: the kind that was tried; it is not suggested. None if there was none.
+
+    Returns:
+      The hint; empty if nothing better is known.
+    """
+    path = path.removeprefix("file://").removeprefix("file:")
+    where, ending = os.path.expanduser(path), os.path.splitext(path)[1].lower()
+    if ending in _ARCHIVES:
+        return "; an archive is not read as it is: unpack it, and give folder:FOLDER"
+    if ending in _TABLES:
+        kind = "manifest"
+    elif "://" in path:
+        return "; images in a bucket are listed in a table: expected manifest:TABLE.csv"
+    elif ending == ".parquet":
+        kind = "parquet"
+    elif os.path.isdir(where):
+        kind = _look_into(where)
+    elif os.path.exists(where):
+        return "; it is a file: expected folder:FOLDER, with a folder for each class"
+    else:
+        return "" if besides else "; there is no such file or folder"
+    return "" if kind == besides else f"; did you mean '{kind}:{path}'?"
+
+
+def _look_into(folder: str) -> str:
+    """The kind of source that a folder is."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry, _ in zip(entries, range(_LISTED), strict=False)]
+    except OSError:
+        return "folder"
+    if MANIFEST in names:
+        return "raw" if any(name.endswith(".pixels") for name in names) else "packed"
+    return "parquet" if any(name.endswith(".parquet") for name in names) else "folder"
