@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from vit_jax.models.activations import gelu
 from vit_jax.models.attention import MultiHeadDotProductAttention
 from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.positions import Rotation
@@ -180,7 +181,7 @@ class MlpBlock(nn.Module):
         if config.activation == "swiglu":
             hidden = hidden * nn.silu(dense(config.mlp_dim, "gate")(x))
         else:
-            hidden = nn.gelu(hidden, approximate=config.activation == "gelu_tanh")
+            hidden = gelu(hidden, config.activation == "gelu_tanh")
         hidden = config.constrain(hidden, ("batch", None, "mlp"))
         hidden = nn.Dropout(config.dropout_rate, deterministic=not train)(hidden)
         x = dense(width)(hidden)
