@@ -26,7 +26,7 @@ FOUND_PYTHON = $(or $(shell for p in $(PYTHON); do \
   if "$$p" -c '$(IS_SUPPORTED)' >/dev/null 2>&1; then echo "$$p"; break; fi; done),$(error \
   no Python 3.11, 3.12 or 3.13 with venv found (tried: $(PYTHON)); name one: make PYTHON=/path/to/python3))
 
-.PHONY: help train test test-all test-gpu chaos audit verify-published verify-torch show-preprocess golden bench-input bench-step bench-gpu lint docs lock clean
+.PHONY: help train test test-all test-gpu chaos audit verify-published verify-torch show-preprocess golden bench-commands bench-input bench-step bench-gpu lint docs lock clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
@@ -61,6 +61,9 @@ show-preprocess: .venv/project.stamp  ## render what preprocessing makes of the 
 golden: .venv/project.stamp  ## write anew what the tests expect of configs/, and of shardings
 	.venv/bin/python -m tools.config_dumps $(ARGS)
 	.venv/bin/python -m tests.testdata.make_sharding_golden
+
+bench-commands: .venv/project.stamp  ## time the start of the commands, beside an import of JAX
+	.venv/bin/python -m benchmarks.commands $(ARGS)
 
 bench-input: .venv/project.stamp build/torch/timm.stamp build/tensorflow/cpu.stamp  ## compare the input pipeline with those of TensorFlow and timm, on JPEGs made of IMAGES=folder
 	.venv/bin/python -m benchmarks.input --tf_python=build/tensorflow/bin/python \

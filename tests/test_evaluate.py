@@ -22,6 +22,7 @@ from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.npz import write_npz
 from vit_jax.evaluate import main
 from vit_jax.observe.jsonl import append_record, read_metrics, read_records
+from vit_jax.training.evaluation import Judge
 from vit_jax.training.run import train
 from vit_jax.utils.errors import UserError
 
@@ -216,7 +217,7 @@ def test_following_ends_when_no_checkpoint_comes(run, monkeypatch, capsys):
 
 
 def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(run, monkeypatch, said):
-    load = evaluate.Judge.load
+    load = Judge.load
 
     def load_late(judge, source):
         if source.endswith("/4"):  # Half of it is gone, and the rest will be in a moment.
@@ -224,7 +225,7 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(run, monkeypatch, sa
             threading.Timer(0.2, shutil.rmtree, [source]).start()
         return load(judge, source)
 
-    monkeypatch.setattr(evaluate.Judge, "load", load_late)
+    monkeypatch.setattr(Judge, "load", load_late)
     main([f"--workdir={run}", "--follow"])
     assert [r["step"] for r in read_records(run / "evals.jsonl")] == [8]
     assert any("checkpoints/4 was removed before it was evaluated" in line for line in said)
@@ -241,7 +242,7 @@ BAD = {
     "nothing": ([], ["--workdir and --config are missing"]),
     "only a config": (["--config=x.py"], ["--checkpoint and --init_from are missing"]),
     "unknown flag": (["--wrkdir=x"], ["--wrkdir=x"]),
-    "no run": (["--workdir=/nowhere", "--checkpoint=1"], ["/nowhere", "no checkpoints"]),
+    "no run": (["--workdir=/nowhere", "--checkpoint=1"], ["/nowhere", "expected the workdir"]),
     "no config": (
         ["--workdir=/nowhere", "--init_from=a.npz"],
         ["/nowhere/config.json", "--config"],

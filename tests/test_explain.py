@@ -7,8 +7,8 @@ from PIL import Image
 
 from tests.html_pages import assert_stands_alone
 from tests.trained import MIXER, write_images, write_model
-from vit_jax.explain import main
-from vit_jax.inference import draw
+from vit_jax.explain import FIGURES, main
+from vit_jax.inference import draw, figures
 from vit_jax.inference.figures import draw_positions, find_impossible
 from vit_jax.inference.model import load_model
 from vit_jax.utils.errors import UserError
@@ -128,3 +128,7 @@ def test_more_images_than_a_page_can_hold_are_refused(place, tmp_path):
     images = [str(place / "images" / "00.png")] * 65
     with pytest.raises(UserError, match="65 images: expected at most 64 for one page"):
         main([f"--checkpoint={place / 'vit.npz'}", f"--output={tmp_path / 'seen'}", *images])
+
+
+def test_the_figures_that_help_names_are_those_that_can_be_drawn():
+    assert (*figures.OF_MODEL, *figures.OF_VIEWS, *figures.OF_IMAGE) == FIGURES

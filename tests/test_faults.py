@@ -23,10 +23,10 @@ from vit_jax.objectives.supervised import Supervised
 from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.ledger import read_ledger, summarize
-from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.training.run import train
 from vit_jax.training.step import step_rng
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.signals import RUN_AGAIN
 
 SMALL = {"evals": {}, "model__num_layers": 1, "log_every": 1, "mesh": {"data": 8}}
 

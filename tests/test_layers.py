@@ -2,6 +2,7 @@
 """Imports only go down the layers, and libraries stay where they belong."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,48 @@ def level(module: str) -> int:
 
 def folder(module: str) -> str:
     return command_of(module) or module.split(".")[1]
+
+
+def imports_at_once(module: str) -> set[str]:
+    """What importing a module imports: not what its functions do, nor what only types need."""
+    found = set()
+    todo: list[ast.AST] = [ast.parse(FILES[module].read_text())]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            todo += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.Lambda):
+            todo += ast.iter_child_nodes(node)
+    return found
+
+
+def find_path(module: str, seen: dict[str, str]) -> dict[str, str]:
+    """The libraries that importing a module imports, each with the module that does."""
+    libraries = {}
+    parts = module.split(".")
+    own = {module, *(".".join(parts[:n]) for n in range(1, len(parts)))} & FILES.keys()
+    for name in sorted(own - seen.keys()):
+        seen[name] = module
+        for found in imports_at_once(name):
+            if within(found, "vit_jax"):
+                libraries |= find_path(found, seen)
+            elif found.partition(".")[0] not in sys.stdlib_module_names:
+                libraries.setdefault(found.partition(".")[0], name)
+    return libraries
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_parses_its_arguments_without_large_libraries(command):
+    module = f"vit_jax.{command}"
+    module = f"{module}.__main__" if f"{module}.__main__" in FILES else module
+    libraries = find_path(module, {})
+    # NumPy is imported in a tenth of a second, JAX, TFDS and OpenCV in some seconds.
+    light = {"absl", "rich", "ml_collections", "numpy"}
+    assert not {library: by for library, by in libraries.items() if library not in light}
 
 
 @pytest.mark.parametrize("module", sorted(FILES.keys() - NOWHERE))

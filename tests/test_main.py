@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,14 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 from absl.testing import flagsaver
 
 from tests.command import call
 from vit_jax import main as main_module
 from vit_jax.config.load import load_config, parse_overrides
+from vit_jax.config.shipped import list_configs
 from vit_jax.models.variants import make_vit
 from vit_jax.observe import trackers
 from vit_jax.runtime.preemption import Interrupted, Preempted
+from vit_jax.training import run
 from vit_jax.training.run import train
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import bind
@@ -144,10 +148,19 @@ def test_a_workdir_of_something_else_is_left_alone(
     assert snapshot(workdir) == before
 
 
-def test_help_shows_the_flags():
-    done = run_main("--help")
-    assert "--config" in done.stdout
-    assert "--workdir" in done.stdout
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_has_groups_examples_and_the_configs_and_is_no_failure(flag, monkeypatch, capsys):
+    assert call("main", ["--config=digits", flag], monkeypatch) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: python -m vit_jax.main --config=CONFIG --workdir=WORKDIR ")
+    for heading in ("Examples", "the run", "the devices", "a job of several processes", "configs"):
+        assert f"\n{heading}:\n" in shown
+    own = {holder.name for holders in main_module._GROUPS.values() for holder in holders}
+    assert own == {flag.name for flag in flags.FLAGS.get_key_flags_for_module("vit_jax.main")}
+    for name in (*own, "config.KEY"):
+        assert f"\n  --{name} " in shown or f"\n  --{name}\n" in shown
+    for name, summary in list_configs().items():
+        assert re.search(rf"\n  {name} +{re.escape(summary)}\n", shown), name
 
 
 def test_overrides_reach_the_config():
@@ -198,6 +211,55 @@ def test_config_json_holds_the_resolved_config(trained):
     assert config["optimizer"]["b2"] == 0.999
 
 
+def dry_run(workdir, data_dir, monkeypatch, capsys, *arguments):
+    """What a dry run of digits prints; nothing may change where it looks."""
+    folders = (workdir.parent, Path(data_dir))
+    before = [snapshot(folder) for folder in folders]
+    argv = [f"--config={DIGITS}", f"--workdir={workdir}", f"--config.data.data_dir={data_dir}"]
+    argv += ["--config.total_steps=4", "--config.optimizer.warmup_steps=0", "--dry_run"]
+    assert call("main", [*argv, *arguments], monkeypatch) == 0
+    assert [snapshot(folder) for folder in folders] == before
+    return capsys.readouterr().out
+
+
+def test_a_dry_run_tells_what_a_run_does_and_writes_nothing(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    workdir = tmp_path / "new"
+    shown = dry_run(workdir, data_dir, monkeypatch, capsys, "--config.mesh.fsdp=2")
+    for text in (
+        "  config.model.hidden_size = 48\n",
+        "  config.optimizer.b2 = 0.999\n",
+        "  devices      8 x cpu in 1 process\n",
+        "  mesh         data=4, fsdp=2, tensor=1\n",
+        "  model        vit, 119,242 parameters\n",
+        "  train data   digits train[:90%], 1,293 images, 10 classes, batches of 64 of 16x16x3, ",
+        "  test data    digits test, 360 images, 10 classes, ",
+        " of memory, every 500 steps\n",
+        "  steps        1 to 4, 0.198 epochs\n",
+        f"  workdir      {workdir} is made; the run starts from the beginning\n",
+        f"  files in {workdir}: config.json, ",
+    ):
+        assert text in shown, text
+    assert not workdir.exists()
+
+
+def test_a_dry_run_tells_where_the_run_resumes(trained, data_dir, monkeypatch, capsys):
+    shown = dry_run(trained, data_dir, monkeypatch, capsys)
+    assert "  steps        3 to 4, " in shown
+    assert f"{trained} exists; the run resumes from its checkpoint of step 2\n" in shown
+
+
+def test_a_dry_run_prepares_no_data(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    data = tmp_path / "data"
+    shown = dry_run(
+        tmp_path / "w", data, monkeypatch, capsys, "--config.total_steps=none", "--config.epochs=2"
+    )
+    assert f"is not prepared in {data}/digits/" in shown
+    assert "  steps        not known before the data is prepared\n" in shown
+
+
 def test_a_missing_tracker_is_refused_before_devices_are_looked_at(monkeypatch, tmp_path):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(main_module, "_join_job", lambda _: pytest.fail("devices are looked at"))
@@ -220,7 +282,7 @@ def test_the_config_file_is_executed_once(monkeypatch, tmp_path):
         "    return ConfigDict({'seed': 1})\n"
     )
     monkeypatch.setattr(main_module, "_join_job", lambda _: None)
-    monkeypatch.setattr(main_module, "train", lambda config, *_, **__: configs.append(config))
+    monkeypatch.setattr(run, "train", lambda config, *_, **__: configs.append(config))
     with flagsaver.flagsaver(config=str(file), workdir=str(tmp_path / "w"), compile_cache="off"):
         main_module.main(["main", "--config.seed=2"])
     assert runs.read_text() == "x"
@@ -243,10 +305,12 @@ def test_less_and_more_at_once_is_refused():
 def test_an_interruption_is_one_line_that_says_what_the_same_command_does(
     error, code, line, tmp_path, monkeypatch, capsys
 ):
-    def fail(*_):
+    def fail(argv):
         raise error
 
-    monkeypatch.setattr(main_module.app, "run", lambda *_, **__: fail())
+    monkeypatch.setattr(main_module.app, "run", lambda main, **_: main([]))
+    monkeypatch.setattr(main_module, "_check_config_file", lambda: None)
+    monkeypatch.setattr(main_module, "main", fail)
     before = signal.getsignal(signal.SIGINT)
     with flagsaver.flagsaver(workdir=str(tmp_path)):
         for _ in range(2):

@@ -135,7 +135,10 @@ def test_features_are_written_as_npz_and_parquet(call, expected, tmp_path):
         (["--layer=encoded"], "expected --embed with it"),
         (["--top_k=0"], "--top_k=0: expected at least 1"),
         (["--tta=rotate"], "invalid choice: 'rotate'"),
-        (["--workdir={tmp}"], "expected one of --workdir, --checkpoint=FILE and --init_from"),
+        (
+            ["--workdir={tmp}"],
+            "expected one of --workdir (or WORKDIR), --checkpoint=FILE and --init_from",
+        ),
         (["--labels={tmp}/none.txt"], "none.txt can't be read"),
         (["--config.data.name=digits"], "expected --config.model.KEY or one of --config.obj"),
         (["{tmp}/none.png"], "there is no such file or folder"),

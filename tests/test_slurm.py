@@ -13,7 +13,7 @@ import time
 import pytest
 
 from tests.runtime.test_processes import ROOT, free_port, metric
-from vit_jax.runtime.preemption import RUN_AGAIN
+from vit_jax.utils.signals import RUN_AGAIN
 
 pytestmark = [
     pytest.mark.slow,

@@ -64,6 +64,30 @@ def make_costs_table(results: dict[str, Any]) -> list[str]:
     return ["| what | takes |", "| --- | ---: |", *(f"| {a} | {b} |" for a, b in rows)]
 
 
+def make_commands_table(results: dict[str, Any]) -> list[str]:
+    """Of `benchmarks.commands`."""
+    found = results["results"]
+    help_rows = {name: row for name, row in found.items() if name.endswith(" --help")}
+    slowest = max(help_rows, key=lambda name: help_rows[name]["seconds"])
+    typos = ("an unknown command", "an unknown flag", "an unknown config", "a missing workdir")
+    names = {
+        "`python -c pass`": "python",
+        "`import jax`": "import jax",
+        f"help, the slowest of {len(help_rows)}: `{slowest}`": slowest,
+        **{name: name for name in typos},
+        "`vit_jax status WORKDIR`": "vit_jax status WORKDIR",
+        "`vit_jax compare WORKDIR`": "vit_jax compare WORKDIR",
+    }
+    return [
+        "| what | takes | of CPU |",
+        "| --- | ---: | ---: |",
+        *(
+            f"| {what} | {found[name]['seconds']:.2f} s | {found[name]['cpu_seconds']:.2f} s |"
+            for what, name in names.items()
+        ),
+    ]
+
+
 def _s(results: dict[str, float], name: str) -> str:
     return f"{results[f'{name}_s']:.2f} s"
 
@@ -71,6 +95,7 @@ def _s(results: dict[str, float], name: str) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "step_cpu.json": make_step_table,
     "costs.json": make_costs_table,
+    "commands.json": make_commands_table,
 }
 
 

@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
         LISTINGS[name](rest)
     elif name in COMMANDS:
         sys.argv = [f"vit_jax {name}", *rest]
-        runpy.run_module(f"vit_jax.{COMMANDS[name]}", run_name="__main__", alter_sys=True)
+        runpy.run_module(f"vit_jax.{COMMANDS[name]}", run_name="__main__")
     else:
         raise UserError(f"{name!r} is no command{suggest(name, [*COMMANDS, *LISTINGS])}")
 

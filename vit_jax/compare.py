@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Compares runs: last and best results, speed, and the config keys that differ.
 
-WORKDIRS are those of runs, which may be under way. The table has a column for each run, and a star
-at the best; csv and json have a record for each run. --output=FILE.csv, .json or .html writes that
-file; any other name is a folder with all three, of which index.html has the curves laid over each
-other. The exit code is 2 for bad input.
+The runs may be under way. The table has a column for each run, and a star at the best value; csv
+and json have a record for each run. The page index.html, which --output writes, draws the curves of
+all runs in the same charts. The exit code is 2 for bad input.
 
 Examples:
   python -m vit_jax.compare runs/a runs/b
@@ -28,7 +27,7 @@ from vit_jax.pages.comparison import (
     read_runs,
     show_table,
 )
-from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.command import CommandParser, add_workdir, run_command
 from vit_jax.utils.files import check_fresh, fresh_file, fresh_folder
 from vit_jax.utils.streams import print_result
 from vit_jax.utils.text import encode_text
@@ -51,10 +50,22 @@ def render(runs: Sequence[RunRecord], form: str) -> str:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of the command."""
     parser = CommandParser(prog="python -m vit_jax.compare", description=__doc__)
-    parser.add_argument("WORKDIRS", nargs="+", type=Path, help="of runs")
-    parser.add_argument("--format", choices=FORMATS, default="table", help="on stdout; %(default)s")
-    parser.add_argument("--output", type=Path, help="file or folder to make; must not exist")
-    return parser.parse_intermixed_args(argv)
+    add_workdir(parser, "Compare the runs of these workdirs.", several=True)
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="table",
+        help="Print the comparison in this format. The default is %(default)s.",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="Write the comparison instead of printing it: to a file that ends in .csv, .json or "
+        ".html, or else to a folder with all three. It must not exist.",
+    )
+    args = parser.parse_intermixed_args(argv)
+    parser.require_workdir(args.workdirs)
+    return args
 
 
 def main(argv: Sequence[str]) -> None:
@@ -63,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     set_up(quiet=False, to_stderr=args.output is None)
     if args.output is not None:
         check_fresh(args.output)
-    runs = read_runs(args.WORKDIRS)
+    runs = read_runs(args.workdirs)
     if args.output is None:
         print_result(render(runs, args.format), end="")
     elif (form := args.output.suffix.removeprefix(".")) in ("csv", "json", "html"):

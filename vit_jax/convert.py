@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks into a checkpoint, and writes it as a file of another kind.
+"""Describes a checkpoint, and writes it as a file of another layout.
 
-Without DST it only says what SRC is. DST is told by its ending: `.npz` has the layout of the files
-published with vision_transformer, `.safetensors` the names of timm.
+Without DST the command only describes SRC. The ending of DST chooses the layout: `.npz` is that of
+the files published with vision_transformer, `.safetensors` has the names of timm.
 
 Examples:
   python -m vit_jax.convert ViT-B_16.npz
@@ -11,25 +11,29 @@ Examples:
   python -m vit_jax.convert runs/digits digits.safetensors --params=ema
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from vit_jax.checkpoint.pretrained.adapt import describe_objective_params
-from vit_jax.checkpoint.pretrained.convert import convert
-from vit_jax.checkpoint.pretrained.load import load_pretrained
-from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.observe.console import log_lines
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.tree import count
+from vit_jax.utils.signals import importing
+
+if TYPE_CHECKING:
+    from vit_jax.checkpoint.pretrained.weights import Weights
 
 _LISTED = 8  # class names in the description of a file
 
 
-def describe(weights: Weights) -> list[str]:
+def describe(weights: "Weights") -> list[str]:
     """What weights are, in lines for the screen."""
+    import numpy as np
+
+    from vit_jax.checkpoint.pretrained.adapt import describe_objective_params
+    from vit_jax.utils.tree import count
+
     size = count(weights.params)
     head = weights.params.get("head/kernel")
     state = "none"
@@ -54,23 +58,53 @@ def describe(weights: Weights) -> list[str]:
     ]
 
 
-def main(argv: Sequence[str]) -> None:
-    """Converts, and says what was read and written."""
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the arguments; `SRC` is set, also to the workdir of `--workdir`.
+
+    Raises:
+      UserError: an argument is invalid.
+    """
     parser = CommandParser(prog="python -m vit_jax.convert", description=__doc__)
-    parser.add_argument("SRC", help="file, workdir, Orbax checkpoint, or name of the catalogue")
-    parser.add_argument("DST", nargs="?", type=Path, help="file to write")
-    parser.add_argument(
+    add = parser.add_argument
+    add(
+        "SRC",
+        nargs="?",
+        help="Read this file, workdir or Orbax checkpoint, or the published weights of this name, "
+        "which `vit_jax models` lists.",
+    )
+    add("DST", nargs="?", type=Path, help="Write this file, which must not exist.")
+    add(
+        "--workdir",
+        metavar="WORKDIR",
+        help="Read the newest checkpoint of this run instead of SRC.",
+    )
+    add(
         "--params",
         choices=("raw", "ema"),
-        help="of a run: the parameters as they are (raw, the default), or their average (ema)",
+        help="Read the parameters of a run as they are (raw) or their average (ema). The default "
+        "is raw.",
     )
     args = parser.parse_intermixed_args(argv)
-    source = args.SRC
-    if args.params is not None:
-        if not Path(source).is_dir():
-            raise UserError(f"--params={args.params}: {source} is no run; leave --params out")
-        source += ":ema_params" if args.params == "ema" else ""
-    weights = load_pretrained(source)
+    if args.workdir is not None:
+        if args.DST is not None:
+            parser.error(f"SRC={args.SRC} and --workdir={args.workdir}: expected one of them")
+        if not Path(args.workdir).is_dir():
+            raise UserError(f"--workdir={args.workdir}: there is no such folder")
+        args.SRC, args.DST = args.workdir, Path(args.SRC) if args.SRC else None
+    if args.SRC is None:
+        parser.error("the following arguments are required: SRC (or --workdir=WORKDIR)")
+    if args.params is not None and not Path(args.SRC).is_dir():
+        raise UserError(f"--params={args.params}: {args.SRC} is no run; leave --params out")
+    return args
+
+
+def main(argv: Sequence[str]) -> None:
+    """Converts, and logs what was read and written."""
+    args = parse_arguments(argv)
+    with importing():
+        from vit_jax.checkpoint.pretrained.convert import convert
+        from vit_jax.checkpoint.pretrained.load import load_pretrained
+    weights = load_pretrained(f"{args.SRC}:ema_params" if args.params == "ema" else args.SRC)
     log_lines([args.SRC, *describe(weights)])
     if args.DST is not None:
         log_lines(convert(weights, args.DST))

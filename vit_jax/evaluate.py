@@ -4,7 +4,7 @@ r"""Evaluates checkpoints: one of a run, one of others, or all that a run writes
 The evaluators are those of the config, which is the workdir's own or that of --config.
 
 Examples:
-  python -m vit_jax.evaluate --workdir=runs/digits
+  python -m vit_jax.evaluate runs/digits
   python -m vit_jax.evaluate --workdir=runs/digits --checkpoint=2000 --details
   python -m vit_jax.evaluate --workdir=runs/digits --follow
   python -m vit_jax.evaluate --workdir=runs/digits --config.evals.near.name=knn \
@@ -19,22 +19,25 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vit_jax.checkpoint.listing import list_steps
-from vit_jax.checkpoint.workdir import read_config
-from vit_jax.config.load import load_config, override_config, parse_overrides
+from vit_jax.checkpoint.workdir import is_workdir, read_config
+from vit_jax.config.load import find_file, load_config, override_config, parse_overrides
 from vit_jax.config.reduced import reduce_for_evaluation
 from vit_jax.observe.console import log, log_lines, set_up
 from vit_jax.observe.jsonl import append_record, read_records
-from vit_jax.training.evaluation import Judge, find_source
-from vit_jax.training.experiment import Experiment
-from vit_jax.utils.command import CommandParser, print_error, run_command
+from vit_jax.utils.command import CommandParser, add_workdir, print_error, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, EVALS, RESULTS
 from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.registry import trust_parts
+from vit_jax.utils.signals import importing
 from vit_jax.utils.streams import print_result
+
+if TYPE_CHECKING:
+    from vit_jax.training.evaluation import Judge
+    from vit_jax.training.experiment import Experiment
 
 # Seconds between two looks into the workdir, and what the removal of a checkpoint may take.
 _POLL = 2.0
@@ -46,7 +49,7 @@ class FollowTimeoutError(Exception):
 
 
 def follow(
-    judge: Judge,
+    judge: "Judge",
     workdir: Path,
     output: Path,
     *,
@@ -89,7 +92,9 @@ def follow(
             time.sleep(_POLL)
 
 
-def _follow_step(judge: Judge, checkpoint: Path, report: Callable[[dict[str, Any]], None]) -> None:
+def _follow_step(
+    judge: "Judge", checkpoint: Path, report: Callable[[dict[str, Any]], None]
+) -> None:
     try:
         loaded = judge.load(str(checkpoint))
     except UserError:
@@ -144,15 +149,45 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = CommandParser(prog="python -m vit_jax.evaluate", description=__doc__)
     add = parser.add_argument
-    add("--workdir", type=Path, help="of the run")
-    add("--config", help="file in place of the workdir's; --config.KEY=VALUE too")
-    add("--checkpoint", help="a step of the run, last, best, or a path; last")
-    add("--init_from", help="weights of any kind, as in a config")
-    add("--json", action="store_true", help="print an object a line, no table")
-    add("--output", type=Path, help=f"file to append to; WORKDIR/{RESULTS}")
-    add("--details", action="store_true", help="write results by class, ... to WORKDIR/evals")
-    add("--follow", action="store_true", help="evaluate all checkpoints to come")
-    add("--timeout", type=float, default=3600, help="of --follow: seconds without a checkpoint")
+    add_workdir(parser, "Evaluate the run of this workdir.")
+    add(
+        "--config",
+        help="Use the evaluators of this config in place of that of the workdir. "
+        "--config.KEY=VALUE overrides a key of either.",
+    )
+    add(
+        "--checkpoint",
+        help="Evaluate the checkpoint of this step of the run, or its `last` or `best` one, or the "
+        "checkpoint at this path. The default is last.",
+    )
+    add(
+        "--init_from",
+        help="Evaluate these weights, given as in a config: a file, a URL, or a name that "
+        "`vit_jax models` lists.",
+    )
+    add("--json", action="store_true", help="Print a JSON object a line, not a table.")
+    add(
+        "--output",
+        type=Path,
+        help=f"Append the results to this file. The default is WORKDIR/{RESULTS}.",
+    )
+    add(
+        "--details",
+        action="store_true",
+        help=f"Write results by class and other details to WORKDIR/{EVALS} too.",
+    )
+    add(
+        "--follow",
+        action="store_true",
+        help="Evaluate each checkpoint of a run as it is written, to the end of the run.",
+    )
+    add(
+        "--timeout",
+        type=float,
+        default=3600,
+        metavar="SECONDS",
+        help="Stop --follow after so long without a new checkpoint. The default is %(default)s.",
+    )
     parser.add_parts()
     args = parser.parse_args(argv)
     if args.workdir is None and args.config is None:
@@ -167,15 +202,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--follow: expected --workdir, and no --checkpoint or --init_from")
     if args.details and args.workdir is None:
         raise UserError("--details: expected --workdir, in which to write them")
+    if args.config is not None:
+        find_file(args.config)
+    elif args.workdir is not None and not args.follow and not is_workdir(args.workdir):
+        read_config(args.workdir)  # Raises, before seconds of imports.
     return args
 
 
-def make_experiment(args: argparse.Namespace, overrides: dict[str, Any]) -> Experiment:
+def make_experiment(args: argparse.Namespace, overrides: dict[str, Any]) -> "Experiment":
     """The experiment of --config or of the workdir, with what only training needs left out.
 
     Raises:
       UserError: there is no config, it is wrong, or it has no evaluator.
     """
+    from vit_jax.training.experiment import Experiment
+
     if args.config:
         config = load_config(args.config, {}).to_dict()
     else:
@@ -196,7 +237,7 @@ def make_experiment(args: argparse.Namespace, overrides: dict[str, Any]) -> Expe
 
 
 def find_changes(
-    workdir: Path | None, experiment: Experiment, overrides: Mapping[str, Any]
+    workdir: Path | None, experiment: "Experiment", overrides: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Returns, by evaluator, the config keys whose values are not those of the run, as in JSON.
 
@@ -237,6 +278,8 @@ def main(argv: Sequence[str]) -> int:
     args = parse_arguments(rest)
     trust_parts(args.parts)
     set_up(quiet=False, to_stderr=args.json)
+    with importing():
+        from vit_jax.training.evaluation import Judge, find_source
     output = args.output or (args.workdir / RESULTS if args.workdir else None)
 
     def report(record: dict[str, Any]) -> None:

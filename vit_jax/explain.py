@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Draws what a trained model sees in images, as PNG files and one HTML page.
 
-IMAGES are files, folders, or patterns in quotes. The page stands alone: open it in a browser, or
-send it. The exit code is 2 for bad input; then nothing is written.
+IMAGES are files, folders, or patterns in quotes. The page needs no other file: open it in a
+browser, or send it. The exit code is 2 for bad input; then nothing is written.
 
 Examples:
-  python -m vit_jax.explain --workdir=runs/digits --output=digits_seen photos/3.png photos/8.png
+  python -m vit_jax.explain runs/digits --output=digits_seen photos/3.png photos/8.png
   python -m vit_jax.explain --workdir=runs/digits --output=maps --figures=rollout,pca photos
   python -m vit_jax.explain --init_from=augreg+imagenet2012:Ti/16@384 --output=seen cat.jpg
 """
@@ -15,22 +15,33 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vit_jax.config.load import parse_overrides
-from vit_jax.inference import figures as lib
-from vit_jax.inference.draw import encode_png
-from vit_jax.inference.figures import FIGURES, Figure
-from vit_jax.inference.images import STDIN, find_images
-from vit_jax.inference.model import LoadedModel
-from vit_jax.inference.source import add_source, load_source
+from vit_jax.inference.source import add_source, check_source, load_source
 from vit_jax.observe.console import log, set_up
 from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.pages import html
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.files import check_fresh, fresh_folder
+from vit_jax.utils.signals import importing
+
+if TYPE_CHECKING:
+    from vit_jax.inference.figures import Figure
+    from vit_jax.inference.model import LoadedModel
 
 PAGE = "index.html"
+# The figures of `inference.figures`, by name and in order.
+FIGURES = (
+    "filters",
+    "positions",
+    "distance",
+    "attention",
+    "rollout",
+    "similarity",
+    "pca",
+)
 
 # Most images of a page: a browser holds all of it in memory.
 _MAX_IMAGES = 64
@@ -50,7 +61,7 @@ class Section:
     """
 
     title: str
-    figures: Sequence[Figure]
+    figures: Sequence["Figure"]
     classes: Sequence[tuple[str, float]] = ()
 
 
@@ -61,33 +72,38 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
       UserError: an argument is invalid.
     """
     parser = CommandParser(prog="python -m vit_jax.explain", description=__doc__)
-    parser.add_argument("IMAGES", nargs="+", help="files, folders or patterns")
-    add_source(parser)
-    parser.add_argument("--output", type=Path, help="folder to make; must not exist")
+    add_source(parser, images="IMAGES")
+    parser.add_argument("IMAGES", nargs="+", help="Explain these images.")
+    parser.add_argument("--output", type=Path, help="Make this folder, which must not exist.")
     parser.add_argument(
-        "--figures", help=f"what to draw, with commas; all that can be of {','.join(FIGURES)}"
+        "--figures",
+        help=f"Draw these figures, separated by commas: {', '.join(FIGURES)}. The default is all "
+        "that the model allows.",
     )
     parser.add_argument("--verbose", action="store_true", help="Print the name of each file.")
     args = parser.parse_intermixed_args(argv)
     if args.output is None:
         raise UserError("--output is missing: expected a folder to make")
-    if STDIN in args.IMAGES:
+    if "-" in (args.first, *args.IMAGES):
         raise UserError("IMAGES: expected files, folders or patterns; - is for vit_jax.predict")
     if args.figures is not None:
         args.figures = args.figures.split(",")
         for name in args.figures:
             if name not in FIGURES:
                 raise UserError(f"--figures: {name!r} is unknown{suggest(name, FIGURES)}")
+    check_source(args)
     return args
 
 
-def choose_figures(model: LoadedModel, wanted: Sequence[str] | None) -> list[str]:
+def choose_figures(model: "LoadedModel", wanted: Sequence[str] | None) -> list[str]:
     """Chooses the figures to draw: those wanted, or all that are possible.
 
     Raises:
       UserError: a wanted figure cannot be drawn.
     """
-    impossible = lib.find_impossible(model)
+    from vit_jax.inference.figures import find_impossible
+
+    impossible = find_impossible(model)
     for name in wanted or ():
         if name in impossible:
             raise UserError(f"--figures: {name} can't be drawn: {impossible[name]}")
@@ -99,12 +115,14 @@ def choose_figures(model: LoadedModel, wanted: Sequence[str] | None) -> list[str
     return [name for name in FIGURES if name not in impossible]
 
 
-def explain(model: LoadedModel, paths: Sequence[str], names: Sequence[str]) -> list[Section]:
+def explain(model: "LoadedModel", paths: Sequence[str], names: Sequence[str]) -> list[Section]:
     """Draws the figures of these names for the model, and for each of the images.
 
     Raises:
       UserError: an image cannot be read.
     """
+    from vit_jax.inference import figures as lib
+
     images = [model.preprocess(path) for path in paths]
     of_model = [lib.OF_MODEL[name](model) for name in names if name in lib.OF_MODEL]
     sections, views = [], []
@@ -120,7 +138,7 @@ def explain(model: LoadedModel, paths: Sequence[str], names: Sequence[str]) -> l
     return [Section("The model", of_model), *sections] if of_model else sections
 
 
-def _classify(model: LoadedModel, image: object) -> list[tuple[str, float]]:
+def _classify(model: "LoadedModel", image: object) -> list[tuple[str, float]]:
     if not model.classifies:
         return []
     prediction = model(image)
@@ -130,6 +148,8 @@ def _classify(model: LoadedModel, image: object) -> list[tuple[str, float]]:
 
 def write(folder: Path, title: str, notes: Sequence[str], sections: Sequence[Section]) -> list[str]:
     """Writes the pictures and the page to a folder, and returns the names of the files."""
+    from vit_jax.inference.draw import encode_png
+
     written: list[str] = []
 
     def save(name: str, content: bytes) -> None:
@@ -153,11 +173,13 @@ def _show_section(section: Section) -> str:
     return html.make_section(section.title, cards)
 
 
-def _is_wide(figure: Figure) -> bool:
+def _is_wide(figure: "Figure") -> bool:
     return figure.picture.width > _WIDE * figure.density
 
 
-def _show_figure(figure: Figure) -> str:
+def _show_figure(figure: "Figure") -> str:
+    from vit_jax.inference.draw import encode_png
+
     width, height = (side // figure.density for side in figure.picture.size)
     return html.make_figure(
         encode_png(figure.picture),
@@ -171,6 +193,8 @@ def _show_figure(figure: Figure) -> str:
 
 
 def _stem(section: Section, number: int) -> str:
+    from vit_jax.inference import figures as lib
+
     of_model = lib.OF_MODEL.keys() | lib.OF_VIEWS.keys()
     if any(figure.name in of_model for figure in section.figures):
         return "model"
@@ -184,6 +208,8 @@ def main(argv: Sequence[str]) -> None:
     args = parse_arguments(rest)
     set_up(quiet=False)
     check_fresh(args.output)
+    with importing():
+        from vit_jax.inference.images import find_images
     paths = find_images(args.IMAGES)
     if len(paths) > _MAX_IMAGES:
         raise UserError(f"{len(paths):,} images: expected at most {_MAX_IMAGES} for one page")

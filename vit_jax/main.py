@@ -1,7 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains what a config describes.
+r"""Trains what a config describes.
 
-python -m vit_jax.main --config=configs/digits.py --workdir=runs/digits --config.seed=1
+A run that was stopped resumes from its newest checkpoint if the same command is given again. A key
+of the config is overridden by --config.KEY=VALUE, whose value is a Python literal, true, false,
+none or text. The exit code is 2 for bad input, 1 for a run that failed, 75 for one that was told to
+stop and resumes if it is started again, and 130 after Ctrl-C.
+
+Examples:
+  python -m vit_jax.main --config=digits --workdir=runs/digits
+  python -m vit_jax.main --config=digits --workdir=runs/digits_seed1 --config.seed=1
+  python -m vit_jax.main --config=folder --workdir=runs/birds --config.data.name=folder:/data/birds
+  python -m vit_jax.main --config=configs/digits.py --workdir=runs/wide \
+      --config.model.hidden_size=96 --dry_run
 """
 
 import contextlib
@@ -11,93 +21,155 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 from absl import app, flags
-from ml_collections import ConfigDict
 
 from vit_jax import __version__
 from vit_jax.checkpoint.listing import list_steps
-from vit_jax.checkpoint.manager import SaveError
-from vit_jax.config.cpu_devices import count_cpu_devices
-from vit_jax.config.load import load_config, parse_overrides
-from vit_jax.config.schema import per_host_keys, read_section
+from vit_jax.config.load import find_file, load_config, parse_overrides
+from vit_jax.config.shipped import list_configs
 from vit_jax.observe import console
-from vit_jax.observe.divergence import DivergedError
-from vit_jax.observe.trackers import check_trackers
-from vit_jax.runtime import compile_cache, processes
-from vit_jax.runtime.cpu_devices import set_cpu_devices
-from vit_jax.runtime.preemption import RUN_AGAIN, Interrupted, Preempted
-from vit_jax.training.run import train
-from vit_jax.utils.command import print_error, report_errors, report_interrupt
+from vit_jax.runtime.cluster import START_TIMEOUT, find_job
+from vit_jax.utils.command import CommandParser, print_error, report_errors, report_interrupt
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.registry import trust_parts
-from vit_jax.utils.signals import INTERRUPTED, ending_at_second_interrupt
-from vit_jax.utils.streams import print_line, settle_streams
+from vit_jax.utils.signals import INTERRUPTED, RUN_AGAIN, ending_at_second_interrupt, importing
+from vit_jax.utils.streams import print_line, print_result, settle_streams
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 _CONFIG = flags.DEFINE_string(
     "config",
     None,
-    "Config file or name (`vit_jax configs` lists them), and its arguments after a colon: "
-    "configs/vit.py:b16,cifar10. "
-    "--config.KEY=VALUE overrides a key.",
+    "Train this config: a file, or a name of the list below, with its arguments after a colon, "
+    "such as configs/vit.py:b16,cifar10.",
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of checkpoints and metrics; made if absent."
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator",
+    "workdir",
     None,
-    "For a job of several processes: HOST:PORT of process 0, with --num_processes and "
-    "--process_id; 'auto' on TPU pods, GKE, under Slurm and Open MPI; 'none' for a job of one.",
+    "Write checkpoints and metrics to this folder, which is made if it does not exist.",
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the job.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0.")
-_LOCAL_DEVICE_IDS = flags.DEFINE_list(
-    "local_device_ids", None, "GPUs of the machine that this process takes, such as 0,1."
+_PARTS = flags.DEFINE_string(
+    "parts",
+    "",
+    "Import these modules from outside of vit_jax, such as my_models,my_ops, which weights may "
+    "name.",
 )
-_START_TIMEOUT = flags.DEFINE_float(
-    "start_timeout", processes.START_TIMEOUT, "Seconds to wait for the other processes."
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print the whole config and what a run would do, and write nothing."
 )
-_EXPECT_DEVICES = flags.DEFINE_integer(
-    "expect_devices", None, "Devices that the job must have; else it does not start."
+_QUIET = flags.DEFINE_bool("quiet", False, "Show only results, warnings and the summary.")
+_VERBOSE = flags.DEFINE_bool(
+    "verbose", False, "Show all parameters, and all metrics of each logged step."
 )
 _PLATFORM = flags.DEFINE_enum(
-    "platform", None, ["cpu", "gpu", "tpu"], "What the devices must be; else it does not start."
+    "platform", None, ["cpu", "gpu", "tpu"], "Refuse to start on devices of another platform."
+)
+_EXPECT_DEVICES = flags.DEFINE_integer(
+    "expect_devices", None, "Refuse to start with another number of devices in the job."
 )
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices",
     None,
-    "Devices that the CPU counts as; by default one a core, up to 8, where that is faster.",
+    "Let the CPU count as this many devices. The default is one for each core, up to 8, where that "
+    "is faster.",
 )
 _COMPILE_CACHE = flags.DEFINE_string(
     "compile_cache",
     None,
-    "Folder of compiled programs; a folder below ~/.cache by default, 'off' for none.",
+    "Keep compiled programs in this folder, or nowhere with `off`. The default is a folder below "
+    "~/.cache.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "Connect to process 0 at this HOST:PORT, with --num_processes and --process_id; `auto` finds "
+    "it on TPU pods, GKE, under Slurm and Open MPI; `none` runs a job of one process.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Expect this many processes in the job."
+)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Be this process of the job, from 0.")
+_LOCAL_DEVICE_IDS = flags.DEFINE_list(
+    "local_device_ids", None, "Use only these GPUs of the machine, such as 0,1."
+)
+_START_TIMEOUT = flags.DEFINE_float(
+    "start_timeout",
+    START_TIMEOUT,
+    f"Wait so many seconds for the other processes. The default is {START_TIMEOUT}.",
 )
 
-_PARTS = flags.DEFINE_string(
-    "parts", "", "Modules outside of vit_jax that weights may name, to import: my_models,my_ops."
-)
+# The flags by the headings of the help. absl parses them; overrides of the config are no flags.
+_GROUPS: Mapping[str, tuple[flags.FlagHolder, ...]] = {
+    "the run": (_CONFIG, _WORKDIR, _PARTS, _DRY_RUN),
+    "the screen": (_QUIET, _VERBOSE),
+    "the devices": (_PLATFORM, _EXPECT_DEVICES, _CPU_DEVICES, _COMPILE_CACHE),
+    "a job of several processes": (
+        _COORDINATOR,
+        _NUM_PROCESSES,
+        _PROCESS_ID,
+        _LOCAL_DEVICE_IDS,
+        _START_TIMEOUT,
+    ),
+}
+# How the help names values, where the name of the flag does not tell.
+_METAVARS = {
+    "parts": "MODULES",
+    "expect_devices": "N",
+    "cpu_devices": "N",
+    "compile_cache": "FOLDER",
+    "coordinator": "HOST:PORT",
+    "num_processes": "N",
+    "process_id": "N",
+    "local_device_ids": "N,N,...",
+    "start_timeout": "SECONDS",
+}
+_HELP = ("-h", "-help", "--help")
 
-_QUIET = flags.DEFINE_bool("quiet", False, "Show results, warnings and the end alone.")
-_VERBOSE = flags.DEFINE_bool(
-    "verbose", False, "Show all parameters, and all metrics of each logged step."
-)
+
+def make_parser() -> CommandParser:
+    """Returns a parser that prints the help of the flags in the style of the other commands."""
+    width = max(map(len, list_configs()))
+    configs = [f"  {name:<{width}}  {summary}" for name, summary in list_configs().items()]
+    parser = CommandParser(
+        prog="python -m vit_jax.main",
+        usage="%(prog)s --config=CONFIG --workdir=WORKDIR [--config.KEY=VALUE ...] [options]",
+        description=__doc__,
+        epilog="\n".join(["configs:", *configs]),
+    )
+    for title, holders in _GROUPS.items():
+        group = parser.add_argument_group(title)
+        for holder in holders:
+            flag = flags.FLAGS[holder.name]
+            text = (flag.help or "").removeprefix("<cpu|gpu|tpu>: ")
+            values = getattr(flag.parser, "enum_values", None)
+            options: dict[str, Any] = {"metavar": _METAVARS.get(flag.name, flag.name.upper())}
+            if values:
+                options = {"choices": values}
+            elif flag.boolean:
+                options = {"action": "store_true"}
+            group.add_argument(f"--{flag.name}", help=text.replace("%", "%%"), **options)
+            if holder is _CONFIG:
+                group.add_argument("--config.KEY", metavar="VALUE", help="Override this key.")
+    return parser
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses absl flags; leaves overrides of the config, which are no flags, for `main`."""
     _, rest = parse_overrides(argv)
+    if any(argument in _HELP for argument in rest[1:]):
+        print_result(make_parser().format_help(), end="")
+        sys.exit(0)
     try:
         unused = flags.FLAGS(rest)[1:]
     except flags.Error as e:
         raise UserError(str(e)) from None
     for name, flag in (("config", _CONFIG), ("workdir", _WORKDIR)):
         if not flag.value:
-            raise UserError(f"--{name} is missing; see python -m vit_jax.main --help")
+            raise UserError(f"--{name} is missing; see {make_parser().prog} --help")
     if _QUIET.value and _VERBOSE.value:
         raise UserError("--quiet and --verbose: expected one of them")
     if unused:
@@ -105,16 +177,34 @@ def parse_flags(argv: list[str]) -> list[str]:
     return argv
 
 
-def _join_job(config: Mapping[str, Any]) -> None:
+def _read_device_ids() -> tuple[int, ...] | None:
     ids = _LOCAL_DEVICE_IDS.value
-    if ids is not None and not all(i.isdigit() for i in ids):
+    if ids is None:
+        return None
+    if not all(i.isdigit() for i in ids):
         raise UserError(f"--local_device_ids={','.join(ids)}: expected numbers, such as 0,1")
+    return tuple(map(int, ids))
+
+
+def _check_config_file() -> None:
+    """Refuses a missing config before seconds of imports; a job refuses it with all processes."""
+    given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if find_job(*given, _read_device_ids(), os.environ) is None:
+        find_file(_CONFIG.value or "")
+
+
+def _join_job(config: Mapping[str, Any]) -> None:
+    from vit_jax.config.cpu_devices import count_cpu_devices
+    from vit_jax.runtime import processes
+    from vit_jax.runtime.cpu_devices import set_cpu_devices
+
+    ids = _read_device_ids()
     set_cpu_devices(_CPU_DEVICES.value)
     processes.initialize(
         _COORDINATOR.value,
         _NUM_PROCESSES.value,
         _PROCESS_ID.value,
-        local_device_ids=None if ids is None else tuple(map(int, ids)),
+        local_device_ids=ids,
         timeout=_START_TIMEOUT.value,
         expect_devices=_EXPECT_DEVICES.value,
         platform=_PLATFORM.value,
@@ -122,8 +212,13 @@ def _join_job(config: Mapping[str, Any]) -> None:
     )
 
 
-def _check_same(config: ConfigDict) -> None:
+def _check_same(config: "ConfigDict") -> None:
     """Raises `UserError` unless all processes were started with the same config and workdir."""
+    import jax
+
+    from vit_jax.config.schema import per_host_keys
+    from vit_jax.runtime import processes
+
     values = {f"config.{k}": v for k, v in flatten_config(config.to_dict()).items()}
     values |= {"--workdir": _WORKDIR.value, "vit_jax": __version__, "jax": jax.__version__}
     for key in per_host_keys():
@@ -133,6 +228,9 @@ def _check_same(config: ConfigDict) -> None:
 
 def _check_trackers(config: Mapping[str, Any]) -> None:
     """Refuses trackers that are not installed, before the process waits for others."""
+    from vit_jax.config.schema import read_section
+    from vit_jax.observe.trackers import check_trackers
+
     section = config.get("tracking") or {}
     try:
         given = {"trackers": section["trackers"]} if "trackers" in section else {}
@@ -144,6 +242,13 @@ def _check_trackers(config: Mapping[str, Any]) -> None:
 
 def main(argv: list[str]) -> None:
     """Called by absl with the flags parsed."""
+    with importing():
+        import jax
+        from ml_collections import ConfigDict
+
+        from vit_jax.runtime import compile_cache, processes
+        from vit_jax.training.dry_run import describe_dry_run
+        from vit_jax.training.run import train
     trust_parts(_PARTS.value)
     overrides, _ = parse_overrides(argv[1:])
     config, error = ConfigDict(), None
@@ -152,7 +257,10 @@ def main(argv: list[str]) -> None:
     except UserError as e:
         error = e
     _check_trackers(config.to_dict())
-    compile_cache.set_up(_COMPILE_CACHE.value)
+    if _DRY_RUN.value:
+        compile_cache.check(_COMPILE_CACHE.value)
+    else:
+        compile_cache.set_up(_COMPILE_CACHE.value)
     _join_job(config.to_dict())
     verbosity = "quiet" if _QUIET.value else "verbose" if _VERBOSE.value else "normal"
     console.set_up(quiet=jax.process_index() > 0, verbosity=verbosity)
@@ -164,11 +272,28 @@ def main(argv: list[str]) -> None:
         if error is not None:
             raise error
     _check_same(config)
-    train(config, _WORKDIR.value or "", command=command)
+    if not _DRY_RUN.value:
+        train(config, _WORKDIR.value or "", command=command)
+        return
+    lines = describe_dry_run(config, _WORKDIR.value or "")
+    if jax.process_index() == 0:
+        print_result("\n".join(lines))
 
 
 def _main_to_the_end(argv: list[str]) -> None:
-    main(argv)
+    _check_config_file()
+    with importing():
+        from vit_jax.checkpoint.manager import SaveError
+        from vit_jax.observe.divergence import DivergedError
+        from vit_jax.runtime.preemption import Interrupted, Preempted
+    try:
+        main(argv)
+    except (DivergedError, SaveError) as e:
+        print_error(e)
+        sys.exit(1)
+    except Preempted as e:
+        print_line(f"{e}; the same command resumes from there", sys.stdout)
+        sys.exit(INTERRUPTED if isinstance(e, Interrupted) else RUN_AGAIN)
     # The run is over and saved: being told to stop while Python ends must not make it a failed one.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -193,12 +318,8 @@ def run() -> None:
     try:
         with report_errors(), ending_at_second_interrupt():
             app.run(_main_to_the_end, flags_parser=parse_flags)
-    except (DivergedError, SaveError) as e:
-        print_error(e)
+    except BrokenPipeError:  # Who reads the help or the dry run has seen enough.
         sys.exit(1)
-    except Preempted as e:
-        print_line(f"{e}; the same command resumes from there", sys.stdout)
-        sys.exit(INTERRUPTED if isinstance(e, Interrupted) else RUN_AGAIN)
     except KeyboardInterrupt:
         report_interrupt(f"interrupted; {_describe_checkpoint()}")
         sys.exit(INTERRUPTED)

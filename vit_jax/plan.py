@@ -17,22 +17,20 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-
-from vit_jax.config.load import load_config, parse_overrides
+from vit_jax.config.load import find_file, load_config, parse_overrides
 from vit_jax.config.reduced import reduce_for_planning
 from vit_jax.observe.progress_log import ProgressLog
-from vit_jax.planning import scale as scale_lib
-from vit_jax.planning import search as search_lib
-from vit_jax.planning import text
-from vit_jax.planning.plan import Plan, make_plan
-from vit_jax.planning.topologies import Topology, parse_topology
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import trust_parts
+from vit_jax.utils.signals import importing
 from vit_jax.utils.streams import print_result
+
+if TYPE_CHECKING:
+    from vit_jax.planning.plan import Plan
+    from vit_jax.planning.topologies import Topology
 
 # Arguments for the subprocesses that compile.
 _PASSED_ON = ("config", "topology", "num_slices", "num_classes", "image_size", "cache", "parts")
@@ -47,25 +45,78 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     overrides, rest = parse_overrides(list(argv))
     parser = CommandParser(prog="python -m vit_jax.plan", description=__doc__)
     add = parser.add_argument
-    add("--config", required=True, help="config file, and its arguments after a colon")
-    add("--topology", required=True, help="v4, v5e, v5p, v6e, tpu7x:XxY[xZ]; h100 etc.:N; cpu:N")
-    add("--num_slices", type=int, default=1, help="slices of TPUs, or hosts of GPUs")
-    add("--num_classes", type=int, help="in place of the dataset's, which then is not looked at")
-    add("--image_size", type=int, help="with --num_classes, in place of the preprocessing's")
-    add("--kernels", action="store_true", help="list the kernels that take the longest")
-    add("--json", action="store_true", help="print the plan as JSON")
-    add("--search", action="store_true", help="find the mesh, remat and accumulation to use")
-    add("--images_per_device", type=_ints, default=(), help="for --search: batches to try, 64,128")
-    add("--max_compiles", type=int, default=6, help="for --search: programs to compile at most")
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
-    add("--scale", type=_ints, help="chips to predict speeds for, such as 16,64,256")
-    add("--cache", type=Path, default=search_lib.default_cache(), help="of compiled programs")
+    add(
+        "--config",
+        required=True,
+        help="Plan a run of this config: a file or a name, and its arguments after a colon.",
+    )
+    add(
+        "--topology",
+        required=True,
+        help="Plan for these devices: v4, v5e, v5p, v6e or tpu7x:XxY[xZ] for TPUs, h100:N for N "
+        "GPUs of a host, cpu:N for CPU devices.",
+    )
+    add(
+        "--num_slices",
+        type=int,
+        default=1,
+        help="Plan for this many slices of TPUs, or hosts of GPUs. The default is %(default)s.",
+    )
+    add(
+        "--num_classes",
+        type=int,
+        help="Plan for this many classes without reading the dataset.",
+    )
+    add(
+        "--image_size",
+        type=int,
+        help="Plan for images of this size, with --num_classes. The default is that of "
+        "data.preprocess.",
+    )
+    add("--kernels", action="store_true", help="List the kernels that take the longest.")
+    add("--json", action="store_true", help="Print the plan as JSON.")
+    add(
+        "--search",
+        action="store_true",
+        help="Find the fastest mesh, remat and gradient accumulation.",
+    )
+    add(
+        "--images_per_device",
+        type=_ints,
+        default=(),
+        metavar="N,N,...",
+        help="Try these batch sizes too, with --search.",
+    )
+    add(
+        "--max_compiles",
+        type=int,
+        default=6,
+        help="Compile at most this many programs, with --search. The default is %(default)s.",
+    )
+    add(
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="Compile in this many processes. The default is one for each core.",
+    )
+    add(
+        "--scale",
+        type=_ints,
+        metavar="N,N,...",
+        help="Predict the speed on these numbers of chips, such as 16,64,256.",
+    )
+    add(
+        "--cache",
+        type=Path,
+        help="Keep compiled programs in this folder. The default is ~/.cache/vit_jax/plan.",
+    )
     parser.add_parts()
     args = parser.parse_args(rest)
     if args.search and args.scale:
         raise UserError("--search and --scale: expected one of them")
     if min(args.max_compiles, args.jobs) < 1:
         raise UserError("--max_compiles and --jobs: expected at least 1")
+    find_file(args.config)
     return args, overrides
 
 
@@ -78,9 +129,16 @@ def _ints(value: str) -> tuple[int, ...]:
 
 def main(argv: Sequence[str]) -> None:
     """Plans a run and prints the result."""
+    args, overrides = parse_arguments(argv)
+    with importing():
+        import jax
+
+        from vit_jax.planning.plan import make_plan
+        from vit_jax.planning.search import default_cache
+        from vit_jax.planning.topologies import parse_topology
     # Nothing runs here: accelerators are not initialized, since others may be using them.
     jax.config.update("jax_platforms", "cpu")
-    args, overrides = parse_arguments(argv)
+    args.cache = args.cache or default_cache()
     trust_parts(args.parts)
     topology = parse_topology(args.topology, num_slices=args.num_slices)
     config = load_config(args.config, overrides).to_dict()
@@ -100,13 +158,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _describe(
-    plan: Plan, config: Mapping[str, Any], topology: Topology, *, kernels: bool
+    plan: "Plan", config: Mapping[str, Any], topology: "Topology", *, kernels: bool
 ) -> Iterator[str]:
+    from vit_jax.planning import search, text
+
     yield from text.describe_plan(plan)
     if kernels:
         yield from text.describe_kernels(plan)
     if not plan["fits"]:
-        candidates = search_lib.make_candidates(config, topology)
+        candidates = search.make_candidates(config, topology)
         yield from text.describe_remedies(plan, candidates)
 
 
@@ -114,9 +174,12 @@ def _search(
     args: argparse.Namespace,
     overrides: Mapping[str, Any],
     config: Mapping[str, Any],
-    topology: Topology,
+    topology: "Topology",
 ) -> tuple[Any, Iterator[str]]:
     """The plans of the best ways to run a config, as JSON and as lines."""
+    from vit_jax.planning import search as search_lib
+    from vit_jax.planning import text
+
     candidates = search_lib.make_candidates(
         config, topology, images_per_device=args.images_per_device
     )
@@ -136,14 +199,16 @@ def _search(
 
 
 def _scale(
-    args: argparse.Namespace, overrides: Mapping[str, Any], topology: Topology
+    args: argparse.Namespace, overrides: Mapping[str, Any], topology: "Topology"
 ) -> tuple[Any, Iterator[str]]:
     """The predicted speed for each number of chips, as JSON and as lines."""
+    from vit_jax.planning import scale, search, text
+
     if topology.chip is None:
         raise UserError(f"--topology={topology.name!r}: expected a TPU or a GPU to scale")
     passed = pass_on(args, overrides)
-    points = scale_lib.compile_points(lambda more: search_lib.plan_in_subprocess(passed, more))
-    rows = scale_lib.predict(points, topology, args.scale)
+    points = scale.compile_points(lambda more: search.plan_in_subprocess(passed, more))
+    rows = scale.predict(points, topology, args.scale)
     return [dataclasses.asdict(row) for row in rows], text.describe_scale(rows, points, topology)
 
 

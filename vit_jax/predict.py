@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Classifies images by a trained model, or writes their features.
 
-PATHS are files, folders (all images below them), patterns in quotes, or - for a list on stdin. All
-is prepared as in the evaluation of the model. Images that can't be read are named and left out;
-then the exit code is 1. It is 2 for bad input.
+PATHS are files, folders (all images below them), patterns in quotes, or - for a list on stdin.
+Images are prepared as in the evaluation of the model. Images that can't be read are named and left
+out; then the exit code is 1. It is 2 for bad input.
 
 Examples:
-  python -m vit_jax.predict --workdir=runs/digits photos
+  python -m vit_jax.predict runs/digits photos
   python -m vit_jax.predict --workdir=runs/digits --checkpoint=best --params=ema 'photos/**/*.png'
   find photos -name '*.jpg' | python -m vit_jax.predict --workdir=runs/digits --format=csv -
   python -m vit_jax.predict --workdir=runs/digits --output=classes.parquet --tta=flip photos
@@ -24,32 +24,21 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from vit_jax.config.load import parse_overrides
-from vit_jax.data.corrupt import CorruptCounter
-from vit_jax.inference.images import STDIN, find_images
-from vit_jax.inference.model import LoadedModel
-from vit_jax.inference.source import add_source, load_source
-from vit_jax.inference.stream import map_images
-from vit_jax.inference.writers import (
-    CsvWriter,
-    FeatureNpzWriter,
-    FeatureParquetWriter,
-    JsonWriter,
-    ParquetWriter,
-    TableWriter,
-    Writer,
-    import_pyarrow,
-)
+from vit_jax.inference.source import add_source, check_source, load_source
 from vit_jax.observe.console import log, set_up
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import check_fresh, fresh_file
+from vit_jax.utils.signals import importing
 from vit_jax.utils.streams import result_stream
 from vit_jax.utils.text import printable
+
+if TYPE_CHECKING:
+    from vit_jax.inference.model import LoadedModel
+    from vit_jax.inference.writers import Writer
 
 PREDICTIONS = ("table", "csv", "json", "parquet")
 FEATURES = ("npz", "parquet")
@@ -65,20 +54,39 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = CommandParser(prog="python -m vit_jax.predict", description=__doc__)
     add = parser.add_argument
-    add("PATHS", nargs="+", help="files, folders, patterns, or - for stdin")
-    add_source(parser)
-    add("--output", type=Path, help="file to write; must not exist")
+    add_source(parser, images="PATHS")
+    add("PATHS", nargs="+", help="Classify these images.")
+    add("--output", type=Path, help="Write the results to this file, which must not exist.")
     add(
         "--format",
         choices=(*PREDICTIONS, "npz"),
-        help="of the results; told by the ending of --output, else table",
+        help="Write the results in this format. The default follows from the ending of --output; "
+        "on the screen it is table.",
     )
-    add("--top_k", type=int, default=5, help="classes to list; %(default)s")
-    add("--embed", action="store_true", help="write features, not classes")
-    add("--layer", help="of --embed: whose output; pre_logits. A wrong name lists all")
-    add("--tta", choices=("flip",), help="take the mean with the mirror image")
-    add("--batch_size", type=int, default=64, help="images; %(default)s")
-    add("--num_threads", type=int, help="that decode; one a core")
+    add(
+        "--top_k",
+        type=int,
+        default=5,
+        help="List this many of the most probable classes. The default is %(default)s.",
+    )
+    add("--embed", action="store_true", help="Write features in place of classes.")
+    add(
+        "--layer",
+        help="Write the output of this layer, with --embed. The default is pre_logits; a wrong "
+        "name prints all layers.",
+    )
+    add("--tta", choices=("flip",), help="Average the results for each image and its mirror image.")
+    add(
+        "--batch_size",
+        type=int,
+        default=64,
+        help="Process this many images at a time. The default is %(default)s.",
+    )
+    add(
+        "--num_threads",
+        type=int,
+        help="Decode images in this many threads. The default is one for each core.",
+    )
     args = parser.parse_intermixed_args(argv)
     for key, least in (("top_k", 1), ("batch_size", 1), ("num_threads", 0)):
         value = getattr(args, key)
@@ -87,6 +95,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.layer is not None and not args.embed:
         raise UserError(f"--layer={args.layer}: expected --embed with it")
     _choose_format(args)
+    check_source(args)
     return args
 
 
@@ -103,14 +112,20 @@ def _choose_format(args: argparse.Namespace) -> None:
             f"{'with' if args.embed else 'without'} --embed"
         )
     if args.format == "parquet":
+        from vit_jax.inference.writers import import_pyarrow
+
         import_pyarrow()
         if args.output is None:
             raise UserError("--output is missing: --format=parquet expects a file")
 
 
 @contextlib.contextmanager
-def open_writer(args: argparse.Namespace, model: LoadedModel, paths: list[str]) -> Iterator[Writer]:
+def open_writer(
+    args: argparse.Namespace, model: "LoadedModel", paths: list[str]
+) -> Iterator["Writer"]:
     """What takes the results: the screen, or a file that appears when all are in it."""
+    from vit_jax.inference.writers import FeatureNpzWriter, FeatureParquetWriter, ParquetWriter
+
     with contextlib.ExitStack() as stack:
         if args.output is None:
             yield _make_text_writer(args, result_stream(), model, paths)
@@ -130,8 +145,10 @@ def open_writer(args: argparse.Namespace, model: LoadedModel, paths: list[str]) 
 
 
 def _make_text_writer(
-    args: argparse.Namespace, stream: Any, model: LoadedModel, paths: list[str]
-) -> Writer:
+    args: argparse.Namespace, stream: Any, model: "LoadedModel", paths: list[str]
+) -> "Writer":
+    from vit_jax.inference.writers import CsvWriter, JsonWriter, TableWriter
+
     if args.format == "csv":
         top_k = min(args.top_k, model.module.num_classes)
         return CsvWriter(stream, name_of=model.name_of, top_k=top_k)
@@ -145,12 +162,17 @@ def _width(paths: Sequence[str]) -> int:
     return max(len(printable(path)) for path in paths)
 
 
-def predict(args: argparse.Namespace, model: LoadedModel, paths: list[str]) -> int:
+def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) -> int:
     """Writes the results of all images; returns how many could not be read.
 
     Raises:
       UserError: none could be read, or the model can't do what is asked.
     """
+    import numpy as np
+
+    from vit_jax.data.corrupt import CorruptCounter
+    from vit_jax.inference.stream import map_images
+
     layer = "logits"
     if args.embed:
         layer = args.layer or "pre_logits"
@@ -196,6 +218,8 @@ def main(argv: Sequence[str]) -> int:
     set_up(quiet=False, to_stderr=args.output is None)
     if args.output is not None:
         check_fresh(args.output)
+    with importing():
+        from vit_jax.inference.images import STDIN, find_images
     if STDIN in args.PATHS and isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # Names of files may be of any bytes.
     paths = find_images(args.PATHS, lines=sys.stdin)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Writes the page of a run: curves, predictions with pictures, time, parameters, commands.
 
-A run writes it too, as WORKDIR/report.html, at each evaluation and at its end, without pictures:
-for them this command runs the model on images of an evaluation. It goes without where there is no
-checkpoint, or the data is not at hand. The exit code is 2 for bad input.
+A run writes this page too, as WORKDIR/report.html, at each evaluation and at its end, but without
+pictures: for them this command runs the model on images of an evaluation. Without a checkpoint, or
+where the data is missing, it writes the page without pictures. The exit code is 2 for bad input.
 
 Examples:
-  python -m vit_jax.report --workdir=runs/digits
+  python -m vit_jax.report runs/digits
   python -m vit_jax.report --workdir=runs/digits --eval=test --max_images=5000 --output=digits.html
   python -m vit_jax.report --workdir=runs/digits --no_predict
 """
@@ -16,30 +16,26 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from vit_jax.checkpoint.listing import is_step, list_steps
 from vit_jax.checkpoint.workdir import read_config, read_labels
 from vit_jax.config.reduced import reduce_for_evaluation, without_mesh
-from vit_jax.evaluators.base import Evaluator
-from vit_jax.evaluators.classification import NUM_BINS
-from vit_jax.inference.draw import encode_jpeg, encode_png, scale_up
-from vit_jax.objectives.base import Batch, Params
 from vit_jax.observe.console import log, set_up
 from vit_jax.pages.html import make_figure, make_section
 from vit_jax.pages.run_page import Predictions, make_report, read_details
-from vit_jax.training.evaluation import Judge, find_source
-from vit_jax.training.experiment import Experiment
-from vit_jax.utils.command import CommandParser, check_positive, run_command
+from vit_jax.utils.command import CommandParser, add_workdir, check_positive, run_command
 from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import REPORT
 from vit_jax.utils.registry import trust_parts
+from vit_jax.utils.signals import importing
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vit_jax.evaluators.base import Evaluator
+    from vit_jax.objectives.base import Batch, Params
 
 # Least and most pixels of the longer side of a picture.
 _MIN_SIDE, _MAX_SIDE = 112, 224
@@ -56,7 +52,7 @@ class Example:
       loss: negative log-likelihood of the label, in nats.
     """
 
-    image: np.ndarray
+    image: "np.ndarray"
     label: int
     predicted: int
     confidence: float
@@ -73,20 +69,23 @@ class Findings:
       best: examples with the lowest loss, the lowest first.
     """
 
-    rows: Mapping[str, np.ndarray]
+    rows: Mapping[str, "np.ndarray"]
     worst: Sequence[Example]
     best: Sequence[Example]
 
 
 def predict_split(
-    evaluator: Evaluator, params: Params, *, max_images: int, pictures: int
+    evaluator: "Evaluator", params: "Params", *, max_images: int, pictures: int
 ) -> Findings:
     """Runs a model over the first `max_images` images of an evaluator's split.
 
     `params` are on the mesh. `pictures` of the worst and of the best predictions are kept.
     """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
 
-    def judge(params: Params, batch: Batch) -> dict[str, jax.Array]:
+    def judge(params: "Params", batch: "Batch") -> dict[str, jax.Array]:
         logits = evaluator.objective.predict(params, batch)["logits"].astype(jnp.float32)
         log_p = jax.nn.log_softmax(logits)
         return {
@@ -119,13 +118,17 @@ def predict_split(
     return Findings(rows, worst, best)
 
 
-def _example(image: np.ndarray, rows: Mapping[str, np.ndarray], i: int) -> Example:
+def _example(image: "np.ndarray", rows: Mapping[str, "np.ndarray"], i: int) -> Example:
     label, predicted = int(rows["label"][i]), int(rows["predicted"][i])
     return Example(image, label, predicted, float(rows["confidence"][i]), float(rows["loss"][i]))
 
 
 def summarize_findings(findings: Findings, title: str, names: Sequence[str]) -> Predictions:
     """Computes the calibration and the confusion matrix of predictions."""
+    import numpy as np
+
+    from vit_jax.evaluators.classification import NUM_BINS
+
     rows = findings.rows
     place = np.ceil(np.nan_to_num(rows["confidence"]) * NUM_BINS).astype(int).clip(1, NUM_BINS)
     hits = rows["label"] == rows["predicted"]
@@ -153,6 +156,11 @@ def show_examples(findings: Findings, title: str, names: Sequence[str]) -> list[
 
 def show_example(example: Example, names: Sequence[str]) -> str:
     """Makes a card of the picture of an example, with the names of its classes."""
+    import numpy as np
+    from PIL import Image
+
+    from vit_jax.inference.draw import encode_jpeg, encode_png, scale_up
+
     image = example.image
     if max(image.shape[:2]) > _MAX_SIDE:
         small = Image.fromarray(image)
@@ -177,22 +185,41 @@ def _name(names: Sequence[str], label: int) -> str:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command's arguments; raises `UserError` if one is invalid."""
     parser = CommandParser(prog="python -m vit_jax.report", description=__doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="of the run")
-    parser.add_argument("--output", type=Path, help=f"file to write; WORKDIR/{REPORT}")
-    parser.add_argument("--checkpoint", help="a step of the run, last (the default) or best")
-    parser.add_argument("--eval", help="whose images to predict; the first that classifies")
-    parser.add_argument("--max_images", type=int, default=2000, help="to predict; %(default)s")
-    parser.add_argument("--pictures", type=int, default=12, help="of each kind; %(default)s")
-    parser.add_argument("--no_predict", action="store_true", help="do not run the model")
+    add = parser.add_argument
+    add_workdir(parser, "Write the page of the run of this workdir, which may be under way.")
+    add("--output", type=Path, help=f"Write this file. The default is WORKDIR/{REPORT}.")
+    add(
+        "--checkpoint",
+        help="Run the checkpoint of this step, or the `last` or `best` one. The default is last.",
+    )
+    add(
+        "--eval",
+        metavar="NAME",
+        help="Predict the images of this evaluator. The default is the first that classifies.",
+    )
+    add(
+        "--max_images",
+        type=int,
+        default=2000,
+        help="Predict at most this many images. The default is %(default)s.",
+    )
+    add(
+        "--pictures",
+        type=int,
+        default=12,
+        help="Show this many of the best and of the worst predictions. The default is %(default)s.",
+    )
+    add("--no_predict", action="store_true", help="Write the page without running the model.")
     parser.add_parts()
     args = parser.parse_args(argv)
+    parser.require_workdir(args.workdir)
     check_positive(args, "max_images", "pictures", expected="at least 1")
     args.init_from = None
     read_config(args.workdir)
     return args
 
 
-def choose_evaluator(evaluators: Sequence[Evaluator], name: str | None) -> Evaluator:
+def choose_evaluator(evaluators: Sequence["Evaluator"], name: str | None) -> "Evaluator":
     """The evaluator of that name, or the first with one class per image; `UserError` if none."""
     able = {
         e.name: e
@@ -216,6 +243,10 @@ def predict(
     Raises:
       UserError: there is no checkpoint, the data is missing, or no evaluator classifies.
     """
+    with importing():
+        from vit_jax.training.evaluation import Judge, find_source
+        from vit_jax.training.experiment import Experiment
+
     source = find_source(args)
     config = reduce_for_evaluation(without_mesh(config))
     experiment = Experiment.from_config(config, match_classes=False)

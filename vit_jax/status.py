@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reports the progress of a run from its workdir alone.
 
-python -m vit_jax.status runs/digits
+Examples:
+  python -m vit_jax.status runs/digits
+  python -m vit_jax.status runs/digits --json
 """
 
+import argparse
 import datetime
 import json
 import time
@@ -18,7 +21,7 @@ from vit_jax.checkpoint.workdir import find_holder
 from vit_jax.observe.console import set_up
 from vit_jax.observe.divergence import read_rollbacks
 from vit_jax.observe.ledger import KINDS, read_ledger, summarize
-from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.command import CommandParser, add_workdir, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS
 from vit_jax.utils.streams import print_result
@@ -97,13 +100,24 @@ def show(workdir: Path, found: dict[str, Any]) -> list[str]:
     return lines + [f"  {name:<14} {text}" for name, text in rows.items()]
 
 
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the arguments of the command; raises `UserError` if one is invalid."""
+    parser = CommandParser(prog="python -m vit_jax.status", description=__doc__)
+    add_workdir(parser, "Report on the run of this workdir, which may be under way.")
+    parser.add_argument("--json", action="store_true", help="Print a JSON object, not text.")
+    parser.add_argument(
+        "--no_verify",
+        action="store_true",
+        help="Skip the checksums of the newest checkpoint, which takes long if it is large.",
+    )
+    args = parser.parse_args(argv)
+    parser.require_workdir(args.workdir)
+    return args
+
+
 def main(argv: Sequence[str]) -> None:
     """Prints the progress of a run."""
-    parser = CommandParser(prog="python -m vit_jax.status", description=__doc__)
-    parser.add_argument("workdir", type=Path)
-    parser.add_argument("--json", action="store_true", help="print an object")
-    parser.add_argument("--no_verify", action="store_true", help="read no checkpoint")
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     set_up(quiet=False, to_stderr=args.json)
     found = describe(args.workdir, verify=not args.no_verify)
     if args.json:

@@ -36,8 +36,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from vit_jax.config.load import load_config, parse_literal, parse_overrides
 from vit_jax.config.reduced import without_mesh
 from vit_jax.observe.console import log, set_up
@@ -49,8 +47,6 @@ from vit_jax.pages.comparison import (
     read_run,
     show_table,
 )
-from vit_jax.runtime.preemption import RUN_AGAIN
-from vit_jax.training.experiment import Experiment
 from vit_jax.utils.bounds import MAX_TABLE, read_json
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, describe_error
@@ -58,7 +54,7 @@ from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CONFIG
 from vit_jax.utils.metrics import lower_is_better
 from vit_jax.utils.registry import trust_parts
-from vit_jax.utils.signals import INTERRUPTED
+from vit_jax.utils.signals import INTERRUPTED, RUN_AGAIN, importing
 from vit_jax.utils.streams import print_result
 from vit_jax.utils.text import printable
 
@@ -182,6 +178,10 @@ def check_trials(trials: Sequence[Trial]) -> None:
     Raises:
       UserError: a config is wrong; the message names the run.
     """
+    with importing():
+        import jax
+
+        from vit_jax.training.experiment import Experiment
     # Accelerators are not initialized here, since that would take the memory of the runs.
     jax.config.update("jax_platforms", "cpu")
     for trial in trials:
@@ -363,14 +363,29 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the arguments, without overrides; raises `UserError` if they exclude each other."""
     parser = CommandParser(prog="python -m vit_jax.sweep", description=__doc__)
     add = parser.add_argument
-    add("--config", required=True, help="config file, as for vit_jax.main")
-    add("--sweep", required=True, help="file with get_sweep")
-    add("--workdir", required=True, type=Path, help="of all runs")
-    add("--metric", help="to sort by, such as val/top1; the first there is")
-    add("--emit", choices=("commands", "slurm", "gke"), help="print the commands, run nothing")
-    add("--launch_args", default="", help="of --emit: options of sbatch, or of vit_jax.launch.gke")
-    add("--summarize", action="store_true", help="only make the table")
-    add("--no_check", action="store_true", help="do not check the configs: the data is elsewhere")
+    add("--config", required=True, help="Train this config: a file or a name, as in vit_jax.main.")
+    add("--sweep", required=True, help="Take the settings from get_sweep of this file.")
+    add("--workdir", required=True, type=Path, help="Make a workdir for each run in this folder.")
+    add(
+        "--metric",
+        help="Sort the table by this metric, such as val/top1. The default is the first one.",
+    )
+    add(
+        "--emit",
+        choices=("commands", "slurm", "gke"),
+        help="Print the command of each run, for this machine or a cluster, and run nothing.",
+    )
+    add(
+        "--launch_args",
+        default="",
+        help="Pass these options to sbatch or vit_jax.launch.gke, with --emit.",
+    )
+    add("--summarize", action="store_true", help="Make the table of the runs and run nothing.")
+    add(
+        "--no_check",
+        action="store_true",
+        help="Skip the check of all configs, for data that is on another machine.",
+    )
     parser.add_parts()
     args = parser.parse_args(argv)
     if args.emit and args.summarize:

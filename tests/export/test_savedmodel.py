@@ -43,7 +43,7 @@ def test_what_tensorflow_says_is_one_line_and_nothing_is_left(tmp_path, monkeypa
     writer = tmp_path / "writer.py"
     writer.write_text("raise ValueError('no such version')")
     monkeypatch.setattr(savedmodel, "_WRITER", writer)
-    monkeypatch.setattr("vit_jax.export.__main__.check_tensorflow", lambda python: None)
+    monkeypatch.setattr("vit_jax.export.savedmodel.check_tensorflow", lambda python: None)
     file, output = write_model(tmp_path / "vit.npz"), tmp_path / "out"
     with pytest.raises(UserError, match="can't write this model: ValueError: no such version"):
         main([f"--checkpoint={file}", "--to=savedmodel", f"--output={output}"])

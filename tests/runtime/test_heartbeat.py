@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vit_jax.runtime.preemption import RUN_AGAIN
+from vit_jax.utils.signals import RUN_AGAIN
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -11,10 +11,10 @@ import pytest
 
 from tests.clock import Clock, wait_until
 from vit_jax.runtime import watchdog
-from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.runtime.watchdog import Limits, Watchdog
 from vit_jax.training.phases import Phases
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.signals import RUN_AGAIN
 
 ROOT = Path(__file__).parent.parent.parent
 

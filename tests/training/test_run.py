@@ -29,12 +29,12 @@ from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.progress import Monitor
 from vit_jax.pages import run_page
-from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.training import services
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.run import train
 from vit_jax.training.services import is_due
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.signals import RUN_AGAIN
 from vit_jax.utils.tree import flatten
 
 ROOT = Path(__file__).parents[2]

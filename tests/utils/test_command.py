@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from vit_jax.utils import signals
 from vit_jax.utils.command import run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.streams import print_result
@@ -46,6 +47,15 @@ def test_bad_input_and_an_interruption_are_one_line(monkeypatch, capsys):
         "vit_jax: interrupted",
         "vit_jax: goes on",
     ]
+
+
+def test_an_interruption_of_imports_ends_the_process_and_not_an_import(monkeypatch):
+    ended, before = [], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(signals, "end_now", lambda text, code: ended.append((text, code)))
+    with signals.importing():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert ended == [("interrupted at the start, before anything was done", 130)]
 
 
 def test_a_fault_of_the_program_is_not_hidden(monkeypatch):

@@ -20,8 +20,7 @@ from tools.chaos.job import End, Job, Lab, newest_whole, steps_by_start
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manifest import find_fault
 from vit_jax.data.sources import open_source
-from vit_jax.runtime.preemption import RUN_AGAIN
-from vit_jax.utils.signals import INTERRUPTED
+from vit_jax.utils.signals import INTERRUPTED, RUN_AGAIN
 
 # Losses of the same steps on other numbers of processes: float additions in another order.
 RTOL = 1e-4

@@ -10,18 +10,21 @@ Examples:
 """
 
 import argparse
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from vit_jax.benchmark import checkpoint, input, loop, startup, step
-from vit_jax.config.load import parse_overrides
+from vit_jax.benchmark.arguments import add_arguments
+from vit_jax.config.load import find_file, parse_overrides
+from vit_jax.config.shipped import read_docstring
 from vit_jax.observe.console import log, set_up
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.signals import importing
 
-# Each has `add_arguments(parser)` and `run(args)`, which returns a JSON object and lines to print.
-PARTS = {"input": input, "step": step, "loop": loop, "checkpoint": checkpoint, "startup": startup}
+# Modules of this package with `run(args)`, which returns a JSON object and lines to print.
+PARTS = ("input", "step", "loop", "checkpoint", "startup")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,20 +32,22 @@ def main(argv: Sequence[str]) -> None:
     set_up(quiet=False)
     parser = CommandParser(prog="python -m vit_jax.benchmark", description=__doc__)
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
-    for name, part in PARTS.items():
-        sub = parts.add_parser(
-            name,
-            help=(part.__doc__ or "").splitlines()[0],
-            description=part.__doc__,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    for name in PARTS:
+        text = read_docstring(Path(__file__).with_name(f"{name}.py"))
+        sub = parts.add_parser(name, help=text.partition("\n")[0], description=text)
+        add_arguments(sub, name)
+        sub.add_argument(
+            "--json", type=Path, metavar="PATH", help="Write the results to this file too."
         )
-        part.add_arguments(sub)
-        sub.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
     overrides, rest = parse_overrides(list(argv))
     args = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
     if overrides and "config" not in args:
         raise UserError(f"--config.{next(iter(overrides))}: {args.part} has no config to override")
-    results, lines = PARTS[args.part].run(args)
+    if "config" in args:
+        find_file(args.config)
+    with importing():
+        part = importlib.import_module(f"vit_jax.benchmark.{args.part}")
+    results, lines = part.run(args)
     if "config" in args:
         results = {"config": args.config, "overrides": overrides} | results
     for line in lines:

@@ -12,19 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax.benchmark.arguments import add_config, read_config
+from vit_jax.benchmark.arguments import read_config
 from vit_jax.checkpoint.manager import CheckpointManager, CheckpointOptions
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.command import check_positive
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `run`."""
-    add_config(parser)
-    parser.add_argument("--folder", default=".", help="on the disk to measure")
-    parser.add_argument("--saves", type=int, default=5, help="and as many files, in turns")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:

@@ -40,18 +40,6 @@ class Speed:
     images_per_core: float
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `run`."""
-    parser.add_argument("--source", required=True, help="as data.name, such as folder:/data/birds")
-    parser.add_argument("--split", default="train", help="with slices")
-    parser.add_argument("--preprocess", default="decode|inception_crop(224)|flip_lr", help="line")
-    parser.add_argument("--batch_size", type=int, default=128, help="of this process")
-    parser.add_argument("--data_dir", help="where TFDS keeps its datasets")
-    parser.add_argument("--num_threads", type=int, help="as data.num_threads")
-    parser.add_argument("--seconds", type=float, default=10, help="that each measurement takes")
-    parser.add_argument("--step_ms", type=float, help="of a training step, to see its data-wait")
-
-
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """Measures, and returns the results as JSON and as lines of text."""
     check_positive(args, "batch_size", "seconds", "num_threads", "step_ms")

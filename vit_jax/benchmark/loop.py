@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from vit_jax.benchmark.arguments import add_config, read_config
+from vit_jax.benchmark.arguments import read_config
 from vit_jax.benchmark.step import make_batch, measure_steps
 from vit_jax.config.cpu_devices import count_cpu_devices
 from vit_jax.config.reduced import reduce_for_timing
@@ -26,13 +26,6 @@ from vit_jax.runtime.cpu_devices import set_cpu_devices
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.run import train
 from vit_jax.utils.command import check_positive
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `run`."""
-    add_config(parser)
-    parser.add_argument("--rounds", type=int, default=5, help="ratios, by their median")
-    parser.add_argument("--seconds", type=float, default=5, help="of each of the three in a round")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:

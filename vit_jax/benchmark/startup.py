@@ -11,17 +11,10 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from vit_jax.benchmark.arguments import add_config
 from vit_jax.utils.command import check_positive
 from vit_jax.utils.errors import UserError
 
 _FIRST_STEP = "first step after"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `run`."""
-    add_config(parser, sizes=False)
-    parser.add_argument("--rounds", type=int, default=3, help="medians are of so many")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:

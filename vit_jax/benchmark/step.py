@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vit_jax.benchmark.arguments import add_config, read_config
+from vit_jax.benchmark.arguments import read_config
 from vit_jax.config.cpu_devices import count_cpu_devices
 from vit_jax.models.flops import train_flops
 from vit_jax.observe.panel import peak_bytes
@@ -19,13 +19,6 @@ from vit_jax.training.experiment import Experiment
 from vit_jax.utils.command import check_positive
 
 _GEMM_SIZE = 2048
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `run`."""
-    add_config(parser)
-    parser.add_argument("--repeats", type=int, default=5, help="measurements, by their median")
-    parser.add_argument("--seconds", type=float, default=3, help="of each measurement")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:

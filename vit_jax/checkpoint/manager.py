@@ -113,7 +113,7 @@ class CheckpointManager:
         self._directory = workdir.absolute() / CHECKPOINTS
         self._keep, self._best = options.keep, options.keep_best
         self._main = jax.process_index() == 0
-        self._latest, self._faults = _choose(self._directory)
+        self._latest, self._faults = choose_checkpoint(self._directory)
         with fail_together():
             if self._main:
                 self._open()
@@ -378,10 +378,16 @@ def _silence_failed_saves() -> None:
     sys.unraisablehook = report
 
 
-def _choose(directory: Path) -> tuple[int | None, dict[int, str]]:
+def choose_checkpoint(directory: Path) -> tuple[int | None, dict[int, str]]:
     """Returns the newest step that is not damaged, and the faults of newer steps.
 
-    Process 0 reads the checkpoints; the faults are logged.
+    Process 0 reads the checkpoints, without writing anything; the faults are logged.
+
+    Args:
+      directory: the folder of the checkpoints, which may be missing.
+
+    Raises:
+      UserError: there are checkpoints, and all are damaged; raised in all processes.
     """
     chosen: dict[str, Any] = {"step": None, "faults": []}
     for step in reversed(list_steps(directory.parent)) if jax.process_index() == 0 else ():

@@ -80,6 +80,11 @@ def find_config(workdir: Path) -> dict[str, Any] | None:
     return config
 
 
+def is_workdir(folder: Path) -> bool:
+    """Whether a folder looks like the workdir of a run: it has a config or checkpoints."""
+    return (folder / CONFIG).exists() or (folder / CHECKPOINTS).is_dir()
+
+
 def check_files(workdir: Path) -> None:
     """Checks that the files of a run can be used, as far as they exist.
 
@@ -225,10 +230,7 @@ def lock_workdir(workdir: Path, *, active: bool = True) -> Iterator[None]:
                 file.seek(0)
                 holder = file.read().decode(errors="replace").strip() or "another process"
                 file.close()
-                raise UserError(
-                    f"--workdir={str(workdir)!r} is in use by {holder}; expected one run at a "
-                    "time: wait for its end, or choose another workdir"
-                ) from None
+                raise _make_busy_error(workdir, holder) from None
             time.sleep(_LOOK_S / 20)
         file.close()
     with file:
@@ -240,6 +242,19 @@ def lock_workdir(workdir: Path, *, active: bool = True) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def check_free(workdir: Path) -> None:
+    """Raises `UserError` if a process trains in a workdir; takes no lock."""
+    if (holder := find_holder(workdir)) is not None:
+        raise _make_busy_error(workdir, holder)
+
+
+def _make_busy_error(workdir: Path, holder: str) -> UserError:
+    return UserError(
+        f"--workdir={str(workdir)!r} is in use by {holder}; expected one run at a time: wait for "
+        "its end, or choose another workdir"
+    )
 
 
 def find_holder(workdir: Path) -> str | None:

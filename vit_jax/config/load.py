@@ -4,12 +4,12 @@
 import ast
 import runpy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vit_jax.config.shipped import find_config
-from vit_jax.data.sources import KINDS
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.registry import find_parts, trust_parts
@@ -33,14 +33,10 @@ def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
     Raises:
       UserError: the file is missing or fails, or a key lies below a value.
     """
-    name, colon, argument = value.partition(":")
-    try:
-        path = find_config(name)
-    except UserError as e:
-        raise UserError(f"--config={value}: {e}") from None
+    path, argument = find_file(value)
     try:
         get_config = runpy.run_path(str(path))["get_config"]
-        config = get_config(argument) if colon else get_config()
+        config = get_config() if argument is None else get_config(argument)
     except UserError:
         raise
     except Exception as e:
@@ -51,12 +47,27 @@ def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
     return override_config(config.to_dict(), overrides)
 
 
+def find_file(value: str) -> tuple[Path, str | None]:
+    """Returns the file that the value of `--config` names, and its arguments if there is a colon.
+
+    Raises:
+      UserError: the file is missing.
+    """
+    name, colon, argument = value.partition(":")
+    try:
+        return find_config(name), argument if colon else None
+    except UserError as e:
+        raise UserError(f"--config={value}: {e}") from None
+
+
 def trust_config(config: ConfigDict | Mapping[str, Any]) -> None:
     """Allows to import the modules that a config of the user names, see `trust_parts`.
 
     Args:
       config: nested, or values by dotted key.
     """
+    from vit_jax.data.sources import KINDS
+
     config = config.to_dict() if isinstance(config, ConfigDict) else config
     for key, value in flatten_config(config).items():
         if key.rpartition(".")[2] in _NAMES:

@@ -12,6 +12,8 @@ Examples:
   python -m vit_jax.data.check folder:/data/birds --config=folder --config.data.batch_size=64
 """
 
+from __future__ import annotations
+
 import argparse
 import collections
 import concurrent.futures
@@ -24,31 +26,26 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
-from vit_jax.config.build import count_examples
-from vit_jax.config.load import load_config, parse_overrides
-from vit_jax.data.ops.decode import MAX_PIXELS, ImageError, decode_image, read_header
-from vit_jax.data.ops.fused import fuse
-from vit_jax.data.ops.transforms import Op, apply
-from vit_jax.data.pipeline import DatasetSpec, train_batches
-from vit_jax.data.preprocess import parse_preprocess
-from vit_jax.data.sources import find_dataset
-from vit_jax.data.sources.base import Dataset, DatasetInfo, Source, select
-from vit_jax.data.sources.tfds import TfdsDataset
+from vit_jax.config.load import find_file, load_config, parse_overrides
 from vit_jax.observe.console import log, set_up
 from vit_jax.observe.progress_log import ProgressLog
-from vit_jax.training.experiment import Experiment
-from vit_jax.training.previews import preview_first_batch
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import find_parts, trust_parts
+from vit_jax.utils.signals import importing
 from vit_jax.utils.streams import print_result
 from vit_jax.utils.text import printable
+
+if TYPE_CHECKING:
+    from vit_jax.data.ops.transforms import Op
+    from vit_jax.data.pipeline import DatasetSpec
+    from vit_jax.data.sources.base import Dataset, DatasetInfo, Source
+    from vit_jax.data.sources.tfds import TfdsDataset
+    from vit_jax.training.experiment import Experiment
 
 # Formats by file name ending.
 _ENDINGS = {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}
@@ -56,7 +53,7 @@ _ENDINGS |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
 _USUAL_MODES = ("RGB", "L")
 # A size is odd if a side is below _SMALL, the longer one above _LONG times the shorter, or if there
 # are more than _MANY pixels.
-_SMALL, _LONG, _MANY = 8, 8, MAX_PIXELS // 2
+_SMALL, _LONG, _MANY = 8, 8, 2**26
 
 # Examples of an epoch where a config can't have its own: no warm-up is longer.
 _EPOCH = 10**9
@@ -103,6 +100,8 @@ def find_lines(
     experiment: Experiment, dataset: Dataset | TfdsDataset, name: str, split: str
 ) -> list[Line]:
     """The preprocessing of each split that an experiment reads, for the records of `split`."""
+    from vit_jax.data.ops.fused import fuse
+
     lines, rows = [], _find_rows(dataset, name, split)
     for spec in (experiment.train_data, *(e.data for e in experiment.evaluators)):
         # A split that is not there is reported by `check_run`.
@@ -115,6 +114,8 @@ def find_lines(
 
 def _find_rows(dataset: Dataset | TfdsDataset, name: str, split: str) -> np.ndarray:
     """Numbers of the records of a split among those of all splits, one after the other."""
+    from vit_jax.data.sources.base import select
+
     lengths = dataset.lengths
     first = dict(zip(lengths, itertools.accumulate(lengths.values(), initial=0), strict=False))
     parts = select(split, lengths, name=name, key="split")
@@ -123,6 +124,9 @@ def _find_rows(dataset: Dataset | TfdsDataset, name: str, split: str) -> np.ndar
 
 def inspect_record(source: Source, index: int, lines: Iterable[Line] = ()) -> Finding:
     """Reads and decodes one record, and prepares it as the lines for it say."""
+    from vit_jax.data.ops.decode import ImageError, decode_image
+    from vit_jax.data.ops.transforms import apply
+
     record = source.describe(index)
     try:
         features = source[index]
@@ -158,6 +162,10 @@ def inspect_record(source: Source, index: int, lines: Iterable[Line] = ()) -> Fi
 
 
 def _list_odd(encoded: bytes, ending: str) -> Iterator[str]:
+    from PIL import Image
+
+    from vit_jax.data.ops.decode import read_header
+
     kind, _ = read_header(encoded)
     if ending in _ENDINGS and kind != _ENDINGS[ending]:
         yield f"{kind or 'another format'} named {ending}"
@@ -244,6 +252,8 @@ def _report_duplicates(findings: Iterable[Finding], dataset: Dataset | TfdsDatas
 
 def _find_splits(dataset: Dataset | TfdsDataset) -> dict[str, str]:
     """The split of each record, by its path; none for TFDS, which checks its own data."""
+    from vit_jax.data.sources.base import Dataset
+
     if not isinstance(dataset, Dataset):
         return {}
     return {
@@ -293,6 +303,10 @@ def load_experiment(
 
     Raises `UserError` if the config is invalid for data of any length.
     """
+    import jax
+
+    from vit_jax.training.experiment import Experiment
+
     own = {"data.name": args.SRC, "mesh": {}}
     if args.data_dir is not None:
         own["data.data_dir"] = args.data_dir
@@ -306,6 +320,8 @@ def load_experiment(
 
 def check_run(experiment: Experiment) -> tuple[list[str], list[str]]:
     """Opens all data that a run reads; returns lines on what is there, and on what is refused."""
+    from vit_jax.config.build import count_examples
+
     lines, refused = [], []
 
     data = experiment.train_data
@@ -334,7 +350,11 @@ def check_run(experiment: Experiment) -> tuple[list[str], list[str]]:
 
 def prepare_images(sheet: DatasetSpec | Experiment) -> tuple[np.ndarray, list[str]]:
     """Training images as a model would see them, uint8 `[64, height, width, 3]`, and captions."""
-    if isinstance(sheet, Experiment):
+    from vit_jax.data.pipeline import DatasetSpec, train_batches
+
+    if not isinstance(sheet, DatasetSpec):
+        from vit_jax.training.previews import preview_first_batch
+
         data = dataclasses.replace(sheet.train_data, batch_size=_SHEET**2)
         images, labels = preview_first_batch(dataclasses.replace(sheet, train_data=data))
         return images, [caption(label, data.info) for label in labels]
@@ -360,6 +380,8 @@ def write_contact_sheet(path: Path, images: np.ndarray, captions: Sequence[str])
 
     Below each one is its caption, as far as it fits.
     """
+    from PIL import Image, ImageDraw, ImageFont
+
     times = -(-_TILE // max(images.shape[1:3]))
     images = images.repeat(times, axis=1).repeat(times, axis=2)
     # The sheet of large images is looked at from further away.
@@ -388,27 +410,40 @@ def main(argv: Sequence[str]) -> int:
     parser = CommandParser(prog="python -m vit_jax.data.check", description=__doc__)
     parser.add_argument(
         "SRC",
-        help="as data.name of a config, such as folder:/data/birds; without folders for splits, "
-        "each class is cut into 80 %% train, 10 %% validation and 10 %% test",
+        help="Check this dataset, given as data.name in a config, such as folder:/data/birds. "
+        "Without folders for splits, each class is cut into 80 %% train, 10 %% validation and "
+        "10 %% test.",
     )
     parser.add_argument(
-        "--split", default="all", help="with slices, such as train[:98%%]; all by default"
+        "--split",
+        default="all",
+        help="Check this split, which may have slices, as train[:98%%]. The default is all.",
     )
-    parser.add_argument("--data_dir", help="where TFDS keeps its datasets")
+    parser.add_argument("--data_dir", help="Read TFDS datasets from this folder.")
     lines = parser.add_mutually_exclusive_group()
-    lines.add_argument("--config", help="whose lines are tried, and whose augmentation is shown")
+    lines.add_argument(
+        "--config",
+        help="Try the preprocessing of this config, show its augmentation, and check the data that "
+        "its run reads. --config.KEY=VALUE overrides a key.",
+    )
     lines.add_argument(
         "--preprocess",
         default="decode|inception_crop(224)|flip_lr",
-        help="to try and to show where there is no config; %(default)r by default",
+        metavar="LINE",
+        help="Try and show this preprocessing without a config. The default is %(default)r.",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("runs/check"),
-        help="folder for contact_sheet.png; %(default)s by default",
+        help="Write contact_sheet.png to this folder. The default is %(default)s.",
     )
-    parser.add_argument("--num_threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--num_threads",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="Read in this many threads. The default is one for each core.",
+    )
     overrides, rest = parse_overrides(list(argv))
     args = parser.parse_args(rest)
     set_up(quiet=False)
@@ -416,6 +451,13 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--config.{next(iter(overrides))}: expected --config=FILE with it")
     if args.num_threads < 1:
         raise UserError(f"--num_threads={args.num_threads}: expected at least 1")
+    if args.config is not None:
+        find_file(args.config)
+    with importing():
+        from vit_jax.data.ops.fused import fuse
+        from vit_jax.data.pipeline import DatasetSpec
+        from vit_jax.data.preprocess import parse_preprocess
+        from vit_jax.data.sources import find_dataset
     trust_parts(find_parts(f"{args.SRC}|{args.preprocess}"))
     parse_preprocess(args.preprocess, key="--preprocess")
     dataset = find_dataset(args.SRC, data_dir=args.data_dir)

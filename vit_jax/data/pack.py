@@ -12,6 +12,8 @@ Examples:
   python -m vit_jax.main ... --config.data.name=raw:/fast/birds_raw
 """
 
+from __future__ import annotations
+
 import argparse
 import concurrent.futures
 import contextlib
@@ -25,27 +27,23 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 
-from vit_jax.data.corrupt import CorruptCounter
-from vit_jax.data.loader import count_threads
-from vit_jax.data.ops.decode import ImageError, decode_image
-from vit_jax.data.ops.geometry import resize_image
-from vit_jax.data.ops.transforms import CentralCrop, ResizeSmall
-from vit_jax.data.sources import find_dataset
-from vit_jax.data.sources.base import Dataset, NoLabelError, Rows, Source
-from vit_jax.data.sources.packed import MANIFEST, Manifest, Shard, check_manifest, read_manifest
-from vit_jax.data.sources.tfds import TfdsDataset
 from vit_jax.observe.console import log, set_up
 from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import atomic_file, write_atomically
 from vit_jax.utils.registry import find_parts, trust_parts
+from vit_jax.utils.signals import importing
+
+if TYPE_CHECKING:
+    from vit_jax.data.corrupt import CorruptCounter
+    from vit_jax.data.sources.base import Dataset, Source
+    from vit_jax.data.sources.packed import Manifest, Shard
+    from vit_jax.data.sources.tfds import TfdsDataset
 
 _BLOCK = 512  # bytes of a block, as `stat` counts them
 
@@ -65,6 +63,12 @@ def shrink_jpeg(encoded: Any, *, short_side: int, quality: int) -> bytes:
     100; the bytes of a smaller image are returned unchanged. Raises `ImageError` if it can't be
     read, or written as a JPEG.
     """
+    import cv2
+
+    from vit_jax.data.ops.decode import ImageError, decode_image
+    from vit_jax.data.ops.geometry import resize_image
+    from vit_jax.data.ops.transforms import ResizeSmall
+
     image = decode_image(encoded)  # This also checks files that are copied unchanged.
     if min(image.shape[:2]) > short_side:
         height, width = ResizeSmall(short_side).shape(*image.shape[:2])
@@ -83,6 +87,9 @@ def make_square(encoded: Any, *, size: int) -> np.ndarray:
 
     Raises `ImageError` if it can't be read.
     """
+    from vit_jax.data.ops.decode import decode_image
+    from vit_jax.data.ops.transforms import CentralCrop, ResizeSmall
+
     image = ResizeSmall(size, method="area").change(decode_image(encoded))
     return CentralCrop(size).change(image)
 
@@ -94,6 +101,8 @@ def pack(
 
     Raises `OSError` or `RuntimeError` if a file can't be written.
     """
+    from vit_jax.data.corrupt import CorruptCounter
+
     corrupt, counter, total = 0, CorruptCounter(), sum(manifest.splits.values())
     progress = ProgressLog("packing", total=total, unit="images")
     with progress, concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
@@ -119,6 +128,8 @@ def _prepare(
     corrupt: CorruptCounter,
 ) -> Iterator[Packed]:
     """Examples in order, a few of them prepared ahead."""
+    from vit_jax.data.ops.decode import ImageError
+    from vit_jax.data.sources.base import Rows
 
     def prepare(index: int) -> Packed:
         label = source.label(index) if isinstance(source, Rows) else np.int32(0)
@@ -167,6 +178,8 @@ def _write_shard(
 def _write_jpegs(
     examples: Iterator[Packed], shard: Shard, manifest: Manifest, folder: Path
 ) -> Iterator[Packed]:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
     path = folder / f"{shard.name}.array_record"
     with atomic_file(path, sync=True) as temporary:
         # JPEGs can't be compressed further; groups of one are read at any place at once.
@@ -223,6 +236,9 @@ def _find_splits(dataset: Dataset | TfdsDataset) -> dict[str, int]:
 
     Raises `UserError` if there is none.
     """
+    from vit_jax.data.ops.decode import ImageError
+    from vit_jax.data.sources.base import NoLabelError
+
     found, error = {}, None
     for split, length in dataset.lengths.items():
         try:
@@ -241,6 +257,8 @@ def _find_splits(dataset: Dataset | TfdsDataset) -> dict[str, int]:
 
 def _check_same(manifest: Manifest, folder: Path) -> None:
     """Raises `UserError` if the folder holds another pack."""
+    from vit_jax.data.sources.packed import Manifest, read_manifest
+
     there = read_manifest(folder, key=f"DST={str(folder)!r}")
     for field in dataclasses.fields(Manifest):
         old, new = getattr(there, field.name), getattr(manifest, field.name)
@@ -261,6 +279,11 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"--{name}={value}: expected at least 1")
     if args.quality > 100:
         raise UserError(f"--quality={args.quality}: expected 1 to 100")
+    with importing():
+        from vit_jax.data.loader import count_threads
+        from vit_jax.data.sources import find_dataset
+        from vit_jax.data.sources.base import Dataset
+        from vit_jax.data.sources.packed import MANIFEST, Manifest, check_manifest
     trust_parts(find_parts(args.SRC))
     dataset = find_dataset(args.SRC, data_dir=args.data_dir)
     info = dataset.info
@@ -307,14 +330,42 @@ def main(argv: Sequence[str]) -> None:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(prog="python -m vit_jax.data.pack", description=__doc__)
-    parser.add_argument("SRC", help="as data.name of a config, such as folder:/data/birds")
-    parser.add_argument("DST", type=Path, help="folder to write to")
-    parser.add_argument("--short_side", type=int, default=256, help="of the JPEGs; 256 by default")
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs; 90 by default")
-    parser.add_argument("--raw", type=int, metavar="SIZE", help="write pixels, SIZE x SIZE")
-    parser.add_argument("--data_dir", help="where TFDS keeps its datasets")
-    parser.add_argument("--shard_size", type=int, default=4096, help="examples a file; 4096")
-    parser.add_argument("--num_threads", type=int, help="one for each core by default")
+    add = parser.add_argument
+    add(
+        "SRC",
+        help="Pack this dataset, given as data.name in a config, such as folder:/data/birds.",
+    )
+    add("DST", type=Path, help="Write to this folder.")
+    add(
+        "--short_side",
+        type=int,
+        default=256,
+        help="Scale images down to this shorter side. The default is %(default)s.",
+    )
+    add(
+        "--quality",
+        type=int,
+        default=90,
+        help="Write JPEGs of this quality, 1 to 100. The default is %(default)s.",
+    )
+    add(
+        "--raw",
+        type=int,
+        metavar="SIZE",
+        help="Write the pixels of the middle of each image, SIZE x SIZE, instead of JPEGs.",
+    )
+    add("--data_dir", help="Read TFDS datasets from this folder.")
+    add(
+        "--shard_size",
+        type=int,
+        default=4096,
+        help="Write this many examples to a file. The default is %(default)s.",
+    )
+    add(
+        "--num_threads",
+        type=int,
+        help="Work in this many threads. The default is one for each core.",
+    )
     return parser.parse_args(argv)
 
 

@@ -9,11 +9,11 @@ r"""Writes a trained model for other programs, into a folder of its own.
 
 A program takes uint8 images of the model's size, any number at a time: pixel values are normalized
 inside of it, images are decoded and resized outside. Its parameters are in it. What is written is
-read back and compared with the model. signature.json says what goes in and comes out; README.md is
-a card for people and for the Hugging Face hub, to which --push uploads the folder.
+read back and compared with the model. signature.json describes its inputs and outputs; README.md
+is a card for people and for the Hugging Face hub, to which --push uploads the folder.
 
 Examples:
-  python -m vit_jax.export --workdir=runs/digits --to=stablehlo --output=digits_exported
+  python -m vit_jax.export runs/digits --to=stablehlo --output=digits_exported
   python -m vit_jax.export --workdir=runs/digits --checkpoint=best --params=ema \
       --to=stablehlo,safetensors --output=digits_exported
   python -m vit_jax.export --checkpoint=vit.safetensors --to=npz --output=exported
@@ -25,42 +25,37 @@ Examples:
 """
 
 import argparse
+import importlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from vit_jax.checkpoint.pretrained.convert import convert
-from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.config.load import parse_overrides
-from vit_jax.export.card import CARD, make_card
-from vit_jax.export.compare import check_size, compare_outputs, make_batches
 from vit_jax.export.hub import check_push, push_folder
-from vit_jax.export.onnx import check_onnx, write_onnx
-from vit_jax.export.savedmodel import check_tensorflow, write_savedmodel
-from vit_jax.export.signature import SIGNATURE, describe_signature
-from vit_jax.export.stablehlo import write_stablehlo
-from vit_jax.inference.model import LoadedModel
-from vit_jax.inference.source import add_source, load_source
+from vit_jax.inference.source import add_source, check_source, load_source
 from vit_jax.observe.console import log, set_up
 from vit_jax.utils.class_names import format_names
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, suggest
 from vit_jax.utils.files import check_fresh, fresh_folder
 from vit_jax.utils.layout import LABELS
+from vit_jax.utils.signals import importing
 from vit_jax.utils.text import encode_text, printable
-from vit_jax.utils.tree import flatten
+
+if TYPE_CHECKING:
+    from vit_jax.checkpoint.pretrained.weights import Weights
+    from vit_jax.inference.model import LoadedModel
 
 WEIGHTS = ("npz", "safetensors")
-# Writers of programs by format. Each takes the path `model.FORMAT`, the model, the layer whose
-# output the program returns and batches of images, uint8 `[n, *image_shape]`. It returns what the
-# written program makes of them, float32 `[n, ...]` each.
-PROGRAMS: Mapping[str, Callable[..., list[np.ndarray]]] = {
-    "stablehlo": write_stablehlo,
-    "onnx": write_onnx,
-    "savedmodel": write_savedmodel,
+# Writers of programs by format, each the function `write_FORMAT` of a module. It takes the path
+# `model.FORMAT`, the model, the layer whose output the program returns and batches of images, uint8
+# `[n, *image_shape]`. It returns what the written program makes of them, float32 `[n, ...]` each.
+PROGRAMS: Mapping[str, str] = {
+    "stablehlo": "vit_jax.export.stablehlo",
+    "onnx": "vit_jax.export.onnx",
+    "savedmodel": "vit_jax.export.savedmodel",
 }
 FORMATS = (*WEIGHTS, *PROGRAMS)
 
@@ -74,19 +69,39 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(prog="python -m vit_jax.export", description=__doc__)
     add = parser.add_argument
     add_source(parser)
-    add("--to", help=f"formats, with commas: {', '.join(FORMATS)}")
-    add("--output", type=Path, help="folder to make; must not exist")
+    add("--to", help=f"Write these formats, separated by commas: {', '.join(FORMATS)}.")
+    add("--output", type=Path, help="Make this folder, which must not exist.")
     add(
         "--layer",
-        help="of programs: whose output they give; logits, or pre_logits of a model without a "
-        "classifier. A wrong name lists all",
+        help="Let programs return the output of this layer. The default is logits, or pre_logits "
+        "for a model without a classifier; a wrong name prints all layers.",
     )
-    add("--tf_python", default=sys.executable, help="of savedmodel: an interpreter with TensorFlow")
-    add("--name", help="of the model in its card; that of --push, or of --output")
-    add("--license", help="of the weights, for the card: apache-2.0, mit, ...")
-    add("--push", help="USER/NAME on the Hugging Face hub: say what would go there")
-    add("--yes", action="store_true", help="with --push: upload it")
-    add("--private", action="store_true", help="with --push: if it is new")
+    add(
+        "--tf_python",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="Write a savedmodel by this interpreter, which has TensorFlow. The default is the one "
+        "that runs this command.",
+    )
+    add(
+        "--name",
+        help="Name the model so in its card. The default is the name in --push or --output.",
+    )
+    add(
+        "--license",
+        help="State this license of the weights in the card, such as apache-2.0 or mit.",
+    )
+    add(
+        "--push",
+        metavar="USER/NAME",
+        help="Print what would be uploaded to this repository of the Hugging Face hub.",
+    )
+    add("--yes", action="store_true", help="Upload the folder, with --push.")
+    add(
+        "--private",
+        action="store_true",
+        help="Make the repository a private one if it is new, with --push.",
+    )
     args = parser.parse_args(argv)
     for name in ("to", "output"):
         if not getattr(args, name):
@@ -108,14 +123,19 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         check_push(args.push, now=args.yes)
     elif args.yes or args.private:
         raise UserError("--yes and --private are of --push=USER/NAME, which is missing")
+    check_source(args)
     if "onnx" in args.to:
+        from vit_jax.export.onnx import check_onnx
+
         check_onnx()
     if "savedmodel" in args.to:
+        from vit_jax.export.savedmodel import check_tensorflow
+
         check_tensorflow(args.tf_python)
     return args
 
 
-def choose_layer(model: LoadedModel, wanted: str | None) -> str:
+def choose_layer(model: "LoadedModel", wanted: str | None) -> str:
     """Chooses the layer whose output programs return, and logs if it is not the logits.
 
     Raises:
@@ -131,7 +151,7 @@ def choose_layer(model: LoadedModel, wanted: str | None) -> str:
 
 
 def export(
-    folder: Path, model: LoadedModel, formats: Sequence[str], layer: str, *, tf_python: str
+    folder: Path, model: "LoadedModel", formats: Sequence[str], layer: str, *, tf_python: str
 ) -> list[str]:
     """Writes a model into an empty folder, and returns lines to log.
 
@@ -141,6 +161,10 @@ def export(
     Raises:
       UserError: a format cannot hold the model, or a written program computes something else.
     """
+    from vit_jax.checkpoint.pretrained.convert import convert
+    from vit_jax.export.compare import check_size, compare_outputs, make_batches
+    from vit_jax.export.signature import SIGNATURE, describe_signature
+
     lines, batches = [], make_batches(model)
     for name in formats:
         path = folder / f"model.{name}"
@@ -149,7 +173,8 @@ def export(
             continue
         check_size(model, what=name)
         options = {"python": tf_python} if name == "savedmodel" else {}
-        outputs = PROGRAMS[name](path, model, layer, batches, **options)
+        write = getattr(importlib.import_module(PROGRAMS[name]), f"write_{name}")
+        outputs = write(path, model, layer, batches, **options)
         lines.append(compare_outputs(model, layer, batches, outputs, what=path.name))
     files = {name: f"model.{name}" for name in formats if name in PROGRAMS}
     if files:
@@ -161,7 +186,12 @@ def export(
     return lines
 
 
-def _make_weights(model: LoadedModel) -> Weights:
+def _make_weights(model: "LoadedModel") -> "Weights":
+    import numpy as np
+
+    from vit_jax.checkpoint.pretrained.weights import Weights
+    from vit_jax.utils.tree import flatten
+
     return Weights(
         params={name: np.asarray(x) for name, x in flatten(model.params).items()},
         layout="loaded model",
@@ -183,6 +213,8 @@ def main(argv: Sequence[str]) -> None:
     args = parse_arguments(rest)
     set_up(quiet=False)
     check_fresh(args.output)
+    with importing():
+        from vit_jax.export.card import CARD, make_card
     model = load_source(args, overrides)
     layer = choose_layer(model, args.layer)
     with fresh_folder(args.output) as folder:

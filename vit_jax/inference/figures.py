@@ -220,7 +220,6 @@ OF_IMAGE: dict[str, Callable[..., Figure]] = {
     "similarity": draw_similarity,
     "pca": draw_pca,
 }
-FIGURES = (*OF_MODEL, *OF_VIEWS, *OF_IMAGE)
 
 
 def find_impossible(model: LoadedModel) -> dict[str, str]:

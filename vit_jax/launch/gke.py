@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts a job on Google Kubernetes Engine, as a JobSet of TPU slices or of GPU nodes.
+r"""Starts a job on Google Kubernetes Engine, as a JobSet of TPU slices or of GPU nodes.
 
-python -m vit_jax.launch.gke b16 --image=IMAGE --accelerator=tpu-v5-lite-podslice --topology=4x4 \
-    --claim=runs -- --config=configs/vit_i1k.py --workdir=/shared/b16
+The arguments after -- are those of vit_jax.main.
+
+Examples:
+  python -m vit_jax.launch.gke b16 --image=IMAGE --accelerator=tpu-v5-lite-podslice --topology=4x4 \
+      --claim=runs -- --config=configs/vit_i1k.py --workdir=/shared/b16
 """
 
 import argparse
@@ -13,9 +16,9 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.signals import RUN_AGAIN
 from vit_jax.utils.streams import print_result
 
 # Mount path of the volume of --claim.
@@ -46,19 +49,41 @@ def main(arguments: Sequence[str]) -> int:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(prog="python -m vit_jax.launch.gke", description=__doc__)
     add = parser.add_argument
-    add("name", help="of the JobSet: small letters, digits and hyphens")
-    add("--image", required=True, help="made from launch/docker, in a registry of the cluster")
-    add("--accelerator", required=True, help="such as tpu-v5-lite-podslice or nvidia-h100-80gb")
-    add("--topology", help="of a TPU slice, such as 4x4")
-    add("--num_slices", type=int, default=1, help="TPU slices")
-    add("--chips_per_host", type=int, default=4, help="of a TPU slice of several hosts")
-    add("--nodes", type=int, default=1, help="GPU nodes")
-    add("--gpus_per_node", type=int, default=8)
-    add("--claim", help=f"a PersistentVolumeClaim that all may write to; it is at {FOLDER}")
-    add("--max_restarts", type=int, default=100)
-    add("--spot", action="store_true", help="on machines that may be taken away")
-    add("--dry_run", action="store_true", help="print the manifest, start nothing")
-    add("train", nargs="+", help="after --: the arguments of vit_jax.main")
+    default = "The default is %(default)s."
+    add("name", help="Name the JobSet so, in small letters, digits and hyphens.")
+    add(
+        "--image",
+        required=True,
+        help="Run this image, made from launch/docker, in a registry of the cluster.",
+    )
+    add(
+        "--accelerator",
+        required=True,
+        help="Use these machines, such as tpu-v5-lite-podslice or nvidia-h100-80gb.",
+    )
+    add("--topology", help="Use TPU slices of this topology, such as 4x4.")
+    add("--num_slices", type=int, default=1, help=f"Use this many TPU slices. {default}")
+    add(
+        "--chips_per_host",
+        type=int,
+        default=4,
+        help=f"Expect this many chips a host in a TPU slice of several hosts. {default}",
+    )
+    add("--nodes", type=int, default=1, help=f"Use this many GPU nodes. {default}")
+    add("--gpus_per_node", type=int, default=8, help=f"Use this many GPUs a node. {default}")
+    add(
+        "--claim",
+        help="Mount this PersistentVolumeClaim, which all pods may write to, at " + FOLDER + ".",
+    )
+    add(
+        "--max_restarts",
+        type=int,
+        default=100,
+        help=f"Restart a job that failed at most this many times. {default}",
+    )
+    add("--spot", action="store_true", help="Use spot machines, which may be taken away.")
+    add("--dry_run", action="store_true", help="Print the manifest and start nothing.")
+    add("train", nargs="+", help="Pass these arguments to vit_jax.main; they come after --.")
     args = parser.parse_args(arguments)
     if not _NAME.fullmatch(args.name):
         parser.error(f"{args.name!r}: expected a letter, then at most 39 of a-z, 0-9 and -")

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts a job of several processes on this machine.
 
-python -m vit_jax.launch.local -n 4 -- --config=configs/digits.py --workdir=runs/digits4
+The arguments after -- are those of vit_jax.main.
+
+Examples:
+  python -m vit_jax.launch.local -n 4 -- --config=configs/digits.py --workdir=runs/digits4
 """
 
 import contextlib
@@ -15,9 +18,8 @@ import time
 from collections.abc import Sequence
 from typing import IO, Any
 
-from vit_jax.runtime.preemption import RUN_AGAIN
 from vit_jax.utils.command import CommandParser, run_command
-from vit_jax.utils.signals import INTERRUPTED
+from vit_jax.utils.signals import INTERRUPTED, RUN_AGAIN
 from vit_jax.utils.streams import Unfailing, print_result
 
 # Seconds from the failure of one process until the others are killed.
@@ -30,10 +32,17 @@ _AGAIN = (RUN_AGAIN, 128 + signal.SIGKILL)
 def main(arguments: Sequence[str]) -> int:
     """The command; returns the exit code of the first process that failed, else 0."""
     parser = CommandParser(prog="python -m vit_jax.launch.local", description=__doc__)
-    parser.add_argument("-n", "--num_processes", type=int, required=True)
-    parser.add_argument("--max_runs", type=int, default=10, help="how often it is run at most")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
-    parser.add_argument("train", nargs="+", help="after --: the arguments of vit_jax.main")
+    add = parser.add_argument
+    add("-n", "--num_processes", type=int, required=True, help="Start this many processes.")
+    add(
+        "--max_runs",
+        type=int,
+        default=10,
+        help="Run the job at most this many times, again after a failure that may pass. The "
+        "default is %(default)s.",
+    )
+    add("--dry_run", action="store_true", help="Print the commands and run nothing.")
+    add("train", nargs="+", help="Pass these arguments to vit_jax.main; they come after --.")
     args = parser.parse_args(arguments)
     for flag, value in (("-n ", args.num_processes), ("--max_runs=", args.max_runs)):
         if value < 1:

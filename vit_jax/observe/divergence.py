@@ -10,13 +10,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from vit_jax.observe.console import log
 from vit_jax.observe.jsonl import append_record, read_records
 from vit_jax.utils.layout import DIVERGENCE, ROLLBACKS
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # What to do at such a step: end the run; keep the state and continue with the next batch; or resume
 # from the last checkpoint, without the batches up to this one.
@@ -65,7 +66,7 @@ def find_divergence(
 def write_dump(
     workdir: Path,
     divergence: Divergence,
-    batch: Mapping[str, np.ndarray],
+    batch: Mapping[str, "np.ndarray"],
     records: Sequence[str],
     layers: Sequence[str],
 ) -> None:
@@ -76,6 +77,8 @@ def write_dump(
       records: where each example comes from.
       layers: names for `divergence.grad_norms`.
     """
+    import numpy as np  # Commands that only read rollbacks do without it.
+
     folder = workdir / DIVERGENCE
     folder.mkdir(exist_ok=True)
     if len(list(folder.glob("*.npz"))) >= _MAX_DUMPS:

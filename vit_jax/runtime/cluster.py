@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 from vit_jax.utils.errors import UserError
 
+# Seconds that processes wait for each other at the start of a job.
+START_TIMEOUT = 300
 # Each job of Slurm or Open MPI gets a port by its number, in a range that others rarely use.
 _FIRST_PORT, _PORTS = 61440, 4096
 _TPU_PORT = 8482

@@ -16,11 +16,13 @@ from typing import Any
 import jax
 
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.files import check_writable
 
 _EVENTS = {
     "/jax/compilation_cache/cache_hits": "hits",
     "/jax/compilation_cache/cache_misses": "misses",
 }
+_EXPECTED = "expected a folder to write to, or off"
 _counts: Counter[str] = Counter()
 # The warnings of JAX, which compiles the program in any case.
 _FAILURE = re.compile(
@@ -51,10 +53,19 @@ def set_up(folder: str | None) -> None:
         if not writable and folder is None:  # A machine without a home still trains.
             return
         if not writable:
-            raise UserError(f"--compile_cache={folder}: expected a folder to write to, or off")
+            raise UserError(f"--compile_cache={folder}: {_EXPECTED}")
         jax.config.update("jax_compilation_cache_dir", str(path))
     _log_failures(path)
     jax.monitoring.register_event_listener(_count)
+
+
+def check(folder: str | None) -> None:
+    """Raises `UserError` if `set_up` would, and writes nothing."""
+    try:
+        if folder not in (None, "off"):
+            check_writable(Path(folder))
+    except OSError:
+        raise UserError(f"--compile_cache={folder}: {_EXPECTED}") from None
 
 
 def _log_failures(folder: Path) -> None:

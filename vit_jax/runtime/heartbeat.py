@@ -15,9 +15,10 @@ from collections.abc import Callable
 
 import jax
 
-from vit_jax.runtime.preemption import RUN_AGAIN, end_to_run_again, report
+from vit_jax.runtime.preemption import end_to_run_again, report
 from vit_jax.runtime.processes import broadcast_from_process_0, host_names, share_machine
 from vit_jax.runtime.rendezvous import listen
+from vit_jax.utils.signals import RUN_AGAIN
 
 LOOPBACK = "127.0.0.1"
 _CONNECT_S = 5.0

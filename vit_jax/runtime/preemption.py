@@ -17,13 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vit_jax.utils.signals import end_now, listening
+from vit_jax.utils.signals import RUN_AGAIN, end_now, listening
 from vit_jax.utils.streams import print_line
 
 T = TypeVar("T")
-
-# EX_TEMPFAIL of sysexits.h, which asks launchers to run the job again.
-RUN_AGAIN = 75
 
 
 class Preempted(Exception):

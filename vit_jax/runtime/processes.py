@@ -15,13 +15,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vit_jax.runtime.cluster import Job, check_address, find_job
+from vit_jax.runtime.cluster import START_TIMEOUT, Job, check_address, find_job
 from vit_jax.runtime.cpu_devices import set_cpu_devices
 from vit_jax.runtime.rendezvous import is_loopback, rendezvous
 from vit_jax.utils.errors import UserError
-
-# Seconds that processes wait for each other at the start of a job.
-START_TIMEOUT = 300
 
 
 def initialize(

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vit_jax.runtime.preemption import RUN_AGAIN, end_to_run_again, report
+from vit_jax.runtime.preemption import end_to_run_again, report
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.signals import RUN_AGAIN
 
 # Seconds for the report before the process ends: the workdir may be what hangs.
 _REPORT_S = 10.0

@@ -6,7 +6,7 @@ send the bytes of an image to /v1/predict and get JSON; /openapi.json describes 
 this machine can reach the server unless --host is given. Ctrl-C ends it.
 
 Examples:
-  python -m vit_jax.serve --workdir=runs/digits
+  python -m vit_jax.serve runs/digits
   python -m vit_jax.serve --workdir=runs/digits --checkpoint=best --params=ema --port=8080
   python -m vit_jax.serve --checkpoint=vit.safetensors --labels=names.txt
   curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/predict?top_k=3'
@@ -18,14 +18,12 @@ import importlib.util
 import socket
 from collections.abc import Sequence
 
-import numpy as np
-
 from vit_jax.config.load import parse_overrides
-from vit_jax.inference.figures import has_attention
-from vit_jax.inference.source import add_source, load_source
+from vit_jax.inference.source import add_source, check_source, load_source
 from vit_jax.observe.console import log, set_up
 from vit_jax.utils.command import CommandParser, check_positive, run_command
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.signals import importing
 
 # Seconds that open requests may take after Ctrl-C.
 _SHUTDOWN_S = 3
@@ -36,16 +34,48 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(prog="python -m vit_jax.serve", description=__doc__)
     add_source(parser)
     add = parser.add_argument
-    add("--port", type=int, default=8000, help="%(default)s; 0 for any")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for the whole network")
-    add("--max_mib", type=float, default=10, help="size of an image file; %(default)s")
-    add("--max_pixels", type=int, default=50_000_000, help="size of an image; %(default)s")
-    add("--max_requests", type=int, default=64, help="concurrent requests; %(default)s")
-    add("--batch_size", type=int, default=16, help="images computed together; %(default)s")
+    add(
+        "--port",
+        type=int,
+        default=8000,
+        help="Listen on this port; 0 takes any that is free. The default is %(default)s.",
+    )
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="Listen on this address; 0.0.0.0 lets the whole network in. The default is "
+        "%(default)s.",
+    )
+    add(
+        "--max_mib",
+        type=float,
+        default=10,
+        metavar="MIB",
+        help="Refuse larger image files, in MiB. The default is %(default)s.",
+    )
+    add(
+        "--max_pixels",
+        type=int,
+        default=50_000_000,
+        help="Refuse images with more pixels. The default is %(default)s.",
+    )
+    add(
+        "--max_requests",
+        type=int,
+        default=64,
+        help="Serve at most this many requests at the same time. The default is %(default)s.",
+    )
+    add(
+        "--batch_size",
+        type=int,
+        default=16,
+        help="Compute at most this many images at a time. The default is %(default)s.",
+    )
     args = parser.parse_args(argv)
     if not 0 <= args.port < 2**16:
         raise UserError(f"--port={args.port}: expected 0 to {2**16 - 1}")
     check_positive(args, "max_mib", "max_pixels", "max_requests", "batch_size")
+    check_source(args)
     return args
 
 
@@ -73,10 +103,13 @@ def main(argv: Sequence[str]) -> None:
     for name in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(name) is None:
             raise UserError(f"vit_jax.serve needs {name}: pip install 'vit_jax[serve]'")
-    import uvicorn
+    with importing():
+        import numpy as np
+        import uvicorn
 
-    from vit_jax.serve.app import LOOPBACK, Limits, make_app
-    from vit_jax.serve.protocol import Protocol
+        from vit_jax.inference.figures import has_attention
+        from vit_jax.serve.app import LOOPBACK, Limits, make_app
+        from vit_jax.serve.protocol import Protocol
 
     with open_socket(args.host, args.port) as listening:
         model = load_source(args, overrides)

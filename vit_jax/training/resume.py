@@ -31,6 +31,7 @@ from vit_jax.runtime.processes import broadcast_from_process_0, fail_together
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.durations import LENGTH
 from vit_jax.utils.errors import UserError, describe_error, suggest
+from vit_jax.utils.files import check_writable
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, DIVERGENCE, LABELS, METRICS, ROLLBACKS
 from vit_jax.utils.nested import as_tuples, flatten_config
 from vit_jax.utils.text import encode_text
@@ -51,6 +52,7 @@ def open_workdir(
     *,
     resolve: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
     total_steps: int | None = None,
+    dry_run: bool = False,
 ) -> Path:
     """Creates a workdir, or checks that an existing one belongs to this experiment.
 
@@ -62,6 +64,7 @@ def open_workdir(
       resolve: returns a config with the defaults of keys that it lacks, or raises `UserError`; None
         where the defaults are not known.
       total_steps: of the config; None where it is not known.
+      dry_run: whether all is checked and nothing is written.
 
     Raises:
       UserError: it can't be written to, belongs to another experiment or program, was trained with
@@ -74,9 +77,12 @@ def open_workdir(
     resume = resume or Resume()
     workdir = Path(path)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
+        if dry_run:
+            check_writable(workdir)
+        else:
+            workdir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=workdir):
+                pass
         check_files(workdir)
         old_names = read_labels(workdir)
     except (OSError, ValueError) as e:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import absl.logging
@@ -22,13 +23,19 @@ _MAX_ERROR = 4000
 class CommandParser(argparse.ArgumentParser):
     """Parses the arguments of a command, and prints its help without wrapping its examples.
 
+    The program is `prog`, or `vit_jax COMMAND` if the command was given in that way.
+
     Raises:
       UserError: the arguments are wrong; see `report_errors`.
     """
 
     def __init__(self, **options: Any):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **options)
+        typed = sys.argv[0] if sys.argv else ""
+        if typed.startswith("vit_jax ") and str(options.get("prog")).startswith("python -m "):
+            options["prog"] = typed
+        super().__init__(allow_abbrev=False, add_help=False, **options)
+        self.add_argument("-h", "--help", action="help", help="Print this help and exit.")
 
     def add_parts(self) -> None:
         """Adds `--parts`, whose modules the files that the command reads may name."""
@@ -36,11 +43,56 @@ class CommandParser(argparse.ArgumentParser):
             "--parts",
             default="",
             metavar="MODULES",
-            help="outside of vit_jax, to import: my_models",
+            help="Import these modules from outside of vit_jax, such as my_models,my_ops, which "
+            "the files of the model may name.",
         )
+
+    def require_workdir(self, given: object) -> None:
+        """Raises `UserError` if the argument of `add_workdir` is not given."""
+        if not given:
+            self.error("the following arguments are required: WORKDIR (or --workdir=WORKDIR)")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+class _StoreWorkdir(argparse.Action):
+    """Stores a workdir, which may be given in two ways, once."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        if before is not None and values not in (None, before):
+            parser.error(f"the workdirs {before} and {values}: expected one")
+        setattr(namespace, self.dest, before if values is None else values)
+
+
+def add_workdir(parser: argparse._ActionsContainer, help: str, *, several: bool = False) -> None:
+    """Adds the workdir of a run, to be given as it is or as `--workdir=WORKDIR`.
+
+    Args:
+      parser: of the command, or a group of it.
+      help: a sentence that begins the help: what the command does with the workdir.
+      several: whether there may be several. Then `workdirs` is a list, which may be empty; else
+        `workdir` is a path or None.
+    """
+    own: dict[str, Any] = {"metavar": "WORKDIR", "type": Path}
+    if several:
+        own |= {"dest": "workdirs", "action": "append"}
+        parser.add_argument(
+            "workdirs", nargs="*", metavar="WORKDIRS", action="extend", type=Path, help=help
+        )
+    else:
+        own |= {"dest": "workdir", "action": _StoreWorkdir}
+        parser.add_argument(
+            "workdir", nargs="?", metavar="WORKDIR", action=_StoreWorkdir, type=Path, help=help
+        )
+    parser.add_argument("--workdir", help="Give WORKDIR by this option instead.", **own)
 
 
 def check_positive(args: argparse.Namespace, *names: str, expected: str = "more than 0") -> None:

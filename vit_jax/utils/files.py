@@ -2,6 +2,7 @@
 """Files and folders that appear under their name only once they are complete, and patterns."""
 
 import contextlib
+import errno
 import glob
 import os
 import shutil
@@ -47,6 +48,18 @@ def write_atomically(path: Path, content: str | bytes, *, sync: bool = False) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path, sync=sync) as temporary:
         temporary.write_bytes(encode_text(content) if isinstance(content, str) else content)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises `OSError` if a folder can't be written to, or can't be made where there is none."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        code = errno.EEXIST if there == folder else errno.ENOTDIR
+    elif not os.access(there, os.W_OK | os.X_OK):
+        code = errno.EACCES
+    else:
+        return
+    raise OSError(code, os.strerror(code), str(folder))
 
 
 def check_fresh(path: Path) -> None:

@@ -13,6 +13,8 @@ from vit_jax.utils.streams import print_line, settle_streams
 
 # Exit code after Ctrl-C, as in shells.
 INTERRUPTED = 130
+# Exit code that asks launchers to run the job again: EX_TEMPFAIL of sysexits.h.
+RUN_AGAIN = 75
 
 
 def end_at_interrupt() -> None:
@@ -22,6 +24,24 @@ def end_at_interrupt() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_at_start)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Makes Ctrl-C end the process with one line while modules that take seconds are imported."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or not _in_main_thread():
+        yield
+        return
+    end_at_interrupt()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _end_at_start(*_: object) -> None:
@@ -35,7 +55,7 @@ def listening(hear: Callable[[int], None]) -> Iterator[None]:
     A handler itself waits until the main thread runs Python code, which a compilation does not.
     Nothing is heard outside of the main thread.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if not _in_main_thread():
         yield
         return
     reader, writer = os.pipe()

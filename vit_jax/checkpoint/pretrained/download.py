@@ -63,6 +63,27 @@ def resolve(name: str, *, cache_dir: Path | None = None) -> tuple[Path, Publishe
     return fetch(published, cache_dir=cache_dir), published
 
 
+def find_missing(name: str) -> str | None:
+    """Returns the URL that loading weights of this name would download; None if nothing.
+
+    Raises:
+      UserError: no checkpoint has that name.
+    """
+    if name.startswith(("https://", "http://")):
+        return None if cache_path(name).is_file() else name
+    if not is_name(name) or Path(name).exists():
+        return None
+    if needs_index(name) and not cache_path(AUGREG_INDEX).is_file():
+        return AUGREG_INDEX
+    catalogue = load_catalogue()
+    if needs_index(name):
+        model = name.partition(":")[2]
+        published = select_augreg(cache_path(AUGREG_INDEX), model, catalogue=catalogue)
+    else:
+        published = find(name, catalogue=catalogue)
+    return None if cache_path(published).is_file() else published.url_https
+
+
 def fetch(source: Published | str, *, cache_dir: Path | None = None) -> Path:
     """Returns the cached file of a checkpoint or URL, downloading it if needed.
 

@@ -11,6 +11,7 @@ import re
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ _DEFAULT_DIR = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
 
 # The encoded records of a dataset up to this size are kept in memory.
 _KEPT_BYTES = 2**24
+
+_may_prepare = True
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +138,21 @@ class TfdsSource(Source):
         return name.decode() if isinstance(name, bytes) else str(name)
 
 
+class NotPreparedError(UserError):
+    """A dataset is not prepared, and must not be now."""
+
+
+@contextlib.contextmanager
+def preparing_nothing() -> Iterator[None]:
+    """Lets the use of a dataset that is not prepared raise `NotPreparedError`, in this process."""
+    global _may_prepare
+    before, _may_prepare = _may_prepare, False
+    try:
+        yield
+    finally:
+        _may_prepare = before
+
+
 def is_builder(value: Any) -> bool:
     """Whether a value is a class of builders, which TFDS then finds by its `name`."""
     return isinstance(value, type) and issubclass(value, tfds.core.DatasetBuilder)
@@ -187,6 +205,8 @@ def _open_builder(name: str, data_dir: str | None, *, quiet: bool) -> Any:
 
 def _prepare(builder: Any, *, quiet: bool) -> None:
     where = f"data.name={builder.name!r} is not prepared in {builder.data_dir}"
+    if not _may_prepare:
+        raise NotPreparedError(where)
     _check_hosts(builder, where)
     logger.info("preparing dataset %s in %s", builder.name, builder.data_dir)
     try:
