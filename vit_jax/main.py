@@ -36,6 +36,7 @@ from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.registry import trust_parts
 from vit_jax.utils.signals import INTERRUPTED, ending_at_second_interrupt
 from vit_jax.utils.streams import print_line, settle_streams
+from vit_jax.utils.suggestions import suggest_flag
 
 _CONFIG = flags.DEFINE_string(
     "config",
@@ -93,6 +94,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     _, rest = parse_overrides(argv)
     try:
         unused = flags.FLAGS(rest)[1:]
+    except flags.UnrecognizedFlagError as e:
+        hint = suggest_flag(e.flagname)
+        raise UserError(f"--{e.flagname} is no flag{hint}" if hint else str(e)) from None
     except flags.Error as e:
         raise UserError(str(e)) from None
     for name, flag in (("config", _CONFIG), ("workdir", _WORKDIR)):

@@ -36,10 +36,11 @@ from vit_jax.pages.run_page import Predictions, make_report, read_details
 from vit_jax.training.evaluation import Judge, find_source
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.command import CommandParser, check_positive, run_command
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import REPORT
 from vit_jax.utils.registry import trust_parts
+from vit_jax.utils.suggestions import suggest
 
 # Least and most pixels of the longer side of a picture.
 _MIN_SIDE, _MAX_SIDE = 112, 224

@@ -11,6 +11,7 @@ from vit_jax.observe.console import log
 from vit_jax.utils.class_names import read_names
 from vit_jax.utils.command import CommandParser
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.suggestions import suggest_workdir
 
 # Config keys that can be overridden, with the arguments of `load_model` that they set.
 _OVERRIDES = {
@@ -63,7 +64,10 @@ def load_source(args: argparse.Namespace, overrides: Mapping[str, Any]) -> Loade
             "expected one of --workdir, --checkpoint=FILE and --init_from"
         )
     if args.workdir is not None and not args.workdir.is_dir():
-        raise UserError(f"--workdir={args.workdir}: there is no such folder")
+        raise UserError(
+            f"--workdir={args.workdir} is no folder; expected the workdir of a run"
+            f"{suggest_workdir(args.workdir)}"
+        )
     options: dict[str, Any] = {"model": {}}
     for key, value in overrides.items():
         if key.startswith("model."):

@@ -19,7 +19,8 @@ from jax.typing import DTypeLike
 from vit_jax.models.attention import MultiHeadDotProductAttention
 from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.positions import Rotation
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.suggestions import suggest
 
 DepthSchedule = Literal["linear", "uniform"]
 # See `parse_remat`.
