@@ -2,6 +2,7 @@
 """The configs that come with the package, found by name."""
 
 import ast
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,17 +44,17 @@ def find_config(name: str) -> Path:
 
 def _suggest(name: str, shipped: Mapping[str, Path]) -> str:
     path = Path(name)
-    if name and path.is_dir():
+    if name and os.path.isdir(path):
         if (path / CONFIG).exists():
             return f"; {name} is a workdir: give the config that it was trained with"
         files = [str(file) for file in sorted(path.glob("*.py"))]
         return f"; {name} is a folder{f': give a file, such as {files[0]}' if files else ''}"
-    if (file := Path(f"{name}.py")).is_file():
+    if os.path.isfile(file := f"{name}.py"):
         return f"; did you mean '{file}'?"
     stem = path.name.removesuffix(".py") or name
     near = find_near(stem, shipped)
     # Of the user's files only those whose folder exists as it is named.
-    if path.parent.is_dir():
+    if os.path.isdir(path.parent):
         files = {file.stem: str(file) for file in path.parent.glob("*.py")}
         own = find_near(stem, files)
         if own is not None and (near is None or fold(near) != fold(stem)):

@@ -285,10 +285,10 @@ def suggest_workdir(path: Path) -> str:
             return f"; {path} is within a workdir: did you mean {str(parent)!r}?"
     if not os.path.lexists(path):
         near = find_near_path(path)
-        if near is None or not near.is_dir():
+        if near is None or not os.path.isdir(near):
             return f"; there is no {path}"
         return f"; there is no {path}{_ask(str(near))}"
-    if path.is_file():
+    if os.path.isfile(path):
         kind = "a config file" if path.suffix == ".py" else "a file"
         return f"; {path} is {kind}: give the folder that `vit_jax train` got as --workdir"
     return _describe_folder(path)
@@ -296,7 +296,8 @@ def suggest_workdir(path: Path) -> str:
 
 def _is_workdir(folder: Path) -> bool:
     names = (METRICS, LEDGER, CHECKPOINTS)
-    return (folder / CONFIG).is_file() and any((folder / name).exists() for name in names)
+    found = (os.path.exists(folder / name) for name in names)
+    return os.path.isfile(folder / CONFIG) and any(found)
 
 
 def _describe_folder(folder: Path) -> str:
