@@ -61,6 +61,7 @@ CASES = {
         (TRAIN + "--config.weight_decay=0.1", ["weight_decay", "'optimizer.weight_decay'"]),
         (TRAIN + "--config.max_epochs=3", ["max_epochs", "did you mean 'epochs'"]),
         (TRAIN + "--config.init_from=b16", ["'b16'", "augreg:B/16", "a .npz", "https://"]),
+        (TRAIN + "lr=0.1", ["'lr=0.1' is no flag", "'--config.optimizer.lr'"]),
         (TRAIN + "stray", ["'stray'", "is no flag", "--name=value"]),
         (TRAIN + "--quiet --verbose", ["--quiet", "--verbose", "expected one"]),
         (TRAIN + "--num_processes=two", ["num_processes", "two"]),
@@ -337,6 +338,9 @@ CASES = {
     "sweep": [
         (SWEEP, ["--sweep", "required", "--help"]),
         (SWEEP + "--sweep=none.py", ["--sweep=none.py", "no such file"]),
+        (SWEEP + "--sweep=sweep_kee.py", ["no such file", "did you mean 'sweep_key.py'"]),
+        (SWEEP + "--sweep=lr=1,2", ["lr=1: unknown config key", "'optimizer.lr'"]),
+        (SWEEP + "--sweep=seed=0,1,data.split=a", ["'data.split=a'", "expected ; before it"]),
         (SWEEP + "--sweep=fails.py", ["--sweep=fails.py", "get_sweep"]),
         (SWEEP + "--sweep=sweep_number.py", ["--sweep=sweep_number.py", "gives 3", "dict of"]),
         (SWEEP + "--sweep=sweep_scalar.py", ["sweep_scalar.py", "'seed': 1", "list of values"]),

@@ -105,7 +105,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     if _QUIET.value and _VERBOSE.value:
         raise UserError("--quiet and --verbose: expected one of them")
     if unused:
-        raise UserError(f"{unused[0]!r} is no flag; expected --name=value")
+        hint = suggest_flag(unused[0])
+        raise UserError(f"{unused[0]!r} is no flag{hint or '; expected --name=value'}")
     return argv
 
 

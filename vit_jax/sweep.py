@@ -64,6 +64,7 @@ from vit_jax.utils.metrics import lower_is_better
 from vit_jax.utils.registry import trust_parts
 from vit_jax.utils.signals import INTERRUPTED
 from vit_jax.utils.streams import print_result
+from vit_jax.utils.suggestions import suggest_path
 from vit_jax.utils.text import printable
 
 RESULTS = "sweep.json"
@@ -148,7 +149,7 @@ def _run_file(path: str) -> Mapping[str, Sequence[Any]] | list[Mapping[str, Any]
     if not os.path.isfile(path):
         raise UserError(
             f"{where}: there is no such file; expected one with get_sweep, or KEY=VALUE,VALUE such "
-            "as optimizer.lr=1e-3,3e-3"
+            f"as optimizer.lr=1e-3,3e-3{suggest_path(Path(path))}"
         )
     try:
         sweep = runpy.run_path(path)["get_sweep"]()

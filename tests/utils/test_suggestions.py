@@ -92,6 +92,8 @@ def test_a_key_that_is_like_none_lists_those_of_its_section():
         ("drop-path", "; did you mean '--config.model.stochastic_depth_rate'?"),
         ("output_dir", "; did you mean '--workdir'?"),
         ("sweep", "; did you mean 'vit_jax sweep'?"),
+        ("--optimizer.lr=0.1", "; did you mean '--config.optimizer.lr'?"),
+        ("lr=0.1", "; did you mean '--config.optimizer.lr'?"),
         ("zzz", ""),
     ],
 )

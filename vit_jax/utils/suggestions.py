@@ -227,7 +227,10 @@ def suggest_flag(name: str) -> str:
     Args:
       name: of the flag, with or without hyphens in front and a value behind it.
     """
-    folded = fold(name.lstrip("-").partition("=")[0])
+    name = name.lstrip("-").partition("=")[0]
+    if name in _KEYS:  # Such as --optimizer.lr, without config.
+        return _ask(f"--config.{name}")
+    folded = fold(name)
     same = [key for key in _KEYS if fold(_leaf(key)) == folded]
     found = _prefer(same) or _OUR_KEYS.get(folded, [])
     flags = [key if key[:2] == "--" or " " in key else f"--config.{key}" for key in found]
@@ -269,7 +272,7 @@ def find_near_path(path: Path) -> Path | None:
 
 def suggest_path(path: Path) -> str:
     """Returns which existing path is meant, to append to an error, or nothing."""
-    near = find_near_path(path)
+    near = None if os.path.lexists(path) else find_near_path(path)
     return "" if near is None else _ask(str(near))
 
 
