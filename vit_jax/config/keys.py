@@ -82,7 +82,8 @@ def list_keys(evaluators: tuple[str, ...] = ("NAME",)) -> dict[str, tuple[str, .
             names = evaluators if field.name == "evals" else ("",)
             sections = [f"{field.name}.{name}".rstrip(".") for name in names]
         elif dataclasses.is_dataclass(field.type):
-            own, sections = dict.fromkeys(keywords(field.type), ()), [field.name]
+            make: Any = field.type
+            own, sections = dict.fromkeys(keywords(make), ()), [field.name]
         else:
             own, sections = {field.name: ()}, [""]
         for section in sections:

@@ -228,8 +228,8 @@ def _write_signature() -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-top_level.__signature__ = _write_signature()
-_TYPES = top_level.__signature__.parameters
+_SIGNATURE = _write_signature()
+top_level.__signature__ = _SIGNATURE
 
 
 # Keys that are meant by a value that is given to their whole section.
@@ -256,7 +256,9 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"config.{name} is now config.{RENAMED[name]}")
         if name in SECTIONS:
             try:
-                check_type(config[name], _TYPES[name].annotation, key=f"config.{name}")
+                check_type(
+                    config[name], _SIGNATURE.parameters[name].annotation, key=f"config.{name}"
+                )
             except UserError as e:
                 meant = _MEANT.get(name, f"keys of it, as in --config.{name}.KEY=VALUE")
                 raise UserError(f"{e}: set {meant}") from None
