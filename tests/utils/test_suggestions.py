@@ -44,6 +44,7 @@ def test_a_name_in_another_spelling_or_of_another_project(name, options, meant):
 def test_a_name_that_is_like_none_lists_what_there_is():
     assert suggest("rmsprop", ("sgd", "adam")) == "; there is: adam, sgd"
     assert suggest("rmsprop", ()) == ""
+    assert suggest("zzz", map(str, range(100, 200))).endswith(", 139, ... (100 in all)")
 
 
 @pytest.mark.parametrize(

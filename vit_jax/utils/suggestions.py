@@ -131,8 +131,8 @@ _NAMES = {
     "wandb": "weights_and_biases weightsandbiases",
 }
 
-# Workdirs that are listed at most, and folders in which they are looked for.
-_MOST_LISTED, _MOST_FOLDERS = 3, 200
+# Names and workdirs that are listed at most, and folders in which workdirs are looked for.
+_MOST_NAMES, _MOST_LISTED, _MOST_FOLDERS = 40, 3, 200
 
 
 def fold(name: str) -> str:
@@ -184,7 +184,10 @@ def suggest(name: str, options: Iterable[str]) -> str:
     near = find_near(name, options)
     if near is not None:
         return f"; did you mean {near!r}?"
-    return f"; there is: {', '.join(options)}" if options else ""
+    if not options:
+        return ""
+    more = f", ... ({len(options)} in all)" if len(options) > _MOST_NAMES else ""
+    return f"; there is: {', '.join(options[:_MOST_NAMES])}{more}"
 
 
 def suggest_key(

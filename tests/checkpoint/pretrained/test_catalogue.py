@@ -98,6 +98,7 @@ def test_every_name_is_found_by_itself():
 def test_names_are_searched_in_any_spelling():
     assert "augreg:B/16" in list_models("ViT-B_16")
     assert "augreg:B/16" in list_models("b16")
+    assert "augreg:B/16" in list_models("ViT")
     assert not list_models("resnet")
 
 

@@ -118,13 +118,14 @@ def list_models(text: str = "") -> dict[str, str]:
     The names are what `init_from`, `load_model` and `--checkpoint` take.
 
     Args:
-      text: only names that contain it, in any case and with any separators.
+      text: only names that contain it, in any case and with any separators, or models of this
+        name.
     """
     models, folded = {}, _fold_model(text)
     for name, model in load_catalogue().items():
         top1 = "" if model.top1 is None else f", ImageNet top-1 {model.top1} %"
         same = folded and folded in fold(name).replace("+", "")
-        if same or text.lower() in name.lower():
+        if same or text.lower() in name.lower() or text.lower() == model.model:
             models[name] = f"{model.image_size} px, {model.pretraining}{top1}"
     return models
 
