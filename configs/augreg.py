@@ -20,7 +20,9 @@ from pathlib import PurePosixPath
 
 from ml_collections import ConfigDict
 
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.models.names import normalize_variant
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.suggestions import suggest
 
 MODELS = {
     "Ti_16": "Ti/16",
@@ -39,6 +41,8 @@ MODELS = {
 
 def get_config(checkpoint: str = "R_Ti_16") -> ConfigDict:
     # Names of checkpoints start with that of the model.
+    if "-" not in checkpoint.lower().removeprefix("vit-") and not checkpoint.endswith(".npz"):
+        checkpoint = re.sub("[+/]", "_", normalize_variant(checkpoint))
     model = re.split(r"-|\.npz$", PurePosixPath(checkpoint).name)[0]
     if model not in MODELS:
         raise UserError(f"--config: {model!r} is no AugReg model{suggest(model, MODELS)}")

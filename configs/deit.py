@@ -11,12 +11,14 @@ as they are, not of their average. With a teacher: distill.py.
 
 from ml_collections import ConfigDict
 
+from vit_jax.models.names import normalize_variant
 from vit_jax.utils.errors import UserError
 
 SIZES = ("Ti", "S", "B")
 
 
 def get_config(size: str = "S") -> ConfigDict:
+    size = normalize_variant(size).removesuffix("/16")
     if size not in SIZES:
         raise UserError(f"--config: {size!r} is no size of DeiT: expected {', '.join(SIZES)}")
 

@@ -14,6 +14,7 @@ authors have no rule for others.
 
 from ml_collections import ConfigDict
 
+from vit_jax.models.names import normalize_variant
 from vit_jax.utils.errors import UserError
 
 NUM_CLASSES = 1000
@@ -23,6 +24,7 @@ SIZES = {"S": (224, 4e-3, 0.05, 384, 0.0), "B": (192, 3e-3, 0.2, 224, 0.2)}
 
 def get_config(arguments: str = "B") -> ConfigDict:
     size, comma, finetune = arguments.partition(",finetune=")
+    size = normalize_variant(size).removesuffix("/16")
     if size not in SIZES or bool(comma) > bool(finetune):
         raise UserError(f"--config: {arguments!r}: expected S or B, or S,finetune=WORKDIR")
     pixels, lr, depth_rate, finetune_pixels, finetune_depth_rate = SIZES[size]

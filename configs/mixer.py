@@ -11,7 +11,9 @@ can't change its resolution. Its results on cifar10: 96.8 % for b16, 98.3 % for 
 
 from ml_collections import ConfigDict
 
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.models.names import normalize_variant
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.suggestions import suggest
 
 # variant, checkpoint
 MODELS = {
@@ -30,6 +32,7 @@ DATASETS = {
 
 def get_config(arguments: str = "b16,cifar10") -> ConfigDict:
     model, _, dataset = arguments.partition(",")
+    model = normalize_variant(model).replace("/", "").lower()
     if model not in MODELS:
         raise UserError(
             f"--config: {model!r} is no Mixer; expected MODEL,DATASET as in b16,cifar10"

@@ -17,9 +17,9 @@ import re
 
 from ml_collections import ConfigDict
 
-from vit_jax.utils.errors import UserError, suggest
-
-SIZES = {"ti": "Ti", "s": "S", "b": "B", "l": "L", "h": "H"}
+from vit_jax.models.names import normalize_variant
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.suggestions import suggest
 
 # Published with the paper, pre-trained on ImageNet-21k.
 ORIGINAL = ("b16", "b32", "l16", "l32", "h14", "r50_b16")
@@ -39,16 +39,17 @@ DATASETS = {
 def get_config(arguments: str = "b16,cifar10") -> ConfigDict:
     model, _, rest = arguments.partition(",")
     dataset, _, option = rest.partition(",")
-    match = re.fullmatch(r"(?:(r\d*)_)?(ti|s|b|l|h)(\d+)", model)
+    variant = normalize_variant(model)
+    match = re.fullmatch(r"(?:(R\d*)\+)?(?:Ti|S|B|L|H)/(\d+)", variant)
     if not match:
         raise UserError(
             f"--config: {model!r} is no model; expected MODEL,DATASET as in b16,cifar10"
         )
     if dataset not in DATASETS:
         raise UserError(f"--config: {dataset!r} is no data set here{suggest(dataset, DATASETS)}")
-    resnet, size, patch = (match[1] or "").upper(), SIZES[match[2]], int(match[3])
-    variant = f"{resnet}+{size}/{patch}".lstrip("+")
-    augreg = f"{resnet}_{size}_{patch}".lstrip("_")
+    resnet, patch = match[1], int(match[2])
+    augreg = re.sub("[+/]", "_", variant)
+    model = variant.replace("+", "_").replace("/", "").lower()
     steps, train, test = DATASETS[dataset]
     # What whole patches cover of 384 pixels: all, but for h14, where the published code leaves the
     # rest out as well. A hybrid cuts its features into patches, not the image.

@@ -11,7 +11,9 @@ medium2 for the others. B/16 reaches about 79 % there.
 
 from ml_collections import ConfigDict
 
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.models.names import normalize_variant
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.suggestions import suggest
 
 TRAIN_EXAMPLES = 1_268_356  # train[:99%]
 WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024}
@@ -30,7 +32,7 @@ LEVELS = {
 def parse_arguments(text: str) -> tuple[str, str]:
     """The variant and the level of augmentation."""
     arguments = {k: v for k, _, v in (part.partition("=") for part in text.split(","))}
-    variant = arguments.pop("variant", "")
+    variant = normalize_variant(arguments.pop("variant", ""))
     size = variant.partition("/")[0]
     default = {"Ti": "light1", "S": "medium1" if variant == "S/32" else "medium2"}
     level = arguments.pop("aug", default.get(size, "medium2"))

@@ -16,7 +16,9 @@ the first 51,200 images, which no gradient sees.
 
 from ml_collections import ConfigDict
 
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.models.names import normalize_variant
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.suggestions import suggest
 
 TRAIN_EXAMPLES = 14_197_122 - 51_200
 # Level of augmentation and weight decay of the recommended checkpoints.
@@ -43,7 +45,7 @@ LEVELS = {
 def parse_arguments(text: str) -> tuple[str, str]:
     """The variant and the level of augmentation."""
     arguments = {k: v for k, _, v in (part.partition("=") for part in text.split(","))}
-    variant = arguments.pop("variant", "")
+    variant = normalize_variant(arguments.pop("variant", ""))
     if variant not in VARIANTS:
         raise UserError(f"--config: variant={variant!r} is none here{suggest(variant, VARIANTS)}")
     level = arguments.pop("aug", VARIANTS[variant][0])

@@ -171,6 +171,24 @@ def test_recipes_are_as_published(recipe):
     assert config.data.preprocess == f"decode|{crop}|flip_lr"
 
 
+@pytest.mark.parametrize(
+    ("spelling", "arguments"),
+    [
+        ("vit.py:ViT-B/16,cifar10", "vit.py:b16,cifar10"),
+        ("vit.py:R50+B_16,cifar10", "vit.py:r50_b16,cifar10"),
+        ("augreg.py:r+ti/16", "augreg.py:R_Ti_16"),
+        ("augreg.py:vit-b16", "augreg.py:B_16"),
+        ("mixer.py:B/16,cifar10", "mixer.py:b16,cifar10"),
+        ("vit_i1k.py:variant=b16", "vit_i1k.py:variant=B/16"),
+        ("vit_i21k.py:variant=ViT-B_16", "vit_i21k.py:variant=B/16"),
+        ("deit.py:tiny", "deit.py:Ti"),
+        ("deit3.py:S/16", "deit3.py:S"),
+    ],
+)
+def test_a_model_may_be_spelled_in_another_way(spelling, arguments):
+    assert load_config(f"{CONFIGS}/{spelling}", {}) == load_config(f"{CONFIGS}/{arguments}", {})
+
+
 def test_every_config_is_built_here():
     assert {p.name for p in CONFIGS.glob("*.py")} == {b[0].partition(":")[0] for b in BUILDS}
 

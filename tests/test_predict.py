@@ -158,7 +158,7 @@ def test_a_step_needs_a_run(place, tmp_path):
     image = str(place / "images" / "00.png")
     for arguments, message in (
         (["--checkpoint=8"], "--checkpoint=8 is of a run: expected --workdir"),
-        ([f"--workdir={tmp_path / 'none'}"], "there is no such folder"),
+        ([f"--workdir={tmp_path / 'none'}"], "none is no folder; expected the workdir of a run"),
         ([f"--workdir={tmp_path}"], "has no checkpoint; expected the workdir of a run"),
         ([], "--workdir, --checkpoint and --init_from are missing"),
     ):

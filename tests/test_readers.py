@@ -83,7 +83,7 @@ def show_status(folder):
 
 def sweep(folder):
     read_states(folder)
-    read_sweep(str(folder / "sweep.py"))
+    read_sweep([str(folder / "sweep.py")])
 
 
 # Of those that read another checkpoint if they can, which takes long, and of code.

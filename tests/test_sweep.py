@@ -6,8 +6,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -43,7 +41,7 @@ def file(tmp_path):
 def runs(file, tmp_path):
     """The runs of a sweep over three learning rates, of which the second is the best."""
     path = file('{"optimizer.lr": [0.1, 0.2, 0.3]}')
-    return make_trials(DIGITS, path, {"seed": 1}, tmp_path / "sweep")
+    return make_trials(DIGITS, [path], {"seed": 1}, tmp_path / "sweep")
 
 
 class Runner:
@@ -64,7 +62,7 @@ class Runner:
 
 
 def test_a_grid_is_all_combinations_with_readable_names(file):
-    assert read_sweep(file(GRID)) == [
+    assert read_sweep([file(GRID)]) == [
         (f"lr={lr},loss={loss}", {"optimizer.lr": lr, "objective.loss": loss})
         for lr in (0.001, 0.002)
         for loss in ("softmax", "sigmoid")
@@ -73,7 +71,7 @@ def test_a_grid_is_all_combinations_with_readable_names(file):
 
 def test_a_list_is_run_as_it_is_and_may_have_names(file):
     trials = '[{"data.name": "folder:/a b", "model.name": "vit"}, {"name": "plain", "seed": 3}]'
-    assert read_sweep(file(trials)) == [
+    assert read_sweep([file(trials)]) == [
         # Two keys end in the same word: they are written out.
         (
             "data.name=folder-a-b,model.name=vit",
@@ -83,9 +81,83 @@ def test_a_list_is_run_as_it_is_and_may_have_names(file):
     ]
 
 
+@pytest.mark.parametrize(
+    ("axes", "runs"),
+    [
+        (["optimizer.lr=1e-3,3e-3"], [{"optimizer.lr": 0.001}, {"optimizer.lr": 0.003}]),
+        (["seed=3"], [{"seed": 3}]),
+        # Values of each type, and separators within them.
+        (["precision=none,bfloat16"], [{"precision": None}, {"precision": "bfloat16"}]),
+        (["model.qk_norm=true,False"], [{"model.qk_norm": True}, {"model.qk_norm": False}]),
+        (
+            ["optimizer.freeze=('head/.*', 'cls'),()"],
+            [{"optimizer.freeze": ("head/.*", "cls")}, {"optimizer.freeze": ()}],
+        ),
+        (
+            ["data.preprocess=decode|pad(2, 0)|flip_lr,decode"],
+            [{"data.preprocess": "decode|pad(2, 0)|flip_lr"}, {"data.preprocess": "decode"}],
+        ),
+        (["init_from='a,b;c'"], [{"init_from": "a,b;c"}]),
+        # Several keys: in one, or one each, with keys as on the command line.
+        *(
+            (
+                axes,
+                [
+                    {"optimizer.lr": lr, "model.variant": variant}
+                    for lr in (0.1, 0.2)
+                    for variant in ("S/16", "B/16")
+                ],
+            )
+            for axes in (
+                ["optimizer.lr=0.1,0.2;model.variant=S/16,B/16"],
+                ["optimizer.lr=0.1, 0.2; model.variant = S/16, B/16;"],
+                ["config.optimizer.lr=0.1,0.2", "--config.model.variant=S/16,B/16"],
+            )
+        ),
+    ],
+)
+def test_axes_are_written_on_the_command_line(axes, runs):
+    assert [overrides for _, overrides in read_sweep(axes)] == runs
+
+
+def test_axes_are_combined_with_those_of_a_file(file):
+    found = read_sweep([file('{"optimizer.lr": [0.1, 0.2]}'), "seed=0,1"])
+    assert [name for name, _ in found] == [
+        "lr=0.1,seed=0",
+        "lr=0.1,seed=1",
+        "lr=0.2,seed=0",
+        "lr=0.2,seed=1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (["optimizer.lr="], "'optimizer.lr='; expected KEY=VALUE,VALUE"),
+        (["optimizer.lr=1,,2"], "expected KEY=VALUE,VALUE"),
+        (["=1,2"], "'=1,2'; expected KEY=VALUE,VALUE"),
+        (["seed=1;2"], "'2'; expected KEY=VALUE,VALUE"),
+        (["optimizer.lr"], "there is no such file; expected one with get_sweep, or KEY=VALUE"),
+        (["lr=1,2,seed=1,2"], "'seed=1' is another key: expected ; before it"),
+        (["seed=1;seed=2"], "seed is given twice"),
+        (["seed=1", "seed=2"], "seed is given twice"),
+        (["seed=(1,2"], "a bracket or a quote is left open"),
+        (["seed=1,1"], "two runs are 'seed=1'"),
+        (["seed=" + ",".join(map(str, range(101))) + f";optimizer.{k}={v}" for k, v in [("lr", 1)]]
+         + ["data.batch_size=" + ",".join(map(str, range(100)))], "10,100 runs; expected 10,000"),
+        (["{file}", "seed=1,2"], "get_sweep gives a list of runs; expected it alone"),
+    ],
+)  # fmt: skip
+def test_axes_that_can_not_be_read_are_one_line(axes, message, file):
+    path = file('[{"seed": 1}]')
+    with pytest.raises(UserError) as error:
+        read_sweep([axis.format(file=path) for axis in axes])
+    assert message in str(error.value)
+
+
 def test_long_names_are_cut_and_stay_different(file):
     text = "x" * 150
-    names = [name for name, _ in read_sweep(file(f'{{"init_from": ["{text}a", "{text}b"]}}'))]
+    names = [name for name, _ in read_sweep([file(f'{{"init_from": ["{text}a", "{text}b"]}}')])]
     assert len(set(names)) == 2
     assert all(len(name) == 100 for name in names)
 
@@ -93,14 +165,14 @@ def test_long_names_are_cut_and_stay_different(file):
 def test_arguments_give_the_overrides_back(file, tmp_path):
     values = [1e-3, None, True, "none", "12", "cosine", ("a", "b"), {"k": [1]}]
     path = file(f'{{"optimizer.schedule": {values!r}}}')
-    for trial, value in zip(make_trials(DIGITS, path, {}, tmp_path), values, strict=True):
+    for trial, value in zip(make_trials(DIGITS, [path], {}, tmp_path), values, strict=True):
         overrides, rest = parse_overrides(list(trial.arguments))
         assert overrides == {"optimizer.schedule": value}
         assert rest == [f"--config={DIGITS}", f"--workdir={tmp_path / trial.name}"]
 
 
 def test_what_is_for_all_runs_gives_way_to_what_is_for_one(file, tmp_path):
-    (trial,) = make_trials(DIGITS, file('[{"seed": 2}]'), {"seed": 1, "total_steps": 5}, tmp_path)
+    (trial,) = make_trials(DIGITS, [file('[{"seed": 2}]')], {"seed": 1, "total_steps": 5}, tmp_path)
     assert trial.arguments[2:] == ("--config.seed=2", "--config.total_steps=5")
 
 
@@ -152,7 +224,7 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(code, runs, tmp_path, said
 def test_a_run_of_another_config_is_not_taken_for_finished(runs, file, tmp_path, said):
     run_sweep(runs, tmp_path / "sweep", metric=None, run_trial=Runner())
     longer = make_trials(
-        DIGITS, file('{"optimizer.lr": [0.1, 0.2, 0.3]}'), {"seed": 2}, tmp_path / "sweep"
+        DIGITS, [file('{"optimizer.lr": [0.1, 0.2, 0.3]}')], {"seed": 2}, tmp_path / "sweep"
     )
     runner = Runner(dict.fromkeys((trial.name for trial in longer), 2))
     run_sweep(longer, tmp_path / "sweep", metric=None, run_trial=runner)
@@ -227,6 +299,7 @@ def test_commands_for_a_cluster_are_printed_and_nothing_runs(
         ("[{'name': '../up', 'seed': 1}]", "'../up' can't be the name of a folder"),
         ("[{'seed': 1}, {'seed': 1}]", "two runs are 'seed=1'"),
         ("{'optimizer.lrr': [1, 2]}", "lrr=1: unknown config key"),
+        ("{'lr': [1, 2]}", "lr=1: unknown config key config.lr; did you mean 'optimizer.lr'?"),
         ("{'seed.x': [1]}", "seed=0 has nothing below it"),
         ("{'optimizer.lr': [0.1, 'high']}", "lr=high: optimizer.lr='high'"),
     ],
@@ -261,40 +334,22 @@ def test_bad_arguments_are_one_line(arguments, message, file, tmp_path, data_dir
     ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)]
 )
 @pytest.mark.parametrize("own_code", [0, 75, 1])
-def test_a_run_is_told_to_stop_once_when_the_sweep_is(
-    number, code, own_code, tmp_path, monkeypatch
-):
+def test_a_run_is_told_to_stop_once_when_the_sweep_is(number, code, own_code, tmp_path):
     there, heard = tmp_path / "there", tmp_path / "heard"
-    program = f"""
-import signal, sys, time
-def hear(number, _):
-    open({str(heard)!r}, "a").write(f"{{number}} ")
-for number in {int(number)}, signal.SIGINT:
-    signal.signal(number, hear)
-open({str(there)!r}, "w").close()
-signal.pause()
-time.sleep(0.1)
-sys.exit({own_code})
-"""
-    popen, group = subprocess.Popen, []
-
-    def start(command, **options):
-        process = popen([sys.executable, "-c", program], **options)
-        group.append(os.getpgid(process.pid))
-        return process
 
     def tell():
         wait_until(there.exists)
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(subprocess, "Popen", start)
+    arguments = (there, heard, own_code, int(number), int(signal.SIGINT))
     thread = threading.Thread(target=tell)
     thread.start()
-    assert run_trial(Trial("a", {}, (), {})) == code
+    trial = Trial("a", {}, tuple(map(str, arguments)), {})
+    assert run_trial(trial, command="tests.stoppable") == code
     thread.join()
     assert heard.read_text() == f"{int(number)} "
     # A terminal sends Ctrl-C to the group of the sweep.
-    assert group != [os.getpgid(0)]
+    assert there.read_text() != str(os.getpgid(0))
 
 
 @pytest.mark.slow

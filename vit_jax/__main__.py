@@ -10,8 +10,9 @@ from vit_jax import __version__
 from vit_jax.checkpoint.pretrained.catalogue import list_models
 from vit_jax.config.shipped import find_config, list_configs, read_docstring
 from vit_jax.utils.command import CommandParser, run_command
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.errors import UserError
 from vit_jax.utils.streams import print_result
+from vit_jax.utils.suggestions import suggest
 
 USAGE = """\
 usage: vit_jax COMMAND ...

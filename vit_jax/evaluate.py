@@ -223,7 +223,10 @@ def make_experiment(args: argparse.Namespace, overrides: dict[str, Any]) -> "Exp
         until = time.monotonic() + (args.timeout if args.follow else 0)
         while not (args.workdir / CONFIG).exists() and time.monotonic() < until:
             time.sleep(_POLL)
-        config = read_config(args.workdir)
+        try:
+            config = read_config(args.workdir)
+        except UserError as e:
+            raise UserError(f"{e}; or add --config") from None
     config = override_config(reduce_for_evaluation(config), overrides)
     experiment = Experiment.from_config(config, match_classes=False)
     if not experiment.evaluators:

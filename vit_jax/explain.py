@@ -23,9 +23,10 @@ from vit_jax.observe.console import log, set_up
 from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.pages import html
 from vit_jax.utils.command import CommandParser, run_command
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import check_fresh, fresh_folder
 from vit_jax.utils.signals import importing
+from vit_jax.utils.suggestions import suggest
 
 if TYPE_CHECKING:
     from vit_jax.inference.figures import Figure

@@ -37,6 +37,7 @@ from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.registry import trust_parts
 from vit_jax.utils.signals import INTERRUPTED, RUN_AGAIN, ending_at_second_interrupt, importing
 from vit_jax.utils.streams import print_line, print_result, settle_streams
+from vit_jax.utils.suggestions import suggest_flag
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -165,6 +166,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(0)
     try:
         unused = flags.FLAGS(rest)[1:]
+    except flags.UnrecognizedFlagError as e:
+        hint = suggest_flag(e.flagname)
+        raise UserError(f"--{e.flagname} is no flag{hint}" if hint else str(e)) from None
     except flags.Error as e:
         raise UserError(str(e)) from None
     for name, flag in (("config", _CONFIG), ("workdir", _WORKDIR)):
@@ -173,7 +177,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     if _QUIET.value and _VERBOSE.value:
         raise UserError("--quiet and --verbose: expected one of them")
     if unused:
-        raise UserError(f"{unused[0]!r} is no flag; expected --name=value")
+        hint = suggest_flag(unused[0])
+        raise UserError(f"{unused[0]!r} is no flag{hint or '; expected --name=value'}")
     return argv
 
 

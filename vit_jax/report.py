@@ -25,11 +25,12 @@ from vit_jax.observe.console import log, set_up
 from vit_jax.pages.html import make_figure, make_section
 from vit_jax.pages.run_page import Predictions, make_report, read_details
 from vit_jax.utils.command import CommandParser, add_workdir, check_positive, run_command
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import REPORT
 from vit_jax.utils.registry import trust_parts
 from vit_jax.utils.signals import importing
+from vit_jax.utils.suggestions import suggest
 
 if TYPE_CHECKING:
     import numpy as np

@@ -23,8 +23,9 @@ from vit_jax.observe.divergence import read_rollbacks
 from vit_jax.observe.ledger import KINDS, read_ledger, summarize
 from vit_jax.utils.command import CommandParser, add_workdir, run_command
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.layout import CHECKPOINTS
+from vit_jax.utils.layout import CHECKPOINTS, LEDGER
 from vit_jax.utils.streams import print_result
+from vit_jax.utils.suggestions import suggest_workdir
 from vit_jax.utils.text import printable
 
 
@@ -38,7 +39,10 @@ def describe(workdir: Path, *, verify: bool = True) -> dict[str, Any]:
     """
     summary = summarize(read_ledger(workdir))
     if summary is None:
-        raise UserError(f"{str(workdir)!r} has no ledger.jsonl; expected the workdir of a run")
+        raise UserError(
+            f"{str(workdir)!r} has no {LEDGER}; expected the workdir of a run"
+            f"{suggest_workdir(workdir)}"
+        )
     holder = find_holder(workdir)
     causes = list(summary.causes)
     if holder is None and len(causes) < summary.starts:

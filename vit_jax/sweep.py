@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Trains a config with several settings, one run after another, and compares the results.
 
-The file of --sweep has a function get_sweep. It gives a dict of lists by config key, of which all
-combinations are run, or a list of dicts by config key, one for each run; "name" in such a dict is
-that of its folder. --config.KEY=VALUE holds for all runs. Given again, the command leaves out what
-is finished and goes on with the rest. The table at the end is in WORKDIR/sweep.csv, .json and .html
-too.
+--sweep=KEY=VALUE,VALUE runs each value of a config key; with several keys, separated by ; or in a
+--sweep each, all combinations. Values are read as those of --config.KEY=VALUE. A file has a
+function get_sweep instead. It gives a dict of lists by config key, of which all combinations are
+run, or a list of dicts by config key, one for each run; "name" in such a dict is that of its
+folder. --config.KEY=VALUE holds for all runs. Given again, the command leaves out what is finished
+and resumes with the rest. The table at the end is in WORKDIR/sweep.csv, .json and .html too.
 
 The exit code is 2 for bad input, before anything runs; 1 if a run failed, while the others went on;
 75 if it was told to stop, and is to be run again.
 
 Examples:
+  python -m vit_jax.sweep --config=digits --sweep="optimizer.lr=1e-3,3e-3" --workdir=runs/lr
+  python -m vit_jax.sweep --config=digits --workdir=runs/grid \
+      --sweep="optimizer.lr=1e-3,3e-3; optimizer.weight_decay=0.1,0.5" --sweep="seed=0,1"
   python -m vit_jax.sweep --config=configs/digits.py --sweep=configs/sweeps/digits.py \
       --workdir=runs/sweep --metric=val/loss --config.total_steps=1000
   python -m vit_jax.sweep --config=configs/vit_i1k.py --sweep=lr.py --workdir=/shared/lr \
@@ -24,12 +28,11 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import runpy
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +50,7 @@ from vit_jax.pages.comparison import (
     read_run,
     show_table,
 )
+from vit_jax.runtime.children import run_child, start_server
 from vit_jax.utils.bounds import MAX_TABLE, read_json
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError, describe_error
@@ -56,10 +60,14 @@ from vit_jax.utils.metrics import lower_is_better
 from vit_jax.utils.registry import trust_parts
 from vit_jax.utils.signals import INTERRUPTED, RUN_AGAIN, importing
 from vit_jax.utils.streams import print_result
+from vit_jax.utils.suggestions import suggest_path
 from vit_jax.utils.text import printable
 
 RESULTS = "sweep.json"
+# What a run imports, sooner or later.
+_PRELOADED = ("vit_jax.main", "vit_jax.training.run")
 _NAME = re.compile(r"[\w+-][\w.,=+-]*")
+_AXIS = re.compile(r"(?:--)?[A-Za-z_][\w.]*=")
 _MOST_RUNS = 10_000
 _LONGEST = 100  # characters of a name
 
@@ -86,44 +94,120 @@ class Trial:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_sweep(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """The names and overrides of all runs of a sweep file.
+def read_sweep(sweeps: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """The names and overrides of all runs of a sweep.
+
+    Args:
+      sweeps: values of --sweep: files, or axes as in `optimizer.lr=1e-3,3e-3`. Several make a grid
+        of all of them.
 
     Raises:
-      UserError: the file is missing or fails, or its result is not valid.
+      UserError: a file is missing or fails, or its result is not valid; an axis can't be read.
     """
-    if not Path(path).is_file():
-        raise UserError(f"--sweep={path}: there is no such file")
-    try:
-        sweep = runpy.run_path(path)["get_sweep"]()
-    except Exception as e:
-        raise UserError(f"--sweep={path}: {describe_error(e)}") from e
-    if isinstance(sweep, Mapping):
-        for key, values in sweep.items():
-            if not isinstance(key, str) or not isinstance(values, list | tuple) or not values:
-                raise UserError(f"--sweep={path}: {key!r}: {values!r}; expected a list of values")
-        count = math.prod(map(len, sweep.values()))
+    grid: dict[str, Sequence[Any]] = {}
+    trials: list[Mapping[str, Any]] = []
+    for sweep in sweeps:
+        where = f"--sweep={sweep}"
+        found = _parse_axes(sweep) if _is_inline(sweep) else _run_file(sweep)
+        if not isinstance(found, Mapping):
+            if len(sweeps) > 1:
+                raise UserError(
+                    f"{where}: get_sweep gives a list of runs; expected it alone, or a dict of "
+                    "lists by config key beside other axes"
+                )
+            trials = list(found)
+            continue
+        for key, values in found.items():
+            if key in grid:
+                raise UserError(f"{where}: {key} is given twice; expected one list of values")
+            grid[key] = values
+    where = " ".join(f"--sweep={sweep}" for sweep in sweeps)
+    if grid:
+        count = math.prod(map(len, grid.values()))
         if count > _MOST_RUNS:
-            raise UserError(f"--sweep={path}: {count:,} runs; expected {_MOST_RUNS:,} at most")
-        combinations = itertools.product(*sweep.values())
-        trials = [dict(zip(sweep, values, strict=True)) for values in combinations]
-        trials = trials if sweep else []
-    else:
-        trials = list(sweep) if isinstance(sweep, list | tuple) else []
-    if not trials or not all(isinstance(trial, Mapping) for trial in trials):
-        raise UserError(
-            f"--sweep={path}: get_sweep gives {sweep!r}; expected a dict of lists by config key, "
-            "or a list of dicts by config key"
-        )
-    named = [_name_trial(dict(trial), path, trials) for trial in trials]
+            raise UserError(f"{where}: {count:,} runs; expected {_MOST_RUNS:,} at most")
+        combinations = itertools.product(*grid.values())
+        trials = [dict(zip(grid, values, strict=True)) for values in combinations]
+    named = [_name_trial(dict(trial), where, trials) for trial in trials]
     name, count = Counter(name for name, _ in named).most_common(1)[0]
     if count > 1:
-        raise UserError(f"--sweep={path}: two runs are {name!r}; expected each once")
+        raise UserError(f"{where}: two runs are {name!r}; expected each once")
     return named
 
 
+def _is_inline(sweep: str) -> bool:
+    return "=" in sweep and not sweep.endswith(".py") and not os.path.isfile(sweep)
+
+
+def _run_file(path: str) -> Mapping[str, Sequence[Any]] | list[Mapping[str, Any]]:
+    """The result of `get_sweep`: values by key, or runs."""
+    where = f"--sweep={path}"
+    if not os.path.isfile(path):
+        raise UserError(
+            f"{where}: there is no such file; expected one with get_sweep, or KEY=VALUE,VALUE such "
+            f"as optimizer.lr=1e-3,3e-3{suggest_path(Path(path))}"
+        )
+    try:
+        sweep = runpy.run_path(path)["get_sweep"]()
+    except Exception as e:
+        raise UserError(f"{where}: {describe_error(e)}") from e
+    runs = sweep if isinstance(sweep, list | tuple) else []
+    if isinstance(sweep, Mapping) and sweep:
+        for key, values in sweep.items():
+            if not isinstance(key, str) or not isinstance(values, list | tuple) or not values:
+                raise UserError(f"{where}: {key!r}: {values!r}; expected a list of values")
+        return sweep
+    if not runs or not all(isinstance(trial, Mapping) for trial in runs):
+        raise UserError(
+            f"{where}: get_sweep gives {sweep!r}; expected a dict of lists by config key, or a "
+            "list of dicts by config key"
+        )
+    return list(runs)
+
+
+def _parse_axes(text: str) -> dict[str, list[Any]]:
+    """The values by key of `KEY=VALUE,VALUE;KEY=...`, each read as that of `--config.KEY`."""
+    axes: dict[str, list[Any]] = {}
+    for axis in filter(None, _split(text, ";")):
+        key, equals, rest = axis.partition("=")
+        key = key.strip().removeprefix("--").removeprefix("config.")
+        values = _split(rest, ",")
+        if not equals or not key or not all(values):
+            raise UserError(f"--sweep={text}: {axis!r}; expected KEY=VALUE,VALUE")
+        if key in axes:
+            raise UserError(
+                f"--sweep={text}: {key} is given twice; expected its values in one list"
+            )
+        for value in values[1:]:
+            if _AXIS.match(value):
+                raise UserError(f"--sweep={text}: {value!r} is another key: expected ; before it")
+        axes[key] = [parse_literal(value) for value in values]
+    if not axes:
+        raise UserError(f"--sweep={text}: expected KEY=VALUE,VALUE")
+    return axes
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Splits a text where a separator is outside of brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character == separator and not depth:
+            parts.append("")
+            continue
+        else:
+            depth += (character in "([{") - (character in ")]}")
+        parts[-1] += character
+    if quote or depth:
+        raise UserError(f"--sweep={text}: a bracket or a quote is left open")
+    return [part.strip() for part in parts]
+
+
 def _name_trial(
-    trial: dict[str, Any], path: str, trials: Sequence[Mapping[str, Any]]
+    trial: dict[str, Any], where: str, trials: Sequence[Mapping[str, Any]]
 ) -> tuple[str, dict[str, Any]]:
     given = trial.pop("name", None)
     if given is None:
@@ -140,14 +224,19 @@ def _name_trial(
             given = f"{given[: _LONGEST - 9]}-{digest}"
     if not isinstance(given, str) or not _NAME.fullmatch(given) or len(given) > _LONGEST:
         raise UserError(
-            f"--sweep={path}: {given!r} can't be the name of a folder: expected letters, digits "
+            f"{where}: {given!r} can't be the name of a folder: expected letters, digits "
             f"and any of . , = + - _, at most {_LONGEST}; set it by 'name' in a list of dicts"
         )
     return given, trial
 
 
 def make_trials(
-    config: str, sweep: str, overrides: Mapping[str, Any], workdir: Path, *, parts: str = ""
+    config: str,
+    sweeps: Sequence[str],
+    overrides: Mapping[str, Any],
+    workdir: Path,
+    *,
+    parts: str = "",
 ) -> list[Trial]:
     """The runs of a sweep, by the values of --config, --sweep and --parts.
 
@@ -157,7 +246,7 @@ def make_trials(
       UserError: a file is missing or wrong, or a key is below a value.
     """
     trials = []
-    for name, own in read_sweep(sweep):
+    for name, own in read_sweep(sweeps):
         both = {**overrides, **own}
         words = [f"--config.{key}={_write_literal(value)}" for key, value in both.items()]
         words += [f"--parts={parts}"] if parts else []
@@ -191,35 +280,15 @@ def check_trials(trials: Sequence[Trial]) -> None:
             raise UserError(f"{trial.name}: {e}") from e
 
 
-def run_trial(trial: Trial) -> int:
-    """Trains in a subprocess, and returns its exit code.
+def run_trial(trial: Trial, *, command: str = "vit_jax.main") -> int:
+    """Trains in a child, and returns its exit code.
 
-    SIGTERM, Ctrl-C and the end of the terminal are passed on; then the code is one of a run that
-    was told to stop, even if it ended on its own meanwhile.
+    After SIGTERM, Ctrl-C or the end of the terminal the code is one of a run that was told to
+    stop, even if it ended on its own meanwhile.
     """
-    received: list[int] = []
-    processes: list[subprocess.Popen] = []
-
-    def forward(number: int, _: object) -> None:
-        received.append(number)
-        for process in processes:
-            process.send_signal(number)
-
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, forward) for number in numbers}
-    try:
-        command = [sys.executable, "-m", "vit_jax.main", *trial.arguments]
-        # In a session of its own: a terminal sends Ctrl-C to all processes of one, and the second
-        # that a run receives ends it at once.
-        processes.append(subprocess.Popen(command, start_new_session=True))
-        for number in received:
-            processes[0].send_signal(number)
-        code = processes[0].wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if received:
-        return INTERRUPTED if received[0] == signal.SIGINT else RUN_AGAIN
+    code, received = run_child(command, trial.arguments)
+    if received is not None:
+        return INTERRUPTED if received == signal.SIGINT else RUN_AGAIN
     return code
 
 
@@ -364,7 +433,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(prog="python -m vit_jax.sweep", description=__doc__)
     add = parser.add_argument
     add("--config", required=True, help="Train this config: a file or a name, as in vit_jax.main.")
-    add("--sweep", required=True, help="Take the settings from get_sweep of this file.")
+    add(
+        "--sweep",
+        required=True,
+        action="append",
+        metavar="AXES",
+        help="Take the values of these axes: KEY=VALUE,VALUE, with ; between several keys, or a "
+        "file with get_sweep. Repeat the option for a grid of all of them.",
+    )
     add("--workdir", required=True, type=Path, help="Make a workdir for each run in this folder.")
     add(
         "--metric",
@@ -404,6 +480,8 @@ def main(argv: Sequence[str]) -> int:
     trials = make_trials(args.config, args.sweep, overrides, args.workdir, parts=args.parts)
     if not args.no_check and not args.summarize:
         check_trials(trials)
+    if not args.emit and not args.summarize:
+        start_server(_PRELOADED)
     if args.emit:
         for line in emit(trials, args.emit, shlex.split(args.launch_args)):
             print_result(printable(line))

@@ -42,6 +42,10 @@ def test_a_file_of_the_user_comes_before_a_name(tmp_path):
         ("digits.py", "did you mean 'digits'?"),
         ("foldr", "did you mean 'folder'?"),
         ("configs/digit.py", "did you mean 'digits'?"),
+        ("config/digits.py", "did you mean 'digits'?"),
+        ("configs/digits", "did you mean 'digits'?"),
+        ("Digits", "did you mean 'digits'?"),
+        ("vit-i1k", "did you mean 'vit_i1k'?"),
         ("zzz", "there is: augreg, cifar10"),
         ("", "there is: augreg"),
     ],
@@ -51,3 +55,23 @@ def test_another_name_is_refused_with_the_nearest(name, hint):
         find_config(name)
     assert hint in str(e.value)
     assert name in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("mine/birds", "did you mean 'mine/birds.py'?"),
+        ("mine/bird.py", "did you mean 'mine/birds.py'?"),
+        ("mine/digits.py", "did you mean 'digits'?"),
+        ("mine", "mine is a folder: give a file, such as mine/birds.py"),
+        ("run", "run is a workdir: give the config that it was trained with"),
+    ],
+)
+def test_a_file_of_the_user_may_be_meant_too(name, hint, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "birds.py").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").touch()
+    with pytest.raises(UserError, match=r"there is no file") as e:
+        find_config(name)
+    assert hint in str(e.value)

@@ -11,6 +11,7 @@ from vit_jax.checkpoint.manifest import find_fault
 from vit_jax.observe.console import log
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS
+from vit_jax.utils.suggestions import suggest_workdir
 
 _STEP = re.compile("0|[1-9][0-9]{0,17}")
 
@@ -59,6 +60,7 @@ def find_checkpoint(folder: Path, *, items: Sequence[str] | None = None) -> Path
         return folder.absolute()
     raise UserError(
         f"{str(folder)!r} has no checkpoint; expected the workdir of a run, or a checkpoint"
+        f"{suggest_workdir(folder)}"
     )
 
 

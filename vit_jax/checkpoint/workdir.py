@@ -23,6 +23,7 @@ from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, LABELS, LEDGER, LOCK, METRICS, RUN
 from vit_jax.utils.metrics import find_best_step
 from vit_jax.utils.nested import as_tuples
+from vit_jax.utils.suggestions import suggest_workdir
 
 # Files of a run, and how it opens them: those that it continues, and those that it replaces.
 _KEPT = {METRICS: "r+b", LEDGER: "r+b", CONFIG: "rb", LABELS: "rb", RUN: "rb"}
@@ -41,8 +42,8 @@ def read_config(workdir: Path) -> dict[str, Any]:
     config = find_config(workdir)
     if config is None:
         raise UserError(
-            f"--workdir={str(workdir)!r}: there is no {workdir / CONFIG}; expected the workdir of "
-            "a run, or --config"
+            f"--workdir={str(workdir)!r}: there is no {CONFIG} in it; expected the workdir of a "
+            f"run{suggest_workdir(workdir)}"
         )
     return as_tuples(config)
 
@@ -64,6 +65,8 @@ def find_config(workdir: Path) -> dict[str, Any] | None:
         fault = "holds no whole config"
     except FileNotFoundError:
         pass
+    except NotADirectoryError:
+        return None
     except (OSError, ValueError, RecursionError) as e:
         fault = f"can't be read ({type(e).__name__})"
     for step in reversed(list_steps(workdir)):

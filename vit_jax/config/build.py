@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.checkpoint.manager import CheckpointOptions
 from vit_jax.checkpoint.pretrained.adapt import adapt_params
+from vit_jax.config.keys import suggesting_keys
 from vit_jax.config.precision import apply_precision
 from vit_jax.config.schema import Config, Data, EvalData, read_config, read_section
 from vit_jax.config.splits import use_cut
@@ -26,6 +27,7 @@ from vit_jax.evaluators.kinds import EVALUATORS
 from vit_jax.models.attention import choose_attention
 from vit_jax.models.block_config import Constrain
 from vit_jax.models.interface import Model, check_outputs, find_grid
+from vit_jax.models.names import guess_variant, normalize_variant
 from vit_jax.models.variants import MODELS
 from vit_jax.objectives.base import Objective
 from vit_jax.objectives.kinds import OBJECTIVES
@@ -44,7 +46,7 @@ from vit_jax.utils.durations import (
     to_steps,
 )
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.registry import Part, bind, check_type, find_part, keywords
+from vit_jax.utils.registry import Part, bind, check_type, find_part, is_part, keywords
 
 # Percent of a run from one record of training to the next, by default.
 _LOG_PERCENT = 1
@@ -100,6 +102,22 @@ def build_parts(
       UserError: an unknown key or name, or values that don't go together.
     """
     config = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    with suggesting_keys(config):
+        return _build_parts(
+            config,
+            devices=devices,
+            epoch_examples=epoch_examples,
+            match_classes=match_classes,
+        )
+
+
+def _build_parts(
+    config: dict[str, Any],
+    *,
+    devices: Sequence[Any] | None,
+    epoch_examples: int | None,
+    match_classes: bool,
+) -> Parts:
     config, log_every = split_every(config, "log_every")
     top = use_cut(read_config(config))
     typed = {
@@ -243,6 +261,12 @@ def _make_model(
     headless: bool,
     float8: bool,
 ) -> tuple[Model, _Section]:
+    name = str(section.get("name", "vit"))
+    if not is_part(name) and name not in MODELS and (variant := guess_variant(name)):
+        raise UserError(
+            f"model.name={name!r} is unknown; did you mean --config.model.name=vit with "
+            f"--config.model.variant={variant}?"
+        )
     name, make = _by_name(section, MODELS, "vit", nn.Module, key="model")
     if "num_classes" not in keywords(make):
         raise UserError(f"model.name={name!r} has no argument num_classes, the width of its head")
@@ -277,6 +301,8 @@ def _make_model(
         model = model.clone(attention=chosen)
     # What the variant decides is written down as decided.
     decided = {"classifier": model.classifier} if "classifier" in args else {}
+    if name in MODELS and args.get("variant") is not None:
+        decided["variant"] = normalize_variant(args["variant"])
     return model, {"name": name} | args | decided
 
 
@@ -349,7 +375,7 @@ def _total_steps(top: Mapping[str, Any], clock: Clock) -> int:
     lengths = " and ".join(f"{key}={top[key]}" for key in LENGTH)
     found = find_duration(top, LENGTH)
     if found is None:
-        raise UserError(f"{lengths}: expected exactly one of them")
+        raise UserError(f"{lengths}: expected exactly one of them, such as --config.epochs=10")
     key, value = found
     steps = to_steps(value, LENGTH[key], clock=clock)
     if steps < 1:

@@ -21,7 +21,7 @@ from vit_jax.observe.trackers import Tracking
 from vit_jax.optim.averages import EmaWarmup
 from vit_jax.runtime.watchdog import Limits
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.registry import bind, lookup
+from vit_jax.utils.registry import bind, check_type, lookup
 
 # Not in a config: the records that the data holds, which `resume.allow` can name too.
 CONTENT = "data.content"
@@ -228,7 +228,21 @@ def _write_signature() -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-top_level.__signature__ = _write_signature()
+_SIGNATURE = _write_signature()
+top_level.__signature__ = _SIGNATURE
+
+
+# Keys that are meant by a value that is given to their whole section.
+_MEANT = {
+    "model": "model.variant or model.name",
+    "data": "data.name",
+    "optimizer": "optimizer.name",
+    "objective": "objective.name or objective.loss",
+    "mesh": "mesh.data, mesh.fsdp or mesh.tensor",
+    "checkpoint": "checkpoint.every or checkpoint.keep",
+    "tracking": "tracking.trackers",
+    "resume": "init_from to start from other weights; a run resumes from its own --workdir",
+}
 
 
 def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,6 +254,14 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in config:
         if name in RENAMED:
             raise UserError(f"config.{name} is now config.{RENAMED[name]}")
+        if name in SECTIONS:
+            try:
+                check_type(
+                    config[name], _SIGNATURE.parameters[name].annotation, key=f"config.{name}"
+                )
+            except UserError as e:
+                meant = _MEANT.get(name, f"keys of it, as in --config.{name}.KEY=VALUE")
+                raise UserError(f"{e}: set {meant}") from None
     (top,) = bind(config, top_level, key="config")
     return {k: dict(v or {}) if k in SECTIONS else v for k, v in top.items()}
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data.sources.base import DatasetInfo, Source
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.suggestions import suggest
 
 _LISTED = 5  # class names in one line
 

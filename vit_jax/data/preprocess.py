@@ -9,8 +9,9 @@ from typing import Any
 
 from vit_jax.data.ops import policies, transforms
 from vit_jax.data.ops.transforms import Op
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import check_type, import_part, is_part
+from vit_jax.utils.suggestions import suggest
 
 OPS = transforms.OPS | policies.OPS
 

@@ -38,10 +38,11 @@ from vit_jax.inference.source import add_source, check_source, load_source
 from vit_jax.observe.console import log, set_up
 from vit_jax.utils.class_names import format_names
 from vit_jax.utils.command import CommandParser, run_command
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import check_fresh, fresh_folder
 from vit_jax.utils.layout import LABELS
 from vit_jax.utils.signals import importing
+from vit_jax.utils.suggestions import suggest
 from vit_jax.utils.text import encode_text, printable
 
 if TYPE_CHECKING:

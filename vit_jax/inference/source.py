@@ -12,6 +12,7 @@ from vit_jax.utils.class_names import read_names
 from vit_jax.utils.command import CommandParser, add_workdir
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.signals import importing
+from vit_jax.utils.suggestions import suggest_workdir
 
 if TYPE_CHECKING:
     from vit_jax.inference.model import LoadedModel
@@ -98,7 +99,10 @@ def check_source(args: argparse.Namespace) -> None:
     if len(given) - of_run != 1:
         raise UserError(f"{' and '.join(given)}: {_EXPECTED}" if given else _MISSING)
     if args.workdir is not None and not args.workdir.is_dir():
-        raise UserError(f"--workdir={args.workdir}: there is no such folder")
+        raise UserError(
+            f"--workdir={args.workdir} is no folder; expected the workdir of a run"
+            f"{suggest_workdir(args.workdir)}"
+        )
 
 
 def _sort_images(args: argparse.Namespace, *, named: bool) -> None:

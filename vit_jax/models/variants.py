@@ -10,6 +10,7 @@ from typing import Any
 
 from vit_jax.models.blocks import parse_remat
 from vit_jax.models.mixer import MlpMixer
+from vit_jax.models.names import GAP, SIZES, guess_variant, normalize_variant
 from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.models.vit import Classifier, VisionTransformer
 from vit_jax.utils.bounds import shorten
@@ -17,16 +18,6 @@ from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import lookup, takes_options_of
 
 _KEYS = ("hidden_size", "num_layers", "mlp_dim", "num_heads")
-SIZES = {
-    "Ti": (192, 12, 768, 3),
-    "S": (384, 12, 1536, 6),
-    "B": (768, 12, 3072, 12),
-    "L": (1024, 24, 4096, 16),
-    "H": (1280, 32, 5120, 16),
-    "g": (1408, 40, 6144, 16),
-    "G": (1664, 48, 8192, 16),
-    "So400m": (1152, 27, 4304, 16),
-}
 # Units in each stage of the ResNet, the size, and the patch in cells of the ResNet's output. The
 # number in the name is not the patch, but close to the pixels that a token covers.
 HYBRIDS: dict[str, tuple[tuple[int, ...], str, int]] = {
@@ -38,7 +29,6 @@ HYBRIDS: dict[str, tuple[tuple[int, ...], str, int]] = {
 }
 # Largest sizes: tracing and memory grow by them, and files of others state them too.
 _MOST_LAYERS, _MOST = 2**10, 2**20
-_GAP = "-gap-norep"  # as published: the mean over patches, and no layer before the head
 
 _MIXER_KEYS = ("hidden_size", "num_layers", "tokens_mlp_dim", "channels_mlp_dim")
 MIXER_SIZES = {
@@ -67,8 +57,9 @@ def make_vit(
     Other arguments are the attributes of `VisionTransformer`; None for the value of the variant.
 
     Args:
-      variant: a size, with the patch or without ("B/16", "B"), or a hybrid ("R50+B/16"); with the
-        suffix "-gap-norep" the classifier defaults to `gap`.
+      variant: a size, with the patch or without ("B/16", "B"), or a hybrid ("R50+B/16"), in any
+        spelling of `normalize_variant`; with the suffix "-gap-norep" the classifier defaults to
+        `gap`.
       patch_size: in pixels, one number for a square; required if `variant` does not include it.
 
     Raises:
@@ -132,7 +123,8 @@ def make_mixer(
 
 
 def _parse_variant(variant: str) -> dict[str, Any]:
-    base = variant.removesuffix(_GAP)
+    variant = normalize_variant(variant)
+    base = variant.removesuffix(GAP)
     pooling = {"classifier": "gap"} if base != variant else {}
     if "+" not in base:
         return _parse_size(base, SIZES, _KEYS) | pooling
@@ -144,7 +136,11 @@ def _parse_variant(variant: str) -> dict[str, Any]:
 def _parse_size(
     variant: str, table: Mapping[str, tuple[int, ...]], keys: tuple[str, ...]
 ) -> dict[str, Any]:
-    name, _, patch = variant.partition("/")
+    name, _, patch = normalize_variant(variant).partition("/")
+    if name not in table:
+        near = guess_variant(variant)
+        if near is not None and near.partition("/")[0] in table:
+            raise UserError(f"model.variant={variant!r} is unknown; did you mean {near!r}?")
     sizes: dict[str, Any] = dict(zip(keys, lookup(table, name, key="model.variant"), strict=True))
     if not patch:
         return sizes

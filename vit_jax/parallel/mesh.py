@@ -12,8 +12,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import check_type
+from vit_jax.utils.suggestions import suggest
 
 AXES = ("data", "fsdp", "tensor")
 # The batch is split over both: FSDP is data parallelism with sharded parameters.

@@ -30,10 +30,11 @@ from vit_jax.observe.ledger import Ledger, read_ledger
 from vit_jax.runtime.processes import broadcast_from_process_0, fail_together
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.durations import LENGTH
-from vit_jax.utils.errors import UserError, describe_error, suggest
+from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.files import check_writable
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, DIVERGENCE, LABELS, METRICS, ROLLBACKS
 from vit_jax.utils.nested import as_tuples, flatten_config
+from vit_jax.utils.suggestions import suggest
 from vit_jax.utils.text import encode_text
 
 # The value of a key that a config does not have.

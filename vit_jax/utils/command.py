@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ import absl.logging
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.signals import INTERRUPTED, ending_at_second_interrupt
 from vit_jax.utils.streams import print_line, settle_streams
+from vit_jax.utils.suggestions import find_near, suggest_flag
 
 # Characters of an error that are printed at most.
 _MAX_ERROR = 4000
@@ -53,7 +55,17 @@ class CommandParser(argparse.ArgumentParser):
             self.error("the following arguments are required: WORKDIR (or --workdir=WORKDIR)")
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message}{self._suggest(message)}; see {self.prog} --help")
+
+    def _suggest(self, message: str) -> str:
+        """Returns the argument that is meant by the first unknown one of a message of argparse."""
+        unknown = re.match("unrecognized arguments: (--[^ =]+)", message)
+        if unknown is None:
+            return ""
+        near = find_near(unknown[1], self._option_string_actions)
+        if near is not None:
+            return f"; did you mean {near!r}?"
+        return suggest_flag(unknown[1]) if "--config" in self._option_string_actions else ""
 
 
 class _StoreWorkdir(argparse.Action):

@@ -53,7 +53,8 @@ def find_duration(
     given = {key: section[key] for key in keys if section.get(key) is not None}
     if len(given) > 1:
         listed = " and ".join(f"{prefix}{key}={value}" for key, value in given.items())
-        raise UserError(f"{listed}: expected exactly one of them")
+        others = " or ".join(f"--config.{prefix}{key}=none" for key in given)
+        raise UserError(f"{listed}: expected exactly one of them; add {others}")
     for key, value in given.items():
         name, unit = prefix + key, keys[key]
         check_type(value, int if unit == "steps" else float, key=name)

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vit_jax.utils.errors import UserError, describe_error, suggest
+from vit_jax.utils.errors import UnknownKeyError, UserError, describe_error
+from vit_jax.utils.suggestions import find_near, suggest, suggest_key
 
 # Fields that Flax adds to every module.
 _FLAX_FIELDS = {"parent", "name"}
@@ -265,7 +266,13 @@ def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str,
     values = {}
     for name, value in section.items():
         if name not in allowed:
-            raise UserError(f"unknown config key {key}.{name}{part}{suggest(name, allowed)}")
+            dotted = f"{key}.{name}".removeprefix("config.")
+            raise UnknownKeyError(
+                f"unknown config key {key}.{name}{part}",
+                key=dotted,
+                allowed=allowed,
+                suggestion=suggest_key(dotted, allowed),
+            )
         annotation = allowed[name].annotation
         # The command line turns none into None, which here means the choice of that name.
         if value is None and not _fits(None, annotation) and "none" in _literals(annotation):
@@ -320,7 +327,9 @@ def check_type(value: Any, annotation: Any, *, key: str) -> None:
         return
     members = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     names = " or ".join("None" if m is types.NoneType else _type_name(m) for m in members)
-    raise UserError(f"{key}={value!r} is a {type(value).__name__}; expected {names}")
+    near = find_near(str(value), [c for c in _literals(annotation) if isinstance(c, str)])
+    hint = "" if near is None else f"; did you mean {near!r}?"
+    raise UserError(f"{key}={value!r} is a {type(value).__name__}; expected {names}{hint}")
 
 
 def _is_union(annotation: Any) -> bool:

@@ -14,8 +14,10 @@ from vit_jax.checkpoint.pretrained.catalogue import (
     describe_augreg,
     find,
     is_name,
+    list_models,
     load_catalogue,
     needs_index,
+    normalize_name,
     select_augreg,
     to_https,
 )
@@ -73,6 +75,33 @@ def test_a_row_is_well_formed(row):
     assert dataclasses.astuple(last)[0] == row.image_size
 
 
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("augreg:b16", "augreg:B/16"),
+        ("AugReg:ViT-B/16", "augreg:B/16"),
+        ("augreg:r_ti_16", "augreg:R+Ti/16"),
+        ("augreg+imagenet2012:B-16@384", "augreg+imagenet2012:B/16@384"),
+        ("mixer-sam:b32", "mixer-sam:B/32"),
+    ],
+)
+def test_a_name_may_be_spelled_in_another_way(spelling, name):
+    assert find(spelling) == ROWS[name]
+    assert not needs_index(spelling)
+
+
+def test_every_name_is_found_by_itself():
+    assert {find(name, catalogue=ROWS).name for name in ROWS} == ROWS.keys()
+    assert len({normalize_name(name.lower(), ROWS) for name in ROWS}) == len(ROWS)
+
+
+def test_names_are_searched_in_any_spelling():
+    assert "augreg:B/16" in list_models("ViT-B_16")
+    assert "augreg:B/16" in list_models("b16")
+    assert "augreg:B/16" in list_models("ViT")
+    assert not list_models("resnet")
+
+
 def test_names_and_files_are_unique():
     with CATALOGUE.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -121,7 +150,7 @@ def test_a_name_finds_its_row():
         ("augreg:B/61", "'augreg:B/61' is not published; did you mean 'augreg:B/16'?"),
         ("augrek:B/16", "unknown collection 'augrek'; did you mean 'augreg'?"),
         ("augreg+imagenet2012:B/16", "did you mean 'augreg+imagenet2012:B/16@"),
-        ("augreg:B-16", "no AugReg file"),
+        ("augreg:B-17", "no AugReg file"),
     ],
 )
 def test_an_unknown_name_gets_the_nearest(name, message):

@@ -11,13 +11,14 @@ import csv
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from vit_jax.utils.bounds import MAX_TABLE, read_text
-from vit_jax.utils.errors import UserError, suggest
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.suggestions import fold, suggest
 
 CATALOGUE = Path(__file__).with_name("catalogue.csv")
 AUGREG_FOLDER = "gs://vit_models/augreg/"
@@ -25,6 +26,8 @@ AUGREG_INDEX = AUGREG_FOLDER + "index.csv"
 
 # A collection has neither dot nor slash: `weights.npz:params` and `gs://...` are not names.
 _NAME = re.compile(r"([\w+-]+):(?!//)(.+)")
+# A model as in the names of AugReg's files.
+_INDEXED = re.compile(r"(?:R\d*_)?[A-Z][a-z]?_\d+")
 _GOOGLE_STORAGE = "https://storage.googleapis.com/"
 _NUM_CLASSES = {
     "imagenet2012": 1000,
@@ -115,12 +118,14 @@ def list_models(text: str = "") -> dict[str, str]:
     The names are what `init_from`, `load_model` and `--checkpoint` take.
 
     Args:
-      text: only names that contain it, in any case.
+      text: only names that contain it, in any case and with any separators, or models of this
+        name.
     """
-    models = {}
+    models, folded = {}, _fold_model(text)
     for name, model in load_catalogue().items():
         top1 = "" if model.top1 is None else f", ImageNet top-1 {model.top1} %"
-        if text.lower() in name.lower():
+        same = folded and folded in fold(name).replace("+", "")
+        if same or text.lower() in name.lower() or text.lower() == model.model:
             models[name] = f"{model.image_size} px, {model.pretraining}{top1}"
     return models
 
@@ -130,10 +135,30 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
+def normalize_name(name: str, catalogue: Iterable[str]) -> str:
+    """Returns the name in the catalogue that is meant by another spelling of it.
+
+    Case and separators may differ, and the model may start with "ViT-": `AugReg:ViT-B/16` is
+    `augreg:B/16`. A name without a match is returned as it is.
+    """
+    known = {_fold(other): other for other in catalogue}
+    return known.get(_fold(name), name)
+
+
+def _fold(name: str) -> str:
+    collection, _, rest = name.partition(":")
+    model, _, pixels = rest.partition("@")
+    return f"{collection.lower()}:{_fold_model(model)}@{pixels}"
+
+
+def _fold_model(text: str) -> str:
+    return fold(re.sub("^(vit|mixer)[-_ ]?", "", text.lower())).replace("+", "")
+
+
 def needs_index(name: str) -> bool:
     """Whether AugReg's index is needed to find the file of a name, such as `augreg:B_16`."""
     collection, _, model = name.partition(":")
-    return collection == "augreg" and "/" not in model and "-" not in model
+    return collection == "augreg" and _INDEXED.fullmatch(model) is not None
 
 
 def find(name: str, *, catalogue: Mapping[str, Published] | None = None) -> Published:
@@ -147,6 +172,7 @@ def find(name: str, *, catalogue: Mapping[str, Published] | None = None) -> Publ
       UserError: the name is unknown; the message has the nearest one.
     """
     catalogue = load_catalogue() if catalogue is None else catalogue
+    name = normalize_name(name, catalogue)
     if name in catalogue:
         return catalogue[name]
     collection, _, model = name.partition(":")

@@ -18,6 +18,7 @@ from etils import epath
 from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.manager import DESCRIPTION, quiet_reads
 from vit_jax.checkpoint.manifest import find_fault, has_manifest
+from vit_jax.checkpoint.pretrained.catalogue import load_catalogue
 from vit_jax.checkpoint.pretrained.description import check_description
 from vit_jax.checkpoint.pretrained.download import fetch, resolve
 from vit_jax.checkpoint.pretrained.hub import INDEX, find_weights, refuse_format
@@ -33,15 +34,23 @@ from vit_jax.checkpoint.pretrained.weights import (
     unstack_blocks,
 )
 from vit_jax.checkpoint.workdir import read_config, read_labels
+from vit_jax.models.names import guess_variant
 from vit_jax.utils.bounds import MAX_WEIGHTS, check_growth, check_tree, open_outside, read_json
 from vit_jax.utils.class_names import check_names
 from vit_jax.utils.errors import UserError, describe_error, first_line
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG
 from vit_jax.utils.nested import as_tuples
 from vit_jax.utils.registry import is_part
+from vit_jax.utils.suggestions import find_near_path
 from vit_jax.utils.tree import flatten
 
 _SUBTREE = re.compile(r"(.+):(?!//)([^:]+)")
+# What weights can be read from.
+KINDS = (
+    "a workdir or a checkpoint (runs/digits), a .npz or .safetensors file (weights.npz), a folder "
+    "of the Hugging Face hub (vit-base-patch16-224), a URL (https://... or gs://...), or the name "
+    "of published weights (augreg:B/16; `vit_jax models` lists them)"
+)
 # A note on which parameters were read, by the part that was asked for.
 _WHICH = {
     "": "the parameters as they are, not their average",
@@ -88,9 +97,25 @@ def _load(source: str) -> Weights:
     if (match := _SUBTREE.fullmatch(source)) and not Path(source).exists():
         path, part = match.groups()
     if not Path(path).is_dir():
+        if "://" not in path and not os.path.lexists(path):
+            raise UserError(f"{source}: there is no such file or folder{_suggest_source(source)}")
         return _read_file(path, part)
     weights = find_weights(Path(path))
     return read_run(Path(path), part=part) if weights is None else _read_file(weights, part)
+
+
+def _suggest_source(source: str) -> str:
+    """Returns which weights are meant by a text that names none, and which kinds there are."""
+    variant, near = guess_variant(source), find_near_path(Path(source))
+    if near is not None:
+        found = [str(near)]
+    else:
+        # Those of AugReg first, which are recommended for fine-tuning.
+        known = sorted(load_catalogue().values(), key=lambda p: not p.name.startswith("augreg:"))
+        found = [p.name for p in known if source in (p.name.partition(":")[0], p.model)]
+        found = found or [p.name for p in known if p.variant == variant]
+    hint = f"did you mean {' or '.join(map(repr, found[:3]))}? Expected" if found else "expected"
+    return f"; {hint} {KINDS}"
 
 
 def check_parameters(weights: Weights, source: str) -> None:

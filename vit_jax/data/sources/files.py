@@ -44,7 +44,8 @@ from vit_jax.data.sources.layout import (
 )
 from vit_jax.utils.bounds import MAX_IMAGE, MAX_TABLE, open_regular, read_bytes
 from vit_jax.utils.class_names import normalize_name
-from vit_jax.utils.errors import UserError, describe_error, suggest
+from vit_jax.utils.errors import UserError, describe_error
+from vit_jax.utils.suggestions import suggest
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _COLUMNS = ("image", "label", "labels", "split")

@@ -21,7 +21,8 @@ from etils import epath
 import vit_jax.data.datasets  # noqa: F401  (registers the package's own TFDS builders)
 from vit_jax.data.sources.base import DatasetInfo, Source, refuse_label
 from vit_jax.data.sources.guess import suggest_name
-from vit_jax.utils.errors import UserError, describe_error, suggest
+from vit_jax.utils.errors import UserError, describe_error
+from vit_jax.utils.suggestions import suggest
 
 _DEFAULT_DIR = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
 
