@@ -116,7 +116,7 @@ def test_a_run_that_has_just_begun_has_empty_cells(runs, tmp_path, capsys):
         (["{one}", "{tmp}"], "expected the workdir of a run"),
         (["{one}", "--output={one}"], "exists; remove it"),
         (["{one}", "--format=xml"], "invalid choice: 'xml'"),
-        (["--format=csv"], "WORKDIRS"),
+        (["--format=csv"], "WORKDIR (or --workdir=WORKDIR)"),
     ],
 )
 def test_bad_input_is_one_line(runs, tmp_path, arguments, message):

@@ -67,7 +67,10 @@ CASES = {
         (TRAIN + "--num_processes=two", ["num_processes", "two"]),
         (TRAIN + "--config=none.py", ["--config=none.py", "there is no file"]),
         (TRAIN + "--dry_run --config.seed=-1", ["seed=-1", "expected 0"]),
-        (TRAIN + "--dry_run --config.model.hiden_size=64", ["model.hiden_size", "'hidden_size'"]),
+        (
+            TRAIN + "--dry_run --config.model.hiden_size=64",
+            ["model.hiden_size", "'model.hidden_size'"],
+        ),
         (TRAIN + "--dry_run --config.evals.val.split=tset", ["evals.val.split='tset'", "train"]),
         (TRAIN + "--dry_run --workdir=empty.txt", ["--workdir='empty.txt'", "can't be used"]),
         (TRAIN + "--dry_run --workdir=empty.txt/new", ["--workdir='empty.txt/new'", "can't be"]),
@@ -235,7 +238,7 @@ CASES = {
         ("--checkpoint=noise.npz photos", ["noise.npz"]),
         ("--checkpoint=noise.safetensors photos", ["noise.safetensors", "safetensors file"]),
         ("--checkpoint=4 photos", ["--checkpoint=4", "expected --workdir"]),
-        ("--workdir=none photos", ["--workdir=none", "is no folder", "there is no none"]),
+        ("--workdir=none photos", ["--workdir=none", "is no folder", "it does not exist"]),
         ("--workdir=run --checkpoint=5 photos", ["--checkpoint=5", "--workdir=run", "4"]),
         ("--init_from=augreg:B/17 photos", ["augreg:B/17", "B/16"]),
         (
@@ -276,7 +279,7 @@ CASES = {
     ],
     "convert": [
         ("", ["SRC", "required", "--help"]),
-        ("--workdir=none", ["--workdir=none", "no such folder"]),
+        ("--workdir=none", ["--workdir=none", "is no folder", "does not exist"]),
         ("run model.npz --workdir=run", ["SRC=run", "--workdir=run", "expected one"]),
         ("none.npz", ["none.npz"]),
         ("noise.npz", ["noise.npz"]),
@@ -308,7 +311,7 @@ CASES = {
         (MODEL + "--port=0 --host=256.0.0.1", ["--host=256.0.0.1", "can't be used"]),
         ("--port=0", ["--workdir, --checkpoint and --init_from", "expected one"]),
         ("--port=0 --checkpoint=none.npz", ["none.npz"]),
-        ("none", ["--workdir=none", "no such folder"]),
+        ("none", ["--workdir=none", "is no folder", "does not exist"]),
         ("run --workdir=none", ["run and none", "expected one"]),
     ],
     "plan": [

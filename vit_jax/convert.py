@@ -89,7 +89,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         if args.DST is not None:
             parser.error(f"SRC={args.SRC} and --workdir={args.workdir}: expected one of them")
         if not Path(args.workdir).is_dir():
-            raise UserError(f"--workdir={args.workdir}: there is no such folder")
+            raise UserError(
+                f"--workdir={args.workdir} is no folder; expected the workdir of a run"
+                f"{suggest_workdir(args.workdir)}"
+            )
         args.SRC, args.DST = args.workdir, Path(args.SRC) if args.SRC else None
     if args.SRC is None:
         parser.error("the following arguments are required: SRC (or --workdir=WORKDIR)")

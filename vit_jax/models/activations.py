@@ -7,19 +7,23 @@ import flax.linen as nn
 import jax
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gelu(x: jax.Array, approximate: bool) -> jax.Array:
-    """GELU, exact or by its tanh approximation, of any shape and floating dtype.
+def gelu(x: jax.Array, *, approximate: bool) -> jax.Array:
+    """Returns GELU, exact or by its tanh approximation, of any shape and floating dtype.
 
     The gradient starts from `x` alone. Differentiation would also save the slope, which is as large
     as the hidden state of an MLP, and takes longer to write and read than to compute.
     Source: arXiv:1606.08415.
     """
+    return _gelu(x, approximate)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gelu(x: jax.Array, approximate: bool) -> jax.Array:
     return nn.gelu(x, approximate=approximate)
 
 
 def _forward(x: jax.Array, approximate: bool) -> tuple[jax.Array, jax.Array]:
-    return gelu(x, approximate), x
+    return _gelu(x, approximate), x
 
 
 def _backward(approximate: bool, x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
@@ -29,4 +33,4 @@ def _backward(approximate: bool, x: jax.Array, grad: jax.Array) -> tuple[jax.Arr
     return pullback(grad)
 
 
-gelu.defvjp(_forward, _backward)
+_gelu.defvjp(_forward, _backward)

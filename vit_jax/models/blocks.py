@@ -182,7 +182,7 @@ class MlpBlock(nn.Module):
         if config.activation == "swiglu":
             hidden = hidden * nn.silu(dense(config.mlp_dim, "gate")(x))
         else:
-            hidden = gelu(hidden, config.activation == "gelu_tanh")
+            hidden = gelu(hidden, approximate=config.activation == "gelu_tanh")
         hidden = config.constrain(hidden, ("batch", None, "mlp"))
         hidden = nn.Dropout(config.dropout_rate, deterministic=not train)(hidden)
         x = dense(width)(hidden)

@@ -292,8 +292,8 @@ def suggest_workdir(path: Path) -> str:
     if not os.path.lexists(path):
         near = find_near_path(path)
         if near is None or not os.path.isdir(near):
-            return f"; there is no {path}"
-        return f"; there is no {path}{_ask(str(near))}"
+            return "; it does not exist"
+        return f"; it does not exist{_ask(str(near))}"
     if os.path.isfile(path):
         kind = "a config file" if path.suffix == ".py" else "a file"
         return f"; {path} is {kind}: give the folder that `vit_jax train` got as --workdir"
