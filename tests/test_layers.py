@@ -35,6 +35,7 @@ COMMANDS = (
     "evaluate",
     "explain",
     "export",
+    "find_lr",
     "launch.gke",
     "launch.local",
     "main",
