@@ -8,7 +8,8 @@ Examples:
   python -m vit_jax.convert ViT-B_16.npz
   python -m vit_jax.convert augreg:B/16 vit_b16.safetensors
   python -m vit_jax.convert runs/digits digits.npz
-  python -m vit_jax.convert runs/digits digits.safetensors --params=ema
+  python -m vit_jax.convert runs/digits digits.safetensors
+  python -m vit_jax.convert runs/averaged average.npz --params=ema
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,7 @@ The evaluators are those of the config, which is the workdir's own or that of --
 
 Examples:
   python -m vit_jax.evaluate --workdir=runs/digits
-  python -m vit_jax.evaluate --workdir=runs/digits --checkpoint=2000 --details
+  python -m vit_jax.evaluate --workdir=runs/digits --checkpoint=4000 --details
   python -m vit_jax.evaluate --workdir=runs/digits --follow
   python -m vit_jax.evaluate --workdir=runs/digits --config.evals.near.name=knn \
       --config.evals.near.train_split=train --config.evals.near.split=test \

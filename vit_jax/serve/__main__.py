@@ -8,7 +8,7 @@ given. Ctrl-C ends it.
 
 Examples:
   python -m vit_jax.serve --workdir=runs/digits
-  python -m vit_jax.serve --workdir=runs/digits --checkpoint=best --params=ema --port=8080
+  python -m vit_jax.serve --workdir=runs/averaged --checkpoint=last --params=ema --port=8080
   python -m vit_jax.serve --checkpoint=vit.safetensors --labels=names.txt
   curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/predict?top_k=3'
   curl -F file=@photo.jpg -F top_k=3 http://127.0.0.1:8000/v1/predict
