@@ -183,13 +183,13 @@ def _describe_images(preprocess: Mapping[str, Any]) -> tuple[dict[str, Any], lis
     method = match[1] if (match := _METHOD.search(line)) else "bilinear"
     method = method if method in ("nearest", "bilinear", "bicubic", "lanczos") else "bilinear"
     images = colors | {"interpolation": method, "crop_pct": 1.0, "crop_mode": "squash"}
-    resize, crop = (), None
+    resize: tuple[int, ...] = ()
+    crop = 0, 0
     if match := _CENTERED.fullmatch(line):
-        resize, crop = (int(match[1]),), (int(match[2]),) * 2
+        resize, crop = (int(match[1]),), (int(match[2]), int(match[2]))
         images |= {"crop_mode": "center", "crop_pct": crop[0] / resize[0]}
     elif match := _SQUASHED.fullmatch(line):
-        resize = (int(match[1]), int(match[2] or match[1]))
-        crop = resize
+        resize = crop = int(match[1]), int(match[2] or match[1])
     if resize:
         same, _ = describe_evaluation(
             resize=resize, crop=crop, interpolation=method, rounding="nearest"
