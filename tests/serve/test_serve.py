@@ -139,6 +139,15 @@ def test_a_form_is_answered_as_the_bytes_of_its_file(client, photo):
     assert client.post("/v1/predict?top_k=2", files=file).json()["predictions"] == expected
 
 
+def test_an_image_that_curl_sent_as_text_is_refused_with_what_to_type(client, photo):
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}  # Of --data-binary too.
+    assert client.post("/v1/predict", content=photo, headers=headers).status_code == 200
+    torn = photo.replace(b"\r", b"").replace(b"\n", b"")
+    reply = client.post("/v1/predict", content=torn, headers=headers)
+    assert reply.status_code == 415
+    assert reply.json()["error"].endswith("use --data-binary @FILE or -F file=@FILE")
+
+
 @pytest.mark.parametrize(
     ("path", "files", "fields", "code", "message"),
     [

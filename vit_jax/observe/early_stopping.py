@@ -57,12 +57,10 @@ class Stop:
         if since < self.patience:
             return None
         what = f"stop.patience={self.patience}"
+        count = f"{since} evaluation{'s' * (since > 1)}"
         if best is None:
-            return f"{self.metric} was never finite in {since} evaluations ({what})"
-        return (
-            f"{self.metric} was best at step {best[0]}, {best[1]:.6g}, {since} evaluations ago "
-            f"({what})"
-        )
+            return f"{self.metric} was never finite in {count} ({what})"
+        return f"{self.metric} was best at step {best[0]}, {best[1]:.6g}, {count} ago ({what})"
 
 
 def read_values(workdir: Path, metric: str, *, until: int) -> dict[int, float]:

@@ -270,11 +270,20 @@ def make_app(
         _check_once(request)
         with predictor.admit():
             content = await _read_body(request, limits)
-            if is_form(kind := request.headers.get("Content-Type", "")):
+            kind = request.headers.get("Content-Type", "")
+            if is_form(kind):
                 content, fields = _take_file(kind, content, limits)
                 options = _add_fields(options, fields, request)
             overlay = options.overlay == "true"
-            return await predictor.predict(content, top_k=options.top_k, overlay=overlay)
+            try:
+                return await predictor.predict(content, top_k=options.top_k, overlay=overlay)
+            except HTTPException as e:
+                if e.status_code == 415 and kind.startswith("application/x-www-form-urlencoded"):
+                    hint = (
+                        "curl -d leaves out line breaks: use --data-binary @FILE or -F file=@FILE"
+                    )
+                    raise HTTPException(415, f"{e.detail}; {hint}") from None
+                raise
 
     return app
 
