@@ -30,8 +30,8 @@ from vit_jax.utils.files import check_fresh, fresh_folder
 from vit_jax.utils.text import encode_text
 
 PAGE, TABLE = "index.html", "rates.csv"
-# Losses above this many times the lowest are left out of the picture.
-_SHOWN = 2.5
+# Losses above this many times that of the start are left out of the picture.
+_SHOWN = 1.1
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -70,7 +70,8 @@ def describe(found: LrRangeTest) -> list[str]:
 def make_lr_page(found: LrRangeTest, *, title: str) -> str:
     """Returns the page of a test: the loss, and its moving average, over the learning rate."""
     x = np.log10(found.rates)
-    shown = found.losses <= _SHOWN * found.smoothed.min()
+    shown = np.maximum(found.losses, found.smoothed) <= _SHOWN * max(found.losses[0], 1e-9)
+    shown[0] = True  # The picture has a point in any case.
     curves = [
         Curve("loss of a step", list(zip(x[shown], found.losses[shown], strict=True)), color=7),
         Curve("moving average", list(zip(x[shown], found.smoothed[shown], strict=True)), color=0),
