@@ -136,7 +136,7 @@ build/audit/pip_audit.stamp:
 build/torch/timm.stamp:
 	@python="$(FOUND_PYTHON)" && echo "Installing PyTorch and timm in build/torch (minutes)." && "$$python" -m venv --clear build/torch
 	@build/torch/bin/python -m pip install -qq --no-input --disable-pip-version-check \
-	  $(TORCH_PIP_ARGS) torch timm==1.0.31 || { echo "PyTorch and timm could not be installed: that" \
+	  $(TORCH_PIP_ARGS) torch timm==1.0.31 transformers==5.24.0 || { echo "PyTorch and timm could not be installed: that" \
 	  "needs a network, or settings of pip (TORCH_PIP_ARGS) with which it finds them." >&2; exit 1; }
 	@touch $@
 

@@ -22,6 +22,7 @@ from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.npz import write_npz
 from vit_jax.evaluate import main
 from vit_jax.observe.jsonl import append_record, read_metrics, read_records
+from vit_jax.observe.ledger import Ledger
 from vit_jax.training.evaluation import Judge
 from vit_jax.training.run import train
 from vit_jax.utils.errors import UserError
@@ -214,6 +215,30 @@ def test_following_ends_when_no_checkpoint_comes(run, monkeypatch, capsys):
     assert main([f"--workdir={run}", "--follow", "--timeout=0.1"]) == 1
     assert "newest is of step 4 of 8" in capsys.readouterr().err
     assert [r["step"] for r in read_records(run / "evals.jsonl")] == [4]
+
+
+class AnyJudge:
+    """Finds all checkpoints equally good."""
+
+    changes, names = {}, {"val"}
+
+    def load(self, source):
+        return source
+
+    def record(self, source, loaded):
+        return {"step": int(Path(source).name), "val/top1": 1.0}
+
+
+def test_following_ends_where_a_run_ended_early(run, monkeypatch):
+    shutil.rmtree(run / "checkpoints" / "8")
+    seconds = dict.fromkeys(("step", "compile", "data_wait", "save", "evaluation"), 1.0)
+    ledger = Ledger(run, step=4, total_steps=8, seconds=lambda: seconds, active=True)
+    ledger.end_early("val/loss was best at step 2")
+    found = []
+    last = evaluate.follow(
+        AnyJudge(), run, run / "evals.jsonl", total=8, timeout=0, report=found.append
+    )
+    assert (last, [record["step"] for record in found]) == (4, [4])
 
 
 def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(run, monkeypatch, said):

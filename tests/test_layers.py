@@ -36,6 +36,7 @@ COMMANDS = (
     "evaluate",
     "explain",
     "export",
+    "find_lr",
     "launch.gke",
     "launch.local",
     "main",

@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from tests.trained import write_images, write_model
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, write_safetensors
 from vit_jax.checkpoint.pretrained.weights import Weights
+from vit_jax.export.__main__ import main as export
+from vit_jax.inference.model import load_model
 from vit_jax.models.variants import make_vit
 
 ROOT = Path(__file__).parents[1]
@@ -227,3 +230,65 @@ def test_logits_are_those_of_timm(name, source, folder):
     expected = np.load(case / f"{source}.npy")
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+# Models of 8x8 pixels that `vit_jax.export` writes, with changes to `tests.trained.VIT`.
+EXPORTED = {
+    "token": {},
+    "erf": {"activation": "gelu_erf", "layer_scale_init": 0.1, "qk_norm": True},
+    "registers": {"num_registers": 2},
+    "gap": {"classifier": "gap", "position_embedding": "sincos2d"},
+    "gap_norm": {"classifier": "gap", "norm_after_pooling": True},
+    "map": {"classifier": "map", "num_registers": 2},
+    "distilled": {"distillation_token": True},
+    "rope": {"rope_theta": 50.0, "activation": "gelu_erf", "num_registers": 1},
+    "rope_grid": {
+        "rope_theta": 100.0,
+        "rope_reference_grid": (4, 4),
+        "activation": "gelu_erf",
+        "layer_scale_init": 0.1,
+    },
+    "rope_swiglu": {
+        "rope_theta": 100.0,
+        "activation": "swiglu",
+        "position_embedding": "none",
+        "classifier": "gap",
+    },
+    "pre_logits": {"representation_size": 12},
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Folders that were exported, and in each what timm and transformers make of it."""
+    if not PYTHON.exists():
+        pytest.skip(f"no {PYTHON}, an interpreter with torch and timm; `make verify-torch` runs it")
+    place = tmp_path_factory.mktemp("exported")
+    (place / "names.txt").write_text("ant\nbee\nça va\n")
+    write_images(place / "images", 2)
+    for name, changes in EXPORTED.items():
+        write_model(place / f"{name}.npz", **changes)
+        labels = [f"--labels={place / 'names.txt'}"]
+        source = [f"--checkpoint={place / name}.npz", *labels]
+        export([*source, "--to=safetensors", f"--output={place / name}"])
+    script = ROOT / "tests" / "testdata" / "run_timm_folders.py"
+    subprocess.run([PYTHON, script, place, *EXPORTED], check=True)
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_exported_folder_is_a_model_of_timm_and_transformers(name, exported):
+    model = load_model(exported / f"{name}.npz")
+    images = [model.preprocess(exported / "images" / f"{i:02}.png") for i in range(2)]
+    found = json.loads((exported / name / "timm.json").read_text())
+    if name == "pre_logits":
+        expected = model.features(images, "encoded")[:, 0]
+        np.testing.assert_allclose(found["features"], expected, atol=1e-4)
+        return
+    expected = model(images).logits
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(found["timm"], expected, atol=1e-4)
+    np.testing.assert_allclose(found["transformers"], expected, atol=1e-4)
+    assert found["id2label"] == {"0": "ant", "1": "bee", "2": "ça va"}
+    assert found["names"] == ["ant", "bee", "ça va"]

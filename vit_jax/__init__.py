@@ -11,15 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vit_jax.checkpoint.pretrained.catalogue import list_models
     from vit_jax.config.shipped import list_configs
-    from vit_jax.inference.model import LoadedModel, Prediction, load_model
+    from vit_jax.inference.model import LoadedModel, load_model
+    from vit_jax.inference.prediction import ImagePrediction, ImagePredictions, Prediction
+    from vit_jax.training.result import RunResult
     from vit_jax.training.run import train
     from vit_jax.utils.errors import UserError
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ImagePrediction",
+    "ImagePredictions",
     "LoadedModel",
     "Prediction",
+    "RunResult",
     "UserError",
     "__version__",
     "list_configs",
@@ -29,8 +34,11 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ImagePrediction": "vit_jax.inference.prediction",
+    "ImagePredictions": "vit_jax.inference.prediction",
     "LoadedModel": "vit_jax.inference.model",
-    "Prediction": "vit_jax.inference.model",
+    "Prediction": "vit_jax.inference.prediction",
+    "RunResult": "vit_jax.training.result",
     "UserError": "vit_jax.utils.errors",
     "list_configs": "vit_jax.config.shipped",
     "list_models": "vit_jax.checkpoint.pretrained.catalogue",

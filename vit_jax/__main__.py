@@ -31,6 +31,7 @@ COMMANDS = {
     "status": "status",
     "compare": "compare",
     "sweep": "sweep",
+    "find_lr": "find_lr",
     "convert": "convert",
     "export": "export",
     "serve": "serve",

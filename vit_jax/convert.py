@@ -8,7 +8,8 @@ Examples:
   python -m vit_jax.convert ViT-B_16.npz
   python -m vit_jax.convert augreg:B/16 vit_b16.safetensors
   python -m vit_jax.convert runs/digits digits.npz
-  python -m vit_jax.convert runs/digits digits.safetensors --params=ema
+  python -m vit_jax.convert runs/digits digits.safetensors
+  python -m vit_jax.convert runs/averaged average.npz --params=ema
 """
 
 import argparse
@@ -20,6 +21,7 @@ from vit_jax.observe.console import log_lines
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.signals import importing
+from vit_jax.utils.suggestions import suggest_workdir
 
 if TYPE_CHECKING:
     from vit_jax.checkpoint.pretrained.weights import Weights

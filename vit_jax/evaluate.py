@@ -5,7 +5,7 @@ The evaluators are those of the config, which is the workdir's own or that of --
 
 Examples:
   python -m vit_jax.evaluate runs/digits
-  python -m vit_jax.evaluate --workdir=runs/digits --checkpoint=2000 --details
+  python -m vit_jax.evaluate --workdir=runs/digits --checkpoint=4000 --details
   python -m vit_jax.evaluate --workdir=runs/digits --follow
   python -m vit_jax.evaluate --workdir=runs/digits --config.evals.near.name=knn \
       --config.evals.near.train_split=train --config.evals.near.split=test \
@@ -27,6 +27,7 @@ from vit_jax.config.load import find_file, load_config, override_config, parse_o
 from vit_jax.config.reduced import reduce_for_evaluation
 from vit_jax.observe.console import log, log_lines, set_up
 from vit_jax.observe.jsonl import append_record, read_records
+from vit_jax.observe.ledger import is_complete_early, read_ledger
 from vit_jax.utils.command import CommandParser, add_workdir, print_error, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, EVALS, RESULTS
@@ -56,11 +57,15 @@ def follow(
     total: int,
     timeout: float,
     report: Callable[[dict[str, Any]], None],
-) -> None:
+) -> int:
     """Evaluates the checkpoints of a run as another process writes them, each once.
 
     Steps that `output` has with all evaluators and the same changes are not evaluated again. The
-    run is complete after the step `total`. `report` takes the record of each checkpoint.
+    run is complete after the step `total`, or where it ended early. `report` takes the record of
+    each checkpoint.
+
+    Returns:
+      The step of the newest checkpoint.
 
     Raises:
       FollowTimeoutError: there is no new checkpoint for `timeout` seconds.
@@ -75,14 +80,16 @@ def follow(
     since = time.monotonic()
     while True:
         newest = max(done, default=0)
+        # Before the checkpoints are listed, since the last one comes before the end.
+        ended = newest >= total or is_complete_early(read_ledger(workdir))
         todo = [step for step in list_steps(workdir) if step not in done]
         if todo:
             # The oldest first: it will be removed first.
             done.add(todo[0])
             _follow_step(judge, workdir / CHECKPOINTS / str(todo[0]), report)
             since = time.monotonic()
-        elif newest >= total:
-            return
+        elif ended:
+            return newest
         elif time.monotonic() - since > timeout:
             raise FollowTimeoutError(
                 f"no new checkpoint in {workdir / CHECKPOINTS} for {timeout:g} s; the newest is of "
@@ -306,11 +313,13 @@ def main(argv: Sequence[str]) -> int:
         assert output is not None  # --follow comes with --workdir
         total = experiment.total_steps
         try:
-            follow(judge, args.workdir, output, total=total, timeout=args.timeout, report=report)
+            last = follow(
+                judge, args.workdir, output, total=total, timeout=args.timeout, report=report
+            )
         except FollowTimeoutError as e:
             print_error(e)
             return 1
-        log(f"{args.workdir} is complete at step {total}")
+        log(f"{args.workdir} is complete at step {last}")
     if output is not None:
         log(f"results are in {output}")
     if args.details:

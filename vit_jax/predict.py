@@ -7,7 +7,7 @@ out; then the exit code is 1. It is 2 for bad input.
 
 Examples:
   python -m vit_jax.predict runs/digits photos
-  python -m vit_jax.predict --workdir=runs/digits --checkpoint=best --params=ema 'photos/**/*.png'
+  python -m vit_jax.predict --workdir=runs/averaged --checkpoint=last --params=ema 'photos/**/*.png'
   find photos -name '*.jpg' | python -m vit_jax.predict --workdir=runs/digits --format=csv -
   python -m vit_jax.predict --workdir=runs/digits --output=classes.parquet --tta=flip photos
   python -m vit_jax.predict --checkpoint=vit.safetensors --labels=names.txt photos

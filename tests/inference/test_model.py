@@ -92,6 +92,81 @@ def test_a_run_predicts_what_its_model_computes(model, expected):
     np.testing.assert_allclose(model.features(IMAGES, "encoded"), out["encoded"], atol=1e-5)
 
 
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of three images with one that is damaged, and another file."""
+    paths = write_images(tmp_path / "photos", 3)
+    (tmp_path / "photos" / "damaged.jpg").write_bytes(b"no image")
+    (tmp_path / "photos" / "notes.txt").write_text("notes")
+    return paths
+
+
+def test_files_are_classified_by_name(model, photos):
+    arrays = model([model.preprocess(path) for path in photos])
+    one = model(str(photos[1]))
+    labels = arrays.top(2)[1]
+    assert one.top(2) == [(NAMES[i], pytest.approx(arrays.probabilities[1, i])) for i in labels]
+    assert one.path == str(photos[1])
+    assert len(one.top()) == 5
+    assert len(one.top(99)) == 10
+    np.testing.assert_allclose(one.logits, arrays.logits[1], atol=1e-5)
+    name, probability = one.top(1)[0]
+    assert repr(one).startswith(f"{photos[1]}: {name} {100 * probability:.1f} %, ")
+    refuse(lambda: one.top(0), "top(0)", "at least 1")
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda paths: [str(path) for path in paths],
+        lambda paths: tuple(paths),
+        lambda paths: (path for path in paths),
+        lambda paths: np.array([str(path) for path in paths]),
+        lambda paths: f"{paths[0].parent}/*.png",
+        lambda paths: paths[0].parent,
+        lambda paths: [str(paths[0].parent)],
+        lambda paths: [Image.open(paths[0]), paths[1].read_bytes(), paths[2]],
+    ],
+    ids=["list", "tuple", "iterator", "array", "pattern", "folder", "[folder]", "in memory"],
+)
+def test_several_images_are_classified_in_order(model, photos, give):
+    expected = model([model.preprocess(path) for path in photos])
+    found = model(give(photos))
+    np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-6)
+    assert [path for path in found.paths if path] == [
+        str(path) for path, given in zip(photos, found.paths, strict=True) if given
+    ]
+    assert [image.top(1) for image in found] == found.top(1) == [t[:1] for t in found.top(5)]
+    assert [name for ((name, _),) in found.top(1)] == [NAMES[i] for i in expected.top(1)[:, 0]]
+    assert found[1:].top(1) == found.top(1)[1:]
+    assert repr(found[2]) in repr(found)
+
+
+def test_a_pillow_image_or_the_bytes_of_a_file_are_one_image(model, photos, monkeypatch):
+    expected = model(photos[0]).top(3)
+    for image in (Image.open(photos[0]), photos[0].read_bytes()):
+        found = model(image)
+        assert (found.path, [name for name, _ in found.top(3)]) == (None, [n for n, _ in expected])
+    monkeypatch.setenv("HOME", str(photos[0].parent))
+    assert [name for name, _ in model(f"~/{photos[0].name}").top(3)] == [n for n, _ in expected]
+
+
+def test_an_image_that_was_named_and_can_not_be_read_is_one_line(model, photos, tmp_path):
+    damaged = str(photos[0].parent / "damaged.jpg")
+    refuse(lambda: model(damaged), f"{damaged}: ")
+    refuse(lambda: model([photos[0], damaged]), f"{damaged}: ")
+    refuse(lambda: model([Image.open(photos[0]), damaged]), f"{damaged}: ")
+    refuse(lambda: model([Image.open(photos[0]), b"no"]), "image 1 of 2: ")
+    refuse(lambda: model("none.jpg"), "'none.jpg': there is no such file or folder")
+    refuse(lambda: model([photos[0], "none.jpg"]), "'none.jpg': there is no such file")
+    refuse(lambda: model([photos[0], IMAGES[0]]), "a ndarray is among them")
+    (tmp_path / "empty").mkdir()
+    refuse(lambda: model(tmp_path / "empty"), "no images found in", "empty")
+    (tmp_path / "empty" / "a.jpg").write_bytes(b"no image")
+    refuse(lambda: model(tmp_path / "empty"), "none of 1 images can be read")
+    refuse(lambda: model([]), "or paths of images")
+
+
 def test_a_run_says_what_was_taken_of_it(run, model):
     assert model.source == str(run[0] / "checkpoints" / "8")
     assert model.notes[0] == "the parameters as they are, not their average"

@@ -12,6 +12,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.writer import MetricWriter
+from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import METRICS, TENSORBOARD
 
 
@@ -137,3 +138,27 @@ def test_a_picture_histograms_and_hyperparameters_are_for_tensorboard(tmp_path):
     assert b"val/top1" in found["_hparams_/experiment"][1].metadata.plugin_data.content
     # They are no metrics.
     assert read_metrics(tmp_path) == []
+
+
+def test_a_caller_sees_each_record_and_can_end_the_run(tmp_path):
+    seen, answers = [], [None, False, "enough"]
+
+    def answer(record):
+        seen.append(record)
+        return answers[len(seen) - 1]
+
+    with MetricWriter(tmp_path, step=0, active=True, on_record=answer) as writer:
+        reasons = []
+        for step in (1, 2, 3):
+            writer.write(step, {"train/loss": 1.0})
+            reasons.append(writer.stop_reason)
+    assert seen == read_metrics(tmp_path)
+    assert reasons == [None, None, "enough"]
+    with MetricWriter(tmp_path, step=0, active=True, on_record=lambda r: True) as writer:
+        writer.write(4, {"train/loss": 1.0})
+        assert writer.stop_reason == "on_record returned True"
+    with (
+        MetricWriter(tmp_path, step=4, active=True, on_record=lambda r: r) as writer,
+        pytest.raises(UserError, match="on_record returns dict: expected None or False"),
+    ):
+        writer.write(5, {"train/loss": 1.0})

@@ -305,3 +305,14 @@ def test_values_out_of_range_are_refused(wrong):
     (key,) = wrong
     with pytest.raises(UserError, match=f"optimizer.{key}="):
         make_optimizer(base=sgd(), total_steps=9, **({"lr": 0.1} | wrong))
+
+
+def test_an_exponential_schedule_changes_by_the_same_factor_up_or_down():
+    up = make_schedule(lr=1e-6, total_steps=60, schedule="exponential", end_lr=1.0)
+    down = make_schedule(
+        lr=1.0, total_steps=70, schedule="exponential", end_lr=1e-6, warmup_steps=10
+    )
+    assert [float(up(t)) for t in (0, 10, 60)] == pytest.approx([1e-6, 1e-5, 1.0], rel=1e-4)
+    assert [float(down(t)) for t in (5, 10, 20, 70)] == pytest.approx([0.5, 1, 0.1, 1e-6], rel=1e-4)
+    with pytest.raises(UserError, match=r"end_lr=0.0: expected both above 0"):
+        make_schedule(lr=1.0, total_steps=10, schedule="exponential")

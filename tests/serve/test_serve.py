@@ -131,6 +131,43 @@ def test_what_is_no_image_or_too_large_is_refused_in_one_line(client, path, cont
     assert reply.json()["error"].startswith(message)
 
 
+def test_a_form_is_answered_as_the_bytes_of_its_file(client, photo):
+    file = {"file": ("a.png", photo, "image/png")}
+    expected = client.post("/v1/predict?top_k=2", content=photo).json()["predictions"]
+    reply = client.post("/v1/predict", files=file, data={"top_k": "2"})
+    assert reply.json()["predictions"] == expected
+    assert client.post("/v1/predict?top_k=2", files=file).json()["predictions"] == expected
+
+
+def test_an_image_that_curl_sent_as_text_is_refused_with_what_to_type(client, photo):
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}  # Of --data-binary too.
+    assert client.post("/v1/predict", content=photo, headers=headers).status_code == 200
+    torn = photo.replace(b"\r", b"").replace(b"\n", b"")
+    reply = client.post("/v1/predict", content=torn, headers=headers)
+    assert reply.status_code == 415
+    assert reply.json()["error"].endswith("use --data-binary @FILE or -F file=@FILE")
+
+
+@pytest.mark.parametrize(
+    ("path", "files", "fields", "code", "message"),
+    [
+        ("", [b"none"], {}, 415, "no image that can be read"),
+        ("", [b""], {}, 415, "the file in the form is empty"),
+        ("", [b"x" * 2000], {}, 415, "no image that can be read"),
+        ("", [b"x" * 2001], {}, 413, "the image has more than 2,000 bytes"),
+        ("", [b"x" * 20_000], {}, 413, "the image has more than 2,000 bytes"),
+        ("", [b"a", b"b"], {}, 400, "the form has 2 files: expected one image"),
+        ("", [b"a"], {"top_k": "4"}, 400, "top_k='4': expected 1 to 3"),
+        ("", [b"a"], {"k": "4"}, 400, "'k' is unknown; expected top_k or overlay"),
+        ("?top_k=1", [b"a"], {"top_k": "1"}, 400, "top_k is given 2 times"),
+    ],
+)
+def test_a_form_that_does_not_fit_is_refused(client, path, files, fields, code, message):
+    parts = [(f"file{i}", (f"{i}.png", content)) for i, content in enumerate(files)]
+    reply = client.post(f"/v1/predict{path}", files=parts, data=fields)
+    assert (reply.status_code, reply.json()["error"][: len(message)]) == (code, message)
+
+
 def test_a_request_leaves_the_filters_of_warnings_alone(client, photo, monkeypatch):
     assert client.post("/v1/predict", content=photo).status_code == 200
     monkeypatch.setattr(warnings, "catch_warnings", None)  # All threads share what it changes.

@@ -32,6 +32,7 @@ from vit_jax.models.variants import MODELS
 from vit_jax.objectives.base import Objective
 from vit_jax.objectives.kinds import OBJECTIVES
 from vit_jax.observe.console import log
+from vit_jax.observe.early_stopping import Stop
 from vit_jax.optim.base_optimizers import BASE_OPTIMIZERS, BaseOptimizer
 from vit_jax.optim.optimizer import Optimizer, make_optimizer
 from vit_jax.optim.schedules import drop_other_units
@@ -122,7 +123,7 @@ def _build_parts(
     top = use_cut(read_config(config))
     typed = {
         name: read_section(name, top[name])
-        for name in ("data", "profile", "resume", "tracking", "watchdog")
+        for name in ("data", "profile", "resume", "stop", "tracking", "watchdog")
     }
     made = {name: section for name, (section, _) in typed.items()}
     values: dict[str, Any] = top | made | {"checkpoint": CheckpointOptions()}
@@ -151,6 +152,7 @@ def _build_parts(
     checkpoint, checkpoint_args = _make_checkpoint(
         top["checkpoint"], evaluators, settings.ema_decay is not None, every=every
     )
+    _check_stop(settings.stop, evaluators, settings.ema_decay is not None)
     made_by = {"objective": objective_args, "model": model_args, "optimizer": optimizer_args}
     trace_parts({k: args["name"] for k, args in made_by.items()}, objective, optimizer, data)
     (adapt_args,) = bind(
@@ -464,6 +466,32 @@ def _make_eval_spec(args: _Section, train_data: DatasetSpec, *, key: str) -> Dat
     )
 
 
+def _find_judge(
+    metric: str, evaluators: tuple[Evaluator, ...], ema: bool, *, key: str
+) -> Evaluator:
+    """The evaluator of a metric such as `val/top1`."""
+    judges = {f"{e.name}/{metric}": e for e in evaluators for metric in e.metrics}
+    if ema:
+        judges |= {f"{e.name}_ema/{metric}": e for e in evaluators for metric in e.metrics}
+    if metric not in judges:
+        raise UserError(
+            f"{key}={metric!r}: expected a metric of one of the evals: "
+            f"{', '.join(sorted(judges)) or 'none'}"
+        )
+    return judges[metric]
+
+
+def _check_stop(stop: Stop, evaluators: tuple[Evaluator, ...], ema: bool) -> None:
+    if stop.metric is None:
+        return
+    judge = _find_judge(stop.metric, evaluators, ema, key="stop.metric")
+    if not judge.every:
+        raise UserError(
+            f"stop.metric={stop.metric!r}: evals.{judge.name}.every=0 evaluates at the end only; "
+            "expected more, or another metric"
+        )
+
+
 def _make_checkpoint(
     section: _Section, evaluators: tuple[Evaluator, ...], ema: bool, *, every: _Every
 ) -> tuple[CheckpointOptions, _Section]:
@@ -471,15 +499,7 @@ def _make_checkpoint(
     options, args = read_section("checkpoint", section)
     if options.keep_best is None:
         return options, _as_given(args, every_given)
-    judges = {f"{e.name}/{metric}": e for e in evaluators for metric in e.metrics}
-    if ema:
-        judges |= {f"{e.name}_ema/{metric}": e for e in evaluators for metric in e.metrics}
-    if options.keep_best not in judges:
-        raise UserError(
-            f"checkpoint.keep_best={options.keep_best!r}: expected a metric of one of the evals: "
-            f"{', '.join(sorted(judges)) or 'none'}"
-        )
-    judge = judges[options.keep_best]
+    judge = _find_judge(options.keep_best, evaluators, ema, key="checkpoint.keep_best")
     if not judge.every or options.every % judge.every:
         raise UserError(
             f"checkpoint.every={options.every} with keep_best={options.keep_best!r}: expected a "

@@ -31,7 +31,7 @@ def reduce_for_planning(
     if num_classes is None and image_size is not None:
         raise UserError(f"--image_size={image_size}: expected --num_classes with it")
     config = copy.deepcopy(dict(config))
-    for key in ("evals", "checkpoint", "init_from", "profile"):
+    for key in ("evals", "checkpoint", "stop", "init_from", "profile"):
         config.pop(key, None)
     if config.pop("epochs", None) is not None:
         config["total_steps"] = _STEPS
@@ -52,7 +52,7 @@ def reduce_for_evaluation(config: Mapping[str, Any]) -> dict[str, Any]:
     re-initialised among them.
     """
     adapt = {k: v for k, v in (config.get("adapt") or {}).items() if k != "dont_load"}
-    unused = dict.fromkeys(("init_from", "checkpoint", "profile", "tracking"))
+    unused = dict.fromkeys(("init_from", "checkpoint", "stop", "profile", "tracking"))
     return {**config, "adapt": adapt, **unused}
 
 

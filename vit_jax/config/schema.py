@@ -16,6 +16,7 @@ from typing import Any
 from vit_jax.checkpoint.manager import CheckpointOptions
 from vit_jax.data.corrupt import MAX_CORRUPT
 from vit_jax.observe.divergence import POLICIES
+from vit_jax.observe.early_stopping import Stop
 from vit_jax.observe.profiler import Profile
 from vit_jax.observe.trackers import Tracking
 from vit_jax.optim.averages import EmaWarmup
@@ -156,6 +157,7 @@ class Config:
     evals: dict = key(
         dict, may_change=True, old={"batch_eval": "NAME.batch_size", "eval_every": "NAME.every"}
     )
+    stop: Stop = key(Stop, may_change=True)
     log_every: int | None = key(None, may_change=True, old=["progress_every"])
     profile: Profile = key(Profile, may_change=True)
     resume: Resume = key(Resume, may_change=True)

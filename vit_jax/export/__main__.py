@@ -2,7 +2,8 @@
 r"""Writes a trained model for other programs, into a folder of its own.
 
   npz          weights under the names of the files published with vision_transformer
-  safetensors  weights under the names of timm
+  safetensors  weights under the names of timm, with a config.json from which timm and
+               transformers make the model; without a classifier if it has a layer pre_logits
   stablehlo    a program for CPUs, GPUs and TPUs, which JAX alone can call
   onnx         a graph for ONNX Runtime and others; pip install 'vit_jax[onnx]'
   savedmodel   a folder for TensorFlow, written by an interpreter that has it (--tf_python)
@@ -14,7 +15,7 @@ is a card for people and for the Hugging Face hub, to which --push uploads the f
 
 Examples:
   python -m vit_jax.export runs/digits --to=stablehlo --output=digits_exported
-  python -m vit_jax.export --workdir=runs/digits --checkpoint=best --params=ema \
+  python -m vit_jax.export --workdir=runs/averaged --checkpoint=last --params=ema \
       --to=stablehlo,safetensors --output=digits_exported
   python -m vit_jax.export --checkpoint=vit.safetensors --to=npz --output=exported
   python -m vit_jax.export --workdir=runs/digits --to=onnx --output=digits_exported
@@ -40,7 +41,7 @@ from vit_jax.utils.class_names import format_names
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import check_fresh, fresh_folder
-from vit_jax.utils.layout import LABELS
+from vit_jax.utils.layout import CONFIG, LABELS
 from vit_jax.utils.signals import importing
 from vit_jax.utils.suggestions import suggest
 from vit_jax.utils.text import encode_text, printable
@@ -170,7 +171,11 @@ def export(
     for name in formats:
         path = folder / f"model.{name}"
         if name in WEIGHTS:
-            lines.append(f"{path.name}: {convert(_make_weights(model), path)[-1]}")
+            weights = _make_weights(model)
+            _, *notes, line = convert(weights, path)
+            lines += [f"{path.name}: {text}" for text in (*notes, line)]
+            if name == "safetensors":
+                lines += _write_timm_config(folder / CONFIG, weights)
             continue
         check_size(model, what=name)
         options = {"python": tf_python} if name == "savedmodel" else {}
@@ -185,6 +190,19 @@ def export(
     if model.class_names is not None:
         (folder / LABELS).write_text(format_names(model.class_names), encoding="utf-8")
     return lines
+
+
+def _write_timm_config(path: Path, weights: "Weights") -> list[str]:
+    """Writes the `config.json` of timm beside weights, and returns notes."""
+    from vit_jax.checkpoint.pretrained.timm_config import leave_out_pre_logits, make_timm_config
+
+    weights, _ = leave_out_pre_logits(weights)
+    try:
+        config, notes = make_timm_config(weights)
+    except ValueError as e:
+        return [f"{path.name}: not written, so timm needs the arguments of the model: {e}"]
+    path.write_bytes(encode_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n"))
+    return notes
 
 
 def _make_weights(model: "LoadedModel") -> "Weights":

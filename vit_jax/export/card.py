@@ -31,7 +31,18 @@ prediction = model(model.preprocess("photo.jpg"))
 ```"""
 _USE = {
     "npz": _LOAD,
-    "safetensors": "The tensors have the names of timm's `VisionTransformer`. With vit_jax:\n\n"
+    "safetensors": """With timm, and with transformers where timm is installed, from the folder or
+from the hub (`hf-hub:USER/NAME`):
+
+```python
+import timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+```
+
+With vit_jax:
+
+"""
     + _LOAD,
     "stablehlo": """With JAX alone, on a CPU, GPU or TPU:
 
@@ -194,6 +205,12 @@ def _show_use(model: LoadedModel, formats: Sequence[str], layer: str) -> list[st
             f"program does the rest, and gives float32 `{layer}`. See `{SIGNATURE}`."
         )
     parts += [_USE[name].format(name=name, output=output) for name in formats]
+    if "safetensors" in formats and "pre_logits" in model.params:
+        parts.append(
+            "`model.safetensors` has no classifier: timm has no tanh layer (`pre_logits`) before "
+            "its head. It gives features: `model.forward_features(images)` of timm, "
+            "`model.features(images)` of vit_jax."
+        )
     if model.classifies:
         what = "a sigmoid" if model.loss == "sigmoid" else "a softmax"
         names = f" Class names are in `{LABELS}`, a line each." if model.class_names else ""

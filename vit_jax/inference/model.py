@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trained model, ready to be called: `model = load_model("runs/digits"); model(images)`.
 
-Everything it needs is in the checkpoint or the file: the model's arguments, the preparation of
-images, and class names. The training data is not needed.
+It takes arrays, and also files, folders and Pillow images: `model("photo.jpg").top(5)`. Everything
+it needs is in the checkpoint or the file: the model's arguments, the preparation of images, and
+class names. The training data is not needed.
 """
 
 import dataclasses
@@ -12,12 +13,13 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.pretrained.adapt import describe_objective_params
@@ -27,7 +29,9 @@ from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Loss, Weights
 from vit_jax.checkpoint.workdir import find_step, read_config
 from vit_jax.data.ops.decode import ImageError
+from vit_jax.inference.given import compute_logits, is_one_image, list_given
 from vit_jax.inference.images import Preparation, make_preparation
+from vit_jax.inference.prediction import ImagePrediction, ImagePredictions, Prediction
 from vit_jax.models.attention import ATTENTION_WEIGHTS
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives.base import Params
@@ -45,24 +49,6 @@ Tta = Literal["flip"]
 # Suffixes of paths in the `intermediates` that Flax captures.
 _CALL = "/__call__/0"
 _ATTENTION = f"/{ATTENTION_WEIGHTS}/0"
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """Predictions for images.
-
-    Attributes:
-      logits: float32 `[n, num_classes]`.
-      probabilities: float32 `[n, num_classes]`. Each row sums to 1 if the model was trained with a
-        softmax; the classes are independent if it was trained with a sigmoid.
-    """
-
-    logits: np.ndarray
-    probabilities: np.ndarray
-
-    def top(self, k: int) -> np.ndarray:
-        """The `k` most probable labels of each image, the most probable first, int64 `[n, k]`."""
-        return np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,18 +108,44 @@ class LoadedModel:
             where = f"{image}: " if isinstance(image, str | os.PathLike) else ""
             raise UserError(f"{where}{e}") from None
 
-    def __call__(self, images: Any, *, tta: Tta | None = None) -> Prediction:
+    @overload
+    def __call__(self, images: np.ndarray, *, tta: Tta | None = None) -> Prediction: ...
+    @overload
+    def __call__(
+        self, images: Image.Image | bytes, *, tta: Tta | None = None
+    ) -> ImagePrediction: ...
+    @overload
+    def __call__(self, images: Any, *, tta: Tta | None = None) -> Any: ...
+    def __call__(
+        self, images: Any, *, tta: Tta | None = None
+    ) -> Prediction | ImagePrediction | ImagePredictions:
         """Classifies images.
 
         Args:
-          images: uint8 `[n, *image_shape]`, a list of results of `preprocess`, or one result.
+          images: an image to prepare: the path or URL of a file, the bytes of one, or a Pillow
+            image; the path of a folder, for all images below it; a pattern such as `photos/*.jpg`;
+            a list or an iterator of these. Or prepared images: uint8 `[n, *image_shape]`, a list of
+            results of `preprocess`, or one result.
           tta: "flip" averages the logits of each image and of its mirror image.
 
+        Returns:
+          `ImagePrediction` for one image, `ImagePredictions` for a list, a folder or a pattern,
+          `Prediction` for prepared images. Files in a folder that cannot be read are named in the
+          log and left out.
+
         Raises:
-          UserError: the images have another shape or dtype, or the model has no trained head.
+          UserError: an image that was named cannot be read, none was found, prepared images have
+            another shape or dtype, or the model has no trained head.
         """
         self.check_classifies()
-        return self.predict(self.features(images, layer="logits", tta=tta))
+        given = list_given(images)
+        if given is None:
+            return self.predict(self.features(images, layer="logits", tta=tta))
+        paths, logits = compute_logits(self, given, tta=tta)
+        predicted = self.predict(logits)
+        names = [self.name_of(label) for label in range(self.module.num_classes)]
+        found = ImagePredictions(tuple(paths), logits, predicted.probabilities, names)
+        return found[0] if is_one_image(images) else found
 
     def predict(self, logits: np.ndarray) -> Prediction:
         """Converts logits, float32 `[n, num_classes]`, to a prediction."""
@@ -158,9 +170,7 @@ class LoadedModel:
         """
         images = self._check_images(images)
         count = len(images)
-        # Padding to powers of two limits the number of programs that are compiled.
-        rows = max(1 << (count - 1).bit_length(), 1)
-        padded = np.zeros((self.round_up(rows), *self.image_shape), np.uint8)
+        padded = np.zeros((self.pad_rows(count), *self.image_shape), np.uint8)
         padded[:count] = images
         return np.asarray(self.start(padded, layer=layer, tta=tta))[:count]
 
@@ -245,6 +255,13 @@ class LoadedModel:
         """The class name of a label, or the label as text."""
         return str(label) if self.class_names is None else self.class_names[label]
 
+    def pad_rows(self, count: int) -> int:
+        """The batch size in which `count` images are computed: a power of two, see `round_up`.
+
+        This limits the number of programs that are compiled.
+        """
+        return self.round_up(max(1 << (count - 1).bit_length(), 1))
+
     def round_up(self, rows: int) -> int:
         """Rounds a batch size up to a multiple of the devices that share a batch."""
         shards = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
@@ -257,7 +274,7 @@ class LoadedModel:
         if images.dtype != np.uint8 or images.shape[1:] != self.image_shape or not len(images):
             raise UserError(
                 f"images are {images.dtype} {list(images.shape)}: expected uint8 "
-                f"{['n', *self.image_shape]}, as model.preprocess gives them"
+                f"{['n', *self.image_shape]}, as model.preprocess gives them, or paths of images"
             )
         return images
 

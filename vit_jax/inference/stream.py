@@ -2,22 +2,25 @@
 """Runs a model over any number of image files, a batch at a time."""
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.inference.images import load_images
-from vit_jax.inference.model import LoadedModel, Tta
 from vit_jax.observe.progress_log import ProgressLog
+
+if TYPE_CHECKING:
+    from vit_jax.inference.model import LoadedModel, Tta
 
 
 def map_images(
-    model: LoadedModel,
+    model: "LoadedModel",
     paths: Sequence[str],
     *,
     layer: str,
-    tta: Tta | None,
+    tta: "Tta | None",
     batch_size: int,
     corrupt: CorruptCounter,
     num_threads: int | None = None,
@@ -31,14 +34,15 @@ def map_images(
     Args:
       paths: paths of the images; those that cannot be read are left out.
       layer: see `LoadedModel.features`, as for `tta`.
-      batch_size: capped at the number of images, then rounded up to a multiple of the devices.
+      batch_size: capped at the power of two that holds all images, then rounded up to a multiple
+        of the devices.
       corrupt: counts and names images that cannot be read.
       num_threads: threads that decode; None is one per core.
     """
     batches = load_images(
         paths,
         model.preparation,
-        batch_size=model.round_up(min(batch_size, len(paths))),
+        batch_size=model.round_up(min(batch_size, model.pad_rows(len(paths)))),
         corrupt=corrupt,
         num_threads=num_threads,
     )

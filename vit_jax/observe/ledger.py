@@ -19,6 +19,8 @@ from vit_jax.utils.layout import LEDGER
 KINDS = ("step", "compile", "data_wait", "save", "evaluation")
 # More than any step or second since 1970: a number above it was damaged.
 _MOST = 10**15
+# Start of the cause where a run is complete before its last step.
+_EARLY = "finished early: "
 # Seconds from one record to the next at most, while steps are taken.
 _PACE_S = 30.0
 
@@ -65,6 +67,10 @@ class Ledger:
         """Writes which process the others wait for: shares of time in which data is waited for."""
         shares = {"wait": round(wait, 3), "others": round(others, 3)}
         self._write("straggler", process=process, host=host, **shares)
+
+    def end_early(self, reason: str) -> None:
+        """Writes why the run is complete before its last step."""
+        self.end(f"{_EARLY}{reason}")
 
     def end(self, cause: str) -> None:
         """Writes why it ended; the first cause counts."""
@@ -115,6 +121,12 @@ class Summary:
 def read_ledger(workdir: Path) -> list[dict[str, Any]]:
     """The records of a workdir; what is damaged is logged and left out."""
     return read_records(workdir / LEDGER, _is_whole)
+
+
+def is_complete_early(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the newest start of a run ended before its last step, and not to resume."""
+    last = records[-1] if records else {}
+    return last.get("event") == "end" and last["cause"].startswith(_EARLY)
 
 
 # What a record must have, by event; all have the first ones.

@@ -102,6 +102,7 @@ def report_end(
     checkpoint: Path,
     longer: str | None,
     predict: str | None = None,
+    stop_reason: str | None = None,
     skipped: Sequence[int] = (),
     heads: Sequence[str] = (),
     judged_on: Sequence[str] = (),
@@ -112,12 +113,14 @@ def report_end(
       checkpoint: folder of the newest checkpoint.
       longer: the command that trains for longer; None if it is not known.
       predict: the command that uses the model; None if it has no classes.
+      stop_reason: why the run ended before `total_steps`; None if it did not.
       skipped: the steps that diverged and changed nothing, in ascending order.
       heads: names of the heads of a linear probe.
       judged_on: names of their evaluators; the first one chooses the head.
     """
     log("")
-    log(f"finished at step {step} of {total_steps}")
+    early = "" if stop_reason is None else f", early: {stop_reason}"
+    log(f"finished at step {step} of {total_steps}{early}")
     if skipped:
         few = ", ".join(map(str, skipped[:_MAX_STEPS])) + ", ..." * (len(skipped) > _MAX_STEPS)
         log(f"  {'skipped':<15} {len(skipped)} steps that diverged and changed nothing: {few}")

@@ -3,7 +3,7 @@
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tensorboardX.summary import histogram_raw, hparams, image, scalar
 from vit_jax.observe.console import log
 from vit_jax.observe.jsonl import LineWriter, drop_metrics_after
 from vit_jax.observe.trackers import Histogram, Trackers, make_hyperparameters, tile
+from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import METRICS, TENSORBOARD
 
 # Created by protobuf at import, which type checkers do not see.
@@ -34,10 +35,24 @@ class MetricWriter:
       step: the run starts after this step. Records of later steps, which a killed run left, and
         half a line are dropped.
       active: False on all processes but one, to do nothing.
+      on_record: called with each record, a dict with its `step`, after it was written. If it
+        returns True or a text, the run is to end.
+
+    Attributes:
+      stop_reason: what `on_record` returned to end the run, as text; None so far.
     """
 
-    def __init__(self, workdir: Path, *, step: int, active: bool, trackers: Trackers | None = None):
-        self._active = active
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        step: int,
+        active: bool,
+        trackers: Trackers | None = None,
+        on_record: Callable[[dict[str, Any]], object] | None = None,
+    ):
+        self._active, self._on_record = active, on_record
+        self.stop_reason: str | None = None
         self._sinks: list[Any] = []  # They get what metrics.jsonl gets, and pictures.
         if not active:
             return
@@ -54,11 +69,27 @@ class MetricWriter:
             self._tensorboard.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one record."""
+        """Appends one record.
+
+        Raises:
+          UserError: `on_record` returns what it may not.
+        """
         if self._active:
             self._lines.write({"step": step, **metrics})
         for sink in self._sinks:
             sink.write(step, metrics)
+        if self._active and self._on_record is not None:
+            self._take_answer(self._on_record({"step": step, **metrics}))
+
+    def _take_answer(self, answer: object) -> None:
+        if answer is None or answer is False:
+            return
+        if answer is not True and not isinstance(answer, str):
+            raise UserError(
+                f"on_record returns {type(answer).__name__}: expected None or False to continue, "
+                "True or a text with the reason to end the run"
+            )
+        self.stop_reason = answer if isinstance(answer, str) else "on_record returned True"
 
     def write_config(self, config: Mapping[str, Any], metrics: Sequence[str]) -> None:
         """Writes hyperparameters and the names of metrics to compare runs by, for TensorBoard."""

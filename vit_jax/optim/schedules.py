@@ -13,7 +13,7 @@ from vit_jax.utils.durations import Clock, duration_keys, find_duration, to_step
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import bind
 
-Schedule = Literal["cosine", "linear", "rsqrt", "constant"]
+Schedule = Literal["cosine", "linear", "exponential", "rsqrt", "constant"]
 DecayFrom = Literal["warmup", "start"]
 
 # Default of "rsqrt": the number of updates until the rate has fallen by 1/sqrt(2).
@@ -44,8 +44,9 @@ def make_schedule(
     Args:
       lr: rate after the warmup.
       total_steps: T.
-      schedule: "cosine" and "linear" fall to `end_lr`; "rsqrt" is lr / sqrt(1 + (t - w) /
-        timescale), as in arXiv:2106.04560; "constant" stays.
+      schedule: "cosine" and "linear" fall to `end_lr`; "exponential" changes to `end_lr` by the
+        same factor in each update; "rsqrt" is lr / sqrt(1 + (t - w) / timescale), as in
+        arXiv:2106.04560; "constant" stays.
       warmup_steps: w.
       cooldown_steps: c.
       start_lr: rate at update 0.
@@ -74,6 +75,11 @@ def make_schedule(
             raise UserError(f"optimizer.{key}={value}: expected at least 0")
     if schedule in ("constant", "rsqrt") and end_lr and not cooldown_steps:
         raise UserError(f"optimizer.end_lr={end_lr}: a {schedule} schedule has none but a cooldown")
+    if schedule == "exponential" and not (lr and end_lr):
+        raise UserError(
+            f"optimizer.lr={lr} and optimizer.end_lr={end_lr}: expected both above 0, since an "
+            "exponential schedule goes from one to the other"
+        )
     if start_lr and not warmup_steps:
         raise UserError(f"optimizer.start_lr={start_lr}: expected a warmup that starts there")
     if timescale is not None and (schedule != "rsqrt" or timescale < 1):
@@ -91,6 +97,7 @@ def make_schedule(
     decays = {
         "cosine": lambda: optax.cosine_decay_schedule(lr, steps, alpha=end_lr / lr if lr else 0.0),
         "linear": lambda: optax.linear_schedule(lr, end_lr, steps),
+        "exponential": lambda: optax.exponential_decay(lr, steps, end_lr / lr, end_value=end_lr),
         "rsqrt": lambda: lambda count: lr / jnp.sqrt(1 + count / scale),
         "constant": lambda: optax.constant_schedule(lr),
     }

@@ -2,14 +2,16 @@
 r"""Serves a trained model on this machine: a web page, and HTTP for programs.
 
 The page takes an image and shows its most probable classes and where the model looks. Programs
-send the bytes of an image to /v1/predict and get JSON; /openapi.json describes the interface. Only
-this machine can reach the server unless --host is given. Ctrl-C ends it.
+send the bytes of an image to /v1/predict, or a form with an image in it, and get JSON;
+/openapi.json describes the interface. Only this machine can reach the server unless --host is
+given. Ctrl-C ends it.
 
 Examples:
   python -m vit_jax.serve runs/digits
-  python -m vit_jax.serve --workdir=runs/digits --checkpoint=best --params=ema --port=8080
+  python -m vit_jax.serve --workdir=runs/averaged --checkpoint=last --params=ema --port=8080
   python -m vit_jax.serve --checkpoint=vit.safetensors --labels=names.txt
   curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/predict?top_k=3'
+  curl -F file=@photo.jpg -F top_k=3 http://127.0.0.1:8000/v1/predict
 """
 
 import argparse

@@ -12,7 +12,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from anyio import CapacityLimiter, to_thread
@@ -21,7 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -31,10 +31,13 @@ from vit_jax.inference.figures import has_attention, overlay_rollout
 from vit_jax.inference.model import LoadedModel
 from vit_jax.pages.html import STYLE
 from vit_jax.serve.batches import Batcher
+from vit_jax.serve.form import FORM, OVERHEAD, is_form, read_form
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.text import escape_html
 
 LOOPBACK = ("127.0.0.1", "localhost")
+
+_Options = TypeVar("_Options", bound=BaseModel)
 
 # The page loads nothing from other hosts and sends nothing to them.
 _HEADERS = {
@@ -240,14 +243,20 @@ def make_app(
         return Health(status="ok", model=model.source, classes=classes)
 
     errors = {
-        400: "a parameter is unknown or has a value that is not allowed",
+        400: "a parameter is unknown or has a value that is not allowed, or a form is not whole",
         413: f"more than {limits.bytes:,} bytes or {limits.pixels:,} pixels",
         415: "not an image that can be read",
         503: "too many concurrent requests; try again after Retry-After seconds",
         "default": "any other error",
     }
-    image = {"image/*": {"schema": {"type": "string", "contentMediaType": "image/*"}}}
-    body = "The bytes of a JPEG, PNG, WebP, BMP or GIF file."
+    file = {"type": "string", "contentMediaType": "image/*"}
+    fields = {"file": file, "top_k": {"type": "string"}, "overlay": {"type": "string"}}
+    form = {"type": "object", "properties": fields, "required": ["file"]}
+    accepted = {"image/*": {"schema": file}, FORM: {"schema": form}}
+    body = (
+        "The bytes of a JPEG, PNG, WebP, BMP or GIF file; or a form with one file, under any name, "
+        "which may have the parameters of the query as fields."
+    )
 
     @app.post(
         "/v1/predict",
@@ -255,14 +264,26 @@ def make_app(
         summary="The most probable classes of an image",
         response_model=Answer,
         responses={code: {"model": Error, "description": text} for code, text in errors.items()},
-        openapi_extra={"requestBody": {"required": True, "description": body, "content": image}},
+        openapi_extra={"requestBody": {"required": True, "description": body, "content": accepted}},
     )
     async def predict(request: Request, options: Annotated[Options, Query()]) -> Any:
         _check_once(request)
         with predictor.admit():
             content = await _read_body(request, limits)
+            kind = request.headers.get("Content-Type", "")
+            if is_form(kind):
+                content, fields = _take_file(kind, content, limits)
+                options = _add_fields(options, fields, request)
             overlay = options.overlay == "true"
-            return await predictor.predict(content, top_k=options.top_k, overlay=overlay)
+            try:
+                return await predictor.predict(content, top_k=options.top_k, overlay=overlay)
+            except HTTPException as e:
+                if e.status_code == 415 and kind.startswith("application/x-www-form-urlencoded"):
+                    hint = (
+                        "curl -d leaves out line breaks: use --data-binary @FILE or -F file=@FILE"
+                    )
+                    raise HTTPException(415, f"{e.detail}; {hint}") from None
+                raise
 
     return app
 
@@ -275,6 +296,31 @@ def _check_once(request: Request) -> None:
             raise HTTPException(400, text, headers=_CLOSE)
 
 
+def _take_file(kind: str, body: bytes, limits: Limits) -> tuple[bytes, dict[str, str]]:
+    """The one file of a form, and its other fields."""
+    try:
+        files, fields = read_form(kind, body)
+    except ValueError as e:
+        raise HTTPException(400, str(e)) from None
+    if len(files) != 1:
+        raise HTTPException(400, f"the form has {len(files)} files: expected one image")
+    if len(files[0]) > limits.bytes:
+        raise _refuse_bytes(limits)
+    if not files[0]:
+        raise HTTPException(415, "the file in the form is empty: expected the bytes of an image")
+    return files[0], fields
+
+
+def _add_fields(options: _Options, fields: dict[str, str], request: Request) -> _Options:
+    """The options of the query together with those of a form."""
+    for name in fields.keys() & request.query_params.keys():
+        raise HTTPException(400, f"{name} is given 2 times; expected once")
+    try:
+        return type(options)(**{**request.query_params, **fields})
+    except ValidationError as e:
+        raise RequestValidationError(e.errors()) from None
+
+
 def _check_digits(value: object) -> object:
     """Refuses what `int` would take besides digits, and numbers of thousands of digits."""
     if not re.fullmatch("[0-9]{1,9}", str(value)):
@@ -282,11 +328,17 @@ def _check_digits(value: object) -> object:
     return value
 
 
+def _refuse_bytes(limits: Limits) -> HTTPException:
+    return HTTPException(413, f"the image has more than {limits.bytes:,} bytes", headers=_CLOSE)
+
+
 async def _read_body(request: Request, limits: Limits) -> bytes:
-    refusal = HTTPException(413, f"the image has more than {limits.bytes:,} bytes", headers=_CLOSE)
+    refusal = _refuse_bytes(limits)
+    form = is_form(request.headers.get("Content-Type", ""))
+    most = limits.bytes + (OVERHEAD if form else 0)
     stated = request.headers.get("Content-Length", "")
     # A number that is longer is larger too, and may have more digits than `int` takes.
-    if stated.isdecimal() and (len(stated) > 20 or int(stated) > limits.bytes):
+    if stated.isdecimal() and (len(stated) > 20 or int(stated) > most):
         raise refusal
     content = bytearray()
     started = asyncio.get_running_loop().time()
@@ -294,7 +346,7 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
         async with asyncio.timeout(limits.upload_s) as timeout:
             async for chunk in request.stream():
                 content += chunk
-                if len(content) > limits.bytes:
+                if len(content) > most:
                     raise refusal
                 timeout.reschedule(started + limits.upload_s + len(content) / MIN_RATE)
     except TimeoutError:

@@ -8,7 +8,7 @@ from vit_jax.training.services import Services
 
 
 def take_steps(run: Services, state: TrainState, *, start: int) -> None:
-    """Takes the steps after `start`, to the end of the run.
+    """Takes the steps after `start`, to the end of the run, which may come early.
 
     Results come before the checkpoint: a run that is killed between them repeats the evaluation. A
     run that is told to stop saves at once; evaluations that are due then are made up for on resume.
@@ -33,8 +33,12 @@ def take_steps(run: Services, state: TrainState, *, start: int) -> None:
         run.record(step, metrics, state)  # fetches the metrics of the step before
         stop = run.told_to_stop()
         results = None if stop else run.evaluate_if_due(step, state)
+        if results is not None and run.ends_early(step):
+            results = run.evaluate_at_end(step, state)
         stop = results is None
         if stop or run.save_is_due(step):
-            run.save(step, state, results or {}, last=stop or step == total)
+            run.save(step, state, results or {}, last=stop or step == run.last_step)
         if stop:
             raise run.stopped(f"stopped after step {step} of {total}, which is saved")
+        if step == run.last_step:
+            return

@@ -45,8 +45,9 @@ from vit_jax.runtime.watchdog import Limits, Watchdog
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.loop import take_steps
 from vit_jax.training.phases import Phases
+from vit_jax.training.result import RunResult, read_result
 from vit_jax.training.resume import check_data, open_workdir, plan_rollback, restore
-from vit_jax.training.services import Services, missed_evaluators
+from vit_jax.training.services import Services, missed_evaluators, read_judged
 from vit_jax.utils.durations import LENGTH
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG
@@ -58,7 +59,8 @@ def train(
     *,
     command: str | None = None,
     make_experiment: Callable[[ConfigDict | Mapping[str, Any]], Experiment] | None = None,
-) -> None:
+    on_record: Callable[[dict[str, Any]], object] | None = None,
+) -> RunResult:
     """Trains what the config describes; resumes from the workdir's newest whole checkpoint.
 
     Args:
@@ -67,6 +69,13 @@ def train(
       command: that was typed, to show what to do next; None where there was none.
       make_experiment: of the config, in place of `Experiment.from_config`: to train with a part
         that no config describes.
+      on_record: called in process 0 with each record of `metrics.jsonl` once it is written, such as
+        `{"step": 50, "train/loss": 2.1, ...}`. If it returns True or a text with the reason, the
+        run ends as at its last step: it evaluates, saves and reports. In a job of several processes
+        all of them have to give it. Training resumes if `train` is called again.
+
+    Returns:
+      The metrics, the history and the newest checkpoint of the run.
 
     Raises:
       UserError: bad input.
@@ -114,10 +123,13 @@ def train(
                 f"nothing is trained: {folder} is at step {saved}, past the {total} steps of the "
                 f"config; expected a larger {_length_key(experiment)} to train on"
             )
-            return
-        missed = missed_evaluators(experiment, folder, saved)
+            return read_result(folder, step=saved, total_steps=total, stopped=None)
+        reason = settings.stop.find_reason(read_judged(folder, settings.stop, saved))
+        reason = None if saved == total else reason
+        last_step = total if reason is None else saved
+        missed = missed_evaluators(experiment, folder, saved, last_step=last_step)
         skipped: Sequence[int] = ()
-        if saved == total and not missed:
+        if saved == last_step and not missed:
             log(f"nothing to do: {folder} is at step {saved} of {total}")
         else:
             ledger = Ledger(
@@ -136,10 +148,15 @@ def train(
                     phases=phases,
                     ledger=ledger,
                     trackers=trackers,
+                    on_record=on_record,
                 )
                 _take_steps(run, state, start=start, missed=missed)
-                skipped = run.skipped
-        _report_end(experiment, folder, checkpoints, command, skipped)
+                skipped, reason = run.skipped, run.stop_reason
+                if reason is not None:
+                    ledger.end_early(reason)
+        _report_end(experiment, folder, checkpoints, command, skipped, reason)
+        step = checkpoints.latest_step() or 0
+        return read_result(folder, step=step, total_steps=total, stopped=reason)
 
 
 def _find_limits(config: ConfigDict | Mapping[str, Any]) -> Limits:
@@ -237,6 +254,9 @@ def _take_steps(
         with run.recording(start):
             try:
                 run.evaluate(missed, start, state)
+                if start and run.ends_early(start):
+                    run.evaluate(run.experiment.evaluators, start, state)
+                    return
                 return take_steps(run, state, start=start)
             except DivergedError as e:
                 del state
@@ -301,9 +321,16 @@ def _describe_model(experiment: Experiment) -> str:
     return ", ".join([experiment.config["model"]["name"], *sizes, f"images {height}x{width}"])
 
 
-def make_longer_command(command: str, experiment: Experiment) -> str:
-    """The command of a run with double length, in the unit that the config has."""
+def make_longer_command(command: str, experiment: Experiment, *, stopped: bool = False) -> str:
+    """The command of a run with double length, in the unit that the config has.
+
+    Of a run that was `stopped` by its results, it is the one with double patience.
+    """
     key = _length_key(experiment)
+    value = 2 * experiment.config[key]
+    patience = experiment.settings.stop.patience
+    if stopped and patience is not None:
+        key, value = "stop.patience", 2 * patience
     override = f"--config.{key}"
     words, kept = iter(shlex.split(command)), []
     for word in words:
@@ -311,7 +338,7 @@ def make_longer_command(command: str, experiment: Experiment) -> str:
             next(words, None)  # Its value.
         elif not word.startswith(f"{override}="):
             kept.append(word)
-    return shlex.join([*kept, f"{override}={2 * experiment.config[key]}"])
+    return shlex.join([*kept, f"{override}={value}"])
 
 
 def _length_key(experiment: Experiment) -> str:
@@ -333,6 +360,7 @@ def _report_end(
     checkpoints: CheckpointManager,
     command: str | None,
     skipped: Sequence[int],
+    stop_reason: str | None,
 ) -> None:
     last = checkpoints.latest_step() or 0
     probes = [e for e in experiment.evaluators if e.head_names]
@@ -342,7 +370,10 @@ def _report_end(
         total_steps=experiment.total_steps,
         checkpoint=folder / CHECKPOINTS / str(last),
         skipped=skipped,
-        longer=None if command is None else make_longer_command(command, experiment),
+        stop_reason=stop_reason,
+        longer=None
+        if command is None
+        else make_longer_command(command, experiment, stopped=stop_reason is not None),
         predict=_predict_command(experiment, folder, command),
         heads=probes[0].head_names if probes else (),
         # The split that chooses comes first.

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from vit_jax.evaluators.base import Evaluator, evaluate
 from vit_jax.models.flops import train_flops
 from vit_jax.observe.console import log
 from vit_jax.observe.divergence import Divergence, write_dump
+from vit_jax.observe.early_stopping import Stop, read_values
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.ledger import Ledger
 from vit_jax.observe.profiler import Profiler
@@ -32,7 +33,11 @@ from vit_jax.observe.writer import MetricWriter
 from vit_jax.pages.run_page import refresh_report
 from vit_jax.runtime.chips import find_chip
 from vit_jax.runtime.preemption import Preempted, PreemptionGuard
-from vit_jax.runtime.processes import host_names, sum_over_processes
+from vit_jax.runtime.processes import (
+    broadcast_from_process_0,
+    host_names,
+    sum_over_processes,
+)
 from vit_jax.runtime.stragglers import Stragglers
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.phases import Phases
@@ -52,10 +57,13 @@ class Services:
       phases: the clock.
       ledger: of the workdir.
       trackers: that get the metrics too.
+      on_record: see `train`.
 
     Attributes:
       corrupt: counts the records that this process can't read.
       skipped: the steps since the start that diverged and changed nothing.
+      last_step: step at which the run ends, as far as is known.
+      stop_reason: why that is before the last step of the config; None if it is not.
     """
 
     def __init__(
@@ -68,8 +76,11 @@ class Services:
         phases: Phases,
         ledger: Ledger,
         trackers: Trackers,
+        on_record: Callable[[dict[str, Any]], object] | None = None,
     ):
         self.experiment, self.folder, self.checkpoints = experiment, folder, checkpoints
+        self.last_step, self.stop_reason = experiment.total_steps, None
+        self._on_record = on_record
         self.phases, self.ledger = phases, ledger
         self.corrupt, self._counts = CorruptCounter(), Counts()
         self.skipped: list[int] = []
@@ -89,8 +100,15 @@ class Services:
         unlogged = self.checkpoints.read_run().get("unlogged") if self._main else None
         self._start = start
         writer = MetricWriter(
-            self.folder, step=saved or 0, active=self._main, trackers=self._trackers
+            self.folder,
+            step=saved or 0,
+            active=self._main,
+            trackers=self._trackers,
+            on_record=self._on_record,
         )
+        self._judged = read_judged(self.folder, settings.stop, saved or 0)
+        # Metrics that have a record at this step: they are recorded once.
+        self._recorded = start, names_at(self.folder, start) if self._main else set()
         with writer:
             if start == 0:
                 judges = [f"{e.name}/{m}" for e in experiment.evaluators for m in e.metrics]
@@ -167,17 +185,46 @@ class Services:
 
     def evaluate_if_due(self, step: int, state: TrainState) -> dict[str, float] | None:
         """The results of the evaluators that are due; None where it was told to stop meanwhile."""
-        total = self.experiment.total_steps
-        wanted = [e for e in self.experiment.evaluators if is_due(step, e.every, total)]
+        wanted = [e for e in self.experiment.evaluators if is_due(step, e.every, self.last_step)]
         try:
             return self.evaluate(wanted, step, state)
+        except Preempted:
+            return None
+
+    def ends_early(self, step: int) -> bool:
+        """Whether the run ends after this step, before the last one of its config."""
+        if step == self.last_step:
+            return False
+        stop = self.experiment.settings.stop
+        reason = stop.find_reason(self._judged) or self._find_answer(step)
+        if reason is not None:
+            self.last_step, self.stop_reason = step, reason
+            log(f"step {step}: the run ends: {reason}")
+        return reason is not None
+
+    def _find_answer(self, step: int) -> str | None:
+        """What `on_record` returned to end the run; the same in all processes."""
+        if self._on_record is None:
+            return None
+        # Records are written one step late, and before an evaluation.
+        due = self._log_is_due(step) or self._log_is_due(step - 1) or step <= self._start + 2
+        due = due or any(is_due(step, e.every, 0) for e in self.experiment.evaluators)
+        return broadcast_from_process_0(self._writer.stop_reason) if due else None
+
+    def evaluate_at_end(self, step: int, state: TrainState) -> dict[str, float] | None:
+        """The results of all evaluators, with details, after a step that `ends_early`.
+
+        None where the run was told to stop meanwhile.
+        """
+        try:
+            return self.evaluate(self.experiment.evaluators, step, state)
         except Preempted:
             return None
 
     def evaluate(
         self, evaluators: Sequence[Evaluator], step: int, state: TrainState
     ) -> dict[str, float]:
-        """Runs evaluators and records their results; after the last step they write details too.
+        """Runs evaluators and records their results; at the last step they write details too.
 
         Raises:
           Preempted: the run was told to stop; there are no results.
@@ -185,20 +232,29 @@ class Services:
         if not evaluators:
             return {}
         self._monitor.flush()
-        details = (self.folder, step) if step == self.experiment.total_steps else None
+        details = (self.folder, step) if step == self.last_step else None
         with self.phases("evaluation"):
             results: dict[str, float] = {}
             for evaluator in evaluators:
                 results |= evaluate(evaluator, state.params, state.ema_params, details=details)
-            self._monitor.results(step, results)
+            self._record_results(step, results)
             if self._main:
                 refresh_report(self.folder)
         return results
 
+    def _record_results(self, step: int, results: dict[str, float]) -> None:
+        at, names = self._recorded
+        names = names if at == step else set[str]()
+        self._monitor.results(step, {k: v for k, v in results.items() if k not in names})
+        self._recorded = step, names | results.keys()
+        metric = self.experiment.settings.stop.metric
+        if metric in results:
+            self._judged[step] = results[metric]
+
     def save_is_due(self, step: int) -> bool:
         """Whether the step has a checkpoint."""
         every = self.experiment.settings.checkpoint.every
-        return is_due(step, every, self.experiment.total_steps)
+        return is_due(step, every, self.last_step)
 
     def save(self, step: int, state: TrainState, results: dict[str, float], *, last: bool) -> None:
         """Writes a checkpoint: in the background, or right now if no other is to come.
@@ -260,18 +316,30 @@ class Services:
             log(f"the batch of step {found.step} can't be written ({describe_error(e)})")
 
 
-def missed_evaluators(experiment: Experiment, folder: Path, step: int) -> list[Evaluator]:
+def read_judged(folder: Path, stop: Stop, step: int) -> dict[int, float]:
+    """The values by step, up to `step`, of the metric that may end the run; in all processes."""
+    if stop.metric is None:
+        return {}
+    # Only process 0 surely sees what it has written.
+    values = read_values(folder, stop.metric, until=step) if jax.process_index() == 0 else {}
+    return dict(broadcast_from_process_0(list(values.items())))
+
+
+def names_at(folder: Path, step: int) -> set[str]:
+    """The names of the metrics that have a record at a step."""
+    return {name for record in read_metrics(folder) if record["step"] == step for name in record}
+
+
+def missed_evaluators(
+    experiment: Experiment, folder: Path, step: int, *, last_step: int
+) -> list[Evaluator]:
     """The evaluators that were due at a saved step and have no results: SIGTERM came before."""
-    total = experiment.total_steps
-    wanted = [e for e in experiment.evaluators if is_due(step, e.every, total)]
+    wanted = [e for e in experiment.evaluators if is_due(step, e.every, last_step)]
     if not step or not wanted:
         return []
-    have: set[str] = set()
-    # Only process 0 surely sees what it has written.
     main_process = jax.process_index() == 0
-    for record in read_metrics(folder) if main_process else ():
-        if record["step"] == step:
-            have |= {name.partition("/")[0] for name in record}
+    names = names_at(folder, step) if main_process else set()
+    have = {name.partition("/")[0] for name in names}
     missed = sum_over_processes(*(int(main_process and e.name not in have) for e in wanted))
     return [e for e, is_missed in zip(wanted, missed, strict=True) if is_missed]
 

@@ -4,6 +4,8 @@
 import json
 import pickle
 import shutil
+import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from vit_jax.training.evaluation import find_source
 from vit_jax.utils.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "testdata" / "torch" / "hf_vit"
+TIMM = GOLDEN.parent / "timm_vit"
 INDEX = "model.safetensors.index.json"
 
 
@@ -136,3 +139,66 @@ def test_the_content_comes_before_the_name(tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "x")
     file = (tmp_path / "x" / "model.safetensors").rename(tmp_path / "x" / "weights.bin")
     assert_golden(load_pretrained(str(file)))
+
+
+class Hub(types.ModuleType):
+    """In place of huggingface_hub: one repository, which is a folder on this machine."""
+
+    def __init__(self, folder):
+        super().__init__("huggingface_hub")
+        self.folder, self.asked = folder, []
+
+    def snapshot_download(self, name, *, revision, allow_patterns):
+        assert "config.json" in allow_patterns
+        self.asked.append((name, revision))
+        if "nothing" in name:
+            raise OSError("404 Client Error\nRepository Not Found")
+        return str(self.folder)
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("timm:vit_tiny.in1k", ("timm/vit_tiny.in1k", None)),
+        ("hf:google/vit-base", ("google/vit-base", None)),
+        ("hf:google/vit-base@refs/pr/1", ("google/vit-base", "refs/pr/1")),
+    ],
+)
+def test_a_repository_of_the_hub_is_fetched_by_its_library(source, asked, monkeypatch):
+    hub = Hub(TIMM)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    found, expected = load_pretrained(source), load_pretrained(str(TIMM))
+    assert hub.asked == [asked]
+    assert found.params.keys() == expected.params.keys()
+    assert (found.model, found.preprocess) == (expected.model, expected.preprocess)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (
+            "hf:google/nothing",
+            ["hf:google/nothing: ", "404 Client Error", "the folder of a download"],
+        ),
+        ("timm:nothing", ["timm/nothing can't be fetched"]),
+        ("hf:vit-base", ["expected hf:USER/NAME"]),
+        ("timm:timm/vit", ["expected hf:USER/NAME, or timm:NAME"]),
+        ("hf:../../etc/x", ["expected hf:USER/NAME"]),
+    ],
+)
+def test_a_repository_that_can_not_be_fetched_is_one_line(source, words, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(TIMM))
+    with pytest.raises(UserError) as error:
+        load_pretrained(source)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_without_the_library_the_error_names_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"needs huggingface_hub: pip install 'vit_jax\[hub\]'"):
+        load_pretrained("timm:vit_tiny.in1k")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(tmp_path))
+    with pytest.raises(UserError, match=r"hf:a/b: it has no \.safetensors file"):
+        load_pretrained("hf:a/b")

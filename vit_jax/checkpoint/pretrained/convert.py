@@ -11,6 +11,7 @@ from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.npz import write_npz
 from vit_jax.checkpoint.pretrained.rebuild import check_complete
 from vit_jax.checkpoint.pretrained.safetensors import MODEL_KEYS, write_safetensors
+from vit_jax.checkpoint.pretrained.timm_config import leave_out_pre_logits
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights
 from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.utils.errors import UserError
@@ -42,6 +43,9 @@ def convert(weights: Weights, destination: Path) -> list[str]:
     if destination.suffix not in WRITERS:
         raise UserError(f"DST={destination}: expected a file that ends in {' or '.join(WRITERS)}")
     write, endings = WRITERS[destination.suffix]
+    notes: list[str] = []
+    if destination.suffix == ".safetensors":
+        weights, notes = leave_out_pre_logits(weights)
     files = [destination.with_suffix(ending) for ending in endings]
     for path in files:
         if path.exists():
@@ -52,7 +56,7 @@ def convert(weights: Weights, destination: Path) -> list[str]:
         write(destination, weights)
     except OSError as e:
         raise UserError(f"DST={destination} can't be written: {e.strerror or e}") from e
-    lines = [f"wrote {path} ({path.stat().st_size / 2**20:,.1f} MiB)" for path in files]
+    lines = [f"wrote {path} ({path.stat().st_size / 2**20:,.1f} MiB)" for path in files] + notes
     try:
         again = load_pretrained(str(destination))
         _compare_descriptions(weights, again)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders and files as the Hugging Face hub has them: shards, and formats that are not read."""
+"""The Hugging Face hub: repositories, their folders and files, and formats that are not read."""
 
+import importlib
 import re
 import shlex
 import zipfile
@@ -10,7 +11,7 @@ from etils import epath
 
 from vit_jax.checkpoint.listing import is_step
 from vit_jax.utils.bounds import read_json
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.layout import CHECKPOINTS
 
 INDEX = ".safetensors.index.json"
@@ -28,6 +29,52 @@ _OTHERS = {
     ".tflite": "TensorFlow Lite",
     ".pb": "TensorFlow",
 }
+
+
+_REPOSITORY = re.compile(r"(hf|timm):([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?")
+# Of a repository, what is read here.
+_PATTERNS = ("*.safetensors", f"*{INDEX}", "config.json", "preprocessor_config.json")
+
+
+def is_repository(source: str) -> bool:
+    """Whether a source names a repository of the hub: `hf:USER/NAME` or `timm:NAME`."""
+    return source.startswith(("hf:", "timm:"))
+
+
+def fetch_repository(source: str) -> Path:
+    """Returns the folder of a repository in the cache of the hub, downloading it if needed.
+
+    Args:
+      source: `hf:USER/NAME`, or `timm:NAME` for `hf:timm/NAME`; `@REVISION` may follow.
+
+    Raises:
+      UserError: the name is not of this form, huggingface_hub is missing, or the repository can't
+        be downloaded.
+    """
+    match = _REPOSITORY.fullmatch(source)
+    if match is None or ("/" in match[2]) != (match[1] == "hf"):
+        raise UserError(
+            f"{source}: expected hf:USER/NAME, or timm:NAME with the tag of the weights, such as "
+            "timm:vit_base_patch16_224.augreg2_in21k_ft_in1k; @REVISION may follow"
+        )
+    repository = match[2] if match[1] == "hf" else f"timm/{match[2]}"
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError:
+        raise UserError(
+            f"{source} needs huggingface_hub: pip install 'vit_jax[hub]'; or give the folder of a "
+            "download"
+        ) from None
+    try:
+        return Path(
+            hub.snapshot_download(repository, revision=match[3], allow_patterns=list(_PATTERNS))
+        )
+    except Exception as e:  # The library raises exceptions of many types, also of its dependencies.
+        raise UserError(
+            f"{source}: {repository} can't be fetched from the Hugging Face hub ({first_line(e)}); "
+            "expected a repository that exists and can be reached: log in with hf auth login if it "
+            "is private, or give the folder of a download"
+        ) from e
 
 
 def find_weights(folder: Path) -> Path | None:

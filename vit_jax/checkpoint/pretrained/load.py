@@ -21,7 +21,13 @@ from vit_jax.checkpoint.manifest import find_fault, has_manifest
 from vit_jax.checkpoint.pretrained.catalogue import load_catalogue
 from vit_jax.checkpoint.pretrained.description import check_description
 from vit_jax.checkpoint.pretrained.download import fetch, resolve
-from vit_jax.checkpoint.pretrained.hub import INDEX, find_weights, refuse_format
+from vit_jax.checkpoint.pretrained.hub import (
+    INDEX,
+    fetch_repository,
+    find_weights,
+    is_repository,
+    refuse_format,
+)
 from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors
 from vit_jax.checkpoint.pretrained.weights import (
@@ -63,10 +69,10 @@ def load_pretrained(source: str) -> Weights:
 
     Args:
       source: a workdir or an Orbax checkpoint, a `.npz` or `.safetensors` file, the index of shards
-        of the latter, a folder of the Hugging Face hub, the URL of a file, or a name of the
-        catalogue such as "augreg:B/16". `:PART` at the end of a path selects a part: the model in
-        a file of several (`siglip.npz:img`), or the average of the parameters of a run
-        (`WORKDIR:ema_params`).
+        of the latter, a folder of the Hugging Face hub, `hf:USER/NAME` or `timm:NAME` for a
+        repository there, the URL of a file, or a name of the catalogue such as "augreg:B/16".
+        `:PART` at the end of a path selects a part: the model in a file of several
+        (`siglip.npz:img`), or the average of the parameters of a run (`WORKDIR:ema_params`).
 
     Returns:
       Weights with the shapes of the source; float32 from a `.npz`, else the dtypes of the source.
@@ -80,6 +86,11 @@ def load_pretrained(source: str) -> Weights:
 
 
 def _load(source: str) -> Weights:
+    if is_repository(source):
+        folder = fetch_repository(source)
+        if (weights := find_weights(folder)) is None:
+            raise UserError(f"{source}: it has no .safetensors file, and no others are read")
+        return _read_file(weights, "")
     if resolved := resolve(source):
         path, published = resolved
         weights = _read_file(path, "")

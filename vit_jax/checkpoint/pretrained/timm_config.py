@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the `config.json` from which timm, and transformers by way of timm, rebuild a model.
+
+`timm.create_model("local-dir:FOLDER", pretrained=True)` reads it beside `model.safetensors`, and
+`AutoModelForImageClassification.from_pretrained(FOLDER)` does. Source: timm 1.0.31.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vit_jax.checkpoint.pretrained.weights import (
+    Weights,
+    describe_evaluation,
+    find_grid,
+    image_size_of,
+    infer_model,
+)
+from vit_jax.utils.bounds import shorten
+
+_NORM_EPSILON = 1e-6
+_ACTIVATIONS = {"gelu_tanh": "gelu_tanh", "gelu_erf": "gelu", "swiglu": "silu"}
+_POOLS = {"token": "token", "gap": "avg", "map": "map", "unpooled": "", "token_unpooled": ""}
+# timm's functions for a model of any size, and for hybrids by the units in the stages. timm ignores
+# arguments that are null, so none of these functions has layer scale, or a grid for positions.
+_PLAIN, _DISTILLED = "vit_base_patch16_224", "deit_base_distilled_patch16_224"
+_ROPE = "eva_giant_patch14_224"
+_HYBRIDS = {
+    (): "vit_tiny_r_s16_p8_224",
+    (2, 2, 2, 2): "vit_small_r26_s32_224",
+    (3, 4, 9): "vit_base_r50_s16_224",
+    (3, 4, 6, 3): "vit_large_r50_s32_224",
+}
+_KEY_BIAS = re.compile(r"Transformer/encoderblock_\d+/.*/key/bias$")
+_SQUASHED = re.compile(r"decode\|resize\((\d+)(?:, ?(\d+))?[^|]*\)")
+_CENTERED = re.compile(r"decode\|resize_small\((\d+)[^|]*\)\|central_crop\((\d+)[^|]*\)")
+_METHOD = re.compile(r"method='(\w+?)(_antialias)?'")
+
+
+def leave_out_pre_logits(weights: Weights) -> tuple[Weights, list[str]]:
+    """Leaves out the tanh layer `pre_logits` and the head behind it, for which timm has no place.
+
+    The layer can't be folded into the head, since it is not linear.
+
+    Returns:
+      Weights of a model without a classifier, whose features are the input of that layer, with a
+      note; the same weights and no note where there is no such layer.
+    """
+    if not any(path.startswith("pre_logits/") for path in weights.params):
+        return weights, []
+    params = {
+        path: x
+        for path, x in weights.params.items()
+        if not path.startswith(("pre_logits/", "head/", "head_dist/"))
+    }
+    model = weights.model | {"representation_size": None, "num_classes": 0}
+    note = (
+        "pre_logits, head: left out, since timm has no tanh layer (pre_logits) before its head: "
+        "the file gives features. A .npz has the classifier, and model.representation_size=None "
+        "trains one that timm can hold"
+    )
+    return dataclasses.replace(weights, params=params, model=model, class_names=None), [note]
+
+
+def make_timm_config(weights: Weights) -> tuple[dict[str, Any], list[str]]:
+    """Makes the content of `config.json` for weights that `write_safetensors` writes.
+
+    Returns:
+      A JSON object, and a note if timm can't prepare images as they were prepared here.
+
+    Raises:
+      ValueError: no function of timm makes this model from values of JSON.
+    """
+    inferred = infer_model(weights.params)
+    model = inferred | dict(weights.model) | {"patch_size": inferred["patch_size"]}
+    head = weights.params.get("head/kernel")
+    num_classes = 0 if head is None else int(head.shape[-1])
+    images, notes = _describe_images(weights.preprocess)
+    size = weights.preprocess.get("image_size")
+    if size is None and (grid := find_grid(model, weights.preprocess)):
+        size = image_size_of(grid, model)
+    if size is None:
+        raise ValueError("nothing states the size of the images")
+    keys_biased = any(x.any() for p, x in weights.params.items() if _KEY_BIAS.match(p))
+    architecture, arguments = _find_arguments(model, keys_biased=keys_biased)
+    pool = _POOLS[model["classifier"]]
+    config: dict[str, Any] = {
+        "architecture": architecture,
+        "num_classes": num_classes,
+        "num_features": model["hidden_size"],
+        "global_pool": pool,
+        "model_args": {"img_size": list(size), "global_pool": pool, **arguments},
+        "pretrained_cfg": {
+            "num_classes": num_classes,
+            "input_size": [3, *size],
+            "fixed_input_size": True,
+            "pool_size": None,
+            "custom_load": False,
+            "first_conv": "patch_embed.proj",
+            "classifier": ["head", "head_dist"] if model.get("distillation_token") else "head",
+            **images,
+        },
+    }
+    if weights.class_names is not None and num_classes:
+        config["label_names"] = list(weights.class_names)
+    return config, notes
+
+
+def _find_arguments(model: Mapping[str, Any], *, keys_biased: bool) -> tuple[str, dict[str, Any]]:
+    """Returns the name of a function of timm, and the arguments that make this model of it.
+
+    `keys_biased` is whether any bias of keys is not zero, see `to_timm`.
+    """
+    epsilon = model.get("norm_epsilon", _NORM_EPSILON)
+    if not math.isclose(epsilon, _NORM_EPSILON):
+        raise ValueError(f"model.norm_epsilon={epsilon}: timm's models have {_NORM_EPSILON}")
+    width, registers = model["hidden_size"], model.get("num_registers") or 0
+    token = model["classifier"] in ("token", "token_unpooled")
+    swiglu = model.get("activation") == "swiglu"
+    after = bool(model.get("norm_after_pooling"))
+    learned = model.get("position_embedding", "learned") != "none"
+    arguments: dict[str, Any] = {
+        "patch_size": list(model["patch_size"]),
+        "embed_dim": width,
+        "depth": model["num_layers"],
+        "num_heads": model["num_heads"],
+        "mlp_ratio": model["mlp_dim"] / width,
+        "class_token": token,
+        "no_embed_class": bool(registers) or not token,
+        "qk_norm": bool(model.get("qk_norm")),
+    }
+    if int(width * arguments["mlp_ratio"]) != model["mlp_dim"]:
+        raise ValueError(f"model.mlp_dim={model['mlp_dim']}: timm has it as a ratio to the width")
+    if model.get("layer_scale_init") is not None:
+        arguments["init_values"] = model["layer_scale_init"]
+    if model.get("rope_theta") is not None:
+        grid = model.get("rope_reference_grid")
+        if grid is not None:
+            arguments["ref_feat_shape"] = list(grid)
+        return _ROPE, arguments | {
+            "qkv_fused": True,
+            "qkv_bias": True,
+            "attn_type": "rope" if keys_biased else "eva",
+            "swiglu_mlp": swiglu,
+            "num_reg_tokens": registers,
+            "use_rot_pos_emb": True,
+            "use_abs_pos_emb": learned,
+            "rope_grid_indexing": "ij",
+            "rope_temperature": float(model["rope_theta"]),
+            "use_fc_norm": after,
+        }
+    if swiglu:
+        raise ValueError("model.activation='swiglu': timm takes a class for it, which JSON has not")
+    arguments |= {
+        "act_layer": _ACTIVATIONS[model.get("activation", "gelu_tanh")],
+        "reg_tokens": registers,
+        "pos_embed": "learn" if learned else "none",
+        "fc_norm": after,
+    }
+    if model["classifier"] == "map" and registers:
+        arguments["pool_include_prefix"] = True
+    if (units := model.get("resnet_layers")) is not None:
+        if tuple(units) not in _HYBRIDS or model.get("resnet_width", 1.0) != 1.0:
+            raise ValueError(f"model.resnet_layers={tuple(units)}: timm has no such hybrid by name")
+        return _HYBRIDS[tuple(units)], arguments
+    if model.get("distillation_token"):
+        del arguments["class_token"], arguments["no_embed_class"], arguments["reg_tokens"]
+        return _DISTILLED, arguments
+    return _PLAIN, arguments
+
+
+def _describe_images(preprocess: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns how timm prepares images; a note if its way differs from the line of the weights."""
+    colors = {
+        key: [float(x) for x in np.broadcast_to(preprocess.get(key, 0.5), 3)]
+        for key in ("mean", "std")
+    }
+    line = preprocess.get("eval") or ""
+    method = match[1] if (match := _METHOD.search(line)) else "bilinear"
+    method = method if method in ("nearest", "bilinear", "bicubic", "lanczos") else "bilinear"
+    images = colors | {"interpolation": method, "crop_pct": 1.0, "crop_mode": "squash"}
+    resize: tuple[int, ...] = ()
+    crop = 0, 0
+    if match := _CENTERED.fullmatch(line):
+        resize, crop = (int(match[1]),), (int(match[2]), int(match[2]))
+        images |= {"crop_mode": "center", "crop_pct": crop[0] / resize[0]}
+    elif match := _SQUASHED.fullmatch(line):
+        resize = crop = int(match[1]), int(match[2] or match[1])
+    if resize:
+        same, _ = describe_evaluation(
+            resize=resize, crop=crop, interpolation=method, rounding="nearest"
+        )
+        # Both are ways to write a square.
+        square = same.get("eval", "").replace(f"({resize[0]}, {resize[0]}, ", f"({resize[0]}, ")
+        if line in (same.get("eval"), square):
+            return images, []
+    return images, [
+        f"config.json: timm has no line that equals {shorten(line)}: it prepares images by "
+        f"crop_mode={images['crop_mode']}, crop_pct={images['crop_pct']:.4g} and {method} "
+        "interpolation, which may give slightly other pixels"
+    ]
