@@ -270,7 +270,7 @@ BAD = {
     "no run": (["--workdir=/nowhere", "--checkpoint=1"], ["/nowhere", "expected the workdir"]),
     "no config": (
         ["--workdir=/nowhere", "--init_from=a.npz"],
-        ["'/nowhere': there is no config.json", "there is no /nowhere; or add --config"],
+        ["'/nowhere': there is no config.json", "it does not exist"],
     ),
     "no such step": (["--workdir=RUN", "--checkpoint=5"], ["--checkpoint=5", "has 4, 8"]),
     "two sources": (

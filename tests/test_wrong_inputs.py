@@ -249,6 +249,17 @@ CASES = {
         ("run photos --checkpoint=5", ["--checkpoint=5", "--workdir=run", "4"]),
         (MODEL + "none photos", ["none", "no such file"]),
     ],
+    "find_lr": [
+        ("--output=seen", ["--config is missing"]),
+        ("--config={root}/configs/digits.py", ["--output is missing"]),
+        ("--config=none.py --output=seen", ["--config=none.py", "there is no file"]),
+        ("--config={root}/configs/digits.py --output=empty.txt", ["--output=empty.txt", "exists"]),
+        (
+            "--config={root}/configs/digits.py --config.data.data_dir={data} --output=seen "
+            "--steps=1",
+            ["steps=1", "at least 10"],
+        ),
+    ],
     "explain": [
         (MODEL + "photos", ["--output is missing", "a folder"]),
         (MODEL + "--output=empty.txt photos", ["--output=empty.txt", "exists"]),

@@ -93,7 +93,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         if not Path(args.workdir).is_dir():
             raise UserError(
                 f"--workdir={args.workdir} is no folder; expected the workdir of a run"
-                f"{suggest_workdir(args.workdir)}"
+                f"{suggest_workdir(Path(args.workdir))}"
             )
         args.SRC, args.DST = args.workdir, Path(args.SRC) if args.SRC else None
     if args.SRC is None:

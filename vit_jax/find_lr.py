@@ -13,21 +13,20 @@ Examples:
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from vit_jax.config.cpu_devices import count_cpu_devices
 from vit_jax.config.load import load_config, parse_overrides
 from vit_jax.observe.console import log, log_lines, set_up
 from vit_jax.pages.chart import Curve, plot_curves
 from vit_jax.pages.html import make_card, make_page, make_section
-from vit_jax.runtime import compile_cache
-from vit_jax.runtime.cpu_devices import set_cpu_devices
-from vit_jax.training.lr_range_test import LrRangeTest, run_lr_range_test
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import check_fresh, fresh_folder
+from vit_jax.utils.signals import importing
 from vit_jax.utils.text import encode_text
+
+if TYPE_CHECKING:
+    from vit_jax.training.lr_range_test import LrRangeTest
 
 PAGE, TABLE = "index.html", "rates.csv"
 # Losses above this many times that of the start are left out of the picture.
@@ -38,11 +37,25 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the arguments, without overrides of the config; `UserError` if one is invalid."""
     parser = CommandParser(prog="python -m vit_jax.find_lr", description=__doc__)
     add = parser.add_argument
-    add("--config", help="config file or name; --config.KEY=VALUE overrides a key")
-    add("--output", type=Path, help="folder to make; must not exist")
-    add("--steps", type=int, default=200, help="steps to take; default %(default)s")
-    add("--min_lr", type=float, default=1e-6, help="learning rate at the start; default 1e-6")
-    add("--max_lr", type=float, default=1.0, help="learning rate at the end; default 1")
+    add(
+        "--config",
+        help="Test this config: a file or a name, as in vit_jax.main. --config.KEY=VALUE overrides "
+        "a key.",
+    )
+    add("--output", type=Path, help="Make this folder for the page. It must not exist.")
+    add("--steps", type=int, default=200, help="Take so many steps. The default is %(default)s.")
+    add(
+        "--min_lr",
+        type=float,
+        default=1e-6,
+        help="Start with this learning rate. The default is %(default)s.",
+    )
+    add(
+        "--max_lr",
+        type=float,
+        default=1.0,
+        help="End with this learning rate. The default is %(default)s.",
+    )
     args = parser.parse_args(argv)
     for name in ("config", "output"):
         if not getattr(args, name):
@@ -50,7 +63,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def describe(found: LrRangeTest) -> list[str]:
+def describe(found: "LrRangeTest") -> list[str]:
     """Returns what the test found, as lines for the screen."""
     suggestion = found.suggestion
     if suggestion is None:
@@ -67,8 +80,10 @@ def describe(found: LrRangeTest) -> list[str]:
     ]
 
 
-def make_lr_page(found: LrRangeTest, *, title: str) -> str:
+def make_lr_page(found: "LrRangeTest", *, title: str) -> str:
     """Returns the page of a test: the loss, and its moving average, over the learning rate."""
+    import numpy as np
+
     x = np.log10(found.rates)
     shown = np.maximum(found.losses, found.smoothed) <= _SHOWN * max(found.losses[0], 1e-9)
     shown[0] = True  # The picture has a point in any case.
@@ -93,6 +108,11 @@ def main(argv: Sequence[str]) -> None:
     """Runs the test, writes the folder and logs the suggestion."""
     overrides, rest = parse_overrides(list(argv))
     args = parse_arguments(rest)
+    with importing():
+        from vit_jax.config.cpu_devices import count_cpu_devices
+        from vit_jax.runtime import compile_cache
+        from vit_jax.runtime.cpu_devices import set_cpu_devices
+        from vit_jax.training.lr_range_test import run_lr_range_test
     set_up(quiet=False)
     check_fresh(args.output)
     config = load_config(args.config, overrides)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from vit_jax.checkpoint.pretrained.download import find_missing
 from vit_jax.checkpoint.pretrained.hub import find_weights
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.safetensors import read_tensors, write_tensors
@@ -148,8 +149,10 @@ class Hub(types.ModuleType):
         super().__init__("huggingface_hub")
         self.folder, self.asked = folder, []
 
-    def snapshot_download(self, name, *, revision, allow_patterns):
-        assert "config.json" in allow_patterns
+    def snapshot_download(self, name, *, revision, allow_patterns=(), local_files_only=False):
+        assert local_files_only or "config.json" in allow_patterns
+        if local_files_only and "new" in name:
+            raise FileNotFoundError("not in the cache")
         self.asked.append((name, revision))
         if "nothing" in name:
             raise OSError("404 Client Error\nRepository Not Found")
@@ -193,6 +196,13 @@ def test_a_repository_that_can_not_be_fetched_is_one_line(source, words, monkeyp
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_what_is_not_in_the_cache_would_be_downloaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(TIMM))
+    assert find_missing("timm:vit_tiny.in1k") is None
+    assert find_missing("timm:new.in1k") == "https://huggingface.co/timm/new.in1k"
+    assert find_missing("hf:google/new") == "https://huggingface.co/google/new"
 
 
 def test_without_the_library_the_error_names_it(monkeypatch, tmp_path):

@@ -31,6 +31,7 @@ from vit_jax.checkpoint.pretrained.catalogue import (
     select_augreg,
     to_https,
 )
+from vit_jax.checkpoint.pretrained.hub import find_missing_repository, is_repository
 from vit_jax.observe.console import log, log_lines
 from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.utils.errors import UserError, first_line
@@ -71,6 +72,8 @@ def find_missing(name: str) -> str | None:
     """
     if name.startswith(("https://", "http://")):
         return None if cache_path(name).is_file() else name
+    if is_repository(name):
+        return find_missing_repository(name)
     if not is_name(name) or Path(name).exists():
         return None
     if needs_index(name) and not cache_path(AUGREG_INDEX).is_file():

@@ -6,6 +6,7 @@ import re
 import shlex
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -51,6 +52,35 @@ def fetch_repository(source: str) -> Path:
       UserError: the name is not of this form, huggingface_hub is missing, or the repository can't
         be downloaded.
     """
+    repository, revision, hub = _open_hub(source)
+    try:
+        return Path(
+            hub.snapshot_download(repository, revision=revision, allow_patterns=list(_PATTERNS))
+        )
+    except Exception as e:  # The library raises exceptions of many types, also of its dependencies.
+        raise UserError(
+            f"{source}: {repository} can't be fetched from the Hugging Face hub ({first_line(e)}); "
+            "expected a repository that exists and can be reached: log in with hf auth login if it "
+            "is private, or give the folder of a download"
+        ) from e
+
+
+def find_missing_repository(source: str) -> str | None:
+    """Returns the URL of a repository that is not in the cache of the hub; None if it is.
+
+    Takes the same names as `fetch_repository`, and raises `UserError` where that would without a
+    network.
+    """
+    repository, revision, hub = _open_hub(source)
+    try:
+        hub.snapshot_download(repository, revision=revision, local_files_only=True)
+    except Exception:  # Of many types, as above.
+        return f"https://huggingface.co/{repository}"
+    return None
+
+
+def _open_hub(source: str) -> tuple[str, str | None, Any]:
+    """The repository and the revision that a source names, and the library that fetches it."""
     match = _REPOSITORY.fullmatch(source)
     if match is None or ("/" in match[2]) != (match[1] == "hf"):
         raise UserError(
@@ -59,22 +89,12 @@ def fetch_repository(source: str) -> Path:
         )
     repository = match[2] if match[1] == "hf" else f"timm/{match[2]}"
     try:
-        hub = importlib.import_module("huggingface_hub")
+        return repository, match[3], importlib.import_module("huggingface_hub")
     except ImportError:
         raise UserError(
             f"{source} needs huggingface_hub: pip install 'vit_jax[hub]'; or give the folder of a "
             "download"
         ) from None
-    try:
-        return Path(
-            hub.snapshot_download(repository, revision=match[3], allow_patterns=list(_PATTERNS))
-        )
-    except Exception as e:  # The library raises exceptions of many types, also of its dependencies.
-        raise UserError(
-            f"{source}: {repository} can't be fetched from the Hugging Face hub ({first_line(e)}); "
-            "expected a repository that exists and can be reached: log in with hf auth login if it "
-            "is private, or give the folder of a download"
-        ) from e
 
 
 def find_weights(folder: Path) -> Path | None:
