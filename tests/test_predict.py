@@ -67,7 +67,7 @@ def test_csv_has_the_most_probable_classes_and_names_what_is_left_out(call, expe
     assert [row["class_2"] for row in rows] == [names[i] for i in labels[:, 1]]
     second = np.take_along_axis(prediction.probabilities, labels[:, 1:], axis=1)[:, 0]
     np.testing.assert_allclose([float(r["probability_2"]) for r in rows], second, atol=1e-5)
-    assert "03.png: 40 bytes that are no readable image" in err
+    assert "03.png: 40 bytes that are not a readable image" in err
     assert "19 images in " in err
     assert "1 can't be read and are left out" in err
 

@@ -126,7 +126,7 @@ def test_a_run_that_fails_is_noted_and_the_others_go_on(runs, tmp_path, said):
     runner = Runner({"lr=0.2": 1})
     assert run_sweep(runs, tmp_path / "sweep", metric=None, run_trial=runner) == 1
     assert runner.names == ["lr=0.1", "lr=0.2", "lr=0.3"]
-    assert "lr=0.2 failed with code 1; the others go on" in said
+    assert "lr=0.2 failed with code 1; the others continue" in said
     states = sweep_module.read_states(tmp_path / "sweep")
     assert {name: state["status"] for name, state in states.items()} == {
         "lr=0.1": "finished",
@@ -227,7 +227,7 @@ def test_commands_for_a_cluster_are_printed_and_nothing_runs(
         ("[{'name': '../up', 'seed': 1}]", "'../up' can't be the name of a folder"),
         ("[{'seed': 1}, {'seed': 1}]", "two runs are 'seed=1'"),
         ("{'optimizer.lrr': [1, 2]}", "lrr=1: unknown config key"),
-        ("{'seed.x': [1]}", "seed=0 has nothing below it"),
+        ("{'seed.x': [1]}", "seed=0 has no keys"),
         ("{'optimizer.lr': [0.1, 'high']}", "lr=high: optimizer.lr='high'"),
     ],
 )

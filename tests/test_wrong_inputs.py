@@ -57,7 +57,7 @@ CASES = {
         ("--workdir=new", ["--config", "is missing", "--help"]),
         ("--config={root}/configs/digits.py", ["--workdir", "is missing", "--help"]),
         (TRAIN + "--wrokdir=x", ["wrokdir", "Did you mean: workdir"]),
-        (TRAIN + "stray", ["'stray'", "is no flag", "--name=value"]),
+        (TRAIN + "stray", ["'stray'", "is not a flag", "--name=value"]),
         (TRAIN + "--quiet --verbose", ["--quiet", "--verbose", "expected one"]),
         (TRAIN + "--num_processes=two", ["num_processes", "two"]),
         (TRAIN + "--config=none.py", ["--config=none.py", "there is no file"]),

@@ -273,4 +273,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, interrupted="interrupted; what was evaluated before is recorded")
+    run_command(main, interrupted="interrupted; the results so far are recorded")

@@ -134,8 +134,8 @@ def test_the_documentation_has_all_operations_and_lines_that_can_be_read():
         ("grayscale(1.5)", ["'grayscale(1.5)'", "probability=1.5: expected at most 1"]),
         ("gaussian_blur(2, 1)", ["sigma_min=2, sigma_max=1: expected"]),
         ("normalize((0.5,), (0.5,))", ["objective.pixel_mean and objective.pixel_std"]),
-        ("value_range(-1, 1)", ["'value_range(-1, 1)' is no operation here", "pixel_mean"]),
-        ("onehot(1000)", ["'onehot(1000)' is no operation here", "by the objective"]),
+        ("value_range(-1, 1)", ["'value_range(-1, 1)' is not an operation here", "pixel_mean"]),
+        ("onehot(1000)", ["'onehot(1000)' is not an operation here", "by the objective"]),
         ("random_erasing(0.25)", ["set objective.random_erasing"]),
         ("cutmix", ["set objective.cutmix"]),
     ],
@@ -211,7 +211,7 @@ def test_smooth_jpeg_is_close_to_what_was_encoded():
     ids=["nothing", "text", "half a png", "half a jpeg"],
 )
 def test_broken_bytes_are_a_value_error(broken):
-    with pytest.raises(ValueError, match=f"{len(broken)} bytes that are no readable image"):
+    with pytest.raises(ValueError, match=f"{len(broken)} bytes that are not a readable image"):
         decode_image(broken)
 
 

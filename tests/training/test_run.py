@@ -144,7 +144,7 @@ def test_a_tracker_that_fails_is_dropped_and_tensorboard_gets_pictures(
         (1, ["perf/first_step_s"]),
     ]
     failed = [line for line in said if line.startswith("tracker ")]
-    assert failed == ["tracker mlflow failed (OSError: no connection): goes on without"]
+    assert failed == ["tracker mlflow failed (OSError: no connection): continues without it"]
     assert list_steps(tmp_path / "run") == [4, 8]
     found = [(v.tag, e.step, v) for e in events(tmp_path / "run") for v in e.summary.value]
     (picture,) = [v.image for tag, step, v in found if (tag, step) == ("train/images", 1)]
@@ -339,7 +339,7 @@ def test_profile_is_written_where_it_says(data_dir, tmp_path, said):
     train(config, str(tmp_path / "w"), command="train")
     assert list((tmp_path / "w" / "profile").rglob("*.xplane.pb"))
     assert any(line.startswith(f"wrote profile {tmp_path / 'w' / 'profile'}") for line in said)
-    table = said.index("operations that took longest, in a step on each device:")
+    table = said.index("slowest operations, in a step on each device:")
     assert re.match(r" *\d+\.\d% +\d+\.\d{3} ms .* x  \w+", said[table + 1])
 
 

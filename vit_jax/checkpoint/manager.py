@@ -243,7 +243,7 @@ class CheckpointManager:
         )
         if must or self._failures >= MAX_FAILURES:
             raise failed from error
-        log(f"{failed}: goes on, and tries again with the next")
+        log(f"{failed}: continues, and tries again with the next")
 
     def _half(self, step: int) -> Path:
         return self._directory / f"{step}{_HALF}-unverified"
@@ -296,7 +296,7 @@ class CheckpointManager:
                 return
             except OSError as e:
                 error = e
-        log(f"{path} can't be moved out of the way ({error.strerror}): {why}")
+        log(f"{path} can't be moved aside ({error.strerror}): {why}")
 
     def _remove_old(self, newest: int) -> None:
         # What has a later step is no checkpoint of this run, and can't take the place of one.
@@ -314,7 +314,10 @@ class CheckpointManager:
                 _remove(going)
             except OSError as e:
                 self._stuck.add(step)
-                log(f"{self.path(step)} can't be removed ({e.strerror}): it stays, and takes space")
+                log(
+                    f"{self.path(step)} can't be removed ({e.strerror}): it is kept, and takes "
+                    "space"
+                )
 
     def restore(self, abstract_state: TrainState) -> TrainState:
         """Reads the newest checkpoint that is not damaged.
@@ -436,7 +439,9 @@ def _remove_halves(directory: Path) -> None:
         try:
             _remove(half)
         except OSError as e:
-            log(f"{half} can't be removed ({e.strerror}): it is no whole checkpoint, and stays")
+            log(
+                f"{half} can't be removed ({e.strerror}): it is not a whole checkpoint, and is kept"
+            )
 
 
 def _remove(path: Path) -> None:

@@ -442,6 +442,6 @@ def _make_checkpoint(
     if not judge.every or options.every % judge.every:
         raise UserError(
             f"checkpoint.every={options.every} with keep_best={options.keep_best!r}: expected a "
-            f"multiple of evals.{judge.name}.every={judge.every}, to judge each checkpoint"
+            f"multiple of evals.{judge.name}.every={judge.every}, to evaluate each checkpoint"
         )
     return options, _as_given(args, every_given)

@@ -82,9 +82,7 @@ def override_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
                 section[parent] = {}
             section = section[parent]
             if not isinstance(section, dict):
-                raise UserError(
-                    f"unknown config key {key}: {parent}={section!r} has nothing below it"
-                )
+                raise UserError(f"unknown config key {key}: {parent}={section!r} has no keys")
         section[leaf] = override
     return ConfigDict(result)
 

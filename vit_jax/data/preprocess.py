@@ -80,7 +80,7 @@ def _find_op(name: str, text: str, *, key: str) -> Any:
     if is_part(name):
         return import_part(name, key=key, gives=(Callable,))
     if name in _ELSEWHERE:
-        raise UserError(f"{key}: {text!r} is no operation here: {_ELSEWHERE[name]}")
+        raise UserError(f"{key}: {text!r} is not an operation here: {_ELSEWHERE[name]}")
     if name not in OPS:
         raise UserError(f"{key}: unknown operation {name!r}{suggest(name, OPS)}")
     return OPS[name]

@@ -141,9 +141,9 @@ def _describe_target(topology: Topology) -> list[str]:
     if topology.is_tpu:
         return []
     if topology.chip is None:
-        return ["a CPU has no roofline here: only memory and transfers are said"]
+        return ["a CPU has no roofline here: only memory and transfers are predicted"]
     return [
-        "no compiler for GPUs is used here: this is the same sharded step, compiled for as many "
+        "no GPU compiler is used: this is the same sharded step, compiled for as many "
         "CPUs. Arguments and operations are exact; temporaries, bytes and transfers are "
         "those of XLA for CPUs, which computes bfloat16 in float32 and fuses less"
     ]

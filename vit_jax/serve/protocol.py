@@ -63,7 +63,7 @@ class Protocol(H11Protocol):
         """Answers what h11 refuses, within the `except` clause of that error; see uvicorn."""
         error = sys.exc_info()[1]
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-        text = "the headers are too long" if status == 431 else f"this is no HTTP/1.1: {error}"
+        text = "the headers are too long" if status == 431 else f"this is not HTTP/1.1: {error}"
         content = json.dumps({"error": text}).encode()
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(content)))]
         if self.cycle is not None and not self.cycle.response_complete:

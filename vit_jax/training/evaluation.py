@@ -146,7 +146,7 @@ class Judge:
         if fresh or not np.any(kernel):
             state = "does not fit this model" if fresh else "was published untrained, all zero"
             raise UserError(
-                f"{source}: its head {state}, so evals.{judged[0]} would judge a random one: "
+                f"{source}: its head {state}, so evals.{judged[0]} would evaluate a random one: "
                 "set config.model and config.data to those of the checkpoint, or leave it out "
                 f"with --config.evals.{judged[0]}=None"
             )

@@ -251,7 +251,7 @@ def test_images_and_folders_that_are_no_class_are_reported(tmp_path, caplog):
     splits, lines = logged(caplog, write_folder(tmp_path, counts))
     assert splits == {"train": ["cat", "dog"], "validation": ["cat", "fox"]}
     assert any(
-        "left out 4 images that are in no folder of a class: 000.png, val/0" in x for x in lines
+        "left out 4 images that are not in a class folder: 000.png, val/0" in x for x in lines
     )
     assert any("left out the folders train/eel, which have no images" in line for line in lines)
     assert any(
@@ -270,7 +270,7 @@ def test_folders_without_images_beside_splits_are_left_out(tmp_path):
 def test_a_single_class_is_reported_with_where_the_classes_may_be(tmp_path, caplog):
     _, lines = logged(caplog, write_folder(tmp_path / "flat", {"birds": 20}))
     (line,) = lines
-    assert line.endswith("a single class, 'birds', so that every prediction is right")
+    assert line.endswith("a single class, 'birds', so every prediction is correct")
     root = write_folder(tmp_path / "high", {"data/images/heron": 20, "data/images/robin": 20})
     (root / "annotations").mkdir()
     _, lines = logged(caplog, root)

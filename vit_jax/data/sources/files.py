@@ -188,7 +188,7 @@ def _list_rows(
 ) -> list[tuple[str, str, str]]:
     """The path, class name and split ("" if there are none) of each image, sorted by path.
 
-    Images that are in no folder of a class are left out, `loose` ones among them, and so are
+    Images that are not in a class folder are left out, `loose` ones among them, and so are
     folders without images; both are logged.
     """
     found: dict[tuple[str, str], list[str]] = {}  # by split and folder
@@ -202,7 +202,7 @@ def _list_rows(
     if loose:
         few = list_few(sorted(loose))
         logger.info(
-            "%s: left out %s images that are in no folder of a class: %s",
+            "%s: left out %s images that are not in a class folder: %s",
             name,
             f"{len(loose):,}",
             few,

@@ -287,7 +287,7 @@ def check_classes(
     names = info.class_names or tuple(map(str, range(info.num_classes)))
     if info.num_classes == 1 and not info.multi_label:
         logger.info(
-            "%s: there is a single class, %r, so that every prediction is right%s",
+            "%s: there is a single class, %r, so every prediction is correct%s",
             name,
             names[0],
             hint,
@@ -321,7 +321,7 @@ def _key(name: str) -> str:
 def _check_spelling(name: str, names: Sequence[str], found: Mapping[str, set[int]]) -> None:
     if spaced := [repr(class_name) for class_name in names if class_name != class_name.strip()]:
         logger.info(
-            "%s: the names of classes %s have spaces around them, which count",
+            "%s: the names of classes %s have leading or trailing spaces, which are kept",
             name,
             list_few(spaced),
         )
