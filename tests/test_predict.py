@@ -131,7 +131,7 @@ def test_features_are_written_as_npz_and_parquet(call, expected, tmp_path):
         (["--format=parquet"], "--format=parquet expects a file"),
         (["--embed"], "--embed expects a file, such as features.npz"),
         (["--embed", "--output={tmp}/out.csv"], "expected npz, parquet with --embed"),
-        (["--embed", "--layer=block", "--output={tmp}/out.npz"], "layer='block' is none of enc"),
+        (["--embed", "--layer=block", "--output={tmp}/out.npz"], "layer='block' is not one of enc"),
         (["--layer=encoded"], "expected --embed with it"),
         (["--top_k=0"], "--top_k=0: expected at least 1"),
         (["--tta=rotate"], "invalid choice: 'rotate'"),

@@ -300,7 +300,7 @@ def test_an_old_checkpoint_that_can_not_be_removed_does_not_fail_a_save(
     save(tmp_path, *map(make_state, (2, 4, 6, 8)))
     assert list_steps(tmp_path) == [8]
     assert len(said) == 3
-    assert "checkpoints/2 can't be removed (Permission denied): it stays" in said[0]
+    assert "checkpoints/2 can't be removed (Permission denied): it is kept" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -399,7 +399,7 @@ def _choose(directory: Path) -> tuple[int | None, dict[int, str]]:
         raise UserError(
             f"--workdir: the checkpoint {directory / str(newest)} can't be restored: {fault}; "
             f"{'no older one is whole' if len(faults) > 1 else 'there is no other'}: to start "
-            "anew, choose another workdir"
+            "from scratch, choose another workdir"
         )
     for broken, fault in faults.items():
         log(f"skipped {directory / str(broken)}, which is damaged: {fault}")

@@ -337,7 +337,7 @@ def test_head_can_be_left_out():
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [("heed/.*", "'heed/.*' matches the whole path of no parameter"), ("(", "no regular expre")],
+    [("heed/.*", "'heed/.*' matches the whole path of no parameter"), ("(", "not a regular expre")],
 )
 def test_dont_load_that_names_nothing_is_refused(pattern, message):
     with pytest.raises(UserError, match=message):

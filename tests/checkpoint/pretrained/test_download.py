@@ -169,7 +169,7 @@ def test_a_file_put_there_by_hand_is_compared_too(server, cache):
     assert path.exists()
     path.write_bytes(DATA[:1000])
     assert "1000 bytes" in refusal(published(server, size=len(DATA)))
-    assert "no whole .npz" in refusal(published(server))
+    assert "not a whole .npz" in refusal(published(server))
 
 
 def test_a_missing_file_says_so(server, cache):

@@ -334,7 +334,7 @@ def test_heads_of_a_width_are_usual_or_noted(tmp_path):
     for width, expected in ((192, 3), (128, 2)):
         found, (note,) = heads(width, 1)
         assert found == expected
-        assert f"no config.json names the model: num_heads={expected}," in note
+        assert f"no config.json names the model: assuming num_heads={expected}," in note
     with pytest.raises(UserError, match="num_heads"):
         heads(16, 1)
 

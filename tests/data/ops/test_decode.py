@@ -356,7 +356,7 @@ def test_a_png_without_its_palette_is_refused_and_not_black(capfd):
     twice = start + header + colors + chunk(b"PLTE", bytes(9)) + pixels + end
     np.testing.assert_array_equal(decode_image(twice), whole)
     for parts, lost in (((pixels,), "PLTE"), ((pixels, colors), "PLTE"), ((colors,), "IDAT")):
-        with pytest.raises(ImageError, match=f"no readable image: {lost} is missing"):
+        with pytest.raises(ImageError, match=f"not a readable image: {lost} is missing"):
             decode_image(start + header + b"".join(parts) + end)
     assert capfd.readouterr() == ("", "")
 

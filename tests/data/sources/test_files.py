@@ -540,7 +540,7 @@ def test_spaces_around_the_names_of_folders_count_and_are_reported(tmp_path, cap
     counts = {f"train/{folder}": 2 for folder in (" owl", "dog", "cat", "cat ")}
     splits, lines = logged(caplog, write_folder(tmp_path, counts))
     assert splits == {"train": [" owl", "cat", "cat ", "dog"]}
-    assert any("' owl', 'cat ' have spaces around them" in line for line in lines)
+    assert any("' owl', 'cat ' have leading or trailing spaces" in line for line in lines)
     assert any("'cat' and 'cat ' differ only in case, spaces" in line for line in lines)
 
 

@@ -430,8 +430,8 @@ def _check_fit(params: _Flat, initial: _Flat) -> None:
         more = len(problems) - _MAX_LISTED
         raise UserError(
             f"init_from does not fit the model: {'; '.join(problems[:_MAX_LISTED])}"
-            f"{f'; and {more} more' if more > 0 else ''}: set model to that of the file, or name "
-            "in adapt.dont_load what shall start anew"
+            f"{f'; and {more} more' if more > 0 else ''}: set model to that of the file, or list "
+            "in adapt.dont_load the parameters to initialise"
         )
 
 
