@@ -93,7 +93,7 @@ def _follow_step(judge: Judge, checkpoint: Path, report: Callable[[dict[str, Any
     try:
         loaded = judge.load(str(checkpoint))
     except UserError:
-        # Removing takes a while, and what is half removed can't be read.
+        # Removing takes a while, and a checkpoint that is partly removed can't be read.
         until = time.monotonic() + _REMOVAL
         while checkpoint.exists() and time.monotonic() < until:
             time.sleep(_REMOVAL / 100)

@@ -67,7 +67,7 @@ class CheckpointOptions:
       keep: how many of the newest are kept.
       keep_best: a metric such as `val/top1`; the checkpoint with its best value is kept as well.
         Whether lower is better follows from the name, see `lower_is_better`; a value that is not
-        finite is not judged.
+        finite is not compared.
     """
 
     every: int = 1000
@@ -117,7 +117,7 @@ class CheckpointManager:
         with fail_together():
             if self._main:
                 self._open()
-        # Steps whose checkpoints can't be removed: said once.
+        # Steps whose checkpoints can't be removed: logged once.
         self._stuck = set[int]()
         _silence_failed_saves()
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -282,7 +282,7 @@ class CheckpointManager:
                     _remove_halves(self._directory)
 
     def _set_aside(self, step: int, why: str) -> None:
-        """Moves what has the name of a checkpoint out of the way, and keeps it."""
+        """Moves a file or folder with the name of a checkpoint aside, and keeps it."""
         path, error = self.path(step), OSError()
         # The second place is for checkpoints that a link has put on another disk.
         for place in (self.workdir / BROKEN / str(step), self._directory / f"{BROKEN}-{step}"):

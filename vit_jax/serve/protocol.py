@@ -56,7 +56,7 @@ class Protocol(H11Protocol):
             self.loop.call_later(_LINGER_S, self.transport.abort)
 
     def sends_body(self) -> bool:
-        """Whether the client has not yet sent all of its request, or sends what is no HTTP."""
+        """Whether the client has not yet sent all of its request, or does not send HTTP."""
         return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
     def send_400_response(self, msg: str) -> None:

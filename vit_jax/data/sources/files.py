@@ -47,7 +47,7 @@ ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".
 _COLUMNS = ("image", "label", "labels", "split")
 _STORES = ("gs://", "s3://")
 _ANY_SHAPE = (None, None, 3)
-# How tables say that a row has no label.
+# How tables mark a row without a label.
 _NO_LABELS = (None, "", -1, "-1")
 
 # Threads that list folders, which mostly wait for the file system.
