@@ -9,9 +9,11 @@ needs nbclient and ipykernel, which `make test-all` installs.
 
 import importlib
 import os
+import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +42,38 @@ def run_notebook(path: Path, folder: Path, *, timeout: float) -> Any:
 
 
 def tidy(notebook: Any) -> Any:
-    """Removes the times and versions that an execution leaves in a notebook; returns it."""
+    """Removes from a notebook what is of one execution or one machine; returns it.
+
+    Logged lines become plain text, one output for all that follow each other. Errors and warnings
+    of libraries (stderr) are left out, and of a picture only the PNG is kept.
+    """
     language = notebook["metadata"]["language_info"]["name"]
     notebook["metadata"]["language_info"] = {"name": language}
     for cell in notebook["cells"]:
         cell["metadata"] = {}
-        if cell["cell_type"] != "code":
-            continue
-        # A text that was printed in several parts is one output.
-        outputs: list[Any] = []
-        for output in cell["outputs"]:
-            last = outputs[-1] if outputs else {}
-            if output["output_type"] == "stream" and last.get("name") == output["name"]:
-                last["text"] += output["text"]
-            else:
-                outputs.append(output)
-        cell["outputs"] = outputs
+        if cell["cell_type"] == "code":
+            cell["outputs"] = _tidy_outputs(cell["outputs"])
     return notebook
+
+
+def _tidy_outputs(outputs: Sequence[Any]) -> list[Any]:
+    kept: list[Any] = []
+    for output in outputs:
+        data = output.get("data", {})
+        if output.get("name") == "stderr":
+            continue
+        data.pop("image/jpeg", None)
+        if output["output_type"] == "display_data" and "text/html" in data:
+            line = data["text/plain"].rstrip("\n") + "\n"
+            # Absolute paths are of the folder in which it ran.
+            line = re.sub(r"/\S*/notebooks/\.\./", "../", line)
+            output = {"output_type": "stream", "name": "stdout", "text": line}
+        last = kept[-1] if kept else {}
+        if output["output_type"] == last.get("output_type") == "stream":
+            last["text"] += output["text"]
+        else:
+            kept.append(output)
+    return kept
 
 
 def main() -> None:
@@ -67,7 +84,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             path = FOLDER / f"{name}.ipynb"
-            nbformat.write(tidy(run_notebook(path, Path(folder), timeout=1200)), path)
+            notebook = tidy(run_notebook(path, Path(folder), timeout=1200))
+            nbformat.write(nbformat.from_dict(notebook), path)
             print(f"wrote {path}", flush=True)
 
 
