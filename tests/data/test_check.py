@@ -42,7 +42,7 @@ def test_everything_wrong_or_odd_is_reported(mixed_bag, said):
     assert said[0].endswith("1 of 2 classes have no images in train, and are never predicted: dog")
     assert said[1] == "12 images, 2 classes"
     for words in (
-        "corrupt: 1\n.*broken.jpg: .* no readable image",
+        "corrupt: 1\n.*broken.jpg: .* not a readable image",
         "odd: PNG named .jpg: 1\n.*wrong.jpg",
         "odd: mode CMYK: 1\n.*print.jpg",
         "odd: more than 8 times as long as wide: 1\n.*print.jpg",
