@@ -301,7 +301,7 @@ def test_a_longer_run_goes_on_from_where_it_was(data_dir, tmp_path, said):
     for steps in (4, 8):
         config = tiny_config(data_dir, total_steps=steps)
         train(config, str(tmp_path / "w"), command="train")
-    assert any(line.endswith("checkpoints/4") and "going on from" in line for line in said)
+    assert any(line.endswith("checkpoints/4") and "resuming from" in line for line in said)
     assert any(
         line.startswith("config.total_steps: 4 before, 8 now; the learning") for line in said
     )
@@ -376,7 +376,7 @@ def test_frozen_parameters_stay_bit_for_bit_and_leave_nothing_in_the_checkpoint(
         with pytest.raises(KeyboardInterrupt):
             train(config, str(tmp_path / "w"), command="train")
     train(config, str(tmp_path / "w"), command="train")
-    assert any("going on from" in line for line in said)
+    assert any("resuming from" in line for line in said)
     experiment = Experiment.from_config(config)
     first = experiment.init_state()
     with CheckpointManager(tmp_path / "w", experiment.settings.checkpoint, {}) as checkpoints:
