@@ -99,7 +99,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     if _QUIET.value and _VERBOSE.value:
         raise UserError("--quiet and --verbose: expected one of them")
     if unused:
-        raise UserError(f"{unused[0]!r} is not a flag; expected --name=value")
+        raise UserError(f"{unused[0]!r} is no flag; expected --name=value")
     return argv
 
 

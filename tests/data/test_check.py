@@ -71,7 +71,7 @@ def test_images_that_an_operation_refuses_are_corrupt(tmp_path, said):
         "    return tiny_config(None, data__preprocess=line % 60, evals=evals, mesh={'fsdp': 4})\n"
     )
     assert check.main([name, f"--config={config}"]) == 1
-    assert said[0].endswith("there is a single class, 'a', so every prediction is correct")
+    assert said[0].endswith("there is a single class, 'a', so that every prediction is right")
     assert said[1].startswith("evals.none.split='none': ")
     assert "corrupt: 1" in said
     refused = f"{tmp_path}/bag/test/a/x.png: evals.val.preprocess: central_crop(62) of a 60x70 im"

@@ -82,7 +82,9 @@ def override_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
                 section[parent] = {}
             section = section[parent]
             if not isinstance(section, dict):
-                raise UserError(f"unknown config key {key}: {parent}={section!r} has no keys")
+                raise UserError(
+                    f"unknown config key {key}: {parent}={section!r} has nothing below it"
+                )
         section[leaf] = override
     return ConfigDict(result)
 

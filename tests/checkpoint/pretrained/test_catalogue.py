@@ -121,7 +121,7 @@ def test_a_name_finds_its_row():
         ("augreg:B/61", "'augreg:B/61' is not published; did you mean 'augreg:B/16'?"),
         ("augrek:B/16", "unknown collection 'augrek'; did you mean 'augreg'?"),
         ("augreg+imagenet2012:B/16", "did you mean 'augreg+imagenet2012:B/16@"),
-        ("augreg:B-16", "not an AugReg file"),
+        ("augreg:B-16", "no AugReg file"),
     ],
 )
 def test_an_unknown_name_gets_the_nearest(name, message):

@@ -270,7 +270,7 @@ def test_folders_without_images_beside_splits_are_left_out(tmp_path):
 def test_a_single_class_is_reported_with_where_the_classes_may_be(tmp_path, caplog):
     _, lines = logged(caplog, write_folder(tmp_path / "flat", {"birds": 20}))
     (line,) = lines
-    assert line.endswith("a single class, 'birds', so every prediction is correct")
+    assert line.endswith("a single class, 'birds', so that every prediction is right")
     root = write_folder(tmp_path / "high", {"data/images/heron": 20, "data/images/robin": 20})
     (root / "annotations").mkdir()
     _, lines = logged(caplog, root)

@@ -215,7 +215,7 @@ def describe_augreg(filename: str) -> Published:
     finetuned = re.fullmatch(r"(\w+)-[\w.-]+-res_(\d+)", after)
     if pretrained is None or (dashes and finetuned is None):
         raise UserError(
-            f"'augreg:{filename}' is not an AugReg file; expected a name such as "
+            f"'augreg:{filename}' is no AugReg file; expected a name such as "
             "B_16-i21k-300ep-..., or augreg:B/16 for the recommended one"
         )
     *backbone, size, patch = pretrained[1].split("_")

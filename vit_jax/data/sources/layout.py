@@ -287,7 +287,7 @@ def check_classes(
     names = info.class_names or tuple(map(str, range(info.num_classes)))
     if info.num_classes == 1 and not info.multi_label:
         logger.info(
-            "%s: there is a single class, %r, so every prediction is correct%s",
+            "%s: there is a single class, %r, so that every prediction is right%s",
             name,
             names[0],
             hint,
