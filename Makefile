@@ -1,5 +1,5 @@
 # `make` prints the targets. The first target that needs it creates .venv from requirements.lock;
-# .venv belongs to make, which makes it anew when requirements.lock changes.
+# .venv belongs to make, which recreates it when requirements.lock changes.
 
 # Candidates for the interpreter of .venv: the first that runs and is of a supported version.
 PYTHON ?= python3.13 python3.12 python3.11 python3
@@ -58,7 +58,7 @@ verify-torch: .venv/project.stamp build/torch/timm.stamp  ## install PyTorch and
 show-preprocess: .venv/project.stamp  ## render what preprocessing makes of the images in IMAGES=folder
 	.venv/bin/python -m tools.show_preprocess $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
 
-golden: .venv/project.stamp  ## write anew what the tests expect of configs/, and of shardings
+golden: .venv/project.stamp  ## rewrite what the tests expect of configs/, and of shardings
 	.venv/bin/python -m tools.config_dumps $(ARGS)
 	.venv/bin/python -m tests.testdata.make_sharding_golden
 
