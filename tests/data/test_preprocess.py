@@ -18,6 +18,7 @@ from vit_jax.data.ops.geometry import Method, resize_image
 from vit_jax.data.ops.transforms import apply
 from vit_jax.data.preprocess import OPS, parse_preprocess
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import trust_parts
 
 
 def parse(text):
@@ -540,3 +541,11 @@ def test_a_line_is_run_from_left_to_right():
     image = noise(10, 10, 3)
     crop_last = run("decode|resize(6)|central_crop(4)", encode(image[..., ::-1]))
     np.testing.assert_array_equal(crop_last, run("resize(6)", image)[1:5, 1:5])
+
+
+def test_a_function_of_features_does_not_make_an_operation(tmp_path, monkeypatch):
+    (tmp_path / "turning_ops.py").write_text("def turn(features):\n    return features\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    trust_parts("turning_ops")
+    with pytest.raises(UserError, match=r"'turning_ops:turn': .* which returns the operation"):
+        parse("decode|turning_ops:turn")
