@@ -26,7 +26,7 @@ FOUND_PYTHON = $(or $(shell for p in $(PYTHON); do \
   if "$$p" -c '$(IS_SUPPORTED)' >/dev/null 2>&1; then echo "$$p"; break; fi; done),$(error \
   no Python 3.11, 3.12 or 3.13 with venv found (tried: $(PYTHON)); name one: make PYTHON=/path/to/python3))
 
-.PHONY: help train test test-all test-gpu chaos audit verify-published verify-torch show-preprocess golden notebooks bench-input bench-step bench-gpu lint docs lock clean
+.PHONY: help train test test-all test-gpu chaos audit verify-published verify-torch show-preprocess golden bench-input bench-step bench-gpu lint docs lock clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
@@ -87,6 +87,7 @@ docs: .venv/project.stamp .venv/docs.stamp  ## make the site in build/docs; a li
 	  -d build/doctrees . build/docs $(ARGS)
 	@echo "The site is in build/docs: open build/docs/index.html."
 
+.PHONY: notebooks
 notebooks: .venv/project.stamp .venv/test-all.stamp  ## run the notebooks, and keep what they show in them
 	JAX_PLATFORMS=cpu .venv/bin/python -m tools.notebooks $(ARGS)
 
