@@ -62,9 +62,7 @@ def _parse_op(text: str, *, key: str) -> Op:
         usage = [str(p.replace(annotation=p.empty)) for p in signature.parameters.values()]
         expected = f"expected {name}({', '.join(usage)})"
         if "features" in signature.parameters and outside:
-            expected = (
-                "expected a function of the arguments here, which returns the operation"
-            )
+            expected = "expected a function of the arguments here, which returns the operation"
         raise UserError(f"{key}: wrong arguments in {text!r}: {expected}") from None
     for argument, value in bound.arguments.items():
         parameter = signature.parameters[argument]
