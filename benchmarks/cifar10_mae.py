@@ -4,7 +4,7 @@
     python -m benchmarks.cifar10_mae --source=folder:/data/cifar10 --workdir=runs/cifar10_mae \
         --json benchmarks/results/cifar10_mae.json
 
-Takes about half an hour on two cores. The same command goes on where it was stopped.
+Takes about half an hour on two cores. The same command resumes where it was stopped.
 """
 
 import argparse

@@ -29,7 +29,7 @@ from vit_jax.data.ops import fused
 
 # Width, height, quality and number of the JPEGs. An order of few records takes Grain long.
 KINDS = {"500x375": (500, 375, 96, 4000), "1600x1200": (1600, 1200, 90, 1000)}
-# What `vit_jax.data.pack` is told.
+# The arguments of `vit_jax.data.pack`.
 PACKS = {"packed": ("--short_side=256",), "raw": ("--raw=256",)}
 # Packages whose versions matter, of the environments of the loaders.
 VERSIONS = {"tf_data": "tensorflow-cpu", "timm": "torch timm Pillow"}

@@ -108,7 +108,7 @@ def timm(dataset, threads):
         scale=(0.05, 1),
         interpolation="bilinear",
     )
-    # One epoch has no end, so that workers are not started anew.
+    # One epoch has no end, so that workers are not restarted.
     images = ImageDataset(folder(dataset), transform=transform)
     endless = torch.utils.data.RandomSampler(images, replacement=True, num_samples=10**9)
     loader = torch.utils.data.DataLoader(

@@ -203,7 +203,7 @@ def main():
     print("ready", flush=True)
     for line in sys.stdin:
         # Memory that was free while others had their turn may have gone back to the system, or to
-        # the machine that this one is a guest of: the first step takes it anew, and does not count.
+        # the machine that this one is a guest of: the first step maps it again, and does not count.
         wait(step())
         seconds, start, steps = float(line), time.perf_counter(), 0
         while (elapsed := time.perf_counter() - start) < seconds:

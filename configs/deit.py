@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains DeiT, a ViT on ImageNet-1k alone, from scratch; the argument is the size: Ti, S or B.
+"""Trains DeiT, a ViT on only ImageNet-1k, from scratch; the argument is the size: Ti, S or B.
 
 python -m vit_jax.main --config=configs/deit.py:S --workdir=runs/deit_s16
 
 Recipe: arXiv:2012.12877, as in github.com/facebookresearch/deit: 300 epochs of batch 1024, in which
-each image stands three times, augmented anew. Another data.batch_size scales the learning rate.
-Published: Ti/16 72.2 %, S/16 79.9 % (64 hours on four GPUs), B/16 81.8 %; that is of the parameters
-as they are, not of their average. With a teacher: distill.py.
+each image occurs three times, with different augmentation. Another data.batch_size scales the
+learning rate. Published: Ti/16 72.2 %, S/16 79.9 % (64 hours on four GPUs), B/16 81.8 %; without
+averaged parameters. With a teacher: distill.py.
 """
 
 from ml_collections import ConfigDict

@@ -5,9 +5,9 @@ python -m vit_jax.main --config=configs/digits_distill.py --workdir=runs/digits_
 
 The student has a distillation token, whose head learns the teacher's probabilities; the head of the
 class token learns the labels, and both are averaged. The argument is the teacher, the workdir of
-digits.py: digits_distill.py:runs/digits; or none, to train the student alone, without that token.
-The student reaches 97.1 % on test and alone 96.8 %, means of three seeds (docs/objectives.md), in a
-few minutes on two CPU cores.
+digits.py: digits_distill.py:runs/digits; or none, to train only the student, without that token.
+The student reaches 97.1 % on test, without the teacher 96.8 %, means of three seeds
+(docs/objectives.md), in a few minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict

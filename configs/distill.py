@@ -5,8 +5,8 @@ python -m vit_jax.main --config=configs/distill.py --workdir=runs/deit_s16_disti
 
 The argument is the teacher: distill.py:augreg+imagenet2012:B/16@224, a name, file or workdir of a
 model of the same classes. The published 81.2 % (83.4 % for B/16, --config.model.variant=B/16) have
-a RegNetY-16GF as teacher, which is no model here, so expect another number. Each image stands three
-times in a batch, augmented anew.
+a RegNetY-16GF as teacher, which is not available here, so expect another number. Each image
+occurs three times in a batch, with different augmentation.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@ python -m vit_jax.main --config=configs/mae_finetune.py:runs/mae --workdir=runs/
 
 The argument is the workdir of mae.py. Published for B/16: 83.6 % after 1600 epochs of pre-training;
 learning rate and layer decay are those of the published code, which the paper does not print. The
-fixed position embeddings are where learned ones start; the mean over patches is normalised anew.
+fixed position embeddings are where learned ones start; the mean over patches is normalised again.
 """
 
 from ml_collections import ConfigDict

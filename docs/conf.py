@@ -15,7 +15,7 @@ project = "vit_jax"
 version = release = vit_jax.__version__
 copyright = "the authors of vit_jax, Apache License 2.0"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 root_doc = "docs/index"
 include_patterns = ["README.md", "CONTRIBUTING.md", "docs/*.md"]
 # Folders that are large are not even listed.
@@ -39,6 +39,9 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+# Output and layouts, which have no language, are not to be copied.
+copybutton_selector = "div[class*='highlight-']:not(.highlight-none) pre"
+copybutton_exclude = ".linenos, .gp, .go"
 
 _START = (
     '<!doctype html><meta charset="utf-8"><title>vit_jax</title>'

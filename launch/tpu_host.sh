@@ -5,7 +5,7 @@
 #
 #   launch/tpu_host.sh --config=... --workdir=...
 #
-# When the machine says that it is to be taken away, which is before any signal comes, the run is told
+# When the machine announces its preemption, which is before any signal comes, the run is asked
 # to save. The output is in ~/vit_jax.log too, for those who come later, and the exit code is that of
 # training. PYTHON names the interpreter.
 set -euo pipefail

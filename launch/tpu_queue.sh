@@ -10,7 +10,7 @@
 #   launch/tpu_queue.sh delete NAME ZONE                          gives it back
 #
 # TYPE is such as v5litepod-16, VERSION such as v2-alpha-tpuv5-lite. `train` asks for a TPU VM, trains,
-# and when the machines were taken away, asks for new ones and goes on; it leaves when the run ends.
+# and when the machines were preempted, requests new ones and resumes; it exits when the run ends.
 # DRY_RUN=1 prints the commands.
 set -euo pipefail
 

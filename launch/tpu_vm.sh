@@ -7,7 +7,7 @@
 #
 # NAME and ZONE are those of a running TPU VM; project and account are gcloud's current ones. The
 # workdir and the datasets must lie on storage that all hosts see, such as a bucket mounted at the
-# same place on each. The command can be given again: it goes on from the last checkpoint. DRY_RUN=1
+# same place on each. The same command resumes from the last checkpoint. DRY_RUN=1
 # prints the commands.
 set -euo pipefail
 

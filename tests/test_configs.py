@@ -67,7 +67,7 @@ BUILDS = [
 ]
 
 
-# In the place of data that is not at hand.
+# In place of data that is not available.
 EPOCH = 1_281_167
 
 

@@ -138,7 +138,7 @@ def test_a_flipped_bit_costs_a_checkpoint_and_changes_nothing(data_dir, tmp_path
     path.write_bytes(content)
     run(data_dir, tmp_path / "w")
     assert any("checkpoints/8, which is damaged: params/" in line for line in said)
-    assert any(line.endswith("going on from " + str(tmp_path / "w/checkpoints/4")) for line in said)
+    assert any(line.endswith("resuming from " + str(tmp_path / "w/checkpoints/4")) for line in said)
     assert_same(load_params(tmp_path / "w")[0], load_params(tmp_path / "straight")[0])
 
 

@@ -67,7 +67,7 @@ def test_csv_has_the_most_probable_classes_and_names_what_is_left_out(call, expe
     assert [row["class_2"] for row in rows] == [names[i] for i in labels[:, 1]]
     second = np.take_along_axis(prediction.probabilities, labels[:, 1:], axis=1)[:, 0]
     np.testing.assert_allclose([float(r["probability_2"]) for r in rows], second, atol=1e-5)
-    assert "03.png: 40 bytes that are no readable image" in err
+    assert "03.png: 40 bytes that are not a readable image" in err
     assert "19 images in " in err
     assert "1 can't be read and are left out" in err
 
@@ -131,7 +131,7 @@ def test_features_are_written_as_npz_and_parquet(call, expected, tmp_path):
         (["--format=parquet"], "--format=parquet expects a file"),
         (["--embed"], "--embed expects a file, such as features.npz"),
         (["--embed", "--output={tmp}/out.csv"], "expected npz, parquet with --embed"),
-        (["--embed", "--layer=block", "--output={tmp}/out.npz"], "layer='block' is none of enc"),
+        (["--embed", "--layer=block", "--output={tmp}/out.npz"], "layer='block' is not one of enc"),
         (["--layer=encoded"], "expected --embed with it"),
         (["--top_k=0"], "--top_k=0: expected at least 1"),
         (["--tta=rotate"], "invalid choice: 'rotate'"),

@@ -146,7 +146,7 @@ def test_a_job_stops_at_a_signal_comes_back_and_finishes(slurm, data_dir, tmp_pa
     wait_until(lambda: state(job) == "PENDING")
     run(slurm, "scontrol", "update", f"JobId={job}", "StartTime=now")
     wait_until(lambda: state(job) == "COMPLETED", seconds=300)
-    assert f"going on from {tmp_path / 'workdir' / 'checkpoints' / str(saved)}" in text()
+    assert f"resuming from {tmp_path / 'workdir' / 'checkpoints' / str(saved)}" in text()
     assert list(metric(tmp_path, "train/loss"))[-1] == 300
 
     output.unlink()

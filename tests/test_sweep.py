@@ -198,7 +198,7 @@ def test_a_run_that_fails_is_noted_and_the_others_go_on(runs, tmp_path, said):
     runner = Runner({"lr=0.2": 1})
     assert run_sweep(runs, tmp_path / "sweep", metric=None, run_trial=runner) == 1
     assert runner.names == ["lr=0.1", "lr=0.2", "lr=0.3"]
-    assert "lr=0.2 failed with code 1; the others go on" in said
+    assert "lr=0.2 failed with code 1; the others continue" in said
     states = sweep_module.read_states(tmp_path / "sweep")
     assert {name: state["status"] for name, state in states.items()} == {
         "lr=0.1": "finished",

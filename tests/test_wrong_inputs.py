@@ -48,7 +48,7 @@ GKE = "job --image=i --accelerator=tpu-v5-lite-podslice --topology=4x4 --dry_run
 CASES = {
     "__main__": [
         ("trian --config=digits", ["'trian'", "did you mean 'train'"]),
-        ("runs/digits", ["'runs/digits'", "no command", "evaluate"]),
+        ("runs/digits", ["'runs/digits'", "not a command", "evaluate"]),
         ("configs digit", ["digit", "did you mean 'digits'"]),
         ("configs --name=digits", ["--name=digits", "vit_jax configs --help"]),
         ("models vit_base", ["'vit_base'", "no published weights"]),
@@ -94,7 +94,7 @@ CASES = {
         (TRAIN + "--local_device_ids=a", ["--local_device_ids=a", "0,1"]),
         (TRAIN + "--expect_devices=256", ["--expect_devices=256", "found 8 cpu"]),
         (TRAIN + "--platform=tpu", ["--platform=tpu", "found 8 cpu"]),
-        (TRAIN + "--config.seed.x=1", ["seed.x", "seed=0", "nothing below it"]),
+        (TRAIN + "--config.seed.x=1", ["seed.x", "seed=0", "has nothing below it"]),
         (TRAIN + "--config.seed=-1", ["seed=-1", "expected 0"]),
         (TRAIN + "--config.total_steps=many", ["total_steps='many'", "int"]),
         (TRAIN + "--config.total_steps=0", ["total_steps=0", "expected"]),

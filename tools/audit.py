@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks up pinned dependencies among known vulnerabilities, by pip-audit, and says what it found.
+"""Checks pinned dependencies for known vulnerabilities with pip-audit, and prints what it found.
 
 python -m tools.audit build/audit/bin/pip-audit requirements.lock
 """
@@ -15,7 +15,7 @@ _NO_NETWORK = ("ConnectionError", "ServiceError", "Max retries", "Timeout")
 
 
 def report(dependencies: Sequence[dict[str, Any]]) -> tuple[list[str], int]:
-    """Lines that say what is known of each dependency, and 1 if one is vulnerable, else 0."""
+    """Returns a line on each dependency, and 1 if one is vulnerable, else 0."""
     unknown = sorted(d["name"] for d in dependencies if "skip_reason" in d)
     number = len(dependencies) - len(unknown)
     if not number:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     pip_audit, *locks = argv
     options = ("--no-deps", "--disable-pip", "--format=json", "--progress-spinner=off")
     found: dict[str, dict[str, Any]] = {}
-    for lock in locks:  # One by one: a package that stands in two of them is an error.
+    for lock in locks:  # One by one: a package that occurs in two of them is an error.
         done = subprocess.run([pip_audit, "-r", lock, *options], capture_output=True, text=True)
         try:
             found |= {d["name"]: d for d in json.loads(done.stdout)["dependencies"]}

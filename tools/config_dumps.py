@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 DUMPS = ROOT / "tests" / "testdata" / "configs"
 
-# In the place of data that is not at hand.
+# In place of data that is not available.
 EPOCH_EXAMPLES = 50_000
 # The first mesh that can hold a model is taken: three heads can't be split in two.
 MESHES = ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "fsdp": 2, "tensor": 1})
@@ -65,7 +65,7 @@ def dump_config(file: Path, *, data_dir: str) -> str:
 
 
 def _shard(rows: list[ParamSummary]) -> tuple[dict[str, int], dict[str, str]]:
-    """The mesh taken, and where each parameter lies on it: an axis or - for each dimension."""
+    """The mesh, and how each parameter is sharded over it: an axis or - for each dimension."""
     for sizes in MESHES:
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
         try:

@@ -50,7 +50,7 @@ def make_table(results: dict[str, Any]) -> str:
 
 
 def renew(text: str) -> str:
-    """The page with what stands between the two marks made anew."""
+    """Returns the page with the text between the two marks replaced."""
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
     table = make_table(json.loads(RESULTS.read_text(encoding="utf-8")))

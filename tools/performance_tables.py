@@ -110,7 +110,7 @@ def describe(results: dict[str, Any]) -> str:
 
 
 def renew(text: str) -> str:
-    """The page with what stands between the marks made anew."""
+    """Returns the page with the text between the marks replaced."""
     for name, make_table in TABLES.items():
         start = START.format(name)
         before, _, rest = text.partition(start)

@@ -163,7 +163,7 @@ def _why(cell: dict[str, Any]) -> str:
 
 
 def renew(text: str, cells: dict[str, dict[str, Any]]) -> str:
-    """The page with what stands between the two marks made anew."""
+    """Returns the page with the text between the two marks replaced."""
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
     return f"{before}{START}{make_table(cells)}{END}{after}"

@@ -35,7 +35,7 @@ _GITHUB = re.compile(r"(?<![\w/])github\.com/[\w/-]*[\w-]")
 
 
 def renew(text: str) -> str:
-    """The page with what stands between the two marks made anew."""
+    """Returns the page with the text between the two marks replaced."""
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
     return f"{before}{START}{''.join(make_page())}{END}{after}"

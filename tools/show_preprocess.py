@@ -3,7 +3,7 @@
 
     python -m tools.show_preprocess --images FOLDER --preprocess LINE [LINE ...]
 
-Each row is an image: as it is, then what each line makes of it, several times where a line draws at
+Each row is an image: unchanged, then as each line prepares it, several times where a line draws at
 random. Without --images, two images are drawn whose shapes show what is cut off or squashed.
 """
 
@@ -32,7 +32,7 @@ _FONT, _SCALE, _LINE_HEIGHT, _GAP = cv2.FONT_HERSHEY_SIMPLEX, 0.4, 16, 8
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One line of preprocessing, and what it makes of each of the images."""
+    """One line of preprocessing, and its results for each of the images."""
 
     title: str
     results: list[list[np.ndarray]]

@@ -132,7 +132,7 @@ def record(path: Path, name: str, *, size: int, sha256: str) -> None:
 
 
 def verify(published: Published, args: argparse.Namespace) -> None:
-    """Fetches, loads and evaluates one checkpoint, and says what comes out.
+    """Fetches, loads and evaluates one checkpoint, and prints the result.
 
     Raises:
       UserError: the file is not the published one, or does not fit.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fetches wheels of what another machine's Python lacks to run vit_jax, to be carried there.
+"""Fetches the wheels that another machine's Python lacks to run vit_jax, to be copied there.
 
     python -m pip list --format=freeze > packages.txt     # on that machine
     python -m tools.wheels packages.txt --python=3.12     # here
@@ -72,7 +72,7 @@ def fetch(pin: str, python: str, folder: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Fetches all, naming each, and says what to do there."""
+    """Fetches all, naming each, and prints what to do there."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

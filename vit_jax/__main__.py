@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
         sys.argv = [f"vit_jax {name}", *rest]
         runpy.run_module(f"vit_jax.{COMMANDS[name]}", run_name="__main__")
     else:
-        raise UserError(f"{name!r} is no command{suggest(name, [*COMMANDS, *LISTINGS])}")
+        raise UserError(f"{name!r} is not a command{suggest(name, [*COMMANDS, *LISTINGS])}")
 
 
 def run() -> None:

@@ -55,7 +55,7 @@ def describe(weights: "Weights") -> list[str]:
         f"  head        {state}",
         *([f"  class names {classes}"] if head is not None else []),
         f"  model       {model}",
-        f"  images      {preprocess or 'nothing is known of their preparation'}",
+        f"  images      {preprocess or 'their preprocessing is not known'}",
         *(f"  note        {note}" for note in notes),
     ]
 

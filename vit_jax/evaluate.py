@@ -105,7 +105,7 @@ def _follow_step(
     try:
         loaded = judge.load(str(checkpoint))
     except UserError:
-        # Removing takes a while, and what is half removed can't be read.
+        # Removing takes a while, and a checkpoint that is partly removed can't be read.
         until = time.monotonic() + _REMOVAL
         while checkpoint.exists() and time.monotonic() < until:
             time.sleep(_REMOVAL / 100)
@@ -328,4 +328,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, interrupted="interrupted; what was evaluated before is recorded")
+    run_command(main, interrupted="interrupted; the results so far are recorded")

@@ -317,7 +317,7 @@ def _describe_checkpoint() -> str:
 def run() -> None:
     """The command: one line and exit code 2 for bad input, 1 for a run that went wrong.
 
-    The code 75 asks the launcher to give the command again: the run was told to stop. After Ctrl-C
+    The code 75 asks the launcher to run the command again: the run was asked to stop. After Ctrl-C
     the code is 130.
     """
     try:

@@ -330,10 +330,10 @@ def run_sweep(
         }
         write_results(trials, states, workdir, metric=metric)
         if status == "stopped":
-            log(f"{trial.name} was stopped; the same command goes on from there")
+            log(f"{trial.name} was stopped; the same command resumes from there")
             return code
         if status == "failed":
-            log(f"{trial.name} failed with code {code}; the others go on")
+            log(f"{trial.name} failed with code {code}; the others continue")
     return 1 if any(states.get(t.name, {}).get("status") == "failed" for t in trials) else 0
 
 

@@ -260,7 +260,7 @@ def test_what_can_not_be_moved_costs_no_checkpoint(tmp_path, monkeypatch, said):
     with CheckpointManager(tmp_path, CheckpointOptions(keep=1), {}) as checkpoints:
         checkpoints.restore(abstract(make_state(4)))
         checkpoints.save(6, make_state(6), {})
-    assert "checkpoints/8 can't be moved out of the way (Permission denied)" in said[-1]
+    assert "checkpoints/8 can't be moved aside (Permission denied)" in said[-1]
     # The newest two names are 6 and 8, and only one of them is a checkpoint.
     assert list_steps(tmp_path) == [6, 8]
     assert (tmp_path / "checkpoints" / "8").read_text() == "mine"
@@ -300,7 +300,7 @@ def test_an_old_checkpoint_that_can_not_be_removed_does_not_fail_a_save(
     save(tmp_path, *map(make_state, (2, 4, 6, 8)))
     assert list_steps(tmp_path) == [8]
     assert len(said) == 3
-    assert "checkpoints/2 can't be removed (Permission denied): it stays" in said[0]
+    assert "checkpoints/2 can't be removed (Permission denied): it is kept" in said[0]
 
 
 @pytest.mark.parametrize(

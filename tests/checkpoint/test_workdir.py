@@ -81,7 +81,7 @@ def test_a_file_of_another_kind_is_one_line(name, kind, tmp_path, monkeypatch):
         monkeypatch.setattr("builtins.open", refuse)
     reasons = {
         "folder": "not a file",
-        "broken link": f"a link to {tmp_path / 'none'}, which there is not",
+        "broken link": f"a link to {tmp_path / 'none'}, which does not exist",
         "unreadable": "Permission denied",
     }
     with pytest.raises(UserError) as error:
@@ -129,7 +129,9 @@ def test_names_that_are_almost_those_of_steps_are_skipped_and_named(tmp_path, sa
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     for _ in range(2):
         assert list_steps(tmp_path) == [20]
-    named = [line.partition(" is skipped: it has no name of a checkpoint")[0] for line in said]
+    named = [
+        line.partition(" is skipped: its name is not that of a checkpoint")[0] for line in said
+    ]
     strays = sorted(("00020", "007", "٣", "1" * 19))
     assert named == [str(tmp_path / "checkpoints" / name) for name in strays]
     for wrong in ("00020", "²", "٣", "9" * 5000):

@@ -46,7 +46,7 @@ def test_everything_wrong_or_odd_is_reported(mixed_bag, said):
     assert said[1] == "splits: test 4, train 8"
     assert said[2] == "12 images, 2 classes"
     for words in (
-        "corrupt: 1\n.*broken.jpg: .* no readable image",
+        "corrupt: 1\n.*broken.jpg: .* not a readable image",
         "odd: PNG named .jpg: 1\n.*wrong.jpg",
         "odd: mode CMYK: 1\n.*print.jpg",
         "odd: more than 8 times as long as wide: 1\n.*print.jpg",

@@ -114,7 +114,7 @@ def test_class_names_travel_and_the_end_says_what_is_there(folder, tmp_path, sai
     pack(folder, tmp_path / "dst", "--short_side=32")
     info = dataset_info(f"packed:{tmp_path / 'dst'}", data_dir=None)
     assert info == dataset_info(f"folder:{folder}", data_dir=None)
-    assert "4.jpg: 7 bytes that are no readable image" in said[0]
+    assert "4.jpg: 7 bytes that are not a readable image" in said[0]
     assert said[1].startswith("packed 23 images")
     assert "1 of them can't be read" in "\n".join(said)
     assert f"--config.data.name=packed:{tmp_path / 'dst'}" in said[-1]
@@ -164,7 +164,7 @@ def test_images_that_can_not_be_packed_are_named(folder, tmp_path, said, caplog)
     cv2.imwrite(str(folder / "train" / "cat" / "long.png"), np.zeros((300, 80_000, 3), np.uint8))
     pack(folder, tmp_path / "dst", "--short_side=280")
     assert "2 of them can't be read" in "\n".join(said)
-    assert any("4.jpg: 7 bytes that are no readable image" in line for line in said)
+    assert any("4.jpg: 7 bytes that are not a readable image" in line for line in said)
     assert any("long.png: a JPEG can't hold an image of 74667x280 pixels" in line for line in said)
 
 

@@ -18,6 +18,7 @@ from vit_jax.data.ops.geometry import Method, resize_image
 from vit_jax.data.ops.transforms import apply
 from vit_jax.data.preprocess import OPS, parse_preprocess
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import trust_parts
 
 
 def parse(text):
@@ -134,8 +135,8 @@ def test_the_documentation_has_all_operations_and_lines_that_can_be_read():
         ("grayscale(1.5)", ["'grayscale(1.5)'", "probability=1.5: expected at most 1"]),
         ("gaussian_blur(2, 1)", ["sigma_min=2, sigma_max=1: expected"]),
         ("normalize((0.5,), (0.5,))", ["objective.pixel_mean and objective.pixel_std"]),
-        ("value_range(-1, 1)", ["'value_range(-1, 1)' is no operation here", "pixel_mean"]),
-        ("onehot(1000)", ["'onehot(1000)' is no operation here", "by the objective"]),
+        ("value_range(-1, 1)", ["'value_range(-1, 1)' is not an operation here", "pixel_mean"]),
+        ("onehot(1000)", ["'onehot(1000)' is not an operation here", "by the objective"]),
         ("random_erasing(0.25)", ["set objective.random_erasing"]),
         ("cutmix", ["set objective.cutmix"]),
     ],
@@ -211,7 +212,7 @@ def test_smooth_jpeg_is_close_to_what_was_encoded():
     ids=["nothing", "text", "half a png", "half a jpeg"],
 )
 def test_broken_bytes_are_a_value_error(broken):
-    with pytest.raises(ValueError, match=f"{len(broken)} bytes that are no readable image"):
+    with pytest.raises(ValueError, match=f"{len(broken)} bytes that are not a readable image"):
         decode_image(broken)
 
 
@@ -540,3 +541,11 @@ def test_a_line_is_run_from_left_to_right():
     image = noise(10, 10, 3)
     crop_last = run("decode|resize(6)|central_crop(4)", encode(image[..., ::-1]))
     np.testing.assert_array_equal(crop_last, run("resize(6)", image)[1:5, 1:5])
+
+
+def test_a_function_of_features_does_not_make_an_operation(tmp_path, monkeypatch):
+    (tmp_path / "turning_ops.py").write_text("def turn(features):\n    return features\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    trust_parts("turning_ops")
+    with pytest.raises(UserError, match=r"'turning_ops:turn': .* which returns the operation"):
+        parse("decode|turning_ops:turn")

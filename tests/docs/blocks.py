@@ -217,6 +217,8 @@ def check_command(
             "kubectl",
             "ls",
             "curl",
+            "hf",
+            "kill",
         )
         assert program in known, f"{program}: unknown here"
 

@@ -258,7 +258,7 @@ def test_layers_have_names_and_an_unknown_one_lists_them(model):
     )
     refuse(
         lambda: model.features(IMAGES, "block7"),
-        "layer='block7' is none of encoded, logits, pre_logits",
+        "layer='block7' is not one of encoded, logits, pre_logits",
         "Transformer/encoderblock_{0..1},",
     )
 
@@ -328,7 +328,7 @@ def test_a_file_that_says_nothing_of_images_is_taken_at_the_size_of_its_position
     assert model.preparation.line == "decode|resize(12, 12)"
     mixer = write_model(tmp_path / "mixer.npz", MIXER)
     (tmp_path / "mixer.json").unlink()
-    refuse(lambda: vit_jax.load_model(mixer), "nothing is known of how images are prepared")
+    refuse(lambda: vit_jax.load_model(mixer), "not known how images are prepared")
     assert vit_jax.load_model(mixer, preprocess="decode|resize(8)").image_shape == (8, 8, 3)
 
 

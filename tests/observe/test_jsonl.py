@@ -46,8 +46,8 @@ def test_a_full_disk_ends_nothing_and_loses_no_line(tmp_path, said):
     writer.write({"a": 4})
     assert [r["a"] for r in read(path)][1:] == [1, 2, 3, 4]
     assert len(said) == 2
-    assert "can't be written to (No space left on device): goes on, and tries again" in said[0]
-    assert "is written to again" in said[1]
+    assert "can't be written to (No space left on device): continues, and tries again" in said[0]
+    assert "can be written again" in said[1]
 
 
 def test_metrics_wait_while_nothing_can_be_written(tmp_path, monkeypatch, said):
@@ -156,7 +156,8 @@ def test_metrics_that_can_not_be_shortened_do_not_end_a_run(metrics, monkeypatch
         pass
     assert metrics.read_bytes() == content
     assert said == [
-        f"{metrics} can't be shortened to step 4 (Permission denied): records of later steps stay"
+        f"{metrics} can't be shortened to step 4 (Permission denied): records of later steps are "
+        "kept"
     ]
 
 

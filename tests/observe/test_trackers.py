@@ -83,7 +83,7 @@ def test_one_that_can_not_begin_is_said_once(said):
     for step in range(3):
         tracker.call(lambda t, step=step: t.write(step, {}))
     tracker.close("FINISHED")
-    assert said == ["tracker far failed (SystemExit: no): goes on without"]
+    assert said == ["tracker far failed (SystemExit: no): continues without it"]
 
 
 def test_one_that_hangs_holds_nothing_up(said, monkeypatch):
@@ -94,7 +94,7 @@ def test_one_that_hangs_holds_nothing_up(said, monkeypatch):
     for _ in range(20):
         tracker.call(lambda t: t.gate.wait(60))
     tracker.close("FINISHED")
-    assert said == ["tracker slow does not keep up: 5 records wait: goes on without"]
+    assert said == ["tracker slow falls behind: 5 records wait: continues without it"]
     recorder.gate.set()
 
 
@@ -104,7 +104,7 @@ def test_the_end_waits_for_a_slow_one_only_so_long(said, monkeypatch):
     tracker = Background("slow", lambda: recorder)
     tracker.call(lambda t: t.gate.wait(60))
     tracker.close("FINISHED")
-    assert said == ["tracker slow has not taken all of it within 0 s: goes on without"]
+    assert said == ["tracker slow did not finish within 0 s: continues without it"]
     recorder.gate.set()
 
 
@@ -219,7 +219,7 @@ track("wandb", Path({str(tmp_path)!r}))
         [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "goes on without" not in done.stdout
+    assert "continues without it" not in done.stdout
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     content = file.read_bytes()
     for word in (b"train/loss", b"val/top1", b"params/w", b"optimizer", b"vit_jax"):

@@ -276,7 +276,7 @@ def test_rules_that_do_not_fit_the_parameters_are_refused_before_there_is_a_stat
     ("options", "message"),
     [
         ({"weight_decay_params": ("hed/.*",)}, r"weight_decay_params: 'hed/.*head/bias"),
-        ({"weight_decay_params": ("(",)}, r"weight_decay_params: '\(' is no regular expression"),
+        ({"weight_decay_params": ("(",)}, r"weight_decay_params: '\(' is not a regular expression"),
         ({"schedules": (("hed/.*", {}),)}, r"schedules: 'hed/.*' matches no parameter"),
         ({"schedules": ((".*", {"warmup": 3}),)}, r"schedules\.warmup; did you mean"),
         ({"schedules": ((".*", {"end_lr": "x"}),)}, r"schedules\.end_lr='x' is a str"),

@@ -143,8 +143,8 @@ def test_layer_decay_of_unknown_layers_is_refused():
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"freeze": ("head/(",)}, r"freeze: 'head/\(' is no regular expression"),
-        ({"lr_multipliers": (("[", 1.0),)}, r"lr_multipliers: '\[' is no regular expression"),
+        ({"freeze": ("head/(",)}, r"freeze: 'head/\(' is not a regular expression"),
+        ({"lr_multipliers": (("[", 1.0),)}, r"lr_multipliers: '\[' is not a regular expression"),
         ({"lr_multipliers": (("cls", 0),)}, "lr_multipliers: 'cls' has factor 0; .*freeze"),
         ({"lr_multipliers": (("cls", -1.0),)}, r"lr_multipliers: 'cls' has factor -1\.0"),
         ({"lr_multipliers": (("cls", float("nan")),)}, "'cls' has factor nan"),

@@ -118,7 +118,7 @@ def test_a_recipe_names_its_layout_by_device():
     assert section == {"tensor": 1, "fsdp": 8, "dcn": {"data": -1}}
     assert "fits NVIDIA H100 80GB HBM3 x16: fsdp=8" in (said or "")
     assert choose_layout({"rules": RULES}, jax.devices()) == ({}, "mesh.rules: none fits cpu x8")
-    with pytest.raises(UserError, match=r"mesh.rules: '\*' is no regular expression"):
+    with pytest.raises(UserError, match=r"mesh.rules: '\*' is not a regular expression"):
         choose_layout({"rules": (("*", {}),)}, jax.devices())
 
 

@@ -199,7 +199,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(two, data_dir, tmp_path)
     arguments = ["--config.total_steps=8", "--config.mesh.fsdp=1"]
     ((code, output, errors),) = run(tmp_path, data_dir, processes=1, devices=1, arguments=arguments)
     assert code == 0, errors
-    assert f"going on from {workdir / 'checkpoints' / '6'}" in said(output)
+    assert f"resuming from {workdir / 'checkpoints' / '6'}" in said(output)
     assert "finished at step 8 of 8" in said(output)
     after = metric(tmp_path, "train/loss")
     assert list(after) == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -249,7 +249,7 @@ def test_images_that_one_process_can_not_read_stop_all(tmp_path):
     for errors in (first, second):
         assert re.search("vit_jax: error: .* data.max_corrupt=0.001 allows no more", errors)
     assert ".png" not in screen + first
-    assert "0 bytes that are no readable image" in second
+    assert "0 bytes that are not a readable image" in second
 
 
 def test_processes_that_were_not_started_alike_are_refused_by_key(data_dir, tmp_path):

@@ -93,4 +93,4 @@ def test_what_is_wrong_is_said_in_one_line(arguments, words, tmp_path, capsys):
 def test_an_unreadable_image_is_named(tmp_path, capsys):
     (tmp_path / "bad.jpg").write_text("no image")
     assert show_preprocess.main(["--images", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().out == "bad.jpg: 8 bytes that are no readable image\n"
+    assert capsys.readouterr().out == "bad.jpg: 8 bytes that are not a readable image\n"

@@ -150,7 +150,7 @@ def test_an_unreadable_image_is_named(write_catalogue, tmp_path, capsys):
     (tmp_path / "images" / "0").mkdir(parents=True)
     (tmp_path / "images" / "0" / "bad.jpg").write_text("no image")
     assert run(write_catalogue(), tmp_path, "--images", tmp_path / "images") == 1
-    assert "bad.jpg: 8 bytes that are no readable image" in capsys.readouterr().out
+    assert "bad.jpg: 8 bytes that are not a readable image" in capsys.readouterr().out
 
 
 def test_hashes_are_recorded_only_when_asked(write_catalogue, tmp_path, capsys):

@@ -213,7 +213,7 @@ def test_all_that_differs_is_named_with_what_allows_it(tmp_path):
 
 
 def test_a_key_to_allow_that_there_is_not_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"resume\.allow: 'sead' is no key; did you mean 'seed'"):
+    with pytest.raises(UserError, match=r"resume\.allow: 'sead' is not a key; did you mean 'seed'"):
         open_workdir(str(tmp_path), WHOLE, resume=Resume(allow="sead"))
 
 

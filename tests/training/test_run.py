@@ -147,7 +147,7 @@ def test_a_tracker_that_fails_is_dropped_and_tensorboard_gets_pictures(
         (1, ["perf/first_step_s"]),
     ]
     failed = [line for line in said if line.startswith("tracker ")]
-    assert failed == ["tracker mlflow failed (OSError: no connection): goes on without"]
+    assert failed == ["tracker mlflow failed (OSError: no connection): continues without it"]
     assert list_steps(tmp_path / "run") == [4, 8]
     found = [(v.tag, e.step, v) for e in events(tmp_path / "run") for v in e.summary.value]
     (picture,) = [v.image for tag, step, v in found if (tag, step) == ("train/images", 1)]
@@ -304,7 +304,7 @@ def test_a_longer_run_goes_on_from_where_it_was(data_dir, tmp_path, said):
     for steps in (4, 8):
         config = tiny_config(data_dir, total_steps=steps)
         train(config, str(tmp_path / "w"), command="train")
-    assert any(line.endswith("checkpoints/4") and "going on from" in line for line in said)
+    assert any(line.endswith("checkpoints/4") and "resuming from" in line for line in said)
     assert any(
         line.startswith("config.total_steps: 4 before, 8 now; the learning") for line in said
     )
@@ -342,7 +342,7 @@ def test_profile_is_written_where_it_says(data_dir, tmp_path, said):
     train(config, str(tmp_path / "w"), command="train")
     assert list((tmp_path / "w" / "profile").rglob("*.xplane.pb"))
     assert any(line.startswith(f"wrote profile {tmp_path / 'w' / 'profile'}") for line in said)
-    table = said.index("operations that took longest, in a step on each device:")
+    table = said.index("slowest operations, in a step on each device:")
     assert re.match(r" *\d+\.\d% +\d+\.\d{3} ms .* x  \w+", said[table + 1])
 
 
@@ -379,7 +379,7 @@ def test_frozen_parameters_stay_bit_for_bit_and_leave_nothing_in_the_checkpoint(
         with pytest.raises(KeyboardInterrupt):
             train(config, str(tmp_path / "w"), command="train")
     train(config, str(tmp_path / "w"), command="train")
-    assert any("going on from" in line for line in said)
+    assert any("resuming from" in line for line in said)
     experiment = Experiment.from_config(config)
     first = experiment.init_state()
     with CheckpointManager(tmp_path / "w", experiment.settings.checkpoint, {}) as checkpoints:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Injects faults into small runs of real processes, and says whether all that is promised holds.
+"""Injects faults into small runs of real processes, and checks all guarantees.
 
 python -m tools.chaos
 python -m tools.chaos --only=kill,damage --rounds=3

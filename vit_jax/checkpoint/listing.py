@@ -26,8 +26,8 @@ def list_steps(workdir: Path) -> list[int]:
     # Without this, they would count as none, and a run would start from scratch.
     if folder.is_symlink() and not folder.exists():
         raise UserError(
-            f"{folder} is a link to {os.readlink(folder)}, which there is not; expected the folder "
-            "of the checkpoints: is a disk not mounted?"
+            f"{folder} is a link to {os.readlink(folder)}, which does not exist; expected the "
+            "folder of the checkpoints: is a disk not mounted?"
         )
     return _steps_in(folder)
 
@@ -76,8 +76,8 @@ def _steps_in(folder: Path) -> list[int]:
     for name in sorted(names):
         if name.isdecimal() and not is_step(name):
             _log_once(
-                f"{folder / name} is skipped: it has no name of a checkpoint; expected the number "
-                "of its step, such as 20"
+                f"{folder / name} is skipped: its name is not that of a checkpoint; expected the "
+                "number of its step, such as 20"
             )
     # Checkpoints that are being written or removed have other names.
     return sorted(int(name) for name in names if is_step(name))

@@ -67,7 +67,7 @@ class CheckpointOptions:
       keep: how many of the newest are kept.
       keep_best: a metric such as `val/top1`; the checkpoint with its best value is kept as well.
         Whether lower is better follows from the name, see `lower_is_better`; a value that is not
-        finite is not judged.
+        finite is not compared.
     """
 
     every: int = 1000
@@ -117,7 +117,7 @@ class CheckpointManager:
         with fail_together():
             if self._main:
                 self._open()
-        # Steps whose checkpoints can't be removed: said once.
+        # Steps whose checkpoints can't be removed: logged once.
         self._stuck = set[int]()
         _silence_failed_saves()
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -243,7 +243,7 @@ class CheckpointManager:
         )
         if must or self._failures >= MAX_FAILURES:
             raise failed from error
-        log(f"{failed}: goes on, and tries again with the next")
+        log(f"{failed}: continues, and tries again with the next")
 
     def _half(self, step: int) -> Path:
         return self._directory / f"{step}{_HALF}-unverified"
@@ -282,7 +282,7 @@ class CheckpointManager:
                     _remove_halves(self._directory)
 
     def _set_aside(self, step: int, why: str) -> None:
-        """Moves what has the name of a checkpoint out of the way, and keeps it."""
+        """Moves a file or folder with the name of a checkpoint aside, and keeps it."""
         path, error = self.path(step), OSError()
         # The second place is for checkpoints that a link has put on another disk.
         for place in (self.workdir / BROKEN / str(step), self._directory / f"{BROKEN}-{step}"):
@@ -296,7 +296,7 @@ class CheckpointManager:
                 return
             except OSError as e:
                 error = e
-        log(f"{path} can't be moved out of the way ({error.strerror}): {why}")
+        log(f"{path} can't be moved aside ({error.strerror}): {why}")
 
     def _remove_old(self, newest: int) -> None:
         # What has a later step is no checkpoint of this run, and can't take the place of one.
@@ -314,7 +314,10 @@ class CheckpointManager:
                 _remove(going)
             except OSError as e:
                 self._stuck.add(step)
-                log(f"{self.path(step)} can't be removed ({e.strerror}): it stays, and takes space")
+                log(
+                    f"{self.path(step)} can't be removed ({e.strerror}): it is kept, and takes "
+                    "space"
+                )
 
     def restore(self, abstract_state: TrainState) -> TrainState:
         """Reads the newest checkpoint that is not damaged.
@@ -402,7 +405,7 @@ def choose_checkpoint(directory: Path) -> tuple[int | None, dict[int, str]]:
         raise UserError(
             f"--workdir: the checkpoint {directory / str(newest)} can't be restored: {fault}; "
             f"{'no older one is whole' if len(faults) > 1 else 'there is no other'}: to start "
-            "anew, choose another workdir"
+            "from scratch, choose another workdir"
         )
     for broken, fault in faults.items():
         log(f"skipped {directory / str(broken)}, which is damaged: {fault}")
@@ -442,7 +445,9 @@ def _remove_halves(directory: Path) -> None:
         try:
             _remove(half)
         except OSError as e:
-            log(f"{half} can't be removed ({e.strerror}): it is no whole checkpoint, and stays")
+            log(
+                f"{half} can't be removed ({e.strerror}): it is not a whole checkpoint, and is kept"
+            )
 
 
 def _remove(path: Path) -> None:

@@ -86,11 +86,12 @@ def find_fault(folder: Path, items: Sequence[str] | None = None) -> str | None:
         checksum = content.pop("crc32")
         files: dict[str, list[Any]] = content["files"]
         if checksum != checksum_of(content):
-            return f"{MANIFEST} is not as it was written"
+            return f"{MANIFEST} has changed since it was written"
         # Whoever can write the files can write the checksum.
         for name, entry in files.items():
             if not is_inside(name) or not _is_entry(entry):
-                return f"{MANIFEST} has {shorten(name)}: {shorten(entry)}, which is no file of it"
+                return f"{MANIFEST} has {shorten(name)}: {shorten(entry)}, which is not one of "
+                "its files"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except OSError as e:
@@ -133,7 +134,7 @@ def _compare(folder: Path, name: str, was: list[Any]) -> str | None:
         if size != was[0]:
             return f"{name} is {size:,} bytes long, not {was[0]:,}"
         if _measure(folder / name) != was:
-            return f"{name} is not as it was written"
+            return f"{name} has changed since it was written"
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as e:

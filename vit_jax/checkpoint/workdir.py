@@ -98,7 +98,7 @@ def check_files(workdir: Path) -> None:
         path = workdir / name
         try:
             if path.is_symlink() and not path.exists():
-                raise OSError(0, f"a link to {os.readlink(path)}, which there is not")
+                raise OSError(0, f"a link to {os.readlink(path)}, which does not exist")
             if path.exists():
                 if not path.is_file():
                     raise OSError(0, "not a file")

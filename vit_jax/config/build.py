@@ -94,9 +94,9 @@ def build_parts(
     Args:
       config: see `config/schema.py` for the keys.
       devices: of the mesh; all by default.
-      epoch_examples: of the training data, where that is not at hand; it is opened to count them
+      epoch_examples: of the training data, if that is not available; it is opened to count them
         if a duration needs it.
-      match_classes: whether evaluators that judge the head take its classes to be those of the
+      match_classes: whether evaluators that use the head take its classes to be those of the
         training data. Without it they have those of their own data, to be matched with weights.
 
     Raises:
@@ -503,6 +503,6 @@ def _make_checkpoint(
     if not judge.every or options.every % judge.every:
         raise UserError(
             f"checkpoint.every={options.every} with keep_best={options.keep_best!r}: expected a "
-            f"multiple of evals.{judge.name}.every={judge.every}, to judge each checkpoint"
+            f"multiple of evals.{judge.name}.every={judge.every}, to evaluate each checkpoint"
         )
     return options, _as_given(args, every_given)

@@ -100,7 +100,7 @@ class Resume:
     """What may differ when a run resumes.
 
     Attributes:
-      allow: keys or sections of the config that may differ from what the workdir was begun with,
+      allow: keys or sections of the config that may differ from what the workdir was started with,
         although the result is then that of neither config; `data.content` for other records. A
         text may hold several, separated by commas.
     """

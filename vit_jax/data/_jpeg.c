@@ -45,7 +45,7 @@ typedef struct {
   int flip;
 } Plan;
 
-/* Where an output pixel lies: its first input pixel, and the weights of that and the next one. */
+/* Where an output pixel is: its first input pixel, and the weights of that and the next one. */
 typedef struct {
   int32_t place;
   int16_t first, second;

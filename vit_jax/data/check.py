@@ -174,9 +174,9 @@ def _list_odd(encoded: bytes, ending: str) -> Iterator[str]:
             if image.mode not in _USUAL_MODES:
                 yield f"mode {image.mode}"
             if getattr(image, "n_frames", 1) > 1:
-                yield "several frames, of which the first counts"
+                yield "several frames, of which the first is used"
             if image.getexif().get(0x112, 1) != 1:
-                yield "turned by EXIF, heeded by decode(orient=True) alone"
+                yield "rotated by EXIF, which only decode(orient=True) applies"
     except Exception:  # Any error of Pillow on a broken header; the image itself was read.
         yield "a header that Pillow can't read"
 

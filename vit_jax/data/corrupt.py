@@ -76,7 +76,7 @@ def check_counts(counts: Counts, max_fraction: float) -> None:
     are corrupt. Up to `GRACE` are always allowed, unless `max_fraction` is 0.
     """
     met = f"{counts.corrupt:,} records of {counts.seen:,} examples have images that can't be read"
-    lines = "the lines 'corrupt: ...' name the first of them"
+    lines = "the lines 'corrupt: ...' list the first of them"
     if counts.lost:
         raise UserError(f"{met}, and nor have those after them; {lines}")
     if counts.corrupt > max(max_fraction * counts.seen, GRACE if max_fraction else 0):

@@ -377,7 +377,7 @@ def _report(manifest: Manifest, folder: Path, corrupt: int) -> None:
         log(f"  {split:<15} {length:>12,} examples")
     if corrupt:
         log(f"  {corrupt:,} of them can't be read: their places are empty")
-    log(f"  read it by      --config.data.name={manifest.kind}:{folder}")
+    log(f"  read it with    --config.data.name={manifest.kind}:{folder}")
 
 
 if __name__ == "__main__":

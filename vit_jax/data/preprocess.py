@@ -61,9 +61,10 @@ def _parse_op(text: str, *, key: str) -> Op:
         bound = _bind(signature, call)
     except (TypeError, ValueError, RecursionError, MemoryError):
         usage = [str(p.replace(annotation=p.empty)) for p in signature.parameters.values()]
-        raise UserError(
-            f"{key}: wrong arguments in {text!r}: expected {name}({', '.join(usage)})"
-        ) from None
+        expected = f"expected {name}({', '.join(usage)})"
+        if "features" in signature.parameters and outside:
+            expected = "expected a function of the arguments here, which returns the operation"
+        raise UserError(f"{key}: wrong arguments in {text!r}: {expected}") from None
     for argument, value in bound.arguments.items():
         parameter = signature.parameters[argument]
         annotation = parameter.annotation
@@ -81,7 +82,7 @@ def _find_op(name: str, text: str, *, key: str) -> Any:
     if is_part(name):
         return import_part(name, key=key, gives=(Callable,))
     if name in _ELSEWHERE:
-        raise UserError(f"{key}: {text!r} is no operation here: {_ELSEWHERE[name]}")
+        raise UserError(f"{key}: {text!r} is not an operation here: {_ELSEWHERE[name]}")
     if name not in OPS:
         raise UserError(f"{key}: unknown operation {name!r}{suggest(name, OPS)}")
     return OPS[name]

@@ -41,10 +41,10 @@ class Evaluator(abc.ABC):
     Attributes:
       name: prefix of its metrics, such as `val`.
       data: the split.
-      objective: its predictions are judged.
+      objective: its predictions are evaluated.
       mesh: batches are sharded over it.
       every: steps between evaluations; 0 for the end only.
-      judges_head: whether a trained head is judged, so that the dataset must have its classes.
+      judges_head: whether a trained head is evaluated, so that the dataset must have its classes.
       choose: whether the best of several heads is chosen on this split at the end of a run.
 
     Raises:
@@ -76,7 +76,7 @@ class Evaluator(abc.ABC):
 
     @property
     def head_names(self) -> tuple[str, ...]:
-        """Names of the heads that are judged one by one, as the metrics `HEAD_top1`; or none."""
+        """Names of the heads that are evaluated one by one, as the metrics `HEAD_top1`; or none."""
         return ()
 
     @abc.abstractmethod
@@ -103,7 +103,7 @@ class Evaluator(abc.ABC):
 
         Raises:
           UserError: no image can be read.
-          Preempted: the job was told to stop.
+          Preempted: the job was asked to stop.
         """
 
     def match(self, classes: Classes, *, key: str) -> tuple[Self, str]:
@@ -162,7 +162,7 @@ class Evaluator(abc.ABC):
 
         The next batch is dispatched before the results of one are fetched. `fn` is from `jit` and
         takes the batches of `judge_batch`; `data` is another split than that of the evaluator.
-        Raises `Preempted` where the job was told to stop.
+        Raises `Preempted` where the job was asked to stop.
         """
         data = data or self.data
         shards, num_shards = process_shards(self.mesh)

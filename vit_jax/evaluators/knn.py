@@ -43,7 +43,7 @@ def find_neighbours(
       The products, float32 `[m, k]` in descending order, and the rows, int32 `[m, k]`.
 
     Raises:
-      Preempted: the job was told to stop.
+      Preempted: the job was asked to stop.
     """
     rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     queries = shard_rows(test, mesh)

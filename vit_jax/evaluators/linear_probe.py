@@ -58,7 +58,7 @@ def fit_logistic(
       name: name of the evaluator, for the log.
 
     Raises:
-      Preempted: the job was told to stop.
+      Preempted: the job was asked to stop.
     """
     width, values = train.features.shape[1], len(lr)
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -28,7 +28,7 @@ class Probes(Evaluator):
         super().__post_init__()
         if not self.head_names:
             raise UserError(
-                f"evals.{self.name}.name='probes' judges objective.name='linear_probe'; expected "
+                f"evals.{self.name}.name='probes' is for objective.name='linear_probe'; expected "
                 "'classification' here"
             )
 

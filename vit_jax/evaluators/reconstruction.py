@@ -31,7 +31,7 @@ class Reconstruction(Evaluator):
         super().__post_init__()
         if not isinstance(self.objective, MaskedAutoencoder):
             raise UserError(
-                f"evals.{self.name}.name='reconstruction' judges objective.name='mae'; expected "
+                f"evals.{self.name}.name='reconstruction' is for objective.name='mae'; expected "
                 "'classification' here"
             )
 

@@ -30,7 +30,7 @@ def check_tensorflow(python: str) -> None:
         ) from None
     if missing:
         raise UserError(
-            f"--to=savedmodel needs TensorFlow, which {python} has not: pip install "
+            f"--to=savedmodel needs TensorFlow, which {python} does not have: pip install "
             "'vit_jax[savedmodel]', or --tf_python=PYTHON of an environment that has it"
         )
 

@@ -167,7 +167,7 @@ def make_preparation(
     line = line if given is None else given
     if line is None:
         raise UserError(
-            "nothing is known of how images are prepared for these weights: expected a "
+            "it is not known how images are prepared for these weights: expected a "
             "preprocess, such as 'decode|resize(224)'"
         )
     shapes = find_shapes(line, _ANY_SHAPE, key="preprocess")

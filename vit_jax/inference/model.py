@@ -233,7 +233,7 @@ class LoadedModel:
     def check_layer(self, layer: str) -> None:
         """Raises a `UserError` that lists the layers if this one does not exist."""
         if layer not in self.layers:
-            raise UserError(f"layer={layer!r} is none of {_summarize(self.layers)}")
+            raise UserError(f"layer={layer!r} is not one of {_summarize(self.layers)}")
 
     @functools.cached_property
     def classifies(self) -> bool:

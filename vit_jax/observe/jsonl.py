@@ -45,11 +45,11 @@ class LineWriter:
             self._flush()
         except OSError as e:
             if not self._failing:
-                log(f"{self._path} can't be written to ({e.strerror}): goes on, and tries again")
+                log(f"{self._path} can't be written to ({e.strerror}): continues, and tries again")
             self._failing = True
             return
         if self._failing:
-            log(f"{self._path} is written to again")
+            log(f"{self._path} can be written again")
             self._failing = False
 
     def _flush(self) -> None:
@@ -128,7 +128,10 @@ def drop_metrics_after(workdir: Path, step: int) -> None:
     except FileNotFoundError:
         pass
     except OSError as e:
-        log(f"{path} can't be shortened to step {step} ({e.strerror}): records of later steps stay")
+        log(
+            f"{path} can't be shortened to step {step} ({e.strerror}): records of later steps "
+            "are kept"
+        )
 
 
 def _is_metrics(value: Any) -> bool:

@@ -80,6 +80,6 @@ class Profiler:
             operations = read_operations(self._folder)
             steps, devices = self._taken - self._profile.start, jax.local_device_count()
             if steps > 0 and operations:
-                log("operations that took longest, in a step on each device:")
+                log("slowest operations, in a step on each device:")
                 for line in describe_operations(operations, steps=steps, devices=devices):
                     log(line)

@@ -212,7 +212,7 @@ class Background:
         try:
             self._calls.put_nowait(function)
         except queue.Full:
-            self._drop(f"does not keep up: {_MAX_WAITING} records wait")
+            self._drop(f"falls behind: {_MAX_WAITING} records wait")
 
     def close(self, status: Status) -> None:
         """Waits for the queued calls, for a limited time."""
@@ -221,7 +221,7 @@ class Background:
             self._calls.put_nowait(None)
         self._thread.join(_END_S)
         if self._thread.is_alive() and not self._dropped:
-            self._drop(f"has not taken all of it within {_END_S:.0f} s")
+            self._drop(f"did not finish within {_END_S:.0f} s")
 
     def _work(self) -> None:
         try:
@@ -236,7 +236,7 @@ class Background:
     def _drop(self, why: str) -> None:
         if not self._dropped:
             self._dropped = True
-            log(f"tracker {self._name} {why}: goes on without")
+            log(f"tracker {self._name} {why}: continues without it")
 
 
 class Trackers:

@@ -159,7 +159,7 @@ class _Events:
                 self._flushed = now
         except OSError as e:
             if not self._failing:
-                log(f"{self._folder} can't be written to ({e.strerror}): goes on without")
+                log(f"{self._folder} can't be written to ({e.strerror}): continues without it")
             self._file, self._failing = None, True
 
 

@@ -168,7 +168,7 @@ def _check_regex(pattern: str, *, key: str) -> None:
     try:
         re.compile(pattern)
     except re.error as e:
-        raise UserError(f"{key}: {pattern!r} is no regular expression: {e}") from None
+        raise UserError(f"{key}: {pattern!r} is not a regular expression: {e}") from None
 
 
 def _check_match(pattern: str, paths: list[str], *, key: str, what: str) -> None:

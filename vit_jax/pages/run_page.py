@@ -79,7 +79,7 @@ def refresh_report(workdir: Path) -> None:
     try:
         write_atomically(workdir / REPORT, make_report(workdir))
     except Exception as e:  # A page must not end a run.
-        log(f"{workdir / REPORT} can't be written ({describe_error(e)}): goes on without")
+        log(f"{workdir / REPORT} can't be written ({describe_error(e)}): continues without it")
 
 
 def make_report(

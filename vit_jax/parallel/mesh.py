@@ -181,7 +181,7 @@ def choose_layout(
         try:
             fits = re.search(pattern, what)
         except re.error as e:
-            raise UserError(f"mesh.rules: {pattern!r} is no regular expression: {e}") from None
+            raise UserError(f"mesh.rules: {pattern!r} is not a regular expression: {e}") from None
         if fits:
             shown = ", ".join(f"{k}={v}" for k, v in changes.items()) or "no change"
             return rest | dict(changes), f"mesh.rules: {pattern!r} fits {what}: {shown}"

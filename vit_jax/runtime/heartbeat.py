@@ -197,7 +197,7 @@ class Heartbeat:
         # Before anything else, since JAX aborts a process that has lost process 0.
         for peer in self._peers:
             peer.send(f"lost {what}")
-        report(f"{what}; ends with code {RUN_AGAIN}, to be started again")
+        report(f"{what}; ends with code {RUN_AGAIN}, to be restarted")
         end_to_run_again(lambda: self._on_exit(what), timeout=_ON_EXIT_S)
 
 

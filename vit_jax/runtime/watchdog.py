@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends a process that hangs, so that the job is started again rather than waiting for ever.
+"""Ends a process that hangs, so that the job is started again rather than waiting forever.
 
 `runtime.heartbeat` ends the other processes of the job.
 """

@@ -145,13 +145,13 @@ class Predictor:
         except Image.DecompressionBombError:
             raise self._refuse_size("far too many") from None
         except Exception:  # Damaged files lead to exceptions of many types.
-            raise HTTPException(415, "no image that can be read") from None
+            raise HTTPException(415, "not an image that can be read") from None
         if width * height > self._limits.pixels:
             raise self._refuse_size(f"{width}x{height}")
         try:
             return self._model.preprocess(content)
         except UserError as e:
-            raise HTTPException(415, f"no image that can be read: {e}") from None
+            raise HTTPException(415, f"not an image that can be read: {e}") from None
 
     def _refuse_size(self, size: str) -> HTTPException:
         return HTTPException(

@@ -56,14 +56,14 @@ class Protocol(H11Protocol):
             self.loop.call_later(_LINGER_S, self.transport.abort)
 
     def sends_body(self) -> bool:
-        """Whether the client has not yet sent all of its request, or sends what is no HTTP."""
+        """Whether the client has not yet sent all of its request, or does not send HTTP."""
         return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
     def send_400_response(self, msg: str) -> None:
         """Answers what h11 refuses, within the `except` clause of that error; see uvicorn."""
         error = sys.exc_info()[1]
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-        text = "the headers are too long" if status == 431 else f"this is no HTTP/1.1: {error}"
+        text = "the headers are too long" if status == 431 else f"this is not HTTP/1.1: {error}"
         content = json.dumps({"error": text}).encode()
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(content)))]
         if self.cycle is not None and not self.cycle.response_complete:

@@ -33,7 +33,7 @@ class Judge:
       experiment: whose model, mesh and evaluators are used.
       workdir: of the run whose checkpoints have steps; None if any has.
       details: whether files of details are written to the workdir.
-      changes: the config keys, with their values, by which each evaluator judges otherwise than the
+      changes: the config keys, with their values, in which each evaluator differs from that of the
         run does. They are part of the names of its files, so that those of the run are kept.
 
     Attributes:
@@ -75,8 +75,8 @@ class Judge:
           source: as `load_pretrained` takes it.
 
         Raises:
-          UserError: they can't be read or don't fit, or a head that is judged is not in it or lacks
-            classes of the data.
+          UserError: they can't be read or don't fit, or a head that is evaluated is missing or
+            lacks classes of the data.
         """
         params = self._load(source)
         if not (Path(source) / "ema_params").is_dir():
@@ -146,7 +146,7 @@ class Judge:
         if fresh or not np.any(kernel):
             state = "does not fit this model" if fresh else "was published untrained, all zero"
             raise UserError(
-                f"{source}: its head {state}, so evals.{judged[0]} would judge a random one: "
+                f"{source}: its head {state}, so evals.{judged[0]} would evaluate a random one: "
                 "set config.model and config.data to those of the checkpoint, or leave it out "
                 f"with --config.evals.{judged[0]}=None"
             )

@@ -159,7 +159,7 @@ class Experiment(Parts):
 
     @functools.cached_property
     def description(self) -> dict[str, Any]:
-        """What each checkpoint says of itself, as JSON: see the attributes of `Weights`."""
+        """The description that each checkpoint holds, as JSON: see the attributes of `Weights`."""
         settings, name = self.settings, self.settings.model["name"]
         fields = [field.name for field in dataclasses.fields(self.model)]
         # A constructor outside of this package may take other arguments than its module has.

@@ -11,7 +11,7 @@ def take_steps(run: Services, state: TrainState, *, start: int) -> None:
     """Takes the steps after `start`, to the end of the run, which may come early.
 
     Results come before the checkpoint: a run that is killed between them repeats the evaluation. A
-    run that is told to stop saves at once; evaluations that are due then are made up for on resume.
+    run that is asked to stop saves at once; evaluations that are due then are run on resume.
 
     Raises:
       UserError: too many images can't be read, in all processes at the same step.

@@ -22,7 +22,7 @@ class Phases:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Around what is in another phase; the inner one of two counts."""
+        """Measures the block as another phase; the inner one of two counts."""
         before = self._switch(phase)
         try:
             yield

@@ -94,7 +94,7 @@ def open_workdir(
     for key in resume.keys:
         if key != CONTENT and not any(k == key or k.startswith(f"{key}.") for k in keys):
             options = {*keys, *(k.partition(".")[0] for k in keys), CONTENT}
-            raise UserError(f"resume.allow: {key!r} is no key{suggest(key, options)}")
+            raise UserError(f"resume.allow: {key!r} is not a key{suggest(key, options)}")
     if previous is not None:
         trains = total_steps is None or newest < total_steps
         _compare(path, previous, config, resume, resolve, trains=trains)
@@ -175,7 +175,7 @@ def _compare(
     if refused:
         raise UserError(
             f"--workdir={path!r} belongs to another experiment: {'; '.join(refused.values())}; "
-            "choose another workdir, or the same value, or go on nevertheless with "
+            "choose another workdir, or the same value, or resume nevertheless with "
             f"--config.resume.allow={','.join(refused)}"
         )
 
@@ -233,7 +233,8 @@ def _check_progress(path: str, workdir: Path) -> None:
         before = f"step {saved} was saved" if saved else f"{METRICS} is of steps that were taken"
         raise UserError(
             f"--workdir={path!r}: {before}, and there is no checkpoint in "
-            f"{workdir / CHECKPOINTS}: bring them back, or choose another workdir to start anew"
+            f"{workdir / CHECKPOINTS}: bring them back, or choose another workdir to start from "
+            "scratch"
         )
     if saved > newest:
         log(f"the checkpoint of step {saved}, which was saved, is gone: the newest is of {newest}")
@@ -246,7 +247,7 @@ def restore(experiment: Experiment, checkpoints: CheckpointManager) -> tuple[int
     saved = checkpoints.latest_step() or 0
     if saved:
         state = checkpoints.restore(experiment.abstract_state)
-        log(f"going on from {checkpoints.path(saved)}")
+        log(f"resuming from {checkpoints.path(saved)}")
     else:
         state = experiment.init_state()
     rollbacks = read_rollbacks(checkpoints.workdir)
@@ -281,7 +282,7 @@ def plan_rollback(
     done = len(broadcast_from_process_0(read_rollbacks(workdir)))
     if policy != "rollback":
         others = "rollback" if policy == "skip" else "skip or rollback"
-        advice += f"; --config.on_divergence={others} goes on without that batch"
+        advice += f"; --config.on_divergence={others} continues without that batch"
     elif done == divergence.MAX_ROLLBACKS:
         advice += f"; {done} rollbacks have not helped"
     elif error.step < experiment.total_steps:

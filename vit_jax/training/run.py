@@ -301,7 +301,7 @@ def _report_start(
     for note in notes:
         log(note)
     for path, size in find_large_copies(experiment.abstract_state).items():
-        log(f"on every device whole: {path}, {size / 2**20:.0f} MiB: no dimension divides")
+        log(f"replicated on every device: {path}, {size / 2**20:.0f} MiB: no dimension divides")
 
 
 def _describe_model(experiment: Experiment) -> str:

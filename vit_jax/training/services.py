@@ -176,11 +176,11 @@ class Services:
                 self._writer.write_histograms(step, histograms)
 
     def told_to_stop(self) -> bool:
-        """Whether any process was told to stop; all ask at the same step."""
+        """Whether any process was asked to stop; all ask at the same step."""
         return self._guard.should_stop()
 
     def stopped(self, text: str) -> Preempted:
-        """The error that ends a run that was told to stop."""
+        """The error that ends a run that was asked to stop."""
         return self._guard.stopped(text)
 
     def evaluate_if_due(self, step: int, state: TrainState) -> dict[str, float] | None:
@@ -227,7 +227,7 @@ class Services:
         """Runs evaluators and records their results; at the last step they write details too.
 
         Raises:
-          Preempted: the run was told to stop; there are no results.
+          Preempted: the run was asked to stop; there are no results.
         """
         if not evaluators:
             return {}

@@ -138,7 +138,7 @@ def read_json(path: str | os.PathLike[str], *, max_bytes: int = MAX_JSON) -> Any
 
     Raises:
       OSError: see `open_outside`.
-      ValueError: it is no JSON, or nested too deeply.
+      ValueError: it is not JSON, or nested too deeply.
     """
     return parse_json(read_bytes(path, max_bytes=max_bytes))
 

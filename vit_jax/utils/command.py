@@ -162,7 +162,7 @@ def run_command(
 
 
 def report_interrupt(text: str) -> None:
-    """Prints a line after Ctrl-C; another one ends the process at once, whatever it does."""
+    """Prints a line after Ctrl-C; another Ctrl-C ends the process at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     print_line(text, sys.stderr)
 

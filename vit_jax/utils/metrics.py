@@ -103,7 +103,7 @@ def lower_is_better(metric: str) -> bool:
 def find_best_step(values: Mapping[int, float], metric: str) -> int | None:
     """Returns the step with the best value of a metric, the newest of equal ones.
 
-    Values that are not finite say nothing; None if there are no others.
+    Values that are not finite are ignored; None if there are no others.
     """
     sign = -1 if lower_is_better(metric) else 1
     judged = [(sign * value, step) for step, value in values.items() if math.isfinite(value)]

@@ -236,7 +236,7 @@ def test_positions_of_an_unknown_rectangle_are_kept_for_as_many():
     source, target = make_params(0, tokens=1 + 8), make_params(1, tokens=1 + 8)
     params, notes = adapt(source, target, grid=(2, 4))
     assert_taken_from(source, params, [POSEMB])
-    assert "position embeddings: nothing states their grid; 2x4, as here, taken" in notes
+    assert "position embeddings: nothing states their grid; 2x4, as here, is assumed" in notes
 
 
 def test_the_rule_of_the_file_is_taken_where_none_is_asked_for():
@@ -337,7 +337,7 @@ def test_head_can_be_left_out():
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [("heed/.*", "'heed/.*' matches the whole path of no parameter"), ("(", "no regular expre")],
+    [("heed/.*", "'heed/.*' matches the whole path of no parameter"), ("(", "not a regular expre")],
 )
 def test_dont_load_that_names_nothing_is_refused(pattern, message):
     with pytest.raises(UserError, match=message):

@@ -142,7 +142,7 @@ def test_a_length_that_nobody_says_is_no_matter(server, cache):
 def test_half_a_file_of_unknown_length_is_not_kept(server, cache):
     server.send_length, server.cut_after = False, [2**20]
     message = refusal(server.url("bucket/a.npz"))
-    assert "1048576 bytes that are no whole .npz file" in message
+    assert "1048576 bytes that are not a whole .npz file" in message
     assert files(cache) == []
 
 
@@ -169,7 +169,7 @@ def test_a_file_put_there_by_hand_is_compared_too(server, cache):
     assert path.exists()
     path.write_bytes(DATA[:1000])
     assert "1000 bytes" in refusal(published(server, size=len(DATA)))
-    assert "no whole .npz" in refusal(published(server))
+    assert "not a whole .npz" in refusal(published(server))
 
 
 def test_a_missing_file_says_so(server, cache):

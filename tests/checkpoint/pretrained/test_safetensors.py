@@ -334,7 +334,7 @@ def test_heads_of_a_width_are_usual_or_noted(tmp_path):
     for width, expected in ((192, 3), (128, 2)):
         found, (note,) = heads(width, 1)
         assert found == expected
-        assert f"no config.json names the model: num_heads={expected}," in note
+        assert f"no config.json names the model: assuming num_heads={expected}," in note
     with pytest.raises(UserError, match="num_heads"):
         heads(16, 1)
 
@@ -946,8 +946,8 @@ def test_what_an_unknown_name_leaves_open_is_noted(tmp_path):
     path = describe("timm_vit", tmp_path, architecture="vit_new_patch8_32")
     (note,) = [note for note in read_safetensors(path).notes if "unknown here" in note]
     assert note == (
-        "architecture 'vit_new_patch8_32' is unknown here: activation='gelu_erf', "
-        "norm_epsilon=1e-06, the defaults of timm, taken"
+        "architecture 'vit_new_patch8_32' is unknown here: assuming activation='gelu_erf', "
+        "norm_epsilon=1e-06, the defaults of timm"
     )
 
 

@@ -356,7 +356,7 @@ def test_a_png_without_its_palette_is_refused_and_not_black(capfd):
     twice = start + header + colors + chunk(b"PLTE", bytes(9)) + pixels + end
     np.testing.assert_array_equal(decode_image(twice), whole)
     for parts, lost in (((pixels,), "PLTE"), ((pixels, colors), "PLTE"), ((colors,), "IDAT")):
-        with pytest.raises(ImageError, match=f"no readable image: {lost} is missing"):
+        with pytest.raises(ImageError, match=f"not a readable image: {lost} is missing"):
             decode_image(start + header + b"".join(parts) + end)
     assert capfd.readouterr() == ("", "")
 
@@ -404,7 +404,7 @@ def test_a_png_that_is_wrong_behind_right_checksums_is_refused_and_nothing_print
     for name, (part, encoded) in WRONG.items():
         with pytest.raises(ImageError) as error:
             decode_image(encoded)
-        want = f"{len(encoded)} bytes that are no readable image: {part} is damaged"
+        want = f"{len(encoded)} bytes that are not a readable image: {part} is damaged"
         assert str(error.value) == want, name
     assert capfd.readouterr() == ("", "")
 
@@ -478,7 +478,7 @@ def test_pillow_warns_of_nothing_in_any_thread():
 
 
 def test_photographs_of_phones_in_another_format_are_named_as_such():
-    with pytest.raises(ImageError, match="38 bytes that are no readable image: HEIC or AVIF"):
+    with pytest.raises(ImageError, match="38 bytes that are not a readable image: HEIC or AVIF"):
         decode_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(14))
 
 

@@ -287,7 +287,7 @@ def test_images_and_folders_that_are_no_class_are_reported(tmp_path, caplog):
     splits, lines = logged(caplog, write_folder(tmp_path, counts))
     assert splits == {"train": ["cat", "dog"], "validation": ["cat", "fox"]}
     assert any(
-        "left out 4 images that are in no folder of a class: 000.png, val/0" in x for x in lines
+        "left out 4 images that are not in a class folder: 000.png, val/0" in x for x in lines
     )
     assert any("left out the folders train/eel, which have no images" in line for line in lines)
     assert any(
@@ -581,7 +581,7 @@ def test_spaces_around_the_names_of_folders_count_and_are_reported(tmp_path, cap
     counts = {f"train/{folder}": 2 for folder in (" owl", "dog", "cat", "cat ")}
     splits, lines = logged(caplog, write_folder(tmp_path, counts))
     assert splits == {"train": [" owl", "cat", "cat ", "dog"]}
-    assert any("' owl', 'cat ' have spaces around them" in line for line in lines)
+    assert any("' owl', 'cat ' have leading or trailing spaces" in line for line in lines)
     assert any("'cat' and 'cat ' differ only in case, spaces" in line for line in lines)
 
 

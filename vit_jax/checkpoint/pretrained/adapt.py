@@ -212,7 +212,7 @@ def _leave_out(params: _Flat, initial: _Flat, dont_load: Iterable[str]) -> list[
             regex = re.compile(pattern)
         except re.error as error:
             raise UserError(
-                f"adapt.dont_load: {pattern!r} is no regular expression: {error}"
+                f"adapt.dont_load: {pattern!r} is not a regular expression: {error}"
             ) from None
         fresh = [path for path in initial if regex.fullmatch(path)]
         dropped = [path for path in loaded if regex.fullmatch(path) and path not in initial]
@@ -343,7 +343,8 @@ def _fit_posemb(
     side = math.isqrt(max(num_patches, 0))
     if not stated and theirs == ours and side**2 != num_patches:
         return [
-            f"position embeddings: nothing states their grid; {_by(target_grid)}, as here, taken"
+            f"position embeddings: nothing states their grid; {_by(target_grid)}, as here, is "
+            "assumed"
         ]
     source_grid = stated[0] if stated else (side, side)
     if source_grid == target_grid and theirs == ours:
@@ -429,8 +430,8 @@ def _check_fit(params: _Flat, initial: _Flat) -> None:
         more = len(problems) - _MAX_LISTED
         raise UserError(
             f"init_from does not fit the model: {'; '.join(problems[:_MAX_LISTED])}"
-            f"{f'; and {more} more' if more > 0 else ''}: set model to that of the file, or name "
-            "in adapt.dont_load what shall start anew"
+            f"{f'; and {more} more' if more > 0 else ''}: set model to that of the file, or list "
+            "in adapt.dont_load the parameters to initialise"
         )
 
 

@@ -216,8 +216,8 @@ def select_augreg(
         models = {filename.split("-")[0] for filename in accuracies}
     except (OSError, AttributeError, KeyError, TypeError, ValueError, csv.Error):
         raise UserError(
-            f"{place} is no AugReg index: expected CSV with ds, filename and final_val; delete it "
-            "to have it fetched again"
+            f"{place} is not an AugReg index: expected CSV with ds, filename and final_val; "
+            "delete it to have it fetched again"
         ) from None
     found = {f: a for f, a in accuracies.items() if f.split("-")[0] == model and not math.isnan(a)}
     if not found:
@@ -241,8 +241,8 @@ def describe_augreg(filename: str) -> Published:
     finetuned = re.fullmatch(r"(\w+)-[\w.-]+-res_(\d+)", after)
     if pretrained is None or (dashes and finetuned is None):
         raise UserError(
-            f"'augreg:{filename}' is no AugReg file; expected a name such as B_16-i21k-300ep-..., "
-            "or augreg:B/16 for the recommended one"
+            f"'augreg:{filename}' is no AugReg file; expected a name such as "
+            "B_16-i21k-300ep-..., or augreg:B/16 for the recommended one"
         )
     *backbone, size, patch = pretrained[1].split("_")
     datasets = [{"i1k": "imagenet2012", "i21k": "imagenet21k"}[pretrained[2]]]

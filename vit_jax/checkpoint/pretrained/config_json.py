@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the JSON files published with weights say, whoever published them."""
+"""Reads the JSON files that are published with weights, of any project."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ _MAX_NUMBER = 1e30
 
 
 def check_keys(stated: Mapping[str, Any], known: Collection[str], *, where: str = "") -> None:
-    """Refuses keys of which nobody here knows whether they change what the model computes.
+    """Refuses keys that may change what the model computes.
 
     Args:
       stated: key and value; a value of None states nothing.

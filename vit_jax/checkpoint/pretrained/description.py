@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks what a file says of its parameters, before a model is built by it.
+"""Checks the description in a file of parameters, before a model is built by it.
 
 A description is as untrusted as the file. Sizes must be those of the arrays, since building and
 tracing a model takes time and memory by them.

@@ -177,7 +177,7 @@ def _download(part: BinaryIO, wanted: _Wanted) -> None:
             size = part.seek(0, os.SEEK_END)
             if size > offset:
                 continue
-            kept = f"; {_mib(size)} are kept, try again to go on; or" if size else ";"
+            kept = f"; {_mib(size)} are kept, try again to resume; or" if size else ";"
             raise UserError(f"can't fetch {wanted.url}: {e}{kept} {wanted.by_hand}") from e
 
 
@@ -255,7 +255,7 @@ def _check(path: Path, wanted: _Wanted, *, remedy: str) -> None:
     with path.open("rb") as file:
         is_page = file.read(100).lstrip()[:1] == b"<"
     if is_page or (wanted.path.suffix == ".npz" and not zipfile.is_zipfile(path)):
-        kind = "a web page" if is_page else f"{size} bytes that are no whole .npz file"
+        kind = "a web page" if is_page else f"{size} bytes that are not a whole .npz file"
         raise UserError(f"{path}, from {wanted.url}, is {kind}: {remedy}")
     if wanted.sha256 and (sha256 := compute_sha256(path)) != wanted.sha256:
         raise UserError(

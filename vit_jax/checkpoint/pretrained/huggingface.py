@@ -216,7 +216,7 @@ def _read_loss(
     if kind == "regression":
         for name in [name for name in tensors if name.startswith(("head.", "head_dist."))]:
             del tensors[name]
-        return None, ["head: that of a regression (problem_type), as none here: dropped"]
+        return None, ["head: it is for regression (problem_type), which is not supported: dropped"]
     if kind == "multi_label_classification":
         return "sigmoid", ["head: for any number of classes per image (problem_type): sigmoid"]
     return "softmax" if kind else None, []
@@ -285,14 +285,17 @@ def _drop_unused(tensors: dict[str, np.ndarray]) -> list[str]:
         del tensors["head.weight"]
         tensors.pop("head.bias", None)
         notes.append(
-            "head: it reads the class token beside the mean over patches, as no head here: dropped"
+            "head: it reads the class token and the mean over patches, which is not supported: "
+            "dropped"
         )
     if head is not None and tensors.pop("pre_logits.fc.weight", None) is not None:
         tensors.pop("pre_logits.fc.bias", None)
         notes.append("pre_logits: the pooler is not in front of the classifier: dropped")
     if "cls_token" not in tensors and tensors.pop("pre_logits.fc.weight", None) is not None:
         tensors.pop("pre_logits.fc.bias", None)
-        notes.append("pre_logits: the pooler reads the first patch, as no layer here: dropped")
+        notes.append(
+            "pre_logits: the pooler reads the first patch, which is not supported: dropped"
+        )
     return notes
 
 
@@ -313,7 +316,7 @@ def _read_settings(
     keys = " and ".join(key for key in taken if config.get(key) is None)
     values = ", ".join(f"{name}={value!r}" for name, value in missing.items())
     return settings, [
-        f"no config.json states {keys}: {values}, the defaults of Hugging Face's {kind}, taken"
+        f"no config.json states {keys}: assuming {values}, the defaults of Hugging Face's {kind}"
     ]
 
 

@@ -85,7 +85,7 @@ def _ends_with_patches(name: str) -> bool:
 
 
 def _find_prefix(name: str) -> str | None:
-    """Returns what stands in front of the model's names, if this is the name of its patches."""
+    """Returns the prefix of the model's names, if this is the name of its patches."""
     for patches in (TIMM_PATCHES, HUGGINGFACE_PATCHES):
         prefix = name.removesuffix(patches)
         if prefix == name or (prefix and not prefix.endswith(".")):

@@ -126,7 +126,7 @@ def read_safetensors(
             "Vision Transformer of timm or Hugging Face"
         ) from error
     if "mean" not in weights.preprocess:
-        notes.append("mean and std of the images: stated nowhere")
+        notes.append("mean and std of the images: not stated")
     return dataclasses.replace(weights, notes=(*notes, *weights.notes))
 
 
@@ -252,7 +252,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path.name} beside it: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"{path.name} beside it is no JSON") from error
+        raise ValueError(f"{path.name} beside it is not JSON") from error
     return content if isinstance(content, dict) else {}
 
 

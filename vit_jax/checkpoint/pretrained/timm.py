@@ -449,7 +449,7 @@ def _read_timm_settings(
     stated = {"num_heads": model["num_heads"], "activation": model.get("activation"), **settings}
     taken = ", ".join(f"{key}={value!r}" for key, value in stated.items() if key not in options)
     who = f"architecture {architecture!r} is unknown here" if architecture else _NO_CONFIG
-    return settings, [f"{who}: {taken}, the defaults of timm, taken"]
+    return settings, [f"{who}: assuming {taken}, the defaults of timm"]
 
 
 def _read_timm_images(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -71,7 +71,7 @@ def _infer_num_heads(tensors: Mapping[str, np.ndarray]) -> int:
         return _HEADS_BY_WIDTH[width]
     if width % 64:
         raise ValueError(
-            f"nothing says how many heads share the width of {width}; give model.num_heads"
+            f"nothing states how many heads share the width of {width}; give model.num_heads"
         )
     return width // 64
 

@@ -256,7 +256,7 @@ def describe_evaluation(
 
 
 def describe_no_line(what: str) -> str:
-    """Returns a note on images that are prepared in a way for which there is no operation here."""
+    """Returns a note on images that are prepared in a way that no operation here supports."""
     return f"images: {what} in evaluation there, which no operation here does: name another line"
 
 

@@ -109,7 +109,7 @@ def decode_image(encoded: bytes | np.ndarray, *, orient: bool = False) -> np.nda
     if size is not None:
         check_size(*size)
     if kind == "JPEG" and not has_jpeg_end(encoded):
-        raise ImageError(f"{len(encoded)} bytes that are no readable image: the end is missing")
+        raise ImageError(f"{len(encoded)} bytes that are not a readable image: the end is missing")
     if kind == "JPEG" and extension is not None and (known := extension.size(encoded)):
         height, width, turned = known
         if not (turned and orient):
@@ -178,12 +178,12 @@ def _essential_png(encoded: bytes, *, orient: bool) -> bytearray:
         if not whole:
             raise _damaged(encoded, name.decode())
     if not ended:
-        raise ImageError(f"{len(encoded)} bytes that are no readable image: the end is missing")
+        raise ImageError(f"{len(encoded)} bytes that are not a readable image: the end is missing")
     needed = (b"IHDR", b"IDAT", *([b"PLTE"] if encoded[25:26] == b"\3" else []))
     if absent := [name.decode() for name in needed if not found[name]]:
         # Without its palette, Pillow would make a black image of it.
         raise ImageError(
-            f"{len(encoded)} bytes that are no readable image: {', '.join(absent)} is missing"
+            f"{len(encoded)} bytes that are not a readable image: {', '.join(absent)} is missing"
         )
     if found[b"PLTE"] and len(found[b"PLTE"][0][8:-4]) not in range(3, 3 * 256 + 1, 3):
         raise _damaged(encoded, "PLTE")
@@ -234,7 +234,7 @@ def _store_pixels(encoded: bytes, compressed: bytes) -> Iterator[bytes]:
 
 
 def _damaged(encoded: bytes, part: str) -> ImageError:
-    return ImageError(f"{len(encoded)} bytes that are no readable image: {part} is damaged")
+    return ImageError(f"{len(encoded)} bytes that are not a readable image: {part} is damaged")
 
 
 def _is_exif(content: bytes) -> bool:
@@ -269,7 +269,7 @@ def _decode_with_pillow(encoded: bytes | bytearray, *, orient: bool) -> np.ndarr
     # Pillow's decoders raise OSError, SyntaxError, struct.error and others for broken files.
     except Exception as e:
         phone = ": HEIC or AVIF, which is to be converted" if encoded[4:8] == b"ftyp" else ""
-        raise ImageError(f"{len(encoded)} bytes that are no readable image{phone}") from e
+        raise ImageError(f"{len(encoded)} bytes that are not a readable image{phone}") from e
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -319,7 +319,7 @@ def read_header(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
             width, height = struct.unpack_from("<ii", encoded, 18)
             return "BMP", (abs(width), abs(height))  # Negative if rows start at the top.
     except (struct.error, IndexError, ValueError):  # It ends before the size, or has none.
-        raise ImageError(f"{len(encoded)} bytes that are no readable image") from None
+        raise ImageError(f"{len(encoded)} bytes that are not a readable image") from None
     return None, None
 
 

@@ -51,7 +51,7 @@ ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".
 _COLUMNS = ("image", "label", "labels", "split")
 _STORES = ("gs://", "s3://")
 _ANY_SHAPE = (None, None, 3)
-# How tables say that a row has no label.
+# How tables mark a row without a label.
 _NO_LABELS = (None, "", -1, "-1")
 
 # Threads that list folders, which mostly wait for the file system.
@@ -198,7 +198,7 @@ def _list_rows(
 ) -> list[tuple[str, str, str]]:
     """The path, class name and split ("" if there are none) of each image, sorted by path.
 
-    Images that are in no folder of a class are left out, `loose` ones among them, and so are
+    Images that are not in a class folder are left out, `loose` ones among them, and so are
     folders without images; both are logged.
     """
     found: dict[tuple[str, str], list[str]] = {}  # by split and folder
@@ -212,7 +212,7 @@ def _list_rows(
     if loose:
         few = list_few(sorted(loose))
         logger.info(
-            "%s: left out %s images that are in no folder of a class: %s",
+            "%s: left out %s images that are not in a class folder: %s",
             name,
             f"{len(loose):,}",
             few,

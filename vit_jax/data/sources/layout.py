@@ -353,7 +353,7 @@ def _key(name: str) -> str:
 def _check_spelling(name: str, names: Sequence[str], found: Mapping[str, set[int]]) -> None:
     if spaced := [repr(class_name) for class_name in names if class_name != class_name.strip()]:
         logger.info(
-            "%s: the names of classes %s have spaces around them, which count",
+            "%s: the names of classes %s have leading or trailing spaces, which are kept",
             name,
             list_few(spaced),
         )
