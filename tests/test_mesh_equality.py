@@ -142,7 +142,7 @@ MIXER = {"name": "mixer", "tokens_mlp_dim": 8, "channels_mlp_dim": 32}
 @pytest.mark.parametrize(
     "options",
     [
-        EVERYTHING,
+        pytest.param(EVERYTHING, marks=pytest.mark.slow),
         EVERYTHING | {"scan": True, "remat": "dots"},
         pytest.param(HYBRID, marks=pytest.mark.slow),
         pytest.param(MIXER, marks=pytest.mark.slow),

@@ -180,7 +180,7 @@ def test_parameters_that_no_file_can_hold_are_refused(place):
         (["--to=npz", "--output=m.npz"], "--output=m.npz: expected a folder; the file in it will"),
         (["--to=npz", "--output={place}"], "exists; remove it, or choose another name"),
         (["--to=npz", "--output=out", "--layer=encoded"], "has all layers; leave --layer out"),
-        (["--to=stablehlo", "--output=out", "--layer=encode"], "layer='encode' is none of"),
+        (["--to=stablehlo", "--output=out", "--layer=encode"], "layer='encode' is not one of"),
         (
             ["--to=safetensors", "--output=out", "--checkpoint={place}/mixer.npz"],
             "no Vision Transformer; only",

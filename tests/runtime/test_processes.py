@@ -225,6 +225,7 @@ def test_what_one_process_refuses_all_refuse(data_dir, tmp_path):
     assert "AssertionError: not here" in second
 
 
+@pytest.mark.slow
 def test_images_that_one_process_can_not_read_stop_all(tmp_path):
     for name in ("good", "bad"):
         write_folder(tmp_path / name, {"train/cat": 40, "train/dog": 40, "test/cat": 1})

@@ -151,9 +151,9 @@ def test_an_image_that_curl_sent_as_text_is_refused_with_what_to_type(client, ph
 @pytest.mark.parametrize(
     ("path", "files", "fields", "code", "message"),
     [
-        ("", [b"none"], {}, 415, "no image that can be read"),
+        ("", [b"none"], {}, 415, "not an image that can be read"),
         ("", [b""], {}, 415, "the file in the form is empty"),
-        ("", [b"x" * 2000], {}, 415, "no image that can be read"),
+        ("", [b"x" * 2000], {}, 415, "not an image that can be read"),
         ("", [b"x" * 2001], {}, 413, "the image has more than 2,000 bytes"),
         ("", [b"x" * 20_000], {}, 413, "the image has more than 2,000 bytes"),
         ("", [b"a", b"b"], {}, 400, "the form has 2 files: expected one image"),
