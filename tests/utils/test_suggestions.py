@@ -68,6 +68,11 @@ def test_a_name_that_is_like_none_lists_what_there_is():
         ("random_flip", ("epochs",), "'objective.flip'"),
         ("max_epochs", ("epochs",), "'epochs'"),
         ("opt", ("optimizer",), "'optimizer.name'"),
+        ("early_stopping", ("epochs",), "'stop.metric' or 'stop.patience'"),
+        # A name that several keys have elsewhere: that of the section comes first.
+        ("monitor", ("epochs",), "'stop.metric' or 'checkpoint.keep_best'"),
+        ("stop.monitor", ("metric", "patience"), "'stop.metric'"),
+        ("checkpoint.monitor", ("every",), "'checkpoint.keep_best'"),
         ("strategy", (), "'mesh.data' or 'mesh.fsdp'"),
     ],
 )

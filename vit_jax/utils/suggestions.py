@@ -89,6 +89,8 @@ _KEYS = {
     "checkpoint.every": "ckpt_every every_n_train_steps save_every save_freq save_interval "
     "save_steps",
     "checkpoint.keep": "checkpoint_hist max_to_keep save_top_k save_total_limit",
+    "stop.metric": "early_stop early_stopping early_stopping_metric monitor",
+    "stop.patience": "early_stop early_stopping early_stopping_patience patience_epochs",
     "checkpoint.keep_best": "best_metric eval_metric metric_for_best_model monitor save_best",
     "evals.NAME.split": "eval_split test_split val_split",
     "evals.NAME.batch_size": "eval_batch_size per_device_eval_batch_size val_batch_size "
@@ -209,7 +211,9 @@ def suggest_key(
     if fold(leaf) in own:
         return _ask(own[fold(leaf)])
     same = [other for other in everywhere if fold(_leaf(other)) == fold(leaf)]
-    if found := _prefer(same) or _OUR_KEYS.get(fold(leaf), []):
+    foreign = _OUR_KEYS.get(fold(leaf), [])
+    in_section = [other for other in foreign if section and other.startswith(prefix)]
+    if found := _prefer(same) or in_section or foreign:
         return _ask(*found)
     # The names of the section first, then those of all sections.
     leaves: dict[str, list[str]] = {}
