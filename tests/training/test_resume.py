@@ -32,6 +32,14 @@ def test_a_longer_run_is_the_same_experiment_and_said(tmp_path, said):
     )
 
 
+def test_a_run_that_is_refused_logs_no_change_of_its_length(tmp_path, said):
+    write_config(open_workdir(str(tmp_path), CONFIG), CONFIG)
+    said.clear()
+    with pytest.raises(UserError, match=r"config\.seed is 0 there and 1 here"):
+        open_workdir(str(tmp_path), CONFIG | {"seed": 1, "total_steps": 16})
+    assert said == []
+
+
 @pytest.mark.parametrize(
     ("optimizer", "other"),
     [

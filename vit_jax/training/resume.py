@@ -156,28 +156,30 @@ def _compare(
     trains: bool,
 ) -> None:
     changes = dict(_find_changes(_as_json(old), _as_json(new)))
+    values: list[str] = []
     if added := [key for key, (before, _) in changes.items() if before is _ABSENT]:
         # A later version of the package has more keys; their defaults are what was there before.
         defaults = _find_defaults(old, resolve)
         if defaults is not None:
             added = [key for key in added if changes[key][1] == defaults.get(key)]
         values = [f"{key}={changes.pop(key)[1]!r}" for key in added]
-        if values:
-            log(f"config keys that the run was started without: {', '.join(values)}")
-    refused = {}
-    for key, (before, after) in changes.items():
-        if may_change(key) or resume.allows(key):
-            other = trains and key in LENGTH and after is not None
-            other = other and _depends_on_length(new.get("optimizer", {}))
-            log(f"config.{key}: {before!r} before, {after!r} now{_OTHER_SCHEDULE * other}")
-        else:
-            refused[key] = f"config.{key} is {before!r} there and {after!r} here"
+    refused = {
+        key: f"config.{key} is {before!r} there and {after!r} here"
+        for key, (before, after) in changes.items()
+        if not (may_change(key) or resume.allows(key))
+    }
     if refused:
         raise UserError(
             f"--workdir={path!r} belongs to another experiment: {'; '.join(refused.values())}; "
             "choose another workdir, or the same value, or resume nevertheless with "
             f"--config.resume.allow={','.join(refused)}"
         )
+    if values:
+        log(f"config keys that the run was started without: {', '.join(values)}")
+    for key, (before, after) in changes.items():
+        other = trains and key in LENGTH and after is not None
+        other = other and _depends_on_length(new.get("optimizer", {}))
+        log(f"config.{key}: {before!r} before, {after!r} now{_OTHER_SCHEDULE * other}")
 
 
 def _find_changes(
