@@ -48,6 +48,7 @@ def place(tmp_path, monkeypatch):
         ("folder:{place}/birds.tar.gz", "an archive is not read as it is: unpack it"),
         ("./x.png", "it is a file: expected folder:FOLDER"),
         ("/no/such/birds", "there is no such file or folder"),
+        ("/no/such/birds", "written as 'folder:/no/such/birds'"),
         ("gs://bucket/birds", "expected manifest:TABLE.csv"),
     ],
 )

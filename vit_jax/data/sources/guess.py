@@ -41,7 +41,8 @@ def suggest_name(path: str, *, besides: str | None = None) -> str:
     elif os.path.exists(where):
         return "; it is a file: expected folder:FOLDER, with a folder for each class"
     else:
-        return "" if besides else "; there is no such file or folder"
+        missing = "; there is no such file or folder; a folder of images is written as"
+        return "" if besides else f"{missing} 'folder:{path}'"
     return "" if kind == besides else f"; did you mean '{kind}:{path}'?"
 
 
