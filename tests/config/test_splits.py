@@ -32,7 +32,9 @@ def test_configs_read_the_splits_of_a_folder_without_any(name, flat, said):
     sizes = {e.name: (e.data.split, len(e.data.open())) for e in parts.evaluators}
     assert sizes == {"val": ("validation", 5), "test": ("test", 5)}
     assert (parts.train_data.split, len(parts.train_data.open())) == ("train", 40)
-    assert any(f"{flat}: as it has a validation, data.split='train[:9" in line for line in said)
+    assert any(
+        f"{flat}: as it has a validation split, data.split='train[:9" in line for line in said
+    )
     # What a workdir keeps is what was used, so that other commands need not adapt it.
     said.clear()
     assert build_parts(parts.config).config == parts.config

@@ -45,5 +45,5 @@ def use_cut(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     split = data["split"]
     others = "".join(f", evals.{key}.split={end!r} is validation" for key in changed)
-    log(f"{name}: as it has a validation, data.split={split!r} is train{others}")
+    log(f"{name}: as it has a validation split, data.split={split!r} is train{others}")
     return {**config, "data": {**data, "split": "train"}, "evals": {**evals, **changed}}
