@@ -56,8 +56,11 @@ CASES = {
     "main": [
         ("--workdir=new", ["--config", "is missing", "--help"]),
         ("--config={root}/configs/digits.py", ["--workdir", "is missing", "--help"]),
-        (TRAIN + "--wrokdir=x", ["wrokdir", "Did you mean: workdir"]),
+        (TRAIN + "--wrokdir=x", ["wrokdir", "did you mean '--workdir'"]),
         (TRAIN + "--lr=0.1", ["--lr is no flag", "'--config.optimizer.lr'"]),
+        (TRAIN + "--confg=digits", ["--confg is no flag", "did you mean '--config'?"]),
+        (TRAIN + "--qwertz=1", ["--qwertz is no flag", "--help"]),
+        (TRAIN + "--config.data.batch_size=0", ["data.batch_size=0: expected 1 or more"]),
         (TRAIN + "--config.weight_decay=0.1", ["weight_decay", "'optimizer.weight_decay'"]),
         (TRAIN + "--config.max_epochs=3", ["max_epochs", "did you mean 'epochs'"]),
         (TRAIN + "--config.init_from=b16", ["'b16'", "augreg:B/16", "a .npz", "https://"]),
@@ -389,6 +392,10 @@ CASES = {
         (SWEEP + "--sweep=sweep_key.py", ["sead", "'seed'"]),
         (SWEEP + "--sweep=sweep.py --emit=gke --summarize", ["--emit=gke", "--summarize"]),
         (SWEEP + "--sweep=sweep.py --launch_args=x", ["--launch_args=x", "--emit=slurm"]),
+        (
+            SWEEP + "--sweep=sweep.py --workdir=run",
+            ["--workdir=run", "of a run", "such as 'sweep'"],
+        ),
         (SWEEP + "--sweep=sweep.py --emit=sge", ["--emit", "'sge'", "slurm"]),
         (SWEEP + "--sweep=sweep.py --workdir=empty.txt", ["--workdir=empty.txt", "can't be"]),
     ],

@@ -37,7 +37,7 @@ from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.registry import trust_parts
 from vit_jax.utils.signals import INTERRUPTED, RUN_AGAIN, ending_at_second_interrupt, importing
 from vit_jax.utils.streams import print_line, print_result, settle_streams
-from vit_jax.utils.suggestions import suggest_flag
+from vit_jax.utils.suggestions import find_near, suggest_flag
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -167,8 +167,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         unused = flags.FLAGS(rest)[1:]
     except flags.UnrecognizedFlagError as e:
-        hint = suggest_flag(e.flagname)
-        raise UserError(f"--{e.flagname} is no flag{hint}" if hint else str(e)) from None
+        near = find_near(e.flagname, flags.FLAGS, cutoff=0.75)
+        hint = f"; did you mean '--{near}'?" if near else f"; see {make_parser().prog} --help"
+        raise UserError(f"--{e.flagname} is no flag{suggest_flag(e.flagname) or hint}") from None
     except flags.Error as e:
         raise UserError(str(e)) from None
     for name, flag in (("config", _CONFIG), ("workdir", _WORKDIR)):

@@ -468,6 +468,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"--emit={args.emit} and --summarize: expected one of them")
     if args.launch_args and args.emit not in ("slurm", "gke"):
         raise UserError(f"--launch_args={args.launch_args}: expected --emit=slurm or gke with it")
+    if (args.workdir / CONFIG).is_file():
+        raise UserError(
+            f"--workdir={args.workdir} is the workdir of a run; expected a folder for the workdirs "
+            f"of all runs, such as {str(args.workdir.parent / 'sweep')!r}"
+        )
     return args
 
 

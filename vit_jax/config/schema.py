@@ -69,6 +69,8 @@ class Data:
     def __post_init__(self) -> None:
         if self.num_threads is not None and self.num_threads < 0:
             raise UserError(f"data.num_threads={self.num_threads}: expected 0 or more, or None")
+        if self.batch_size < 1:
+            raise UserError(f"data.batch_size={self.batch_size}: expected 1 or more")
         if not 1 <= self.repeats <= self.batch_size:
             raise UserError(
                 f"data.repeats={self.repeats}: expected 1 to data.batch_size={self.batch_size}"
