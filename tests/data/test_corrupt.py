@@ -149,6 +149,8 @@ def test_too_many_are_an_error_in_one_line(counts, limit):
     for word in (
         f"{counts.corrupt} records of {counts.seen:,}",
         f"data.max_corrupt={limit} allows",
+        "repair or remove these files",
+        "or add --config.data.max_corrupt=",
     ):
         assert word in str(error.value)
     assert "\n" not in str(error.value)

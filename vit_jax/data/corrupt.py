@@ -3,6 +3,7 @@
 
 import dataclasses
 import logging
+import math
 import threading
 
 from vit_jax.utils.errors import UserError
@@ -80,4 +81,8 @@ def check_counts(counts: Counts, max_fraction: float) -> None:
     if counts.lost:
         raise UserError(f"{met}, and nor have those after them; {lines}")
     if counts.corrupt > max(max_fraction * counts.seen, GRACE if max_fraction else 0):
-        raise UserError(f"{met}, and data.max_corrupt={max_fraction} allows no more; {lines}")
+        share = min(1.0, math.ceil(counts.corrupt / counts.seen * 200) / 100)  # twice what was met
+        raise UserError(
+            f"{met}, and data.max_corrupt={max_fraction} allows no more; {lines}; repair or remove "
+            f"these files, or add --config.data.max_corrupt={share}"
+        )
