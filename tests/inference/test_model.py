@@ -365,7 +365,7 @@ def test_a_model_without_a_head_gives_features_alone(tmp_path):
         ({"preprocess": "decode"}, "leaves images in different sizes: add resize(SIZE)"),
         ({"preprocess": "resize(8)"}, "expected 'decode' first"),
         ({"class_names": "abcdefghijk"}, "11 class names, and the model has 10 classes"),
-        ({"loss": "hinge"}, "loss='hinge' is a str; expected 'softmax' or 'sigmoid'"),
+        ({"loss": "hinge"}, "loss='hinge': expected 'softmax' or 'sigmoid'"),
         ({"model": {"num_head": 2}}, "unknown config key model.num_head; did you mean"),
         ({"pixel_std": 0.0}, "expected more than 0"),
     ],

@@ -107,7 +107,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("to", "output"):
         if not getattr(args, name):
-            raise UserError(f"--{name} is missing; see python -m vit_jax.export --help")
+            raise UserError(f"--{name} is missing; see {parser.prog} --help")
     args.to = args.to.split(",")
     for name in args.to:
         if name not in FORMATS:
