@@ -172,8 +172,9 @@ def export(
         path = folder / f"model.{name}"
         if name in WEIGHTS:
             weights = _make_weights(model)
-            _, *notes, line = convert(weights, path)
-            lines += [f"{path.name}: {text}" for text in (*notes, line)]
+            # The files are listed when their folder has its final name.
+            notes = [text for text in convert(weights, path) if not text.startswith("wrote ")]
+            lines += [f"{path.name}: {text}" for text in notes]
             if name == "safetensors":
                 lines += _write_timm_config(folder / CONFIG, weights)
             continue
