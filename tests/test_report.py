@@ -93,7 +93,7 @@ def test_data_that_is_not_there_is_said_and_the_rest_is_written(place, tmp_path,
     ("arguments", "message"),
     [
         (["--workdir={tmp}"], "expected the workdir of a run"),
-        (["--workdir={run}", "--eval=vall"], "--eval=vall: is no evaluator"),
+        (["--workdir={run}", "--eval=vall"], "--eval=vall: expected an evaluator"),
         (["--workdir={run}", "--checkpoint=5"], "--checkpoint=5: "),
         (["--workdir={run}", "--pictures=0"], "--pictures=0: expected at least 1"),
         (["--workdir={run}", "--no_predict", "--output=/dev/null/x"], "can't be written"),

@@ -59,7 +59,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("config", "output"):
         if not getattr(args, name):
-            raise UserError(f"--{name} is missing; see python -m vit_jax.find_lr --help")
+            raise UserError(f"--{name} is missing; see {parser.prog} --help")
     return args
 
 

@@ -229,7 +229,7 @@ def choose_evaluator(evaluators: Sequence["Evaluator"], name: str | None) -> "Ev
     }
     if name is not None and name not in able:
         raise UserError(
-            f"--eval={name}: is no evaluator with one class an image{suggest(name, able)}"
+            f"--eval={name}: expected an evaluator with one class an image{suggest(name, able)}"
         )
     if not able:
         raise UserError("no evaluator has one class for each image")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trained models in use from Python."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -112,7 +113,9 @@ def test_files_are_classified_by_name(model, photos):
     np.testing.assert_allclose(one.logits, arrays.logits[1], atol=1e-5)
     name, probability = one.top(1)[0]
     assert repr(one).startswith(f"{photos[1]}: {name} {100 * probability:.1f} %, ")
-    refuse(lambda: one.top(0), "top(0)", "at least 1")
+    for k in (0, -1, 2.5, "3", None):
+        for prediction in (one, arrays, model([photos[0]])):
+            refuse(lambda k=k, it=prediction: it.top(k), f"top({k!r})", "at least 1")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,22 @@ def test_an_image_that_was_named_and_can_not_be_read_is_one_line(model, photos, 
     refuse(lambda: model(tmp_path / "empty"), "no images found in", "empty")
     (tmp_path / "empty" / "a.jpg").write_bytes(b"no image")
     refuse(lambda: model(tmp_path / "empty"), "none of 1 images can be read")
-    refuse(lambda: model([]), "or paths of images")
+    refuse(lambda: model([]), "there are no images: expected paths of images")
+    with open(photos[0], "rb") as file:
+        refuse(lambda: model(file), "an open file, BufferedReader", "file.read()")
+    torn = Image.open(io.BytesIO(photos[0].read_bytes()[:-30]))
+    refuse(lambda: model(torn), "image 0 of 1: a Pillow image that can't be read: ")
+    refuse(lambda: model.preprocess(IMAGES[0, :0]), "uint8 [0, 8, 3]: expected uint8")
+
+
+@pytest.mark.parametrize("method", ["features", "attention"])
+def test_features_and_attention_take_files_as_a_call_does(model, photos, method):
+    compute = getattr(model, method)
+    expected = compute([model.preprocess(path) for path in photos])
+    for images in (photos, [Image.open(photos[0]), *photos[1:]], f"{photos[0].parent}/*.png"):
+        np.testing.assert_allclose(compute(images), expected, atol=1e-5)
+    assert compute(str(photos[0])).shape == (1, *expected.shape[1:])
+    refuse(lambda: compute("none.jpg"), "'none.jpg': there is no such file or folder")
 
 
 def test_a_run_says_what_was_taken_of_it(run, model):
@@ -347,7 +365,7 @@ def test_a_model_without_a_head_gives_features_alone(tmp_path):
         ({"preprocess": "decode"}, "leaves images in different sizes: add resize(SIZE)"),
         ({"preprocess": "resize(8)"}, "expected 'decode' first"),
         ({"class_names": "abcdefghijk"}, "11 class names, and the model has 10 classes"),
-        ({"loss": "hinge"}, "loss='hinge' is a str; expected 'softmax' or 'sigmoid'"),
+        ({"loss": "hinge"}, "loss='hinge': expected 'softmax' or 'sigmoid'"),
         ({"model": {"num_head": 2}}, "unknown config key model.num_head; did you mean"),
         ({"pixel_std": 0.0}, "expected more than 0"),
     ],
@@ -367,6 +385,16 @@ def test_bad_sources_are_one_line(run, tmp_path):
 
 
 def test_images_of_another_kind_are_refused(model):
-    for images in (IMAGES / 255, IMAGES[:, :4], IMAGES[:0]):
-        refuse(lambda images=images: model(images), "expected uint8 ['n', 8, 8, 3]")
+    for images, found in (
+        (IMAGES / 255, "float64 [3, 8, 8, 3]"),
+        (IMAGES[:, :4], "uint8 [3, 4, 8, 3]"),
+        (IMAGES[:0], "uint8 [0, 8, 8, 3]"),
+        ([IMAGES[0], IMAGES[0, :4]], "arrays of several shapes"),
+        (None, "a NoneType"),
+        ({"a.jpg"}, "a set"),
+        (iter([]), "no images"),
+    ):
+        for call in (model, model.features, model.attention):
+            given = list(images) if hasattr(images, "__next__") else images
+            refuse(lambda call=call, given=given: call(given), found, "or uint8 [n, 8, 8, 3]")
     refuse(lambda: model(IMAGES, tta="rotate"), "tta='rotate': expected 'flip'")

@@ -168,6 +168,13 @@ def test_a_form_that_does_not_fit_is_refused(client, path, files, fields, code, 
     assert (reply.status_code, reply.json()["error"][: len(message)]) == (code, message)
 
 
+@pytest.mark.parametrize(("name", "hint"), [(None, True), ("a.png", False)])
+def test_a_form_without_a_file_is_refused_with_what_to_type(client, name, hint):
+    reply = client.post("/v1/predict", files={"file": (name, b"photo.jpg")})
+    assert reply.status_code == 415
+    assert reply.json()["error"].endswith("as curl -F file=@FILE sends it") == hint
+
+
 def test_a_request_leaves_the_filters_of_warnings_alone(client, photo, monkeypatch):
     assert client.post("/v1/predict", content=photo).status_code == 200
     monkeypatch.setattr(warnings, "catch_warnings", None)  # All threads share what it changes.

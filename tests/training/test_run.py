@@ -430,6 +430,16 @@ def test_rules_that_match_nothing_are_refused_before_anything_is_written(data_di
     assert not (tmp_path / "w").exists()
 
 
+def test_what_is_no_config_or_no_function_is_refused_before_anything_is_written(data_dir, tmp_path):
+    with pytest.raises(
+        UserError, match=r"config='digits': expected a ConfigDict, as .*load_config"
+    ):
+        train("digits", tmp_path / "w")
+    with pytest.raises(UserError, match="on_record=3: expected a function"):
+        train(tiny_config(data_dir), tmp_path / "w", on_record=3)
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize("init_from", ["nowhere", "{root}", "{root}/README.md"])
 def test_start_from_what_is_no_checkpoint_is_refused(init_from, data_dir):
     init_from = init_from.format(root=ROOT)

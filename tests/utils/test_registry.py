@@ -45,7 +45,7 @@ def test_defaults_are_filled_in_and_each_constructor_gets_its_own():
         ({"width": 1, "wdth": 2}, "unknown config key it.wdth; did you mean 'it.width'?"),
         ({"width": 1.5}, "it.width=1.5 is a float; expected int"),
         ({"width": True}, "it.width=True is a bool; expected int"),
-        ({"width": 1, "color": "green"}, "it.color='green' is a str; expected 'red' or 'blue'"),
+        ({"width": 1, "color": "green"}, "it.color='green': expected 'red' or 'blue'"),
         ({"width": 1, "scale": "big"}, "it.scale='big' is a str; expected float or None"),
     ],
 )

@@ -107,7 +107,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("to", "output"):
         if not getattr(args, name):
-            raise UserError(f"--{name} is missing; see python -m vit_jax.export --help")
+            raise UserError(f"--{name} is missing; see {parser.prog} --help")
     args.to = args.to.split(",")
     for name in args.to:
         if name not in FORMATS:
@@ -172,8 +172,9 @@ def export(
         path = folder / f"model.{name}"
         if name in WEIGHTS:
             weights = _make_weights(model)
-            _, *notes, line = convert(weights, path)
-            lines += [f"{path.name}: {text}" for text in (*notes, line)]
+            # The files are listed when their folder has its final name.
+            notes = [text for text in convert(weights, path) if not text.startswith("wrote ")]
+            lines += [f"{path.name}: {text}" for text in notes]
             if name == "safetensors":
                 lines += _write_timm_config(folder / CONFIG, weights)
             continue

@@ -33,6 +33,11 @@ def list_given(images: Any) -> list[Any] | None:
     """
     if isinstance(images, (*_PATH, *_IN_MEMORY)):
         images = [images]
+    elif hasattr(images, "read"):  # Its iterator would give lines.
+        raise UserError(
+            f"images are an open file, {type(images).__name__}: expected its path, or its bytes, "
+            "as file.read() gives them"
+        )
     elif isinstance(images, Iterator):
         images = list(images)
     elif getattr(getattr(images, "dtype", None), "kind", "") in ("U", "O", "T"):
@@ -62,19 +67,37 @@ def is_one_image(images: Any) -> bool:
     return isinstance(images, _IN_MEMORY)
 
 
-def compute_logits(
-    model: "LoadedModel", given: Sequence[Any], *, tta: "Tta | None"
+def compute_given(
+    model: "LoadedModel", given: Sequence[Any], *, layer: str, tta: "Tta | None"
 ) -> tuple[list[str | None], np.ndarray]:
-    """Computes the logits of the images that `list_given` lists.
+    """Computes the output of a layer for the images that `list_given` lists.
 
     Returns:
-      The path of each image, None for one in memory, and float32 `[n, num_classes]`.
+      The path of each image, None for one in memory, and float32 `[n, ...]`.
 
     Raises:
       UserError: an image that is named itself can't be read, or there is none.
     """
     if all(isinstance(image, str) for image in given):
-        return _compute_files(model, given, tta=tta)
+        return _compute_files(model, given, layer=layer, tta=tta)
+    paths, images = prepare_given(model, given)
+    starts = range(0, len(images), _BATCH_SIZE)
+    chunks = [images[start : start + _BATCH_SIZE] for start in starts]
+    rows = [model.features(chunk, layer=layer, tta=tta) for chunk in chunks]
+    return paths, np.concatenate(rows)
+
+
+def prepare_given(
+    model: "LoadedModel", given: Sequence[Any]
+) -> tuple[list[str | None], list[np.ndarray]]:
+    """Prepares the images that `list_given` lists.
+
+    Returns:
+      The path of each image, None for one in memory, and the results of `model.preprocess`.
+
+    Raises:
+      UserError: an image can't be read, or there is none.
+    """
     paths: list[str | None] = []
     images: list[np.ndarray] = []
     for number, image in enumerate(given):
@@ -88,29 +111,26 @@ def compute_logits(
             images.append(model.preprocess(image))
         except UserError as e:
             raise UserError(f"image {number} of {len(given)}: {e}") from None
-    starts = range(0, len(images), _BATCH_SIZE)
-    chunks = [images[start : start + _BATCH_SIZE] for start in starts]
-    rows = [model.features(chunk, layer="logits", tta=tta) for chunk in chunks]
-    return paths, np.concatenate(rows)
+    return paths, images
 
 
 def _compute_files(
-    model: "LoadedModel", given: Sequence[str], *, tta: "Tta | None"
+    model: "LoadedModel", given: Sequence[str], *, layer: str, tta: "Tta | None"
 ) -> tuple[list[str | None], np.ndarray]:
     files = find_images(given)
     corrupt = _RefuseNamed({path for path in given if path in files})
     paths: list[str | None] = []
     rows: list[np.ndarray] = []
-    for kept, logits in map_images(
+    for kept, outputs in map_images(
         model,
         files,
-        layer="logits",
+        layer=layer,
         tta=tta,
         batch_size=_BATCH_SIZE,
         corrupt=corrupt,
     ):
         paths += kept
-        rows.append(logits)
+        rows.append(outputs)
     if not paths:
         raise UserError(f"none of {len(files):,} images can be read; the lines above say why")
     return paths, np.concatenate(rows)

@@ -138,11 +138,14 @@ def _read(image: Any) -> bytes | np.ndarray:
     if isinstance(image, str | os.PathLike):
         return Files("", [os.fspath(image)]).read(0)
     if hasattr(image, "convert"):
-        image = to_rgb(image)
+        try:
+            image = to_rgb(image)
+        except (OSError, SyntaxError) as e:  # Pillow reads pixels late.
+            raise ImageError(f"a Pillow image that can't be read: {e}") from None
     pixels = np.asarray(image)
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=2)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise ImageError(
             f"pixels of {pixels.dtype} {list(pixels.shape)}: expected uint8 [height, width, 3]"
         )

@@ -29,7 +29,12 @@ from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Loss, Weights
 from vit_jax.checkpoint.workdir import find_step, read_config
 from vit_jax.data.ops.decode import ImageError
-from vit_jax.inference.given import compute_logits, is_one_image, list_given
+from vit_jax.inference.given import (
+    compute_given,
+    is_one_image,
+    list_given,
+    prepare_given,
+)
 from vit_jax.inference.images import Preparation, make_preparation
 from vit_jax.inference.prediction import ImagePrediction, ImagePredictions, Prediction
 from vit_jax.models.attention import ATTENTION_WEIGHTS
@@ -141,7 +146,7 @@ class LoadedModel:
         given = list_given(images)
         if given is None:
             return self.predict(self.features(images, layer="logits", tta=tta))
-        paths, logits = compute_logits(self, given, tta=tta)
+        paths, logits = compute_given(self, given, layer="logits", tta=tta)
         predicted = self.predict(logits)
         names = [self.name_of(label) for label in range(self.module.num_classes)]
         found = ImagePredictions(tuple(paths), logits, predicted.probabilities, names)
@@ -166,8 +171,13 @@ class LoadedModel:
             path of a module, such as `Transformer/encoderblock_3`.
 
         Raises:
-          UserError: the layer does not exist, or the images have another shape or dtype.
+          UserError: the layer does not exist, an image that was named cannot be read, or prepared
+            images have another shape or dtype.
         """
+        given = list_given(images)
+        if given is not None:
+            self.check_layer(layer)
+            return compute_given(self, given, layer=layer, tta=tta)[1]
         images = self._check_images(images)
         count = len(images)
         padded = np.zeros((self.pad_rows(count), *self.image_shape), np.uint8)
@@ -200,18 +210,20 @@ class LoadedModel:
         return functools.partial(_apply, params, layer=layer, tta=None, **self._pixels)
 
     def attention(self, images: Any) -> np.ndarray:
-        """Computes the attention weights of all blocks for images as in `__call__`.
+        """Computes the attention weights of all blocks for images as in `__call__`, all at once.
 
         Returns:
           float32 `[n, layers, heads, length, length]`: weights by query and key. Each row over
           keys sums to 1.
 
         Raises:
-          UserError: the model has no attention, or the images have another shape or dtype.
+          UserError: the model has no attention, an image cannot be read, or prepared images have
+            another shape or dtype.
         """
-        images = self._check_images(images)
         if not isinstance(self.module, VisionTransformer):
             raise UserError("this model has no attention; expected a Vision Transformer")
+        given = list_given(images)
+        images = self._check_images(images if given is None else prepare_given(self, given)[1])
         return np.asarray(self._attention(self.params, images))
 
     @functools.cached_property
@@ -268,15 +280,21 @@ class LoadedModel:
         return -(-rows // shards) * shards
 
     def _check_images(self, images: Any) -> np.ndarray:
-        images = np.asarray(images)
-        if images.ndim == 3:
-            images = images[None]
-        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape or not len(images):
-            raise UserError(
-                f"images are {images.dtype} {list(images.shape)}: expected uint8 "
-                f"{['n', *self.image_shape]}, as model.preprocess gives them, or paths of images"
-            )
-        return images
+        shape = ", ".join(map(str, ("n", *self.image_shape)))
+        expected = f"expected paths of images, or uint8 [{shape}], as model.preprocess gives them"
+        if isinstance(images, Sequence) and not len(images):
+            raise UserError(f"there are no images: {expected}")
+        try:
+            array = np.asarray(images)
+        except ValueError:
+            raise UserError(f"images are arrays of several shapes: {expected}") from None
+        if array.dtype == object:
+            raise UserError(f"images are a {type(images).__name__}: {expected}")
+        if array.ndim == 3:
+            array = array[None]
+        if array.dtype != np.uint8 or array.shape[1:] != self.image_shape or not len(array):
+            raise UserError(f"images are {array.dtype} {list(array.shape)}: {expected}")
+        return array
 
     @functools.cached_property
     def _computations(self) -> dict[tuple[str, Tta | None], Callable[..., jax.Array]]:

@@ -27,7 +27,12 @@ class Prediction:
     probabilities: np.ndarray
 
     def top(self, k: int) -> np.ndarray:
-        """The `k` most probable labels of each image, the most probable first, int64 `[n, k]`."""
+        """The `k` most probable labels of each image, the most probable first, int64 `[n, k]`.
+
+        Raises:
+          UserError: `k` is less than 1.
+        """
+        _check_k(k)
         return np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]
 
 
@@ -53,8 +58,7 @@ class ImagePrediction:
         Raises:
           UserError: `k` is less than 1.
         """
-        if k < 1:
-            raise UserError(f"top({k}): expected at least 1")
+        _check_k(k)
         labels: list[int] = np.argsort(-self.probabilities, kind="stable")[:k].tolist()
         return [(self.class_names[i], float(self.probabilities[i])) for i in labels]
 
@@ -98,3 +102,8 @@ class ImagePredictions(Sequence[ImagePrediction]):
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self))
+
+
+def _check_k(k: int) -> None:
+    if not isinstance(k, int | np.integer) or k < 1:
+        raise UserError(f"top({k!r}): expected a whole number, at least 1")

@@ -271,6 +271,7 @@ def make_app(
         with predictor.admit():
             content = await _read_body(request, limits)
             kind = request.headers.get("Content-Type", "")
+            unnamed = is_form(kind) and b"filename" not in content
             if is_form(kind):
                 content, fields = _take_file(kind, content, limits)
                 options = _add_fields(options, fields, request)
@@ -278,6 +279,9 @@ def make_app(
             try:
                 return await predictor.predict(content, top_k=options.top_k, overlay=overlay)
             except HTTPException as e:
+                if e.status_code == 415 and unnamed:
+                    hint = "the form has no file: expected one, as curl -F file=@FILE sends it"
+                    raise HTTPException(415, f"{e.detail}; {hint}") from None
                 if e.status_code == 415 and kind.startswith("application/x-www-form-urlencoded"):
                     hint = (
                         "curl -d leaves out line breaks: use --data-binary @FILE or -F file=@FILE"

@@ -83,6 +83,13 @@ def train(
       SaveError: a checkpoint can't be written.
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
+    if not isinstance(config, ConfigDict | Mapping):
+        raise UserError(
+            f"config={config!r}: expected a ConfigDict, as "
+            "vit_jax.config.load.load_config(NAME) returns it"
+        )
+    if on_record is not None and not callable(on_record):
+        raise UserError(f"on_record={on_record!r}: expected a function of a record")
     trust_config(config)
     main_process = jax.process_index() == 0
     phases = Phases()

@@ -327,9 +327,12 @@ def check_type(value: Any, annotation: Any, *, key: str) -> None:
         return
     members = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     names = " or ".join("None" if m is types.NoneType else _type_name(m) for m in members)
-    near = find_near(str(value), [c for c in _literals(annotation) if isinstance(c, str)])
+    words = [c for c in _literals(annotation) if isinstance(c, str)]
+    near = find_near(str(value), words)
     hint = "" if near is None else f"; did you mean {near!r}?"
-    raise UserError(f"{key}={value!r} is a {type(value).__name__}; expected {names}{hint}")
+    # A wrong word among words is not of a wrong type.
+    found = ":" if words and isinstance(value, str) else f" is a {type(value).__name__};"
+    raise UserError(f"{key}={value!r}{found} expected {names}{hint}")
 
 
 def _is_union(annotation: Any) -> bool:
