@@ -33,8 +33,8 @@ def one_device(data_dir):
 @pytest.mark.parametrize(
     "mesh",
     [
-        {"data": 8},
-        {"fsdp": 8, "data": 1},
+        pytest.param({"data": 8}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 8, "data": 1}, marks=pytest.mark.slow),
         {"fsdp": 4, "tensor": 2},
         {"data": 2, "fsdp": 2, "tensor": 2},
     ],

@@ -39,7 +39,8 @@ def init(model, shape=(2, 8, 8, 3), seed=0):
     ],
 )
 def test_named_sizes_have_the_published_parameter_counts(variant, size, parameters):
-    model = make_vit(num_classes=1000, variant=variant)
+    # A scan is traced once for all blocks.
+    model = make_vit(num_classes=1000, variant=variant, scan=True)
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
     assert count(shapes) == parameters
@@ -48,7 +49,7 @@ def test_named_sizes_have_the_published_parameter_counts(variant, size, paramete
 @pytest.mark.parametrize("variant", ["S/16", "S/32", "B/32"])
 def test_gap_norep_differs_by_the_class_token_only(variant):
     def size(variant):
-        model = make_vit(num_classes=1000, variant=variant)
+        model = make_vit(num_classes=1000, variant=variant, scan=True)
         image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
         return count(jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image))
 
