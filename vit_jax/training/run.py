@@ -122,7 +122,9 @@ def train(
             )
             stack.enter_context(lock_workdir(folder, active=main_process))
         checkpoints = stack.enter_context(
-            CheckpointManager(folder, settings.checkpoint, experiment.description)
+            CheckpointManager(
+                folder, settings.checkpoint, experiment.description, keep=experiment.keep
+            )
         )
         total, saved = experiment.total_steps, checkpoints.latest_step() or 0
         if saved > total:
