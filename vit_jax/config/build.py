@@ -145,7 +145,6 @@ def _build_parts(
         headless=headless,
         float8=precision.float8,
         lora=settings.lora if settings.lora.rank else None,
-        init_from=settings.init_from,
     )
     objective, objective_args = _make_objective(settings.objective, model, data)
     clock = _make_clock(data, epoch_examples)
@@ -271,7 +270,6 @@ def _make_model(
     headless: bool,
     float8: bool,
     lora: Lora | None,
-    init_from: str | None,
 ) -> tuple[Model, _Section]:
     name = str(section.get("name", "vit"))
     if not is_part(name) and name not in MODELS and (variant := guess_variant(name)):
@@ -296,11 +294,6 @@ def _make_model(
         )
     if float8 and "float8" not in keywords(make):
         raise UserError(f"precision='float8': model.name={name!r} has no argument float8")
-    if lora is not None and init_from is None:
-        raise UserError(
-            f"lora.rank={lora.rank} without init_from: all but the adapters would stay as they are "
-            "initialised; expected weights to start from, as --config.init_from=augreg:B/16"
-        )
     if lora is not None and "lora" not in keywords(make):
         raise UserError(f"lora.rank={lora.rank}: model.name={name!r} has no argument lora")
     model = make(**args, **_take({"constrain": place, "float8": float8, "lora": lora}, make))

@@ -89,6 +89,21 @@ class Experiment(Parts):
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
         )
 
+    def check(self) -> None:
+        """Checks that the config can be trained.
+
+        Raises:
+          UserError: a rule for single parameters matches none of them, or adapters have no weights
+            to be added to.
+        """
+        _ = self.abstract_state
+        if (rank := self.settings.lora.rank) and self.settings.init_from is None:
+            raise UserError(
+                f"lora.rank={rank} without init_from: all but the adapters and the head would "
+                "stay as they are initialised; expected weights to start from, such as "
+                "--config.init_from=augreg:B/16"
+            )
+
     def _make_state(self, params: Any = None) -> TrainState:
         batch = {k: jnp.zeros((1, *v.shape[1:]), v.dtype) for k, v in self.abstract_batch.items()}
         return step_lib.init_state(

@@ -109,7 +109,7 @@ def train(
             if main_process:
                 check_trackers(settings.tracking)
             # Parameters that the config's rules do not fit are refused before anything is written.
-            _ = experiment.abstract_state
+            experiment.check()
             names = experiment.train_data.info.class_names
             stack.enter_context(remove_workdir_on_error(Path(workdir), active=main_process))
             folder = open_workdir(

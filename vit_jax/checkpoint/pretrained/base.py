@@ -67,11 +67,10 @@ def find_base(base: Mapping[str, Any], folder: Path) -> str:
       UserError: they are on no disk here, and have no name from which they can be fetched.
     """
     name, source = str(base.get("path", "")), str(base.get("init_from", ""))
-    file = name if os.path.lexists(name) else name.rpartition(":")[0]
-    if os.path.lexists(file) or not os.path.isabs(name):
+    if not os.path.isabs(name) or any(map(os.path.lexists, (name, name.rpartition(":")[0]))):
         return name
     raise UserError(
-        f"{folder} holds adapters of {source}, which is not at {file}; expected these weights "
+        f"{folder} holds adapters of {source}, which is not at {name}; expected these weights "
         "there, for the adapters to be added to"
     )
 
