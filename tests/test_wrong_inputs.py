@@ -204,7 +204,18 @@ CASES = {
         (TRAIN + "--config.on_divergence=pray", ["on_divergence='pray'", "rollback"]),
         (TRAIN + "--config.watchdog.step=-1", ["watchdog.step=-1", "expected"]),
         (TRAIN + "--config.resume.allow=sead", ["resume.allow", "'sead'", "'seed'"]),
-        (TRAIN + "--config.init_from=none.npz", ["none.npz", "init_from"]),
+        (TRAIN + "--config.init_from=none.npz", ["init_from='none.npz': there is no such file"]),
+        (TRAIN + "--config.init_from=augreg:C/16", ["init_from='augreg:C/16'", "not published"]),
+        (TRAIN + "--config.init_from=noise.npz", ["init_from='noise.npz'", "zip archive"]),
+        (TRAIN + "--config.init_from=model.npz", ["init_from does not fit the model"]),
+        (
+            TRAIN + "--config.objective.name=distillation --config.objective.teacher=none.npz",
+            ["objective.teacher='none.npz': there is no such file"],
+        ),
+        (
+            TRAIN + "--config.objective.name=distillation --config.objective.teacher=noise.npz",
+            ["objective.teacher='noise.npz': ", "zip archive"],
+        ),
         (TRAIN + "--workdir=gs://bucket/run", ["--workdir='gs://bucket/run'", "a folder"]),
         (TRAIN + "--workdir=empty.txt", ["--workdir='empty.txt'", "can't be used"]),
         (TRAIN + "--workdir=/proc/none", ["--workdir='/proc/none'", "can't be used"]),
@@ -417,6 +428,7 @@ CASES = {
             SWEEP + "--sweep=sweep.py --workdir=run",
             ["--workdir=run", "of a run", "such as 'sweep'"],
         ),
+        (SWEEP + "--sweep=init_from=none.npz", ["init_from=none.npz: init_from='none.npz': there"]),
         (SWEEP + "--sweep=sweep.py --emit=sge", ["--emit", "'sge'", "slurm"]),
         (SWEEP + "--sweep=sweep.py --workdir=empty.txt", ["--workdir=empty.txt", "can't be"]),
     ],
@@ -524,6 +536,8 @@ def test_wrong_input_is_one_line_and_nothing_is_written(
     for word in words:
         assert word in errors[0]
     assert "Traceback" not in shown.out
+    # What can be refused before minutes of work is not refused after them.
+    assert "compiling" not in shown.out
     assert snapshot(place) == before
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manager import CheckpointManager, SaveError
+from vit_jax.checkpoint.pretrained.load import check_source
 from vit_jax.checkpoint.state import TrainState
 from vit_jax.checkpoint.workdir import (
     lock_workdir,
@@ -49,7 +51,7 @@ from vit_jax.training.result import RunResult, read_result
 from vit_jax.training.resume import check_data, open_workdir, plan_rollback, restore
 from vit_jax.training.services import Services, missed_evaluators, read_judged
 from vit_jax.utils.durations import LENGTH
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, name_key
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG
 
 
@@ -104,6 +106,7 @@ def train(
             )
         )
         with fail_together():
+            check_sources(config, Path(workdir))
             experiment = (make_experiment or Experiment.from_config)(config)
             settings = experiment.settings
             if main_process:
@@ -177,6 +180,26 @@ def _find_limits(config: ConfigDict | Mapping[str, Any]) -> Limits:
         return Limits()
 
 
+def check_sources(config: ConfigDict | Mapping[str, Any], workdir: Path) -> None:
+    """Refuses weights that don't exist, before the data is opened or prepared.
+
+    Raises:
+      UserError: `init_from`, where a run in the workdir would start from it, or the teacher.
+    """
+    objective: Any = config.get("objective")
+    sources = {}
+    with contextlib.suppress(UserError):  # A workdir that can't be read is refused later.
+        sources["init_from"] = None if list_steps(workdir) else config.get("init_from")
+    if isinstance(objective, ConfigDict | Mapping):
+        sources["objective.teacher"] = objective.get("teacher")
+    for key, source in sources.items():
+        if isinstance(source, str) and source:
+            try:
+                check_source(source)
+            except UserError as e:
+                raise name_key(key, source, e) from e
+
+
 @contextlib.contextmanager
 def _watching(
     experiment: Experiment, folder: Path, watchdog: Watchdog, ledger: Ledger
@@ -219,6 +242,9 @@ def _prepare(
     """Opens the data and restores the state; only then writes what the workdir holds of a run."""
     settings, main_process = experiment.settings, jax.process_index() == 0
     with fail_together():
+        # Weights that don't exist or don't fit are refused before data is read.
+        read = None if checkpoints.latest_step() else experiment.read_init_from()
+        weights = None if read is None else read[0]
         notes = experiment.objective.notes()
         # Every split that the run will need, so that a missing one is found at once.
         sizes = [f"train {count_examples(experiment.train_data):,}"]
@@ -237,7 +263,7 @@ def _prepare(
             log_changes(before, checkpoints.run)
     _report_start(experiment, input_bytes, notes)
     log_progress("compiling ...")
-    start, state = restore(experiment, checkpoints)
+    start, state = restore(experiment, checkpoints, weights)
     with fail_together():
         if main_process:
             write_config(folder, experiment.config)

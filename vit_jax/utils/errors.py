@@ -27,6 +27,14 @@ class UnknownKeyError(UserError):
         self.message, self.key, self.allowed = message, key, tuple(allowed)
 
 
+def name_key(key: str, value: str, error: UserError) -> UserError:
+    """Returns the error with the key and the value that it is about in front.
+
+    A message that starts with the value is not given the value twice.
+    """
+    return UserError(f"{key}={value!r}: {str(error).removeprefix(f'{value}: ')}")
+
+
 def describe_error(error: BaseException) -> str:
     """Returns the type and message of an exception as part of one line: `ValueError: ...`."""
     return printable(f"{type(error).__name__}: {' '.join(str(error).split())}"[:_MAX_CHARS])

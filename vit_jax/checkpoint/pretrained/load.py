@@ -19,9 +19,9 @@ from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.manager import DESCRIPTION, quiet_reads
 from vit_jax.checkpoint.manifest import find_fault, has_manifest
 from vit_jax.checkpoint.pretrained.base import check_base, find_base
-from vit_jax.checkpoint.pretrained.catalogue import load_catalogue
+from vit_jax.checkpoint.pretrained.catalogue import is_name, load_catalogue
 from vit_jax.checkpoint.pretrained.description import check_description
-from vit_jax.checkpoint.pretrained.download import fetch, resolve
+from vit_jax.checkpoint.pretrained.download import fetch, find_missing, resolve
 from vit_jax.checkpoint.pretrained.hub import (
     INDEX,
     fetch_repository,
@@ -92,6 +92,29 @@ def load_pretrained(source: str) -> Weights:
     return weights
 
 
+def check_source(source: str) -> None:
+    """Checks that a source exists, as far as that is known without reading or downloading it.
+
+    Args:
+      source: see `load_pretrained`.
+
+    Raises:
+      UserError: no weights have that name, or no file has that path.
+    """
+    if find_missing(source) is None and not is_repository(source):
+        _find_path(source)
+
+
+def _find_path(source: str) -> tuple[str, str]:
+    """Splits a source that is no repository into its path and the part of the file, or ""."""
+    path, part = source, ""
+    if (match := _SUBTREE.fullmatch(source)) and not Path(source).exists():
+        path, part = match.groups()
+    if not (is_name(source) or "://" in path or os.path.lexists(path)):
+        raise UserError(f"{source}: there is no such file or folder{_suggest_source(source)}")
+    return path, part
+
+
 def _load(source: str, *, bases: int) -> Weights:
     if is_repository(source):
         folder = fetch_repository(source)
@@ -111,12 +134,8 @@ def _load(source: str, *, bases: int) -> Weights:
         return dataclasses.replace(weights, preprocess=preprocess, notes=notes)
     if source.startswith(("https://", "http://")):
         return _read_file(fetch(source), "")
-    path, part = source, ""
-    if (match := _SUBTREE.fullmatch(source)) and not Path(source).exists():
-        path, part = match.groups()
+    path, part = _find_path(source)
     if not Path(path).is_dir():
-        if "://" not in path and not os.path.lexists(path):
-            raise UserError(f"{source}: there is no such file or folder{_suggest_source(source)}")
         return _read_file(path, part)
     weights = find_weights(Path(path))
     if weights is not None:
