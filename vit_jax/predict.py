@@ -19,6 +19,7 @@ Examples:
 
 import argparse
 import contextlib
+import functools
 import io
 import sys
 import time
@@ -184,8 +185,7 @@ def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) ->
         for kept, rows in map_images(
             model,
             paths,
-            layer=layer,
-            tta=args.tta,
+            compute=functools.partial(model.start, layer=layer, tta=args.tta),
             batch_size=args.batch_size,
             corrupt=corrupt,
             num_threads=args.num_threads,

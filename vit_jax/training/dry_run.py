@@ -29,6 +29,7 @@ from vit_jax.training.resume import check_data, open_workdir
 from vit_jax.utils import layout, tree
 from vit_jax.utils.errors import UserError, name_key
 from vit_jax.utils.nested import flatten_config
+from vit_jax.utils.text import describe_size
 
 # The examples of an epoch, where their number is not known before the data is prepared.
 _UNKNOWN = 10**6
@@ -119,7 +120,7 @@ def _describe_data(experiment: Experiment) -> Iterator[tuple[str, str]]:
         yield (
             f"{name} data",
             f"{_describe_split(spec, train=name == 'train')}, {spec.info.num_classes:,} classes, "
-            f"batches of {spec.batch_size:,} of {shape}, {memory / 1e6:,.1f} MB of memory{when}",
+            f"batches of {spec.batch_size:,} of {shape}, {describe_size(memory)} of memory{when}",
         )
 
 

@@ -166,7 +166,7 @@ def _compare(
             added = [key for key in added if changes[key][1] == defaults.get(key)]
         values = [f"{key}={changes.pop(key)[1]!r}" for key in added]
     refused = {
-        key: f"config.{key} is {before!r} there and {after!r} here"
+        key: f"{key} is {before!r} there and {after!r} here"
         for key, (before, after) in changes.items()
         if not (may_change(key) or resume.allows(key))
     }
@@ -181,7 +181,7 @@ def _compare(
     for key, (before, after) in changes.items():
         other = trains and key in LENGTH and after is not None
         other = other and _depends_on_length(new.get("optimizer", {}))
-        log(f"config.{key}: {before!r} before, {after!r} now{_OTHER_SCHEDULE * other}")
+        log(f"{key}: {before!r} before, {after!r} now{_OTHER_SCHEDULE * other}")
 
 
 def _find_changes(

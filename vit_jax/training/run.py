@@ -53,6 +53,7 @@ from vit_jax.training.services import Services, missed_evaluators, read_judged
 from vit_jax.utils.durations import LENGTH
 from vit_jax.utils.errors import UserError, name_key
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG
+from vit_jax.utils.text import describe_size
 
 
 def train(
@@ -90,6 +91,8 @@ def train(
             f"config={config!r}: expected a ConfigDict, as "
             "vit_jax.config.load.load_config(NAME) returns it"
         )
+    if not isinstance(workdir, str | os.PathLike) or not os.fspath(workdir):
+        raise UserError(f"workdir={workdir!r}: expected a folder for the run, such as runs/digits")
     if on_record is not None and not callable(on_record):
         raise UserError(f"on_record={on_record!r}: expected a function of a record")
     trust_config(config)
@@ -133,7 +136,7 @@ def train(
         if saved > total:
             log(
                 f"nothing is trained: {folder} is at step {saved}, past the {total} steps of the "
-                f"config; expected a larger {_length_key(experiment)} to train on"
+                f"config; expected a larger {_length_key(experiment)} to train longer"
             )
             return read_result(folder, step=saved, total_steps=total, stopped=None)
         reason = settings.stop.find_reason(read_judged(folder, settings.stop, saved))
@@ -336,7 +339,7 @@ def _report_start(
     for note in notes:
         log(note)
     for path, size in find_large_copies(experiment.abstract_state).items():
-        log(f"replicated on every device: {path}, {size / 2**20:.0f} MiB: no dimension divides")
+        log(f"replicated on every device: {path}, {describe_size(size)}: no dimension divides")
 
 
 def _describe_model(experiment: Experiment) -> str:
@@ -381,12 +384,17 @@ def _length_key(experiment: Experiment) -> str:
     return next(key for key in LENGTH if experiment.config[key] is not None)
 
 
-def _predict_command(experiment: Experiment, folder: Path, command: str | None) -> str | None:
-    """The command that uses the model, by the interpreter of `command`; None without classes."""
-    if not experiment.objective.classifies:
-        return None
+def suggest_uses(experiment: Experiment, folder: Path, command: str | None) -> dict[str, str]:
+    """What to do with the model, by the interpreter of `command`: what for, and what to type."""
     python = "python" if command is None else shlex.split(command)[0]
-    return f"{python} -m vit_jax.predict --workdir={shlex.quote(str(folder))} IMAGES"
+    workdir = shlex.quote(str(folder))
+    predict = f"{python} -m vit_jax.predict --workdir={workdir}"
+    if experiment.objective.classifies:
+        return {"to predict": f"{predict} IMAGES"}
+    return {
+        "features": f"{predict} --embed --output=features.npz IMAGES",
+        "to fine-tune": f"--config.init_from={workdir} in a run on data with classes",
+    }
 
 
 def _report_end(
@@ -409,7 +417,7 @@ def _report_end(
         longer=None
         if command is None
         else make_longer_command(command, experiment, stopped=stop_reason is not None),
-        predict=_predict_command(experiment, folder, command),
+        uses=suggest_uses(experiment, folder, command),
         heads=probes[0].head_names if probes else (),
         # The split that chooses comes first.
         judged_on=[e.name for e in sorted(probes, key=lambda e: not e.choose)],

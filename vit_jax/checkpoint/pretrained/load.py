@@ -191,17 +191,37 @@ def _read_file(path: str | Path, part: str) -> Weights:
     try:
         remote = "://" in os.fspath(path)
         with file.open("rb") if remote else open_outside(path, max_bytes=MAX_WEIGHTS) as f:
-            start = f.read(9)
+            start = f.read(16)
     except Exception:  # The reader reports the error; storage raises many types.
-        start = b""
-    if file.name.endswith(INDEX) or start[8:] == b"{":
+        start = None
+    if file.name.endswith(INDEX) or (start and start[8:9] == b"{"):
         return read_safetensors(file, part=part)
     # The name decides if the first bytes are of neither kind or can't be read.
     if file.suffix not in (".npz", ".safetensors"):
         refuse_format(file)
-    if start.startswith(b"PK") or file.suffix != ".safetensors":
+        if start is not None and not start.startswith(b"PK"):
+            raise UserError(f"{path}: {_describe_start(start)}, not weights; expected {KINDS}")
+    if (start or b"").startswith(b"PK") or file.suffix != ".safetensors":
         return read_npz(file, subtree=part)
     return read_safetensors(file, part=part)
+
+
+def _describe_start(start: bytes) -> str:
+    """What a file holds that is not one of weights, by its first bytes."""
+    kinds = {
+        b"\xff\xd8\xff": "an image (JPEG)",
+        b"\x89PNG": "an image (PNG)",
+        b"GIF8": "an image (GIF)",
+        b"RIFF": "an image (WebP)",
+        b"BM": "an image (BMP)",
+        b"%PDF": "a PDF",
+    }
+    found = [kind for magic, kind in kinds.items() if start.startswith(magic)]
+    if found or not start:
+        return found[0] if found else "an empty file"
+    text = start.decode("ascii", "replace").replace("\n", " ").replace("\t", " ")
+    is_text = text.isprintable() and "\ufffd" not in text
+    return "a text file" if is_text else f"a file that starts with {start!r}"
 
 
 def read_run(folder: Path, *, part: str = "", bases: int = 0) -> Weights:
