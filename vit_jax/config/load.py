@@ -107,11 +107,16 @@ def parse_overrides(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
 
     Returns:
       The values by dotted key, and the remaining arguments.
+
+    Raises:
+      UserError: a key, or a part of it, is empty.
     """
     overrides, rest, todo = {}, [], iter(arguments)
     for argument in todo:
         if argument.startswith(_OVERRIDE):
             key, equals, text = argument.removeprefix(_OVERRIDE).partition("=")
+            if not all(key.split(".")):
+                raise UserError(f"{argument}: expected --config.KEY=VALUE")
             overrides[key] = parse_literal(text if equals else next(todo, ""))
         else:
             rest.append(argument)

@@ -55,7 +55,9 @@ class CommandParser(argparse.ArgumentParser):
         if not given:
             self.error("the following arguments are required: WORKDIR (or --workdir=WORKDIR)")
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]: it is overloaded
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
         """As in argparse; an unknown option comes before arguments that are missing."""
         given = sys.argv[1:] if args is None else list(args)
         if self._subparsers is not None:  # Each of them knows its own.
