@@ -118,7 +118,9 @@ class LoadedModel:
         try:
             return self.preparation(image)
         except ImageError as e:
-            where = f"{str(image)!r}: " if isinstance(image, str | os.PathLike) else ""
+            where = (
+                f"{os.fspath(image) or repr('')}: " if isinstance(image, str | os.PathLike) else ""
+            )
             raise UserError(f"{where}{e}") from None
 
     @overload
@@ -165,13 +167,12 @@ class LoadedModel:
         """Converts logits, float32 `[n, num_classes]`, to a prediction.
 
         Raises:
-          UserError: they are no numbers of this shape.
+          UserError: they are no array of this form.
         """
-        classes = self.module.num_classes
-        if getattr(logits, "ndim", 0) != 2 or logits.shape[1] != classes:
+        if getattr(logits, "ndim", 0) != 2:
             shape = list(getattr(logits, "shape", []))
             raise UserError(
-                f"logits are a {type(logits).__name__} {shape}: expected float32 [n, {classes}]"
+                f"logits are a {type(logits).__name__} {shape}: expected float32 [n, classes]"
             )
         if self.loss == "sigmoid":
             return Prediction(logits, 1 / (1 + np.exp(-logits.clip(-80, 80))))
