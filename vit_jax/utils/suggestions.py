@@ -317,7 +317,7 @@ def suggest_flag(name: str) -> str:
 
 def _flag(key: str) -> str:
     """A key as it is typed; other flags, commands, and keys within a list stay as they are."""
-    within_list = key.startswith("optimizer.schedules.")
+    within_list = "[" in key or key.startswith("optimizer.schedules.")
     return key if key.startswith("--") or " " in key or within_list else f"--config.{key}"
 
 
