@@ -249,7 +249,7 @@ def _to_grid(model: LoadedModel, weights: np.ndarray) -> np.ndarray:
 
 
 def _subject(model: LoadedModel) -> str:
-    return "the class token" if model.module.num_class_tokens else "a patch, in the mean,"
+    return "the class token" if model.module.num_class_tokens else "a patch, on average,"
 
 
 def _tile(heat: np.ndarray) -> np.ndarray:
