@@ -112,7 +112,7 @@ def draw_positions(model: LoadedModel) -> Figure:
     chosen = similar[every // 2 :: every, every // 2 :: every]
     tiles = [[draw.scale_up(draw.colorize(t, -1, 1), _TILE) for t in row] for row in chosen]
     caption = (
-        "Each tile stands where its patch is, and shows the cosine similarity of that patch's "
+        "Each tile has the place of its patch, and shows the cosine similarity of that patch's "
         "position embedding with those of all patches: dark is -1, bright is 1."
     )
     if every > 1:
