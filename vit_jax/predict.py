@@ -205,7 +205,7 @@ def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) ->
             raise UserError(f"none of {skipped:,} images can be read; the lines above say why")
     seconds = time.perf_counter() - started
     left_out = f", {skipped:,} can't be read and are left out" if skipped else ""
-    log(f"{count:,} images in {seconds:.1f} s{left_out}")
+    log(f"{count:,} image{'' if count == 1 else 's'} in {seconds:.1f} s{left_out}")
     if args.output is not None:
         log(f"wrote {args.output}")
     return skipped

@@ -271,6 +271,7 @@ def test_a_flax_module_has_its_own_fields(outside):
     ("name", "message"),
     [
         ("registry_none:make", "there is no module registry_none: expected it to be installed"),
+        ("registry_part:make", "or its folder in PYTHONPATH; did you mean 'registry_parts'?"),
         ("registry_parts.sub:make", "there is no module registry_parts.sub"),
         ("registry_parts:make_bix", "registry_parts has no make_bix; did you mean 'make_box'?"),
         ("registry_parts:NUMBER", "is a int; expected a function or a class"),

@@ -201,7 +201,9 @@ def _describe(workdir: Path, run: Mapping[str, Any]) -> list[str]:
     if run.get("git"):
         commit, dash, dirty = run["git"].partition("-")
         words.append(f"commit {commit[:12]}{dash}{dirty}")
-    words += [f"{count} x {kind}" for kind, count in devices.items()]
+    words += [
+        f"{count}\N{NO-BREAK SPACE}x\N{NO-BREAK SPACE}{kind}" for kind, count in devices.items()
+    ]
     words += [f"started {run['started']}"] if run.get("started") else []
     return [*lines, ", ".join(words)] if words else lines
 
@@ -355,7 +357,7 @@ def _show_params(run: Mapping[str, Any]) -> list[str]:
 def _show_commands(workdir: Path, run: Mapping[str, Any]) -> list[str]:
     place = shlex.quote(str(workdir))
     commands = {
-        "Train it again": run.get("command"),
+        "Train it, or resume": run.get("command"),
         "Predict": f"python -m vit_jax.predict --workdir={place} IMAGES",
         "Evaluate": f"python -m vit_jax.evaluate --workdir={place}",
         "Make this page again, with pictures": f"python -m vit_jax.report --workdir={place}",

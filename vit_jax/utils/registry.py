@@ -12,6 +12,7 @@ is imported where a built-in name is looked up, and only if the user named its m
 import contextlib
 import importlib
 import inspect
+import pkgutil
 import re
 import sys
 import traceback
@@ -133,9 +134,10 @@ def import_part(name: str, *, key: str, gives: tuple[Any, ...] = ()) -> Part:
             raise UserError(
                 f"{where}: {module} fails: {describe_error(e)}{_find_line(e, name)}"
             ) from e
+        near = find_near(module, [found.name for found in pkgutil.iter_modules()])
         raise UserError(
             f"{where}: there is no module {e.name}: expected it to be installed, or its folder in "
-            "PYTHONPATH"
+            "PYTHONPATH" + (f"; did you mean {near!r}?" if near else "")
         ) from e
     except (Exception, SystemExit) as e:
         raise _import_error(where, name, e) from e

@@ -113,7 +113,7 @@ def load_catalogue(path: Path = CATALOGUE) -> dict[str, Published]:
 
 
 def list_models(text: str = "") -> dict[str, str]:
-    """Returns what the published weights are that are found by name, by their names.
+    """Returns a description of each set of published weights, by its name.
 
     The names are what `init_from`, `load_model` and `--checkpoint` take.
 
