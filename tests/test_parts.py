@@ -268,7 +268,7 @@ def test_the_same_name_resumes_and_another_is_refused(trained, data_dir):
         model = {"name": "parts_models:make_net", "variant": "small"} | model
         train(config_of(data_dir, model, ema_decay=0.5, total_steps=12), trained)
 
-    with pytest.raises(UserError, match=r"config\.model\.variant is 'small' there"):
+    with pytest.raises(UserError, match=r"model\.variant is 'small' there"):
         start(variant="large")
     start()
     steps = [json.loads(line)["step"] for line in (trained / "metrics.jsonl").open()]

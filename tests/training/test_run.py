@@ -529,5 +529,15 @@ def test_a_start_that_hangs_where_its_files_are_opened_ends_to_be_run_again(
     ],
 )
 def test_the_end_names_what_a_model_is_good_for(classifies, expected):
-    experiment: Any = types.SimpleNamespace(objective=types.SimpleNamespace(classifies=classifies))
+    objective = types.SimpleNamespace(classifies=classifies)
+    experiment: Any = types.SimpleNamespace(objective=objective, config={"model": {"name": "vit"}})
     assert suggest_uses(experiment, Path("runs/a"), "python3 -m vit_jax.main --x") == expected
+
+
+def test_the_end_names_the_modules_that_the_model_needs():
+    config = {"model": {"name": "my_models:ConvNet"}, "data": {"name": "folder:photos"}}
+    objective = types.SimpleNamespace(classifies=True)
+    experiment: Any = types.SimpleNamespace(objective=objective, config=config)
+    assert suggest_uses(experiment, Path("runs/a"), None) == {
+        "to predict": "python -m vit_jax.predict --workdir=runs/a --parts=my_models IMAGES"
+    }

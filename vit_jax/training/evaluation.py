@@ -38,8 +38,8 @@ def make_evaluation(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     Raises:
       UserError: the config is wrong, its data is missing, or it has no evaluator.
     """
-    config = override_config(reduce_for_evaluation(config), dict(overrides))
-    experiment = Experiment.from_config(config, match_classes=False)
+    reduced = override_config(reduce_for_evaluation(config), overrides)
+    experiment = Experiment.from_config(reduced, match_classes=False)
     if not experiment.evaluators:
         raise UserError(
             "evals is empty: expected evaluators, such as --config.evals.val.split=test "

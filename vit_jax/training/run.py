@@ -23,7 +23,7 @@ from vit_jax.checkpoint.workdir import (
     write_run,
 )
 from vit_jax.config.build import build_parts, count_examples
-from vit_jax.config.load import trust_config
+from vit_jax.config.load import list_modules, trust_config
 from vit_jax.config.reduced import without_mesh
 from vit_jax.config.schema import read_section
 from vit_jax.data.fingerprint import fingerprint
@@ -387,8 +387,9 @@ def _length_key(experiment: Experiment) -> str:
 def suggest_uses(experiment: Experiment, folder: Path, command: str | None) -> dict[str, str]:
     """What to do with the model, by the interpreter of `command`: what for, and what to type."""
     python = "python" if command is None else shlex.split(command)[0]
-    workdir = shlex.quote(str(folder))
-    predict = f"{python} -m vit_jax.predict --workdir={workdir}"
+    workdir, modules = shlex.quote(str(folder)), list_modules(experiment.config)
+    parts = f" --parts={','.join(modules)}" if modules else ""
+    predict = f"{python} -m vit_jax.predict --workdir={workdir}{parts}"
     if experiment.objective.classifies:
         return {"to predict": f"{predict} IMAGES"}
     return {
