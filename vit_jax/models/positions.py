@@ -178,7 +178,7 @@ def _bicubic_antialias_matrix(source: int, target: int) -> np.ndarray:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def _bicubic_matrix(source: int, target: int) -> np.ndarray:
+def bicubic_matrix(source: int, target: int) -> np.ndarray:
     """Returns float64 `[target, source]`: row `i` holds the weights of output `i`."""
     centres = (np.arange(target) + 0.5) * (source / target) - 0.5
     taps = np.floor(centres)[:, None] + np.arange(-1, 3)
@@ -199,5 +199,5 @@ _MATRICES = {
     "bilinear": _align_corners_matrix,
     "bilinear_half_pixel": half_pixel_matrix,
     "bicubic": _bicubic_antialias_matrix,
-    "bicubic_no_antialias": _bicubic_matrix,
+    "bicubic_no_antialias": bicubic_matrix,
 }

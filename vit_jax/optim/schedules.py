@@ -179,3 +179,30 @@ def drop_other_units(options: Mapping[str, Any]) -> dict[str, Any]:
         found = find_duration(options, keys, prefix="optimizer.") or (f"{stem}_steps", 0)
         kept = {k: v for k, v in kept.items() if k not in keys} | dict([found])
     return kept
+
+
+def cosine_between(start: float, end: float, steps: int) -> optax.Schedule:
+    """Returns a schedule from `start` at update 0 to `end` at update `steps`, along half a cosine.
+
+    It maps the number of updates made, an int scalar, to a float32 scalar.
+    """
+
+    def value(count: jax.typing.ArrayLike) -> jax.Array:
+        share = jnp.clip(jnp.asarray(count, jnp.float32) / max(steps, 1), 0, 1)
+        return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * share))
+
+    return value
+
+
+def linear_between(start: float, end: float, steps: int) -> optax.Schedule:
+    """Returns a schedule that is linear over `steps` updates, the first `start` and the last `end`.
+
+    Later updates have `end`. It maps the number of updates made, an int scalar, to a float32
+    scalar.
+    """
+
+    def value(count: jax.typing.ArrayLike) -> jax.Array:
+        share = jnp.clip(jnp.asarray(count, jnp.float32) / max(steps - 1, 1), 0, 1)
+        return start + (end - start) * (share if steps > 1 else 1.0)
+
+    return value
