@@ -2,10 +2,17 @@
 """Positions that are computed: closed forms on rectangular grids."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.models.positions import patch_grid, rotate, rotation_2d, sincos_2d
+from vit_jax.models.positions import (
+    patch_grid,
+    resize_patches,
+    rotate,
+    rotation_2d,
+    sincos_2d,
+)
 from vit_jax.utils.errors import UserError
 
 
@@ -68,3 +75,16 @@ def test_without_the_endpoint_frequencies_are_those_of_mae():
     want = [f(x * powers) for x in (column, row) for f in (np.sin, np.cos)]
     got = sincos_2d((2, 3), width, endpoint=False)[0, 3 * row + column]
     np.testing.assert_allclose(got, np.concatenate(want), rtol=1e-6)
+
+
+def test_patches_are_resized_by_keys_kernel():
+    """Half of the size: at offset 1/2, Keys' kernel with a = -0.75 has these four weights."""
+    x = np.random.default_rng(0).normal(size=(2, 64, 3))
+    got = resize_patches(jnp.asarray(x), (8, 8), (4, 4))
+    taps = np.array([-0.09375, 0.59375, 0.59375, -0.09375])
+    padded = np.pad(x.reshape(2, 8, 8, 3), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    want = np.zeros((2, 4, 4, 3))
+    for i, a in enumerate(taps):
+        for j, b in enumerate(taps):
+            want += a * b * padded[:, i : i + 7 : 2, j : j + 7 : 2]
+    np.testing.assert_allclose(got, want.reshape(2, 16, 3), atol=1e-5)

@@ -15,7 +15,6 @@ from vit_jax.objectives.ssl_losses import (
     gram_loss,
     koleo_loss,
     patch_loss,
-    resize_patches,
     sinkhorn_targets,
 )
 
@@ -147,16 +146,3 @@ def test_gram_loss_compares_cosines_among_patches():
     np.testing.assert_allclose(got, want, rtol=1e-5)
     assert np.any(grads[0])
     assert not np.any(grads[1])
-
-
-def test_patches_are_resized_by_keys_kernel():
-    """Half of the size: at offset 1/2, Keys' kernel with a = -0.75 has these four weights."""
-    x = np.random.default_rng(0).normal(size=(2, 64, 3))
-    got = resize_patches(jnp.asarray(x), (8, 8), (4, 4))
-    taps = np.array([-0.09375, 0.59375, 0.59375, -0.09375])
-    padded = np.pad(x.reshape(2, 8, 8, 3), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-    want = np.zeros((2, 4, 4, 3))
-    for i, a in enumerate(taps):
-        for j, b in enumerate(taps):
-            want += a * b * padded[:, i : i + 7 : 2, j : j + 7 : 2]
-    np.testing.assert_allclose(got, want.reshape(2, 16, 3), atol=1e-5)

@@ -7,6 +7,7 @@ Parameters, norm statistics and the softmax are float32; everything else runs in
 Shapes without a dtype are of arrays in `config.dtype`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from jax.typing import DTypeLike
 from vit_jax.models.activations import gelu
 from vit_jax.models.attention import MultiHeadDotProductAttention
 from vit_jax.models.block_config import BlockConfig
-from vit_jax.models.positions import Rotation
+from vit_jax.models.positions import Rotation, resize_patches
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.suggestions import suggest
 
@@ -74,15 +75,28 @@ def parse_remat(remat: str) -> Callable[..., Any] | None:
 class AddPositionEmbs(nn.Module):
     """Adds learned 1D position embeddings, initialised from N(0, 0.02).
 
+    Attributes:
+      grids: (rows, columns) of the embeddings and of the patches, if they differ; the embeddings
+        are then resized in each call, and the gradient goes through that.
+      num_prefix_tokens: tokens before the patches, whose embeddings stay.
+
     Call: `[batch, length, hidden]` to the same shape. Source: arXiv:2010.11929, section 3.1.
     """
 
     dtype: DTypeLike = jnp.float32
+    grids: tuple[tuple[int, int], tuple[int, int]] | None = None
+    num_prefix_tokens: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (1, *x.shape[1:])
+        length = x.shape[1]
+        if self.grids is not None:
+            length = self.num_prefix_tokens + math.prod(self.grids[0])
+        shape = (1, length, x.shape[2])
         embedding = self.param("pos_embedding", nn.initializers.normal(stddev=0.02), shape)
+        if self.grids is not None:
+            prefix, patches = jnp.split(embedding, [self.num_prefix_tokens], axis=1)
+            embedding = jnp.concatenate([prefix, resize_patches(patches, *self.grids)], axis=1)
         return x + embedding.astype(self.dtype)
 
 
@@ -234,6 +248,7 @@ class Encoder(nn.Module, kw_only=True):
       num_class_tokens: number of class and distillation tokens, which come first.
       num_registers: number of learned tokens inserted behind these, without a position.
       learned_positions: whether position embeddings are added.
+      grids: of `AddPositionEmbs`.
       final_norm: whether the output is normalised.
       scan: whether one block, compiled once, runs over parameters stacked along a leading axis
         (`encoderblock`), in place of blocks with parameters of their own (`encoderblock_3`).
@@ -248,6 +263,7 @@ class Encoder(nn.Module, kw_only=True):
     num_class_tokens: int
     num_registers: int = 0
     learned_positions: bool = True
+    grids: tuple[tuple[int, int], tuple[int, int]] | None = None
     patch_dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
     stochastic_depth_schedule: DepthSchedule = "linear"
@@ -266,7 +282,12 @@ class Encoder(nn.Module, kw_only=True):
     ) -> jax.Array:
         config = self.config
         if self.learned_positions:
-            x = AddPositionEmbs(dtype=config.dtype, name="posembed_input")(x)
+            x = AddPositionEmbs(
+                dtype=config.dtype,
+                grids=self.grids,
+                num_prefix_tokens=self.num_class_tokens,
+                name="posembed_input",
+            )(x)
         x = nn.Dropout(config.dropout_rate, deterministic=not train)(x)
         x = self._insert_registers(x)
         prefix = self.num_class_tokens + self.num_registers

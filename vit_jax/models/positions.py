@@ -5,6 +5,7 @@ Sine-cosine and rotary embeddings are functions of the row and the column of a p
 grid of any size and shape. Learned embeddings are interpolated to fit another grid.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -150,6 +151,24 @@ def resize_posemb(
     return np.concatenate([prefix, grid.reshape(1, -1, width).astype(prefix.dtype)], axis=1)
 
 
+def resize_patches(
+    patches: jax.Array, source_grid: tuple[int, int], target_grid: tuple[int, int]
+) -> jax.Array:
+    """Resizes features of patches to another grid by the rule "bicubic_no_antialias".
+
+    Takes float `[batch, rows * columns, width]`; the result is float32, with the patches of
+    `target_grid`, row by row.
+    """
+    rows, columns = (
+        jnp.asarray(_bicubic_matrix(a, b), jnp.float32)
+        for a, b in zip(source_grid, target_grid, strict=True)
+    )
+    batch, _, width = patches.shape
+    x = patches.astype(jnp.float32).reshape(batch, *source_grid, width)
+    x = jnp.einsum("ri,cj,bijw->brcw", rows, columns, x, precision=jax.lax.Precision.HIGHEST)
+    return x.reshape(batch, math.prod(target_grid), width)
+
+
 def half_pixel_matrix(source: int, target: int) -> np.ndarray:
     """Returns float64 `[target, source]`: bilinear interpolation between half-pixel centres."""
     centres = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
@@ -178,7 +197,7 @@ def _bicubic_antialias_matrix(source: int, target: int) -> np.ndarray:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def bicubic_matrix(source: int, target: int) -> np.ndarray:
+def _bicubic_matrix(source: int, target: int) -> np.ndarray:
     """Returns float64 `[target, source]`: row `i` holds the weights of output `i`."""
     centres = (np.arange(target) + 0.5) * (source / target) - 0.5
     taps = np.floor(centres)[:, None] + np.arange(-1, 3)
@@ -199,5 +218,5 @@ _MATRICES = {
     "bilinear": _align_corners_matrix,
     "bilinear_half_pixel": half_pixel_matrix,
     "bicubic": _bicubic_antialias_matrix,
-    "bicubic_no_antialias": bicubic_matrix,
+    "bicubic_no_antialias": _bicubic_matrix,
 }

@@ -83,6 +83,9 @@ class VisionTransformer(nn.Module, kw_only=True):
     and `pre_logits` (the input of the head) in `dtype`, and `logits`; with a distillation token
     also the logits of each head, `class_logits` and `distillation_logits`. `patches`, int32
     `[batch, kept]`, are the indices of the only patches to encode, row by row; None for all.
+    `masked`, bool `[batch, rows * columns]`, are the patches whose embeddings a learned
+    `mask_token` replaces; None for none, and for no such token. `position_grid` is the grid of
+    the learned position embeddings, which are resized to that of the images; None for the same.
     """
 
     num_classes: int
@@ -148,10 +151,19 @@ class VisionTransformer(nn.Module, kw_only=True):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, *, train: bool, patches: jax.Array | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool,
+        patches: jax.Array | None = None,
+        masked: jax.Array | None = None,
+        position_grid: tuple[int, int] | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         grid = self.grid(images.shape[1:3])
-        encoded = self._encode(self._embed(images), grid, patches, train=train)
+        embedded = self._embed(images)
+        if masked is not None:
+            embedded = self._mask(embedded, masked)
+        encoded = self._encode(embedded, grid, position_grid or grid, patches, train=train)
         x = self._pool(encoded, train=train)
         if self.norm_after_pooling:
             x = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name="fc_norm")(x)
@@ -190,8 +202,20 @@ class VisionTransformer(nn.Module, kw_only=True):
             name="embedding",
         )(x)
 
+    def _mask(self, embedded: jax.Array, masked: jax.Array) -> jax.Array:
+        """Replaces the embeddings of masked patches, before positions are added."""
+        token = self.param("mask_token", nn.initializers.zeros, (1, 1, self.hidden_size))
+        where = masked.reshape(*embedded.shape[:3], 1)
+        return jnp.where(where, token.astype(embedded.dtype), embedded)
+
     def _encode(
-        self, embedded: jax.Array, grid: tuple[int, int], patches: jax.Array | None, *, train: bool
+        self,
+        embedded: jax.Array,
+        grid: tuple[int, int],
+        position_grid: tuple[int, int],
+        patches: jax.Array | None,
+        *,
+        train: bool,
     ) -> jax.Array:
         n, h, w, c = embedded.shape
         x = embedded.reshape(n, h * w, c)
@@ -221,6 +245,7 @@ class VisionTransformer(nn.Module, kw_only=True):
             num_class_tokens=self.num_class_tokens,
             num_registers=self.num_registers,
             learned_positions=self.position_embedding == "learned",
+            grids=None if position_grid == grid else (position_grid, grid),
             patch_dropout_rate=self.patch_dropout_rate,
             stochastic_depth_rate=self.stochastic_depth_rate,
             stochastic_depth_schedule=self.stochastic_depth_schedule,

@@ -7,10 +7,8 @@ are the outputs of a head, one for each prototype. Everything is computed in flo
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vit_jax.losses import softmax_cross_entropy
-from vit_jax.models.positions import bicubic_matrix
 
 # Added by the published KoLeo loss: to norms, to differences and to distances.
 _KOLEO_EPSILON = 1e-8
@@ -138,21 +136,3 @@ def gram_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
         return jnp.einsum("bpd,bqd->bpq", x, x)
 
     return jnp.square(cosines(student) - jax.lax.stop_gradient(cosines(teacher))).mean()
-
-
-def resize_patches(
-    patches: jax.Array, source_grid: tuple[int, int], target_grid: tuple[int, int]
-) -> jax.Array:
-    """Resizes features of patches to another grid: bicubic, half-pixel centres, no antialiasing.
-
-    Takes float `[batch, rows * columns, width]`; the result is float32, with the patches of
-    `target_grid`, row by row.
-    """
-    rows, columns = (
-        jnp.asarray(bicubic_matrix(a, b), jnp.float32)
-        for a, b in zip(source_grid, target_grid, strict=True)
-    )
-    batch, _, width = patches.shape
-    x = patches.astype(jnp.float32).reshape(batch, *source_grid, width)
-    x = jnp.einsum("ri,cj,bijw->brcw", rows, columns, x, precision=jax.lax.Precision.HIGHEST)
-    return x.reshape(batch, int(np.prod(target_grid)), width)
