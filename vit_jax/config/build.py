@@ -249,6 +249,7 @@ def _make_mesh(section: _Section, devices: Sequence[Any] | None) -> tuple[Mesh, 
 def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
     # As tuples, whether they come from a config or from the command line.
     mixture: Any = tuple(map(tuple, section.mixture))
+    views: Any = tuple(map(tuple, section.views))
     check_batch_size(section.batch_size, mesh, key="data.batch_size")
     spec = DatasetSpec(
         name=section.name or "",
@@ -261,7 +262,9 @@ def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
         max_ram_gb=section.max_ram_gb,
         mixture=mixture,
         repeats=section.repeats,
+        views=views,
     )
+    spec.view_shapes()
     if spec.mixture:
         spec.schedule()
     return spec
@@ -478,6 +481,7 @@ def _make_eval_spec(args: _Section, train_data: DatasetSpec, *, key: str) -> Dat
         preprocess=args["preprocess"],
         batch_size=args["batch_size"],
         mixture=(),
+        views=(),
         key=key,
     )
 

@@ -101,6 +101,7 @@ def find_lines(
 ) -> list[Line]:
     """The preprocessing of each split that an experiment reads, for the records of `split`."""
     from vit_jax.data.ops.fused import fuse
+    from vit_jax.data.preprocess import parse_preprocess
 
     lines, rows = [], _find_rows(dataset, name, split)
     for spec in (experiment.train_data, *(e.data for e in experiment.evaluators)):
@@ -109,6 +110,9 @@ def find_lines(
             if spec.name == name:
                 records = np.isin(rows, _find_rows(dataset, name, spec.split))
                 lines.append(Line(f"{spec.key}.preprocess", fuse(spec.ops()), records))
+                for view, _, line in spec.views:
+                    key = f"{spec.key}.views.{view}"
+                    lines.append(Line(key, fuse(parse_preprocess(line, key=key)), records))
     return lines
 
 

@@ -49,6 +49,8 @@ class DatasetSpec:
       mixture: (name, split, weight) of each source to mix, in place of `name` and `split`.
       split_key: the key of the split in the config section, for errors.
       repeats: copies of each image in a training batch, each with its own augmentation.
+      views: (name, count, line) of more images that are made of each record, by a preprocessing
+        line of their own; the record is decoded once.
       max_ram_gb: limit of `plan_buffers`, in 10**9 bytes.
       classes: those whose labels the examples have, by the names of their classes; None for the
         labels of the data, or of the source of a mixture with the most classes.
@@ -64,6 +66,7 @@ class DatasetSpec:
     mixture: tuple[tuple[str, str, float], ...] = ()
     split_key: str = "split"
     repeats: int = 1
+    views: tuple[tuple[str, int, str], ...] = ()
     max_ram_gb: float | None = None
     classes: Classes | None = None
 
@@ -106,7 +109,47 @@ class DatasetSpec:
         features = {"image": np.zeros(self.image_shape(), np.uint8), "label": label}
         for op in self.ops():
             features = op(features) if isinstance(op, Keep) else features
-        return features
+        shapes = self.view_shapes().items()
+        return features | {name: np.zeros(shape, np.uint8) for name, shape in shapes}
+
+    def view_ops(self) -> dict[str, tuple[Op, ...]]:
+        """The operations of each of the `views`, by its name."""
+        return {
+            name: parse_preprocess(line, key=self._view_key(name)) for name, _, line in self.views
+        }
+
+    def view_shapes(self) -> dict[str, tuple[int, int, int, int]]:
+        """The number of images of each of the `views`, and their height, width and channels.
+
+        Raises `UserError` if a name or a number is not valid, or if a line does not decode as
+        `preprocess` does, refuses images of the data, or gives images that differ in shape.
+        """
+        shapes: dict[str, tuple[int, int, int, int]] = {}
+        for name, count, line in self.views:
+            key = self._view_key(name)
+            if not name.isidentifier() or name in ("image", "label", "mask", *shapes):
+                raise UserError(
+                    f"{self.key}.views: a view is named {name!r}; expected different names of "
+                    "letters, and neither 'image' nor 'label'"
+                )
+            if count < 1:
+                raise UserError(f"{key}: {count} images of each record: expected at least 1")
+            found = find_shapes(line, self.info.image_shape, key=key)
+            if parse_preprocess(line, key=key)[0] != self.ops()[0]:
+                raise UserError(
+                    f"{key}={line!r}: expected it to start as {self.key}.preprocess does, since "
+                    "each image is decoded once"
+                )
+            if len(found) > 1:
+                raise UserError(
+                    f"{key}={line!r} leaves images of {self} in different sizes: add resize(SIZE) "
+                    "or a crop"
+                )
+            shapes[name] = (count, *found.pop())
+        return shapes
+
+    def _view_key(self, name: str) -> str:
+        return f"{self.key}.views.{name}"
 
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of preprocessed images, without reading any.
@@ -222,6 +265,8 @@ class _Batches(abc.ABC):
         block = spec.batch_size // num_shards
         self.spec, self.source, self.ops = spec, spec.open(), fuse(spec.ops())
         self.rngs, self.blank = PositionRng(seed), spec.blank()
+        self.decode, counts = spec.ops()[0], {name: count for name, count, _ in spec.views}
+        self.views = {name: (counts[name], fuse(ops)) for name, ops in spec.view_ops().items()}
         self.rows = [shard * block + i for shard in shards for i in range(block)]
         self.ahead = plan_buffers(spec, num_shards=num_shards, shards=len(shards)).ahead
         self.corrupt = corrupt or CorruptCounter()
@@ -277,16 +322,37 @@ class _Batches(abc.ABC):
 
     def _prepare(self, index: int, rng: np.random.Generator, apply: _Apply) -> Features:
         """The features of a record; raises `ImageError` if its image is unreadable or refused."""
+        if self.views:
+            return self._prepare_views(index, rng)
         features = apply(self.ops, self.source[index], rng)
-        image, shape = features["image"], self.blank["image"].shape
-        if isinstance(image, Job) or (image.shape, image.dtype) == (shape, np.uint8):
-            return features
+        if not isinstance(features["image"], Job):
+            self._check(features["image"], "preprocess", self.blank["image"].shape)
+        return features
+
+    def _prepare_views(self, index: int, rng: np.random.Generator) -> Features:
+        """As `_prepare`, with the images of the views, all of one decoded image."""
+        decoded = apply([self.decode], self.source[index], rng)
+        features = apply(self.ops, decoded, rng)
+        self._check(features["image"], "preprocess", self.blank["image"].shape)
+        for name, (count, ops) in self.views.items():
+            images = [apply(ops, decoded, rng)["image"] for _ in range(count)]
+            for image in images:
+                self._check(image, f"views.{name}", self.blank[name].shape[1:])
+            features |= {name: np.stack(images)}
+        return features
+
+    def _check(self, image: np.ndarray, key: str, shape: tuple[int, ...]) -> None:
+        """Raises `ImageError` for an image of another size, and `UserError` for another kind."""
+        if (image.shape, image.dtype) == (shape, np.uint8):
+            return
         error = (
             ImageError if image.dtype == np.uint8 and image.shape[2:] == shape[2:] else UserError
         )
+        lines = {f"views.{name}": line for name, _, line in self.spec.views}
+        line = lines.get(key, self.spec.preprocess)
         raise error(
-            f"{self.spec.key}.preprocess={self.spec.preprocess!r} made an image of {image.dtype} "
-            f"{image.shape}; expected uint8 {shape}"
+            f"{self.spec.key}.{key}={line!r} made an image of {image.dtype} {image.shape}; "
+            f"expected uint8 {shape}"
         )
 
 
@@ -414,7 +480,8 @@ def plan_buffers(spec: DatasetSpec, *, num_shards: int = 1, shards: int = 1) -> 
     `max_ram_gb` is not enough for one batch ahead.
     """
     rows = spec.batch_size // num_shards * shards
-    batch = rows * math.prod(spec.image_shape())
+    shapes = (spec.image_shape(), *spec.view_shapes().values())
+    batch = rows * sum(map(math.prod, shapes))
     ahead = count_ahead(rows, count_threads(spec.num_threads))
     if spec.max_ram_gb is not None:
         least = (1 + _HELD) * batch / 1e9

@@ -2,6 +2,7 @@
 """Changes of colour, against what Pillow and SciPy make of the same image."""
 
 import ast
+import colorsys
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +69,17 @@ def test_one_colour_has_no_contrast_to_stretch(value):
     image = np.full((3, 4, 3), value, np.uint8)
     np.testing.assert_array_equal(colors.autocontrast(image), image)
     np.testing.assert_array_equal(colors.equalize(image), image)
+
+
+@pytest.mark.parametrize("share", [0.0, 1 / 3, -0.25])
+def test_hue_is_turned_around_the_circle(share):
+    """Against `colorsys`, up to the rounding of hue, saturation and value to uint8."""
+    steps = int(share * 255) / 256
+    image = noise(6, 7, 3)
+    got = colors.turn_hue(image, share)
+    want = np.empty(image.shape)
+    for index in np.ndindex(6, 7):
+        hue, saturation, value = colorsys.rgb_to_hsv(*(image[index] / 255.0))
+        want[index] = colorsys.hsv_to_rgb((hue + steps) % 1, saturation, value)
+    assert np.abs(got - 255 * want).max() < 8
+    assert np.abs(got - 255 * want).mean() < 2

@@ -273,3 +273,12 @@ def test_actions_take_images_of_any_shape_and_mirrored_ones(name, shape):
         assert results[0].shape == (*shape, 3)
         assert results[0].dtype == np.uint8
     np.testing.assert_array_equal(mirrored, before)
+
+
+def test_color_jitter_turns_the_hue_with_the_probability(monkeypatch):
+    turns = []
+    monkeypatch.setattr(colors, "turn_hue", lambda image, share: turns.append(share) or image)
+    draw(ColorJitter(0, hue=0.1, probability=0.4), 1000)
+    assert 350 < len(turns) < 450
+    assert -0.1 <= min(turns) < -0.09
+    assert 0.09 < max(turns) <= 0.1

@@ -82,6 +82,13 @@ def adjust_saturation(image: np.ndarray, factor: float) -> np.ndarray:
     return to_uint8(blend(to_gray(image)[..., None], image, factor))
 
 
+def turn_hue(image: np.ndarray, share: float) -> np.ndarray:
+    """Turns the hue by this share of the circle of colours, in 256 steps as torchvision does."""
+    hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL))
+    hue = hue + np.uint8(int(share * 255) % 256)  # The circle closes where uint8 overflows.
+    return cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL)
+
+
 def adjust_sharpness(image: np.ndarray, factor: float) -> np.ndarray:
     """Interpolates from a smoothed image (`factor` 0) to the image (1); border pixels stay."""
     smooth = image.astype(np.float32)

@@ -353,18 +353,32 @@ class GaussianBlur(_Sometimes):
 class ColorJitter(Random):
     """Adjusts brightness, contrast and saturation in random order, by factors of 1 ± strength.
 
-    `contrast` and `saturation` default to `brightness`. Factors are 0 or more.
+    `contrast` and `saturation` default to `brightness`. Factors are 0 or more. The hue is turned by
+    up to `hue` of the circle of colours. All of it is done with `probability`.
     """
 
     brightness: float
     contrast: float | None = None
     saturation: float | None = None
-    may_be_zero = ("brightness", "contrast", "saturation")
+    hue: float = 0.0
+    probability: float = 1.0
+    may_be_zero = ("brightness", "contrast", "saturation", "hue")
+
+    def __post_init__(self) -> None:
+        if self.hue > 0.5:
+            raise ValueError(f"hue={self.hue}: expected at most 0.5, half of the circle")
+        if self.probability > 1:
+            raise ValueError(f"probability={self.probability}: expected at most 1")
 
     def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if self.probability < 1 and rng.random() >= self.probability:
+            return image
         adjust = (colors.adjust_brightness, colors.adjust_contrast, colors.adjust_saturation)
         given = (self.brightness, self.contrast, self.saturation)
-        for i in rng.permutation(3):
+        for i in rng.permutation(4 if self.hue else 3):
+            if i == 3:
+                image = colors.turn_hue(image, rng.uniform(-self.hue, self.hue))
+                continue
             strength = self.brightness if given[i] is None else given[i]
             factor = rng.uniform(max(0, 1 - strength), 1 + strength)
             image = adjust[i](image, factor) if strength else image
