@@ -316,3 +316,84 @@ def test_an_exponential_schedule_changes_by_the_same_factor_up_or_down():
     assert [float(down(t)) for t in (5, 10, 20, 70)] == pytest.approx([0.5, 1, 0.1, 1e-6], rel=1e-4)
     with pytest.raises(UserError, match=r"end_lr=0.0: expected both above 0"):
         make_schedule(lr=1.0, total_steps=10, schedule="exponential")
+
+
+def test_weight_decay_follows_a_cosine_to_its_end():
+    """Without gradients parameters shrink by what decays alone, in float64."""
+    optimizer = make_optimizer(
+        base=sgd(momentum=0.0),
+        total_steps=4,
+        lr=0.5,
+        schedule="constant",
+        weight_decay=0.1,
+        weight_decay_end=0.4,
+    )
+    params = {"a": {"kernel": jnp.ones(3), "bias": jnp.ones(3)}}
+    state, want = optimizer.tx.init(params), 1.0
+    for step in range(4):
+        updates, state = optimizer.tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+        decay = 0.4 + (0.1 - 0.4) * 0.5 * (1 + np.cos(np.pi * step / 4))
+        want *= 1 - 0.5 * decay
+        np.testing.assert_allclose(params["a"]["kernel"], want, rtol=1e-6)
+    np.testing.assert_array_equal(params["a"]["bias"], 1)
+
+
+def test_parameters_that_are_trained_later_stay_until_then():
+    clock = Clock(batch_size=10, epoch_examples=lambda: 20)
+    optimizer = make_optimizer(
+        base=adamw(),
+        total_steps=4,
+        clock=clock,
+        lr=0.1,
+        schedule="constant",
+        weight_decay=0.1,
+        train_after=(("head/.*", {"epochs": 1}),),
+    )
+    params = {name: {"kernel": jnp.ones(3)} for name in ("body", "head")}
+    state, found = optimizer.tx.init(params), []
+    for _ in range(4):
+        updates, state = optimizer.tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        found.append({name: bool(np.any(x["kernel"])) for name, x in updates.items()})
+    assert [f["body"] for f in found] == [True] * 4
+    assert [f["head"] for f in found] == [False, False, True, True]
+
+
+def test_groups_of_gradients_are_clipped_each_by_its_own_norm():
+    optimizer = make_optimizer(
+        base=sgd(momentum=0.0),
+        total_steps=1,
+        lr=1.0,
+        schedule="constant",
+        grad_clip_norm=5.0,
+        grad_clip_groups=("head/.*", "probe/.*"),
+    )
+    grads = {
+        "body": {"kernel": jnp.asarray([3.0, 4.0])},
+        "embedding": {"kernel": jnp.asarray([12.0])},
+        "head": {"kernel": jnp.asarray([30.0, 40.0])},
+        "probe": {"kernel": jnp.asarray([0.5])},
+    }
+    updates, _ = optimizer.tx.update(grads, optimizer.tx.init(grads), grads)
+    got = {name: -np.asarray(x["kernel"]) for name, x in updates.items()}
+    np.testing.assert_allclose(got["body"], np.array([3, 4]) * 5 / 13, rtol=1e-6)
+    np.testing.assert_allclose(got["embedding"], 12 * 5 / 13, rtol=1e-6)
+    np.testing.assert_allclose(got["head"], [3, 4], rtol=1e-6)
+    np.testing.assert_allclose(got["probe"], 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_decay_end": -1.0}, r"optimizer\.weight_decay_end=-1\.0"),
+        ({"grad_clip_groups": ("head/.*",)}, r"expected optimizer\.grad_clip_norm too"),
+        ({"train_after": (("head/.*", {}),)}, r"train_after: 'head/\.\*' has \{\}; expected one"),
+        ({"train_after": (("head/.*", {"weeks": 1}),)}, "expected one of steps"),
+        ({"train_after": (("head/.*", {"steps": -1}),)}, "steps=-1: expected 0 or more"),
+        ({"train_after": (("head/.*", {"steps": 4}),)}, "steps=4 is not shorter than the 4 steps"),
+        ({"base": lamb(), "weight_decay_end": 0.1}, "scales the decay with its update"),
+    ],
+)
+def test_parts_of_self_supervised_recipes_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        make_optimizer(**({"base": adamw(), "total_steps": 4, "lr": 0.1} | options))

@@ -77,6 +77,11 @@ class Parts:
     config: dict[str, Any]
 
     @property
+    def keeps_average(self) -> bool:
+        """Whether the train state has an average of the parameters."""
+        return self.settings.ema_decay is not None or self.objective.keeps_average
+
+    @property
     def trains_whole_model(self) -> bool:
         """Whether each step goes forward and backward through all of the model, and no more."""
         supervised = self.settings.objective["name"] == "supervised"
@@ -146,9 +151,17 @@ def _build_parts(
         float8=precision.float8,
         lora=settings.lora if settings.lora.rank else None,
     )
-    objective, objective_args = _make_objective(settings.objective, model, data)
     clock = _make_clock(data, epoch_examples)
     total_steps = _total_steps(top, clock)
+    objective, objective_args = _make_objective(
+        settings.objective, model, data, clock=clock, total_steps=total_steps
+    )
+    if settings.ema_decay is not None and objective.keeps_average:
+        raise UserError(
+            f"ema_decay={settings.ema_decay} with objective.name={objective_args['name']!r}: "
+            "expected None, since its teacher is the average; set objective.momentum"
+        )
+    averages = settings.ema_decay is not None or objective.keeps_average
     every = functools.partial(_resolve_every, clock=clock, total_steps=total_steps)
     optimizer, optimizer_args = _make_optimizer(
         optimizer_section, total_steps, clock, mesh, objective, settings.lora
@@ -157,9 +170,9 @@ def _build_parts(
         settings.evals, data, objective, mesh, every=every, match_classes=match_classes
     )
     checkpoint, checkpoint_args = _make_checkpoint(
-        top["checkpoint"], evaluators, settings.ema_decay is not None, every=every
+        top["checkpoint"], evaluators, averages, every=every
     )
-    _check_stop(settings.stop, evaluators, settings.ema_decay is not None)
+    _check_stop(settings.stop, evaluators, averages)
     made_by = {"objective": objective_args, "model": model_args, "optimizer": optimizer_args}
     trace_parts(
         {k: args["name"] for k, args in made_by.items()},
@@ -328,17 +341,25 @@ def _make_model(
 
 
 def _make_objective(
-    section: _Section, model: Model, data: DatasetSpec
+    section: _Section, model: Model, data: DatasetSpec, *, clock: Clock, total_steps: int
 ) -> tuple[Objective, _Section]:
     name, make = _by_name(section, OBJECTIVES, "supervised", Objective, key="objective")
     given = {
         "model": model,
         "num_classes": model.num_classes or data.info.num_classes,
         "image_shape": data.image_shape(),
+        "view_shapes": data.view_shapes(),
+        "clock": clock,
+        "total_steps": total_steps,
         "multi_label": data.info.multi_label,
         "class_names": data.info.class_names,
     }
     (args,) = bind(section, make, key="objective", given=tuple(given))
+    if data.views and not is_part(name) and "view_shapes" not in keywords(make):
+        raise UserError(
+            f"data.views with objective.name={name!r}, which takes one image of each record: "
+            "expected none, or objective.name='dino'"
+        )
     if "unpooled" in getattr(model, "classifier", ""):
         raise UserError(
             f"model.classifier={model.classifier!r} classifies every token; expected 'token', "
@@ -382,6 +403,7 @@ def _make_optimizer(
         )
     micro_batch = clock.batch_size // optimizer.accum_steps
     check_batch_size(micro_batch, mesh, key="data.batch_size / optimizer.accum_steps")
+    objective.check_batch(micro_batch)
     return optimizer, {"name": name} | drop_other_units(args) | base_args
 
 

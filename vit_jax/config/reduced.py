@@ -62,8 +62,18 @@ def reduce_for_timing(config: Mapping[str, Any], *, steps: int) -> dict[str, Any
     Warm-up and cool-down are removed, since they may be longer than these steps.
     """
     lasting = ("warmup_", "cooldown_")
-    optimizer = {k: v for k, v in config["optimizer"].items() if not k.startswith(lasting)}
-    return {**config, "total_steps": steps, "log_every": steps, "optimizer": optimizer}
+    optimizer = {
+        k: v
+        for k, v in config["optimizer"].items()
+        if not k.startswith(lasting) and k != "train_after"
+    }
+    objective = {
+        k: v
+        for k, v in (config.get("objective") or {}).items()
+        if not k.startswith("teacher_temp_warmup_")
+    }
+    changes = {"optimizer": optimizer, "objective": objective}
+    return {**config, "total_steps": steps, "log_every": steps, **changes}
 
 
 def without_mesh(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 """The base class of objectives: a model and the loss that it is trained with."""
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -40,6 +40,7 @@ class Objective(abc.ABC):
         same objective load them.
       frozen: regular expressions of whole paths of parameters that no gradient trains.
       classifies: whether `predict` returns `logits` `[batch, classes]`.
+      keeps_average: whether the train state has an average of the parameters by `average_decay`.
       head_names: names of the heads of `head_logits` `[heads, batch, classes]`, if `predict`
         returns those.
     """
@@ -47,6 +48,7 @@ class Objective(abc.ABC):
     objective_params: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     classifies: bool = True
+    keeps_average: bool = False
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -85,9 +87,33 @@ class Objective(abc.ABC):
         """Arrays that `loss` finds in `params` and that are not part of the train state."""
         return {}
 
+    def step_inputs(self, step: jax.Array, average: Params) -> dict[str, Any]:
+        """More arrays that `loss` finds in `params`, which no gradient reaches.
+
+        Args:
+          step: number of updates made before, an int32 scalar.
+          average: the average of the parameters, if the objective keeps one; else None.
+        """
+        return {}
+
+    def average_decay(self, step: jax.Array) -> jax.Array | float:
+        """Decay of the average in the update after `step` others, a float32 scalar."""
+        raise NotImplementedError
+
+    def check_batch(self, size: int) -> None:
+        """Raises `UserError` if `loss` is not defined for (micro-)batches of so many examples."""
+        return
+
     def notes(self) -> tuple[str, ...]:
         """Lines that are logged at the start of a run."""
         return ()
+
+    def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Lines on metrics of a record that show a fault of the run, by a name for the fault.
+
+        Each fault is logged once in a run.
+        """
+        return {}
 
     def lr_multipliers(self) -> tuple[tuple[str, float], ...]:
         """Pairs of a regular expression for whole paths and a factor on their learning rate."""

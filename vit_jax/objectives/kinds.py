@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All objectives, by the name that a config gives them."""
 
+from vit_jax.objectives.dino import make_dino
 from vit_jax.objectives.distillation import make_distillation
 from vit_jax.objectives.linear_probe import make_linear_probe
 from vit_jax.objectives.mae import make_mae
@@ -10,5 +11,6 @@ OBJECTIVES = {
     "supervised": make_supervised,
     "distillation": make_distillation,
     "mae": make_mae,
+    "dino": make_dino,
     "linear_probe": make_linear_probe,
 }

@@ -34,6 +34,8 @@ class Monitor:
     Args:
       step: step after which the run starts.
       unlogged: the attribute of that name when `step` was saved.
+      warn: finds faults in the metrics of a record: a line for each, by a name; the first line of
+        each name is logged.
       seconds: returns the seconds spent so far by phase; `compile`, `step` and `data_wait` count.
       on_divergence: one of `divergence.POLICIES`; with `skip`, such steps are counted.
       max_loss: a higher loss counts as diverged.
@@ -60,9 +62,11 @@ class Monitor:
         dump: Callable[[Divergence], None] = lambda _: None,
         peak: float | None = None,
         unlogged: Mapping[str, Any] | None = None,
+        warn: Callable[[Mapping[str, float]], Mapping[str, str]] = lambda _: {},
     ):
         self._writer, self._seconds, self._peak = writer, seconds, peak
         self._skips, self._max_loss, self._dump = on_divergence == "skip", max_loss, dump
+        self._warn, self._warned = warn, set[str]()
         self.skipped: list[int] = []
         self._in_a_row = 0
         self._total, self._batch_size, self._first = total_steps, batch_size, True
@@ -145,6 +149,10 @@ class Monitor:
         metrics = metrics | {name: total / n for name, (total, n) in self.unlogged.items()}
         self.unlogged = {}
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
+        for name, line in self._warn(finite).items():
+            if name not in self._warned:
+                self._warned.add(name)
+                log(f"step {step}: {line}")
         record = {k if "/" in k else f"train/{k}": v for k, v in finite.items()}
         if self._skips:
             record["train/skipped"] = float(len(self.skipped))

@@ -12,11 +12,11 @@ from optax import contrib
 from vit_jax.optim.base_optimizers import BaseOptimizer
 from vit_jax.optim.rules import DECAYED, ParamRules
 from vit_jax.optim.sam import Sam
-from vit_jax.optim.schedules import ScheduleOptions
-from vit_jax.utils.durations import Clock
+from vit_jax.optim.schedules import ScheduleOptions, cosine_between
+from vit_jax.utils.durations import UNITS, Clock, find_duration, to_steps
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import bind, takes_options_of
-from vit_jax.utils.tree import path_str
+from vit_jax.utils.tree import merge, partition, path_str
 
 LrScaling = Literal["none", "linear", "sqrt"]
 DecayTimes = Literal["lr", "schedule"]
@@ -36,6 +36,7 @@ class Optimizer:
       lr: the learning rate of the config.
       scaled_to: the batch size that `lr` is for, and that of the run; None for no scaling.
       weight_decay: factor on parameters, which is multiplied by the learning rate.
+      weight_decay_end: that of the last update; None for the same.
       sam: sharpness-aware minimisation in the train step; None for the plain gradient.
       averaging: as in `BaseOptimizer`.
     """
@@ -48,6 +49,7 @@ class Optimizer:
     lr: float
     scaled_to: tuple[int, int] | None
     weight_decay: float
+    weight_decay_end: float | None = None
     sam: Sam | None = None
     averaging: float | None = None
 
@@ -71,11 +73,14 @@ def make_optimizer(
     lr_scaling: LrScaling = "none",
     base_batch_size: int | None = None,
     weight_decay: float = 0.0,
+    weight_decay_end: float | None = None,
     weight_decay_times: DecayTimes = "lr",
     weight_decay_params: tuple[str, ...] = DECAYED,
     grad_clip_norm: float | None = None,
+    grad_clip_groups: tuple[str, ...] = (),
     accum_steps: int = 1,
     freeze: tuple[str, ...] = (),
+    train_after: tuple[tuple[str, dict], ...] = (),
     lr_multipliers: tuple[tuple[str, float], ...] = (),
     layer_decay: float | None = None,
     schedules: tuple[tuple[str, dict], ...] = (),
@@ -94,14 +99,19 @@ def make_optimizer(
         ("linear"), the square root of that ("sqrt"), or not at all ("none").
       base_batch_size: batch size that `lr` is for.
       weight_decay: decoupled weight decay.
+      weight_decay_end: weight decay at the end of the run, along half a cosine; None for the same.
       weight_decay_times: factor on the weight decay of each update: "lr", or "schedule", which is
         the learning rate over its peak. Multipliers of single parameters apply to "lr" only.
       weight_decay_params: regular expressions for whole paths of parameters that decay; by default
         kernels, but no biases, norms, position embeddings and class tokens.
       grad_clip_norm: global norm to which gradients are clipped; None for no clipping.
+      grad_clip_groups: expressions of parameters whose gradients are clipped together, each by the
+        norm of its own; those that match none are one more group. By default all are one.
       accum_steps: number of micro-batches into which a step cuts the batch.
       freeze: expressions of parameters that are not trained. They have no gradient, no optimizer
         state and no weight decay.
+      train_after: pairs of an expression and a duration, such as `{"epochs": 1}`, before which
+        the parameters stay as they are; the first match counts.
       lr_multipliers: pairs of an expression and a factor on the learning rate; the first match
         counts, and the factor is 1 without a match.
       layer_decay: factor on the learning rate from each layer to the one before it, see
@@ -116,17 +126,30 @@ def make_optimizer(
         parameters.
     """
     least = {"lr": (lr, 0), "weight_decay": (weight_decay, 0), "accum_steps": (accum_steps, 1)}
+    if weight_decay_end is not None:
+        least["weight_decay_end"] = (weight_decay_end, 0)
     for key, (value, minimum) in least.items():
         if value < minimum:
             raise UserError(f"optimizer.{key}={value}: expected at least {minimum}")
     if grad_clip_norm is not None and grad_clip_norm <= 0:
         raise UserError(f"optimizer.grad_clip_norm={grad_clip_norm}: expected above 0, or None")
+    if grad_clip_groups and grad_clip_norm is None:
+        raise UserError(
+            f"optimizer.grad_clip_groups={grad_clip_groups}: expected optimizer.grad_clip_norm too"
+        )
+    if weight_decay_end is not None and base.after_decay is not None:
+        raise UserError(
+            f"optimizer.weight_decay_end={weight_decay_end}: this optimizer scales the decay with "
+            "its update; expected None"
+        )
     rules = ParamRules(
         tuple(freeze),
         tuple((p, f) for p, f in lr_multipliers),
         layer_decay,
         tuple(weight_decay_params),
         tuple(pattern for pattern, _ in schedules),
+        tuple(pattern for pattern, _ in train_after),
+        tuple(grad_clip_groups),
     )
     peak = lr * _batch_factor(lr_scaling, base_batch_size, clock)
     own = ScheduleOptions(**options)
@@ -135,8 +158,19 @@ def make_optimizer(
     if base.averaging is not None:
         _check_schedule_free([own, *others])
     decay = _relative_decay(weight_decay, weight_decay_times, peak, base)
+    end = None
+    if weight_decay_end is not None:
+        end = _relative_decay(weight_decay_end, weight_decay_times, peak, base)
+    starts = [_count_steps(pattern, d, clock, total_steps) for pattern, d in train_after]
     tx = _make_chain(
-        base, decay, rates, rules, grad_clip_norm, multiply_first=weight_decay_times != "lr"
+        base,
+        decay,
+        rates,
+        rules,
+        grad_clip_norm,
+        decay_schedule=None if end is None else cosine_between(decay, end, total_steps),
+        starts=starts,
+        multiply_first=weight_decay_times != "lr",
     )
     return Optimizer(
         tx=_apply_rules(tx, rules),
@@ -147,6 +181,7 @@ def make_optimizer(
         lr=lr,
         scaled_to=(base_batch_size, clock.batch_size) if base_batch_size and clock else None,
         weight_decay=decay,
+        weight_decay_end=end,
         sam=None if sam is None else Sam(**bind(sam, Sam, key="optimizer.sam")[0]),
         averaging=base.averaging,
     )
@@ -159,17 +194,22 @@ def _make_chain(
     rules: ParamRules,
     grad_clip_norm: float | None,
     *,
+    decay_schedule: optax.Schedule | None,
+    starts: list[int],
     multiply_first: bool,
 ) -> optax.GradientTransformation:
     """Chains all parts; multipliers that do not apply to weight decay come before it."""
-    clip = [] if grad_clip_norm is None else [optax.clip_by_global_norm(grad_clip_norm)]
+    clip = [] if grad_clip_norm is None else [_clip(grad_clip_norm, rules)]
     multiplied = rules.lr_multipliers or rules.layer_decay is not None
     scale = [_scale_by_factors()] if multiplied else []
-    shrink = [optax.add_decayed_weights(decay, mask=rules.decay_mask)] if decay else []
+    shrink = []
+    if decay or decay_schedule is not None:
+        shrink = [optax.add_decayed_weights(decay_schedule or decay, mask=rules.decay_mask)]
     after = [base.after_decay(rules.decay_mask, decay)] if base.after_decay else []
     if shrink and multiply_first:
         scale, shrink = [], [*scale, *shrink]
-    tx = optax.chain(*clip, base.tx, *shrink, *after, _scale_by_rates(rates, rules), *scale)
+    hold = [_hold(starts, rules)] if starts else []
+    tx = optax.chain(*clip, base.tx, *shrink, *after, _scale_by_rates(rates, rules), *scale, *hold)
     if base.averaging is None:
         return tx
     return _schedule_free(tx, rates[0], base.averaging)
@@ -260,6 +300,58 @@ def _scale_by_rates(rates: list[optax.Schedule], rules: ParamRules) -> optax.Gra
 
         scaled = jax.tree_util.tree_map_with_path(scale, updates)
         return scaled, optax.ScaleByScheduleState(count=state.count + 1)
+
+    return optax.GradientTransformation(
+        lambda params: optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32)), update
+    )
+
+
+def _clip(norm: float, rules: ParamRules) -> optax.GradientTransformation:
+    """Clips the gradients of each of the groups of `rules` to a norm."""
+    whole = optax.clip_by_global_norm(norm)
+    if not rules.clip_groups:
+        return whole
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        rest, clipped = updates, {}
+        for group in range(len(rules.clip_groups)):
+            part, rest = partition(rest, lambda path, g=group: rules.clip_group(path) == g)
+            clipped = merge(clipped, whole.update(part, optax.EmptyState())[0])
+        return merge(whole.update(rest, optax.EmptyState())[0], clipped), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _count_steps(
+    pattern: str, duration: dict[str, Any], clock: Clock | None, total_steps: int
+) -> int:
+    """The number of updates in a duration of `train_after`."""
+    key = f"optimizer.train_after: {pattern!r}"
+    found = find_duration(duration, dict(zip(UNITS, UNITS, strict=True)), prefix=f"{key}: ")
+    if found is None or len(duration) > 1:
+        raise UserError(f"{key} has {duration}; expected one of {', '.join(UNITS)}")
+    unit, value = found
+    steps = to_steps(value, unit, clock=clock, total_steps=total_steps)
+    if steps >= total_steps:
+        raise UserError(
+            f"{key}: {unit}={value} is not shorter than the {total_steps} steps of the run: these "
+            "parameters would never be trained"
+        )
+    return steps
+
+
+def _hold(starts: list[int], rules: ParamRules) -> optax.GradientTransformation:
+    """Makes updates 0 before that of the same index in `starts`, counted from 0."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def hold(path: Any, update: jax.Array) -> jax.Array:
+            index = rules.start_index(path_str(path))
+            if index is None:
+                return update
+            return jnp.where(state.count >= starts[index], update, 0)
+
+        held = jax.tree_util.tree_map_with_path(hold, updates)
+        return held, optax.ScaleByScheduleState(count=state.count + 1)
 
     return optax.GradientTransformation(
         lambda params: optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32)), update

@@ -20,8 +20,13 @@ from vit_jax.utils.tree import flatten, partition, path_str
 # Parameters in blocks, before the blocks and after them. Those of scanned blocks are stacked along
 # the first axis, so their path has no block number.
 _BLOCK = r"Transformer/encoderblock(?:_(\d+))?/.*"
-_BEFORE = r"(embedding|conv_root|gn_root|block\d+)/.*|cls|dist|(.*/)?(registers|pos_embedding)"
-_AFTER = r"(Transformer/encoder_norm|fc_norm|MAPHead_0|pre_logits|head|head_dist)/.*"
+_BEFORE = (
+    r"(embedding|conv_root|gn_root|block\d+)/.*|cls|dist|mask_token|(.*/)?(registers|pos_embedding)"
+)
+_AFTER = (
+    r"(Transformer/encoder_norm|fc_norm|MAPHead_0|pre_logits|head|head_dist|dino_head|ibot_head"
+    r"|centers)/.*"
+)
 
 # Parameters that decay by default: no biases, norms, position embeddings and class tokens.
 DECAYED = (".*kernel",)
@@ -42,6 +47,9 @@ class ParamRules:
       layer_decay: factor on the learning rate from one layer to the one before; None for 1.
       decayed: expressions of parameters with weight decay.
       schedules: expressions of parameters with a schedule of their own; the first match counts.
+      starts: expressions of parameters that are trained later; the first match counts.
+      clip_groups: expressions of parameters whose gradients are clipped together; the first match
+        counts.
     """
 
     freeze: tuple[str, ...] = ()
@@ -49,6 +57,8 @@ class ParamRules:
     layer_decay: float | None = None
     decayed: tuple[str, ...] = DECAYED
     schedules: tuple[str, ...] = ()
+    starts: tuple[str, ...] = ()
+    clip_groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key, patterns in self._patterns().items():
@@ -96,6 +106,8 @@ class ParamRules:
             "freeze": self.freeze,
             "lr_multipliers": tuple(pattern for pattern, _ in self.lr_multipliers),
             "schedules": self.schedules,
+            "train_after": self.starts,
+            "grad_clip_groups": self.clip_groups,
             "weight_decay_params": self.decayed,
         }
 
@@ -107,7 +119,15 @@ class ParamRules:
 
     def schedule_index(self, path: str) -> int | None:
         """Returns the index of a parameter's schedule in `schedules`; None for the common one."""
-        return next((i for i, p in enumerate(self.schedules) if re.fullmatch(p, path)), None)
+        return _first_match(self.schedules, path)
+
+    def start_index(self, path: str) -> int | None:
+        """Returns the index in `starts` of a parameter; None for one that is trained at once."""
+        return _first_match(self.starts, path)
+
+    def clip_group(self, path: str) -> int | None:
+        """Returns the index of a parameter's group in `clip_groups`; None for the common one."""
+        return _first_match(self.clip_groups, path)
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """Splits a tree of parameters into trained and frozen ones, see `tree.partition`."""
@@ -162,6 +182,10 @@ def layer_decay_factors(leaves: dict[str, Any], decay: float) -> dict[str, Any]:
                 "parameters of a ViT: leave layer_decay out for this model"
             )
     return factors
+
+
+def _first_match(patterns: tuple[str, ...], path: str) -> int | None:
+    return next((i for i, p in enumerate(patterns) if re.fullmatch(p, path)), None)
 
 
 def _check_regex(pattern: str, *, key: str) -> None:

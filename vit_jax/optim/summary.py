@@ -35,7 +35,7 @@ def summarize_params(optimizer: Optimizer, params: Any) -> list[ParamSummary]:
     rules = optimizer.rules
     trained = flatten(rules.split(params)[0])
     mask, factors = flatten(rules.decay_mask(params)), rules.lr_factors(params)
-    rows = []
+    decays, rows = optimizer.weight_decay or optimizer.weight_decay_end, []
     for path, leaf in flatten(params).items():
         frozen, index = path not in trained, rules.schedule_index(path)
         factor = np.asarray(factors.get(path, 1.0), np.float64)
@@ -44,7 +44,7 @@ def summarize_params(optimizer: Optimizer, params: Any) -> list[ParamSummary]:
                 path=path,
                 shape=leaf.shape,
                 frozen=frozen,
-                decayed=bool(optimizer.weight_decay and mask[path] and not frozen),
+                decayed=bool(decays and mask[path] and not frozen),
                 lr_factors=(0.0, 0.0) if frozen else (float(factor.min()), float(factor.max())),
                 schedule=None if index is None or frozen else rules.schedules[index],
             )
@@ -89,8 +89,10 @@ def describe_rates(optimizer: Optimizer) -> list[str]:
         ratio = optimizer.peak_lr / optimizer.lr if optimizer.lr else 1.0
         base, batch = optimizer.scaled_to
         text += f" for batches of {batch}: {optimizer.lr:.4g} for {base}, times {ratio:.4g}"
-    decay = optimizer.weight_decay
-    if not decay:
+    decay, end = optimizer.weight_decay, optimizer.weight_decay_end
+    if not decay and not end:
         return [text, "weight decay: none"]
+    if end is not None:
+        return [text, f"weight decay: {decay:.4g} to {end:.4g} x learning rate"]
     by_schedule = decay * optimizer.peak_lr
     return [text, f"weight decay: {decay:.4g} x learning rate = {by_schedule:.4g} x schedule"]

@@ -31,6 +31,7 @@ TENSOR_RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
     (_MLP + r"/Dense_1/kernel$", (-2,)),
     (r"(^|/)pre_logits/kernel$", (-1, -2)),
     (r"(^|/)(head|head_dist)/kernel$", (-1, -2)),
+    (r"(dino|ibot)_head/prototypes/kernel$", (-1, -2)),
 )
 # Parameters of blocks that are stacked along their first dimension. It is not split, since each
 # step of the scan over it takes one layer.

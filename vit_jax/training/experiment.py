@@ -112,7 +112,7 @@ class Experiment(Parts):
             batch,
             objective=self.objective,
             tx=self.optimizer.tx,
-            ema=self.settings.ema_decay is not None,
+            ema=self.keeps_average,
             params=params,
         )
 

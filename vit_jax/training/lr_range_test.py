@@ -29,8 +29,11 @@ _DIVERGED = 4.0
 # Steps at the start at which the smoothed loss is still noise.
 _NOISE = 5
 # Keys of the optimizer that decide the schedule, which is that of the test.
-_SCHEDULE = ("schedule", "schedules", "start_lr", "end_lr", "timescale", "decay_from", "lr_every")
-_LASTING = ("warmup_", "cooldown_")
+_SCHEDULE = (
+    *("schedule", "schedules", "start_lr", "end_lr", "timescale", "decay_from", "lr_every"),
+    *("train_after", "weight_decay_end"),
+)
+_LASTING = ("warmup_", "cooldown_", "teacher_temp_warmup_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +198,8 @@ def _make_config(
         for k, v in config.items()
         if k not in (*LENGTH, "ema_decay", "stop") and not k.startswith("log_every")
     }
+    objective = config.get("objective") or {}
+    rest["objective"] = {k: v for k, v in objective.items() if not k.startswith(_LASTING)}
     unused = dict.fromkeys(("checkpoint", "evals", "profile"))
     return (
         rest

@@ -125,6 +125,7 @@ class Services:
                 dump=self._dump,
                 peak=_peak_images_per_sec(experiment),
                 unlogged=unlogged,
+                warn=experiment.objective.warnings,
             )
             self.skipped = self._monitor.skipped
             self._monitor.saved(saved)

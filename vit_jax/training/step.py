@@ -82,7 +82,7 @@ def train_step(
       constants: arrays of the objective that are not trained, on the mesh.
       objective: gives the loss.
       optimizer: its `accum_steps` splits the batch into micro-batches of equal size.
-      ema_decay: decay of the parameter average; None for no average.
+      ema_decay: decay of the parameter average; None for no average, or for one by the objective.
       ema_warmup: how the decay rises to it, see `averages.ema_decay`.
       seed: of the run.
       split: places arrays `[micro-batches, batch, ...]` on the mesh.
@@ -101,9 +101,11 @@ def train_step(
     batch = objective.augment(batch, augment_rng)
     trained, frozen = optimizer.rules.split(state.params)
 
+    given = {**(constants or {}), **objective.step_inputs(state.step, state.ema_params)}
+
     # A function of the trained parameters alone: the frozen ones need no backward pass.
     def loss(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Any]:
-        return objective.loss({**merge(params, frozen), **(constants or {})}, batch, rng)
+        return objective.loss({**merge(params, frozen), **given}, batch, rng)
 
     gradients = functools.partial(
         accumulate_gradients,
@@ -131,8 +133,11 @@ def train_step(
         "param_norm": optax.tree.norm(params),
     }
     ema_params = state.ema_params
-    if ema_decay is not None:
-        decay = averages.ema_decay(state.step, ema_decay, ema_warmup)
+    if ema_params is not None:
+        if ema_decay is None:
+            decay = objective.average_decay(state.step)
+        else:
+            decay = averages.ema_decay(state.step, ema_decay, ema_warmup)
         average, same = optimizer.rules.split(state.ema_params)
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, trained)
         ema_params, _ = objective.update_statistics(merge(average, same), statistics)

@@ -21,6 +21,10 @@ REGISTERS = "Transformer/registers"
 OBJECTIVE_PARAMS = {
     "decoder": "only for pre-training",
     "probe": "the heads of a linear probe",
+    "dino_head": "only for pre-training",
+    "ibot_head": "only for pre-training",
+    "centers": "only for pre-training",
+    "mask_token": "only for pre-training",
 }
 
 # Methods of resizing here by the names of Pillow.

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-distillation: the loss from the outputs of model and heads in float64, and its parts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax.models.variants import make_vit
+from vit_jax.objectives.block_masks import gather_masked
+from vit_jax.objectives.dino import make_dino
+from vit_jax.utils.durations import Clock
+from vit_jax.utils.errors import UserError
+
+SIZES = {"patch_size": 4, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
+HEAD = {"prototypes": 12, "head_width": 8, "bottleneck": 6, "head_layers": 2}
+VIEWS = {"global": (1, 16, 16, 3), "local": (3, 8, 8, 3)}
+CLOCK = Clock(batch_size=4, epoch_examples=lambda: 40)
+
+
+def dino(*, model=None, views=None, **options):
+    vit = make_vit(num_classes=0, **(SIZES | (model or {})))
+    given = {"view_shapes": VIEWS if views is None else views, "clock": CLOCK, "total_steps": 20}
+    return make_dino(model=vit, image_shape=(16, 16, 3), **(given | HEAD | options))
+
+
+def draw_batch(count=4):
+    rng = np.random.default_rng(0)
+    shapes = {"image": (16, 16, 3), "global": (1, 16, 16, 3), "local": (3, 8, 8, 3)}
+    batch = {k: rng.integers(0, 256, (count, *v)).astype(np.uint8) for k, v in shapes.items()}
+    return {k: jnp.asarray(v) for k, v in batch.items()} | {"label": jnp.zeros(count, jnp.int32)}
+
+
+def draw_params(objective, seed):
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0), draw_batch()))
+    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
+
+
+def softmax(x):
+    x = np.exp(x - x.max(axis=-1, keepdims=True))
+    return x / x.sum(axis=-1, keepdims=True)
+
+
+def cross_entropy(targets, scores):
+    return -(targets * np.log(softmax(scores / 0.1))).sum(axis=-1)
+
+
+def encode(objective, params, images, **options):
+    out = objective.model.apply({"params": params}, images, train=False, **options)[1]
+    return out["pre_logits"], out["encoded"][:, 1:]
+
+
+@pytest.mark.parametrize("ibot_head", ["shared", "separate"])
+def test_the_loss_is_that_of_its_parts(ibot_head):
+    objective = dino(ibot_weight=0.7, ibot_head=ibot_head, koleo_weight=0.3)
+    student, teacher = (draw_params(objective, seed) for seed in (1, 2))
+    batch = objective.augment(draw_batch(), jax.random.key(0))
+    rng = jax.random.key(5)
+    inputs = {"teacher": teacher, "teacher_temp": jnp.float32(0.05)}
+    loss, metrics = jax.jit(objective.loss)({**student, **inputs}, batch, rng)
+
+    # Crops of an image are neighbours among the rows.
+    both = jnp.stack([batch["image"], batch["global"][:, 0]], axis=1).reshape(8, 16, 16, 3)
+    masks = objective.masks.draw(jax.random.fold_in(rng, 0), 8)
+    small = batch["local"].reshape(12, 8, 8, 3)
+
+    def scores(params, name, features):
+        head = objective.patch_head if name == "ibot_head" else objective.head
+        return np.asarray(head.apply({"params": params[name]}, features), np.float64)
+
+    taught, taught_patches = encode(objective, teacher, both)
+    seen, seen_patches = encode(objective, student, both, masked=masks)
+    local, _ = encode(objective, student, small, position_grid=(4, 4))
+    targets = softmax((scores(teacher, "dino_head", taught) - student["centers"]["dino"]) / 0.05)
+    targets = targets.reshape(4, 2, 12)
+    globals_ = scores(student, "dino_head", seen).reshape(4, 2, 12)
+    locals_ = scores(student, "dino_head", local).reshape(4, 3, 12)
+    pairs = [(t, globals_[:, 1 - t]) for t in (0, 1)]
+    pairs += [(t, locals_[:, i]) for t in (0, 1) for i in range(3)]
+    want = np.mean([cross_entropy(targets[:, t], s).mean() for t, s in pairs])
+    np.testing.assert_allclose(metrics["dino_loss"], want, rtol=1e-5)
+    entropy = -(targets * np.log(targets)).sum(axis=-1).mean()
+    np.testing.assert_allclose(metrics["target_entropy"], entropy, rtol=1e-4)
+    np.testing.assert_allclose(metrics["target_kl"], want - entropy, rtol=1e-4)
+
+    name = "ibot_head" if ibot_head == "separate" else "dino_head"
+    center, terms = student["centers"]["ibot"], []
+    masks = np.asarray(masks)
+    for i in np.flatnonzero(masks.any(axis=1)):
+        p = softmax((scores(teacher, name, taught_patches[i][masks[i]]) - center) / 0.05)
+        terms.append(cross_entropy(p, scores(student, name, seen_patches[i][masks[i]])).mean())
+    assert len(terms) == 4
+    np.testing.assert_allclose(metrics["ibot_loss"], sum(terms) / 8, rtol=1e-5)
+
+    x = np.asarray(seen, np.float64).reshape(4, 2, 16)
+    x /= np.linalg.norm(x, axis=-1, keepdims=True)
+    koleo = 0.0
+    for crop in (0, 1):
+        distances = np.linalg.norm(x[:, None, crop] - x[None, :, crop], axis=-1)
+        koleo -= np.log((distances + 9 * np.eye(4)).min(axis=1)).mean()
+    np.testing.assert_allclose(metrics["koleo_loss"], koleo, rtol=1e-4)
+    parts = [metrics[f"{name}_loss"] for name in ("dino", "ibot", "koleo")]
+    np.testing.assert_allclose(loss, parts[0] + 0.7 * parts[1] + 0.3 * parts[2], rtol=1e-5)
+
+    valid = gather_masked(masks.reshape(1, 8, 16), objective.masks.capacity(8))[1]
+    assert valid.sum() == masks.sum()
+    updated, rest = objective.update_statistics(student, metrics)
+    rows = scores(teacher, "dino_head", taught)
+    want = 0.9 * student["centers"]["dino"] + 0.1 * rows.mean(axis=0)
+    np.testing.assert_allclose(updated["centers"]["dino"], want, rtol=1e-4, atol=1e-6)
+    rows = scores(teacher, name, np.concatenate([taught_patches[i][masks[i]] for i in range(8)]))
+    want = 0.9 * student["centers"]["ibot"] + 0.1 * rows.mean(axis=0)
+    np.testing.assert_allclose(updated["centers"]["ibot"], want, rtol=1e-4, atol=1e-6)
+    assert all(np.ndim(x) == 0 for x in rest.values())
+
+
+def test_parts_that_are_off_have_no_parameters():
+    plain, full = dino(centering="sinkhorn"), dino(ibot_weight=1.0, ibot_head="separate")
+    for objective in (plain, full):
+        params = jax.eval_shape(lambda o=objective: o.init(jax.random.key(0), draw_batch()))
+        assert set(objective.objective_params) == params.keys() - {"embedding", "cls", "Transformer"}
+    assert plain.objective_params == ("dino_head",)
+    assert full.objective_params == ("dino_head", "ibot_head", "centers", "mask_token")
+
+
+def test_local_crops_may_be_left_out():
+    objective = dino(views={"global": (1, 16, 16, 3)}, centering="sinkhorn")
+    params = draw_params(objective, 1)
+    batch = {k: v for k, v in draw_batch().items() if k != "local"}
+    inputs = objective.step_inputs(jnp.int32(0), params)
+    augmented = objective.augment(batch, jax.random.key(0))
+    loss, metrics = jax.jit(objective.loss)({**params, **inputs}, augmented, jax.random.key(1))
+    assert np.isfinite(loss)
+    assert metrics["loss"] == metrics["dino_loss"]
+
+
+def test_no_gradient_reaches_the_teacher():
+    objective = dino(centering="sinkhorn")
+    params, batch = draw_params(objective, 1), draw_batch()
+    augmented = objective.augment(batch, jax.random.key(0))
+
+    def loss(student, teacher):
+        inputs = {"teacher": teacher, "teacher_temp": jnp.float32(0.05)}
+        return objective.loss({**student, **inputs}, augmented, jax.random.key(1))[0]
+
+    student = jax.jit(jax.grad(loss))(params, draw_params(objective, 2))
+    assert all(np.any(x) for x in jax.tree.leaves(student))
+
+
+def test_schedules_are_those_of_the_options():
+    objective = dino(
+        teacher_temp=0.07, teacher_temp_start=0.04, teacher_temp_warmup_epochs=1, momentum=0.9
+    )
+    temps = [float(objective.step_inputs(s, None)["teacher_temp"]) for s in (0, 9, 19)]
+    np.testing.assert_allclose(temps, [0.04, 0.07, 0.07], rtol=1e-6)
+    decays = [float(objective.average_decay(s)) for s in (0, 10, 20)]
+    np.testing.assert_allclose(decays, [0.9, 0.95, 1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "fault"),
+    [
+        ({"target_entropy": np.log(12), "dino_loss": np.log(12)}, "uniform"),
+        ({"target_entropy": 0.01, "dino_loss": 0.2}, "peaked"),
+        ({"feature_rank": 1.1}, "rank"),
+        ({"patch_cosine": 0.999}, "patches"),
+    ],
+)
+def test_a_collapse_is_named(metrics, fault):
+    healthy = {"target_entropy": 1.0, "dino_loss": 2.0, "feature_rank": 7.0, "patch_cosine": 0.5}
+    assert not dino().warnings(healthy)
+    assert not dino().warnings({})
+    (line,) = dino().warnings(healthy | metrics).values()
+    assert list(dino().warnings(healthy | metrics)) == [fault]
+    assert next(iter(metrics)) in line
+    assert "\n" not in line
+
+
+def test_the_memory_of_the_scores_is_noted():
+    (line,) = dino(prototypes=2**16).notes()
+    # 4 images of 2 + 2 + 3 crops.
+    assert f"{4 * 4 * 7 * 2**16 / 1e9:.3g} GB" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"views": {}}, "needs a second global crop"),
+        ({"views": VIEWS | {"other": (1, 8, 8, 3)}}, "has no use for 'other'"),
+        ({"views": VIEWS | {"global": (2, 16, 16, 3)}}, "expected one of the same size"),
+        ({"views": VIEWS | {"global": (1, 8, 8, 3)}}, r"1 of 8x8, with images of 16x16"),
+        ({"views": VIEWS | {"local": (2, 32, 32, 3)}}, "32x32 are larger than the global crops"),
+        ({"prototypes": 1}, r"objective\.prototypes=1: expected at least 2"),
+        ({"prototypes": 10**8}, r"prototypes=100000000: the last layer would take [\d.,]+ GB"),
+        ({"ibot_prototypes": 10}, r"objective\.ibot_prototypes=10: expected"),
+        ({"student_temp": 0.0}, r"objective\.student_temp=0\.0"),
+        ({"teacher_temp": -1.0}, r"objective\.teacher_temp=-1\.0"),
+        ({"momentum": 1.5}, r"objective\.momentum=1\.5: expected 0 to 1"),
+        ({"koleo_weight": -1.0}, r"objective\.koleo_weight=-1\.0"),
+        ({"head_layers": 0}, r"objective\.head_layers=0"),
+        ({"ibot_weight": 1.0, "mask_ratio": (0.0, 0.5)}, "masks 0 to 8 of the 16 patches"),
+        ({"ibot_weight": 1.0, "mask_ratio": (0.5, 0.1)}, r"mask_ratio=\(0\.5, 0\.1\)"),
+        ({"ibot_weight": 1.0, "mask_share": 0.0}, r"objective\.mask_share=0 with"),
+        ({"teacher_temp_warmup_epochs": 3}, "is longer than the 20 steps of the run"),
+        ({"model": {"classifier": "map"}}, "expected model.name='vit'"),
+        ({"model": {"patch_dropout_rate": 0.5}}, r"model\.patch_dropout_rate=0\.5"),
+        ({"pixel_std": 0.0}, r"objective\.pixel_std=0\.0"),
+    ],
+)
+def test_wrong_values_are_refused(options, words):
+    with pytest.raises(UserError, match=words) as caught:
+        dino(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_koleo_needs_two_images():
+    with pytest.raises(UserError, match=r"\(micro-\)batches of 1"):
+        dino(koleo_weight=0.1).check_batch(1)
+    dino(koleo_weight=0.1).check_batch(2)
+    dino().check_batch(1)

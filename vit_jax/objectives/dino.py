@@ -1,0 +1,582 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-distillation: a student matches what its own average sees in other crops of an image.
+
+Sources: DINO, arXiv:2104.14294; iBOT, arXiv:2111.07832, for masked patches; DINOv2,
+arXiv:2304.07193, for Sinkhorn-Knopp, KoLeo and separate heads.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from vit_jax.models.prototypes import LastLayer, PrototypeHead
+from vit_jax.models.vit import VisionTransformer
+from vit_jax.objectives import collapse
+from vit_jax.objectives.base import Batch, Params, check_share, headless
+from vit_jax.objectives.block_masks import BlockMasks, gather_masked
+from vit_jax.objectives.pixels import ImageObjective, Pixels, check_pixels
+from vit_jax.objectives.ssl_losses import (
+    centered_targets,
+    crop_losses,
+    koleo_loss,
+    patch_loss,
+    sinkhorn_targets,
+)
+from vit_jax.optim.schedules import cosine_between, linear_between
+from vit_jax.utils.durations import Clock, duration_keys, find_duration, to_steps
+from vit_jax.utils.errors import UserError
+
+Centering = Literal["centering", "sinkhorn"]
+
+# Names of the views of `data.views`: the second global crop, and the local ones.
+GLOBAL, LOCAL = "global", "local"
+# Names of the inputs of a step.
+_TEACHER, _TEMPERATURE = "teacher", "teacher_temp"
+# Parts of the parameters beside those of the model.
+_DINO_HEAD, _IBOT_HEAD, _CENTERS, _MASK_TOKEN = "dino_head", "ibot_head", "centers", "mask_token"
+# Folded into a step's key.
+_MASK_KEY, _GLOBAL_KEY, _LOCAL_KEY = range(3)
+# Prototypes of one head beyond which no machine has the memory.
+_MOST_PROTOTYPES = 2**20
+
+# Limits beyond which a metric is a sign of a collapse.
+_LEAST_ENTROPY, _MOST_ENTROPY = 0.02, 0.999  # of the entropy of all prototypes
+_LEAST_RANK = 1.5
+_MOST_COSINE = 0.99
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dino(ImageObjective):
+    """A student that predicts, for each crop, the prototypes of its teacher for other crops.
+
+    The teacher is the average of the student, `TrainState.ema_params`, and sees the global crops
+    alone. Batches have `image`, the first global crop, and the views `global`, the second one, and
+    `local`, if there are local crops. The heads are stored under `dino_head` and `ibot_head`,
+    running means of the teacher's scores under `centers`, and the embedding of masked patches as
+    `mask_token`.
+
+    Attributes:
+      model: a `VisionTransformer` without a head.
+      head: of class features.
+      patch_head: of patches; None for `head`.
+      masks: hides patches of the student's global crops; None for no loss of masked patches.
+      ibot_weight: weight of the loss of masked patches.
+      koleo_weight: weight of the KoLeo loss of each of both global crops; 0 for none.
+      centering: how the teacher's scores become targets.
+      center_momentum: of the running means.
+      sinkhorn_iterations: for the centering "sinkhorn".
+      student_temp: divides the student's scores.
+      teacher_temp: the first and the last temperature of the teacher, and the number of steps from
+        one to the other.
+      momentum: of the average in the first and in the last step.
+      total_steps: of the run.
+      batch_size: of the run.
+      local_crops: number of local crops of an image.
+      grid: rows and columns of patches of a global crop.
+    """
+
+    model: Any
+    head: PrototypeHead
+    patch_head: PrototypeHead | None
+    masks: BlockMasks | None
+    ibot_weight: float
+    koleo_weight: float
+    centering: Centering
+    center_momentum: float
+    sinkhorn_iterations: int
+    student_temp: float
+    teacher_temp: tuple[float, float, int]
+    momentum: tuple[float, float]
+    total_steps: int
+    batch_size: int
+    local_crops: int
+    grid: tuple[int, int]
+
+    classifies = False
+    keeps_average = True
+
+    @property
+    def objective_params(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Depends on the parts that are on."""
+        parts = {
+            _DINO_HEAD: True,
+            _IBOT_HEAD: self.masks is not None and self.patch_head is not None,
+            _CENTERS: self.centering == "centering",
+            _MASK_TOKEN: self.masks is not None,
+        }
+        return tuple(name for name, used in parts.items() if used)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The centers, which `update_statistics` changes."""
+        return ("centers/.*",) if self.centering == "centering" else ()
+
+    def init(self, rng: jax.Array, batch: Batch) -> Params:
+        model_rng, head_rng, patch_rng = jax.random.split(rng, 3)
+        images = self.normalize(batch["image"][:1])
+        masked = None
+        if self.masks is not None:
+            masked = jnp.zeros((1, math.prod(self.masks.grid)), bool)
+        (_, out), variables = self.model.init_with_output(
+            model_rng, images, train=False, masked=masked
+        )
+        features = out["pre_logits"]
+        params = {**variables["params"], _DINO_HEAD: self.head.init(head_rng, features)["params"]}
+        counts = {"dino": self.head.prototypes}
+        if self.masks is not None:
+            counts["ibot"] = (self.patch_head or self.head).prototypes
+            if self.patch_head is not None:
+                params[_IBOT_HEAD] = self.patch_head.init(patch_rng, features)["params"]
+        if self.centering == "centering":
+            params[_CENTERS] = {name: jnp.zeros(count) for name, count in counts.items()}
+        return params
+
+    def augment(self, batch: Batch, rng: jax.Array) -> Batch:
+        names = [name for name in ("image", GLOBAL, LOCAL) if name in batch]
+        return {name: self.normalize(batch[name]) for name in names}
+
+    def loss(
+        self, params: Params, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        teacher, temperature = params[_TEACHER], params[_TEMPERATURE]
+        student = {k: x for k, x in params.items() if k not in (_TEACHER, _TEMPERATURE)}
+        both = jnp.concatenate([batch["image"][:, None], batch[GLOBAL]], axis=1)
+        count, images = both.shape[0], _merge_crops(both)
+        masks = None
+        if self.masks is not None:
+            masks = self.masks.draw(jax.random.fold_in(rng, _MASK_KEY), len(images))
+        taught = self._encode(teacher, images)
+        seen = self._encode(student, images, rng=jax.random.fold_in(rng, _GLOBAL_KEY), masks=masks)
+
+        scores = self.head.apply({"params": teacher[_DINO_HEAD]}, _split(taught["pre_logits"]))
+        targets, metrics = self._make_targets(student, "dino", scores, temperature)
+        head = {"params": student[_DINO_HEAD]}
+        globals_ = self.head.apply(head, _split(seen["pre_logits"]))
+        locals_ = None
+        if LOCAL in batch:
+            rng_local = jax.random.fold_in(rng, _LOCAL_KEY)
+            small = self._encode(student, _merge_crops(batch[LOCAL]), rng=rng_local)["pre_logits"]
+            locals_ = self.head.apply(head, small.reshape(count, -1, small.shape[-1]))
+        parts = crop_losses(targets, globals_, locals_, self.student_temp)
+        dino_loss = parts[0] + parts[1]
+        loss = dino_loss
+        metrics |= {"dino_loss": dino_loss} | self._measure(taught, targets, dino_loss)
+        if masks is not None:
+            part, more = self._patch_loss(student, teacher, seen, taught, masks, temperature)
+            loss, metrics = loss + self.ibot_weight * part, metrics | more | {"ibot_loss": part}
+        if self.koleo_weight:
+            crops = _split(seen["pre_logits"])
+            part = koleo_loss(crops[:, 0]) + koleo_loss(crops[:, 1])
+            loss, metrics = loss + self.koleo_weight * part, metrics | {"koleo_loss": part}
+        return loss, {"loss": loss} | metrics
+
+    def predict(self, params: Params, batch: Batch) -> dict[str, Any]:
+        """Returns `pre_logits` and `encoded` of whole images, without a mask."""
+        return self._encode(params, self.normalize(batch["image"]))
+
+    def step_inputs(self, step: jax.Array, average: Params) -> dict[str, Any]:
+        return {_TEACHER: average, _TEMPERATURE: linear_between(*self.teacher_temp)(step)}
+
+    def average_decay(self, step: jax.Array) -> jax.Array | float:
+        """Rises to its end along half a cosine."""
+        return cosine_between(*self.momentum, self.total_steps)(step)
+
+    def update_statistics(
+        self, params: Params, metrics: dict[str, jax.Array]
+    ) -> tuple[Params, dict[str, jax.Array]]:
+        if self.centering != "centering":
+            return params, metrics
+        metrics, centers = dict(metrics), dict(params[_CENTERS])
+        for name, center in centers.items():
+            mean = metrics.pop(f"sum_{name}") / metrics.pop(f"count_{name}")
+            centers[name] = self.center_momentum * center + (1 - self.center_momentum) * mean
+        return {**params, _CENTERS: centers}, metrics
+
+    def check_batch(self, size: int) -> None:
+        if self.koleo_weight and size < 2:
+            raise UserError(
+                f"objective.koleo_weight={self.koleo_weight} with (micro-)batches of {size}: the "
+                "loss is the distance to the nearest other image; expected data.batch_size / "
+                "optimizer.accum_steps of at least 2"
+            )
+
+    def notes(self) -> tuple[str, ...]:
+        heads = {"prototypes": self.head.prototypes}
+        rows = self.batch_size * (2 + 2 + self.local_crops)
+        values = rows * self.head.prototypes
+        if self.masks is not None:
+            head = self.patch_head or self.head
+            if self.patch_head is not None:
+                heads["prototypes of patches"] = head.prototypes
+            images = 2 * self.batch_size
+            group = self.masks.group(images)
+            values += 2 * self.masks.capacity(group) * (images // group) * head.prototypes
+        listed = " and ".join(f"{count:,} {name}" for name, count in heads.items())
+        return (
+            f"dino: {listed}: the scores of a step take {4 * values / 1e9:,.3g} GB over all "
+            "devices, and their gradients half as much or more",
+        )
+
+    def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        most, found = math.log(self.head.prototypes), {}
+        share = metrics.get("target_entropy", most / 2) / most
+        if share > _MOST_ENTROPY and metrics.get("dino_loss", 0) > _MOST_ENTROPY * most:
+            found["uniform"] = (
+                f"target_entropy {metrics['target_entropy']:.4g} of at most {most:.4g}: the "
+                "teacher's targets are uniform; a smaller objective.teacher_temp sharpens them"
+            )
+        if share < _LEAST_ENTROPY:
+            found["peaked"] = (
+                f"target_entropy {metrics['target_entropy']:.4g} of at most {most:.4g}: the "
+                "teacher gives all images few prototypes; a larger objective.teacher_temp or "
+                "objective.centering='sinkhorn' spreads them"
+            )
+        if metrics.get("feature_rank", _LEAST_RANK) < _LEAST_RANK:
+            found["rank"] = (
+                f"feature_rank {metrics['feature_rank']:.3g}: the features of all images have "
+                "nearly one direction; expected more, and a lower optimizer.lr may help"
+            )
+        if metrics.get("patch_cosine", 0) > _MOST_COSINE:
+            found["patches"] = (
+                f"patch_cosine {metrics['patch_cosine']:.4g}: the patches of an image have nearly "
+                "the same features; they are of no use for dense tasks"
+            )
+        return found
+
+    def _encode(
+        self,
+        params: Params,
+        images: jax.Array,
+        *,
+        rng: jax.Array | None = None,
+        masks: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        """The outputs of the model; without a key it is not in training."""
+        outputs: Any = self.model.apply(
+            {"params": params},
+            images,
+            train=rng is not None,
+            masked=masks,
+            position_grid=self.grid,
+            rngs={} if rng is None else {"dropout": rng},
+        )
+        return outputs[1]
+
+    def _patches(self, out: dict[str, jax.Array]) -> jax.Array:
+        return out["encoded"][:, self.model.num_prefix_tokens :]
+
+    def _make_targets(
+        self,
+        student: Params,
+        name: str,
+        scores: jax.Array,
+        temperature: jax.Array,
+        valid: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The teacher's targets, and the sums of which `update_statistics` makes a center."""
+        if self.centering == "sinkhorn":
+            iterations = self.sinkhorn_iterations
+            return sinkhorn_targets(scores, temperature, iterations=iterations, valid=valid), {}
+        targets = centered_targets(scores, student[_CENTERS][name], temperature)
+        mask = jnp.ones(scores.shape[:-1]) if valid is None else valid.astype(jnp.float32)
+        axes = tuple(range(scores.ndim - 1))
+        sums = jnp.sum(scores * mask[..., None], axis=axes)
+        return targets, {f"sum_{name}": sums, f"count_{name}": mask.sum()}
+
+    def _patch_loss(
+        self,
+        student: Params,
+        teacher: Params,
+        seen: dict[str, jax.Array],
+        taught: dict[str, jax.Array],
+        masks: jax.Array,
+        temperature: jax.Array,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        assert self.masks is not None
+        name = _DINO_HEAD if self.patch_head is None else _IBOT_HEAD
+        head = self.patch_head or self.head
+        images, patches = masks.shape
+        group = self.masks.group(images)
+        groups = images // group
+        places = gather_masked(masks.reshape(groups, group, patches), self.masks.capacity(group))
+        indices, valid, weights = places
+
+        def score(params: Params, out: dict[str, jax.Array]) -> jax.Array:
+            x = self._patches(out)
+            x = x.reshape(groups, group * patches, x.shape[-1])
+            x = jnp.take_along_axis(x, indices[..., None], axis=1)
+            return head.apply({"params": params[name]}, x)  # pyright: ignore[reportReturnType]
+
+        scores = score(teacher, taught)
+        targets, sums = self._make_targets(student, "ibot", scores, temperature, valid)
+        loss = patch_loss(targets, score(student, seen), weights, self.student_temp, images=images)
+        return loss, sums
+
+    def _measure(
+        self, taught: dict[str, jax.Array], targets: jax.Array, dino_loss: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Signs of a collapse, of the teacher's features and targets."""
+        taught = jax.tree.map(jax.lax.stop_gradient, taught)
+        patches = self._patches(taught).astype(jnp.float32)
+        target_entropy = collapse.entropy(targets).mean()
+        return {
+            "target_entropy": target_entropy,
+            "target_kl": dino_loss - target_entropy,
+            "feature_rank": collapse.participation_ratio(taught["pre_logits"]),
+            "patch_norm": jnp.linalg.norm(patches, axis=-1).mean(),
+            "patch_cosine": collapse.mean_cosine(patches),
+        }
+
+
+@headless
+def make_dino(
+    *,
+    model: Any,
+    image_shape: tuple[int, int, int],
+    view_shapes: Mapping[str, tuple[int, int, int, int]],
+    clock: Clock,
+    total_steps: int,
+    prototypes: int = 65536,
+    head_width: int = 2048,
+    head_layers: int = 3,
+    bottleneck: int = 256,
+    last_layer: LastLayer = "unit",
+    centering: Centering = "centering",
+    center_momentum: float = 0.9,
+    sinkhorn_iterations: int = 3,
+    student_temp: float = 0.1,
+    teacher_temp: float = 0.04,
+    teacher_temp_start: float = 0.04,
+    teacher_temp_warmup_steps: int | None = None,
+    teacher_temp_warmup_epochs: float | None = None,
+    teacher_temp_warmup_examples: float | None = None,
+    teacher_temp_warmup_percent: float | None = None,
+    momentum: float = 0.996,
+    momentum_end: float = 1.0,
+    ibot_weight: float = 0.0,
+    ibot_head: Literal["shared", "separate"] = "shared",
+    ibot_prototypes: int | None = None,
+    mask_ratio: tuple[float, float] = (0.1, 0.5),
+    mask_share: float = 0.5,
+    koleo_weight: float = 0.0,
+    pixel_mean: Pixels = 0.5,
+    pixel_std: Pixels = 0.5,
+) -> Dino:
+    """Makes a `Dino` from config values.
+
+    Args:
+      model: of a Vision Transformer.
+      image_shape: height, width and channels of the first global crop.
+      view_shapes: number, height, width and channels of the views `global` and `local`.
+      clock: batch size and length of an epoch.
+      total_steps: of the run.
+      prototypes: number of prototypes.
+      head_width: width of the hidden layers of the heads.
+      head_layers: number of layers of the MLP of the heads.
+      bottleneck: width before the prototypes.
+      last_layer: see `Prototypes.kind`.
+      centering: "centering" subtracts the running mean of the scores; "sinkhorn" for
+        `sinkhorn_targets` over the (micro-)batch.
+      center_momentum: of the running mean.
+      sinkhorn_iterations: of `sinkhorn_targets`.
+      student_temp: divides the student's scores.
+      teacher_temp: divides the teacher's scores, after a linear warm-up from `teacher_temp_start`.
+      momentum: of the average that is the teacher; rises to `momentum_end` along half a cosine.
+      ibot_weight: weight of the loss of masked patches; 0 for no masks.
+      ibot_head: whether patches have a head of their own.
+      ibot_prototypes: of that head; None for as many as `prototypes`.
+      mask_ratio: least and greatest share of the patches of an image that are masked.
+      mask_share: share of the global crops that have a mask.
+      koleo_weight: weight of the KoLeo loss, which is over the (micro-)batch; 0 for none.
+      pixel_mean: of pixels in [0, 1].
+      pixel_std: of pixels in [0, 1].
+
+    Raises:
+      UserError: a value is out of its range, or values, crops and model do not go together.
+    """
+    _check_model(model)
+    _check_crops(image_shape, view_shapes)
+    positive = {
+        "student_temp": student_temp,
+        "teacher_temp": teacher_temp,
+        "teacher_temp_start": teacher_temp_start,
+    }
+    for key, value in positive.items():
+        if not 0 < value < math.inf:
+            raise UserError(f"objective.{key}={value}: expected above 0, such as 0.1")
+    for key, value in {"ibot_weight": ibot_weight, "koleo_weight": koleo_weight}.items():
+        if not 0 <= value < math.inf:
+            raise UserError(f"objective.{key}={value}: expected 0 (none) or more")
+    sizes = {"head_width": head_width, "head_layers": head_layers, "bottleneck": bottleneck}
+    for key, value in (sizes | {"sinkhorn_iterations": sinkhorn_iterations}).items():
+        if value < 1:
+            raise UserError(f"objective.{key}={value}: expected at least 1")
+    check_share(
+        center_momentum=center_momentum,
+        momentum=momentum,
+        momentum_end=momentum_end,
+        mask_share=mask_share,
+    )
+    _check_prototypes("prototypes", prototypes, bottleneck, clock.batch_size)
+    separate = ibot_head == "separate"
+    if ibot_prototypes is not None:
+        _check_prototypes("ibot_prototypes", ibot_prototypes, bottleneck, clock.batch_size)
+        if not (ibot_weight and separate):
+            raise UserError(
+                f"objective.ibot_prototypes={ibot_prototypes}: expected objective.ibot_weight "
+                "above 0 and objective.ibot_head='separate' with it"
+            )
+    warmup = {
+        "teacher_temp_warmup_steps": teacher_temp_warmup_steps,
+        "teacher_temp_warmup_epochs": teacher_temp_warmup_epochs,
+        "teacher_temp_warmup_examples": teacher_temp_warmup_examples,
+        "teacher_temp_warmup_percent": teacher_temp_warmup_percent,
+    }
+    grid = model.grid(image_shape[:2])
+    masks = None
+    if ibot_weight:
+        masks = _make_masks(grid, mask_ratio, mask_share)
+    head = PrototypeHead(
+        prototypes=prototypes,
+        hidden_size=head_width,
+        bottleneck_size=bottleneck,
+        num_layers=head_layers,
+        last_layer=last_layer,
+        dtype=model.dtype,
+        constrain=model.constrain,
+    )
+    mean, std = check_pixels(pixel_mean, pixel_std)
+    return Dino(
+        model=model,
+        head=head,
+        patch_head=head.clone(prototypes=ibot_prototypes or prototypes) if separate else None,
+        masks=masks,
+        ibot_weight=ibot_weight,
+        koleo_weight=koleo_weight,
+        centering=centering,
+        center_momentum=center_momentum,
+        sinkhorn_iterations=sinkhorn_iterations,
+        student_temp=student_temp,
+        teacher_temp=(
+            teacher_temp_start,
+            teacher_temp,
+            _count_warmup(warmup, clock, total_steps),
+        ),
+        momentum=(momentum, momentum_end),
+        total_steps=total_steps,
+        batch_size=clock.batch_size,
+        local_crops=view_shapes[LOCAL][0] if LOCAL in view_shapes else 0,
+        grid=grid,
+        pixel_mean=mean,
+        pixel_std=std,
+    )
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, VisionTransformer) or model.classifier not in ("token", "gap"):
+        raise UserError(
+            "objective.name='dino' needs patches of a Vision Transformer: expected "
+            "model.name='vit' with model.classifier='token' or 'gap'"
+        )
+    unused = ("norm_after_pooling", "representation_size", "distillation_token")
+    for key in (*unused, "patch_dropout_rate"):
+        if getattr(model, key):
+            raise UserError(
+                f"model.{key}={getattr(model, key)} with objective.name='dino': expected none; "
+                "give it to the model that is fine-tuned"
+            )
+
+
+def _check_crops(
+    image_shape: tuple[int, int, int], view_shapes: Mapping[str, tuple[int, int, int, int]]
+) -> None:
+    example = f"(({GLOBAL!r}, 1, LINE), ({LOCAL!r}, 8, LINE))"
+    for name in view_shapes.keys() - {GLOBAL, LOCAL}:
+        raise UserError(
+            f"data.views: objective.name='dino' has no use for {name!r}; expected {example}"
+        )
+    if GLOBAL not in view_shapes:
+        raise UserError(
+            f"data.views: objective.name='dino' needs a second global crop beside the image of "
+            f"data.preprocess: expected {example}"
+        )
+    count, *shape = view_shapes[GLOBAL]
+    if (count, *shape) != (1, *image_shape):
+        raise UserError(
+            f"data.views.{GLOBAL}: {count} of {_text(shape)}, with images of {_text(image_shape)} "
+            "from data.preprocess: expected one of the same size"
+        )
+    if LOCAL in view_shapes:
+        local = view_shapes[LOCAL][1:]
+        if local[0] > image_shape[0] or local[1] > image_shape[1]:
+            raise UserError(
+                f"data.views.{LOCAL}: crops of {_text(local)} are larger than the global crops of "
+                f"{_text(image_shape)}: expected smaller ones"
+            )
+
+
+def _text(shape: Any) -> str:
+    return f"{shape[0]}x{shape[1]}"
+
+
+def _check_prototypes(key: str, count: int, bottleneck: int, batch_size: int) -> None:
+    if count < 2:
+        raise UserError(f"objective.{key}={count}: expected at least 2, such as 65536")
+    if count > _MOST_PROTOTYPES:
+        # Parameters, their average, gradients and both moments of Adam.
+        weights, scores = 5 * 4 * count * bottleneck / 1e9, 4 * 4 * count * batch_size / 1e9
+        raise UserError(
+            f"objective.{key}={count}: the last layer would take {weights:,.1f} GB with its state, "
+            f"and the scores of the global crops of a step {scores:,.1f} GB: expected at most "
+            f"{_MOST_PROTOTYPES}, such as 65536"
+        )
+
+
+def _make_masks(grid: tuple[int, int], ratio: tuple[float, float], share: float) -> BlockMasks:
+    low, high = ratio
+    if not 0 <= low <= high < 1:
+        raise UserError(
+            f"objective.mask_ratio={ratio}: expected 0 <= least <= greatest < 1, such as (0.1, 0.5)"
+        )
+    patches = math.prod(grid)
+    if int(high * patches + 1e-6) < 1 or int(low * patches + 1e-6) < 1:
+        raise UserError(
+            f"objective.mask_ratio={ratio} masks {int(low * patches + 1e-6)} to "
+            f"{int(high * patches + 1e-6)} of the {patches} patches of a global crop: expected at "
+            "least 1, by a larger ratio or a smaller model.patch_size"
+        )
+    if not share:
+        raise UserError(
+            "objective.mask_share=0 with objective.ibot_weight above 0: expected above 0, such as "
+            "0.5, or objective.ibot_weight=0"
+        )
+    return BlockMasks(grid, (low, high), share)
+
+
+def _count_warmup(given: Mapping[str, Any], clock: Clock, total_steps: int) -> int:
+    keys = duration_keys("teacher_temp_warmup")
+    found = find_duration(given, keys, prefix="objective.")
+    if found is None:
+        return 0
+    key, value = found
+    steps = to_steps(value, keys[key], clock=clock, total_steps=total_steps)
+    if steps > total_steps:
+        raise UserError(
+            f"objective.{key}={value} is longer than the {total_steps} steps of the run, whose "
+            "teacher would never have objective.teacher_temp: expected at most the run"
+        )
+    return steps
+
+
+def _merge_crops(crops: jax.Array) -> jax.Array:
+    """`[batch, crops, ...]` as `[batch * crops, ...]`."""
+    return crops.reshape(-1, *crops.shape[2:])
+
+
+def _split(features: jax.Array) -> jax.Array:
+    """Features of both global crops, `[2 * batch, width]`, as `[batch, 2, width]`."""
+    return features.reshape(-1, 2, features.shape[-1])
