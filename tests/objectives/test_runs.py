@@ -24,6 +24,7 @@ from vit_jax.utils.errors import UserError
 
 MODEL = {"patch_size": 2, "hidden_size": 16, "num_layers": 1, "num_heads": 4, "mlp_dim": 32}
 FIXED = MODEL | {"position_embedding": "sincos2d_mae"}
+DINO_HEAD = {"prototypes": 24, "head_width": 16, "bottleneck": 8}
 VAL = {"split": "test[:50]", "preprocess": "decode", "every": 2}
 
 
@@ -46,6 +47,24 @@ def changes(name, teacher):
                 "test": VAL | {"name": "probes", "split": "test[50:90]"},
             },
         }
+    if name.startswith("dino"):
+        parts = {"centering": "sinkhorn", "last_layer": "weight_norm", "ibot_head": "separate"}
+        options = {"ibot_weight": 1.0, "koleo_weight": 0.1, "mask_ratio": (0.2, 0.5)}
+        return {
+            "model": MODEL,
+            "data__views": (
+                ("global", 1, "decode|random_shift(2)"),
+                ("local", 2, "decode|random_crop(4)"),
+            ),
+            "objective": {"name": "dino", **DINO_HEAD, **options, "momentum": 0.9}
+            | (parts if name == "dino_sinkhorn" else {}),
+            "optimizer__train_after": (("dino_head/prototypes/.*", {"steps": 1}),),
+            "optimizer__grad_clip_groups": ("dino_head/.*",),
+            "optimizer__weight_decay_end": 0.3,
+            "evals": {
+                "knn": VAL | {"name": "knn", "train_split": "train[:100]", "k": (5,)},
+            },
+        }
     return {
         "model": MODEL | {"distillation_token": True},
         "objective": {"name": "distillation", "teacher": teacher, "mixup": 0.2},
@@ -53,7 +72,8 @@ def changes(name, teacher):
     }
 
 
-NAMES = ["mae", "linear_probe", "distillation"]
+NAMES = ["mae", "linear_probe", "distillation", "dino", "dino_sinkhorn"]
+FAST = ("distillation", "dino")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +120,7 @@ def run_losses(data_dir, options, *, mesh=None, devices=None):
 
 
 @pytest.mark.parametrize(
-    "name", [n if n == "distillation" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 )
 def test_a_stopped_run_ends_as_an_uninterrupted_one(
     name, run_dir, data_dir, teacher, tmp_path, monkeypatch

@@ -106,9 +106,21 @@ def vote(
     return predicted
 
 
+def rankme(features: np.ndarray) -> float:
+    """Returns how many directions features use, from 1 to the width (arXiv:2210.02885, equation 1).
+
+    It is the exponential of the entropy of the singular values of `features`, float `[n, width]`,
+    after division by their sum. Labels are not needed: it shows a collapse.
+    """
+    x = features.astype(np.float64)
+    singular = np.sqrt(np.maximum(np.linalg.eigvalsh(x.T @ x), 0))
+    p = singular / max(singular.sum(), 1e-30) + 1e-7
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NearestNeighbours(FeatureEvaluator):
-    """Accuracy of the vote of k neighbours, for each of several k.
+    """Accuracy of the vote of k neighbours, for each of several k, and `rankme` of the features.
 
     Attributes:
       k: numbers of neighbours.
@@ -148,4 +160,5 @@ class NearestNeighbours(FeatureEvaluator):
         for metric, k in zip(self.metrics, self.k, strict=True):
             predicted = vote(near[:, :k], labels[:, :k], **options)
             results[metric] = float(np.mean(predicted == test.labels))
+        results["rankme"] = rankme(test.features)
         return results, {"temperature": self.temperature}

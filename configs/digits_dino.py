@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-trains a small ViT on digits without labels, by self-distillation (DINO and iBOT).
+
+python -m vit_jax.main --config=configs/digits_dino.py --workdir=runs/digits_dino
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.total_steps = 2000
+    config.model = {
+        "name": "vit",
+        "patch_size": 4,
+        "hidden_size": 48,
+        "num_layers": 4,
+        "num_heads": 4,
+        "mlp_dim": 192,
+    }
+    config.objective = {
+        "name": "dino",
+        "prototypes": 256,
+        "head_width": 128,
+        "bottleneck": 32,
+        "centering": "sinkhorn",
+        "ibot_weight": 1.0,
+        "mask_ratio": (0.1, 0.5),
+        "koleo_weight": 0.1,
+        "teacher_temp": 0.06,
+        "teacher_temp_start": 0.04,
+        "teacher_temp_warmup_percent": 20,
+        "momentum": 0.99,
+    }
+    wide = "decode|resize(16)|random_shift(2)|inception_crop(16, area_min=50)"
+    config.data = {
+        "name": "digits",
+        "split": "train[:90%]",
+        "preprocess": wide,
+        "views": (
+            ("global", 1, f"{wide}|gaussian_blur(0.1, 1.0, 0.5)"),
+            ("local", 4, "decode|resize(16)|random_shift(2)|inception_crop(8, 20, 50)"),
+        ),
+        "batch_size": 64,
+    }
+    config.optimizer = {
+        "name": "adamw",
+        "lr": 1e-3,
+        "schedule": "cosine",
+        "warmup_steps": 200,
+        "end_lr": 1e-6,
+        "weight_decay": 0.04,
+        "weight_decay_end": 0.4,
+        "grad_clip_norm": 3.0,
+        "grad_clip_groups": ("dino_head/.*",),
+        "train_after": (("dino_head/prototypes/.*", {"percent": 2}),),
+    }
+    judge = {"name": "knn", "k": (1, 5), "preprocess": "decode|resize(16)"}
+    config.evals = {
+        "val": {**judge, "train_split": "train[:5%]", "split": "train[90%:]", "every": 200},
+        "test": {**judge, "train_split": "train[:5%]", "split": "test"},
+    }
+    config.checkpoint = {"every": 500}
+    return config
