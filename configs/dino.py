@@ -49,16 +49,16 @@ def get_config(parts: str = "dino") -> ConfigDict:
     }
     heads = ("dino_head",)
     if parts == "ibot":
-        config.objective |= {
-            "centering": "sinkhorn",
-            "last_layer": "weight_norm",
-            "teacher_temp": 0.07,
-            "teacher_temp_warmup_epochs": 30,
-            "momentum": 0.992,
-            "ibot_weight": 1.0,
-            "ibot_head": "separate",
-            "koleo_weight": 0.1,
-        }
+        config.objective.update(
+            centering="sinkhorn",
+            last_layer="weight_norm",
+            teacher_temp=0.07,
+            teacher_temp_warmup_epochs=30,
+            momentum=0.992,
+            ibot_weight=1.0,
+            ibot_head="separate",
+            koleo_weight=0.1,
+        )
         heads = ("dino_head", "ibot_head")
     wide = f"decode|{crop(224, 40, 100)}|{JITTER}"
     config.data = {

@@ -42,10 +42,14 @@ BUILDS = [
     ("digits_mae.py", 115_584 + 28_656, 16),
     ("digits_mae.py:runs/digits_mae", 115_584 + 490, 16),
     ("digits_probe.py", 115_584 + 5 * 490 + 2 * 48, 16),
+    # The encoder with its mask token, then heads and centers.
+    ("digits_dino.py", 116_400 + 48 + 35_104, 16),
     ("digits_distill.py", 11_948, 16),
     ("digits_distill.py:none", 11_948 - 2 * 24 - 250, 16),
     ("mae.py", 111_655_680, 224),
     ("mae_finetune.py", 86_567_656 - 768, 224),
+    ("dino.py", 22_050_664 - 385_000 + 22_286_592 + 65_536, 224),
+    ("dino.py:ibot", 22_050_664 - 385_000 + 384 + 2 * (22_286_592 + 65_536), 224),
     ("distill.py", 22_436_432, 224),
     ("vit_i21k.py:variant=B/16", 86_567_656 + 20_843 * 769, 224),
     ("vit_i21k.py:variant=S/32,aug=medium2", 22_878_952 + 20_843 * 385, 224),
@@ -216,6 +220,7 @@ def test_every_config_is_built_here():
         "deit3.py:L",
         "deit3.py:S,finetune=",
         "deit3.py:S,epochs=20",
+        "dino.py:dinov2",
         "cifar10.py:large",
     ],
 )
@@ -233,6 +238,7 @@ def augreg_line(magnitude):
 CROPS = {
     "augreg.py": "tensorflow",
     "deit.py": "torchvision",
+    "dino.py": "torchvision",
     "deit3.py:B": "torchvision",
     "deit3.py:B,finetune=runs/deit3_b16": "torchvision",
     "distill.py": "torchvision",
@@ -322,6 +328,7 @@ RATES = [
     ("vit_s16_i1k.py:epochs=90", 111_477, 1e-3, 0.0, 0.0, 1e-3),
     ("vit_s16_i1k.py:epochs=300", 371_589, 1e-3, 0.0, 0.0, 1e-3),
     ("deit.py:B", 375_342, 1e-3, 1e-6, 1e-5, 5e-4),
+    ("dino.py", 250_228, 1e-3, 0.0, 1e-6, 5e-4),
     ("deit3.py:S", 500_456, 4e-3, 1e-6, 1e-5, 4e-3),
     ("deit3.py:B", 500_456, 3e-3, 1e-6, 1e-5, 3e-3),
     ("deit3.py:B,finetune=runs/deit3_b16", 50_046, 1e-5, 1e-6, 1e-5, 1e-5),

@@ -53,6 +53,10 @@ def dump_config(file: Path, *, data_dir: str) -> str:
         [
             f"{experiment.total_steps} steps of {experiment.train_data.batch_size}",
             f"images: {experiment.train_data.preprocess}",
+            *(
+                f"views: {count} {name}: {line}"
+                for name, count, line in experiment.train_data.views
+            ),
             *(f"images of {e.name}: {e.data.preprocess}" for e in experiment.evaluators),
             *describe_rates(optimizer),
             f"first learning rates: {rates}",

@@ -111,6 +111,10 @@ def test_neighbours_vote_as_in_scikit_learn(devices, block, data_dir, splits, mo
     monkeypatch.setattr(knn, "_MAX_SIMILARITIES", block)  # all at once, and in blocks
     got = make(data_dir, NearestNeighbours, devices=devices, k=(1, 5, 20)).run(PARAMS)
     x, y, x_test, y_test = splits
+    singular = np.linalg.svd(x_test.astype(np.float64), compute_uv=False)
+    p = singular / singular.sum()
+    rank = np.exp(-(p * np.log(p + 1e-30)).sum())
+    assert got.pop("rankme") == pytest.approx(rank, rel=1e-3)
     x, x_test = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, x_test))
     want = {"count": 200}
     for k in (1, 5, 20):

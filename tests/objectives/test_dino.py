@@ -119,7 +119,11 @@ def test_parts_that_are_off_have_no_parameters():
     plain, full = dino(centering="sinkhorn"), dino(ibot_weight=1.0, ibot_head="separate")
     for objective in (plain, full):
         params = jax.eval_shape(lambda o=objective: o.init(jax.random.key(0), draw_batch()))
-        assert set(objective.objective_params) == params.keys() - {"embedding", "cls", "Transformer"}
+        assert set(objective.objective_params) == params.keys() - {
+            "embedding",
+            "cls",
+            "Transformer",
+        }
     assert plain.objective_params == ("dino_head",)
     assert full.objective_params == ("dino_head", "ibot_head", "centers", "mask_token")
 

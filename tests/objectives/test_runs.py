@@ -73,7 +73,6 @@ def changes(name, teacher):
 
 
 NAMES = ["mae", "linear_probe", "distillation", "dino", "dino_sinkhorn"]
-FAST = ("distillation", "dino")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,9 @@ def run_dir(data_dir, teacher, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "dino")) for n in NAMES]
+)
 def test_losses_do_not_depend_on_the_mesh(name, data_dir, teacher):
     options = changes(name, teacher) | {"evals": {}}
     want = run_losses(data_dir, options, devices=jax.devices()[:1])
@@ -120,7 +121,7 @@ def run_losses(data_dir, options, *, mesh=None, devices=None):
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+    "name", [n if n == "distillation" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 )
 def test_a_stopped_run_ends_as_an_uninterrupted_one(
     name, run_dir, data_dir, teacher, tmp_path, monkeypatch
@@ -209,8 +210,14 @@ def test_a_probe_starts_from_an_autoencoder_and_names_the_best_head(
     ]
 
 
-def test_loading_knows_what_objectives_add():
+def test_loading_knows_what_objectives_add(data_dir):
     own = {name for cls in (MaskedAutoencoder, LinearProbe) for name in cls.objective_params}
+    for change in ({}, {"ibot_head": "separate"}):
+        options = changes("dino", None)
+        options["objective"] |= change
+        own |= set(
+            Experiment.from_config(tiny_config(data_dir, **options)).objective.objective_params
+        )
     assert own == OBJECTIVE_PARAMS.keys()
 
 
@@ -231,6 +238,15 @@ def test_loading_knows_what_objectives_add():
             {"evals": {"val": VAL | {"name": "probes"}}},
             "is for objective.name='linear_probe'",
         ),
+        ("dino", {"data__views": ()}, "needs a second global crop"),
+        ("dino", {"ema_decay": 0.9}, r"ema_decay=0\.9 with objective\.name='dino'"),
+        ("dino", {"evals": {"val": VAL}}, r"evals\.val\.name='classification'"),
+        (
+            "dino",
+            {"optimizer__accum_steps": 16, "mesh": {"data": 1, "fsdp": 1, "tensor": 8}},
+            r"koleo_weight=0\.1 with \(micro-\)batches of 1",
+        ),
+        ("mae", {"data__views": (("local", 1, "decode"),)}, "takes one image of each record"),
         ("distillation", {"model": MODEL | {"num_classes": 12}}, "10 classes and the student 12"),
         ("mae", {"data__repeats": 0}, r"data\.repeats=0: expected 1 to data\.batch_size=16"),
     ],

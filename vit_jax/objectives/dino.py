@@ -152,11 +152,11 @@ class Dino(ImageObjective):
         taught = self._encode(teacher, images)
         seen = self._encode(student, images, rng=jax.random.fold_in(rng, _GLOBAL_KEY), masks=masks)
 
-        scores = self.head.apply({"params": teacher[_DINO_HEAD]}, _split(taught["pre_logits"]))
+        scores: Any = self.head.apply({"params": teacher[_DINO_HEAD]}, _split(taught["pre_logits"]))
         targets, metrics = self._make_targets(student, "dino", scores, temperature)
         head = {"params": student[_DINO_HEAD]}
-        globals_ = self.head.apply(head, _split(seen["pre_logits"]))
-        locals_ = None
+        globals_: Any = self.head.apply(head, _split(seen["pre_logits"]))
+        locals_: Any = None
         if LOCAL in batch:
             rng_local = jax.random.fold_in(rng, _LOCAL_KEY)
             small = self._encode(student, _merge_crops(batch[LOCAL]), rng=rng_local)["pre_logits"]
@@ -183,7 +183,7 @@ class Dino(ImageObjective):
 
     def average_decay(self, step: jax.Array) -> jax.Array | float:
         """Rises to its end along half a cosine."""
-        return cosine_between(*self.momentum, self.total_steps)(step)
+        return jnp.asarray(cosine_between(*self.momentum, self.total_steps)(step))
 
     def update_statistics(
         self, params: Params, metrics: dict[str, jax.Array]

@@ -313,7 +313,8 @@ def _clip(norm: float, rules: ParamRules) -> optax.GradientTransformation:
         return whole
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        rest, clipped = updates, {}
+        rest: Any = updates
+        clipped: Any = {}
         for group in range(len(rules.clip_groups)):
             part, rest = partition(rest, lambda path, g=group: rules.clip_group(path) == g)
             clipped = merge(clipped, whole.update(part, optax.EmptyState())[0])

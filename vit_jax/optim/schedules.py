@@ -203,6 +203,6 @@ def linear_between(start: float, end: float, steps: int) -> optax.Schedule:
 
     def value(count: jax.typing.ArrayLike) -> jax.Array:
         share = jnp.clip(jnp.asarray(count, jnp.float32) / max(steps - 1, 1), 0, 1)
-        return start + (end - start) * (share if steps > 1 else 1.0)
+        return start + (end - start) * (share if steps > 1 else jnp.ones_like(share))
 
     return value
