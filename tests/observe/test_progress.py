@@ -445,3 +445,17 @@ def test_a_quiet_process_shows_nothing(records, clock, screen):
             take(m, clock, step, log=True)
         m.results(2, {"val/top1": 0.5})
     assert file.getvalue() == ""
+
+
+def test_a_fault_of_the_objective_is_logged_once_and_not_at_the_start(records, monkeypatch):
+    lines = []
+    monkeypatch.setattr(progress, "log", lines.append)
+
+    def warn(metrics):
+        return {"low": "too low"} if metrics["loss"] < 1 else {}
+
+    m = monitor(records, warn=warn)
+    for step, loss in ((1, 0.5), (2, 2.0), (3, 0.5), (4, 0.4)):
+        m.step(step, {"loss": jnp.float32(loss)}, log=True)
+    m.flush()
+    assert [line for line in lines if "too low" in line] == ["step 3: too low"]

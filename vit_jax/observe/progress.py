@@ -149,7 +149,8 @@ class Monitor:
         metrics = metrics | {name: total / n for name, (total, n) in self.unlogged.items()}
         self.unlogged = {}
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
-        for name, line in self._warn(finite).items():
+        # The first record is of the initial parameters.
+        for name, line in self._warn(finite).items() if step > 1 else ():
             if name not in self._warned:
                 self._warned.add(name)
                 log(f"step {step}: {line}")
