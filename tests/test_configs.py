@@ -43,7 +43,7 @@ BUILDS = [
     ("digits_mae.py:runs/digits_mae", 115_584 + 490, 16),
     ("digits_probe.py", 115_584 + 5 * 490 + 2 * 48, 16),
     # The encoder with its mask token, then heads and centers.
-    ("digits_dino.py", 116_400 + 48 + 35_104, 16),
+    ("digits_dino.py", 116_400 - 2 * 48 + 48 + 31_008, 16),
     ("digits_distill.py", 11_948, 16),
     ("digits_distill.py:none", 11_948 - 2 * 24 - 250, 16),
     ("mae.py", 111_655_680, 224),
@@ -238,6 +238,7 @@ def augreg_line(magnitude):
 CROPS = {
     "augreg.py": "tensorflow",
     "deit.py": "torchvision",
+    "digits_dino.py": "uniform",
     "dino.py": "torchvision",
     "deit3.py:B": "torchvision",
     "deit3.py:B,finetune=runs/deit3_b16": "torchvision",
