@@ -241,11 +241,6 @@ def test_loading_knows_what_objectives_add(data_dir):
         ("dino", {"data__views": ()}, "needs a second global crop"),
         ("dino", {"ema_decay": 0.9}, r"ema_decay=0\.9 with objective\.name='dino'"),
         ("dino", {"evals": {"val": VAL}}, r"evals\.val\.name='classification'"),
-        (
-            "dino",
-            {"optimizer__accum_steps": 16, "mesh": {"data": 1, "fsdp": 1, "tensor": 8}},
-            r"koleo_weight=0\.1 with \(micro-\)batches of 1",
-        ),
         ("mae", {"data__views": (("local", 1, "decode"),)}, "takes one image of each record"),
         ("distillation", {"model": MODEL | {"num_classes": 12}}, "10 classes and the student 12"),
         ("mae", {"data__repeats": 0}, r"data\.repeats=0: expected 1 to data\.batch_size=16"),
@@ -256,3 +251,9 @@ def test_what_does_not_go_together_is_refused(name, change, words, data_dir, tea
     with pytest.raises(UserError, match=words) as caught:
         Experiment.from_config(config).objective.notes()
     assert "\n" not in str(caught.value)
+
+
+def test_koleo_is_refused_for_micro_batches_of_one_image(data_dir):
+    config = tiny_config(data_dir, optimizer__accum_steps=16, **changes("dino", None))
+    with pytest.raises(UserError, match=r"koleo_weight=0\.1 with \(micro-\)batches of 1"):
+        Experiment.from_config(config, devices=jax.devices()[:1])
