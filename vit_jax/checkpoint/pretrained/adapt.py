@@ -192,7 +192,8 @@ def _fit_towers(
             found = fit(take_tower(weights, part), theirs, ours) if section in weights.model else []
         else:
             found = _fit_head(theirs, ours)
-        notes += [f"{part}: {note}" for note in found]
+        # Their heads project to the width of the embeddings.
+        notes += [f"{part}: {note.replace(' classes', ' channels')}" for note in found]
         for path in take_part(params, part):
             del params[f"{part}/{path}"]
         params |= put_part(theirs, part)

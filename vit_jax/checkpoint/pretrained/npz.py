@@ -94,6 +94,12 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
             loss=described.get("loss"),
         )
         return _check_described(weights, path)
+    kernel = params.get("img/embedding/kernel", params.get("embedding/kernel"))
+    if kernel is not None and kernel.ndim == 2:
+        raise UserError(
+            f"{path}: its images are of any resolution (NaFlex: embedding/kernel is "
+            f"{list(kernel.shape)}), which no model here takes; expected one of a fixed resolution"
+        )
     is_big_vision = any(path.endswith("pos_embedding") for path in params) and not any(
         POSEMB in path for path in params
     )
