@@ -39,7 +39,7 @@ from vit_jax.optim.base_optimizers import BASE_OPTIMIZERS, BaseOptimizer
 from vit_jax.optim.optimizer import Optimizer, make_optimizer
 from vit_jax.optim.schedules import drop_other_units
 from vit_jax.parallel.mesh import check_batch_size, choose_layout, make_mesh
-from vit_jax.parallel.sharding import Strategy, constrain
+from vit_jax.parallel.sharding import Placement, Strategy
 from vit_jax.utils.durations import (
     LENGTH,
     Clock,
@@ -138,7 +138,7 @@ def _build_parts(
     )
     mesh, strategy, mesh_args = _make_mesh(settings.mesh, devices)
     data = _make_data(settings.data, mesh)
-    place = functools.partial(constrain, mesh=mesh, sequence_parallel=strategy.sequence_parallel)
+    place = Placement(mesh, strategy.sequence_parallel)
     _, make = _by_name(dict(settings.objective), OBJECTIVES, "supervised", key="objective")
     headless = getattr(make, "headless", False)
     if not headless:
