@@ -22,6 +22,7 @@ from vit_jax.config.trace_parts import trace_parts
 from vit_jax.data.classes import Classes
 from vit_jax.data.mixture import check_same_kind
 from vit_jax.data.pipeline import DatasetSpec
+from vit_jax.data.tokenizers import parse_tokenizer
 from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.kinds import EVALUATORS
 from vit_jax.models.attention import choose_attention
@@ -49,6 +50,9 @@ from vit_jax.utils.durations import (
 )
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import Part, bind, check_type, find_part, is_part, keywords
+
+# What learns without labels, after `objective` in a command.
+_UNLABELLED = ".name=contrastive, which learns from captions"
 
 # Percent of a run from one record of training to the next, by default.
 _LOG_PERCENT = 1
@@ -137,6 +141,9 @@ def _build_parts(
     place = Placement(mesh, strategy.sequence_parallel)
     _, make = _by_name(dict(settings.objective), OBJECTIVES, "supervised", key="objective")
     headless = getattr(make, "headless", False)
+    if not headless:
+        named = str(settings.objective.get("name", "supervised"))
+        _check_labels(data, "objective", named, _UNLABELLED)
     model, model_args = _make_model(
         model_section,
         data,
@@ -147,6 +154,8 @@ def _build_parts(
         lora=settings.lora if settings.lora.rank else None,
     )
     objective, objective_args = _make_objective(settings.objective, model, data)
+    if objective.needs_labels:
+        _check_labels(data, "objective", objective_args["name"], _UNLABELLED)
     clock = _make_clock(data, epoch_examples)
     total_steps = _total_steps(top, clock)
     every = functools.partial(_resolve_every, clock=clock, total_steps=total_steps)
@@ -261,10 +270,27 @@ def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
         max_ram_gb=section.max_ram_gb,
         mixture=mixture,
         repeats=section.repeats,
+        tokenizer=section.tokenizer,
     )
     if spec.mixture:
         spec.schedule()
+    if section.tokenizer is not None:
+        parse_tokenizer(section.tokenizer)
+        if not spec.info.captions:
+            raise UserError(
+                f"data.tokenizer={section.tokenizer!r}: {spec} has no captions to make tokens of: "
+                "expected data with captions, or leave it out"
+            )
     return spec
+
+
+def _check_labels(data: DatasetSpec, key: str, name: str, advice: str) -> None:
+    """Raises `UserError` if data with captions alone is to be learned or judged by labels."""
+    if not data.info.num_classes:
+        raise UserError(
+            f"{key}.name={name!r} needs labels, and {data} has captions alone: expected data with "
+            f"labels, or --config.{key}{advice}"
+        )
 
 
 def _make_model(
@@ -453,6 +479,8 @@ def _make_evaluators(
             )
         supplied = {"name": name, "data": data, "objective": objective, "mesh": mesh}
         evaluator = make(**_take(supplied, make), **args)
+        if evaluator.needs_labels:
+            _check_labels(data, key, str(kind), "=none to leave it out")
         if evaluator.judges_head and match_classes and (other := data_args["data_name"]):
             info, owner, where = train_data.info, str(train_data), f"{key}.data_name"
             check_same_kind(info, data.info, owner, other, key=where)
