@@ -26,7 +26,7 @@ FOUND_PYTHON = $(or $(shell for p in $(PYTHON); do \
   if "$$p" -c '$(IS_SUPPORTED)' >/dev/null 2>&1; then echo "$$p"; break; fi; done),$(error \
   no Python 3.11, 3.12 or 3.13 with venv found (tried: $(PYTHON)); name one: make PYTHON=/path/to/python3))
 
-.PHONY: help train test test-all test-gpu chaos audit verify-published verify-torch show-preprocess golden bench-commands bench-input bench-step bench-gpu lint docs lock clean
+.PHONY: help train test test-all test-gpu chaos audit verify-published verify-torch show-preprocess golden bench-commands bench-input bench-step bench-gpu cifar-gpu lint docs lock clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
@@ -72,14 +72,17 @@ bench-input: .venv/project.stamp build/torch/timm.stamp build/tensorflow/cpu.sta
 bench-step: .venv/project.stamp build/torch/timm.stamp  ## compare the training step with those of a plain Flax ViT and of timm
 	.venv/bin/python -m benchmarks.step --torch_python=build/torch/bin/python $(ARGS)
 
-bench-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),.venv/project.stamp)  ## the same on a GPU, with GPU_PYTHON=python; ARGS=--torch_python=python for timm
-	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m benchmarks.step --seconds=3 \
-	  --variants S/16:256 B/16:128 L/16:32 L/16@384:16 --peers vit_jax flax_plain timm_compile \
+bench-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),.venv/project.stamp)  ## within 10 minutes on a GPU: predicted and measured steps; ARGS=--torch_python=python for timm
+	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m benchmarks.step --within=10 --rounds=3 --seconds=3 \
+	  --variants B/16:128 L/16:64 S/16:256 --peers vit_jax timm_compile \
+	  --levers vit_jax_xla_attention flax_plain vit_jax_bfloat16_moments vit_jax_no_triton \
+	  vit_jax_float8 vit_jax_scan vit_jax_remat vit_jax_no_command_buffer \
 	  --json=benchmarks/results/step_gpu.json $(ARGS)
-	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m benchmarks.step --seconds=3 --variants B/16:128 \
-	  --peers vit_jax vit_jax_bfloat16_moments vit_jax_float8 vit_jax_scan vit_jax_remat \
-	  vit_jax_no_triton vit_jax_no_command_buffer vit_jax_no_autotuning timm_channels_last \
-	  --json=benchmarks/results/step_gpu_variations.json $(ARGS)
+
+cifar-gpu: $(if $(filter .venv/%,$(GPU_PYTHON)),.venv/project.stamp)  ## train cifar10.py:small for 200 epochs on a GPU, on SOURCE=folder:/data/cifar10
+	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m benchmarks.cifar10 --source=$(or $(SOURCE),cifar10) \
+	  --size=small --workdir=runs/cifar10_small --least=90 \
+	  --json=benchmarks/results/cifar10_small.json $(ARGS)
 
 lint: .venv/project.stamp .venv/lint.stamp  ## check style and types: ruff, pyright, shellcheck, hadolint
 	PATH="$$PWD/.venv/bin:$$PATH" PYRIGHT_PYTHON_IGNORE_WARNINGS=1 \

@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--source", required=True, help="data.name, such as folder:/data/cifar10")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--size", choices=("compact", "small"), default="compact")
+    parser.add_argument("--least", type=float, default=0, help="percent to reach, else it fails")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
     args = parser.parse_args()
 
@@ -62,6 +63,8 @@ def main() -> None:
         environment = describe_environment("jax", "flax", "optax")
         args.json.write_text(json.dumps(environment | measured) + "\n")
         print(f"wrote {args.json}")
+    if 100 * results["test/top1"] < args.least:
+        raise SystemExit(f"test accuracy {results['test/top1']:.2%}: expected {args.least:g} %")
 
 
 if __name__ == "__main__":

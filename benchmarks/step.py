@@ -8,6 +8,8 @@
 
 The peers stay alive and take turns on the same device, some seconds each; medians over the rounds
 are shown, and medians of the ratios of each round. See benchmarks/step_peers.py for what they do.
+On a chip of vit_jax/runtime/chips.py, the time of a step is shown beside what the kernels of its
+program should take, as `vit_jax.plan` predicts it.
 """
 
 import argparse
@@ -15,7 +17,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ VARIATIONS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "vit_jax_bfloat16": ({}, {"precision": "bfloat16"}),
     "vit_jax_bfloat16_moments": ({}, {"precision": "bfloat16_moments"}),
     "vit_jax_float8": ({}, {"precision": "float8"}),
+    "vit_jax_xla_attention": ({}, {"model": {"attention": "xla"}}),
     "vit_jax_scan": ({}, {"model": {"scan": True}}),
     "vit_jax_remat": ({}, {"model": {"remat": "dots"}}),
     "vit_jax_no_triton": ({"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false"}, {}),
@@ -49,11 +53,27 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--torch_python", help="an interpreter that has PyTorch and timm")
     parser.add_argument("--peers", nargs="+", default=DEFAULT, choices=[*PEERS, *VARIATIONS])
+    parser.add_argument(
+        "--levers",
+        nargs="+",
+        default=[],
+        choices=[*PEERS, *VARIATIONS],
+        help="peers of the first variant only",
+    )
+    parser.add_argument(
+        "--within",
+        type=float,
+        metavar="MINUTES",
+        help="start no peer later than two minutes before these are over",
+    )
     parser.add_argument("--tcmalloc", help="libtcmalloc_minimal.so.4, for vit_jax_tcmalloc")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10, help="of each turn")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
     args = parser.parse_args(argv)
+    deadline = float("inf")
+    if args.within:
+        deadline = time.monotonic() + 60 * (args.within - 2)
     peers = [p for p in args.peers if args.torch_python or not p.startswith("timm")]
     if peers != list(args.peers):
         print("timm is left out: no interpreter was given for it")
@@ -68,15 +88,19 @@ def main(argv: Sequence[str]) -> None:
     environment = describe_environment("jax", "flax", "optax")
     if args.torch_python:
         environment["versions"] |= versions_of(args.torch_python, "torch timm")  # pyright: ignore
-    results = {}
+    results, left_out = {}, []
     for variant, (name, size, batch_size) in variants.items():
+        wanted = [*peers, *(args.levers if variant == args.variants[0] else ())]
         commands = {
             peer: make_command(
                 peer, name, size, batch_size, args.torch_python, tcmalloc=args.tcmalloc
             )
-            for peer in peers
+            for peer in wanted
         }
-        with start(commands) as running:
+        with start(commands, deadline=deadline) as running:
+            left_out += [f"{variant} {peer}" for peer in wanted if peer not in running]
+            if "vit_jax" not in running:
+                continue
             table = compare(
                 running,
                 ours="vit_jax",
@@ -88,12 +112,16 @@ def main(argv: Sequence[str]) -> None:
         print(f"{'peer':<25}{'images/s':>10}{'ratio':>8}{'first step, s':>15}{'peak, GiB':>11}")
         for peer, row in table.items():
             ratio = row["images_per_sec_of_vit_jax"]
-            mfu = f"  MFU {row['mfu_percent']:.1f} %" if "mfu_percent" in row else ""
+            mfu = describe_clock(row)
             print(
                 f"{peer:<25}{row['images_per_sec']:>10,.1f}{ratio:>8.2f}"
                 f"{row['first_step_s']:>15.1f}{row['peak_gib']:>11.1f}{mfu}"
             )
+        if "predicted_ms" not in table["vit_jax"] and describe_device() != "cpu":
+            print(f"nothing is predicted: {describe_device()} is not in vit_jax/runtime/chips.py")
         results[variant] = {"size": size, "batch_size": batch_size, "peers": table}
+    if left_out:
+        print(f"left out, because {args.within:g} minutes were over: {', '.join(left_out)}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         notes = {
@@ -105,6 +133,16 @@ def main(argv: Sequence[str]) -> None:
             json.dumps(environment | notes | {"results": results}, indent=2) + "\n"
         )
         print(f"wrote {args.json}")
+
+
+def describe_clock(row: Mapping[str, Any]) -> str:
+    """MFU, and the time of a step beside the prediction, of a peer that has them."""
+    if "mfu_percent" not in row:
+        return ""
+    return (
+        f"  MFU {row['mfu_percent']:.1f} %, {row['step_ms']:.1f} ms measured, "
+        f"{row['predicted_ms']:.1f} predicted ({row['error_percent']:+.0f} %)"
+    )
 
 
 def parse_variant(text: str) -> tuple[str, int, int]:

@@ -32,7 +32,6 @@ def vit_jax(variant, size, batch_size, overrides):
 
     from vit_jax.benchmark.step import make_batch
     from vit_jax.config.cpu_devices import count_cpu_devices
-    from vit_jax.models.flops import train_flops
     from vit_jax.runtime.chips import find_chip
     from vit_jax.runtime.cpu_devices import set_cpu_devices
     from vit_jax.training.experiment import Experiment
@@ -55,15 +54,30 @@ def vit_jax(variant, size, batch_size, overrides):
         config[key] = {**config[key], **value} if isinstance(value, dict) else value
     experiment = Experiment.from_config(config)
     state, batch = experiment.init_state(), make_batch(experiment)
+    compiled = experiment.train_step.lower(state, batch).compile()
 
     def step():
         nonlocal state
-        state, metrics = experiment.train_step(state, batch)
+        state, metrics = compiled(state, batch)
         return metrics
 
     chip = find_chip(jax.devices()[0].device_kind)
-    flops = train_flops(experiment.model, (size, size))
-    return step, jax.block_until_ready, chip and flops / chip.flops
+    return step, jax.block_until_ready, describe(compiled.as_text(), chip, experiment, size)
+
+
+def describe(program, chip, experiment, size):
+    """What is predicted of a compiled step, by the time of its kernels; nothing for other chips."""
+    if chip is None:
+        return {}
+    from vit_jax.models.flops import train_flops
+    from vit_jax.planning.hlo import Program
+    from vit_jax.planning.kernels import list_kernels, time_kernels
+
+    kernels = time_kernels(list_kernels(Program(program)), chip)
+    return {
+        "mfu_percent_of_one": 100 * train_flops(experiment.model, (size, size)) / chip.flops,
+        "predicted_ms": 1e3 * sum(one.seconds for one in kernels),
+    }
 
 
 def flax_plain(variant, size, batch_size, overrides):
@@ -119,7 +133,7 @@ def flax_plain(variant, size, batch_size, overrides):
         state, loss = update(state, images, labels)
         return loss
 
-    return step, jax.block_until_ready, None
+    return step, jax.block_until_ready, {}
 
 
 def timm_eager(variant, size, batch_size, overrides, compiled=False, channels_last=False):
@@ -155,7 +169,7 @@ def timm_eager(variant, size, batch_size, overrides, compiled=False, channels_la
         if cuda:
             torch.cuda.synchronize()
 
-    return step, wait, None
+    return step, wait, {}
 
 
 def timm_compile(*args):
@@ -170,6 +184,19 @@ def jax_dtype():
     import jax
 
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def compare_with_prediction(speed, batch_size, known):
+    """MFU, milliseconds of a step, and what the prediction of `describe` is off by, in percent."""
+    if not known:
+        return {}
+    measured = 1e3 * batch_size / speed
+    return {
+        "mfu_percent": speed * known["mfu_percent_of_one"],
+        "step_ms": measured,
+        "predicted_ms": known["predicted_ms"],
+        "error_percent": 100 * (known["predicted_ms"] / measured - 1),
+    }
 
 
 def peak_gib(name):
@@ -195,8 +222,7 @@ def main():
     name, variant, size, batch_size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     # The peers have the memory of a GPU together.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    # The last is the share of the peak of a known chip that an image a second takes.
-    step, wait, share = PEERS[name](variant, size, batch_size, json.loads(sys.argv[5]))
+    step, wait, known = PEERS[name](variant, size, batch_size, json.loads(sys.argv[5]))
     wait(step())
     first = time.perf_counter() - BEGIN
     wait(step())
@@ -215,8 +241,7 @@ def main():
             "first_step_s": first,
             "peak_gib": peak_gib(name),
         }
-        if share:
-            result["mfu_percent"] = 100 * speed * share
+        result |= compare_with_prediction(speed, batch_size, known)
         print(json.dumps(result), flush=True)
 
 

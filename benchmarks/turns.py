@@ -7,6 +7,7 @@ import os
 import signal
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -96,11 +97,18 @@ def _held_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def start(commands: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Peer]]:
-    """Starts all peers, by name, one after the other; they end with the context."""
+def start(
+    commands: Mapping[str, Sequence[str]], *, deadline: float = float("inf")
+) -> Iterator[dict[str, Peer]]:
+    """Starts the peers, by name, one after the other; they end with the context.
+
+    From `deadline` on, in seconds of `time.monotonic`, no peer is started.
+    """
     peers: dict[str, Peer] = {}
     try:
         for name, command in commands.items():
+            if time.monotonic() >= deadline:
+                break
             with _held_signals():  # else a peer could start that nobody ends
                 peers[name] = Peer(command)
             peers[name].wait_until_ready()

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the ImageNet-1k recipe for TPU pods, and writes docs/pods.md.
+"""Compiles the ImageNet-1k recipe for TPU pods and hosts of GPUs, and writes docs/pods.md.
 
 Each size is compiled with its layers written out and as a scan, each on the mesh that arithmetic
-finds the fastest of those that fit; if it does not fit, on the next. A cell takes minutes on two
-cores. What is done is kept, and not done again.
+finds the fastest of those that fit; if it does not fit, on the next. On GPUs a scan moves twice the
+bytes, so there it is compiled only if the layers written out do not fit. `--ways=scan` compiles
+nothing but a scan, which takes less time. A cell takes minutes on two cores. The results are
+written after each cell, and cells that are there are not compiled again.
 
-python -m tools.pods_table --sizes S/16,B/16 --topologies v5e:4x4
+python -m tools.pods_table --sizes S/16,B/16 --topologies v5e:4x4,4xh200:8
 """
 
 import argparse
 import concurrent.futures
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,20 +30,26 @@ from vit_jax.planning.search import (
     make_candidates,
     plan_in_subprocess,
 )
-from vit_jax.planning.topologies import parse_topology
+from vit_jax.planning.topologies import Topology, parse_topology
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "pods.md"
 RESULTS = ROOT / "benchmarks" / "results" / "pods.json"
 START, END = "<!-- made by tools/pods_table.py -->\n", "<!-- end -->\n"
 SIZES = ("S/16", "B/16", "L/16", "H/14", "g/14", "G/14")
-TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v6e:4x4", "v5p:4x4x4", "tpu7x:2x2x4")
+# `4xh200:8` are four hosts.
+TOPOLOGIES = (
+    *("v5e:4x4", "v5e:16x16", "v6e:4x4", "v5p:4x4x4", "tpu7x:2x2x4"),
+    *("h100:8", "h200:8", "4xh200:8", "b200:8"),
+)
 # What an estimate may be below the compiler's: a first try should fit.
 _SAFE = 1.12
 _TRIES = 3
 # `model.remat` and `model.scan` of those that are compiled: which is faster, arithmetic can't tell.
-_WAYS = (("none", False), ("dots", True))
+WAYS = {"unrolled": ("none", False), "scan": ("dots", True)}
 _GIB = 2**30
+# Of a plan, what the results do not keep.
+_LEFT_OUT = ("notes", "cached", "kernels")
 
 
 def config_of(size: str) -> tuple[str, dict[str, Any]]:
@@ -51,10 +60,16 @@ def config_of(size: str) -> tuple[str, dict[str, Any]]:
     return "configs/vit_i1k.py:variant=L/16", changes
 
 
+def make_topology(name: str) -> Topology:
+    """The topology of a name such as `v5e:4x4`, or `4xh200:8` for four slices or hosts."""
+    count, rest = re.fullmatch(r"(?:(\d+)x)?(.*)", name).groups()  # pyright: ignore
+    return parse_topology(rest, num_slices=int(count or 1))
+
+
 def find_candidates(size: str, name: str) -> list[Candidate]:
     """The ways to run a size on a topology that fit by arithmetic, the fastest first."""
     config, changes = config_of(size)
-    topology = parse_topology(name)
+    topology = make_topology(name)
     prepared = reduce_for_planning(load_config(config, changes).to_dict())
     limit = topology.chip.hbm_bytes if topology.chip else 0
     candidates = make_candidates(prepared, topology)
@@ -66,7 +81,7 @@ def estimate_cell(size: str, name: str) -> dict[str, Any]:
     candidates = find_candidates(size, name)
     if not candidates:
         return {"compiled": False, "fits": False}
-    first, changes, chip = candidates[0], config_of(size)[1], parse_topology(name).chip
+    first, changes, chip = candidates[0], config_of(size)[1], make_topology(name).chip
     return {
         "compiled": False,
         "fits": True,
@@ -78,15 +93,17 @@ def estimate_cell(size: str, name: str) -> dict[str, Any]:
     }
 
 
-def fill_cell(size: str, name: str, cache: Path) -> dict[str, Any]:
+def fill_cell(size: str, name: str, cache: Path, ways: Sequence[str]) -> dict[str, Any]:
     """The plan of a size on a topology, and how it is to be run."""
     candidates = find_candidates(size, name)
-    plans = [
-        _compile_first([c for c in candidates if _way(c) == way], size, name, cache)
-        for way in _WAYS
-        if any(_way(c) == way for c in candidates)
-    ]
-    if not plans:  # What is left computes more again.
+    plans: list[dict[str, Any]] = []
+    for way in (WAYS[way] for way in ways):
+        chosen = [c for c in candidates if _way(c) == way]
+        if chosen:
+            plans.append(_compile_first(chosen, size, name, cache))
+        if plans and plans[-1]["fits"] and not make_topology(name).is_tpu:
+            break
+    if not plans:  # The ways that are left recompute more.
         plans = [_compile_first(candidates, size, name, cache)]
     return max(plans, key=lambda p: (p["fits"], p.get("images_per_second_per_chip") or 0))
 
@@ -100,8 +117,14 @@ def _compile_first(
 ) -> dict[str, Any]:
     """The plan of the first that fits, of a few that are tried."""
     config, changes = config_of(size)
-    chip = parse_topology(name).chip
-    arguments = [f"--config={config}", f"--topology={name}", f"--cache={cache}"]
+    chip = make_topology(name).chip
+    topology = make_topology(name)
+    arguments = [
+        f"--config={config}",
+        f"--topology={topology.name}",
+        f"--num_slices={topology.num_slices}",
+        f"--cache={cache}",
+    ]
     tried: list[dict[str, Any]] = []
     ratio = _SAFE
     for candidate in candidates:
@@ -179,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=lambda x: x.split(","), default=SIZES)
     parser.add_argument("--topologies", type=lambda x: x.split(","), default=TOPOLOGIES)
+    parser.add_argument("--ways", type=lambda x: x.split(","), default=tuple(WAYS))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--estimate", action="store_true", help="by arithmetic only, in a minute")
@@ -192,13 +216,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         todo = [(s, t) for s, t in asked if not cells.get(f"{s}@{t}", {}).get("compiled")]
 
     def fill(cell: tuple[str, str]) -> dict[str, Any]:
-        return estimate_cell(*cell) if args.estimate else fill_cell(*cell, args.cache)
+        return estimate_cell(*cell) if args.estimate else fill_cell(*cell, args.cache, args.ways)
 
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         futures = {pool.submit(fill, cell): "@".join(cell) for cell in todo}
         for future in concurrent.futures.as_completed(futures):
             cell = future.result()
-            cells[futures[future]] = {k: v for k, v in cell.items() if k not in ("notes", "cached")}
+            cells[futures[future]] = {k: v for k, v in cell.items() if k not in _LEFT_OUT}
             print(futures[future], "fits" if cell["fits"] else f"does not fit: {_why(cell)}")
             keys = [f"{s}@{t}" for s in SIZES for t in TOPOLOGIES]
             ordered = {key: cells[key] for key in keys if key in cells}

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predicts whether a run fits and how fast it can be, without its devices and without its data.
 
-Compiles the step of the run itself for a topology of TPUs, which needs libtpu and no TPU
-(pip install 'vit_jax[tpu-plan]'). --config.KEY=VALUE overrides a key, as in a run.
+Compiles the step of the run itself for a topology of TPUs or GPUs, which needs their compiler and
+none of them: pip install 'vit_jax[tpu-plan]' or 'vit_jax[gpu-plan]'. --config.KEY=VALUE overrides a
+key, as in a run.
 
 Examples:
   python -m vit_jax.plan --config=configs/vit_i1k.py:variant=B/16 --topology=v5e:4x4
   python -m vit_jax.plan --config=... --topology=v5e:16x16 --num_slices=2 --json
   python -m vit_jax.plan --config=... --topology=v5p:4x4x4 --search
   python -m vit_jax.plan --config=... --topology=v5e:4x4 --scale 16,64,256,1024
+  python -m vit_jax.plan --config=... --topology=h100:8 --num_slices=4 --kernels
 """
 
 import argparse

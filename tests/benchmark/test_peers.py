@@ -6,12 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 
-from benchmarks.step import PEERS, VARIATIONS, make_command, parse_variant
+from benchmarks import step, turns
+from benchmarks.step import PEERS, VARIATIONS, describe_clock, make_command, parse_variant
+from benchmarks.step_peers import compare_with_prediction, describe
 from benchmarks.turns import ROOT
+from tests.planning.test_kernels import PROGRAM
 from vit_jax.config.precision import PRECISIONS
+from vit_jax.models.flops import train_flops
+from vit_jax.models.variants import make_vit
+from vit_jax.planning.hlo import Program
+from vit_jax.planning.kernels import list_kernels, time_kernels
+from vit_jax.runtime.chips import GPUS
 
 
 @pytest.mark.parametrize(
@@ -42,6 +51,72 @@ def test_each_peer_has_an_interpreter_and_a_program(peer):
     assert ("torch" in command) == peer.startswith("timm")
     assert ("LD_PRELOAD=lib.so" in command) == (peer == "vit_jax_tcmalloc")
     assert json.loads(overrides).get("precision") in (None, *PRECISIONS)
+
+
+def test_a_step_is_compared_with_the_time_of_its_kernels():
+    model = make_vit(
+        num_classes=3, patch_size=16, hidden_size=8, num_layers=1, num_heads=1, mlp_dim=8
+    )
+    experiment = types.SimpleNamespace(model=model)
+    text, chip = PROGRAM.read_text(), GPUS["h200"]
+    known = describe(text, chip, experiment, 32)
+    kernels = time_kernels(list_kernels(Program(text)), chip)
+    assert known["predicted_ms"] == pytest.approx(1e3 * sum(one.seconds for one in kernels))
+    # 100 images in twice the predicted time.
+    speed = 100 / (2e-3 * known["predicted_ms"])
+    row = compare_with_prediction(speed, 100, known)
+    assert row["step_ms"] == pytest.approx(2 * known["predicted_ms"])
+    assert row["error_percent"] == pytest.approx(-50)
+    mfu = speed * train_flops(model, (32, 32)) / chip.flops
+    assert row["mfu_percent"] == pytest.approx(100 * mfu)
+    assert not describe_clock({"images_per_sec": 1})
+    row = {"mfu_percent": 43.21, "step_ms": 30, "predicted_ms": 27, "error_percent": -10}
+    assert describe_clock(row) == "  MFU 43.2 %, 30.0 ms measured, 27.0 predicted (-10 %)"
+
+
+def test_nothing_is_predicted_for_a_card_that_is_not_in_the_table():
+    assert describe("", None, None, 32) == {}
+    assert compare_with_prediction(10.0, 100, {}) == {}
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    """Peers that become ready at once, each after a minute by the clock."""
+    now = [0.0]
+
+    class Peer:
+        def __init__(self, command):
+            now[0] += 60
+            self.name = command
+
+        def wait_until_ready(self):
+            pass
+
+        def measure(self, seconds):
+            return {"images_per_sec": 10.0, "first_step_s": 1.0, "peak_gib": 1.0}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(turns, "Peer", Peer)
+    clock = types.SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(turns, "time", clock)
+    monkeypatch.setattr(step, "time", clock)
+    monkeypatch.setattr(step, "describe_device", lambda: "NVIDIA T4")
+
+
+def test_levers_belong_to_the_first_variant_and_time_is_limited(peers, capsys, tmp_path):
+    path = tmp_path / "step.json"
+    levers = ("vit_jax_xla_attention", "vit_jax_scan", "flax_plain")
+    variants = ("--variants", "B/16:8", "S/16:8", "--peers", "vit_jax")
+    step.main([*variants, "--levers", *levers, "--within=5", "--rounds=1", f"--json={path}"])
+    out = capsys.readouterr().out
+    results = json.loads(path.read_text())["results"]
+    # Three of the peers are started in three minutes; two more are for what is under way.
+    assert list(results) == ["B/16:8"]
+    assert list(results["B/16:8"]["peers"]) == ["vit_jax", "vit_jax_xla_attention", "vit_jax_scan"]
+    assert "left out, because 5 minutes were over: B/16:8 flax_plain, S/16:8 vit_jax" in out
+    assert "nothing is predicted: NVIDIA T4 is not in vit_jax/runtime/chips.py" in out
 
 
 # A benchmark whose peers become ready and then do what they are told; it prints their process ids.

@@ -132,7 +132,15 @@ def choose(device=None, *, hidden_size=768, num_tokens=197, **options):
         ({"device": gpu("8.0")}, "fused"),
         ({"device": gpu("7.5")}, "xla"),
         ({"device": CPU}, "xla"),
-        ({"device": TPU}, "xla"),
+        ({"device": TPU}, "pallas"),
+        ({"device": TPU, "attention": "fused"}, "pallas"),
+        ({"device": TPU, "attention": "pallas"}, "pallas"),
+        ({"device": TPU, "num_tokens": 50}, "xla"),
+        ({"device": TPU, "num_tokens": 1025}, "xla"),  # scores do not fit into VMEM
+        ({"device": TPU, "causal": True}, "xla"),  # its kernel has no causal mask
+        ({"causal": True}, "fused"),
+        ({"device": TPU, "dtype": jnp.float32}, "xla"),
+        ({"device": TPU, "dtype": "float16"}, "xla"),
         ({"dtype": jnp.float32}, "xla"),
         ({"dtype": "float16"}, "fused"),
         ({"attention_dropout_rate": 0.1}, "xla"),
@@ -150,7 +158,9 @@ def test_auto_goes_by_device_dtype_and_sizes(changes, want):
 @pytest.mark.parametrize(
     ("changes", "need"),
     [
-        ({"device": CPU}, r"an NVIDIA GPU from Ampere on \(this is cpu\)"),
+        ({"device": CPU}, r"a TPU, or an NVIDIA GPU from Ampere on \(this is cpu\)"),
+        ({"device": TPU, "num_tokens": 1025}, r"fit into VMEM \(an image has 1025 tokens\)"),
+        ({"device": TPU, "num_heads": 4}, "128 channels in a head"),
         ({"device": gpu("7.0")}, "from Ampere on"),
         ({"dtype": jnp.float32}, "precision='bfloat16'"),
         ({"attention_dropout_rate": 0.1}, "model.attention_dropout_rate=0"),
@@ -162,3 +172,8 @@ def test_fused_is_refused_where_it_can_not_be(changes, need):
     with pytest.raises(UserError, match=f"model.attention='fused' needs .*{need}") as error:
         choose(attention="fused", **changes)
     assert "set model.attention='auto'" in str(error.value)
+
+
+def test_the_kernel_for_tpus_is_refused_on_gpus():
+    with pytest.raises(UserError, match=r"attention='pallas' needs a TPU \(this is NVIDIA Test\);"):
+        choose(attention="pallas")

@@ -23,6 +23,10 @@ def loop():
     return Program((TESTDATA / "tpu_loop.txt").read_text())
 
 
+def collectives(program, *args):
+    return program.collectives(program.transfers(*args))
+
+
 def find(collectives, kind, axes):
     (found,) = [c for c in collectives if (c.kind, c.axes) == (kind, axes)]
     return found
@@ -52,31 +56,31 @@ def test_groups_are_read_in_all_notations(text, groups):
 def test_a_transfer_in_a_loop_counts_as_often_as_the_loop_runs(loop):
     # Twice in the text, under one number: once in each of the 12 rounds. Each of 4 devices sends
     # its bfloat16 shard to the 3 others.
-    gather = find(loop.collectives(MESH), "all-gather", ("fsdp",))
+    gather = find(collectives(loop, MESH), "all-gather", ("fsdp",))
     assert gather == Collective("all-gather", ("fsdp",), 12, 12 * 3 * 384 * 384 * 2, 0)
 
 
 def test_a_reduce_scatter_is_known_under_its_tpu_name(loop):
-    scatter = find(loop.collectives(MESH), "reduce-scatter", ("fsdp",))
+    scatter = find(collectives(loop, MESH), "reduce-scatter", ("fsdp",))
     assert scatter.bytes == 1536 * 384 * 2 * 3 // 4
 
 
 def test_all_reduce_moves_twice_what_is_reduced(loop):
-    reduce = find(loop.collectives(MESH), "all-reduce", ("data", "fsdp"))
+    reduce = find(collectives(loop, MESH), "all-reduce", ("data", "fsdp"))
     assert reduce.bytes == 2 * 384 * 4 * 15 // 16
 
 
 def test_permutations_name_the_axis_they_walk_along(loop):
-    assert find(loop.collectives(MESH), "collective-permute", ("data",)).bytes == 384 * 4
+    assert find(collectives(loop, MESH), "collective-permute", ("data",)).bytes == 384 * 4
 
 
 def test_between_slices_each_device_sends_its_share(loop):
     slices = [i // 8 for i in range(16)]
-    reduce = find(loop.collectives(MESH, slices), "all-reduce", ("data", "fsdp"))
+    reduce = find(collectives(loop, MESH, slices), "all-reduce", ("data", "fsdp"))
     assert reduce.bytes == 2 * 384 * 4 * 7 // 8
     assert reduce.dcn_bytes == 2 * (384 * 4 // 8) // 2
     # Groups within a slice send nothing out of it.
-    assert find(loop.collectives(MESH, slices), "all-gather", ("fsdp",)).dcn_bytes == 0
+    assert find(collectives(loop, MESH, slices), "all-gather", ("fsdp",)).dcn_bytes == 0
 
 
 def test_bytes_in_fast_memory_are_not_traffic_of_the_main_one(loop):
@@ -100,8 +104,11 @@ _xla_megascale_transfer_type="ALL_REDUCE"}
   %send-done.1 = token[] send-done(%send.1), channel_id=6, is_host_transfer=true
 }
 """
-    (found,) = Program(text.replace("TARGET", target)).collectives(
-        {"data": 2, "fsdp": 2}, [0, 0, 1, 1], [100000, 100001, 200000, 200001]
+    (found,) = collectives(
+        Program(text.replace("TARGET", target)),
+        {"data": 2, "fsdp": 2},
+        [0, 0, 1, 1],
+        [100000, 100001, 200000, 200001],
     )
     assert found == Collective("all-reduce", ("data",), 1, 0, 8 * 4 * 4)
 
@@ -118,7 +125,7 @@ def test_transfers_of_a_compiled_program_are_those_of_its_shardings():
     step = jax.jit(jax.grad(loss), in_shardings=(w, x), out_shardings=w)
     compiled = step.lower(jnp.zeros((layers, width, width)), jnp.zeros((batch, width))).compile()
     program = Program(compiled.as_text() or "")
-    found = program.collectives(dict(mesh.shape))
+    found = collectives(program, dict(mesh.shape))
     gathers = find(found, "all-gather", ("fsdp",))
     # Forward and backward gather each layer's half from one other device.
     assert gathers.count == 2 * layers

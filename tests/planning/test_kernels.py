@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from vit_jax.planning.hlo import Program
-from vit_jax.planning.kernels import Kernel, list_kernels, merge_alike, time_kernels
+from vit_jax.planning.kernels import (
+    Kernel,
+    find_waits,
+    list_kernels,
+    merge_alike,
+    time_kernels,
+    transfer_seconds,
+)
 from vit_jax.runtime.chips import GPUS, TPUS
 
 # Gradients of attention by cuDNN (2 images, 200 tokens, 12 heads, width 64) and of an embedding of
@@ -120,3 +127,77 @@ def test_alike_kernels_of_all_blocks_are_one_and_the_longest_is_first():
         ("head/dot", 1),
         ("T/encoderblock_*/MlpBlock_0/tanh", 1),
     ]
+
+
+# Two kernels of a millisecond each, one of them while 0.25 ms of transfers run, and half a
+# millisecond of transfers at the end, when no kernel is left.
+KB = int(0.8 * 4.8e9) // 2 // 4  # float32 values that are read and written in a millisecond
+LINK = int(0.8 * 450e9 * 1e-3) // 4  # float32 values that are sent in a millisecond
+SCHEDULE = f"""
+HloModule schedule, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}}
+
+ENTRY %main (x: f32[{KB}], y: f32[{LINK // 4}], z: f32[{LINK // 2}]) -> f32[{LINK // 2}] {{
+  %x = f32[{KB}]{{0}} parameter(0)
+  %y = f32[{LINK // 4}]{{0}} parameter(1)
+  %z = f32[{LINK // 2}]{{0}} parameter(2)
+  %start = f32[{LINK // 4}]{{0}} all-reduce-start(%y), channel_id=1, replica_groups={{{{0,1}}}}, \
+to_apply=%add
+  %one = f32[{KB}]{{0}} negate(%x)
+  %done = f32[{LINK // 4}]{{0}} all-reduce-done(%start)
+  %two = f32[{KB}]{{0}} negate(%one)
+  ROOT %last = f32[{LINK // 2}]{{0}} all-reduce(%z), channel_id=2, replica_groups={{{{0,1}}}}, \
+to_apply=%add
+}}
+"""
+
+
+def test_transfers_are_waited_for_where_no_kernel_runs_meanwhile():
+    program = Program(SCHEDULE)
+    transfers = program.transfers({"data": 2})
+    # Two devices exchange as many bytes as they sum.
+    assert [t.bytes for t in transfers.values()] == [4 * (LINK // 4), 4 * (LINK // 2)]
+    sent, waited = find_waits(program, H200, transfers)
+    assert sent == pytest.approx(0.75e-3)
+    assert waited == pytest.approx(0.5e-3)
+
+
+def test_a_transfer_that_is_needed_at_once_is_waited_for():
+    move = f"  %one = f32[{KB}]{{0}} negate(%x)\n"
+    program = Program(SCHEDULE.replace(move, "").replace("negate(%one)", "negate(%x)"))
+    sent, waited = find_waits(program, H200, program.transfers({"data": 2}))
+    assert waited == pytest.approx(sent) == pytest.approx(0.75e-3)
+
+
+def test_between_hosts_the_network_is_slower():
+    program = Program(SCHEDULE)
+    near, _ = find_waits(program, H200, program.transfers({"data": 2}))
+    transfers = program.transfers({"data": 2}, [0, 1])
+    far, waited = find_waits(program, H200, transfers)
+    assert far == pytest.approx(450 / 50 * near)
+    # The first kernel runs meanwhile.
+    assert waited == pytest.approx(far - 1e-3)
+    assert sum(transfer_seconds(t, H200) for t in transfers.values()) == pytest.approx(far)
+
+
+def test_a_kernel_of_pallas_takes_what_it_says():
+    text = """
+HloModule pallas
+
+ENTRY %main (q: bf16[2,200,128]) -> bf16[2,200,128] {
+  %q = bf16[2,200,128]{2,1,0} parameter(0)
+  ROOT %out = bf16[2,200,128]{2,1,0} custom-call(%q, %q, %q), custom_call_target="tpu_custom_call",\
+ backend_config={"custom_call_config":{"body":"","cost_estimate":{"flops":"1000000000",\
+"transcendentals":"240000000","bytes_accessed":"7"}}}
+}
+"""
+    (kernel,) = list_kernels(Program(text))
+    assert (kernel.flops, kernel.exponentials) == (10**9, 240_000_000)
+    assert kernel.bytes == 4 * 2 * 200 * 128 * BF16
+    (timed,) = time_kernels([kernel], V5E)
+    assert (timed.seconds, timed.bound) == (pytest.approx(1e-3), "vectors")

@@ -12,7 +12,8 @@ from vit_jax.config.load import override_config
 from vit_jax.config.reduced import reduce_for_planning
 from vit_jax.planning import compiled, search
 from vit_jax.planning.compiled import parse_size
-from vit_jax.planning.plan import make_plan
+from vit_jax.planning.plan import _warn_of_slow_axes, make_plan
+from vit_jax.planning.roofline import Work, make_roofline
 from vit_jax.planning.search import (
     Candidate,
     could_fit,
@@ -93,6 +94,38 @@ def test_a_plan_has_memory_speed_and_transfers_along_all_axes(plan):
     assert plan["images_per_second_per_chip"] == pytest.approx(256 / plan["step_seconds"] / 8)
     assert 0 < plan["mfu_bound"] < 1
     assert set(json.loads(json.dumps(plan))) >= KEYS
+
+
+def test_kernels_transfers_and_waits_have_times(plan):
+    times = {"expected_seconds": 0.1, "expected_mfu": 0.2, "kernel_seconds": 0.09}
+    known = plan | times | {"num_kernels": 7, "transfer_seconds": 0.02, "wait_seconds": 0.01}
+    text = "\n".join(describe_plan(known))
+    assert "h100:4 x 2 hosts: 8 devices" in text
+    assert "7 kernels take 90.0 ms; transfers take 20.0 ms,\n" in text
+    assert "10.0 of which no kernel runs meanwhile" in text
+    # Each transfer has the axes that it crosses, and its time.
+    (sums,) = [
+        c for c in plan["collectives"] if (c["kind"], c["axes"]) == ("all-reduce", ("data",))
+    ]
+    chip = GPUS["h100"]
+    seconds = sums["bytes"] / chip.ici_bandwidth + sums["dcn_bytes"] / chip.dcn_bandwidth
+    assert sums["seconds"] == pytest.approx(seconds / 0.8)
+    assert "MB between hosts, " in text
+    assert "waits for transfers are not included" in "\n".join(
+        describe_plan(known | {"wait_seconds": None})
+    )
+
+
+def test_axes_that_leave_a_host_are_named():
+    hosts = [0, 0, 0, 0, 1, 1, 1, 1]
+    topology = parse_topology("h100:4", num_slices=2)
+    for mesh, slow in (
+        ({"data": 2, "fsdp": 2, "tensor": 2}, []),
+        ({"data": 1, "fsdp": 4, "tensor": 2}, ["mesh.fsdp goes over several hosts"]),
+        ({"data": 1, "fsdp": 1, "tensor": 8}, ["mesh.tensor goes over several hosts"]),
+    ):
+        notes = _warn_of_slow_axes(mesh, hosts, topology)
+        assert [note.partition(":")[0] for note in notes] == slow
 
 
 def test_a_plan_for_gpus_says_that_cpus_stand_in_for_them(plan):
@@ -185,8 +218,23 @@ def test_candidates_are_ways_that_the_config_allows_the_fastest_first(candidates
     }
     assert memory["none", True, 1] > memory["dots", True, 1] > memory["full", True, 1]
     assert memory["none", True, 1] > memory["none", True, 4]
-    # Unrolled, the compiler keeps no more than has to be.
-    assert memory["none", False, 1] == memory["dots", True, 1]
+    # The compiler for GPUs recomputes nothing by itself.
+    assert memory["none", False, 1] == memory["none", True, 1]
+
+
+def test_transfers_of_gpus_are_estimated_to_come_on_top():
+    chip = GPUS["h100"]
+    work = Work(
+        flops=0.68e-3 * chip.flops,
+        model_flops=0,
+        hbm_bytes=1.6e-3 * chip.hbm_bandwidth,
+        ici_bytes=2.4e-3 * chip.ici_bandwidth,
+        dcn_bytes=0.8e-3 * chip.dcn_bandwidth,
+    )
+    # A millisecond of products, meanwhile two of memory; three of NVLink, and one of the network.
+    assert search._estimate_seconds(work, parse_topology("h100:8")) == pytest.approx(6e-3)
+    tpu = parse_topology("v5e:4x4")
+    assert search._estimate_seconds(work, tpu) == make_roofline(work, tpu.chip).step_seconds
 
 
 def candidate(remat, *, temp, seconds):
@@ -231,6 +279,11 @@ def test_overrides_are_printed_as_the_command_reads_them():
     [
         (["--topology=v9:4"], "there is"),
         (["--topology=cpu:8", "--config.mesh.fsdp=3"], "mesh: "),
+        (["--topology=cpu:8", "--config.model.attention=fused"], "(this is cpu)"),
+        (
+            ["--topology=h100:2", "--config.model.attention=fused"],
+            "pip install 'vit_jax[gpu-plan]'",
+        ),
         (["--topology=cpu:8", "--config.data.name=imagnet"], "data.name='imagnet'"),
         (["--topology=cpu:8", "--search"], "needs a TPU or a GPU"),
         (["--topology=cpu:8", "--search", "--scale=8"], "one of them"),

@@ -7,7 +7,7 @@ from vit_jax.planning.roofline import Work, make_roofline
 from vit_jax.planning.scale import predict
 from vit_jax.planning.text import describe_scale
 from vit_jax.planning.topologies import parse_topology
-from vit_jax.runtime.chips import TPUS
+from vit_jax.runtime.chips import GPUS, TPUS
 
 V5E = TPUS["v5e"]
 
@@ -53,6 +53,7 @@ def point(batch_size, *, hbm, ici):
         "hbm_bytes": hbm,
         "ici_bytes": ici,
         "step_seconds": 1.0,
+        "expected_seconds": None,
     }
 
 
@@ -86,5 +87,50 @@ def test_the_recipe_ends_where_transfers_do_not_shrink_or_images_run_out(points)
     assert [row.scales for row in rows] == [True, False, False]
     assert rows[2].images_per_device < 1
     text = "\n".join(describe_scale(rows, points, topology))
+    assert text.startswith("batch 4,096, at best; compiled for 16 chips")
     assert "256 *" in text
     assert "stops scaling before 256 chips, bound by ici" in text
+
+
+def timed_point(batch_size):
+    """On a host of GPUs: 10 ms and 0.1 ms an image; of 4 ms of transfers 1 ms is waited for."""
+    kernels = 10e-3 + batch_size / 8 * 1e-4
+    return point(batch_size, hbm=0, ici=2 * 7 / 8 * 1e9) | {
+        "num_devices": 8,
+        "mesh": {"data": 8, "fsdp": 1, "tensor": 1},
+        "flops_per_device": batch_size / 8 * 1e9,
+        "model_flops_per_device": batch_size / 8 * 1e9,
+        "kernel_seconds": kernels,
+        "transfer_seconds": 4e-3,
+        "wait_seconds": 1e-3,
+        "expected_seconds": kernels + 1e-3,
+    }
+
+
+def test_gpus_scale_by_the_time_of_kernels_and_waits():
+    topology, chip = parse_topology("h100:8"), GPUS["h100"]
+    points = [timed_point(1600), timed_point(800)]
+    rows = predict(points, topology, [8, 32])
+    kernels = [10e-3 + 200e-4, 10e-3 + 50e-4]
+    # Of the 1e9 bytes, each device sends 7/8 twice within its host, and of its eighth 3/4 twice to
+    # the other three.
+    links = [2 * 7 / 8 * 1e9 / chip.ici_bandwidth / 0.8] * 2
+    links[1] += 2 * 3 / 4 * 1e9 / 8 / chip.dcn_bandwidth / 0.8
+    hidden = [3e-3 * busy / kernels[0] for busy in kernels]
+    for row, busy, sent, hides in zip(rows, kernels, links, hidden, strict=True):
+        assert row.step_seconds == pytest.approx(busy + max(sent - hides, 0))
+        assert row.images_per_second == pytest.approx(1600 / row.step_seconds)
+        assert row.mfu == pytest.approx(1600 / row.chips * 1e9 / chip.flops / row.step_seconds)
+    assert [row.slices for row in rows] == [1, 4]
+    text = "\n".join(describe_scale(rows, points, topology))
+    assert text.startswith("batch 1,600, expected; compiled for 8 chips")
+    assert "hosts" in text
+    assert "NVLink" in text
+
+
+def test_a_part_of_a_host_grows_to_a_whole_one_before_there_are_two():
+    points = [timed_point(1600), timed_point(800)]
+    alone = predict(points, parse_topology("h100:2"), [2, 8, 16])
+    assert [row.slices for row in alone] == [1, 1, 2]
+    small_hosts = predict(points, parse_topology("h100:4", num_slices=2), [4, 8, 16])
+    assert [row.slices for row in small_hosts] == [1, 2, 4]

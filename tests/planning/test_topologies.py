@@ -35,6 +35,9 @@ def test_a_name_says_how_many_devices(name, num_slices, devices, chips):
         ("v5e", "expected a shape, as in v5e:4x4"),
         ("v5p:4xx4", "as in v5p:4x4x4"),
         ("h100:0", "as in h100:8"),
+        ("h100:2x8", "expected the number of devices of a host, as in h100:16"),
+        ("cpu:2x4", "as in cpu:8"),
+        ("l40s:8", "there is: a100, b200"),
     ],
 )
 def test_an_unknown_name_gets_one_line_with_what_there_is(name, expected):

@@ -80,7 +80,7 @@ class DatasetSpec:
         names = [name for name, *_ in self.mixture] or [self.name]
         infos = [dataset_info(name, data_dir=self.data_dir) for name in names]
         info = merge_infos(infos, names, key=f"{self.key}.mixture")
-        if self.classes is None:
+        if self.classes is None or not info.num_classes:
             return info
         match_labels(Classes.of(info, str(self)), self.classes, key=self.key)
         count, class_names = self.classes.count, self.classes.names
@@ -319,7 +319,8 @@ class _Batches(abc.ABC):
             captions = record["text"] if "text" in record else self.source.captions(index)
             if not captions:
                 raise ImageError("it has no caption")
-            features["tokens"] = self.tokenizer.encode(self.choose(captions, position))
+            features["caption"] = self.choose(captions, position)
+            features["tokens"] = self.tokenizer.encode(features["caption"])
         image, shape = features["image"], self.blank["image"].shape
         if isinstance(image, Job) or (image.shape, image.dtype) == (shape, np.uint8):
             return features
@@ -411,6 +412,16 @@ def read_step(spec: DatasetSpec, *, seed: int, step: int) -> tuple[Batch, list[s
     positions = range(step * spec.batch_size, (step + 1) * spec.batch_size)
     records = [batches.source.describe(batches.order[position]) for position in positions]
     return next(batches.load([step])), records
+
+
+def read_examples(spec: DatasetSpec, *, seed: int, step: int) -> list[Features]:
+    """The examples of the global batch after `step` updates, each with its features.
+
+    Where captions are tokenized, `caption` is the one whose `tokens` the batch has.
+    """
+    batches = _TrainBatches(spec, (0,), 1, None, seed=seed)
+    positions = range(step * spec.batch_size, (step + 1) * spec.batch_size)
+    return [batches.example(position, apply) for position in positions]
 
 
 def train_order(spec: DatasetSpec, source: Source, *, seed: int) -> Order:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vit_jax.models.block_config import BlockConfig
+from vit_jax.models.block_config import BlockConfig, Constrain
 from vit_jax.models.positions import Rotation, rotate
 from vit_jax.utils.errors import UserError
 
@@ -22,12 +22,12 @@ _TOKEN_MULTIPLE = 8
 
 def choose_attention(
     config: BlockConfig, device: Any, hidden_size: int, num_tokens: int, *, key: str = "model"
-) -> Literal["xla", "fused"]:
+) -> Literal["xla", "fused", "pallas"]:
     """Resolves `config.attention` for a kind of devices.
 
-    `auto` is `fused` where `fused_attention` can compute what the model asks for and an image has
-    at least as many tokens as a head has channels; with fewer, the attention weights have fewer
-    bytes than the queries, so there is little to gain.
+    `auto` is `fused` where a kernel can compute what the model asks for and an image has at least
+    as many tokens as a head has channels; with fewer, the attention weights have fewer bytes than
+    the queries, so there is little to gain. On TPUs `fused` is `pallas`.
 
     Args:
       config: of the encoder.
@@ -42,28 +42,60 @@ def choose_attention(
     if config.attention == "xla":
         return "xla"
     head_dim = hidden_size // config.num_heads
-    is_gpu = device.platform in ("gpu", "cuda")
-    capability = getattr(device, "compute_capability", None)
+    is_tpu = device.platform == "tpu"
+    dtype = jnp.dtype(config.dtype)
     needs = {
-        f"an NVIDIA GPU from Ampere on (this is {device.device_kind})": is_gpu
-        and capability is not None
-        and float(capability) >= 8,
-        "precision='bfloat16'": jnp.dtype(config.dtype).itemsize == 2,
+        "precision='bfloat16'": dtype == jnp.bfloat16 or (dtype == jnp.float16 and not is_tpu),
         f"{key}.attention_dropout_rate=0": config.attention_dropout_rate == 0,
         f"a multiple of 8 up to 128 channels in a head (there are {head_dim})": _fits(head_dim),
     }
+    if is_tpu:
+        from vit_jax.models.attention_tpu import fits_vmem
+
+        room = fits_vmem(num_tokens, config.num_heads, head_dim, dtype.itemsize)
+        needs[f"scores that fit into VMEM (an image has {num_tokens} tokens)"] = room
+        needs[f"{key}.causal=False"] = not config.causal  # The kernel has no causal mask.
+    else:
+        kind = "a TPU" if config.attention == "pallas" else "a TPU, or an NVIDIA GPU from Ampere on"
+        suits = config.attention != "pallas" and _is_ampere(device)
+        needs = {f"{kind} (this is {device.device_kind})": suits} | needs
     missing = [need for need, is_met in needs.items() if not is_met]
-    if config.attention == "fused" and missing:
+    if config.attention != "auto" and missing:
         raise UserError(
-            f"{key}.attention='fused' needs {' and '.join(missing)}; set {key}.attention='auto'"
+            f"{key}.attention={config.attention!r} needs {' and '.join(missing)}; set "
+            f"{key}.attention='auto'"
         )
-    is_worth_it = config.attention == "fused" or num_tokens >= head_dim
-    return "fused" if is_worth_it and not missing else "xla"
+    is_worth_it = config.attention != "auto" or num_tokens >= head_dim
+    if missing or not is_worth_it:
+        return "xla"
+    return "pallas" if is_tpu else "fused"
+
+
+def _is_ampere(device: Any) -> bool:
+    """Whether a device is an NVIDIA GPU of Ampere or later."""
+    capability = getattr(device, "compute_capability", None)
+    return device.platform in ("gpu", "cuda") and capability is not None and float(capability) >= 8
 
 
 def _fits(head_dim: int) -> bool:
     """Whether `fused_attention` takes heads of this width."""
     return head_dim % 8 == 0 and head_dim <= 128
+
+
+def pallas_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, constrain: Constrain
+) -> jax.Array:
+    """`attention_tpu.tpu_attention` of arrays that `constrain` shards: nothing is gathered.
+
+    Takes and returns `[batch, tokens, heads, head_dim]`.
+    """
+    # Pallas takes a while to import.
+    from vit_jax.models.attention_tpu import tpu_attention
+
+    map_shards = getattr(constrain, "map_shards", None)
+    if map_shards is None:
+        return tpu_attention(query, key, value)
+    return map_shards(tpu_attention, (query, key, value), ("batch", None, "heads", None))
 
 
 def fused_attention(
@@ -112,8 +144,9 @@ class MultiHeadDotProductAttention(nn.Module):
     `[batch, context length, hidden]`, or from `x` too; returns `[batch, length, hidden]` in
     `config.dtype`. The softmax is float32 for any dtype; its weights, float32
     `[batch, heads, queries, keys]`, are the intermediate `ATTENTION_WEIGHTS`. With
-    `config.attention="fused"`, `fused_attention` takes its place for self-attention, unless
-    intermediates are asked for. With `config.causal` a token attends to itself and those before.
+    `config.attention="fused"`, `fused_attention` takes its place for self-attention, and with
+    "pallas" `pallas_attention`, unless intermediates are asked for. With `config.causal`
+    a token attends to itself and those before it.
     Sources: `qk_norm`: arXiv:2302.05442; `rope`: see `positions.rotation_2d`.
     """
 
@@ -145,12 +178,9 @@ class MultiHeadDotProductAttention(nn.Module):
 
         length = x.shape[1]
         wants_weights = self.is_mutable_collection("intermediates")
-        fused = (
-            config.attention == "fused"
-            and context is None
-            and _fits(head_dim)
-            and not wants_weights
-        )
+        in_kernel = context is None and _fits(head_dim) and not wants_weights
+        fused, pallas = (in_kernel and config.attention == kind for kind in ("fused", "pallas"))
+        pallas = pallas and not config.causal
         if fused:
             # Zeros are added to what the norm writes, and removed from what the residual
             # connection reads: neither is a kernel of its own.
@@ -166,6 +196,8 @@ class MultiHeadDotProductAttention(nn.Module):
             query, key = rotate(query, rope), rotate(key, rope)
         if fused:
             x = fused_attention(query, key, value, length=length, causal=config.causal)
+        elif pallas:
+            x = pallas_attention(query, key, value, config.constrain)
         else:
             query = query / jnp.sqrt(head_dim).astype(config.dtype)
             scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)

@@ -14,12 +14,15 @@ from vit_jax.models.lora import NAME as LORA
 from vit_jax.models.lora import Lora, LoraProduct
 from vit_jax.models.products import dot_tokens, dot_tokens_float8
 
-# Shards an activation over the mesh, given one logical name for each of its dimensions.
+# Shards an activation over the mesh, given one logical name for each of its dimensions. The method
+# `map_shards` of that of a mesh runs a function on the part of each device (see
+# `parallel.sharding.Placement`).
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
-# Where attention weights are computed: in memory by XLA, or within one kernel. `auto` is the faster
-# one on the devices of a run (see `attention.choose_attention`), and XLA outside of runs.
-Attention = Literal["auto", "xla", "fused"]
+# Where attention weights are computed: in memory by XLA, or within one kernel, which is cuDNN's on
+# GPUs and one of Pallas on TPUs. `auto` is the faster one on the devices of a run (see
+# `attention.choose_attention`), and XLA outside of runs.
+Attention = Literal["auto", "xla", "fused", "pallas"]
 
 Activation = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "swiglu"]
 

@@ -58,14 +58,24 @@ def count_flops(program: ClosedJaxpr | Jaxpr) -> int:
             total += 2 * math.prod(_shape(eqn.outvars[0])) * depth
         elif name.startswith("dot_product_attention_"):  # the kernels of `fused` attention
             total += _attention_flops(eqn)
+        elif name == "pallas_call":  # `pallas` attention
+            total += eqn.params["cost_estimate"].flops
+            continue
         elif name == "conv_general_dilated":
             total += _conv_flops(eqn)
         inner = [count_flops(sub) for sub in _sub_programs(eqn.params)]
         if name == "cond":
             total += max(inner, default=0)
         else:
-            total += sum(inner) * (eqn.params["length"] if name == "scan" else 1)
+            total += sum(inner) * _count_runs(eqn)
     return total
+
+
+def _count_runs(eqn: Any) -> int:
+    """How often an operation runs the programs within it, on all devices."""
+    if eqn.primitive.name == "scan":
+        return eqn.params["length"]
+    return eqn.params["mesh"].size if eqn.primitive.name == "shard_map" else 1
 
 
 def _conv_flops(eqn: Any) -> int:

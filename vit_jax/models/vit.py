@@ -74,7 +74,8 @@ class VisionTransformer(nn.Module, kw_only=True):
         layers (`dots`), everything (`full`), or all but named activations, such as
         `save:attn_out,mlp_hidden` (see `blocks.parse_remat`).
       attention: where attention weights are computed: in memory (`xla`), or within one kernel that
-        never writes them (`fused`); `auto` for the faster one on the devices of a run.
+        never writes them (`fused`, which is `pallas` on TPUs); `auto` for the faster one on the
+        devices of a run.
       dtype: dtype of the computation. Parameters and logits are float32.
       float8: whether the matrix products of attention projections and MLPs, and of their gradients,
         take float8 inputs (see `models.float8`). The parameters are the same.

@@ -9,6 +9,7 @@ one function shards the whole train state.
 import dataclasses
 import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -201,3 +202,53 @@ def constrain(
     axes = ACTIVATION_AXES | {"tokens": "tensor" if sequence_parallel else None}
     spec = PartitionSpec(*(None if n is None else axes[n] for n in names))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """`constrain` on a mesh, as models take it.
+
+    Attributes:
+      mesh: of the run.
+      sequence_parallel: whether `tokens` are split over `tensor`.
+    """
+
+    mesh: Mesh
+    sequence_parallel: bool = False
+
+    def __call__(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        """Returns `x`, of any shape and dtype, sharded as the names of its dimensions say."""
+        return constrain(x, names, mesh=self.mesh, sequence_parallel=self.sequence_parallel)
+
+    def map_shards(
+        self,
+        function: Callable[..., jax.Array],
+        arrays: Sequence[jax.Array],
+        names: tuple[str | None, ...],
+    ) -> jax.Array:
+        """Runs a function on each device with its part of arrays; the parts of results are joined.
+
+        A dimension that the mesh does not divide, such as a batch of one image from which a model
+        is initialised, is whole on each device.
+
+        Args:
+          function: takes the arrays, and returns one of the same shape.
+          arrays: of one shape, and any dtype.
+          names: of their dimensions.
+        """
+        axes = [None if name is None else ACTIVATION_AXES[name] for name in names]
+        parts = [math.prod(self.mesh.shape[a] for a in _as_tuple(axis)) for axis in axes]
+        sizes = zip(axes, arrays[0].shape, parts, strict=True)
+        spec = PartitionSpec(*(axis if size % part == 0 else None for axis, size, part in sizes))
+        mapped = jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=(spec,) * len(arrays),
+            out_specs=spec,
+            check_vma=False,  # kernels do not say over which axes their results vary
+        )
+        return mapped(*arrays)

@@ -86,6 +86,16 @@ class Instruction:
         return _collective_kind(self) is not None or self.opcode in _BETWEEN_HOSTS
 
     @property
+    def starts(self) -> bool:
+        """Whether it begins what another instruction waits for."""
+        return self.opcode.endswith("-start")
+
+    @property
+    def waits_for(self) -> "Instruction | None":
+        """The instruction that started what this one waits for; None for other instructions."""
+        return self.operands[0] if self.opcode.endswith("-done") and self.operands else None
+
+    @property
     def call_target(self) -> str:
         """What a custom call runs; empty for other instructions."""
         match = re.search(r'custom_call_target="([^"]*)"', self.attributes)
@@ -103,6 +113,11 @@ class Instruction:
         match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         # For some chips the estimates are near 2**63.
         return int(match[1]) if match and 0 < int(match[1]) < 2**53 else None
+
+    def counted_cost(self, unit: str) -> int:
+        """What a kernel of Pallas says that it costs, such as its `flops`; 0 for others."""
+        match = re.search(rf'"cost_estimate":\{{[^}}]*"{unit}":"(\d+)"', self.attributes)
+        return int(match[1]) if match else 0
 
     @functools.cached_property
     def hbm_bytes(self) -> int:
@@ -129,15 +144,28 @@ class Collective:
     dcn_bytes: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """One run of an instruction that sends data along axes of the mesh, in bytes of each device.
+
+    The attributes are those of `Collective`; without axes, nothing is sent.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    bytes: int
+    dcn_bytes: int
+
+
 class Program:
-    """A parsed HLO module.
+    """A parsed HLO module, whose computation `entry` runs first.
 
     Args:
       text: the module, as `compiled.as_text()` returns it.
     """
 
     def __init__(self, text: str):
-        self._computations, self._entry = _parse(text)
+        self._computations, self.entry = _parse(text)
 
     @functools.cached_property
     def runs(self) -> dict[str, int]:
@@ -147,13 +175,14 @@ class Program:
         def visit(name: str, times: int) -> None:
             counts[name] += times
             for instruction in self._computations[name]:
-                for callee, factor in self._calls(instruction):
+                for callee, factor in self.calls(instruction):
                     visit(callee, times * factor)
 
-        visit(self._entry, 1)
+        visit(self.entry, 1)
         return dict(counts)
 
-    def _calls(self, instruction: Instruction) -> Iterator[tuple[str, int]]:
+    def calls(self, instruction: Instruction) -> Iterator[tuple[str, int]]:
+        """The computations that an instruction runs, and how often."""
         for key in ("calls", "to_apply", "body"):
             callee = instruction.attribute(key)
             if callee in self._computations:
@@ -174,13 +203,13 @@ class Program:
                         return int(operand.value)
         return 1
 
-    def collectives(
+    def transfers(
         self,
         mesh_shape: dict[str, int],
         slice_of: Sequence[int] | None = None,
         device_ids: Sequence[int] | None = None,
-    ) -> list[Collective]:
-        """All transfers between devices, summed by kind and axes.
+    ) -> dict[Instruction, Transfer]:
+        """The transfers between devices, by the instruction that starts them.
 
         Args:
           mesh_shape: size of each axis, in the order of the mesh.
@@ -190,27 +219,38 @@ class Program:
         """
         num_devices = math.prod(mesh_shape.values())
         position = {d: i for i, d in enumerate(device_ids or range(num_devices))}
-        # A transfer that overlaps with computations is listed in each of them, with one channel.
-        found: dict[str, tuple[int, tuple[str, tuple[str, ...], int, int]]] = {}
-        for name, times in self.runs.items():
+        found: dict[Instruction, Transfer] = {}
+        for name in self.runs:
             for i in self._computations[name]:
                 kind = _collective_kind(i)
                 if kind is None:
-                    continue
-                channel = re.search(r"channel_id=(\d+)", i.attributes)
-                key = channel[1] if channel else f"{name}/{i.name}"
-                if key in found and found[key][0] >= times:
                     continue
                 if name.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"
                 size = sum(operand.bytes for operand in i.operands)
                 groups = parse_groups(i.attributes, num_devices, position)
-                found[key] = times, _describe(kind, size, groups, mesh_shape, slice_of)
+                found[i] = _describe(kind, size, groups, mesh_shape, slice_of)
+        return found
+
+    def collectives(self, transfers: Mapping[Instruction, Transfer]) -> list[Collective]:
+        """Sums what `transfers` found over all runs, by kind and axes."""
+        # A transfer that overlaps with computations is listed in each of them, with one channel.
+        found: dict[str, tuple[int, Transfer]] = {}
+        for name, times in self.runs.items():
+            for i in self._computations[name]:
+                if i not in transfers:
+                    continue
+                channel = re.search(r"channel_id=(\d+)", i.attributes)
+                key = channel[1] if channel else f"{name}/{i.name}"
+                if key not in found or found[key][0] < times:
+                    found[key] = times, transfers[i]
         totals: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
-        for times, (kind, axes, sent, dcn) in found.values():
-            if axes:
-                before = totals.get((kind, axes), np.zeros(3, int))
-                totals[kind, axes] = before + times * np.array([1, sent, dcn])
+        for times, one in found.values():
+            if one.axes:
+                before = totals.get((one.kind, one.axes), np.zeros(3, int))
+                totals[one.kind, one.axes] = before + times * np.array(
+                    [1, one.bytes, one.dcn_bytes]
+                )
         return [Collective(*key, *totals[key].tolist()) for key in sorted(totals)]
 
     @functools.cached_property
@@ -229,7 +269,7 @@ class Program:
             for instructions in self._computations.values()
             for i in instructions
             if i.opcode not in ("while", "call", "conditional") and not i.opcode.endswith("-start")
-            for callee, _ in self._calls(i)
+            for callee, _ in self.calls(i)
         }
         for name, times in self.runs.items():
             if name not in fused:
@@ -308,8 +348,8 @@ def _describe(
     groups: np.ndarray,
     mesh_shape: dict[str, int],
     slice_of: Sequence[int] | None,
-) -> tuple[str, tuple[str, ...], int, int]:
-    """Kind, axes, bytes within the slice and bytes between slices of one collective.
+) -> Transfer:
+    """The transfer of one collective.
 
     A ring, like any optimal algorithm, moves (n - 1)/n of the data. Between slices the algorithm is
     assumed to be hierarchical: each device exchanges its share of the data of its slice.
@@ -318,18 +358,19 @@ def _describe(
     if kind == "collective-permute":
         groups = groups[groups[:, 0] != groups[:, 1]]
     if not groups.size or groups.shape[1] < 2:
-        return kind, (), 0, 0
+        return Transfer(kind, (), 0, 0)
     coordinates = np.stack(np.unravel_index(groups, sizes))
     varies = (coordinates != coordinates[..., :1]).any(axis=(1, 2))
     axes = tuple(axis for axis, v in zip(mesh_shape, varies, strict=True) if v)
     slices = np.zeros(math.prod(sizes), int) if slice_of is None else np.asarray(slice_of)
     if kind == "collective-permute":
         crosses = (slices[groups[:, 0]] != slices[groups[:, 1]]).any()
-        return (kind, axes, 0, size) if crosses else (kind, axes, size, 0)
+        return Transfer(kind, axes, *((0, size) if crosses else (size, 0)))
     k = max(len(set(slices[group])) for group in groups)
     inside = groups.shape[1] // k
     share = 1 if kind == "all-gather" else inside  # Operands of an all-gather are shares already.
-    return kind, axes, round(_sent(kind, size, inside)), round(_sent(kind, size, k) / share)
+    sent, dcn = _sent(kind, size, inside), _sent(kind, size, k) / share
+    return Transfer(kind, axes, round(sent), round(dcn))
 
 
 def _sent(kind: str, size: int, n: int) -> float:

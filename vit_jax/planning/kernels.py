@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The time that a compiled program should take on a chip: a sum over its kernels.
 
-A kernel takes the longest of three: moving its bytes, computing its products, and being launched.
-Where the compiler itself estimates cycles, as for most TPUs, these count. Nothing overlaps, and no
-kernel finds in a cache what another one left, so this is an estimate, good for comparing programs.
+A kernel takes the longest of three: moving its bytes, computing its products, and being launched;
+one that Pallas compiled for a TPU also of its exponentials. Where the compiler itself estimates
+cycles, as for most TPUs, these count. No two kernels overlap, and none finds in a cache what
+another one left, so this is an estimate, good for comparing programs. Transfers between GPUs
+overlap with the kernels that the program has between their start and their end.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from vit_jax.planning.hlo import Instruction, Program, parse_dims
+from vit_jax.planning.hlo import Collective, Instruction, Program, Transfer, parse_dims
 from vit_jax.runtime.chips import Chip
 
 # Parts of the name of an operation that are functions or transformations, not modules.
@@ -21,6 +23,7 @@ _NO_MODULE = re.compile(
 _GEMM = "__cublas$"
 _ATTENTION = "__cudnn$fmha"
 _CONVOLUTION = "__cudnn$conv"
+_PALLAS = "tpu_custom_call"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Kernel:
       bytes: read from and written to the main memory, by one run.
       flops: of the matrix products and convolutions of one run.
       cycles: that the compiler estimates for one run; None where it does not.
+      exponentials: of one run, of a kernel that Pallas compiled and that counts them.
     """
 
     layer: str
@@ -44,13 +48,15 @@ class Kernel:
     bytes: int
     flops: int
     cycles: int | None = None
+    exponentials: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class TimedKernel:
     """A kernel with the seconds that all of its runs take, and what bounds them.
 
-    `bound` is `memory`, `compute` or `launch`, or `cycles` where the compiler estimates those.
+    `bound` is `memory`, `compute`, `vectors` or `launch`, or `cycles` where the compiler estimates
+    those.
     """
 
     kernel: Kernel
@@ -61,17 +67,74 @@ class TimedKernel:
 def list_kernels(program: Program) -> list[Kernel]:
     """Lists the kernels of a program, without transfers between devices."""
     return [
-        Kernel(
-            *_name(program, instruction),
-            kind=_kind(instruction),
-            count=count,
-            bytes=program.moved_bytes(instruction),
-            flops=_flops(program, instruction),
-            cycles=instruction.estimated_cycles,
-        )
+        _make_kernel(program, instruction, count)
         for count, instruction in program.executed()
-        if not instruction.is_free and not instruction.is_collective
+        if _is_kernel(instruction)
     ]
+
+
+def find_waits(
+    program: Program, chip: Chip, transfers: Mapping[Instruction, Transfer]
+) -> tuple[float, float]:
+    """Seconds of all transfers of a program for GPUs, and those in which no kernel runs meanwhile.
+
+    Kernels run one after the other in the order of the program, and so do transfers, beside them;
+    where the program needs what a transfer brings, the kernels wait.
+
+    Args:
+      program: scheduled, for `chip`.
+      chip: a GPU.
+      transfers: by the instruction that starts them, as `Program.transfers` returns them.
+    """
+
+    def run(name: str) -> tuple[float, float, float]:
+        now = links = sent = waited = 0.0
+        ends: dict[Instruction, float] = {}
+        for i in program.computation(name):
+            if i in transfers:
+                seconds = transfer_seconds(transfers[i], chip)
+                sent += seconds
+                links = max(now, links) + seconds
+                ends[i] = links
+            elif _is_kernel(i):
+                now += _time(_make_kernel(program, i, 1), chip).seconds
+            for callee, times in program.calls(i) if i.opcode in ("while", "call") else ():
+                inner = run(callee)
+                now, sent, waited = (
+                    total + times * part
+                    for total, part in zip((now, sent, waited), inner, strict=True)
+                )
+            needed = i if i in ends and not i.starts else i.waits_for
+            if needed in ends and ends[needed] > now:
+                waited += ends[needed] - now
+                now = ends[needed]
+        return now, sent, waited
+
+    _, sent, waited = run(program.entry)
+    return sent, waited
+
+
+def transfer_seconds(transfer: Transfer | Collective, chip: Chip) -> float:
+    """Seconds of transfers: first between the devices of a slice or host, then between these."""
+    return transfer.bytes / (chip.link_share * chip.ici_bandwidth) + transfer.dcn_bytes / (
+        chip.link_share * chip.dcn_bandwidth
+    )
+
+
+def _is_kernel(instruction: Instruction) -> bool:
+    return not instruction.is_free and not instruction.is_collective
+
+
+def _make_kernel(program: Program, instruction: Instruction, count: int) -> Kernel:
+    return Kernel(
+        *_name(program, instruction),
+        kind=_kind(instruction),
+        count=count,
+        bytes=program.moved_bytes(instruction),
+        flops=_flops(program, instruction),
+        cycles=instruction.estimated_cycles,
+        exponentials=instruction.counted_cost("transcendentals"),
+    )
 
 
 def time_kernels(kernels: Sequence[Kernel], chip: Chip) -> list[TimedKernel]:
@@ -92,6 +155,7 @@ def _time(kernel: Kernel, chip: Chip) -> TimedKernel:
     times = {
         "memory": kernel.bytes / (chip.memory_share * chip.hbm_bandwidth),
         "compute": kernel.flops / (chip.product_share * chip.flops),
+        "vectors": kernel.exponentials / chip.exponentials if chip.exponentials else 0.0,
         "launch": chip.launch_seconds,
     }
     bound = max(times, key=lambda unit: times[unit])
@@ -138,6 +202,8 @@ def _flops(program: Program, instruction: Instruction) -> int:
         return _convolution_flops(instruction)
     if target.startswith(_ATTENTION):
         return _attention_flops(instruction)
+    if target == _PALLAS:
+        return instruction.counted_cost("flops")
     return 0
 
 

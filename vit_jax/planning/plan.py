@@ -7,16 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from vit_jax.models.flops import count_flops, train_flops
 from vit_jax.parallel.mesh import count_batch_shards
 from vit_jax.planning.compiled import compile_step
 from vit_jax.planning.hlo import Collective, Program
-from vit_jax.planning.kernels import TimedKernel, list_kernels, merge_alike, time_kernels
+from vit_jax.planning.kernels import (
+    TimedKernel,
+    find_waits,
+    list_kernels,
+    merge_alike,
+    time_kernels,
+    transfer_seconds,
+)
 from vit_jax.planning.memory import estimate_memory
 from vit_jax.planning.roofline import Work, make_roofline
 from vit_jax.planning.topologies import (
     Topology,
+    check_attention,
     explain_cpus,
     find_compiler,
     make_devices,
@@ -28,15 +37,18 @@ from vit_jax.training.experiment import Experiment
 # A JSON object; see `make_plan`.
 Plan = dict[str, Any]
 
-# The speed of a step on a chip. `step_seconds` is a lower bound, and `expected_seconds` the
-# compiler's estimate, without waits for transfers. Images a second follow the estimate if there is
-# one.
+# The speed of a step on a chip. `step_seconds` is a lower bound, and `expected_seconds` the sum of
+# all kernels and, for GPUs, of waits for transfers, as `planning.kernels` estimates them. Images a
+# second follow the sum if there is one.
 _SPEED = (
     "roofline",
     "bound_by",
     "step_seconds",
     "mfu_bound",
     "images_per_second_per_chip",
+    "kernel_seconds",
+    "transfer_seconds",
+    "wait_seconds",
     "expected_seconds",
     "expected_mfu",
 )
@@ -59,6 +71,7 @@ def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | No
       UserError: the config is wrong, or the topology is not available.
     """
     devices = make_devices(topology)
+    check_attention(config, topology, devices)
     compiler = find_compiler(devices)
     experiment = Experiment.from_config(config, devices=devices)
     memory = estimate_memory(experiment)
@@ -72,15 +85,19 @@ def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | No
     flops = count_flops(traced) / count
     chip, mesh = topology.chip, dict(experiment.mesh.shape)
     limit = None if chip is None else chip.hbm_bytes
+    placed = list(experiment.mesh.devices.flat)
+    slices = slice_of(topology, placed)
     collectives: list[Collective] = []
     kernels: list[TimedKernel] = []
-    work = None
+    work = waits = None
     if step.error is None:
         program = Program(step.hlo)
-        placed = list(experiment.mesh.devices.flat)
-        collectives = program.collectives(mesh, slice_of(topology, placed), [d.id for d in placed])
+        sent = program.transfers(mesh, slices, [d.id for d in placed])
+        collectives = program.collectives(sent)
         if chip is not None and compiler != "cpu":
             kernels = time_kernels(list_kernels(program), chip)
+        if chip is not None and compiler == "gpu":
+            waits = find_waits(program, chip, sent)
         work = Work(
             flops=flops,
             model_flops=model_flops,
@@ -90,8 +107,8 @@ def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | No
         )
     speed: dict[str, Any] = dict.fromkeys(_SPEED)
     if work is not None and chip is not None:
-        expected = sum(one.seconds for one in kernels)
-        speed |= _find_speed(work, chip, expected, batch_size / topology.num_chips)
+        busy = sum(one.seconds for one in kernels)
+        speed |= _find_speed(work, chip, busy, waits, batch_size / topology.num_chips)
     return {
         "topology": topology.name,
         "num_slices": topology.num_slices,
@@ -111,7 +128,10 @@ def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | No
         "flops_per_device": flops,
         "model_flops_per_device": model_flops,
         "hbm_bytes": work and work.hbm_bytes,
-        "collectives": [dataclasses.asdict(c) for c in collectives],
+        "collectives": [
+            dataclasses.asdict(c) | {"seconds": chip and transfer_seconds(c, chip)}
+            for c in collectives
+        ],
         "ici_bytes": work and work.ici_bytes,
         "dcn_bytes": work and work.dcn_bytes,
         **speed,
@@ -123,33 +143,49 @@ def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | No
         "compile_seconds": step.seconds,
         "cached": cached,
         "error": step.error,
-        "notes": [*_describe_target(topology, compiler), *_warn_of_slow_axes(collectives)],
+        "notes": [
+            *_describe_target(topology, compiler),
+            *_warn_of_slow_axes(mesh, slices, topology),
+        ],
     }
 
 
 def _find_speed(
-    work: Work, chip: Chip, kernel_seconds: float, images_per_chip: float
+    work: Work,
+    chip: Chip,
+    kernel_seconds: float,
+    waits: tuple[float, float] | None,
+    images_per_chip: float,
 ) -> dict[str, Any]:
     roofline = make_roofline(work, chip)
     bound = roofline.step_seconds
-    expected = max(kernel_seconds, bound) if kernel_seconds else None
+    sent, waited = waits or (None, None)
+    expected = max(kernel_seconds + (waited or 0.0), bound) if kernel_seconds else None
     values = (
         dataclasses.asdict(roofline),
         roofline.bound_by,
         bound,
         roofline.mfu_bound,
         images_per_chip / (expected or bound),
+        kernel_seconds or None,
+        sent,
+        waited,
         expected,
         expected and work.model_flops / chip.flops / expected,
     )
     return dict(zip(_SPEED, values, strict=True))
 
 
-def _warn_of_slow_axes(collectives: Sequence[Collective]) -> list[str]:
-    slow = {a for c in collectives if c.dcn_bytes for a in c.axes} & {"fsdp", "tensor"}
+def _warn_of_slow_axes(
+    mesh: Mapping[str, int], slice_of_device: Sequence[int], topology: Topology
+) -> list[str]:
+    """Notes on axes whose devices are in several slices, given those in the order of the mesh."""
+    grid = np.reshape(slice_of_device, tuple(mesh.values()))
+    places = "slices" if topology.is_tpu else "hosts"
     return [
-        f"mesh.{axis} goes over several slices: its transfers take the slow network between them"
-        for axis in sorted(slow)
+        f"mesh.{axis} goes over several {places}: its transfers take the slow network between them"
+        for dimension, axis in enumerate(mesh)
+        if axis != "data" and np.diff(grid, axis=dimension).any()
     ]
 
 

@@ -27,7 +27,7 @@ from vit_jax.parallel.mesh import count_batch_shards
 from vit_jax.planning.memory import Activations, Memory, count_activations, estimate_memory
 from vit_jax.planning.plan import Plan
 from vit_jax.planning.roofline import Work, make_roofline
-from vit_jax.planning.topologies import Topology, make_devices
+from vit_jax.planning.topologies import Topology, check_attention, make_devices
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
 
@@ -39,9 +39,11 @@ TENSORS = (1, 2, 4)
 _LOWEST = 0.7
 _SPARE = 1.12
 # Memory traffic in units of what the backward pass needs of the forward pass. S/16, B/16 and L/16
-# compiled for v5e, v5p and v6e move 1.8 (unrolled), 5.5 to 6.6 (none) and 2.8 to 2.9 (dots) times
-# as much; the number of "full" is a guess. Only the order of candidates depends on it.
-_PASSES = {"unrolled": 1.8, "none": 6.0, "dots": 2.8, "full": 3.0}
+# compiled for v5e, v5p and v6e, with attention in memory, move 1.8 (unrolled), 5.5 to 6.6 (none)
+# and 2.8 to 2.9 (dots) times as much; the number of "full" is a guess. The numbers for GPUs are
+# those of S/16 compiled for h100. Only the order of candidates depends on them.
+_PASSES_TPU = {"unrolled": 1.8, "none": 6.0, "dots": 2.8, "full": 3.0}
+_PASSES_GPU = {"unrolled": 5.0, "none": 10.3, "dots": 7.4, "full": 6.8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Candidate:
       images: of a micro-batch, on each device.
       argument_bytes: of a device; exact.
       temp_bytes: of a device; an estimate.
-      step_seconds: lower bound.
+      step_seconds: an estimate, for TPUs a lower bound.
       batch_size: of all devices.
     """
 
@@ -119,6 +121,7 @@ def make_candidates(
             f"--topology={topology.name!r}: a search needs a TPU or a GPU to search for"
         )
     devices = make_devices(topology)
+    check_attention(config, topology, devices)
     found: list[Candidate] = []
     error: UserError | None = None
     ways: list[_Way] = []
@@ -138,7 +141,7 @@ def make_candidates(
             shards = count_batch_shards(experiment.mesh)
             if not ways:
                 can_remat = hasattr(experiment.model, "remat")
-                ways = _find_ways(changed, can_remat=can_remat)
+                ways = _find_ways(changed, topology, can_remat=can_remat)
             found += [
                 _assess(experiment, topology, memory, way, chosen | {_ACCUM: accum_steps})
                 for way in ways
@@ -170,27 +173,28 @@ def _meshes(topology: Topology) -> Iterator[dict[str, int]]:
                 yield {"data": -1, "fsdp": fsdp, "tensor": tensor}
 
 
-def _find_ways(config: Mapping[str, Any], *, can_remat: bool) -> list[_Way]:
+def _find_ways(config: Mapping[str, Any], topology: Topology, *, can_remat: bool) -> list[_Way]:
     """The ways that a model offers, with their costs, which are the same on any mesh."""
 
     def count(overrides: Mapping[str, Any]) -> tuple[Activations, float, float]:
-        return _count_costs(json.dumps(override_config(config, overrides).to_dict()))
+        return _count_costs(json.dumps(override_config(config, overrides).to_dict()), topology)
 
+    passes = _PASSES_TPU if topology.is_tpu else _PASSES_GPU
     if not can_remat:
         costs = count({})
-        return [_Way({}, _PASSES["none"], costs[0], *costs)]
+        return [_Way({}, passes["none"], costs[0], *costs)]
     counted = {
         (remat, scan): count({"model.remat": remat, "model.scan": scan})
         for remat, scan in (("none", False), ("none", True), ("dots", True), ("full", True))
     }
-    # Without a scan the compiler itself recomputes what is cheap: B/16 for v5e saves 7.7 GB of the
-    # 24.1 that the backward pass needs, and 6.7 with `dots`.
+    # Without a scan the compiler for TPUs recomputes what is cheap: B/16 for v5e saves 7.7 GB of
+    # the 24.1 that the backward pass needs, and 6.7 with `dots`.
     computed = counted["none", True][0]
-    kept = {("none", False): counted["dots", True][0]}
+    kept = {("none", False): counted["dots", True][0]} if topology.is_tpu else {}
     return [
         _Way(
             {"model.remat": remat, "model.scan": scan},
-            _PASSES[remat if scan else "unrolled"],
+            passes[remat if scan else "unrolled"],
             computed,
             kept.get((remat, scan), activations),
             flops,
@@ -201,13 +205,14 @@ def _find_ways(config: Mapping[str, Any], *, can_remat: bool) -> list[_Way]:
 
 
 @functools.lru_cache
-def _count_costs(config: str) -> tuple[Activations, float, float]:
+def _count_costs(config: str, topology: Topology) -> tuple[Activations, float, float]:
     """For each image: bytes saved, operations, and operations of the model alone.
 
     Args:
       config: as JSON, so that results can be cached.
+      topology: of the devices, which decide where attention weights are computed.
     """
-    devices = jax.devices("cpu")[:1]
+    devices = make_devices(topology)[:1]
     experiment = Experiment.from_config(without_mesh(json.loads(config)), devices=devices)
     step = jax.make_jaxpr(experiment.train_step)
     flops = count_flops(step(experiment.abstract_state, experiment.abstract_batch))
@@ -224,7 +229,6 @@ def _assess(
     overrides: Mapping[str, Any],
 ) -> Candidate:
     """Estimates memory and speed of one way to run an experiment."""
-    assert topology.chip is not None
     num_slices, accum_steps = topology.num_slices, overrides[_ACCUM]
     mesh, batch_size = dict(experiment.mesh.shape), experiment.train_data.batch_size
     shards = count_batch_shards(experiment.mesh)
@@ -263,9 +267,22 @@ def _assess(
         images=images,
         argument_bytes=memory.arguments,
         temp_bytes=round(gradients + total(way.kept)),
-        step_seconds=make_roofline(work, topology.chip).step_seconds,
+        step_seconds=_estimate_seconds(work, topology),
         batch_size=batch_size,
     )
+
+
+def _estimate_seconds(work: Work, topology: Topology) -> float:
+    """Seconds of a step: for TPUs at best; for GPUs of kernels and then of all transfers."""
+    chip = topology.chip
+    assert chip is not None
+    roofline = make_roofline(work, chip)
+    if topology.is_tpu:
+        return roofline.step_seconds
+    kernels = max(
+        roofline.compute_seconds / chip.product_share, roofline.hbm_seconds / chip.memory_share
+    )
+    return kernels + (roofline.ici_seconds + roofline.dcn_seconds) / chip.link_share
 
 
 def could_fit(candidate: Candidate, limit: int, *, ratio: float = 1.0) -> bool:

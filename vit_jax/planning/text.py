@@ -7,6 +7,7 @@ from vit_jax.planning.plan import Plan
 from vit_jax.planning.scale import Row
 from vit_jax.planning.search import Candidate, could_fit, format_overrides
 from vit_jax.planning.topologies import Topology
+from vit_jax.runtime.chips import GPUS
 
 _GIB = 2**30
 
@@ -14,7 +15,8 @@ _GIB = 2**30
 def describe_plan(plan: Plan) -> Iterator[str]:
     """Describes a plan."""
     mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
-    slices = f" x {plan['num_slices']} slices" if plan["num_slices"] > 1 else ""
+    unit = "hosts" if plan["topology"].partition(":")[0] in GPUS else "slices"
+    slices = f" x {plan['num_slices']} {unit}" if plan["num_slices"] > 1 else ""
     yield f"{plan['topology']}{slices}: {plan['num_devices']} devices, {mesh}"
     accum = f" in {plan['accum_steps']} micro-batches" if plan["accum_steps"] > 1 else ""
     yield f"  batch         {plan['batch_size']:,}: {plan['images_per_device']:g} a device{accum}"
@@ -28,9 +30,12 @@ def describe_plan(plan: Plan) -> Iterator[str]:
     if plan["hbm_bytes"] is not None:
         yield f"  moves         {plan['hbm_bytes'] / 1e9:,.1f} GB in memory"
     for c in plan["collectives"]:
-        dcn = f", {c['dcn_bytes'] / 1e6:,.1f} MB between slices" if c["dcn_bytes"] else ""
-        where = " and ".join(c["axes"])
-        yield f"    {c['kind']:<19} {where:<16} {c['count']:>5} x {c['bytes'] / 1e6:>9,.1f} MB{dcn}"
+        between = "hosts" if plan["topology"].partition(":")[0] in GPUS else "slices"
+        dcn = f", {c['dcn_bytes'] / 1e6:,.1f} MB between {between}" if c["dcn_bytes"] else ""
+        took = "" if c["seconds"] is None else f", {1e3 * c['seconds']:.2f} ms"
+        times = f"{c['count']:,} time{'s' * (c['count'] > 1)}"
+        where, sent = " and ".join(c["axes"]), f"{c['bytes'] / 1e6:,.1f} MB"
+        yield f"    {c['kind']:<19} {where:<16} {times:>11}, together {sent:>10}{dcn}{took}"
     if plan["roofline"] is not None:
         seconds = plan["roofline"]
         units = ("compute", "hbm", "ici", "dcn")
@@ -39,9 +44,14 @@ def describe_plan(plan: Plan) -> Iterator[str]:
         best, expected = plan["mfu_bound"], plan["expected_seconds"]
         yield f"                MFU {best:.0%}"
         if expected is not None:
-            count = f"{plan['num_kernels']:,} kernels"
-            yield f"  expected      {1e3 * expected:.1f} ms a step, the sum of its {count},"
-            yield f"                without waits for transfers: MFU {plan['expected_mfu']:.0%}"
+            yield f"  expected      {1e3 * expected:.1f} ms a step: MFU {plan['expected_mfu']:.0%}"
+            busy = f"{plan['num_kernels']:,} kernels take {1e3 * plan['kernel_seconds']:.1f} ms"
+            if plan["wait_seconds"] is None:
+                yield f"                {busy}; waits for transfers are not included"
+            else:
+                sent, waited = 1e3 * plan["transfer_seconds"], 1e3 * plan["wait_seconds"]
+                yield f"                {busy}; transfers take {sent:.1f} ms,"
+                yield f"                {waited:.1f} of which no kernel runs meanwhile"
         yield f"                {plan['images_per_second_per_chip']:,.0f} images/s a chip"
     cached = " (kept from before)" if plan["cached"] else ""
     yield f"  compiled in   {plan['compile_seconds']:.0f} s{cached}"
@@ -107,8 +117,10 @@ def describe_scale(
 ) -> Iterator[str]:
     """The table of `--scale`: a line for each number of chips."""
     compiled = topology.num_chips
-    yield f"batch {points[0]['batch_size']:,}, at best; compiled for {compiled} chips"
-    head = ("chips", "slices", "a device", "images/s", "MFU", "ICI", "DCN", "bound", "efficiency")
+    how = "expected" if points[0]["expected_seconds"] else "at best"
+    yield f"batch {points[0]['batch_size']:,}, {how}; compiled for {compiled} chips"
+    places = ("slices", "ICI", "DCN") if topology.is_tpu else ("hosts", "NVLink", "network")
+    head = ("chips", places[0], "a device", "images/s", "MFU", *places[1:], "bound", "efficiency")
     yield "  " + "".join(f"{name:>12}" for name in head)
     for row in rows:
         cells = (
@@ -116,7 +128,7 @@ def describe_scale(
             str(row.slices),
             f"{row.images_per_device:g}",
             f"{row.images_per_second:,.0f}",
-            f"{row.mfu_bound:.0%}",
+            f"{row.mfu:.0%}",
             f"{row.ici_bytes / 1e6:,.0f} MB",
             f"{row.dcn_bytes / 1e6:,.1f} MB",
             row.bound_by,

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -129,6 +129,21 @@ def find_compiler(devices: Sequence[Any]) -> Literal["cpu", "gpu", "tpu"]:
     """The kind of the devices that `make_devices` made."""
     platform = devices[0].platform
     return "gpu" if platform == "cuda" else platform
+
+
+def check_attention(config: Mapping[str, Any], topology: Topology, devices: Sequence[Any]) -> None:
+    """Refuses fused attention where `make_devices` made CPUs for a topology of GPUs.
+
+    Raises:
+      UserError: it does; the message says how to get the compiler for GPUs.
+    """
+    asked = config.get("model", {}).get("attention")
+    if topology.chip is not None and find_compiler(devices) == "cpu" and asked == "fused":
+        raise UserError(
+            f"--topology={topology.name!r}: model.attention='fused' is planned by XLA's compiler "
+            f"for GPUs, which can't be used: {explain_cpus(topology)}; or leave out "
+            "model.attention"
+        )
 
 
 def explain_cpus(topology: Topology) -> str:

@@ -25,6 +25,8 @@ class Chip:
       memory_share: of `hbm_bandwidth`, what a kernel reaches that moves many bytes.
       product_share: of `flops`, what a matrix product of a model reaches.
       launch_seconds: from one kernel to the next.
+      link_share: of the bandwidths of links and network, what a transfer reaches.
+      exponentials: a second that a softmax within a kernel of Pallas reaches; None if unknown.
       float8: whether it multiplies matrices in float8 (e4m3, e5m2) rather than emulating that.
     """
 
@@ -41,6 +43,8 @@ class Chip:
     memory_share: float = 0.8
     product_share: float = 0.68
     launch_seconds: float = 0.0
+    link_share: float = 0.8
+    exponentials: float | None = None
     float8: bool = False
 
 
@@ -68,11 +72,12 @@ def _chip(
 # Clocks: jax-ml.github.io/scaling-book for v5e and v5p, arXiv:2304.01433 for v4; that of v6e is its
 # peak divided by the products of its units in a cycle, four of 256 x 256. The network of v4 is not
 # published by chip: it is assumed to be that of v5p. That of v5e is 6.4 Tb/s for a pod of 256.
+# Exponentials: from the schedules of libtpu 0.0.42, which `tools.tpu_schedule` counts.
 _TPUS = (
     _chip("v4", "TPU v4", 275, 30.75, (1228, 150, 6.25), clock=1.05e9),
-    _chip("v5e", "TPU v5 lite", 197, 15.75, (819, 200, 3.125), clock=1.5e9),
-    _chip("v5p", "TPU v5", 459, 95.74, (2765, 600, 6.25), clock=1.75e9),
-    _chip("v6e", "TPU v6 lite", 918, 31.25, (1638, 400, 12.5), clock=1.75e9),
+    _chip("v5e", "TPU v5 lite", 197, 15.75, (819, 200, 3.125), clock=1.5e9, exponentials=2.4e11),
+    _chip("v5p", "TPU v5", 459, 95.74, (2765, 600, 6.25), clock=1.75e9, exponentials=5.3e11),
+    _chip("v6e", "TPU v6 lite", 918, 31.25, (1638, 400, 12.5), clock=1.75e9, exponentials=3.8e11),
     _chip("tpu7x", "TPU7x", 1153.5, 94.75, (3690, 300, 6.25), per_chip=2, float8=True),
 )
 # Shares of peaks: the largest bfloat16 products reach 790 TFLOP/s on an H200. Those of a model are

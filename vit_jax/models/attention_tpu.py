@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of short sequences as one kernel for TPUs: the scores of a head stay in its VMEM.
+
+An image of a ViT has a few hundred tokens, so all scores of a head fit into VMEM, and the blocks
+and running sums of FlashAttention (arXiv:2205.14135) are not needed. The backward pass computes the
+scores again. The arithmetic is that of arXiv:1706.03762, section 3.2: products with float32 sums,
+and a float32 softmax whose weights are rounded to the dtype of the values.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+# Channels in a row of the registers of a TPU.
+LANES = 128
+# Of the 16 MiB of VMEM that XLA gives to a kernel.
+VMEM_BYTES = 15 * 2**20
+# Heads that a kernel computes side by side, where there is room for their scores.
+HEADS_AT_ONCE = 4
+_NN = (((1,), (0,)), ((), ()))  # a @ b
+_NT = (((1,), (1,)), ((), ()))  # a @ b.T
+_TN = (((0,), (0,)), ((), ()))  # a.T @ b
+
+
+def tpu_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    length: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention whose weights never leave VMEM, with its gradient.
+
+    Args:
+      query, key, value: bfloat16 or float32 `[batch, tokens, heads, head_dim]`.
+      length: number of tokens that are attended to, the first ones; None for all.
+      interpret: whether the kernel is emulated, as a CPU does it in tests.
+
+    Returns:
+      `[batch, tokens, heads, head_dim]` in the same dtype.
+    """
+    # As `[batch, tokens, channels]`, so that what is saved for the backward pass fills whole rows.
+    shape = query.shape
+    flat = (x.reshape(*shape[:2], -1) for x in (query, key, value))
+    out: Any = _attention(*flat, shape[3], length or shape[1], interpret)
+    return out.reshape(shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _attention(
+    query: Any, key: Any, value: Any, head_dim: int, length: int, interpret: bool
+) -> jax.Array:
+    return _call(_forward_heads, (query, key, value), 1, head_dim, length, interpret)[0]
+
+
+def _save(query: Any, key: Any, value: Any, *static: Any) -> tuple[Any, Any]:
+    return _attention(query, key, value, *static), (query, key, value)
+
+
+def _differentiate(
+    head_dim: int, length: int, interpret: bool, saved: Any, gradient: Any
+) -> tuple[Any, ...]:
+    arrays = (*saved, gradient)
+    return tuple(_call(_backward_heads, arrays, 3, head_dim, length, interpret))
+
+
+_attention.defvjp(_save, _differentiate)
+
+
+def _forward_heads(heads: Sequence["_Head"], *, scale: float, length: int) -> list[Any]:
+    """Attention of some heads: for each a tuple of float32 `[tokens, window]`.
+
+    All heads take each step together, so that one can use the units that another waits for.
+    """
+    scores = [_dot(h.arrays[0], h.only(h.arrays[1]), _NT) * scale for h in heads]
+    weights = [_softmax(_mask(s, length, 1), 1) for s in scores]
+    return [
+        (_dot(w.astype(h.arrays[2].dtype), h.only(h.arrays[2]), _NN),)
+        for h, w in zip(heads, weights, strict=True)
+    ]
+
+
+def _backward_heads(heads: Sequence["_Head"], *, scale: float, length: int) -> list[Any]:
+    """Gradients of query, key and value of some heads, each float32 `[tokens, window]`.
+
+    Scores are `[keys, queries]`, so that sums over keys add rows rather than lanes, and only one of
+    the five products has a transposed left operand.
+    """
+    dtype = heads[0].arrays[0].dtype
+    queries, keys, values, gradients = zip(*(h.arrays for h in heads), strict=True)
+    keys = [h.only(key) for h, key in zip(heads, keys, strict=True)]
+    scores = [_dot(key, query, _NT) * scale for key, query in zip(keys, queries, strict=True)]
+    weights = [_softmax(_mask(s, length, 0), 0) for s in scores]
+    d_weights = [
+        _dot(h.only(value), gradient, _NT)
+        for h, value, gradient in zip(heads, values, gradients, strict=True)
+    ]
+    d_values = [
+        _dot(w.astype(dtype), h.only(gradient), _NN)
+        for h, w, gradient in zip(heads, weights, gradients, strict=True)
+    ]
+    d_scores = [
+        (w * (dw - (w * dw).sum(axis=0, keepdims=True)) * scale).astype(dtype)
+        for w, dw in zip(weights, d_weights, strict=True)
+    ]
+    d_keys = [
+        _dot(ds, h.only(query), _NN) for h, ds, query in zip(heads, d_scores, queries, strict=True)
+    ]
+    d_queries = [_dot(ds, key, _TN) for ds, key in zip(d_scores, keys, strict=True)]
+    return list(zip(d_queries, d_keys, d_values, strict=True))
+
+
+def _dot(a: jax.Array, b: jax.Array, dims: Any) -> jax.Array:
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _mask(scores: jax.Array, length: int, axis: int) -> jax.Array:
+    """Scores of the keys, which are along `axis`, from `length` on become -inf."""
+    if length == scores.shape[axis]:
+        return scores
+    position = jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis)
+    return jnp.where(position < length, scores, -jnp.inf)
+
+
+def _softmax(scores: jax.Array, axis: int) -> jax.Array:
+    weights = jnp.exp(scores - scores.max(axis=axis, keepdims=True))
+    return weights * (1 / weights.sum(axis=axis, keepdims=True))
+
+
+def group_heads(num_heads: int, head_dim: int) -> int:
+    """Number of heads that fill whole rows of registers; all of them if these have no such groups.
+
+    With 64 channels two heads share a row. Of small groups, those of up to four heads are one.
+    """
+    together = LANES // math.gcd(head_dim, LANES)
+    sizes = [together * n for n in range(1, HEADS_AT_ONCE + 1) if num_heads % (together * n) == 0]
+    return max((size for size in sizes if size <= HEADS_AT_ONCE), default=min([*sizes, num_heads]))
+
+
+def fits_vmem(num_tokens: int, num_heads: int, head_dim: int, itemsize: int) -> bool:
+    """Whether the kernels have room for the scores of a head, and for a group of heads."""
+    block = 7 * _block_bytes(num_tokens, num_heads, head_dim, itemsize)
+    return block + _score_bytes(num_tokens) <= VMEM_BYTES
+
+
+def _score_bytes(num_tokens: int) -> int:
+    """Size of the scores of a head in the backward pass, and of what is computed from them."""
+    return 5 * 4 * _round_up(num_tokens, 8) * _round_up(num_tokens, LANES)
+
+
+def _block_bytes(num_tokens: int, num_heads: int, head_dim: int, itemsize: int) -> int:
+    """Size of a group of heads of one array: twice, since the next block is fetched meanwhile."""
+    width = _round_up(group_heads(num_heads, head_dim) * head_dim, LANES)
+    return 2 * _round_up(num_tokens, 16) * width * itemsize
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _call(
+    kernel: Any,
+    arrays: Sequence[jax.Array],
+    num_results: int,
+    head_dim: int,
+    length: int,
+    interpret: bool,
+) -> list[jax.Array]:
+    """Runs `kernel` on all heads of arrays `[batch, tokens, channels]`, and returns such."""
+    batch, tokens, width = arrays[0].shape
+    num_heads = width // head_dim
+    group = group_heads(num_heads, head_dim) * head_dim
+    at_once = min(HEADS_AT_ONCE, max(1, VMEM_BYTES // 2 // _score_bytes(tokens)))
+    # A block has as many groups as there is room for, so that there are few of them.
+    size = _block_bytes(tokens, num_heads, head_dim, arrays[0].dtype.itemsize)
+    room = VMEM_BYTES - at_once * _score_bytes(tokens)
+    most = max(1, room // (size * (len(arrays) + num_results)))
+    groups = width // group
+    blocked = max(n for n in range(1, groups + 1) if groups % n == 0 and n <= most)
+
+    def body(*refs: Any) -> None:
+        def one_group(index: Any, _: Any) -> None:
+            start = pl.multiple_of(index * group, LANES) if blocked > 1 else 0
+            loaded = [ref[0, :, pl.ds(start, group)] for ref in refs[: len(arrays)]]
+            heads = _split_heads(loaded, head_dim)
+            found: list[Any] = []
+            for first in range(0, len(heads), at_once):
+                some = heads[first : first + at_once]
+                found += kernel(some, scale=1 / math.sqrt(head_dim), length=length)
+            for ref, values in zip(refs[len(arrays) :], zip(*found, strict=True), strict=True):
+                for tile, value in _join_heads(heads, values).items():
+                    ref[0, :, pl.ds(start + tile, value.shape[1])] = value.astype(ref.dtype)
+
+        if blocked == 1:
+            one_group(0, None)
+        else:
+            jax.lax.fori_loop(0, blocked, one_group, None)
+
+    spec = pl.BlockSpec((1, tokens, blocked * group), lambda image, part: (image, 0, part))
+    return pl.pallas_call(
+        body,
+        grid=(batch, groups // blocked),
+        in_specs=[spec] * len(arrays),
+        out_specs=[spec] * num_results,
+        out_shape=[jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)] * num_results,
+        # A chip of two cores gives half of the images to each.
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        cost_estimate=_estimate_cost(arrays[0], head_dim, len(arrays), num_results),
+        interpret=interpret,
+        name=f"attention{kernel.__name__}",
+    )(*arrays)
+
+
+def _estimate_cost(
+    array: jax.Array, head_dim: int, num_operands: int, num_results: int
+) -> pl.CostEstimate:
+    """What a kernel costs, for XLA and for plans.
+
+    Operations are those that the units for products spend time on: a head of 64 channels takes as
+    long as one of 128, and keys fill rows of registers. The exponentials count once for each array
+    of scores: in the backward pass also for their gradients, which take as long.
+    """
+    batch, tokens, channels = array.shape
+    num_heads = channels // head_dim
+    group = group_heads(num_heads, head_dim)
+    width = sum(_round_up(end - start, LANES) for start, end in _windows(group, head_dim))
+    scores = batch * _round_up(tokens, 8) * _round_up(tokens, LANES)
+    # Scores and outputs; backward, the scores again and the gradients of q, k, v and scores.
+    products, passes = (2, 1) if num_results == 1 else (5, 2)
+    return pl.CostEstimate(
+        flops=products * 2 * scores * width * (num_heads // group),
+        transcendentals=passes * scores * num_heads,
+        bytes_accessed=(num_operands + num_results) * array.size * array.dtype.itemsize,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Head:
+    """A head within the whole rows of registers that it touches, from channel `start` to `end`.
+
+    There, the channels of other heads count as zeros: a product takes as long, and no channel has
+    to be moved. `arrays` are the operands `[tokens, end - start]`; `first` is the position of the
+    first channel of the head in them.
+    """
+
+    arrays: tuple[jax.Array, ...]
+    start: int
+    end: int
+    first: int
+    head_dim: int
+
+    def only(self, x: jax.Array) -> jax.Array:
+        """`x` `[tokens, end - start]` with zeros for the channels of other heads."""
+        if x.shape[1] == self.head_dim:
+            return x
+        channel = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        inside = (channel >= self.first) & (channel < self.first + self.head_dim)
+        return jnp.where(inside, x, jnp.zeros_like(x))
+
+
+def _windows(num_heads: int, head_dim: int) -> list[tuple[int, int]]:
+    """The first channel and the end of the whole rows of registers that each head touches."""
+    width = num_heads * head_dim
+    ends = [_round_up((head + 1) * head_dim, LANES) for head in range(num_heads)]
+    starts = [head * head_dim // LANES * LANES for head in range(num_heads)]
+    return [(start, min(end, width)) for start, end in zip(starts, ends, strict=True)]
+
+
+def _split_heads(arrays: Sequence[jax.Array], head_dim: int) -> list[_Head]:
+    """The heads of arrays `[tokens, heads * head_dim]`."""
+    windows = _windows(arrays[0].shape[1] // head_dim, head_dim)
+    return [
+        _Head(tuple(x[:, a:b] for x in arrays), a, b, head * head_dim - a, head_dim)
+        for head, (a, b) in enumerate(windows)
+    ]
+
+
+def _join_heads(heads: Sequence[_Head], values: Sequence[jax.Array]) -> dict[int, jax.Array]:
+    """Adds `[tokens, window]` of heads: `[tokens, up to LANES]` by their first channel."""
+    tiles: dict[int, jax.Array] = {}
+    for head, value in zip(heads, values, strict=True):
+        for tile in range(head.start, head.end, LANES):
+            part = value[:, tile - head.start : min(tile + LANES, head.end) - head.start]
+            tiles[tile] = tiles[tile] + part if tile in tiles else part
+    return tiles
