@@ -139,7 +139,7 @@ def _build_parts(
     model, model_args = _make_model(
         model_section, data, mesh, place, headless=headless, float8=precision.float8
     )
-    objective, objective_args = _make_objective(settings.objective, model, data)
+    objective, objective_args = _make_objective(settings.objective, model, data, mesh)
     clock = _make_clock(data, epoch_examples)
     total_steps = _total_steps(top, clock)
     every = functools.partial(_resolve_every, clock=clock, total_steps=total_steps)
@@ -309,11 +309,13 @@ def _make_model(
 
 
 def _make_objective(
-    section: _Section, model: Model, data: DatasetSpec
+    section: _Section, model: Model, data: DatasetSpec, mesh: Mesh
 ) -> tuple[Objective, _Section]:
     name, make = _by_name(section, OBJECTIVES, "supervised", Objective, key="objective")
     given = {
         "model": model,
+        "mesh": mesh,
+        "data": data,
         "num_classes": model.num_classes or data.info.num_classes,
         "image_shape": data.image_shape(),
         "multi_label": data.info.multi_label,
