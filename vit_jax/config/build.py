@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -28,7 +29,8 @@ from vit_jax.models.attention import choose_attention
 from vit_jax.models.block_config import Constrain
 from vit_jax.models.interface import Model, check_outputs, find_grid
 from vit_jax.models.names import guess_variant, normalize_variant
-from vit_jax.models.variants import MODELS
+from vit_jax.models.two_towers import TOWERS, TwoTowers
+from vit_jax.models.variants import MODELS, bind_towers
 from vit_jax.objectives.base import Objective
 from vit_jax.objectives.kinds import OBJECTIVES
 from vit_jax.observe.console import log
@@ -290,22 +292,45 @@ def _make_model(
     if isinstance(make, Part):
         check_outputs(model, name, data.image_shape())
     find_grid(model, data.image_shape()[:2])
-    for key in ("num_heads", "mlp_dim", "tokens_mlp_dim", "channels_mlp_dim"):
-        size, parts = getattr(model, key, 0), mesh.shape["tensor"]
-        if size % parts:
-            raise UserError(f"mesh.tensor={parts} does not divide model.{key}={size}")
-    if hasattr(model, "attention"):
-        rows, columns = model.grid(data.image_shape()[:2])
-        tokens = rows * columns + model.num_prefix_tokens
-        chosen = choose_attention(
-            model.block_config, mesh.devices.flat[0], model.hidden_size, tokens
-        )
-        model = model.clone(attention=chosen)
-    # What the variant decides is written down as decided.
+    model = _fit_to_mesh(model, data.image_shape()[:2], mesh, key="model")
+    if isinstance(model, TwoTowers):
+        args |= bind_towers(args)
+        for part, tower in model.towers.items():
+            args[TOWERS[part]] |= _decided(tower, args[TOWERS[part]])
+    elif name in MODELS:
+        args |= _decided(model, args)
+    return model, {"name": name} | args
+
+
+def _decided(model: Model, args: Mapping[str, Any]) -> _Section:
+    """What the variant decides, to be written down as decided."""
     decided = {"classifier": model.classifier} if "classifier" in args else {}
-    if name in MODELS and args.get("variant") is not None:
+    if args.get("variant") is not None:
         decided["variant"] = normalize_variant(args["variant"])
-    return model, {"name": name} | args | decided
+    return decided
+
+
+def _fit_to_mesh(model: Model, image_size: tuple[int, ...], mesh: Mesh, *, key: str) -> Model:
+    """Checks that a mesh divides a model, and chooses where attention is computed."""
+    if hasattr(model, "towers"):
+        towers = {
+            part: _fit_to_mesh(tower, image_size, mesh, key=f"{key}.{TOWERS[part]}")
+            for part, tower in model.towers.items()
+        }
+        return model.clone(**towers)
+    for name in ("num_heads", "mlp_dim", "tokens_mlp_dim", "channels_mlp_dim"):
+        size, parts = getattr(model, name, 0), mesh.shape["tensor"]
+        if size % parts:
+            raise UserError(f"mesh.tensor={parts} does not divide {key}.{name}={size}")
+    if not hasattr(model, "attention"):
+        return model
+    tokens = getattr(model, "context_length", None)
+    if tokens is None:
+        tokens = math.prod(model.grid(image_size)) + model.num_prefix_tokens
+    chosen = choose_attention(
+        model.block_config, mesh.devices.flat[0], model.hidden_size, tokens, key=key
+    )
+    return model.clone(attention=chosen)
 
 
 def _make_objective(

@@ -21,7 +21,7 @@ _TOKEN_MULTIPLE = 8
 
 
 def choose_attention(
-    config: BlockConfig, device: Any, hidden_size: int, num_tokens: int
+    config: BlockConfig, device: Any, hidden_size: int, num_tokens: int, *, key: str = "model"
 ) -> Literal["xla", "fused"]:
     """Resolves `config.attention` for a kind of devices.
 
@@ -33,7 +33,8 @@ def choose_attention(
       config: of the encoder.
       device: one of those that the model runs on.
       hidden_size: width of the encoder.
-      num_tokens: of an image.
+      num_tokens: of an image or a text.
+      key: of the model in the config.
 
     Raises:
       UserError: `config.attention` is `fused` where that is not possible.
@@ -48,13 +49,13 @@ def choose_attention(
         and capability is not None
         and float(capability) >= 8,
         "precision='bfloat16'": jnp.dtype(config.dtype).itemsize == 2,
-        "model.attention_dropout_rate=0": config.attention_dropout_rate == 0,
+        f"{key}.attention_dropout_rate=0": config.attention_dropout_rate == 0,
         f"a multiple of 8 up to 128 channels in a head (there are {head_dim})": _fits(head_dim),
     }
     missing = [need for need, is_met in needs.items() if not is_met]
     if config.attention == "fused" and missing:
         raise UserError(
-            f"model.attention='fused' needs {' and '.join(missing)}; set model.attention='auto'"
+            f"{key}.attention='fused' needs {' and '.join(missing)}; set {key}.attention='auto'"
         )
     is_worth_it = config.attention == "fused" or num_tokens >= head_dim
     return "fused" if is_worth_it and not missing else "xla"
@@ -71,13 +72,15 @@ def fused_attention(
     value: jax.Array,
     *,
     length: int,
+    causal: bool = False,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
     """Attention whose weights stay within one kernel.
 
     Takes bfloat16 or float16 `[batch, padded length, heads, head_dim]`, where the padded length is
     even and `head_dim` a multiple of 8; returns the same shape and dtype. Only the first `length`
-    keys are attended to. What padded queries attend to is finite, and meant to be cut off.
+    keys are attended to, and if `causal` only those up to the position of a query. What padded
+    queries attend to is finite, and meant to be cut off.
     `implementation`, as in `jax.nn.dot_product_attention`, is that formula in tests on a CPU.
     Source: FlashAttention, arXiv:2205.14135.
     """
@@ -85,9 +88,11 @@ def fused_attention(
         query,
         key,
         value,
-        # Without a mask, cuDNN uses another kernel.
+        is_causal=causal,
+        # Without a mask, cuDNN uses another kernel. A causal one hides padded keys from all
+        # queries in front of them.
         key_value_seq_lengths=None
-        if length == key.shape[1]
+        if causal or length == key.shape[1]
         else jnp.full(key.shape[:1], length, jnp.int32),
         implementation=implementation,
     )
@@ -108,7 +113,7 @@ class MultiHeadDotProductAttention(nn.Module):
     `config.dtype`. The softmax is float32 for any dtype; its weights, float32
     `[batch, heads, queries, keys]`, are the intermediate `ATTENTION_WEIGHTS`. With
     `config.attention="fused"`, `fused_attention` takes its place for self-attention, unless
-    intermediates are asked for.
+    intermediates are asked for. With `config.causal` a token attends to itself and those before.
     Sources: `qk_norm`: arXiv:2302.05442; `rope`: see `positions.rotation_2d`.
     """
 
@@ -160,10 +165,13 @@ class MultiHeadDotProductAttention(nn.Module):
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
         if fused:
-            x = fused_attention(query, key, value, length=length)
+            x = fused_attention(query, key, value, length=length, causal=config.causal)
         else:
             query = query / jnp.sqrt(head_dim).astype(config.dtype)
-            weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32))
+            scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
+            if config.causal:
+                scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
+            weights = jax.nn.softmax(scores)
             # Costs nothing unless `apply` is asked for intermediates.
             self.sow("intermediates", ATTENTION_WEIGHTS, weights)
             dropout = nn.Dropout(config.attention_dropout_rate, deterministic=not train)

@@ -18,7 +18,7 @@ Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 # one on the devices of a run (see `attention.choose_attention`), and XLA outside of runs.
 Attention = Literal["auto", "xla", "fused"]
 
-Activation = Literal["gelu_tanh", "gelu_erf", "swiglu"]
+Activation = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "swiglu"]
 
 
 def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
@@ -31,8 +31,8 @@ def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
 class BlockConfig:
     """The options of attention layers and MLPs, and of the blocks and heads that contain them.
 
-    Each field is documented under its name in `models.vit.VisionTransformer`; `num_heads` is 0 in
-    a model without attention.
+    Each field is documented under its name in `models.vit.VisionTransformer`, and `causal` in
+    `models.text.TextTransformer`; `num_heads` is 0 in a model without attention.
     """
 
     mlp_dim: int
@@ -40,6 +40,7 @@ class BlockConfig:
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     attention: Attention = "auto"
+    causal: bool = False
     activation: Activation = "gelu_tanh"
     qk_norm: bool = False
     layer_scale_init: float | None = None

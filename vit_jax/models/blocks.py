@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from vit_jax.models.activations import gelu
+from vit_jax.models.activations import gelu, quick_gelu
 from vit_jax.models.attention import MultiHeadDotProductAttention
 from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.positions import Rotation
@@ -38,7 +38,7 @@ REMAT_POLICIES = {
 REMAT_NAMES = ("qkv", "attn_out", "mlp_hidden")
 
 
-def parse_remat(remat: str) -> Callable[..., Any] | None:
+def parse_remat(remat: str, *, key: str = "model.remat") -> Callable[..., Any] | None:
     """Returns the checkpoint policy that `model.remat` names; None for no recomputation.
 
     `remat` is `none`, `dots`, `full`, or the activations of `REMAT_NAMES` that are not recomputed:
@@ -54,12 +54,12 @@ def parse_remat(remat: str) -> Callable[..., Any] | None:
         kind, _, names = part.partition(":")
         if kind not in chosen or not names:
             raise UserError(
-                f"model.remat={remat!r}: expected none, dots, full, or such as "
+                f"{key}={remat!r}: expected none, dots, full, or such as "
                 "save:attn_out,mlp_hidden or offload:mlp_hidden"
             )
         for name in names.split(","):
             if name not in REMAT_NAMES:
-                raise UserError(f"model.remat={remat!r}: {name!r}{suggest(name, REMAT_NAMES)}")
+                raise UserError(f"{key}={remat!r}: {name!r}{suggest(name, REMAT_NAMES)}")
             chosen[kind].append(name)
     if not chosen["offload"]:
         return jax.checkpoint_policies.save_only_these_names(*chosen["save"])
@@ -72,17 +72,18 @@ def parse_remat(remat: str) -> Callable[..., Any] | None:
 
 
 class AddPositionEmbs(nn.Module):
-    """Adds learned 1D position embeddings, initialised from N(0, 0.02).
+    """Adds learned 1D position embeddings, initialised from N(0, `init_std`).
 
     Call: `[batch, length, hidden]` to the same shape. Source: arXiv:2010.11929, section 3.1.
     """
 
     dtype: DTypeLike = jnp.float32
+    init_std: float = 0.02
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (1, *x.shape[1:])
-        embedding = self.param("pos_embedding", nn.initializers.normal(stddev=0.02), shape)
+        embedding = self.param("pos_embedding", nn.initializers.normal(self.init_std), shape)
         return x + embedding.astype(self.dtype)
 
 
@@ -181,6 +182,8 @@ class MlpBlock(nn.Module):
         hidden = checkpoint_name(dense(config.mlp_dim)(x), "mlp_hidden")
         if config.activation == "swiglu":
             hidden = hidden * nn.silu(dense(config.mlp_dim, "gate")(x))
+        elif config.activation == "quick_gelu":
+            hidden = quick_gelu(hidden)
         else:
             hidden = gelu(hidden, approximate=config.activation == "gelu_tanh")
         hidden = config.constrain(hidden, ("batch", None, "mlp"))
@@ -234,6 +237,8 @@ class Encoder(nn.Module, kw_only=True):
       num_class_tokens: number of class and distillation tokens, which come first.
       num_registers: number of learned tokens inserted behind these, without a position.
       learned_positions: whether position embeddings are added.
+      positions_init_std: standard deviation of their initial values.
+      pre_norm: whether a norm (`pre_norm`) comes before the first block.
       final_norm: whether the output is normalised.
       scan: whether one block, compiled once, runs over parameters stacked along a leading axis
         (`encoderblock`), in place of blocks with parameters of their own (`encoderblock_3`).
@@ -248,6 +253,8 @@ class Encoder(nn.Module, kw_only=True):
     num_class_tokens: int
     num_registers: int = 0
     learned_positions: bool = True
+    positions_init_std: float = 0.02
+    pre_norm: bool = False
     patch_dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
     stochastic_depth_schedule: DepthSchedule = "linear"
@@ -266,7 +273,7 @@ class Encoder(nn.Module, kw_only=True):
     ) -> jax.Array:
         config = self.config
         if self.learned_positions:
-            x = AddPositionEmbs(dtype=config.dtype, name="posembed_input")(x)
+            x = AddPositionEmbs(config.dtype, self.positions_init_std, name="posembed_input")(x)
         x = nn.Dropout(config.dropout_rate, deterministic=not train)(x)
         x = self._insert_registers(x)
         prefix = self.num_class_tokens + self.num_registers
@@ -276,6 +283,8 @@ class Encoder(nn.Module, kw_only=True):
             x, kept = take_patches(x, patches, prefix)
         if rope is not None and kept is not None:
             rope = jax.tree.map(lambda table: table[kept], rope)
+        if self.pre_norm:
+            x = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype, name="pre_norm")(x)
         x = config.constrain(x, ("batch", "tokens", None))
         x = self._run_blocks(x, rope, train=train)
         if not self.final_norm:

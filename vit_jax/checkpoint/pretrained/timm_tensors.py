@@ -28,7 +28,8 @@ from vit_jax.models.variants import SIZES
 
 _Arrays = dict[str, np.ndarray]
 
-_HEADS_BY_WIDTH = {width: heads for width, _, _, heads in SIZES.values()} | {1152: 16}
+# Not of g-opt, whose width DINOv2's giant has too, with other heads.
+_HEADS_BY_WIDTH = {width: heads for name, (width, _, _, heads) in SIZES.items() if name != "g-opt"}
 _ATTENTION = ("query", "key", "value")
 # Paths of kernels that join the heads, and of what rotary embeddings turn.
 _OUTPUT = re.compile(r"MultiHeadDotProductAttention_0/out/kernel$")
