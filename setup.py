@@ -71,6 +71,7 @@ setup(
         "vit_jax": ["py.typed"],
         "vit_jax.checkpoint.pretrained": ["catalogue.csv"],
         "vit_jax.data.datasets.digits": ["*"],
+        "vit_jax.data.datasets.digits_captions": ["*"],
         "vit_jax.serve": ["page.html"],
     },
     install_requires=[

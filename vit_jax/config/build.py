@@ -23,6 +23,7 @@ from vit_jax.config.trace_parts import trace_parts
 from vit_jax.data.classes import Classes
 from vit_jax.data.mixture import check_same_kind
 from vit_jax.data.pipeline import DatasetSpec
+from vit_jax.data.tokenizers import parse_tokenizer
 from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.kinds import EVALUATORS
 from vit_jax.models.attention import choose_attention
@@ -250,9 +251,17 @@ def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
         max_ram_gb=section.max_ram_gb,
         mixture=mixture,
         repeats=section.repeats,
+        tokenizer=section.tokenizer,
     )
     if spec.mixture:
         spec.schedule()
+    if section.tokenizer is not None:
+        parse_tokenizer(section.tokenizer)
+        if not spec.info.captions:
+            raise UserError(
+                f"data.tokenizer={section.tokenizer!r}: {spec} has no captions to make tokens of: "
+                "expected data with captions, or leave it out"
+            )
     return spec
 
 

@@ -140,6 +140,9 @@ class Relabelled(Source):
         record = self._source[index]
         return record | {"label": self._relabel(record["label"])}
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._source.captions(index)
+
     def _relabel(self, label: Any) -> Any:
         if not np.ndim(label):
             return self._labels[label]

@@ -23,10 +23,11 @@ from vit_jax.data.mixture import Mixture, Schedule, make_schedule, merge_infos
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.ops.fused import Job, decode, defer, fuse
 from vit_jax.data.ops.transforms import Decode, Features, Keep, Op, apply
-from vit_jax.data.order import Mixed, Order, PositionRng, RepeatedAugmentation, shuffled
+from vit_jax.data.order import CAPTIONS, Mixed, Order, PositionRng, RepeatedAugmentation, shuffled
 from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources import dataset_info, open_source
 from vit_jax.data.sources.base import DatasetInfo, Source
+from vit_jax.data.tokenizers import Tokenizer, parse_tokenizer
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import is_part, report_failure
 
@@ -51,6 +52,7 @@ class DatasetSpec:
       max_ram_gb: limit of `plan_buffers`, in 10**9 bytes.
       classes: those whose labels the examples have, by the names of their classes; None for the
         labels of the data, or of the source of a mixture with the most classes.
+      tokenizer: see `vit_jax.data.tokenizers`: makes the `tokens` of captions; None for none.
     """
 
     name: str
@@ -65,6 +67,7 @@ class DatasetSpec:
     repeats: int = 1
     max_ram_gb: float | None = None
     classes: Classes | None = None
+    tokenizer: str | None = None
 
     @property
     def info(self) -> DatasetInfo:
@@ -98,13 +101,31 @@ class DatasetSpec:
         """The operations of `preprocess`."""
         return parse_preprocess(self.preprocess, key=f"{self.key}.preprocess")
 
+    def find_tokenizer(self) -> Tokenizer | None:
+        """What makes `tokens` of captions; None without `tokenizer`, or for data without captions.
+
+        Raises `UserError` if `tokenizer` can't be parsed.
+        """
+        if self.tokenizer is None or not self.info.captions:
+            return None
+        return parse_tokenizer(self.tokenizer)
+
     def blank(self) -> Features:
-        """An example of zeros: image uint8 `[h, w, c]`, label int32 or float32 `[num_classes]`."""
-        several = self.info.multi_label
-        label = np.zeros(self.info.num_classes, np.float32) if several else np.int32(0)
-        features = {"image": np.zeros(self.image_shape(), np.uint8), "label": label}
+        """An example of zeros, with the features that a batch has.
+
+        These are `image` uint8 `[h, w, c]`; `label` int32 or float32 `[num_classes]`, if there are
+        labels; and `tokens` int32 `[length]`, if captions are tokenized.
+        """
+        info = self.info
+        features: Features = {"image": np.zeros(self.image_shape(), np.uint8)}
+        if info.multi_label:
+            features["label"] = np.zeros(info.num_classes, np.float32)
+        elif info.num_classes:
+            features["label"] = np.int32(0)
         for op in self.ops():
             features = op(features) if isinstance(op, Keep) else features
+        if tokenizer := self.find_tokenizer():
+            features["tokens"] = np.zeros(tokenizer.length, np.int32)
         return features
 
     def image_shape(self) -> tuple[int, int, int]:
@@ -124,11 +145,13 @@ class DatasetSpec:
         """The records; those of a mixture are concatenated."""
         parts = self.mixture or ((self.name, self.split, 1.0),)
         key = f"{self.key}.{'mixture' if self.mixture else self.split_key}"
+        if tokenizer := self.find_tokenizer():
+            _ = tokenizer.vocabulary  # It is read before anything else.
         classes, sources = Classes.of(self.info, str(self)), []
         for name, split, _ in parts:
             source = open_source(name, split, data_dir=self.data_dir, key=key)
             own = Classes.of(dataset_info(name, data_dir=self.data_dir), name)
-            sources.append(relabel(source, own, classes, key=key))
+            sources.append(relabel(source, own, classes, key=key) if classes.count else source)
         return Mixture(sources) if self.mixture else sources[0]
 
     def schedule(self) -> Schedule:
@@ -220,7 +243,11 @@ class _Batches(abc.ABC):
     ):
         block = spec.batch_size // num_shards
         self.spec, self.source, self.ops = spec, spec.open(), fuse(spec.ops())
-        self.rngs, self.blank = PositionRng(seed), spec.blank()
+        self.rngs, self.blank, self.tokenizer = (
+            PositionRng(seed),
+            spec.blank(),
+            spec.find_tokenizer(),
+        )
         self.rows = [shard * block + i for shard in shards for i in range(block)]
         self.ahead = plan_buffers(spec, num_shards=num_shards, shards=len(shards)).ahead
         self.corrupt = corrupt or CorruptCounter()
@@ -274,9 +301,24 @@ class _Batches(abc.ABC):
             batch["image"][row] = image
         return image
 
-    def _prepare(self, index: int, rng: np.random.Generator, apply: _Apply) -> Features:
-        """The features of a record; raises `ImageError` if its image is unreadable or refused."""
-        features = apply(self.ops, self.source[index], rng)
+    def choose(self, captions: Sequence[str], position: int) -> str:
+        """The caption of an example, of those that its image has."""
+        return captions[0]
+
+    def _prepare(
+        self, index: int, position: int, rng: np.random.Generator, apply: _Apply
+    ) -> Features:
+        """The features of a record at a position.
+
+        Raises `ImageError` if its image is unreadable or refused, or if it has no caption.
+        """
+        record = self.source[index]
+        features = apply(self.ops, record, rng)
+        if self.tokenizer:
+            captions = record["text"] if "text" in record else self.source.captions(index)
+            if not captions:
+                raise ImageError("it has no caption")
+            features["tokens"] = self.tokenizer.encode(self.choose(captions, position))
         image, shape = features["image"], self.blank["image"].shape
         if isinstance(image, Job) or (image.shape, image.dtype) == (shape, np.uint8):
             return features
@@ -295,13 +337,17 @@ class _TrainBatches(_Batches):
     def __init__(self, spec: DatasetSpec, *args: Any, seed: int):
         super().__init__(spec, *args, seed=seed)
         self.order = train_order(spec, self.source, seed=seed)
+        self.caption_rngs = PositionRng(seed, stream=CAPTIONS)
+
+    def choose(self, captions: Sequence[str], position: int) -> str:
+        return captions[int(self.caption_rngs(position).integers(len(captions)))]
 
     def example(self, position: int, apply: _Apply) -> Features:
         # The generator belongs to the position, not to the record.
         index, rng = self.order[position], self.rngs(position)
         for _ in range(min(_TRIES, len(self.source))):
             try:
-                return self._prepare(index, rng, apply)
+                return self._prepare(index, position, rng, apply)
             except ImageError as e:
                 self.corrupt.add(self.source.describe(index), e)
                 index = self.source.successor(index)
@@ -320,7 +366,7 @@ class _EvalBatches(_Batches):
     def example(self, position: int, apply: _Apply) -> Features:
         if position < len(self.source):
             try:
-                features = self._prepare(position, self.rngs(position), apply)
+                features = self._prepare(position, position, self.rngs(position), apply)
                 return features | {"mask": np.float32(1)}
             except ImageError as e:
                 self.corrupt.add(self.source.describe(position), e)
@@ -338,8 +384,10 @@ def train_batches(
 ) -> Loader[Batch]:
     """Endless batches from `step` on: `{"image": uint8 [b, h, w, c], "label": int32 [b]}`.
 
-    Labels are float32 `[b, num_classes]` if an example may have several. Threads load ahead until
-    the iterator is closed or dropped.
+    Labels are float32 `[b, num_classes]` if an example may have several, and absent if the data has
+    none. With a tokenizer, `tokens` int32 `[b, length]` are those of a caption of each image, drawn
+    by seed and position if there are several; in evaluation it is the first. Threads load ahead
+    until the iterator is closed or dropped.
 
     Args:
       spec: what to read; the split is reshuffled in each epoch.

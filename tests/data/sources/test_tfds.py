@@ -81,7 +81,7 @@ def test_a_source_survives_pickling(data_dir):
     [
         ("digitz", ["data.name='digitz'", "no TFDS dataset", "did you mean 'digits'?"]),
         ("digits:9.9.9", ["data.name='digits:9.9.9'", "9.9.9"]),
-        ("sentences", ["data.name='sentences'", "['text']", "an 'image' and a class 'label'"]),
+        ("sentences", ["data.name='sentences'", "['text']", "'image', and a class 'label'"]),
     ],
 )
 def test_a_dataset_that_will_not_do_is_refused(name, words, tmp_path):
