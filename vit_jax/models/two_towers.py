@@ -59,6 +59,11 @@ class TwoTowers(nn.Module, kw_only=True):
         return self.txt.context_length
 
     @property
+    def num_class_tokens(self) -> int:
+        """Tokens of an image that have position embeddings and are no patches."""
+        return self.img.num_class_tokens
+
+    @property
     def width(self) -> int:
         """The width of the embeddings."""
         return self.txt.num_classes or self.txt.hidden_size

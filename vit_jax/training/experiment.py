@@ -24,7 +24,8 @@ from vit_jax.checkpoint.state import TrainState
 from vit_jax.config.build import Parts, build_parts
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.pipeline import train_batches
-from vit_jax.models.interface import find_grid
+from vit_jax.models.interface import Model, find_grid
+from vit_jax.models.two_towers import TOWERS, TwoTowers
 from vit_jax.objectives.base import Params
 from vit_jax.observe.console import log
 from vit_jax.parallel.mesh import batch_sharding, process_shards, shard_batch
@@ -35,6 +36,23 @@ from vit_jax.utils.registry import is_part
 
 # Fields of a model that are Flax's, or that do not change what it computes.
 _NO_PART_OF_A_MODEL = ("parent", "name", "constrain", "scan", "remat", "attention", "float8")
+
+
+def _list_arguments(model: Model) -> dict[str, Any]:
+    """Returns what a model of this package computes, by the arguments of its constructor."""
+    if isinstance(model, TwoTowers):
+        towers = {TOWERS[part]: _list_arguments(tower) for part, tower in model.towers.items()}
+        own = {"width": model.img.num_classes or None, "dtype": model.img.dtype}
+        own |= {"scale_init": model.scale_init, "bias_init": model.bias_init}
+        for tower in towers.values():
+            for name in ("num_classes", "dtype"):  # These are arguments of the whole.
+                del tower[name]
+        return own | towers
+    return _without_run({f.name: getattr(model, f.name) for f in dataclasses.fields(model)})
+
+
+def _without_run(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in arguments.items() if k not in _NO_PART_OF_A_MODEL}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,10 +179,8 @@ class Experiment(Parts):
     def description(self) -> dict[str, Any]:
         """The description that each checkpoint holds, as JSON: see the attributes of `Weights`."""
         settings, name = self.settings, self.settings.model["name"]
-        fields = [field.name for field in dataclasses.fields(self.model)]
         # A constructor outside of this package may take other arguments than its module has.
-        stated = settings.model if is_part(name) else {k: getattr(self.model, k) for k in fields}
-        model = {k: v for k, v in stated.items() if k not in _NO_PART_OF_A_MODEL}
+        model = _without_run(settings.model) if is_part(name) else _list_arguments(self.model)
         outside = is_part(name) or is_part(settings.objective["name"])
         evaluated = self.evaluators[0].data if self.evaluators else self.train_data
         loss = settings.objective.get("loss")  # An objective from outside may have others.

@@ -23,9 +23,12 @@ from safetensors.numpy import save
 from vit_jax.checkpoint.pretrained.description import check_description
 from vit_jax.checkpoint.pretrained.hub import INDEX, read_index, refuse_shard
 from vit_jax.checkpoint.pretrained.huggingface import is_huggingface, read_huggingface
+from vit_jax.checkpoint.pretrained.image_text import read_image_text
+from vit_jax.checkpoint.pretrained.image_text_tensors import is_image_text
 from vit_jax.checkpoint.pretrained.names import TIMM_PATCHES, describe_family, unwrap
 from vit_jax.checkpoint.pretrained.timm import read_timm
 from vit_jax.checkpoint.pretrained.timm_tensors import to_linen, to_timm
+from vit_jax.checkpoint.pretrained.towers import TEXT, take_tower
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
     check_blocks,
@@ -55,6 +58,8 @@ _DTYPES = {
 }
 
 _METADATA = "vit_jax"
+# Towers by their names in files.
+_PARTS = {"visual": "img", "vision_model": "img", "text": "txt", "text_model": "txt"}
 # Arguments of the model that change what it computes.
 MODEL_KEYS = (
     "name",
@@ -83,13 +88,14 @@ MODEL_KEYS = (
 def read_safetensors(
     path: str | os.PathLike[str], *, num_heads: int | None = None, part: str = ""
 ) -> Weights:
-    """Reads a Vision Transformer of timm, Hugging Face or this package.
+    """Reads a Vision Transformer of timm, Hugging Face or this package, CLIP or SigLIP.
 
     Args:
       path: of a file or of the index of its shards, local or `gs://`.
       num_heads: attention heads; None for the number that the files beside it state, or else the
         usual one for the width.
-      part: takes only the tensors whose names start with this, of a file of several models.
+      part: takes only the tensors whose names start with this, of a file of several models; of
+        two towers `img` or `txt`, or their names in the file.
 
     Returns:
       Weights with the values and dtypes of the file. Tensors that have no place in a model of this
@@ -104,10 +110,13 @@ def read_safetensors(
         read = _read_shards if file.name.endswith(INDEX) else read_tensors
         tensors, metadata = read(file)
         own, notes = _METADATA in metadata and not part, []
-        if not own:
+        of_texts = not own and is_image_text(tensors)
+        if not own and not of_texts:
             tensors, notes = unwrap(tensors, part=part)
         check_blocks(tensors)
-        if own:
+        if of_texts:
+            weights = _read_image_text(file, tensors, num_heads, part)
+        elif own:
             weights = _read_own(tensors, bounds.parse_json(metadata[_METADATA]), num_heads)
         elif is_huggingface(tensors):
             config = read_json(file.parent / "config.json")
@@ -123,11 +132,27 @@ def read_safetensors(
     except Exception as error:  # Files are untrusted: shapes and settings can be anything.
         raise UserError(
             f"{os.fspath(path)}: {first_line(error)}; expected the whole .safetensors file of a "
-            "Vision Transformer of timm or Hugging Face"
+            "Vision Transformer of timm or Hugging Face, or of CLIP or SigLIP"
         ) from error
-    if "mean" not in weights.preprocess:
+    if "mean" not in weights.preprocess and weights.model.get("name") != TEXT:
         notes.append("mean and std of the images: not stated")
     return dataclasses.replace(weights, notes=(*notes, *weights.notes))
+
+
+def _read_image_text(
+    file: epath.Path, tensors: dict[str, np.ndarray], num_heads: int | None, part: str
+) -> Weights:
+    files = ("config", "preprocessor_config", "open_clip_config")
+    config, processor, open_clip = (read_json(file.parent / f"{name}.json") for name in files)
+    weights = read_image_text(
+        tensors, config=config, processor=processor, open_clip=open_clip, num_heads=num_heads
+    )
+    if not part:
+        return weights
+    try:
+        return take_tower(weights, _PARTS.get(part, part))
+    except UserError as error:
+        raise ValueError(str(error)) from None
 
 
 def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:

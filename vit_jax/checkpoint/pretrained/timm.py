@@ -128,7 +128,7 @@ def read_timm(
     theta, reference, swap_axes, notes = _find_rope(tensors, architecture, options)
     classifier = _find_classifier(tensors, config, options)
     average = classifier in ("gap", "map") and "cls_token" in tensors
-    implied = _imply_num_heads(architecture)
+    implied = imply_num_heads(architecture)
     slots, grid, more = _find_positions(tensors, config)
     notes += more
     params, more = to_linen(
@@ -191,7 +191,8 @@ def _check_architecture(tensors: Mapping[str, np.ndarray], architecture: str) ->
         raise ValueError(f"{named}: it has {found} in place of blocks.0.attn.qkv, as no model here")
 
 
-def _imply_num_heads(architecture: str) -> int | None:
+def imply_num_heads(architecture: str) -> int | None:
+    """Returns the attention heads of an architecture of timm; None if its name does not show it."""
     for pattern, heads in _NUM_HEADS:
         if pattern.match(architecture):
             return heads
