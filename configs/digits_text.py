@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.total_steps = 1500
+    config.total_steps = 1200
     config.model = {
         "name": "two_towers",
         "image": {
-            "patch_size": 4,
+            "patch_size": 6,
             "hidden_size": 48,
             "num_layers": 4,
             "num_heads": 4,
@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
             "num_layers": 2,
             "num_heads": 2,
             "mlp_dim": 128,
+            "pooling": "gap",
         },
         "width": 48,
         "scale_init": 10.0,
@@ -43,7 +44,8 @@ def get_config() -> ConfigDict:
     }
     config.optimizer = {
         "name": "adamw",
-        "lr": 1e-3,
+        "lr": 3e-3,
+        "lr_multipliers": (("t|b", 10.0),),
         "b2": 0.95,
         "schedule": "cosine",
         "warmup_steps": 100,

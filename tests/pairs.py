@@ -16,8 +16,13 @@ TEXT = SIZES | {"vocab_size": 259, "context_length": LENGTH}
 def pairs_config(data_dir: str, **changes: Any) -> ConfigDict:
     """As `tiny_config`, with two towers and the contrastive objective."""
     known: dict[str, Any] = {
-        "model": {"name": "two_towers", "image": dict(IMAGE), "text": dict(TEXT), "width": 16},
-        "model__bias_init": -3.0,
+        "model": {
+            "name": "two_towers",
+            "image": dict(IMAGE),
+            "text": dict(TEXT),
+            "width": 16,
+            "bias_init": -3.0,
+        },
         "objective": {"name": "contrastive"},
         "data__name": "digits_captions",
         "data__preprocess": "decode",

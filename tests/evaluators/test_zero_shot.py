@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.data.pipeline import DatasetSpec
+from vit_jax.data.pipeline import DatasetSpec, eval_batches
 from vit_jax.evaluators.retrieval import Retrieval
 from vit_jax.evaluators.zero_shot import ZeroShot
 from vit_jax.objectives.contrastive import Contrastive
@@ -68,19 +68,13 @@ def split(data_dir):
     """Embeddings of the images, captions of each, and labels, by plain numpy in float64."""
     spec = make(data_dir, ZeroShot).data
     source = spec.open()
-    (zimg, labels, captions) = [], [], []
-    for batch in _batches(spec):
+    zimg, labels = [], []
+    for batch in eval_batches(spec):
         pixels = batch["image"][batch["mask"] > 0][..., 0].astype(np.float64) / 127.5 - 1
         zimg.append(unit(pixels.reshape(len(pixels), -1) @ PARAMS["img"]))
         labels.append(batch["label"][batch["mask"] > 0])
     captions = [source.captions(i) for i in range(len(source))]
     return np.concatenate(zimg), captions, np.concatenate(labels)
-
-
-def _batches(spec):
-    from vit_jax.data.pipeline import eval_batches
-
-    return eval_batches(spec)
 
 
 def embed(texts):
@@ -128,14 +122,9 @@ def test_other_names_of_the_classes_give_other_prompts(data_dir, tmp_path):
 
 
 def test_labels_without_captions_are_enough(data_dir):
-    results = make(data_dir, ZeroShot, dataset="digits", objective=_of_size(64)).run(
-        PARAMS | {"img": PARAMS["img"][:64]}
-    )
-    assert results["count"] == 75
-
-
-def _of_size(_):
-    return OBJECTIVE
+    names = tuple(f"digit {i}" for i in range(10))
+    evaluator = make(data_dir, ZeroShot, dataset="digits", class_names=names)
+    assert evaluator.run(PARAMS | {"img": PARAMS["img"][:64]})["count"] == 75
 
 
 @pytest.mark.parametrize("devices", [1, 8])

@@ -50,15 +50,15 @@ def two_updates(data_dir, *, devices=None, **changes):
         data_dir,
         total_steps=2,
         evals={},
-        **{f"optimizer__{k}": v for k, v in changes.pop("optimizer", {}).items()},
-        **{"optimizer": plain} | changes,
+        optimizer=plain | changes.pop("optimizer", {}),
+        **changes,
     )
     experiment = Experiment.from_config(config, devices=devices)
     state, found = experiment.init_state(), []
     batches = experiment.train_batches(0)
     for _ in range(2):
         state, metrics = experiment.train_step(state, next(batches))
-        found.append({k: float(v) for k, v in metrics.items()})
+        found.append({k: float(v) for k, v in metrics.items() if not v.ndim})
     return found, flatten(state.params)
 
 
@@ -98,22 +98,21 @@ def test_losses_and_updates_do_not_depend_on_mesh_form_or_micro_batches(
 
 
 def test_the_scale_is_bounded_after_an_update_and_has_a_learning_rate_of_its_own(data_dir):
-    start, (metrics, params) = 99.9, two_updates(
+    metrics, params = two_updates(
         data_dir,
         devices=jax.devices()[:1],
         objective={"name": "contrastive", "loss": "softmax", "max_scale": 100.0},
         model={"name": "two_towers", "image": IMAGE, "text": TEXT, "scale_init": 99.9},
         optimizer={"lr": 0.01, "lr_multipliers": (("t", 1e4),)},
     )
-    assert [m["scale"] for m in metrics][0] == pytest.approx(start)
+    assert metrics[0]["scale"] == pytest.approx(99.9)
     assert "bias" not in metrics[0]
-    t = float(params["t"][0])
     # A step of this length leaves the bounds on one side or the other.
-    assert t == pytest.approx(np.log(100), rel=1e-6) or t == 0
     assert metrics[1]["scale"] in (pytest.approx(100), pytest.approx(1))
+    assert float(params["t"][0]) in (pytest.approx(np.log(100)), 0)
 
 
-def test_a_frozen_image_tower_stays_and_needs_no_backward_pass(data_dir):
+def test_a_frozen_image_tower_stays_as_it_is(data_dir):
     changes = {"devices": jax.devices()[:1], **GATHERED}
     metrics, params = two_updates(data_dir, optimizer={"freeze": ("img/.*",)}, **changes)
     experiment = Experiment.from_config(pairs_config(data_dir), devices=jax.devices()[:1])
@@ -121,14 +120,14 @@ def test_a_frozen_image_tower_stays_and_needs_no_backward_pass(data_dir):
     for path, value in params.items():
         same = np.array_equal(value, first[path])
         assert same == path.startswith("img/"), path
-    assert metrics[1]["loss"] < metrics[0]["loss"]
+    assert "bias" in metrics[0]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"hidden_size": 16}}, "expected model.name='two_towers', or objective.name="),
-        ({"data__name": "digits", "evals": {}}, "digits has no captions: expected data that has"),
+        ({"model": IMAGE}, "expected model.name='two_towers', or objective.name="),
+        ({"data__name": "digits", "data__tokenizer": None, "evals": {}}, "digits has no captions: expected data that has"),
         ({"data__tokenizer": None}, "data.tokenizer=None with objective.name='contrastive'"),
         (
             {"data__tokenizer": "bytes(length=40)"},
@@ -146,7 +145,10 @@ def test_a_frozen_image_tower_stays_and_needs_no_backward_pass(data_dir):
             "objective.form='ring' with objective.loss='softmax'",
         ),
         ({"objective": {"name": "supervised"}}, "two towers have no head for classes"),
-        ({"objective": {"name": "linear_probe"}, "evals": {}}, "expected 'contrastive'"),
+        (
+            {"objective": {"name": "linear_probe"}, "evals": {}},
+            "objective.name='linear_probe' trains a model of images alone",
+        ),
         (
             {"evals__val__name": "classification"},
             "'zero_shot' for 'contrastive'",
@@ -156,7 +158,11 @@ def test_a_frozen_image_tower_stays_and_needs_no_backward_pass(data_dir):
             None,
         ),
         (
-            {"evals__val__data_name": "digits", "evals__val__name": "retrieval"},
+            {
+                "evals__val__data_name": "digits",
+                "evals__val__name": "retrieval",
+                "evals__val__preprocess": "decode|resize(12)",
+            },
             "evals.val.name='retrieval': digits has no captions",
         ),
     ],

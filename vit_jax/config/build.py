@@ -33,6 +33,7 @@ from vit_jax.models.names import guess_variant, normalize_variant
 from vit_jax.models.two_towers import TOWERS, TwoTowers
 from vit_jax.models.variants import MODELS, bind_towers
 from vit_jax.objectives.base import Objective
+from vit_jax.objectives.contrastive import make_contrastive
 from vit_jax.objectives.kinds import OBJECTIVES
 from vit_jax.observe.console import log
 from vit_jax.observe.early_stopping import Stop
@@ -361,7 +362,13 @@ def _make_objective(
             f"model.classifier={model.classifier!r} classifies every token; expected 'token', "
             f"'gap' or 'map' for objective.name={name!r}"
         )
-    if data.info.multi_label and args.get("loss") == "softmax":
+    of_labels = make is not make_contrastive
+    if isinstance(model, TwoTowers) and of_labels and name in OBJECTIVES:
+        raise UserError(
+            f"objective.name={name!r} trains a model of images alone: expected 'contrastive' for "
+            "model.name='two_towers'"
+        )
+    if of_labels and data.info.multi_label and args.get("loss") == "softmax":
         raise UserError(
             f"objective.loss='softmax' takes one label an example, and {data} has several: "
             "expected objective.loss='sigmoid'"

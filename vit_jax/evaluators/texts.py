@@ -48,10 +48,8 @@ class TextEmbedder:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises `UserError` if its line is wrong, or its file can't be read."""
-        tokenizer = parse_tokenizer(self._evaluator.data.tokenizer or "")
-        tokenizer.load()
-        return tokenizer
+        """That of the data; raises `UserError` if its line is wrong."""
+        return parse_tokenizer(self._evaluator.data.tokenizer or "")
 
     @functools.cached_property
     def _embed(self):
@@ -61,7 +59,10 @@ class TextEmbedder:
         )
 
     def check_lengths(self, texts: Sequence[str], *, what: str) -> None:
-        """Logs once how many texts have more tokens than the model reads, and are cut."""
+        """Logs once how many texts have more tokens than the model reads, and are cut.
+
+        Raises `UserError` if the file of the tokenizer can't be read.
+        """
         length = self.tokenizer.length
         cut = [text for text in dict.fromkeys(texts) if self.tokenizer.count(text) > length]
         if cut and what not in self._truncated:

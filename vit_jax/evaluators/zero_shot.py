@@ -6,6 +6,7 @@ Source: arXiv:2103.00020 (CLIP), section 3.1.
 
 import dataclasses
 import functools
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.evaluators.classification import Classification
 from vit_jax.evaluators.features import put
 from vit_jax.evaluators.prompts import (
@@ -78,6 +80,12 @@ class ZeroShot(Classification):
     def open(self) -> None:
         super().open()
         self._embedder.check_lengths(self.prompts, what="prompts")
+
+    def map_split(
+        self, fn: Callable[[Params, Batch], Any], params: Params, data: DatasetSpec | None = None
+    ) -> Generator[Any, None, None]:
+        # Captions of the images are not read: one may be missing.
+        return super().map_split(fn, params, data or dataclasses.replace(self.data, tokenizer=None))
 
     def embed_classes(self, params: Params) -> np.ndarray:
         """Returns the unit vector of each class, float32 `[classes, width]`."""
