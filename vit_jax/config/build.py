@@ -31,7 +31,7 @@ from vit_jax.models.block_config import Constrain
 from vit_jax.models.interface import Model, check_outputs, find_grid
 from vit_jax.models.names import guess_variant, normalize_variant
 from vit_jax.models.two_towers import TOWERS, TwoTowers
-from vit_jax.models.variants import MODELS, bind_towers
+from vit_jax.models.variants import MODELS, bind_towers, make_two_towers
 from vit_jax.objectives.base import Objective
 from vit_jax.objectives.contrastive import make_contrastive
 from vit_jax.objectives.kinds import OBJECTIVES
@@ -285,6 +285,8 @@ def _make_model(
     if "num_classes" not in keywords(make):
         raise UserError(f"model.name={name!r} has no argument num_classes, the width of its head")
     section.setdefault("num_classes", 0 if headless else data.info.num_classes)
+    if make is make_two_towers:
+        section = _fit_to_tokenizer(section, data)
     (args,) = bind(section, make, key="model", given=("constrain", "float8"))
     if headless and args["num_classes"]:
         raise UserError(
@@ -310,6 +312,17 @@ def _make_model(
     elif name in MODELS:
         args |= _decided(model, args)
     return model, {"name": name} | args
+
+
+def _fit_to_tokenizer(section: _Section, data: DatasetSpec) -> _Section:
+    """The length and the vocabulary of the text tower are those of the tokenizer by default."""
+    text, tokenizer = section.get("text"), data.find_tokenizer()
+    if tokenizer is None or not isinstance(text, Mapping):
+        return section
+    text = {"context_length": tokenizer.length, **text}
+    if text.get("vocab_size") is None:
+        text["vocab_size"] = tokenizer.vocab_size
+    return section | {"text": text}
 
 
 def _decided(model: Model, args: Mapping[str, Any]) -> _Section:

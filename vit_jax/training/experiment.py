@@ -195,7 +195,14 @@ class Experiment(Parts):
             },
             "class_names": self.train_data.info.class_names,
             "loss": loss if loss in get_args(Loss) else None,
+            **self._describe_tokenizer(),
         }
+
+    def _describe_tokenizer(self) -> dict[str, Any]:
+        tokenizer = self.train_data.find_tokenizer()
+        if tokenizer is None:
+            return {}
+        return {"tokenizer": {"line": self.train_data.tokenizer, "sha256": tokenizer.sha256}}
 
     @functools.cached_property
     def train_step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:

@@ -164,27 +164,12 @@ def read_image_text(
         stated = {part: _read_huggingface(config, part, kind, rest) for part in parts}
     else:
         stated = {part: _read_open_clip(open_clip, part, kind, rest, trunk) for part in parts}
+    heads = {p: stated[p].num_heads if num_heads is None else num_heads for p in parts}
     params: dict[str, np.ndarray] = {}
-    for part in parts:
-        heads = stated[part].num_heads if num_heads is None else num_heads
-        if part == "img" and trunk:
-            own, more = _read_trunk(trunk, heads)
-            notes += more
-        else:
-            heads = _usual_heads(rest, part) if heads is None else heads
-            own, rest = _read_tower(rest, part, heads)
-        params |= put_part(own, part)
-    for ours, theirs in (("t", "logit_scale"), ("b", "logit_bias")):
-        if len(parts) == 2 and theirs in rest:
-            params[ours] = rest.pop(theirs).reshape(1)
-    if len(parts) == 2 and "t" not in params:
-        raise ValueError("it has no logit_scale; expected a whole model of two towers")
-    if len(parts) == 1:  # They belong to the pair.
-        rest = {name: x for name, x in rest.items() if name not in ("logit_scale", "logit_bias")}
-    if rest:
-        raise ValueError(
-            f"{len(rest)} tensors have no place in a {kind} here, {sorted(rest)[0]} among them"
-        )
+    if trunk:
+        own, more = _read_trunk(trunk, heads.pop("img"))
+        params, notes = put_part(own, "img"), [*notes, *more]
+    params |= read_towers(rest, heads, is_pair=len(parts) == 2)
     for part in parts:
         where = "config.json" if is_huggingface else "open_clip_config.json"
         if assumed := stated[part].assumed:
@@ -197,6 +182,43 @@ def read_image_text(
         notes += more
     weights = dataclasses.replace(weights, notes=tuple(notes))
     return weights if len(parts) == 2 else take_tower(weights, parts[0])
+
+
+def read_towers(
+    tensors: Mapping[str, np.ndarray], heads: Mapping[str, int | None], *, is_pair: bool = True
+) -> dict[str, np.ndarray]:
+    """Converts tensors of towers by the names of Hugging Face.
+
+    Args:
+      tensors: arrays of any float dtype by name.
+      heads: attention heads of each tower to convert, `img` or `txt`; None for the usual number.
+      is_pair: whether there are two towers, which have a scale in common.
+
+    Returns:
+      Arrays by path.
+
+    Raises:
+      ValueError: a tensor is missing, left over or of another shape than its name implies.
+    """
+    rest, params = dict(tensors), {}
+    for part, number in heads.items():
+        number = _usual_heads(rest, part) if number is None else number
+        own, rest = _read_tower(rest, part, number)
+        params |= put_part(own, part)
+    for ours, theirs in (("t", "logit_scale"), ("b", "logit_bias")):
+        if theirs in rest and rest[theirs].size != 1:
+            raise ValueError(f"{theirs} is {rest[theirs].shape}; expected one number")
+        value = rest.pop(theirs, None)
+        if is_pair and value is not None:
+            params[ours] = value.reshape(1)
+    if is_pair and "t" not in params:
+        raise ValueError("it has no logit_scale; expected a whole model of two towers")
+    if rest:
+        raise ValueError(
+            f"{len(rest)} tensors have no place in CLIP or SigLIP here, {sorted(rest)[0]} among "
+            "them"
+        )
+    return params
 
 
 def _find_kind(tensors: Mapping[str, np.ndarray], trunk: Mapping[str, Any]) -> str:
@@ -217,19 +239,26 @@ def _find_kind(tensors: Mapping[str, np.ndarray], trunk: Mapping[str, Any]) -> s
 
 
 def _usual_heads(tensors: Mapping[str, np.ndarray], part: str) -> int:
-    width = tensors[f"{PREFIXES[part][0]}embeddings.position_embedding.weight"].shape[-1]
+    width = _find_width(tensors, part)
     if width not in _HEADS_BY_WIDTH and width % 64:
         raise ValueError(
             f"nothing states how many attention heads share the width of {width} in {part}; "
             "expected its config.json or open_clip_config.json beside it"
         )
-    return _HEADS_BY_WIDTH.get(width, width // 64)
+    return _HEADS_BY_WIDTH.get(width) or width // 64
+
+
+def _find_width(tensors: Mapping[str, np.ndarray], part: str) -> int:
+    name = f"{PREFIXES[part][0]}embeddings.position_embedding.weight"
+    if name not in tensors:
+        raise ValueError(f"it has no {name}")
+    return tensors[name].shape[-1]
 
 
 def _read_tower(
     tensors: Mapping[str, np.ndarray], part: str, heads: Any
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    width = tensors[f"{PREFIXES[part][0]}embeddings.position_embedding.weight"].shape[-1]
+    width = _find_width(tensors, part)
     if type(heads) is not int or heads < 1 or width % heads:
         raise ValueError(f"{heads!r} attention heads do not divide the width of {width} in {part}")
     return to_linen(tensors, part, num_heads=heads)

@@ -37,6 +37,7 @@ from vit_jax.checkpoint.pretrained.weights import (
     Weights,
     check_blocks,
     check_loss,
+    check_tokenizer,
     infer_model,
     unstack_blocks,
 )
@@ -234,6 +235,7 @@ def _describe(
         objective_params=own,
         class_names=_find_class_names(workdir, described),
         loss=_find_loss(workdir, described),
+        tokenizer=check_tokenizer(described.get("tokenizer"), str(folder)),
         notes=(_WHICH[part],) if described and part in _WHICH else (),
     )
 

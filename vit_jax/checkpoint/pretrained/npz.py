@@ -25,6 +25,7 @@ from vit_jax.checkpoint.pretrained.weights import (
     Weights,
     check_blocks,
     check_loss,
+    check_tokenizer,
     describe_weights,
     infer_model,
     read_posemb,
@@ -127,6 +128,7 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
         **posemb,
         class_names=described.get("class_names"),
         loss=described.get("loss"),
+        tokenizer=described.get("tokenizer"),
     )
     return _check_described(weights, path)
 
@@ -255,8 +257,9 @@ def _read_description(path: epath.Path) -> dict[str, Any]:
         described = dict(read_json(beside).get("vit_jax", {}))
         names = check_names(described.pop("class_names", None), str(beside))
         loss = check_loss(described.pop("loss", None), str(beside))
+        tokenizer = check_tokenizer(described.pop("tokenizer", None), str(beside))
         sections = {section: as_tuples(dict(x)) for section, x in described.items()}
-        return sections | {"class_names": names, "loss": loss}
+        return sections | {"class_names": names, "loss": loss, "tokenizer": tokenizer}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{beside}: {error}; expected what was written with {path.name}") from error
 

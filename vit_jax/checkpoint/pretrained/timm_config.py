@@ -36,9 +36,9 @@ _HYBRIDS = {
     (3, 4, 6, 3): "vit_large_r50_s32_224",
 }
 _KEY_BIAS = re.compile(r"Transformer/encoderblock_\d+/.*/key/bias$")
-_SQUASHED = re.compile(r"decode\|resize\((\d+)(?:, ?(\d+))?[^|]*\)")
-_CENTERED = re.compile(r"decode\|resize_small\((\d+)[^|]*\)\|central_crop\((\d+)[^|]*\)")
-_METHOD = re.compile(r"method='(\w+?)(_antialias)?'")
+SQUASHED = re.compile(r"decode\|resize\((\d+)(?:, ?(\d+))?[^|]*\)")
+CENTERED = re.compile(r"decode\|resize_small\((\d+)[^|]*\)\|central_crop\((\d+)[^|]*\)")
+METHOD = re.compile(r"method='(\w+?)(_antialias)?'")
 
 
 def leave_out_pre_logits(weights: Weights) -> tuple[Weights, list[str]]:
@@ -180,15 +180,15 @@ def _describe_images(preprocess: Mapping[str, Any]) -> tuple[dict[str, Any], lis
         for key in ("mean", "std")
     }
     line = preprocess.get("eval") or ""
-    method = match[1] if (match := _METHOD.search(line)) else "bilinear"
+    method = match[1] if (match := METHOD.search(line)) else "bilinear"
     method = method if method in ("nearest", "bilinear", "bicubic", "lanczos") else "bilinear"
     images = colors | {"interpolation": method, "crop_pct": 1.0, "crop_mode": "squash"}
     resize: tuple[int, ...] = ()
     crop = 0, 0
-    if match := _CENTERED.fullmatch(line):
+    if match := CENTERED.fullmatch(line):
         resize, crop = (int(match[1]),), (int(match[2]), int(match[2]))
         images |= {"crop_mode": "center", "crop_pct": crop[0] / resize[0]}
-    elif match := _SQUASHED.fullmatch(line):
+    elif match := SQUASHED.fullmatch(line):
         resize = crop = int(match[1]), int(match[2] or match[1])
     if resize:
         same, _ = describe_evaluation(

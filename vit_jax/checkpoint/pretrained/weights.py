@@ -70,6 +70,8 @@ class Weights:
       class_names: names of the head's classes by label; None if they are not known.
       loss: "softmax" if the head was trained for one class per image, "sigmoid" if for any number;
         None if it is not known.
+      tokenizer: `line`, a value of `data.tokenizer`, and `sha256` of its vocabulary file, None if
+        there is no file; None if it is not known.
       notes: what was left out or changed while reading, one line each.
     """
 
@@ -82,6 +84,7 @@ class Weights:
     objective_params: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
     loss: Loss | None = None
+    tokenizer: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -96,7 +99,23 @@ def describe_weights(weights: Weights) -> dict[str, Any]:
         described["class_names"] = list(weights.class_names)
     if weights.loss is not None:
         described["loss"] = weights.loss
+    if weights.tokenizer is not None:
+        described["tokenizer"] = dict(weights.tokenizer)
     return described
+
+
+def check_tokenizer(tokenizer: Any, where: str) -> dict[str, Any] | None:
+    """Returns a description of a tokenizer that was read as JSON; None if there is none.
+
+    Raises:
+      UserError: it is no such description; the message starts with `where`.
+    """
+    if tokenizer is None:
+        return None
+    known = isinstance(tokenizer, Mapping) and isinstance(tokenizer.get("line"), str)
+    if not known or not isinstance(tokenizer.get("sha256"), str | None):
+        raise UserError(f"{where}: tokenizer={shorten(tokenizer)}: expected its line and checksum")
+    return {key: tokenizer.get(key) for key in ("line", "sha256")}
 
 
 def check_loss(loss: Any, where: str) -> Loss | None:
