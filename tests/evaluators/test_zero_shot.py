@@ -111,7 +111,9 @@ def test_zero_shot_averages_unit_vectors_of_prompts(devices, data_dir, split, tm
 
 def test_other_names_of_the_classes_give_other_prompts(data_dir, tmp_path):
     names = tmp_path / "names.txt"
-    names.write_text("".join(f"{n}\n" for n in "nul een twee drie vier vijf zes zeven acht".split()))
+    names.write_text(
+        "".join(f"{n}\n" for n in "nul een twee drie vier vijf zes zeven acht".split())
+    )
     evaluator = make(data_dir, ZeroShot, class_names=str(names))
     with pytest.raises(UserError, match="9 names for the 10 classes of digits_captions"):
         evaluator.open()

@@ -127,7 +127,10 @@ def test_a_frozen_image_tower_stays_as_it_is(data_dir):
     ("changes", "message"),
     [
         ({"model": IMAGE}, "expected model.name='two_towers', or objective.name="),
-        ({"data__name": "digits", "data__tokenizer": None, "evals": {}}, "digits has no captions: expected data that has"),
+        (
+            {"data__name": "digits", "data__tokenizer": None, "evals": {}},
+            "digits has no captions: expected data that has",
+        ),
         ({"data__tokenizer": None}, "data.tokenizer=None with objective.name='contrastive'"),
         (
             {"data__tokenizer": "bytes(length=40)"},
