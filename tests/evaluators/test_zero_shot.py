@@ -80,7 +80,7 @@ def split(data_dir):
 def embed(texts):
     tokens = np.zeros((len(texts), LENGTH))
     for row, text in zip(tokens, texts, strict=True):
-        ids = [byte + 3 for byte in text.encode()][: LENGTH - 1] + [1]
+        ids = [*[byte + 3 for byte in text.encode()][: LENGTH - 1], 1]
         row[: len(ids)] = ids
     return unit(tokens @ PARAMS["txt"])
 
@@ -111,9 +111,7 @@ def test_zero_shot_averages_unit_vectors_of_prompts(devices, data_dir, split, tm
 
 def test_other_names_of_the_classes_give_other_prompts(data_dir, tmp_path):
     names = tmp_path / "names.txt"
-    names.write_text(
-        "".join(f"{n}\n" for n in "nul een twee drie vier vijf zes zeven acht".split())
-    )
+    names.write_text("nul\neen\ntwee\ndrie\nvier\nvijf\nzes\nzeven\nacht\n")
     evaluator = make(data_dir, ZeroShot, class_names=str(names))
     with pytest.raises(UserError, match="9 names for the 10 classes of digits_captions"):
         evaluator.open()
@@ -176,7 +174,7 @@ def test_several_labels_are_right_if_one_is_and_images_without_do_not_count(data
 
 @pytest.mark.parametrize("kind", [ZeroShot, Retrieval])
 def test_evaluators_of_texts_need_texts(kind, data_dir):
-    with pytest.raises(UserError, match="is for objective.name='contrastive'"):
+    with pytest.raises(UserError, match=r"is for objective\.name='contrastive'"):
         make(data_dir, kind, objective=object())
-    with pytest.raises(UserError, match="data.tokenizer=None with evals.e.name="):
+    with pytest.raises(UserError, match=r"data\.tokenizer=None with evals\.e\.name="):
         make(data_dir, kind, tokenizer=None)

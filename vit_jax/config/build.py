@@ -53,6 +53,9 @@ from vit_jax.utils.durations import (
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import Part, bind, check_type, find_part, is_part, keywords
 
+# What learns without labels, after `objective` in a command.
+_UNLABELLED = ".name=contrastive, which learns from captions"
+
 # Percent of a run from one record of training to the next, by default.
 _LOG_PERCENT = 1
 
@@ -140,10 +143,15 @@ def _build_parts(
     place = functools.partial(constrain, mesh=mesh, sequence_parallel=strategy.sequence_parallel)
     _, make = _by_name(dict(settings.objective), OBJECTIVES, "supervised", key="objective")
     headless = getattr(make, "headless", False)
+    if not headless:
+        named = str(settings.objective.get("name", "supervised"))
+        _check_labels(data, "objective", named, _UNLABELLED)
     model, model_args = _make_model(
         model_section, data, mesh, place, headless=headless, float8=precision.float8
     )
     objective, objective_args = _make_objective(settings.objective, model, data, mesh)
+    if objective.needs_labels:
+        _check_labels(data, "objective", objective_args["name"], _UNLABELLED)
     clock = _make_clock(data, epoch_examples)
     total_steps = _total_steps(top, clock)
     every = functools.partial(_resolve_every, clock=clock, total_steps=total_steps)
@@ -264,6 +272,15 @@ def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
                 "expected data with captions, or leave it out"
             )
     return spec
+
+
+def _check_labels(data: DatasetSpec, key: str, name: str, advice: str) -> None:
+    """Raises `UserError` if data with captions alone is to be learned or judged by labels."""
+    if not data.info.num_classes:
+        raise UserError(
+            f"{key}.name={name!r} needs labels, and {data} has captions alone: expected data with "
+            f"labels, or --config.{key}{advice}"
+        )
 
 
 def _make_model(
@@ -493,6 +510,8 @@ def _make_evaluators(
             )
         supplied = {"name": name, "data": data, "objective": objective, "mesh": mesh}
         evaluator = make(**_take(supplied, make), **args)
+        if evaluator.needs_labels:
+            _check_labels(data, key, str(kind), "=none to leave it out")
         if evaluator.judges_head and match_classes and (other := data_args["data_name"]):
             info, owner, where = train_data.info, str(train_data), f"{key}.data_name"
             check_same_kind(info, data.info, owner, other, key=where)

@@ -318,7 +318,8 @@ class _Batches(abc.ABC):
             captions = record["text"] if "text" in record else self.source.captions(index)
             if not captions:
                 raise ImageError("it has no caption")
-            features["tokens"] = self.tokenizer.encode(self.choose(captions, position))
+            features["caption"] = self.choose(captions, position)
+            features["tokens"] = self.tokenizer.encode(features["caption"])
         image, shape = features["image"], self.blank["image"].shape
         if isinstance(image, Job) or (image.shape, image.dtype) == (shape, np.uint8):
             return features
@@ -410,6 +411,16 @@ def read_step(spec: DatasetSpec, *, seed: int, step: int) -> tuple[Batch, list[s
     positions = range(step * spec.batch_size, (step + 1) * spec.batch_size)
     records = [batches.source.describe(batches.order[position]) for position in positions]
     return next(batches.load([step])), records
+
+
+def read_examples(spec: DatasetSpec, *, seed: int, step: int) -> list[Features]:
+    """The examples of the global batch after `step` updates, each with its features.
+
+    Where captions are tokenized, `caption` is the one whose `tokens` the batch has.
+    """
+    batches = _TrainBatches(spec, (0,), 1, None, seed=seed)
+    positions = range(step * spec.batch_size, (step + 1) * spec.batch_size)
+    return [batches.example(position, apply) for position in positions]
 
 
 def train_order(spec: DatasetSpec, source: Source, *, seed: int) -> Order:

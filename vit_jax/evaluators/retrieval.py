@@ -37,6 +37,8 @@ class Retrieval(Evaluator):
     prefix: str = ""
     max_captions: int | None = None
 
+    needs_labels = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(min(self.k, default=0) >= 1, "k", "numbers of at least 1, such as (1, 5, 10)")

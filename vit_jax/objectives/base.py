@@ -40,6 +40,7 @@ class Objective(abc.ABC):
         same objective load them.
       frozen: regular expressions of whole paths of parameters that no gradient trains.
       classifies: whether `predict` returns `logits` `[batch, classes]`.
+      needs_labels: whether batches must have `label`.
       head_names: names of the heads of `head_logits` `[heads, batch, classes]`, if `predict`
         returns those.
     """
@@ -47,6 +48,7 @@ class Objective(abc.ABC):
     objective_params: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     classifies: bool = True
+    needs_labels: bool = True
 
     @property
     def head_names(self) -> tuple[str, ...]:

@@ -51,6 +51,7 @@ class Contrastive(CoupledObjective, ImageObjective):
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
 
     classifies = False
+    needs_labels = False
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         images, tokens = self.normalize(batch["image"][:1]), batch["tokens"][:1]

@@ -47,6 +47,7 @@ class MaskedAutoencoder(ImageObjective):
 
     objective_params = ("decoder",)
     classifies = False
+    needs_labels = False
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         images = self.normalize(batch["image"][:1])

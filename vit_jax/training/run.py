@@ -228,7 +228,8 @@ def _prepare(
         log(f"images: {', '.join(sizes)}")
         input_bytes = _count_input_bytes(experiment)
         if main_process:
-            data = fingerprint(experiment.train_data.open())
+            train_data = experiment.train_data
+            data = fingerprint(train_data.open(), train_data.find_tokenizer())
             checkpoints.run = describe_run(experiment.config, data=data)
             before = checkpoints.read_run()
             check_data(str(folder), before, checkpoints.run, settings.resume)

@@ -119,14 +119,11 @@ def find_captions(features: Mapping[str, Any]) -> str | None:
     """The name of the feature with captions: a text, several, or several features with a `text`."""
     for name in _CAPTIONS:
         feature = features.get(name)
-        inner = getattr(feature, "feature", feature)  # of a sequence
+        inner: Any = getattr(feature, "feature", feature)  # of a sequence
         if isinstance(inner, tfds.features.FeaturesDict):
             inner = dict(inner).get("text")
-        if (
-            isinstance(inner, tfds.features.Tensor)
-            and inner.shape == ()
-            and inner.np_dtype == object
-        ):
+        scalar = isinstance(inner, tfds.features.Tensor) and inner.shape == ()
+        if scalar and getattr(inner, "np_dtype", None) == np.dtype(object):
             return name
     return None
 
