@@ -29,7 +29,7 @@ def check_share(**shares: float) -> None:
 
 
 class Objective(abc.ABC):
-    """A model and what is minimised. Knows nothing of meshes, optimizers or checkpoints.
+    """A model and what is minimised. Knows nothing of optimizers or checkpoints.
 
     Batches from the data have `image` uint8 `[batch, height, width, channels]` and `label` int32
     `[batch]`, or float32 `[batch, classes]` of zeros and ones where examples have several labels.

@@ -160,7 +160,8 @@ def layer_names(params: Params) -> list[str]:
 
 def _layer(path: str) -> str:
     parts = path.split("/")[:-1] or [path]
-    return "/".join(parts[:2] if "encoderblock" in parts[min(1, len(parts) - 1)] else parts[:1])
+    depths = (depth for depth, part in enumerate(parts, 1) if "encoderblock" in part)
+    return "/".join(parts[: next(depths, 1)])
 
 
 def _norms_by_layer(grads: Params) -> jax.Array:
