@@ -6,15 +6,23 @@ python -m vit_jax.main --config=configs/digits_text.py --workdir=runs/digits_tex
 
 from ml_collections import ConfigDict
 
+# The places that captions name: averaged over all of them, a prompt names none.
+PLACES = [
+    *("in the middle", "shifted up", "shifted down", "shifted left", "shifted right"),
+    *("shifted up and left", "shifted up and right"),
+    *("shifted down and left", "shifted down and right"),
+]
+TEMPLATES = tuple(f"a photo of the digit {{}}, {place}" for place in PLACES)
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.total_steps = 1200
+    config.total_steps = 1500
     config.model = {
         "name": "two_towers",
         "image": {
-            "patch_size": 6,
+            "patch_size": 4,
             "hidden_size": 48,
             "num_layers": 4,
             "num_heads": 4,
@@ -53,7 +61,7 @@ def get_config() -> ConfigDict:
         "grad_clip_norm": 1.0,
     }
     preprocess = "decode|resize(24)"
-    zero_shot = {"name": "zero_shot", "templates": "a photo of the digit {}"}
+    zero_shot = {"name": "zero_shot", "templates": TEMPLATES}
     config.evals = {
         "val": zero_shot | {"split": "train[90%:]", "preprocess": preprocess, "every": 500},
         "test": zero_shot | {"split": "test", "preprocess": preprocess},
