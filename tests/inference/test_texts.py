@@ -48,7 +48,7 @@ def test_all_parameters_are_listed(loaded, siglip):
         ([], "there are no texts"),
         (
             np.zeros((2, 5), int),
-            r"texts are int64 \[2, 5\]: expected texts, or tokens, int32 \[n, 8",
+            r"texts are int64 \[2, 5\]: expected texts, or tokens",
         ),
         (np.full((1, 8), 97), "tokens are 97 to 97: expected 0 to 96"),
     ],
@@ -66,7 +66,7 @@ def test_a_tokenizer_of_another_model_is_refused(siglip):
 
 def test_it_has_no_classes(loaded):
     assert not loaded.classifies
-    with pytest.raises(UserError, match="has no classes of its own: expected model.image_embed"):
+    with pytest.raises(UserError, match=r"has no classes of its own: expected model.image_embed"):
         loaded(np.zeros((1, 32, 32, 3), np.uint8))
 
 

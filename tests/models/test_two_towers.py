@@ -73,6 +73,8 @@ def loss_of(model, params, io):
 @pytest.mark.parametrize("name", ["siglip_bv", "siglip2_bv", "lit_bv"])
 def test_embeddings_loss_and_gradients_are_those_of_big_vision(name):
     model, flat, io = read_two_towers(name)
+    if name == "siglip2_bv":  # What is recomputed does not change the values.
+        model = model.clone(img=model.img.clone(remat="full"), txt=model.txt.clone(remat="dots"))
     params = {"params": nested(flat)}
     zimg, ztxt, out = model.apply(params, io["image"], io["text"], train=False)
     np.testing.assert_allclose(zimg, io["zimg"], atol=1e-5)

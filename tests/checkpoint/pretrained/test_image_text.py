@@ -177,6 +177,35 @@ def test_an_image_tower_alone_becomes_a_classifier(part, tmp_path):
     np.testing.assert_allclose(out["pre_logits"], features[1]["pre_logits"], atol=1e-6)
 
 
+def test_an_image_tower_of_clip_in_timm_computes_the_same(tmp_path):
+    images = load_pretrained(f"{put(tmp_path / 'hf', 'hf_clip')}:img")
+    headless = {p: x for p, x in images.params.items() if not p.startswith("head/")}
+    with pytest.raises(ValueError, match="timm's head has a bias"):
+        to_timm(images.params, model=images.model, grid=(3, 3))
+    folder = tmp_path / "timm"
+    folder.mkdir()
+    model = {k: v for k, v in images.model.items() if k != "head_bias"}
+    tensors = to_timm(headless, model=model, grid=(3, 3))
+    assert "norm_pre.weight" in tensors
+    assert "patch_embed.proj.bias" not in tensors
+    write_tensors(folder / "model.safetensors", tensors, metadata={})
+    stated = {"num_heads": 4, "img_size": 24, "pre_norm": True, "mlp_ratio": 64 / 48}
+    config = {"architecture": "vit_base_patch8_clip_quickgelu_224", "num_classes": 0}
+    (folder / "config.json").write_text(json.dumps(config | {"model_args": stated}))
+    weights = load_pretrained(str(folder))
+    assert weights.model["activation"] == "quick_gelu"
+    assert weights.model["norm_epsilon"] == 1e-5
+    io = read_io("hf_clip")
+    apply = rebuild_model(weights).apply
+    out = apply({"params": nested(weights.params)}, images_and_tokens(io)[0], train=False)[1]
+    z = out["pre_logits"] @ images.params["head/kernel"]
+    z = z / np.linalg.norm(z, axis=-1, keepdims=True)
+    np.testing.assert_allclose(z, io["image_embeds"], atol=1e-5)
+    (folder / "config.json").write_text(json.dumps(config | {"model_args": {"pre_norm": False}}))
+    with pytest.raises(UserError, match="pre_norm=False"):
+        load_pretrained(str(folder))
+
+
 SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "mlp_dim": 68}
 SIGLIP = {
     "image": SIZES | {"patch_size": 8, "classifier": "map"},

@@ -100,9 +100,8 @@ def test_a_line_without_a_processor_is_noted(tmp_path):
 )
 def test_what_the_classes_do_not_compute_is_refused(case, change, message, tmp_path):
     weights = load(case, tmp_path)
-    model = {
-        k: v | change.get(k, {}) if isinstance(v, dict) else v for k, v in weights.model.items()
-    }
+    changed = {section: weights.model[section] | values for section, values in change.items()}
+    model = weights.model | changed
     with pytest.raises(UserError, match=message):
         write_safetensors(tmp_path / "out.safetensors", dataclasses.replace(weights, model=model))
     assert not (tmp_path / "out.safetensors").exists()

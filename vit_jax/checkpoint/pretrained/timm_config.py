@@ -22,13 +22,17 @@ from vit_jax.checkpoint.pretrained.weights import (
 )
 from vit_jax.utils.bounds import shorten
 
-_NORM_EPSILON = 1e-6
-_ACTIVATIONS = {"gelu_tanh": "gelu_tanh", "gelu_erf": "gelu", "swiglu": "silu"}
+_NORM_EPSILON, _CLIP_EPSILON = 1e-6, 1e-5
+_ACTIVATIONS = {
+    **{"gelu_tanh": "gelu_tanh", "gelu_erf": "gelu", "quick_gelu": "quick_gelu"},
+    "swiglu": "silu",
+}
 _POOLS = {"token": "token", "gap": "avg", "map": "map", "unpooled": "", "token_unpooled": ""}
 # timm's functions for a model of any size, and for hybrids by the units in the stages. timm ignores
 # arguments that are null, so none of these functions has layer scale, or a grid for positions.
 _PLAIN, _DISTILLED = "vit_base_patch16_224", "deit_base_distilled_patch16_224"
 _ROPE = "eva_giant_patch14_224"
+_CLIP = "vit_base_patch16_clip_224"
 _HYBRIDS = {
     (): "vit_tiny_r_s16_p8_224",
     (2, 2, 2, 2): "vit_small_r26_s32_224",
@@ -115,9 +119,10 @@ def _find_arguments(model: Mapping[str, Any], *, keys_biased: bool) -> tuple[str
 
     `keys_biased` is whether any bias of keys is not zero, see `to_timm`.
     """
-    epsilon = model.get("norm_epsilon", _NORM_EPSILON)
-    if not math.isclose(epsilon, _NORM_EPSILON):
-        raise ValueError(f"model.norm_epsilon={epsilon}: timm's models have {_NORM_EPSILON}")
+    epsilon, is_clip = model.get("norm_epsilon", _NORM_EPSILON), bool(model.get("pre_norm"))
+    expected = _CLIP_EPSILON if is_clip else _NORM_EPSILON
+    if not math.isclose(epsilon, expected):
+        raise ValueError(f"model.norm_epsilon={epsilon}: timm's models have {expected}")
     width, registers = model["hidden_size"], model.get("num_registers") or 0
     token = model["classifier"] in ("token", "token_unpooled")
     swiglu = model.get("activation") == "swiglu"
@@ -170,6 +175,8 @@ def _find_arguments(model: Mapping[str, Any], *, keys_biased: bool) -> tuple[str
     if model.get("distillation_token"):
         del arguments["class_token"], arguments["no_embed_class"], arguments["reg_tokens"]
         return _DISTILLED, arguments
+    if is_clip:
+        return _CLIP, arguments | {"pre_norm": True}
     return _PLAIN, arguments
 
 

@@ -41,7 +41,10 @@ def take_tower(weights: Weights, part: str) -> Weights:
         parts = sorted({path.partition("/")[0] for path in weights.params if "/" in path})
         raise UserError(f"there is no part {part!r}; expected one of {', '.join(parts)}")
     model = {"name": TEXT if part == "txt" else "vit"} | weights.model[TOWERS[part]]
-    of_images = part == "img"
+    of_images, notes = part == "img", weights.notes
+    if "head/kernel" in params:
+        width = params["head/kernel"].shape[-1]
+        notes = (*notes, f"head: of the tower, to embeddings of {width} channels: no classes")
     return dataclasses.replace(
         weights,
         params=params,
@@ -49,4 +52,8 @@ def take_tower(weights: Weights, part: str) -> Weights:
         model=model,
         preprocess=weights.preprocess if of_images else {},
         posemb_grid=weights.posemb_grid if of_images else None,
+        class_names=None,
+        loss=None,
+        tokenizer=None if of_images else weights.tokenizer,
+        notes=notes,
     )
