@@ -323,14 +323,13 @@ def test_a_config_that_learns_from_labels_is_refused_for_captions_alone(captione
         f"objective.name='supervised' needs labels, and {captioned} has captions alone: expected "
         "data with labels, or --config.objective.name=contrastive, which learns from captions"
     )
-    with pytest.raises(UserError, match=r"evals.val.name='classification' needs labels"):
+    with pytest.raises(UserError, match=r"evals.val.name='knn' needs labels"):
         Experiment.from_config(
             tiny_config(
                 None,
                 data__name=captioned,
                 data__preprocess="decode|resize(8)",
                 objective={"name": "mae"},
-                evals__val__split="train",
-                evals__val__preprocess="decode|resize(8)",
+                evals__val={"name": "knn", "split": "train", "preprocess": "decode|resize(8)"},
             )
         )

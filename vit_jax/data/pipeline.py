@@ -79,7 +79,7 @@ class DatasetSpec:
         names = [name for name, *_ in self.mixture] or [self.name]
         infos = [dataset_info(name, data_dir=self.data_dir) for name in names]
         info = merge_infos(infos, names, key=f"{self.key}.mixture")
-        if self.classes is None:
+        if self.classes is None or not info.num_classes:
             return info
         match_labels(Classes.of(info, str(self)), self.classes, key=self.key)
         count, class_names = self.classes.count, self.classes.names

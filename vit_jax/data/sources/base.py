@@ -155,7 +155,7 @@ class Dataset:
       captions: of each row, where `info.captions`.
 
     Raises:
-      UserError: there is another number of class names than of classes.
+      UserError: there is another number of class names than of classes, or captions are missing.
     """
 
     name: str
@@ -172,6 +172,10 @@ class Dataset:
             raise UserError(
                 f"data.name={self.name!r} has {len(names):,} class names for {count:,} classes; "
                 "expected as many"
+            )
+        if self.info.captions and self.captions is None:
+            raise UserError(
+                f"data.name={self.name!r} has captions=True in its info: expected its captions too"
             )
 
     @property

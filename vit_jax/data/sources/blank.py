@@ -29,7 +29,7 @@ def blank_dataset(text: str) -> Dataset:
     """1,024 black images, all in the split `train`; labels cycle from 0 to CLASSES - 1.
 
     `text` is `CLASSES`, for images without a known size, or `CLASSES,SIZE` with their side in
-    pixels; anything else raises `UserError`. All have the same caption.
+    pixels; anything else raises `UserError`.
     """
     match = re.fullmatch(r"([1-9]\d*)(?:,([1-9]\d*))?", text)
     if not match:
@@ -41,5 +41,5 @@ def blank_dataset(text: str) -> Dataset:
         records=_Black(size or 256),
         labels=np.arange(_EXAMPLES, dtype=np.int32) % classes,
         splits={"train": np.arange(_EXAMPLES)},
-        captions=[("a black image",)] * _EXAMPLES,
+        captions=[("a blank image",)] * _EXAMPLES,
     )
