@@ -88,3 +88,10 @@ def test_classes_without_a_prompt_are_refused(given, message):
     with pytest.raises(UserError) as e:
         find_class_names(given, None, count=2, owner="birds", key="k")
     assert message in str(e.value)
+
+
+def test_numbers_of_wordnet_are_no_names():
+    ids = ("n01440764", "n01443537")
+    with pytest.raises(UserError, match="names its classes by numbers of WordNet such as 'n0144"):
+        find_class_names(None, ids, count=2, owner="imagenet2012", key="k")
+    assert find_class_names(ids, None, count=2, owner="imagenet2012", key="k") == ids

@@ -4,6 +4,7 @@
 Source: arXiv:2103.00020 (CLIP), section 3.1.4.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "a picture with a {} in it.",
     ),
 }
+
+# What folders and TFDS call the classes of ImageNet.
+_WORDNET_ID = re.compile(r"n\d{8}")
 
 # Added to norms, as in the published code.
 _EPSILON = 1e-8
@@ -92,13 +96,18 @@ def find_class_names(
       key: the config key or argument, for errors.
 
     Raises:
-      UserError: there are none, or not one for each class.
+      UserError: there are none, or not one for each class, or those of the data are no words.
     """
     names: Sequence[str]
     if given is None:
         if known is None:
             raise UserError(
                 f"{key}=None: {owner} has no class names: expected a text file with one a line"
+            )
+        if all(_WORDNET_ID.fullmatch(name) for name in known):
+            raise UserError(
+                f"{key}=None: {owner} names its classes by numbers of WordNet such as {known[0]!r}: "
+                "expected a text file with one name a line"
             )
         names = known
     elif isinstance(given, str):
