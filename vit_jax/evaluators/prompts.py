@@ -106,8 +106,8 @@ def find_class_names(
             )
         if all(_WORDNET_ID.fullmatch(name) for name in known):
             raise UserError(
-                f"{key}=None: {owner} names its classes by numbers of WordNet such as {known[0]!r}: "
-                "expected a text file with one name a line"
+                f"{key}=None: {owner} names its classes by numbers of WordNet such as "
+                f"{known[0]!r}: expected a text file with one name a line"
             )
         names = known
     elif isinstance(given, str):
