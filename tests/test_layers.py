@@ -36,6 +36,7 @@ COMMANDS = (
     "evaluate",
     "explain",
     "export",
+    "average",
     "find_lr",
     "launch.gke",
     "launch.local",

@@ -252,6 +252,27 @@ CASES = {
         ("run photos --checkpoint=5", ["--checkpoint=5", "--workdir=run", "4"]),
         (MODEL + "none photos", ["none", "no such file"]),
     ],
+    "average": [
+        ("run --output=mean.npz", ["1 weights are given (run)", "expected two or more"]),
+        ("run run", ["--output is missing"]),
+        ("run run --output=mean.pth", ["--output=mean.pth", ".npz or .safetensors"]),
+        ("run run --output=noise.npz", ["--output=noise.npz", "exists"]),
+        ("run run --output=mean.npz --method=gredy", ["--method=gredy", "'greedy'"]),
+        (
+            "run run run --output=mean.npz --method=interpolate",
+            ["3 weights are given", "expected two"],
+        ),
+        ("run run --output=mean.npz --alphas=0.5", ["--alphas=0.5", "--method=interpolate"]),
+        (
+            "run run --output=mean.npz --method=interpolate --alphas=0,2",
+            ["--alphas=0,2", "from 0 to 1"],
+        ),
+        ("model.npz none.npz --output=mean.npz", ["none.npz", "no such file"]),
+        (
+            "model.npz model.npz --output=mean.npz --method=greedy",
+            ["--method=greedy", "expected --config"],
+        ),
+    ],
     "find_lr": [
         ("--output=seen", ["--config is missing"]),
         ("--config={root}/configs/digits.py", ["--output is missing"]),

@@ -31,6 +31,7 @@ COMMANDS = {
     "status": "status",
     "compare": "compare",
     "sweep": "sweep",
+    "average": "average",
     "find_lr": "find_lr",
     "convert": "convert",
     "export": "export",

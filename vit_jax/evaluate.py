@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.workdir import is_workdir, read_config
-from vit_jax.config.load import find_file, load_config, override_config, parse_overrides
-from vit_jax.config.reduced import reduce_for_evaluation
+from vit_jax.config.load import find_file, load_config, parse_overrides
 from vit_jax.observe.console import log, log_lines, set_up
 from vit_jax.observe.jsonl import append_record, read_records
 from vit_jax.observe.ledger import is_complete_early, read_ledger
@@ -222,7 +221,7 @@ def make_experiment(args: argparse.Namespace, overrides: dict[str, Any]) -> "Exp
     Raises:
       UserError: there is no config, it is wrong, or it has no evaluator.
     """
-    from vit_jax.training.experiment import Experiment
+    from vit_jax.training.evaluation import make_evaluation
 
     if args.config:
         config = load_config(args.config, {}).to_dict()
@@ -234,16 +233,7 @@ def make_experiment(args: argparse.Namespace, overrides: dict[str, Any]) -> "Exp
             config = read_config(args.workdir)
         except UserError as e:
             raise UserError(f"{e}; or add --config") from None
-    config = override_config(reduce_for_evaluation(config), overrides)
-    experiment = Experiment.from_config(config, match_classes=False)
-    if not experiment.evaluators:
-        raise UserError(
-            "config.evals is empty: expected evaluators, such as --config.evals.val.split=test "
-            "with --config.evals.val.preprocess=..."
-        )
-    for evaluator in experiment.evaluators:
-        evaluator.open()
-    return experiment
+    return make_evaluation(config, overrides)
 
 
 def find_changes(

@@ -378,4 +378,5 @@ def test_sharded_towers_give_the_embeddings_and_gradients_of_one_device(sequence
     expected, gradients = flatten(expected), flatten(gradients)
     for path, value in expected.items():
         np.testing.assert_allclose(gradients[path], value, rtol=1e-3, atol=1e-4, err_msg=path)
-    assert flatten(sharded)["txt/Embed_0/embedding"].sharding.spec == ("tensor", "fsdp")
+    spec = flatten(sharded)["txt/Embed_0/embedding"].sharding.spec
+    assert spec == PartitionSpec("tensor", "fsdp")

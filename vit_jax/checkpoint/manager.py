@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,11 @@ class CheckpointManager:
       options: when to write and what to keep.
       description: written into each checkpoint as JSON: arguments of the `model`, and how images
         are prepared for it (`preprocess`).
+      keep: returns the part of a tree of parameters that is written.
 
     Attributes:
       workdir: of the run.
+      base: written into the description: where the parameters that `keep` drops are read from.
       run: written into each checkpoint as `run.json`, see `provenance.describe_run`.
 
     Raises:
@@ -106,8 +108,11 @@ class CheckpointManager:
         workdir: Path,
         options: CheckpointOptions,
         description: Mapping[str, Any],
+        *,
+        keep: Callable[[Any], Any] = lambda params: params,
     ):
-        self._description = dict(description)
+        self._description, self._keep_params = dict(description), keep
+        self.base: Mapping[str, Any] = {}
         self.run: Mapping[str, Any] = {}
         self.workdir = workdir
         self._directory = workdir.absolute() / CHECKPOINTS
@@ -156,6 +161,13 @@ class CheckpointManager:
         """Returns the folder of the checkpoint of a step."""
         return self._directory / str(step)
 
+    def read_base(self) -> dict[str, Any]:
+        """Returns `base` of the newest checkpoint; empty if it has none."""
+        if self._latest is None:
+            return {}
+        described = read_json(self.path(self._latest) / DESCRIPTION / "metadata")
+        return described.get("base", {})
+
     def read_run(self) -> dict[str, Any]:
         """Returns `run.json` of the newest checkpoint; empty if it has none."""
         return {} if self._latest is None else read_run(self.path(self._latest))
@@ -180,6 +192,7 @@ class CheckpointManager:
           SaveError: see `wait`.
         """
         self.wait()
+        state = self._select(state)
         if not math.isfinite(value := metrics.get(self._best or "", 0.0)):
             log(f"{self._best} of step {step} is {value}: its checkpoint can't be the best")
         self._saving, self._unlogged, work = step, unlogged, lambda: None
@@ -196,6 +209,11 @@ class CheckpointManager:
         self._thread = threading.Thread(target=work, name="checkpoint")
         self._thread.start()
 
+    def _select(self, state: TrainState) -> TrainState:
+        """The part of a state that is written."""
+        ema = None if state.ema_params is None else self._keep_params(state.ema_params)
+        return dataclasses.replace(state, params=self._keep_params(state.params), ema_params=ema)
+
     def _try_to_write(self) -> str | None:
         """Returns why nothing can be written; checked before processes wait for each other."""
         try:
@@ -209,7 +227,8 @@ class CheckpointManager:
 
     def _start(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
         items: dict[str, Any] = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
-        items[DESCRIPTION] = ocp.args.JsonSave(self._description)
+        base = {"base": dict(self.base)} if self.base else {}
+        items[DESCRIPTION] = ocp.args.JsonSave({**self._description, **base})
         # After SIGTERM there was no evaluation, and this checkpoint can't be the best.
         name = self._best
         if name is not None and math.isfinite(metrics.get(name, math.nan)):
@@ -325,14 +344,16 @@ class CheckpointManager:
         Damaged ones that are newer are moved to `WORKDIR/broken`.
 
         Args:
-          abstract_state: shapes, dtypes and shardings (`jax.ShapeDtypeStruct`) of the result.
+          abstract_state: shapes, dtypes and shardings (`jax.ShapeDtypeStruct`) of the result, which
+            has the parameters that `keep` keeps.
 
         Raises:
           UserError: the checkpoint can't be read, or is of another model or optimizer.
         """
         step = self._latest
         assert step is not None
-        items = {k: ocp.args.StandardRestore(v) for k, v in _items(abstract_state).items()}
+        wanted = _items(self._select(abstract_state))
+        items = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
         try:
             with quiet_reads():
                 found = self._checkpointer.restore(

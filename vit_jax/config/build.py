@@ -29,6 +29,7 @@ from vit_jax.evaluators.kinds import EVALUATORS
 from vit_jax.models.attention import choose_attention
 from vit_jax.models.block_config import Constrain
 from vit_jax.models.interface import Model, check_outputs, find_grid
+from vit_jax.models.lora import Lora
 from vit_jax.models.names import guess_variant, normalize_variant
 from vit_jax.models.two_towers import TOWERS, TwoTowers
 from vit_jax.models.variants import MODELS, bind_towers, make_two_towers
@@ -130,7 +131,7 @@ def _build_parts(
     top = use_cut(read_config(config))
     typed = {
         name: read_section(name, top[name])
-        for name in ("data", "profile", "resume", "stop", "tracking", "watchdog")
+        for name in ("data", "lora", "profile", "resume", "stop", "tracking", "watchdog")
     }
     made = {name: section for name, (section, _) in typed.items()}
     values: dict[str, Any] = top | made | {"checkpoint": CheckpointOptions()}
@@ -147,7 +148,13 @@ def _build_parts(
         named = str(settings.objective.get("name", "supervised"))
         _check_labels(data, "objective", named, _UNLABELLED)
     model, model_args = _make_model(
-        model_section, data, mesh, place, headless=headless, float8=precision.float8
+        model_section,
+        data,
+        mesh,
+        place,
+        headless=headless,
+        float8=precision.float8,
+        lora=settings.lora if settings.lora.rank else None,
     )
     objective, objective_args = _make_objective(settings.objective, model, data, mesh)
     if objective.needs_labels:
@@ -156,7 +163,7 @@ def _build_parts(
     total_steps = _total_steps(top, clock)
     every = functools.partial(_resolve_every, clock=clock, total_steps=total_steps)
     optimizer, optimizer_args = _make_optimizer(
-        optimizer_section, total_steps, clock, mesh, objective
+        optimizer_section, total_steps, clock, mesh, objective, settings.lora
     )
     evaluators, eval_args = _make_evaluators(
         settings.evals, data, objective, mesh, every=every, match_classes=match_classes
@@ -291,6 +298,7 @@ def _make_model(
     *,
     headless: bool,
     float8: bool,
+    lora: Lora | None,
 ) -> tuple[Model, _Section]:
     name = str(section.get("name", "vit"))
     if not is_part(name) and name not in MODELS and (variant := guess_variant(name)):
@@ -304,7 +312,7 @@ def _make_model(
     section.setdefault("num_classes", 0 if headless else data.info.num_classes)
     if make is make_two_towers:
         section = _fit_to_tokenizer(section, data)
-    (args,) = bind(section, make, key="model", given=("constrain", "float8"))
+    (args,) = bind(section, make, key="model", given=("constrain", "float8", "lora"))
     if headless and args["num_classes"]:
         raise UserError(
             f"model.num_classes={args['num_classes']}: this objective trains a model without its "
@@ -317,7 +325,9 @@ def _make_model(
         )
     if float8 and "float8" not in keywords(make):
         raise UserError(f"precision='float8': model.name={name!r} has no argument float8")
-    model = make(**args, **_take({"constrain": place, "float8": float8}, make))
+    if lora is not None and "lora" not in keywords(make):
+        raise UserError(f"lora.rank={lora.rank}: model.name={name!r} has no argument lora")
+    model = make(**args, **_take({"constrain": place, "float8": float8, "lora": lora}, make))
     if isinstance(make, Part):
         check_outputs(model, name, data.image_shape())
     find_grid(model, data.image_shape()[:2])
@@ -407,14 +417,14 @@ def _make_objective(
 
 
 def _make_optimizer(
-    section: _Section, total_steps: int, clock: Clock, mesh: Mesh, objective: Objective
+    section: _Section, total_steps: int, clock: Clock, mesh: Mesh, objective: Objective, lora: Lora
 ) -> tuple[Optimizer, _Section]:
     gives = (BaseOptimizer, optax.GradientTransformation)
     name, base = _by_name(section, BASE_OPTIMIZERS, "adamw", *gives, key="optimizer")
     given = ("base", "total_steps", "clock")
     args, base_args = bind(section, make_optimizer, base, key="optimizer", given=given)
     rules = {
-        "freeze": (*args["freeze"], *objective.frozen),
+        "freeze": (*args["freeze"], *objective.frozen, *lora.frozen),
         "lr_multipliers": (*args["lr_multipliers"], *objective.lr_multipliers()),
     }
     made = base(**base_args)

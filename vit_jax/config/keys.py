@@ -52,7 +52,7 @@ class _Section:
 
 _SECTIONS = {
     "mesh": _Section((make_mesh, Strategy), given=("devices",), more=("rules",)),
-    "model": _Section(choices=MODELS, given=("constrain", "float8")),
+    "model": _Section(choices=MODELS, given=("constrain", "float8", "lora")),
     "objective": _Section(
         choices=OBJECTIVES,
         given=("model", "num_classes", "image_shape", "multi_label", "class_names"),

@@ -49,10 +49,10 @@ def reduce_for_evaluation(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config without what only training needs.
 
     `adapt.dont_load` is removed too: a checkpoint of the run has all parameters, those that the run
-    re-initialised among them.
+    re-initialised among them. So is `lora`, since adapters are added when weights are read.
     """
     adapt = {k: v for k, v in (config.get("adapt") or {}).items() if k != "dont_load"}
-    unused = dict.fromkeys(("init_from", "checkpoint", "stop", "profile", "tracking"))
+    unused = dict.fromkeys(("init_from", "lora", "checkpoint", "stop", "profile", "tracking"))
     return {**config, "adapt": adapt, **unused}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from vit_jax.checkpoint.manager import CheckpointOptions
 from vit_jax.data.corrupt import MAX_CORRUPT
+from vit_jax.models.lora import Lora
 from vit_jax.observe.divergence import POLICIES
 from vit_jax.observe.early_stopping import Stop
 from vit_jax.observe.profiler import Profile
@@ -154,6 +155,7 @@ class Config:
     max_loss: float | None = key(None, may_change=True)
     init_from: str | None = key(None, may_change=True, old=["model_or_filename", "pretrained_dir"])
     adapt: dict = key(dict, may_change=True)
+    lora: Lora = key(Lora)
     checkpoint: CheckpointOptions = key(
         CheckpointOptions, may_change=True, old={"checkpoint_every": "every"}
     )
@@ -243,6 +245,7 @@ _MEANT = {
     "data": "data.name",
     "optimizer": "optimizer.name",
     "objective": "objective.name or objective.loss",
+    "lora": "lora.rank",
     "mesh": "mesh.data, mesh.fsdp or mesh.tensor",
     "checkpoint": "checkpoint.every or checkpoint.keep",
     "tracking": "tracking.trackers",

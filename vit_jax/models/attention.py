@@ -137,7 +137,7 @@ class MultiHeadDotProductAttention(nn.Module):
                 (config.num_heads, head_dim),
                 dtype=config.dtype,
                 kernel_init=nn.initializers.xavier_uniform(),
-                dot_general=config.dot_general,
+                **config.product,
                 name=name,
             )
             x = checkpoint_name(dense(x), "qkv")
@@ -181,7 +181,7 @@ class MultiHeadDotProductAttention(nn.Module):
             axis=(-2, -1),
             dtype=config.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
-            dot_general=config.dot_general,
+            **config.product,
             name="out",
         )(x)
         return checkpoint_name(x[:, :length], "attn_out")

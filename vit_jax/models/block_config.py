@@ -2,13 +2,16 @@
 """The options that the layers of a model share."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from vit_jax.models.lora import NAME as LORA
+from vit_jax.models.lora import Lora, LoraProduct
 from vit_jax.models.products import dot_tokens, dot_tokens_float8
 
 # Shards an activation over the mesh, given one logical name for each of its dimensions.
@@ -47,9 +50,13 @@ class BlockConfig:
     norm_epsilon: float = 1e-6
     dtype: DTypeLike = jnp.float32
     float8: bool = False
+    lora: Lora | None = None
     constrain: Constrain = unconstrained
 
     @property
-    def dot_general(self) -> Callable[..., jax.Array]:
-        """The matrix product of dense layers on tokens, as `flax.linen.Dense` takes it."""
-        return dot_tokens_float8 if self.float8 else dot_tokens
+    def product(self) -> dict[str, Any]:
+        """The matrix product of dense layers on tokens, as arguments of `flax.linen.Dense`."""
+        product = dot_tokens_float8 if self.float8 else dot_tokens
+        if self.lora is None:
+            return {"dot_general": product}
+        return {"dot_general_cls": functools.partial(LoraProduct, self.lora, product, name=LORA)}

@@ -173,7 +173,7 @@ class MlpBlock(nn.Module):
                 dtype=config.dtype,
                 kernel_init=self.kernel_init,
                 bias_init=self.bias_init,
-                dot_general=config.dot_general,
+                **config.product,
                 name=name,
             )
 

@@ -12,6 +12,7 @@ import jax
 from vit_jax.models.block_config import BlockConfig, Constrain, unconstrained
 from vit_jax.models.blocks import MlpBlock, StochasticDepth
 from vit_jax.models.heads import apply_head
+from vit_jax.models.lora import Lora
 from vit_jax.models.positions import patch_grid
 from vit_jax.models.vit import Dtype
 
@@ -69,6 +70,7 @@ class MlpMixer(nn.Module, kw_only=True):
     head_bias_init: float = 0.0
     dtype: Dtype = "float32"
     float8: bool = False
+    lora: Lora | None = None
     constrain: Constrain = unconstrained
 
     # How images are pooled, by the names of `VisionTransformer`.
@@ -88,6 +90,7 @@ class MlpMixer(nn.Module, kw_only=True):
             dropout_rate=self.dropout_rate,
             dtype=self.dtype,
             float8=self.float8,
+            lora=self.lora,
             constrain=self.constrain,
         )
         x = nn.Conv(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from vit_jax.models.block_config import Activation, Attention, BlockConfig, Constrain, unconstrained
 from vit_jax.models.blocks import DepthSchedule, Encoder, Remat
 from vit_jax.models.heads import HeadInit, MAPHead, apply_head
+from vit_jax.models.lora import Lora
 from vit_jax.utils.errors import UserError
 
 TextPooling = Literal["last", "first", "eot", "gap", "map", "max"]
@@ -73,6 +74,7 @@ class TextTransformer(nn.Module, kw_only=True):
     attention: Attention = "auto"
     dtype: Dtype = "float32"
     float8: bool = False
+    lora: Lora | None = None
     constrain: Constrain = unconstrained
 
     @property

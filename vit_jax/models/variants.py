@@ -9,6 +9,7 @@ from typing import Any
 
 from vit_jax.models.block_config import Constrain, unconstrained
 from vit_jax.models.blocks import parse_remat
+from vit_jax.models.lora import Lora
 from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.names import GAP, SIZES, guess_variant, normalize_variant
 from vit_jax.models.positions import FIXED_POSITIONS
@@ -159,7 +160,7 @@ def make_text_transformer(
 
 
 # Arguments of the towers that are set for both at once, or that follow from the model.
-_OF_BOTH = ("num_classes", "dtype", "constrain", "float8")
+_OF_BOTH = ("num_classes", "dtype", "constrain", "float8", "lora")
 
 
 def make_two_towers(
@@ -173,6 +174,7 @@ def make_two_towers(
     dtype: Dtype = "float32",
     constrain: Constrain = unconstrained,
     float8: bool = False,
+    lora: Lora | None = None,
 ) -> TwoTowers:
     """Makes a model of images and texts.
 
@@ -187,6 +189,7 @@ def make_two_towers(
       dtype: of the computation of both towers.
       constrain: shards activations over a mesh.
       float8: see `VisionTransformer`.
+      lora: which matrix products of both towers have adapters; None for none.
 
     Raises:
       UserError: an argument of a tower is unknown, missing or impossible, or `num_classes` is set.
@@ -199,7 +202,7 @@ def make_two_towers(
     if scale_init <= 0:
         raise UserError(f"model.scale_init={scale_init}: expected more than 0, such as 10.0")
     towers = bind_towers({"image": image, "text": text})
-    shared = {"dtype": dtype, "constrain": constrain, "float8": float8}
+    shared = {"dtype": dtype, "constrain": constrain, "float8": float8, "lora": lora}
     img = make_vit(**towers["image"], **shared, num_classes=width or 0)
     if "unpooled" in img.classifier:
         raise UserError(

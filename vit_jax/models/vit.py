@@ -16,6 +16,7 @@ from vit_jax.models import resnet
 from vit_jax.models.block_config import Activation, Attention, BlockConfig, Constrain, unconstrained
 from vit_jax.models.blocks import DepthSchedule, Encoder, Remat
 from vit_jax.models.heads import HeadInit, MAPHead, apply_head
+from vit_jax.models.lora import Lora
 from vit_jax.models.positions import fixed_positions, patch_grid, rotation_2d
 
 Classifier = Literal["token", "gap", "map", "unpooled", "token_unpooled"]
@@ -77,6 +78,7 @@ class VisionTransformer(nn.Module, kw_only=True):
       dtype: dtype of the computation. Parameters and logits are float32.
       float8: whether the matrix products of attention projections and MLPs, and of their gradients,
         take float8 inputs (see `models.float8`). The parameters are the same.
+      lora: which matrix products have adapters; None for none.
       constrain: shards activations over a mesh.
 
     Call: images `[batch, height, width, channels]` (float, [-1, 1] for published weights; height
@@ -122,6 +124,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     attention: Attention = "auto"
     dtype: Dtype = "float32"
     float8: bool = False
+    lora: Lora | None = None
     constrain: Constrain = unconstrained
 
     @property

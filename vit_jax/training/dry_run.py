@@ -53,7 +53,7 @@ def describe_dry_run(config: ConfigDict | Mapping[str, Any], workdir: str) -> li
             except NotPreparedError:
                 experiment, known = Experiment.from_config(config, epoch_examples=_UNKNOWN), False
             check_trackers(experiment.settings.tracking)
-            _ = experiment.abstract_state  # Refuses rules that do not fit the parameters.
+            experiment.check()
             folder = open_workdir(
                 workdir,
                 experiment.config,

@@ -16,6 +16,8 @@ from vit_jax.checkpoint.pretrained.hub import find_weights
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.checkpoint.workdir import find_step
+from vit_jax.config.load import override_config
+from vit_jax.config.reduced import reduce_for_evaluation
 from vit_jax.data.classes import Classes
 from vit_jax.evaluators.base import evaluate
 from vit_jax.objectives.base import Params
@@ -24,6 +26,28 @@ from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
 
 _MAX_NAME = 100  # characters of changed config keys in the name of a file
+
+
+def make_evaluation(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Experiment:
+    """Returns the experiment of a config without what only training needs; its data is opened.
+
+    Args:
+      config: of a run.
+      overrides: values by dotted key.
+
+    Raises:
+      UserError: the config is wrong, its data is missing, or it has no evaluator.
+    """
+    config = override_config(reduce_for_evaluation(config), dict(overrides))
+    experiment = Experiment.from_config(config, match_classes=False)
+    if not experiment.evaluators:
+        raise UserError(
+            "config.evals is empty: expected evaluators, such as --config.evals.val.split=test "
+            "with --config.evals.val.preprocess=..."
+        )
+    for evaluator in experiment.evaluators:
+        evaluator.open()
+    return experiment
 
 
 class Judge:
@@ -66,17 +90,13 @@ class Judge:
         return {key: value for keys in self._changes.values() for key, value in keys.items()}
 
     def load(self, source: str) -> tuple[Params, Params | None]:
-        """Reads the parameters of a checkpoint and, if it has one, their average.
-
-        How they were adapted is logged when it differs from the checkpoint before. Evaluators of
-        the head give their examples the labels that its classes have in the weights.
+        """Reads the parameters of a checkpoint and, if it has one, their average; see `place`.
 
         Args:
           source: as `load_pretrained` takes it.
 
         Raises:
-          UserError: they can't be read or don't fit, or a head that is evaluated is missing or
-            lacks classes of the data.
+          UserError: they can't be read, or for the reasons of `place`.
         """
         params = self._load(source)
         if not (Path(source) / "ema_params").is_dir():
@@ -106,9 +126,25 @@ class Judge:
 
     def _load(self, source: str) -> Params:
         weights = load_pretrained(source)
+        log(f"evaluating {source} ({weights.layout})")
+        return self.place(weights, source)
+
+    def place(self, weights: Weights, source: str) -> Params:
+        """Fits weights to the model, and moves them to the devices.
+
+        How they were adapted is logged when it differs from the weights before. Evaluators of the
+        head give their examples the labels that its classes have in the weights.
+
+        Args:
+          weights: of the same kind of model.
+          source: their name in messages.
+
+        Raises:
+          UserError: they don't fit, or a head that is evaluated is missing or lacks classes of the
+            data.
+        """
         params, notes = self._experiment.fit_params(weights, self._initial)
         self._check_head(params, source)
-        log(f"evaluating {source} ({weights.layout})")
         if notes != self._notes:
             for note in notes:
                 log(f"  {note}")

@@ -25,6 +25,7 @@ from vit_jax.config.build import Parts, build_parts
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.pipeline import train_batches
 from vit_jax.models.interface import Model, find_grid
+from vit_jax.models.lora import NAME as LORA
 from vit_jax.models.two_towers import TOWERS, TwoTowers
 from vit_jax.objectives.base import Params
 from vit_jax.observe.console import log
@@ -33,9 +34,19 @@ from vit_jax.parallel.sharding import constrain, infer_shardings, scatter_gradie
 from vit_jax.training import step as step_lib
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import is_part
+from vit_jax.utils.tree import flatten, merge, partition
 
 # Fields of a model that are Flax's, or that do not change what it computes.
-_NO_PART_OF_A_MODEL = ("parent", "name", "constrain", "scan", "remat", "attention", "float8")
+_NO_PART_OF_A_MODEL = (
+    "parent",
+    "name",
+    "constrain",
+    "scan",
+    "remat",
+    "attention",
+    "float8",
+    "lora",
+)
 
 
 def _list_arguments(model: Model) -> dict[str, Any]:
@@ -43,7 +54,7 @@ def _list_arguments(model: Model) -> dict[str, Any]:
     if isinstance(model, TwoTowers):
         towers = {TOWERS[part]: _list_arguments(tower) for part, tower in model.towers.items()}
         own = {"width": model.img.num_classes or None, "dtype": model.img.dtype}
-        own |= {"scale_init": model.scale_init, "bias_init": model.bias_init}
+        own |= {"scale_init": model.scale_init, "bias_init": model.bias_init, "num_classes": 0}
         for tower in towers.values():
             for name in ("num_classes", "dtype"):  # These are arguments of the whole.
                 del tower[name]
@@ -90,10 +101,26 @@ class Experiment(Parts):
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the train state."""
         shapes = jax.eval_shape(self._make_state)
+        self.settings.lora.check(list(flatten(shapes.params)))
         shardings = infer_shardings(shapes, self.mesh, self.strategy, params=shapes.params)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
         )
+
+    def check(self) -> None:
+        """Checks that the config can be trained.
+
+        Raises:
+          UserError: a rule for single parameters matches none of them, or adapters have no weights
+            to be added to.
+        """
+        _ = self.abstract_state
+        if (rank := self.settings.lora.rank) and self.settings.init_from is None:
+            raise UserError(
+                f"lora.rank={rank} without init_from: all but the adapters and the head would "
+                "stay as they are initialised; expected weights to start from, such as "
+                "--config.init_from=augreg:B/16"
+            )
 
     def _make_state(self, params: Any = None) -> TrainState:
         batch = {k: jnp.zeros((1, *v.shape[1:]), v.dtype) for k, v in self.abstract_batch.items()}
@@ -106,24 +133,59 @@ class Experiment(Parts):
             params=params,
         )
 
-    def init_state(self) -> TrainState:
-        """Returns the state before the first step, each array created on the devices that hold it.
+    def load_weights(self) -> Weights | None:
+        """Reads the weights of `init_from`; None without it.
 
-        With `init_from` the parameters are loaded from there and adapted to this model; what was
-        adapted is logged.
+        Raises:
+          UserError: they can't be read.
         """
-        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         if self.settings.init_from is None:
-            return jax.jit(self._make_state, out_shardings=shardings)()
+            return None
         try:
-            weights = load_pretrained(self.settings.init_from)
+            return load_pretrained(self.settings.init_from)
         except UserError as e:
             raise UserError(f"init_from={self.settings.init_from!r}: {e}") from e
+
+    def init_state(self, weights: Weights | None = None) -> TrainState:
+        """Returns the state before the first step, each array created on the devices that hold it.
+
+        With `init_from` the parameters are adapted to this model; what was adapted is logged.
+
+        Args:
+          weights: those of `init_from`, if they have been read.
+        """
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        weights = weights or self.load_weights()
+        if weights is None:
+            return jax.jit(self._make_state, out_shardings=shardings)()
         params, notes = self.fit_params(weights, self.initial_params())
         log(f"parameters from {self.settings.init_from} ({weights.layout})")
         for note in [*notes, *self._compare_classes(weights, notes)]:
             log(f"  {note}")
         return jax.jit(self._make_state, out_shardings=shardings)(params)
+
+    def keep(self, params: Params) -> Params:
+        """Returns the part of a tree of parameters that checkpoints hold.
+
+        With adapters these are the trained parameters; `complete` adds the others.
+        """
+        return self.optimizer.rules.split(params)[0] if self.settings.lora.rank else params
+
+    def complete(self, state: TrainState, weights: Weights) -> TrainState:
+        """Adds the parameters that checkpoints do not hold to a state that was read from one.
+
+        Args:
+          state: with parameters as `keep` returns them.
+          weights: those of `init_from`.
+        """
+        params, _ = self.fit_params(weights, self.initial_params())
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state.params)
+        frozen, where = (self.optimizer.rules.split(tree)[1] for tree in (params, shardings))
+
+        # Two copies with an average, since buffers of a donated state must not alias.
+        place = jax.jit(lambda x: x, out_shardings=where)
+        ema = None if state.ema_params is None else merge(state.ema_params, place(frozen))
+        return dataclasses.replace(state, params=merge(state.params, place(frozen)), ema_params=ema)
 
     def _compare_classes(self, weights: Weights, notes: Sequence[str]) -> list[str]:
         theirs, ours = weights.class_names, self.train_data.info.class_names
@@ -157,9 +219,10 @@ class Experiment(Parts):
         """
         check_arguments(weights, self.model)
         own = {name: initial[name] for name in self.objective.objective_params}
+        adapters, others = partition(initial, lambda path: f"/{LORA}/" in path)
         params, notes = adapt_params(
             weights,
-            {name: x for name, x in initial.items() if name not in own},
+            {name: x for name, x in others.items() if name not in own},
             target_grid=find_grid(self.model, self.train_data.image_shape()[:2]),
             num_class_tokens=getattr(self.model, "num_class_tokens", 0),
             **self.settings.adapt,
@@ -168,7 +231,7 @@ class Experiment(Parts):
         notes = [*weights.notes, *notes, *more]
         notes += compare_models(weights.model, self.description["model"])
         notes += compare_preprocess(weights.preprocess, self.description["preprocess"])
-        return params | own, notes
+        return merge(params | own, adapters), notes
 
     def place_params(self, params: Params) -> Params:
         """Moves parameters from the memory of the host to the devices that hold them."""
@@ -196,6 +259,7 @@ class Experiment(Parts):
             "class_names": self.train_data.info.class_names,
             "loss": loss if loss in get_args(Loss) else None,
             **self._describe_tokenizer(),
+            **({"lora": dataclasses.asdict(settings.lora)} if settings.lora.rank else {}),
         }
 
     def _describe_tokenizer(self) -> dict[str, Any]:

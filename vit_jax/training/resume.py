@@ -14,6 +14,7 @@ import jax
 
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manager import CheckpointManager
+from vit_jax.checkpoint.pretrained.base import check_base, describe_base
 from vit_jax.checkpoint.state import TrainState
 from vit_jax.checkpoint.workdir import check_files, find_config, read_labels
 from vit_jax.config.schema import CONTENT, Resume, may_change
@@ -248,12 +249,22 @@ def _check_progress(path: str, workdir: Path) -> None:
 
 def restore(experiment: Experiment, checkpoints: CheckpointManager) -> tuple[int, TrainState]:
     """The step after which a run starts or resumes, and the state to do so with."""
-    saved = checkpoints.latest_step() or 0
+    saved, settings = checkpoints.latest_step() or 0, experiment.settings
+    has_base = bool(settings.lora.rank)
+    weights = experiment.load_weights() if has_base or not saved else None
+    if has_base and weights is not None and settings.init_from is not None:
+        channels = experiment.train_data.image_shape()[2]
+        checkpoints.base = describe_base(
+            settings.init_from, weights, channels=channels, adapt=settings.adapt
+        )
     if saved:
         state = checkpoints.restore(experiment.abstract_state)
+        if has_base and weights is not None:
+            check_base(weights, checkpoints.read_base(), where="init_from")
+            state = experiment.complete(state, weights)
         log(f"resuming from {checkpoints.path(saved)}")
     else:
-        state = experiment.init_state()
+        state = experiment.init_state(weights)
     rollbacks = read_rollbacks(checkpoints.workdir)
     start = skip_past(saved, broadcast_from_process_0(rollbacks))
     if start > saved:

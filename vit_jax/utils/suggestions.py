@@ -64,6 +64,13 @@ _KEYS = {
     "model.stochastic_depth_rate": "drop_path drop_path_rate stochastic_depth "
     "stochastic_depth_prob",
     "model.patch_dropout_rate": "patch_drop_rate patch_dropout",
+    "lora.rank": "lora_r lora_rank r",
+    "lora.alpha": "lora_alpha",
+    "lora.targets": "lora_target_modules target_modules",
+    "lora.patterns": "rank_pattern alpha_pattern",
+    "lora.scaling": "use_rslora",
+    "lora.method": "use_dora peft_type",
+    "lora.train": "modules_to_save",
     "model.remat": "checkpoint_activations grad_checkpointing gradient_checkpointing",
     "objective.loss": "bce_loss criterion loss_fn",
     "objective.label_smoothing": "label_smooth smoothing",

@@ -18,6 +18,7 @@ from etils import epath
 from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.manager import DESCRIPTION, quiet_reads
 from vit_jax.checkpoint.manifest import find_fault, has_manifest
+from vit_jax.checkpoint.pretrained.base import check_base, find_base
 from vit_jax.checkpoint.pretrained.catalogue import load_catalogue
 from vit_jax.checkpoint.pretrained.description import check_description
 from vit_jax.checkpoint.pretrained.download import fetch, resolve
@@ -29,6 +30,7 @@ from vit_jax.checkpoint.pretrained.hub import (
     refuse_format,
 )
 from vit_jax.checkpoint.pretrained.npz import read_npz
+from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors
 from vit_jax.checkpoint.pretrained.towers import take_tower
 from vit_jax.checkpoint.pretrained.weights import (
@@ -42,6 +44,7 @@ from vit_jax.checkpoint.pretrained.weights import (
     unstack_blocks,
 )
 from vit_jax.checkpoint.workdir import read_config, read_labels
+from vit_jax.models.lora import Lora, merge_adapters
 from vit_jax.models.names import guess_variant
 from vit_jax.models.two_towers import TOWERS
 from vit_jax.utils.bounds import MAX_WEIGHTS, check_growth, check_tree, open_outside, read_json
@@ -49,7 +52,7 @@ from vit_jax.utils.class_names import check_names
 from vit_jax.utils.errors import UserError, describe_error, first_line
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG
 from vit_jax.utils.nested import as_tuples
-from vit_jax.utils.registry import is_part
+from vit_jax.utils.registry import bind, is_part
 from vit_jax.utils.suggestions import find_near_path
 from vit_jax.utils.tree import flatten
 
@@ -65,6 +68,10 @@ _WHICH = {
     "": "the parameters as they are, not their average",
     "ema_params": "the average of the parameters (ema_decay)",
 }
+
+
+# Runs with adapters whose base is a run with adapters, and so on.
+_MAX_BASES = 8
 
 
 def load_pretrained(source: str) -> Weights:
@@ -84,12 +91,12 @@ def load_pretrained(source: str) -> Weights:
     Raises:
       UserError: the source is none of these, or is damaged; a parameter is NaN or infinite.
     """
-    weights = _load(source)
+    weights = _load(source, bases=0)
     check_parameters(weights, source)
     return weights
 
 
-def _load(source: str) -> Weights:
+def _load(source: str, *, bases: int) -> Weights:
     if is_repository(source):
         folder = fetch_repository(source)
         if (weights := find_weights(folder)) is None:
@@ -116,7 +123,9 @@ def _load(source: str) -> Weights:
             raise UserError(f"{source}: there is no such file or folder{_suggest_source(source)}")
         return _read_file(path, part)
     weights = find_weights(Path(path))
-    return read_run(Path(path), part=part) if weights is None else _read_file(weights, part)
+    if weights is not None:
+        return _read_file(weights, part)
+    return read_run(Path(path), part=part, bases=bases)
 
 
 def _suggest_source(source: str) -> str:
@@ -180,13 +189,16 @@ def _read_file(path: str | Path, part: str) -> Weights:
     return read_safetensors(file, part=part)
 
 
-def read_run(folder: Path, *, part: str = "") -> Weights:
+def read_run(folder: Path, *, part: str = "", bases: int = 0) -> Weights:
     """Reads the newest checkpoint of a workdir, or one checkpoint.
+
+    Adapters are added to the weights that the run started from, which are read too.
 
     Args:
       folder: see `load_params`.
       part: "" for the parameters, "ema_params" for their average; or a tower of these, such as
         "img" or "ema_params/img".
+      bases: the number of runs whose base this is.
 
     Returns:
       Weights with the dtypes of the checkpoint.
@@ -204,13 +216,38 @@ def read_run(folder: Path, *, part: str = "") -> Weights:
         flat = {p.removeprefix("params/"): x for p, x in flat.items() if p.startswith("params/")}
     flat = {path: np.asarray(x) for path, x in flat.items()}
     try:
+        if "lora" in described:
+            flat = _add_base(flat, described, folder, bases=bases)
         weights = check_description(_describe(flat, described, folder, part))
-    except (ValueError, TypeError, AttributeError) as e:
+    except (ValueError, TypeError, AttributeError, KeyError) as e:
         raise UserError(f"{folder}: its description: {first_line(e)}") from None
     try:
         return take_tower(weights, tower) if tower else weights
     except UserError as e:
         raise UserError(f"{folder}: {e}") from None
+
+
+def _add_base(
+    trained: dict[str, np.ndarray], described: dict[str, Any], folder: Path, *, bases: int
+) -> dict[str, np.ndarray]:
+    """Adds the parameters that a run with adapters has trained to the weights it started from.
+
+    Takes and returns arrays by path; the result has no adapters and no stacked blocks.
+    """
+    if bases == _MAX_BASES:
+        raise UserError(f"{folder}: expected at most {_MAX_BASES} runs whose adapters are added up")
+    (args,) = bind(as_tuples(described["lora"]), Lora, key="lora")
+    stated, known = as_tuples(described["base"]), as_tuples(described["model"])
+    source = find_base(stated, folder)
+    base = _load(source, bases=bases + 1)
+    check_base(base, stated, where=source)
+    for size in ("hidden_size", "num_layers", "num_heads", "mlp_dim"):
+        if known.get(size) != base.model.get(size):
+            raise ValueError(f"{size}={known.get(size)}; {source} has {base.model.get(size)}")
+    model = rebuild_model(dataclasses.replace(base, model=known), num_classes=known["num_classes"])
+    shape = (*as_tuples(described["preprocess"])["image_size"], stated["channels"])
+    params, _ = fill_model(model, base, shape, **stated["adapt"])
+    return merge_adapters(flatten(params) | unstack_blocks(trained), Lora(**args))
 
 
 def _describe(

@@ -20,7 +20,7 @@ from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.registry import bind, find_part, is_part, keywords
 
 # Arguments that change how a model runs, and not what it computes.
-_RUN = ("constrain", "scan", "remat", "attention", "float8")
+_RUN = ("constrain", "scan", "remat", "attention", "float8", "lora")
 
 _MAX_LISTED = 4  # parameters in one line of an error
 
@@ -58,11 +58,12 @@ def rebuild_model(weights: Weights, *, run: Mapping[str, Any] | None = None, **g
 
 
 def fill_model(
-    model: Any, weights: Weights, image_shape: tuple[int, int, int]
+    model: Any, weights: Weights, image_shape: tuple[int, int, int], **adapt: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """Fits weights to the model that `rebuild_model` made of them.
 
-    Position embeddings are resized to images of `image_shape`: height, width and channels.
+    Position embeddings are resized to images of `image_shape`: height, width and channels. `adapt`
+    are further arguments of `adapt_params`.
 
     Returns:
       `(params, notes)`: nested dict of NumPy arrays in the dtypes of the model's parameters, and
@@ -83,6 +84,7 @@ def fill_model(
         jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables["params"]),
         target_grid=find_grid(model, image_shape[:2]),
         num_class_tokens=getattr(model, "num_class_tokens", 0),
+        **adapt,
     )
 
 

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters: their arithmetic, which kernels have one, and merging them."""
+
+import json
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from safetensors.numpy import load_file
+
+from vit_jax.checkpoint.pretrained.weights import unstack_blocks
+from vit_jax.models.lora import Lora, LoraProduct, merge_adapters
+from vit_jax.models.vit import VisionTransformer
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.tree import flatten
+
+# Outputs of microsoft/LoRA (loralib 0.1.2, MIT).
+GOLDEN = Path(__file__).parent.parent / "testdata" / "lora"
+IMAGES = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3))
+
+
+def make_vit(**changes):
+    sizes = {"patch_size": (4, 4), "hidden_size": 16, "num_layers": 2, "num_heads": 2}
+    return VisionTransformer(**({"num_classes": 3, "mlp_dim": 32} | sizes | changes))
+
+
+def init_randomly(model):
+    """Random values for all parameters, so that no adapter or head is zero."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))["params"]
+    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    arrays = dict(np.load(GOLDEN / "io.npz")) | load_file(GOLDEN / "params.safetensors")
+    return arrays, json.loads((GOLDEN / "lora.json").read_text())
+
+
+def apply_linear(kernel, bias, a, b, x, *, alpha):
+    """A dense layer with an adapter, whose parameters are given."""
+    lora = Lora(rank=a.shape[1], alpha=alpha, targets=(".*",))
+    dense = nn.Dense(kernel.shape[1], dot_general_cls=lambda: LoraProduct(lora, name="lora"))
+    params = {"kernel": kernel, "bias": bias, "lora": {"a": a, "b": b}}
+    return dense.apply({"params": params}, x)
+
+
+def test_layer_equals_that_of_loralib(golden):
+    arrays, about = golden
+    a, b = arrays["lora_A"].T, arrays["lora_B"].T
+    kernel, bias = arrays["weight"].T, arrays["bias"]
+    found = apply_linear(kernel, bias, a, b, arrays["x"], alpha=about["alpha"])
+    np.testing.assert_allclose(found, arrays["y"], atol=1e-5)
+
+
+def test_merged_kernel_equals_that_of_loralib(golden):
+    arrays, about = golden
+    params = {"layer/kernel": arrays["weight"].T}
+    params |= {"layer/lora/a": arrays["lora_A"].T, "layer/lora/b": arrays["lora_B"].T}
+    lora = Lora(rank=about["r"], alpha=about["alpha"], targets=(".*",))
+    merged = merge_adapters(params, lora)
+    assert list(merged) == ["layer/kernel"]
+    np.testing.assert_allclose(merged["layer/kernel"].T, arrays["merged_weight"], atol=1e-6)
+
+
+def test_initial_a_is_uniform_and_b_is_zero(golden):
+    lora = Lora(rank=16, targets=(".*",))
+    dense = nn.Dense(400, dot_general_cls=lambda: LoraProduct(lora, name="lora"))
+    params = dense.init(jax.random.key(0), jnp.zeros((1, 900)))["params"]["lora"]
+    a = np.asarray(params["a"])
+    assert 0.99 / 30 < np.abs(a).max() <= 1 / 30
+    assert abs(a.std() - 1 / 30 / np.sqrt(3)) < 2e-4
+    assert not np.asarray(params["b"]).any()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_merged_model_equals_the_one_with_adapters(method, scan):
+    lora = Lora(rank=3, alpha=7.0, method=method)
+    model = make_vit(lora=lora, scan=scan)
+    params = init_randomly(model)
+    logits, _ = model.apply({"params": params}, IMAGES, train=False)
+    merged = merge_adapters(unstack_blocks(flatten(params)), lora)
+    plain = traverse_util.unflatten_dict(merged, sep="/")
+    expected, _ = make_vit().apply({"params": plain}, IMAGES, train=False)
+    np.testing.assert_allclose(logits, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_run_starts_from_the_model_without_adapters(method):
+    model = make_vit(lora=Lora(rank=2, method=method))
+    params = model.init(jax.random.key(0), IMAGES, train=False)["params"]
+    flat = {path: x for path, x in flatten(params).items() if "/lora/" not in path}
+    logits = model.apply({"params": params}, IMAGES, train=False)[1]["pre_logits"]
+    plain = {"params": traverse_util.unflatten_dict(flat, sep="/")}
+    expected = make_vit().apply(plain, IMAGES, train=False)[1]["pre_logits"]
+    np.testing.assert_allclose(logits, expected, atol=1e-6)
+
+
+def test_dora_scales_each_column_to_its_norm():
+    rng = np.random.default_rng(0)
+    kernel, a, b = (rng.normal(size=s) for s in ((6, 4), (6, 2), (2, 4)))
+    magnitude, x = rng.uniform(0.5, 2, 4), rng.normal(size=(3, 6))
+    adapted = kernel + 1.5 * a @ b
+    # Equation 5 of arXiv:2402.09353, where the trained norm is a factor on that of the kernel.
+    norm = magnitude * np.linalg.norm(kernel, axis=0)
+    expected = x @ (norm * adapted / np.linalg.norm(adapted, axis=0))
+    lora = Lora(rank=2, alpha=3.0, method="dora", targets=(".*",))
+    dense = nn.Dense(4, use_bias=False, dot_general_cls=lambda: LoraProduct(lora, name="lora"))
+    params = {"kernel": kernel, "lora": {"a": a, "b": b, "magnitude": magnitude}}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    found = dense.apply({"params": params}, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_patterns_give_ranks_and_scales():
+    value = ".*/value/kernel", {"rank": 8, "alpha": 2.0}
+    lora = Lora(
+        rank=4,
+        alpha=8,
+        targets=(".*/(query|value|out)/kernel",),
+        patterns=(value, ("b/.*", {"rank": 0})),
+    )
+    assert lora.size("a/query/kernel") == (4, 2.0)
+    assert lora.size("a/value/kernel") == (8, 0.25)
+    assert lora.size("b/query/kernel") == (0, 0.0)
+    assert lora.size("a/key/kernel") == (0, 0.0)
+    assert Lora(rank=16, alpha=8, scaling="sqrt", targets=(".*",)).size("x") == (16, 2.0)
+    assert Lora(rank=16, targets=(".*",)).size("x") == (16, 1.0)
+
+
+def test_only_matching_kernels_have_adapters():
+    model = make_vit(lora=Lora(rank=2, targets=(".*encoderblock_1/.*/(query|Dense_1)/kernel",)))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))["params"]
+    found = {path.removesuffix("/lora/a") for path in flatten(shapes) if path.endswith("/lora/a")}
+    block = "Transformer/encoderblock_1"
+    assert found == {
+        f"{block}/MultiHeadDotProductAttention_0/query",
+        f"{block}/MlpBlock_0/Dense_1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": -1}, "lora.rank=-1: expected 1 or more"),
+        ({"rank": 2, "alpha": 0.0}, "lora.alpha=0.0: expected above 0"),
+        ({"rank": 2, "targets": ("(",)}, "'\\(' is not a regular expression"),
+        ({"rank": 2, "patterns": (("a", {"ranks": 1}),)}, "unknown config key .*ranks"),
+        ({"rank": 2, "patterns": (("a", {"rank": -2}),)}, r"\['a'\].rank=-2: expected"),
+    ],
+)
+def test_wrong_values_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        Lora(**changes)
+
+
+def test_rank_above_a_dimension_is_refused():
+    model = make_vit(lora=Lora(rank=17))
+    with pytest.raises(UserError, match=r"lora.rank=17: .*/kernel is 16 x 16; expected at most 16"):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
+
+
+def test_target_without_a_kernel_is_refused():
+    paths = ["a/query/lora/a", "a/query/kernel", "head/kernel"]
+    Lora(rank=2, targets=(".*/query/kernel",)).check(paths)
+    with pytest.raises(UserError, match=r"'.*/querry/kernel' matches no kernel"):
+        Lora(rank=2, targets=(".*/query/kernel", ".*/querry/kernel")).check(paths)
+    with pytest.raises(UserError, match=r"'.*/query' matches no kernel"):
+        Lora(rank=2, targets=(".*/query",)).check(paths)
+
+
+def test_adapter_that_does_not_fit_is_refused():
+    params = {"a/kernel": np.ones((4, 4)), "a/lora/a": np.ones((5, 2)), "a/lora/b": np.ones((2, 4))}
+    with pytest.raises(ValueError, match="a/lora/a does not fit"):
+        merge_adapters(params, Lora(rank=2))

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run with adapters: what is trained, what checkpoints hold, how it is used and resumed."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.tiny import tiny_config
+from tests.trained import write_model
+from vit_jax.checkpoint.manifest import write_manifest
+from vit_jax.checkpoint.pretrained.load import load_params, load_pretrained
+from vit_jax.models.lora import Lora, merge_adapters
+from vit_jax.training.experiment import Experiment
+from vit_jax.training.run import train
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.tree import flatten
+
+BLOCK = "Transformer/encoderblock_0"
+
+
+def lora_config(base, data_dir, **changes):
+    options = {"init_from": str(base), "lora__rank": 2, "lora__alpha": 4.0, "ema_decay": 0.9}
+    weights = {"objective__pixel_mean": 0.4, "objective__pixel_std": 0.3}
+    return tiny_config(data_dir, **(options | weights | changes))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Weights of the model of `tiny_config`, for images of another size and with another head."""
+    sizes = {"patch_size": (2, 2), "num_layers": 1}
+    return write_model(tmp_path_factory.mktemp("base") / "base.npz", size=10, **sizes)
+
+
+@pytest.fixture(scope="module")
+def run(base, data_dir, tmp_path_factory):
+    """A finished run."""
+    workdir = tmp_path_factory.mktemp("lora") / "run"
+    train(lora_config(base, data_dir), str(workdir))
+    return workdir
+
+
+def read(workdir, step, item="params"):
+    params, _ = load_params(workdir / "checkpoints" / str(step), item=item)
+    return {path: np.asarray(x) for path, x in flatten(params).items()}
+
+
+@pytest.mark.parametrize("item", ["params", "ema_params"])
+def test_checkpoint_holds_adapters_and_head_alone(run, item):
+    held = read(run, 8, item)
+    assert all("/lora/" in path or path.startswith("head/") for path in held)
+    assert f"{BLOCK}/MlpBlock_0/Dense_0/lora/b" in held
+    assert np.any(held[f"{BLOCK}/MlpBlock_0/Dense_0/lora/b"])
+    assert np.any(held["head/kernel"])
+
+
+def test_optimizer_has_state_for_what_is_trained_alone(base, data_dir):
+    state = Experiment.from_config(lora_config(base, data_dir)).abstract_state
+    moments = [path for path in flatten(state.opt_state) if "/mu/" in path]
+    assert moments
+    assert all("/lora/" in path or "/head/" in path for path in moments)
+
+
+def test_loaded_run_is_the_base_with_its_adapters_added(run, base, data_dir):
+    found = load_pretrained(str(run))
+    assert not any("/lora/" in path for path in found.params)
+    experiment = Experiment.from_config(lora_config(base, data_dir))
+    fitted, _ = experiment.fit_params(load_pretrained(str(base)), experiment.initial_params())
+    merged = merge_adapters(
+        {path: np.asarray(x) for path, x in flatten(fitted).items()} | read(run, 8),
+        Lora(rank=2, alpha=4.0),
+    )
+    assert found.params.keys() == merged.keys()
+    for path, x in merged.items():
+        np.testing.assert_array_equal(found.params[path], x, err_msg=path)
+    untouched = f"{BLOCK}/LayerNorm_0/scale"
+    np.testing.assert_array_equal(
+        found.params[untouched], load_pretrained(str(base)).params[untouched]
+    )
+
+
+def test_stopped_run_resumes_to_the_same_bits(run, base, data_dir, tmp_path):
+    workdir = tmp_path / "run"
+    train(lora_config(base, data_dir), str(workdir), on_record=lambda record: record["step"] >= 4)
+    assert not (workdir / "checkpoints" / "8").exists()
+    train(lora_config(base, data_dir), str(workdir))
+    for item in ("params", "ema_params"):
+        for path, x in read(run, 8, item).items():
+            np.testing.assert_array_equal(read(workdir, 8, item)[path], x, err_msg=path)
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    """A copy of the run, to write to."""
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+def change_base(workdir, **changes):
+    """Changes what the newest checkpoint says about its base."""
+    checkpoint = workdir / "checkpoints" / "8"
+    file = checkpoint / "description" / "metadata"
+    described = json.loads(file.read_text())
+    described["base"] |= changes
+    file.write_text(json.dumps(described))
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint)
+
+
+def test_other_base_is_refused(copied, base, data_dir, tmp_path):
+    other = write_model(tmp_path / "other.npz", patch_size=(2, 2), num_layers=1, size=8)
+    change_base(copied, path=str(other))
+    with pytest.raises(UserError, match=f"{other}: these weights are not those .*base.npz"):
+        load_pretrained(str(copied))
+    with pytest.raises(UserError, match="init_from: these weights are not those"):
+        train(lora_config(other, data_dir, total_steps=12), str(copied))
+
+
+def test_missing_base_is_named(copied):
+    change_base(copied, path="/nowhere/base.npz")
+    with pytest.raises(UserError, match=r"holds adapters of .*, which is not at /nowhere/base.npz"):
+        load_pretrained(str(copied))
+
+
+def test_run_that_is_its_own_base_is_refused(copied):
+    change_base(copied, path=str(copied))
+    with pytest.raises(UserError, match="at most 8 runs"):
+        load_pretrained(str(copied))
+
+
+def test_adapters_without_weights_to_start_from_are_refused(data_dir):
+    with pytest.raises(UserError, match=r"lora.rank=2 without init_from"):
+        Experiment.from_config(tiny_config(data_dir, lora__rank=2)).check()
+
+
+def test_target_that_matches_nothing_is_refused(base, data_dir):
+    config = lora_config(base, data_dir, lora__targets=(".*/nothing/kernel",))
+    with pytest.raises(UserError, match=r"lora.targets: '.*/nothing/kernel' matches no kernel"):
+        Experiment.from_config(config).check()

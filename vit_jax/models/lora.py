@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-rank adapters of matrix products: what is trained in place of their kernels.
+
+Sources: LoRA, arXiv:2106.09685; rank-stabilised scaling, arXiv:2312.03732; DoRA, arXiv:2402.09353.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.models.products import dot_tokens
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import bind
+
+# Name of the module that holds the adapter of a product, beside its kernel.
+NAME = "lora"
+
+# The products of encoder blocks: projections of attention, and MLPs.
+TARGETS = (r".*/(query|key|value|out|Dense_0|Dense_1|gate)/kernel",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Which kernels have an adapter, and of which size.
+
+    An adapter adds scale * A B to a kernel W `[inputs, outputs]`, with A `[inputs, rank]` and B
+    `[rank, outputs]`. B starts at zero, so a run starts from the model without adapters. The
+    kernels themselves, and all parameters that `train` does not name, stay as they are.
+
+    Attributes:
+      rank: of the adapters; 0 for no adapters.
+      alpha: numerator of the scale; None for `rank`.
+      scaling: the scale is alpha / rank (`linear`), or alpha / sqrt(rank) (`sqrt`).
+      method: `lora`, or `dora`, which also trains the norm of each column of the adapted kernel, as
+        a factor on the norm of that column of W.
+      targets: regular expressions for whole paths of the kernels that have an adapter.
+      patterns: pairs of an expression and other values of `rank` and `alpha`; the first match
+        counts. A rank of 0 leaves a kernel without an adapter.
+      train: expressions for parameters that are trained as they are, beside the adapters.
+
+    Raises:
+      UserError: a value is out of its range.
+    """
+
+    rank: int = 0
+    alpha: float | None = None
+    scaling: Literal["linear", "sqrt"] = "linear"
+    method: Literal["lora", "dora"] = "lora"
+    targets: tuple[str, ...] = TARGETS
+    patterns: tuple[tuple[str, dict], ...] = ()
+    train: tuple[str, ...] = ("head/.*", "head_dist/.*")
+
+    def __post_init__(self) -> None:
+        _check(self.rank, self.alpha, key="lora")
+        for pattern in (*self.targets, *self.train, *(p for p, _ in self.patterns)):
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise UserError(f"lora: {pattern!r} is not a regular expression: {e}") from None
+        for pattern, changes in self.patterns:
+            (args,) = bind(changes, _size, key=f"lora.patterns[{pattern!r}]")
+            _check(**args, key=f"lora.patterns[{pattern!r}]")
+
+    def __hash__(self) -> int:
+        return hash(repr(self))  # The options of `patterns` are dicts.
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Regular expressions for whole paths of the parameters that are not trained."""
+        trained = "|".join([rf"(.*/)?{NAME}/[^/]+", *self.train])
+        return (rf"(?!({trained})$).*",) if self.rank else ()
+
+    def size(self, path: str) -> tuple[int, float]:
+        """Returns the rank of the adapter of a kernel, 0 for none, and its scale."""
+        rank, alpha = self.rank, self.alpha
+        if not any(re.fullmatch(pattern, path) for pattern in self.targets):
+            rank = 0
+        for pattern, changes in self.patterns:
+            if re.fullmatch(pattern, path):
+                rank, alpha = changes.get("rank", self.rank), changes.get("alpha", alpha)
+                break
+        if not rank:
+            return 0, 0.0
+        alpha = rank if alpha is None else alpha
+        return rank, alpha / (rank if self.scaling == "linear" else math.sqrt(rank))
+
+    def check(self, paths: list[str]) -> None:
+        """Checks that each expression matches a parameter of a model with adapters.
+
+        Raises:
+          UserError: one does not.
+        """
+        if not self.rank:
+            return
+        kernels = [p.replace(f"/{NAME}/a", "/kernel") for p in paths if p.endswith(f"/{NAME}/a")]
+        for pattern in self.targets if self.targets != TARGETS else ():
+            if not any(re.fullmatch(pattern, path) for path in kernels):
+                raise UserError(
+                    f"lora.targets: {pattern!r} matches no kernel of a matrix product; expected an "
+                    "expression for whole paths, such as '.*/(query|value)/kernel'"
+                )
+        if not kernels:
+            raise UserError("lora.targets: no kernel of this model has an adapter")
+
+
+def _size(*, rank: int = 0, alpha: float | None = None) -> None:
+    """Has the signature of the options of a pattern."""
+
+
+def _check(rank: int, alpha: float | None, *, key: str) -> None:
+    if rank < 0:
+        raise UserError(f"{key}.rank={rank}: expected 1 or more, or 0 for no adapters")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise UserError(f"{key}.alpha={alpha}: expected above 0, or None for the rank")
+
+
+class LoraProduct(nn.Module):
+    """Multiplies tokens and a kernel that has an adapter, if `lora` gives it one.
+
+    Created by a layer as its `dot_general_cls`, so the adapter is stored below that layer.
+    Parameters: `a` `[inputs, rank]`, uniform within 1 / sqrt(inputs), `b` `[rank, outputs]`, zeros,
+    and with DoRA `magnitude` `[outputs]`, ones; float32.
+
+    Call: as `product`, which multiplies by the kernel alone.
+    """
+
+    lora: Lora
+    product: Callable[..., jax.Array] = dot_tokens
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **_: Any
+    ) -> jax.Array:
+        y = self.product(x, kernel, dimension_numbers)
+        path = "/".join((*self.path[:-1], "kernel"))
+        rank, scale = self.lora.size(path)
+        if not rank:
+            return y
+        depth = len(dimension_numbers[0][0])
+        inputs, outputs = math.prod(kernel.shape[:depth]), math.prod(kernel.shape[depth:])
+        if rank > min(inputs, outputs):
+            raise UserError(
+                f"lora.rank={rank}: {path} is {inputs} x {outputs}; expected at most "
+                f"{min(inputs, outputs)}"
+            )
+        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        a = self.param("a", uniform, (inputs, rank))
+        b = self.param("b", nn.initializers.zeros, (rank, outputs))
+        # The small products are on whole rows of the input and the output.
+        rows = x.reshape(*x.shape[: x.ndim - depth], inputs)
+        update = dot_tokens(rows, a.astype(x.dtype), (((-1,), (0,)), ((), ())))
+        update = dot_tokens(update, b.astype(x.dtype), (((-1,), (0,)), ((), ())))
+        y = y + (scale * update).astype(y.dtype).reshape(y.shape)
+        if self.lora.method == "lora":
+            return y
+        magnitude = self.param("magnitude", nn.initializers.ones, (outputs,))
+        norm, adapted = column_norms(kernel.reshape(inputs, outputs), a, b, scale, xp=jnp)
+        # As published, the gradient takes the norm of the adapted kernel for a constant.
+        factor = magnitude * norm / jax.lax.stop_gradient(adapted)
+        return y * factor.astype(y.dtype).reshape(kernel.shape[depth:])
+
+
+def column_norms(kernel: Any, a: Any, b: Any, scale: float, *, xp: Any) -> tuple[Any, Any]:
+    """Returns the norms of the columns of a kernel without and with its adapter.
+
+    Takes `[inputs, outputs]`, `[inputs, rank]` and `[rank, outputs]`, and returns float32
+    `[outputs]` twice. `xp` is `numpy` or `jax.numpy`.
+    """
+    kernel = kernel.astype(xp.float32)
+    return tuple(xp.sqrt(xp.sum(w * w, axis=0)) for w in (kernel, kernel + scale * (a @ b)))
+
+
+def merge_adapters(params: Mapping[str, np.ndarray], lora: Lora) -> dict[str, np.ndarray]:
+    """Adds the adapters among parameters to their kernels.
+
+    Args:
+      params: arrays by path, without stacked blocks.
+      lora: what the parameters were trained with.
+
+    Returns:
+      The parameters of the model without adapters.
+
+    Raises:
+      ValueError: an adapter has no kernel, or does not fit it.
+    """
+    merged = {path: x for path, x in params.items() if f"/{NAME}/" not in path}
+    for path in (path for path in params if path.endswith(f"/{NAME}/a")):
+        layer = path.removesuffix(f"/{NAME}/a")
+        name = f"{layer}/kernel"
+        a, b = (np.asarray(params[f"{layer}/{NAME}/{part}"], np.float32) for part in "ab")
+        if name not in merged or merged[name].size != len(a) * b.shape[1]:
+            raise ValueError(f"{path} does not fit the parameters beside it")
+        kernel = np.asarray(merged[name])
+        matrix, scale = kernel.reshape(len(a), -1).astype(np.float32), lora.size(name)[1]
+        adapted = matrix + scale * (a @ b)
+        if lora.method == "dora":
+            norm, now = column_norms(matrix, a, b, scale, xp=np)
+            adapted = adapted * (params[f"{layer}/{NAME}/magnitude"] * norm / now)
+        merged[name] = adapted.reshape(kernel.shape).astype(kernel.dtype)
+    return merged
