@@ -2,6 +2,10 @@
 """Trains a small model of images and texts on captioned digits, from scratch, without labels.
 
 python -m vit_jax.main --config=configs/digits_text.py --workdir=runs/digits_text
+
+Captions are sentences such as "a photo of the digit seven, shifted left"; the labels only judge the
+model, which classifies by prompts and finds images by captions. python -m benchmarks.digits_text
+measures both.
 """
 
 from ml_collections import ConfigDict
@@ -18,11 +22,11 @@ TEMPLATES = tuple(f"a photo of the digit {{}}, {place}" for place in PLACES)
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.total_steps = 1500
+    config.total_steps = 2000
     config.model = {
         "name": "two_towers",
         "image": {
-            "patch_size": 4,
+            "patch_size": 6,
             "hidden_size": 48,
             "num_layers": 4,
             "num_heads": 4,
