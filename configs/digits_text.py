@@ -22,11 +22,11 @@ TEMPLATES = tuple(f"a photo of the digit {{}}, {place}" for place in PLACES)
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.total_steps = 2000
+    config.total_steps = 1500
     config.model = {
         "name": "two_towers",
         "image": {
-            "patch_size": 6,
+            "patch_size": 4,
             "hidden_size": 48,
             "num_layers": 4,
             "num_heads": 4,
@@ -56,12 +56,12 @@ def get_config() -> ConfigDict:
     }
     config.optimizer = {
         "name": "adamw",
-        "lr": 3e-3,
+        "lr": 2e-3,
         "lr_multipliers": (("t|b", 10.0),),
         "b2": 0.95,
         "schedule": "cosine",
         "warmup_steps": 100,
-        "weight_decay": 0.1,
+        "weight_decay": 0.5,
         "grad_clip_norm": 1.0,
     }
     preprocess = "decode|resize(24)"
