@@ -140,8 +140,11 @@ build/audit/pip_audit.stamp:
 build/torch/timm.stamp:
 	@python="$(FOUND_PYTHON)" && echo "Installing PyTorch and timm in build/torch (minutes)." && "$$python" -m venv --clear build/torch
 	@build/torch/bin/python -m pip install -qq --no-input --disable-pip-version-check \
-	  $(TORCH_PIP_ARGS) torch timm==1.0.31 transformers==5.24.0 || { echo "PyTorch and timm could not be installed: that" \
-	  "needs a network, or settings of pip (TORCH_PIP_ARGS) with which it finds them." >&2; exit 1; }
+	  $(TORCH_PIP_ARGS) torch==2.14.1 torchvision==0.29.1 timm==1.0.31 transformers==5.24.0 \
+	  || { echo "PyTorch and timm could not be installed: that needs a network, or settings of pip" \
+	  "(TORCH_PIP_ARGS) with which it finds them." >&2; exit 1; }
+	@build/torch/bin/python -c "import timm, torchvision.ops, transformers" || { echo "build/torch can't import timm:" \
+	  "torch and torchvision must come from one index, both for CUDA or both for CPUs." >&2; exit 1; }
 	@touch $@
 
 build/tensorflow/cpu.stamp:

@@ -58,6 +58,23 @@ def test_the_table_has_a_column_for_each_run_and_a_star_at_the_best(runs, capsys
     assert not {"config.seed", "config.optimizer.name", "val/count"} & rows.keys()
 
 
+def test_files_beside_the_workdirs_are_left_out_with_a_note(runs, tmp_path, said):
+    table = tmp_path / "runs" / "sweep.csv"
+    table.write_text("")
+    main([runs[0], str(table), runs[1]])
+    assert said[0] == f"left out, since they are files: {table}"
+    assert said[1].split() == ["<b>one", "two"]
+    with pytest.raises(UserError, match="is a file"):
+        main([str(table)])
+
+
+def test_a_metric_whose_best_value_is_the_last_has_one_row(tmp_path, capsys):
+    main([str(write_run(tmp_path / "run", lr=0.1, top1=(0.5, 0.75), loss=(0.5, 1.0)))])
+    out = capsys.readouterr().out
+    assert "val/top1, best" not in out
+    assert "val/loss, best" in out
+
+
 def test_json_and_csv_have_a_record_for_each_run(runs, capsys):
     main([*runs, "--format=json"])
     first, second = json.loads(capsys.readouterr().out)

@@ -279,7 +279,7 @@ BAD = {
     ),
     "following one": (["--workdir=RUN", "--follow", "--checkpoint=4"], ["--follow"]),
     "details nowhere": (["--config=x.py", "--init_from=x.npz", "--details"], ["--details"]),
-    "no evaluators": (["--workdir=RUN", "--config.evals=None"], ["config.evals is empty"]),
+    "no evaluators": (["--workdir=RUN", "--config.evals=None"], ["evals is empty"]),
     "unknown key": (
         ["--workdir=RUN", "--config.evals.val.shot=5"],
         ["evals.val.shot"],

@@ -65,7 +65,7 @@ def test_a_summary_of_two_lines_replaces_the_list_of_files(call, tmp_path):
 def test_a_model_without_a_class_token_shows_the_mean_of_its_patches(call, tmp_path):
     call("gap.npz", f"--output={tmp_path / 'seen'}", "--figures=attention,positions")
     text = (tmp_path / "seen" / "index.html").read_text()
-    assert "what a patch, in the mean, takes from each patch" in text
+    assert "what a patch, on average, takes from each patch" in text
     assert len(list((tmp_path / "seen").iterdir())) == 4
 
 

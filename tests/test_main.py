@@ -93,8 +93,8 @@ def snapshot(folder):
 @pytest.mark.parametrize(
     ("spoil", "arguments", "words"),
     [
-        (None, ["--config.model.hidden_size=64"], ["config.model.hidden_size", "48", "64"]),
-        (None, ["--config.seed=1"], ["config.seed", "another experiment"]),
+        (None, ["--config.model.hidden_size=64"], ["model.hidden_size is", "48", "64"]),
+        (None, ["--config.seed=1"], ["seed is", "another experiment"]),
         (
             lambda w: [(w / name).unlink() for name in ("config.json", "checkpoints/2/run.json")],
             [],

@@ -60,6 +60,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import optax
 from parts_models import Net
+from vit_jax.evaluators.base import Evaluator
 from vit_jax.objectives.supervised import Supervised
 
 class Fails(Net):
@@ -101,6 +102,34 @@ class NoParams(Supervised):
 
 def no_params(*, model, num_classes):
     return NoParams(model, num_classes, pixel_mean=0, pixel_std=1)
+
+class NoPredictions(Supervised):
+    def predict(self, params, batch):
+        return super().predict(params, batch)["logits"]
+
+def no_predictions(*, model, num_classes):
+    return NoPredictions(model, num_classes, pixel_mean=0, pixel_std=1)
+
+class Silent(Evaluator):
+    metrics = ("sure",)
+
+    def judge_batch(self, params, batch):
+        return self.judge(self.objective.predict(params, batch)["logits"])
+
+    def run(self, params, *, details=None):
+        return {}
+
+class NoColumns(Silent):
+    def judge(self, logits):
+        return {"sure": logits.max(axis=-1)}
+
+class NoRows(Silent):
+    def judge(self, logits):
+        return {"sure": logits.max()}, {}
+
+class NoAttribute(Silent):
+    def judge(self, logits):
+        return {"sure": logits.most}, {}
 
 def no_state():
     return optax.GradientTransformation(lambda params: params["no"], lambda g, s, p: (g, s))
@@ -239,7 +268,7 @@ def test_the_same_name_resumes_and_another_is_refused(trained, data_dir):
         model = {"name": "parts_models:make_net", "variant": "small"} | model
         train(config_of(data_dir, model, ema_decay=0.5, total_steps=12), trained)
 
-    with pytest.raises(UserError, match=r"config\.model\.variant is 'small' there"):
+    with pytest.raises(UserError, match=r"model\.variant is 'small' there"):
         start(variant="large")
     start()
     steps = [json.loads(line)["step"] for line in (trained / "metrics.jsonl").open()]
@@ -327,6 +356,10 @@ def test_a_model_that_gives_something_else_is_refused(outside, data_dir, name, m
         ("objective", "no_scalar", "expected (loss, metrics), with a float scalar as loss"),
         ("objective", "no_key", "failed with KeyError: 'brier' (parts_broken.py:"),
         ("objective", "no_params", "init gives a NoneType; expected a dict of parameters"),
+        ("objective", "no_predictions", "predict gives float32[1, 10]: expected a dict with 'l"),
+        ("evals.mine", "NoColumns", "expected two dicts of columns, of which the first is summed"),
+        ("evals.mine", "NoRows", "'float32[]'}, {}): expected columns [batch, ...] of a batch of"),
+        ("evals.mine", "NoAttribute", "failed with AttributeError: "),
         ("optimizer", "no_state", "failed with KeyError: 'no' (parts_broken.py:"),
         ("optimizer", "no_update", "failed with TypeError: "),
     ],
@@ -337,7 +370,9 @@ def test_a_part_that_fails_is_refused_before_a_run_starts(
     trust_parts(["parts_models", "parts_broken"])
     config = config_of(data_dir, {"name": "parts_models:Net"})
     with config.unlocked():
-        if section == "optimizer":
+        if section == "evals.mine":
+            config.evals.mine = dict(config.evals.val) | {"name": f"parts_broken:{name}"}
+        elif section == "optimizer":
             config.optimizer.name = f"parts_broken:{name}"
         else:
             config[section] = {"name": f"parts_broken:{name}"}

@@ -299,7 +299,7 @@ def test_commands_for_a_cluster_are_printed_and_nothing_runs(
         ("[{'name': '../up', 'seed': 1}]", "'../up' can't be the name of a folder"),
         ("[{'seed': 1}, {'seed': 1}]", "two runs are 'seed=1'"),
         ("{'optimizer.lrr': [1, 2]}", "lrr=1: unknown config key"),
-        ("{'lr': [1, 2]}", "lr=1: unknown config key config.lr; did you mean 'optimizer.lr'?"),
+        ("{'lr': [1, 2]}", "lr=1: unknown config key lr; did you mean '--config.optimizer.lr'?"),
         ("{'seed.x': [1]}", "seed=0 has nothing below it"),
         ("{'optimizer.lr': [0.1, 'high']}", "lr=high: optimizer.lr='high'"),
     ],

@@ -34,6 +34,8 @@ FILES = {
     "torn/config.json": '{"seed": ',
     "list/config.json": "[1, 2]",
     "nothing/here.txt": "no image",
+    "huggingface/config.json": '{"architectures": ["ViTModel"], "model_type": "vit"}',
+    "timm/config.json": '{"architecture": "vit_tiny_patch16_224", "num_classes": 3}',
     "phone/1.heic": "not read",
     "packed/pack.json": "{}",
 }
@@ -61,8 +63,15 @@ CASES = {
         (TRAIN + "--confg=digits", ["--confg is no flag", "did you mean '--config'?"]),
         (TRAIN + "--qwertz=1", ["--qwertz is no flag", "--help"]),
         (TRAIN + "--config.data.batch_size=0", ["data.batch_size=0: expected 1 or more"]),
-        (TRAIN + "--config.weight_decay=0.1", ["weight_decay", "'optimizer.weight_decay'"]),
-        (TRAIN + "--config.max_epochs=3", ["max_epochs", "did you mean 'epochs'"]),
+        (
+            TRAIN + "--config.weight_decay=0.1",
+            ["weight_decay", "'--config.optimizer.weight_decay'"],
+        ),
+        (
+            TRAIN + "--config.trainer.max_epochs=3",
+            ["key trainer.max_epochs", "did you mean '--config.epochs'"],
+        ),
+        (TRAIN + "--config.max_epochs=3", ["max_epochs", "mean '--config.epochs'"]),
         (TRAIN + "--config.init_from=b16", ["'b16'", "augreg:B/16", "a .npz", "https://"]),
         (TRAIN + "lr=0.1", ["'lr=0.1' is no flag", "'--config.optimizer.lr'"]),
         (TRAIN + "stray", ["'stray'", "is no flag", "--name=value"]),
@@ -72,7 +81,7 @@ CASES = {
         (TRAIN + "--dry_run --config.seed=-1", ["seed=-1", "expected 0"]),
         (
             TRAIN + "--dry_run --config.model.hiden_size=64",
-            ["model.hiden_size", "'model.hidden_size'"],
+            ["model.hiden_size", "'--config.model.hidden_size'"],
         ),
         (TRAIN + "--dry_run --config.evals.val.split=tset", ["evals.val.split='tset'", "train"]),
         (TRAIN + "--dry_run --workdir=empty.txt", ["--workdir='empty.txt'", "can't be used"]),
@@ -103,10 +112,15 @@ CASES = {
         (TRAIN + "--config.total_steps=0", ["total_steps=0", "expected"]),
         (TRAIN + "--config.epochs=3", ["total_steps=4", "epochs=3", "exactly one"]),
         (TRAIN + "--config.ema_decay=1.5", ["ema_decay=1.5", "value < 1"]),
-        (TRAIN + "--config.base_lr=0.1", ["config.base_lr", "config.optimizer.lr"]),
-        (TRAIN + "--config.pretrained_dir=/x", ["config.pretrained_dir", "config.init_from"]),
-        (TRAIN + "--config.modle.hidden_size=64", ["modle", "'model'"]),
-        (TRAIN + "--config.model.hiden_size=64", ["model.hiden_size", "'model.hidden_size'"]),
+        (TRAIN + "--config.=3", ["--config.=3", "expected --config.KEY=VALUE"]),
+        (TRAIN + "--config..lr=3", ["--config..lr=3", "expected --config.KEY=VALUE"]),
+        (TRAIN + "--config.base_lr=0.1", ["unknown config key base_lr", "'--config.optimizer.lr'"]),
+        (TRAIN + "--config.pretrained_dir=/x", ["pretrained_dir", "'--config.init_from'"]),
+        (TRAIN + "--config.modle.hidden_size=64", ["modle", "'--config.model.hidden_size'"]),
+        (
+            TRAIN + "--config.model.hiden_size=64",
+            ["model.hiden_size", "'--config.model.hidden_size'"],
+        ),
         (TRAIN + "--config.model.name=vitt", ["model.name='vitt'", "'vit'"]),
         (TRAIN + "--config.model.name=[1]", ["model.name=[1]", "there is: mixer, vit"]),
         (
@@ -124,9 +138,9 @@ CASES = {
             ["data.preprocess='nowhere:blur'", "no module nowhere"],
         ),
         (TRAIN + "--config.tracking.trackers=nowhere:T", ["tracking.trackers='nowhere:T'"]),
-        (TRAIN + "--config.tracking.trackers=3", ["tracking.trackers=3 is a int; expected tuple"]),
+        (TRAIN + "--config.tracking.trackers=3", ["tracking.trackers=3 is an int; expected tuple"]),
         (TRAIN + "'--config.tracking.trackers=[3]'", ["tracking.trackers=", "expected tuple"]),
-        (TRAIN + "--config.tracking=3", ["tracking=3 is a int; expected dict"]),
+        (TRAIN + "--config.tracking=3", ["tracking=3 is an int; expected dict"]),
         (
             TRAIN + "--config.model.patch_size=3",
             ["image of 16x16", "patches of 3x3", "model.patch_size"],
@@ -145,7 +159,7 @@ CASES = {
         (TRAIN + "--config.data.name=folder:nothing", ["data.name='folder:nothing'", "image"]),
         (
             TRAIN + "--config.data.name=manifest:columns.csv",
-            ["data.name='manifest:columns.csv'", "'picture'", "there is: image"],
+            ["data.name='manifest:columns.csv'", "'picture'", "there is: caption, captions, image"],
         ),
         (TRAIN + "--config.data.name=packed:packed", ["data.name='packed:packed'", "pack.json"]),
         (TRAIN + "--config.data.split=trian", ["data.split='trian'", "train, test"]),
@@ -204,13 +218,24 @@ CASES = {
         (TRAIN + "--config.on_divergence=pray", ["on_divergence='pray'", "rollback"]),
         (TRAIN + "--config.watchdog.step=-1", ["watchdog.step=-1", "expected"]),
         (TRAIN + "--config.resume.allow=sead", ["resume.allow", "'sead'", "'seed'"]),
-        (TRAIN + "--config.init_from=none.npz", ["none.npz", "init_from"]),
+        (TRAIN + "--config.init_from=none.npz", ["init_from='none.npz': there is no such file"]),
+        (TRAIN + "--config.init_from=augreg:C/16", ["init_from='augreg:C/16'", "not published"]),
+        (TRAIN + "--config.init_from=noise.npz", ["init_from='noise.npz'", "zip archive"]),
+        (TRAIN + "--config.init_from=model.npz", ["init_from does not fit the model"]),
+        (
+            TRAIN + "--config.objective.name=distillation --config.objective.teacher=none.npz",
+            ["objective.teacher='none.npz': there is no such file"],
+        ),
+        (
+            TRAIN + "--config.objective.name=distillation --config.objective.teacher=noise.npz",
+            ["objective.teacher='noise.npz': ", "zip archive"],
+        ),
         (TRAIN + "--workdir=gs://bucket/run", ["--workdir='gs://bucket/run'", "a folder"]),
         (TRAIN + "--workdir=empty.txt", ["--workdir='empty.txt'", "can't be used"]),
         (TRAIN + "--workdir=/proc/none", ["--workdir='/proc/none'", "can't be used"]),
         (TRAIN + "--workdir=torn", ["--workdir='torn'", "can't be read"]),
         (TRAIN + "--workdir=foreign", ["--workdir='foreign'", "config.json", "choose another"]),
-        (TRAIN + "--workdir=run", ["--workdir='run'", "another experiment", "config.model."]),
+        (TRAIN + "--workdir=run", ["--workdir='run'", "another experiment", "model."]),
     ],
     "predict": [
         (MODEL, ["PATHS", "required", "--help"]),
@@ -237,7 +262,10 @@ CASES = {
             ["--labels=empty.txt", "is empty", "class name a line"],
         ),
         (MODEL + "--config.data.split=x photos", ["--config.data.split=x", "--config.model.KEY"]),
-        (MODEL + "--config.model.hiden_size=3 photos", ["model.hiden_size", "'model.hidden_size'"]),
+        (
+            MODEL + "--config.model.hiden_size=3 photos",
+            ["model.hiden_size", "'--config.model.hidden_size'"],
+        ),
         ("--checkpoint=noise.npz photos", ["noise.npz"]),
         ("--checkpoint=noise.safetensors photos", ["noise.safetensors", "safetensors file"]),
         ("--checkpoint=4 photos", ["--checkpoint=4", "expected --workdir"]),
@@ -275,7 +303,7 @@ CASES = {
     ],
     "find_lr": [
         ("--output=seen", ["--config is missing"]),
-        ("--config={root}/configs/digits.py", ["--output is missing"]),
+        ("--config={root}/configs/digits.py", ["--output is missing: expected a new folder"]),
         ("--config=none.py --output=seen", ["--config=none.py", "there is no file"]),
         ("--config={root}/configs/digits.py --output=empty.txt", ["--output=empty.txt", "exists"]),
         (
@@ -306,7 +334,7 @@ CASES = {
         ("--workdir=run --checkpoint=5", ["--checkpoint=5", "--workdir=run", "4"]),
         ("--workdir=run --checkpoint=best", ["--checkpoint=best", "keep_best"]),
         ("--workdir=run --timeout=soon", ["--timeout", "'soon'", "float"]),
-        ("--workdir=run --init_from=x --config.evals=none", ["config.evals", "is empty"]),
+        ("--workdir=run --init_from=x --config.evals=none", ["evals is empty"]),
         (
             "--workdir=run --init_from=x --config.evals.val.split=tset",
             ["evals.val.split='tset'", "train, test"],
@@ -318,6 +346,13 @@ CASES = {
         ("run model.npz --workdir=run", ["SRC=run", "--workdir=run", "expected one"]),
         ("none.npz", ["none.npz"]),
         ("noise.npz", ["noise.npz"]),
+        ("--out=x", ["unrecognized arguments: --out=x"]),
+        ("photos/00.png", ["photos/00.png: an image (PNG), not weights", "expected a workdir"]),
+        ("four.txt", ["four.txt: a text file, not weights"]),
+        ("empty.txt", ["empty.txt: an empty file, not weights"]),
+        ("photos", ["'photos' has no checkpoint", "photos holds 00.png"]),
+        ("runn", ["runn: there is no such file or folder", "did you mean 'run'"]),
+        ("huggingface", ["'huggingface' has no checkpoint"]),
         ("model.npz model.pth", ["DST=model.pth", ".npz or .safetensors"]),
         ("model.npz model.npz", ["DST=model.npz", "exists"]),
         ("model.npz none/new.npz", ["DST=none/new.npz", "can't be written"]),
@@ -351,6 +386,11 @@ CASES = {
     ],
     "plan": [
         (PLAN, ["--topology", "required", "--help"]),
+        ("--topolgy=cpu:8", ["--topolgy=cpu:8", "did you mean '--topology'"]),
+        (PLAN + "--topology=cpu:1000000", ["1,000,000 devices", "at most 1,024"]),
+        (PLAN + "--topology=h100:100000", ["100,000 devices", "at most 65,536"]),
+        (PLAN + "--topology=h200:2x2", ["'h200:2x2'", "devices of a host, as in h200:4"]),
+        (PLAN + "--topology=h100:8 --num_slices=10000", ["--num_slices=10000", "80,000 devices"]),
         (PLAN + "--topology=v9:2x2", ["--topology='v9:2x2'", "v5e"]),
         (PLAN + "--topology=v5e:four", ["--topology='v5e:four'", "v5e:4x4"]),
         (PLAN + "--topology=cpu:8 --num_slices=0", ["--num_slices=0", "at least 1"]),
@@ -374,12 +414,18 @@ CASES = {
         ("photos", ["'photos'", "expected the workdir of a run"]),
         ("run/checkpoints", ["within a workdir", "did you mean 'run'"]),
         ("run --jsn", ["--jsn", "--help"]),
+        ("--jsn", ["unrecognized arguments: --jsn", "did you mean '--json'"]),
     ],
     "report": [
         ("", ["--workdir", "required", "--help"]),
         ("--workdir=none", ["--workdir='none'", "config.json"]),
         ("--workdir=torn", ["--workdir='torn'", "can't be read"]),
         ("--workdir=list", ["--workdir='list'", "holds no whole config"]),
+        (
+            "--workdir=huggingface",
+            ["is the config of a Hugging Face model, vit", "--config.init_from=huggingface"],
+        ),
+        ("--workdir=timm", ["is the config of a timm model, vit_tiny_patch16_224"]),
         ("--workdir=run --pictures=0", ["--pictures=0", "at least 1"]),
         ("--workdir=run --checkpoint=5", ["--checkpoint=5", "--workdir=run", "4"]),
         (
@@ -403,20 +449,21 @@ CASES = {
         (SWEEP, ["--sweep", "required", "--help"]),
         (SWEEP + "--sweep=none.py", ["--sweep=none.py", "no such file"]),
         (SWEEP + "--sweep=sweep_kee.py", ["no such file", "did you mean 'sweep_key.py'"]),
-        (SWEEP + "--sweep=lr=1,2", ["lr=1: unknown config key", "'optimizer.lr'"]),
+        (SWEEP + "--sweep=lr=1,2", ["lr=1: unknown config key", "'--config.optimizer.lr'"]),
         (SWEEP + "--sweep=seed=0,1,data.split=a", ["'data.split=a'", "expected ; before it"]),
         (SWEEP + "--sweep=fails.py", ["--sweep=fails.py", "get_sweep"]),
         (SWEEP + "--sweep=sweep_number.py", ["--sweep=sweep_number.py", "gives 3", "dict of"]),
         (SWEEP + "--sweep=sweep_scalar.py", ["sweep_scalar.py", "'seed': 1", "list of values"]),
         (SWEEP + "--sweep=sweep_twice.py", ["sweep_twice.py", "'seed=0'", "each once"]),
         (SWEEP + "--sweep=sweep_name.py", ["sweep_name.py", "'../up'", "letters, digits"]),
-        (SWEEP + "--sweep=sweep_key.py", ["sead", "'seed'"]),
+        (SWEEP + "--sweep=sweep_key.py", ["sead", "'--config.seed'"]),
         (SWEEP + "--sweep=sweep.py --emit=gke --summarize", ["--emit=gke", "--summarize"]),
         (SWEEP + "--sweep=sweep.py --launch_args=x", ["--launch_args=x", "--emit=slurm"]),
         (
             SWEEP + "--sweep=sweep.py --workdir=run",
             ["--workdir=run", "of a run", "such as 'sweep'"],
         ),
+        (SWEEP + "--sweep=init_from=none.npz", ["init_from=none.npz: init_from='none.npz': there"]),
         (SWEEP + "--sweep=sweep.py --emit=sge", ["--emit", "'sge'", "slurm"]),
         (SWEEP + "--sweep=sweep.py --workdir=empty.txt", ["--workdir=empty.txt", "can't be"]),
     ],
@@ -524,6 +571,8 @@ def test_wrong_input_is_one_line_and_nothing_is_written(
     for word in words:
         assert word in errors[0]
     assert "Traceback" not in shown.out
+    # What can be refused before minutes of work is not refused after them.
+    assert "compiling" not in shown.out
     assert snapshot(place) == before
 
 

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from vit_jax.checkpoint.pretrained.catalogue import list_models
     from vit_jax.config.shipped import list_configs
     from vit_jax.inference.model import LoadedModel, load_model
-    from vit_jax.inference.prediction import ImagePrediction, ImagePredictions, Prediction
+    from vit_jax.inference.prediction import (
+        ImageFeatures,
+        ImagePrediction,
+        ImagePredictions,
+        Prediction,
+    )
     from vit_jax.training.result import RunResult
     from vit_jax.training.run import train
     from vit_jax.utils.errors import UserError
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ImageFeatures",
     "ImagePrediction",
     "ImagePredictions",
     "LoadedModel",
@@ -34,6 +40,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ImageFeatures": "vit_jax.inference.prediction",
     "ImagePrediction": "vit_jax.inference.prediction",
     "ImagePredictions": "vit_jax.inference.prediction",
     "LoadedModel": "vit_jax.inference.model",

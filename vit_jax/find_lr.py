@@ -57,9 +57,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="End with this learning rate. The default is %(default)s.",
     )
     args = parser.parse_args(argv)
-    for name in ("config", "output"):
+    examples = {"config": "a config, such as digits", "output": "a new folder, such as runs/lr"}
+    for name, example in examples.items():
         if not getattr(args, name):
-            raise UserError(f"--{name} is missing; see {parser.prog} --help")
+            raise UserError(f"--{name} is missing: expected {example}; see {parser.prog} --help")
     return args
 
 

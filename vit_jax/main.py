@@ -225,10 +225,10 @@ def _check_same(config: "ConfigDict") -> None:
     from vit_jax.config.schema import per_host_keys
     from vit_jax.runtime import processes
 
-    values = {f"config.{k}": v for k, v in flatten_config(config.to_dict()).items()}
+    values = {f"--config.{k}": v for k, v in flatten_config(config.to_dict()).items()}
     values |= {"--workdir": _WORKDIR.value, "vit_jax": __version__, "jax": jax.__version__}
     for key in per_host_keys():
-        values.pop(f"config.{key}", None)
+        values.pop(f"--config.{key}", None)
     processes.check_same(values)
 
 

@@ -19,6 +19,7 @@ Examples:
 
 import argparse
 import contextlib
+import functools
 import io
 import sys
 import time
@@ -184,8 +185,7 @@ def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) ->
         for kept, rows in map_images(
             model,
             paths,
-            layer=layer,
-            tta=args.tta,
+            compute=functools.partial(model.start, layer=layer, tta=args.tta),
             batch_size=args.batch_size,
             corrupt=corrupt,
             num_threads=args.num_threads,
@@ -205,7 +205,7 @@ def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) ->
             raise UserError(f"none of {skipped:,} images can be read; the lines above say why")
     seconds = time.perf_counter() - started
     left_out = f", {skipped:,} can't be read and are left out" if skipped else ""
-    log(f"{count:,} images in {seconds:.1f} s{left_out}")
+    log(f"{count:,} image{'' if count == 1 else 's'} in {seconds:.1f} s{left_out}")
     if args.output is not None:
         log(f"wrote {args.output}")
     return skipped

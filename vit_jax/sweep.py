@@ -261,7 +261,7 @@ def _write_literal(value: Any) -> str:
     return text if parse_literal(text) == value and isinstance(value, str) else repr(value)
 
 
-def check_trials(trials: Sequence[Trial]) -> None:
+def check_trials(trials: Sequence[Trial], workdir: Path) -> None:
     """Builds the experiment of each run, without its mesh, on the CPU.
 
     Raises:
@@ -271,10 +271,12 @@ def check_trials(trials: Sequence[Trial]) -> None:
         import jax
 
         from vit_jax.training.experiment import Experiment
+        from vit_jax.training.run import check_sources
     # Accelerators are not initialized here, since that would take the memory of the runs.
     jax.config.update("jax_platforms", "cpu")
     for trial in trials:
         try:
+            check_sources(trial.config, workdir / trial.name)
             Experiment.from_config(without_mesh(trial.config))
         except UserError as e:
             raise UserError(f"{trial.name}: {e}") from e
@@ -484,7 +486,7 @@ def main(argv: Sequence[str]) -> int:
     trust_parts(args.parts)
     trials = make_trials(args.config, args.sweep, overrides, args.workdir, parts=args.parts)
     if not args.no_check and not args.summarize:
-        check_trials(trials)
+        check_trials(trials, args.workdir)
     if not args.emit and not args.summarize:
         start_server(_PRELOADED)
     if args.emit:

@@ -32,18 +32,25 @@ def test_every_key_that_is_suggested_exists():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": 1}, "unknown config key config.lr; did you mean 'optimizer.lr'?"),
-        ({"evals__val__batchsize": 1}, "did you mean 'evals.val.batch_size'?"),
+        ({"lr": 1}, "unknown config key lr; did you mean '--config.optimizer.lr'?"),
+        ({"evals__val__batchsize": 1}, "did you mean '--config.evals.val.batch_size'?"),
         ({"optimizer__momentum": 1}, "optimizer.momentum; it is a key of optimizer.name='ada"),
-        ({"optimizer__sam": {"roh": 1}}, "did you mean 'optimizer.sam.rho'?"),
+        ({"optimizer__sam": {"roh": 1}}, "did you mean '--config.optimizer.sam.rho'?"),
         ({"optimizer__name": "adamW"}, "optimizer.name='adamW' is unknown; did you mean 'adamw'?"),
         ({"objective__loss": "bce"}, "did you mean 'sigmoid'?"),
         ({"model__name": "vit_base_patch16_224"}, "--config.model.variant=B/16?"),
         ({"model__variant": "vit_base_patch16_224"}, "did you mean 'B/16'?"),
         (
             {"optimizer": "adamw"},
-            "config.optimizer='adamw' is a str; expected dict: set optimizer.name",
+            "optimizer='adamw' is a str; expected dict: set --config.optimizer.name",
         ),
+        (
+            {"trainer__max_epochs": 3},
+            "unknown config key trainer.max_epochs; did you mean '--config.epochs'?",
+        ),
+        ({"optimizer__class_path": "AdamW"}, "did you mean '--config.optimizer.name'?"),
+        ({"optimizer__schedule": "CosineAnnealingLR"}, "did you mean 'cosine'?"),
+        ({"base_lr": 0.1}, "unknown config key base_lr; did you mean '--config.optimizer.lr'?"),
         ({"epochs": 3}, "add --config.total_steps=none or --config.epochs=none"),
         ({"total_steps": None}, "expected exactly one of them, such as --config.epochs=10"),
         (

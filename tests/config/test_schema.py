@@ -66,13 +66,22 @@ def test_a_section_that_is_left_out_or_none_has_its_defaults():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"data": None}, "config.data=None is a NoneType; expected dict"),
-        ({"model": 3}, "config.model=3 is a int; expected dict"),
-        ({"watchdog": 3}, "config.watchdog=3 is a int; expected dict or None"),
-        ({"warmup_steps": 3}, "config.warmup_steps is now config.optimizer.warmup_steps"),
-        ({"batch_eval": 3}, "config.batch_eval is now config.evals.NAME.batch_size"),
-        ({"pretrained_dir": "x"}, "config.pretrained_dir is now config.init_from"),
-        ({"sede": 3}, "unknown config key config.sede; did you mean 'seed'"),
+        ({"data": None}, "data=None is a NoneType; expected dict"),
+        ({"model": 3}, "model=3 is an int; expected dict"),
+        ({"watchdog": 3}, "watchdog=3 is an int; expected dict or None"),
+        (
+            {"warmup_steps": 3},
+            "unknown config key warmup_steps; did you mean '--config.optimizer.warmup_steps'?",
+        ),
+        (
+            {"batch_eval": 3},
+            "unknown config key batch_eval; did you mean '--config.evals.NAME.batch_size'?",
+        ),
+        (
+            {"pretrained_dir": "x"},
+            "unknown config key pretrained_dir; did you mean '--config.init_from'?",
+        ),
+        ({"sede": 3}, "unknown config key sede; did you mean '--config.seed'"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, words):
@@ -82,5 +91,5 @@ def test_what_does_not_fit_is_refused(change, words):
 
 
 def test_a_missing_section_is_named():
-    with pytest.raises(UserError, match=r"config\.data is missing, and has no default"):
+    with pytest.raises(UserError, match=r"data is missing, and has no default"):
         read_config({"model": {}, "optimizer": {}})

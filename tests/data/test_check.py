@@ -330,6 +330,11 @@ def test_a_config_that_learns_from_labels_is_refused_for_captions_alone(captione
                 data__name=captioned,
                 data__preprocess="decode|resize(8)",
                 objective={"name": "mae"},
-                evals__val={"name": "knn", "split": "train", "preprocess": "decode|resize(8)"},
+                evals__val={
+                    "name": "knn",
+                    "split": "train",
+                    "train_split": "train",
+                    "preprocess": "decode|resize(8)",
+                },
             )
         )

@@ -271,7 +271,7 @@ def test_memory_for_batches_is_planned_and_limited(digits):
     assert plan_buffers(limited) == Buffers(2, 4 * batch)
     assert_same(train(limited, 10), train(spec, 10))
     with pytest.raises(
-        UserError, match=r"^data\.max_ram_gb=1e-06: 3 batches of 0\.0 MB.*batch_size"
+        UserError, match=r"^data\.max_ram_gb=1e-06: 3 batches of [\d.]+ kB.*batch_size"
     ):
         plan_buffers(dataclasses.replace(spec, max_ram_gb=1e-6))
 

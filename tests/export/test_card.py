@@ -12,6 +12,7 @@ from vit_jax.export.__main__ import main
 from vit_jax.export.card import _without_paths
 from vit_jax.export.signature import without_folders
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.text import describe_size
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_without_yes_it_is_only_said_what_would_go_to_the_hub(place, said, hub, 
     (head,) = [line for line in said if line.startswith("would upload to me/vit-digits")]
     assert "private if it is new: 4 files, " in head
     size = (tmp_path / "out" / "model.npz").stat().st_size
-    assert f"  model.npz ({size / 2**20:,.2f} MiB)" in said
+    assert f"  model.npz ({describe_size(size)})" in said
     assert said[-1] == "nothing is uploaded; add --yes to do it"
     assert read_card(tmp_path / "out")[1].startswith("\n# vit-digits\n")
 

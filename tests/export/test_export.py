@@ -115,7 +115,7 @@ def test_weights_are_read_again_as_the_same_model(written, place):
 
 def test_a_model_is_exported_as_it_was_asked_for(call):
     output, said = call("vit.npz", "--to=npz", "--preprocess=decode|resize(16)")
-    assert said[-2] == f"wrote {output / 'model.json'} (0.00 MiB)"
+    assert said[-2] == f"wrote {output / 'model.json'} (0.4 kB)"
     assert not any(".tmp" in x for x in said)
     line = "model.npz: read back: every parameter is the same, and so is the model that is rebuilt"
     assert any(x.startswith(line) for x in said)

@@ -17,6 +17,7 @@ from tests.trained import MIXER, NAMES, write_images, write_model, write_run
 from vit_jax.checkpoint.manifest import write_manifest
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.safetensors import write_safetensors
+from vit_jax.inference import model as model_lib
 from vit_jax.utils.errors import UserError
 
 IMAGES = np.random.default_rng(2).integers(0, 256, (3, 8, 8, 3), np.uint8)
@@ -181,8 +182,52 @@ def test_features_and_attention_take_files_as_a_call_does(model, photos, method)
     expected = compute([model.preprocess(path) for path in photos])
     for images in (photos, [Image.open(photos[0]), *photos[1:]], f"{photos[0].parent}/*.png"):
         np.testing.assert_allclose(compute(images), expected, atol=1e-5)
+    found = compute(str(photos[0].parent))
+    assert found.paths == tuple(map(str, photos))
+    assert (len(found), found.shape) == (len(photos), expected.shape)
+    np.testing.assert_array_equal(found[1], found.values[1])
+    assert found[:2].paths == found.paths[:2]
+    assert repr(found).startswith(f"{photos[0]}: float32 [")
     assert compute(str(photos[0])).shape == (1, *expected.shape[1:])
+    assert compute(Image.open(photos[0])).paths == (None,)
     refuse(lambda: compute("none.jpg"), "'none.jpg': there is no such file or folder")
+
+
+def test_attention_that_does_not_fit_into_memory_is_refused_before_it_is_computed(
+    model, photos, monkeypatch
+):
+    monkeypatch.setattr(model_lib, "_MAX_ATTENTION", 2_000)
+    for images in (str(photos[0].parent), [model.preprocess(path) for path in photos] * 9):
+        refuse(
+            lambda images=images: model.attention(images), "take ", " of memory: expected at most"
+        )
+
+
+@pytest.mark.parametrize("source", [3, None, "", b"run", ["run"]])
+def test_a_source_that_is_no_text_is_refused(source):
+    refuse(
+        lambda: vit_jax.load_model(source), f"source={source!r}: expected a workdir or a checkpoint"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"preprocess": 3}, "preprocess=3 is an int; expected str or None"),
+        ({"class_names": "abc"}, "class_names='abc': expected a list, or None"),
+        ({"model": 3}, "model=3: expected arguments by name, or None"),
+        ({"devices": 3}, "devices=3: expected a list, or None"),
+        ({"parts": 3}, "parts=3: expected the names of modules"),
+        ({"pixel_mean": "a"}, "pixel_mean=a: expected a number, or one for each of RGB"),
+    ],
+)
+def test_an_option_of_the_wrong_type_is_refused(run, options, words):
+    refuse(lambda: vit_jax.load_model(run[0], **options), words)
+
+
+def test_logits_of_another_shape_are_refused(model):
+    refuse(lambda: model.predict([1, 2]), "logits are a list []: expected float32 [n, classes]")
+    refuse(lambda: model.predict(np.zeros(3)), "logits are a ndarray [3]: expected float32")
 
 
 def test_a_run_says_what_was_taken_of_it(run, model):
@@ -364,7 +409,7 @@ def test_a_model_without_a_head_gives_features_alone(tmp_path):
         ({"params": "average"}, "params='average': expected 'raw' or 'ema'"),
         ({"preprocess": "decode"}, "leaves images in different sizes: add resize(SIZE)"),
         ({"preprocess": "resize(8)"}, "expected 'decode' first"),
-        ({"class_names": "abcdefghijk"}, "11 class names, and the model has 10 classes"),
+        ({"class_names": tuple("abcdefghijk")}, "11 class names, and the model has 10 classes"),
         ({"loss": "hinge"}, "loss='hinge': expected 'softmax' or 'sigmoid'"),
         ({"model": {"num_head": 2}}, "unknown config key model.num_head; did you mean"),
         ({"pixel_std": 0.0}, "expected more than 0"),

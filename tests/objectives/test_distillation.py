@@ -88,7 +88,7 @@ def test_the_teacher_is_no_parameter_of_the_student(teacher):
     ("options", "words"),
     [
         ({"teacher": None}, r"objective\.teacher is missing"),
-        ({"teacher": "nowhere.npz"}, r"objective\.teacher='nowhere.npz': nowhere.npz: there is no"),
+        ({"teacher": "nowhere.npz"}, r"objective\.teacher='nowhere.npz': there is no"),
         ({"alpha": 1.5}, r"objective\.alpha=1\.5"),
         ({"temperature": 0.0}, r"objective\.temperature=0\.0"),
         ({"multi_label": True}, "one label an example"),

@@ -33,7 +33,7 @@ START = {
 def test_frozen_parameters_are_counted_where_there_are_some(frozen, want, said):
     report_start(**(START | {"frozen": frozen}))
     assert [line for line in said if "frozen" in line] == want
-    assert said[-1] == "memory of this host for batches: train 2.5 MB, val 1.5 GB"
+    assert said[-1] == "memory of this host for batches: train 2.4 MiB, val 1.4 GiB"
 
 
 def test_a_model_is_a_line_and_its_tables_are_for_verbose(capsys, monkeypatch):
@@ -93,10 +93,11 @@ def test_the_end_names_the_report_and_the_command_to_predict_before_other_files(
         total_steps=4,
         checkpoint=tmp_path / "checkpoints/4",
         longer="train longer",
-        predict="predict IMAGES",
+        uses={"to predict": "predict IMAGES"},
     )
     assert [line[:18].strip() for line in said[2:]] == [
-        *("report", "to predict", "checkpoint", "logs", "to train on")
+        *("report", "to predict", "checkpoint", "logs", "to train longer")
     ]
     assert said[2] == f"  report          {tmp_path / 'report.html'}"
     assert said[3] == "  to predict      predict IMAGES"
+    assert said[-1].startswith("  to train longer ")

@@ -151,6 +151,11 @@ def test_the_page_fits_its_screen_and_its_charts_fill_their_rows(width, dark, wo
                 " return [right(grid), ...Object.values(rows)]; })"
             )
             assert [len({*row}) for row in ends] == [1], ends
+            heights = browser.evaluate(
+                "[...document.querySelectorAll('svg text')].map("
+                "text => text.getBoundingClientRect().height)"
+            )
+            assert all(10 <= height <= 19 for height in heights), (charts, {*heights})
 
 
 def test_points_are_finite_and_the_best_is_the_first_of_equals():

@@ -53,7 +53,10 @@ def test_axes_are_auto_because_flax_linen_needs_it():
         ({"data": -1, "fsdp": -1}, "mesh.fsdp=-1: only one axis can fill"),
         ({"tensor": 0}, "mesh.tensor=0: expected at least 1"),
         ({"dcn": {"data": 2}}, "mesh.dcn: data=2 x fsdp=1 x tensor=1 does not make 1 group"),
-        ({"dcn": {"date": 2}}, "unknown config key mesh.dcn.date; did you mean 'data'"),
+        (
+            {"dcn": {"date": 2}},
+            "unknown config key mesh.dcn.date; did you mean '--config.mesh.dcn.data'",
+        ),
     ],
 )
 def test_impossible_meshes_are_refused(sizes, message):

@@ -260,7 +260,7 @@ def test_processes_that_were_not_started_alike_are_refused_by_key(data_dir, tmp_
     done = run(tmp_path, data_dir, processes=2, devices=2, text=text)
     assert [code for code, _, _ in done] == [2, 2], done
     for _, _, errors in done:
-        assert "processes 0 and 1 were not started alike: config.total_steps is 6" in errors
+        assert "processes 0 and 1 were not started alike: --config.total_steps is 6" in errors
     assert not (tmp_path / "workdir").exists()
 
 

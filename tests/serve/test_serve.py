@@ -149,6 +149,23 @@ def test_an_image_that_curl_sent_as_text_is_refused_with_what_to_type(client, ph
 
 
 @pytest.mark.parametrize(
+    ("body", "hint"),
+    [
+        (b"file=photo.jpg", True),
+        (b"photo.jpg", True),
+        (b"two\nlines", False),  # Not of curl -d, which leaves out the line break.
+        (b"\x00\x01\x02", False),
+        (b"\x89PNG\r\n\x1a\n cut", False),
+    ],
+)
+def test_what_to_type_is_said_only_where_a_body_is_text(client, body, hint):
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    reply = client.post("/v1/predict", content=body, headers=headers)
+    assert reply.status_code == 415
+    assert ("curl" in reply.json()["error"]) == hint
+
+
+@pytest.mark.parametrize(
     ("path", "files", "fields", "code", "message"),
     [
         ("", [b"none"], {}, 415, "not an image that can be read"),

@@ -140,7 +140,7 @@ def test_a_longer_run_may_be_counted_otherwise_but_keeps_its_warmup(data_dir, tm
     start(total_steps=None, epochs=2, **warmup)
     start(total_steps=None, examples=640, log_every=None, log_every_epochs=1, **warmup)
     start(total_steps=80, checkpoint={"every_percent": 50}, **warmup)
-    with pytest.raises(UserError, match=r"config\.optimizer\.warmup_percent is 25 there"):
+    with pytest.raises(UserError, match=r"optimizer\.warmup_percent is 25 there"):
         start(total_steps=80, optimizer={"lr": 1e-2, "warmup_steps": 20})
 
 

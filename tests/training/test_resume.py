@@ -26,7 +26,7 @@ def test_a_longer_run_is_the_same_experiment_and_said(tmp_path, said):
     write_config(open_workdir(str(tmp_path), CONFIG), CONFIG)
     open_workdir(str(tmp_path), CONFIG | {"total_steps": 16})
     assert said[-1] == (
-        "config.total_steps: 8 before, 16 now; the learning rate follows the schedule of the new "
+        "total_steps: 8 before, 16 now; the learning rate follows the schedule of the new "
         "length from here on, so the result is not that of a run that had this length from its "
         "start"
     )
@@ -35,7 +35,7 @@ def test_a_longer_run_is_the_same_experiment_and_said(tmp_path, said):
 def test_a_run_that_is_refused_logs_no_change_of_its_length(tmp_path, said):
     write_config(open_workdir(str(tmp_path), CONFIG), CONFIG)
     said.clear()
-    with pytest.raises(UserError, match=r"config\.seed is 0 there and 1 here"):
+    with pytest.raises(UserError, match=r"seed is 0 there and 1 here"):
         open_workdir(str(tmp_path), CONFIG | {"seed": 1, "total_steps": 16})
     assert said == []
 
@@ -63,7 +63,7 @@ def test_no_schedule_is_claimed_of_a_run_that_is_past_its_length(tmp_path, said)
     (tmp_path / "checkpoints" / "8").mkdir(parents=True)
     for total in (8, 5):
         open_workdir(str(tmp_path), CONFIG | {"total_steps": 5}, total_steps=total)
-        assert said[-1] == "config.total_steps: 8 before, 5 now"
+        assert said[-1] == "total_steps: 8 before, 5 now"
     open_workdir(str(tmp_path), CONFIG | {"total_steps": 16}, total_steps=16)
     assert "schedule of the new length" in said[-1]
 
@@ -129,7 +129,7 @@ def test_a_config_that_was_lost_is_taken_from_the_newest_checkpoint(content, tmp
     (line,) = said
     assert line.startswith(f"{tmp_path / 'config.json'} ")
     assert line.endswith(f"taken from {tmp_path / 'checkpoints/10/run.json'} in its place")
-    with pytest.raises(UserError, match=r"config\.seed is 0 there and 1 here"):
+    with pytest.raises(UserError, match=r"seed is 0 there and 1 here"):
         open_workdir(str(tmp_path), WHOLE | SEED)
 
 
@@ -179,9 +179,7 @@ def test_a_checkpoint_that_is_gone_is_said_where_an_older_one_is_left(tmp_path, 
 def test_another_model_is_another_experiment(tmp_path):
     write_config(open_workdir(str(tmp_path), WHOLE), WHOLE)
     other = WHOLE | {"model": {"patch_size": (4, 4), "variant": None}}
-    with pytest.raises(
-        UserError, match=r"config\.model\.patch_size is \[2, 2\] there and \[4, 4\]"
-    ):
+    with pytest.raises(UserError, match=r"model\.patch_size is \[2, 2\] there and \[4, 4\]"):
         open_workdir(str(tmp_path), other)
 
 
@@ -195,7 +193,7 @@ def test_a_run_from_before_a_key_existed_goes_on_with_its_default(tmp_path, said
 def test_a_key_that_is_no_more_is_another_experiment(tmp_path):
     later = WHOLE | {"model": WHOLE["model"] | {"qk_norm": False}}
     write_config(open_workdir(str(tmp_path), later), later)
-    with pytest.raises(UserError, match=r"config\.model\.qk_norm is False there and None here"):
+    with pytest.raises(UserError, match=r"model\.qk_norm is False there and None here"):
         open_workdir(str(tmp_path), WHOLE)
 
 
@@ -206,7 +204,7 @@ SEED = {"seed": 1}
 def test_what_is_allowed_may_differ_and_is_said(allow, tmp_path, said):
     write_config(open_workdir(str(tmp_path), WHOLE), WHOLE)
     open_workdir(str(tmp_path), WHOLE | SEED, resume=Resume(allow=allow))
-    assert said[-1] == "config.seed: 0 before, 1 now"
+    assert said[-1] == "seed: 0 before, 1 now"
 
 
 def test_all_that_differs_is_named_with_what_allows_it(tmp_path):

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +33,7 @@ from vit_jax.observe.progress import Monitor
 from vit_jax.pages import run_page
 from vit_jax.training import services
 from vit_jax.training.experiment import Experiment
-from vit_jax.training.run import train
+from vit_jax.training.run import suggest_uses, train
 from vit_jax.training.services import is_due
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.signals import RUN_AGAIN
@@ -171,7 +173,7 @@ def test_a_shorter_run_than_was_trained_is_one_line_and_changes_nothing(finished
     config = tiny_config(data_dir, total_steps=5)
     train(config, str(finished), command="train")
     assert said[-2:] == [
-        "config.total_steps: 8 before, 5 now",
+        "total_steps: 8 before, 5 now",
         f"nothing is trained: {finished} is at step 8, past the 5 steps of the config; expected a "
         "larger total_steps to train on",
     ]
@@ -305,9 +307,7 @@ def test_a_longer_run_goes_on_from_where_it_was(data_dir, tmp_path, said):
         config = tiny_config(data_dir, total_steps=steps)
         train(config, str(tmp_path / "w"), command="train")
     assert any(line.endswith("checkpoints/4") and "resuming from" in line for line in said)
-    assert any(
-        line.startswith("config.total_steps: 4 before, 8 now; the learning") for line in said
-    )
+    assert any(line.startswith("total_steps: 4 before, 8 now; the learning") for line in said)
     records = read_metrics(tmp_path / "w")
     assert [r["step"] for r in records if "train/loss" in r] == [1, 2, 4, 6, 8]
 
@@ -397,7 +397,7 @@ def test_frozen_parameters_stay_bit_for_bit_and_leave_nothing_in_the_checkpoint(
         found = {path.partition(f"/{moment}/")[2] for path in paths if f"/{moment}/" in path}
         assert found == set(trained)
     config.optimizer.freeze = ("cls",)
-    with pytest.raises(UserError, match=r"config\.optimizer\.freeze"):
+    with pytest.raises(UserError, match=r"optimizer\.freeze is"):
         train(config, str(tmp_path / "w"), command="train")
     counts = [sum(x.size for x in flat.values()) for flat in (trained, frozen)]
     assert "trained: {:,} parameters, frozen: {:,}".format(*counts) in said
@@ -486,7 +486,7 @@ def test_another_seed_goes_on_where_it_is_allowed(data_dir, tmp_path, said):
         train(tiny_config(data_dir, **other), str(tmp_path / "w"), command="train")
     other["resume"] = {"allow": "seed"}
     train(tiny_config(data_dir, **other), str(tmp_path / "w"), command="train")
-    assert "config.seed: 0 before, 1 now" in said
+    assert "seed: 0 before, 1 now" in said
 
 
 def test_a_start_that_hangs_where_its_files_are_opened_ends_to_be_run_again(
@@ -512,3 +512,32 @@ def test_a_start_that_hangs_where_its_files_are_opened_ends_to_be_run_again(
     assert "hangs: 0 s in the phase 'compile', more than watchdog.compile=0.1" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("classifies", "expected"),
+    [
+        (True, {"to predict": "python3 -m vit_jax.predict --workdir=runs/a IMAGES"}),
+        (
+            False,
+            {
+                "features": "python3 -m vit_jax.predict --workdir=runs/a --embed "
+                "--output=features.npz IMAGES",
+                "to fine-tune": "--config.init_from=runs/a in a run on data with classes",
+            },
+        ),
+    ],
+)
+def test_the_end_names_what_a_model_is_good_for(classifies, expected):
+    objective = types.SimpleNamespace(classifies=classifies)
+    experiment: Any = types.SimpleNamespace(objective=objective, config={"model": {"name": "vit"}})
+    assert suggest_uses(experiment, Path("runs/a"), "python3 -m vit_jax.main --x") == expected
+
+
+def test_the_end_names_the_modules_that_the_model_needs():
+    config = {"model": {"name": "my_models:ConvNet"}, "data": {"name": "folder:photos"}}
+    objective = types.SimpleNamespace(classifies=True)
+    experiment: Any = types.SimpleNamespace(objective=objective, config=config)
+    assert suggest_uses(experiment, Path("runs/a"), None) == {
+        "to predict": "python -m vit_jax.predict --workdir=runs/a --parts=my_models IMAGES"
+    }

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from vit_jax.utils import signals
-from vit_jax.utils.command import run_command
+from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.streams import print_result
 
@@ -155,3 +155,21 @@ def test_a_second_interruption_ends_a_command_at_once_whatever_it_does():
             time.sleep(0.1)
         assert process.returncode == 130
         assert process.stderr.read() == "vit_jax: a second Ctrl-C: ends at once\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--outptu=x"], "unrecognized arguments: --outptu=x; did you mean '--output'?"),
+        (["a", "--zzz"], "unrecognized arguments: --zzz; see"),
+        (["a"], "the following arguments are required: --output"),
+        (["--", "--outptu"], "the following arguments are required: --output"),
+    ],
+)
+def test_an_unknown_option_is_named_before_those_that_are_missing(argv, message):
+    parser = CommandParser(prog="example")
+    parser.add_argument("IMAGE")
+    parser.add_argument("--output", required=True)
+    with pytest.raises(UserError) as error:
+        parser.parse_args(argv)
+    assert str(error.value).startswith(message)

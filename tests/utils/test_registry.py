@@ -42,7 +42,7 @@ def test_defaults_are_filled_in_and_each_constructor_gets_its_own():
     ("section", "message"),
     [
         ({}, "it.width is missing"),
-        ({"width": 1, "wdth": 2}, "unknown config key it.wdth; did you mean 'it.width'?"),
+        ({"width": 1, "wdth": 2}, "unknown config key it.wdth; did you mean '--config.it.width'?"),
         ({"width": 1.5}, "it.width=1.5 is a float; expected int"),
         ({"width": True}, "it.width=True is a bool; expected int"),
         ({"width": 1, "color": "green"}, "it.color='green': expected 'red' or 'blue'"),
@@ -211,7 +211,9 @@ def test_a_part_is_checked_like_a_built_in_constructor(outside):
     assert bind({"width": 2}, make, key="it") == [{"width": 2, "color": "red"}]
     with pytest.raises(UserError) as error:
         bind({"widht": 2}, make, key="it")
-    expected = "unknown config key it.widht (registry_parts:make_box); did you mean 'it.width'?"
+    expected = (
+        "unknown config key it.widht (registry_parts:make_box); did you mean '--config.it.width'?"
+    )
     assert str(error.value) == expected
     with pytest.raises(UserError, match=r"it\.width \(registry_parts:make_box\) is missing"):
         bind({}, make, key="it")
@@ -269,6 +271,7 @@ def test_a_flax_module_has_its_own_fields(outside):
     ("name", "message"),
     [
         ("registry_none:make", "there is no module registry_none: expected it to be installed"),
+        ("registry_part:make", "or its folder in PYTHONPATH; did you mean 'registry_parts'?"),
         ("registry_parts.sub:make", "there is no module registry_parts.sub"),
         ("registry_parts:make_bix", "registry_parts has no make_bix; did you mean 'make_box'?"),
         ("registry_parts:NUMBER", "is a int; expected a function or a class"),

@@ -12,6 +12,7 @@ from vit_jax.utils.suggestions import (
 )
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "schedule_free_adamw")
+SCHEDULES = ("cosine", "linear", "exponential", "rsqrt", "constant")
 KEYS = {
     "epochs": (),
     "optimizer.lr": (),
@@ -33,6 +34,13 @@ KEYS = {
         ("nesterov", OPTIMIZERS, "sgd"),
         ("RandomHorizontalFlip", ("flip_lr", "resize"), "flip_lr"),
         ("CrossEntropy", ("softmax", "sigmoid"), "softmax"),
+        ("torch.nn.CrossEntropyLoss", ("softmax", "sigmoid"), "softmax"),
+        ("torch.optim.AdamW", OPTIMIZERS, "adamw"),
+        ("FusedSGD", OPTIMIZERS, "sgd"),
+        ("CosineAnnealingLR", SCHEDULES, "cosine"),
+        ("torch.optim.lr_scheduler.OneCycleLR", SCHEDULES, "cosine"),
+        ("LinearLR", SCHEDULES, "linear"),
+        ("photo.JPG", ("photo.jpg", "a.jpg"), "photo.jpg"),
         ("16-mixed", ("bfloat16", "float32"), "bfloat16"),
         ("B-16", ("B/16", "B/8"), "B/16"),
     ],
@@ -51,33 +59,58 @@ def test_a_name_that_is_like_none_lists_what_there_is():
     ("key", "allowed", "meant"),
     [
         # At the top, the key of a section.
-        ("weight_decay", ("epochs",), "'optimizer.weight_decay'"),
-        ("lr", ("epochs",), "'optimizer.lr'"),
-        ("LR", ("epochs",), "'optimizer.lr'"),
-        ("epoch", ("epochs", "seed"), "'epochs'"),
+        ("weight_decay", ("epochs",), "'--config.optimizer.weight_decay'"),
+        ("lr", ("epochs",), "'--config.optimizer.lr'"),
+        ("LR", ("epochs",), "'--config.optimizer.lr'"),
+        ("epoch", ("epochs", "seed"), "'--config.epochs'"),
         # That of training, and not that of an evaluator.
-        ("batch_size", ("epochs",), "'data.batch_size'"),
-        ("every", ("epochs",), "'checkpoint.every'"),
+        ("batch_size", ("epochs",), "'--config.data.batch_size'"),
+        ("every", ("epochs",), "'--config.checkpoint.every'"),
         # In the wrong section.
-        ("data.lr", ("batch_size",), "'optimizer.lr'"),
+        ("data.lr", ("batch_size",), "'--config.optimizer.lr'"),
         # The nearest of the section comes before that of another one.
-        ("evals.val.evry", ("every",), "'evals.val.every'"),
-        ("wieght_decay", ("epochs",), "'optimizer.weight_decay'"),
+        ("evals.val.evry", ("every",), "'--config.evals.val.every'"),
+        ("wieght_decay", ("epochs",), "'--config.optimizer.weight_decay'"),
         # Of timm, Lightning and others.
-        ("model.drop_path", ("depth",), "'model.stochastic_depth_rate'"),
-        ("random_flip", ("epochs",), "'objective.flip'"),
-        ("max_epochs", ("epochs",), "'epochs'"),
-        ("opt", ("optimizer",), "'optimizer.name'"),
-        ("early_stopping", ("epochs",), "'stop.metric' or 'stop.patience'"),
+        ("model.drop_path", ("depth",), "'--config.model.stochastic_depth_rate'"),
+        ("random_flip", ("epochs",), "'--config.objective.flip'"),
+        ("max_epochs", ("epochs",), "'--config.epochs'"),
+        ("opt", ("optimizer",), "'--config.optimizer.name'"),
+        ("early_stopping", ("epochs",), "'--config.stop.metric' or '--config.stop.patience'"),
         # A name that several keys have elsewhere: that of the section comes first.
-        ("monitor", ("epochs",), "'stop.metric' or 'checkpoint.keep_best'"),
-        ("stop.monitor", ("metric", "patience"), "'stop.metric'"),
-        ("checkpoint.monitor", ("every",), "'checkpoint.keep_best'"),
-        ("strategy", (), "'mesh.data' or 'mesh.fsdp'"),
+        ("monitor", ("epochs",), "'--config.stop.metric' or '--config.checkpoint.keep_best'"),
+        ("stop.monitor", ("metric", "patience"), "'--config.stop.metric'"),
+        ("checkpoint.monitor", ("every",), "'--config.checkpoint.keep_best'"),
+        ("strategy", (), "'--config.mesh.data' or '--config.mesh.fsdp'"),
     ],
 )
 def test_an_unknown_key_is_looked_for_in_the_whole_config(key, allowed, meant):
     assert suggest_key(key, allowed, KEYS) == f"; did you mean {meant}?"
+
+
+@pytest.mark.parametrize(
+    ("key", "below", "meant"),
+    [
+        ("trainer", ["max_epochs"], "epochs"),
+        ("training", ["batch_size"], "data.batch_size"),
+        ("optim", ["lr"], "optimizer.lr"),
+        ("TRAIN", ["EPOCHS"], "epochs"),
+        ("model", ["vit", "drop_path"], "model.stochastic_depth_rate"),
+        ("scheduler", ["name"], "optimizer.schedule"),
+        ("optimizer.init_args", ["lr"], "optimizer.lr"),
+        ("callbacks", ["early_stopping", "monitor"], "stop.metric"),
+        # A section with nearly the name.
+        ("evls", ["val", "every"], "evals.val.every"),
+    ],
+)
+def test_a_section_of_another_project_is_looked_up_by_its_leaf(key, below, meant):
+    hint = suggest_key(key, ("epochs", "tracking"), KEYS, below=below)
+    assert hint.startswith(f"; did you mean '--config.{meant}'")
+
+
+def test_a_section_of_another_project_is_not_taken_for_one_that_is_spelled_like_it():
+    hint = suggest_key("trainer", ("epochs", "tracking"), KEYS, below=["no_such_key"])
+    assert hint == "; there is: epochs, tracking"
 
 
 def test_a_key_of_another_part_is_said_to_be_that():

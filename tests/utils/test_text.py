@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from vit_jax.utils.text import printable
+from vit_jax.utils.text import describe_size, printable
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,17 @@ def test_what_breaks_a_line_or_has_no_utf8_is_an_escape(text, expected):
 
 def test_line_breaks_of_a_whole_file_can_be_kept():
     assert printable("a\n\x1bb\n", keep="\n") == "a\n\\x1bb\n"
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0.0 kB"),
+        (312, "0.3 kB"),
+        (70_000, "70.0 kB"),
+        (2**20, "1.0 MiB"),
+        (3 * 2**30, "3.0 GiB"),
+    ],
+)
+def test_sizes_have_a_unit_in_which_they_are_not_zero(size, text):
+    assert describe_size(size) == text

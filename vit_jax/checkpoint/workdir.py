@@ -75,12 +75,29 @@ def find_config(workdir: Path) -> dict[str, Any] | None:
         if isinstance(found, dict) and found.keys() >= _REQUIRED:
             log(f"{file} {fault}: taken from {record} in its place")
             return found
+    if isinstance(config, dict) and (kind := _name_foreign(config)):
+        raise UserError(
+            f"--workdir={str(workdir)!r}: {file} is the config of {kind}, not that of a run: "
+            "expected the workdir of a run. To start from the weights beside it, give "
+            f"--config.init_from={workdir}; to use them, --checkpoint={workdir}"
+        )
     if os.path.lexists(file) and not (isinstance(config, dict) and config):
         raise UserError(
             f"--workdir={str(workdir)!r}: {file} {fault}, and no checkpoint has the config; "
             "expected the workdir of a run, or --config"
         )
     return config
+
+
+def _name_foreign(config: Mapping[str, Any]) -> str:
+    """What the `config.json` of another program describes; empty if that is not known."""
+    if config.keys() & _REQUIRED:
+        return ""
+    if "architecture" in config:
+        return f"a timm model, {config['architecture']}"
+    if config.keys() & {"architectures", "model_type", "transformers_version"}:
+        return f"a Hugging Face model, {config.get('model_type', 'of unknown type')}"
+    return ""
 
 
 def is_workdir(folder: Path) -> bool:
@@ -164,7 +181,7 @@ def _find_best(workdir: Path, steps: Sequence[int]) -> int:
     if metric is None:
         raise UserError(
             f"--checkpoint=best: the run of --workdir={workdir} keeps no best checkpoint, as "
-            f"config.checkpoint.keep_best is not set; expected one of {', '.join(map(str, steps))}"
+            f"checkpoint.keep_best is not set; expected one of {', '.join(map(str, steps))}"
         )
     values = {r["step"]: r[metric] for r in read_metrics(workdir) if metric in r}
     best = find_best_step({step: values[step] for step in steps if step in values}, metric)

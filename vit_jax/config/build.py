@@ -173,7 +173,13 @@ def _build_parts(
     )
     _check_stop(settings.stop, evaluators, settings.ema_decay is not None)
     made_by = {"objective": objective_args, "model": model_args, "optimizer": optimizer_args}
-    trace_parts({k: args["name"] for k, args in made_by.items()}, objective, optimizer, data)
+    trace_parts(
+        {k: args["name"] for k, args in made_by.items()},
+        objective,
+        optimizer,
+        data,
+        [(eval_args[e.name]["name"], e) for e in evaluators],
+    )
     (adapt_args,) = bind(
         settings.adapt, adapt_params, key="adapt", given=("target_grid", "num_class_tokens")
     )

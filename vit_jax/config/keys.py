@@ -107,4 +107,5 @@ def suggesting_keys(config: Mapping[str, Any]) -> Iterator[None]:
     except UnknownKeyError as e:
         evals = config.get("evals")
         names = tuple(evals) if isinstance(evals, Mapping) and evals else ("NAME",)
-        raise UserError(f"{e.message}{suggest_key(e.key, e.allowed, list_keys(names))}") from None
+        hint = suggest_key(e.key, e.allowed, list_keys(names), below=e.below)
+        raise UserError(f"{e.message}{hint}") from None

@@ -66,13 +66,21 @@ def trust_config(config: ConfigDict | Mapping[str, Any]) -> None:
     Args:
       config: nested, or values by dotted key.
     """
+    trust_parts(list_modules(config))
+
+
+def list_modules(config: ConfigDict | Mapping[str, Any]) -> list[str]:
+    """Returns the modules outside of this package that a config names, in alphabetical order.
+
+    Args:
+      config: nested, or values by dotted key.
+    """
     from vit_jax.data.sources import KINDS
 
     config = config.to_dict() if isinstance(config, ConfigDict) else config
-    for key, value in flatten_config(config).items():
-        if key.rpartition(".")[2] in _NAMES:
-            names = [name.partition(":") for name in find_parts(str(value))]
-            trust_parts(module for module, *_ in names if module not in KINDS)
+    texts = [str(v) for k, v in flatten_config(config).items() if k.rpartition(".")[2] in _NAMES]
+    modules = {name.partition(":")[0] for text in texts for name in find_parts(text)}
+    return sorted(modules - KINDS.keys())
 
 
 def override_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> ConfigDict:
@@ -107,11 +115,16 @@ def parse_overrides(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
 
     Returns:
       The values by dotted key, and the remaining arguments.
+
+    Raises:
+      UserError: a key, or a part of it, is empty.
     """
     overrides, rest, todo = {}, [], iter(arguments)
     for argument in todo:
         if argument.startswith(_OVERRIDE):
             key, equals, text = argument.removeprefix(_OVERRIDE).partition("=")
+            if not all(key.split(".")):
+                raise UserError(f"{argument}: expected --config.KEY=VALUE")
             overrides[key] = parse_literal(text if equals else next(todo, ""))
         else:
             rest.append(argument)

@@ -241,15 +241,16 @@ top_level.__signature__ = _SIGNATURE
 
 # Keys that are meant by a value that is given to their whole section.
 _MEANT = {
-    "model": "model.variant or model.name",
-    "data": "data.name",
-    "optimizer": "optimizer.name",
-    "objective": "objective.name or objective.loss",
-    "lora": "lora.rank",
-    "mesh": "mesh.data, mesh.fsdp or mesh.tensor",
-    "checkpoint": "checkpoint.every or checkpoint.keep",
-    "tracking": "tracking.trackers",
-    "resume": "init_from to start from other weights; a run resumes from its own --workdir",
+    "model": "--config.model.variant or --config.model.name",
+    "data": "--config.data.name",
+    "optimizer": "--config.optimizer.name",
+    "objective": "--config.objective.name or --config.objective.loss",
+    "lora": "--config.lora.rank",
+    "mesh": "--config.mesh.data, --config.mesh.fsdp or --config.mesh.tensor",
+    "checkpoint": "--config.checkpoint.every or --config.checkpoint.keep",
+    "tracking": "--config.tracking.trackers",
+    "resume": "--config.init_from to start from other weights; a run resumes from its own "
+    "--workdir",
 }
 
 
@@ -261,16 +262,14 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     for name in config:
         if name in RENAMED:
-            raise UserError(f"config.{name} is now config.{RENAMED[name]}")
+            raise UserError(f"unknown config key {name}; did you mean '--config.{RENAMED[name]}'?")
         if name in SECTIONS:
             try:
-                check_type(
-                    config[name], _SIGNATURE.parameters[name].annotation, key=f"config.{name}"
-                )
+                check_type(config[name], _SIGNATURE.parameters[name].annotation, key=name)
             except UserError as e:
-                meant = _MEANT.get(name, f"keys of it, as in --config.{name}.KEY=VALUE")
+                meant = _MEANT.get(name, f"--config.{name}.KEY=VALUE")
                 raise UserError(f"{e}: set {meant}") from None
-    (top,) = bind(config, top_level, key="config")
+    (top,) = bind(config, top_level, key="")
     return {k: dict(v or {}) if k in SECTIONS else v for k, v in top.items()}
 
 

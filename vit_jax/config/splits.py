@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The splits that a config asks for, where the data has none of its own."""
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -45,5 +46,11 @@ def use_cut(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     split = data["split"]
     others = "".join(f", evals.{key}.split={end!r} is validation" for key in changed)
-    log(f"{name}: as it has a validation split, data.split={split!r} is train{others}")
+    _log_once(f"{name}: as it has a validation split, data.split={split!r} is train{others}")
     return {**config, "data": {**data, "split": "train"}, "evals": {**evals, **changed}}
+
+
+@functools.cache
+def _log_once(text: str) -> None:
+    """Logs a change of a config that is built several times, as to check a workdir."""
+    log(text)

@@ -439,7 +439,7 @@ def prepare_images(sheet: DatasetSpec | Experiment) -> tuple[np.ndarray, list[st
     if isinstance(sheet, DatasetSpec):
         examples = read_examples(data, seed=0, step=0)
         images = np.stack([example["image"] for example in examples])
-        labels = [example.get("label") for example in examples]
+        labels: Any = [example.get("label") for example in examples]
     else:
         from vit_jax.training.previews import preview_first_batch
 

@@ -39,6 +39,7 @@ from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import atomic_file, write_atomically
 from vit_jax.utils.registry import find_parts, trust_parts
 from vit_jax.utils.signals import importing
+from vit_jax.utils.text import describe_size
 
 if TYPE_CHECKING:
     from vit_jax.data.corrupt import CorruptCounter
@@ -405,7 +406,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _report(manifest: Manifest, folder: Path, corrupt: int) -> None:
     size = sum(path.stat().st_size for path in folder.iterdir())
     total = sum(manifest.splits.values())
-    log(f"packed {total:,} images, {size / 1e6:,.1f} MB, in {folder}")
+    log(f"packed {total:,} images, {describe_size(size)}, in {folder}")
     for split, length in manifest.splits.items():
         log(f"  {split:<15} {length:>12,} examples")
     if corrupt:

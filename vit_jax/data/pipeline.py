@@ -30,6 +30,7 @@ from vit_jax.data.sources.base import DatasetInfo, Source
 from vit_jax.data.tokenizers import Tokenizer, parse_tokenizer
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import is_part, report_failure
+from vit_jax.utils.text import describe_size
 
 Batch = dict[str, np.ndarray]
 
@@ -478,7 +479,7 @@ def plan_buffers(spec: DatasetSpec, *, num_shards: int = 1, shards: int = 1) -> 
         least = (1 + _HELD) * batch / 1e9
         if spec.max_ram_gb < least:
             raise UserError(
-                f"data.max_ram_gb={spec.max_ram_gb}: {1 + _HELD} batches of {batch / 1e6:,.1f} MB "
+                f"data.max_ram_gb={spec.max_ram_gb}: {1 + _HELD} batches of {describe_size(batch)} "
                 f"on each host are the least: expected {least:.2g} or more, or a smaller "
                 f"{spec.key}.batch_size"
             )

@@ -19,6 +19,7 @@ from vit_jax.objectives.base import Batch, Params
 from vit_jax.observe.console import log
 from vit_jax.parallel.mesh import BATCH_AXES, batch_sharding
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.text import describe_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +106,10 @@ class FeatureEvaluator(Evaluator):
             )
         if data.split not in self._logged:
             self._logged.add(data.split)
-            size = 4 * total * shape[0] / 2**20
+            size = describe_size(4 * total * shape[0])
             log(
                 f"{self.name}: features of {total:,} images of {data}, {shape[0]:,} values each: "
-                f"{size:,.1f} MiB of host memory"
+                f"{size} of host memory"
             )
         return Features(np.empty((total, *shape), np.float32), np.empty(total, np.int32))
 

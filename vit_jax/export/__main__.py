@@ -45,7 +45,7 @@ from vit_jax.utils.files import check_fresh, fresh_folder
 from vit_jax.utils.layout import CONFIG, LABELS
 from vit_jax.utils.signals import importing
 from vit_jax.utils.suggestions import suggest
-from vit_jax.utils.text import encode_text, printable
+from vit_jax.utils.text import describe_size, encode_text, printable
 
 if TYPE_CHECKING:
     from vit_jax.checkpoint.pretrained.weights import Weights
@@ -269,7 +269,7 @@ def main(argv: Sequence[str]) -> None:
     for line in lines:
         log(line)
     for path in sorted(p for p in args.output.rglob("*") if p.is_file()):
-        log(f"wrote {path} ({path.stat().st_size / 2**20:,.2f} MiB)")
+        log(f"wrote {path} ({describe_size(path.stat().st_size)})")
     if args.push is not None:
         for line in push_folder(args.output, args.push, private=args.private, now=args.yes):
             log(line)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.utils.errors import UserError, first_line
+from vit_jax.utils.text import describe_size
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -30,9 +31,9 @@ def push_folder(folder: Path, repo: str, *, private: bool, now: bool) -> list[st
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     size = sum(path.stat().st_size for path in files)
     lines = [
-        f"  {path.relative_to(folder)} ({path.stat().st_size / 2**20:,.2f} MiB)" for path in files
+        f"  {path.relative_to(folder)} ({describe_size(path.stat().st_size)})" for path in files
     ]
-    what = f"{len(files)} files, {size / 2**20:,.2f} MiB"
+    what = f"{len(files)} files, {describe_size(size)}"
     kind = "private" if private else "public"
     if not now:
         head = f"would upload to {repo} on the Hugging Face hub, {kind} if it is new: {what}"

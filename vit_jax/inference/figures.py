@@ -112,7 +112,7 @@ def draw_positions(model: LoadedModel) -> Figure:
     chosen = similar[every // 2 :: every, every // 2 :: every]
     tiles = [[draw.scale_up(draw.colorize(t, -1, 1), _TILE) for t in row] for row in chosen]
     caption = (
-        "Each tile stands where its patch is, and shows the cosine similarity of that patch's "
+        "Each tile has the place of its patch, and shows the cosine similarity of that patch's "
         "position embedding with those of all patches: dark is -1, bright is 1."
     )
     if every > 1:
@@ -249,7 +249,7 @@ def _to_grid(model: LoadedModel, weights: np.ndarray) -> np.ndarray:
 
 
 def _subject(model: LoadedModel) -> str:
-    return "the class token" if model.module.num_class_tokens else "a patch, in the mean,"
+    return "the class token" if model.module.num_class_tokens else "a patch, on average,"
 
 
 def _tile(heat: np.ndarray) -> np.ndarray:

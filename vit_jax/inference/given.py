@@ -2,7 +2,7 @@
 """Images that a caller names or holds, in place of arrays that are prepared already."""
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from vit_jax.inference.stream import map_images
 from vit_jax.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from vit_jax.inference.model import LoadedModel, Tta
+    from vit_jax.inference.model import LoadedModel
 
 # Images that are computed at a time at most.
 _BATCH_SIZE = 64
@@ -54,7 +54,7 @@ def list_given(images: Any) -> list[Any] | None:
             "expected only those, or only results of model.preprocess"
         )
     return [
-        image if isinstance(image, _IN_MEMORY) else os.path.expanduser(os.fspath(image))
+        image if isinstance(image, _IN_MEMORY) else os.path.expanduser(str(os.fspath(image)))
         for image in images
     ]
 
@@ -68,23 +68,55 @@ def is_one_image(images: Any) -> bool:
 
 
 def compute_given(
-    model: "LoadedModel", given: Sequence[Any], *, layer: str, tta: "Tta | None"
-) -> tuple[list[str | None], np.ndarray]:
-    """Computes the output of a layer for the images that `list_given` lists.
+    model: "LoadedModel",
+    given: Sequence[Any],
+    compute: Callable[[np.ndarray], Any],
+    *,
+    batch_size: int = _BATCH_SIZE,
+    check_count: Callable[[int], None] = lambda count: None,
+) -> tuple[tuple[str | None, ...], np.ndarray]:
+    """Computes something for the images that `list_given` lists, such as the output of a layer.
+
+    Args:
+      model: prepares the images.
+      given: paths, bytes and Pillow images.
+      compute: takes a batch, uint8 `[batch, *image_shape]`, and returns `[batch, ...]`.
+      batch_size: most images of a batch.
+      check_count: raises `UserError` where that many images are too many.
 
     Returns:
-      The path of each image, None for one in memory, and float32 `[n, ...]`.
+      The path of each image, None for one in memory, and what was computed, `[n, ...]`.
 
     Raises:
       UserError: an image that is named itself can't be read, or there is none.
     """
     if all(isinstance(image, str) for image in given):
-        return _compute_files(model, given, layer=layer, tta=tta)
+        files = find_images(given)
+        check_count(len(files))
+        return _compute_files(model, given, files, compute, batch_size=batch_size)
     paths, images = prepare_given(model, given)
-    starts = range(0, len(images), _BATCH_SIZE)
-    chunks = [images[start : start + _BATCH_SIZE] for start in starts]
-    rows = [model.features(chunk, layer=layer, tta=tta) for chunk in chunks]
-    return paths, np.concatenate(rows)
+    check_count(len(images))
+    return tuple(paths), compute_rows(model, np.stack(images), compute, batch_size=batch_size)
+
+
+def compute_rows(
+    model: "LoadedModel",
+    images: np.ndarray,
+    compute: Callable[[np.ndarray], Any],
+    *,
+    batch_size: int,
+) -> np.ndarray:
+    """Computes something for prepared images, uint8 `[n, *image_shape]`, as `compute_given` does.
+
+    The last batch is padded with zeros, so that few programs are compiled.
+    """
+    rows = []
+    for start in range(0, len(images), batch_size):
+        chunk = images[start : start + batch_size]
+        padded = np.zeros((model.pad_rows(len(chunk)), *model.image_shape), np.uint8)
+        padded[: len(chunk)] = chunk
+        rows.append(np.asarray(compute(padded))[: len(chunk)])
+    return np.concatenate(rows)
 
 
 def prepare_given(
@@ -115,25 +147,24 @@ def prepare_given(
 
 
 def _compute_files(
-    model: "LoadedModel", given: Sequence[str], *, layer: str, tta: "Tta | None"
-) -> tuple[list[str | None], np.ndarray]:
-    files = find_images(given)
+    model: "LoadedModel",
+    given: Sequence[str],
+    files: Sequence[str],
+    compute: Callable[[np.ndarray], Any],
+    *,
+    batch_size: int,
+) -> tuple[tuple[str | None, ...], np.ndarray]:
     corrupt = _RefuseNamed({path for path in given if path in files})
     paths: list[str | None] = []
     rows: list[np.ndarray] = []
     for kept, outputs in map_images(
-        model,
-        files,
-        layer=layer,
-        tta=tta,
-        batch_size=_BATCH_SIZE,
-        corrupt=corrupt,
+        model, files, compute=compute, batch_size=batch_size, corrupt=corrupt
     ):
         paths += kept
         rows.append(outputs)
     if not paths:
         raise UserError(f"none of {len(files):,} images can be read; the lines above say why")
-    return paths, np.concatenate(rows)
+    return tuple(paths), np.concatenate(rows)
 
 
 class _RefuseNamed(CorruptCounter):

@@ -24,7 +24,7 @@ from PIL import Image
 from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.pretrained.adapt import describe_objective_params
 from vit_jax.checkpoint.pretrained.hub import find_weights
-from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.checkpoint.pretrained.load import KINDS, load_pretrained
 from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.towers import put_part, take_tower
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Loss, Weights
@@ -32,12 +32,17 @@ from vit_jax.checkpoint.workdir import find_step, read_config
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.inference.given import (
     compute_given,
+    compute_rows,
     is_one_image,
     list_given,
-    prepare_given,
 )
 from vit_jax.inference.images import Preparation, make_preparation
-from vit_jax.inference.prediction import ImagePrediction, ImagePredictions, Prediction
+from vit_jax.inference.prediction import (
+    ImageFeatures,
+    ImagePrediction,
+    ImagePredictions,
+    Prediction,
+)
 from vit_jax.inference.texts import TextTower, find_tokenizer, to_unit
 from vit_jax.models.attention import ATTENTION_WEIGHTS
 from vit_jax.models.two_towers import TwoTowers
@@ -49,10 +54,13 @@ from vit_jax.parallel.sharding import infer_shardings
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG
 from vit_jax.utils.registry import check_type, find_parts, trust_parts
-from vit_jax.utils.text import printable
+from vit_jax.utils.text import describe_size, printable
 from vit_jax.utils.tree import flatten
 
 Tta = Literal["flip"]
+
+# Images whose attention weights are computed at a time, and bytes of all that are returned.
+_ATTENTION_BATCH, _MAX_ATTENTION = 8, 2**34
 
 # Suffixes of paths in the `intermediates` that Flax captures.
 _CALL = "/__call__/0"
@@ -116,7 +124,9 @@ class LoadedModel:
         try:
             return self.preparation(image)
         except ImageError as e:
-            where = f"{image}: " if isinstance(image, str | os.PathLike) else ""
+            where = (
+                f"{os.fspath(image) or repr('')}: " if isinstance(image, str | os.PathLike) else ""
+            )
             raise UserError(f"{where}{e}") from None
 
     @overload
@@ -152,43 +162,71 @@ class LoadedModel:
         given = list_given(images)
         if given is None:
             return self.predict(self.features(images, layer="logits", tta=tta))
-        paths, logits = compute_given(self, given, layer="logits", tta=tta)
+        compute = functools.partial(self.start, layer="logits", tta=tta)
+        paths, logits = compute_given(self, given, compute)
         predicted = self.predict(logits)
         names = [self.name_of(label) for label in range(self.module.num_classes)]
-        found = ImagePredictions(tuple(paths), logits, predicted.probabilities, names)
+        found = ImagePredictions(paths, logits, predicted.probabilities, names)
         return found[0] if is_one_image(images) else found
 
     def predict(self, logits: np.ndarray) -> Prediction:
-        """Converts logits, float32 `[n, num_classes]`, to a prediction."""
+        """Converts logits, float32 `[n, num_classes]`, to a prediction.
+
+        Raises:
+          UserError: they are no array of this form.
+        """
+        if getattr(logits, "ndim", 0) != 2:
+            shape = list(getattr(logits, "shape", []))
+            raise UserError(
+                f"logits are a {type(logits).__name__} {shape}: expected float32 [n, classes]"
+            )
         if self.loss == "sigmoid":
             return Prediction(logits, 1 / (1 + np.exp(-logits.clip(-80, 80))))
         powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return Prediction(logits, powers / powers.sum(axis=-1, keepdims=True))
 
+    @overload
+    def features(
+        self, images: np.ndarray, layer: str = "pre_logits", *, tta: Tta | None = None
+    ) -> np.ndarray: ...
+    @overload
+    def features(
+        self,
+        images: str | os.PathLike[str] | Image.Image | bytes,
+        layer: str = "pre_logits",
+        *,
+        tta: Tta | None = None,
+    ) -> ImageFeatures: ...
+    @overload
     def features(
         self, images: Any, layer: str = "pre_logits", *, tta: Tta | None = None
-    ) -> np.ndarray:
-        """Computes the output of a layer, float32 `[n, ...]`.
+    ) -> Any: ...
+    def features(
+        self, images: Any, layer: str = "pre_logits", *, tta: Tta | None = None
+    ) -> np.ndarray | ImageFeatures:
+        """Computes the output of a layer.
 
         Args:
           images: see `__call__`.
           layer: one of `layers`: `pre_logits` is the input of the head, one vector per image;
             `encoded` is the tokens `[length, hidden_size]` after the last block; any other is the
             path of a module, such as `Transformer/encoderblock_3`.
+          tta: see `__call__`.
+
+        Returns:
+          float32 `[n, ...]` for prepared images; `ImageFeatures` for others, also for a single one.
 
         Raises:
           UserError: the layer does not exist, an image that was named cannot be read, or prepared
             images have another shape or dtype.
         """
         given = list_given(images)
+        self.check_layer(layer)
+        compute = functools.partial(self.start, layer=layer, tta=tta)
         if given is not None:
-            self.check_layer(layer)
-            return compute_given(self, given, layer=layer, tta=tta)[1]
+            return ImageFeatures(*compute_given(self, given, compute))
         images = self._check_images(images)
-        count = len(images)
-        padded = np.zeros((self.pad_rows(count), *self.image_shape), np.uint8)
-        padded[:count] = images
-        return np.asarray(self.start(padded, layer=layer, tta=tta))[:count]
+        return compute_rows(self, images, compute, batch_size=len(images))
 
     def image_embed(self, images: Any) -> np.ndarray:
         """Returns unit vectors, float32 `[n, width]`, to compare with those of `text_embed`.
@@ -200,7 +238,8 @@ class LoadedModel:
           UserError: the model has no text tower; see `features` for others.
         """
         self._find_texts()
-        return to_unit(self.features(images, "logits" if self.module.num_classes else "pre_logits"))
+        layer = "logits" if self.module.num_classes else "pre_logits"
+        return to_unit(np.asarray(self.features(images, layer)))
 
     def text_embed(self, texts: Any) -> np.ndarray:
         """Returns unit vectors, float32 `[n, width]`.
@@ -260,22 +299,48 @@ class LoadedModel:
         params = jax.tree.map(np.asarray, self.params)
         return functools.partial(_apply, params, layer=layer, tta=None, **self._pixels)
 
-    def attention(self, images: Any) -> np.ndarray:
-        """Computes the attention weights of all blocks for images as in `__call__`, all at once.
+    @overload
+    def attention(self, images: np.ndarray) -> np.ndarray: ...
+    @overload
+    def attention(self, images: str | os.PathLike[str] | Image.Image | bytes) -> ImageFeatures: ...
+    @overload
+    def attention(self, images: Any) -> Any: ...
+    def attention(self, images: Any) -> np.ndarray | ImageFeatures:
+        """Computes the attention weights of all blocks for images as in `__call__`.
 
         Returns:
           float32 `[n, layers, heads, length, length]`: weights by query and key. Each row over
-          keys sums to 1.
+          keys sums to 1. `ImageFeatures` with these `values` for images that are not prepared.
 
         Raises:
-          UserError: the model has no attention, an image cannot be read, or prepared images have
-            another shape or dtype.
+          UserError: the model has no attention, an image cannot be read, prepared images have
+            another shape or dtype, or the weights of so many images take too much memory.
         """
         if not isinstance(self.module, VisionTransformer):
             raise UserError("this model has no attention; expected a Vision Transformer")
         given = list_given(images)
-        images = self._check_images(images if given is None else prepare_given(self, given)[1])
-        return np.asarray(self._attention(self.params, images))
+        options: dict[str, Any] = {"batch_size": self.round_up(_ATTENTION_BATCH)}
+        if given is not None:
+            options["check_count"] = self._check_attention
+            return ImageFeatures(*compute_given(self, given, self._start_attention, **options))
+        images = self._check_images(images)
+        self._check_attention(len(images))
+        return compute_rows(self, images, self._start_attention, **options)
+
+    def _start_attention(self, images: np.ndarray) -> jax.Array:
+        batch = shard_batch({"image": images}, self.mesh)
+        return self._attention(self.params, batch["image"])
+
+    def _check_attention(self, count: int) -> None:
+        """Raises `UserError` if the attention weights of so many images do not fit the host."""
+        rows, columns = self.module.grid(self.image_shape[:2])
+        length = rows * columns + self.module.num_prefix_tokens
+        size = 4 * self.module.num_layers * self.module.num_heads * length**2
+        if count * size > _MAX_ATTENTION:
+            raise UserError(
+                f"the attention weights of {count:,} images take {describe_size(count * size)} of "
+                f"memory: expected at most {max(_MAX_ATTENTION // size, 1):,} images at a time"
+            )
 
     @functools.cached_property
     def layers(self) -> tuple[str, ...]:
@@ -368,7 +433,8 @@ class LoadedModel:
 
     @functools.cached_property
     def _attention(self) -> Callable[..., jax.Array]:
-        return jax.jit(functools.partial(_attend, **self._pixels))
+        fn = functools.partial(_attend, **self._pixels)
+        return jax.jit(fn, out_shardings=batch_sharding(self.mesh))
 
     @property
     def _pixels(self) -> dict[str, Any]:
@@ -471,6 +537,17 @@ def load_model(
     Raises:
       UserError: the weights cannot be read, or an argument does not fit them.
     """
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise UserError(f"source={source!r}: expected {KINDS}")
+    check_type(preprocess, str | None, key="preprocess")
+    for key, value, kind in (
+        ("class_names", class_names, Sequence),
+        ("model", model, Mapping),
+        ("devices", devices, Sequence),
+    ):
+        if value is not None and (not isinstance(value, kind) or isinstance(value, str)):
+            expected = "arguments by name" if kind is Mapping else "a list"
+            raise UserError(f"{key}={value!r}: expected {expected}, or None")
     trust_parts(parts)
     trust_parts(find_parts(preprocess or ""))
     path, workdir = _locate(os.fspath(source), checkpoint, params)

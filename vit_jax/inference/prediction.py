@@ -3,7 +3,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -102,6 +102,46 @@ class ImagePredictions(Sequence[ImagePrediction]):
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self))
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class ImageFeatures(Sequence[np.ndarray]):
+    """Features or attention weights of images; a sequence of those of each image.
+
+    `numpy.asarray` returns `values`.
+
+    Attributes:
+      paths: path of each image; None for an image in memory.
+      values: float32 `[n, ...]`.
+    """
+
+    paths: tuple[str | None, ...]
+    values: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `values`."""
+        return self.values.shape
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ImageFeatures": ...
+    def __getitem__(self, index: int | slice) -> "np.ndarray | ImageFeatures":
+        if isinstance(index, slice):
+            return ImageFeatures(self.paths[index], self.values[index])
+        return self.values[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.values, dtype, copy=copy)
+
+    def __repr__(self) -> str:
+        shape = ", ".join(map(str, self.values.shape[1:]))
+        names = ("image" if path is None else printable(path) for path in self.paths)
+        return "\n".join(f"{name}: {self.values.dtype} [{shape}]" for name in names)
 
 
 def _check_k(k: int) -> None:

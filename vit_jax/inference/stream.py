@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a model over any number of image files, a batch at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,20 +12,19 @@ from vit_jax.inference.images import load_images
 from vit_jax.observe.progress_log import ProgressLog
 
 if TYPE_CHECKING:
-    from vit_jax.inference.model import LoadedModel, Tta
+    from vit_jax.inference.model import LoadedModel
 
 
 def map_images(
     model: "LoadedModel",
     paths: Sequence[str],
     *,
-    layer: str,
-    tta: "Tta | None",
+    compute: Callable[[np.ndarray], jax.Array],
     batch_size: int,
     corrupt: CorruptCounter,
     num_threads: int | None = None,
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yields paths with the output of a layer for them, float32 `[n, ...]`, in order.
+    """Yields paths with what is computed from their images, `[n, ...]`, in order.
 
     All batches have one shape, so one program is compiled. The next batch is computed while the
     caller uses one, and a few are loaded ahead, so memory does not grow with the number of images.
@@ -33,7 +32,7 @@ def map_images(
 
     Args:
       paths: paths of the images; those that cannot be read are left out.
-      layer: see `LoadedModel.features`, as for `tta`.
+      compute: takes a batch, uint8 `[batch, *image_shape]`, as `LoadedModel.start` does.
       batch_size: capped at the power of two that holds all images, then rounded up to a multiple
         of the devices.
       corrupt: counts and names images that cannot be read.
@@ -49,7 +48,7 @@ def map_images(
     pending: tuple[list[str | None], jax.Array] | None = None
     with ProgressLog("images", total=len(paths), unit="images") as progress:
         for batch in batches:
-            queued = batch.paths, model.start(batch.images, layer=layer, tta=tta)
+            queued = batch.paths, compute(batch.images)
             if pending is not None:
                 yield _fetch(*pending)
                 progress.advance(len(pending[0]))

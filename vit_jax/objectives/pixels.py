@@ -52,7 +52,10 @@ def check_pixels(mean: Pixels, std: Pixels) -> tuple[Pixels, Pixels]:
     Raises `UserError` unless each is one finite number or three, and `std` is above 0.
     """
     for name, value in (("pixel_mean", mean), ("pixel_std", std)):
-        if np.size(value) not in (1, 3) or not np.all(np.isfinite(value)):
+        numbers = [
+            isinstance(x, float | int | np.number) for x in np.ravel(np.asarray(value, object))
+        ]
+        if len(numbers) not in (1, 3) or not all(numbers) or not np.all(np.isfinite(value)):
             raise UserError(f"objective.{name}={value}: expected a number, or one for each of RGB")
     if min(np.ravel(std)) <= 0:
         raise UserError(f"objective.pixel_std={std}: expected more than 0")

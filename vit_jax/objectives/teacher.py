@@ -12,7 +12,7 @@ from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.objectives.base import Params
 from vit_jax.objectives.pixels import Pixels, check_pixels
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, name_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,6 @@ def load_teacher(
     Raises:
       UserError: it can't be read, has no head, or has other classes.
     """
-    key = f"objective.teacher={source!r}"
     try:
         weights = load_pretrained(source)
         run = {k: getattr(student, k) for k in ("dtype", "constrain") if hasattr(student, k)}
@@ -59,7 +58,7 @@ def load_teacher(
         _check_names(weights.class_names, class_names)
         params, notes = fill_model(model, weights, image_shape)
     except UserError as e:
-        raise UserError(f"{key}: {e}") from e
+        raise name_key("objective.teacher", source, e) from e
     mean, std = (weights.preprocess.get(name, 0.5) for name in ("mean", "std"))
     mean, std = check_pixels(mean, std)
     return Teacher(model, params, mean, std, (*weights.notes, *notes))

@@ -18,6 +18,7 @@ from vit_jax.observe.console import console, log, settings
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.utils import tree
 from vit_jax.utils.layout import EVALS, METRICS, REPORT, TENSORBOARD
+from vit_jax.utils.text import describe_size
 
 # Skipped steps that are listed by their numbers.
 _MAX_STEPS = 20
@@ -76,12 +77,8 @@ def report_start(
         _print_table("optimizer", columns, groups)
     for line in rates:
         log(line)
-    sizes = (f"{name} {_show_bytes(size)}" for name, size in input_bytes.items())
+    sizes = (f"{name} {describe_size(size)}" for name, size in input_bytes.items())
     log(f"memory of this host for batches: {', '.join(sizes)}")
-
-
-def _show_bytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -101,7 +98,7 @@ def report_end(
     total_steps: int,
     checkpoint: Path,
     longer: str | None,
-    predict: str | None = None,
+    uses: Mapping[str, str] | None = None,
     stop_reason: str | None = None,
     skipped: Sequence[int] = (),
     heads: Sequence[str] = (),
@@ -112,7 +109,7 @@ def report_end(
     Args:
       checkpoint: folder of the newest checkpoint.
       longer: the command that trains for longer; None if it is not known.
-      predict: the command that uses the model; None if it has no classes.
+      uses: what the model is good for, and what to type.
       stop_reason: why the run ended before `total_steps`; None if it did not.
       skipped: the steps that diverged and changed nothing, in ascending order.
       heads: names of the heads of a linear probe.
@@ -134,14 +131,14 @@ def report_end(
         log(line)
     if (workdir / REPORT).is_file():
         log(f"  {'report':<15} {workdir / REPORT}")
-    if predict is not None:
-        log(f"  {'to predict':<15} {predict}")
+    for name, use in (uses or {}).items():
+        log(f"  {name:<15} {use}")
     log(f"  {'checkpoint':<15} {checkpoint}")
     log(f"  {'logs':<15} {workdir / METRICS}, {workdir / TENSORBOARD}")
     if (workdir / EVALS).is_dir():
         log(f"  {'by class':<15} {workdir / EVALS}")
     if longer is not None:
-        log(f"  {'to train on':<15} {longer}")
+        log(f"  {'to train longer':<15} {longer}")
 
 
 def describe_best_head(

@@ -14,8 +14,8 @@ from vit_jax.utils.text import escape_html
 # Size and margins of a drawing in its own units; the browser scales it.
 _WIDTH, _HEIGHT = 400, 250
 _RIGHT, _TOP, _BOTTOM = 12, 26, 40
-# Width of a digit.
-_DIGIT = 6.3
+# Width of a digit of the largest text of a chart, 13 units.
+_DIGIT = 7.4
 _COLORS = 8
 # Most points of a curve: more than a screen shows only makes the file larger.
 _MAX_POINTS = 400
@@ -219,8 +219,9 @@ def _wrap(lines: Sequence[str], label: str, *, square: float | None = None) -> s
     width, height = (square, square) if square else (_WIDTH, _HEIGHT)
     # A large matrix would be illegible on a phone, so it scrolls there.
     limit = f' style="max-width:{square:.0f}px;min-width:{0.7 * square:.0f}px"' if square else ""
+    kind = "" if square else ' class="chart"'
     drawing = (
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
+        f'<svg{kind} viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
         f'aria-label="{escape_html(label)}"{limit}>{"".join(lines)}</svg>'
     )
     return f'<div class="scroll" tabindex="0">{drawing}</div>' if square else drawing

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.checkpoint.workdir import read_config
+from vit_jax.observe.console import log
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.ledger import read_ledger, summarize
 from vit_jax.pages.chart import Curve, plot_curves
@@ -69,9 +70,16 @@ def read_run(workdir: Path, *, name: str) -> RunRecord:
 def read_runs(workdirs: Sequence[Path]) -> list[RunRecord]:
     """Reads several runs and names each by its path below the folder that all have in common.
 
+    Files among the folders, such as the tables of a sweep in `runs/sweep/*`, are left out with a
+    note.
+
     Raises:
       UserError: a folder is not the workdir of a run, or is given twice.
     """
+    files = [path for path in workdirs if path.is_file()]
+    if 0 < len(files) < len(workdirs):
+        log(f"left out, since they are files: {', '.join(map(str, files))}")
+        workdirs = [path for path in workdirs if path not in files]
     paths = [Path(os.path.abspath(path)) for path in workdirs]
     for i, path in enumerate(paths):
         if path in paths[:i]:
@@ -133,9 +141,11 @@ def make_rows(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     steps = [(record["step"], record["total_steps"]) for record in records]
     rows.append(("step", *("" if s is None else f"{s:,} of {total:,}" for s, total in steps)))
     for key in dict.fromkeys(key for record in records for key in record["last"]):
-        rows.append((key, *_mark(key, [record["last"].get(key) for record in records])))
+        last = [record["last"].get(key) for record in records]
+        rows.append((key, *_mark(key, last)))
         best = [record["best"].get(key, {}).get("value") for record in records]
-        rows.append((f"{key}, best", *_mark(key, best)))
+        if best != last:
+            rows.append((f"{key}, best", *_mark(key, best)))
     speeds = [record["images_per_sec"] for record in records]
     rows.append(("images/s", *("" if s is None else f"{s:,.0f}" for s in speeds)))
     for key in records[0]["config"]:
@@ -161,7 +171,9 @@ def _text(value: Any) -> str:
 def make_html(runs: Sequence[RunRecord]) -> str:
     """Makes a page of the table and of charts that show the curves of all runs."""
     header, *rows = make_rows(make_records(runs))
-    table = make_card("", make_table(header, rows), caption="A star is at the best.", wide=True)
+    table = make_card(
+        "", make_table(header, rows), caption="A star marks the best value.", wide=True
+    )
     cards = []
     for key in dict.fromkeys(key for run in runs for key in (*_CURVES, *run.results)):
         curves = [Curve(r.name, r.points[key], i) for i, r in enumerate(runs) if key in r.points]

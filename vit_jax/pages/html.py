@@ -89,11 +89,18 @@ pre span { display: inline-block; max-width: 100%; }
 summary { cursor: pointer; }
 svg { display: block; width: 100%; height: auto; font: 11px system-ui, sans-serif;
   font-variant-numeric: tabular-nums; }
+/* A chart is scaled to its card, and its text is not: it is 11 to 13 pixels high on any screen. */
+.charts > .card, .pairs > .card { container-type: inline-size; }
+.chart { font-size: 13px; }
+@container (min-width: 24rem) { .chart { font-size: 11px; } }
+@container (min-width: 29rem) { .chart { font-size: 9px; } }
+@container (min-width: 37rem) { .chart { font-size: 7.5px; } }
 svg text { fill: var(--soft); }
 svg .axis-name { font-style: italic; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .axis { stroke: var(--soft); stroke-width: 1; }
 svg .back { fill: var(--back); }
+svg .grid, svg .axis, svg .curve { vector-effect: non-scaling-stroke; }
 svg .curve { fill: none; stroke-width: 1.75; stroke-linejoin: round; stroke-linecap: round; }
 .keys { display: flex; flex-wrap: wrap; gap: 0.1rem 1rem; margin: 0 0 0.4rem; padding: 0;
   list-style: none; font-size: 0.85rem; }

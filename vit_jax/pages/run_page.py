@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.checkpoint.workdir import read_run
+from vit_jax.config.load import list_modules
 from vit_jax.observe.console import log
 from vit_jax.observe.jsonl import iterate_metrics
 from vit_jax.observe.ledger import KINDS, read_ledger, summarize
@@ -93,6 +94,7 @@ def make_report(
     """
     points, run = collect_points(iterate_metrics(workdir)), _check_run(read_run(workdir))
     known = {one.title: one for one in [*read_details(workdir), *predictions]}
+    config = _read_config(workdir)
     body = [
         make_tiles(_find_tiles(points)),
         make_section("Results", _show_results(points)),
@@ -101,8 +103,8 @@ def make_report(
         *sections,
         make_section("Time", _show_time(workdir)),
         make_section("Parameters", _show_params(run)),
-        make_section("Commands", _show_commands(workdir, run)),
-        make_section("Config", _show_config(workdir)),
+        make_section("Commands", _show_commands(workdir, run, config)),
+        make_section("Config", _show_config(config)),
     ]
     return make_page(str(workdir), _describe(workdir, run), body)
 
@@ -201,7 +203,9 @@ def _describe(workdir: Path, run: Mapping[str, Any]) -> list[str]:
     if run.get("git"):
         commit, dash, dirty = run["git"].partition("-")
         words.append(f"commit {commit[:12]}{dash}{dirty}")
-    words += [f"{count} x {kind}" for kind, count in devices.items()]
+    words += [
+        f"{count}\N{NO-BREAK SPACE}x\N{NO-BREAK SPACE}{kind}" for kind, count in devices.items()
+    ]
     words += [f"started {run['started']}"] if run.get("started") else []
     return [*lines, ", ".join(words)] if words else lines
 
@@ -352,10 +356,12 @@ def _show_params(run: Mapping[str, Any]) -> list[str]:
     return [make_card(f"{count:,} values", groups + every, wide=True)]
 
 
-def _show_commands(workdir: Path, run: Mapping[str, Any]) -> list[str]:
-    place = shlex.quote(str(workdir))
+def _show_commands(workdir: Path, run: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    place, modules = shlex.quote(str(workdir)), list_modules(config)
+    # Modules outside of this package are imported only where a command names them.
+    place += f" --parts={','.join(modules)}" if modules else ""
     commands = {
-        "Train it again": run.get("command"),
+        "Train it, or resume": run.get("command"),
         "Predict": f"python -m vit_jax.predict --workdir={place} IMAGES",
         "Evaluate": f"python -m vit_jax.evaluate --workdir={place}",
         "Make this page again, with pictures": f"python -m vit_jax.report --workdir={place}",
@@ -368,12 +374,17 @@ def _show_commands(workdir: Path, run: Mapping[str, Any]) -> list[str]:
     return [make_card("", content, wide=True)]
 
 
-def _show_config(workdir: Path) -> list[str]:
+def _read_config(workdir: Path) -> dict[str, Any]:
+    """Reads the config of a run; it is empty where it can't be read."""
     try:
         config = read_json(workdir / CONFIG)
     except (OSError, ValueError):
-        return []
-    if not isinstance(config, dict):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _show_config(config: Mapping[str, Any]) -> list[str]:
+    if not config:
         return []
     rows = [(key, json.dumps(value)) for key, value in flatten_config(config).items()]
     table = make_table(("key", "value"), rows)

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import check_type
-from vit_jax.utils.suggestions import suggest
+from vit_jax.utils.suggestions import suggest_key
 
 AXES = ("data", "fsdp", "tensor")
 # The batch is split over both: FSDP is data parallelism with sharded parameters.
@@ -81,7 +81,9 @@ def arrange(devices: Sequence[Any], sizes: dict[str, int], dcn: dict | None) -> 
     else:
         for axis in dcn:
             if axis not in AXES:
-                raise UserError(f"unknown config key mesh.dcn.{axis}{suggest(axis, AXES)}")
+                raise UserError(
+                    f"unknown config key mesh.dcn.{axis}{suggest_key(f'mesh.dcn.{axis}', AXES)}"
+                )
         slow = _fill({axis: dcn.get(axis, 1) for axis in AXES}, len(groups), key="mesh.dcn")
     if math.prod(slow.values()) != len(groups) or len(set(groups.values())) > 1:
         raise UserError(

@@ -27,6 +27,10 @@ _LIBTPU = {
 }
 
 
+# Devices of a job at most. Each CPU device is created in this process.
+MOST_DEVICES, MOST_CPUS = 2**16, 2**10
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """The devices of a job.
@@ -75,9 +79,22 @@ def parse_topology(name: str, *, num_slices: int = 1) -> Topology:
         example = {"v4": "v4:2x2x4", "v5p": "v5p:4x4x4", "tpu7x": "tpu7x:2x2x4"}.get(kind)
         example = example or (f"{kind}:4x4" if kind in TPUS else f"{kind}:8")
         raise UserError(f"--topology={name!r}: expected a shape, as in {example}")
+    if kind not in TPUS and "x" in sizes:
+        count = math.prod(map(int, sizes.split("x")))
+        raise UserError(
+            f"--topology={name!r}: expected the number of devices of a host, as in {kind}:{count}"
+        )
     if num_slices < 1:
         raise UserError(f"--num_slices={num_slices}: expected at least 1")
-    return Topology(name, known[kind], num_slices, tuple(map(int, sizes.split("x"))))
+    topology = Topology(name, known[kind], num_slices, tuple(map(int, sizes.split("x"))))
+    most = MOST_CPUS if kind == "cpu" else MOST_DEVICES
+    if topology.num_devices > most:
+        slices = f" with --num_slices={num_slices}" if num_slices > 1 else ""
+        raise UserError(
+            f"--topology={name!r}{slices} has {topology.num_devices:,} devices: expected at most "
+            f"{most:,}"
+        )
+    return topology
 
 
 def make_devices(topology: Topology) -> list[Any]:

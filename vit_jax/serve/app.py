@@ -31,7 +31,7 @@ from vit_jax.inference.figures import has_attention, overlay_rollout
 from vit_jax.inference.model import LoadedModel
 from vit_jax.pages.html import STYLE
 from vit_jax.serve.batches import Batcher
-from vit_jax.serve.form import FORM, OVERHEAD, is_form, read_form
+from vit_jax.serve.form import FORM, OVERHEAD, describe_encoded, is_form, read_form
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.text import escape_html
 
@@ -282,10 +282,7 @@ def make_app(
                 if e.status_code == 415 and unnamed:
                     hint = "the form has no file: expected one, as curl -F file=@FILE sends it"
                     raise HTTPException(415, f"{e.detail}; {hint}") from None
-                if e.status_code == 415 and kind.startswith("application/x-www-form-urlencoded"):
-                    hint = (
-                        "curl -d leaves out line breaks: use --data-binary @FILE or -F file=@FILE"
-                    )
+                if e.status_code == 415 and (hint := describe_encoded(kind, content)):
                     raise HTTPException(415, f"{e.detail}; {hint}") from None
                 raise
 

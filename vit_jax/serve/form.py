@@ -5,6 +5,9 @@ import email
 import email.message
 
 FORM = "multipart/form-data"
+# What `curl -d` and `curl --data-binary` call their bodies, and how images start.
+_ENCODED = "application/x-www-form-urlencoded"
+_IMAGES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM")
 # A form has at most this many parts, and so many bytes beside its files.
 MAX_PARTS = 8
 OVERHEAD = 8192
@@ -13,6 +16,20 @@ OVERHEAD = 8192
 def is_form(content_type: str) -> bool:
     """Whether a header `Content-Type` is that of a form."""
     return content_type.partition(";")[0].strip().lower() == FORM
+
+
+def describe_encoded(content_type: str, body: bytes) -> str:
+    """Returns what is wrong with a body that `curl -d` has sent in place of an image, or nothing.
+
+    Its header alone does not show that, since `curl --data-binary` sends the same one.
+    """
+    if not content_type.startswith(_ENCODED) or b"\r" in body or b"\n" in body:
+        return ""
+    if body.startswith(_IMAGES):
+        return "curl -d leaves out line breaks: use --data-binary @FILE or -F file=@FILE"
+    if body and len(body) < OVERHEAD and all(0x20 <= byte < 0x7F for byte in body):
+        return "the body is text: expected the bytes of a file, as curl -F file=@FILE sends them"
+    return ""
 
 
 def read_form(content_type: str, body: bytes) -> tuple[list[bytes], dict[str, str]]:

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from vit_jax.checkpoint.manager import choose_checkpoint
 from vit_jax.checkpoint.pretrained.download import find_missing
-from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.workdir import check_free, read_run
 from vit_jax.config.build import build_parts, count_examples
 from vit_jax.config.load import trust_config
@@ -29,8 +27,9 @@ from vit_jax.runtime.processes import fail_together
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.resume import check_data, open_workdir
 from vit_jax.utils import layout, tree
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, name_key
 from vit_jax.utils.nested import flatten_config
+from vit_jax.utils.text import describe_size
 
 # The examples of an epoch, where their number is not known before the data is prepared.
 _UNKNOWN = 10**6
@@ -121,7 +120,7 @@ def _describe_data(experiment: Experiment) -> Iterator[tuple[str, str]]:
         yield (
             f"{name} data",
             f"{_describe_split(spec, train=name == 'train')}, {_describe_content(spec)}, "
-            f"batches of {spec.batch_size:,} of {shape}, {memory / 1e6:,.1f} MB of memory{when}",
+            f"batches of {spec.batch_size:,} of {shape}, {describe_size(memory)} of memory{when}",
         )
 
 
@@ -153,16 +152,15 @@ def _describe_weights(experiment: Experiment, saved: int | None) -> dict[str, st
     if settings.init_from is None or saved is not None:
         return rows
     try:
-        if url := find_missing(settings.init_from):
-            return rows | {"init_from": f"{settings.init_from}, to be downloaded from {url}"}
-        weights = load_pretrained(settings.init_from)
+        url = find_missing(settings.init_from)
     except UserError as e:
-        raise UserError(f"init_from={settings.init_from!r}: {e}") from e
-    blank = jax.tree.map(
-        lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), experiment.abstract_state.params
-    )
-    _, notes = experiment.fit_params(weights, blank)
-    return rows | {"init_from": "; ".join([f"{settings.init_from} ({weights.layout})", *notes])}
+        raise name_key("init_from", settings.init_from, e) from e
+    if url:
+        return rows | {"init_from": f"{settings.init_from}, to be downloaded from {url}"}
+    if read := experiment.read_init_from():
+        weights, notes = read
+        rows["init_from"] = "; ".join([f"{settings.init_from} ({weights.layout})", *notes])
+    return rows
 
 
 def _describe_steps(

@@ -38,11 +38,11 @@ def make_evaluation(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     Raises:
       UserError: the config is wrong, its data is missing, or it has no evaluator.
     """
-    config = override_config(reduce_for_evaluation(config), dict(overrides))
-    experiment = Experiment.from_config(config, match_classes=False)
+    reduced = override_config(reduce_for_evaluation(config), overrides)
+    experiment = Experiment.from_config(reduced, match_classes=False)
     if not experiment.evaluators:
         raise UserError(
-            "config.evals is empty: expected evaluators, such as --config.evals.val.split=test "
+            "evals is empty: expected evaluators, such as --config.evals.val.split=test "
             "with --config.evals.val.preprocess=..."
         )
     for evaluator in experiment.evaluators:
@@ -183,7 +183,7 @@ class Judge:
             state = "does not fit this model" if fresh else "was published untrained, all zero"
             raise UserError(
                 f"{source}: its head {state}, so evals.{judged[0]} would evaluate a random one: "
-                "set config.model and config.data to those of the checkpoint, or leave it out "
+                "set the sections model and data to those of the checkpoint, or leave it out "
                 f"with --config.evals.{judged[0]}=None"
             )
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -32,7 +33,7 @@ from vit_jax.observe.console import log
 from vit_jax.parallel.mesh import batch_sharding, process_shards, shard_batch
 from vit_jax.parallel.sharding import constrain, infer_shardings, scatter_gradients
 from vit_jax.training import step as step_lib
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, name_key
 from vit_jax.utils.registry import is_part
 from vit_jax.utils.tree import flatten, merge, partition
 
@@ -144,7 +145,24 @@ class Experiment(Parts):
         try:
             return load_pretrained(self.settings.init_from)
         except UserError as e:
-            raise UserError(f"init_from={self.settings.init_from!r}: {e}") from e
+            raise name_key("init_from", self.settings.init_from, e) from e
+
+    def read_init_from(self) -> tuple[Weights, list[str]] | None:
+        """Reads the weights of `init_from`, and adapts zeros to this model, which compiles nothing.
+
+        Returns:
+          The weights, and the notes of `fit_params`; None without `init_from`.
+
+        Raises:
+          UserError: they can't be read, or don't fit.
+        """
+        weights = self.load_weights()
+        if weights is None:
+            return None
+        zeros = jax.tree.map(
+            lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), self.abstract_state.params
+        )
+        return weights, self.fit_params(weights, zeros)[1]
 
     def init_state(self, weights: Weights | None = None) -> TrainState:
         """Returns the state before the first step, each array created on the devices that hold it.

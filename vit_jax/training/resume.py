@@ -15,6 +15,7 @@ import jax
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.checkpoint.pretrained.base import check_base, describe_base
+from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.checkpoint.state import TrainState
 from vit_jax.checkpoint.workdir import check_files, find_config, read_labels
 from vit_jax.config.schema import CONTENT, Resume, may_change
@@ -167,7 +168,7 @@ def _compare(
             added = [key for key in added if changes[key][1] == defaults.get(key)]
         values = [f"{key}={changes.pop(key)[1]!r}" for key in added]
     refused = {
-        key: f"config.{key} is {before!r} there and {after!r} here"
+        key: f"{key} is {before!r} there and {after!r} here"
         for key, (before, after) in changes.items()
         if not (may_change(key) or resume.allows(key))
     }
@@ -182,7 +183,7 @@ def _compare(
     for key, (before, after) in changes.items():
         other = trains and key in LENGTH and after is not None
         other = other and _depends_on_length(new.get("optimizer", {}))
-        log(f"config.{key}: {before!r} before, {after!r} now{_OTHER_SCHEDULE * other}")
+        log(f"{key}: {before!r} before, {after!r} now{_OTHER_SCHEDULE * other}")
 
 
 def _find_changes(
@@ -247,11 +248,17 @@ def _check_progress(path: str, workdir: Path) -> None:
         log(f"{path} has no checkpoint yet: the run starts at step 0 again")
 
 
-def restore(experiment: Experiment, checkpoints: CheckpointManager) -> tuple[int, TrainState]:
-    """The step after which a run starts or resumes, and the state to do so with."""
+def restore(
+    experiment: Experiment, checkpoints: CheckpointManager, weights: Weights | None = None
+) -> tuple[int, TrainState]:
+    """The step after which a run starts or resumes, and the state to do so with.
+
+    `weights` are those of `init_from`, which are read if need be.
+    """
     saved, settings = checkpoints.latest_step() or 0, experiment.settings
     has_base = bool(settings.lora.rank)
-    weights = experiment.load_weights() if has_base or not saved else None
+    if weights is None and (has_base or not saved):
+        weights = experiment.load_weights()
     if has_base and weights is not None and settings.init_from is not None:
         channels = experiment.train_data.image_shape()[2]
         checkpoints.base = describe_base(

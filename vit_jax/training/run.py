@@ -11,7 +11,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manager import CheckpointManager, SaveError
+from vit_jax.checkpoint.pretrained.load import check_source
 from vit_jax.checkpoint.state import TrainState
 from vit_jax.checkpoint.workdir import (
     lock_workdir,
@@ -21,7 +23,7 @@ from vit_jax.checkpoint.workdir import (
     write_run,
 )
 from vit_jax.config.build import build_parts, count_examples
-from vit_jax.config.load import trust_config
+from vit_jax.config.load import list_modules, trust_config
 from vit_jax.config.reduced import without_mesh
 from vit_jax.config.schema import read_section
 from vit_jax.data.fingerprint import fingerprint
@@ -50,8 +52,9 @@ from vit_jax.training.result import RunResult, read_result
 from vit_jax.training.resume import check_data, open_workdir, plan_rollback, restore
 from vit_jax.training.services import Services, missed_evaluators, read_judged
 from vit_jax.utils.durations import LENGTH
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, name_key
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG
+from vit_jax.utils.text import describe_size
 
 
 def train(
@@ -89,6 +92,8 @@ def train(
             f"config={config!r}: expected a ConfigDict, as "
             "vit_jax.config.load.load_config(NAME) returns it"
         )
+    if not isinstance(workdir, str | os.PathLike) or not os.fspath(workdir):
+        raise UserError(f"workdir={workdir!r}: expected a folder for the run, such as runs/digits")
     if on_record is not None and not callable(on_record):
         raise UserError(f"on_record={on_record!r}: expected a function of a record")
     trust_config(config)
@@ -105,6 +110,7 @@ def train(
             )
         )
         with fail_together():
+            check_sources(config, Path(workdir))
             experiment = (make_experiment or Experiment.from_config)(config)
             settings = experiment.settings
             if main_process:
@@ -131,7 +137,7 @@ def train(
         if saved > total:
             log(
                 f"nothing is trained: {folder} is at step {saved}, past the {total} steps of the "
-                f"config; expected a larger {_length_key(experiment)} to train on"
+                f"config; expected a larger {_length_key(experiment)} to train longer"
             )
             return read_result(folder, step=saved, total_steps=total, stopped=None)
         reason = settings.stop.find_reason(read_judged(folder, settings.stop, saved))
@@ -178,6 +184,26 @@ def _find_limits(config: ConfigDict | Mapping[str, Any]) -> Limits:
         return Limits()
 
 
+def check_sources(config: ConfigDict | Mapping[str, Any], workdir: Path) -> None:
+    """Refuses weights that don't exist, before the data is opened or prepared.
+
+    Raises:
+      UserError: `init_from`, where a run in the workdir would start from it, or the teacher.
+    """
+    objective: Any = config.get("objective")
+    sources = {}
+    with contextlib.suppress(UserError):  # A workdir that can't be read is refused later.
+        sources["init_from"] = None if list_steps(workdir) else config.get("init_from")
+    if isinstance(objective, ConfigDict | Mapping):
+        sources["objective.teacher"] = objective.get("teacher")
+    for key, source in sources.items():
+        if isinstance(source, str) and source:
+            try:
+                check_source(source)
+            except UserError as e:
+                raise name_key(key, source, e) from e
+
+
 @contextlib.contextmanager
 def _watching(
     experiment: Experiment, folder: Path, watchdog: Watchdog, ledger: Ledger
@@ -220,6 +246,9 @@ def _prepare(
     """Opens the data and restores the state; only then writes what the workdir holds of a run."""
     settings, main_process = experiment.settings, jax.process_index() == 0
     with fail_together():
+        # Weights that don't exist or don't fit are refused before data is read.
+        read = None if checkpoints.latest_step() else experiment.read_init_from()
+        weights = None if read is None else read[0]
         notes = experiment.objective.notes()
         # Every split that the run will need, so that a missing one is found at once.
         sizes = [f"train {count_examples(experiment.train_data):,}"]
@@ -239,7 +268,7 @@ def _prepare(
             log_changes(before, checkpoints.run)
     _report_start(experiment, input_bytes, notes)
     log_progress("compiling ...")
-    start, state = restore(experiment, checkpoints)
+    start, state = restore(experiment, checkpoints, weights)
     with fail_together():
         if main_process:
             write_config(folder, experiment.config)
@@ -313,7 +342,7 @@ def _report_start(
     for note in notes:
         log(note)
     for path, size in find_large_copies(experiment.abstract_state).items():
-        log(f"replicated on every device: {path}, {size / 2**20:.0f} MiB: no dimension divides")
+        log(f"replicated on every device: {path}, {describe_size(size)}: no dimension divides")
 
 
 def _describe_model(experiment: Experiment) -> str:
@@ -368,12 +397,18 @@ def _length_key(experiment: Experiment) -> str:
     return next(key for key in LENGTH if experiment.config[key] is not None)
 
 
-def _predict_command(experiment: Experiment, folder: Path, command: str | None) -> str | None:
-    """The command that uses the model, by the interpreter of `command`; None without classes."""
-    if not experiment.objective.classifies:
-        return None
+def suggest_uses(experiment: Experiment, folder: Path, command: str | None) -> dict[str, str]:
+    """What to do with the model, by the interpreter of `command`: what for, and what to type."""
     python = "python" if command is None else shlex.split(command)[0]
-    return f"{python} -m vit_jax.predict --workdir={shlex.quote(str(folder))} IMAGES"
+    workdir, modules = shlex.quote(str(folder)), list_modules(experiment.config)
+    parts = f" --parts={','.join(modules)}" if modules else ""
+    predict = f"{python} -m vit_jax.predict --workdir={workdir}{parts}"
+    if experiment.objective.classifies:
+        return {"to predict": f"{predict} IMAGES"}
+    return {
+        "features": f"{predict} --embed --output=features.npz IMAGES",
+        "to fine-tune": f"--config.init_from={workdir} in a run on data with classes",
+    }
 
 
 def _report_end(
@@ -396,7 +431,7 @@ def _report_end(
         longer=None
         if command is None
         else make_longer_command(command, experiment, stopped=stop_reason is not None),
-        predict=_predict_command(experiment, folder, command),
+        uses=suggest_uses(experiment, folder, command),
         heads=probes[0].head_names if probes else (),
         # The split that chooses comes first.
         judged_on=[e.name for e in sorted(probes, key=lambda e: not e.choose)],

@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -53,6 +54,24 @@ class CommandParser(argparse.ArgumentParser):
         """Raises `UserError` if the argument of `add_workdir` is not given."""
         if not given:
             self.error("the following arguments are required: WORKDIR (or --workdir=WORKDIR)")
+
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]: it is overloaded
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
+        """As in argparse; an unknown option comes before arguments that are missing."""
+        given = sys.argv[1:] if args is None else list(args)
+        if self._subparsers is not None:  # Each of them knows its own.
+            return super().parse_known_args(args, namespace)
+        options = itertools.takewhile(lambda argument: argument != "--", given)
+        unknown = [argument for argument in options if self._is_unknown(argument)]
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return super().parse_known_args(args, namespace)
+
+    def _is_unknown(self, argument: str) -> bool:
+        name = argument.partition("=")[0]
+        is_option = name.startswith("--") and " " not in name
+        return is_option and name not in self._option_string_actions
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}{self._suggest(message)}; see {self.prog} --help")

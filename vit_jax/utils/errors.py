@@ -19,12 +19,29 @@ class UnknownKeyError(UserError):
     Attributes:
       message: the error without a suggestion.
       key: dotted, from the top of the config.
+      below: the keys within it that lead to the first value, if it is given as a section.
       allowed: keys that the section takes.
     """
 
-    def __init__(self, message: str, *, key: str, allowed: Iterable[str], suggestion: str):
+    def __init__(
+        self,
+        message: str,
+        *,
+        key: str,
+        below: tuple[str, ...] = (),
+        allowed: Iterable[str],
+        suggestion: str,
+    ):
         super().__init__(f"{message}{suggestion}")
-        self.message, self.key, self.allowed = message, key, tuple(allowed)
+        self.message, self.key, self.below, self.allowed = message, key, below, tuple(allowed)
+
+
+def name_key(key: str, value: str, error: UserError) -> UserError:
+    """Returns the error with the key and the value that it is about in front.
+
+    A message that starts with the value is not given the value twice.
+    """
+    return UserError(f"{key}={value!r}: {str(error).removeprefix(f'{value}: ')}")
 
 
 def describe_error(error: BaseException) -> str:

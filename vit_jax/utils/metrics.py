@@ -52,7 +52,7 @@ _KNOWN = {
         "calibration error",
         is_share=True,
         meaning="expected calibration error: how far the confidence of predictions is from their "
-        "accuracy in the mean; 0 % is perfect.",
+        "accuracy, on average; 0 % is perfect.",
     ),
     r"\d+shot": Metric(
         "accuracy",

@@ -12,6 +12,7 @@ is imported where a built-in name is looked up, and only if the user named its m
 import contextlib
 import importlib
 import inspect
+import pkgutil
 import re
 import sys
 import traceback
@@ -101,6 +102,8 @@ def trust_parts(modules: Iterable[str] | str) -> None:
     Args:
       modules: dotted names, or `module:attribute`; a text may hold several, separated by commas.
     """
+    if not isinstance(modules, Iterable):
+        raise UserError(f"parts={modules!r}: expected the names of modules, such as my_models")
     names = modules.split(",") if isinstance(modules, str) else modules
     _trusted.update(name.partition(":")[0].strip() for name in names)
 
@@ -131,9 +134,10 @@ def import_part(name: str, *, key: str, gives: tuple[Any, ...] = ()) -> Part:
             raise UserError(
                 f"{where}: {module} fails: {describe_error(e)}{_find_line(e, name)}"
             ) from e
+        near = find_near(module, [found.name for found in pkgutil.iter_modules()])
         raise UserError(
             f"{where}: there is no module {e.name}: expected it to be installed, or its folder in "
-            "PYTHONPATH"
+            "PYTHONPATH" + (f"; did you mean {near!r}?" if near else "")
         ) from e
     except (Exception, SystemExit) as e:
         raise _import_error(where, name, e) from e
@@ -248,7 +252,7 @@ def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str,
     Args:
       section: of the config, without `name`.
       *fns: constructors whose keyword-only parameters are the allowed keys.
-      key: path of the section in the config, for errors.
+      key: path of the section in the config, for errors; empty for the whole config.
       given: parameters that the caller passes, and a config may not set.
 
     Returns:
@@ -265,20 +269,22 @@ def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str,
     part = "".join(f" ({fn})" for fn in fns if isinstance(fn, Part))
     values = {}
     for name, value in section.items():
+        where = join_keys(key, name)
         if name not in allowed:
-            dotted = f"{key}.{name}".removeprefix("config.")
+            below = _find_leaf(value)
             raise UnknownKeyError(
-                f"unknown config key {key}.{name}{part}",
-                key=dotted,
+                f"unknown config key {join_keys(where, *below)}{part}",
+                key=where,
+                below=below,
                 allowed=allowed,
-                suggestion=suggest_key(dotted, allowed),
+                suggestion=suggest_key(where, allowed, below=below),
             )
         annotation = allowed[name].annotation
         # The command line turns none into None, which here means the choice of that name.
         if value is None and not _fits(None, annotation) and "none" in _literals(annotation):
             value = "none"
         try:
-            check_type(value, annotation, key=f"{key}.{name}")
+            check_type(value, annotation, key=where)
         except UserError as e:
             raise UserError(f"{e}{part}") from None
         values[name] = value
@@ -289,11 +295,24 @@ def bind(section: Mapping[str, Any], *fns: Callable, key: str, given: tuple[str,
             if name in given:
                 continue
             if name not in section and parameter.default is parameter.empty:
-                raise UserError(f"{key}.{name}{part} is missing, and has no default")
+                raise UserError(f"{join_keys(key, name)}{part} is missing, and has no default")
             if name in values or _is_plain(parameter.default):
                 kwargs[name] = values.get(name, parameter.default)
         bound.append(kwargs)
     return bound
+
+
+def join_keys(*keys: str) -> str:
+    """Joins keys with dots; the key of the whole config is empty."""
+    return ".".join(filter(None, keys))
+
+
+def _find_leaf(value: Any) -> tuple[str, ...]:
+    """The keys that lead to the first value within a section; empty for a value itself."""
+    if not isinstance(value, Mapping) or not value:
+        return ()
+    name = next(iter(value))
+    return (str(name), *_find_leaf(value[name]))
 
 
 def _check_reserved(fn: Callable, fns: tuple[Callable, ...], *, key: str, given: tuple[str, ...]):
@@ -328,10 +347,12 @@ def check_type(value: Any, annotation: Any, *, key: str) -> None:
     members = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     names = " or ".join("None" if m is types.NoneType else _type_name(m) for m in members)
     words = [c for c in _literals(annotation) if isinstance(c, str)]
-    near = find_near(str(value), words)
+    is_word = bool(words) and isinstance(value, str)
+    near = find_near(value, words) if is_word else None
     hint = "" if near is None else f"; did you mean {near!r}?"
+    kind = type(value).__name__
     # A wrong word among words is not of a wrong type.
-    found = ":" if words and isinstance(value, str) else f" is a {type(value).__name__};"
+    found = ":" if is_word else f" is {'an' if kind[0] in 'aeiou' else 'a'} {kind};"
     raise UserError(f"{key}={value!r}{found} expected {names}{hint}")
 
 

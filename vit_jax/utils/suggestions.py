@@ -12,10 +12,15 @@ from pathlib import Path
 
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, LEDGER, METRICS
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Config keys, and the names that timm, Lightning, Transformers and others have for them. A name
 # may be in several rows. NAME is that of an evaluator.
 _KEYS = {
-    "optimizer.name": "opt optim optimizer_name",
+    "optimizer.name": "opt optim optimizer_class optimizer_name",
     "optimizer.lr": "learning_rate base_lr init_lr max_lr blr peak_lr",
     "optimizer.weight_decay": "wd",
     "optimizer.schedule": "sched scheduler lr_scheduler lr_schedule lr_scheduler_type decay_type",
@@ -100,6 +105,7 @@ _KEYS = {
     "stop.patience": "early_stop early_stopping early_stopping_patience patience_epochs",
     "checkpoint.keep_best": "best_metric eval_metric metric_for_best_model monitor save_best",
     "evals.NAME.split": "eval_split test_split val_split",
+    "evals.NAME.preprocess": "eval_transform test_transform val_transform val_transforms",
     "evals.NAME.batch_size": "eval_batch_size per_device_eval_batch_size val_batch_size "
     "validation_batch_size",
     "evals.NAME.every": "eval_interval eval_steps val_check_interval val_interval",
@@ -108,19 +114,42 @@ _KEYS = {
     "tracking.project": "wandb_project",
     "tracking.run": "exp_name experiment experiment_name run_name wandb_name",
     "--config": "cfg config_file config_path recipe",
+    "--platform": "accelerator device",
     "vit_jax sweep": "hparams multirun sweep",
     "--workdir": "default_root_dir dirpath log_dir logdir out_dir outdir output output_dir "
     "root_dir save_dir",
 }
 
+# Sections of the configs of other projects, whose keys are elsewhere here.
+_FOREIGN_SECTIONS = _words(
+    "args callbacks cfg config fit hparams hyperparameters initargs kwargs learner params run "
+    "solver system train trainer training trainingargs trainingarguments"
+)
+# Keys of such sections that name a class.
+_NAMES_OF_PARTS = _words("class classpath name target type")
+
+# The path of a class, such as torch.optim.AdamW.
+_CLASS = re.compile(r"(?:[a-z_]\w*\.)+([A-Z]\w*)")
+
 # Names of parts and choices, and what other projects call them.
 _NAMES = {
-    "adamw": "adam_w torch_adamw fused_adamw",
-    "sgd": "momentum nesterov torch_sgd",
-    "softmax": "ce cross_entropy categorical_crossentropy softmax_xent",
-    "sigmoid": "bce bce_with_logits binary_cross_entropy sigmoid_xent",
-    "cosine": "cosine_annealing cosine_annealing_lr cosine_decay cosine_with_warmup",
-    "constant": "none const fixed",
+    "adamw": "adam_w torch_adamw fused_adamw deepspeed_cpu_adam nadamw",
+    "adam": "fused_adam",
+    "lamb": "fused_lamb lambc",
+    "lars": "larc",
+    "schedule_free_adamw": "adamw_schedule_free schedule_free",
+    "sgd": "momentum nesterov torch_sgd fused_sgd",
+    "softmax": "ce cross_entropy cross_entropy_loss categorical_crossentropy softmax_xent "
+    "label_smoothing_cross_entropy soft_target_cross_entropy nll_loss",
+    "sigmoid": "bce bce_loss bce_with_logits bce_with_logits_loss binary_cross_entropy "
+    "sigmoid_xent",
+    "cosine": "cosine_annealing cosine_annealing_lr cosine_annealing_warm_restarts cosine_decay "
+    "cosine_lr cosine_lr_scheduler cosine_with_warmup cosine_with_restarts one_cycle one_cycle_lr "
+    "linear_warmup_cosine_annealing_lr warmup_cosine warmup_cosine_lr",
+    "linear": "linear_lr linear_with_warmup poly polynomial polynomial_lr warmup_linear",
+    "exponential": "exponential_lr exponential_decay",
+    "rsqrt": "inverse_sqrt inverse_square_root noam",
+    "constant": "none const fixed constant_lr constant_with_warmup",
     "float32": "fp32 32 32_true single full tf32",
     "bfloat16": "amp bf16 bf16_mixed fp16 16 16_mixed float16 half mixed mixed_bfloat16 "
     "mixed_float16",
@@ -184,6 +213,8 @@ def find_near(name: str, options: Iterable[str], *, cutoff: float = 0.6) -> str 
             return ours
     lower = {option.lower(): option for option in reversed(options)}
     near = difflib.get_close_matches(name.lower(), sorted(lower), n=1, cutoff=cutoff)
+    if not near and (named := _CLASS.fullmatch(name)):
+        return find_near(named[1], options, cutoff=cutoff)
     return lower[near[0]] if near else None
 
 
@@ -191,8 +222,11 @@ def suggest(name: str, options: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` or the list of options, to append to an error."""
     options = sorted(options)
     near = find_near(name, options)
-    if near is not None:
-        return f"; did you mean {near!r}?"
+    return _list(options) if near is None else f"; did you mean {near!r}?"
+
+
+def _list(options: Iterable[str]) -> str:
+    options = sorted(options)
     if not options:
         return ""
     more = f", ... ({len(options)} in all)" if len(options) > _MOST_NAMES else ""
@@ -200,7 +234,11 @@ def suggest(name: str, options: Iterable[str]) -> str:
 
 
 def suggest_key(
-    key: str, allowed: Iterable[str], everywhere: Mapping[str, Sequence[str]] | None = None
+    key: str,
+    allowed: Iterable[str],
+    everywhere: Mapping[str, Sequence[str]] | None = None,
+    *,
+    below: Sequence[str] = (),
 ) -> str:
     """Returns which config key is meant by an unknown one, to append to an error.
 
@@ -208,31 +246,58 @@ def suggest_key(
       key: dotted, without a leading `config.`.
       allowed: names that its section takes.
       everywhere: all dotted keys; of a key that only some parts take, the names of these parts.
+      below: the keys within it that lead to a value, as of a section that another project has:
+        ("max_epochs",) of `trainer.max_epochs`.
     """
-    section, _, leaf = key.rpartition(".")
+    section, _, name = key.rpartition(".")
     everywhere = everywhere or {}
+    if below and (found := _find_below(key, below, everywhere)):
+        return _ask(*map(_flag, found))
     if owners := everywhere.get(key):
         return f"; it is a key of {section}.name={' or '.join(map(repr, owners))}"
     prefix = f"{section}." if section else ""
-    own = {fold(name): f"{prefix}{name}" for name in allowed}
-    if fold(leaf) in own:
-        return _ask(own[fold(leaf)])
-    same = [other for other in everywhere if fold(_leaf(other)) == fold(leaf)]
-    foreign = _OUR_KEYS.get(fold(leaf), [])
-    in_section = [other for other in foreign if section and other.startswith(prefix)]
-    if found := _prefer(same) or in_section or foreign:
-        return _ask(*found)
+    own = {fold(option): f"{prefix}{option}" for option in allowed}
+    if fold(name) in own:
+        return _ask(_flag(own[fold(name)]))
+    if found := _find_same(name, prefix, everywhere):
+        return _ask(*map(_flag, found))
+    if fold(name) in _NAMES_OF_PARTS and f"{prefix}name" in everywhere:
+        return _ask(_flag(f"{prefix}name"))
+    if fold(name) in _FOREIGN_SECTIONS:
+        return _list(allowed)
     # The names of the section first, then those of all sections.
     leaves: dict[str, list[str]] = {}
     for other in everywhere:
         leaves.setdefault(_leaf(other).lower(), []).append(other)
-    near = difflib.get_close_matches(leaf.lower(), leaves, n=1, cutoff=0.75)
-    close = find_near(leaf, allowed)
-    if near and (close is None or _ratio(leaf, near[0]) > _ratio(leaf, close)):
-        return _ask(*_prefer(leaves[near[0]]))
+    near = difflib.get_close_matches(name.lower(), leaves, n=1, cutoff=0.75)
+    close = find_near(name, allowed)
+    if near and (close is None or _ratio(name, near[0]) > _ratio(name, close)):
+        return _ask(*map(_flag, _prefer(leaves[near[0]])))
     if close is not None:
-        return _ask(f"{prefix}{close}")
-    return suggest(leaf, allowed)
+        return _ask(_flag(f"{prefix}{close}"))
+    return _list(allowed)
+
+
+def _find_below(
+    key: str, below: Sequence[str], everywhere: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """The keys that are meant by a value within a section of another project."""
+    leaf = below[-1]
+    if fold(leaf) in _NAMES_OF_PARTS:  # What it names shows only the section.
+        leaf = below[-2] if len(below) > 1 else _leaf(key)
+    # `modle.hidden_size`: the section with nearly this name, if it has the key.
+    near = find_near(_leaf(key), {other.partition(".")[0] for other in everywhere})
+    return _find_same(leaf, f"{near}.", everywhere)
+
+
+def _find_same(name: str, prefix: str, everywhere: Mapping[str, Sequence[str]]) -> list[str]:
+    """The keys of this name, or that another project calls so; those with the prefix first."""
+    same = [other for other in everywhere if fold(_leaf(other)) == fold(name)]
+    foreign = _OUR_KEYS.get(fold(name), [])
+    for found in (same, foreign):
+        if own := [other for other in found if prefix and other.startswith(prefix)]:
+            return own
+    return _prefer(same) or foreign
 
 
 def suggest_flag(name: str) -> str:
@@ -243,12 +308,17 @@ def suggest_flag(name: str) -> str:
     """
     name = name.lstrip("-").partition("=")[0]
     if name in _KEYS:  # Such as --optimizer.lr, without config.
-        return _ask(f"--config.{name}")
-    folded = fold(name)
+        return _ask(_flag(name))
+    folded = fold(_leaf(name))
     same = [key for key in _KEYS if fold(_leaf(key)) == folded]
     found = _prefer(same) or _OUR_KEYS.get(folded, [])
-    flags = [key if key[:2] == "--" or " " in key else f"--config.{key}" for key in found]
-    return _ask(*flags) if flags else ""
+    return _ask(*map(_flag, found)) if found else ""
+
+
+def _flag(key: str) -> str:
+    """A key as it is typed; other flags, commands, and keys within a list stay as they are."""
+    within_list = "[" in key or key.startswith("optimizer.schedules.")
+    return key if key.startswith("--") or " " in key or within_list else f"--config.{key}"
 
 
 def _leaf(key: str) -> str:

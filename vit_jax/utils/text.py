@@ -28,6 +28,13 @@ def printable(text: object, *, keep: str = "") -> str:
     return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), str(text))
 
 
+def describe_size(size: float) -> str:
+    """Returns a number of bytes as in `0.3 kB`, `1.5 MiB` or `2.0 GiB`."""
+    if size < 2**20:
+        return f"{size / 1000:,.1f} kB"
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"
+
+
 def encode_text(text: str) -> bytes:
     """Returns the UTF-8 bytes of a whole file, of which names may have no UTF-8."""
     return _SURROGATE.sub(lambda found: _escape(found[0]), text).encode()

@@ -880,6 +880,7 @@ def test_rows_of_json_may_lack_captions(tmp_path):
         ("a.csv", "image,caption\n0.png,a cat, asleep\n", ["row 1", "a comma is quoted"]),
         ("a.csv", 'image,caption\n0.png,"open\n1.png,b\n', ["can't be read", "quotation marks"]),
         ("a.csv", 'image,caption\n0.png,"a"b\n1.png,b\n', ["line 2", "quotation marks"]),
+        ("a.csv", 'image,caption\n0.png,a\n1.png,"a"b\n', ["line 3", "quotation marks"]),
         ("a.csv", f"image,caption\n0.png,{'a' * 2**18}\n", ["can't be read", "field limit"]),
         ("a.jsonl", '{"image": "0.png", "caption": 3}\n', ["row 1: caption", "a text or a list"]),
         ("a.jsonl", '{"image": "0.png", "captions": ["a", 3]}\n', ["row 1: captions", "a text"]),

@@ -86,6 +86,14 @@ def test_features_of_texts_are_captions(feature, found):
     assert tfds_source.find_captions({"name": feature}) is None
 
 
+def test_a_dataset_that_is_not_prepared_leaves_no_temporary_folder(tmp_path, monkeypatch):
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    assert dataset_info("digits", data_dir=str(tmp_path / "data")).num_classes == 10
+    assert not list(temporary.iterdir())
+
+
 def test_dataset_info_tells_classes_and_shape(data_dir, tmp_path):
     info = dataset_info("digits", data_dir=data_dir)
     assert (info.num_classes, info.image_shape) == (10, (8, 8, 1))

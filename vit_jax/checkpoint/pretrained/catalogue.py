@@ -113,7 +113,7 @@ def load_catalogue(path: Path = CATALOGUE) -> dict[str, Published]:
 
 
 def list_models(text: str = "") -> dict[str, str]:
-    """Returns what the published weights are that are found by name, by their names.
+    """Returns a description of each set of published weights, by its name.
 
     The names are what `init_from`, `load_model` and `--checkpoint` take.
 
@@ -121,6 +121,8 @@ def list_models(text: str = "") -> dict[str, str]:
       text: only names that contain it, in any case and with any separators, or models of this
         name.
     """
+    if not isinstance(text, str):
+        raise UserError(f"text={text!r}: expected a part of a name, such as 'B/16'")
     models, folded = {}, _fold_model(text)
     for name, model in load_catalogue().items():
         top1 = "" if model.top1 is None else f", ImageNet top-1 {model.top1} %"

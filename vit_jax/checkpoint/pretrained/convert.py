@@ -17,6 +17,7 @@ from vit_jax.models.positions import FIXED_POSITIONS
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.nested import as_tuples
 from vit_jax.utils.registry import is_part
+from vit_jax.utils.text import describe_size
 
 # By the ending of a path: the function that writes it, and the endings of all files it writes.
 WRITERS: dict[str, tuple[Callable[[Path, Weights], None], tuple[str, ...]]] = {
@@ -56,11 +57,12 @@ def convert(weights: Weights, destination: Path) -> list[str]:
         write(destination, weights)
     except OSError as e:
         raise UserError(f"DST={destination} can't be written: {e.strerror or e}") from e
-    lines = [f"wrote {path} ({path.stat().st_size / 2**20:,.1f} MiB)" for path in files] + notes
+    lines = [f"wrote {path} ({describe_size(path.stat().st_size)})" for path in files] + notes
     try:
         again = load_pretrained(str(destination))
         _compare_descriptions(weights, again)
-        line = _compare_params(weights, again)
+        every = "every parameter that was written" if notes else "every parameter"
+        line = _compare_params(weights, again, every)
         if model is not None:
             _compare_models(model, check_complete(again), weights)
             line += ", and so is the model that is rebuilt from the file"
@@ -94,15 +96,15 @@ def _compare_descriptions(weights: Weights, again: Weights) -> None:
             raise UserError(f"{key} was {ours!r} and is {theirs!r}")
 
 
-def _compare_params(weights: Weights, again: Weights) -> str:
+def _compare_params(weights: Weights, again: Weights, every: str) -> str:
     if not _list_differences(weights.params, again.params):
-        return "read back: every parameter is the same"
+        return f"read back: {every} is the same"
     ours, theirs = (_fold_positions(w.params) for w in (weights, again))
     if weights.model.get("position_embedding") in FIXED_POSITIONS:
         theirs.pop(POSEMB, None)  # They are written as learned ones.
     if different := _list_differences(ours, theirs):
         raise UserError(f"{len(different)} parameters are not the same, {different[0]} among them")
-    return "read back: with positions where this layout has them, every parameter is the same"
+    return f"read back: with positions where this layout has them, {every} is the same"
 
 
 def _list_differences(

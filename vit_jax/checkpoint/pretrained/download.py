@@ -35,6 +35,7 @@ from vit_jax.checkpoint.pretrained.hub import find_missing_repository, is_reposi
 from vit_jax.observe.console import log, log_lines
 from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.utils.errors import UserError, first_line
+from vit_jax.utils.text import describe_size
 
 _MIB = 2**20
 _TIMEOUT = 60  # seconds without a byte
@@ -121,7 +122,7 @@ def fetch(source: Published | str, *, cache_dir: Path | None = None) -> Path:
     except OSError as e:  # From the disk: _download turns network errors into UserError.
         reason = e.strerror or str(e)
         raise UserError(f"can't write {path}: {reason}; set VIT_JAX_CACHE to another folder") from e
-    log(f"wrote {path} ({_mib(path.stat().st_size)})")
+    log(f"wrote {path} ({describe_size(path.stat().st_size)})")
     return path
 
 
@@ -177,7 +178,7 @@ def _download(part: BinaryIO, wanted: _Wanted) -> None:
             size = part.seek(0, os.SEEK_END)
             if size > offset:
                 continue
-            kept = f"; {_mib(size)} are kept, try again to resume; or" if size else ";"
+            kept = f"; {describe_size(size)} are kept, try again to resume; or" if size else ";"
             raise UserError(f"can't fetch {wanted.url}: {e}{kept} {wanted.by_hand}") from e
 
 
@@ -311,7 +312,3 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _mib(size: int) -> str:
-    return f"{size / _MIB:,.1f} MiB"

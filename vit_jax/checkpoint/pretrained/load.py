@@ -19,9 +19,9 @@ from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.manager import DESCRIPTION, quiet_reads
 from vit_jax.checkpoint.manifest import find_fault, has_manifest
 from vit_jax.checkpoint.pretrained.base import check_base, find_base
-from vit_jax.checkpoint.pretrained.catalogue import load_catalogue
+from vit_jax.checkpoint.pretrained.catalogue import is_name, load_catalogue
 from vit_jax.checkpoint.pretrained.description import check_description
-from vit_jax.checkpoint.pretrained.download import fetch, resolve
+from vit_jax.checkpoint.pretrained.download import fetch, find_missing, resolve
 from vit_jax.checkpoint.pretrained.hub import (
     INDEX,
     fetch_repository,
@@ -96,6 +96,29 @@ def load_pretrained(source: str) -> Weights:
     return weights
 
 
+def check_source(source: str) -> None:
+    """Checks that a source exists, as far as that is known without reading or downloading it.
+
+    Args:
+      source: see `load_pretrained`.
+
+    Raises:
+      UserError: no weights have that name, or no file has that path.
+    """
+    if find_missing(source) is None and not is_repository(source):
+        _find_path(source)
+
+
+def _find_path(source: str) -> tuple[str, str]:
+    """Splits a source that is no repository into its path and the part of the file, or ""."""
+    path, part = source, ""
+    if (match := _SUBTREE.fullmatch(source)) and not Path(source).exists():
+        path, part = match.groups()
+    if not (is_name(source) or "://" in path or os.path.lexists(path)):
+        raise UserError(f"{source}: there is no such file or folder{_suggest_source(source)}")
+    return path, part
+
+
 def _load(source: str, *, bases: int) -> Weights:
     if is_repository(source):
         folder = fetch_repository(source)
@@ -115,12 +138,8 @@ def _load(source: str, *, bases: int) -> Weights:
         return dataclasses.replace(weights, preprocess=preprocess, notes=notes)
     if source.startswith(("https://", "http://")):
         return _read_file(fetch(source), "")
-    path, part = source, ""
-    if (match := _SUBTREE.fullmatch(source)) and not Path(source).exists():
-        path, part = match.groups()
+    path, part = _find_path(source)
     if not Path(path).is_dir():
-        if "://" not in path and not os.path.lexists(path):
-            raise UserError(f"{source}: there is no such file or folder{_suggest_source(source)}")
         return _read_file(path, part)
     weights = find_weights(Path(path))
     if weights is not None:
@@ -176,17 +195,37 @@ def _read_file(path: str | Path, part: str) -> Weights:
     try:
         remote = "://" in os.fspath(path)
         with file.open("rb") if remote else open_outside(path, max_bytes=MAX_WEIGHTS) as f:
-            start = f.read(9)
+            start = f.read(16)
     except Exception:  # The reader reports the error; storage raises many types.
-        start = b""
-    if file.name.endswith(INDEX) or start[8:] == b"{":
+        start = None
+    if file.name.endswith(INDEX) or (start and start[8:9] == b"{"):
         return read_safetensors(file, part=part)
     # The name decides if the first bytes are of neither kind or can't be read.
     if file.suffix not in (".npz", ".safetensors"):
         refuse_format(file)
-    if start.startswith(b"PK") or file.suffix != ".safetensors":
+        if start is not None and not start.startswith(b"PK"):
+            raise UserError(f"{path}: {_describe_start(start)}, not weights; expected {KINDS}")
+    if (start or b"").startswith(b"PK") or file.suffix != ".safetensors":
         return read_npz(file, subtree=part)
     return read_safetensors(file, part=part)
+
+
+def _describe_start(start: bytes) -> str:
+    """What a file holds that is not one of weights, by its first bytes."""
+    kinds = {
+        b"\xff\xd8\xff": "an image (JPEG)",
+        b"\x89PNG": "an image (PNG)",
+        b"GIF8": "an image (GIF)",
+        b"RIFF": "an image (WebP)",
+        b"BM": "an image (BMP)",
+        b"%PDF": "a PDF",
+    }
+    found = [kind for magic, kind in kinds.items() if start.startswith(magic)]
+    if found or not start:
+        return found[0] if found else "an empty file"
+    text = start.decode("ascii", "replace").replace("\n", " ").replace("\t", " ")
+    is_text = text.isprintable() and "\ufffd" not in text
+    return "a text file" if is_text else f"a file that starts with {start!r}"
 
 
 def read_run(folder: Path, *, part: str = "", bases: int = 0) -> Weights:

@@ -137,6 +137,15 @@ def folder_dataset(path: str) -> Dataset:
             f"{', '.join(ENDINGS)}{f'; left out: {kinds}' if kinds else ''}"
             + (f"; did you mean 'pairs:{path}'?" if pairs else suggest_name(path, besides="folder"))
         )
+    if len(captions):
+        logger.info(
+            "%s: %s of %s images have a text beside them, as their captions; pairs:%s reads them "
+            "without classes",
+            name,
+            f"{len(captions):,}",
+            f"{len(rows):,}",
+            path,
+        )
     class_names = check_class_names(sorted({c for _, c, _ in rows}), name=name)
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     if (seconds := time.monotonic() - started) > 2:
@@ -489,13 +498,16 @@ def _read_table(lines: Iterator[str], *, delimiter: str) -> Iterator[dict[str, A
     columns = reader.fieldnames or []
     if len(set(columns)) < len(columns):  # The last one would count.
         raise ValueError(f"two columns of one name among {', '.join(columns)}")
-    if any(map(_CAPTION.fullmatch, columns)):
-        # A quotation mark that is not closed would make the lines after it a part of the caption.
-        reader.reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    if not any(map(_CAPTION.fullmatch, columns)):
+        yield from reader
+        return
+    # A quotation mark that is not closed would make the lines after it a part of the caption.
+    header, reader.reader = reader.line_num, csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         yield from reader
     except csv.Error as e:
-        raise ValueError(f"line {reader.line_num + 1:,}, or quotation marks before it: {e}") from e
+        line = header + reader.reader.line_num
+        raise ValueError(f"line {line:,}, or quotation marks before it: {e}") from e
 
 
 def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
@@ -505,10 +517,9 @@ def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
         raise UserError(f"{key}: {str(rows[0])[:80]!r}: expected an object a line")
     # DictReader stores surplus values under the key None, and None for missing values.
     columns = [column for column in rows[0] if column is not None]
-    for row in rows:
-        # Rows of JSON may lack captions.
-        named = (c for c in row if isinstance(row, dict) and c not in columns and c is not None)
-        columns += [column for column in named if _CAPTION.fullmatch(column)]
+    # Rows of JSON may lack captions.
+    named = {c for row in rows if isinstance(row, dict) for c in row if isinstance(c, str)}
+    columns += sorted(c for c in named if _CAPTION.fullmatch(c) and c not in columns)
     for column in columns:
         if column not in _COLUMNS and not _CAPTION.fullmatch(str(column)):
             raise UserError(f"{key}: unknown column {column!r}{suggest(str(column), _COLUMNS)}")

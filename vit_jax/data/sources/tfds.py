@@ -221,9 +221,25 @@ def _builder(name: str, data_dir: str | None) -> Any:  # TFDS has no useful type
         hint = suggest_name(name) if os.path.exists(name) else suggest(base, known)[:200]
         raise UserError(f"data.name={name!r} is no TFDS dataset{hint}")
     try:
-        return tfds.builder(name, data_dir=data_dir, try_gcs=False)
+        with _asking_no_bucket():
+            return tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except Exception as e:
         raise UserError(f"data.name={name!r} can't be opened by TFDS: {describe_error(e)}") from e
+
+
+@contextlib.contextmanager
+def _asking_no_bucket() -> Iterator[None]:
+    """Keeps a builder of a dataset that is not prepared from looking for its sizes in a bucket.
+
+    TFDS does so in a temporary folder, which it leaves behind even where it has no access.
+    """
+    info: Any = tfds.core.DatasetInfo
+    initialize = info.initialize_from_bucket
+    info.initialize_from_bucket = lambda self: None
+    try:
+        yield
+    finally:
+        info.initialize_from_bucket = initialize
 
 
 def _open_builder(name: str, data_dir: str | None, *, quiet: bool) -> Any:
