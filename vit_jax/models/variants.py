@@ -159,8 +159,10 @@ def make_text_transformer(
     return TextTransformer(**sizes, **options)
 
 
-# Arguments of the towers that are set for both at once, or that follow from the model.
-_OF_BOTH = ("num_classes", "dtype", "constrain", "float8", "lora")
+# Constructors of the towers, by their sections of the config, and arguments that are set for both
+# at once or follow from the model.
+TOWER_MAKERS = {"image": make_vit, "text": make_text_transformer}
+OF_BOTH_TOWERS = ("num_classes", "dtype", "constrain", "float8", "lora")
 
 
 def make_two_towers(
@@ -225,10 +227,11 @@ def bind_towers(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
       UserError: a key is unknown or missing, or a value has the wrong type.
     """
     # A vector of zeros has no direction.
-    image = {"head_init": "lecun_normal"} | section["image"]
-    (image,) = bind(image, make_vit, key="model.image", given=_OF_BOTH)
-    (text,) = bind(section["text"], make_text_transformer, key="model.text", given=_OF_BOTH)
-    return {"image": image, "text": text}
+    sections = {**section, "image": {"head_init": "lecun_normal"} | section["image"]}
+    return {
+        name: bind(sections[name], make, key=f"model.{name}", given=OF_BOTH_TOWERS)[0]
+        for name, make in TOWER_MAKERS.items()
+    }
 
 
 def _parse_variant(variant: str) -> dict[str, Any]:
