@@ -5,8 +5,8 @@ python -m vit_jax.main --config=configs/lit.py --workdir=runs/lit \
     --config.data.name=pairs:/data/pairs
 
 The argument is the image tower, a name, file or workdir of a ViT-B/16, by default augreg:B/16,
-which is loaded and not trained: it has no gradient and no optimizer state. The data are IMAGE.jpg beside
-IMAGE.txt, or another source of captions (docs/data.md). The tokenizer is the file of T5's
+which is loaded and not trained: it has no gradient and no optimizer state. The data are IMAGE.jpg
+beside IMAGE.txt, or another source of captions (docs/data.md). The tokenizer is the file of T5's
 vocabulary of 32,000 (cc_en.32000.model), and the names of the 1,000 classes a text file with one a
 line. The published LiT-B16B_2 reaches 73.9 % zero-shot on ImageNet after 60,000 such steps with
 public pairs, and 31.8 % recall at 1 of images by COCO's captions, 51.5 % of captions
