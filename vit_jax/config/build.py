@@ -34,6 +34,7 @@ from vit_jax.models.names import guess_variant, normalize_variant
 from vit_jax.models.two_towers import TOWERS, TwoTowers
 from vit_jax.models.variants import MODELS, bind_towers, make_two_towers
 from vit_jax.objectives.base import Objective
+from vit_jax.objectives.contrastive import make_contrastive
 from vit_jax.objectives.kinds import OBJECTIVES
 from vit_jax.observe.console import log
 from vit_jax.observe.early_stopping import Stop
@@ -155,7 +156,7 @@ def _build_parts(
         float8=precision.float8,
         lora=settings.lora if settings.lora.rank else None,
     )
-    objective, objective_args = _make_objective(settings.objective, model, data)
+    objective, objective_args = _make_objective(settings.objective, model, data, mesh)
     if objective.needs_labels:
         _check_labels(data, "objective", objective_args["name"], _UNLABELLED)
     clock = _make_clock(data, epoch_examples)
@@ -389,11 +390,13 @@ def _fit_to_mesh(model: Model, image_size: tuple[int, ...], mesh: Mesh, *, key: 
 
 
 def _make_objective(
-    section: _Section, model: Model, data: DatasetSpec
+    section: _Section, model: Model, data: DatasetSpec, mesh: Mesh
 ) -> tuple[Objective, _Section]:
     name, make = _by_name(section, OBJECTIVES, "supervised", Objective, key="objective")
     given = {
         "model": model,
+        "mesh": mesh,
+        "data": data,
         "num_classes": model.num_classes or data.info.num_classes,
         "image_shape": data.image_shape(),
         "multi_label": data.info.multi_label,
@@ -405,7 +408,13 @@ def _make_objective(
             f"model.classifier={model.classifier!r} classifies every token; expected 'token', "
             f"'gap' or 'map' for objective.name={name!r}"
         )
-    if data.info.multi_label and args.get("loss") == "softmax":
+    of_labels = make is not make_contrastive
+    if isinstance(model, TwoTowers) and of_labels and name in OBJECTIVES:
+        raise UserError(
+            f"objective.name={name!r} trains a model of images alone: expected 'contrastive' for "
+            "model.name='two_towers'"
+        )
+    if of_labels and data.info.multi_label and args.get("loss") == "softmax":
         raise UserError(
             f"objective.loss='softmax' takes one label an example, and {data} has several: "
             "expected objective.loss='sigmoid'"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All objectives, by the name that a config gives them."""
 
+from vit_jax.objectives.contrastive import make_contrastive
 from vit_jax.objectives.distillation import make_distillation
 from vit_jax.objectives.linear_probe import make_linear_probe
 from vit_jax.objectives.mae import make_mae
@@ -11,4 +12,5 @@ OBJECTIVES = {
     "distillation": make_distillation,
     "mae": make_mae,
     "linear_probe": make_linear_probe,
+    "contrastive": make_contrastive,
 }
