@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     config.objective = {"name": "contrastive", "loss": "sigmoid", "form": "ring"}
     config.data = {
         "name": "digits_captions",
-        "split": "train[:90%]",
+        "split": "train",
         "preprocess": "decode|resize(24)|random_shift(1)",
         "tokenizer": "bytes(length=56)",
         "batch_size": 128,
@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
     preprocess = "decode|resize(24)"
     zero_shot = {"name": "zero_shot", "templates": TEMPLATES}
     config.evals = {
-        "val": zero_shot | {"split": "train[90%:]", "preprocess": preprocess, "every": 500},
+        "val": zero_shot | {"split": "validation", "preprocess": preprocess, "every": 500},
         "test": zero_shot | {"split": "test", "preprocess": preprocess},
         "retrieval": {"name": "retrieval", "split": "test", "preprocess": preprocess},
     }

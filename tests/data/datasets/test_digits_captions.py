@@ -64,3 +64,20 @@ def test_records_have_image_label_and_captions(captions_dir):
         assert record["label"] == labels[row]
         texts = captions.describe(int(labels[row]), places[row])
         assert record["text"] == source.captions(index) == texts
+
+
+def test_digits_to_train_on_are_at_all_places_and_in_no_other_split(captions_dir):
+    rows = {
+        split: [
+            int(r["id"])
+            for r in tfds.data_source("digits_captions", split=split, data_dir=captions_dir)
+        ]
+        for split in ("train", "validation", "test")
+    }
+    assert {s: len(ids) for s, ids in rows.items()} == {
+        "train": 9 * 1294,
+        "validation": 143,
+        "test": 360,
+    }
+    assert set(collections.Counter(rows["train"]).values()) == {9}
+    assert not set(rows["train"]) & {*rows["validation"], *rows["test"]}

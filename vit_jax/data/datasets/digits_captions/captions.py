@@ -6,12 +6,14 @@ import numpy as np
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CANVAS = 12  # pixels of a side
 _SHIFT = 2  # pixels
+# All places: 0 to 2 from the top, and from the left.
+PLACES = np.stack(np.divmod(np.arange(9), 3), axis=1)
 _WAYS = ("up", "", "down"), ("left", "", "right")
 _PARTS = ("top", "", "bottom"), ("left", "", "right")
 
 
 def find_places(labels: np.ndarray) -> np.ndarray:
-    """The place of each digit: 0 to 2 from the top, and from the left, int64 `[n, 2]`.
+    """The place of each digit, int64 `[n, 2]`, see `PLACES`.
 
     The digits of each class take the nine places in turn, in the order of the table. Labels are
     int `[n]`.
@@ -20,7 +22,7 @@ def find_places(labels: np.ndarray) -> np.ndarray:
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         turns[rows] = np.arange(len(rows))
-    return np.stack(np.divmod(turns % 9, 3), axis=1)
+    return PLACES[turns % len(PLACES)]
 
 
 def draw(image: np.ndarray, place: np.ndarray) -> np.ndarray:

@@ -13,7 +13,10 @@ from vit_jax.data.datasets.digits_captions import captions
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """Digits as PNG images of 12x12x1 with captions, in the split of `digits`.
+    """Digits as PNG images of 12x12x1 with captions.
+
+    `test` has the digits of that split of `digits`, each at one place; `train` and `validation`
+    have nine tenths and one tenth of the others. Each digit of `train` is there at all nine places.
 
     `id` is the row in the published table. TFDS names the data set after this module, and takes
     description and citation from the README.md and CITATIONS.bib beside it.
@@ -46,24 +49,28 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         images, labels = table.load_digits()
         images, places = table.to_uint8_range(images), captions.find_places(labels)
         train, test = table.split_indices(labels)
+        held_out = np.arange(len(train)) % 10 == 9
         return {
-            "train": self._generate_examples(images, labels, places, train),
-            "test": self._generate_examples(images, labels, places, test),
+            "train": self._generate_examples(images, labels, train[~held_out], None),
+            "validation": self._generate_examples(images, labels, train[held_out], places),
+            "test": self._generate_examples(images, labels, test, places),
         }
 
     def _generate_examples(
-        self, images: np.ndarray, labels: np.ndarray, places: np.ndarray, rows: np.ndarray
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        self, images: np.ndarray, labels: np.ndarray, rows: np.ndarray, places: np.ndarray | None
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields each of the rows at its place, or without places at all of them."""
         for row in rows.tolist():
-            label, place = int(labels[row]), places[row]
-            # TFDS encodes an array with TensorFlow; bytes it stores as they are.
-            _, png = cv2.imencode(".png", captions.draw(images[row], place))
-            yield (
-                row,
-                {
-                    "id": row,
-                    "image": png.tobytes(),
-                    "label": label,
-                    "captions": list(captions.describe(label, place)),
-                },
-            )
+            label = int(labels[row])
+            for place in captions.PLACES if places is None else places[[row]]:
+                # TFDS encodes an array with TensorFlow; bytes it stores as they are.
+                _, png = cv2.imencode(".png", captions.draw(images[row], place))
+                yield (
+                    f"{row} {place[0]} {place[1]}",
+                    {
+                        "id": row,
+                        "image": png.tobytes(),
+                        "label": label,
+                        "captions": list(captions.describe(label, place)),
+                    },
+                )
