@@ -10,6 +10,7 @@ import optax
 from optax import contrib
 
 from vit_jax.optim.base_optimizers import BaseOptimizer
+from vit_jax.optim.norms import clip_by_global_norm
 from vit_jax.optim.rules import DECAYED, ParamRules
 from vit_jax.optim.sam import Sam
 from vit_jax.optim.schedules import ScheduleOptions
@@ -162,7 +163,7 @@ def _make_chain(
     multiply_first: bool,
 ) -> optax.GradientTransformation:
     """Chains all parts; multipliers that do not apply to weight decay come before it."""
-    clip = [] if grad_clip_norm is None else [optax.clip_by_global_norm(grad_clip_norm)]
+    clip = [] if grad_clip_norm is None else [clip_by_global_norm(grad_clip_norm)]
     multiplied = rules.lr_multipliers or rules.layer_decay is not None
     scale = [_scale_by_factors()] if multiplied else []
     shrink = [optax.add_decayed_weights(decay, mask=rules.decay_mask)] if decay else []

@@ -13,6 +13,7 @@ from vit_jax.checkpoint.state import TrainState
 from vit_jax.objectives.base import Batch, Objective, Params
 from vit_jax.optim import averages
 from vit_jax.optim.averages import EmaWarmup
+from vit_jax.optim.norms import global_norm, norms
 from vit_jax.optim.optimizer import Optimizer
 from vit_jax.utils.tree import flatten, merge
 
@@ -127,8 +128,8 @@ def train_step(
     params, metrics = objective.update_statistics(merge(trained, frozen), statistics)
     metrics |= {
         "lr": lr,
-        "grad_norm": optax.tree.norm(grads),
-        "param_norm": optax.tree.norm(params),
+        "grad_norm": global_norm(grads),
+        "param_norm": global_norm(params, updated=True),
     }
     ema_params = state.ema_params
     if ema_decay is not None:
@@ -159,10 +160,10 @@ def _layer(path: str) -> str:
 
 
 def _norms_by_layer(grads: Params) -> jax.Array:
-    squares: dict[str, Any] = dict.fromkeys(layer_names(grads), 0.0)
+    groups: dict[str, list[jax.Array]] = {layer: [] for layer in layer_names(grads)}
     for path, leaf in flatten(grads).items():
-        squares[_layer(path)] += jnp.sum(jnp.square(leaf.astype(jnp.float32)))
-    return jnp.sqrt(jnp.stack(list(squares.values())))
+        groups[_layer(path)].append(leaf)
+    return norms(list(groups.values()))
 
 
 def accumulate_gradients(
