@@ -24,16 +24,18 @@ def exact(arrays):
     return np.sqrt(sum((np.asarray(x, np.float64) ** 2).sum() for x in arrays))
 
 
-@pytest.mark.parametrize("updated", [False, True])
+@pytest.mark.parametrize(
+    "where", [{}, {"updated": True}, {"sharded": True}], ids=["plain", "updated", "sharded"]
+)
 @pytest.mark.parametrize("together", [1, 24_000, 2**23])
-def test_norms_are_those_of_float64(together, updated, monkeypatch):
+def test_norms_are_those_of_float64(together, where, monkeypatch):
     monkeypatch.setattr(norms_lib, "_STACKED", together)
     arrays = [*make(), *make(((600, 20), (5,)), jnp.bfloat16)]
     groups = [arrays[:5], arrays[5:12], arrays[12:]]
-    got = norms(groups, updated=updated)
+    got = norms(groups, **where)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, [exact(group) for group in groups], rtol=1e-6)
-    whole = global_norm({"a": arrays[:3], "b": tuple(arrays[3:])}, updated=updated)
+    whole = global_norm({"a": arrays[:3], "b": tuple(arrays[3:])}, **where)
     np.testing.assert_allclose(whole, exact(arrays), rtol=1e-6)
 
 

@@ -27,6 +27,7 @@ from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.kinds import EVALUATORS
 from vit_jax.models.attention import choose_attention
 from vit_jax.models.block_config import Constrain
+from vit_jax.models.blocks import choose_blocks
 from vit_jax.models.interface import Model, check_outputs, find_grid
 from vit_jax.models.lora import Lora
 from vit_jax.models.names import guess_variant, normalize_variant
@@ -152,6 +153,7 @@ def _build_parts(
         headless=headless,
         float8=precision.float8,
         lora=settings.lora if settings.lora.rank else None,
+        sequence_parallel=strategy.sequence_parallel,
     )
     objective, objective_args = _make_objective(settings.objective, model, data)
     if objective.needs_labels:
@@ -160,7 +162,7 @@ def _build_parts(
     total_steps = _total_steps(top, clock)
     every = functools.partial(_resolve_every, clock=clock, total_steps=total_steps)
     optimizer, optimizer_args = _make_optimizer(
-        optimizer_section, total_steps, clock, mesh, objective, settings.lora
+        optimizer_section, total_steps, clock, mesh, strategy, objective, settings.lora
     )
     evaluators, eval_args = _make_evaluators(
         settings.evals, data, objective, mesh, every=every, match_classes=match_classes
@@ -302,6 +304,7 @@ def _make_model(
     headless: bool,
     float8: bool,
     lora: Lora | None,
+    sequence_parallel: bool,
 ) -> tuple[Model, _Section]:
     name = str(section.get("name", "vit"))
     if not is_part(name) and name not in MODELS and (variant := guess_variant(name)):
@@ -342,7 +345,12 @@ def _make_model(
         chosen = choose_attention(
             model.block_config, mesh.devices.flat[0], model.hidden_size, tokens
         )
-        model = model.clone(attention=chosen)
+        blocks = choose_blocks(
+            model.block_config,
+            mesh.devices.flat[0],
+            sequence_parallel=sequence_parallel,
+        )
+        model = model.clone(attention=chosen, blocks=blocks)
     # What the variant decides is written down as decided.
     decided = {"classifier": model.classifier} if "classifier" in args else {}
     if name in MODELS and args.get("variant") is not None:
@@ -376,11 +384,17 @@ def _make_objective(
 
 
 def _make_optimizer(
-    section: _Section, total_steps: int, clock: Clock, mesh: Mesh, objective: Objective, lora: Lora
+    section: _Section,
+    total_steps: int,
+    clock: Clock,
+    mesh: Mesh,
+    strategy: Strategy,
+    objective: Objective,
+    lora: Lora,
 ) -> tuple[Optimizer, _Section]:
     gives = (BaseOptimizer, optax.GradientTransformation)
     name, base = _by_name(section, BASE_OPTIMIZERS, "adamw", *gives, key="optimizer")
-    given = ("base", "total_steps", "clock")
+    given = ("base", "total_steps", "clock", "sharded")
     args, base_args = bind(section, make_optimizer, base, key="optimizer", given=given)
     rules = {
         "freeze": (*args["freeze"], *objective.frozen, *lora.frozen),
@@ -391,6 +405,7 @@ def _make_optimizer(
         base=made if isinstance(made, BaseOptimizer) else BaseOptimizer(made),
         total_steps=total_steps,
         clock=clock,
+        sharded=strategy.zero1 or any(mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")),
         **(args | rules),
     )
     if len(objective.lr_multipliers()) > 1 and args["grad_clip_norm"] is not None:

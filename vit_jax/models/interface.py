@@ -37,7 +37,7 @@ def find_grid(model: Model, image_size: tuple[int, ...]) -> tuple[int, int] | No
 def unsharded(model: Model) -> Model:
     """The model as it runs on one device of any kind."""
     if hasattr(model, "attention"):
-        model = model.clone(attention="xla")
+        model = model.clone(attention="xla", blocks="xla")
     return model.clone(constrain=unconstrained) if hasattr(model, "constrain") else model
 
 

@@ -22,21 +22,28 @@ _MIN_SUMS = 512
 _STACKED = 8 * 2**20
 
 
-def global_norm(tree: Any, *, updated: bool = False) -> jax.Array:
+def global_norm(tree: Any, *, sharded: bool = False, updated: bool = False) -> jax.Array:
     """The square root of the sum of squares over all leaves, a float32 scalar.
 
     Args:
       tree: leaves are real arrays of any shape and dtype.
+      sharded: whether leaves are split over devices; then no kernel is shared, because what XLA
+        gathers for that takes longer.
       updated: whether another kernel has just computed the leaves, and can sum their squares too.
     """
-    return norms([jax.tree.leaves(tree)], updated=updated)[0]
+    return norms([jax.tree.leaves(tree)], sharded=sharded, updated=updated)[0]
 
 
-def norms(groups: Sequence[Sequence[jax.Array]], *, updated: bool = False) -> jax.Array:
+def norms(
+    groups: Sequence[Sequence[jax.Array]], *, sharded: bool = False, updated: bool = False
+) -> jax.Array:
     """The square roots of the sums of squares over each group of arrays, float32 `[groups]`.
 
     Arguments are as in `global_norm`.
     """
+    if sharded:
+        squares = (sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in g) for g in groups)
+        return jnp.sqrt(jnp.stack(list(squares)))
     sums = _partial_squares([x for group in groups for x in group], stack=not updated)
     rows = [jnp.concatenate([sums.pop(0) for _ in group]) for group in groups]
     length = max(row.size for row in rows)
@@ -71,12 +78,12 @@ def _summed_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(range(kept, len(shape)))
 
 
-def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+def clip_by_global_norm(max_norm: float, *, sharded: bool = False) -> optax.GradientTransformation:
     """As `optax.clip_by_global_norm`, with the `global_norm` of this module."""
 
     def clip(updates: Any, params: Any) -> Any:
         del params
-        norm = global_norm(updates)
+        norm = global_norm(updates, sharded=sharded)
 
         def scale(x: jax.Array) -> jax.Array:
             return jnp.where(norm < max_norm, x, (x / norm.astype(x.dtype)) * max_norm)

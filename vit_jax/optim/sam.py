@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.optim.norms import global_norm
 from vit_jax.utils.errors import UserError
 
 
@@ -46,7 +45,7 @@ class Sam:
 
     def perturb(self, params: Any, grads: Any, radius: jax.typing.ArrayLike) -> Any:
         """Returns parameters moved along the gradient by a norm of `radius`; dtypes are kept."""
-        scale = radius / jnp.maximum(global_norm(grads), 1e-12)
+        scale = radius / jnp.maximum(optax.tree.norm(grads), 1e-12)
         return jax.tree.map(lambda p, g: (p + scale * g).astype(p.dtype), params, grads)
 
     def combine(self, grads: Any, perturbed: Any) -> Any:

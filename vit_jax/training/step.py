@@ -128,8 +128,8 @@ def train_step(
     params, metrics = objective.update_statistics(merge(trained, frozen), statistics)
     metrics |= {
         "lr": lr,
-        "grad_norm": global_norm(grads),
-        "param_norm": global_norm(params, updated=True),
+        "grad_norm": global_norm(grads, sharded=optimizer.sharded),
+        "param_norm": global_norm(params, sharded=optimizer.sharded, updated=True),
     }
     ema_params = state.ema_params
     if ema_decay is not None:
@@ -145,7 +145,7 @@ def train_step(
         old = (state.params, state.opt_state, state.ema_params)
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     if on_divergence is not None:
-        metrics["grad_norms"] = _norms_by_layer(grads)
+        metrics["grad_norms"] = _norms_by_layer(grads, sharded=optimizer.sharded)
     return TrainState(state.step + 1, *new), metrics
 
 
@@ -159,11 +159,11 @@ def _layer(path: str) -> str:
     return "/".join(parts[:2] if "encoderblock" in parts[min(1, len(parts) - 1)] else parts[:1])
 
 
-def _norms_by_layer(grads: Params) -> jax.Array:
+def _norms_by_layer(grads: Params, *, sharded: bool) -> jax.Array:
     groups: dict[str, list[jax.Array]] = {layer: [] for layer in layer_names(grads)}
     for path, leaf in flatten(grads).items():
         groups[_layer(path)].append(leaf)
-    return norms(list(groups.values()))
+    return norms(list(groups.values()), sharded=sharded)
 
 
 def accumulate_gradients(

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of XLA that a train step is compiled with, by the kind of its devices."""
+
+import os
+from typing import Any
+
+from vit_jax.runtime.chips import is_ampere
+
+# Products by cuBLASLt, which adds biases and residual connections and computes GELU in the kernel
+# of the product. XLA has Triton compute products otherwise, and leaves these to kernels of their
+# own.
+_NVIDIA = {"xla_gpu_enable_cublaslt": True, "xla_gpu_enable_triton_gemm": False}
+
+
+def compiler_options(device: Any) -> dict[str, Any]:
+    """Options for `jax.jit`, by name, without those that the environment's XLA_FLAGS sets.
+
+    Args:
+      device: one of those that the step runs on.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    options = _NVIDIA if is_ampere(device) else {}
+    return {name: value for name, value in options.items() if f"--{name}" not in flags}
