@@ -6,10 +6,16 @@ from typing import Any
 
 from vit_jax.runtime.chips import is_ampere
 
-# Products by cuBLASLt, which adds biases and residual connections and computes GELU in the kernel
-# of the product. XLA has Triton compute products otherwise, and leaves these to kernels of their
-# own.
-_NVIDIA = {"xla_gpu_enable_cublaslt": True, "xla_gpu_enable_triton_gemm": False}
+_NVIDIA = {
+    # Products by cuBLASLt, which adds biases and residual connections and computes GELU in the
+    # kernel of the product. XLA has Triton compute products otherwise, and leaves these to kernels
+    # of their own.
+    "xla_gpu_enable_cublaslt": True,
+    "xla_gpu_enable_triton_gemm": False,
+    # XLA makes one product of those of queries, keys and values if they are small, and then splits
+    # its result by kernels that take longer than three products.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
 
 
 def compiler_options(device: Any) -> dict[str, Any]:
