@@ -18,6 +18,7 @@ from vit_jax.models import attention, layer_norm
 from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.blocks import choose_blocks
 from vit_jax.models.layer_norm import branch_gradients
+from vit_jax.models.lora import Lora
 from vit_jax.models.variants import make_vit
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten
@@ -105,6 +106,7 @@ def outputs(model, params, images):
         {"num_layers": 2, "scan": True, "remat": "dots", "stochastic_depth_rate": 0.2},
         {"dropout_rate": 0.2, "patch_dropout_rate": 0.5, "num_registers": 2, "remat": "full"},
         {"float8": True, "activation": "swiglu"},
+        {"lora": Lora(rank=2)},
     ],
     ids=str,
 )
