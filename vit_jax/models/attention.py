@@ -12,8 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from vit_jax.models.block_config import BlockConfig, Constrain
 from vit_jax.models.positions import Rotation, rotate
 from vit_jax.models.products import project_together
-from vit_jax.runtime.chips import is_ampere
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.gpus import is_ampere
 
 # Name of the intermediate (`flax.linen.Module.sow`) that holds the weights of an attention layer.
 ATTENTION_WEIGHTS = "attention_weights"

@@ -20,8 +20,8 @@ from vit_jax.models.activations import gelu
 from vit_jax.models.attention import MultiHeadDotProductAttention, pad_tokens, takes_kernel
 from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.positions import Rotation
-from vit_jax.runtime.chips import is_ampere
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.gpus import is_ampere
 from vit_jax.utils.suggestions import suggest
 
 DepthSchedule = Literal["linear", "uniform"]

@@ -97,10 +97,3 @@ GPUS = {chip.name: chip for chip in _GPUS}
 def find_chip(device_kind: str) -> Chip | None:
     """The chip with a `jax.Device.device_kind`; None for one that is not in the tables."""
     return next((c for c in (*_TPUS, *_GPUS) if c.device_kind == device_kind), None)
-
-
-def is_ampere(device: Any) -> bool:
-    """Whether a JAX device is an NVIDIA GPU from Ampere on."""
-    capability = getattr(device, "compute_capability", None)
-    is_gpu = device.platform in ("gpu", "cuda")
-    return is_gpu and capability is not None and float(capability) >= 8

@@ -4,7 +4,7 @@
 import os
 from typing import Any
 
-from vit_jax.runtime.chips import is_ampere
+from vit_jax.utils.gpus import is_ampere
 
 _NVIDIA = {
     # Products by cuBLASLt, which adds biases and residual connections and computes GELU in the
