@@ -55,11 +55,11 @@ def outputs(model, params, images):
 @pytest.mark.parametrize(
     ("options", "padded"),
     [
-        ({}, 16),  # 10 tokens
+        ({"num_registers": 1}, 12),  # 11 tokens
         ({"classifier": "gap", "num_registers": 7}, 16),  # 16 tokens: no padding
-        ({"rope_theta": 100.0, "qk_norm": True, "classifier": "map"}, 16),
-        ({"rope_theta": 100.0, "patch_dropout_rate": 0.5, "dropout_rate": 0.2}, 8),
-        ({"num_layers": 2, "scan": True, "remat": "dots", "stochastic_depth_rate": 0.2}, 16),
+        ({"rope_theta": 100.0, "qk_norm": True, "classifier": "map"}, 10),
+        ({"rope_theta": 100.0, "patch_dropout_rate": 0.5, "dropout_rate": 0.2}, 6),
+        ({"num_layers": 2, "scan": True, "remat": "dots", "distillation_token": True}, 12),
     ],
     ids=str,
 )

@@ -28,6 +28,7 @@ from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.kinds import EVALUATORS
 from vit_jax.models.attention import choose_attention
 from vit_jax.models.block_config import Constrain
+from vit_jax.models.blocks import choose_blocks
 from vit_jax.models.interface import Model, check_outputs, find_grid
 from vit_jax.models.lora import Lora
 from vit_jax.models.names import guess_variant, normalize_variant
@@ -155,6 +156,7 @@ def _build_parts(
         headless=headless,
         float8=precision.float8,
         lora=settings.lora if settings.lora.rank else None,
+        sequence_parallel=strategy.sequence_parallel,
     )
     objective, objective_args = _make_objective(settings.objective, model, data, mesh)
     if objective.needs_labels:
@@ -163,7 +165,7 @@ def _build_parts(
     total_steps = _total_steps(top, clock)
     every = functools.partial(_resolve_every, clock=clock, total_steps=total_steps)
     optimizer, optimizer_args = _make_optimizer(
-        optimizer_section, total_steps, clock, mesh, objective, settings.lora
+        optimizer_section, total_steps, clock, mesh, strategy, objective, settings.lora
     )
     evaluators, eval_args = _make_evaluators(
         settings.evals, data, objective, mesh, every=every, match_classes=match_classes
@@ -305,6 +307,7 @@ def _make_model(
     headless: bool,
     float8: bool,
     lora: Lora | None,
+    sequence_parallel: bool,
 ) -> tuple[Model, _Section]:
     name = str(section.get("name", "vit"))
     if not is_part(name) and name not in MODELS and (variant := guess_variant(name)):
@@ -337,7 +340,9 @@ def _make_model(
     if isinstance(make, Part):
         check_outputs(model, name, data.image_shape())
     find_grid(model, data.image_shape()[:2])
-    model = _fit_to_mesh(model, data.image_shape()[:2], mesh, key="model")
+    model = _fit_to_mesh(
+        model, data.image_shape()[:2], mesh, key="model", sequence_parallel=sequence_parallel
+    )
     if isinstance(model, TwoTowers):
         args |= bind_towers(args)
         for part, tower in model.towers.items():
@@ -366,11 +371,14 @@ def _decided(model: Model, args: Mapping[str, Any]) -> _Section:
     return decided
 
 
-def _fit_to_mesh(model: Model, image_size: tuple[int, ...], mesh: Mesh, *, key: str) -> Model:
-    """Checks that a mesh divides a model, and chooses where attention is computed."""
+def _fit_to_mesh(
+    model: Model, image_size: tuple[int, ...], mesh: Mesh, *, key: str, sequence_parallel: bool
+) -> Model:
+    """Checks that a mesh divides a model, and chooses its kernels for the devices."""
     if hasattr(model, "towers"):
+        fit = functools.partial(_fit_to_mesh, sequence_parallel=sequence_parallel)
         towers = {
-            part: _fit_to_mesh(tower, image_size, mesh, key=f"{key}.{TOWERS[part]}")
+            part: fit(tower, image_size, mesh, key=f"{key}.{TOWERS[part]}")
             for part, tower in model.towers.items()
         }
         return model.clone(**towers)
@@ -383,10 +391,10 @@ def _fit_to_mesh(model: Model, image_size: tuple[int, ...], mesh: Mesh, *, key: 
     tokens = getattr(model, "context_length", None)
     if tokens is None:
         tokens = math.prod(model.grid(image_size)) + model.num_prefix_tokens
-    chosen = choose_attention(
-        model.block_config, mesh.devices.flat[0], model.hidden_size, tokens, key=key
-    )
-    return model.clone(attention=chosen)
+    config, device = model.block_config, mesh.devices.flat[0]
+    chosen = choose_attention(config, device, model.hidden_size, tokens, key=key)
+    blocks = choose_blocks(config, device, sequence_parallel=sequence_parallel)
+    return model.clone(attention=chosen, blocks=blocks)
 
 
 def _make_objective(
@@ -423,11 +431,17 @@ def _make_objective(
 
 
 def _make_optimizer(
-    section: _Section, total_steps: int, clock: Clock, mesh: Mesh, objective: Objective, lora: Lora
+    section: _Section,
+    total_steps: int,
+    clock: Clock,
+    mesh: Mesh,
+    strategy: Strategy,
+    objective: Objective,
+    lora: Lora,
 ) -> tuple[Optimizer, _Section]:
     gives = (BaseOptimizer, optax.GradientTransformation)
     name, base = _by_name(section, BASE_OPTIMIZERS, "adamw", *gives, key="optimizer")
-    given = ("base", "total_steps", "clock")
+    given = ("base", "total_steps", "clock", "sharded")
     args, base_args = bind(section, make_optimizer, base, key="optimizer", given=given)
     rules = {
         "freeze": (*args["freeze"], *objective.frozen, *lora.frozen),
@@ -438,6 +452,7 @@ def _make_optimizer(
         base=made if isinstance(made, BaseOptimizer) else BaseOptimizer(made),
         total_steps=total_steps,
         clock=clock,
+        sharded=strategy.zero1 or any(mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")),
         **(args | rules),
     )
     if len(objective.lr_multipliers()) > 1 and args["grad_clip_norm"] is not None:

@@ -58,7 +58,7 @@ _SECTIONS = {
         given=("model", "num_classes", "image_shape", "multi_label", "class_names"),
     ),
     "optimizer": _Section(
-        (make_optimizer,), BASE_OPTIMIZERS, given=("base", "total_steps", "clock")
+        (make_optimizer,), BASE_OPTIMIZERS, given=("base", "total_steps", "clock", "sharded")
     ),
     "adapt": _Section((adapt_params,), given=("target_grid", "num_class_tokens")),
     "evals": _Section((EvalData,), EVALUATORS, given=("name", "data", "objective", "mesh")),

@@ -24,6 +24,10 @@ Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 # `attention.choose_attention`), and XLA outside of runs.
 Attention = Literal["auto", "xla", "fused", "pallas"]
 
+# How the rest of a block is computed: by the layers of Flax, or in the form that has the fewest
+# kernels on NVIDIA GPUs. `auto` goes by the devices of a run (see `blocks.choose_blocks`).
+Blocks = Literal["auto", "xla", "fused"]
+
 Activation = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "swiglu"]
 
 
@@ -46,6 +50,7 @@ class BlockConfig:
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     attention: Attention = "auto"
+    blocks: Blocks = "auto"
     causal: bool = False
     activation: Activation = "gelu_tanh"
     qk_norm: bool = False

@@ -17,10 +17,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from vit_jax.models.activations import gelu, quick_gelu
-from vit_jax.models.attention import MultiHeadDotProductAttention
+from vit_jax.models.attention import MultiHeadDotProductAttention, pad_tokens, takes_kernel
 from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.positions import Rotation
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.gpus import is_ampere
 from vit_jax.utils.suggestions import suggest
 
 DepthSchedule = Literal["linear", "uniform"]
@@ -69,6 +70,33 @@ def parse_remat(remat: str, *, key: str = "model.remat") -> Callable[..., Any] |
         offload_src="device",
         offload_dst="pinned_host",
     )
+
+
+def choose_blocks(
+    config: BlockConfig, device: Any, *, sequence_parallel: bool
+) -> Literal["xla", "fused"]:
+    """Resolves `config.blocks` for a kind of devices: `auto` is `fused` where that is possible.
+
+    Args:
+      config: of the encoder.
+      device: one of those that the model runs on.
+      sequence_parallel: whether tokens of an image are split over devices.
+
+    Raises:
+      UserError: `config.blocks` is `fused` where that is not possible.
+    """
+    if config.blocks == "xla":
+        return "xla"
+    needs = {
+        f"an NVIDIA GPU from Ampere on (this is {device.device_kind})": is_ampere(device),
+        "mesh.sequence_parallel=False": not sequence_parallel,
+    }
+    missing = [need for need, is_met in needs.items() if not is_met]
+    if config.blocks == "fused" and missing:
+        raise UserError(
+            f"model.blocks='fused' needs {' and '.join(missing)}; set model.blocks='auto'"
+        )
+    return "xla" if missing else "fused"
 
 
 class AddPositionEmbs(nn.Module):
@@ -195,8 +223,9 @@ class MlpBlock(nn.Module):
 class Encoder1DBlock(nn.Module):
     """One pre-norm transformer block: attention and MLP, each with a residual connection.
 
-    Call: `[batch, length, hidden]`, the rate of stochastic depth in this block (a float or a
-    float32 scalar), and the rotation of queries and keys or None, to `[batch, length, hidden]`.
+    Call: `[batch, tokens, hidden]`, the rate of stochastic depth in this block (a float or a
+    float32 scalar), the rotation of queries and keys or None, and the number of tokens before any
+    padding or None, to `[batch, tokens, hidden]`.
     """
 
     config: BlockConfig
@@ -204,9 +233,10 @@ class Encoder1DBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        inputs: jax.Array,
+        x: jax.Array,
         stochastic_depth_rate: jax.Array | float,
         rope: Rotation | None,
+        length: int | None = None,
         *,
         train: bool,
     ) -> jax.Array:
@@ -217,13 +247,25 @@ class Encoder1DBlock(nn.Module):
                 x = LayerScale(config.layer_scale_init, dtype=config.dtype)(x)
             return StochasticDepth()(x, stochastic_depth_rate, train=train)
 
-        x = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype)(inputs)
-        x = MultiHeadDotProductAttention(config)(x, rope=rope, train=train)
-        x = nn.Dropout(config.dropout_rate, deterministic=not train)(x)
-        x = config.constrain(inputs + residual(x), ("batch", "tokens", None))
-        y = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype)(x)
-        y = MlpBlock(config)(y, train=train)
-        return config.constrain(x + residual(y), ("batch", "tokens", None))
+        def norm(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """The input of a residual branch, to which its result is added, and its norm."""
+            if config.blocks != "fused":
+                return x, nn.LayerNorm(config.norm_epsilon, dtype=config.dtype)(x)
+            from vit_jax.models.layer_norm import LayerNorm
+
+            # As matrices, so that XLA adds to the input within the last product of the branch.
+            flat, normed = LayerNorm(config.norm_epsilon, config.dtype)(x.reshape(-1, x.shape[-1]))
+            return flat, normed.reshape(x.shape)
+
+        def add(x: jax.Array, branch: jax.Array) -> jax.Array:
+            total = (x + residual(branch).reshape(x.shape)).reshape(branch.shape)
+            return config.constrain(total, ("batch", "tokens", None))
+
+        x, y = norm(x)
+        y = MultiHeadDotProductAttention(config)(y, rope=rope, length=length, train=train)
+        x = add(x, nn.Dropout(config.dropout_rate, deterministic=not train)(y))
+        x, y = norm(x)
+        return add(x, MlpBlock(config)(y, train=train))
 
 
 class Encoder(nn.Module, kw_only=True):
@@ -286,7 +328,14 @@ class Encoder(nn.Module, kw_only=True):
         if self.pre_norm:
             x = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype, name="pre_norm")(x)
         x = config.constrain(x, ("batch", "tokens", None))
-        x = self._run_blocks(x, rope, train=train)
+        length = x.shape[1]
+        pads = config.attention == "fused" and takes_kernel(self, config, x.shape[-1])
+        if pads and not (train and config.dropout_rate):
+            # Once for all blocks, since a kernel that pads takes as long as a norm. Each attention
+            # layer does if there is dropout, which would drop other values of padded tokens.
+            x = pad_tokens(x, 1)
+            rope = jax.tree.map(lambda table: pad_tokens(table, -2), rope)
+        x = self._run_blocks(x, rope, length, train=train)[:, :length]
         if not self.final_norm:
             return x
         return nn.LayerNorm(config.norm_epsilon, dtype=config.dtype, name="encoder_norm")(x)
@@ -300,13 +349,15 @@ class Encoder(nn.Module, kw_only=True):
         first, patches = jnp.split(x, [self.num_class_tokens], axis=1)
         return jnp.concatenate([first, registers, patches], axis=1)
 
-    def _run_blocks(self, x: jax.Array, rope: Rotation | None, *, train: bool) -> jax.Array:
+    def _run_blocks(
+        self, x: jax.Array, rope: Rotation | None, length: int, *, train: bool
+    ) -> jax.Array:
         policy = parse_remat(self.remat)
 
         def run(block: nn.Module, x: jax.Array, rate: jax.Array | float) -> jax.Array:
             # As an argument of `call` a rate of 0.0 would be traced, and its dropout not skipped.
             def call(block: nn.Module, x: jax.Array) -> jax.Array:
-                return block(x, rate, rope, train=train)
+                return block(x, rate, rope, length, train=train)
 
             if policy is not None:
                 # Without scan XLA would merge the recomputation with the forward pass.

@@ -50,7 +50,7 @@ def unsharded(model: Model) -> Model:
     if hasattr(model, "towers"):
         model = model.clone(**{name: unsharded(tower) for name, tower in model.towers.items()})
     if hasattr(model, "attention"):
-        model = model.clone(attention="xla")
+        model = model.clone(attention="xla", blocks="xla")
     return model.clone(constrain=unconstrained) if hasattr(model, "constrain") else model
 
 

@@ -12,7 +12,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.block_config import Activation, Attention, BlockConfig, Constrain, unconstrained
+from vit_jax.models.block_config import (
+    Activation,
+    Attention,
+    BlockConfig,
+    Blocks,
+    Constrain,
+    unconstrained,
+)
 from vit_jax.models.blocks import DepthSchedule, Encoder, Remat
 from vit_jax.models.heads import HeadInit, MAPHead, apply_head
 from vit_jax.models.lora import Lora
@@ -72,6 +79,7 @@ class TextTransformer(nn.Module, kw_only=True):
     scan: bool = False
     remat: Remat = "none"
     attention: Attention = "auto"
+    blocks: Blocks = "auto"
     dtype: Dtype = "float32"
     float8: bool = False
     lora: Lora | None = None

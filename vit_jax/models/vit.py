@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.models import resnet
-from vit_jax.models.block_config import Activation, Attention, BlockConfig, Constrain, unconstrained
+from vit_jax.models.block_config import (
+    Activation,
+    Attention,
+    BlockConfig,
+    Blocks,
+    Constrain,
+    unconstrained,
+)
 from vit_jax.models.blocks import DepthSchedule, Encoder, Remat
 from vit_jax.models.heads import HeadInit, MAPHead, apply_head
 from vit_jax.models.lora import Lora
@@ -76,6 +83,9 @@ class VisionTransformer(nn.Module, kw_only=True):
       attention: where attention weights are computed: in memory (`xla`), or within one kernel that
         never writes them (`fused`, which is `pallas` on TPUs); `auto` for the faster one on the
         devices of a run.
+      blocks: how norms, projections and residual connections of blocks are computed: by the layers
+        of Flax (`xla`), or in the form that has the fewest kernels on NVIDIA GPUs (`fused`); `auto`
+        for the faster one on the devices of a run.
       dtype: dtype of the computation. Parameters and logits are float32.
       float8: whether the matrix products of attention projections and MLPs, and of their gradients,
         take float8 inputs (see `models.float8`). The parameters are the same.
@@ -123,6 +133,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     scan: bool = False
     remat: Remat = "none"
     attention: Attention = "auto"
+    blocks: Blocks = "auto"
     dtype: Dtype = "float32"
     float8: bool = False
     lora: Lora | None = None

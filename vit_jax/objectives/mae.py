@@ -193,6 +193,7 @@ def make_mae(
         dtype=model.dtype,
         float8=model.float8,
         attention=model.attention,
+        blocks=model.blocks,
         constrain=model.constrain,
     )
     decoder = MaskedDecoder(

@@ -10,6 +10,7 @@ import optax
 from optax import contrib
 
 from vit_jax.optim.base_optimizers import BaseOptimizer
+from vit_jax.optim.norms import clip_by_global_norm
 from vit_jax.optim.rules import DECAYED, ParamRules
 from vit_jax.optim.sam import Sam
 from vit_jax.optim.schedules import ScheduleOptions
@@ -38,6 +39,7 @@ class Optimizer:
       weight_decay: factor on parameters, which is multiplied by the learning rate.
       sam: sharpness-aware minimisation in the train step; None for the plain gradient.
       averaging: as in `BaseOptimizer`.
+      sharded: whether parameters, gradients or the state of `tx` are split over devices.
     """
 
     tx: optax.GradientTransformation
@@ -50,6 +52,7 @@ class Optimizer:
     weight_decay: float
     sam: Sam | None = None
     averaging: float | None = None
+    sharded: bool = False
 
     def gradient_point(self, opt_state: Any, trained: Any) -> Any:
         """Returns the parameters at which gradients are taken, given the state of `tx`.
@@ -67,6 +70,7 @@ def make_optimizer(
     base: BaseOptimizer,
     total_steps: int,
     clock: Clock | None = None,
+    sharded: bool = False,
     lr: float,
     lr_scaling: LrScaling = "none",
     base_batch_size: int | None = None,
@@ -89,6 +93,7 @@ def make_optimizer(
       total_steps: length of the schedule in updates.
       clock: batch size and length of an epoch; required by `lr_scaling` and by durations in epochs
         or examples.
+      sharded: whether parameters, gradients or their state are split over devices.
       lr: peak learning rate.
       lr_scaling: how `lr` follows the batch size: times data.batch_size / base_batch_size
         ("linear"), the square root of that ("sqrt"), or not at all ("none").
@@ -135,9 +140,10 @@ def make_optimizer(
     if base.averaging is not None:
         _check_schedule_free([own, *others])
     decay = _relative_decay(weight_decay, weight_decay_times, peak, base)
-    tx = _make_chain(
-        base, decay, rates, rules, grad_clip_norm, multiply_first=weight_decay_times != "lr"
-    )
+    clip = None
+    if grad_clip_norm is not None:
+        clip = clip_by_global_norm(grad_clip_norm, sharded=sharded)
+    tx = _make_chain(base, decay, rates, rules, clip, multiply_first=weight_decay_times != "lr")
     return Optimizer(
         tx=_apply_rules(tx, rules),
         schedule=rates[0],
@@ -149,6 +155,7 @@ def make_optimizer(
         weight_decay=decay,
         sam=None if sam is None else Sam(**bind(sam, Sam, key="optimizer.sam")[0]),
         averaging=base.averaging,
+        sharded=sharded,
     )
 
 
@@ -157,19 +164,19 @@ def _make_chain(
     decay: float,
     rates: list[optax.Schedule],
     rules: ParamRules,
-    grad_clip_norm: float | None,
+    clip: optax.GradientTransformation | None,
     *,
     multiply_first: bool,
 ) -> optax.GradientTransformation:
     """Chains all parts; multipliers that do not apply to weight decay come before it."""
-    clip = [] if grad_clip_norm is None else [optax.clip_by_global_norm(grad_clip_norm)]
+    clips = [] if clip is None else [clip]
     multiplied = rules.lr_multipliers or rules.layer_decay is not None
     scale = [_scale_by_factors()] if multiplied else []
     shrink = [optax.add_decayed_weights(decay, mask=rules.decay_mask)] if decay else []
     after = [base.after_decay(rules.decay_mask, decay)] if base.after_decay else []
     if shrink and multiply_first:
         scale, shrink = [], [*scale, *shrink]
-    tx = optax.chain(*clip, base.tx, *shrink, *after, _scale_by_rates(rates, rules), *scale)
+    tx = optax.chain(*clips, base.tx, *shrink, *after, _scale_by_rates(rates, rules), *scale)
     if base.averaging is None:
         return tx
     return _schedule_free(tx, rates[0], base.averaging)

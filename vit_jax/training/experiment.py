@@ -32,6 +32,7 @@ from vit_jax.objectives.base import Params
 from vit_jax.observe.console import log
 from vit_jax.parallel.mesh import batch_sharding, process_shards, shard_batch
 from vit_jax.parallel.sharding import constrain, infer_shardings, scatter_gradients
+from vit_jax.runtime.compiler_options import compiler_options
 from vit_jax.training import step as step_lib
 from vit_jax.utils.errors import UserError, name_key
 from vit_jax.utils.registry import is_part
@@ -45,6 +46,7 @@ _NO_PART_OF_A_MODEL = (
     "scan",
     "remat",
     "attention",
+    "blocks",
     "float8",
     "lora",
 )
@@ -304,7 +306,11 @@ class Experiment(Parts):
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         placed = (shardings, batch_sharding(self.mesh))
-        options: dict[str, Any] = {"out_shardings": (shardings, replicated), "donate_argnums": 0}
+        options: dict[str, Any] = {
+            "out_shardings": (shardings, replicated),
+            "donate_argnums": 0,
+            "compiler_options": compiler_options(self.mesh.devices.flat[0]),
+        }
         constants = self.objective.constants()
         if not constants:
             return jax.jit(step, in_shardings=placed, **options)

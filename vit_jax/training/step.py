@@ -13,6 +13,7 @@ from vit_jax.checkpoint.state import TrainState
 from vit_jax.objectives.base import Batch, CoupledObjective, Objective, Params
 from vit_jax.optim import averages
 from vit_jax.optim.averages import EmaWarmup
+from vit_jax.optim.norms import global_norm, norms
 from vit_jax.optim.optimizer import Optimizer
 from vit_jax.utils.tree import flatten, merge
 
@@ -132,8 +133,8 @@ def train_step(
     params, metrics = objective.update_statistics(merge(trained, frozen), statistics)
     metrics |= {
         "lr": lr,
-        "grad_norm": optax.tree.norm(grads),
-        "param_norm": optax.tree.norm(params),
+        "grad_norm": global_norm(grads, sharded=optimizer.sharded),
+        "param_norm": global_norm(params, sharded=optimizer.sharded, updated=True),
     }
     ema_params = state.ema_params
     if ema_decay is not None:
@@ -149,7 +150,7 @@ def train_step(
         old = (state.params, state.opt_state, state.ema_params)
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     if on_divergence is not None:
-        metrics["grad_norms"] = _norms_by_layer(grads)
+        metrics["grad_norms"] = _norms_by_layer(grads, sharded=optimizer.sharded)
     return TrainState(state.step + 1, *new), metrics
 
 
@@ -164,11 +165,11 @@ def _layer(path: str) -> str:
     return "/".join(parts[: next(depths, 1)])
 
 
-def _norms_by_layer(grads: Params) -> jax.Array:
-    squares: dict[str, Any] = dict.fromkeys(layer_names(grads), 0.0)
+def _norms_by_layer(grads: Params, *, sharded: bool) -> jax.Array:
+    groups: dict[str, list[jax.Array]] = {layer: [] for layer in layer_names(grads)}
     for path, leaf in flatten(grads).items():
-        squares[_layer(path)] += jnp.sum(jnp.square(leaf.astype(jnp.float32)))
-    return jnp.sqrt(jnp.stack(list(squares.values())))
+        groups[_layer(path)].append(leaf)
+    return norms(list(groups.values()), sharded=sharded)
 
 
 def accumulate_gradients(

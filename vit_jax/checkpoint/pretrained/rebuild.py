@@ -20,7 +20,7 @@ from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.registry import bind, find_part, is_part, keywords
 
 # Arguments that change how a model runs, and not what it computes.
-_RUN = ("constrain", "scan", "remat", "attention", "float8", "lora")
+_RUN = ("constrain", "scan", "remat", "attention", "blocks", "float8", "lora")
 
 _MAX_LISTED = 4  # parameters in one line of an error
 
