@@ -71,6 +71,7 @@ setup(
         "vit_jax": ["py.typed"],
         "vit_jax.checkpoint.pretrained": ["catalogue.csv"],
         "vit_jax.data.datasets.digits": ["*"],
+        "vit_jax.data.datasets.digits_captions": ["*"],
         "vit_jax.serve": ["page.html"],
     },
     install_requires=[
@@ -101,6 +102,7 @@ setup(
         "gpu-plan": ["jax[cuda13]"],  # XLA's compiler for GPUs; no GPU is needed
         "gcs": ["etils[epath-gcs]>=1.9.1"],
         "parquet": ["pyarrow>=15.0"],
+        "text": ["ftfy>=6.3", "sentencepiece>=0.2", "tokenizers>=0.21"],
         "onnx": ["jax2onnx>=0.13", "onnxruntime>=1.24"],
         "savedmodel": ["tensorflow>=2.18"],
         "hub": ["huggingface-hub>=1.0"],
@@ -114,9 +116,12 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",
             "fastapi>=0.133",
+            "ftfy>=6.3",
             "httpx2>=2.0",  # for FastAPI's test client
             "scikit-learn>=1.5",
+            "sentencepiece>=0.2",
             "starlette>=1.2",  # the first whose test client uses httpx2
+            "tokenizers>=0.21",
             "uvicorn>=0.30",
         ],
         "docs": ["furo", "myst-parser>=5.0", "sphinx>=9.0", "sphinx-copybutton>=0.5.2"],

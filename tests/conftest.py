@@ -67,6 +67,14 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
+@pytest.fixture(scope="session")
+def captions_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A TFDS folder with `digits_captions` prepared."""
+    folder = str(tmp_path_factory.mktemp("captions"))
+    open_source("digits_captions", "train", data_dir=folder, key="split")
+    return folder
+
+
 class Stripes(tfds.core.GeneratorBasedBuilder):
     """Images of varying size, with vertical (0) or horizontal (1) stripes: a foreign dataset."""
 

@@ -66,6 +66,10 @@ BUILDS = [
     # The encoder, then the decoder, or a head.
     ("cifar10_mae.py", 304_032 + 59_504, 32),
     ("cifar10_mae.py:none", 304_032 + 970, 32),
+    ("digits_text.py", 156_754, 24),
+    ("siglip.py", 203_155_970, 224),  # as published
+    ("clip.py", 149_620_737, 224),  # as published
+    ("lit.py", 196_033_537, 224),
     ("probe.py:runs/mae", 85_646_592 + 769_000 + 3 * 768, 224),
     ("probe.py:augreg:B/16", 86_567_656 + 2 * 768, 224),
 ]
@@ -81,6 +85,8 @@ def test_config_builds(config, parameters, size, tmp_path):
     if config.startswith(("folder.py", "cifar10", "vit_i21k.py")):
         counts = {f"{split}/class {n}": 60 for split in ("train", "test") for n in range(10)}
         overrides["data.name"] = f"folder:{write_folder(tmp_path, counts)}"
+    if config.startswith(("siglip.py", "clip.py", "lit.py")):
+        overrides["data.name"] = "digits_captions"
     config = load_config(str(CONFIGS / config), overrides)
     experiment = Experiment.from_config(config, epoch_examples=EPOCH)
     assert count(experiment.abstract_state.params) == parameters

@@ -60,6 +60,9 @@ ALLOWED_IN = {
     "pydantic": ("vit_jax.serve",),
     "starlette": ("vit_jax.serve",),
     "uvicorn": ("vit_jax.serve",),
+    "ftfy": ("vit_jax.data.tokenizers",),
+    "sentencepiece": ("vit_jax.data.tokenizers",),
+    "tokenizers": ("vit_jax.data.tokenizers",),
     "tensorflow": (),
     "torch": (),
 }

@@ -38,8 +38,9 @@ def dump_config(file: Path, *, data_dir: str) -> str:
     """The text of one config; `data_dir` is where the digits are or will be prepared."""
     overrides = {"data.data_dir": data_dir}
     config = load_config(str(file), overrides)
-    if str(config.to_dict()["data"].get("name")).startswith("folder:"):
-        config = load_config(str(file), overrides | {"data.name": "digits"})
+    kind = str(config.to_dict()["data"].get("name")).partition(":")[0]
+    if other := {"folder": "digits", "pairs": "digits_captions"}.get(kind):
+        config = load_config(str(file), overrides | {"data.name": other})
     experiment = Experiment.from_config(
         config, devices=jax.devices()[:1], epoch_examples=EPOCH_EXAMPLES
     )

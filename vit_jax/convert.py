@@ -34,6 +34,8 @@ def describe(weights: "Weights") -> list[str]:
     import numpy as np
 
     from vit_jax.checkpoint.pretrained.adapt import describe_objective_params
+    from vit_jax.checkpoint.pretrained.towers import has_towers
+    from vit_jax.utils.nested import flatten_config
     from vit_jax.utils.tree import count
 
     size = count(weights.params)
@@ -42,8 +44,10 @@ def describe(weights: "Weights") -> list[str]:
     if head is not None:
         untrained = "" if np.any(head) else ", all zero: published untrained"
         state = f"{head.shape[-1]} classes{untrained}"
+    if has_towers(weights.params):
+        state = "none: images and texts are compared"
     model, preprocess = (
-        " ".join(f"{key}={value}" for key, value in values.items())
+        " ".join(f"{key}={value}" for key, value in flatten_config(values).items())
         for values in (weights.model, weights.preprocess)
     )
     names = weights.class_names or ("not known",)

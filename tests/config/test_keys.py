@@ -19,7 +19,10 @@ def test_the_list_has_every_key_of_a_resolved_config(data_dir):
 def test_a_key_of_some_parts_names_them():
     keys = list_keys()
     assert keys["model.tokens_mlp_dim"] == ("mixer",)
-    assert keys["model.hidden_size"] == ()
+    assert keys["model.hidden_size"] == ("vit", "mixer")
+    assert keys["model.dtype"] == ()
+    assert keys["model.text.hidden_size"] == ("two_towers",)
+    assert "model.text.constrain" not in keys
     assert keys["mesh.data"] == ()
     assert "optimizer.base" not in keys
 

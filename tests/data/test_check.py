@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands that check and prepare datasets."""
 
+import dataclasses
 import io
 import re
 
@@ -13,6 +14,7 @@ from tests.images import encode, write_folder
 from tests.tiny import tiny_config
 from vit_jax.data import check, prepare
 from vit_jax.data.datasets import Digits
+from vit_jax.data.pipeline import DatasetSpec, train_batches
 from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources import find_dataset, open_source
 from vit_jax.data.sources.base import DatasetInfo
@@ -255,3 +257,84 @@ def test_a_builder_that_needs_tensorflow_says_how_to_prepare_it(tmp_path, monkey
         UserError, match=r"needs TensorFlow: .* tfds build digits --file_format=arr"
     ):
         prepare.main(["digits", f"--data_dir={tmp_path}"])
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """Twelve images with texts beside them: one is empty, one has two lines and a bell."""
+    root = write_folder(tmp_path / "pairs", {"train": 12})
+    for number, path in enumerate(sorted(root.rglob("*.png"))):
+        text = {3: " ", 5: "first of two\nsecond\x07of two"}.get(number, f"picture {number}")
+        path.with_suffix(".txt").write_text(text)
+    return f"pairs:{root}"
+
+
+def test_captions_are_reported(captioned, said):
+    assert check.main([captioned, "--preprocess=decode|resize(40)"]) == 1
+    text = "\n".join(said)
+    for words in (
+        "12 images, no labels",
+        "corrupt: 1\n.*003.png: it has no caption",
+        "odd: captions with control characters: 1\n.*005.png",
+        "captions: 12, 1 to 2 an image, median 1",
+        "characters of a caption: 9 to 13, median 9",
+        "wrote runs/check/contact_sheet.png",
+    ):
+        assert re.search(words, text), words
+
+
+def test_tokens_of_captions_are_counted_and_cut_ones_too(captioned, said):
+    assert check.main([captioned, "--tokenizer=bytes(length=12)"]) == 1
+    assert "tokens of a caption: 10 to 14, median 10" in said
+    assert "bytes(length=12, clean='none') cuts 2 of 12 captions (16.7%)" in said
+    for tokenizer, words in (("byte", "did you mean 'bytes'?"), ("clip(0)", "more than 0")):
+        with pytest.raises(UserError) as error:
+            check.main([captioned, f"--tokenizer={tokenizer}"])
+        assert "--tokenizer" in str(error.value)
+        assert words in str(error.value)
+
+
+def test_images_of_classes_need_captions_only_for_a_tokenizer(tmp_path, said):
+    root = write_folder(tmp_path / "some", {"cat": 6, "dog": 6})
+    (root / "cat" / "000.txt").write_text("a cat")
+    assert check.main([f"folder:{root}"]) == 0
+    assert "odd: no captions: 11" in said
+    assert check.main([f"folder:{root}", "--tokenizer=bytes"]) == 1
+    assert "corrupt: 11" in said
+
+
+def test_the_contact_sheet_shows_the_captions_that_are_learned(captions_dir):
+    spec = DatasetSpec(
+        "digits_captions", "train", "decode", 4, captions_dir, "check", tokenizer="bytes"
+    )
+    images, captions = check.prepare_images(spec)
+    assert len(images) == len(captions) == 64
+    batch = next(train_batches(dataclasses.replace(spec, batch_size=64), seed=0, step=0))
+    np.testing.assert_array_equal(images, batch["image"])
+    texts = [bytes(int(t) - 3 for t in row if t > 2).decode() for row in batch["tokens"]]
+    assert captions == texts
+
+
+def test_a_config_that_learns_from_labels_is_refused_for_captions_alone(captioned, tmp_path):
+    base = tiny_config(None, data__name=captioned, data__preprocess="decode|resize(8)")
+    with pytest.raises(UserError) as error:
+        Experiment.from_config(base)
+    assert str(error.value) == (
+        f"objective.name='supervised' needs labels, and {captioned} has captions alone: expected "
+        "data with labels, or --config.objective.name=contrastive, which learns from captions"
+    )
+    with pytest.raises(UserError, match=r"evals.val.name='knn' needs labels"):
+        Experiment.from_config(
+            tiny_config(
+                None,
+                data__name=captioned,
+                data__preprocess="decode|resize(8)",
+                objective={"name": "mae"},
+                evals__val={
+                    "name": "knn",
+                    "split": "train",
+                    "train_split": "train",
+                    "preprocess": "decode|resize(8)",
+                },
+            )
+        )

@@ -152,3 +152,35 @@ def test_weights_that_will_not_do_are_refused(weights, words):
         make_schedule(weights, key="data.mixture")
     for word in ("data.mixture", *words):
         assert word in str(error.value)
+
+
+def test_sources_with_captions_mix_with_or_without_labels(tmp_path):
+    a, _ = folders(tmp_path)
+    for path in (tmp_path / "a").rglob("*.png"):
+        path.with_suffix(".txt").write_text("of a class")
+    write_folder(tmp_path / "loose", {"train": 8}, start=200)
+    for path in (tmp_path / "loose").rglob("*.png"):
+        path.with_suffix(".txt").write_text("a pair")
+    pairs = f"pairs:{tmp_path / 'loose'}"
+    spec = DatasetSpec(
+        name="",
+        split="",
+        preprocess="decode|resize(4)",
+        batch_size=12,
+        data_dir=None,
+        key="data",
+        mixture=((a, "train", 2), (pairs, "train", 1)),
+        tokenizer="bytes(length=16)",
+    )
+    assert (spec.info.num_classes, spec.info.captions) == (0, True)
+    batch = next(train_batches(spec, seed=0, step=0))
+    assert batch.keys() == {"image", "tokens"}
+    texts = [bytes(int(t) - 3 for t in row if t > 2).decode() for row in batch["tokens"]]
+    greys = batch["image"][:, 0, 0, 0]
+    assert [text == "a pair" for text in texts] == (greys >= 200).tolist()
+    assert (greys >= 200).sum() == 4
+    parts = [next(train_batches(spec, seed=0, step=0, shards=(k,), num_shards=3)) for k in range(3)]
+    for key, value in batch.items():
+        np.testing.assert_array_equal(np.concatenate([part[key] for part in parts]), value)
+    both = dataclasses.replace(spec, mixture=((a, "train", 2), (a, "train", 1)))
+    assert next(train_batches(both, seed=0, step=0)).keys() == {"image", "label", "tokens"}

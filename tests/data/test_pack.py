@@ -484,3 +484,42 @@ def test_a_damaged_shard_is_refused_before_it_takes_memory(name, packs, tmp_path
         tracemalloc.stop()
     assert words in message
     assert peak < 2**24
+
+
+@pytest.mark.parametrize("flags", [["--short_side=32"], ["--raw=16"]], ids=["JPEGs", "pixels"])
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+def test_captions_are_packed(flags, labelled, folder, tmp_path):
+    images = sorted(folder.rglob("*.jpg"))
+    for number, path in enumerate(images):
+        text = "" if number == 3 else f"photo {number}\nnuméro {number}"
+        path.with_suffix(".txt").write_text(text)
+    source = f"{'folder' if labelled else 'pairs'}:{folder}"
+    pack(source, tmp_path / "dst", *flags, "--shard_size=4")
+    name = f"{'raw' if '--raw=16' in flags else 'packed'}:{tmp_path / 'dst'}"
+    before, after = (dataset_info(n, data_dir=None) for n in (source, name))
+    assert dataclasses.replace(before, image_shape=after.image_shape) == after
+    assert after.captions
+    for split in ("train", "test"):
+        old, new = (open_source(n, split, data_dir=None, key="s") for n in (source, name))
+        assert len(old) == len(new)
+        for index in range(len(old)):
+            assert new.captions(index) == (old.captions(index) if readable(old, index) else ())
+            if readable(old, index):
+                assert new[index].keys() == old[index].keys()
+
+
+def test_damaged_captions_are_refused(folder, tmp_path):
+    for path in folder.rglob("*.jpg"):
+        path.with_suffix(".txt").write_text("a caption")
+    pack(folder, tmp_path / "dst", "--short_side=32")
+    path = next((tmp_path / "dst").glob("train*.npz"))
+    arrays = dict(np.load(path))
+    for name, value in {
+        "captions": arrays["captions"][:-1],
+        "caption_lengths": -arrays["caption_lengths"],
+        "caption_counts": arrays["caption_counts"][:-1],
+    }.items():
+        np.savez(path, **(arrays | {name: value}))
+        sources.packed._dataset.cache_clear()
+        with pytest.raises(UserError, match="pack it again"):
+            dataset_info(f"packed:{tmp_path / 'dst'}", data_dir=None)

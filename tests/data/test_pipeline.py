@@ -407,3 +407,74 @@ def test_repeats_are_arithmetic_of_position(digits):
     images = take(train_batches(plain, seed=0, step=0), 1)[0]["image"]
     counts = np.unique([x.tobytes() for x in images], return_counts=True)[1]
     assert sorted(counts) == [2, 2, 3, 3, 3, 3]
+
+
+# Captions
+
+
+@pytest.fixture(scope="module")
+def captioned(captions_dir):
+    """Digits with three captions each."""
+    return DatasetSpec(
+        name="digits_captions",
+        split="train[:50]",
+        preprocess="decode|random_shift(2)",
+        batch_size=16,
+        data_dir=captions_dir,
+        key="data",
+        tokenizer="bytes(length=64)",
+    )
+
+
+def as_text(tokens):
+    return bytes(int(token) - 3 for token in tokens if token > 2).decode()
+
+
+def test_a_tokenizer_adds_tokens_of_one_of_the_captions(captioned):
+    batch = train(captioned, 1)[0]
+    assert batch["tokens"].shape == (16, 64)
+    assert batch["tokens"].dtype == np.int32
+    source = captioned.open()
+    by_image = {}
+    for index in range(len(source)):
+        pixels = apply(plain(captioned).ops(), source[index], np.random.default_rng(0))["image"]
+        by_image[pixels.tobytes()] = source.captions(index)
+    batches = train(plain(captioned), 30)
+    places = [
+        by_image[image.tobytes()].index(as_text(tokens))
+        for b in batches
+        for image, tokens in zip(b["image"], b["tokens"], strict=True)
+    ]
+    shares = np.bincount(places, minlength=3) / len(places)
+    assert np.abs(shares - 1 / 3).max() < 0.08  # 480 draws
+
+
+def test_evaluation_takes_the_first_caption(captioned):
+    source = captioned.open()
+    batches = list(eval_batches(captioned))
+    tokens = np.concatenate([b["tokens"] for b in batches])
+    mask = np.concatenate([b["mask"] for b in batches])
+    want = [source.captions(index)[0] for index in range(50)]
+    assert [as_text(row) for row in tokens[mask > 0]] == want
+
+
+def test_captions_are_the_same_for_any_number_of_hosts_and_threads(captioned):
+    whole = train(captioned, 3, seed=5, step=7)
+    spec = dataclasses.replace(captioned, num_threads=0)
+    assert_same(train(spec, 3, seed=5, step=7), whole)
+    parts = [train(captioned, 3, seed=5, step=7, shards=(k,), num_shards=4) for k in range(4)]
+    assert_same([join(hosts) for hosts in zip(*parts, strict=True)], whole)
+
+
+def test_a_tokenizer_changes_neither_images_nor_labels(captioned):
+    without = train(dataclasses.replace(captioned, tokenizer=None), 3)
+    assert without[0].keys() == {"image", "label"}
+    batches = train(captioned, 3)
+    assert_same([{k: b[k] for k in ("image", "label")} for b in batches], without)
+    images = dataclasses.replace(captioned, preprocess="decode|keep('image')")
+    assert train(images, 1)[0].keys() == {"image", "tokens"}
+
+
+def test_a_tokenizer_adds_nothing_to_data_without_captions(digits):
+    spec = dataclasses.replace(digits, tokenizer="bytes(length=64)")
+    assert_same(train(spec, 2), train(digits, 2))

@@ -88,12 +88,12 @@ def test_the_documentation_has_all_operations_and_lines_that_can_be_read():
 @pytest.mark.parametrize(
     ("part", "words"),
     [
-        ("", ["''", "expected op or op("]),
-        ("8", ["'8'", "expected op or op("]),
-        ("resize(8", ["'resize(8'", "expected op or op("]),
-        ("decode,resize(8)", ["'decode,resize(8)'", "expected op or op("]),
-        ("os.remove(8)", ["'os.remove(8)'", "expected op or op("]),
-        ("resize(8)(9)", ["'resize(8)(9)'", "expected op or op("]),
+        ("", ["''", "expected NAME or NAME("]),
+        ("8", ["'8'", "expected NAME or NAME("]),
+        ("resize(8", ["'resize(8'", "expected NAME or NAME("]),
+        ("decode,resize(8)", ["'decode,resize(8)'", "expected NAME or NAME("]),
+        ("os.remove(8)", ["'os.remove(8)'", "expected NAME or NAME("]),
+        ("resize(8)(9)", ["'resize(8)(9)'", "expected NAME or NAME("]),
         ("resise(8)", ["'resise'", "did you mean 'resize'?"]),
         ("Decode", ["'Decode'", "did you mean 'decode'?"]),
         ("eval('1')", ["unknown operation 'eval'", "there is: auto_augment, central_crop,"]),

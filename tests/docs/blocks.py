@@ -29,7 +29,7 @@ from vit_jax.checkpoint.pretrained.adapt import adapt_params
 from vit_jax.config.load import load_config, override_config, parse_overrides
 from vit_jax.config.schema import Data, EvalData, Resume, top_level
 from vit_jax.evaluators.kinds import EVALUATORS
-from vit_jax.models.variants import MODELS
+from vit_jax.models.variants import MODELS, TOWER_MAKERS
 from vit_jax.objectives.kinds import OBJECTIVES
 from vit_jax.observe.profiler import Profile
 from vit_jax.observe.trackers import Tracking
@@ -69,7 +69,7 @@ _INLINE = re.compile(r"`(python -m (?:vit_jax|tools|benchmarks)[^`]*)`")
 _TABLE_KEY = re.compile(r"(?!vit_jax)[a-z]+\.(?!py$|txt$|jsonl?$|npz$)[\w.]+")
 _OPERATORS = {"|", "||", "&&", ";", "&", "(", ")"}
 # Folders and files of the reader's.
-_ELSEWHERE = ("folder:", "manifest:", "parquet:", "packed:", "raw:")
+_ELSEWHERE = ("folder:", "pairs:", "manifest:", "parquet:", "packed:", "raw:")
 _EPOCH = 50_000
 
 
@@ -322,6 +322,9 @@ def knows(key: str) -> bool:
         return section.startswith("log_every_") or _fits(section, top_level)
     if key.startswith("optimizer.sam."):
         return _fits(rest.partition(".")[2], Sam)
+    part, _, inner = rest.partition(".")
+    if section == "model" and part in TOWER_MAKERS and inner:
+        return _fits(inner, TOWER_MAKERS[part])
     constructors = {
         "adapt": [adapt_params],
         "checkpoint": [CheckpointOptions],

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from vit_jax.models.flops import count_flops, forward_flops, train_flops
-from vit_jax.models.variants import SIZES, make_mixer, make_vit
+from vit_jax.models.variants import SIZES, make_mixer, make_two_towers, make_vit
 
 # Multiply-adds of a forward pass at 224 pixels, in billions, as timm publishes them; it counts
 # biases and norms too, less than 0.3 %.
@@ -46,6 +46,17 @@ def test_dropped_patches_cost_nothing():
     full = make_vit(variant="Ti/16", num_classes=10, scan=True)
     half = full.clone(patch_dropout_rate=0.5)
     assert forward_flops(half, (224, 224)) < 0.55 * forward_flops(full, (224, 224))
+
+
+def test_both_towers_are_counted():
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "mlp_dim": 32}
+    image = {"patch_size": 4, "classifier": "map"} | sizes
+    text = {"vocab_size": 9, "context_length": 5} | sizes
+    images = forward_flops(make_vit(num_classes=0, **image), (8, 8))
+    # Projections, MLP, scores and outputs of 2 layers, and the head of one vector.
+    layer = 2 * 5 * (4 * 16 * 16 + 2 * 16 * 32) + 4 * 5 * 5 * 16
+    texts = 2 * layer + 2 * 16 * 16
+    assert forward_flops(make_two_towers(image=image, text=text), (8, 8)) == images + texts
 
 
 def test_mixer_is_counted():

@@ -16,7 +16,7 @@ from tests.models.random_params import random_params
 from vit_jax.models import attention
 from vit_jax.models.attention import ATTENTION_WEIGHTS, choose_attention
 from vit_jax.models.block_config import BlockConfig
-from vit_jax.models.variants import make_vit
+from vit_jax.models.variants import make_text_transformer, make_vit
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten
 
@@ -29,9 +29,10 @@ def calls(monkeypatch):
     shapes = []
     original = attention.fused_attention
 
-    def formula(query, key, value, *, length):
+    def formula(query, key, value, *, length, causal):
         shapes.append(query.shape)
-        return original(query, key, value, length=length, implementation="xla")
+        options = {"length": length, "causal": causal, "implementation": "xla"}
+        return original(query, key, value, **options)
 
     monkeypatch.setattr(attention, "fused_attention", formula)
     return shapes
@@ -54,11 +55,11 @@ def outputs(model, params, images):
 @pytest.mark.parametrize(
     ("options", "padded"),
     [
-        ({}, 16),  # 10 tokens
+        ({"num_registers": 1}, 12),  # 11 tokens
         ({"classifier": "gap", "num_registers": 7}, 16),  # 16 tokens: no padding
-        ({"rope_theta": 100.0, "qk_norm": True, "classifier": "map"}, 16),
-        ({"rope_theta": 100.0, "patch_dropout_rate": 0.5, "dropout_rate": 0.2}, 8),
-        ({"num_layers": 2, "scan": True, "remat": "dots", "stochastic_depth_rate": 0.2}, 16),
+        ({"rope_theta": 100.0, "qk_norm": True, "classifier": "map"}, 10),
+        ({"rope_theta": 100.0, "patch_dropout_rate": 0.5, "dropout_rate": 0.2}, 6),
+        ({"num_layers": 2, "scan": True, "remat": "dots", "distillation_token": True}, 12),
     ],
     ids=str,
 )
@@ -72,6 +73,19 @@ def test_outputs_and_gradients_are_those_of_attention_in_memory(options, padded,
     got = outputs(fused, params, images)
     assert (2, padded, 4, 8) in calls
     assert got.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_texts_are_encoded_as_by_attention_in_memory(causal, calls):
+    sizes = {"vocab_size": 9, "context_length": 6, "num_classes": 4, "num_heads": 4, "scan": True}
+    options = {k: v for k, v in TINY.items() if k in ("hidden_size", "num_layers", "mlp_dim")}
+    make = functools.partial(make_text_transformer, causal=causal, **sizes, **options)
+    tokens = np.arange(12).reshape(2, 6) % 9
+    params = random_params(make(attention="xla"), tokens, train=False)
+    want, got = (outputs(make(attention=a), params, tokens) for a in ("xla", "fused"))
+    assert (2, 8, 4, 8) in calls
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, rtol=2e-4, atol=2e-5, err_msg=name)
 
@@ -123,6 +137,8 @@ def choose(device=None, *, hidden_size=768, num_tokens=197, **options):
         ({"device": TPU, "attention": "pallas"}, "pallas"),
         ({"device": TPU, "num_tokens": 50}, "xla"),
         ({"device": TPU, "num_tokens": 1025}, "xla"),  # scores do not fit into VMEM
+        ({"device": TPU, "causal": True}, "xla"),  # its kernel has no causal mask
+        ({"causal": True}, "fused"),
         ({"device": TPU, "dtype": jnp.float32}, "xla"),
         ({"device": TPU, "dtype": "float16"}, "xla"),
         ({"dtype": jnp.float32}, "xla"),

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from vit_jax.optim.base_optimizers import adamw, lamb, sgd
+from vit_jax.optim.norms import clip_by_global_norm
 from vit_jax.optim.optimizer import make_optimizer
 from vit_jax.optim.schedules import ScheduleOptions, make_schedule
 from vit_jax.utils.durations import Clock
@@ -142,7 +143,7 @@ def test_without_rules_numbers_and_state_are_those_of_the_plain_chain(base):
     options = {"weight_decay": 0.2, "grad_clip_norm": 1.0, "warmup_steps": 1}
     ours = make_optimizer(base=base(), total_steps=9, lr=0.1, **options)
     plain = optax.chain(
-        optax.clip_by_global_norm(1.0),
+        clip_by_global_norm(1.0),
         base().tx,
         optax.add_decayed_weights(0.2, mask=ours.rules.decay_mask),
         optax.scale_by_learning_rate(ours.schedule),

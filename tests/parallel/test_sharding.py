@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from vit_jax.models.variants import make_vit
+from tests.models.random_params import random_params
+from vit_jax.models.variants import make_two_towers, make_vit
 from vit_jax.objectives.supervised import make_supervised
 from vit_jax.parallel.mesh import (
     AXES,
@@ -320,3 +321,65 @@ def test_gradients_of_blocks_cross_the_network_in_the_dtype_of_the_model(dtype, 
     reduced = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-reduce\(", partitioned.read_text())
     assert {kind for kind, shape in reduced if shape in ("16,24", "24,16")} == {element}
     assert ("f32", "16") in reduced  # Norms are float32 whatever the dtype.
+
+
+TOWERS = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "mlp_dim": 48}
+
+
+def make_pair(**options):
+    return make_two_towers(
+        image=TOWERS | {"patch_size": 4, "classifier": "map"},
+        text=TOWERS | {"vocab_size": 50, "context_length": 8, "causal": True},
+        width=16,
+        bias_init=-10.0,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        ("txt/Embed_0/embedding", (50, 32), ("tensor", "fsdp")),
+        ("txt/Embed_0/embedding", (51, 32), (None, "tensor")),
+        ("opt_state/0/mu/txt/Embed_0/embedding", (50, 32), ("tensor", "fsdp")),
+        ("txt/head/kernel", (32, 50), ("fsdp", "tensor")),
+        (
+            "img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel",
+            (2, 32, 48),
+            (None, "fsdp", "tensor"),
+        ),
+        ("txt/Transformer/posembed_input/pos_embedding", (1, 8, 32), ()),
+        ("t", (1,), ()),
+    ],
+)
+def test_towers_are_sharded_by_the_rules_of_their_layers(path, shape, spec):
+    got = tuple(param_spec(path, shape, make_mesh(data=2, fsdp=2, tensor=2)))
+    assert got == spec + (None,) * (len(shape) - len(spec))
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_sharded_towers_give_the_embeddings_and_gradients_of_one_device(sequence_parallel):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    place = functools.partial(constrain, mesh=mesh, sequence_parallel=sequence_parallel)
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(8, 8, 8, 3)).astype(np.float32)
+    tokens = rng.integers(0, 50, (8, 8)).astype(np.int32)
+    params = random_params(make_pair(), images, tokens, train=False)
+
+    def loss(params, images, tokens, model):
+        zimg, ztxt, out = model.apply({"params": params}, images, tokens, train=True)
+        logits = out["scale"] * zimg @ ztxt.T + out["bias"]
+        return jnp.sum(jax.nn.softplus(logits)) - jnp.trace(logits)
+
+    one = jax.value_and_grad(functools.partial(loss, model=make_pair()))
+    want, expected = jax.jit(one)(params, images, tokens)
+    sharded = jax.device_put(params, infer_shardings(params, mesh))
+    batch = shard_batch({"images": images, "tokens": tokens}, mesh)
+    many = jax.value_and_grad(functools.partial(loss, model=make_pair(constrain=place)))
+    got, gradients = jax.jit(many)(sharded, **batch)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    expected, gradients = flatten(expected), flatten(gradients)
+    for path, value in expected.items():
+        np.testing.assert_allclose(gradients[path], value, rtol=1e-3, atol=1e-4, err_msg=path)
+    spec = flatten(sharded)["txt/Embed_0/embedding"].sharding.spec
+    assert spec == PartitionSpec("tensor", "fsdp")

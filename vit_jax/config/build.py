@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -22,15 +23,19 @@ from vit_jax.config.trace_parts import trace_parts
 from vit_jax.data.classes import Classes
 from vit_jax.data.mixture import check_same_kind
 from vit_jax.data.pipeline import DatasetSpec
+from vit_jax.data.tokenizers import parse_tokenizer
 from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.kinds import EVALUATORS
 from vit_jax.models.attention import choose_attention
 from vit_jax.models.block_config import Constrain
+from vit_jax.models.blocks import choose_blocks
 from vit_jax.models.interface import Model, check_outputs, find_grid
 from vit_jax.models.lora import Lora
 from vit_jax.models.names import guess_variant, normalize_variant
-from vit_jax.models.variants import MODELS
+from vit_jax.models.two_towers import TOWERS, TwoTowers
+from vit_jax.models.variants import MODELS, bind_towers, make_two_towers
 from vit_jax.objectives.base import Objective
+from vit_jax.objectives.contrastive import make_contrastive
 from vit_jax.objectives.kinds import OBJECTIVES
 from vit_jax.observe.console import log
 from vit_jax.observe.early_stopping import Stop
@@ -49,6 +54,9 @@ from vit_jax.utils.durations import (
 )
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import Part, bind, check_type, find_part, is_part, keywords
+
+# What learns without labels, after `objective` in a command.
+_UNLABELLED = ".name=contrastive, which learns from captions"
 
 # Percent of a run from one record of training to the next, by default.
 _LOG_PERCENT = 1
@@ -142,6 +150,9 @@ def _build_parts(
     place = Placement(mesh, strategy.sequence_parallel)
     _, make = _by_name(dict(settings.objective), OBJECTIVES, "supervised", key="objective")
     headless = getattr(make, "headless", False)
+    if not headless:
+        named = str(settings.objective.get("name", "supervised"))
+        _check_labels(data, "objective", named, _UNLABELLED)
     model, model_args = _make_model(
         model_section,
         data,
@@ -150,12 +161,15 @@ def _build_parts(
         headless=headless,
         float8=precision.float8,
         lora=settings.lora if settings.lora.rank else None,
+        sequence_parallel=strategy.sequence_parallel,
     )
     clock = _make_clock(data, epoch_examples)
     total_steps = _total_steps(top, clock)
     objective, objective_args = _make_objective(
-        settings.objective, model, data, clock=clock, total_steps=total_steps
+        settings.objective, model, data, mesh, clock=clock, total_steps=total_steps
     )
+    if objective.needs_labels:
+        _check_labels(data, "objective", objective_args["name"], _UNLABELLED)
     if settings.ema_decay is not None and objective.keeps_average:
         raise UserError(
             f"ema_decay={settings.ema_decay} with objective.name={objective_args['name']!r}: "
@@ -164,7 +178,7 @@ def _build_parts(
     averages = settings.ema_decay is not None or objective.keeps_average
     every = functools.partial(_resolve_every, clock=clock, total_steps=total_steps)
     optimizer, optimizer_args = _make_optimizer(
-        optimizer_section, total_steps, clock, mesh, objective, settings.lora
+        optimizer_section, total_steps, clock, mesh, strategy, objective, settings.lora
     )
     evaluators, eval_args = _make_evaluators(
         settings.evals, data, objective, mesh, every=every, match_classes=match_classes
@@ -276,11 +290,28 @@ def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
         mixture=mixture,
         repeats=section.repeats,
         views=views,
+        tokenizer=section.tokenizer,
     )
     spec.view_shapes()
     if spec.mixture:
         spec.schedule()
+    if section.tokenizer is not None:
+        parse_tokenizer(section.tokenizer)
+        if not spec.info.captions:
+            raise UserError(
+                f"data.tokenizer={section.tokenizer!r}: {spec} has no captions to make tokens of: "
+                "expected data with captions, or leave it out"
+            )
     return spec
+
+
+def _check_labels(data: DatasetSpec, key: str, name: str, advice: str) -> None:
+    """Raises `UserError` if data with captions alone is to be learned or judged by labels."""
+    if not data.info.num_classes:
+        raise UserError(
+            f"{key}.name={name!r} needs labels, and {data} has captions alone: expected data with "
+            f"labels, or --config.{key}{advice}"
+        )
 
 
 def _make_model(
@@ -292,6 +323,7 @@ def _make_model(
     headless: bool,
     float8: bool,
     lora: Lora | None,
+    sequence_parallel: bool,
 ) -> tuple[Model, _Section]:
     name = str(section.get("name", "vit"))
     if not is_part(name) and name not in MODELS and (variant := guess_variant(name)):
@@ -303,6 +335,8 @@ def _make_model(
     if "num_classes" not in keywords(make):
         raise UserError(f"model.name={name!r} has no argument num_classes, the width of its head")
     section.setdefault("num_classes", 0 if headless else data.info.num_classes)
+    if make is make_two_towers:
+        section = _fit_to_tokenizer(section, data)
     (args,) = bind(section, make, key="model", given=("constrain", "float8", "lora"))
     if headless and args["num_classes"]:
         raise UserError(
@@ -322,30 +356,77 @@ def _make_model(
     if isinstance(make, Part):
         check_outputs(model, name, data.image_shape())
     find_grid(model, data.image_shape()[:2])
-    for key in ("num_heads", "mlp_dim", "tokens_mlp_dim", "channels_mlp_dim"):
-        size, parts = getattr(model, key, 0), mesh.shape["tensor"]
-        if size % parts:
-            raise UserError(f"mesh.tensor={parts} does not divide model.{key}={size}")
-    if hasattr(model, "attention"):
-        rows, columns = model.grid(data.image_shape()[:2])
-        tokens = rows * columns + model.num_prefix_tokens
-        chosen = choose_attention(
-            model.block_config, mesh.devices.flat[0], model.hidden_size, tokens
-        )
-        model = model.clone(attention=chosen)
-    # What the variant decides is written down as decided.
+    model = _fit_to_mesh(
+        model, data.image_shape()[:2], mesh, key="model", sequence_parallel=sequence_parallel
+    )
+    if isinstance(model, TwoTowers):
+        args |= bind_towers(args)
+        for part, tower in model.towers.items():
+            args[TOWERS[part]] |= _decided(tower, args[TOWERS[part]])
+    elif name in MODELS:
+        args |= _decided(model, args)
+    return model, {"name": name} | args
+
+
+def _fit_to_tokenizer(section: _Section, data: DatasetSpec) -> _Section:
+    """The length and the vocabulary of the text tower are those of the tokenizer by default."""
+    text, tokenizer = section.get("text"), data.find_tokenizer()
+    if tokenizer is None or not isinstance(text, Mapping):
+        return section
+    text = {"context_length": tokenizer.length, **text}
+    if text.get("vocab_size") is None:
+        text["vocab_size"] = tokenizer.vocab_size
+    return section | {"text": text}
+
+
+def _decided(model: Model, args: Mapping[str, Any]) -> _Section:
+    """What the variant decides, to be written down as decided."""
     decided = {"classifier": model.classifier} if "classifier" in args else {}
-    if name in MODELS and args.get("variant") is not None:
+    if args.get("variant") is not None:
         decided["variant"] = normalize_variant(args["variant"])
-    return model, {"name": name} | args | decided
+    return decided
+
+
+def _fit_to_mesh(
+    model: Model, image_size: tuple[int, ...], mesh: Mesh, *, key: str, sequence_parallel: bool
+) -> Model:
+    """Checks that a mesh divides a model, and chooses its kernels for the devices."""
+    if hasattr(model, "towers"):
+        fit = functools.partial(_fit_to_mesh, sequence_parallel=sequence_parallel)
+        towers = {
+            part: fit(tower, image_size, mesh, key=f"{key}.{TOWERS[part]}")
+            for part, tower in model.towers.items()
+        }
+        return model.clone(**towers)
+    for name in ("num_heads", "mlp_dim", "tokens_mlp_dim", "channels_mlp_dim"):
+        size, parts = getattr(model, name, 0), mesh.shape["tensor"]
+        if size % parts:
+            raise UserError(f"mesh.tensor={parts} does not divide {key}.{name}={size}")
+    if not hasattr(model, "attention"):
+        return model
+    tokens = getattr(model, "context_length", None)
+    if tokens is None:
+        tokens = math.prod(model.grid(image_size)) + model.num_prefix_tokens
+    config, device = model.block_config, mesh.devices.flat[0]
+    chosen = choose_attention(config, device, model.hidden_size, tokens, key=key)
+    blocks = choose_blocks(config, device, sequence_parallel=sequence_parallel)
+    return model.clone(attention=chosen, blocks=blocks)
 
 
 def _make_objective(
-    section: _Section, model: Model, data: DatasetSpec, *, clock: Clock, total_steps: int
+    section: _Section,
+    model: Model,
+    data: DatasetSpec,
+    mesh: Mesh,
+    *,
+    clock: Clock,
+    total_steps: int,
 ) -> tuple[Objective, _Section]:
     name, make = _by_name(section, OBJECTIVES, "supervised", Objective, key="objective")
     given = {
         "model": model,
+        "mesh": mesh,
+        "data": data,
         "num_classes": model.num_classes or data.info.num_classes,
         "image_shape": data.image_shape(),
         "view_shapes": data.view_shapes(),
@@ -365,7 +446,13 @@ def _make_objective(
             f"model.classifier={model.classifier!r} classifies every token; expected 'token', "
             f"'gap' or 'map' for objective.name={name!r}"
         )
-    if data.info.multi_label and args.get("loss") == "softmax":
+    of_labels = make is not make_contrastive
+    if isinstance(model, TwoTowers) and of_labels and name in OBJECTIVES:
+        raise UserError(
+            f"objective.name={name!r} trains a model of images alone: expected 'contrastive' for "
+            "model.name='two_towers'"
+        )
+    if of_labels and data.info.multi_label and args.get("loss") == "softmax":
         raise UserError(
             f"objective.loss='softmax' takes one label an example, and {data} has several: "
             "expected objective.loss='sigmoid'"
@@ -374,11 +461,17 @@ def _make_objective(
 
 
 def _make_optimizer(
-    section: _Section, total_steps: int, clock: Clock, mesh: Mesh, objective: Objective, lora: Lora
+    section: _Section,
+    total_steps: int,
+    clock: Clock,
+    mesh: Mesh,
+    strategy: Strategy,
+    objective: Objective,
+    lora: Lora,
 ) -> tuple[Optimizer, _Section]:
     gives = (BaseOptimizer, optax.GradientTransformation)
     name, base = _by_name(section, BASE_OPTIMIZERS, "adamw", *gives, key="optimizer")
-    given = ("base", "total_steps", "clock")
+    given = ("base", "total_steps", "clock", "sharded")
     args, base_args = bind(section, make_optimizer, base, key="optimizer", given=given)
     rules = {
         "freeze": (*args["freeze"], *objective.frozen, *lora.frozen),
@@ -389,6 +482,7 @@ def _make_optimizer(
         base=made if isinstance(made, BaseOptimizer) else BaseOptimizer(made),
         total_steps=total_steps,
         clock=clock,
+        sharded=strategy.zero1 or any(mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")),
         **(args | rules),
     )
     if len(objective.lr_multipliers()) > 1 and args["grad_clip_norm"] is not None:
@@ -478,6 +572,8 @@ def _make_evaluators(
             )
         supplied = {"name": name, "data": data, "objective": objective, "mesh": mesh}
         evaluator = make(**_take(supplied, make), **args)
+        if evaluator.needs_labels:
+            _check_labels(data, key, str(kind), "=none to leave it out")
         if evaluator.judges_head and match_classes and (other := data_args["data_name"]):
             info, owner, where = train_data.info, str(train_data), f"{key}.data_name"
             check_same_kind(info, data.info, owner, other, key=where)

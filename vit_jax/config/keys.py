@@ -9,7 +9,7 @@ from typing import Any
 from vit_jax.checkpoint.pretrained.adapt import adapt_params
 from vit_jax.config.schema import Config, EvalData
 from vit_jax.evaluators.kinds import EVALUATORS
-from vit_jax.models.variants import MODELS
+from vit_jax.models.variants import MODELS, OF_BOTH_TOWERS, TOWER_MAKERS
 from vit_jax.objectives.kinds import OBJECTIVES
 from vit_jax.optim.base_optimizers import BASE_OPTIMIZERS
 from vit_jax.optim.optimizer import make_optimizer
@@ -55,10 +55,13 @@ _SECTIONS = {
     "model": _Section(choices=MODELS, given=("constrain", "float8", "lora")),
     "objective": _Section(
         choices=OBJECTIVES,
-        given=("model", "num_classes", "image_shape", "multi_label", "class_names"),
+        given=(
+            *("model", "mesh", "data", "num_classes", "image_shape", "view_shapes", "clock"),
+            *("total_steps", "multi_label", "class_names"),
+        ),
     ),
     "optimizer": _Section(
-        (make_optimizer,), BASE_OPTIMIZERS, given=("base", "total_steps", "clock")
+        (make_optimizer,), BASE_OPTIMIZERS, given=("base", "total_steps", "clock", "sharded")
     ),
     "adapt": _Section((adapt_params,), given=("target_grid", "num_class_tokens")),
     "evals": _Section((EvalData,), EVALUATORS, given=("name", "data", "objective", "mesh")),
@@ -88,6 +91,9 @@ def list_keys(evaluators: tuple[str, ...] = ("NAME",)) -> dict[str, tuple[str, .
             own, sections = {field.name: ()}, [""]
         for section in sections:
             keys |= {f"{section}.{key}".lstrip("."): names for key, names in own.items()}
+    for section, make in TOWER_MAKERS.items():
+        own = [key for key in keywords(make) if key not in OF_BOTH_TOWERS]
+        keys |= {f"model.{section}.{key}": ("two_towers",) for key in own}
     # A period can have other units.
     periods = [key for key in keys if key.rpartition(".")[2] in ("every", "log_every")]
     for key in periods:

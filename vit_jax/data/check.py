@@ -24,6 +24,7 @@ import hashlib
 import io
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,11 +46,13 @@ if TYPE_CHECKING:
     from vit_jax.data.pipeline import DatasetSpec
     from vit_jax.data.sources.base import Dataset, DatasetInfo, Source
     from vit_jax.data.sources.tfds import TfdsDataset
+    from vit_jax.data.tokenizers import Tokenizer
     from vit_jax.training.experiment import Experiment
 
 # Formats by file name ending.
 _ENDINGS = {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}
 _ENDINGS |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _USUAL_MODES = ("RGB", "L")
 # A size is odd if a side is below _SMALL, the longer one above _LONG times the shorter, or if there
 # are more than _MANY pixels.
@@ -63,6 +66,7 @@ _LISTED = 10  # names in the report of each kind of finding
 _SHEET = 8  # rows and columns of the contact sheet
 _TILE = 96  # least pixels of the longer side of an image there
 _POINTS = 12  # least size of the font of the names below the images
+_LONGEST = 200  # characters of such a name
 _LATIN = 0x250  # the font of the captions has no characters from here on
 
 
@@ -77,6 +81,8 @@ class Finding:
       size: height and width; None for an image that can't be read.
       corrupt: the reason why it can't be read, or which operation refuses it.
       odd: kinds of oddities, such as "mode CMYK" or "PNG named .jpg".
+      captions: lengths of its captions in tokens, or in characters without a tokenizer; None if it
+        is not to have any.
     """
 
     record: str
@@ -85,6 +91,20 @@ class Finding:
     size: tuple[int, int] | None = None
     corrupt: str | None = None
     odd: tuple[str, ...] = ()
+    captions: tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """How captions are measured.
+
+    Attributes:
+      count: gives the length of one, in tokens or characters.
+      needed: whether an image without captions is of no use.
+    """
+
+    count: Callable[[str], int]
+    needed: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +146,13 @@ def _find_rows(dataset: Dataset | TfdsDataset, name: str, split: str) -> np.ndar
     return np.concatenate([np.arange(start, stop) + first[n] for n, start, stop in parts])
 
 
-def inspect_record(source: Source, index: int, lines: Iterable[Line] = ()) -> Finding:
-    """Reads and decodes one record, and prepares it as the lines for it say."""
+def inspect_record(
+    source: Source, index: int, lines: Iterable[Line] = (), measure: Measure | None = None
+) -> Finding:
+    """Reads and decodes one record, and prepares it as the lines for it say.
+
+    With `measure`, its captions are measured.
+    """
     from vit_jax.data.ops.decode import ImageError, decode_image
     from vit_jax.data.ops.transforms import apply
 
@@ -136,11 +161,11 @@ def inspect_record(source: Source, index: int, lines: Iterable[Line] = ()) -> Fi
         features = source[index]
     except ImageError as e:
         return Finding(record, corrupt=str(e))
-    encoded, label = features["image"], features["label"]
+    encoded, label = features["image"], features.get("label")
     finding = Finding(
         record,
         digest=hashlib.blake2b(encoded, digest_size=16).digest(),
-        label=int(label) if np.ndim(label) == 0 else None,
+        label=int(label) if label is not None and np.ndim(label) == 0 else None,
     )
     try:
         height, width = decode_image(encoded).shape[:2]
@@ -155,14 +180,27 @@ def inspect_record(source: Source, index: int, lines: Iterable[Line] = ()) -> Fi
         odd.append(f"more than {_LONG} times as long as wide")
     if height * width > _MANY:
         odd.append(f"more than {_MANY:,} pixels")
-    corrupt = None
+    corrupt = captions = None
+    if measure is not None:
+        try:
+            texts = source.captions(index)
+            captions = tuple(map(measure.count, texts))
+            odd += ["captions with control characters"] * any(map(_CONTROL.search, texts))
+            odd += ["a caption twice"] * (len(set(texts)) < len(texts))
+            if not texts:
+                raise ImageError("it has no caption")
+        except ImageError as e:
+            corrupt = str(e) if measure.needed else None
+            odd += ["no captions"] * (not measure.needed)
     for line in lines:
         if line.records is None or line.records[index]:
             try:
                 apply(line.ops, features, np.random.default_rng(index))
             except ImageError as e:
                 corrupt = f"{line.key}: {e}"
-    return dataclasses.replace(finding, size=(height, width), odd=tuple(odd), corrupt=corrupt)
+    return dataclasses.replace(
+        finding, size=(height, width), odd=tuple(odd), corrupt=corrupt, captions=captions
+    )
 
 
 def _list_odd(encoded: bytes, ending: str) -> Iterator[str]:
@@ -185,7 +223,13 @@ def _list_odd(encoded: bytes, ending: str) -> Iterator[str]:
         yield "a header that Pillow can't read"
 
 
-def inspect(source: Source, lines: Sequence[Line] = (), *, num_threads: int) -> list[Finding]:
+def inspect(
+    source: Source,
+    lines: Sequence[Line] = (),
+    *,
+    num_threads: int,
+    measure: Measure | None = None,
+) -> list[Finding]:
     """Inspects all records; progress is logged."""
     findings = []
     progress = ProgressLog("reading", total=len(source), unit="images")
@@ -194,7 +238,7 @@ def inspect(source: Source, lines: Sequence[Line] = (), *, num_threads: int) -> 
         size = 64 * num_threads
         for start in range(0, len(source), size):
             indices = range(start, min(start + size, len(source)))
-            findings += pool.map(lambda i: inspect_record(source, i, lines), indices)
+            findings += pool.map(lambda i: inspect_record(source, i, lines, measure), indices)
             progress.advance(len(indices))
     return findings
 
@@ -203,12 +247,21 @@ def report(
     findings: Sequence[Finding],
     dataset: Dataset | TfdsDataset,
     input_shape: tuple[int, ...] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> list[str]:
-    """The lines of the report; `input_shape` starts with the height and width of the model's."""
+    """The lines of the report.
+
+    Args:
+      findings: of all records.
+      dataset: that they are of.
+      input_shape: starts with the height and width of the model's.
+      tokenizer: which measured the captions; None if their characters were counted.
+    """
     info = dataset.info
     good = [f for f in findings if f.size is not None]
     corrupt = [f for f in findings if f.corrupt is not None]
-    lines = [f"{len(findings):,} images, {info.num_classes:,} classes"]
+    classes = f"{info.num_classes:,} classes" if info.num_classes else "no labels"
+    lines = [f"{len(findings):,} images, {classes}"]
     lines += _listing("corrupt", [f"{f.record}: {f.corrupt}" for f in corrupt])
     odd = collections.defaultdict(list)
     for finding in good:
@@ -220,6 +273,8 @@ def report(
     labels = [f.label for f in findings if f.label is not None]
     if labels:
         lines += _report_balance(np.bincount(labels, minlength=info.num_classes), info)
+    if any(f.captions is not None for f in findings):
+        lines += _report_captions([f.captions for f in findings if f.captions], tokenizer)
     if good:
         lines += _report_sizes([f.size for f in good if f.size], input_shape)
     return lines
@@ -275,6 +330,27 @@ def _report_balance(counts: np.ndarray, info: DatasetInfo) -> list[str]:
         f"images of a class: {counts.min():,} to {counts.max():,}, median {np.median(counts):,.0f}",
         *(_bar(names[label], int(counts[label]), counts.max()) for label in shown),
     ]
+
+
+def _report_captions(captions: Sequence[tuple[int, ...]], tokenizer: Tokenizer | None) -> list[str]:
+    if not captions:
+        return ["captions: none"]
+    counts = np.array(list(map(len, captions)))
+    lengths = np.array(list(itertools.chain(*captions)))
+    unit = "characters" if tokenizer is None else "tokens"
+    lines = [
+        f"captions: {counts.sum():,}, {counts.min():,} to {counts.max():,} an image, "
+        f"median {np.median(counts):,.0f}",
+        f"{unit} of a caption: {lengths.min():,} to {lengths.max():,}, "
+        f"median {np.median(lengths):,.0f}",
+    ]
+    if tokenizer is not None:
+        cut = int(np.sum(lengths > tokenizer.length))
+        lines.append(
+            f"{tokenizer.describe()} cuts {cut:,} of {len(lengths):,} captions "
+            f"({cut / len(lengths):.1%})"
+        )
+    return lines
 
 
 def _report_sizes(
@@ -353,17 +429,32 @@ def check_run(experiment: Experiment) -> tuple[list[str], list[str]]:
 
 
 def prepare_images(sheet: DatasetSpec | Experiment) -> tuple[np.ndarray, list[str]]:
-    """Training images as a model would see them, uint8 `[64, height, width, 3]`, and captions."""
-    from vit_jax.data.pipeline import DatasetSpec, train_batches
+    """Training images as a model would see them, uint8 `[64, height, width, 3]`, and captions.
 
-    if not isinstance(sheet, DatasetSpec):
+    These are the captions that the model learns, or else names of classes.
+    """
+    from vit_jax.data.pipeline import DatasetSpec, read_examples
+
+    data = sheet if isinstance(sheet, DatasetSpec) else sheet.train_data
+    data = dataclasses.replace(data, batch_size=_SHEET**2)
+    if data.info.captions and not data.info.num_classes:
+        data = dataclasses.replace(data, tokenizer=data.tokenizer or "bytes")
+    captioned = data.find_tokenizer() is not None
+    if isinstance(sheet, DatasetSpec):
+        examples = read_examples(data, seed=0, step=0)
+        images = np.stack([example["image"] for example in examples])
+        labels: Any = [example.get("label") for example in examples]
+    else:
         from vit_jax.training.previews import preview_first_batch
 
-        data = dataclasses.replace(sheet.train_data, batch_size=_SHEET**2)
         images, labels = preview_first_batch(dataclasses.replace(sheet, train_data=data))
-        return images, [caption(label, data.info) for label in labels]
-    batch = next(train_batches(sheet, seed=0, step=0))
-    return batch["image"], [caption(label, sheet.info) for label in batch["label"]]
+        seed = sheet.settings.seed
+        examples = read_examples(data, seed=seed, step=0) if captioned else []
+    if captioned:
+        return images, [printable(example.get("caption", "")) for example in examples]
+    if labels is None:
+        return images, [""] * len(images)
+    return images, [caption(label, data.info) for label in labels]
 
 
 def caption(label: np.ndarray, info: DatasetInfo) -> str:
@@ -379,10 +470,12 @@ def caption(label: np.ndarray, info: DatasetInfo) -> str:
     return " + ".join(names.get(i, str(i)) for i in found)
 
 
-def write_contact_sheet(path: Path, images: np.ndarray, captions: Sequence[str]) -> None:
+def write_contact_sheet(
+    path: Path, images: np.ndarray, captions: Sequence[str], *, lines: int = 1
+) -> None:
     """Writes a PNG of images, uint8 `[64, height, width, 3]`; small ones are enlarged.
 
-    Below each one is its caption, as far as it fits.
+    Below each one is its caption, as far as it fits in a number of lines.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -390,23 +483,39 @@ def write_contact_sheet(path: Path, images: np.ndarray, captions: Sequence[str])
     images = images.repeat(times, axis=1).repeat(times, axis=2)
     # The sheet of large images is looked at from further away.
     points = max(_POINTS, images.shape[2] // 16)
-    images = np.pad(images, ((0, 0), (1, points + 5), (1, 1), (0, 0)))
+    below = lines * (points + 2) + 3
+    images = np.pad(images, ((0, 0), (1, below), (1, 1), (0, 0)))
     _, height, width, channels = images.shape
     rows = images.reshape(_SHEET, -1, height, width, channels).swapaxes(1, 2)
     sheet = Image.fromarray(rows.reshape(_SHEET * height, -1, channels))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(points)
     for place, text in enumerate(captions):
         row, column = divmod(place, _SHEET)
-        text = "".join(c if ord(c) < _LATIN else "?" for c in text)
-        while font.getlength(text) > width - 2:
-            text = f"{text.removesuffix('...')[:-1]}..."
-        at = (column * width + width // 2, (row + 1) * height - points // 2 - 2)
-        draw.text(at, text, fill="white", font=font, anchor="mm")
+        text = "".join(c if ord(c) < _LATIN else "?" for c in text[:_LONGEST])
+        top = (row + 1) * height - below
+        for number, line in enumerate(_wrap(text, font, width - 2, lines)):
+            at = (column * width + width // 2, top + number * (points + 2) + points // 2 + 2)
+            draw.text(at, line, fill="white", font=font, anchor="mm")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path, "PNG")
     except OSError as e:
         raise UserError(f"--output={path.parent}: {e.strerror or e}") from None
+
+
+def _wrap(text: str, font: Any, width: int, lines: int) -> Iterator[str]:
+    """Breaks a text between words into lines of a width in pixels; what does not fit is cut."""
+    words = text.split()
+    for number in range(lines):
+        count = len(words)
+        if number < lines - 1:
+            while count > 1 and font.getlength(" ".join(words[:count])) > width:
+                count -= 1
+        line, words = " ".join(words[:count]), words[count:]
+        while font.getlength(line) > width:
+            line = f"{line.removesuffix('...')[:-1]}..."
+        if line:
+            yield line
 
 
 def main(argv: Sequence[str]) -> int:
@@ -437,6 +546,12 @@ def main(argv: Sequence[str]) -> int:
         help="Try and show this preprocessing without a config. The default is %(default)r.",
     )
     parser.add_argument(
+        "--tokenizer",
+        metavar="LINE",
+        help="Count the tokens of captions by this tokenizer without a config, such as "
+        "'clip(length=77)'. The default counts characters.",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         default=Path("runs/check"),
@@ -453,6 +568,8 @@ def main(argv: Sequence[str]) -> int:
     set_up(quiet=False)
     if overrides and args.config is None:
         raise UserError(f"--config.{next(iter(overrides))}: expected --config=FILE with it")
+    if args.tokenizer is not None and args.config is not None:
+        raise UserError(f"--tokenizer={args.tokenizer}: expected --config.data.tokenizer with it")
     if args.num_threads < 1:
         raise UserError(f"--num_threads={args.num_threads}: expected at least 1")
     if args.config is not None:
@@ -462,14 +579,18 @@ def main(argv: Sequence[str]) -> int:
         from vit_jax.data.pipeline import DatasetSpec
         from vit_jax.data.preprocess import parse_preprocess
         from vit_jax.data.sources import find_dataset
-    trust_parts(find_parts(f"{args.SRC}|{args.preprocess}"))
+        from vit_jax.data.tokenizers import parse_tokenizer
+    trust_parts(find_parts(f"{args.SRC}|{args.preprocess}|{args.tokenizer or ''}"))
     parse_preprocess(args.preprocess, key="--preprocess")
+    if args.tokenizer is not None:
+        _ = parse_tokenizer(args.tokenizer, key="--tokenizer").vocabulary
     dataset = find_dataset(args.SRC, data_dir=args.data_dir)
     source = dataset.open(args.split, key="--split")
     refused, input_shape = [], None
     if args.config is None:
         count, line = _SHEET**2, args.preprocess
         sheet = DatasetSpec(args.SRC, args.split, line, count, args.data_dir, "check")
+        sheet = dataclasses.replace(sheet, tokenizer=args.tokenizer)
         sheet.image_shape()
         lines = [Line("--preprocess", fuse(sheet.ops()), None)]
         sizes = (f"{split} {length:,}" for split, length in dataset.lengths.items())
@@ -484,13 +605,19 @@ def main(argv: Sequence[str]) -> int:
         refused += [line for line in missing if line not in refused]
         for line in [*found, *(f"a run is refused: {line}" for line in refused)]:
             print_result(printable(line))
-    findings = inspect(source, lines, num_threads=args.num_threads)
-    for line in report(findings, dataset, input_shape):
+    data = sheet if isinstance(sheet, DatasetSpec) else sheet.train_data
+    tokenizer = data.find_tokenizer() if dataset.info.captions else None
+    needed = tokenizer is not None or not dataset.info.num_classes
+    measure = Measure(tokenizer.count if tokenizer else len, needed)
+    measure = measure if dataset.info.captions else None
+    findings = inspect(source, lines, num_threads=args.num_threads, measure=measure)
+    for line in report(findings, dataset, input_shape, tokenizer):
         print_result(printable(line))
     if any(f.size for f in findings):
         path = args.output / "contact_sheet.png"
         try:
-            write_contact_sheet(path, *prepare_images(sheet))
+            lines = 3 if measure is not None and measure.needed else 1
+            write_contact_sheet(path, *prepare_images(sheet), lines=lines)
             log(f"wrote {path}")
         except UserError as e:
             if not refused:

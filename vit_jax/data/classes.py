@@ -71,6 +71,8 @@ def match_labels(data: Classes, classes: Classes, *, key: str) -> tuple[np.ndarr
     """
     theirs, ours = data.numbers(), classes.numbers()
     positions = np.arange(data.count, dtype=np.int32)
+    if not data.count:  # Images with captions alone.
+        return positions, ""
     if data.names is not None and data.names == classes.names:
         return positions, ""
     for one, other in ((data.names, classes.names), (theirs, ours)):
@@ -139,6 +141,9 @@ class Relabelled(Source):
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._source[index]
         return record | {"label": self._relabel(record["label"])}
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._source.captions(index)
 
     def _relabel(self, label: Any) -> Any:
         if not np.ndim(label):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts records whose image can't be read, and raises an error if they are too many."""
+"""Counts records that can't be read, or lack a caption, and stops if they are too many."""
 
 import dataclasses
 import logging
@@ -76,7 +76,7 @@ def check_counts(counts: Counts, max_fraction: float) -> None:
     Raises `UserError` if an example is lost, or if more than `max_fraction` of the examples seen
     are corrupt. Up to `GRACE` are always allowed, unless `max_fraction` is 0.
     """
-    met = f"{counts.corrupt:,} records of {counts.seen:,} examples have images that can't be read"
+    met = f"{counts.corrupt:,} records of {counts.seen:,} examples can't be read"
     lines = "the lines 'corrupt: ...' list the first of them"
     if counts.lost:
         raise UserError(f"{met}, and nor have those after them; {lines}")

@@ -99,6 +99,10 @@ class Mixture(Source):
         source, within, _ = self._find(index)
         return source[within]
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        source, within, _ = self._find(index)
+        return source.captions(within)
+
     def describe(self, index: int) -> str:
         source, within, _ = self._find(index)
         return source.describe(within)
@@ -112,10 +116,17 @@ def merge_infos(infos: Sequence[DatasetInfo], names: Sequence[str], *, key: str)
     """Classes and image shape of a mixture; a side that differs between sources is None.
 
     The classes are those of the source with the most, which has all of the others; see
-    `match_labels`. Raises `UserError` if it has not.
+    `match_labels`. Raises `UserError` if it has not. A mixture has labels if all sources have, and
+    so for captions.
     """
     if len(infos) == 1:
         return infos[0]
+    captions = all(info.captions for info in infos)
+    if not all(info.num_classes for info in infos):
+        infos = [
+            dataclasses.replace(info, num_classes=0, class_names=None, multi_label=False)
+            for info in infos
+        ]
     pairs = list(zip(infos, names, strict=True))
     widest, owner = max(pairs, key=lambda pair: (pair[0].num_classes, bool(pair[0].class_names)))
     for info, name in pairs:
@@ -123,7 +134,7 @@ def merge_infos(infos: Sequence[DatasetInfo], names: Sequence[str], *, key: str)
         match_labels(Classes.of(info, name), Classes.of(widest, owner), key=key)
     shapes = zip(*(info.image_shape for info in infos), strict=True)
     height, width, _ = (sizes[0] if len(set(sizes)) == 1 else None for sizes in shapes)
-    return dataclasses.replace(widest, image_shape=(height, width, 3))
+    return dataclasses.replace(widest, image_shape=(height, width, 3), captions=captions)
 
 
 def check_same_kind(a: DatasetInfo, b: DatasetInfo, a_name: str, b_name: str, *, key: str) -> None:

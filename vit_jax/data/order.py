@@ -15,7 +15,7 @@ from grain.experimental import index_shuffle
 from vit_jax.data.mixture import Mixture, Schedule
 
 # Streams of random numbers that are derived from one seed.
-_SHUFFLE, _RNGS = 1, 3
+_SHUFFLE, _RNGS, CAPTIONS = 1, 3, 4
 
 
 class Order(Protocol):
@@ -77,10 +77,13 @@ def shuffled(length: int, *, seed: int) -> Shuffled:
 
 
 class PositionRng(threading.local):
-    """The random number generator of each position, valid until the thread's next call."""
+    """The random number generator of each position, valid until the thread's next call.
 
-    def __init__(self, seed: int):
-        self._generator = np.random.Generator(np.random.Philox(_derive(seed, _RNGS)))
+    `stream` is that of the operations on the image, or `CAPTIONS`.
+    """
+
+    def __init__(self, seed: int, *, stream: int = _RNGS):
+        self._generator = np.random.Generator(np.random.Philox(_derive(seed, stream)))
         self._state = self._generator.bit_generator.state
 
     def __call__(self, position: int) -> np.random.Generator:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packs a dataset for fast reading: smaller JPEGs in few files, or their pixels.
 
-All splits with labels are packed, in the order of the source. A command that was killed resumes if
+All splits are packed, with labels and captions, in the order of the source; but for splits whose
+labels are missing. A command that was killed resumes if
 it is run again. Images whose shorter side is at most --short_side are copied unchanged.
 
 Examples:
@@ -51,10 +52,17 @@ _BLOCK = 512  # bytes of a block, as `stat` counts them
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """One example: its image (None if that can't be read), and its labels, int32 `[labels]`."""
+    """One example.
+
+    Attributes:
+      image: None if it can't be read.
+      labels: int32 `[labels]`.
+      captions: as UTF-8; none if they can't be read.
+    """
 
     image: Any
     labels: np.ndarray
+    captions: tuple[bytes, ...] = ()
 
 
 def shrink_jpeg(encoded: Any, *, short_side: int, quality: int) -> bytes:
@@ -133,14 +141,27 @@ def _prepare(
     from vit_jax.data.sources.base import Rows
 
     def prepare(index: int) -> Packed:
-        label = source.label(index) if isinstance(source, Rows) else np.int32(0)
+        label = np.int32(0)
+        if isinstance(source, Rows) and manifest.num_classes:
+            label = source.label(index)
         try:
             features = source[index]
-            label = features["label"]
-            return Packed(shrink(features["image"]), _as_integers(label))
+            label = features.get("label", label)
+            image = shrink(features["image"])
         except ImageError as e:
             corrupt.add(source.describe(index), e)
-            return Packed(None, _as_integers(label))
+            return Packed(None, labels(label))
+        captions: Sequence[str] = ()
+        if manifest.captions:
+            try:
+                captions = features["text"] if "text" in features else source.captions(index)
+            except ImageError as e:
+                corrupt.add(source.describe(index), e)
+        encoded = tuple(caption.encode("utf-8", "replace") for caption in captions)
+        return Packed(image, labels(label), encoded)
+
+    def labels(label: Any) -> np.ndarray:
+        return _as_integers(label) if manifest.num_classes else np.zeros(0, np.int32)
 
     if manifest.raw is None:
         options = {"short_side": manifest.short_side, "quality": manifest.quality}
@@ -160,19 +181,30 @@ def _as_integers(label: Any) -> np.ndarray:
 def _write_shard(
     examples: Iterator[Packed], shard: Shard, manifest: Manifest, folder: Path
 ) -> None:
-    """Writes the images of a shard and, once they are on the disk, its labels."""
+    """Writes the images of a shard and, once they are on the disk, its labels and captions."""
+    from vit_jax.data.sources.packed import CAPTIONS
+
     write = _write_jpegs if manifest.raw is None else _write_pixels
-    labels, good = [], []
+    labels, good, captions = [], [], []
     for example in write(examples, shard, manifest, folder):
         labels.append(example.labels)
         good.append(example.image is not None)
+        captions.append(example.captions)
+    arrays = {
+        "labels": np.concatenate(labels),
+        "counts": np.array(list(map(len, labels)), np.int32),
+        "good": np.array(good),
+    }
+    if manifest.captions:
+        texts = list(itertools.chain(*captions))
+        values = (
+            np.frombuffer(b"".join(texts), np.uint8),
+            np.array(list(map(len, texts)), np.int64),
+            np.array(list(map(len, captions)), np.int64),
+        )
+        arrays |= dict(zip(CAPTIONS, values, strict=True))
     file = io.BytesIO()
-    np.savez(
-        file,
-        labels=np.concatenate(labels),
-        counts=np.array(list(map(len, labels)), np.int32),
-        good=np.array(good),
-    )
+    np.savez(file, **arrays)
     write_atomically(folder / f"{shard.name}.npz", file.getvalue(), sync=True)
 
 
@@ -299,6 +331,7 @@ def main(argv: Sequence[str]) -> None:
         raw=args.raw,
         shard_size=args.shard_size,
         cut=isinstance(dataset, Dataset) and dataset.cut,
+        captions=info.captions,
     )
     try:
         check_manifest(manifest)

@@ -23,15 +23,19 @@ from vit_jax.data.mixture import Mixture, Schedule, make_schedule, merge_infos
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.ops.fused import Job, decode, defer, fuse
 from vit_jax.data.ops.transforms import Decode, Features, Keep, Op, apply
-from vit_jax.data.order import Mixed, Order, PositionRng, RepeatedAugmentation, shuffled
+from vit_jax.data.order import CAPTIONS, Mixed, Order, PositionRng, RepeatedAugmentation, shuffled
 from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources import dataset_info, open_source
 from vit_jax.data.sources.base import DatasetInfo, Source
+from vit_jax.data.tokenizers import Tokenizer, parse_tokenizer
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import is_part, report_failure
 from vit_jax.utils.text import describe_size
 
 Batch = dict[str, np.ndarray]
+
+# Features with a meaning of their own, which no view may have as its name.
+_OWN_FEATURES = ("image", "label", "mask", "text", "caption", "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,7 @@ class DatasetSpec:
       max_ram_gb: limit of `plan_buffers`, in 10**9 bytes.
       classes: those whose labels the examples have, by the names of their classes; None for the
         labels of the data, or of the source of a mixture with the most classes.
+      tokenizer: see `vit_jax.data.tokenizers`: makes the `tokens` of captions; None for none.
     """
 
     name: str
@@ -69,6 +74,7 @@ class DatasetSpec:
     views: tuple[tuple[str, int, str], ...] = ()
     max_ram_gb: float | None = None
     classes: Classes | None = None
+    tokenizer: str | None = None
 
     @property
     def info(self) -> DatasetInfo:
@@ -80,7 +86,7 @@ class DatasetSpec:
         names = [name for name, *_ in self.mixture] or [self.name]
         infos = [dataset_info(name, data_dir=self.data_dir) for name in names]
         info = merge_infos(infos, names, key=f"{self.key}.mixture")
-        if self.classes is None:
+        if self.classes is None or not info.num_classes:
             return info
         match_labels(Classes.of(info, str(self)), self.classes, key=self.key)
         count, class_names = self.classes.count, self.classes.names
@@ -102,15 +108,35 @@ class DatasetSpec:
         """The operations of `preprocess`."""
         return parse_preprocess(self.preprocess, key=f"{self.key}.preprocess")
 
+    def find_tokenizer(self) -> Tokenizer | None:
+        """What makes `tokens` of captions; None without `tokenizer`, or for data without captions.
+
+        Raises `UserError` if `tokenizer` can't be parsed.
+        """
+        if self.tokenizer is None or not self.info.captions:
+            return None
+        return parse_tokenizer(self.tokenizer)
+
     def blank(self) -> Features:
-        """An example of zeros: image uint8 `[h, w, c]`, label int32 or float32 `[num_classes]`."""
-        several = self.info.multi_label
-        label = np.zeros(self.info.num_classes, np.float32) if several else np.int32(0)
-        features = {"image": np.zeros(self.image_shape(), np.uint8), "label": label}
+        """An example of zeros, with the features that a batch has.
+
+        These are `image` uint8 `[h, w, c]`; `label` int32 or float32 `[num_classes]`, if there are
+        labels; `tokens` int32 `[length]`, if captions are tokenized; and the `views`, uint8
+        `[count, h, w, c]`.
+        """
+        info = self.info
+        features: Features = {"image": np.zeros(self.image_shape(), np.uint8)}
+        if info.multi_label:
+            features["label"] = np.zeros(info.num_classes, np.float32)
+        elif info.num_classes:
+            features["label"] = np.int32(0)
         for op in self.ops():
             features = op(features) if isinstance(op, Keep) else features
-        shapes = self.view_shapes().items()
-        return features | {name: np.zeros(shape, np.uint8) for name, shape in shapes}
+        for name, shape in self.view_shapes().items():
+            features[name] = np.zeros(shape, np.uint8)
+        if tokenizer := self.find_tokenizer():
+            features["tokens"] = np.zeros(tokenizer.length, np.int32)
+        return features
 
     def view_ops(self) -> dict[str, tuple[Op, ...]]:
         """The operations of each of the `views`, by its name."""
@@ -127,10 +153,10 @@ class DatasetSpec:
         shapes: dict[str, tuple[int, int, int, int]] = {}
         for name, count, line in self.views:
             key = self._view_key(name)
-            if not name.isidentifier() or name in ("image", "label", "mask", *shapes):
+            if not name.isidentifier() or name in (*_OWN_FEATURES, *shapes):
                 raise UserError(
                     f"{self.key}.views: a view is named {name!r}; expected different names of "
-                    "letters, and neither 'image' nor 'label'"
+                    f"letters, and none of {', '.join(_OWN_FEATURES)}"
                 )
             if count < 1:
                 raise UserError(f"{key}: {count} images of each record: expected at least 1")
@@ -168,11 +194,13 @@ class DatasetSpec:
         """The records; those of a mixture are concatenated."""
         parts = self.mixture or ((self.name, self.split, 1.0),)
         key = f"{self.key}.{'mixture' if self.mixture else self.split_key}"
+        if tokenizer := self.find_tokenizer():
+            _ = tokenizer.vocabulary  # It is read before anything else.
         classes, sources = Classes.of(self.info, str(self)), []
         for name, split, _ in parts:
             source = open_source(name, split, data_dir=self.data_dir, key=key)
             own = Classes.of(dataset_info(name, data_dir=self.data_dir), name)
-            sources.append(relabel(source, own, classes, key=key))
+            sources.append(relabel(source, own, classes, key=key) if classes.count else source)
         return Mixture(sources) if self.mixture else sources[0]
 
     def schedule(self) -> Schedule:
@@ -265,6 +293,7 @@ class _Batches(abc.ABC):
         block = spec.batch_size // num_shards
         self.spec, self.source, self.ops = spec, spec.open(), fuse(spec.ops())
         self.rngs, self.blank = PositionRng(seed), spec.blank()
+        self.tokenizer = spec.find_tokenizer()
         self.decode, counts = spec.ops()[0], {name: count for name, count, _ in spec.views}
         self.views = {name: (counts[name], fuse(ops)) for name, ops in spec.view_ops().items()}
         self.rows = [shard * block + i for shard in shards for i in range(block)]
@@ -320,18 +349,35 @@ class _Batches(abc.ABC):
             batch["image"][row] = image
         return image
 
-    def _prepare(self, index: int, rng: np.random.Generator, apply: _Apply) -> Features:
-        """The features of a record; raises `ImageError` if its image is unreadable or refused."""
+    def choose(self, captions: Sequence[str], position: int) -> str:
+        """The caption of an example, of those that its image has."""
+        return captions[0]
+
+    def _prepare(
+        self, index: int, position: int, rng: np.random.Generator, apply: _Apply
+    ) -> Features:
+        """The features of a record at a position.
+
+        Raises `ImageError` if its image is unreadable or refused, or if it has no caption.
+        """
+        record = self.source[index]
         if self.views:
-            return self._prepare_views(index, rng)
-        features = apply(self.ops, self.source[index], rng)
-        if not isinstance(features["image"], Job):
-            self._check(features["image"], "preprocess", self.blank["image"].shape)
+            features = self._prepare_views(record, rng)
+        else:
+            features = apply(self.ops, record, rng)
+            if not isinstance(features["image"], Job):
+                self._check(features["image"], "preprocess", self.blank["image"].shape)
+        if self.tokenizer:
+            captions = record["text"] if "text" in record else self.source.captions(index)
+            if not captions:
+                raise ImageError("it has no caption")
+            features["caption"] = self.choose(captions, position)
+            features["tokens"] = self.tokenizer.encode(features["caption"])
         return features
 
-    def _prepare_views(self, index: int, rng: np.random.Generator) -> Features:
-        """As `_prepare`, with the images of the views, all of one decoded image."""
-        decoded = apply([self.decode], self.source[index], rng)
+    def _prepare_views(self, record: Features, rng: np.random.Generator) -> Features:
+        """The features of a record with the images of the views, all of one decoded image."""
+        decoded = apply([self.decode], record, rng)
         features = apply(self.ops, decoded, rng)
         self._check(features["image"], "preprocess", self.blank["image"].shape)
         for name, (count, ops) in self.views.items():
@@ -362,13 +408,17 @@ class _TrainBatches(_Batches):
     def __init__(self, spec: DatasetSpec, *args: Any, seed: int):
         super().__init__(spec, *args, seed=seed)
         self.order = train_order(spec, self.source, seed=seed)
+        self.caption_rngs = PositionRng(seed, stream=CAPTIONS)
+
+    def choose(self, captions: Sequence[str], position: int) -> str:
+        return captions[int(self.caption_rngs(position).integers(len(captions)))]
 
     def example(self, position: int, apply: _Apply) -> Features:
         # The generator belongs to the position, not to the record.
         index, rng = self.order[position], self.rngs(position)
         for _ in range(min(_TRIES, len(self.source))):
             try:
-                return self._prepare(index, rng, apply)
+                return self._prepare(index, position, rng, apply)
             except ImageError as e:
                 self.corrupt.add(self.source.describe(index), e)
                 index = self.source.successor(index)
@@ -387,7 +437,7 @@ class _EvalBatches(_Batches):
     def example(self, position: int, apply: _Apply) -> Features:
         if position < len(self.source):
             try:
-                features = self._prepare(position, self.rngs(position), apply)
+                features = self._prepare(position, position, self.rngs(position), apply)
                 return features | {"mask": np.float32(1)}
             except ImageError as e:
                 self.corrupt.add(self.source.describe(position), e)
@@ -405,8 +455,10 @@ def train_batches(
 ) -> Loader[Batch]:
     """Endless batches from `step` on: `{"image": uint8 [b, h, w, c], "label": int32 [b]}`.
 
-    Labels are float32 `[b, num_classes]` if an example may have several. Threads load ahead until
-    the iterator is closed or dropped.
+    Labels are float32 `[b, num_classes]` if an example may have several, and absent if the data has
+    none. With a tokenizer, `tokens` int32 `[b, length]` are those of a caption of each image, drawn
+    by seed and position if there are several; in evaluation it is the first. Threads load ahead
+    until the iterator is closed or dropped.
 
     Args:
       spec: what to read; the split is reshuffled in each epoch.
@@ -429,6 +481,16 @@ def read_step(spec: DatasetSpec, *, seed: int, step: int) -> tuple[Batch, list[s
     positions = range(step * spec.batch_size, (step + 1) * spec.batch_size)
     records = [batches.source.describe(batches.order[position]) for position in positions]
     return next(batches.load([step])), records
+
+
+def read_examples(spec: DatasetSpec, *, seed: int, step: int) -> list[Features]:
+    """The examples of the global batch after `step` updates, each with its features.
+
+    Where captions are tokenized, `caption` is the one whose `tokens` the batch has.
+    """
+    batches = _TrainBatches(spec, (0,), 1, None, seed=seed)
+    positions = range(step * spec.batch_size, (step + 1) * spec.batch_size)
+    return [batches.example(position, apply) for position in positions]
 
 
 def train_order(spec: DatasetSpec, source: Source, *, seed: int) -> Order:

@@ -44,6 +44,7 @@ class Evaluator(abc.ABC):
       objective: its predictions are evaluated.
       mesh: batches are sharded over it.
       every: steps between evaluations; 0 for the end only.
+      needs_labels: whether batches must have `label`.
       judges_head: whether a trained head is evaluated, so that the dataset must have its classes.
       choose: whether the best of several heads is chosen on this split at the end of a run.
 
@@ -57,6 +58,7 @@ class Evaluator(abc.ABC):
     mesh: Mesh
     every: int = 0
 
+    needs_labels: ClassVar[bool] = True
     judges_head: ClassVar[bool] = False
     choose = False
 

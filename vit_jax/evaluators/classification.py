@@ -46,11 +46,15 @@ class Classification(Evaluator):
                 f"evals.{self.name}.real_json={self.real_json!r}: expected a dataset with one "
                 f"label an example, and {self.data} has several"
             )
+        self.check_objective()
+
+    def check_objective(self) -> None:
+        """Raises `UserError` unless the objective gives `logits`."""
         if not self.objective.classifies:
             raise UserError(
                 f"evals.{self.name}.name='classification': this objective has no single "
                 "prediction of classes; expected 'reconstruction' for 'mae', 'probes' for "
-                "'linear_probe'"
+                "'linear_probe', 'zero_shot' for 'contrastive'"
             )
 
     @property
@@ -76,6 +80,10 @@ class Classification(Evaluator):
         if self.real_json:
             _ = self._real
 
+    def compute_logits(self, params: Params, batch: Batch) -> jax.Array:
+        """Returns logits of a batch from the data, `[batch, classes]` of a float dtype."""
+        return self.objective.predict(params, batch)["logits"]
+
     def judge_batch(self, params: Params, batch: Batch) -> tuple[Columns, Columns]:
         """Returns what `run` needs of each example.
 
@@ -87,7 +95,7 @@ class Classification(Evaluator):
         one of the labels, and `loss`, the sum of binary cross entropies; the others are `label` and
         `logits`, float32 `[batch, classes]`.
         """
-        logits = self.objective.predict(params, batch)["logits"].astype(jnp.float32)
+        logits = self.compute_logits(params, batch).astype(jnp.float32)
         label = batch["label"]
         targets = make_targets(label, logits.shape[-1])
         predicted = jnp.argmax(logits, axis=-1)
@@ -121,19 +129,24 @@ class Classification(Evaluator):
             # The mean gap between confidence and accuracy of Guo et al., arXiv:1706.04599, eq. 3.
             total["ece"] = np.abs(total.pop("bin_confidence") - total.pop("bin_hits")).sum()
         results = {k: float(v) / count for k, v in total.items()}
-        of_split, classes = self._judge_rows(rows)
+        of_split, classes = self.judge_rows(rows)
         results |= of_split
         # The order of importance, for the log.
         results = {k: results.pop(k) for k in self.metrics if k in results} | results
         results["count"] = count
         if corrupt := len(self.data.open()) - count:
             results["corrupt"] = corrupt
-        write_details(details, {"results": results, "classes": classes, "calibration": bins})
+        record = {"results": results, "classes": classes, "calibration": bins}
+        write_details(details, record | self.describe_details())
         if details is not None and "predicted" in rows:
             _write_confusion(details, rows["label"], rows["predicted"])
         return results
 
-    def _judge_rows(
+    def describe_details(self) -> dict[str, Any]:
+        """More for the file of details."""
+        return {}
+
+    def judge_rows(
         self, rows: dict[str, np.ndarray]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics that need the whole split, and a record for each class."""

@@ -7,6 +7,8 @@ from vit_jax.evaluators.knn import NearestNeighbours
 from vit_jax.evaluators.linear_probe import LinearProbe
 from vit_jax.evaluators.probes import Probes
 from vit_jax.evaluators.reconstruction import Reconstruction
+from vit_jax.evaluators.retrieval import Retrieval
+from vit_jax.evaluators.zero_shot import ZeroShot
 
 EVALUATORS = {
     "classification": Classification,
@@ -15,4 +17,6 @@ EVALUATORS = {
     "linear_probe": LinearProbe,
     "probes": Probes,
     "reconstruction": Reconstruction,
+    "retrieval": Retrieval,
+    "zero_shot": ZeroShot,
 }

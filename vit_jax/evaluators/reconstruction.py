@@ -27,6 +27,8 @@ class Reconstruction(Evaluator):
 
     objective: MaskedAutoencoder
 
+    needs_labels = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.objective, MaskedAutoencoder):

@@ -3,7 +3,8 @@ r"""Writes a trained model for other programs, into a folder of its own.
 
   npz          weights under the names of the files published with vision_transformer
   safetensors  weights under the names of timm, with a config.json from which timm and
-               transformers make the model; without a classifier if it has a layer pre_logits
+               transformers make the model; without a classifier if it has a layer pre_logits;
+               of two towers, under the names of CLIP or SigLIP in transformers
   stablehlo    a program for CPUs, GPUs and TPUs, which JAX alone can call
   onnx         a graph for ONNX Runtime and others; pip install 'vit_jax[onnx]'
   savedmodel   a folder for TensorFlow, written by an interpreter that has it (--tf_python)
@@ -146,6 +147,9 @@ def choose_layer(model: "LoadedModel", wanted: str | None) -> str:
     if wanted is not None:
         model.check_layer(wanted)
         return wanted
+    if model.texts is not None:
+        log(f"{model.source}: programs return embeddings of images, not divided by their lengths")
+        return "logits" if model.module.num_classes else "pre_logits"
     if model.classifies:
         return "logits"
     log(f"{model.source}: has no trained classifier; its features (pre_logits) are exported")
@@ -175,7 +179,9 @@ def export(
             # The files are listed when their folder has its final name.
             notes = [text for text in convert(weights, path) if not text.startswith("wrote ")]
             lines += [f"{path.name}: {text}" for text in notes]
-            if name == "safetensors":
+            if name == "safetensors" and model.texts is not None:
+                lines += _write_huggingface_config(folder, weights)
+            elif name == "safetensors":
                 lines += _write_timm_config(folder / CONFIG, weights)
             continue
         check_size(model, what=name)
@@ -206,14 +212,23 @@ def _write_timm_config(path: Path, weights: "Weights") -> list[str]:
     return notes
 
 
+def _write_huggingface_config(folder: Path, weights: "Weights") -> list[str]:
+    """Writes the JSON files of CLIP or SigLIP beside weights, and returns notes."""
+    from vit_jax.checkpoint.pretrained.image_text_config import make_huggingface_config
+
+    config, processor, notes = make_huggingface_config(weights)
+    for name, content in ((CONFIG, config), ("preprocessor_config.json", processor)):
+        if content is not None:
+            (folder / name).write_bytes(encode_text(json.dumps(content, indent=1) + "\n"))
+    return notes
+
+
 def _make_weights(model: "LoadedModel") -> "Weights":
-    import numpy as np
-
     from vit_jax.checkpoint.pretrained.weights import Weights
-    from vit_jax.utils.tree import flatten
 
+    tokenizer = None if model.texts is None else model.texts.tokenizer
     return Weights(
-        params={name: np.asarray(x) for name, x in flatten(model.params).items()},
+        params=model.list_params(),
         layout="loaded model",
         model=dict(model.arguments),
         preprocess={
@@ -224,6 +239,9 @@ def _make_weights(model: "LoadedModel") -> "Weights":
         },
         class_names=model.class_names,
         loss=model.loss,
+        tokenizer=None
+        if tokenizer is None
+        else {"line": tokenizer.describe(), "sha256": tokenizer.sha256},
     )
 
 

@@ -108,14 +108,17 @@ def make_card(
     """
     results = read_results(model, params=params)
     kind = model.arguments.get("name", "vit")
-    kind = {"mixer": "Mixer", "vit": "Vision Transformer"}.get(kind, f"`{kind}`")
+    kinds = {"mixer": "Mixer", "vit": "Vision Transformer", "two_towers": "model"}
+    kind = kinds.get(kind, f"`{kind}`")
     classes = f"{model.module.num_classes} classes" if model.classifies else "no classifier"
+    if model.texts is not None:
+        classes = f"and texts of up to {model.texts.module.context_length} tokens"
     parts = [
         _front_matter(model, formats, results, name=name, license_id=license_id),
         f"# {name}",
-        f"A {kind} of {count(model.params):,} parameters for images of {model.image_shape[0]}x"
-        f"{model.image_shape[1]}, with {classes}; made by vit_jax {vit_jax.__version__} from "
-        f"`{name_source(model)}`"
+        f"A {kind} of {count(model.list_params()):,} parameters for images of "
+        f"{model.image_shape[0]}x{model.image_shape[1]}, with {classes}; "
+        f"made by vit_jax {vit_jax.__version__} from `{name_source(model)}`"
         + (", the average of its parameters." if params == "ema" else "."),
         *_show_results(model, results),
         *_show_training(model),

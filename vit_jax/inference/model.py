@@ -26,6 +26,7 @@ from vit_jax.checkpoint.pretrained.adapt import describe_objective_params
 from vit_jax.checkpoint.pretrained.hub import find_weights
 from vit_jax.checkpoint.pretrained.load import KINDS, load_pretrained
 from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
+from vit_jax.checkpoint.pretrained.towers import put_part, take_tower
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Loss, Weights
 from vit_jax.checkpoint.workdir import find_step, read_config
 from vit_jax.data.ops.decode import ImageError
@@ -42,7 +43,9 @@ from vit_jax.inference.prediction import (
     ImagePredictions,
     Prediction,
 )
+from vit_jax.inference.texts import TextTower, find_tokenizer, to_unit
 from vit_jax.models.attention import ATTENTION_WEIGHTS
+from vit_jax.models.two_towers import TwoTowers
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives.base import Params
 from vit_jax.objectives.pixels import Pixels, check_pixels, normalize
@@ -84,6 +87,8 @@ class LoadedModel:
       pixel_mean: per-channel mean, subtracted on the device from pixels in [0, 1].
       pixel_std: per-channel divisor, applied after the mean.
       loss: loss of the training, which decides how logits become probabilities.
+      texts: the text tower, if the model compares images with texts. `module`, `params` and all
+        features are then those of the image tower.
       mesh: device mesh over which images are sharded.
     """
 
@@ -101,6 +106,7 @@ class LoadedModel:
     pixel_std: Pixels
     loss: Loss
     mesh: Mesh = dataclasses.field(repr=False)
+    texts: TextTower | None = None
 
     def preprocess(self, image: Any) -> np.ndarray:
         """Prepares an image as in the evaluation of the model.
@@ -222,6 +228,52 @@ class LoadedModel:
         images = self._check_images(images)
         return compute_rows(self, images, compute, batch_size=len(images))
 
+    def image_embed(self, images: Any) -> np.ndarray:
+        """Returns unit vectors, float32 `[n, width]`, to compare with those of `text_embed`.
+
+        Args:
+          images: see `__call__`.
+
+        Raises:
+          UserError: the model has no text tower; see `features` for others.
+        """
+        self._find_texts()
+        layer = "logits" if self.module.num_classes else "pre_logits"
+        return to_unit(np.asarray(self.features(images, layer)))
+
+    def text_embed(self, texts: Any) -> np.ndarray:
+        """Returns unit vectors, float32 `[n, width]`.
+
+        `image_embed(images) @ text_embed(texts).T` are the cosines of all pairs.
+
+        Args:
+          texts: a text, a list of texts, or tokens, int32 `[n, context_length]`.
+
+        Raises:
+          UserError: the model has no text tower, its tokenizer is not known, or tokens are not
+            those of the model.
+        """
+        return self._find_texts().embed(texts, pad_rows=self.pad_rows)
+
+    def _find_texts(self) -> TextTower:
+        if self.texts is None:
+            raise UserError(
+                f"{self.source}: it has no text tower: expected a model that compares images with "
+                "texts (model.name='two_towers')"
+            )
+        return self.texts
+
+    def list_params(self) -> dict[str, np.ndarray]:
+        """All parameters by path, those of the text tower too, with the paths of the weights."""
+        own = {path: np.asarray(x) for path, x in flatten(self.params).items()}
+        if self.texts is None:
+            return own
+        texts = {path: np.asarray(x) for path, x in flatten(self.texts.params).items()}
+        pair = {"t": self.texts.t}
+        if self.texts.b is not None:
+            pair["b"] = self.texts.b
+        return put_part(own, "img") | put_part(texts, "txt") | pair
+
     def start(self, images: np.ndarray, *, layer: str, tta: Tta | None = None) -> jax.Array:
         """Dispatches the computation of `features` without waiting for its result.
 
@@ -314,12 +366,19 @@ class LoadedModel:
     @functools.cached_property
     def classifies(self) -> bool:
         """Whether the model has a trained head."""
+        if self.texts is not None:  # Its head projects to the width of the embeddings.
+            return False
         # A model from outside of this package may have its head elsewhere.
         kernel = self.params.get("head", {}).get("kernel")
         return bool(self.module.num_classes) and (kernel is None or bool(np.any(kernel)))
 
     def check_classifies(self) -> None:
         """Raises `UserError` unless the model `classifies`."""
+        if self.texts is not None:
+            raise UserError(
+                f"{self.source}: it compares images with texts, and has no classes of its own: "
+                "expected model.image_embed and model.text_embed"
+            )
         if not self.classifies:
             state = "was published untrained, all zero" if self.module.num_classes else "is missing"
             raise UserError(
@@ -450,6 +509,7 @@ def load_model(
     model: Mapping[str, Any] | None = None,
     pixel_mean: Pixels | None = None,
     pixel_std: Pixels | None = None,
+    tokenizer: str | None = None,
     parts: Sequence[str] | str = (),
     devices: Sequence[Any] | None = None,
 ) -> LoadedModel:
@@ -469,6 +529,7 @@ def load_model(
       model: overrides arguments of the model, such as `{"dtype": "bfloat16"}`.
       pixel_mean: replaces the mean of pixels in [0, 1] that the weights expect.
       pixel_std: replaces the divisor that the weights expect.
+      tokenizer: makes tokens of texts, as in `data.tokenizer`, where the weights do not state it.
       parts: modules outside of this package that the weights may name, such as `["my_models"]`. To
         import a module is to run its code, so only these are imported.
       devices: devices to compute on; all by default.
@@ -499,7 +560,13 @@ def load_model(
     check_type(trained_with, Loss, key="loss")
     module = rebuild_model(weights, **(model or {}))
     known = weights.preprocess
-    size = known.get("image_size") or _guess_size(weights, module)
+    towers = module if isinstance(module, TwoTowers) else None
+    if towers is None and tokenizer is not None:
+        raise UserError(f"tokenizer={tokenizer!r}: {path} has no text tower; leave it out")
+    image_weights, image_module = (
+        (weights, module) if towers is None else (take_tower(weights, "img"), towers.img)
+    )
+    size = known.get("image_size") or _guess_size(image_weights, image_module)
     preparation = make_preparation(known.get("eval"), size, given=preprocess)
     tree, notes = fill_model(module, weights, preparation.image_shape)
     mean, std = check_pixels(
@@ -516,24 +583,42 @@ def load_model(
     if preparation.random:
         notes.append("images: the line has operations of training, which draw random numbers")
     mesh = make_mesh(devices=devices)
+    place = functools.partial(_place, mesh=mesh)
+    texts = None
+    if towers is not None:
+        texts = TextTower(
+            module=towers.txt,
+            params=place(tree["txt"]),
+            tokenizer=find_tokenizer(weights.tokenizer, tokenizer, module=towers.txt),
+            t=tree["t"],
+            b=tree.get("b"),
+            mesh=mesh,
+        )
+        module, tree = towers.img, tree["img"]
     return LoadedModel(
         source=path,
         config=config,
         class_names=_check_names(
-            weights.class_names if class_names is None else class_names, module.num_classes
+            weights.class_names if class_names is None else class_names,
+            module.num_classes if texts is None else 0,
         ),
         image_shape=preparation.image_shape,
         notes=tuple(notes),
         workdir=workdir,
         arguments=weights.model | dict(model or {}),
         module=module,
-        params=jax.device_put(tree, infer_shardings(tree, mesh)),
+        params=place(tree),
         preparation=preparation,
         pixel_mean=mean,
         pixel_std=std,
         loss=trained_with,
         mesh=mesh,
+        texts=texts,
     )
+
+
+def _place(params: Params, mesh: Mesh) -> Params:
+    return jax.device_put(params, infer_shardings(params, mesh))
 
 
 def _locate(source: str, checkpoint: int | str | None, params: str) -> tuple[str, Path | None]:

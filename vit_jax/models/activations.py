@@ -7,6 +7,14 @@ import flax.linen as nn
 import jax
 
 
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """Returns x * sigmoid(1.702 x), of any shape and floating dtype, as in OpenAI's CLIP models.
+
+    Source: arXiv:1606.08415, section 2; `QuickGELU` in openai/CLIP.
+    """
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
 def gelu(x: jax.Array, *, approximate: bool) -> jax.Array:
     """Returns GELU, exact or by its tanh approximation, of any shape and floating dtype.
 

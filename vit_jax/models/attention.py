@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head attention. Source: arXiv:1706.03762, section 3.2."""
 
+import math
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -10,18 +11,20 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vit_jax.models.block_config import BlockConfig, Constrain
 from vit_jax.models.positions import Rotation, rotate
+from vit_jax.models.products import project_together
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.gpus import is_ampere
 
 # Name of the intermediate (`flax.linen.Module.sow`) that holds the weights of an attention layer.
 ATTENTION_WEIGHTS = "attention_weights"
 
 
-# The kernels of cuDNN take no odd number of tokens in training; 8 tokens are 16 bytes of bfloat16.
-_TOKEN_MULTIPLE = 8
+# The kernels of cuDNN take no odd number of tokens in training.
+_TOKEN_MULTIPLE = 2
 
 
 def choose_attention(
-    config: BlockConfig, device: Any, hidden_size: int, num_tokens: int
+    config: BlockConfig, device: Any, hidden_size: int, num_tokens: int, *, key: str = "model"
 ) -> Literal["xla", "fused", "pallas"]:
     """Resolves `config.attention` for a kind of devices.
 
@@ -33,7 +36,8 @@ def choose_attention(
       config: of the encoder.
       device: one of those that the model runs on.
       hidden_size: width of the encoder.
-      num_tokens: of an image.
+      num_tokens: of an image or a text.
+      key: of the model in the config.
 
     Raises:
       UserError: `config.attention` is `fused` where that is not possible.
@@ -45,7 +49,7 @@ def choose_attention(
     dtype = jnp.dtype(config.dtype)
     needs = {
         "precision='bfloat16'": dtype == jnp.bfloat16 or (dtype == jnp.float16 and not is_tpu),
-        "model.attention_dropout_rate=0": config.attention_dropout_rate == 0,
+        f"{key}.attention_dropout_rate=0": config.attention_dropout_rate == 0,
         f"a multiple of 8 up to 128 channels in a head (there are {head_dim})": _fits(head_dim),
     }
     if is_tpu:
@@ -53,26 +57,21 @@ def choose_attention(
 
         room = fits_vmem(num_tokens, config.num_heads, head_dim, dtype.itemsize)
         needs[f"scores that fit into VMEM (an image has {num_tokens} tokens)"] = room
+        needs[f"{key}.causal=False"] = not config.causal  # The kernel has no causal mask.
     else:
         kind = "a TPU" if config.attention == "pallas" else "a TPU, or an NVIDIA GPU from Ampere on"
-        suits = config.attention != "pallas" and _is_ampere(device)
+        suits = config.attention != "pallas" and is_ampere(device)
         needs = {f"{kind} (this is {device.device_kind})": suits} | needs
     missing = [need for need, is_met in needs.items() if not is_met]
     if config.attention != "auto" and missing:
         raise UserError(
-            f"model.attention={config.attention!r} needs {' and '.join(missing)}; set "
-            "model.attention='auto'"
+            f"{key}.attention={config.attention!r} needs {' and '.join(missing)}; set "
+            f"{key}.attention='auto'"
         )
     is_worth_it = config.attention != "auto" or num_tokens >= head_dim
     if missing or not is_worth_it:
         return "xla"
     return "pallas" if is_tpu else "fused"
-
-
-def _is_ampere(device: Any) -> bool:
-    """Whether a device is an NVIDIA GPU of Ampere or later."""
-    capability = getattr(device, "compute_capability", None)
-    return device.platform in ("gpu", "cuda") and capability is not None and float(capability) >= 8
 
 
 def _fits(head_dim: int) -> bool:
@@ -102,13 +101,15 @@ def fused_attention(
     value: jax.Array,
     *,
     length: int,
+    causal: bool = False,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
     """Attention whose weights stay within one kernel.
 
     Takes bfloat16 or float16 `[batch, padded length, heads, head_dim]`, where the padded length is
     even and `head_dim` a multiple of 8; returns the same shape and dtype. Only the first `length`
-    keys are attended to. What padded queries attend to is finite, and meant to be cut off.
+    keys are attended to, and if `causal` only those up to the position of a query. What padded
+    queries attend to is finite, and meant to be cut off.
     `implementation`, as in `jax.nn.dot_product_attention`, is that formula in tests on a CPU.
     Source: FlashAttention, arXiv:2205.14135.
     """
@@ -116,19 +117,51 @@ def fused_attention(
         query,
         key,
         value,
-        # Without a mask, cuDNN uses another kernel.
+        is_causal=causal,
+        # Without a mask, cuDNN uses another kernel. A causal one hides padded keys from all
+        # queries in front of them.
         key_value_seq_lengths=None
-        if length == key.shape[1]
+        if causal or length == key.shape[1]
         else jnp.full(key.shape[:1], length, jnp.int32),
         implementation=implementation,
     )
 
 
-def _pad_tokens(x: jax.Array, axis: int) -> jax.Array:
+def takes_kernel(module: nn.Module, config: BlockConfig, width: int) -> bool:
+    """Whether a kernel may compute self-attention over tokens of a width within a module.
+
+    It may not if the module is applied with intermediates, which are attention weights.
+    """
+    wants_weights = module.is_mutable_collection("intermediates")
+    return _fits(width // config.num_heads) and not wants_weights
+
+
+def pad_tokens(x: jax.Array, axis: int) -> jax.Array:
     """Pads the tokens with zeros to a length that `fused_attention` takes."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % _TOKEN_MULTIPLE)
     return jnp.pad(x, widths)
+
+
+class _Projection(nn.Module):
+    """The parameters of `flax.linen.DenseGeneral` with several dimensions of features.
+
+    Call: the width of the input, to the kernel `[width, features]` and the bias `[features]`, which
+    are matrices and vectors over all features, float32.
+    """
+
+    features: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, width: int) -> tuple[jax.Array, jax.Array]:
+        size = math.prod(self.features)
+
+        def initialize(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return nn.initializers.xavier_uniform()(rng, (width, size)).reshape(shape)
+
+        kernel = self.param("kernel", initialize, (width, *self.features))
+        bias = self.param("bias", nn.initializers.zeros, self.features)
+        return kernel.reshape(width, size), bias.reshape(size)
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -139,7 +172,9 @@ class MultiHeadDotProductAttention(nn.Module):
     `config.dtype`. The softmax is float32 for any dtype; its weights, float32
     `[batch, heads, queries, keys]`, are the intermediate `ATTENTION_WEIGHTS`. With
     `config.attention="fused"`, `fused_attention` takes its place for self-attention, and with
-    "pallas" `pallas_attention`, unless intermediates are asked for.
+    "pallas" `pallas_attention`, unless intermediates are asked for. Only the first
+    `length` tokens are then attended to by `fused_attention`; None for all. With `config.causal`
+    a token attends to itself and those before it.
     Sources: `qk_norm`: arXiv:2302.05442; `rope`: see `positions.rotation_2d`.
     """
 
@@ -152,6 +187,7 @@ class MultiHeadDotProductAttention(nn.Module):
         context: jax.Array | None = None,
         *,
         rope: Rotation | None = None,
+        length: int | None = None,
         train: bool,
     ) -> jax.Array:
         config = self.config
@@ -169,30 +205,37 @@ class MultiHeadDotProductAttention(nn.Module):
             x = checkpoint_name(dense(x), "qkv")
             return config.constrain(x, ("batch", None, "heads", None))
 
-        length = x.shape[1]
-        wants_weights = self.is_mutable_collection("intermediates")
-        in_kernel = context is None and _fits(head_dim) and not wants_weights
+        num_tokens = x.shape[1]
+        in_kernel = context is None and takes_kernel(self, config, width)
         fused, pallas = (in_kernel and config.attention == kind for kind in ("fused", "pallas"))
+        pallas = pallas and not config.causal
         if fused:
-            # Zeros are added to what the norm writes, and removed from what the residual
-            # connection reads: neither is a kernel of its own.
-            x = _pad_tokens(x, 1)
-            rope = jax.tree.map(lambda table: _pad_tokens(table, -2), rope)
-        context = x if context is None else context
-        query, key = project(x, "query"), project(context, "key")
-        value = project(context, "value")
+            x = pad_tokens(x, 1)
+            rope = jax.tree.map(lambda table: pad_tokens(table, -2), rope)
+        plain = not config.float8 and config.lora is None
+        if config.blocks == "fused" and context is None and plain:
+            query, key, value = self._project_together(x)
+        else:
+            context = x if context is None else context
+            query, key = project(x, "query"), project(context, "key")
+            value = project(context, "value")
         if config.qk_norm:
             query = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype, name="query_norm")(query)
             key = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype, name="key_norm")(key)
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
         if fused:
-            x = fused_attention(query, key, value, length=length)
+            x = fused_attention(
+                query, key, value, length=length or num_tokens, causal=config.causal
+            )
         elif pallas:
             x = pallas_attention(query, key, value, config.constrain)
         else:
             query = query / jnp.sqrt(head_dim).astype(config.dtype)
-            weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32))
+            scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
+            if config.causal:
+                scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
+            weights = jax.nn.softmax(scores)
             # Costs nothing unless `apply` is asked for intermediates.
             self.sow("intermediates", ATTENTION_WEIGHTS, weights)
             dropout = nn.Dropout(config.attention_dropout_rate, deterministic=not train)
@@ -205,4 +248,15 @@ class MultiHeadDotProductAttention(nn.Module):
             **config.product,
             name="out",
         )(x)
-        return checkpoint_name(x[:, :length], "attn_out")
+        return checkpoint_name(x[:, :num_tokens], "attn_out")
+
+    def _project_together(self, x: jax.Array) -> list[jax.Array]:
+        """The queries, keys and values of tokens, as their dense layers have them."""
+        config = self.config
+        heads = config.num_heads, x.shape[-1] // config.num_heads
+        layers = [_Projection(heads, name=name)(x.shape[-1]) for name in ("query", "key", "value")]
+        kernels = tuple(kernel.astype(config.dtype) for kernel, _ in layers)
+        biases = tuple(bias.astype(config.dtype) for _, bias in layers)
+        projected = project_together(x.reshape(-1, x.shape[-1]), kernels, biases)
+        projected = (checkpoint_name(y.reshape(*x.shape[:-1], *heads), "qkv") for y in projected)
+        return [config.constrain(y, ("batch", None, "heads", None)) for y in projected]

@@ -24,7 +24,11 @@ Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 # `attention.choose_attention`), and XLA outside of runs.
 Attention = Literal["auto", "xla", "fused", "pallas"]
 
-Activation = Literal["gelu_tanh", "gelu_erf", "swiglu"]
+# How the rest of a block is computed: by the layers of Flax, or in the form that has the fewest
+# kernels on NVIDIA GPUs. `auto` goes by the devices of a run (see `blocks.choose_blocks`).
+Blocks = Literal["auto", "xla", "fused"]
+
+Activation = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "swiglu"]
 
 
 def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
@@ -37,8 +41,8 @@ def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
 class BlockConfig:
     """The options of attention layers and MLPs, and of the blocks and heads that contain them.
 
-    Each field is documented under its name in `models.vit.VisionTransformer`; `num_heads` is 0 in
-    a model without attention.
+    Each field is documented under its name in `models.vit.VisionTransformer`, and `causal` in
+    `models.text.TextTransformer`; `num_heads` is 0 in a model without attention.
     """
 
     mlp_dim: int
@@ -46,6 +50,8 @@ class BlockConfig:
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     attention: Attention = "auto"
+    blocks: Blocks = "auto"
+    causal: bool = False
     activation: Activation = "gelu_tanh"
     qk_norm: bool = False
     layer_scale_init: float | None = None

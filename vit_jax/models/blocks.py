@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from vit_jax.models.activations import gelu
-from vit_jax.models.attention import MultiHeadDotProductAttention
+from vit_jax.models.activations import gelu, quick_gelu
+from vit_jax.models.attention import MultiHeadDotProductAttention, pad_tokens, takes_kernel
 from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.positions import Rotation, resize_patches
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.gpus import is_ampere
 from vit_jax.utils.suggestions import suggest
 
 DepthSchedule = Literal["linear", "uniform"]
@@ -39,7 +40,7 @@ REMAT_POLICIES = {
 REMAT_NAMES = ("qkv", "attn_out", "mlp_hidden")
 
 
-def parse_remat(remat: str) -> Callable[..., Any] | None:
+def parse_remat(remat: str, *, key: str = "model.remat") -> Callable[..., Any] | None:
     """Returns the checkpoint policy that `model.remat` names; None for no recomputation.
 
     `remat` is `none`, `dots`, `full`, or the activations of `REMAT_NAMES` that are not recomputed:
@@ -55,12 +56,12 @@ def parse_remat(remat: str) -> Callable[..., Any] | None:
         kind, _, names = part.partition(":")
         if kind not in chosen or not names:
             raise UserError(
-                f"model.remat={remat!r}: expected none, dots, full, or such as "
+                f"{key}={remat!r}: expected none, dots, full, or such as "
                 "save:attn_out,mlp_hidden or offload:mlp_hidden"
             )
         for name in names.split(","):
             if name not in REMAT_NAMES:
-                raise UserError(f"model.remat={remat!r}: {name!r}{suggest(name, REMAT_NAMES)}")
+                raise UserError(f"{key}={remat!r}: {name!r}{suggest(name, REMAT_NAMES)}")
             chosen[kind].append(name)
     if not chosen["offload"]:
         return jax.checkpoint_policies.save_only_these_names(*chosen["save"])
@@ -72,8 +73,35 @@ def parse_remat(remat: str) -> Callable[..., Any] | None:
     )
 
 
+def choose_blocks(
+    config: BlockConfig, device: Any, *, sequence_parallel: bool
+) -> Literal["xla", "fused"]:
+    """Resolves `config.blocks` for a kind of devices: `auto` is `fused` where that is possible.
+
+    Args:
+      config: of the encoder.
+      device: one of those that the model runs on.
+      sequence_parallel: whether tokens of an image are split over devices.
+
+    Raises:
+      UserError: `config.blocks` is `fused` where that is not possible.
+    """
+    if config.blocks == "xla":
+        return "xla"
+    needs = {
+        f"an NVIDIA GPU from Ampere on (this is {device.device_kind})": is_ampere(device),
+        "mesh.sequence_parallel=False": not sequence_parallel,
+    }
+    missing = [need for need, is_met in needs.items() if not is_met]
+    if config.blocks == "fused" and missing:
+        raise UserError(
+            f"model.blocks='fused' needs {' and '.join(missing)}; set model.blocks='auto'"
+        )
+    return "xla" if missing else "fused"
+
+
 class AddPositionEmbs(nn.Module):
-    """Adds learned 1D position embeddings, initialised from N(0, 0.02).
+    """Adds learned 1D position embeddings, initialised from N(0, `init_std`).
 
     Attributes:
       grids: (rows, columns) of the embeddings and of the patches, if they differ; the embeddings
@@ -84,6 +112,7 @@ class AddPositionEmbs(nn.Module):
     """
 
     dtype: DTypeLike = jnp.float32
+    init_std: float = 0.02
     grids: tuple[tuple[int, int], tuple[int, int]] | None = None
     num_prefix_tokens: int = 0
 
@@ -93,7 +122,7 @@ class AddPositionEmbs(nn.Module):
         if self.grids is not None:
             length = self.num_prefix_tokens + math.prod(self.grids[0])
         shape = (1, length, x.shape[2])
-        embedding = self.param("pos_embedding", nn.initializers.normal(stddev=0.02), shape)
+        embedding = self.param("pos_embedding", nn.initializers.normal(self.init_std), shape)
         if self.grids is not None:
             prefix, patches = jnp.split(embedding, [self.num_prefix_tokens], axis=1)
             embedding = jnp.concatenate([prefix, resize_patches(patches, *self.grids)], axis=1)
@@ -195,6 +224,8 @@ class MlpBlock(nn.Module):
         hidden = checkpoint_name(dense(config.mlp_dim)(x), "mlp_hidden")
         if config.activation == "swiglu":
             hidden = hidden * nn.silu(dense(config.mlp_dim, "gate")(x))
+        elif config.activation == "quick_gelu":
+            hidden = quick_gelu(hidden)
         else:
             hidden = gelu(hidden, approximate=config.activation == "gelu_tanh")
         hidden = config.constrain(hidden, ("batch", None, "mlp"))
@@ -206,8 +237,9 @@ class MlpBlock(nn.Module):
 class Encoder1DBlock(nn.Module):
     """One pre-norm transformer block: attention and MLP, each with a residual connection.
 
-    Call: `[batch, length, hidden]`, the rate of stochastic depth in this block (a float or a
-    float32 scalar), and the rotation of queries and keys or None, to `[batch, length, hidden]`.
+    Call: `[batch, tokens, hidden]`, the rate of stochastic depth in this block (a float or a
+    float32 scalar), the rotation of queries and keys or None, and the number of tokens before any
+    padding or None, to `[batch, tokens, hidden]`.
     """
 
     config: BlockConfig
@@ -215,9 +247,10 @@ class Encoder1DBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        inputs: jax.Array,
+        x: jax.Array,
         stochastic_depth_rate: jax.Array | float,
         rope: Rotation | None,
+        length: int | None = None,
         *,
         train: bool,
     ) -> jax.Array:
@@ -228,13 +261,25 @@ class Encoder1DBlock(nn.Module):
                 x = LayerScale(config.layer_scale_init, dtype=config.dtype)(x)
             return StochasticDepth()(x, stochastic_depth_rate, train=train)
 
-        x = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype)(inputs)
-        x = MultiHeadDotProductAttention(config)(x, rope=rope, train=train)
-        x = nn.Dropout(config.dropout_rate, deterministic=not train)(x)
-        x = config.constrain(inputs + residual(x), ("batch", "tokens", None))
-        y = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype)(x)
-        y = MlpBlock(config)(y, train=train)
-        return config.constrain(x + residual(y), ("batch", "tokens", None))
+        def norm(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """The input of a residual branch, to which its result is added, and its norm."""
+            if config.blocks != "fused":
+                return x, nn.LayerNorm(config.norm_epsilon, dtype=config.dtype)(x)
+            from vit_jax.models.layer_norm import LayerNorm
+
+            # As matrices, so that XLA adds to the input within the last product of the branch.
+            flat, normed = LayerNorm(config.norm_epsilon, config.dtype)(x.reshape(-1, x.shape[-1]))
+            return flat, normed.reshape(x.shape)
+
+        def add(x: jax.Array, branch: jax.Array) -> jax.Array:
+            total = (x + residual(branch).reshape(x.shape)).reshape(branch.shape)
+            return config.constrain(total, ("batch", "tokens", None))
+
+        x, y = norm(x)
+        y = MultiHeadDotProductAttention(config)(y, rope=rope, length=length, train=train)
+        x = add(x, nn.Dropout(config.dropout_rate, deterministic=not train)(y))
+        x, y = norm(x)
+        return add(x, MlpBlock(config)(y, train=train))
 
 
 class Encoder(nn.Module, kw_only=True):
@@ -248,7 +293,9 @@ class Encoder(nn.Module, kw_only=True):
       num_class_tokens: number of class and distillation tokens, which come first.
       num_registers: number of learned tokens inserted behind these, without a position.
       learned_positions: whether position embeddings are added.
+      positions_init_std: standard deviation of their initial values.
       grids: of `AddPositionEmbs`.
+      pre_norm: whether a norm (`pre_norm`) comes before the first block.
       final_norm: whether the output is normalised.
       scan: whether one block, compiled once, runs over parameters stacked along a leading axis
         (`encoderblock`), in place of blocks with parameters of their own (`encoderblock_3`).
@@ -263,7 +310,9 @@ class Encoder(nn.Module, kw_only=True):
     num_class_tokens: int
     num_registers: int = 0
     learned_positions: bool = True
+    positions_init_std: float = 0.02
     grids: tuple[tuple[int, int], tuple[int, int]] | None = None
+    pre_norm: bool = False
     patch_dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
     stochastic_depth_schedule: DepthSchedule = "linear"
@@ -284,6 +333,7 @@ class Encoder(nn.Module, kw_only=True):
         if self.learned_positions:
             x = AddPositionEmbs(
                 dtype=config.dtype,
+                init_std=self.positions_init_std,
                 grids=self.grids,
                 num_prefix_tokens=self.num_class_tokens,
                 name="posembed_input",
@@ -297,8 +347,17 @@ class Encoder(nn.Module, kw_only=True):
             x, kept = take_patches(x, patches, prefix)
         if rope is not None and kept is not None:
             rope = jax.tree.map(lambda table: table[kept], rope)
+        if self.pre_norm:
+            x = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype, name="pre_norm")(x)
         x = config.constrain(x, ("batch", "tokens", None))
-        x = self._run_blocks(x, rope, train=train)
+        length = x.shape[1]
+        pads = config.attention == "fused" and takes_kernel(self, config, x.shape[-1])
+        if pads and not (train and config.dropout_rate):
+            # Once for all blocks, since a kernel that pads takes as long as a norm. Each attention
+            # layer does if there is dropout, which would drop other values of padded tokens.
+            x = pad_tokens(x, 1)
+            rope = jax.tree.map(lambda table: pad_tokens(table, -2), rope)
+        x = self._run_blocks(x, rope, length, train=train)[:, :length]
         if not self.final_norm:
             return x
         return nn.LayerNorm(config.norm_epsilon, dtype=config.dtype, name="encoder_norm")(x)
@@ -312,13 +371,15 @@ class Encoder(nn.Module, kw_only=True):
         first, patches = jnp.split(x, [self.num_class_tokens], axis=1)
         return jnp.concatenate([first, registers, patches], axis=1)
 
-    def _run_blocks(self, x: jax.Array, rope: Rotation | None, *, train: bool) -> jax.Array:
+    def _run_blocks(
+        self, x: jax.Array, rope: Rotation | None, length: int, *, train: bool
+    ) -> jax.Array:
         policy = parse_remat(self.remat)
 
         def run(block: nn.Module, x: jax.Array, rate: jax.Array | float) -> jax.Array:
             # As an argument of `call` a rate of 0.0 would be traced, and its dropout not skipped.
             def call(block: nn.Module, x: jax.Array) -> jax.Array:
-                return block(x, rate, rope, train=train)
+                return block(x, rate, rope, length, train=train)
 
             if policy is not None:
                 # Without scan XLA would merge the recomputation with the forward pass.

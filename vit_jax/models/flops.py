@@ -11,22 +11,25 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from vit_jax.models.interface import unsharded
+from vit_jax.models.interface import example_inputs, unsharded
 
 
 def forward_flops(model: nn.Module, image_size: tuple[int, ...]) -> int:
-    """Returns the operations of the forward pass of one image in training.
+    """Returns the operations of the forward pass of one image in training, and of its text if any.
 
-    A multiply-add is two operations; `image_size` is (height, width) in pixels.
+    A multiply-add is two operations; `image_size` is (height, width) in pixels. The products of
+    all images with all texts of a batch are not counted.
     """
     model = unsharded(model)  # The mesh of a run may not divide a batch of one image.
-    image = jnp.zeros((1, *image_size, 3))
+    inputs = example_inputs(model, (*image_size, 3))
     rng = jax.random.key(0)
-    params = jax.eval_shape(lambda: model.init(rng, image, train=False))
-    traced = jax.make_jaxpr(lambda p: model.apply(p, image, train=True, rngs={"dropout": rng})[0])
+    params = jax.eval_shape(lambda: model.init(rng, *inputs, train=False))
+    # Both towers' embeddings are results, so none of them is left out of the program.
+    traced = jax.make_jaxpr(
+        lambda p: model.apply(p, *inputs, train=True, rngs={"dropout": rng})[:-1]
+    )
     return count_flops(traced(params))
 
 

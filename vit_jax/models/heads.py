@@ -2,6 +2,7 @@
 """Heads: from encoded tokens to a representation, and from there to logits."""
 
 import dataclasses
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,10 @@ import jax.numpy as jnp
 from vit_jax.models.attention import MultiHeadDotProductAttention
 from vit_jax.models.block_config import BlockConfig, Constrain
 from vit_jax.models.blocks import MlpBlock
+
+# How the kernel of a head starts: at zero, or as that of any dense layer.
+HeadInit = Literal["zeros", "lecun_normal"]
+_HEAD_INITS = {"zeros": nn.initializers.zeros, "lecun_normal": nn.initializers.lecun_normal()}
 
 
 class MAPHead(nn.Module):
@@ -24,6 +29,7 @@ class MAPHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         off = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0, "qk_norm": False}
+        off |= {"causal": False}
         config = dataclasses.replace(self.config, **off)
         batch, _, width = x.shape
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))
@@ -35,9 +41,16 @@ class MAPHead(nn.Module):
 
 
 def apply_head(
-    x: jax.Array, num_classes: int, *, bias_init: float, constrain: Constrain, name: str = "head"
+    x: jax.Array,
+    num_classes: int,
+    *,
+    bias_init: float,
+    bias: bool = True,
+    init: HeadInit = "zeros",
+    constrain: Constrain,
+    name: str = "head",
 ) -> jax.Array:
-    """Applies a linear layer whose kernel starts at zero; call it in a compact module.
+    """Applies a linear layer, with a bias or without; call it in a compact module.
 
     Takes `[batch, ..., width]` of any floating dtype, and returns logits, float32 `[batch, ...,
     num_classes]`, sharded by classes where the mesh does so.
@@ -50,7 +63,8 @@ def apply_head(
     logits = nn.Dense(
         num_classes,
         dtype=jnp.float32,
-        kernel_init=nn.initializers.zeros,
+        use_bias=bias,
+        kernel_init=_HEAD_INITS[init],
         bias_init=nn.initializers.constant(bias_init),
         dot_general=dot_by_classes,
         name=name,

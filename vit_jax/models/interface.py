@@ -10,6 +10,9 @@ the stream `dropout`.
 It may have more: the method `grid`, from (height, width) to (rows, columns) of patches, which
 refuses sizes that do not fit; the arguments `constrain` (see `models.block_config.Constrain`),
 `float8` and `dtype`; the number `num_class_tokens`, if its position embeddings are to be resized.
+
+A model of images and texts has `towers`, its models by name, and `context_length`, and is called
+with images and tokens; see `models.two_towers`.
 """
 
 import functools
@@ -34,10 +37,20 @@ def find_grid(model: Model, image_size: tuple[int, ...]) -> tuple[int, int] | No
     return model.grid(image_size) if hasattr(model, "grid") else None
 
 
+def example_inputs(model: Model, image_shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """One blank image of (height, width, channels), and one text if the model takes texts too."""
+    images = jnp.zeros((1, *image_shape))
+    if not hasattr(model, "towers"):
+        return (images,)
+    return images, jnp.zeros((1, model.context_length), jnp.int32)
+
+
 def unsharded(model: Model) -> Model:
     """The model as it runs on one device of any kind."""
+    if hasattr(model, "towers"):
+        model = model.clone(**{name: unsharded(tower) for name, tower in model.towers.items()})
     if hasattr(model, "attention"):
-        model = model.clone(attention="xla")
+        model = model.clone(attention="xla", blocks="xla")
     return model.clone(constrain=unconstrained) if hasattr(model, "constrain") else model
 
 

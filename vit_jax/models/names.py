@@ -2,7 +2,8 @@
 """Names of models: the sizes, and the spellings of a variant. Needs no JAX.
 
 Sizes: Table 1 of arXiv:2010.11929 (B, L, H), Table 2 of arXiv:2106.04560 (g, G), arXiv:2106.10270
-(Ti, S) and arXiv:2305.13035 (So400m).
+(Ti, S), arXiv:2305.13035 (So400m), arXiv:2502.14786 (g-opt), and arXiv:2103.00020, Table 20: the
+text model of CLIP B/32 and B/16 (M).
 """
 
 import re
@@ -17,6 +18,8 @@ SIZES = {
     "g": (1408, 40, 6144, 16),
     "G": (1664, 48, 8192, 16),
     "So400m": (1152, 27, 4304, 16),
+    "g-opt": (1536, 40, 6144, 16),
+    "M": (512, 12, 2048, 8),
 }
 # As published: the mean over patches, and no layer before the head.
 GAP = "-gap-norep"
@@ -29,6 +32,8 @@ _WORDS = {
     "huge": "H",
     "giant": "g",
     "gigantic": "G",
+    "giantopt": "g-opt",
+    "medium": "M",
 }
 _SIZE = rf"(?:(r\d*)[-_+]?)?({'|'.join(sorted([*SIZES, *_WORDS], key=len, reverse=True))})"
 _PATCH = r"[-/_]?(?:patch|p)?(\d+)"

@@ -82,3 +82,33 @@ def _multiply_float8_bwd(depth: int, saved: tuple[Scaled, Scaled], grad: jax.Arr
 
 
 _multiply_float8.defvjp(_multiply_float8_fwd, _multiply_float8_bwd)
+
+
+@jax.custom_vjp
+def project_together(
+    x: jax.Array, kernels: tuple[jax.Array, ...], biases: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
+    """Several dense layers of one input, for NVIDIA GPUs.
+
+    Takes `[rows, inputs]` of any floating dtype, and for each layer a kernel `[inputs, outputs]`
+    and a bias `[outputs]` of the same, all of one shape; returns `[rows, outputs]` for each. In the
+    gradient of the input each product adds to the one before, and the gradients of all biases are
+    one reduction.
+    """
+    return tuple(x @ kernel + bias for kernel, bias in zip(kernels, biases, strict=True))
+
+
+def _project_fwd(x: jax.Array, kernels: Any, biases: Any) -> tuple[Any, Any]:
+    return project_together(x, kernels, biases), (x, kernels)
+
+
+def _project_bwd(saved: Any, grads: tuple[jax.Array, ...]) -> tuple[Any, Any, Any]:
+    x, kernels = saved
+    inputs = grads[0] @ kernels[0].T
+    for grad, kernel in zip(grads[1:], kernels[1:], strict=True):
+        inputs = grad @ kernel.T + inputs  # in this order, cuBLAS adds within the product
+    biases = jnp.sum(jnp.stack(grads), axis=1)
+    return inputs, tuple(x.T @ grad for grad in grads), tuple(biases)
+
+
+project_together.defvjp(_project_fwd, _project_bwd)

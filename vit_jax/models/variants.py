@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models by name and size.
 
-Sizes: Table 1 of arXiv:2010.11929 (B, L, H), Table 2 of arXiv:2106.04560 (g, G), arXiv:2106.10270
-(Ti, S and the hybrids), arXiv:2305.13035 (So400m) and Table 1 of arXiv:2105.01601 (Mixer).
+Sizes: see `models.names`; arXiv:2106.10270 (hybrids) and Table 1 of arXiv:2105.01601 (Mixer).
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+from vit_jax.models.block_config import Constrain, unconstrained
 from vit_jax.models.blocks import parse_remat
+from vit_jax.models.lora import Lora
 from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.names import GAP, SIZES, guess_variant, normalize_variant
 from vit_jax.models.positions import FIXED_POSITIONS
-from vit_jax.models.vit import Classifier, VisionTransformer
+from vit_jax.models.text import TextTransformer
+from vit_jax.models.two_towers import TwoTowers
+from vit_jax.models.vit import Classifier, Dtype, VisionTransformer
 from vit_jax.utils.bounds import shorten
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.registry import lookup, takes_options_of
+from vit_jax.utils.registry import bind, lookup, takes_options_of
 
 _KEYS = ("hidden_size", "num_layers", "mlp_dim", "num_heads")
 # Units in each stage of the ResNet, the size, and the patch in cells of the ResNet's output. The
@@ -75,11 +78,7 @@ def make_vit(
         "patch_size": patch_size,
     }
     sizes = _fill_sizes(named, given)
-    if sizes["hidden_size"] % sizes["num_heads"]:
-        raise UserError(
-            f"model.num_heads={sizes['num_heads']} does not divide "
-            f"model.hidden_size={sizes['hidden_size']}"
-        )
+    _check_heads(sizes)
     pooling: Classifier = classifier or named.get("classifier", "token")
     resnet_layers = named.get("resnet_layers") if resnet_layers is None else tuple(resnet_layers)
     parse_remat(options.get("remat", "none"))
@@ -122,6 +121,119 @@ def make_mixer(
     return MlpMixer(**_fill_sizes(named, given), **options)
 
 
+@takes_options_of(TextTransformer)
+def make_text_transformer(
+    *,
+    vocab_size: int,
+    context_length: int,
+    variant: str | None = None,
+    hidden_size: int | None = None,
+    num_layers: int | None = None,
+    num_heads: int | None = None,
+    mlp_dim: int | None = None,
+    **options: Any,
+) -> TextTransformer:
+    """Makes a `TextTransformer` of a named size ("B"), of given sizes, or of a mixture of both.
+
+    Raises `UserError` if the variant is unknown, or if a size is missing or impossible.
+    """
+    named = {} if variant is None else _parse_size(variant, SIZES, _KEYS, key="model.text")
+    given = {
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "mlp_dim": mlp_dim,
+        "num_heads": num_heads,
+    }
+    if "patch_size" in named:
+        raise UserError(f"model.text.variant={variant!r}: a text has no patches: expected a size")
+    sizes = _fill_sizes(named, given, key="model.text")
+    sizes |= {"vocab_size": vocab_size, "context_length": context_length}
+    for key in ("vocab_size", "context_length"):
+        _check_sizes(key, sizes[key], key="model.text")
+    _check_sizes("num_classes", options.get("num_classes", 0), least=0, key="model.text")
+    _check_heads(sizes, key="model.text")
+    _check_rates(options, key="model.text")
+    parse_remat(options.get("remat", "none"), key="model.text.remat")
+    if options.get("eot_id") is not None:
+        _check_eot(options, vocab_size)
+    return TextTransformer(**sizes, **options)
+
+
+# Constructors of the towers, by their sections of the config, and arguments that are set for both
+# at once or follow from the model.
+TOWER_MAKERS = {"image": make_vit, "text": make_text_transformer}
+OF_BOTH_TOWERS = ("num_classes", "dtype", "constrain", "float8", "lora")
+
+
+def make_two_towers(
+    *,
+    image: dict[str, Any],
+    text: dict[str, Any],
+    width: int | None = None,
+    scale_init: float = 10.0,
+    bias_init: float | None = None,
+    num_classes: int = 0,
+    dtype: Dtype = "float32",
+    constrain: Constrain = unconstrained,
+    float8: bool = False,
+    lora: Lora | None = None,
+) -> TwoTowers:
+    """Makes a model of images and texts.
+
+    Args:
+      image: arguments of `make_vit`, such as `{"variant": "B/16", "classifier": "map"}`.
+      text: arguments of `make_text_transformer`.
+      width: of the embeddings, to which a head of each tower projects; None for the width of the
+        image tower, which then has no head, as in SigLIP.
+      scale_init: see `TwoTowers`.
+      bias_init: see `TwoTowers`.
+      num_classes: 0, since there is no head for classes.
+      dtype: of the computation of both towers.
+      constrain: shards activations over a mesh.
+      float8: see `VisionTransformer`.
+      lora: which matrix products of both towers have adapters; None for none.
+
+    Raises:
+      UserError: an argument of a tower is unknown, missing or impossible, or `num_classes` is set.
+    """
+    if num_classes:
+        raise UserError(
+            f"model.num_classes={num_classes}: two towers have no head for classes: expected 0, "
+            "and an objective without one, such as objective.name=contrastive"
+        )
+    if scale_init <= 0:
+        raise UserError(f"model.scale_init={scale_init}: expected more than 0, such as 10.0")
+    towers = bind_towers({"image": image, "text": text})
+    shared = {"dtype": dtype, "constrain": constrain, "float8": float8, "lora": lora}
+    img = make_vit(**towers["image"], **shared, num_classes=width or 0)
+    if "unpooled" in img.classifier:
+        raise UserError(
+            f"model.image.classifier={img.classifier!r} gives a vector for every token; expected "
+            "'token', 'gap' or 'map'"
+        )
+    if width is not None:
+        _check_sizes("width", width)
+    joint = width or img.representation_size or img.hidden_size
+    txt = make_text_transformer(**towers["text"], **shared, num_classes=joint)
+    return TwoTowers(
+        img=img, txt=txt, scale_init=scale_init, bias_init=bias_init, constrain=constrain
+    )
+
+
+def bind_towers(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the sections `image` and `text` of `model.name=two_towers`, with all defaults.
+
+    Raises:
+      UserError: a key is unknown or missing, or a value has the wrong type.
+    """
+    # A vector of zeros has no direction.
+    sections = {**section, "image": {"head_init": "lecun_normal"} | section["image"]}
+    return {
+        name: bind(sections[name], make, key=f"model.{name}", given=OF_BOTH_TOWERS)[0]
+        for name, make in TOWER_MAKERS.items()
+    }
+
+
 def _parse_variant(variant: str) -> dict[str, Any]:
     variant = normalize_variant(variant)
     base = variant.removesuffix(GAP)
@@ -134,46 +246,76 @@ def _parse_variant(variant: str) -> dict[str, Any]:
 
 
 def _parse_size(
-    variant: str, table: Mapping[str, tuple[int, ...]], keys: tuple[str, ...]
+    variant: str,
+    table: Mapping[str, tuple[int, ...]],
+    keys: tuple[str, ...],
+    *,
+    key: str = "model",
 ) -> dict[str, Any]:
     name, _, patch = normalize_variant(variant).partition("/")
     if name not in table:
         near = guess_variant(variant)
         if near is not None and near.partition("/")[0] in table:
-            raise UserError(f"model.variant={variant!r} is unknown; did you mean {near!r}?")
-    sizes: dict[str, Any] = dict(zip(keys, lookup(table, name, key="model.variant"), strict=True))
+            raise UserError(f"{key}.variant={variant!r} is unknown; did you mean {near!r}?")
+    sizes: dict[str, Any] = dict(zip(keys, lookup(table, name, key=f"{key}.variant"), strict=True))
     if not patch:
         return sizes
     if not patch.isdigit():
-        raise UserError(f"model.variant={variant!r}: expected SIZE/PATCH such as B/16")
+        raise UserError(f"{key}.variant={variant!r}: expected SIZE/PATCH such as B/16")
     return sizes | {"patch_size": int(patch)}
 
 
-def _fill_sizes(named: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _fill_sizes(
+    named: Mapping[str, Any], given: Mapping[str, Any], *, key: str = "model"
+) -> dict[str, Any]:
     sizes = {}
-    for key, value in given.items():
-        value = named.get(key) if value is None else value
+    example = "B/16" if "patch_size" in given else "B"
+    for name, value in given.items():
+        value = named.get(name) if value is None else value
         if value is None:
-            raise UserError(f"model.{key} is missing: give it, or a model.variant such as 'B/16'")
-        _check_sizes(key, value)
-        sizes[key] = value
+            raise UserError(
+                f"{key}.{name} is missing: give it, or a {key}.variant such as {example!r}"
+            )
+        _check_sizes(name, value, key=key)
+        sizes[name] = value
+    if "patch_size" not in sizes:
+        return sizes
     patch = sizes["patch_size"]
     return sizes | {"patch_size": (patch, patch) if isinstance(patch, int) else tuple(patch)}
 
 
-def _check_sizes(key: str, value: int | tuple[int, ...], *, least: int = 1) -> None:
-    most = _MOST_LAYERS if "layers" in key else _MOST
+def _check_sizes(
+    name: str, value: int | tuple[int, ...], *, least: int = 1, key: str = "model"
+) -> None:
+    most = _MOST_LAYERS if "layers" in name else _MOST
     for size in value if isinstance(value, tuple | list) else (value,):
         if size < least:
-            raise UserError(f"model.{key}={value!r}: expected at least {least}")
+            raise UserError(f"{key}.{name}={value!r}: expected at least {least}")
         if size > most:
-            raise UserError(f"model.{key}={shorten(value)}: expected {most:,} at most")
+            raise UserError(f"{key}.{name}={shorten(value)}: expected {most:,} at most")
 
 
-def _check_rates(options: Mapping[str, Any]) -> None:
-    for key, rate in options.items():
-        if key.endswith("_rate") and not 0 <= rate < 1:
-            raise UserError(f"model.{key}={rate}: expected 0 <= value < 1")
+def _check_heads(sizes: Mapping[str, Any], *, key: str = "model") -> None:
+    if sizes["hidden_size"] % sizes["num_heads"]:
+        raise UserError(
+            f"{key}.num_heads={sizes['num_heads']} does not divide "
+            f"{key}.hidden_size={sizes['hidden_size']}"
+        )
+
+
+def _check_rates(options: Mapping[str, Any], *, key: str = "model") -> None:
+    for name, rate in options.items():
+        if name.endswith("_rate") and not 0 <= rate < 1:
+            raise UserError(f"{key}.{name}={rate}: expected 0 <= value < 1")
+
+
+def _check_eot(options: Mapping[str, Any], vocab_size: int) -> None:
+    eot, pooling = options["eot_id"], options.get("pooling", "last")
+    if pooling != "eot" or not 0 <= eot < vocab_size:
+        raise UserError(
+            f"model.text.eot_id={eot} with pooling={pooling!r} and vocab_size={vocab_size}: "
+            "expected a token of the vocabulary, and pooling='eot'"
+        )
 
 
 def _check_distillation_token(options: Mapping[str, Any]) -> None:
@@ -209,4 +351,4 @@ def _check_positions(sizes: Mapping[str, Any], options: Mapping[str, Any]) -> No
         )
 
 
-MODELS = {"vit": make_vit, "mixer": make_mixer}
+MODELS = {"vit": make_vit, "mixer": make_mixer, "two_towers": make_two_towers}

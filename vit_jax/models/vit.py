@@ -13,9 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.models import resnet
-from vit_jax.models.block_config import Activation, Attention, BlockConfig, Constrain, unconstrained
+from vit_jax.models.block_config import (
+    Activation,
+    Attention,
+    BlockConfig,
+    Blocks,
+    Constrain,
+    unconstrained,
+)
 from vit_jax.models.blocks import DepthSchedule, Encoder, Remat
-from vit_jax.models.heads import MAPHead, apply_head
+from vit_jax.models.heads import HeadInit, MAPHead, apply_head
 from vit_jax.models.lora import Lora
 from vit_jax.models.positions import fixed_positions, patch_grid, rotation_2d
 
@@ -51,10 +58,11 @@ class VisionTransformer(nn.Module, kw_only=True):
       distillation_token: whether a second class token with a head of its own (`head_dist`) follows
         the first (arXiv:2012.12877); the logits are the mean of both heads.
       activation: activation of the MLP blocks: GELU by its tanh approximation, as in the published
-        weights, exact GELU, or SwiGLU.
+        weights, exact GELU, x * sigmoid(1.702 x) as in OpenAI's CLIP (`quick_gelu`), or SwiGLU.
       qk_norm: whether queries and keys are normalised.
       layer_scale_init: initial factor on residual branches (LayerScale); None for no factor.
       norm_epsilon: epsilon of all LayerNorms.
+      pre_norm: whether a norm comes before the first block, as in CLIP.
       norm_after_pooling: whether the final norm (`fc_norm`) comes after pooling, not before.
       dropout_rate: dropout after the position embeddings, the attention and both MLP layers.
       attention_dropout_rate: dropout of attention weights.
@@ -62,7 +70,11 @@ class VisionTransformer(nn.Module, kw_only=True):
       stochastic_depth_schedule: the rates of the other blocks: rising from 0 in the first
         (`linear`), or the same (`uniform`, as in arXiv:2204.07118).
       patch_dropout_rate: share of patches dropped in training.
+      embedding_bias: whether the patch embedding has a bias; CLIP has none.
+      head_bias: whether the head has a bias.
       head_bias_init: initial value of the head's bias.
+      head_init: how the kernel of the head starts: at zero, or from N(0, 1 / width), truncated
+        (`lecun_normal`).
       scan: whether one compiled block runs over stacked parameters: faster to compile, slower to
         run on a CPU.
       remat: what the backward pass recomputes to save memory: nothing (`none`), all but the dense
@@ -71,6 +83,9 @@ class VisionTransformer(nn.Module, kw_only=True):
       attention: where attention weights are computed: in memory (`xla`), or within one kernel that
         never writes them (`fused`, which is `pallas` on TPUs); `auto` for the faster one on the
         devices of a run.
+      blocks: how norms, projections and residual connections of blocks are computed: by the layers
+        of Flax (`xla`), or in the form that has the fewest kernels on NVIDIA GPUs (`fused`); `auto`
+        for the faster one on the devices of a run.
       dtype: dtype of the computation. Parameters and logits are float32.
       float8: whether the matrix products of attention projections and MLPs, and of their gradients,
         take float8 inputs (see `models.float8`). The parameters are the same.
@@ -107,16 +122,21 @@ class VisionTransformer(nn.Module, kw_only=True):
     qk_norm: bool = False
     layer_scale_init: float | None = None
     norm_epsilon: float = 1e-6
+    pre_norm: bool = False
     norm_after_pooling: bool = False
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
     stochastic_depth_schedule: DepthSchedule = "linear"
     patch_dropout_rate: float = 0.0
+    embedding_bias: bool = True
+    head_bias: bool = True
     head_bias_init: float = 0.0
+    head_init: HeadInit = "zeros"
     scan: bool = False
     remat: Remat = "none"
     attention: Attention = "auto"
+    blocks: Blocks = "auto"
     dtype: Dtype = "float32"
     float8: bool = False
     lora: Lora | None = None
@@ -143,7 +163,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     def block_config(self) -> BlockConfig:
         """The options that all layers share: the attributes with the names of its fields."""
         names = [field.name for field in dataclasses.fields(BlockConfig)]
-        return BlockConfig(**{name: getattr(self, name) for name in names})
+        return BlockConfig(**{name: getattr(self, name) for name in names if hasattr(self, name)})
 
     def grid(self, image_size: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of patches in an image of (height, width) pixels."""
@@ -176,7 +196,9 @@ class VisionTransformer(nn.Module, kw_only=True):
         head = functools.partial(
             apply_head,
             num_classes=self.num_classes,
+            bias=self.head_bias,
             bias_init=self.head_bias_init,
+            init=self.head_init,
             constrain=self.constrain,
         )
         logits = head(x)
@@ -198,6 +220,7 @@ class VisionTransformer(nn.Module, kw_only=True):
             self.patch_size,
             strides=self.patch_size,
             padding="VALID",
+            use_bias=self.embedding_bias,
             dtype=self.dtype,
             name="embedding",
         )(x)
@@ -246,6 +269,7 @@ class VisionTransformer(nn.Module, kw_only=True):
             num_registers=self.num_registers,
             learned_positions=self.position_embedding == "learned",
             grids=None if position_grid == grid else (position_grid, grid),
+            pre_norm=self.pre_norm,
             patch_dropout_rate=self.patch_dropout_rate,
             stochastic_depth_rate=self.stochastic_depth_rate,
             stochastic_depth_schedule=self.stochastic_depth_schedule,

@@ -29,7 +29,7 @@ def check_share(**shares: float) -> None:
 
 
 class Objective(abc.ABC):
-    """A model and what is minimised. Knows nothing of meshes, optimizers or checkpoints.
+    """A model and what is minimised. Knows nothing of optimizers or checkpoints.
 
     Batches from the data have `image` uint8 `[batch, height, width, channels]` and `label` int32
     `[batch]`, or float32 `[batch, classes]` of zeros and ones where examples have several labels.
@@ -41,6 +41,7 @@ class Objective(abc.ABC):
       frozen: regular expressions of whole paths of parameters that no gradient trains.
       classifies: whether `predict` returns `logits` `[batch, classes]`.
       keeps_average: whether the train state has an average of the parameters by `average_decay`.
+      needs_labels: whether batches must have `label`.
       head_names: names of the heads of `head_logits` `[heads, batch, classes]`, if `predict`
         returns those.
     """
@@ -49,6 +50,7 @@ class Objective(abc.ABC):
     frozen: tuple[str, ...] = ()
     classifies: bool = True
     keeps_average: bool = False
+    needs_labels: bool = True
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -124,6 +126,28 @@ class Objective(abc.ABC):
     ) -> tuple[Params, dict[str, jax.Array]]:
         """Updates running statistics among the parameters with the metrics of a step.
 
-        Returns the parameters, and the metrics without those that it needs alone.
+        It comes after the update, and may bound parameters too. Returns the parameters, and the
+        metrics without those that it needs alone.
         """
         return params, metrics
+
+
+class CoupledObjective(Objective):
+    """An objective whose loss compares the examples of a batch with one another.
+
+    Losses of micro-batches would be of fewer comparisons, so the step encodes a batch in
+    micro-batches and takes one loss of all; see `training.step.couple_gradients`.
+    """
+
+    @abc.abstractmethod
+    def encode(self, params: Params, batch: Batch, rng: jax.Array) -> Any:
+        """Encodes an augmented (micro-)batch: a pytree of arrays `[batch, ...]`, row by row."""
+
+    @abc.abstractmethod
+    def combine(self, params: Params, encoded: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Computes what `loss` returns from what `encode` gives for the whole batch."""
+
+    def loss(
+        self, params: Params, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return self.combine(params, self.encode(params, batch, rng))

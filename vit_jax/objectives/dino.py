@@ -98,6 +98,7 @@ class Dino(ImageObjective):
 
     classifies = False
     keeps_average = True
+    needs_labels = False
 
     @property
     def objective_params(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """All objectives, by the name that a config gives them."""
 
-from vit_jax.objectives.dino import make_dino
+from vit_jax.objectives.contrastive import make_contrastive
 from vit_jax.objectives.distillation import make_distillation
+from vit_jax.objectives.dino import make_dino
 from vit_jax.objectives.linear_probe import make_linear_probe
 from vit_jax.objectives.mae import make_mae
 from vit_jax.objectives.supervised import make_supervised
@@ -13,4 +14,5 @@ OBJECTIVES = {
     "mae": make_mae,
     "dino": make_dino,
     "linear_probe": make_linear_probe,
+    "contrastive": make_contrastive,
 }

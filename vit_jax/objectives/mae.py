@@ -47,6 +47,7 @@ class MaskedAutoencoder(ImageObjective):
 
     objective_params = ("decoder",)
     classifies = False
+    needs_labels = False
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         images = self.normalize(batch["image"][:1])
@@ -192,6 +193,7 @@ def make_mae(
         dtype=model.dtype,
         float8=model.float8,
         attention=model.attention,
+        blocks=model.blocks,
         constrain=model.constrain,
     )
     decoder = MaskedDecoder(

@@ -10,6 +10,7 @@ import optax
 from optax import contrib
 
 from vit_jax.optim.base_optimizers import BaseOptimizer
+from vit_jax.optim.norms import clip_by_global_norm
 from vit_jax.optim.rules import DECAYED, ParamRules
 from vit_jax.optim.sam import Sam
 from vit_jax.optim.schedules import ScheduleOptions, cosine_between
@@ -39,6 +40,7 @@ class Optimizer:
       weight_decay_end: that of the last update; None for the same.
       sam: sharpness-aware minimisation in the train step; None for the plain gradient.
       averaging: as in `BaseOptimizer`.
+      sharded: whether parameters, gradients or the state of `tx` are split over devices.
     """
 
     tx: optax.GradientTransformation
@@ -52,6 +54,7 @@ class Optimizer:
     weight_decay_end: float | None = None
     sam: Sam | None = None
     averaging: float | None = None
+    sharded: bool = False
 
     def gradient_point(self, opt_state: Any, trained: Any) -> Any:
         """Returns the parameters at which gradients are taken, given the state of `tx`.
@@ -69,6 +72,7 @@ def make_optimizer(
     base: BaseOptimizer,
     total_steps: int,
     clock: Clock | None = None,
+    sharded: bool = False,
     lr: float,
     lr_scaling: LrScaling = "none",
     base_batch_size: int | None = None,
@@ -94,6 +98,7 @@ def make_optimizer(
       total_steps: length of the schedule in updates.
       clock: batch size and length of an epoch; required by `lr_scaling` and by durations in epochs
         or examples.
+      sharded: whether parameters, gradients or their state are split over devices.
       lr: peak learning rate.
       lr_scaling: how `lr` follows the batch size: times data.batch_size / base_batch_size
         ("linear"), the square root of that ("sqrt"), or not at all ("none").
@@ -162,12 +167,15 @@ def make_optimizer(
     if weight_decay_end is not None:
         end = _relative_decay(weight_decay_end, weight_decay_times, peak, base)
     starts = [_count_steps(pattern, d, clock, total_steps) for pattern, d in train_after]
+    clip = None
+    if grad_clip_norm is not None:
+        clip = _clip(grad_clip_norm, rules, sharded=sharded)
     tx = _make_chain(
         base,
         decay,
         rates,
         rules,
-        grad_clip_norm,
+        clip,
         decay_schedule=None if end is None else cosine_between(decay, end, total_steps),
         starts=starts,
         multiply_first=weight_decay_times != "lr",
@@ -184,6 +192,7 @@ def make_optimizer(
         weight_decay_end=end,
         sam=None if sam is None else Sam(**bind(sam, Sam, key="optimizer.sam")[0]),
         averaging=base.averaging,
+        sharded=sharded,
     )
 
 
@@ -192,14 +201,14 @@ def _make_chain(
     decay: float,
     rates: list[optax.Schedule],
     rules: ParamRules,
-    grad_clip_norm: float | None,
+    clip: optax.GradientTransformation | None,
     *,
     decay_schedule: optax.Schedule | None,
     starts: list[int],
     multiply_first: bool,
 ) -> optax.GradientTransformation:
     """Chains all parts; multipliers that do not apply to weight decay come before it."""
-    clip = [] if grad_clip_norm is None else [_clip(grad_clip_norm, rules)]
+    clips = [] if clip is None else [clip]
     multiplied = rules.lr_multipliers or rules.layer_decay is not None
     scale = [_scale_by_factors()] if multiplied else []
     shrink = []
@@ -209,7 +218,7 @@ def _make_chain(
     if shrink and multiply_first:
         scale, shrink = [], [*scale, *shrink]
     hold = [_hold(starts, rules)] if starts else []
-    tx = optax.chain(*clip, base.tx, *shrink, *after, _scale_by_rates(rates, rules), *scale, *hold)
+    tx = optax.chain(*clips, base.tx, *shrink, *after, _scale_by_rates(rates, rules), *scale, *hold)
     if base.averaging is None:
         return tx
     return _schedule_free(tx, rates[0], base.averaging)
@@ -306,19 +315,22 @@ def _scale_by_rates(rates: list[optax.Schedule], rules: ParamRules) -> optax.Gra
     )
 
 
-def _clip(norm: float, rules: ParamRules) -> optax.GradientTransformation:
+def _clip(norm: float, rules: ParamRules, *, sharded: bool) -> optax.GradientTransformation:
     """Clips the gradients of each of the groups of `rules` to a norm."""
-    whole = optax.clip_by_global_norm(norm)
+    whole = clip_by_global_norm(norm, sharded=sharded)
     if not rules.clip_groups:
         return whole
+
+    def clip(part: Any) -> Any:
+        return whole.update(part, optax.EmptyState())[0] if jax.tree.leaves(part) else part
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         rest: Any = updates
         clipped: Any = {}
         for group in range(len(rules.clip_groups)):
             part, rest = partition(rest, lambda path, g=group: rules.clip_group(path) == g)
-            clipped = merge(clipped, whole.update(part, optax.EmptyState())[0])
-        return merge(whole.update(rest, optax.EmptyState())[0], clipped), state
+            clipped = merge(clipped, clip(part))
+        return merge(clip(rest), clipped), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

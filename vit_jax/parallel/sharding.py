@@ -22,7 +22,7 @@ from vit_jax.utils.tree import flatten, path_str
 # Path of a parameter, and the dimension that is split over `tensor`, counted from the last because
 # blocks may be stacked along a leading one. The second number is the dimension to use if the first
 # does not divide: a head of 21,843 classes is then stored by rows, and its logits are still split
-# over classes.
+# over classes; embeddings of a vocabulary of odd size are stored by columns.
 _MLP = r"(MlpBlock_0|token_mixing|channel_mixing)"
 TENSOR_RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
     (r"MultiHeadDotProductAttention_0/(query|key|value)/(kernel|bias)$", (-2,)),
@@ -32,6 +32,7 @@ TENSOR_RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
     (r"(^|/)pre_logits/kernel$", (-1, -2)),
     (r"(^|/)(head|head_dist)/kernel$", (-1, -2)),
     (r"(dino|ibot)_head/prototypes/kernel$", (-1, -2)),
+    (r"(^|/)Embed_0/embedding$", (-2, -1)),
 )
 # Parameters of blocks that are stacked along their first dimension. It is not split, since each
 # step of the scan over it takes one layer.
@@ -44,6 +45,7 @@ ACTIVATION_AXES = {
     "heads": "tensor",
     "mlp": "tensor",
     "classes": "tensor",
+    "vocabulary": "tensor",
 }
 
 # Bytes from which a copy on every device is reported, if the mesh has axes to avoid it.

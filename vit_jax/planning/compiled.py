@@ -17,6 +17,7 @@ import jax
 from vit_jax.observe.provenance import find_version
 from vit_jax.planning.gpus import GPU_PLUGINS
 from vit_jax.planning.topologies import Topology, find_compiler
+from vit_jax.runtime.compiler_options import compiler_options
 from vit_jax.training.experiment import Experiment
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -58,7 +59,9 @@ def compile_step(
     train_step: Any = experiment.train_step
     for_gpus = find_compiler(list(experiment.mesh.devices.flat)) == "gpu"
     lowered = train_step.lower(experiment.abstract_state, experiment.abstract_batch)
-    key = _key(lowered.as_text(), topology, for_gpus)
+    # Flags of XLA are not part of the program.
+    flags = os.environ.get("XLA_FLAGS", ""), compiler_options(experiment.mesh.devices.flat[0])
+    key = _key(lowered.as_text(), topology, for_gpus, flags if for_gpus else ())
     path = None if cache is None else cache / f"{key}.json.gz"
     if path is not None and path.exists():
         with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -127,8 +130,8 @@ def did_not_fit(arguments: int, message: str, seconds: float) -> CompiledStep:
     return CompiledStep(arguments, temp, peak, seconds, "", " ".join(message.split())[:1000])
 
 
-def _key(program: str, topology: Topology, for_gpus: bool) -> str:
+def _key(program: str, topology: Topology, for_gpus: bool, flags: Any) -> str:
     compiler = GPU_PLUGINS if for_gpus else ("libtpu",)
     versions = {name: find_version(name) for name in ("jax", "jaxlib", *compiler)}
-    text = json.dumps([topology.name, topology.num_slices, versions, program])
+    text = json.dumps([topology.name, topology.num_slices, versions, program, *flags])
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from vit_jax.models.flops import count_flops, train_flops
@@ -75,9 +74,8 @@ def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | No
     compiler = find_compiler(devices)
     experiment = Experiment.from_config(config, devices=devices)
     memory = estimate_memory(experiment)
-    traced = jax.make_jaxpr(experiment.train_step)(
-        experiment.abstract_state, experiment.abstract_batch
-    )
+    train_step: Any = experiment.train_step
+    traced = train_step.trace(experiment.abstract_state, experiment.abstract_batch).jaxpr
     step, cached = compile_step(experiment, topology, cache=cache)
     count, batch_size = topology.num_devices, experiment.train_data.batch_size
     image_size = experiment.train_data.image_shape()[:2]

@@ -119,9 +119,16 @@ def _describe_data(experiment: Experiment) -> Iterator[tuple[str, str]]:
         shape = "x".join(map(str, spec.image_shape()))
         yield (
             f"{name} data",
-            f"{_describe_split(spec, train=name == 'train')}, {spec.info.num_classes:,} classes, "
+            f"{_describe_split(spec, train=name == 'train')}, {_describe_content(spec)}, "
             f"batches of {spec.batch_size:,} of {shape}, {describe_size(memory)} of memory{when}",
         )
+
+
+def _describe_content(spec: DatasetSpec) -> str:
+    tokenizer = spec.find_tokenizer()
+    found = [f"{spec.info.num_classes:,} classes"] * bool(spec.info.num_classes)
+    found += [f"captions as {tokenizer.describe()}"] if tokenizer else []
+    return " and ".join(found) or "no labels"
 
 
 def _describe_split(spec: DatasetSpec, *, train: bool) -> str:
@@ -186,7 +193,8 @@ def _describe_steps(
 
 def _check_records(experiment: Experiment, folder: Path, saved: int) -> None:
     """Raises `UserError` if the run can't resume with the records of its data."""
-    data = fingerprint(experiment.train_data.open())
+    train_data = experiment.train_data
+    data = fingerprint(train_data.open(), train_data.find_tokenizer())
     before = read_run(folder / layout.CHECKPOINTS / str(saved))
     now = describe_run(experiment.config, data=data)
     check_data(str(folder), before, now, experiment.settings.resume)

@@ -25,12 +25,14 @@ from vit_jax.checkpoint.state import TrainState
 from vit_jax.config.build import Parts, build_parts
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.pipeline import train_batches
-from vit_jax.models.interface import find_grid
+from vit_jax.models.interface import Model, find_grid
 from vit_jax.models.lora import NAME as LORA
+from vit_jax.models.two_towers import TOWERS, TwoTowers
 from vit_jax.objectives.base import Params
 from vit_jax.observe.console import log
 from vit_jax.parallel.mesh import batch_sharding, process_shards, shard_batch
 from vit_jax.parallel.sharding import constrain, infer_shardings, scatter_gradients
+from vit_jax.runtime.compiler_options import compiler_options
 from vit_jax.training import step as step_lib
 from vit_jax.utils.errors import UserError, name_key
 from vit_jax.utils.registry import is_part
@@ -44,9 +46,27 @@ _NO_PART_OF_A_MODEL = (
     "scan",
     "remat",
     "attention",
+    "blocks",
     "float8",
     "lora",
 )
+
+
+def _list_arguments(model: Model) -> dict[str, Any]:
+    """Returns what a model of this package computes, by the arguments of its constructor."""
+    if isinstance(model, TwoTowers):
+        towers = {TOWERS[part]: _list_arguments(tower) for part, tower in model.towers.items()}
+        own = {"width": model.img.num_classes or None, "dtype": model.img.dtype}
+        own |= {"scale_init": model.scale_init, "bias_init": model.bias_init, "num_classes": 0}
+        for tower in towers.values():
+            for name in ("num_classes", "dtype"):  # These are arguments of the whole.
+                del tower[name]
+        return own | towers
+    return _without_run({f.name: getattr(model, f.name) for f in dataclasses.fields(model)})
+
+
+def _without_run(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in arguments.items() if k not in _NO_PART_OF_A_MODEL}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,10 +262,8 @@ class Experiment(Parts):
     def description(self) -> dict[str, Any]:
         """The description that each checkpoint holds, as JSON: see the attributes of `Weights`."""
         settings, name = self.settings, self.settings.model["name"]
-        fields = [field.name for field in dataclasses.fields(self.model)]
         # A constructor outside of this package may take other arguments than its module has.
-        stated = settings.model if is_part(name) else {k: getattr(self.model, k) for k in fields}
-        model = {k: v for k, v in stated.items() if k not in _NO_PART_OF_A_MODEL}
+        model = _without_run(settings.model) if is_part(name) else _list_arguments(self.model)
         outside = is_part(name) or is_part(settings.objective["name"])
         evaluated = self.evaluators[0].data if self.evaluators else self.train_data
         loss = settings.objective.get("loss")  # An objective from outside may have others.
@@ -260,8 +278,15 @@ class Experiment(Parts):
             },
             "class_names": self.train_data.info.class_names,
             "loss": loss if loss in get_args(Loss) else None,
+            **self._describe_tokenizer(),
             **({"lora": dataclasses.asdict(settings.lora)} if settings.lora.rank else {}),
         }
+
+    def _describe_tokenizer(self) -> dict[str, Any]:
+        tokenizer = self.train_data.find_tokenizer()
+        if tokenizer is None:
+            return {}
+        return {"tokenizer": {"line": self.train_data.tokenizer, "sha256": tokenizer.sha256}}
 
     @functools.cached_property
     def train_step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -281,7 +306,11 @@ class Experiment(Parts):
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         placed = (shardings, batch_sharding(self.mesh))
-        options: dict[str, Any] = {"out_shardings": (shardings, replicated), "donate_argnums": 0}
+        options: dict[str, Any] = {
+            "out_shardings": (shardings, replicated),
+            "donate_argnums": 0,
+            "compiler_options": compiler_options(self.mesh.devices.flat[0]),
+        }
         constants = self.objective.constants()
         if not constants:
             return jax.jit(step, in_shardings=placed, **options)

@@ -33,24 +33,27 @@ def preview_images(
     return images
 
 
-def preview_first_batch(experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
+def preview_first_batch(experiment: Experiment) -> tuple[np.ndarray, np.ndarray | None]:
     """The images of the first step as the model sees them, and their labels or targets.
 
     Returns:
       Images, uint8 `[batch, height, width, 3]`, and what the model learns of them: targets, float32
-      `[batch, classes]`, or, if the objective has none, the labels of the data.
+      `[batch, classes]`, or, if the objective has none, the labels of the data, or None without.
     """
     return _augment(experiment, next(experiment.train_batches(0)))
 
 
-def _augment(experiment: Experiment, batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def _augment(
+    experiment: Experiment, batch: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray | None]:
     rng, _ = jax.random.split(step_rng(experiment.settings.seed, 0))
     augmented = experiment.objective.augment(dict(batch), rng)
-    images, targets = augmented["image"], np.asarray(augmented.get("target", batch["label"]))
+    images, targets = augmented["image"], augmented.get("target", batch.get("label"))
     args = experiment.settings.objective
     mean, std = (args.get(key, 0.5) for key in ("pixel_mean", "pixel_std"))
     pixels = np.asarray(images) * std + mean
-    return np.round(255 * pixels.clip(0, 1)).astype(np.uint8), targets
+    learned = None if targets is None else np.asarray(targets)
+    return np.round(255 * pixels.clip(0, 1)).astype(np.uint8), learned
 
 
 def _local_rows(x: jax.Array, count: int) -> np.ndarray:

@@ -140,6 +140,8 @@ def check_data(
     if before.get("data") in (None, now["data"]):
         return
     what = f"data.content is {before['data']} there and {now['data']} here: other records or labels"
+    if now.get("config", {}).get("data", {}).get("tokenizer"):
+        what += ", or other captions or another vocabulary,"
     if not resume.allows(CONTENT):
         raise UserError(
             f"--workdir={path!r}: {what} than those that it was trained on; bring them back, or "

@@ -29,6 +29,7 @@ from vit_jax.config.schema import read_section
 from vit_jax.data.fingerprint import fingerprint
 from vit_jax.data.pipeline import plan_buffers
 from vit_jax.evaluators.base import Evaluator
+from vit_jax.models.two_towers import TOWERS
 from vit_jax.observe.console import log, log_progress
 from vit_jax.observe.divergence import DivergedError
 from vit_jax.observe.ledger import Ledger
@@ -259,7 +260,8 @@ def _prepare(
         log(f"images: {', '.join(sizes)}")
         input_bytes = _count_input_bytes(experiment)
         if main_process:
-            data = fingerprint(experiment.train_data.open())
+            train_data = experiment.train_data
+            data = fingerprint(train_data.open(), train_data.find_tokenizer())
             checkpoints.run = describe_run(experiment.config, data=data)
             before = checkpoints.read_run()
             check_data(str(folder), before, checkpoints.run, settings.resume)
@@ -333,7 +335,8 @@ def _report_start(
         rates=describe_rates(experiment.optimizer),
     )
     kind = experiment.mesh.devices.flat[0].device_kind
-    float8 = getattr(experiment.model, "float8", False)
+    towers = getattr(experiment.model, "towers", {"": experiment.model})
+    float8 = any(getattr(tower, "float8", False) for tower in towers.values())
     if float8 and not ((chip := find_chip(kind)) and chip.float8):
         log(f"precision=float8: {kind} is not known to multiply in float8: emulated, and slow")
     for note in notes:
@@ -343,20 +346,30 @@ def _report_start(
 
 
 def _describe_model(experiment: Experiment) -> str:
-    """Name and sizes of a model, as far as it has those of a Transformer of patches."""
-    model, sizes = experiment.model, []
+    """Name and sizes of a model, as far as it has those of a Transformer of patches or tokens."""
+    model = experiment.model
+    sizes = _list_sizes(model)
+    if hasattr(model, "towers"):
+        sizes = [f"{TOWERS[p]} ({', '.join(_list_sizes(x))})" for p, x in model.towers.items()]
+    height, width = experiment.train_data.image_shape()[:2]
+    return ", ".join([experiment.config["model"]["name"], *sizes, f"images {height}x{width}"])
+
+
+def _list_sizes(model: Any) -> list[str]:
+    sizes = []
     for name, text in (
         ("num_layers", "layers {}"),
         ("hidden_size", "width {}"),
         ("num_heads", "heads {}"),
+        ("context_length", "tokens {}"),
+        ("vocab_size", "vocabulary {:,}"),
     ):
         if isinstance(size := getattr(model, name, None), int):
             sizes.append(text.format(size))
     patch = getattr(model, "stride", getattr(model, "patch_size", None))
     if isinstance(patch, tuple):
         sizes.append(f"patches {'x'.join(map(str, patch))}")
-    height, width = experiment.train_data.image_shape()[:2]
-    return ", ".join([experiment.config["model"]["name"], *sizes, f"images {height}x{width}"])
+    return sizes
 
 
 def make_longer_command(command: str, experiment: Experiment, *, stopped: bool = False) -> str:

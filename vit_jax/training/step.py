@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from vit_jax.checkpoint.state import TrainState
-from vit_jax.objectives.base import Batch, Objective, Params
+from vit_jax.objectives.base import Batch, CoupledObjective, Objective, Params
 from vit_jax.optim import averages
 from vit_jax.optim.averages import EmaWarmup
+from vit_jax.optim.norms import global_norm, norms
 from vit_jax.optim.optimizer import Optimizer
 from vit_jax.utils.tree import flatten, merge
 
@@ -103,17 +104,22 @@ def train_step(
 
     given = {**(constants or {}), **objective.step_inputs(state.step, state.ema_params)}
 
-    # A function of the trained parameters alone: the frozen ones need no backward pass.
-    def loss(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Any]:
-        return objective.loss({**merge(params, frozen), **given}, batch, rng)
+    # Functions of the trained parameters alone: the frozen ones need no backward pass.
+    def complete(params: Params) -> Params:
+        return {**merge(params, frozen), **given}
 
+    def loss(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Any]:
+        return objective.loss(complete(params), batch, rng)
+
+    gradients: Any = functools.partial(accumulate_gradients, loss)
+    if isinstance(objective, CoupledObjective) and optimizer.accum_steps > 1:
+        gradients = functools.partial(
+            couple_gradients,
+            lambda params, *rest: objective.encode(complete(params), *rest),
+            lambda params, encoded: objective.combine(complete(params), encoded),
+        )
     gradients = functools.partial(
-        accumulate_gradients,
-        loss,
-        batch=batch,
-        rng=loss_rng,
-        steps=optimizer.accum_steps,
-        split=split,
+        gradients, batch=batch, rng=loss_rng, steps=optimizer.accum_steps, split=split
     )
     lr = jnp.asarray(optimizer.schedule(state.step), jnp.float32)
     point = optimizer.gradient_point(state.opt_state, trained)
@@ -129,8 +135,8 @@ def train_step(
     params, metrics = objective.update_statistics(merge(trained, frozen), statistics)
     metrics |= {
         "lr": lr,
-        "grad_norm": optax.tree.norm(grads),
-        "param_norm": optax.tree.norm(params),
+        "grad_norm": global_norm(grads, sharded=optimizer.sharded),
+        "param_norm": global_norm(params, sharded=optimizer.sharded, updated=True),
     }
     ema_params = state.ema_params
     if ema_params is not None:
@@ -149,7 +155,7 @@ def train_step(
         old = (state.params, state.opt_state, state.ema_params)
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     if on_divergence is not None:
-        metrics["grad_norms"] = _norms_by_layer(grads)
+        metrics["grad_norms"] = _norms_by_layer(grads, sharded=optimizer.sharded)
     return TrainState(state.step + 1, *new), metrics
 
 
@@ -160,14 +166,15 @@ def layer_names(params: Params) -> list[str]:
 
 def _layer(path: str) -> str:
     parts = path.split("/")[:-1] or [path]
-    return "/".join(parts[:2] if "encoderblock" in parts[min(1, len(parts) - 1)] else parts[:1])
+    depths = (depth for depth, part in enumerate(parts, 1) if "encoderblock" in part)
+    return "/".join(parts[: next(depths, 1)])
 
 
-def _norms_by_layer(grads: Params) -> jax.Array:
-    squares: dict[str, Any] = dict.fromkeys(layer_names(grads), 0.0)
+def _norms_by_layer(grads: Params, *, sharded: bool) -> jax.Array:
+    groups: dict[str, list[jax.Array]] = {layer: [] for layer in layer_names(grads)}
     for path, leaf in flatten(grads).items():
-        squares[_layer(path)] += jnp.sum(jnp.square(leaf.astype(jnp.float32)))
-    return jnp.sqrt(jnp.stack(list(squares.values())))
+        groups[_layer(path)].append(leaf)
+    return norms(list(groups.values()), sharded=sharded)
 
 
 def accumulate_gradients(
@@ -193,17 +200,62 @@ def accumulate_gradients(
     if steps == 1:
         return grad_fn(params, batch, rng)
 
-    def micro_batches(x: jax.Array) -> jax.Array:
-        # Every steps-th row, so that each micro-batch is sharded over all devices like the batch.
-        return split(x.reshape(x.shape[0] // steps, steps, *x.shape[1:]).swapaxes(0, 1))
-
     def body(total: Any, xs: Any) -> tuple[Any, None]:
         i, micro = xs
         out = grad_fn(params, micro, jax.random.fold_in(rng, i))
         return jax.tree.map(jnp.add, total, out), None
 
-    micro = jax.tree.map(micro_batches, batch)
+    micro = _cut(batch, steps, split)
     shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], micro), rng)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(body, zeros, (jnp.arange(steps), micro))
     return jax.tree.map(lambda x: x / steps, total)
+
+
+def couple_gradients(
+    encode: Callable[[Params, Batch, jax.Array], Any],
+    combine: Callable[[Params, Any], tuple[jax.Array, dict[str, jax.Array]]],
+    params: Params,
+    batch: Batch,
+    rng: jax.Array,
+    *,
+    steps: int,
+    split: Callable[[jax.Array], jax.Array],
+) -> tuple[Params, dict[str, jax.Array]]:
+    """Gradient of one loss of a whole batch that is encoded in micro-batches, and its metrics.
+
+    It is that of the large batch, with the memory of a micro-batch: the forward pass keeps only the
+    encoded rows, and the backward pass encodes each micro-batch again, with the same key, before it
+    differentiates it. Source: arXiv:2101.06983 (GradCache).
+
+    Args:
+      encode: gives a pytree of arrays `[rows, ...]` for as many rows of a batch.
+      combine: gives a float32 scalar to be differentiated, and float32 scalars by name, from the
+        encoded rows of the batch, in its order.
+      params, batch, rng, steps, split: as in `accumulate_gradients`.
+    """
+    micro = _cut(batch, steps, split)
+    encode = jax.checkpoint(encode)
+
+    def join(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+    def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def body(_: None, xs: Any) -> tuple[None, Any]:
+            i, micro = xs
+            return None, encode(params, micro, jax.random.fold_in(rng, i))
+
+        _, encoded = jax.lax.scan(body, None, (jnp.arange(steps), micro))
+        return combine(params, jax.tree.map(join, encoded))
+
+    return jax.grad(loss, has_aux=True)(params)
+
+
+def _cut(batch: Batch, steps: int, split: Callable[[jax.Array], jax.Array]) -> Batch:
+    """Arrays `[steps, batch / steps, ...]` of micro-batches.
+
+    Each has every steps-th row, so that it is sharded over all devices like the batch.
+    """
+    return jax.tree.map(
+        lambda x: split(x.reshape(x.shape[0] // steps, steps, *x.shape[1:]).swapaxes(0, 1)), batch
+    )

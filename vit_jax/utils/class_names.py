@@ -50,8 +50,8 @@ def format_names(names: Sequence[str]) -> str:
     return "".join(f"{name}\n" for name in names)
 
 
-def read_names(path: Path, *, key: str) -> tuple[str, ...]:
-    """Reads a file with a class name a line, in UTF-8 or, with its mark, UTF-16.
+def read_names(path: Path, *, key: str, what: str = "class name") -> tuple[str, ...]:
+    """Reads a file with a class name (or other text) a line, in UTF-8 or, with its mark, UTF-16.
 
     Lines may end as on any system, the last one need not end, and empty lines at the end are left
     out. A file in neither encoding is read as Windows-1252, which extends Latin-1, and that is
@@ -60,6 +60,7 @@ def read_names(path: Path, *, key: str) -> tuple[str, ...]:
     Args:
       path: of the file.
       key: names the file in errors, such as "--labels=names.txt".
+      what: what a line holds, for errors.
 
     Returns:
       The names, in Unicode form NFC; none of an empty file.
@@ -76,8 +77,8 @@ def read_names(path: Path, *, key: str) -> tuple[str, ...]:
         lines.pop()
     for number, line in enumerate(lines, 1):
         if not line.strip() or "\0" in line or len(line) > _MAX_NAME:
-            what = "no text" if line.strip() else "empty"
-            raise UserError(f"{key}: line {number} is {what}: expected a class name a line")
+            found = "no text" if line.strip() else "empty"
+            raise UserError(f"{key}: line {number} is {found}: expected a {what} a line")
     return tuple(map(normalize_name, lines))
 
 

@@ -64,6 +64,16 @@ _KNOWN = {
         is_share=True,
         meaning="accuracy of the vote of so many nearest neighbours among the training images.",
     ),
+    r"image_to_text_recall\d+": Metric(
+        "recall",
+        is_share=True,
+        meaning="the share of images with one of their captions among so many most similar ones.",
+    ),
+    r"text_to_image_recall\d+": Metric(
+        "recall",
+        is_share=True,
+        meaning="the share of captions whose image is among so many most similar ones.",
+    ),
     r"lr": Metric("learning rate"),
     r"images_per_sec": Metric("images/s"),
     r"step_ms": Metric("milliseconds"),

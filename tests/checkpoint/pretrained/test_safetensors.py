@@ -612,8 +612,8 @@ def test_names_of_the_original_dinov2_are_those_of_timm(tmp_path):
         (
             "timm_vit",
             {},
-            {"architecture": "x", "model_args": {"act_layer": "quick_gelu"}},
-            "act_layer='quick_gelu'",
+            {"architecture": "x", "model_args": {"act_layer": "relu"}},
+            "act_layer='relu'",
         ),
         ("hf_vit", {}, {"model_type": "vit", "hidden_act": "relu"}, "hidden_act='relu'"),
         ("hf_vit", {}, {"model_type": "vit", "pooler_act": "gelu"}, "pooler_act='gelu'"),

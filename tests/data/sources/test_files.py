@@ -14,6 +14,7 @@ from etils import epath
 
 from tests.images import encode, write_folder
 from vit_jax.data import sources
+from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
 from vit_jax.data.sources import dataset_info, files, open_source
 from vit_jax.utils.errors import UserError
@@ -715,3 +716,177 @@ def test_other_files_are_no_manifests(tmp_path):
         lambda: info("manifest:https://x.org/a.csv"), "'https://x.org/a.csv': expected a path, or"
     )
     refuse(lambda: info(f"manifest:{tmp_path}/list.csv"), "can't be read", "FileNotFoundError")
+
+
+# Captions
+
+
+def captions(name, split="train+validation+test"):
+    """The captions of each record by the name of its file."""
+    source = open_split(name, split)
+    return {os.path.basename(source.describe(i)): source.captions(i) for i in range(len(source))}
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Twelve images at two depths with texts beside them, but for 11.png, and other files."""
+    root = tmp_path / "pairs"
+    for number in range(12):
+        path = root / ("", "deeper")[number % 2] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(number))
+        if number < 11:
+            path.with_suffix(".txt").write_text(f"image {number}\n  the same, again \n\n")
+    (root / "README.txt").write_text("not a caption")
+    (root / "00.json").write_text("{}")
+    return root
+
+
+def test_texts_beside_images_are_captions(pairs, caplog):
+    caplog.set_level("INFO")
+    name = f"pairs:{pairs}"
+    assert (info(name).num_classes, info(name).captions) == (0, True)
+    want = {f"{n:02}.png": (f"image {n}", "the same, again") for n in range(11)}
+    assert captions(name) == want
+    assert open_split(name)[0].keys() == {"image"}
+    assert "left out 1 images without a text: deeper/11.png" in caplog.text
+    assert "cuts the images into 80 % train" in caplog.text
+
+
+def test_pairs_make_batches_without_labels(pairs):
+    data = spec(f"pairs:{pairs}", tokenizer="bytes(length=32)")
+    batch = next(train_batches(data, seed=0, step=0))
+    assert batch.keys() == {"image", "tokens"}
+    assert next(eval_batches(data)).keys() == {"image", "tokens", "mask"}
+
+
+def test_folders_of_splits_divide_pairs(pairs):
+    (pairs.parent / "split").mkdir()
+    (pairs / "deeper").rename(pairs.parent / "split" / "val")
+    pairs.rename(pairs.parent / "split" / "train")
+    name = f"pairs:{pairs.parent / 'split'}"
+    assert sorted(captions(name, "validation")) == [
+        "01.png",
+        "03.png",
+        "05.png",
+        "07.png",
+        "09.png",
+    ]
+    assert len(captions(name, "train")) == 6
+    (pairs.parent / "split" / "val").rename(pairs.parent / "split" / "more")
+    files.pairs_dataset.cache_clear()
+    refuse(lambda: info(name), "holds train and more", "folders of splits alone")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b" \n\t\n", "it has no caption"),
+        (b"\xff\xfea\x00", "its text can't be read: UnicodeDecodeError"),
+        (b"a" * 2**17, "a caption has 131,072 characters; expected at most 65,536"),
+        (b"a\n" * 2**20, "expected 1,048,576 at most"),
+    ],
+    ids=["empty", "not UTF-8", "long", "huge"],
+)
+def test_a_pair_with_a_bad_text_is_replaced_and_counted(content, words, pairs, caplog):
+    (pairs / "04.txt").write_bytes(content)
+    name = f"pairs:{pairs}"
+    data = dataclasses.replace(
+        spec(name, "train+validation+test", batch_size=11, tokenizer="bytes(length=8)"),
+        preprocess="decode|resize(8)",
+        num_threads=0,
+    )
+    counter = CorruptCounter()
+    batch = next(train_batches(data, seed=0, step=0, corrupt=counter))
+    assert (counter.counts.corrupt, counter.counts.lost) == (1, 0)
+    assert "04.png" in caplog.text
+    assert words in caplog.text
+    assert (batch["tokens"] > 0).any(axis=1).all()
+    assert next(eval_batches(data))["mask"].sum() == 10
+    # Where no captions are asked for, nothing is wrong with the image.
+    without = dataclasses.replace(data, tokenizer=None)
+    assert next(eval_batches(without))["mask"].sum() == 11
+
+
+def test_texts_beside_images_of_classes_are_captions_too(tmp_path):
+    root = write_folder(tmp_path / "animals", {"cat": 6, "dog": 6})
+    assert not info(f"folder:{root}").captions
+    for path in root.rglob("cat/*"):
+        path.with_suffix(".txt").write_text(f"a cat called {path.stem}")
+    files.folder_dataset.cache_clear()
+    found = info(f"folder:{root}")
+    assert (found.num_classes, found.captions) == (2, True)
+    source = open_split(f"folder:{root}", "train+validation+test")
+    texts = [source.captions(index) for index in range(12)]
+    assert sum(text[0].startswith("a cat called") for text in texts if text) == 6
+    assert sum(not text for text in texts) == 6
+
+
+def test_loose_pairs_are_no_folder_of_classes(tmp_path):
+    (tmp_path / "0.png").write_bytes(encode(0))
+    (tmp_path / "0.txt").write_text("nothing")
+    refuse(lambda: info(f"folder:{tmp_path}"), f"did you mean 'pairs:{tmp_path}'?")
+    refuse(lambda: info(str(tmp_path)), f"did you mean 'pairs:{tmp_path}'?")
+
+
+@pytest.mark.parametrize("there", ["nothing", "images"])
+def test_a_folder_without_pairs_is_refused(there, tmp_path):
+    if there == "images":
+        write_folder(tmp_path, {"cat": 2})
+    hint = [f"did you mean 'folder:{tmp_path}'?"] if there == "images" else []
+    refuse(lambda: info(f"pairs:{tmp_path}"), "none has its text beside it", *hint)
+    refuse(lambda: info("pairs:gs://bucket/x"), "list its images in a manifest")
+
+
+def write_captions(tmp_path, name, text):
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(encode(number))
+    (tmp_path / name).write_text(text)
+    return f"manifest:{tmp_path / name}"
+
+
+def test_a_manifest_may_have_captions_alone_or_with_labels(tmp_path):
+    rows = ['0.png,"a cat, asleep",', "1.png,,one", "2.png", '3.png,"""quoted""",three']
+    name = write_captions(tmp_path, "a.csv", "\n".join(["image,caption,caption_2", *rows]))
+    assert (info(name).num_classes, info(name).captions) == (0, True)
+    assert captions(name) == {
+        "0.png": ("a cat, asleep",),
+        "1.png": ("one",),
+        "2.png": (),
+        "3.png": ('"quoted"', "three"),
+    }
+    rows = [f"{n}.png\ta caption\t{'ab'[n % 2]}\ttrain" for n in range(4)]
+    name = write_captions(tmp_path, "b.tsv", "\n".join(["image\tcaption\tlabel\tsplit", *rows]))
+    assert (info(name).class_names, info(name).captions) == (("a", "b"), True)
+    record = open_split(name)[0]
+    assert record.keys() == {"image", "label"}
+
+
+def test_rows_of_json_may_lack_captions(tmp_path):
+    rows = [{"image": "0.png"}, {"image": "1.png", "captions": ["one", "uno"]}]
+    rows += [{"image": "2.png", "captions": None}, {"image": "3.png", "caption": "three"}]
+    name = write_captions(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert captions(name) == {
+        "0.png": (),
+        "1.png": ("one", "uno"),
+        "2.png": (),
+        "3.png": ("three",),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "image,caption\n0.png,a cat, asleep\n", ["row 1", "a comma is quoted"]),
+        ("a.csv", 'image,caption\n0.png,"open\n1.png,b\n', ["can't be read", "quotation marks"]),
+        ("a.csv", 'image,caption\n0.png,"a"b\n1.png,b\n', ["line 2", "quotation marks"]),
+        ("a.csv", 'image,caption\n0.png,a\n1.png,"a"b\n', ["line 3", "quotation marks"]),
+        ("a.csv", f"image,caption\n0.png,{'a' * 2**18}\n", ["can't be read", "field limit"]),
+        ("a.jsonl", '{"image": "0.png", "caption": 3}\n', ["row 1: caption", "a text or a list"]),
+        ("a.jsonl", '{"image": "0.png", "captions": ["a", 3]}\n', ["row 1: captions", "a text"]),
+        ("a.csv", "image,captoin\n0.png,b\n", ["unknown column 'captoin'", "did you mean"]),
+    ],
+)
+def test_captions_of_a_manifest_that_will_not_do_are_refused(name, text, words, tmp_path):
+    written = write_captions(tmp_path, name, text)
+    refuse(lambda: info(written), *words)

@@ -325,3 +325,55 @@ def test_what_is_no_file_or_empty_is_refused(tmp_path):
     refuse(f"parquet:{tmp_path}/b.parquet", "can't be read")
     os.truncate(tmp_path / "b.parquet", 2**39)
     refuse(f"parquet:{tmp_path}/b.parquet", "are stored")
+
+
+# Captions
+
+
+def write_captions(folder, name="train-0.parquet", **columns):
+    table = pa.table({"image": [encode(n) for n in range(6)], **columns})
+    pq.write_table(table, folder / name, row_group_size=2)
+
+
+def captions_of(name):
+    source = open_source(name, "train", data_dir=None, key="split")
+    return [source.captions(index) for index in range(len(source))]
+
+
+@pytest.mark.parametrize("column", ["caption", "captions", "text"])
+def test_a_column_of_texts_is_the_captions(column, tmp_path):
+    texts = ["one", None, "", " three ", "four", "five"]
+    write_captions(tmp_path, **{column: texts})
+    info = dataset_info(f"parquet:{tmp_path}", data_dir=None)
+    assert (info.num_classes, info.captions) == (0, True)
+    want = [("one",), (), (), ("three",), ("four",), ("five",)]
+    assert captions_of(f"parquet:{tmp_path}") == want
+
+
+def test_captions_may_be_in_several_columns_and_in_lists(tmp_path):
+    lists = pa.array([["a", "b"], [], None, ["c"], ["d", None], ["e"]])
+    names = pa.array(list("vwxyzv")).dictionary_encode()
+    write_captions(tmp_path, "train-0.parquet", short=names, long=lists, label=[0, 1] * 3)
+    write_captions(tmp_path, "train-1.parquet", short=names, long=lists, label=[1, 0] * 3)
+    name = f"parquet:{tmp_path}#caption=long+short"
+    info = dataset_info(name, data_dir=None)
+    assert (info.num_classes, info.captions) == (2, True)
+    want = [("a", "b", "v"), ("w",), ("x",), ("c", "y"), ("d", "z"), ("e", "v")]
+    assert captions_of(name) == want * 2
+    assert not dataset_info(f"parquet:{tmp_path}", data_dir=None).captions
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ("caption=nothing", ["expected nothing for the caption"]),
+        ("caption=number", ["column number is int64", "a text or a list of texts"]),
+        ("caption=title,label=nothing", ["expected nothing for the label"]),
+    ],
+)
+def test_columns_that_hold_no_captions_are_refused(columns, words, tmp_path):
+    write_captions(tmp_path, title=list("abcdef"), number=list(range(6)))
+    with pytest.raises(UserError) as error:
+        dataset_info(f"parquet:{tmp_path}#{columns}", data_dir=None)
+    for word in words:
+        assert word in str(error.value)

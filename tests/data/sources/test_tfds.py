@@ -38,6 +38,54 @@ class Sentences(tfds.core.GeneratorBasedBuilder):
         yield from ()
 
 
+class Moments(tfds.core.GeneratorBasedBuilder):
+    """Images with captions and without labels, in the form of `coco_captions`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "captions": tfds.features.Sequence({"id": np.int64, "text": np.str_}),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"val": self._generate_examples()}
+
+    def _generate_examples(self):
+        png = cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1].tobytes()
+        for i in range(3):
+            texts = [{"id": k, "text": f" öl {i} {k}" if k else ""} for k in range(i + 1)]
+            yield i, {"image": png, "captions": texts}
+
+
+def test_captions_may_be_a_sequence_of_features(tmp_path):
+    info = dataset_info("moments", data_dir=str(tmp_path))
+    assert (info.num_classes, info.captions) == (0, True)
+    source = open_source("moments", "val", data_dir=str(tmp_path), key="split")
+    found = sorted(source.captions(index) for index in range(3))
+    assert found == [(), ("öl 1 1",), ("öl 2 1", "öl 2 2")]
+    assert source[0].keys() == {"image", "text"}
+
+
+@pytest.mark.parametrize(
+    ("feature", "found"),
+    [
+        (tfds.features.Text(), "caption"),
+        (tfds.features.Sequence(tfds.features.Text()), "caption"),
+        (tfds.features.Tensor(shape=(), dtype=np.str_), "caption"),
+        (tfds.features.Scalar(np.int64), None),
+        (tfds.features.Sequence(np.int64), None),
+        (tfds.features.FeaturesDict({"words": tfds.features.Text()}), None),
+    ],
+    ids=repr,
+)
+def test_features_of_texts_are_captions(feature, found):
+    assert tfds_source.find_captions({"caption": feature}) == found
+    assert tfds_source.find_captions({"name": feature}) is None
+
+
 def test_a_dataset_that_is_not_prepared_leaves_no_temporary_folder(tmp_path, monkeypatch):
     temporary = tmp_path / "tmp"
     temporary.mkdir()
@@ -89,7 +137,7 @@ def test_a_source_survives_pickling(data_dir):
     [
         ("digitz", ["data.name='digitz'", "no TFDS dataset", "did you mean 'digits'?"]),
         ("digits:9.9.9", ["data.name='digits:9.9.9'", "9.9.9"]),
-        ("sentences", ["data.name='sentences'", "['text']", "an 'image' and a class 'label'"]),
+        ("sentences", ["data.name='sentences'", "['text']", "'image', and a class 'label'"]),
     ],
 )
 def test_a_dataset_that_will_not_do_is_refused(name, words, tmp_path):

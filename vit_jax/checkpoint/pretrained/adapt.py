@@ -4,27 +4,30 @@
 Any other difference is an error, since a model that is loaded in part would train all the same.
 """
 
+import dataclasses
+import functools
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
 
 from vit_jax.checkpoint.pretrained.embedding import change_channels, resize_patches
+from vit_jax.checkpoint.pretrained.towers import TEXT, has_towers, put_part, take_part, take_tower
 from vit_jax.checkpoint.pretrained.weights import (
     OBJECTIVE_PARAMS,
     POSEMB,
     REGISTERS,
     Weights,
     find_grid,
-    is_stacked,
     stack_blocks,
     unstack_blocks,
 )
 from vit_jax.models.positions import FIXED_POSITIONS, Method, fixed_positions, resize_posemb
+from vit_jax.models.two_towers import TOWERS
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.nested import as_tuples
 from vit_jax.utils.registry import is_part
@@ -45,6 +48,11 @@ _ARGUMENTS = (
     "rope_reference_grid",
     "position_embedding",
     "num_heads",
+    "pre_norm",
+    "embedding_bias",
+    "causal",
+    "pooling",
+    "eot_id",
 )
 
 # Arguments of models whose differences are adapted, or do not matter for the parameters.
@@ -75,6 +83,8 @@ def adapt_params(
     - The position embedding of a class token is loaded, dropped or initialised with the token.
     - The first convolution is changed to another patch size and number of channels (`embedding`).
     - Parameters that `dont_load` names are initialised, or dropped if the model lacks them.
+    - Of a model of two towers, each tower is fitted in this way. Weights of one tower alone, such
+      as those of any Vision Transformer, fill that tower; everything else is initialised.
     - All other parameters must have the same path and shape on both sides.
 
     Args:
@@ -94,13 +104,40 @@ def adapt_params(
     Raises:
       UserError: the parameters do not fit; the message lists the first few by path.
     """
-    initial = traverse_util.flatten_dict(target, sep="/")
-    stacked = is_stacked(initial)
-    initial = unstack_blocks(initial)
+    like: _Flat = dict(traverse_util.flatten_dict(target, sep="/"))
+    initial = unstack_blocks(like)
+    weights, notes = _match_towers(weights, initial)
     params = dict(weights.params)
     # Each step changes `params` and returns one line for each decision.
+    notes += _leave_out(params, initial, dont_load)
+    fit = functools.partial(
+        _fit_tower,
+        target_grid=target_grid,
+        num_class_tokens=num_class_tokens,
+        posemb_resize=posemb_resize,
+    )
+    notes += (
+        _fit_towers(weights, params, initial, fit)
+        if has_towers(initial)
+        else fit(weights, params, initial)
+    )
+    _check_fit(params, initial)
+    fitted = {path: _cast(params[path], like=leaf) for path, leaf in initial.items()}
+    fitted = stack_blocks(fitted, like=like)
+    return traverse_util.unflatten_dict(fitted, sep="/"), notes
+
+
+def _fit_tower(
+    weights: Weights,
+    params: _Flat,
+    initial: _Flat,
+    *,
+    target_grid: tuple[int, int] | None,
+    num_class_tokens: int,
+    posemb_resize: Method | None,
+) -> list[str]:
+    """Fits the parameters of a model of images; see `adapt_params`."""
     notes = [
-        *_leave_out(params, initial, dont_load),
         *_fit_slots(params, initial, weights.params),
         *_fit_tokens(params, initial),
         *_fit_channels(params, initial),
@@ -117,12 +154,58 @@ def adapt_params(
             method=posemb_resize or weights.posemb_resize,
         )
     head_notes = _fit_head(params, initial)
-    notes += _fit_pre_logits(params, initial) + head_notes
-    _check_fit(params, initial)
-    fitted = {path: _cast(params[path], like=leaf) for path, leaf in initial.items()}
-    if stacked:
-        fitted = stack_blocks(fitted)
-    return traverse_util.unflatten_dict(fitted, sep="/"), notes
+    return notes + _fit_pre_logits(params, initial) + head_notes
+
+
+def _match_towers(weights: Weights, initial: _Flat) -> tuple[Weights, list[str]]:
+    """Returns weights with the towers of the model, and a note where they have only one."""
+    if has_towers(weights.params):
+        if not has_towers(initial):
+            raise UserError(
+                "init_from: these weights are of an image and a text tower: name the one to take, "
+                "as in FILE:img"
+            )
+        return weights, []
+    if not has_towers(initial):
+        if weights.model.get("name") == TEXT:
+            raise UserError(
+                "init_from: these weights are of a text tower, which only model.name='two_towers' "
+                "has"
+            )
+        return weights, []
+    part = "txt" if weights.model.get("name") == TEXT else "img"
+    own = put_part(weights.params, part)
+    rest = {path: x for path, x in initial.items() if not path.startswith(f"{part}/")}
+    others = ", ".join(sorted({path.partition("/")[0] for path in rest}))
+    model = {"name": "two_towers", TOWERS[part]: weights.model}
+    weights = dataclasses.replace(weights, params=own | rest, model=model)
+    return weights, [f"{part}: from the file; {others}: initialised"]
+
+
+def _fit_towers(
+    weights: Weights, params: _Flat, initial: _Flat, fit: Callable[..., list[str]]
+) -> list[str]:
+    notes = []
+    for part, section in TOWERS.items():
+        theirs, ours = take_part(params, part), take_part(initial, part)
+        if part == "img":
+            found = fit(take_tower(weights, part), theirs, ours) if section in weights.model else []
+        else:
+            found = _fit_head(theirs, ours)
+        # Their heads project to the width of the embeddings.
+        notes += [f"{part}: {note.replace(' classes', ' channels')}" for note in found]
+        for path in take_part(params, part):
+            del params[f"{part}/{path}"]
+        params |= put_part(theirs, part)
+    # The bias on the products is a part of some losses only.
+    if "b" in params and "b" not in initial:
+        del params["b"]
+        notes.append("b: none here: dropped")
+    for name in ("t", "b"):
+        if name in initial and name not in params:
+            params[name] = initial[name]
+            notes.append(f"{name}: none in the file: initialised")
+    return notes
 
 
 def check_arguments(weights: Weights, model: Any) -> None:
@@ -131,19 +214,40 @@ def check_arguments(weights: Weights, model: Any) -> None:
     Raises:
       UserError: an argument differs; the message has the overrides that set it as in the weights.
     """
-    theirs = {k: weights.model[k] for k in _ARGUMENTS if k in weights.model and hasattr(model, k)}
-    different = {k: value for k, value in theirs.items() if value != getattr(model, k)}
-    fixed = different.get("position_embedding") in FIXED_POSITIONS
-    if fixed and model.position_embedding == "learned":  # Learned ones start from the fixed ones.
-        del different["position_embedding"]
-    if different:
-        found = ", ".join(f"{k}={v!r} (here {getattr(model, k)!r})" for k, v in different.items())
-        values = {k: shlex.quote(str(v)) for k, v in different.items()}
-        overrides = " ".join(f"--config.model.{k}={v}" for k, v in values.items())
+    pairs = {"": (weights.model, model)}
+    if hasattr(model, "towers"):
+        single = {"text" if weights.model.get("name") == TEXT else "image": weights.model}
+        theirs = weights.model if weights.model.get("name") == "two_towers" else single
+        pairs = {
+            f"{section}.": (theirs.get(section, {}), model.towers[part])
+            for part, section in TOWERS.items()
+        }
+    found = {
+        f"{prefix}{key}": values
+        for prefix, pair in pairs.items()
+        for key, values in _compare_arguments(*pair).items()
+    }
+    if found:
+        shown = ", ".join(f"{k}={theirs!r} (here {ours!r})" for k, (theirs, ours) in found.items())
+        overrides = " ".join(
+            f"--config.model.{k}={shlex.quote(str(theirs))}" for k, (theirs, _) in found.items()
+        )
         raise UserError(
-            f"init_from: these weights ({weights.layout}) belong to a model with {found}: "
+            f"init_from: these weights ({weights.layout}) belong to a model with {shown}: "
             f"add {overrides}"
         )
+
+
+def _compare_arguments(theirs: Mapping[str, Any], model: Any) -> dict[str, tuple[Any, Any]]:
+    """Returns their value and ours of each argument that differs."""
+    both = {k: theirs[k] for k in _ARGUMENTS if k in theirs and hasattr(model, k)}
+    different = {
+        k: (value, getattr(model, k)) for k, value in both.items() if value != getattr(model, k)
+    }
+    fixed = theirs.get("position_embedding") in FIXED_POSITIONS
+    if fixed and getattr(model, "position_embedding", None) == "learned":
+        different.pop("position_embedding", None)  # Learned ones start from the fixed ones.
+    return different
 
 
 def compare_models(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

@@ -11,13 +11,16 @@ from vit_jax.utils.text import printable
 _MAX_NUMBER = 1e30
 
 
-def check_keys(stated: Mapping[str, Any], known: Collection[str], *, where: str = "") -> None:
+def check_keys(
+    stated: Mapping[str, Any], known: Collection[str], *, where: str = "", file: str = "config.json"
+) -> None:
     """Refuses keys that may change what the model computes.
 
     Args:
       stated: key and value; a value of None states nothing.
       known: keys that are used, or that do not change the function of the model.
-      where: of the keys within config.json, such as "model_args.".
+      where: of the keys within the file, such as "model_args.".
+      file: name of the file, for the error.
 
     Raises:
       ValueError: there is another key.
@@ -26,13 +29,17 @@ def check_keys(stated: Mapping[str, Any], known: Collection[str], *, where: str 
         if key not in known and value is not None:
             what = f"{where}{shorten(key)[1:-1]}={shorten(value)}"
             raise ValueError(
-                f"{what} in config.json is unknown here and may change what the model computes; "
-                "remove it from config.json if it does not"
+                f"{what} in {file} is unknown here and may change what the model computes; "
+                f"remove it from {file} if it does not"
             )
 
 
 def check_values(
-    stated: Mapping[str, Any], expected: Mapping[str, Collection[Any]], *, where: str = ""
+    stated: Mapping[str, Any],
+    expected: Mapping[str, Collection[Any]],
+    *,
+    where: str = "",
+    file: str = "config.json",
 ) -> None:
     """Refuses values that select a function that no model here has.
 
@@ -40,6 +47,7 @@ def check_values(
       stated: key and value; a value of None states nothing.
       expected: the values of some keys that the models here have.
       where: see `check_keys`.
+      file: see `check_keys`.
 
     Raises:
       ValueError: a key of `expected` has another value.
@@ -48,10 +56,16 @@ def check_values(
         value = stated.get(key)
         if value is not None and value not in values:
             named = " or ".join(str(value) for value in values if value != "")
-            raise ValueError(f"{where}{key}={shorten(value)} in config.json: expected {named}")
+            raise ValueError(f"{where}{key}={shorten(value)} in {file}: expected {named}")
 
 
-def check_sizes(stated: Mapping[str, Any], found: Mapping[str, Any], *, where: str = "") -> None:
+def check_sizes(
+    stated: Mapping[str, Any],
+    found: Mapping[str, Any],
+    *,
+    where: str = "",
+    file: str = "config.json",
+) -> None:
     """Refuses a description of another model than that of the tensors.
 
     Args:
@@ -59,6 +73,7 @@ def check_sizes(stated: Mapping[str, Any], found: Mapping[str, Any], *, where: s
       found: the values of the same keys that follow from the tensors: numbers, bools, pairs, for
         which one number states both, or words, which no value equals.
       where: see `check_keys`.
+      file: see `check_keys`.
 
     Raises:
       ValueError: a value differs.
@@ -71,7 +86,7 @@ def check_sizes(stated: Mapping[str, Any], found: Mapping[str, Any], *, where: s
             have = f"show {key}=" if isinstance(value, bool) else "have "
             words = "x".join(map(str, value)) if isinstance(value, tuple) else value
             raise ValueError(
-                f"{where}{key}={shorten(stated[key])} in config.json, but the tensors "
+                f"{where}{key}={shorten(stated[key])} in {file}, but the tensors "
                 f"{have}{words}: the files are not of the same model"
             )
 

@@ -80,6 +80,9 @@ def _compare_models(model: Any, again: Any, weights: Weights) -> None:
     skipped = {"name", "variant"}
     if weights.model.get("position_embedding") in FIXED_POSITIONS:
         skipped.add("position_embedding")  # It may be written as learned.
+    if hasattr(model, "towers"):
+        for part, tower in model.towers.items():
+            _compare_models(tower, again.towers[part], weights)
     for key in MODEL_KEYS:
         ours, theirs = (getattr(m, key, None) for m in (model, again))
         if key not in skipped and ours != theirs:
@@ -87,7 +90,7 @@ def _compare_models(model: Any, again: Any, weights: Weights) -> None:
 
 
 def _compare_descriptions(weights: Weights, again: Weights) -> None:
-    for key in ("preprocess", "posemb_grid", "posemb_resize", "class_names", "loss"):
+    for key in ("preprocess", "posemb_grid", "posemb_resize", "class_names", "loss", "tokenizer"):
         ours, theirs = (as_tuples(getattr(w, key)) for w in (weights, again))
         if ours != theirs:
             raise UserError(f"{key} was {ours!r} and is {theirs!r}")

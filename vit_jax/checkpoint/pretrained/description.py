@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.checkpoint.pretrained.weights import Weights, infer_model
+from vit_jax.models.two_towers import TOWERS
 from vit_jax.utils.bounds import check_count, shorten
 from vit_jax.utils.registry import is_part
 
@@ -36,6 +37,8 @@ _SIZES = (
     "representation_size",
     "num_registers",
     "resnet_layers",
+    "vocab_size",
+    "context_length",
 )
 
 
@@ -83,18 +86,33 @@ def _walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
 def _check_model(model: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> None:
     if not isinstance(model.get("name", ""), str):
         raise ValueError(f"model.name is {shorten(model['name'])}; expected a text")
-    for key, value in model.items():
-        if "layers" in key or "depth" in key:  # Each has at least one array.
-            for layers in value if isinstance(value, list | tuple) else (value,):
-                if type(layers) is int:
-                    check_count(layers, len(params), f"model.{key}")
+    sections = {f"model.{s}.": model[s] for s in TOWERS.values() if isinstance(model.get(s), dict)}
+    for prefix, section in ({"model.": model} | sections).items():
+        _check_layers(section, prefix, len(params))
     if is_part(model.get("name")):
         return  # Its sizes may have any names.
     found = infer_model(params)
+    _compare_sizes(model, found, "model")
+    for section in TOWERS.values():
+        if section in found:
+            if not isinstance(stated := model.get(section, {}), Mapping):
+                raise ValueError(f"model.{section} is {shorten(stated)}; expected keys and values")
+            _compare_sizes(stated, found[section], f"model.{section}")
+
+
+def _compare_sizes(model: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
     for key in _SIZES:
         stated, real = (_as_pair(key, values.get(key)) for values in (model, found))
         if stated and real and stated != real:
-            raise ValueError(f"model.{key} is {shorten(stated)}; its arrays are of {real}")
+            raise ValueError(f"{where}.{key} is {shorten(stated)}; its arrays are of {real}")
+
+
+def _check_layers(section: Mapping[str, Any], prefix: str, most: int) -> None:
+    for key, value in section.items():
+        if "layers" in key or "depth" in key:  # Each has at least one array.
+            for layers in value if isinstance(value, list | tuple) else (value,):
+                if type(layers) is int:
+                    check_count(layers, most, f"{prefix}{key}")
 
 
 def _as_pair(key: str, value: Any) -> Any:
@@ -105,7 +123,8 @@ def _as_pair(key: str, value: Any) -> Any:
 
 def _check_channels(weights: Weights) -> None:
     kernels = ("conv_root/kernel", "stem/kernel", "embedding/kernel")
-    kernel = next((weights.params[path] for path in kernels if path in weights.params), None)
+    paths = [f"{prefix}{path}" for prefix in ("", "img/") for path in kernels]
+    kernel = next((weights.params[path] for path in paths if path in weights.params), None)
     if kernel is None or kernel.ndim != 4:
         return
     # Models that read grey images may still state the three of the colours they started from.

@@ -34,7 +34,8 @@ _OTHERS = {
 
 _REPOSITORY = re.compile(r"(hf|timm):([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?")
 # Of a repository, what is read here.
-_PATTERNS = ("*.safetensors", f"*{INDEX}", "config.json", "preprocessor_config.json")
+_CONFIGS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
+_PATTERNS = ("*.safetensors", f"*{INDEX}", *_CONFIGS)
 
 
 def is_repository(source: str) -> bool:

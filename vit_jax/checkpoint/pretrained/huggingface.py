@@ -76,7 +76,7 @@ _KINDS = {
 }
 # Keys of config.json that tensors show (see `_list_sizes`), that matter in training or for other
 # programs alone, or that every config has, for models of text too.
-_HARMLESS = {
+HARMLESS = {
     *("model_type", "architectures", "transformers_version", "dtype", "torch_dtype"),
     *("_name_or_path", "name_or_path", "_commit_hash", "_attn_implementation"),
     *("_attn_implementation_autoset", "attn_implementation"),
@@ -142,7 +142,7 @@ def read_huggingface(
     if not isinstance(config.get("model_type"), str):
         config = {}  # It was written by another program.
     _check_kind(tensors, config)
-    check_keys(config, _HARMLESS | _USED | _EXPECTED.keys())
+    check_keys(config, HARMLESS | _USED | _EXPECTED.keys())
     check_values(config, _EXPECTED)
     renamed, kind, notes = _to_timm_names(tensors)
     if "model_type" in config:
@@ -171,7 +171,7 @@ def read_huggingface(
         key="id2label",
         num_classes=None if head is None else head.shape[-1],
     )
-    preprocess, image_notes = _read_preprocess(processor, config, kind=kind)
+    preprocess, image_notes = read_preprocess(processor, config, kind=kind)
     return Weights(
         params=params,
         layout=f"Hugging Face {kind} safetensors",
@@ -330,10 +330,13 @@ def _read_epsilon(config: Mapping[str, Any], default: float) -> float:
     return float(epsilon)
 
 
-def _read_preprocess(
+def read_preprocess(
     processor: Mapping[str, Any], config: Mapping[str, Any], *, kind: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns `Weights.preprocess` from preprocessor_config.json or config.json, and notes."""
+    """Returns `Weights.preprocess` from preprocessor_config.json or config.json, and notes.
+
+    `kind` is the name of the model, such as "DINOv2", whose processor has defaults of its own.
+    """
     found: dict[str, Any] = {}
     factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
     if not is_number(factor) or factor <= 0:
@@ -368,6 +371,9 @@ def _describe_images(
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns `image_size` and `eval` of `Weights.preprocess`, and notes."""
     size, crop = processor.get("size"), None
+    # As the processors of these models read and resize by default.
+    by_shorter_side = kind.startswith("DINOv2") or kind == "CLIP"
+    bicubic = by_shorter_side or kind in ("DeiT", "SigLIP")
     if not processor:
         return {}, []
     odd = next((key for key in _ODD_IMAGES if processor.get(key)), None)
@@ -379,8 +385,8 @@ def _describe_images(
         return {}, ["images: preprocessor_config.json states no size of them: name another line"]
     if isinstance(size, Mapping):
         size = {name: value for name, value in size.items() if value is not None}
-    dinov2, where = kind.startswith("DINOv2"), "in preprocessor_config.json"
-    if isinstance(size, int) and dinov2:  # As BitImageProcessor reads it.
+    where = "in preprocessor_config.json"
+    if isinstance(size, int) and by_shorter_side:
         size = {"shortest_edge": size}
     if processor.get("do_center_crop") and processor.get("crop_size") is not None:
         crop = read_pair(processor["crop_size"], f"crop_size {where}")
@@ -394,7 +400,7 @@ def _describe_images(
         return {}, [describe_no_line(f"resized to a shorter side of {resize[0]} and not cropped")]
     resample = processor.get("resample")
     if resample is None:
-        resample = 3 if dinov2 or kind == "DeiT" else 2
+        resample = 3 if bicubic else 2
     found, notes = describe_evaluation(
         resize=resize,
         crop=crop,

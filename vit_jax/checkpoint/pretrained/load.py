@@ -32,18 +32,21 @@ from vit_jax.checkpoint.pretrained.hub import (
 from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors
+from vit_jax.checkpoint.pretrained.towers import take_tower
 from vit_jax.checkpoint.pretrained.weights import (
     OBJECTIVE_PARAMS,
     Loss,
     Weights,
     check_blocks,
     check_loss,
+    check_tokenizer,
     infer_model,
     unstack_blocks,
 )
 from vit_jax.checkpoint.workdir import read_config, read_labels
 from vit_jax.models.lora import Lora, merge_adapters
 from vit_jax.models.names import guess_variant
+from vit_jax.models.two_towers import TOWERS
 from vit_jax.utils.bounds import MAX_WEIGHTS, check_growth, check_tree, open_outside, read_json
 from vit_jax.utils.class_names import check_names
 from vit_jax.utils.errors import UserError, describe_error, first_line
@@ -78,8 +81,9 @@ def load_pretrained(source: str) -> Weights:
       source: a workdir or an Orbax checkpoint, a `.npz` or `.safetensors` file, the index of shards
         of the latter, a folder of the Hugging Face hub, `hf:USER/NAME` or `timm:NAME` for a
         repository there, the URL of a file, or a name of the catalogue such as "augreg:B/16".
-        `:PART` at the end of a path selects a part: the model in a file of several
-        (`siglip.npz:img`), or the average of the parameters of a run (`WORKDIR:ema_params`).
+        `:PART` at the end of a path selects a part: the model in a file or a run of several
+        (`siglip.npz:img`), or the average of the parameters of a run (`WORKDIR:ema_params`, and
+        `WORKDIR:ema_params/img` of one tower).
 
     Returns:
       Weights with the shapes of the source; float32 from a `.npz`, else the dtypes of the source.
@@ -231,7 +235,8 @@ def read_run(folder: Path, *, part: str = "", bases: int = 0) -> Weights:
 
     Args:
       folder: see `load_params`.
-      part: "" for the parameters, "ema_params" for their average.
+      part: "" for the parameters, "ema_params" for their average; or a tower of these, such as
+        "img" or "ema_params/img".
       bases: the number of runs whose base this is.
 
     Returns:
@@ -240,6 +245,9 @@ def read_run(folder: Path, *, part: str = "", bases: int = 0) -> Weights:
     Raises:
       UserError: there is no such checkpoint, it is damaged, or it is of another kind of model.
     """
+    part, _, tower = part.partition("/")
+    if part in TOWERS:
+        part, tower = "", part
     tree, described = load_params(folder, item=part or "params")
     flat: dict[str, Any] = flatten(tree)
     # Another program's train state has them below `params`.
@@ -249,9 +257,13 @@ def read_run(folder: Path, *, part: str = "", bases: int = 0) -> Weights:
     try:
         if "lora" in described:
             flat = _add_base(flat, described, folder, bases=bases)
-        return check_description(_describe(flat, described, folder, part))
+        weights = check_description(_describe(flat, described, folder, part))
     except (ValueError, TypeError, AttributeError, KeyError) as e:
         raise UserError(f"{folder}: its description: {first_line(e)}") from None
+    try:
+        return take_tower(weights, tower) if tower else weights
+    except UserError as e:
+        raise UserError(f"{folder}: {e}") from None
 
 
 def _add_base(
@@ -299,6 +311,7 @@ def _describe(
         objective_params=own,
         class_names=_find_class_names(workdir, described),
         loss=_find_loss(workdir, described),
+        tokenizer=check_tokenizer(described.get("tokenizer"), str(folder)),
         notes=(_WHICH[part],) if described and part in _WHICH else (),
     )
 

@@ -5,6 +5,7 @@ The files are untrusted: pickled data in them is refused, so reading one runs no
 """
 
 import collections
+import functools
 import json
 import os
 import re
@@ -18,16 +19,19 @@ from etils import epath
 from flax import traverse_util
 
 from vit_jax.checkpoint.pretrained.description import check_description
+from vit_jax.checkpoint.pretrained.towers import has_towers, put_part, take_part
 from vit_jax.checkpoint.pretrained.weights import (
     POSEMB,
     Weights,
     check_blocks,
     check_loss,
+    check_tokenizer,
     describe_weights,
     infer_model,
     read_posemb,
     unstack_blocks,
 )
+from vit_jax.models.two_towers import TOWERS
 from vit_jax.utils.bounds import MAX_WEIGHTS, open_npz, open_outside, read_json
 from vit_jax.utils.class_names import check_names
 from vit_jax.utils.errors import UserError, first_line
@@ -53,11 +57,12 @@ _POOLING = re.compile(r"(probe$|(MultiHeadDotProductAttention|LayerNorm|MlpBlock
 
 
 def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
-    """Reads a published `.npz` of a Vision Transformer, a hybrid or an MLP-Mixer.
+    """Reads a published `.npz` of a Vision Transformer, a hybrid, an MLP-Mixer or two towers.
 
     Two layouts are read: that of google-research/vision_transformer, with names from before Flax
     Linen and any wrapper, and that of big_vision, with position embeddings at the root, blocks
-    stacked for scan, and bfloat16. So are files of `write_npz` of a model from outside of this
+    stacked for scan, and bfloat16; SigLIP, SigLIP 2 and LiT have this one for both towers. So are
+    files of `write_npz` of a model from outside of this
     package, whose parameters keep their names.
 
     Args:
@@ -90,8 +95,16 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
             loss=described.get("loss"),
         )
         return _check_described(weights, path)
-    is_big_vision = "pos_embedding" in params
-    params = _move_to_our_names(params)
+    kernel = params.get("img/embedding/kernel", params.get("embedding/kernel"))
+    if kernel is not None and kernel.ndim == 2:
+        raise UserError(
+            f"{path}: its images are of any resolution (NaFlex: embedding/kernel is "
+            f"{list(kernel.shape)}), which no model here takes; expected one of a fixed resolution"
+        )
+    is_big_vision = any(path.endswith("pos_embedding") for path in params) and not any(
+        POSEMB in path for path in params
+    )
+    params = _move_towers(params)
     model = infer_model(params)
     if not model:
         raise UserError(
@@ -100,16 +113,22 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
         )
     if model["name"] == "vit" and POSEMB not in params:
         model["position_embedding"] = "sincos2d"
+    functions = {"activation": "gelu_tanh", "norm_epsilon": 1e-6}
+    for section in (model[s] for s in TOWERS.values() if s in model):
+        section |= functions
+    notes = []
+    if "text" in model and "model" not in described and "pooling" not in model["text"]:
+        notes.append("txt: pooled at the last token, as in SigLIP; the file does not state it")
     weights = Weights(
         params=params,
         layout="big_vision npz" if is_big_vision else "published npz",
-        model=model
-        | {"activation": "gelu_tanh", "norm_epsilon": 1e-6}
-        | described.get("model", {}),
+        model=model | ({} if "image" in model else functions) | described.get("model", {}),
+        notes=tuple(notes),
         preprocess=described.get("preprocess", {"mean": 0.5, "std": 0.5}),
         **posemb,
         class_names=described.get("class_names"),
         loss=described.get("loss"),
+        tokenizer=described.get("tokenizer"),
     )
     return _check_described(weights, path)
 
@@ -178,6 +197,30 @@ def rename_to_linen(tree: dict[str, Any]) -> dict[str, Any]:
     return renamed
 
 
+def _move_towers(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Moves the parameters of each tower, or of the only model, to our names."""
+    if "Embed_0/embedding" in params:
+        return _move_text(params)
+    if not has_towers(params):
+        return _move_to_our_names(params)
+    towers = {"img": _move_to_our_names, "txt": _move_text}
+    moved = {path: x for path, x in params.items() if path.partition("/")[0] not in towers}
+    for part, move in towers.items():
+        moved |= put_part(move(take_part(params, part)), part)
+    return moved
+
+
+def _move_text(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Moves the parameters of big_vision's text transformer to our names."""
+    moved = {re.sub("^Encoder_0/", "Transformer/", path): x for path, x in params.items()}
+    moved = unstack_blocks(moved)
+    # Some old files have a second array, which is added too.
+    parts = [moved.pop(n) for n in ("pos_embedding", "Transformer/pos_embedding") if n in moved]
+    if parts:
+        moved[POSEMB] = functools.reduce(np.add, parts)
+    return moved
+
+
 def _move_to_our_names(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     levels = {name[:i] for name in params for i, c in enumerate(name) if c == "/"}
     if levels & params.keys():  # Not a model, which `infer_model` finds.
@@ -214,8 +257,9 @@ def _read_description(path: epath.Path) -> dict[str, Any]:
         described = dict(read_json(beside).get("vit_jax", {}))
         names = check_names(described.pop("class_names", None), str(beside))
         loss = check_loss(described.pop("loss", None), str(beside))
+        tokenizer = check_tokenizer(described.pop("tokenizer", None), str(beside))
         sections = {section: as_tuples(dict(x)) for section, x in described.items()}
-        return sections | {"class_names": names, "loss": loss}
+        return sections | {"class_names": names, "loss": loss, "tokenizer": tokenizer}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{beside}: {error}; expected what was written with {path.name}") from error
 

@@ -6,20 +6,21 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from vit_jax.checkpoint.pretrained.adapt import adapt_params
+from vit_jax.checkpoint.pretrained.towers import TEXT, take_part
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights
-from vit_jax.models.interface import find_grid
+from vit_jax.models.interface import example_inputs, find_grid
+from vit_jax.models.two_towers import TOWERS
 from vit_jax.models.variants import MODELS
 from vit_jax.utils.bounds import check_growth
 from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.registry import bind, find_part, is_part, keywords
 
 # Arguments that change how a model runs, and not what it computes.
-_RUN = ("constrain", "scan", "remat", "attention", "float8", "lora")
+_RUN = ("constrain", "scan", "remat", "attention", "blocks", "float8", "lora")
 
 _MAX_LISTED = 4  # parameters in one line of an error
 
@@ -37,12 +38,20 @@ def rebuild_model(weights: Weights, *, run: Mapping[str, Any] | None = None, **g
         module outside of this package that the user has not named.
     """
     name = weights.model["name"]
+    if name == TEXT:
+        raise UserError(
+            "these weights are of a text tower alone; expected a whole model, or model.name="
+            "'two_towers' with them as init_from"
+        )
     make = find_part(MODELS, name, key="model.name", gives=(nn.Module,))
     known = keywords(make).keys() - set(_RUN)
     args = {name: value for name, value in weights.model.items() if name in known}
     if not is_part(name):  # Others say how many classes they have, and name their head at will.
         head = weights.params.get("head/kernel")
         args["num_classes"] = 0 if head is None else head.shape[-1]
+    for section in (s for s in TOWERS.values() if isinstance(args.get(s), Mapping)):
+        args[section] = {k: value for k, value in args[section].items() if k not in _RUN}
+        given = {**given, section: {**args[section], **given.get(section, {})}}
     args |= {name: value for name, value in (run or {}).items() if name in keywords(make)}
     (args,) = bind(args | given, make, key="model")
     return make(**args)
@@ -63,9 +72,8 @@ def fill_model(
     Raises:
       UserError: the parameters do not fit.
     """
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     # Only shapes matter: all values come from the weights.
-    variables: Any = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    variables = _init_shapes(model, image_shape)
     sizes = (x.size * x.dtype.itemsize for x in jax.tree.leaves(variables["params"]))
     try:
         check_growth(sum(x.nbytes for x in weights.params.values()), sum(sizes))
@@ -94,9 +102,8 @@ def check_complete(weights: Weights) -> Any:
         shape.
     """
     model = rebuild_model(weights)
-    images = jax.ShapeDtypeStruct((1, *_find_image_shape(weights, model)), jnp.float32)
     try:
-        init = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+        init = _init_shapes(model, _find_image_shape(weights, model))
     except UserError:
         raise
     except Exception as e:  # Flax and JAX have many types for sizes that do not go together.
@@ -118,17 +125,30 @@ def check_complete(weights: Weights) -> Any:
     return model
 
 
+def _init_shapes(model: Any, image_shape: tuple[int, ...]) -> Any:
+    """Returns the shapes of a model's variables, without computing them."""
+
+    def init() -> Any:
+        inputs = example_inputs(model, image_shape)
+        return model.init(jax.random.key(0), *inputs, train=False)
+
+    return jax.eval_shape(init)
+
+
 def _find_image_shape(weights: Weights, model: Any) -> tuple[int, int, int]:
     """Returns (height, width, channels) of an image with as many patches as the weights are for.
 
     The patches are in one row, since shapes of parameters only depend on their number.
     """
     kernels = ("conv_root/kernel", "stem/kernel", "embedding/kernel")
-    channels = next(weights.params[path].shape[2] for path in kernels if path in weights.params)
+    params = weights.params
+    if hasattr(model, "towers"):
+        params, model = take_part(params, "img"), model.img
+    channels = next(params[path].shape[2] for path in kernels if path in params)
     patches = 1
-    if POSEMB in weights.params:
-        patches = weights.params[POSEMB].shape[1] - model.num_class_tokens
-    mixing = weights.params.get("MixerBlock_0/token_mixing/Dense_0/kernel")
+    if POSEMB in params:
+        patches = params[POSEMB].shape[1] - model.num_class_tokens
+    mixing = params.get("MixerBlock_0/token_mixing/Dense_0/kernel")
     if mixing is not None:
         patches = mixing.shape[0]
     rows, columns = getattr(model, "stride", model.patch_size)

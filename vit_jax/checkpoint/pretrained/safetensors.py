@@ -23,19 +23,25 @@ from safetensors.numpy import save
 from vit_jax.checkpoint.pretrained.description import check_description
 from vit_jax.checkpoint.pretrained.hub import INDEX, read_index, refuse_shard
 from vit_jax.checkpoint.pretrained.huggingface import is_huggingface, read_huggingface
+from vit_jax.checkpoint.pretrained.image_text import read_image_text, read_towers
+from vit_jax.checkpoint.pretrained.image_text_config import to_huggingface_tensors
+from vit_jax.checkpoint.pretrained.image_text_tensors import is_image_text
 from vit_jax.checkpoint.pretrained.names import TIMM_PATCHES, describe_family, unwrap
 from vit_jax.checkpoint.pretrained.timm import read_timm
 from vit_jax.checkpoint.pretrained.timm_tensors import to_linen, to_timm
+from vit_jax.checkpoint.pretrained.towers import TEXT, has_towers, take_tower
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
     check_blocks,
     check_loss,
+    check_tokenizer,
     describe_model,
     describe_weights,
     find_grid,
     read_posemb,
 )
 from vit_jax.models.positions import FIXED_POSITIONS
+from vit_jax.models.two_towers import TOWERS
 from vit_jax.utils import bounds
 from vit_jax.utils.class_names import check_names
 from vit_jax.utils.errors import UserError, first_line
@@ -55,6 +61,8 @@ _DTYPES = {
 }
 
 _METADATA = "vit_jax"
+# Towers by their names in files.
+_PARTS = {"visual": "img", "vision_model": "img", "text": "txt", "text_model": "txt"}
 # Arguments of the model that change what it computes.
 MODEL_KEYS = (
     "name",
@@ -77,19 +85,28 @@ MODEL_KEYS = (
     "layer_scale_init",
     "norm_epsilon",
     "norm_after_pooling",
+    "pre_norm",
+    "embedding_bias",
+    "head_bias",
+    "vocab_size",
+    "context_length",
+    "pooling",
+    "eot_id",
+    "causal",
 )
 
 
 def read_safetensors(
     path: str | os.PathLike[str], *, num_heads: int | None = None, part: str = ""
 ) -> Weights:
-    """Reads a Vision Transformer of timm, Hugging Face or this package.
+    """Reads a Vision Transformer of timm, Hugging Face or this package, CLIP or SigLIP.
 
     Args:
       path: of a file or of the index of its shards, local or `gs://`.
       num_heads: attention heads; None for the number that the files beside it state, or else the
         usual one for the width.
-      part: takes only the tensors whose names start with this, of a file of several models.
+      part: takes only the tensors whose names start with this, of a file of several models; of
+        two towers `img` or `txt`, or their names in the file.
 
     Returns:
       Weights with the values and dtypes of the file. Tensors that have no place in a model of this
@@ -103,11 +120,15 @@ def read_safetensors(
         refuse_shard(file)
         read = _read_shards if file.name.endswith(INDEX) else read_tensors
         tensors, metadata = read(file)
-        own, notes = _METADATA in metadata and not part, []
-        if not own:
+        of_texts = is_image_text(tensors)
+        own, notes = _METADATA in metadata and not part and not of_texts, []
+        if not own and not of_texts:
             tensors, notes = unwrap(tensors, part=part)
         check_blocks(tensors)
-        if own:
+        if of_texts:
+            stated = bounds.parse_json(metadata[_METADATA]) if _METADATA in metadata else None
+            weights = _read_image_text(file, tensors, stated, num_heads, part)
+        elif own:
             weights = _read_own(tensors, bounds.parse_json(metadata[_METADATA]), num_heads)
         elif is_huggingface(tensors):
             config = read_json(file.parent / "config.json")
@@ -123,17 +144,58 @@ def read_safetensors(
     except Exception as error:  # Files are untrusted: shapes and settings can be anything.
         raise UserError(
             f"{os.fspath(path)}: {first_line(error)}; expected the whole .safetensors file of a "
-            "Vision Transformer of timm or Hugging Face"
+            "Vision Transformer of timm or Hugging Face, or of CLIP or SigLIP"
         ) from error
-    if "mean" not in weights.preprocess:
+    if "mean" not in weights.preprocess and weights.model.get("name") != TEXT:
         notes.append("mean and std of the images: not stated")
     return dataclasses.replace(weights, notes=(*notes, *weights.notes))
 
 
-def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
-    """Writes a file that timm loads with `load_state_dict(strict=True)`.
+def _read_image_text(
+    file: epath.Path,
+    tensors: dict[str, np.ndarray],
+    stated: dict[str, Any] | None,
+    num_heads: int | None,
+    part: str,
+) -> Weights:
+    if stated is not None:
+        weights = _read_own_towers(tensors, stated)
+    else:
+        files = ("config", "preprocessor_config", "open_clip_config")
+        config, processor, open_clip = (read_json(file.parent / f"{name}.json") for name in files)
+        weights = read_image_text(
+            tensors, config=config, processor=processor, open_clip=open_clip, num_heads=num_heads
+        )
+    if not part:
+        return weights
+    try:
+        return take_tower(weights, _PARTS.get(part, part))
+    except UserError as error:
+        raise ValueError(str(error)) from None
 
-    The class in timm is `VisionTransformer`, or `Eva` with rotary embeddings. The arguments of the
+
+def _read_own_towers(tensors: dict[str, np.ndarray], stated: dict[str, Any]) -> Weights:
+    """Reads a file of `write_safetensors`, whose metadata describe both towers."""
+    model = as_tuples(dict(stated["model"]))
+    heads = {part: model[section]["num_heads"] for part, section in TOWERS.items()}
+    params = read_towers(tensors, heads)
+    return Weights(
+        params=params,
+        layout="vit_jax safetensors",
+        model=model,
+        preprocess=as_tuples(dict(stated["preprocess"])),
+        **read_posemb(stated.get("posemb", {})),
+        class_names=check_names(stated.get("class_names"), "its metadata"),
+        loss=check_loss(stated.get("loss"), "its metadata"),
+        tokenizer=check_tokenizer(stated.get("tokenizer"), "its metadata"),
+    )
+
+
+def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
+    """Writes a file that timm or, for two towers, Hugging Face loads without a missing tensor.
+
+    The latter reads two towers as `CLIPModel` or `SiglipModel`, by `make_huggingface_config`. The
+    class in timm is `VisionTransformer`, or `Eva` with rotary embeddings. The arguments of the
     model, the preprocessing and the class names are JSON in the metadata, under `vit_jax`. Reading
     the file gives the same parameters, except those that `to_timm` merges.
 
@@ -145,6 +207,9 @@ def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
       UserError: timm has no such model, or the file can't be written.
     """
     arrays, model, preprocess = weights.params, weights.model, weights.preprocess
+    if has_towers(arrays):
+        _write_towers(path, weights)
+        return
     if is_part(model.get("name")):
         raise UserError(f"{path}: timm has no {model['name']}; expected a file that ends in .npz")
     stated = describe_model(arrays, rope_theta=None)
@@ -157,6 +222,15 @@ def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
         write_tensors(Path(path), tensors, metadata={"format": "pt", _METADATA: text})
     except KeyError as error:
         raise UserError(f"{os.fspath(path)}: can't be written without {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{os.fspath(path)}: can't be written: {error}") from error
+
+
+def _write_towers(path: str | os.PathLike[str], weights: Weights) -> None:
+    try:
+        tensors = to_huggingface_tensors(weights)
+        text = json.dumps(describe_weights(weights))
+        write_tensors(Path(path), tensors, metadata={"format": "pt", _METADATA: text})
     except (OSError, ValueError) as error:
         raise UserError(f"{os.fspath(path)}: can't be written: {error}") from error
 

@@ -31,12 +31,12 @@ from vit_jax.checkpoint.pretrained.weights import (
 )
 from vit_jax.utils.bounds import shorten
 
-_NORM_EPSILON = 1e-6
+_NORM_EPSILON, _CLIP_EPSILON = 1e-6, 1e-5
 _CROP_PCT = 0.875  # timm's default
 _ROPE_REFERENCE = (16, 16)  # of timm's vit_*_rope_reg*_gap_*
 _NO_CONFIG = "no config.json names the model"
 _EVA = re.compile(r"blocks\.\d+\.(gamma_1|attn\.(q_bias|q_proj\.weight))$")
-_ACTIVATIONS = {"gelu": "gelu_erf", "gelu_tanh": "gelu_tanh"}
+_ACTIVATIONS = {"gelu": "gelu_erf", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 # Attention heads by the name of an architecture: the first pattern that matches, and then the word
 # after the kind of model. Verified for all architectures of timm that can be read here.
 _NUM_HEADS = (
@@ -128,7 +128,7 @@ def read_timm(
     theta, reference, swap_axes, notes = _find_rope(tensors, architecture, options)
     classifier = _find_classifier(tensors, config, options)
     average = classifier in ("gap", "map") and "cls_token" in tensors
-    implied = _imply_num_heads(architecture)
+    implied = imply_num_heads(architecture)
     slots, grid, more = _find_positions(tensors, config)
     notes += more
     params, more = to_linen(
@@ -178,9 +178,11 @@ def _check_architecture(tensors: Mapping[str, np.ndarray], architecture: str) ->
     named = f"architecture {architecture!r}" if architecture else _NO_CONFIG
     if tensors[TIMM_PATCHES].ndim != 4:
         raise ValueError(f"{TIMM_PATCHES} is {tensors[TIMM_PATCHES].shape}: expected a convolution")
-    if any(name.startswith("norm_pre.") for name in tensors):
+    pre_norm = {"norm_pre.weight", "norm_pre.bias"} & tensors.keys()
+    if pre_norm and (len(pre_norm) == 1 or "patch_embed.proj.bias" in tensors):
         raise ValueError(
-            f"{named}: it has a norm in front of the blocks (norm_pre), which no model here has"
+            f"{named}: it has a norm in front of the blocks (norm_pre), and either only one of its "
+            "tensors or a bias of the patches too, as no model here"
         )
     if "_rpn_" in architecture:
         raise ValueError(f"{named}: it has norms behind its layers, which no model here has")
@@ -191,7 +193,8 @@ def _check_architecture(tensors: Mapping[str, np.ndarray], architecture: str) ->
         raise ValueError(f"{named}: it has {found} in place of blocks.0.attn.qkv, as no model here")
 
 
-def _imply_num_heads(architecture: str) -> int | None:
+def imply_num_heads(architecture: str) -> int | None:
+    """Returns the attention heads of an architecture of timm; None if its name does not show it."""
     for pattern, heads in _NUM_HEADS:
         if pattern.match(architecture):
             return heads
@@ -239,8 +242,8 @@ def _list_arguments(
         "scale_mlp_norm": scaled_mlp,
         "scale_mlp": scaled_mlp,
         "swiglu_mlp": gated,
-        "pre_norm": False,  # See `_check_architecture`.
-        "use_pre_transformer_norm": False,
+        "pre_norm": "pre_norm" in model,
+        "use_pre_transformer_norm": "pre_norm" in model,
         "final_norm": norm or fc_norm,
         "use_post_transformer_norm": norm or fc_norm,
         "use_abs_pos_emb": positions,
@@ -441,7 +444,10 @@ def _read_timm_settings(
     expected = ("silu", "swish") if gated else tuple(_ACTIVATIONS)
     check_values({"act_layer": act}, {"act_layer": expected}, where="model_args.")
     default = "gelu_tanh" if _TANH_GELU.match(architecture) else "gelu"
-    settings: dict[str, Any] = {"norm_epsilon": _NORM_EPSILON}
+    default = "quick_gelu" if "_clip_quickgelu_" in architecture else default
+    # Image towers of CLIP have the norms of PyTorch, and all of them one in front of the blocks.
+    epsilon = _CLIP_EPSILON if "pre_norm" in model else _NORM_EPSILON
+    settings: dict[str, Any] = {"norm_epsilon": epsilon}
     if not gated:
         settings["activation"] = _ACTIVATIONS[act or default]
     if known:

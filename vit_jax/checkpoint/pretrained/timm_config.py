@@ -22,13 +22,17 @@ from vit_jax.checkpoint.pretrained.weights import (
 )
 from vit_jax.utils.bounds import shorten
 
-_NORM_EPSILON = 1e-6
-_ACTIVATIONS = {"gelu_tanh": "gelu_tanh", "gelu_erf": "gelu", "swiglu": "silu"}
+_NORM_EPSILON, _CLIP_EPSILON = 1e-6, 1e-5
+_ACTIVATIONS = {
+    **{"gelu_tanh": "gelu_tanh", "gelu_erf": "gelu", "quick_gelu": "quick_gelu"},
+    "swiglu": "silu",
+}
 _POOLS = {"token": "token", "gap": "avg", "map": "map", "unpooled": "", "token_unpooled": ""}
 # timm's functions for a model of any size, and for hybrids by the units in the stages. timm ignores
 # arguments that are null, so none of these functions has layer scale, or a grid for positions.
 _PLAIN, _DISTILLED = "vit_base_patch16_224", "deit_base_distilled_patch16_224"
 _ROPE = "eva_giant_patch14_224"
+_CLIP = "vit_base_patch16_clip_224"
 _HYBRIDS = {
     (): "vit_tiny_r_s16_p8_224",
     (2, 2, 2, 2): "vit_small_r26_s32_224",
@@ -36,9 +40,9 @@ _HYBRIDS = {
     (3, 4, 6, 3): "vit_large_r50_s32_224",
 }
 _KEY_BIAS = re.compile(r"Transformer/encoderblock_\d+/.*/key/bias$")
-_SQUASHED = re.compile(r"decode\|resize\((\d+)(?:, ?(\d+))?[^|]*\)")
-_CENTERED = re.compile(r"decode\|resize_small\((\d+)[^|]*\)\|central_crop\((\d+)[^|]*\)")
-_METHOD = re.compile(r"method='(\w+?)(_antialias)?'")
+SQUASHED = re.compile(r"decode\|resize\((\d+)(?:, ?(\d+))?[^|]*\)")
+CENTERED = re.compile(r"decode\|resize_small\((\d+)[^|]*\)\|central_crop\((\d+)[^|]*\)")
+METHOD = re.compile(r"method='(\w+?)(_antialias)?'")
 
 
 def leave_out_pre_logits(weights: Weights) -> tuple[Weights, list[str]]:
@@ -115,9 +119,10 @@ def _find_arguments(model: Mapping[str, Any], *, keys_biased: bool) -> tuple[str
 
     `keys_biased` is whether any bias of keys is not zero, see `to_timm`.
     """
-    epsilon = model.get("norm_epsilon", _NORM_EPSILON)
-    if not math.isclose(epsilon, _NORM_EPSILON):
-        raise ValueError(f"model.norm_epsilon={epsilon}: timm's models have {_NORM_EPSILON}")
+    epsilon, is_clip = model.get("norm_epsilon", _NORM_EPSILON), bool(model.get("pre_norm"))
+    expected = _CLIP_EPSILON if is_clip else _NORM_EPSILON
+    if not math.isclose(epsilon, expected):
+        raise ValueError(f"model.norm_epsilon={epsilon}: timm's models have {expected}")
     width, registers = model["hidden_size"], model.get("num_registers") or 0
     token = model["classifier"] in ("token", "token_unpooled")
     swiglu = model.get("activation") == "swiglu"
@@ -170,6 +175,8 @@ def _find_arguments(model: Mapping[str, Any], *, keys_biased: bool) -> tuple[str
     if model.get("distillation_token"):
         del arguments["class_token"], arguments["no_embed_class"], arguments["reg_tokens"]
         return _DISTILLED, arguments
+    if is_clip:
+        return _CLIP, arguments | {"pre_norm": True}
     return _PLAIN, arguments
 
 
@@ -180,15 +187,15 @@ def _describe_images(preprocess: Mapping[str, Any]) -> tuple[dict[str, Any], lis
         for key in ("mean", "std")
     }
     line = preprocess.get("eval") or ""
-    method = match[1] if (match := _METHOD.search(line)) else "bilinear"
+    method = match[1] if (match := METHOD.search(line)) else "bilinear"
     method = method if method in ("nearest", "bilinear", "bicubic", "lanczos") else "bilinear"
     images = colors | {"interpolation": method, "crop_pct": 1.0, "crop_mode": "squash"}
     resize: tuple[int, ...] = ()
     crop = 0, 0
-    if match := _CENTERED.fullmatch(line):
+    if match := CENTERED.fullmatch(line):
         resize, crop = (int(match[1]),), (int(match[2]), int(match[2]))
         images |= {"crop_mode": "center", "crop_pct": crop[0] / resize[0]}
-    elif match := _SQUASHED.fullmatch(line):
+    elif match := SQUASHED.fullmatch(line):
         resize = crop = int(match[1]), int(match[2] or match[1])
     if resize:
         same, _ = describe_evaluation(

@@ -28,7 +28,8 @@ from vit_jax.models.variants import SIZES
 
 _Arrays = dict[str, np.ndarray]
 
-_HEADS_BY_WIDTH = {width: heads for width, _, _, heads in SIZES.values()} | {1152: 16}
+# Not of g-opt, whose width DINOv2's giant has too, with other heads.
+_HEADS_BY_WIDTH = {width: heads for name, (width, _, _, heads) in SIZES.items() if name != "g-opt"}
 _ATTENTION = ("query", "key", "value")
 # Paths of kernels that join the heads, and of what rotary embeddings turn.
 _OUTPUT = re.compile(r"MultiHeadDotProductAttention_0/out/kernel$")
@@ -257,6 +258,13 @@ def _check_expressible(model: Mapping[str, Any], grid: tuple[int, int] | None) -
         raise ValueError("timm has no pre_logits; fine-tune with model.representation_size=None")
     if model.get("distillation_token") and model.get("num_registers"):
         raise ValueError("timm has no model with both a distillation token and registers")
+    if model.get("head_bias") is False:
+        raise ValueError("timm's head has a bias, and this one has none; a .npz holds it")
+    if bool(model.get("pre_norm")) == model.get("embedding_bias", True):
+        raise ValueError(
+            "timm has either a bias of the patches (model.embedding_bias) or a norm in front of "
+            "the blocks (model.pre_norm); a .npz holds any model"
+        )
     if rope and model.get("activation", "gelu_tanh") == "gelu_tanh":
         raise ValueError(
             "timm's model with rotary embeddings computes exact GELU; train with "
@@ -333,6 +341,7 @@ def _modules(layers: int, units: Sequence[int]) -> Iterator[tuple[str, str]]:
         yield f"{theirs}.norm2", f"{ours}/LayerNorm_1"
         yield f"{theirs}.mlp.fc1", f"{ours}/MlpBlock_0/Dense_0"
         yield f"{theirs}.mlp.fc2", f"{ours}/MlpBlock_0/Dense_1"
+    yield "norm_pre", "Transformer/pre_norm"
     yield "norm", "Transformer/encoder_norm"
     yield "attn_pool.proj", "MAPHead_0/MultiHeadDotProductAttention_0/out"
     yield "attn_pool.norm", "MAPHead_0/LayerNorm_0"

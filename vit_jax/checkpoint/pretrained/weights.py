@@ -61,8 +61,9 @@ class Weights:
       params: arrays of any float dtype by path (`Transformer/encoderblock_0/LayerNorm_0/scale`),
         with the shapes of a model without `scan`: blocks are never stacked.
       layout: the kind of file, for the screen: "timm safetensors".
-      model: known arguments of `make_vit` or `make_mixer`, and `name`, that rebuild the model:
-        sizes, and what shapes do not show, such as `{"activation": "gelu_erf"}`.
+      model: known arguments of one of `models.variants.MODELS`, and `name`, that rebuild the model:
+        sizes, and what shapes do not show, such as `{"activation": "gelu_erf"}`. The `name` of a
+        text tower alone is `text`.
       preprocess: the known ones of `mean` and `std` of pixels in [0, 1] (one number or one for each
         channel), `image_size` (height, width in pixels), and `eval`, a value of `data.preprocess`.
       posemb_grid: (rows, columns) of patches of the learned position embeddings; None if only
@@ -73,6 +74,8 @@ class Weights:
       class_names: names of the head's classes by label; None if they are not known.
       loss: "softmax" if the head was trained for one class per image, "sigmoid" if for any number;
         None if it is not known.
+      tokenizer: `line`, a value of `data.tokenizer`, and `sha256` of its vocabulary file, None if
+        there is no file; None if it is not known.
       notes: what was left out or changed while reading, one line each.
     """
 
@@ -85,6 +88,7 @@ class Weights:
     objective_params: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
     loss: Loss | None = None
+    tokenizer: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -99,7 +103,23 @@ def describe_weights(weights: Weights) -> dict[str, Any]:
         described["class_names"] = list(weights.class_names)
     if weights.loss is not None:
         described["loss"] = weights.loss
+    if weights.tokenizer is not None:
+        described["tokenizer"] = dict(weights.tokenizer)
     return described
+
+
+def check_tokenizer(tokenizer: Any, where: str) -> dict[str, Any] | None:
+    """Returns a description of a tokenizer that was read as JSON; None if there is none.
+
+    Raises:
+      UserError: it is no such description; the message starts with `where`.
+    """
+    if tokenizer is None:
+        return None
+    known = isinstance(tokenizer, Mapping) and isinstance(tokenizer.get("line"), str)
+    if not known or not isinstance(tokenizer.get("sha256"), str | None):
+        raise UserError(f"{where}: tokenizer={shorten(tokenizer)}: expected its line and checksum")
+    return {key: tokenizer.get(key) for key in ("line", "sha256")}
 
 
 def check_loss(loss: Any, where: str) -> Loss | None:
@@ -125,11 +145,16 @@ def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Stacks the arrays `[...]` of the blocks as `[num_layers, ...]`, for a scanned encoder."""
+def stack_blocks(params: Mapping[str, Any], *, like: Iterable[str] | None = None) -> dict[str, Any]:
+    """Stacks the arrays `[...]` of the blocks as `[num_layers, ...]`, for a scanned encoder.
+
+    Of several encoders, only those that are scanned in the paths `like` are stacked, if given.
+    """
+    stacked = None if like is None else {m[1] or "" for m in map(_STACK.fullmatch, like) if m}
     flat, blocks = {}, {}
     for path, value in params.items():
-        if match := _BLOCK.fullmatch(path):
+        match = _BLOCK.fullmatch(path)
+        if match and (stacked is None or (match[1] or "") in stacked):
             blocks.setdefault(f"{match[1] or ''}encoderblock/{match[3]}", {})[int(match[2])] = value
         else:
             flat[path] = value
@@ -161,13 +186,8 @@ def check_blocks(names: Iterable[str]) -> None:
             )
 
 
-def is_stacked(params: Mapping[str, Any]) -> bool:
-    """Whether the blocks' parameters are those of a scanned encoder."""
-    return any(_STACK.fullmatch(path) for path in params)
-
-
 def infer_model(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of `make_vit` or `make_mixer` that follow from the parameters' shapes.
+    """Returns the arguments of a model's constructor that follow from the parameters' shapes.
 
     Args:
       params: arrays or `jax.ShapeDtypeStruct` by path; blocks are not stacked.
@@ -176,6 +196,10 @@ def infer_model(params: Mapping[str, Any]) -> dict[str, Any]:
       Keyword arguments, and `name`; empty if the parameters are not of a model of this package.
     """
     shapes = {path: tuple(value.shape) for path, value in params.items()}
+    if "txt/Embed_0/embedding" in shapes and "img/embedding/kernel" in shapes:
+        return _infer_two_towers(shapes)
+    if "Embed_0/embedding" in shapes:
+        return {"name": "text"} | _infer_text(shapes)
     if "stem/kernel" in shapes:
         return _infer_mixer(shapes)
     if len(shapes.get("embedding/kernel", ())) == 4:
@@ -276,18 +300,63 @@ def _infer_mixer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
+def _infer_two_towers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    image, text = (
+        {p.removeprefix(part): x for p, x in shapes.items() if p.startswith(part)}
+        for part in ("img/", "txt/")
+    )
+    sections = {"image": _infer_vit(image), "text": _infer_text(text)}
+    del sections["image"]["name"]
+    return {
+        "name": "two_towers",
+        **sections,
+        "width": image["head/kernel"][-1] if "head/kernel" in image else None,
+        "bias_init": -10.0 if "b" in shapes else None,  # Only used to initialise.
+    }
+
+
+def _infer_text(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    vocab_size, hidden = shapes["Embed_0/embedding"]
+    found = {"vocab_size": vocab_size, "hidden_size": hidden, **_infer_encoder(shapes)}
+    if len(positions := shapes.get(POSEMB, ())) == 3:
+        found["context_length"] = positions[1]
+    if "MAPHead_0/probe" in shapes:
+        found["pooling"] = "map"
+    if "head/kernel" in shapes and "head/bias" not in shapes:
+        found["head_bias"] = False
+    return found
+
+
+_BLOCK_0 = "Transformer/encoderblock_0"
+_ATTENTION_0 = f"{_BLOCK_0}/MultiHeadDotProductAttention_0"
+
+
+def _infer_encoder(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Returns the arguments of the blocks, which images and texts share."""
+    found: dict[str, Any] = {
+        "num_layers": _count(shapes, r"Transformer/encoderblock_(\d+)/"),
+        "mlp_dim": shapes.get(f"{_BLOCK_0}/MlpBlock_0/Dense_0/bias", (0,))[0],
+        "num_heads": shapes.get(f"{_ATTENTION_0}/query/bias", (0,))[0],
+    }
+    options = {
+        f"{_BLOCK_0}/MlpBlock_0/gate/kernel": {"activation": "swiglu"},
+        f"{_ATTENTION_0}/query_norm/scale": {"qk_norm": True},
+        f"{_BLOCK_0}/LayerScale_0/scale": {"layer_scale_init": 1e-5},  # Only used to initialise.
+    }
+    for path, option in options.items():
+        if path in shapes:
+            found |= option
+    return found
+
+
 def _infer_vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     height, width, _, hidden = shapes["embedding/kernel"]
-    block = "Transformer/encoderblock_0"
-    attention = f"{block}/MultiHeadDotProductAttention_0"
     pooling = "map" if "MAPHead_0/probe" in shapes else "gap"
     found: dict[str, Any] = {
         "name": "vit",
         "patch_size": (height, width),
         "hidden_size": hidden,
-        "num_layers": _count(shapes, r"Transformer/encoderblock_(\d+)/"),
-        "mlp_dim": shapes.get(f"{block}/MlpBlock_0/Dense_0/bias", (0,))[0],
-        "num_heads": shapes.get(f"{attention}/query/bias", (0,))[0],
+        **_infer_encoder(shapes),
         "classifier": "token" if "cls" in shapes else pooling,
     }
     if "pre_logits/bias" in shapes:
@@ -301,14 +370,15 @@ def _infer_vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         found["num_registers"] = shapes["Transformer/registers"][1]
     options = {
         "dist": {"distillation_token": True},
-        f"{block}/MlpBlock_0/gate/kernel": {"activation": "swiglu"},
-        f"{attention}/query_norm/scale": {"qk_norm": True},
-        f"{block}/LayerScale_0/scale": {"layer_scale_init": 1e-5},  # Only used to initialise.
         "fc_norm/scale": {"norm_after_pooling": True},
+        "Transformer/pre_norm/scale": {"pre_norm": True},
     }
     for path, option in options.items():
         if path in shapes:
             found |= option
+    for kernel, option in (("embedding", "embedding_bias"), ("head", "head_bias")):
+        if f"{kernel}/kernel" in shapes and f"{kernel}/bias" not in shapes:
+            found[option] = False
     return found
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datasets by name, read by position.
 
-`folder:PATH`, `manifest:PATH` and `parquet:PATH` are the user's own, `packed:PATH` and `raw:PATH`
-are packed copies of a dataset, `blank:CLASSES` is generated; any other name is that of a TFDS
-dataset in `array_record` form. `digits` comes with the package. `my_module:attribute` is a dataset
-from outside of it.
+`folder:PATH`, `pairs:PATH`, `manifest:PATH` and `parquet:PATH` are of users, `packed:PATH` and
+`raw:PATH` are packed copies of a dataset, `blank:CLASSES` is generated; any other name is that of a
+TFDS dataset in `array_record` form. `digits` and `digits_captions` come with the package.
+`my_module:attribute` is a dataset from outside of it.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from vit_jax.data.sources.base import Dataset, DatasetInfo, Source
 from vit_jax.data.sources.blank import blank_dataset
-from vit_jax.data.sources.files import folder_dataset, manifest_dataset
+from vit_jax.data.sources.files import folder_dataset, manifest_dataset, pairs_dataset
 from vit_jax.data.sources.guess import is_path, suggest_name
 from vit_jax.data.sources.packed import packed_dataset, raw_dataset
 from vit_jax.data.sources.parquet import parquet_dataset
@@ -28,6 +28,7 @@ KINDS: dict[str, Callable[[str], Dataset]] = {
     "blank": blank_dataset,
     "folder": folder_dataset,
     "manifest": manifest_dataset,
+    "pairs": pairs_dataset,
     "parquet": parquet_dataset,
     "packed": packed_dataset,
     "raw": raw_dataset,

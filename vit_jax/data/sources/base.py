@@ -6,17 +6,21 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from vit_jax.data.ops.decode import ImageError
 from vit_jax.utils.class_names import normalize_name
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.text import printable
 
 # Limit of the number of classes: larger labels are probably ids.
 MAX_CLASSES = 2**20
+
+# Characters of a caption; a longer one is probably another kind of file.
+MAX_CAPTION = 2**16
 
 # The label of an example whose label is not known, as that of a test set that is kept secret.
 NO_LABEL = -1
@@ -45,16 +49,19 @@ class DatasetInfo:
     """Facts about a dataset that are known before its images are read.
 
     Attributes:
-      num_classes: labels are from 0 to `num_classes` - 1.
+      num_classes: labels are from 0 to `num_classes` - 1; 0 if there are no labels, as images may
+        have captions only.
       image_shape: height, width and channels; None where they vary.
       class_names: names by label, if they are known; they are made one line each, and NFC.
       multi_label: whether an example has any number of labels, as a vector of zeros and ones.
+      captions: whether images have captions, which `Source.captions` gives.
     """
 
     num_classes: int
     image_shape: tuple[int | None, ...]
     class_names: tuple[str, ...] | None = None
     multi_label: bool = False
+    captions: bool = False
 
     def __post_init__(self) -> None:
         if self.class_names is not None:
@@ -67,7 +74,8 @@ class Source(abc.ABC):
     """Records of one split by position: `{"image": ..., "label": ...}`.
 
     The image is encoded bytes, or read-only pixels, uint8 `[height, width, 3]`. The label is an
-    int32, or float32 `[num_classes]` if an example may have several.
+    int32, or float32 `[num_classes]` if an example may have several; data without labels has none.
+    A source that reads captions with the image has them as `text` too, as `captions` gives them.
     """
 
     @abc.abstractmethod
@@ -80,6 +88,13 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def describe(self, index: int) -> str:
         """The origin of a record: a path, or a dataset and a position."""
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of an image in their order, without those that are empty.
+
+        Raises `ImageError` if they can't be read, or if one has more than `MAX_CAPTION` characters.
+        """
+        return self[index].get("text", ())
 
     def file_name(self, index: int) -> str:
         """The file name of an image, or else the end of `describe`."""
@@ -102,9 +117,31 @@ class Records(abc.ABC):
         """The origin of an image."""
 
 
+class Captions(Protocol):
+    """The captions of each row of a dataset. Reading is safe from many threads."""
+
+    def __getitem__(self, row: int, /) -> Sequence[str]:
+        """The captions of a row; raises `ImageError` if they can't be read."""
+        ...
+
+
+def tidy_captions(captions: Sequence[str]) -> tuple[str, ...]:
+    """Returns captions without white space around them, and without those that are empty.
+
+    Raises `ImageError` if one has more than `MAX_CAPTION` characters.
+    """
+    for caption in captions:
+        if len(caption) > MAX_CAPTION:
+            raise ImageError(
+                f"a caption has {len(caption):,} characters; expected at most {MAX_CAPTION:,}"
+            )
+    stripped = (caption.strip() for caption in captions)
+    return tuple(caption for caption in stripped if caption)
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Images with labels, divided into splits.
+    """Images with labels or captions, divided into splits.
 
     Attributes:
       name: in the config, such as `folder:/data/birds`.
@@ -112,11 +149,13 @@ class Dataset:
       records: the images.
       labels: int32 `[rows]`, or an int32 array for each row if there may be several labels. Splits
         that are never opened may have other labels than 0 to `num_classes` - 1, such as `NO_LABEL`.
+        They mean nothing if there are no classes.
       splits: the rows of each split, in order, as integers `[examples]`.
       cut: whether the splits are those of `make_splits`, as the data has none of its own.
+      captions: of each row, where `info.captions`.
 
     Raises:
-      UserError: there is another number of class names than of classes.
+      UserError: there is another number of class names than of classes, or captions are missing.
     """
 
     name: str
@@ -125,6 +164,7 @@ class Dataset:
     labels: np.ndarray | Sequence[np.ndarray]
     splits: Mapping[str, np.ndarray]
     cut: bool = False
+    captions: Captions | None = None
 
     def __post_init__(self) -> None:
         names, count = self.info.class_names, self.info.num_classes
@@ -132,6 +172,10 @@ class Dataset:
             raise UserError(
                 f"data.name={self.name!r} has {len(names):,} class names for {count:,} classes; "
                 "expected as many"
+            )
+        if self.info.captions and self.captions is None:
+            raise UserError(
+                f"data.name={self.name!r} has captions=True in its info: expected its captions too"
             )
 
     @property
@@ -147,7 +191,8 @@ class Dataset:
         """
         parts = select(split, self.lengths, name=self.name, key=key)
         rows = np.concatenate([self.splits[n][start:stop] for n, start, stop in parts])
-        self._check_labels(rows, where=f"{key}={split!r} of {self.name}")
+        if self.info.num_classes:
+            self._check_labels(rows, where=f"{key}={split!r} of {self.name}")
         return Rows(self, rows)
 
     def _check_labels(self, rows: np.ndarray, where: str) -> None:
@@ -175,8 +220,8 @@ class Rows(Source):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = int(self._rows[index])
-        return {"image": self._dataset.records.read(row), "label": self.label(index)}
+        record = {"image": self._dataset.records.read(int(self._rows[index]))}
+        return record | ({"label": self.label(index)} if self._dataset.info.num_classes else {})
 
     def label(self, index: int) -> Any:
         """The label of a record, without reading its image."""
@@ -186,6 +231,10 @@ class Rows(Source):
         several = np.zeros(self._dataset.info.num_classes, np.float32)
         several[label] = 1
         return several
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        captions = self._dataset.captions
+        return () if captions is None else tidy_captions(captions[int(self._rows[index])])
 
     def describe(self, index: int) -> str:
         return self._dataset.records.describe(int(self._rows[index]))

@@ -37,8 +37,9 @@ def blank_dataset(text: str) -> Dataset:
     classes, size = int(match[1]), int(match[2] or 0)
     return Dataset(
         name=f"blank:{text}",
-        info=DatasetInfo(classes, (size or None, size or None, 3)),
+        info=DatasetInfo(classes, (size or None, size or None, 3), captions=True),
         records=_Black(size or 256),
         labels=np.arange(_EXAMPLES, dtype=np.int32) % classes,
         splits={"train": np.arange(_EXAMPLES)},
+        captions=[("a blank image",)] * _EXAMPLES,
     )

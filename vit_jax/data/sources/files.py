@@ -36,6 +36,7 @@ from vit_jax.data.sources.layout import (
     describe_depth,
     drop_unassigned,
     drop_unsorted,
+    find_split,
     find_splits,
     is_left_out,
     list_few,
@@ -48,7 +49,9 @@ from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.suggestions import suggest
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_COLUMNS = ("image", "label", "labels", "split")
+_COLUMNS = ("image", "label", "labels", "split", "caption", "captions")
+_CAPTION = re.compile(r"captions?(_?[0-9]+)?")
+_TEXT, _MAX_TEXT = ".txt", 2**20  # the ending and the most bytes of a file of captions
 _STORES = ("gs://", "s3://")
 _ANY_SHAPE = (None, None, 3)
 # How tables mark a row without a label.
@@ -118,32 +121,37 @@ def folder_dataset(path: str) -> Dataset:
             f"{key}: expected a local folder; mount the bucket, or list its images in a manifest"
         )
     root = os.path.abspath(os.path.expanduser(path))
-    try:
-        first, tops, ignored, left_out = _read_tree(root)
-    except OSError as e:
-        hint = suggest_name(path, besides="folder")
-        raise UserError(f"{key} can't be read: {e.strerror}: {e.filename}{hint}") from None
-    if kinds := describe_ignored(ignored):
-        logger.info("%s: ignored files that are no images of a known format: %s", name, kinds)
-    if left_out:
-        logger.info("%s: left out the folders %s", name, list_few(sorted(left_out)))
+    tree = _read_tree(root, name=name)
+    tops, loose = tree.tops, tree.first.images
     split_of = find_splits(tops, key=key)
-    rows = _list_rows(tops, split_of, first.images, name=name)
+    rows = _list_rows(tops, split_of, loose, name=name)
+    captions = TextFiles(root, [tree.texts.get(_stem(path)) for path, *_ in rows])
+    tree.log_ignored(name, texts=len(captions))
     if not rows:
-        kinds = describe_ignored(ignored + first.ignored)
-        loose = len(first.images) + sum(len(top.images) for top in tops.values())
+        kinds = describe_ignored(tree.ignored + tree.first.ignored)
+        loose = loose + [path for top in tops.values() for path in top.images]
+        pairs = any(_stem(path) in tree.texts for path in loose)
         raise UserError(
-            f"{key} holds {f'{loose:,} images, none' if loose else 'no images'} in folders of "
+            f"{key} holds {f'{len(loose):,} images, none' if loose else 'no images'} in folders of "
             f"classes: expected CLASS/IMAGE or train/CLASS/IMAGE in {root}, as "
             f"{', '.join(ENDINGS)}{f'; left out: {kinds}' if kinds else ''}"
-            f"{suggest_name(path, besides='folder')}"
+            + (f"; did you mean 'pairs:{path}'?" if pairs else suggest_name(path, besides="folder"))
+        )
+    if len(captions):
+        logger.info(
+            "%s: %s of %s images have a text beside them, as their captions; pairs:%s reads them "
+            "without classes",
+            name,
+            f"{len(captions):,}",
+            f"{len(rows):,}",
+            path,
         )
     class_names = check_class_names(sorted({c for _, c, _ in rows}), name=name)
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     if (seconds := time.monotonic() - started) > 2:
         logger.info("%s: listed %s images in %.1f s", name, f"{len(rows):,}", seconds)
     labels = np.array([label_of[c] for _, c, _ in rows], np.int32)
-    info = DatasetInfo(len(class_names), _ANY_SHAPE, class_names)
+    info = DatasetInfo(len(class_names), _ANY_SHAPE, class_names, captions=len(captions) > 0)
     splits = make_splits(labels, [split for *_, split in rows] if split_of else None)
     paths = [path for path, *_ in rows]
     hint = ""
@@ -151,9 +159,96 @@ def folder_dataset(path: str) -> Dataset:
         first = [path for path, _, split in rows if split == rows[0][2]]
         hint = describe_depth(first, root=root, key=key)
     check_classes(name, info, labels, splits, hint=hint)
-    dataset = Dataset(name, info, Files(root, paths), labels, splits, cut=not split_of)
+    cut, records = not split_of, Files(root, paths)
+    dataset = Dataset(name, info, records, labels, splits, cut=cut, captions=captions)
     log_cut(dataset)
     return dataset
+
+
+@functools.cache
+def pairs_dataset(path: str) -> Dataset:
+    """A dataset of images with texts beside them, `x.jpg` and `x.txt`, at any depth.
+
+    Each line of a text is a caption. There are no labels. Splits are the folders in PATH that are
+    named for them; without any, `make_splits` cuts the images. Images without a text are left out.
+
+    Raises:
+      UserError: the folder can't be read, has no pairs, or has images beside folders of splits.
+    """
+    name = f"pairs:{path}"
+    key = f"data.name={name!r}"
+    if "://" in path:
+        raise UserError(
+            f"{key}: expected a local folder; mount the bucket, or list its images in a manifest"
+        )
+    root = os.path.abspath(os.path.expanduser(path))
+    tree = _read_tree(root, name=name)
+    images = {top: [*t.images, *itertools.chain(*t.below.values())] for top, t in tree.tops.items()}
+    images = {"": tree.first.images} | images
+    used = [top for top, paths in images.items() if paths]
+    split_of = {top: split for top in used if (split := find_split(top))}
+    if split_of and len(split_of) < len(used):
+        other = next(top or "images" for top in used if top not in split_of)
+        raise UserError(
+            f"{key} holds {next(iter(split_of))} and {other}: expected folders of splits alone "
+            "(train, test, validation), or none of them"
+        )
+    if split_of:
+        map_splits(split_of, key=key)
+    rows = [(path, split_of.get(top, "")) for top in used for path in images[top]]
+    rows.sort(key=lambda row: (unicodedata.normalize("NFC", row[0]), row))
+    pairs = [row for row in rows if _stem(row[0]) in tree.texts]
+    tree.log_ignored(name, texts=len(pairs))
+    if not pairs:
+        raise UserError(
+            f"{key} has {len(rows):,} images, and none has its text beside it: expected x.jpg and "
+            f"x.txt in {root}{suggest_name(path, besides='pairs')}"
+        )
+    if alone := [path for path, _ in rows if _stem(path) not in tree.texts]:
+        logger.info(
+            "%s: left out %s images without a text: %s", name, f"{len(alone):,}", list_few(alone)
+        )
+    paths = [path for path, _ in pairs]
+    labels = np.zeros(len(pairs), np.int32)
+    splits = make_splits(labels, [split for _, split in pairs] if split_of else None)
+    dataset = Dataset(
+        name,
+        DatasetInfo(0, _ANY_SHAPE, captions=True),
+        Files(root, paths),
+        labels,
+        splits,
+        cut=not split_of,
+        captions=TextFiles(root, [tree.texts[_stem(path)] for path in paths]),
+    )
+    log_cut(dataset)
+    return dataset
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(path)[0]
+
+
+class TextFiles:
+    """The lines of a text file for each row; None for a row without one.
+
+    Its length is the number of rows that have one.
+    """
+
+    def __init__(self, root: str, paths: Sequence[str | None]):
+        self._root, self._paths = root, paths
+
+    def __len__(self) -> int:
+        return sum(path is not None for path in self._paths)
+
+    def __getitem__(self, row: int) -> list[str]:
+        path = self._paths[row]
+        if path is None:
+            return []
+        try:
+            content = _read_file(os.path.join(self._root, path), max_bytes=_MAX_TEXT)
+            return content.decode("utf-8-sig").splitlines()
+        except (OSError, ValueError) as e:
+            raise ImageError(f"its text can't be read: {describe_error(e)}") from e
 
 
 @dataclasses.dataclass
@@ -162,23 +257,59 @@ class _Listing:
 
     Attributes:
       images: paths of images, relative to the folder of the dataset.
+      texts: paths of text files, relative like `images`.
       folders: paths of its subfolders.
       left_out: paths of subfolders that hold nothing to be read, relative like `images`.
       ignored: numbers of other files by kind.
     """
 
     images: list[str] = dataclasses.field(default_factory=list)
+    texts: list[str] = dataclasses.field(default_factory=list)
     folders: list[str] = dataclasses.field(default_factory=list)
     left_out: list[str] = dataclasses.field(default_factory=list)
     ignored: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
-def _read_tree(root: str) -> tuple[_Listing, dict[str, Top], Counter[str], list[str]]:
-    """Lists the folder of a dataset, and what is below each folder in it.
+@dataclasses.dataclass(frozen=True)
+class _Tree:
+    """The folder of a dataset, and what is below each folder in it.
 
-    Returns what is directly in it, the folders by name, and of all of them the numbers of files
-    that are no images and the folders that were left out.
+    Attributes:
+      first: what is directly in it.
+      tops: the folders in it by name.
+      ignored: numbers of files in these that are no images, by kind.
+      left_out: paths of all folders that hold nothing to be read.
+      texts: paths of all text files by their path without the ending.
     """
+
+    first: _Listing
+    tops: dict[str, Top]
+    ignored: Counter[str]
+    left_out: list[str]
+    texts: dict[str, str]
+
+    def log_ignored(self, name: str, *, texts: int) -> None:
+        """Logs what is not read of the dataset `name`, which has captions in `texts` files."""
+        ignored = self.ignored - Counter({_TEXT: texts})
+        if kinds := describe_ignored(ignored):
+            logger.info("%s: ignored files that are no images of a known format: %s", name, kinds)
+        if self.left_out:
+            logger.info("%s: left out the folders %s", name, list_few(sorted(self.left_out)))
+
+
+def _read_tree(root: str, *, name: str) -> _Tree:
+    """Lists the folder of a dataset; raises `UserError`, with its name, if it can't be read."""
+    try:
+        return _list_tree(root)
+    except OSError as e:
+        kind, _, path = name.partition(":")
+        raise UserError(
+            f"data.name={name!r} can't be read: {e.strerror}: {e.filename}"
+            f"{suggest_name(path, besides=kind)}"
+        ) from None
+
+
+def _list_tree(root: str) -> _Tree:
     first = _list_folder(root, root)
     with concurrent.futures.ThreadPoolExecutor(_LISTERS) as pool:
         listed = list(pool.map(lambda folder: _list_folder(root, folder), first.folders))
@@ -190,7 +321,9 @@ def _read_tree(root: str) -> tuple[_Listing, dict[str, Top], Counter[str], list[
         tops[os.path.basename(folder)] = Top(top.images, images)
     everything = [*listed, *below.values()]
     left_out = [path for one in [first, *everything] for path in one.left_out]
-    return first, tops, sum((one.ignored for one in everything), Counter()), left_out
+    ignored = sum((one.ignored for one in everything), Counter())
+    texts = {_stem(path): path for one in [first, *everything] for path in one.texts}
+    return _Tree(first, tops, ignored, left_out, texts)
 
 
 def _list_rows(
@@ -241,6 +374,7 @@ def _list_below(root: str, folder: str) -> _Listing:
     while todo:
         one = _list_folder(root, todo.pop())
         found.images += one.images
+        found.texts += one.texts
         found.left_out += one.left_out
         found.ignored += one.ignored
         todo += one.folders
@@ -267,6 +401,8 @@ def _list_folder(root: str, folder: str) -> _Listing:
                 found.images.append(f"{prefix}{name}")
             else:
                 found.ignored[ending or "without an ending"] += 1
+                if ending == _TEXT and _is_file(entry):
+                    found.texts.append(f"{prefix}{name}")
     return found
 
 
@@ -302,7 +438,9 @@ def manifest_dataset(path: str) -> Dataset:
     """A dataset of a `.csv`, `.tsv` or `.jsonl` file or gs:// URL with one image per row.
 
     Columns: `image` (a path relative to the manifest, an absolute path or a URL); `label` (a class
-    name or an integer) or `labels` (several: `a|b`, in JSON a list); optionally `split`.
+    name or an integer) or `labels` (several: `a|b`, in JSON a list); `caption`, or several such as
+    `caption_0` and `caption_1` (a text, in JSON also a list); optionally `split`. One of labels and
+    captions may be missing.
 
     Raises:
       UserError: the file can't be read, or a column or a value is invalid.
@@ -329,12 +467,17 @@ def manifest_dataset(path: str) -> Dataset:
     except Exception as e:
         raise UserError(f"{key} can't be read: {describe_error(e)}") from None
     columns = _check_columns(rows, key)
-    kind = "labels" if "labels" in columns else "label"
     paths = [str(row["image"]) for row in rows]
-    values = [row[kind] for row in rows]
-    if kind == "labels":
-        values = [_several(value, row, key=key) for row, value in enumerate(values)]
-    info, labels = encode_labels(values, multi_label=kind == "labels", name=name)
+    captions = read_captions(rows, [c for c in columns if _CAPTION.fullmatch(c)], key=key)
+    if {"label", "labels"}.isdisjoint(columns):
+        info, labels = DatasetInfo(0, _ANY_SHAPE), np.zeros(len(rows), np.int32)
+    else:
+        kind = "labels" if "labels" in columns else "label"
+        values = [row[kind] for row in rows]
+        if kind == "labels":
+            values = [_several(value, row, key=key) for row, value in enumerate(values)]
+        info, labels = encode_labels(values, multi_label=kind == "labels", name=name)
+    info = dataclasses.replace(info, captions=captions is not None)
     splits = None
     if "split" in columns:
         given = [str(row["split"]) for row in rows]
@@ -344,7 +487,8 @@ def manifest_dataset(path: str) -> Dataset:
     _check_access(records, paths, key)
     by_split = drop_unassigned(make_splits(labels, splits), name=name)
     check_classes(name, info, labels, by_split)
-    dataset = Dataset(name, info, records, labels, by_split, cut=splits is None)
+    cut = splits is None
+    dataset = Dataset(name, info, records, labels, by_split, cut=cut, captions=captions)
     log_cut(dataset)
     return dataset
 
@@ -354,7 +498,16 @@ def _read_table(lines: Iterator[str], *, delimiter: str) -> Iterator[dict[str, A
     columns = reader.fieldnames or []
     if len(set(columns)) < len(columns):  # The last one would count.
         raise ValueError(f"two columns of one name among {', '.join(columns)}")
-    yield from reader
+    if not any(map(_CAPTION.fullmatch, columns)):
+        yield from reader
+        return
+    # A quotation mark that is not closed would make the lines after it a part of the caption.
+    header, reader.reader = reader.line_num, csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        yield from reader
+    except csv.Error as e:
+        line = header + reader.reader.line_num
+        raise ValueError(f"line {line:,}, or quotation marks before it: {e}") from e
 
 
 def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
@@ -364,21 +517,53 @@ def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
         raise UserError(f"{key}: {str(rows[0])[:80]!r}: expected an object a line")
     # DictReader stores surplus values under the key None, and None for missing values.
     columns = [column for column in rows[0] if column is not None]
+    # Rows of JSON may lack captions.
+    named = {c for row in rows if isinstance(row, dict) for c in row if isinstance(c, str)}
+    columns += sorted(c for c in named if _CAPTION.fullmatch(c) and c not in columns)
     for column in columns:
-        if column not in _COLUMNS:
+        if column not in _COLUMNS and not _CAPTION.fullmatch(str(column)):
             raise UserError(f"{key}: unknown column {column!r}{suggest(str(column), _COLUMNS)}")
-    if "image" not in columns or ("label" in columns) == ("labels" in columns):
+    captioned = any(map(_CAPTION.fullmatch, columns))
+    labelled = ("label" in columns) + ("labels" in columns)
+    if "image" not in columns or labelled > 1 or not (labelled or captioned):
         raise UserError(
             f"{key} has the columns {', '.join(columns)}; expected image, and either label or "
-            "labels"
+            "labels, or captions"
         )
+    required = {column for column in columns if not _CAPTION.fullmatch(column)}
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or set(row) != set(columns) or None in row.values():
+        given = set(row) if isinstance(row, dict) else set()
+        if not required <= given <= set(columns) or None in (row[c] for c in required):
             raise UserError(
                 f"{key}: row {number + 1} is {str(row)[:120]}; expected a value for each of "
                 f"{', '.join(columns)}"
+                f"{'; a caption with a comma is quoted' * (captioned and None in given)}"
             )
     return columns
+
+
+def read_captions(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, key: str
+) -> list[list[str]] | None:
+    """The captions of each row, in the order of the columns; None without such columns.
+
+    A value is a text, a list of texts, or None. Raises `UserError` for any other.
+    """
+    if not columns:
+        return None
+    captions = []
+    for number, row in enumerate(rows):
+        found: list[Any] = []
+        for column in columns:
+            value = row.get(column)
+            found += value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(caption, str) for caption in found):
+            raise UserError(
+                f"{key}: row {number + 1}: {', '.join(columns)}: {str(found)[:80]}: expected a "
+                "text or a list of texts"
+            )
+        captions.append(found)
+    return captions
 
 
 def _several(value: Any, row: int, *, key: str) -> list[Any]:

@@ -7,6 +7,7 @@ from vit_jax.data.sources.packed import MANIFEST
 
 _TABLES = (".csv", ".tsv", ".jsonl")
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 _LISTED = 1000  # entries of a folder that are looked at
 
 
@@ -55,4 +56,8 @@ def _look_into(folder: str) -> str:
         return "folder"
     if MANIFEST in names:
         return "raw" if any(name.endswith(".pixels") for name in names) else "packed"
-    return "parquet" if any(name.endswith(".parquet") for name in names) else "folder"
+    if any(name.endswith(".parquet") for name in names):
+        return "parquet"
+    texts = {os.path.splitext(name)[0] for name in names if name.lower().endswith(".txt")}
+    images = (os.path.splitext(name)[0] for name in names if name.lower().endswith(_IMAGES))
+    return "folder" if texts.isdisjoint(images) else "pairs"

@@ -267,7 +267,8 @@ def log_cut(dataset: Dataset) -> None:
     """Logs how a dataset without splits of its own is cut, and which classes are too small."""
     if not dataset.cut:
         return
-    several, held = dataset.info.multi_label, round(100 * HELD_OUT)
+    several = dataset.info.multi_label or not dataset.info.num_classes
+    held = round(100 * HELD_OUT)
     logger.info(
         "%s: it has no splits of its own, so a fixed seed cuts %s into %d %% train, %d %% "
         "validation and %d %% test, at least one image each: %s",

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datasets written by `vit_jax.data.pack`: smaller JPEGs in few files, or pixels in one per split.
 
-`DST/pack.json` is the manifest. Each shard has `SPLIT-00000-of-00010.npz` with the labels, which is
-written after its images, and either an `.array_record` file of JPEGs or its part of `SPLIT.pixels`,
-uint8 `[rows, size, size, 3]`. An image that could not be read leaves an empty place, so that
-positions are those of the source.
+`DST/pack.json` is the manifest. Each shard has `SPLIT-00000-of-00010.npz` with the labels and
+captions, which is written after its images, and either an `.array_record` file of JPEGs or its part
+of `SPLIT.pixels`, uint8 `[rows, size, size, 3]`. An image that could not be read leaves an empty
+place, so that positions are those of the source.
 """
 
 import concurrent.futures
@@ -47,6 +47,8 @@ MANIFEST = "pack.json"
 _MAX_EXAMPLES, _MAX_SHARDS, _MAX_SPLITS, _MAX_SIDE = 2**33, 2**18, 1000, 2**14
 _HEADERS = 2**12  # bytes of the headers of three arrays
 _THREADS = 16
+# Arrays of a shard: see `PackedCaptions`.
+CAPTIONS = ("captions", "caption_lengths", "caption_counts")
 _AGAIN = "expected what python -m vit_jax.data.pack wrote: pack it again"
 
 
@@ -57,7 +59,7 @@ class Manifest:
     Attributes:
       source: name of the dataset that was packed.
       splits: lengths of its splits.
-      num_classes: labels are from 0 to `num_classes` - 1.
+      num_classes: labels are from 0 to `num_classes` - 1; 0 if there are none.
       multi_label: whether an example may have several labels.
       class_names: names by label, if they are known.
       short_side: limit of the shorter side of the JPEGs; None for pixels.
@@ -65,6 +67,7 @@ class Manifest:
       raw: height and width of the pixels; None for JPEGs.
       shard_size: examples of each file except the last of a split.
       cut: whether the source has no splits of its own; see `Dataset`.
+      captions: whether the examples have captions.
     """
 
     source: str
@@ -77,6 +80,7 @@ class Manifest:
     raw: int | None
     shard_size: int
     cut: bool = False
+    captions: bool = False
 
     @property
     def kind(self) -> str:
@@ -141,10 +145,10 @@ def check_manifest(manifest: Manifest) -> None:
     check_count(sum(manifest.splits.values()), _MAX_EXAMPLES, "the number of examples", least=1)
     shards = sum(-(-length // manifest.shard_size) for length in manifest.splits.values())
     check_count(shards, _MAX_SHARDS, "the number of shards")
-    check_count(manifest.num_classes, MAX_CLASSES, "num_classes", least=1)
-    for name in ("multi_label", "cut"):
+    for name in ("multi_label", "cut", "captions"):
         if type(value := getattr(manifest, name)) is not bool:
             raise ValueError(f"{name} is {shorten(value)}; expected true or false")
+    check_count(manifest.num_classes, MAX_CLASSES, "num_classes", least=not manifest.captions)
     for name in ("short_side", "quality", "raw"):
         if (value := getattr(manifest, name)) is not None:
             check_count(value, _MAX_SIDE, name, least=1)
@@ -246,7 +250,7 @@ def _dataset(path: str, kind: str) -> Dataset:
             "the same python -m vit_jax.data.pack again"
         )
     try:
-        labels, good = _read_labels(folder, manifest, shards)
+        labels, good, captions = _read_labels(folder, manifest, shards)
         size = manifest.raw
         records = Jpegs(folder, shards) if size is None else Pixels(folder, manifest, good)
     except OSError as e:
@@ -256,41 +260,70 @@ def _dataset(path: str, kind: str) -> Dataset:
         raise UserError(f"{key} can't be read: {describe_error(e)}; {_AGAIN}") from None
     names = manifest.class_names
     class_names = None if names is None else check_class_names(names, name=name)
-    info = DatasetInfo(manifest.num_classes, (size, size, 3), class_names, manifest.multi_label)
+    info = DatasetInfo(
+        manifest.num_classes,
+        (size, size, 3),
+        class_names,
+        manifest.multi_label,
+        captions=manifest.captions,
+    )
     starts = itertools.accumulate(manifest.splits.values(), initial=0)
     splits = {
         split: np.arange(start, start + length)
         for start, (split, length) in zip(starts, manifest.splits.items(), strict=False)
     }
-    return Dataset(name, info, records, labels, splits, manifest.cut)
+    return Dataset(name, info, records, labels, splits, manifest.cut, captions)
+
+
+class PackedCaptions:
+    """Captions of all rows, as UTF-8 in one array.
+
+    Args:
+      text: all captions, uint8 `[bytes]`.
+      lengths: bytes of each caption, int64 `[captions]`.
+      counts: captions of each row, int64 `[rows]`.
+    """
+
+    def __init__(self, text: np.ndarray, lengths: np.ndarray, counts: np.ndarray):
+        self._text = text
+        self._starts = np.cumsum([0, *lengths])
+        self._firsts = np.cumsum([0, *counts])
+
+    def __getitem__(self, row: int) -> list[str]:
+        bounds = self._starts[self._firsts[row] : self._firsts[row + 1] + 1]
+        parts = (self._text[start:stop] for start, stop in itertools.pairwise(bounds))
+        return [part.tobytes().decode("utf-8", "replace") for part in parts]
 
 
 def _read_labels(
     folder: Path, manifest: Manifest, shards: Sequence[Shard]
-) -> tuple[Any, np.ndarray]:
-    """Returns the labels of all rows, and whether each image is there, bool `[rows]`."""
+) -> tuple[Any, np.ndarray, PackedCaptions | None]:
+    """Returns the labels of all rows, whether each image is there, bool `[rows]`, and captions."""
     parts = [_read_shard(folder / f"{shard.name}.npz", shard, manifest) for shard in shards]
-    values, counts, good = map(np.concatenate, zip(*parts, strict=True))
+    values, counts, good, *text = map(np.concatenate, zip(*parts, strict=True))
+    captions = PackedCaptions(*text) if manifest.captions else None
+    if not manifest.num_classes:
+        return np.zeros(len(good), np.int32), good, captions
     if not manifest.multi_label:
-        return values, good
-    return np.split(values, np.cumsum(counts)[:-1]), good
+        return values, good, captions
+    return np.split(values, np.cumsum(counts)[:-1]), good, captions
 
 
-def _read_shard(
-    path: Path, shard: Shard, manifest: Manifest
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _read_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[np.ndarray, ...]:
     rows = shard.stop - shard.start
     most = rows * (manifest.num_classes if manifest.multi_label else 1)
+    bound = None if manifest.captions else 8 * (most + 2 * rows) + _HEADERS
     with (
         open_outside(path, max_bytes=MAX_TABLE) as file,
-        open_npz(file, max_bytes=8 * (most + 2 * rows) + _HEADERS) as arrays,
+        open_npz(file, max_bytes=bound) as arrays,
     ):
         labels, counts, good = (arrays[name] for name in ("labels", "counts", "good"))
+        text = [arrays[name] for name in CAPTIONS] if manifest.captions else []
     whole = labels.dtype.kind == counts.dtype.kind == "i" and good.dtype == bool
     if not whole or counts.shape != (rows,) or good.shape != (rows,) or labels.ndim != 1:
         raise ValueError(f"{path} is of other types or of another length than its split")
-    several = manifest.multi_label
-    if np.any(counts < 0) or counts.sum() != len(labels) or not (several or np.all(counts == 1)):
+    right = manifest.multi_label or np.all(counts == (1 if manifest.num_classes else 0))
+    if np.any(counts < 0) or counts.sum() != len(labels) or not right:
         raise ValueError(f"{path} has {len(labels):,} labels for {rows:,} examples")
     for place in np.flatnonzero((labels < 0) | (labels >= manifest.num_classes))[:1]:
         row = shard.start + int(np.searchsorted(np.cumsum(counts), place, side="right"))
@@ -298,7 +331,21 @@ def _read_shard(
             f"{path}: {shard.split}[{row}] has label {labels[place]}; expected 0 to "
             f"{manifest.num_classes - 1}"
         )
-    return labels, counts, good
+    if text:
+        _check_captions(*text, rows=rows, path=path)
+    return labels, counts, good, *text
+
+
+def _check_captions(
+    text: np.ndarray, lengths: np.ndarray, counts: np.ndarray, *, rows: int, path: Path
+) -> None:
+    whole = text.dtype == np.uint8 and lengths.dtype.kind == counts.dtype.kind == "i"
+    if not whole or {text.ndim, lengths.ndim} != {1} or counts.shape != (rows,):
+        raise ValueError(f"{path} has captions of other types or of another length than its split")
+    if min(lengths.min(initial=0), counts.min(initial=0)) < 0 or (
+        (lengths.sum(), counts.sum()) != (len(text), len(lengths))
+    ):
+        raise ValueError(f"{path} has {len(text):,} bytes of captions, which are not as it says")
 
 
 packed_dataset = functools.partial(_dataset, kind="packed")

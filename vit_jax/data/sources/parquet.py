@@ -2,6 +2,7 @@
 """Datasets in Parquet files, in the layout of the Hugging Face Hub."""
 
 import collections
+import dataclasses
 import functools
 import logging
 import os
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data.ops.decode import ImageError
-from vit_jax.data.sources.base import Dataset, Records, make_splits
+from vit_jax.data.sources.base import Dataset, DatasetInfo, Records, make_splits
 from vit_jax.data.sources.files import encode_labels
 from vit_jax.data.sources.guess import suggest_name
 from vit_jax.data.sources.layout import (
@@ -42,19 +43,23 @@ _MIN_ROWS, _ROW_BYTES = 2**16, 16
 _BATCH_ROWS = 64
 
 # The columns of a file by what they hold, and how a dataset's name says that they have other names.
-_COLUMNS = ("image", "label", "split")
-_RENAMED = re.compile(r"#((?:image|label|split)=[^,]+(?:,(?:image|label|split)=[^,]+)*)$")
+_COLUMNS = ("image", "label", "split", "caption")
+_RENAMED = re.compile(r"#({0}=[^,]+(?:,{0}=[^,]+)*)$".format(f"(?:{'|'.join(_COLUMNS)})"))
+# The columns with captions where no others are named: the first of these that is there.
+_CAPTIONS = ("caption", "captions", "text", "texts")
 
 
 @functools.cache
 def parquet_dataset(text: str) -> Dataset:
     """A dataset of the files of a path or pattern, or of all files below a folder.
 
-    Columns: `image` (bytes, or a struct with `bytes`) and `label` (integer or class name); after
-    the path, `#image=img,label=fine_label` gives other names of them. Class names are those that
-    the `datasets` library writes into the schema. The split is the column `split`, or else the
-    first word of the files' names, as in `train-00000-of-00002.parquet`. Labels may be missing, as
-    null, -1 or the whole column, in splits that are never opened.
+    Columns: `image` (bytes, or a struct with `bytes`), `label` (integer or class name) and
+    `caption` (a text or a list of texts; or `captions`, `text`); after the path,
+    `#image=img,label=fine_label` gives other names of them, and `#caption=short+long` several.
+    Class names are those that the `datasets` library writes into the schema. The split is the
+    column `split`, or else the first word of the files' names, as in
+    `train-00000-of-00002.parquet`. Labels may be missing, as null, -1 or the whole column, in
+    splits that are never opened, and everywhere if there are captions.
 
     Raises:
       UserError: pyarrow is missing, there are no files, or a column is invalid.
@@ -76,6 +81,7 @@ def parquet_dataset(text: str) -> Dataset:
     labels, splits, names = [], [], {}
     try:
         files = [_open(file) for file in paths]
+        captions = _find_captions(files, paths, key, names_of)
         for file_path, file in zip(paths, files, strict=True):
             schema = file.schema_arrow
             _check_schema(schema, file_path, key, names_of)
@@ -96,9 +102,9 @@ def parquet_dataset(text: str) -> Dataset:
                 splits += [_split_of(file_path)] * rows
     except (OSError, ValueError, pa.ArrowException) as e:  # Bounds raise the first two.
         raise UserError(f"{key} can't be read: {' '.join(str(e).split())[:200]}") from None
-    if not names:
+    if not names and (not captions or names_of["label"] != "label"):
         raise _lack("label", files[0].schema_arrow, paths[0], key, names_of)
-    first, class_names = next(iter(names.items()))
+    first, class_names = next(iter(names.items()), ("", None))
     for file_path, other in names.items():
         if other != class_names:
             raise UserError(
@@ -106,13 +112,17 @@ def parquet_dataset(text: str) -> Dataset:
                 "all files"
             )
     records = RowGroups(paths, files, column=names_of["image"])
-    info, codes = encode_labels(
-        labels,
-        multi_label=False,
-        name=name,
-        class_names=class_names,
-        describe=lambda row: f"{records.describe(row)} (row {row + 1})",
-    )
+    if names:
+        info, codes = encode_labels(
+            labels,
+            multi_label=False,
+            name=name,
+            class_names=class_names,
+            describe=lambda row: f"{records.describe(row)} (row {row + 1})",
+        )
+    else:
+        info, codes = DatasetInfo(0, (None, None, 3)), np.zeros(len(labels), np.int32)
+    info = dataclasses.replace(info, captions=bool(captions))
     _check_size(files, name)
     if None in splits:
         if set(splits) != {None}:
@@ -128,7 +138,8 @@ def parquet_dataset(text: str) -> Dataset:
         by_split = {s: np.flatnonzero(array == s) for s in sorted(set(split_of.values()))}
         by_split, cut = drop_unassigned(by_split, name=name), False
     check_classes(name, info, codes, by_split)
-    dataset = Dataset(name, info, records, codes, by_split, cut=cut)
+    texts = TextColumns(paths, files, columns=captions) if captions else None
+    dataset = Dataset(name, info, records, codes, by_split, cut=cut, captions=texts)
     log_cut(dataset)
     return dataset
 
@@ -149,6 +160,43 @@ def _lack(what: str, schema: Any, path: str, key: str, names_of: dict[str, str])
         f"{key}: {path} has the columns {', '.join(schema.names)}; expected {names_of[what]} for "
         f"the {what}: other names are given as in parquet:PATH#image=img,label=fine_label"
     )
+
+
+def _find_captions(
+    files: Sequence[Any], paths: Sequence[str], key: str, names_of: dict[str, str]
+) -> list[str]:
+    """The columns with captions; none if no names are given and no usual one is there.
+
+    Raises `UserError` if a column that is named is missing or does not hold texts.
+    """
+    schemas = [file.schema_arrow for file in files]
+    if names_of["caption"] == "caption":
+        usual = (c for c in _CAPTIONS if all(_holds_texts(schema, c) for schema in schemas))
+        return [column for column, _ in zip(usual, range(1), strict=False)]
+    columns = names_of["caption"].split("+")
+    for schema, path in zip(schemas, paths, strict=True):
+        for column in columns:
+            if column not in schema.names:
+                raise _lack("caption", schema, path, key, names_of | {"caption": column})
+            if not _holds_texts(schema, column):
+                raise UserError(
+                    f"{key}: {path}: column {column} is {schema.field(column).type}; expected a "
+                    "text or a list of texts"
+                )
+    return columns
+
+
+def _holds_texts(schema: Any, column: str) -> bool:
+    import pyarrow as pa
+
+    if schema.names.count(column) != 1:
+        return False
+    kind = schema.field(column).type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _open(path: str) -> Any:
@@ -200,7 +248,7 @@ def _check_schema(schema: Any, path: str, key: str, names_of: dict[str, str]) ->
     for what in ("image", *(["split"] if names_of["split"] != "split" else [])):
         if names_of[what] not in schema.names:
             raise _lack(what, schema, path, key, names_of)
-    for column in names_of.values():
+    for column in (names_of[what] for what in ("image", "label", "split")):
         if schema.names.count(column) > 1:
             raise UserError(f"{key}: {path} has several columns {column}; expected one")
     column = names_of["image"]
@@ -315,3 +363,47 @@ class RowGroups(Records):
     def describe(self, row: int) -> str:
         number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         return f"{self._paths[number]}[{row - int(self._first_rows[number])}]"
+
+
+class TextColumns:
+    """Captions of Parquet files, all of which are read when the first one is needed."""
+
+    def __init__(self, paths: list[str], files: list[Any], *, columns: list[str]):
+        self._paths, self._files, self._columns = paths, files, columns
+        self._lock = threading.Lock()
+        self._table: Any = None
+
+    def __getitem__(self, row: int) -> list[str]:
+        with self._lock:
+            if self._table is None:
+                self._table = self._read()
+        values = (self._table.column(column)[row].as_py() for column in self._columns)
+        found = (value if isinstance(value, list) else [value] for value in values)
+        return [text for texts in found for text in texts if text is not None]
+
+    def _read(self) -> Any:
+        import pyarrow as pa
+
+        tables, whole = [], None
+        for path, file in zip(self._paths, self._files, strict=True):
+            try:
+                table = _read_columns(file, path, list(dict.fromkeys(self._columns)))
+                if table.num_rows != file.metadata.num_rows:
+                    raise ValueError(f"{table.num_rows} rows; expected {file.metadata.num_rows}")
+                tables.append(table.cast(_plain(table.schema)))
+                whole = pa.concat_tables(tables)
+            except (OSError, ValueError, pa.ArrowException) as e:
+                reason = " ".join(str(e).split())[:200]
+                raise UserError(f"the captions in {path} can't be read: {reason}") from None
+        return whole
+
+
+def _plain(schema: Any) -> Any:
+    """The schema of texts that all files share: without dictionaries and small offsets."""
+    import pyarrow as pa
+
+    def plain(kind: Any) -> Any:
+        several = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        return pa.large_list(pa.large_string()) if several else pa.large_string()
+
+    return pa.schema([(field.name, plain(field.type)) for field in schema])

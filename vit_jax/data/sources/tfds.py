@@ -11,7 +11,7 @@ import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 import vit_jax.data.datasets  # noqa: F401  (registers the package's own TFDS builders)
-from vit_jax.data.sources.base import DatasetInfo, Source, refuse_label
+from vit_jax.data.sources.base import DatasetInfo, Source, refuse_label, tidy_captions
 from vit_jax.data.sources.guess import suggest_name
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.suggestions import suggest
@@ -48,24 +48,27 @@ class TfdsDataset:
 
     @property
     def info(self) -> DatasetInfo:
-        """Classes and image shape, for which the dataset need not be prepared.
+        """Classes, image shape and captions, for which the dataset need not be prepared.
 
-        Raises `UserError` if there is no such dataset, or if it is not for classification.
+        Raises `UserError` if there is no such dataset, or if it has neither labels nor captions.
         """
         features = dict(_builder(self.name, self.data_dir).info.features or {})
         image, label = features.get("image"), features.get("label")
-        if not isinstance(image, tfds.features.Image) or not isinstance(
-            label, tfds.features.ClassLabel
-        ):
+        labelled, captions = isinstance(label, tfds.features.ClassLabel), find_captions(features)
+        if not isinstance(image, tfds.features.Image) or not (labelled or captions):
             raise UserError(
                 f"data.name={self.name!r} has the features {sorted(features)}; expected an "
-                "'image' and a class 'label'"
+                "'image', and a class 'label' or texts 'captions'"
             )
         image_shape: Any = image.shape
+        if not labelled:
+            return DatasetInfo(0, image_shape, captions=True)
+        assert isinstance(label, tfds.features.ClassLabel)
         names = tuple(label.names or ())
         # If a builder gives their number only, TFDS makes names of the labels.
         known = names if names != tuple(map(str, range(len(names)))) else None
-        return DatasetInfo(int(label.num_classes or 0), image_shape, known)
+        classes = int(label.num_classes or 0)
+        return DatasetInfo(classes, image_shape, known, captions=captions is not None)
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -100,8 +103,36 @@ class TfdsDataset:
         records = builder.as_data_source(split, decoders=decoders)
         keep = builder.info.dataset_size <= _KEPT_BYTES
         return TfdsSource(
-            records, name=f"{self.name}:{split}", num_classes=self.info.num_classes, keep=keep
+            records,
+            name=f"{self.name}:{split}",
+            num_classes=self.info.num_classes,
+            keep=keep,
+            captions=find_captions(dict(builder.info.features or {})),
         )
+
+
+# Features that have the captions of an image, by what TFDS calls them in its datasets.
+_CAPTIONS = ("captions", "caption", "texts", "text")
+
+
+def find_captions(features: Mapping[str, Any]) -> str | None:
+    """The name of the feature with captions: a text, several, or several features with a `text`."""
+    for name in _CAPTIONS:
+        feature = features.get(name)
+        inner: Any = getattr(feature, "feature", feature)  # of a sequence
+        if isinstance(inner, tfds.features.FeaturesDict):
+            inner = dict(inner).get("text")
+        scalar = isinstance(inner, tfds.features.Tensor) and inner.shape == ()
+        if scalar and getattr(inner, "np_dtype", None) == np.dtype(object):
+            return name
+    return None
+
+
+def _as_texts(value: Any) -> list[str]:
+    """The texts of a feature that `find_captions` found."""
+    value = value["text"] if isinstance(value, Mapping) else value
+    texts = [value] if isinstance(value, bytes | str) else list(value)
+    return [t.decode("utf-8", "replace") if isinstance(t, bytes) else str(t) for t in texts]
 
 
 class TfdsSource(Source):
@@ -111,8 +142,17 @@ class TfdsSource(Source):
     a small image.
     """
 
-    def __init__(self, records: Any, *, name: str, num_classes: int, keep: bool):
+    def __init__(
+        self,
+        records: Any,
+        *,
+        name: str,
+        num_classes: int,
+        keep: bool,
+        captions: str | None = None,
+    ):
         self._records, self._name, self._num_classes = records, name, num_classes
+        self._captions = captions
         self._kept: dict[int, dict[str, Any]] | None = {} if keep else None
 
     def __len__(self) -> int:
@@ -121,12 +161,16 @@ class TfdsSource(Source):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self._kept is not None and index in self._kept:
             return self._kept[index]
-        record = self._records[index]
-        label = int(record["label"])
-        # Labels are stored with the images, so that each is known when it is read.
-        if not 0 <= label < self._num_classes:
-            refuse_label(label, self.describe(index), self._num_classes)
-        record = {"image": record["image"], "label": np.int32(label)}
+        found = self._records[index]
+        record = {"image": found["image"]}
+        if self._num_classes:
+            label = int(found["label"])
+            # Labels are stored with the images, so that each is known when it is read.
+            if not 0 <= label < self._num_classes:
+                refuse_label(label, self.describe(index), self._num_classes)
+            record["label"] = np.int32(label)
+        if self._captions:
+            record["text"] = tidy_captions(_as_texts(found[self._captions]))
         if self._kept is not None:
             self._kept[index] = record
         return record

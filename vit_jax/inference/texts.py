@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text tower of a loaded model, which embeds texts where its image tower embeds images."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vit_jax.data.tokenizers import Tokenizer, parse_tokenizer
+from vit_jax.models.text import TextTransformer
+from vit_jax.objectives.base import Params
+from vit_jax.parallel.mesh import batch_sharding, shard_batch
+from vit_jax.utils.errors import UserError
+
+# Texts that are computed at a time at most.
+_BATCH_SIZE = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextTower:
+    """A text tower with its parameters on all devices.
+
+    Attributes:
+      module: Flax module, called as `module.apply({"params": params}, tokens, train=False)`.
+      params: nested dict of arrays, copied to each device.
+      tokenizer: makes tokens of texts; None if it is not known.
+      t: logarithm of the factor on products of embeddings of images and texts, float32 `[1]`.
+      b: what is added to them then, float32 `[1]`; None for nothing.
+      mesh: device mesh over which texts are sharded.
+    """
+
+    module: TextTransformer
+    params: Params = dataclasses.field(repr=False, compare=False)
+    tokenizer: Tokenizer | None
+    t: np.ndarray
+    b: np.ndarray | None
+    mesh: Mesh = dataclasses.field(repr=False)
+
+    @property
+    def scale(self) -> float:
+        """The factor on the cosine of an image and a text."""
+        return float(np.exp(self.t[0]))
+
+    @property
+    def bias(self) -> float:
+        """What is added to it then: the logit of a pair is `scale * cosine + bias`."""
+        return 0.0 if self.b is None else float(self.b[0])
+
+    def encode(self, texts: Any) -> np.ndarray:
+        """Returns tokens, int32 `[n, context_length]`, of a text, a list of texts, or tokens.
+
+        Raises:
+          UserError: the tokenizer is not known, or the tokens are not those of this model.
+        """
+        length = self.module.context_length
+        if isinstance(texts, str):
+            texts = [texts]
+        if isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts):
+            if not len(texts):
+                raise UserError("there are no texts: expected at least one")
+            if self.tokenizer is None:
+                raise UserError(
+                    "the tokenizer of these weights is not known: expected "
+                    f"load_model(..., tokenizer=LINE), such as 'clip(length={length})'"
+                )
+            return self.tokenizer.encode_all(list(texts))
+        tokens = np.asarray(texts)
+        integers = np.issubdtype(tokens.dtype, np.integer)
+        if not integers or tokens.ndim != 2 or tokens.shape[1] != length or not len(tokens):
+            raise UserError(
+                f"texts are {tokens.dtype} {list(tokens.shape)}: expected texts, or tokens, int32 "
+                f"[n, {length}]"
+            )
+        if tokens.min() < 0 or tokens.max() >= self.module.vocab_size:
+            raise UserError(
+                f"tokens are {tokens.min()} to {tokens.max()}: expected 0 to "
+                f"{self.module.vocab_size - 1}"
+            )
+        return tokens.astype(np.int32)
+
+    def embed(self, texts: Any, *, pad_rows: Callable[[int], int]) -> np.ndarray:
+        """Returns unit vectors, float32 `[n, width]`, of texts as `encode` takes them.
+
+        `pad_rows` gives the batch size in which a number of texts is computed.
+        """
+        tokens = self.encode(texts)
+        found = []
+        for start in range(0, len(tokens), _BATCH_SIZE):
+            part = tokens[start : start + _BATCH_SIZE]
+            padded = np.zeros((pad_rows(len(part)), part.shape[1]), np.int32)
+            padded[: len(part)] = part
+            batch = shard_batch({"tokens": padded}, self.mesh)
+            found.append(np.asarray(self._compute(self.params, batch["tokens"]))[: len(part)])
+        return to_unit(np.concatenate(found))
+
+    @functools.cached_property
+    def _compute(self) -> Callable[..., jax.Array]:
+        def run(params: Params, tokens: jax.Array) -> jax.Array:
+            return self.module.apply({"params": params}, tokens, train=False)[0].astype("float32")
+
+        return jax.jit(run, out_shardings=batch_sharding(self.mesh))
+
+
+def to_unit(vectors: np.ndarray) -> np.ndarray:
+    """Divides vectors `[n, width]` of any float dtype by their lengths."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def find_tokenizer(
+    stated: Mapping[str, Any] | None, given: str | None, *, module: TextTransformer
+) -> Tokenizer | None:
+    """Returns the tokenizer that is given, or else the one that weights state; None for neither.
+
+    Args:
+      stated: `line` and `sha256` of the tokenizer in training, see `Weights.tokenizer`.
+      given: a line as in `data.tokenizer`.
+      module: of the text tower.
+
+    Raises:
+      UserError: the line is wrong, its file is not the one of the training, or its tokens are not
+        those of the model.
+    """
+    line = given or (stated or {}).get("line")
+    if line is None:
+        return None
+    tokenizer = parse_tokenizer(line)
+    expected = (stated or {}).get("sha256")
+    if expected is not None and tokenizer.sha256 != expected:
+        raise UserError(
+            f"the tokenizer {line} has a vocabulary file with the checksum {tokenizer.sha256}, and "
+            f"the model was trained with one of {expected}: expected that file"
+        )
+    length, vocab_size = module.context_length, module.vocab_size
+    if tokenizer.length != length or tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer {line} makes {tokenizer.length} tokens of a vocabulary of "
+            f"{tokenizer.vocab_size:,}; the model takes {length} of {vocab_size:,}: expected the "
+            "tokenizer that it was trained with"
+        )
+    return tokenizer
