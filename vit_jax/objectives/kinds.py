@@ -2,8 +2,8 @@
 """All objectives, by the name that a config gives them."""
 
 from vit_jax.objectives.contrastive import make_contrastive
-from vit_jax.objectives.distillation import make_distillation
 from vit_jax.objectives.dino import make_dino
+from vit_jax.objectives.distillation import make_distillation
 from vit_jax.objectives.linear_probe import make_linear_probe
 from vit_jax.objectives.mae import make_mae
 from vit_jax.objectives.supervised import make_supervised
