@@ -41,7 +41,9 @@ def test_an_objective_without_a_necessary_part_can_not_be_made(part):
 def test_constructors_state_whether_the_model_has_a_head():
     assert {name for name, make in OBJECTIVES.items() if getattr(make, "headless", False)} == {
         "mae",
+        "dino",
         "linear_probe",
+        "contrastive",
     }
 
     @headless
