@@ -96,6 +96,7 @@ def test_memory_of_views_counts(spec):
         ((("image", 1, LINE),), "a view is named 'image'"),
         ((("a b", 1, LINE),), "a view is named 'a b'"),
         ((("local", 1, LINE), ("local", 1, LINE)), "a view is named 'local'"),
+        ((("tokens", 1, LINE),), r"data\.views: a view is named 'tokens'"),
         ((("local", 0, LINE),), r"data\.views\.local: 0 images of each record"),
         ((("local", 2, "decode|random_crop(700)"),), r"data\.views\.local: 'random_crop\(700\)'"),
         ((("local", 2, "decode"),), "in different sizes: add resize"),
@@ -108,3 +109,18 @@ def test_wrong_views_are_refused(views, words, spec):
     with pytest.raises(UserError, match=words) as caught:
         dataclasses.replace(spec, views=views).view_shapes()
     assert "\n" not in str(caught.value)
+
+
+def test_views_and_tokens_of_a_record_do_not_change_each_other(captions_dir):
+    lines = (("global", 1, "decode|random_shift(2)"), ("local", 2, "decode|random_crop(4)"))
+    both = DatasetSpec(
+        *("digits_captions", "train[:50]", "decode|random_shift(2)", 8, captions_dir, "data"),
+        views=lines,
+        tokenizer="bytes(length=64)",
+    )
+    batches = take(both)
+    assert batches[0].keys() == {"image", "label", "global", "local", "tokens"}
+    for change in ({"tokenizer": None}, {"views": ()}):
+        for part, whole in zip(take(dataclasses.replace(both, **change)), batches, strict=True):
+            for name, value in part.items():
+                np.testing.assert_array_equal(value, whole[name], err_msg=name)

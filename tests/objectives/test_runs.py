@@ -253,6 +253,30 @@ def test_what_does_not_go_together_is_refused(name, change, words, data_dir, tea
     assert "\n" not in str(caught.value)
 
 
+def test_a_student_learns_from_images_without_labels(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        folder = tmp_path / "train"
+        folder.mkdir(exist_ok=True)
+        cv2.imwrite(str(folder / f"{i}.png"), rng.integers(0, 256, (8, 8, 3), np.uint8))
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    data = {
+        "data__name": f"pairs:{tmp_path}",
+        "data__preprocess": "decode|resize(8)",
+        "data__views": (
+            ("global", 1, "decode|resize(8)|flip_lr"),
+            ("local", 2, "decode|resize(8)|random_crop(4)"),
+        ),
+        "data__batch_size": 8,
+    }
+    options = changes("dino_sinkhorn", None) | data | {"evals": {}}
+    experiment = Experiment.from_config(tiny_config(None, total_steps=3, **options))
+    assert "label" not in experiment.abstract_batch
+    batch = next(experiment.train_batches(0))
+    _, metrics = experiment.train_step(experiment.init_state(), batch)
+    assert np.isfinite(float(metrics["loss"]))
+
+
 def test_koleo_is_refused_for_micro_batches_of_one_image(data_dir):
     config = tiny_config(data_dir, optimizer__accum_steps=16, **changes("dino", None))
     with pytest.raises(UserError, match=r"koleo_weight=0\.1 with \(micro-\)batches of 1"):
