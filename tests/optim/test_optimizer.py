@@ -383,6 +383,23 @@ def test_groups_of_gradients_are_clipped_each_by_its_own_norm():
     np.testing.assert_allclose(got["probe"], 0.5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_groups_that_leave_no_other_gradients_are_clipped(sharded):
+    optimizer = make_optimizer(
+        base=sgd(momentum=0.0),
+        total_steps=4,
+        lr=1.0,
+        schedule="constant",
+        grad_clip_norm=5.0,
+        grad_clip_groups=("head/.*", "body/.*"),
+        sharded=sharded,
+    )
+    grads = {name: {"kernel": jnp.asarray([30.0, 40.0])} for name in ("body", "head")}
+    updates, _ = optimizer.tx.update(grads, optimizer.tx.init(grads), grads)
+    for name in grads:
+        np.testing.assert_allclose(updates[name]["kernel"], [-3, -4], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
