@@ -66,6 +66,19 @@ def test_batches_are_random_images_and_labels_of_all_classes():
     assert set(np.unique(batch["label"])) <= {0, 1, 2}
 
 
+def test_batches_have_views_and_tokens_without_labels():
+    experiment = fake_experiment(None)
+    where = experiment.abstract_batch.pop("label").sharding
+    views = jax.ShapeDtypeStruct((6, 2, 2, 2, 3), np.uint8, sharding=where)
+    tokens = jax.ShapeDtypeStruct((6, 50), np.int32, sharding=where)
+    experiment.abstract_batch |= {"local": views, "tokens": tokens}
+    experiment.train_data.find_tokenizer = lambda: SimpleNamespace(vocab_size=5)
+    batch = make_batch(experiment)
+    assert batch.keys() == {"image", "local", "tokens"}
+    assert len(np.unique(batch["local"])) > 50
+    assert set(np.unique(batch["tokens"])) == {0, 1, 2, 3, 4}
+
+
 def test_the_command_prints_and_writes_what_it_measured(said, tmp_path, monkeypatch):
     (tmp_path / "config.py").write_text(CONFIG)
     monkeypatch.setattr(step_benchmark, "measure_steps", lambda *a, **k: (7.0, [0.5, 0.25, 0.25]))

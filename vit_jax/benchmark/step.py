@@ -95,23 +95,25 @@ def measure_steps(
 
 
 def make_batch(experiment: Experiment) -> dict[str, jax.Array]:
-    """Random images and labels, with the shapes, dtypes and shardings of a training batch."""
+    """Random arrays with the shapes, dtypes and shardings of a training batch."""
     rng = jax.random.key(0)
+    data = experiment.train_data
 
-    def make() -> dict[str, jax.Array]:
-        images = experiment.abstract_batch["image"]
-        labels = experiment.abstract_batch["label"]
-        if labels.ndim == 1:
-            label = jax.random.randint(rng, labels.shape, 0, experiment.train_data.info.num_classes)
-        else:
-            label = jax.random.bernoulli(rng, 0.1, labels.shape)
-        return {
-            "image": jax.random.bits(rng, images.shape, jnp.uint8),
-            "label": label.astype(labels.dtype),
-        }
+    def make(name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        if dtype == jnp.uint8:
+            return jax.random.bits(rng, shape, jnp.uint8)
+        if jnp.issubdtype(dtype, jnp.floating):
+            return jax.random.bernoulli(rng, 0.1, shape).astype(dtype)
+        tokenizer = data.find_tokenizer() if name == "tokens" else None
+        most = data.info.num_classes if tokenizer is None else tokenizer.vocab_size
+        return jax.random.randint(rng, shape, 0, most, dtype)
+
+    def make_all() -> dict[str, jax.Array]:
+        batch = experiment.abstract_batch
+        return {name: make(name, x.shape, x.dtype) for name, x in batch.items()}
 
     shardings = {k: v.sharding for k, v in experiment.abstract_batch.items()}
-    return jax.jit(make, out_shardings=shardings)()
+    return jax.jit(make_all, out_shardings=shardings)()
 
 
 def measure_gemm() -> float:
