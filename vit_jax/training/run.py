@@ -46,6 +46,7 @@ from vit_jax.runtime.preemption import Interrupted, Preempted, PreemptionGuard
 from vit_jax.runtime.processes import fail_together, host_names
 from vit_jax.runtime.watchdog import Limits, Watchdog
 from vit_jax.training.experiment import Experiment
+from vit_jax.training.kernel_check import check_kernels
 from vit_jax.training.loop import take_steps
 from vit_jax.training.phases import Phases
 from vit_jax.training.result import RunResult, read_result
@@ -117,6 +118,7 @@ def train(
                 check_trackers(settings.tracking)
             # Parameters that the config's rules do not fit are refused before anything is written.
             experiment.check()
+            check_kernels(experiment.model, experiment.train_data.image_shape())
             names = experiment.train_data.info.class_names
             stack.enter_context(remove_workdir_on_error(Path(workdir), active=main_process))
             folder = open_workdir(
