@@ -110,7 +110,7 @@ def test_a_mixture_is_trained_on_and_goes_on(animals, mixture, tmp_path):
     written = json.loads((tmp_path / "w" / "config.json").read_text())
     assert written["data"]["mixture"] == [list(part) for part in mixture]
     other = config(**changes | {"data__mixture": (*mixture[:1], (*mixture[1][:2], 0.5))})
-    refuse(lambda: run(other, tmp_path / "w"), "config.data.mixture", "another experiment")
+    refuse(lambda: run(other, tmp_path / "w"), "data.mixture", "another experiment")
 
 
 @pytest.mark.parametrize(

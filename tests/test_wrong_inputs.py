@@ -122,7 +122,7 @@ CASES = {
             ["model.hiden_size", "'--config.model.hidden_size'"],
         ),
         (TRAIN + "--config.model.name=vitt", ["model.name='vitt'", "'vit'"]),
-        (TRAIN + "--config.model.name=[1]", ["model.name=[1]", "there is: mixer, vit"]),
+        (TRAIN + "--config.model.name=[1]", ["model.name=[1]", "there is: mixer, two_towers, vit"]),
         (
             TRAIN + "--config.model.name=nowhere:make",
             ["model.name='nowhere:make'", "no module nowhere", "PYTHONPATH"],

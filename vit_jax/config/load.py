@@ -75,12 +75,15 @@ def list_modules(config: ConfigDict | Mapping[str, Any]) -> list[str]:
     Args:
       config: nested, or values by dotted key.
     """
-    from vit_jax.data.sources import KINDS
-
     config = config.to_dict() if isinstance(config, ConfigDict) else config
     texts = [str(v) for k, v in flatten_config(config).items() if k.rpartition(".")[2] in _NAMES]
     modules = {name.partition(":")[0] for text in texts for name in find_parts(text)}
-    return sorted(modules - KINDS.keys())
+    if modules:
+        # Imports libraries that commands on files do without.
+        from vit_jax.data.sources import KINDS
+
+        modules -= KINDS.keys()
+    return sorted(modules)
 
 
 def override_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> ConfigDict:
