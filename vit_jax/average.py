@@ -34,6 +34,7 @@ from vit_jax.utils.signals import importing
 from vit_jax.utils.suggestions import suggest
 
 if TYPE_CHECKING:
+    from vit_jax.checkpoint.pretrained.averaging import Score
     from vit_jax.checkpoint.pretrained.weights import Weights
 
 METHODS = ("uniform", "greedy", "interpolate")
@@ -109,7 +110,9 @@ def _parse_alphas(text: str) -> tuple[float, ...]:
     return alphas
 
 
-def _make_score(config: dict[str, Any], overrides: dict[str, Any], metric: str | None) -> Any:
+def _make_score(
+    config: dict[str, Any], overrides: dict[str, Any], metric: str | None
+) -> tuple[str, "Score"]:
     """Returns the metric, and a function that evaluates weights and logs its value."""
     from vit_jax.evaluators.base import evaluate
     from vit_jax.training.evaluation import Judge, make_evaluation
@@ -161,20 +164,19 @@ def main(argv: Sequence[str]) -> None:
         )
     weights = [load_pretrained(name) for name in names]
     check_alike(weights, names)
-    metric, score = ("", None)
+    metric, score = "", None
     if config is not None:
         metric, score = _make_score(config, overrides, args.metric)
-    if args.method == "greedy":
+    if score and args.method == "greedy":
         result = average_greedily(weights, names, score, metric=metric)
-    elif args.method == "interpolate":
+    elif score and args.method == "interpolate":
         result = interpolate(weights, names, score, metric=metric, alphas=args.alphas)
     else:
-        for w, name in zip(weights, names, strict=True) if score else ():
-            score(w, name)
         note = f"the mean of {', '.join(names)}"
         result = average(weights, [1 / len(weights)] * len(weights), note=note)
         if score:
-            score(result, "their mean")
+            for w, name in zip((*weights, result), (*names, "their mean"), strict=True):
+                score(w, name)
         else:
             log("not evaluated: --config names a config with evaluators")
     log_lines(convert(result, args.output))

@@ -234,7 +234,7 @@ class MultiHeadDotProductAttention(nn.Module):
             query = query / jnp.sqrt(head_dim).astype(config.dtype)
             scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
             if config.causal:
-                scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
+                scores = jnp.where(jnp.tri(num_tokens, dtype=bool), scores, -jnp.inf)
             weights = jax.nn.softmax(scores)
             # Costs nothing unless `apply` is asked for intermediates.
             self.sow("intermediates", ATTENTION_WEIGHTS, weights)
