@@ -60,6 +60,9 @@ def test_a_run_becomes_a_file_that_says_all_that_the_run_knew(run, tmp_path, cap
     assert f"wrote {tmp_path / 'out.npz'}" in out
     assert f"wrote {tmp_path / 'out.json'}" in out
     assert "note        the parameters as they are, not their average" in out
+    described = next(line for line in out.splitlines() if "  model  " in line).split()[1:]
+    assert {"name=vit", "activation=gelu_erf", "num_registers=1"} <= set(described)
+    assert not any(word.startswith(("qkv_bias=", "patch_dropout_rate=")) for word in described)
     source, written = load_pretrained(str(run)), load_pretrained(str(tmp_path / "out.npz"))
     assert_same(written.params, source.params)
     assert (written.model, written.preprocess) == (source.model, source.preprocess)

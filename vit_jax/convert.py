@@ -13,9 +13,9 @@ Examples:
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vit_jax.observe.console import log_lines
 from vit_jax.utils.command import CommandParser, run_command
@@ -48,7 +48,7 @@ def describe(weights: "Weights") -> list[str]:
         state = "none: images and texts are compared"
     model, preprocess = (
         " ".join(f"{key}={value}" for key, value in flatten_config(values).items())
-        for values in (weights.model, weights.preprocess)
+        for values in (_leave_out_defaults(weights.model), weights.preprocess)
     )
     names = weights.class_names or ("not known",)
     classes = ", ".join([*names[:_LISTED], *(["..."] if len(names) > _LISTED else [])])
@@ -62,6 +62,29 @@ def describe(weights: "Weights") -> list[str]:
         f"  images      {preprocess or 'their preprocessing is not known'}",
         *(f"  note        {note}" for note in notes),
     ]
+
+
+def _leave_out_defaults(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a model section, dotted, whose values are not the defaults."""
+    from vit_jax.models.variants import MODELS, TOWER_MAKERS
+    from vit_jax.utils.nested import flatten_config
+    from vit_jax.utils.registry import keywords
+
+    makers = {"": MODELS.get(model.get("name", "vit"))}
+    if makers[""] is MODELS["two_towers"]:
+        makers |= {f"{section}.": make for section, make in TOWER_MAKERS.items()}
+    defaults = {
+        f"{prefix}{key}": parameter.default
+        for prefix, make in makers.items()
+        if make is not None
+        for key, parameter in keywords(make).items()
+    }
+    return {
+        key: value
+        for key, value in flatten_config(model).items()
+        # JSON has no tuples.
+        if key not in defaults or defaults[key] != (tuple(value) if type(value) is list else value)
+    }
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

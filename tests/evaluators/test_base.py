@@ -116,7 +116,7 @@ def test_results_are_python_numbers(data_dir, monkeypatch, value, expected):
     "value", [None, "0.5", np.zeros(2), jnp.zeros(1), [1.0], 1j, np.array("x")]
 )
 def test_a_result_that_is_no_number_is_refused(data_dir, monkeypatch, value):
-    with pytest.raises(UserError, match=r"evals\.e: best is a \w+; expected a single number"):
+    with pytest.raises(UserError, match=r"evals\.e: best is an? \w+; expected a single number"):
         evaluate_to(data_dir, {"best": value}, monkeypatch)
 
 

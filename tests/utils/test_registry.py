@@ -274,7 +274,7 @@ def test_a_flax_module_has_its_own_fields(outside):
         ("registry_part:make", "or its folder in PYTHONPATH; did you mean 'registry_parts'?"),
         ("registry_parts.sub:make", "there is no module registry_parts.sub"),
         ("registry_parts:make_bix", "registry_parts has no make_bix; did you mean 'make_box'?"),
-        ("registry_parts:NUMBER", "is a int; expected a function or a class"),
+        ("registry_parts:NUMBER", "is an int; expected a function or a class"),
         ("registry_syntax:make", "(registry_syntax.py:2)"),
         ("registry_syntax:make", "registry_syntax fails: SyntaxError: "),
         ("registry_raises:make", "fails: ZeroDivisionError: division by zero (registry_raises.py"),
@@ -309,3 +309,5 @@ def test_built_in_names_come_first_and_unknown_ones_list_what_there_is(outside):
     assert find("box") is lookup
     with pytest.raises(UserError, match=r"model\.name='bax' is unknown; did you mean 'box'"):
         find("bax")
+    with pytest.raises(UserError, match=r"unknown; did you mean 'my\.models:Net'\?$"):
+        find("my.models.Net")

@@ -118,6 +118,10 @@ def test_a_key_of_another_part_is_said_to_be_that():
     assert hint == "; it is a key of optimizer.name='lars' or 'sgd'"
 
 
+def test_a_key_that_a_part_from_outside_lacks_is_not_meant_by_itself():
+    assert suggest_key("model.zzz", ("layers",), {"model.zzz": ()}) == "; there is: layers"
+
+
 def test_a_key_that_is_like_none_lists_those_of_its_section():
     assert suggest_key("data.zzz", ("name", "split"), KEYS) == "; there is: name, split"
 

@@ -25,6 +25,7 @@ from vit_jax.runtime.preemption import interruptible
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import EVALS
+from vit_jax.utils.text import describe_type
 
 # By name, arrays of one value or row for each example of a batch, `[batch, ...]`.
 Columns = dict[str, jax.Array]
@@ -227,7 +228,7 @@ def _to_number(value: Any, where: str) -> float:
         scalar = np.asarray(value)
         if any(jnp.issubdtype(scalar.dtype, kind) for kind in (np.bool_, np.integer, jnp.floating)):
             return scalar.item()
-    raise UserError(f"{where} is a {type(value).__name__}; expected a single number")
+    raise UserError(f"{where} is {describe_type(value)}; expected a single number")
 
 
 def write_details(details: Path | None, content: Any) -> None:

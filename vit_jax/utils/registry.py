@@ -24,6 +24,7 @@ from typing import Any
 
 from vit_jax.utils.errors import UnknownKeyError, UserError, describe_error
 from vit_jax.utils.suggestions import find_near, suggest, suggest_key
+from vit_jax.utils.text import describe_type
 
 # Fields that Flax adds to every module.
 _FLAX_FIELDS = {"parent", "name"}
@@ -69,7 +70,7 @@ class Part:
             made = self.imported(*args, **kwargs)
         if self._gives and not isinstance(made, self._gives):
             expected = " or ".join(f"{c.__module__}.{c.__qualname__}" for c in self._gives)
-            raise UserError(f"{self._where} gives a {type(made).__name__}; expected {expected}")
+            raise UserError(f"{self._where} gives {describe_type(made)}; expected {expected}")
         return made
 
     def __getattr__(self, name: str) -> Any:
@@ -146,7 +147,7 @@ def import_part(name: str, *, key: str, gives: tuple[Any, ...] = ()) -> Part:
         own = [n for n, x in vars(imported).items() if getattr(x, "__module__", "") == module]
         raise UserError(f"{where}: {module} has no {attribute}{suggest(attribute, own)}")
     if not callable(make):
-        raise UserError(f"{where} is a {type(make).__name__}; expected a function or a class")
+        raise UserError(f"{where} is {describe_type(make)}; expected a function or a class")
     return Part(make, name=name, key=key, gives=gives)
 
 
@@ -169,6 +170,9 @@ def find_part(table: Mapping[str, Any], name: Any, *, key: str, gives: tuple[Any
     """
     if is_part(name) and name not in table:
         return import_part(name, key=key, gives=gives)
+    with_colon = ":".join(str(name).rsplit(".", 1))
+    if is_part(with_colon):
+        raise UserError(f"{key}={name!r} is unknown; did you mean {with_colon!r}?")
     return lookup(table, name, key=key)
 
 
@@ -350,9 +354,8 @@ def check_type(value: Any, annotation: Any, *, key: str) -> None:
     is_word = bool(words) and isinstance(value, str)
     near = find_near(value, words) if is_word else None
     hint = "" if near is None else f"; did you mean {near!r}?"
-    kind = type(value).__name__
     # A wrong word among words is not of a wrong type.
-    found = ":" if is_word else f" is {'an' if kind[0] in 'aeiou' else 'a'} {kind};"
+    found = ":" if is_word else f" is {describe_type(value)};"
     raise UserError(f"{key}={value!r}{found} expected {names}{hint}")
 
 

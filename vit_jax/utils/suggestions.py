@@ -255,6 +255,8 @@ def suggest_key(
         return _ask(*map(_flag, found))
     if owners := everywhere.get(key):
         return f"; it is a key of {section}.name={' or '.join(map(repr, owners))}"
+    # A constructor from outside may lack a key that all others take.
+    everywhere = {other: names for other, names in everywhere.items() if other != key}
     prefix = f"{section}." if section else ""
     own = {fold(option): f"{prefix}{option}" for option in allowed}
     if fold(name) in own:

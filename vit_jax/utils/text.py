@@ -35,6 +35,12 @@ def describe_size(size: float) -> str:
     return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"
 
 
+def describe_type(value: object) -> str:
+    """Returns the type of a value as in `an int` or `a str`."""
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
+
+
 def encode_text(text: str) -> bytes:
     """Returns the UTF-8 bytes of a whole file, of which names may have no UTF-8."""
     return _SURROGATE.sub(lambda found: _escape(found[0]), text).encode()
