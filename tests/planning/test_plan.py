@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.teacher import write_teacher
 from tests.tiny import tiny_config
 from vit_jax import plan as command
 from vit_jax.config.load import override_config
@@ -94,6 +95,22 @@ def test_a_plan_has_memory_speed_and_transfers_along_all_axes(plan):
     assert plan["images_per_second_per_chip"] == pytest.approx(256 / plan["step_seconds"] / 8)
     assert 0 < plan["mfu_bound"] < 1
     assert set(json.loads(json.dumps(plan))) >= KEYS
+
+
+def test_a_step_with_options_of_the_compiler_is_searched_over(monkeypatch):
+    # Those of GPUs, of which there is no compiler here; this one CPUs have too.
+    options = {"xla_embed_ir_in_executable": True}
+    monkeypatch.setattr("vit_jax.training.experiment.compiler_options", lambda device: options)
+    search._count_costs.cache_clear()
+    assert make_candidates(small_config(), parse_topology("h100:1"), images_per_device=(64,))
+    search._count_costs.cache_clear()
+
+
+def test_a_teacher_is_planned_for_without_its_parameters_on_a_device(tmp_path, cache):
+    objective = {"name": "distillation", "teacher": write_teacher(tmp_path, classes=16, size=32)}
+    plan = make_plan(small_config(objective=objective), parse_topology("cpu:2"), cache=cache)
+    assert plan["fits"]
+    assert plan["flops_per_device"] > 0
 
 
 def test_kernels_transfers_and_waits_have_times(plan):

@@ -56,9 +56,8 @@ def compile_step(
     Returns:
       The report, also if the step does not fit, and whether it was in the cache.
     """
-    train_step: Any = experiment.train_step
     for_gpus = find_compiler(list(experiment.mesh.devices.flat)) == "gpu"
-    lowered = train_step.lower(experiment.abstract_state, experiment.abstract_batch)
+    lowered = experiment.trace_step().lower()
     # Flags of XLA are not part of the program.
     flags = os.environ.get("XLA_FLAGS", ""), compiler_options(experiment.mesh.devices.flat[0])
     key = _key(lowered.as_text(), topology, for_gpus, flags if for_gpus else ())

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vit_jax.parallel.mesh import count_batch_shards
 from vit_jax.planning.compiled import device_bytes
@@ -19,19 +20,23 @@ from vit_jax.utils.tree import merge
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device: state and batch, gradients, and activations for the backward pass."""
+    """Bytes on each device: state and batch, gradients, and activations for the backward pass.
+
+    `constants` are those of the objective, such as the parameters of a teacher.
+    """
 
     params: int
     opt_state: int
     ema_params: int
+    constants: int
     batch: int
     gradients: int
     activations: int
 
     @property
     def arguments(self) -> int:
-        """State and batch: the arguments of the step."""
-        return self.params + self.opt_state + self.ema_params + self.batch
+        """State, constants and batch: the arguments of the step."""
+        return self.params + self.opt_state + self.ema_params + self.constants + self.batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +64,7 @@ def estimate_memory(experiment: Experiment, activations: Activations | None = No
         params=_sum(state.params),
         opt_state=_sum(state.opt_state) + _sum(state.step),
         ema_params=_sum(state.ema_params),
+        constants=_sum(experiment.abstract_constants),
         batch=_sum(experiment.abstract_batch),
         # The gradients of a micro-batch and, with several, their sum.
         gradients=_sum(trained) * (2 if accum_steps > 1 else 1),
@@ -89,16 +95,23 @@ def _count_saved(experiment: Experiment, objective: Any) -> Activations:
     batch = jax.eval_shape(objective.augment, experiment.abstract_batch, rng)
     size = experiment.train_data.batch_size // experiment.optimizer.accum_steps
     micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), batch)
-    trained, frozen = experiment.optimizer.rules.split(experiment.abstract_state.params)
+    state = experiment.abstract_state
+    trained, frozen = experiment.optimizer.rules.split(state.params)
 
-    def backward(trained: Any, frozen: Any, batch: Any, rng: Any) -> Any:
-        return jax.vjp(lambda p: objective.loss(merge(p, frozen), batch, rng)[0], trained)[1]
+    def backward(trained: Any, frozen: Any, average: Any, given: Any, batch: Any, rng: Any) -> Any:
+        given = {**given, **objective.step_inputs(jnp.zeros((), jnp.int32), average)}
+
+        def loss(params: Any) -> jax.Array:
+            return objective.loss({**merge(params, frozen), **given}, batch, rng)[0]
+
+        return jax.vjp(loss, trained)[1]
 
     model = experiment.model
     keys = ("num_heads", "mlp_dim", "tokens_mlp_dim", "channels_mlp_dim", "num_classes")
     widths = {getattr(model, key, None) for key in keys}
     split = whole = 0.0
-    for leaf in jax.tree.leaves(jax.eval_shape(backward, trained, frozen, micro, rng)):
+    given = (state.ema_params, experiment.abstract_constants)
+    for leaf in jax.tree.leaves(jax.eval_shape(backward, trained, frozen, *given, micro, rng)):
         # Arrays without a batch dimension are parameters, which are arguments of the step.
         if size in getattr(leaf, "shape", ()) and hasattr(leaf.dtype, "itemsize"):
             bytes_ = math.prod(leaf.shape) * leaf.dtype.itemsize / size

@@ -74,8 +74,7 @@ def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | No
     compiler = find_compiler(devices)
     experiment = Experiment.from_config(config, devices=devices)
     memory = estimate_memory(experiment)
-    train_step: Any = experiment.train_step
-    traced = train_step.trace(experiment.abstract_state, experiment.abstract_batch).jaxpr
+    traced = experiment.trace_step().jaxpr
     step, cached = compile_step(experiment, topology, cache=cache)
     count, batch_size = topology.num_devices, experiment.train_data.batch_size
     image_size = experiment.train_data.image_shape()[:2]

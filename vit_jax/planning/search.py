@@ -214,8 +214,7 @@ def _count_costs(config: str, topology: Topology) -> tuple[Activations, float, f
     """
     devices = make_devices(topology)[:1]
     experiment = Experiment.from_config(without_mesh(json.loads(config)), devices=devices)
-    step = jax.make_jaxpr(experiment.train_step)
-    flops = count_flops(step(experiment.abstract_state, experiment.abstract_batch))
+    flops = count_flops(experiment.trace_step().jaxpr)
     model_flops = train_flops(experiment.model, experiment.train_data.image_shape()[:2])
     size = experiment.train_data.batch_size
     return count_activations(experiment), flops / size, model_flops

@@ -22,7 +22,7 @@ def describe_plan(plan: Plan) -> Iterator[str]:
     yield f"  batch         {plan['batch_size']:,}: {plan['images_per_device']:g} a device{accum}"
     yield f"  memory        {_memory(plan)}"
     predicted = plan["predicted"]
-    parts = ("params", "opt_state", "ema_params", "batch", "gradients", "activations")
+    parts = ("params", "opt_state", "ema_params", "constants", "batch", "gradients", "activations")
     shown = ", ".join(f"{p.replace('_', ' ')} {_gib(predicted[p])}" for p in parts if predicted[p])
     yield f"  by arithmetic {shown}"
     again = plan["flops_per_device"] / plan["model_flops_per_device"]

@@ -69,6 +69,13 @@ def _without_run(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in arguments.items() if k not in _NO_PART_OF_A_MODEL}
 
 
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    """The shapes and dtypes of arrays, with where they are placed."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment(Parts):
     """The parts of a run, and what they make together: state, step and batches."""
@@ -106,9 +113,13 @@ class Experiment(Parts):
         shapes = jax.eval_shape(self._make_state)
         self.settings.lora.check(list(flatten(shapes.params)))
         shardings = infer_shardings(shapes, self.mesh, self.strategy, params=shapes.params)
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-        )
+        return _with_shardings(shapes, shardings)
+
+    @functools.cached_property
+    def abstract_constants(self) -> dict[str, Any]:
+        """Shapes, dtypes and shardings of `objective.constants`."""
+        constants = self.objective.constants()
+        return _with_shardings(constants, infer_shardings(constants, self.mesh))
 
     def check(self) -> None:
         """Checks that the config can be trained.
@@ -291,6 +302,19 @@ class Experiment(Parts):
     @functools.cached_property
     def train_step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
         """The jitted `training.step.train_step` of this experiment; donates the state."""
+        step = self._jit_step()
+        if not self.abstract_constants:
+            return step
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_constants)
+        constants = jax.jit(lambda x: x, out_shardings=shardings)(self.objective.constants())
+        return lambda state, batch: step(state, batch, constants)
+
+    def trace_step(self) -> Any:
+        """Traces `train_step`, as `jax.stages.Traced`; the devices need not exist."""
+        constants = (self.abstract_constants,) if self.abstract_constants else ()
+        return self._jit_step().trace(self.abstract_state, self.abstract_batch, *constants)
+
+    def _jit_step(self) -> Any:
         step = functools.partial(
             step_lib.train_step,
             objective=self.objective,
@@ -306,18 +330,15 @@ class Experiment(Parts):
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         placed = (shardings, batch_sharding(self.mesh))
-        options: dict[str, Any] = {
-            "out_shardings": (shardings, replicated),
-            "donate_argnums": 0,
-            "compiler_options": compiler_options(self.mesh.devices.flat[0]),
-        }
-        constants = self.objective.constants()
-        if not constants:
-            return jax.jit(step, in_shardings=placed, **options)
-        where = infer_shardings(constants, self.mesh)
-        constants = jax.jit(lambda x: x, out_shardings=where)(constants)
-        jitted = jax.jit(step, in_shardings=(*placed, where), **options)
-        return lambda state, batch: jitted(state, batch, constants)
+        if self.abstract_constants:
+            placed = (*placed, jax.tree.map(lambda x: x.sharding, self.abstract_constants))
+        return jax.jit(
+            step,
+            in_shardings=placed,
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
+            compiler_options=compiler_options(self.mesh.devices.flat[0]),
+        )
 
     def _split(self, micro_batches: jax.Array) -> jax.Array:
         names = (None, "batch", *(None,) * (micro_batches.ndim - 2))
