@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from vit_jax.config.load import override_config
 from vit_jax.config.reduced import without_mesh
 from vit_jax.models.flops import count_flops, train_flops
