@@ -34,7 +34,10 @@ _OTHERS = {
 
 _REPOSITORY = re.compile(r"(hf|timm):([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?")
 # Of a repository, what is read here.
-_CONFIGS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
+_CONFIGS = (
+    *("config.json", "preprocessor_config.json", "open_clip_config.json"),
+    "adapter_config.json",
+)
 _PATTERNS = ("*.safetensors", f"*{INDEX}", *_CONFIGS)
 
 

@@ -30,8 +30,11 @@ from vit_jax.checkpoint.pretrained.hub import (
     refuse_format,
 )
 from vit_jax.checkpoint.pretrained.npz import read_npz
+from vit_jax.checkpoint.pretrained.peft import CONFIG as ADAPTER_CONFIG
+from vit_jax.checkpoint.pretrained.peft import WEIGHTS as ADAPTERS
+from vit_jax.checkpoint.pretrained.peft import Adapters, read_adapters
 from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
-from vit_jax.checkpoint.pretrained.safetensors import read_safetensors
+from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, read_tensors
 from vit_jax.checkpoint.pretrained.towers import take_tower
 from vit_jax.checkpoint.pretrained.weights import (
     OBJECTIVE_PARAMS,
@@ -192,6 +195,8 @@ def check_parameters(weights: Weights, source: str) -> None:
 
 def _read_file(path: str | Path, part: str) -> Weights:
     file = epath.Path(path)
+    if file.name == ADAPTERS and (file.parent / ADAPTER_CONFIG).exists():
+        return _read_adapted(file, part)
     try:
         remote = "://" in os.fspath(path)
         with file.open("rb") if remote else open_outside(path, max_bytes=MAX_WEIGHTS) as f:
@@ -208,6 +213,37 @@ def _read_file(path: str | Path, part: str) -> Weights:
     if (start or b"").startswith(b"PK") or file.suffix != ".safetensors":
         return read_npz(file, subtree=part)
     return read_safetensors(file, part=part)
+
+
+def _read_adapted(file: epath.Path, part: str) -> Weights:
+    """Reads the base weights that a folder of PEFT names, and adds its adapters to them."""
+    try:
+        tensors, _ = read_tensors(file)
+        config = read_json(file.parent / ADAPTER_CONFIG)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: {first_line(error)}; expected adapters of PEFT") from None
+    adapters = read_adapters(file, tensors, config if isinstance(config, dict) else {})
+    path = _find_adapted(adapters)
+    weights = read_safetensors(path, part=part, adapters=adapters)
+    return dataclasses.replace(weights, notes=(f"adapters added to {path}", *weights.notes))
+
+
+def _find_adapted(adapters: Adapters) -> Path:
+    """Returns the file of the base weights: a local one, or one of the hub."""
+    near = [Path(adapters.base), Path(adapters.file.parent) / adapters.base]
+    found = next((path for path in near if path.exists()), None)
+    if found is None:
+        name = f"hf:{adapters.base}" + (f"@{adapters.revision}" if adapters.revision else "")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", adapters.base):
+            raise UserError(
+                f"{adapters.file}: its base, {adapters.base}, is not there; expected the folder or "
+                f"the repository that base_model_name_or_path in {ADAPTER_CONFIG} names"
+            )
+        found = fetch_repository(name)
+    path = find_weights(found) if found.is_dir() else found
+    if path is None or not path.name.endswith((".safetensors", INDEX)):
+        raise UserError(f"{adapters.file}: its base, {found}, has no .safetensors file")
+    return path
 
 
 def _describe_start(start: bytes) -> str:

@@ -19,6 +19,7 @@ _ATTRIBUTES = {"module", "model", "backbone", "encoder", "net", "network", "stud
 
 # Tensors that one kind of model has, and no model here; the most specific ones come first.
 _FAMILIES = (
+    (r"\.lora_A\.", "folder of adapters of PEFT, without the adapter_config.json beside it"),
     (r"(^|\.)layers\.\d+\.blocks\.\d+\.", "Swin Transformer"),
     (r"relative_position_bias", "BEiT"),
     (r"(^|\.)blocks_token_only\.", "CaiT"),

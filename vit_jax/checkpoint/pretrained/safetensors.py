@@ -8,9 +8,11 @@ The numpy interface of the `safetensors` package reads no bfloat16 and opens no 
 parser, which checks every number of the untrusted header, is called directly.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from vit_jax.checkpoint.pretrained.image_text import read_image_text, read_tower
 from vit_jax.checkpoint.pretrained.image_text_config import to_huggingface_tensors
 from vit_jax.checkpoint.pretrained.image_text_tensors import is_image_text
 from vit_jax.checkpoint.pretrained.names import TIMM_PATCHES, describe_family, unwrap
+from vit_jax.checkpoint.pretrained.peft import Adapters
 from vit_jax.checkpoint.pretrained.timm import read_timm
 from vit_jax.checkpoint.pretrained.timm_tensors import to_linen, to_timm
 from vit_jax.checkpoint.pretrained.towers import TEXT, has_towers, take_tower
@@ -97,7 +100,11 @@ MODEL_KEYS = (
 
 
 def read_safetensors(
-    path: str | os.PathLike[str], *, num_heads: int | None = None, part: str = ""
+    path: str | os.PathLike[str],
+    *,
+    num_heads: int | None = None,
+    part: str = "",
+    adapters: Adapters | None = None,
 ) -> Weights:
     """Reads a Vision Transformer of timm, Hugging Face or this package, CLIP or SigLIP.
 
@@ -107,6 +114,7 @@ def read_safetensors(
         usual one for the width.
       part: takes only the tensors whose names start with this, of a file of several models; of
         two towers `img` or `txt`, or their names in the file.
+      adapters: are added to the tensors.
 
     Returns:
       Weights with the values and dtypes of the file. Tensors that have no place in a model of this
@@ -116,10 +124,14 @@ def read_safetensors(
       UserError: the file is missing, damaged, or not of a known model.
     """
     file = epath.Path(path)
-    try:
+    with _refusing(path):
         refuse_shard(file)
         read = _read_shards if file.name.endswith(INDEX) else read_tensors
         tensors, metadata = read(file)
+        config = read_json(file.parent / "config.json")
+    if adapters is not None:
+        tensors, config = adapters.add_to(tensors), adapters.describe_base(config)
+    with _refusing(path):
         of_texts = is_image_text(tensors)
         own, notes = _METADATA in metadata and not part and not of_texts, []
         if not own and not of_texts:
@@ -127,33 +139,40 @@ def read_safetensors(
         check_blocks(tensors)
         if of_texts:
             stated = bounds.parse_json(metadata[_METADATA]) if _METADATA in metadata else None
-            weights = _read_image_text(file, tensors, stated, num_heads, part)
+            weights = _read_image_text(file, tensors, config, stated, num_heads, part)
         elif own:
             weights = _read_own(tensors, bounds.parse_json(metadata[_METADATA]), num_heads)
         elif is_huggingface(tensors):
-            config = read_json(file.parent / "config.json")
             processor = read_json(file.parent / "preprocessor_config.json")
             weights = read_huggingface(tensors, config, processor, num_heads)
         elif TIMM_PATCHES in tensors:
-            weights = read_timm(tensors, read_json(file.parent / "config.json"), num_heads)
+            weights = read_timm(tensors, config, num_heads)
         else:
-            raise ValueError(_describe_unknown(tensors, read_json(file.parent / "config.json")))
+            raise ValueError(_describe_unknown(tensors, config))
         check_description(weights)
-    except FileNotFoundError as error:
-        raise UserError(f"{os.fspath(path)}: no such file; expected a .safetensors file") from error
-    except Exception as error:  # Files are untrusted: shapes and settings can be anything.
-        raise UserError(
-            f"{os.fspath(path)}: {first_line(error)}; expected the whole .safetensors file of a "
-            "Vision Transformer of timm or Hugging Face, or of CLIP or SigLIP"
-        ) from error
     if "mean" not in weights.preprocess and weights.model.get("name") != TEXT:
         notes.append("mean and std of the images: not stated")
     return dataclasses.replace(weights, notes=(*notes, *weights.notes))
 
 
+@contextlib.contextmanager
+def _refusing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns whatever fails into one line: files are untrusted, shapes and settings anything."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{os.fspath(path)}: no such file; expected a .safetensors file") from error
+    except Exception as error:
+        raise UserError(
+            f"{os.fspath(path)}: {first_line(error)}; expected the whole .safetensors file of a "
+            "Vision Transformer of timm or Hugging Face, or of CLIP or SigLIP"
+        ) from error
+
+
 def _read_image_text(
     file: epath.Path,
     tensors: dict[str, np.ndarray],
+    config: dict[str, Any],
     stated: dict[str, Any] | None,
     num_heads: int | None,
     part: str,
@@ -161,8 +180,8 @@ def _read_image_text(
     if stated is not None:
         weights = _read_own_towers(tensors, stated)
     else:
-        files = ("config", "preprocessor_config", "open_clip_config")
-        config, processor, open_clip = (read_json(file.parent / f"{name}.json") for name in files)
+        files = ("preprocessor_config", "open_clip_config")
+        processor, open_clip = (read_json(file.parent / f"{name}.json") for name in files)
         weights = read_image_text(
             tensors, config=config, processor=processor, open_clip=open_clip, num_heads=num_heads
         )

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters in the layout of PEFT, against what PEFT computes with them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
+from vit_jax.checkpoint.pretrained.safetensors import read_tensors, write_tensors
+from vit_jax.utils.errors import UserError
+
+TESTDATA = Path(__file__).parents[2] / "testdata"
+CASES = sorted(folder.name for folder in (TESTDATA / "peft").iterdir() if folder.is_dir())
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """Adapters and their base in folders of their own, and a way to change the adapters."""
+    shutil.copytree(TESTDATA / "torch" / "hf_vit", tmp_path / "torch" / "hf_vit")
+    folder = tmp_path / "peft" / "mine"
+    shutil.copytree(TESTDATA / "peft" / "hf_vit", folder)
+
+    def change(rename=None, **config):
+        stated = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(stated | config))
+        if rename is not None:
+            file = folder / "adapter_model.safetensors"
+            tensors, _ = read_tensors(epath.Path(file))
+            write_tensors(file, {rename(k): x for k, x in tensors.items()}, metadata={})
+        return folder
+
+    return change
+
+
+def logits(source, image):
+    weights = load_pretrained(str(source))
+    params = {path: np.asarray(x, np.float32) for path, x in weights.params.items()}
+    model = rebuild_model(weights, num_classes=params["head/bias"].size)
+    params, _ = fill_model(model, weights, image.shape[1:])
+    with jax.default_matmul_precision("highest"):
+        return model.apply({"params": params}, image, train=False)[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_peft(case):
+    folder = TESTDATA / "peft" / case
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    image = np.load(folder / base / "io.npz")["image"]
+    expected = np.load(folder / "io.npz")["logits"]
+    np.testing.assert_allclose(logits(folder, image), expected, atol=2e-5, rtol=1e-5)
+    assert any("adapters added to" in note for note in load_pretrained(str(folder)).notes)
+
+
+def test_names_of_earlier_transformers_and_of_wrappers_mean_the_same(copy):
+    names = {
+        ".layers.": ".encoder.layer.",
+        ".attention.q_proj.": ".attention.attention.query.",
+        ".attention.v_proj.": ".attention.attention.value.",
+        ".mlp.fc2.": ".output.dense.",
+        ".lora_A.": ".lora_A.default.",
+        "classifier.": "classifier.modules_to_save.default.",
+    }
+
+    def rename(name):
+        for new, old in names.items():
+            name = name.replace(new, old)
+        return name
+
+    expected = load_pretrained(str(TESTDATA / "peft" / "hf_vit")).params
+    # The pattern names modules of the newer version.
+    found = load_pretrained(
+        str(copy(rename, alpha_pattern={"layer.1.attention.attention.query": 5}))
+    ).params
+    assert found.keys() == expected.keys()
+    for path, x in found.items():
+        np.testing.assert_array_equal(x, expected[path], err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"peft_type": "IA3"}, "peft_type='IA3': expected 'LORA'"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True in adapter_config.json is unknown here"),
+        ({"base_model_name_or_path": None}, "expected the base weights"),
+        ({"base_model_name_or_path": "/nowhere/at all"}, "its base, /nowhere/at all, is not there"),
+        ({"base_model_name_or_path": "../../torch"}, "has no .safetensors file"),
+        ({"lora_alpha": "much"}, "lora_alpha='much'"),
+        ({"rename": lambda n: n.replace("q_proj", "k_proj_2")}, "has no product vit.layers.0."),
+        ({"rename": lambda n: n.replace("fc2.lora_A", "fc1.lora_A")}, "lacks one of lora_A"),
+        ({"rename": lambda n: n.replace("fc2", "fc1")}, "the base has (64, 32)"),
+        ({"rename": lambda n: n.replace("lora_A", "lora_embedding_A")}, "is not supported"),
+    ],
+)
+def test_adapters_that_can_not_be_added_are_refused_in_a_line(copy, changes, words):
+    folder = copy(**changes)
+    with pytest.raises(UserError) as error:
+        load_pretrained(str(folder))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_adapters_without_their_config_are_named(copy):
+    folder = copy()
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match="adapters of PEFT, without the adapter_config.json"):
+        load_pretrained(str(folder))
