@@ -10,6 +10,7 @@ Examples:
   python -m vit_jax.convert runs/digits digits.npz
   python -m vit_jax.convert runs/digits digits.safetensors
   python -m vit_jax.convert runs/averaged average.npz --params=ema
+  python -m vit_jax.convert runs/lora adapters --adapters
 """
 
 import argparse
@@ -113,6 +114,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="Read the parameters of a run as they are (raw) or their average (ema). The default "
         "is raw.",
     )
+    add(
+        "--adapters",
+        action="store_true",
+        help="Write the adapters of a run alone, without the weights that they are added to, into "
+        "the folder DST, as Hugging Face's PEFT loads them.",
+    )
     args = parser.parse_intermixed_args(argv)
     if args.workdir is not None:
         if args.DST is not None:
@@ -127,6 +134,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("the following arguments are required: SRC (or --workdir=WORKDIR)")
     if args.params is not None and not Path(args.SRC).is_dir():
         raise UserError(f"--params={args.params}: {args.SRC} is no run; leave --params out")
+    if args.adapters and (args.params == "ema" or args.DST is None or not Path(args.SRC).is_dir()):
+        raise UserError("--adapters: expected SRC as a run, DST as a folder, and no average")
     return args
 
 
@@ -134,11 +143,13 @@ def main(argv: Sequence[str]) -> None:
     """Converts, and logs what was read and written."""
     args = parse_arguments(argv)
     with importing():
-        from vit_jax.checkpoint.pretrained.convert import convert
+        from vit_jax.checkpoint.pretrained.convert import convert, convert_adapters
         from vit_jax.checkpoint.pretrained.load import load_pretrained
     weights = load_pretrained(f"{args.SRC}:ema_params" if args.params == "ema" else args.SRC)
     log_lines([args.SRC, *describe(weights)])
-    if args.DST is not None:
+    if args.adapters:
+        log_lines(convert_adapters(Path(args.SRC), args.DST))
+    elif args.DST is not None:
         log_lines(convert(weights, args.DST))
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes `peft/`: adapters that PEFT saved of models in `torch/`, and what these compute with them.
+"""Writes `peft/`: adapters that PEFT 0.21 saved, of models in `torch/`, and what these compute.
 
-Run it with an interpreter that has torch, timm, transformers and peft, in the folder of the project:
+Run it with an interpreter that has torch, timm, transformers and peft:
 
   python tests/testdata/make_peft_golden.py
 

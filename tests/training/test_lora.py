@@ -11,6 +11,8 @@ from tests.tiny import tiny_config
 from tests.trained import write_model
 from vit_jax.checkpoint.manifest import write_manifest
 from vit_jax.checkpoint.pretrained.load import load_params, load_pretrained
+from vit_jax.checkpoint.pretrained.safetensors import write_safetensors
+from vit_jax.convert import main as convert
 from vit_jax.models.lora import Lora, merge_adapters
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.run import train
@@ -30,7 +32,10 @@ def lora_config(base, data_dir, **changes):
 def base(tmp_path_factory):
     """Weights of the model of `tiny_config`, for images of another size and with another head."""
     sizes = {"patch_size": (2, 2), "num_layers": 1}
-    return write_model(tmp_path_factory.mktemp("base") / "base.npz", size=10, **sizes)
+    folder = tmp_path_factory.mktemp("base")
+    weights = load_pretrained(str(write_model(folder / "base.npz", size=10, **sizes)))
+    write_safetensors(folder / "base.safetensors", weights)
+    return folder / "base.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +85,27 @@ def test_loaded_run_is_the_base_with_its_adapters_added(run, base, data_dir):
     )
 
 
+def test_adapters_are_written_alone_and_added_to_their_base(run, tmp_path, said):
+    convert([str(run), str(tmp_path / "adapters"), "--adapters"])
+    text = "\n".join(said)
+    assert f"wrote {tmp_path / 'adapters' / 'adapter_config.json'}" in text
+    assert "the position embeddings are those of the base, which the run has resized" in text
+    found, expected = load_pretrained(str(tmp_path / "adapters")), load_pretrained(str(run))
+    assert found.params.keys() == expected.params.keys()
+    for path, x in found.params.items():
+        if "pos_embedding" not in path:
+            np.testing.assert_allclose(x, expected.params[path], rtol=1e-4, atol=1e-6)
+    with pytest.raises(UserError, match="exists; remove it"):
+        convert([str(run), str(tmp_path / "adapters"), "--adapters"])
+
+
+def test_a_source_without_adapters_is_refused(base, tmp_path):
+    for source in (base, base.parent):
+        with pytest.raises(UserError, match=r"expected SRC as a run|no adapters|no checkpoint"):
+            convert([str(source), str(tmp_path / "adapters"), "--adapters"])
+    assert not (tmp_path / "adapters").exists()
+
+
 def test_stopped_run_resumes_to_the_same_bits(run, base, data_dir, tmp_path):
     workdir = tmp_path / "run"
     train(lora_config(base, data_dir), str(workdir), on_record=lambda record: record["step"] >= 4)
@@ -110,7 +136,7 @@ def change_base(workdir, **changes):
 def test_other_base_is_refused(copied, base, data_dir, tmp_path):
     other = write_model(tmp_path / "other.npz", patch_size=(2, 2), num_layers=1, size=8)
     change_base(copied, path=str(other))
-    with pytest.raises(UserError, match=f"{other}: these weights are not those .*base.npz"):
+    with pytest.raises(UserError, match=f"{other}: these weights are not those .*base.safetensors"):
         load_pretrained(str(copied))
     with pytest.raises(UserError, match="init_from: these weights are not those"):
         train(lora_config(other, data_dir, total_steps=12), str(copied))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters in the layout of PEFT, against what PEFT computes with them."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 from etils import epath
 
 from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.checkpoint.pretrained.peft import make_adapters, write_config
 from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.safetensors import read_tensors, write_tensors
+from vit_jax.models.lora import Lora, merge_adapters
 from vit_jax.utils.errors import UserError
 
 TESTDATA = Path(__file__).parents[2] / "testdata"
@@ -82,6 +85,51 @@ def test_names_of_earlier_transformers_and_of_wrappers_mean_the_same(copy):
         np.testing.assert_array_equal(x, expected[path], err_msg=path)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("targets", ["query|value", "key|out|Dense_0|Dense_1"])
+@pytest.mark.parametrize("base", ["timm_vit", "hf_vit"])
+def test_what_is_written_is_read_back(base, targets, method, tmp_path):
+    folder = TESTDATA / "torch" / base
+    weights, rng = load_pretrained(str(folder)), np.random.default_rng(0)
+    lora = Lora(rank=3, alpha=5.0, method=method, targets=(rf".*/({targets})/kernel",))
+    lora = dataclasses.replace(lora, patterns=((r".*_1/.*/value/kernel", {"rank": 2}),))
+    trained = {"head/kernel": (32, 4), "head/bias": (4,)}
+    for path, x in weights.params.items():
+        if rank := lora.size(path)[0]:
+            depth = 2 if path.endswith("/out/kernel") else 1
+            inputs, outputs = np.prod(x.shape[:depth]), np.prod(x.shape[depth:])
+            trained |= {
+                path.replace("kernel", "lora/a"): (inputs, rank),
+                path.replace("kernel", "lora/b"): (rank, outputs),
+            }
+            if method == "dora":
+                trained[path.replace("kernel", "lora/magnitude")] = (outputs,)
+    trained = {path: rng.normal(size=s).astype(np.float32) for path, s in trained.items()}
+    tensors, config = make_adapters(
+        trained, weights.params, lora, layout=weights.layout, name=str(folder)
+    )
+    write_tensors(tmp_path / "adapter_model.safetensors", tensors, metadata={})
+    write_config(tmp_path / "adapter_config.json", config)
+    expected = merge_adapters(weights.params | trained, lora)
+    found = load_pretrained(str(tmp_path)).params
+    assert found.keys() == expected.keys()
+    for path, x in found.items():
+        np.testing.assert_allclose(x, expected[path], rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("trained", "layout", "words"),
+    [
+        ("Transformer/encoder_norm/scale", "timm safetensors", "attention and of MLPs without"),
+        ("head_dist/kernel", "timm safetensors", "head_dist/kernel was trained"),
+        ("head/kernel", "published npz", "belong to a .safetensors file"),
+    ],
+)
+def test_adapters_that_peft_has_not_are_refused(trained, layout, words):
+    with pytest.raises(UserError, match=words):
+        make_adapters({trained: np.zeros((2, 2))}, {}, Lora(rank=1), layout=layout, name="base")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -108,5 +156,5 @@ def test_adapters_that_can_not_be_added_are_refused_in_a_line(copy, changes, wor
 def test_adapters_without_their_config_are_named(copy):
     folder = copy()
     (folder / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match="adapters of PEFT, without the adapter_config.json"):
+    with pytest.raises(UserError, match="adapters of PEFT, without the adapter_config"):
         load_pretrained(str(folder))

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes weights to a file of another layout, reads it back and rebuilds the model from it."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.checkpoint.pretrained.load import load_pretrained, read_adapted_run
 from vit_jax.checkpoint.pretrained.npz import write_npz
+from vit_jax.checkpoint.pretrained.peft import CONFIG, WEIGHTS, make_adapters, write_config
 from vit_jax.checkpoint.pretrained.rebuild import check_complete
-from vit_jax.checkpoint.pretrained.safetensors import MODEL_KEYS, write_safetensors
+from vit_jax.checkpoint.pretrained.safetensors import (
+    MODEL_KEYS,
+    write_safetensors,
+    write_tensors,
+)
 from vit_jax.checkpoint.pretrained.timm_config import leave_out_pre_logits
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights
 from vit_jax.models.positions import FIXED_POSITIONS
@@ -74,6 +80,63 @@ def convert(weights: Weights, destination: Path) -> list[str]:
             f"DST={destination}: what was read back is not what was written, so it was removed; "
             f"this is a bug: {e}"
         ) from e
+
+
+def convert_adapters(source: Path, destination: Path) -> list[str]:
+    """Writes the adapters of a run as PEFT loads them, and reads them back.
+
+    Args:
+      source: the workdir or a checkpoint of a run with adapters.
+      destination: a folder that does not exist.
+
+    Returns:
+      Lines for the screen: the files written, and how they compare with the run.
+
+    Raises:
+      UserError: the folder exists or can't be written, the run has no adapters, or PEFT has no
+        such adapters. No file is left then.
+    """
+    if destination.exists():
+        raise UserError(f"DST={destination} exists; remove it, or choose another name")
+    run = read_adapted_run(source)
+    where, part = Path(run.source), run.source.rpartition(":")[2]
+    name = run.source.removeprefix("hf:").replace("timm:", "timm/", 1)
+    if where.exists():
+        name = str(where.parent if where.name == "model.safetensors" else where)
+    elif Path(run.source.removesuffix(f":{part}")).exists():
+        raise UserError(f"{source}: its base is a part of a file, {run.source}; PEFT has no parts")
+    tensors, config = make_adapters(
+        run.trained, run.params, run.lora, layout=run.base.layout, name=name
+    )
+    try:
+        destination.mkdir(parents=True)
+        write_tensors(destination / WEIGHTS, tensors, metadata={"format": "pt"})
+        write_config(destination / CONFIG, config)
+        again, merged = load_pretrained(str(destination)), load_pretrained(str(source))
+        if different := _list_far(merged.params, again.params):
+            raise UserError(f"this is a bug: {different[0]} is not read back")
+    except (OSError, UserError) as e:
+        shutil.rmtree(destination, ignore_errors=True)
+        raise UserError(f"DST={destination} can't be written: {e}") from e
+    files = [destination / name for name in (WEIGHTS, CONFIG)]
+    resized = np.shape(merged.params.get(POSEMB)) != np.shape(again.params.get(POSEMB))
+    note = "; the position embeddings are those of the base, which the run has resized"
+    return [
+        *(f"wrote {path} ({describe_size(path.stat().st_size)})" for path in files),
+        f"read back: added to {name}, every parameter is that of the run{note * resized}",
+    ]
+
+
+def _list_far(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> list[str]:
+    """The parameters that differ by more than rounding, but position embeddings."""
+    return [
+        path
+        for path in sorted((ours.keys() | theirs.keys()) - {POSEMB})
+        if path not in ours
+        or path not in theirs
+        or ours[path].shape != theirs[path].shape
+        or not np.allclose(ours[path], theirs[path], rtol=1e-4, atol=1e-5)
+    ]
 
 
 def _compare_models(model: Any, again: Any, weights: Weights) -> None:

@@ -292,7 +292,8 @@ def read_run(folder: Path, *, part: str = "", bases: int = 0) -> Weights:
     flat = {path: np.asarray(x) for path, x in flat.items()}
     try:
         if "lora" in described:
-            flat = _add_base(flat, described, folder, bases=bases)
+            run = _find_base(flat, described, folder, bases=bases)
+            flat = merge_adapters(run.params | run.trained, run.lora)
         weights = check_description(_describe(flat, described, folder, part))
     except (ValueError, TypeError, AttributeError, KeyError) as e:
         raise UserError(f"{folder}: its description: {first_line(e)}") from None
@@ -302,13 +303,44 @@ def read_run(folder: Path, *, part: str = "", bases: int = 0) -> Weights:
         raise UserError(f"{folder}: {e}") from None
 
 
-def _add_base(
-    trained: dict[str, np.ndarray], described: dict[str, Any], folder: Path, *, bases: int
-) -> dict[str, np.ndarray]:
-    """Adds the parameters that a run with adapters has trained to the weights it started from.
+@dataclasses.dataclass(frozen=True)
+class AdaptedRun:
+    """What a run with adapters has trained, and what it is added to.
 
-    Takes and returns arrays by path; the result has no adapters and no stacked blocks.
+    Attributes:
+      base: the weights that the run started from.
+      source: where these are.
+      params: of the base, as the run takes them, by path.
+      trained: adapters and other trained parameters by path, without stacked blocks.
+      lora: what they were trained with.
     """
+
+    base: Weights
+    source: str
+    params: dict[str, np.ndarray]
+    trained: dict[str, np.ndarray]
+    lora: Lora
+
+
+def read_adapted_run(folder: Path) -> AdaptedRun:
+    """Reads the newest checkpoint of a workdir, or one checkpoint, of a run with adapters.
+
+    Raises:
+      UserError: it has no adapters; see `read_run` for others.
+    """
+    tree, described = load_params(folder)
+    if "lora" not in described:
+        raise UserError(f"{folder} has no adapters; expected a run with lora.rank")
+    trained = {path: np.asarray(x) for path, x in flatten(tree).items()}
+    try:
+        return _find_base(trained, described, folder, bases=0)
+    except (ValueError, TypeError, AttributeError, KeyError) as e:
+        raise UserError(f"{folder}: its description: {first_line(e)}") from None
+
+
+def _find_base(
+    trained: dict[str, np.ndarray], described: dict[str, Any], folder: Path, *, bases: int
+) -> AdaptedRun:
     if bases == _MAX_BASES:
         raise UserError(f"{folder}: expected at most {_MAX_BASES} runs whose adapters are added up")
     (args,) = bind(as_tuples(described["lora"]), Lora, key="lora")
@@ -322,7 +354,7 @@ def _add_base(
     model = rebuild_model(dataclasses.replace(base, model=known), num_classes=known["num_classes"])
     shape = (*as_tuples(described["preprocess"])["image_size"], stated["channels"])
     params, _ = fill_model(model, base, shape, **stated["adapt"])
-    return merge_adapters(flatten(params) | unstack_blocks(trained), Lora(**args))
+    return AdaptedRun(base, source, flatten(params), unstack_blocks(trained), Lora(**args))
 
 
 def _describe(

@@ -55,6 +55,16 @@ _HARMLESS = {
     *("megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision", "r"),
     *("runtime_config", "target_modules", "task_type"),
 }
+# The modules of PEFT for our layers of a block; timm computes queries, keys and values by one.
+_TIMM = {"out": "attn.proj", "Dense_0": "mlp.fc1", "Dense_1": "mlp.fc2"}
+_FUSED = ("query", "key", "value")
+_HUGGINGFACE = {
+    **{"query": "attention.q_proj", "key": "attention.k_proj", "value": "attention.v_proj"},
+    **{"out": "attention.o_proj", "Dense_0": "mlp.fc1", "Dense_1": "mlp.fc2"},
+}
+_LAYER = re.compile(
+    r"Transformer/encoderblock_(\d+)/\w+/(query|key|value|out|Dense_0|Dense_1)/kernel"
+)
 _USED = {"peft_type", "lora_alpha", "alpha_pattern", "rank_pattern", "use_dora", "use_rslora"}
 # What config.json says of a head, which adapters may replace.
 _OF_HEADS = {"num_labels", "id2label", "label2id", "num_classes", "label_names"}
@@ -182,6 +192,139 @@ def read_adapters(
         else:
             whole[name] = x
     return Adapters(file, base, config.get("revision"), config, products, whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """An adapter as PEFT has it: scale B A, and with DoRA the norms of the rows of the result."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+    norms: np.ndarray | None
+
+
+def make_adapters(
+    trained: Mapping[str, np.ndarray],
+    base: Mapping[str, np.ndarray],
+    lora: Lora,
+    *,
+    layout: str,
+    name: str,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns the tensors and the config of adapters as PEFT loads them.
+
+    They are for a model of timm or, if the base is a ViT of Hugging Face, of transformers 5.
+
+    Args:
+      trained: the parameters of adapters and heads by path, without stacked blocks.
+      base: the parameters that they are added to.
+      lora: what they were trained with.
+      layout: of the base, as `Weights.layout`.
+      name: of the base, as PEFT's `base_model_name_or_path`.
+
+    Raises:
+      UserError: the base is of another layout, or something else than adapters of blocks and a head
+        was trained.
+    """
+    of_timm = layout in ("timm safetensors", "vit_jax safetensors")
+    if not of_timm and layout != "Hugging Face ViT safetensors":
+        raise UserError(
+            f"adapters of PEFT belong to a .safetensors file of timm or of a ViT of Hugging Face, "
+            f"and these to {name} ({layout}); expected a run that starts from such a file, or DST "
+            "as a .safetensors file with the adapters added"
+        )
+    layers: dict[tuple[str, str], _Product] = {}
+    whole = {}
+    is_gated = any(path.endswith("/gate/kernel") for path in base)
+    for path, x in trained.items():
+        if path.startswith("head/"):
+            head, kind = ("head" if of_timm else "classifier"), path.rpartition("/")[2]
+            whole[f"{head}.{'weight' if kind == 'kernel' else kind}"] = np.asarray(x).T
+            continue
+        kernel = path.rpartition(f"/{NAME}/")[0] + "/kernel"
+        match = _LAYER.fullmatch(kernel)
+        if match is None or (is_gated and match[2].startswith("Dense")):
+            raise UserError(
+                f"{path} was trained; PEFT takes adapters of attention and of MLPs without gates, "
+                "and a head"
+            )
+        layers[match[1], match[2]] = _make_product(trained, base[kernel], kernel, lora)
+    modules: dict[str, _Product] = {}
+    for (block, layer), product in layers.items():
+        if not of_timm:
+            modules[f"vit.layers.{block}.{_HUGGINGFACE[layer]}"] = product
+        elif layer in _TIMM:
+            modules[f"blocks.{block}.{_TIMM[layer]}"] = product
+        else:
+            modules[f"blocks.{block}.attn.qkv"] = _fuse(block, layers, base)
+    tensors = {f"{_PREFIX}{key}": x for key, x in whole.items()}
+    for module, product in modules.items():
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = product.a
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = product.b
+        if product.norms is not None:
+            tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = product.norms
+    ranks = {module: len(product.a) for module, product in modules.items()}
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": name,
+        "r": max(ranks.values()),
+        "lora_alpha": max(ranks.values()),
+        "rank_pattern": {re.escape(module): rank for module, rank in ranks.items()},
+        "alpha_pattern": {re.escape(m): p.scale * ranks[m] for m, p in modules.items()},
+        "target_modules": sorted(modules),
+        "modules_to_save": sorted({key.rpartition(".")[0] for key in whole}) or None,
+        "use_dora": lora.method == "dora",
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    return tensors, config
+
+
+def _make_product(
+    trained: Mapping[str, np.ndarray], kernel: np.ndarray, path: str, lora: Lora
+) -> _Product:
+    own = f"{path.removesuffix('/kernel')}/{NAME}"
+    a, b = (np.asarray(trained[f"{own}/{part}"], np.float32) for part in "ab")
+    scale, norms = lora.size(path)[1], None
+    if lora.method == "dora":
+        before, _ = column_norms(np.asarray(kernel).reshape(len(a), -1), a, b, scale, xp=np)
+        norms = np.asarray(trained[f"{own}/magnitude"], np.float32) * before
+    return _Product(a.T, b.T, scale, norms)
+
+
+def _fuse(
+    block: str, layers: Mapping[tuple[str, str], _Product], base: Mapping[str, np.ndarray]
+) -> _Product:
+    """One adapter of queries, keys and values, whose B is zero between these."""
+    found = {layer: layers[block, layer] for layer in _FUSED if (block, layer) in layers}
+    scale = next(iter(found.values())).scale
+    ranks = [len(product.a) for product in found.values()]
+    width = len(next(iter(found.values())).b)
+    b = np.zeros((len(_FUSED) * width, sum(ranks)), np.float32)
+    norms = []
+    for i, layer in enumerate(_FUSED):
+        path = f"Transformer/encoderblock_{block}/MultiHeadDotProductAttention_0/{layer}/kernel"
+        kernel = np.asarray(base[path], np.float32).reshape(base[path].shape[0], -1)
+        norm = np.linalg.norm(kernel, axis=0)
+        if layer in found:
+            product, start = found[layer], sum(ranks[: list(found).index(layer)])
+            columns = slice(start, start + len(product.a))
+            b[i * width : (i + 1) * width, columns] = product.b * (product.scale / scale)
+            norm = product.norms
+        norms.append(norm)
+    a = np.concatenate([product.a for product in found.values()])
+    has_norms = all(product.norms is not None for product in found.values())
+    return _Product(a, b, scale, np.concatenate(norms) if has_norms else None)
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Writes `adapter_config.json`."""
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _canonical(name: str) -> str:
