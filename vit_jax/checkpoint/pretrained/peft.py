@@ -318,8 +318,8 @@ def _fuse(
             norm = product.norms
         norms.append(norm)
     a = np.concatenate([product.a for product in found.values()])
-    has_norms = all(product.norms is not None for product in found.values())
-    return _Product(a, b, scale, np.concatenate(norms) if has_norms else None)
+    is_dora = all(norm is not None for norm in norms)
+    return _Product(a, b, scale, np.concatenate(norms) if is_dora else None)
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:
