@@ -60,7 +60,7 @@ def write_towers(file: Path, *, size: int = 8) -> Path:
     rng = np.random.default_rng(0)
     flat = traverse_util.flatten_dict(shapes, sep="/")
     params = {path: rng.normal(0, 0.3, x.shape).astype(np.float32) for path, x in flat.items()}
-    params |= {"t": np.float32([2.0]), "b": np.float32([-1.0])}
+    params |= {"t": np.array([2.0], np.float32), "b": np.array([-1.0], np.float32)}
     weights = Weights(
         params=params,
         layout="test",
