@@ -231,6 +231,15 @@ def test_a_file_of_labels_may_have_commas_in_them(call_towers, place, capfd):
     assert "cat, black" in capfd.readouterr().out
 
 
+def test_names_that_differ_at_their_ends_are_shown_whole(place, tmp_path, capfd):
+    names = [f"a photo of the digit number {i}" for i in (7, 6, 1)]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    model, labels = f"--checkpoint={place / 'vit.npz'}", f"--labels={tmp_path / 'names.txt'}"
+    assert main([model, labels, str(place / "images" / "00.png")]) == 0
+    shown = capfd.readouterr().out
+    assert all(name in shown for name in names)
+
+
 def test_texts_are_embedded(call_towers, towers, place, tmp_path):
     (tmp_path / "texts.txt").write_text("a cat\na dog, asleep\n")
     options = ("--embed", "--text=one more", f"--texts={tmp_path / 'texts.txt'}")

@@ -55,6 +55,7 @@ PREDICTIONS = ("table", "csv", "json", "parquet")
 FEATURES = ("npz", "parquet")
 _ENDINGS = {".jsonl": "json", ".txt": "table"}
 _PATH = 48  # columns of a path on the screen at most
+_NAME = 24  # columns of a class name
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -192,7 +193,9 @@ def _make_text_writer(
     if args.format == "json":
         return JsonWriter(stream, name_of=names.__getitem__)
     width = min(_width(paths), _PATH)
-    return TableWriter(stream, name_of=names.__getitem__, path_width=width)
+    # Names are cut where they stay distinct: texts may differ at their ends only.
+    name_width = next(w for w in (_NAME, None) if len({n[:w] for n in names}) == len({*names}))
+    return TableWriter(stream, name_of=names.__getitem__, path_width=width, name_width=name_width)
 
 
 def _width(paths: Sequence[str]) -> int:

@@ -17,7 +17,6 @@ from vit_jax.utils.errors import UserError
 from vit_jax.utils.text import printable
 
 _COPIED = 2**20  # bytes at a time
-_NAME = 24  # most characters of a class name in a table
 
 
 class Writer(abc.ABC):
@@ -45,14 +44,27 @@ class Writer(abc.ABC):
 
 
 class TableWriter(Writer):
-    """A line of text for each image: its most probable classes with their probabilities."""
+    """A line of text for each image: its most probable classes with their probabilities.
 
-    def __init__(self, stream: IO[str], *, name_of: Callable[[int], str], path_width: int):
+    Class names are cut after `name_width` characters; None keeps all of them.
+    """
+
+    def __init__(
+        self,
+        stream: IO[str],
+        *,
+        name_of: Callable[[int], str],
+        path_width: int,
+        name_width: int | None,
+    ):
         self._stream, self._name_of, self._width = stream, name_of, path_width
+        self._name_width = name_width
 
     def _write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
         labels, probabilities = columns
-        names = [[self._name_of(label)[:_NAME] for label in row] for row in labels.tolist()]
+        names = [
+            [self._name_of(label)[: self._name_width] for label in row] for row in labels.tolist()
+        ]
         # Columns are aligned within a batch: later names are not known yet.
         widths = [max(map(len, column)) for column in zip(*names, strict=True)]
         for path, row, values in zip(paths, names, probabilities.tolist(), strict=True):
