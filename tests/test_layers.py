@@ -44,6 +44,7 @@ COMMANDS = (
     "plan",
     "predict",
     "report",
+    "search",
     "serve",
     "status",
     "sweep",

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import vit_jax
-from tests.trained import write_images, write_model
+from tests.trained import write_images, write_model, write_towers
 from vit_jax.observe import console
 from vit_jax.predict import main
 from vit_jax.utils.errors import UserError
@@ -197,3 +197,68 @@ def test_the_command_reads_a_list_and_leaves_stdout_to_the_results(place):
         str(p["label"]) for p in record["predictions"]
     ]
     assert "none.png: it can't be read: FileNotFoundError" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def towers(place):
+    return write_towers(place / "towers.npz")
+
+
+@pytest.fixture
+def call_towers(place, towers, monkeypatch):
+    """Runs the command with a model of images and texts."""
+    monkeypatch.setattr(console.console, "stderr", False)
+    return lambda *arguments: main([f"--checkpoint={towers}", *arguments])
+
+
+def test_texts_are_classes_of_a_model_of_images_and_texts(call_towers, towers, place, capfd):
+    image = str(place / "images" / "00.png")
+    assert call_towers("--labels=a cat, a dog", "--format=json", "--templates=a {}", image) == 0
+    out, err = capfd.readouterr()
+    record = json.loads(out)
+    found = vit_jax.load_model(towers)(image, labels=["a cat", "a dog"], templates="a {}")
+    assert [(p["class"], p["label"]) for p in record["predictions"]] == [
+        (name, ["a cat", "a dog"].index(name)) for name, _ in found.top()
+    ]
+    probabilities = [p["probability"] for p in record["predictions"]]
+    np.testing.assert_allclose(probabilities, [p for _, p in found.top()], atol=1e-5)
+    assert "classes by text: 2, prompts: a {}" in err
+
+
+def test_a_file_of_labels_may_have_commas_in_them(call_towers, place, capfd):
+    image = str(place / "images" / "00.png")
+    assert call_towers(f"--labels={place / 'names.txt'}", image) == 0
+    assert "cat, black" in capfd.readouterr().out
+
+
+def test_names_that_differ_at_their_ends_are_shown_whole(place, tmp_path, capfd):
+    names = [f"a photo of the digit number {i}" for i in (7, 6, 1)]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    model, labels = f"--checkpoint={place / 'vit.npz'}", f"--labels={tmp_path / 'names.txt'}"
+    assert main([model, labels, str(place / "images" / "00.png")]) == 0
+    shown = capfd.readouterr().out
+    assert all(name in shown for name in names)
+
+
+def test_texts_are_embedded(call_towers, towers, place, tmp_path):
+    (tmp_path / "texts.txt").write_text("a cat\na dog, asleep\n")
+    options = ("--embed", "--text=one more", f"--texts={tmp_path / 'texts.txt'}")
+    assert call_towers(*options, f"--output={tmp_path / 'texts.npz'}") == 0
+    texts = ["one more", "a cat", "a dog, asleep"]
+    found = np.load(tmp_path / "texts.npz")
+    assert found["text"].tolist() == texts
+    model = vit_jax.load_model(towers)
+    np.testing.assert_allclose(found["features"], model.text_embed(texts), atol=1e-6)
+    call_towers(*options, f"--output={tmp_path / 'texts.parquet'}")
+    table = pq.read_table(tmp_path / "texts.parquet")
+    assert table.column("text").to_pylist() == texts
+    # Images are embedded in the same space.
+    image = str(place / "images" / "00.png")
+    call_towers("--embed", f"--output={tmp_path / 'images.npz'}", image)
+    features = np.load(tmp_path / "images.npz")["features"]
+    np.testing.assert_allclose(features, model.image_embed(image), atol=1e-6)
+
+
+def test_texts_that_are_cut_are_reported(call_towers, tmp_path, capfd):
+    call_towers("--embed", "--text=" + "x" * 30, "--text=b", f"--output={tmp_path / 'texts.npz'}")
+    assert "1 of 2 texts have more than 24 tokens, and their ends are cut" in capfd.readouterr().out

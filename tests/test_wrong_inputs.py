@@ -9,7 +9,7 @@ import pytest
 
 from tests.command import call
 from tests.tiny import tiny_config
-from tests.trained import write_images, write_model
+from tests.trained import write_images, write_model, write_towers
 
 ROOT = Path(__file__).parent.parent
 SECONDS = {"step": 1.0, "compile": 2.0, "data_wait": 0.1, "save": 0.1, "evaluation": 0.1}
@@ -37,6 +37,9 @@ FILES = {
     "huggingface/config.json": '{"architectures": ["ViTModel"], "model_type": "vit"}',
     "timm/config.json": '{"architecture": "vit_tiny_patch16_224", "num_classes": 3}',
     "phone/1.heic": "not read",
+    "columns.html": "",
+    "control.txt": "a cat\na\x1bb\n",
+    "huge.txt": "x" * 2**20,
     "packed/pack.json": "{}",
 }
 
@@ -44,6 +47,7 @@ TRAIN = "--config={root}/configs/digits.py --config.data.data_dir={data} --workd
 SWEEP = "--config={root}/configs/digits.py --config.data.data_dir={data} --workdir=new "
 PLAN = "--config={root}/configs/digits.py --num_classes=10 --image_size=16 "
 MODEL = "--checkpoint=model.npz "
+TOWERS = "--checkpoint=towers.npz "
 GKE = "job --image=i --accelerator=tpu-v5-lite-podslice --topology=4x4 --dry_run "
 
 # The command, its arguments, and what the line must name: the value, what was expected, the place.
@@ -238,7 +242,7 @@ CASES = {
         (TRAIN + "--workdir=run", ["--workdir='run'", "another experiment", "model."]),
     ],
     "predict": [
-        (MODEL, ["PATHS", "required", "--help"]),
+        (MODEL, ["PATHS are missing", "expected images"]),
         ("photos", ["--workdir, --checkpoint and --init_from", "expected one"]),
         (MODEL + "--workdir=run photos", ["--workdir=run", "--checkpoint=model.npz", "one of"]),
         (MODEL + "none", ["none", "no such file"]),
@@ -269,6 +273,29 @@ CASES = {
         ("--checkpoint=noise.npz photos", ["noise.npz"]),
         ("--checkpoint=noise.safetensors photos", ["noise.safetensors", "safetensors file"]),
         ("--checkpoint=4 photos", ["--checkpoint=4", "expected --workdir"]),
+        (MODEL + "'--labels=a cat,a dog' photos", ["--labels=a cat", "no text tower", "a file"]),
+        (MODEL + "--templates=photo photos", ["--templates=photo", "no text tower", "leave it"]),
+        (MODEL + "--tokenizer=bytes() photos", ["tokenizer='bytes()'", "no text tower"]),
+        (TOWERS + "photos", ["towers.npz", "no classes of its own", "--labels='a cat,a dog'"]),
+        (TOWERS + "--labels= photos", ["--labels: text 1 is empty", "expected a text"]),
+        (TOWERS + "--labels=a,,b photos", ["--labels: text 2 is empty", "expected a text"]),
+        (TOWERS + "--labels=none.txt photos", ["--labels=none.txt can't be read"]),
+        (TOWERS + "--labels=no/ne photos", ["--labels=no/ne can't be read"]),
+        (TOWERS + "--labels=a,b.txt photos", ["--labels=a,b.txt can't be read"]),
+        (TOWERS + "--labels=photos photos", ["--labels=photos", "is a folder"]),
+        (TOWERS + "--labels=empty.txt photos", ["--labels=empty.txt is empty"]),
+        (TOWERS + "--labels=control.txt photos", ["--labels: text 2, 'a\\x1bb'", "control"]),
+        (TOWERS + "--labels=huge.txt photos", ["--labels=huge.txt: line 1", "1,000 characters"]),
+        (TOWERS + "--text=a", ["--text: expected --embed"]),
+        (TOWERS + "--embed --text=a", ["--output is missing"]),
+        (TOWERS + "--embed --text=a --output=t.npz photos", ["--text and 'photos'", "of its own"]),
+        (TOWERS + "--embed --text= --output=t.npz", ["--text is empty: expected a text"]),
+        (TOWERS + "--embed --texts=none --output=t.npz", ["--texts=none can't be read"]),
+        (TOWERS + "--embed --texts=empty.txt --output=t.npz", ["--texts=empty.txt is empty"]),
+        (TOWERS + "--embed --texts=control.txt --output=t.npz", ["control.txt: line 2", "control"]),
+        (TOWERS + "--embed --text=a --tta=flip --output=t.npz", ["--tta=flip is for images"]),
+        (TOWERS + "--embed --labels=a,b --output=t.npz photos", ["--labels", "--texts"]),
+        (MODEL + "--embed --text=a --output=t.npz", ["model.npz", "no text tower"]),
         ("--workdir=none photos", ["--workdir=none", "is no folder", "it does not exist"]),
         ("--workdir=run --checkpoint=5 photos", ["--checkpoint=5", "--workdir=run", "4"]),
         ("--init_from=augreg:B/17 photos", ["augreg:B/17", "B/16"]),
@@ -312,10 +339,27 @@ CASES = {
             ["steps=1", "at least 10"],
         ),
     ],
+    "search": [
+        (TOWERS, ["PATHS TEXT", "required", "--help"]),
+        (TOWERS + "photos", ["the last argument, 'photos', is a file or folder", "--image=FILE"]),
+        (TOWERS + "dogs", ["PATHS are missing", "expected images"]),
+        (TOWERS + "none dogs", ["'none'", "no such file"]),
+        ("photos dogs", ["--workdir, --checkpoint and --init_from", "expected one"]),
+        (TOWERS + "photos ''", ["TEXT is empty", "expected a text"]),
+        (TOWERS + "photos 'twenty-five dogs on a beach'", ["TEXT: 'twenty", "24 that the model"]),
+        (TOWERS + "--top_k=0 photos dogs", ["--top_k=0", "more than 0"]),
+        (TOWERS + "--output=columns.html photos dogs", ["--output=columns.html", "exists"]),
+        (TOWERS + "--output=found.png photos dogs", ["--output=found.png", "found.html"]),
+        (TOWERS + "--output=f.html --top_k=501 photos dogs", ["--top_k=501", "at most 500"]),
+        (TOWERS + "--image=none.png photos", ["none.png", "No such file"]),
+        (TOWERS + "--image=noise.npz photos", ["noise.npz", "not a readable image"]),
+        (MODEL + "photos dogs", ["model.npz", "no text tower"]),
+    ],
     "explain": [
         (MODEL + "photos", ["--output is missing", "a folder"]),
         (MODEL + "--output=empty.txt photos", ["--output=empty.txt", "exists"]),
         (MODEL + "--output=seen -", ["IMAGES", "vit_jax.predict"]),
+        (TOWERS + "--output=seen --labels=a,b photos", ["--labels=a,b", "takes no texts"]),
         (MODEL + "--output=seen --figures=rolout photos", ["--figures", "'rolout'", "'rollout'"]),
         (MODEL + "--output=seen none", ["none", "no such file"]),
         (MODEL + "--output=seen many", ["65 images", "at most 64"]),
@@ -535,6 +579,7 @@ def place(tmp_path_factory, data_dir):
     write_images(folder / "photos", 2)
     write_images(folder / "many", 65, size=1)
     write_model(folder / "model.npz")
+    write_towers(folder / "towers.npz")
     (folder / "run" / "checkpoints" / "4" / "params").mkdir(parents=True)
     (folder / "run" / "config.json").write_text(tiny_config(data_dir).to_json())
     start = {"event": "start", "time": 1.0, "step": 0, "total": 8, "seconds": SECONDS}

@@ -44,6 +44,34 @@ def write_model(
     return file
 
 
+def write_towers(file: Path, *, size: int = 8) -> Path:
+    """A `.npz` of a model of images and texts with random parameters, whose tokens are bytes."""
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 4, "mlp_dim": 32}
+    stated: dict[str, Any] = {
+        "image": sizes | {"patch_size": 4, "classifier": "gap"},
+        "text": sizes | {"vocab_size": 259, "context_length": 24},
+        "width": 16,
+    }
+    model = MODELS["two_towers"](**stated)
+    images, tokens = jnp.zeros((1, size, size, 3)), jnp.zeros((1, 24), jnp.int32)
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), images, tokens, train=False)["params"]
+    )
+    rng = np.random.default_rng(0)
+    flat = traverse_util.flatten_dict(shapes, sep="/")
+    params = {path: rng.normal(0, 0.3, x.shape).astype(np.float32) for path, x in flat.items()}
+    params |= {"t": np.array([2.0], np.float32), "b": np.array([-1.0], np.float32)}
+    weights = Weights(
+        params=params,
+        layout="test",
+        model={"name": "two_towers"} | stated,
+        preprocess={"mean": 0.4, "std": 0.3, "image_size": (size, size)},
+        tokenizer={"line": "bytes(length=24)"},
+    )
+    write_npz(file, weights)
+    return file
+
+
 def write_run(workdir: Path, data_dir: str, **changes: Any) -> tuple[Path, Experiment, Any]:
     """A workdir with checkpoints of the steps 4 and 8, of which the first one is the better.
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "main",
     "evaluate": "evaluate",
     "predict": "predict",
+    "search": "search",
     "explain": "explain",
     "report": "report",
     "status": "status",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Classifies images by a trained model, or writes their features.
+r"""Classifies images by a trained model, or writes features of images or texts.
 
 PATHS are files, folders (all images below them), patterns in quotes, or - for a list on stdin.
 Images are prepared as in the evaluation of the model. Images that can't be read are named and left
@@ -11,10 +11,12 @@ Examples:
   find photos -name '*.jpg' | python -m vit_jax.predict --workdir=runs/digits --format=csv -
   python -m vit_jax.predict --workdir=runs/digits --output=classes.parquet --tta=flip photos
   python -m vit_jax.predict --checkpoint=vit.safetensors --labels=names.txt photos
+  python -m vit_jax.predict --workdir=runs/clip --labels='a cat,a dog' photos
   python -m vit_jax.predict --init_from=augreg+imagenet2012:Ti/16@384 --top_k=3 photos
   python -m vit_jax.predict --workdir=runs/digits --embed --output=features.npz photos
   python -m vit_jax.predict --workdir=runs/digits --embed --layer=Transformer/encoderblock_2 \
       --output=tokens.parquet photos
+  python -m vit_jax.predict --workdir=runs/clip --embed --texts=captions.txt --output=texts.npz
 """
 
 import argparse
@@ -28,8 +30,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_jax.config.load import parse_overrides
-from vit_jax.inference.source import add_source, check_source, load_source
+from vit_jax.inference.source import (
+    add_source,
+    check_source,
+    load_labels,
+    log_source,
+    read_source,
+)
 from vit_jax.observe.console import log, set_up
+from vit_jax.utils.class_names import read_lines
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import check_fresh, fresh_file
@@ -38,6 +47,7 @@ from vit_jax.utils.streams import result_stream
 from vit_jax.utils.text import printable
 
 if TYPE_CHECKING:
+    from vit_jax.inference.labels import TextClasses
     from vit_jax.inference.model import LoadedModel
     from vit_jax.inference.writers import Writer
 
@@ -45,6 +55,7 @@ PREDICTIONS = ("table", "csv", "json", "parquet")
 FEATURES = ("npz", "parquet")
 _ENDINGS = {".jsonl": "json", ".txt": "table"}
 _PATH = 48  # columns of a path on the screen at most
+_NAME = 24  # columns of a class name
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -55,8 +66,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = CommandParser(prog="python -m vit_jax.predict", description=__doc__)
     add = parser.add_argument
-    add_source(parser, images="PATHS")
-    add("PATHS", nargs="+", help="Classify these images.")
+    add_source(parser, images="PATHS", texts="classes")
+    add("PATHS", nargs="*", help="Classify these images.")
     add("--output", type=Path, help="Write the results to this file, which must not exist.")
     add(
         "--format",
@@ -73,9 +84,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--embed", action="store_true", help="Write features in place of classes.")
     add(
         "--layer",
-        help="Write the output of this layer, with --embed. The default is pre_logits; a wrong "
-        "name prints all layers.",
+        help="Write the output of this layer, with --embed. The default is pre_logits, or "
+        "image_embed of a model of images and texts; a wrong name prints all layers.",
     )
+    add("--text", action="append", help="Embed this text, with --embed; may be repeated.")
+    add("--texts", type=Path, metavar="FILE", help="Embed the lines of this file, with --embed.")
     add("--tta", choices=("flip",), help="Average the results for each image and its mirror image.")
     add(
         "--batch_size",
@@ -96,8 +109,26 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.layer is not None and not args.embed:
         raise UserError(f"--layer={args.layer}: expected --embed with it")
     _choose_format(args)
-    check_source(args)
+    of_texts = args.text is not None or args.texts is not None
+    check_source(args, needs_images=not of_texts)
+    if of_texts:
+        _check_texts(args)
     return args
+
+
+def _check_texts(args: argparse.Namespace) -> None:
+    option = "--text" if args.text is not None else f"--texts={args.texts}"
+    if not args.embed:
+        raise UserError(f"{option}: expected --embed with it, and --output=FILE")
+    for name in ("layer", "tta", "labels", "templates"):
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"--{name}={getattr(args, name)} is for images: leave it or {option} out"
+            )
+    if args.PATHS:
+        raise UserError(
+            f"{option} and {args.PATHS[0]!r}: expected texts or images, each in a file of its own"
+        )
 
 
 def _choose_format(args: argparse.Namespace) -> None:
@@ -122,45 +153,77 @@ def _choose_format(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def open_writer(
-    args: argparse.Namespace, model: "LoadedModel", paths: list[str]
+    args: argparse.Namespace, names: Sequence[str], rows: Sequence[str], *, what: str = "image"
 ) -> Iterator["Writer"]:
-    """What takes the results: the screen, or a file that appears when all are in it."""
+    """What takes the results: the screen, or a file that appears when all are in it.
+
+    Args:
+      args: the arguments of the command.
+      names: names of the classes.
+      rows: paths of the images, or texts.
+      what: name of the column of these.
+    """
     from vit_jax.inference.writers import FeatureNpzWriter, FeatureParquetWriter, ParquetWriter
 
     with contextlib.ExitStack() as stack:
         if args.output is None:
-            yield _make_text_writer(args, result_stream(), model, paths)
+            yield _make_text_writer(args, result_stream(), names, rows)
             return
         fresh = stack.enter_context(fresh_file(args.output))
         if args.format == "npz":
-            writer = FeatureNpzWriter(fresh, path_width=_width(paths))
+            writer = FeatureNpzWriter(fresh, path_width=_width(rows), what=what)
         elif args.embed:
-            writer = FeatureParquetWriter(fresh)
+            writer = FeatureParquetWriter(fresh, what=what)
         elif args.format == "parquet":
-            writer = ParquetWriter(fresh, name_of=model.name_of)
+            writer = ParquetWriter(fresh, name_of=names.__getitem__)
         else:
             stream = stack.enter_context(fresh.open("w", encoding="utf-8", newline=""))
-            writer = _make_text_writer(args, stream, model, paths)
+            writer = _make_text_writer(args, stream, names, rows)
         with writer:
             yield writer
 
 
 def _make_text_writer(
-    args: argparse.Namespace, stream: Any, model: "LoadedModel", paths: list[str]
+    args: argparse.Namespace, stream: Any, names: Sequence[str], paths: Sequence[str]
 ) -> "Writer":
     from vit_jax.inference.writers import CsvWriter, JsonWriter, TableWriter
 
     if args.format == "csv":
-        top_k = min(args.top_k, model.module.num_classes)
-        return CsvWriter(stream, name_of=model.name_of, top_k=top_k)
+        return CsvWriter(stream, name_of=names.__getitem__, top_k=min(args.top_k, len(names)))
     if args.format == "json":
-        return JsonWriter(stream, name_of=model.name_of)
+        return JsonWriter(stream, name_of=names.__getitem__)
     width = min(_width(paths), _PATH)
-    return TableWriter(stream, name_of=model.name_of, path_width=width)
+    # Names are cut where they stay distinct: texts may differ at their ends only.
+    name_width = next(w for w in (_NAME, None) if len({n[:w] for n in names}) == len({*names}))
+    return TableWriter(stream, name_of=names.__getitem__, path_width=width, name_width=name_width)
 
 
 def _width(paths: Sequence[str]) -> int:
     return max(len(printable(path)) for path in paths)
+
+
+def choose_classes(
+    args: argparse.Namespace, model: "LoadedModel"
+) -> tuple[str, Sequence[str], "TextClasses | None"]:
+    """The layer to compute, the names of the classes, and the classes that are texts.
+
+    Raises:
+      UserError: the model can't do what is asked.
+    """
+    from vit_jax.inference.model import IMAGE_EMBED
+
+    if not args.embed:
+        classes = load_labels(args, model)
+        if classes is None:
+            return "logits", model.list_names(), None
+        return IMAGE_EMBED, classes.names, classes
+    if model.texts is not None and (args.labels or args.templates) is not None:
+        raise UserError(
+            "--labels and --templates are for classes: with --embed, expected --text or --texts"
+        )
+    layer = args.layer or ("pre_logits" if model.texts is None else IMAGE_EMBED)
+    model.check_layer(layer)
+    return layer, (), None
 
 
 def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) -> int:
@@ -174,14 +237,13 @@ def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) ->
     from vit_jax.data.corrupt import CorruptCounter
     from vit_jax.inference.stream import map_images
 
-    layer = "logits"
-    if args.embed:
-        layer = args.layer or "pre_logits"
-        model.check_layer(layer)
-    else:
-        model.check_classifies()
+    layer, names, classes = choose_classes(args, model)
+    log_source(model)
+    if classes is not None:
+        prompts = args.templates or "the labels as they are"
+        log(f"  classes by text: {len(names):,}, prompts: {prompts}")
     corrupt, started, count = CorruptCounter(), time.perf_counter(), 0
-    with open_writer(args, model, paths) as writer:
+    with open_writer(args, names, paths) as writer:
         for kept, rows in map_images(
             model,
             paths,
@@ -196,7 +258,7 @@ def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) ->
             if args.embed:
                 writer.write(kept, rows)
             else:
-                prediction = model.predict(rows)
+                prediction = model.judge(rows, classes)
                 labels = prediction.top(args.top_k)
                 probabilities = np.take_along_axis(prediction.probabilities, labels, axis=1)
                 writer.write(kept, labels, probabilities)
@@ -211,6 +273,35 @@ def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) ->
     return skipped
 
 
+def embed_texts(args: argparse.Namespace, model: "LoadedModel", texts: Sequence[str]) -> None:
+    """Writes the unit vectors of texts.
+
+    Raises:
+      UserError: the model has no text tower, or its tokenizer is not known.
+    """
+    started = time.perf_counter()
+    vectors = model.text_embed(texts)
+    log_source(model)
+    with open_writer(args, (), texts, what="text") as writer:
+        writer.write(texts, vectors)
+    seconds = time.perf_counter() - started
+    log(f"{len(texts):,} text{'' if len(texts) == 1 else 's'} in {seconds:.1f} s")
+    log(f"wrote {args.output}")
+
+
+def _list_texts(args: argparse.Namespace) -> list[str]:
+    from vit_jax.inference.labels import check_text
+
+    texts = [check_text(text, key="--text") for text in args.text or ()]
+    if args.texts is not None:
+        key = f"--texts={args.texts}"
+        lines = read_lines(args.texts, key=key, what="text")
+        texts += [check_text(line, key=f"{key}: line {i}") for i, line in enumerate(lines, 1)]
+    if not texts:
+        raise UserError(f"--texts={args.texts} is empty: expected a text a line")
+    return texts
+
+
 def main(argv: Sequence[str]) -> int:
     """Predicts, and returns the exit code."""
     overrides, rest = parse_overrides(list(argv))
@@ -220,10 +311,14 @@ def main(argv: Sequence[str]) -> int:
         check_fresh(args.output)
     with importing():
         from vit_jax.inference.images import STDIN, find_images
+    if args.text is not None or args.texts is not None:
+        texts = _list_texts(args)
+        embed_texts(args, read_source(args, overrides), texts)
+        return 0
     if STDIN in args.PATHS and isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # Names of files may be of any bytes.
     paths = find_images(args.PATHS, lines=sys.stdin)
-    model = load_source(args, overrides)
+    model = read_source(args, overrides)
     return 1 if predict(args, model, paths) else 0
 
 

@@ -251,7 +251,7 @@ def _check_module(name: str, arguments: list[str], workdirs: Mapping[str, str]) 
     args = _parse(module, arguments)
     if hasattr(args, "train") and isinstance(args.train, list):  # of a launcher
         _check_training([a for a in args.train if a != "..."])
-    elif name in ("vit_jax.predict", "vit_jax.explain"):
+    elif name in ("vit_jax.predict", "vit_jax.search", "vit_jax.explain"):
         for key in overrides:
             assert knows(key), f"--config.{key}: there is no such key"
     elif overrides:

@@ -66,7 +66,7 @@ def test_a_tokenizer_of_another_model_is_refused(siglip):
 
 def test_it_has_no_classes(loaded):
     assert not loaded.classifies
-    with pytest.raises(UserError, match=r"has no classes of its own: expected model.image_embed"):
+    with pytest.raises(UserError, match=r"has no classes of its own: expected labels"):
         loaded(np.zeros((1, 32, 32, 3), np.uint8))
 
 

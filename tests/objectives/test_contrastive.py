@@ -8,7 +8,8 @@ import pytest
 from flax import traverse_util
 
 from tests.models.test_two_towers import nested, read_two_towers, rename
-from tests.pairs import IMAGE, TEXT, pairs_config
+from tests.pairs import IMAGE, LENGTH, TEXT, pairs_config
+from vit_jax.models.lora import Lora, merge_adapters
 from vit_jax.objectives.contrastive import Contrastive
 from vit_jax.parallel.mesh import make_mesh
 from vit_jax.training.experiment import Experiment
@@ -121,6 +122,53 @@ def test_a_frozen_image_tower_stays_as_it_is(data_dir):
         same = np.array_equal(value, first[path])
         assert same == path.startswith("img/"), path
     assert "bias" in metrics[0]
+
+
+def test_adapters_of_one_tower_are_trained_beside_the_scale(data_dir):
+    """And what is listed in `lora.train`, but nothing else."""
+    lora = {"rank": 2, "targets": ("txt/.*/(query|value)/kernel",), "train": ("t", "txt/head/.*")}
+    devices = jax.devices()[:1]
+    adapted, plain = (
+        Experiment.from_config(pairs_config(data_dir, **changes), devices=devices)
+        for changes in ({"lora": lora}, {})
+    )
+    tokens = jnp.arange(2 * LENGTH).reshape(2, LENGTH)
+    batch = {"image": jnp.zeros((2, 24, 24, 3), jnp.uint8), "tokens": tokens}
+    shapes = flatten(jax.eval_shape(adapted.objective.init, jax.random.key(0), batch))
+    rng = np.random.default_rng(0)
+    params = {path: rng.normal(0, 0.3, x.shape).astype(np.float32) for path, x in shapes.items()}
+    trained, frozen = map(flatten, adapted.optimizer.rules.split(nested(params)))
+    adapters = {path for path in params if "/lora/" in path}
+    assert len(adapters) == 4
+    assert all(path.startswith("txt/") for path in adapters)
+    assert trained.keys() == adapters | {"t"} | {p for p in params if p.startswith("txt/head/")}
+    assert frozen.keys() == params.keys() - trained.keys()
+    # The adapted model is the one with merged kernels.
+    merged = merge_adapters(params, Lora(**lora))
+    np.testing.assert_allclose(
+        jax.jit(adapted.objective.embed_texts)(nested(params), tokens),
+        jax.jit(plain.objective.embed_texts)(nested(merged), tokens),
+        atol=1e-5,
+    )
+
+
+def test_the_text_tower_is_that_of_the_tokenizer_unless_it_is_stated(data_dir):
+    def make(**text):
+        text = {key: value for key, value in (TEXT | text).items() if value != "leave out"}
+        config = pairs_config(data_dir, model__text=text)
+        return Experiment.from_config(config, devices=jax.devices()[:1])
+
+    fitted = make(vocab_size=None, context_length="leave out")
+    assert fitted.config["model"]["text"]["vocab_size"] == 259
+    assert fitted.config["model"]["text"]["context_length"] == LENGTH
+    # More than the tokenizer needs, as of a checkpoint whose vocabulary was padded.
+    assert make(vocab_size=320).config["model"]["text"]["vocab_size"] == 320
+    for wrong, message in (
+        ({"vocab_size": 258}, "has a vocabulary of 259, and model.text.vocab_size=258"),
+        ({"context_length": 8}, "makes 52 tokens, and model.text.context_length=8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make(**wrong)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from vit_jax.inference.given import (
     list_given,
 )
 from vit_jax.inference.images import Preparation, make_preparation
+from vit_jax.inference.labels import TextClasses, embed_labels
 from vit_jax.inference.prediction import (
     ImageFeatures,
     ImagePrediction,
@@ -61,6 +62,9 @@ Tta = Literal["flip"]
 
 # Images whose attention weights are computed at a time, and bytes of all that are returned.
 _ATTENTION_BATCH, _MAX_ATTENTION = 8, 2**34
+
+# The layer of a model with a text tower that its texts are compared with.
+IMAGE_EMBED = "image_embed"
 
 # Suffixes of paths in the `intermediates` that Flax captures.
 _CALL = "/__call__/0"
@@ -130,15 +134,39 @@ class LoadedModel:
             raise UserError(f"{where}{e}") from None
 
     @overload
-    def __call__(self, images: np.ndarray, *, tta: Tta | None = None) -> Prediction: ...
+    def __call__(
+        self,
+        images: np.ndarray,
+        *,
+        labels: Sequence[str] | TextClasses | None = None,
+        templates: str | Sequence[str] | None = None,
+        tta: Tta | None = None,
+    ) -> Prediction: ...
     @overload
     def __call__(
-        self, images: Image.Image | bytes, *, tta: Tta | None = None
+        self,
+        images: Image.Image | bytes,
+        *,
+        labels: Sequence[str] | TextClasses | None = None,
+        templates: str | Sequence[str] | None = None,
+        tta: Tta | None = None,
     ) -> ImagePrediction: ...
     @overload
-    def __call__(self, images: Any, *, tta: Tta | None = None) -> Any: ...
     def __call__(
-        self, images: Any, *, tta: Tta | None = None
+        self,
+        images: Any,
+        *,
+        labels: Sequence[str] | TextClasses | None = None,
+        templates: str | Sequence[str] | None = None,
+        tta: Tta | None = None,
+    ) -> Any: ...
+    def __call__(
+        self,
+        images: Any,
+        *,
+        labels: Sequence[str] | TextClasses | None = None,
+        templates: str | Sequence[str] | None = None,
+        tta: Tta | None = None,
     ) -> Prediction | ImagePrediction | ImagePredictions:
         """Classifies images.
 
@@ -147,6 +175,9 @@ class LoadedModel:
             image; the path of a folder, for all images below it; a pattern such as `photos/*.jpg`;
             a list or an iterator of these. Or prepared images: uint8 `[n, *image_shape]`, a list of
             results of `preprocess`, or one result.
+          labels: the text of each class, or what `embed_labels` returned; for a model with a text
+            tower.
+          templates: see `embed_labels`.
           tta: "flip" averages the logits of each image and of its mirror image.
 
         Returns:
@@ -156,18 +187,77 @@ class LoadedModel:
 
         Raises:
           UserError: an image that was named cannot be read, none was found, prepared images have
-            another shape or dtype, or the model has no trained head.
+            another shape or dtype, the model has no trained head, or see `embed_labels`.
         """
-        self.check_classifies()
+        classes = self._find_classes(labels, templates)
+        layer = "logits" if classes is None else IMAGE_EMBED
         given = list_given(images)
         if given is None:
-            return self.predict(self.features(images, layer="logits", tta=tta))
-        compute = functools.partial(self.start, layer="logits", tta=tta)
-        paths, logits = compute_given(self, given, compute)
-        predicted = self.predict(logits)
-        names = [self.name_of(label) for label in range(self.module.num_classes)]
-        found = ImagePredictions(paths, logits, predicted.probabilities, names)
+            return self.judge(self.features(images, layer=layer, tta=tta), classes)
+        compute = functools.partial(self.start, layer=layer, tta=tta)
+        paths, rows = compute_given(self, given, compute)
+        predicted = self.judge(rows, classes)
+        names = self.list_names() if classes is None else classes.names
+        found = ImagePredictions(paths, predicted.logits, predicted.probabilities, names)
         return found[0] if is_one_image(images) else found
+
+    def _find_classes(
+        self,
+        labels: Sequence[str] | TextClasses | None,
+        templates: str | Sequence[str] | None,
+    ) -> TextClasses | None:
+        if labels is None:
+            if templates is not None:
+                raise UserError(f"templates={templates!r}: expected labels with them")
+            self.check_classifies()
+            return None
+        if not isinstance(labels, TextClasses):
+            return self.embed_labels(labels, templates=templates)
+        if templates is not None:
+            raise UserError("templates: the labels are embedded already: expected them without")
+        return labels
+
+    def embed_labels(
+        self,
+        labels: Sequence[str],
+        *,
+        templates: str | Sequence[str] | None = None,
+        key: str = "labels",
+    ) -> TextClasses:
+        """Makes classes of texts, as the `labels` of a call.
+
+        Args:
+          labels: the text of each class, such as `["a cat", "a dog"]`.
+          templates: a name of `vit_jax.evaluators.prompts.TEMPLATES`, one or several templates with
+            `{}` for the label, such as "a photo of a {}.", or a text file with one a line; the
+            vectors of several are averaged. None takes the labels as they are.
+          key: what the user calls `labels`, for errors.
+
+        Raises:
+          UserError: the model has no text tower, a label is empty, has control characters or more
+            tokens than the model reads, or two are the same.
+        """
+        tower = self._find_texts(key)
+        return embed_labels(
+            tower,
+            labels,
+            templates="name" if templates is None else templates,
+            alone=self.loss == "sigmoid",
+            pad_rows=self.pad_rows,
+            key=key,
+        )
+
+    def judge(self, rows: np.ndarray, classes: TextClasses | None = None) -> Prediction:
+        """Converts outputs to a prediction.
+
+        Args:
+          rows: of the layer `logits`, float32 `[n, num_classes]`; with `classes` those of the layer
+            `image_embed`, float32 `[n, width]`.
+          classes: as `embed_labels` returns them.
+        """
+        if classes is None:
+            return self.predict(rows)
+        return self.predict(self._find_texts("labels").compare(rows, classes.vectors))
 
     def predict(self, logits: np.ndarray) -> Prediction:
         """Converts logits, float32 `[n, num_classes]`, to a prediction.
@@ -208,7 +298,8 @@ class LoadedModel:
 
         Args:
           images: see `__call__`.
-          layer: one of `layers`: `pre_logits` is the input of the head, one vector per image;
+          layer: one of `layers`: `image_embed` is the unit vector that texts are compared with;
+            `pre_logits` is the input of the head, one vector per image;
             `encoded` is the tokens `[length, hidden_size]` after the last block; any other is the
             path of a module, such as `Transformer/encoderblock_3`.
           tta: see `__call__`.
@@ -238,8 +329,7 @@ class LoadedModel:
           UserError: the model has no text tower; see `features` for others.
         """
         self._find_texts()
-        layer = "logits" if self.module.num_classes else "pre_logits"
-        return to_unit(np.asarray(self.features(images, layer)))
+        return to_unit(np.asarray(self.features(images, IMAGE_EMBED)))
 
     def text_embed(self, texts: Any) -> np.ndarray:
         """Returns unit vectors, float32 `[n, width]`.
@@ -255,11 +345,11 @@ class LoadedModel:
         """
         return self._find_texts().embed(texts, pad_rows=self.pad_rows)
 
-    def _find_texts(self) -> TextTower:
+    def _find_texts(self, key: str = "") -> TextTower:
         if self.texts is None:
             raise UserError(
-                f"{self.source}: it has no text tower: expected a model that compares images with "
-                "texts (model.name='two_towers')"
+                f"{f'{key}: ' if key else ''}{self.source}: it has no text tower: expected a model "
+                "that compares images with texts (model.name='two_towers')"
             )
         return self.texts
 
@@ -356,7 +446,8 @@ class LoadedModel:
         paths += [path.removesuffix("/0") for path in found if path.endswith(_ATTENTION)]
         # Dropout and stochastic depth are the identity here.
         paths = [path for path in paths if not re.search(r"(Dropout|StochasticDepth)_\d+$", path)]
-        return tuple(dict.fromkeys([*out, *paths]))
+        own = [] if self.texts is None else [IMAGE_EMBED]
+        return tuple(dict.fromkeys([*own, *out, *paths]))
 
     def check_layer(self, layer: str) -> None:
         """Raises a `UserError` that lists the layers if this one does not exist."""
@@ -377,7 +468,8 @@ class LoadedModel:
         if self.texts is not None:
             raise UserError(
                 f"{self.source}: it compares images with texts, and has no classes of its own: "
-                "expected model.image_embed and model.text_embed"
+                "expected labels, such as --labels='a cat,a dog', or model(images, labels=['a cat',"
+                " 'a dog'])"
             )
         if not self.classifies:
             state = "was published untrained, all zero" if self.module.num_classes else "is missing"
@@ -385,6 +477,10 @@ class LoadedModel:
                 f"{self.source}: its head {state}: expected a classifier; features can be had all "
                 "the same (--embed, or model.features)"
             )
+
+    def list_names(self) -> tuple[str, ...]:
+        """The name of each class of the head, see `name_of`."""
+        return tuple(map(self.name_of, range(self.module.num_classes)))
 
     def name_of(self, label: int) -> str:
         """The class name of a label, or the label as text."""
@@ -452,6 +548,7 @@ def _apply(
     tta: Tta | None,
 ) -> jax.Array:
     path = tuple(layer.split("/"))
+    projected = "logits" if module.num_classes else "pre_logits"
 
     def run(images: jax.Array) -> jax.Array:
         (_, out), state = module.apply(
@@ -461,6 +558,8 @@ def _apply(
             capture_intermediates=lambda m, method: m.path == path and method == "__call__",
             mutable=["intermediates"],
         )
+        if layer == IMAGE_EMBED:
+            return to_unit(out[projected].astype(jnp.float32))
         if layer in out:
             return out[layer].astype(jnp.float32)
         found = flatten(state["intermediates"])
@@ -524,8 +623,8 @@ def load_model(
       params: which parameters of a run: the trained ones ("raw") or their average ("ema").
       preprocess: replaces the preprocessing of the weights, such as "decode|resize(224)".
       class_names: replaces the class names of the run or the file.
-      loss: replaces the loss of the run or the file, "softmax" or "sigmoid"; "softmax" if it is
-        not known.
+      loss: replaces the loss of the run or the file, "softmax" or "sigmoid"; if it is not known,
+        "softmax", or "sigmoid" for two towers with a bias.
       model: overrides arguments of the model, such as `{"dtype": "bfloat16"}`.
       pixel_mean: replaces the mean of pixels in [0, 1] that the weights expect.
       pixel_std: replaces the divisor that the weights expect.
@@ -556,9 +655,11 @@ def load_model(
     if workdir is not None:
         config = read_config(workdir)
     stated = (config.get("objective") or {}).get("loss")
-    trained_with: Loss = loss or stated or weights.loss or "softmax"
-    check_type(trained_with, Loss, key="loss")
     module = rebuild_model(weights, **(model or {}))
+    # Only the sigmoid loss needs a bias on the similarities of two towers.
+    biased = isinstance(module, TwoTowers) and "b" in weights.params
+    trained_with: Loss = loss or stated or weights.loss or ("sigmoid" if biased else "softmax")
+    check_type(trained_with, Loss, key="loss")
     known = weights.preprocess
     towers = module if isinstance(module, TwoTowers) else None
     if towers is None and tokenizer is not None:

@@ -2,19 +2,22 @@
 """Command-line arguments that choose a trained model."""
 
 import argparse
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_jax.checkpoint.workdir import is_workdir
 from vit_jax.observe.console import log
-from vit_jax.utils.class_names import read_names
+from vit_jax.utils.class_names import normalize_name, read_lines
 from vit_jax.utils.command import CommandParser, add_workdir
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.signals import importing
 from vit_jax.utils.suggestions import suggest_workdir
 
 if TYPE_CHECKING:
+    from vit_jax.inference.labels import TextClasses
     from vit_jax.inference.model import LoadedModel
 
 # Config keys that can be overridden, with the arguments of `load_model` that they set.
@@ -25,18 +28,28 @@ _OVERRIDES = {
 }
 
 _EXPECTED = "expected one of --workdir (or WORKDIR), --checkpoint=FILE and --init_from"
+# Characters of `--labels` in an error.
+_SHOWN = 60
+
+# Values of `--labels` that are files, also if they are missing.
+_FILE = re.compile(r"[^,]*[/\\][^,]*|[^,]*\.\w+|.*\.(txt|csv|tsv|json)")
+
 _MISSING = f"--workdir, --checkpoint and --init_from are missing: {_EXPECTED}"
 
 
-def add_source(parser: CommandParser, *, images: str | None = None) -> None:
+def add_source(
+    parser: CommandParser, *, images: str | None = None, texts: str | None = None
+) -> None:
     """Adds the arguments that `check_source` and `load_source` read.
 
     Args:
       parser: of the command.
       images: the name of the positional arguments that name images; None if there are none. The
         workdir is another one before them.
+      texts: whether the command takes models of images and texts, and what for: "classes" that
+        `--labels` has, see `load_labels`, or "any" texts of its own.
     """
-    parser.set_defaults(images=images)
+    parser.set_defaults(images=images, texts_for=texts)
     group = parser.add_argument_group(
         "the model",
         "One of WORKDIR, --checkpoint=FILE and --init_from names it. --config.model.KEY=VALUE "
@@ -73,12 +86,37 @@ def add_source(parser: CommandParser, *, images: str | None = None) -> None:
         help="Prepare images by this line, such as 'decode|resize(224)'. The default is that of "
         "the evaluation of the model.",
     )
-    add("--labels", type=Path, metavar="FILE", help="Read class names from this file, one a line.")
+    if texts != "any":
+        by_text = ' Or give them as texts, "a cat,a dog", to a model of images and texts.'
+        add(
+            "--labels",
+            metavar="FILE" if texts is None else "LABELS",
+            help="Read class names from this file, one a line."
+            + ("" if texts is None else by_text),
+        )
+    if texts == "classes":
+        add(
+            "--templates",
+            help="Insert each text of --labels into these templates, such as 'a photo of a {}.', "
+            "a file with one a line, or one of name, photo and photos. The default is name, the "
+            "text as it is.",
+        )
+    if texts is not None:
+        add(
+            "--tokenizer",
+            metavar="LINE",
+            help="Make tokens of texts by this line, such as 'clip(length=77)', where the weights "
+            "do not state it.",
+        )
     parser.add_parts()
 
 
-def check_source(args: argparse.Namespace) -> None:
+def check_source(args: argparse.Namespace, *, needs_images: bool = True) -> None:
     """Checks that the arguments of `add_source` name one model, and sets `workdir`.
+
+    Args:
+      args: the parsed arguments.
+      needs_images: whether the command has nothing to do without images.
 
     Raises:
       UserError: they name no model or several, or the workdir is missing.
@@ -86,7 +124,8 @@ def check_source(args: argparse.Namespace) -> None:
     step = args.checkpoint
     of_run = step is not None and (step.isdigit() or step in ("last", "best"))
     if args.images is not None:
-        _sort_images(args, named=args.init_from is not None or (step is not None and not of_run))
+        named = args.init_from is not None or (step is not None and not of_run)
+        _sort_images(args, named=named, needed=needs_images)
     given = {
         f"--{name}={value}": value
         for name in ("workdir", "init_from", "checkpoint")
@@ -105,23 +144,43 @@ def check_source(args: argparse.Namespace) -> None:
         )
 
 
-def _sort_images(args: argparse.Namespace, *, named: bool) -> None:
+def _sort_images(args: argparse.Namespace, *, named: bool, needed: bool) -> None:
     """Takes the first positional argument as the workdir if it is one and no option is."""
     images = getattr(args, args.images)
     if args.first is not None:
         images.insert(0, args.first)
-    if named or args.workdir is not None or not is_workdir(Path(images[0])):
-        return
-    args.workdir = Path(images.pop(0))
-    if not images:
-        raise UserError(f"{args.images} are missing: expected images after {args.workdir}")
+    given = ""
+    if images and not named and args.workdir is None and is_workdir(Path(images[0])):
+        args.workdir = Path(images.pop(0))
+        given = f" after {args.workdir}"
+    if needed and not images:
+        raise UserError(f"{args.images} are missing: expected images{given}")
 
 
 def load_source(args: argparse.Namespace, overrides: Mapping[str, Any]) -> "LoadedModel":
     """Loads the model that the arguments of `add_source` name, and logs its notes.
 
     Raises:
-      UserError: the model cannot be read, or an override is not one of a model.
+      UserError: see `read_source`.
+    """
+    model = read_source(args, overrides)
+    log_source(model)
+    return model
+
+
+def log_source(model: "LoadedModel") -> None:
+    """Logs where a model comes from, and notes about its weights."""
+    log(f"model: {model.source}")
+    for note in model.notes:
+        log(f"  {note}")
+
+
+def read_source(args: argparse.Namespace, overrides: Mapping[str, Any]) -> "LoadedModel":
+    """Loads the model that the arguments of `add_source` name, without a word.
+
+    Raises:
+      UserError: the model cannot be read, an override is not one of a model, or labels are given
+        to a model that does not take them.
     """
     with importing():
         from vit_jax.inference.model import load_model
@@ -138,23 +197,78 @@ def load_source(args: argparse.Namespace, overrides: Mapping[str, Any]) -> "Load
                 f"--config.{key}={value}: expected --config.model.KEY or one of "
                 f"{', '.join(f'--config.{key}' for key in _OVERRIDES)}"
             )
+    source = args.workdir or args.init_from or args.checkpoint
+    labels = getattr(args, "labels", None)
+    if getattr(args, "tokenizer", None) is not None:
+        options["tokenizer"] = args.tokenizer
+    names = None if labels is None else _read_labels(labels)
+    by_file = labels is not None and _is_file(labels)
     model = load_model(
-        args.workdir or args.init_from or args.checkpoint,
+        source,
         checkpoint=args.checkpoint if of_run else None,
         params=args.params,
         preprocess=args.preprocess,
-        class_names=None if args.labels is None else _read_labels(args.labels),
+        class_names=tuple(map(normalize_name, names)) if names and by_file else None,
         parts=args.parts,
         **options,
     )
-    log(f"model: {model.source}")
-    for note in model.notes:
-        log(f"  {note}")
+    if labels is not None:
+        _check_labels(args, labels, model)
     return model
 
 
-def _read_labels(file: Path) -> tuple[str, ...]:
-    names = read_names(file, key=f"--labels={file}")
+def _check_labels(args: argparse.Namespace, labels: str, model: "LoadedModel") -> None:
+    shown = labels if len(labels) <= _SHOWN else f"{labels[:_SHOWN]}..."
+    if model.texts is None and not _is_file(labels):
+        raise UserError(
+            f"--labels={shown}: {model.source} has no text tower: expected a file with a class "
+            "name a line, or a model that compares images with texts"
+        )
+    if model.texts is not None and args.texts_for is None:
+        raise UserError(
+            f"--labels={shown}: {model.source} compares images with texts, and this command takes "
+            "no texts: leave --labels out"
+        )
+
+
+def load_labels(args: argparse.Namespace, model: "LoadedModel") -> "TextClasses | None":
+    """Makes classes of the texts in `--labels`; None for a model with classes of its own.
+
+    Raises:
+      UserError: there are none, though the model needs them, or see `LoadedModel.embed_labels`.
+    """
+    if model.texts is None:
+        if args.templates is not None:
+            raise UserError(
+                f"--templates={args.templates}: {model.source} has no text tower: leave it out"
+            )
+        model.check_classifies()
+        return None
+    if args.labels is None:
+        model.check_classifies()  # Raises, since it has none.
+        return None
+    classes = model.embed_labels(
+        _read_labels(args.labels), templates=args.templates, key="--labels"
+    )
+    count = len(classes.names)
+    log(f"  classes by text: {count:,}, prompts: {args.templates or 'the labels as they are'}")
+    return classes
+
+
+def _is_file(labels: str) -> bool:
+    if os.path.isdir(labels):
+        raise UserError(
+            f"--labels={labels} is a folder: expected a file with a name a line, or texts "
+            "separated by commas"
+        )
+    return os.path.isfile(labels) or _FILE.fullmatch(labels) is not None
+
+
+def _read_labels(labels: str) -> list[str]:
+    """The lines of a file, or the texts between commas."""
+    if not _is_file(labels):
+        return labels.split(",")
+    names = read_lines(Path(labels), key=f"--labels={labels}", what="class name")
     if not names:
-        raise UserError(f"--labels={file} is empty: expected a class name a line")
+        raise UserError(f"--labels={labels} is empty: expected a class name a line")
     return names

@@ -7,17 +7,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from vit_jax.data.tokenizers import Tokenizer, parse_tokenizer
 from vit_jax.models.text import TextTransformer
 from vit_jax.objectives.base import Params
+from vit_jax.observe.console import log
+from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.parallel.mesh import batch_sharding, shard_batch
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.text import printable
 
 # Texts that are computed at a time at most.
 _BATCH_SIZE = 256
+
+# Characters of a text in a message.
+_SHOWN = 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,12 +69,7 @@ class TextTower:
         if isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts):
             if not len(texts):
                 raise UserError("there are no texts: expected at least one")
-            if self.tokenizer is None:
-                raise UserError(
-                    "the tokenizer of these weights is not known: expected "
-                    f"load_model(..., tokenizer=LINE), such as 'clip(length={length})'"
-                )
-            return self.tokenizer.encode_all(list(texts))
+            return self._find_tokenizer().encode_all(list(texts))
         tokens = np.asarray(texts)
         integers = np.issubdtype(tokens.dtype, np.integer)
         if not integers or tokens.ndim != 2 or tokens.shape[1] != length or not len(tokens):
@@ -85,17 +87,55 @@ class TextTower:
     def embed(self, texts: Any, *, pad_rows: Callable[[int], int]) -> np.ndarray:
         """Returns unit vectors, float32 `[n, width]`, of texts as `encode` takes them.
 
+        How many texts have more tokens than the model reads is logged.
+
         `pad_rows` gives the batch size in which a number of texts is computed.
         """
         tokens = self.encode(texts)
+        texts = [texts] if isinstance(texts, str) else texts
+        if isinstance(texts[0], str):
+            self._report_cut(texts)
         found = []
-        for start in range(0, len(tokens), _BATCH_SIZE):
-            part = tokens[start : start + _BATCH_SIZE]
-            padded = np.zeros((pad_rows(len(part)), part.shape[1]), np.int32)
-            padded[: len(part)] = part
-            batch = shard_batch({"tokens": padded}, self.mesh)
-            found.append(np.asarray(self._compute(self.params, batch["tokens"]))[: len(part)])
+        with ProgressLog("texts", total=len(tokens), unit="texts") as progress:
+            for start in range(0, len(tokens), _BATCH_SIZE):
+                part = tokens[start : start + _BATCH_SIZE]
+                padded = np.zeros((pad_rows(len(part)), part.shape[1]), np.int32)
+                padded[: len(part)] = part
+                batch = shard_batch({"tokens": padded}, self.mesh)
+                found.append(np.asarray(self._compute(self.params, batch["tokens"]))[: len(part)])
+                progress.advance(len(part))
         return to_unit(np.concatenate(found))
+
+    def find_cut(self, texts: Sequence[str]) -> list[str]:
+        """The texts with more tokens than the model reads, whose ends `encode` cuts.
+
+        Raises:
+          UserError: the tokenizer is not known.
+        """
+        tokenizer = self._find_tokenizer()
+        return [text for text in texts if tokenizer.count(text) > tokenizer.length]
+
+    def _report_cut(self, texts: Sequence[str]) -> None:
+        cut = self.find_cut(texts)
+        if cut:
+            log(
+                f"{len(cut):,} of {len(texts):,} texts have more than {self.module.context_length} "
+                f"tokens, and their ends are cut, such as {printable(cut[0][:_SHOWN])!r}"
+            )
+
+    def compare(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        """Logits of all pairs, float32 `[n, m]`, of unit vectors `[n, width]` and `[m, width]`."""
+        cosines = images.astype(np.float32) @ texts.astype(np.float32).T
+        return np.float32(self.scale) * cosines + np.float32(self.bias)
+
+    def _find_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError(
+                "the tokenizer of these weights is not known: expected load_model(..., "
+                f"tokenizer=LINE), or --tokenizer=LINE, such as "
+                f"'clip(length={self.module.context_length})'"
+            )
+        return self.tokenizer
 
     @functools.cached_property
     def _compute(self) -> Callable[..., jax.Array]:
@@ -105,9 +145,10 @@ class TextTower:
         return jax.jit(run, out_shardings=batch_sharding(self.mesh))
 
 
-def to_unit(vectors: np.ndarray) -> np.ndarray:
-    """Divides vectors `[n, width]` of any float dtype by their lengths."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+def to_unit(vectors: Any) -> Any:
+    """Divides vectors `[n, width]` of any float dtype, of numpy or JAX, by their lengths."""
+    xp = jnp if isinstance(vectors, jax.Array) else np
+    return vectors / xp.maximum(xp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def find_tokenizer(

@@ -17,7 +17,6 @@ from vit_jax.utils.errors import UserError
 from vit_jax.utils.text import printable
 
 _COPIED = 2**20  # bytes at a time
-_NAME = 24  # most characters of a class name in a table
 
 
 class Writer(abc.ABC):
@@ -45,14 +44,27 @@ class Writer(abc.ABC):
 
 
 class TableWriter(Writer):
-    """A line of text for each image: its most probable classes with their probabilities."""
+    """A line of text for each image: its most probable classes with their probabilities.
 
-    def __init__(self, stream: IO[str], *, name_of: Callable[[int], str], path_width: int):
+    Class names are cut after `name_width` characters; None keeps all of them.
+    """
+
+    def __init__(
+        self,
+        stream: IO[str],
+        *,
+        name_of: Callable[[int], str],
+        path_width: int,
+        name_width: int | None,
+    ):
         self._stream, self._name_of, self._width = stream, name_of, path_width
+        self._name_width = name_width
 
     def _write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
         labels, probabilities = columns
-        names = [[self._name_of(label)[:_NAME] for label in row] for row in labels.tolist()]
+        names = [
+            [self._name_of(label)[: self._name_width] for label in row] for row in labels.tolist()
+        ]
         # Columns are aligned within a batch: later names are not known yet.
         widths = [max(map(len, column)) for column in zip(*names, strict=True)]
         for path, row, values in zip(paths, names, probabilities.tolist(), strict=True):
@@ -128,11 +140,12 @@ class ParquetWriter(Writer):
 class FeatureParquetWriter(Writer):
     """Parquet, one row group per batch: `image`, and `features` as a list of float32.
 
-    Features of more than one dimension are flattened; the schema's metadata has their `shape`.
+    Features of more than one dimension are flattened; the schema's metadata has their `shape`. The
+    first column is called `what`.
     """
 
-    def __init__(self, path: Path):
-        self._pa, self._path = import_pyarrow(), path
+    def __init__(self, path: Path, *, what: str = "image"):
+        self._pa, self._path, self._what = import_pyarrow(), path, what
         self._file: Any = None
 
     def __exit__(self, *exc: object) -> None:
@@ -146,7 +159,7 @@ class FeatureParquetWriter(Writer):
         if self._file is None:
             kind = pa.list_(pa.float32(), flat.shape[1])
             shape = json.dumps(features.shape[1:])
-            self._schema = pa.schema({"image": pa.string(), "features": kind}.items())
+            self._schema = pa.schema({self._what: pa.string(), "features": kind}.items())
             self._schema = self._schema.with_metadata({"shape": shape})
             self._file = pa.parquet.ParquetWriter(self._path, self._schema)
         lists = pa.FixedSizeListArray.from_arrays(flat.ravel(), flat.shape[1])
@@ -154,17 +167,18 @@ class FeatureParquetWriter(Writer):
 
 
 class FeatureNpzWriter(Writer):
-    """A `.npz` file of `image` (text, `[n]`) and `features` (float32, `[n, ...]`).
+    """A `.npz` file of `image` (text, `[n]`, called `what`) and `features` (float32, `[n, ...]`).
 
     The header of an array holds its length, so rows are kept in temporary files until the end.
     """
 
-    def __init__(self, path: Path, *, path_width: int):
-        self._path, self._paths_dtype = path, np.dtype(f"<U{max(path_width, 1)}")
+    def __init__(self, path: Path, *, path_width: int, what: str = "image"):
+        self._path, self._what = path, what
+        self._paths_dtype = np.dtype(f"<U{max(path_width, 1)}")
         # Temporary files are in the folder of the output, which needs the space anyway.
         self._files = {
             name: tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 (closed in __exit__)
-            for name in ("image", "features")
+            for name in (what, "features")
         }
         self._count, self._shape = 0, (0,)
 
@@ -178,12 +192,12 @@ class FeatureNpzWriter(Writer):
 
     def _write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
         (features,) = columns
-        self._files["image"].write(np.array(paths, self._paths_dtype).tobytes())
+        self._files[self._what].write(np.array(paths, self._paths_dtype).tobytes())
         self._files["features"].write(np.ascontiguousarray(features, "<f4").tobytes())
         self._count, self._shape = self._count + len(paths), features.shape[1:]
 
     def _join(self) -> None:
-        kinds = {"image": (self._paths_dtype, ()), "features": (np.dtype("<f4"), self._shape)}
+        kinds = {self._what: (self._paths_dtype, ()), "features": (np.dtype("<f4"), self._shape)}
         with zipfile.ZipFile(self._path, "w") as archive:
             for name, (dtype, shape) in kinds.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:

@@ -3,12 +3,14 @@ r"""Serves a trained model on this machine: a web page, and HTTP for programs.
 
 The page takes an image and shows its most probable classes and where the model looks. Programs
 send the bytes of an image to /v1/predict, or a form with an image in it, and get JSON;
-/openapi.json describes the interface. Only this machine can reach the server unless --host is
-given. Ctrl-C ends it.
+/openapi.json describes the interface. The classes of a model of images and texts are the texts
+that each request has, or those of --labels. Only this machine can reach the server unless --host
+is given. Ctrl-C ends it.
 
 Examples:
   python -m vit_jax.serve runs/digits
   python -m vit_jax.serve --workdir=runs/averaged --checkpoint=last --params=ema --port=8080
+  python -m vit_jax.serve runs/clip --labels='a cat,a dog'
   python -m vit_jax.serve --checkpoint=vit.safetensors --labels=names.txt
   curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/predict?top_k=3'
   curl -F file=@photo.jpg -F top_k=3 http://127.0.0.1:8000/v1/predict
@@ -21,7 +23,13 @@ import socket
 from collections.abc import Sequence
 
 from vit_jax.config.load import parse_overrides
-from vit_jax.inference.source import add_source, check_source, load_source
+from vit_jax.inference.source import (
+    add_source,
+    check_source,
+    load_labels,
+    log_source,
+    read_source,
+)
 from vit_jax.observe.console import log, set_up
 from vit_jax.utils.command import CommandParser, check_positive, run_command
 from vit_jax.utils.errors import UserError
@@ -34,7 +42,7 @@ _SHUTDOWN_S = 3
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the arguments, without overrides of the config; `UserError` if one is invalid."""
     parser = CommandParser(prog="python -m vit_jax.serve", description=__doc__)
-    add_source(parser)
+    add_source(parser, texts="classes")
     add = parser.add_argument
     add(
         "--port",
@@ -110,11 +118,15 @@ def main(argv: Sequence[str]) -> None:
         import uvicorn
 
         from vit_jax.inference.figures import has_attention
+        from vit_jax.inference.model import IMAGE_EMBED
         from vit_jax.serve.app import LOOPBACK, Limits, make_app
         from vit_jax.serve.protocol import Protocol
 
     with open_socket(args.host, args.port) as listening:
-        model = load_source(args, overrides)
+        model = read_source(args, overrides)
+        with_labels = model.texts is None or args.labels is not None
+        labels = load_labels(args, model) if with_labels else None
+        log_source(model)
         local = args.host in LOOPBACK
         limits = Limits(
             bytes=int(args.max_mib * 2**20),
@@ -122,9 +134,16 @@ def main(argv: Sequence[str]) -> None:
             requests=args.max_requests,
             batch_size=args.batch_size,
         )
-        app = make_app(model, limits=limits, hosts=LOOPBACK if local else ("*",))
+        app = make_app(
+            model,
+            limits=limits,
+            hosts=LOOPBACK if local else ("*",),
+            labels=labels,
+            templates=args.templates,
+        )
         blank = np.zeros(model.image_shape, np.uint8)
-        model(blank)  # Compiles before the first request.
+        # Compiles before the first request.
+        model.features(blank, "logits" if model.texts is None else IMAGE_EMBED)
         if has_attention(model):
             model.attention(blank)
         if not local:

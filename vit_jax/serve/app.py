@@ -28,7 +28,8 @@ from starlette.requests import ClientDisconnect
 import vit_jax
 from vit_jax.inference.draw import encode_png
 from vit_jax.inference.figures import has_attention, overlay_rollout
-from vit_jax.inference.model import LoadedModel
+from vit_jax.inference.labels import TextClasses
+from vit_jax.inference.model import IMAGE_EMBED, LoadedModel
 from vit_jax.pages.html import STYLE
 from vit_jax.serve.batches import Batcher
 from vit_jax.serve.form import FORM, OVERHEAD, describe_encoded, is_form, read_form
@@ -50,6 +51,8 @@ _HEADERS = {
 _RETRY_S = 1
 # Bytes a second of the slowest upload.
 MIN_RATE = 2**16
+# Most texts and characters in the labels of a request, and sets of labels that are kept embedded.
+MAX_LABELS, _MAX_LABEL_CHARACTERS, _KEPT = 1000, 16_000, 64
 # Refused before the request was read: the rest of it is not.
 _CLOSE = {"Connection": "close"}
 
@@ -88,12 +91,32 @@ class Error(BaseModel, extra="forbid"):
 
 
 class Predictor:
-    """Applies a classifier to image files, in batches across requests."""
+    """Applies a classifier to image files, in batches across requests.
 
-    def __init__(self, model: LoadedModel, limits: Limits):
+    Args:
+      model: a classifier, or a model of images and texts.
+      limits: what is accepted.
+      labels: of a model of images and texts, for requests without any.
+      templates: prompts of all labels, see `LoadedModel.embed_labels`.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        limits: Limits,
+        *,
+        labels: TextClasses | None = None,
+        templates: str | None = None,
+    ):
         self._model, self._limits = model, limits
+        self._labels = labels
+        # One call at a time has the device, so that equal labels are embedded once.
+        self._embed = functools.lru_cache(_KEPT)(
+            lambda labels: model.embed_labels(labels, templates=templates)
+        )
+        layer = "logits" if model.texts is None else IMAGE_EMBED
         self._batcher = Batcher(
-            functools.partial(model.features, layer="logits"), max_rows=limits.batch_size
+            functools.partial(model.features, layer=layer), max_rows=limits.batch_size
         )
         self._num_requests = 0
 
@@ -116,12 +139,15 @@ class Predictor:
         finally:
             self._num_requests -= 1
 
-    async def predict(self, content: bytes, *, top_k: int, overlay: bool) -> dict[str, Any]:
+    async def predict(
+        self, content: bytes, *, top_k: int, overlay: bool, labels: str | None = None
+    ) -> dict[str, Any]:
         """The answer to `POST /v1/predict`, for the bytes of an image file."""
         started = time.perf_counter()
+        classes = await self._find_classes(labels)
+        names = self._model.list_names() if classes is None else classes.names
         image = await to_thread.run_sync(self._prepare, content, limiter=self._decoders)
-        logits = await self._batcher(image)
-        prediction = self._model.predict(logits[None])
+        prediction = self._model.judge((await self._batcher(image))[None], classes)
         drawn = None
         if overlay and has_attention(self._model):
             drawn = await to_thread.run_sync(self._draw, image, limiter=self._batcher.device)
@@ -129,7 +155,7 @@ class Predictor:
             "predictions": [
                 {
                     "label": label,
-                    "class": self._model.name_of(label),
+                    "class": names[label],
                     "probability": float(prediction.probabilities[0, label]),
                 }
                 for label in prediction.top(top_k)[0].tolist()
@@ -137,6 +163,24 @@ class Predictor:
             "milliseconds": round(1e3 * (time.perf_counter() - started), 3),
             "overlay": drawn,
         }
+
+    async def _find_classes(self, labels: str | None) -> TextClasses | None:
+        """The classes of a request: None for those of the model itself."""
+        if self._model.texts is None:
+            return None
+        if labels is None:
+            if self._labels is None:
+                text = "labels are missing: expected texts separated by commas, such as a cat,a dog"
+                raise HTTPException(400, text)
+            return self._labels
+        texts = tuple(labels.split(","))
+        if len(texts) > MAX_LABELS:
+            text = f"labels: {len(texts):,} texts: expected {MAX_LABELS:,} at most"
+            raise HTTPException(400, text)
+        try:
+            return await to_thread.run_sync(self._embed, texts, limiter=self._batcher.device)
+        except UserError as e:
+            raise HTTPException(400, str(e)) from None
 
     def _prepare(self, content: bytes) -> np.ndarray:
         try:
@@ -164,28 +208,54 @@ class Predictor:
 
 
 def make_app(
-    model: LoadedModel, *, limits: Limits | None = None, hosts: tuple[str, ...] = LOOPBACK
+    model: LoadedModel,
+    *,
+    limits: Limits | None = None,
+    hosts: tuple[str, ...] = LOOPBACK,
+    labels: TextClasses | None = None,
+    templates: str | None = None,
 ) -> FastAPI:
     """The application.
 
     Args:
+      model: a classifier, or a model of images and texts, whose classes are the labels of each
+        request.
+      limits: what the server accepts.
+      labels: of a model of images and texts, for requests without any.
+      templates: prompts of all labels, see `LoadedModel.embed_labels`.
       hosts: names under which the server may be addressed, "*" for any. A page of another site
         cannot reach it under a name of its own then.
 
     Raises:
-      UserError: the model has no trained classifier.
+      UserError: the model has no trained classifier, or the tokenizer of its texts is not known.
     """
-    model.check_classifies()
+    by_text = model.texts is not None
+    if model.texts is None:
+        model.check_classifies()
+    else:
+        model.texts.encode("")
     limits = limits or Limits()
-    classes = model.module.num_classes
-    predictor = Predictor(model, limits)
+    classes = MAX_LABELS if by_text else model.module.num_classes
+    predictor = Predictor(model, limits, labels=labels, templates=templates)
     expected = {"top_k": f"1 to {classes}", "overlay": "true or false"}
+    if by_text:
+        expected["labels"] = f"texts separated by commas, {_MAX_LABEL_CHARACTERS:,} characters"
 
     class Options(BaseModel, extra="forbid"):
         top_k: Annotated[int, BeforeValidator(_check_digits)] = Field(
             min(5, classes), ge=1, le=classes
         )
         overlay: Literal["true", "false"] = "false"
+
+    class TextOptions(Options):
+        labels: str | None = Field(
+            None,
+            max_length=_MAX_LABEL_CHARACTERS,
+            description="The texts of the classes, separated by commas. The default is that of the "
+            "server, if it has one.",
+        )
+
+    accepted_options: Any = TextOptions if by_text else Options
 
     class Prediction(BaseModel, extra="forbid"):
         label: int = Field(ge=0, le=classes - 1)
@@ -207,7 +277,8 @@ def make_app(
         if name in expected:
             text = f"{name}={str(first['input'])[:20]!r}: expected {expected[name]}"
         else:
-            text = f"{str(name)[:20]!r} is unknown; expected {' or '.join(expected)}"
+            *others, last = expected
+            text = f"{str(name)[:20]!r} is unknown; expected {', '.join(others)} or {last}"
         return JSONResponse({"error": text}, 400, headers=_CLOSE)
 
     # The interactive pages of FastAPI load scripts from another host.
@@ -231,16 +302,19 @@ def make_app(
     async def show_page() -> HTMLResponse:
         text = importlib.resources.files("vit_jax.serve").joinpath("page.html").read_text("utf-8")
         height, width, _ = model.image_shape
-        facts = f"{classes} classes, images of {height}×{width}"
-        text = text.replace("%STYLE%", STYLE)
-        for name, value in (("SOURCE", model.source), ("FACTS", facts)):
+        kind = "compares images with texts" if by_text else f"{classes} classes"
+        facts = f"{kind}, images of {height}×{width}"
+        text = text.replace("%STYLE%", STYLE).replace("%HIDDEN%", "" if by_text else "hidden")
+        given = "" if labels is None else ", ".join(labels.names)
+        for name, value in (("SOURCE", model.source), ("FACTS", facts), ("LABELS", given)):
             text = text.replace(f"%{name}%", escape_html(value))
         return HTMLResponse(text, headers=_HEADERS)
 
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", operation_id="health", summary="Whether the model is ready")
     async def report_health() -> Health:
-        return Health(status="ok", model=model.source, classes=classes)
+        count = classes if not by_text else 0 if labels is None else len(labels.names)
+        return Health(status="ok", model=model.source, classes=count)
 
     errors = {
         400: "a parameter is unknown or has a value that is not allowed, or a form is not whole",
@@ -250,7 +324,7 @@ def make_app(
         "default": "any other error",
     }
     file = {"type": "string", "contentMediaType": "image/*"}
-    fields = {"file": file, "top_k": {"type": "string"}, "overlay": {"type": "string"}}
+    fields = {"file": file} | {name: {"type": "string"} for name in expected}
     form = {"type": "object", "properties": fields, "required": ["file"]}
     accepted = {"image/*": {"schema": file}, FORM: {"schema": form}}
     body = (
@@ -266,7 +340,7 @@ def make_app(
         responses={code: {"model": Error, "description": text} for code, text in errors.items()},
         openapi_extra={"requestBody": {"required": True, "description": body, "content": accepted}},
     )
-    async def predict(request: Request, options: Annotated[Options, Query()]) -> Any:
+    async def predict(request: Request, options: Annotated[accepted_options, Query()]) -> Any:  # pyright: ignore[reportInvalidTypeForm]: made above
         _check_once(request)
         with predictor.admit():
             content = await _read_body(request, limits)
@@ -276,8 +350,11 @@ def make_app(
                 content, fields = _take_file(kind, content, limits)
                 options = _add_fields(options, fields, request)
             overlay = options.overlay == "true"
+            given = getattr(options, "labels", None)
             try:
-                return await predictor.predict(content, top_k=options.top_k, overlay=overlay)
+                return await predictor.predict(
+                    content, top_k=options.top_k, overlay=overlay, labels=given
+                )
             except HTTPException as e:
                 if e.status_code == 415 and unnamed:
                     hint = "the form has no file: expected one, as curl -F file=@FILE sends it"

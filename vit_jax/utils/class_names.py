@@ -51,6 +51,11 @@ def format_names(names: Sequence[str]) -> str:
 
 
 def read_names(path: Path, *, key: str, what: str = "class name") -> tuple[str, ...]:
+    """Reads a file as `read_lines` does; returns its lines as `normalize_name` writes them."""
+    return tuple(map(normalize_name, read_lines(path, key=key, what=what)))
+
+
+def read_lines(path: Path, *, key: str, what: str) -> list[str]:
     """Reads a file with a class name (or other text) a line, in UTF-8 or, with its mark, UTF-16.
 
     Lines may end as on any system, the last one need not end, and empty lines at the end are left
@@ -63,7 +68,7 @@ def read_names(path: Path, *, key: str, what: str = "class name") -> tuple[str, 
       what: what a line holds, for errors.
 
     Returns:
-      The names, in Unicode form NFC; none of an empty file.
+      The lines as they are; none of an empty file.
 
     Raises:
       UserError: the file can't be read, is no text, or has an empty line between names.
@@ -77,9 +82,9 @@ def read_names(path: Path, *, key: str, what: str = "class name") -> tuple[str, 
         lines.pop()
     for number, line in enumerate(lines, 1):
         if not line.strip() or "\0" in line or len(line) > _MAX_NAME:
-            found = "no text" if line.strip() else "empty"
+            found = f"no text of at most {_MAX_NAME:,} characters" if line.strip() else "empty"
             raise UserError(f"{key}: line {number} is {found}: expected a {what} a line")
-    return tuple(map(normalize_name, lines))
+    return lines
 
 
 def _decode(content: bytes, key: str) -> str:

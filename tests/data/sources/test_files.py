@@ -862,6 +862,29 @@ def test_a_manifest_may_have_captions_alone_or_with_labels(tmp_path):
     assert record.keys() == {"image", "label"}
 
 
+def test_columns_of_a_manifest_may_have_other_names(tmp_path):
+    rows = [f'{n}.png\tlong {n}\t"short, {n}"' for n in range(4)]
+    written = write_captions(tmp_path, "a.tsv", "\n".join(["filepath\ttitle\talt", *rows]))
+    both = captions(f"{written}#image=filepath,caption=alt+title")
+    assert both["2.png"] == ("short, 2", "long 2")
+    rows = [{"file": f"{n}.png", "title": ["one", f"two {n}"]} for n in range(4)]
+    written = write_captions(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert captions(f"{written}#image=file,caption=title")["3.png"] == ("one", "two 3")
+    (tmp_path / "a#b").mkdir()
+    written = write_captions(tmp_path / "a#b", "c.csv", "image,kind\n0.png,a\n1.png,b\n")
+    assert info(f"{written}#label=kind").class_names == ("a", "b")
+
+
+def test_a_column_that_is_named_must_be_there(tmp_path):
+    written = write_captions(tmp_path, "a.csv", "image,caption,title\n0.png,a,b\n")
+    refuse(lambda: info(f"{written}#caption=text"), "caption, image, title; expected 'text'")
+    refuse(lambda: info(f"{written}#caption=title"), "two columns of one name")
+    rows = '{"image": "0.png", "caption": "a"}\n'
+    renamed = write_captions(tmp_path, "a.jsonl", rows) + "#caption=text"
+    refuse(lambda: info(renamed), "caption, image; expected 'text'")
+    refuse(lambda: info(written), "unknown column 'title'", "manifest:PATH#image=filepath")
+
+
 def test_rows_of_json_may_lack_captions(tmp_path):
     rows = [{"image": "0.png"}, {"image": "1.png", "captions": ["one", "uno"]}]
     rows += [{"image": "2.png", "captions": None}, {"image": "3.png", "caption": "three"}]

@@ -14,7 +14,7 @@ import re
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from vit_jax.data.sources.base import (
     check_class_names,
     make_splits,
 )
+from vit_jax.data.sources.columns import split_columns
 from vit_jax.data.sources.guess import suggest_name
 from vit_jax.data.sources.layout import (
     Top,
@@ -50,6 +51,8 @@ from vit_jax.utils.suggestions import suggest
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _COLUMNS = ("image", "label", "labels", "split", "caption", "captions")
+# What columns with other names may hold, as a dataset's name says.
+_RENAMED = ("image", "label", "labels", "split", "caption")
 _CAPTION = re.compile(r"captions?(_?[0-9]+)?")
 _TEXT, _MAX_TEXT = ".txt", 2**20  # the ending and the most bytes of a file of captions
 _STORES = ("gs://", "s3://")
@@ -434,25 +437,28 @@ def _leads_back(link: str) -> bool:
 
 
 @functools.cache
-def manifest_dataset(path: str) -> Dataset:
+def manifest_dataset(text: str) -> Dataset:
     """A dataset of a `.csv`, `.tsv` or `.jsonl` file or gs:// URL with one image per row.
 
     Columns: `image` (a path relative to the manifest, an absolute path or a URL); `label` (a class
     name or an integer) or `labels` (several: `a|b`, in JSON a list); `caption`, or several such as
     `caption_0` and `caption_1` (a text, in JSON also a list); optionally `split`. One of labels and
-    captions may be missing.
+    captions may be missing. After the path, `#image=filepath,caption=title` gives other names of
+    them, and `#caption=short+long` several.
 
     Raises:
       UserError: the file can't be read, or a column or a value is invalid.
     """
-    name = f"manifest:{path}"
+    name = f"manifest:{text}"
     key = f"data.name={name!r}"
+    path, renamed = split_columns(text, _RENAMED)
+    names = _invert(renamed)
     file = path if "://" in path else os.path.abspath(os.path.expanduser(path))
     ending = os.path.splitext(file)[1]
     readers: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = {
-        ".csv": functools.partial(_read_table, delimiter=","),
-        ".tsv": functools.partial(_read_table, delimiter="\t"),
-        ".jsonl": lambda lines: (json.loads(line) for line in lines if line.strip()),
+        ".csv": functools.partial(_read_table, delimiter=",", names=names),
+        ".tsv": functools.partial(_read_table, delimiter="\t", names=names),
+        ".jsonl": functools.partial(_read_json, names=names),
     }
     if ending not in readers:
         raise UserError(
@@ -461,14 +467,17 @@ def manifest_dataset(path: str) -> Dataset:
         )
     check_store(path, where=f"{key}: ")
     try:
-        text = _read_file(file, max_bytes=MAX_TABLE).decode("utf-8-sig")
-        rows = list(readers[ending](io.StringIO(text, newline="")))
+        content = _read_file(file, max_bytes=MAX_TABLE).decode("utf-8-sig")
+        rows = list(readers[ending](io.StringIO(content, newline="")))
     # Storage clients raise other errors than OSError.
     except Exception as e:
         raise UserError(f"{key} can't be read: {describe_error(e)}") from None
     columns = _check_columns(rows, key)
     paths = [str(row["image"]) for row in rows]
-    captions = read_captions(rows, [c for c in columns if _CAPTION.fullmatch(c)], key=key)
+    of_texts = [c for c in columns if _CAPTION.fullmatch(c)]
+    if "caption" in renamed:
+        of_texts = [c for c in names.values() if _CAPTION.fullmatch(c)]  # In the order given.
+    captions = read_captions(rows, of_texts, key=key)
     if {"label", "labels"}.isdisjoint(columns):
         info, labels = DatasetInfo(0, _ANY_SHAPE), np.zeros(len(rows), np.int32)
     else:
@@ -493,9 +502,42 @@ def manifest_dataset(path: str) -> Dataset:
     return dataset
 
 
-def _read_table(lines: Iterator[str], *, delimiter: str) -> Iterator[dict[str, Any]]:
+def _invert(renamed: Mapping[str, str]) -> dict[str, str]:
+    """The names that this module uses, by those in the file."""
+    names = {name: kind for kind, name in renamed.items() if kind != "caption"}
+    several = renamed.get("caption", "").split("+")
+    if len(several) == 1:
+        return names | dict.fromkeys(filter(None, several), "caption")
+    return names | {name: f"caption_{i}" for i, name in enumerate(several)}
+
+
+def _read_json(lines: Iterator[str], *, names: Mapping[str, str]) -> Iterator[Any]:
+    seen: set[str] = set()
+    for line in filter(str.strip, lines):
+        row = json.loads(line)
+        if names and isinstance(row, dict):
+            renamed = {names.get(key, key): value for key, value in row.items()}
+            if len(renamed) < len(row):
+                raise ValueError(f"two keys of one name among {', '.join(row)}")
+            seen |= row.keys()
+            row = renamed
+        yield row
+    _check_named(names, seen)
+
+
+def _check_named(names: Mapping[str, str], columns: Collection[str]) -> None:
+    for name in names:
+        if name not in columns:
+            raise ValueError(f"it has the columns {', '.join(sorted(columns))}; expected {name!r}")
+
+
+def _read_table(
+    lines: Iterator[str], *, delimiter: str, names: Mapping[str, str]
+) -> Iterator[dict[str, Any]]:
     reader = csv.DictReader(lines, delimiter=delimiter)
-    columns = reader.fieldnames or []
+    _check_named(names, reader.fieldnames or [])
+    columns = [names.get(column, column) for column in reader.fieldnames or []]
+    reader.fieldnames = columns
     if len(set(columns)) < len(columns):  # The last one would count.
         raise ValueError(f"two columns of one name among {', '.join(columns)}")
     if not any(map(_CAPTION.fullmatch, columns)):
@@ -522,7 +564,10 @@ def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
     columns += sorted(c for c in named if _CAPTION.fullmatch(c) and c not in columns)
     for column in columns:
         if column not in _COLUMNS and not _CAPTION.fullmatch(str(column)):
-            raise UserError(f"{key}: unknown column {column!r}{suggest(str(column), _COLUMNS)}")
+            raise UserError(
+                f"{key}: unknown column {column!r}{suggest(str(column), _COLUMNS)}; other names "
+                "are given as in manifest:PATH#image=filepath,caption=title"
+            )
     captioned = any(map(_CAPTION.fullmatch, columns))
     labelled = ("label" in columns) + ("labels" in columns)
     if "image" not in columns or labelled > 1 or not (labelled or captioned):

@@ -15,6 +15,7 @@ import numpy as np
 
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.sources.base import Dataset, DatasetInfo, Records, make_splits
+from vit_jax.data.sources.columns import split_columns
 from vit_jax.data.sources.files import encode_labels
 from vit_jax.data.sources.guess import suggest_name
 from vit_jax.data.sources.layout import (
@@ -44,7 +45,6 @@ _BATCH_ROWS = 64
 
 # The columns of a file by what they hold, and how a dataset's name says that they have other names.
 _COLUMNS = ("image", "label", "split", "caption")
-_RENAMED = re.compile(r"#({0}=[^,]+(?:,{0}=[^,]+)*)$".format(f"(?:{'|'.join(_COLUMNS)})"))
 # The columns with captions where no others are named: the first of these that is there.
 _CAPTIONS = ("caption", "captions", "text", "texts")
 
@@ -66,7 +66,8 @@ def parquet_dataset(text: str) -> Dataset:
     """
     name = f"parquet:{text}"
     key = f"data.name={name!r}"
-    path, names_of = _split_columns(text)
+    path, renamed = split_columns(text, _COLUMNS)
+    names_of = {column: column for column in _COLUMNS} | renamed
     try:
         import pyarrow as pa
         import pyarrow.parquet
@@ -142,17 +143,6 @@ def parquet_dataset(text: str) -> Dataset:
     dataset = Dataset(name, info, records, codes, by_split, cut=cut, captions=texts)
     log_cut(dataset)
     return dataset
-
-
-def _split_columns(text: str) -> tuple[str, dict[str, str]]:
-    """The path in the name of a dataset, and the names of its columns by what they hold."""
-    names_of: dict[str, str] = {column: column for column in _COLUMNS}
-    renamed = _RENAMED.search(text)
-    if not renamed:
-        return text, names_of
-    return text[: renamed.start()], names_of | dict(
-        column.split("=", 1) for column in renamed[1].split(",")
-    )
 
 
 def _lack(what: str, schema: Any, path: str, key: str, names_of: dict[str, str]) -> UserError:
