@@ -290,6 +290,7 @@ def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
         mixture=mixture,
         repeats=section.repeats,
         views=views,
+        same_draws=tuple(section.same_draws),
         tokenizer=section.tokenizer,
     )
     spec.view_shapes()
@@ -600,6 +601,7 @@ def _make_eval_spec(args: _Section, train_data: DatasetSpec, *, key: str) -> Dat
         batch_size=args["batch_size"],
         mixture=(),
         views=(),
+        same_draws=(),
         key=key,
     )
 
