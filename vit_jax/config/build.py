@@ -431,6 +431,7 @@ def _make_objective(
         "num_classes": model.num_classes or data.info.num_classes,
         "image_shape": data.image_shape(),
         "view_shapes": data.view_shapes(),
+        "same_draws": data.same_draws,
         "clock": clock,
         "total_steps": total_steps,
         "multi_label": data.info.multi_label,
