@@ -68,6 +68,7 @@ def changes(name, teacher):
             "optimizer__weight_decay_end": 0.3,
             "evals": {
                 "knn": VAL | {"name": "knn", "train_split": "train[:100]", "k": (5,)},
+                "patches": VAL | {"name": "patches"},
             },
         }
     return {
@@ -231,6 +232,12 @@ def test_loading_knows_what_objectives_add(data_dir):
     ("name", "change", "words"),
     [
         ("mae", {"model": FIXED | {"num_classes": 10}}, r"model\.num_classes=10"),
+        (
+            "mae",
+            {"model": {"name": "mixer", "variant": "S/8"}, "objective": {"name": "supervised"}}
+            | {"evals": {"val": VAL | {"name": "patches"}}},
+            r"evals\.val\.name='patches' is for the patches of model\.name='vit'",
+        ),
         ("mae", {"evals": {"val": VAL}}, r"evals\.val\.name='classification'"),
         ("mae", {"model": {"name": "mixer", "variant": "S/8"}}, "expected model.name='vit'"),
         (
@@ -281,6 +288,21 @@ def test_a_student_learns_from_images_without_labels(tmp_path):
     batch = next(experiment.train_batches(0))
     _, metrics = experiment.train_step(experiment.init_state(), batch)
     assert np.isfinite(float(metrics["loss"]))
+
+
+def test_pictures_of_patches_are_written_as_training_continues(run_dir):
+    workdir = run_dir("dino")
+    written = sorted(path.name for path in (workdir / "evals").glob("*.png"))
+    names = ("patches_2", "patches_4", "patches_ema_2", "patches_ema_4")
+    assert written == [f"{name}.png" for name in names]
+    picture = cv2.imread(str(workdir / "evals/patches_4.png"))
+    assert picture.shape == (2 * 64, 8 * 64, 3)
+    records = [r for r in read_metrics(workdir) if "patches/patch_cosine" in r]
+    assert [r["step"] for r in records] == [2, 4]
+    assert all(-1 <= r["patches_ema/patch_cosine"] <= 1 for r in records)
+    report = (workdir / "report.html").read_text()
+    assert report.index("patches, step 4") < report.index("patches, step 2")
+    assert report.count('alt="picture of patches') == 4
 
 
 def test_a_gram_teacher_is_read_from_a_file(run_dir, data_dir, teacher, said):
