@@ -52,6 +52,40 @@ def test_each_record_gives_all_views(batches):
     assert all(not np.array_equal(first[:, 0], first[:, i]) for i in (1, 2))
 
 
+@pytest.fixture(scope="module")
+def repeating(spec):
+    views = (*VIEWS[:1], ("large", 2, LINE.replace("16", "32")), *VIEWS[1:])
+    return dataclasses.replace(spec, views=views, same_draws=("large",), num_threads=0)
+
+
+def test_views_repeat_the_draws_of_images_before(spec, repeating, batches):
+    plain = (*VIEWS[:1], ("large", 2, LINE), *VIEWS[1:])
+    same = take(dataclasses.replace(repeating, views=plain))
+    for got, want in zip(same, batches, strict=True):
+        for name, value in want.items():
+            # Other views draw as if the repeating one were not there.
+            np.testing.assert_array_equal(got[name], value, err_msg=name)
+        np.testing.assert_array_equal(got["large"][:, 0], want["image"])
+        assert not np.array_equal(got["large"][:, 1], want["image"])
+    large = take(repeating, 1)[0]["large"]
+    small = np.stack([[cv2.resize(x, (16, 16)) for x in row] for row in large])
+    assert np.abs(small.astype(int) - same[0]["large"]).mean() < 12
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("large", "huge"), r"data\.same_draws=\('large', 'huge'\): 'huge' is none of data\.views"),
+        (("local",), "3 images of data.views.local are to repeat the draws of the 2 before"),
+    ],
+)
+def test_wrong_repetitions_are_refused(names, words, spec):
+    views = VIEWS if names == ("local",) else (("large", 1, LINE),)
+    with pytest.raises(UserError, match=words) as caught:
+        dataclasses.replace(spec, views=views, same_draws=names).view_shapes()
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_and_hosts_do_not_change_a_batch(threads, spec, batches):
     spec = dataclasses.replace(spec, num_threads=threads)

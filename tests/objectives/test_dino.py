@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vit_jax.models.positions import resize_patches
 from vit_jax.models.variants import make_vit
 from vit_jax.objectives.block_masks import gather_masked
 from vit_jax.objectives.dino import make_dino
@@ -16,6 +17,7 @@ SIZES = {"patch_size": 4, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "m
 HEAD = {"prototypes": 12, "head_width": 8, "bottleneck": 6, "head_layers": 2}
 VIEWS = {"global": (1, 16, 16, 3), "local": (3, 8, 8, 3)}
 CLOCK = Clock(batch_size=4, epoch_examples=lambda: 40)
+GRAM = {"gram_weight": 2.0, "gram_start": {"steps": 3}}
 
 
 def dino(*, model=None, views=None, **options):
@@ -115,6 +117,54 @@ def test_the_loss_is_that_of_its_parts(ibot_head):
     assert all(np.ndim(x) == 0 for x in rest.values())
 
 
+def test_gram_anchoring_adds_its_loss():
+    views = VIEWS | {"gram": (2, 24, 24, 3)}
+    options = {"gram_weight": 2.0, "gram_start": {"steps": 3}, "gram_updates": ({"steps": 5},)}
+    objective = dino(views=views, same_draws=("gram",), **options)
+    assert "gram_teacher" in objective.objective_params
+    student, teacher = (draw_params(objective, seed) for seed in (1, 2))
+    rng = np.random.default_rng(3)
+    large = jnp.asarray(rng.integers(0, 256, (4, 2, 24, 24, 3)).astype(np.uint8))
+    batch = objective.augment(draw_batch() | {"gram": large}, jax.random.key(0))
+    loss = jax.jit(jax.value_and_grad(objective.loss, has_aux=True))
+
+    def run(step):
+        inputs = objective.step_inputs(jnp.int32(step), teacher)
+        return loss({**student, **inputs}, batch, jax.random.key(5))
+
+    (before, metrics), grads = run(2)
+    assert metrics["gram_loss"] == 0
+    assert not any(np.any(x) for x in jax.tree.leaves(grads["gram_teacher"]))
+    (after, metrics), grads = run(3)
+    assert not any(np.any(x) for x in jax.tree.leaves(grads["gram_teacher"]))
+    np.testing.assert_allclose(after - before, 2 * metrics["gram_loss"], rtol=1e-4)
+
+    both = jnp.stack([batch["image"], batch["global"][:, 0]], axis=1).reshape(8, 16, 16, 3)
+    seen = encode(objective, student, both)[1]
+    high = batch["gram"].reshape(8, 24, 24, 3)
+    taught = encode(objective, student["gram_teacher"], high, position_grid=(4, 4))[1]
+    taught = resize_patches(taught, (6, 6), (4, 4))
+
+    def cosines(x):
+        x = np.asarray(x, np.float64)
+        x /= np.linalg.norm(x, axis=-1, keepdims=True)
+        return np.einsum("bpd,bqd->bpq", x, x)
+
+    want = np.square(cosines(seen) - cosines(taught)).mean()
+    np.testing.assert_allclose(metrics["gram_loss"], want, rtol=1e-4)
+
+
+def test_the_average_becomes_the_gram_teacher_at_the_steps_that_are_given():
+    objective = dino(gram_weight=1.0, gram_start={"steps": 3}, gram_updates=({"steps": 5},))
+    params, average = (draw_params(objective, seed) for seed in (1, 2))
+    for step, due in ((2, False), (3, True), (4, False), (5, True)):
+        now, mean = objective.follow_average(params, average, jnp.int32(step))
+        got = now["gram_teacher"]["embedding"]["kernel"]
+        want = average["embedding"] if due else params["gram_teacher"]["embedding"]
+        np.testing.assert_array_equal(got, want["kernel"])
+        np.testing.assert_array_equal(got, mean["gram_teacher"]["embedding"]["kernel"])
+
+
 def test_parts_that_are_off_have_no_parameters():
     plain, full = dino(centering="sinkhorn"), dino(ibot_weight=1.0, ibot_head="separate")
     for objective in (plain, full):
@@ -210,6 +260,26 @@ def test_the_memory_of_the_scores_is_noted():
         ({"model": {"classifier": "map"}}, "expected model.name='vit'"),
         ({"model": {"patch_dropout_rate": 0.5}}, r"model\.patch_dropout_rate=0\.5"),
         ({"pixel_std": 0.0}, r"objective\.pixel_std=0\.0"),
+        ({"gram_weight": 2.0}, r"average at objective\.gram_start, which is 0"),
+        ({"gram_weight": 0.0, "gram_teacher": "x"}, r"objective\.gram_weight=0\.0 with other keys"),
+        ({"gram_weight": -1.0, "gram_teacher": "x"}, r"objective\.gram_weight=-1\.0"),
+        ({"gram_weight": 1.0, "gram_start": {"steps": 20}}, "not shorter than the 20 steps"),
+        ({"gram_weight": 1.0, "gram_start": {"hours": 2}}, "gram_start has {'hours': 2}"),
+        (
+            {"gram_weight": 1.0, "gram_teacher": "x", "gram_updates": ({"epochs": 3},)},
+            r"objective\.gram_updates: epochs=3 is not shorter",
+        ),
+        (
+            {"gram_weight": 1.0, "gram_start": {"steps": 9}, "gram_updates": ({"steps": 2},)},
+            r"objective\.gram_updates: 2 steps: expected no time before the start",
+        ),
+        ({"views": VIEWS | {"gram": (2, 32, 32, 3)}}, r"data\.views\.gram without"),
+        (GRAM | {"views": VIEWS | {"gram": (1, 32, 32, 3)}}, r"data\.views\.gram: 1 of 32x32"),
+        (GRAM | {"views": VIEWS | {"gram": (2, 8, 8, 3)}}, "and at least as large"),
+        (
+            GRAM | {"views": VIEWS | {"gram": (2, 32, 32, 3)}},
+            r"expected data\.same_draws=\('gram',",
+        ),
     ],
 )
 def test_wrong_values_are_refused(options, words):

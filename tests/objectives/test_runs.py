@@ -49,20 +49,26 @@ def changes(name, teacher):
         }
     if name.startswith("dino"):
         parts = {"centering": "sinkhorn", "last_layer": "weight_norm", "ibot_head": "separate"}
+        parts |= {"gram_weight": 2.0, "gram_start": {"steps": 1}, "gram_updates": ({"steps": 3},)}
         options = {"ibot_weight": 1.0, "koleo_weight": 0.1, "mask_ratio": (0.2, 0.5)}
+        views = (
+            ("global", 1, "decode|random_shift(2)"),
+            ("local", 2, "decode|random_crop(4)"),
+        )
+        gram = ("gram", 2, "decode|random_shift(1)|resize(12)")
+        full = name == "dino_sinkhorn"
         return {
             "model": MODEL,
-            "data__views": (
-                ("global", 1, "decode|random_shift(2)"),
-                ("local", 2, "decode|random_crop(4)"),
-            ),
+            "data__views": (*views, gram) if full else views,
+            "data__same_draws": ("gram",) if full else (),
             "objective": {"name": "dino", **DINO_HEAD, **options, "momentum": 0.9}
-            | (parts if name == "dino_sinkhorn" else {}),
+            | (parts if full else {}),
             "optimizer__train_after": (("dino_head/prototypes/.*", {"steps": 1}),),
             "optimizer__grad_clip_groups": ("dino_head/.*",),
             "optimizer__weight_decay_end": 0.3,
             "evals": {
                 "knn": VAL | {"name": "knn", "train_split": "train[:100]", "k": (5,)},
+                "patches": VAL | {"name": "patches"},
             },
         }
     return {
@@ -212,7 +218,8 @@ def test_a_probe_starts_from_an_autoencoder_and_names_the_best_head(
 
 def test_loading_knows_what_objectives_add(data_dir):
     own = {name for cls in (MaskedAutoencoder, LinearProbe) for name in cls.objective_params}
-    for change in ({}, {"ibot_head": "separate"}):
+    gram = {"gram_weight": 1.0, "gram_start": {"steps": 1}}
+    for change in ({}, {"ibot_head": "separate"} | gram):
         options = changes("dino", None)
         options["objective"] |= change
         own |= set(
@@ -225,6 +232,12 @@ def test_loading_knows_what_objectives_add(data_dir):
     ("name", "change", "words"),
     [
         ("mae", {"model": FIXED | {"num_classes": 10}}, r"model\.num_classes=10"),
+        (
+            "mae",
+            {"model": {"name": "mixer", "variant": "S/8"}, "objective": {"name": "supervised"}}
+            | {"evals": {"val": VAL | {"name": "patches"}}},
+            r"evals\.val\.name='patches' is for the patches of model\.name='vit'",
+        ),
         ("mae", {"evals": {"val": VAL}}, r"evals\.val\.name='classification'"),
         ("mae", {"model": {"name": "mixer", "variant": "S/8"}}, "expected model.name='vit'"),
         (
@@ -269,12 +282,46 @@ def test_a_student_learns_from_images_without_labels(tmp_path):
         ),
         "data__batch_size": 8,
     }
-    options = changes("dino_sinkhorn", None) | data | {"evals": {}}
+    options = changes("dino", None) | data | {"evals": {}}
     experiment = Experiment.from_config(tiny_config(None, total_steps=3, **options))
     assert "label" not in experiment.abstract_batch
     batch = next(experiment.train_batches(0))
     _, metrics = experiment.train_step(experiment.init_state(), batch)
     assert np.isfinite(float(metrics["loss"]))
+
+
+def test_pictures_of_patches_are_written_as_training_continues(run_dir):
+    workdir = run_dir("dino")
+    written = sorted(path.name for path in (workdir / "evals").glob("*.png"))
+    names = ("patches_2", "patches_4", "patches_ema_2", "patches_ema_4")
+    assert written == [f"{name}.png" for name in names]
+    picture = cv2.imread(str(workdir / "evals/patches_4.png"))
+    assert picture.shape == (2 * 64, 8 * 64, 3)
+    records = [r for r in read_metrics(workdir) if "patches/patch_cosine" in r]
+    assert [r["step"] for r in records] == [2, 4]
+    assert all(-1 <= r["patches_ema/patch_cosine"] <= 1 for r in records)
+    report = (workdir / "report.html").read_text()
+    assert report.index("patches, step 4") < report.index("patches, step 2")
+    assert report.count('alt="picture of patches') == 4
+
+
+def test_a_gram_teacher_is_read_from_a_file(run_dir, data_dir, teacher, said):
+    options = changes("dino_sinkhorn", None)
+    source = str(run_dir("mae"))
+    gram = {"gram_teacher": source, "gram_start": None, "gram_updates": ()}
+    options["objective"] |= gram
+    options["model"] = FIXED
+    state = Experiment.from_config(tiny_config(data_dir, **options)).init_state()
+    want = load_params(run_dir("mae"))[0]
+    for tree in (state.params, state.ema_params):
+        assert_same(tree["gram_teacher"]["Transformer"], want["Transformer"])
+    assert f"Gram teacher from {source}" in said
+    options["objective"]["gram_teacher"] = teacher
+    experiment = Experiment.from_config(tiny_config(data_dir, **options))
+    with pytest.raises(
+        UserError, match=r"objective\.gram_teacher=.*a width of 8 and the model one"
+    ):
+        experiment.init_state()
 
 
 def test_koleo_is_refused_for_micro_batches_of_one_image(data_dir):

@@ -15,6 +15,7 @@ from vit_jax.pages.run_page import collect_points, find_best, make_report, refre
 from vit_jax.utils.layout import REPORT
 
 EVIL = "<script>alert('a&b')</script>"
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(8) + (64).to_bytes(4, "big") + (32).to_bytes(4, "big")
 
 
 def write_lines(path, records):
@@ -209,3 +210,14 @@ def test_what_goes_wrong_is_said_and_ends_nothing(fault, workdir, said, monkeypa
     else:
         assert line.startswith(f"{workdir / REPORT} can't be written (")
         assert not (workdir / REPORT).exists()
+
+
+def test_the_newest_pictures_of_evaluators_are_shown(workdir, said):
+    for step in (2, 4, 10, 12, 14, 16):
+        (workdir / f"evals/v<b>_{step}.png").write_bytes(PNG)
+    (workdir / "evals/broken_4.png").write_bytes(b"no picture")
+    (workdir / "evals/other.png").write_bytes(PNG)
+    report = make_report(workdir)
+    shown = re.findall(r'width="(\d+)" height="(\d+)" alt="picture of ([^"]*)"', report)
+    assert shown == [("64", "32", f"v&lt;b&gt;, step {step}") for step in (16, 14, 12, 10)]
+    assert any("broken_4.png can't be read (ValueError: it is no PNG): left out" in x for x in said)

@@ -290,6 +290,7 @@ def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
         mixture=mixture,
         repeats=section.repeats,
         views=views,
+        same_draws=tuple(section.same_draws),
         tokenizer=section.tokenizer,
     )
     spec.view_shapes()
@@ -430,6 +431,7 @@ def _make_objective(
         "num_classes": model.num_classes or data.info.num_classes,
         "image_shape": data.image_shape(),
         "view_shapes": data.view_shapes(),
+        "same_draws": data.same_draws,
         "clock": clock,
         "total_steps": total_steps,
         "multi_label": data.info.multi_label,
@@ -600,6 +602,7 @@ def _make_eval_spec(args: _Section, train_data: DatasetSpec, *, key: str) -> Dat
         batch_size=args["batch_size"],
         mixture=(),
         views=(),
+        same_draws=(),
         key=key,
     )
 

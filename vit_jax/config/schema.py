@@ -63,6 +63,7 @@ class Data:
     mixture: tuple[tuple[str, str, float], ...] = ()
     repeats: int = 1
     views: tuple[tuple[str, int, str], ...] = ()
+    same_draws: tuple[str, ...] = ()
     tokenizer: str | None = None
     data_dir: str | None = key(None, may_change=True, per_host=True, old=["tfds_data_dir"])
     num_threads: int | None = key(None, may_change=True, per_host=True)

@@ -55,6 +55,8 @@ class DatasetSpec:
       repeats: copies of each image in a training batch, each with its own augmentation.
       views: (name, count, line) of more images that are made of each record, by a preprocessing
         line of their own; the record is decoded once.
+      same_draws: names of views whose images repeat, in turn, the random numbers of the first image
+        and of the views before: the same crops of an image at another size, for example.
       max_ram_gb: limit of `plan_buffers`, in 10**9 bytes.
       classes: those whose labels the examples have, by the names of their classes; None for the
         labels of the data, or of the source of a mixture with the most classes.
@@ -72,6 +74,7 @@ class DatasetSpec:
     split_key: str = "split"
     repeats: int = 1
     views: tuple[tuple[str, int, str], ...] = ()
+    same_draws: tuple[str, ...] = ()
     max_ram_gb: float | None = None
     classes: Classes | None = None
     tokenizer: str | None = None
@@ -172,7 +175,26 @@ class DatasetSpec:
                     "or a crop"
                 )
             shapes[name] = (count, *found.pop())
+        for name in self.same_draws:
+            self._check_same_draws(name)
         return shapes
+
+    def _check_same_draws(self, name: str) -> None:
+        """Raises `UserError` unless there are as many images before those of a view."""
+        key, names = f"{self.key}.same_draws", [view for view, *_ in self.views]
+        if name not in names:
+            raise UserError(
+                f"{key}={self.same_draws}: {name!r} is none of {self.key}.views: expected one of "
+                f"{', '.join(names) or 'none, without views'}"
+            )
+        place = names.index(name)
+        drawn = (v for v in self.views[:place] if v[0] not in self.same_draws)
+        before = 1 + sum(count for _, count, _ in drawn)
+        if (count := self.views[place][1]) > before:
+            raise UserError(
+                f"{key}={self.same_draws}: {count} images of {self._view_key(name)} are to repeat "
+                f"the draws of the {before} before them: expected at most {before}"
+            )
 
     def _view_key(self, name: str) -> str:
         return f"{self.key}.views.{name}"
@@ -378,10 +400,27 @@ class _Batches(abc.ABC):
     def _prepare_views(self, record: Features, rng: np.random.Generator) -> Features:
         """The features of a record with the images of the views, all of one decoded image."""
         decoded = apply([self.decode], record, rng)
-        features = apply(self.ops, decoded, rng)
+        repeating, states = bool(self.spec.same_draws), []
+
+        def draw(ops: Sequence[Op]) -> Features:
+            if repeating:
+                states.append(rng.bit_generator.state)
+            return apply(ops, decoded, rng)
+
+        def repeat(ops: Sequence[Op], image: int) -> Features:
+            now = rng.bit_generator.state
+            rng.bit_generator.state = states[image]
+            features = apply(ops, decoded, rng)
+            rng.bit_generator.state = now
+            return features
+
+        features = draw(self.ops)
         self._check(features["image"], "preprocess", self.blank["image"].shape)
         for name, (count, ops) in self.views.items():
-            images = [apply(ops, decoded, rng)["image"] for _ in range(count)]
+            if name in self.spec.same_draws:
+                images = [repeat(ops, i)["image"] for i in range(count)]
+            else:
+                images = [draw(ops)["image"] for _ in range(count)]
             for image in images:
                 self._check(image, f"views.{name}", self.blank[name].shape[1:])
             features |= {name: np.stack(images)}

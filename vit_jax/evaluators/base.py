@@ -47,6 +47,7 @@ class Evaluator(abc.ABC):
       every: steps between evaluations; 0 for the end only.
       needs_labels: whether batches must have `label`.
       judges_head: whether a trained head is evaluated, so that the dataset must have its classes.
+      draws: whether its details are a picture, which is written at each evaluation of a run.
       choose: whether the best of several heads is chosen on this split at the end of a run.
 
     Raises:
@@ -61,6 +62,7 @@ class Evaluator(abc.ABC):
 
     needs_labels: ClassVar[bool] = True
     judges_head: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     choose = False
 
     def __post_init__(self) -> None:

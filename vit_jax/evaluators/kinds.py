@@ -5,6 +5,7 @@ from vit_jax.evaluators.classification import Classification
 from vit_jax.evaluators.fewshot import FewShot
 from vit_jax.evaluators.knn import NearestNeighbours
 from vit_jax.evaluators.linear_probe import LinearProbe
+from vit_jax.evaluators.patches import Patches
 from vit_jax.evaluators.probes import Probes
 from vit_jax.evaluators.reconstruction import Reconstruction
 from vit_jax.evaluators.retrieval import Retrieval
@@ -15,6 +16,7 @@ EVALUATORS = {
     "fewshot": FewShot,
     "knn": NearestNeighbours,
     "linear_probe": LinearProbe,
+    "patches": Patches,
     "probes": Probes,
     "reconstruction": Reconstruction,
     "retrieval": Retrieval,

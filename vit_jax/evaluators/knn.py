@@ -7,14 +7,16 @@ of the k neighbours votes with exp(cosine similarity / 0.07).
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vit_jax.evaluators.base import Columns
 from vit_jax.evaluators.features import FeatureEvaluator, Features, put, shard_rows
+from vit_jax.objectives.base import Batch, Params
 from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.parallel.mesh import batch_sharding
 from vit_jax.runtime.preemption import interruptible
@@ -124,10 +126,13 @@ class NearestNeighbours(FeatureEvaluator):
 
     Attributes:
       k: numbers of neighbours.
+      of: what is compared: the `features` of the model, or the `pixels` of the images, which shows
+        what the same vote reaches without a model.
       temperature: divides the similarities before the exponential.
     """
 
     k: tuple[int, ...] = (20,)
+    of: Literal["features", "pixels"] = "features"
     temperature: float = 0.07
 
     def __post_init__(self) -> None:
@@ -138,6 +143,13 @@ class NearestNeighbours(FeatureEvaluator):
     @property
     def metrics(self) -> tuple[str, ...]:
         return tuple(f"{k}nn" for k in self.k)
+
+    def judge_batch(self, params: Params, batch: Batch) -> tuple[Columns, Columns]:
+        """Columns: `features`, float32 `[batch, width]`, and `label`, int32 `[batch]`."""
+        if self.of == "features":
+            return super().judge_batch(params, batch)
+        pixels = batch["image"].reshape(len(batch["image"]), -1).astype(jnp.float32)
+        return {}, {"features": pixels, "label": batch["label"]}
 
     def open(self) -> None:
         super().open()

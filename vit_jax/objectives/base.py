@@ -89,6 +89,14 @@ class Objective(abc.ABC):
         """Arrays that `loss` finds in `params` and that are not part of the train state."""
         return {}
 
+    def load_params(self) -> Params:
+        """Returns parts of the initial parameters that are read from files, on the host.
+
+        They are read before the first step alone, since checkpoints hold them. Raises `UserError`
+        where a file can't be read or does not fit.
+        """
+        return {}
+
     def step_inputs(self, step: jax.Array, average: Params) -> dict[str, Any]:
         """More arrays that `loss` finds in `params`, which no gradient reaches.
 
@@ -101,6 +109,15 @@ class Objective(abc.ABC):
     def average_decay(self, step: jax.Array) -> jax.Array | float:
         """Decay of the average in the update after `step` others, a float32 scalar."""
         raise NotImplementedError
+
+    def follow_average(
+        self, params: Params, average: Params, step: jax.Array
+    ) -> tuple[Params, Params]:
+        """Copies parts of the average into frozen parameters; returns parameters and average.
+
+        Both have just been updated, and `step` is the number of updates, an int32 scalar.
+        """
+        return params, average
 
     def check_batch(self, size: int) -> None:
         """Raises `UserError` if `loss` is not defined for (micro-)batches of so many examples."""

@@ -22,8 +22,8 @@ def participation_ratio(features: jax.Array) -> jax.Array:
     return jnp.square(jnp.trace(products)) / jnp.maximum(jnp.square(products).sum(), 1e-30)
 
 
-def mean_cosine(patches: jax.Array) -> jax.Array:
-    """Returns the mean cosine of two different patches of an image, a float32 scalar.
+def patch_cosines(patches: jax.Array) -> jax.Array:
+    """Returns the mean cosine of two different patches of each image, float32 `[batch]`.
 
     `patches` are float `[batch, patches, width]`.
     """
@@ -32,4 +32,9 @@ def mean_cosine(patches: jax.Array) -> jax.Array:
     count = x.shape[1]
     # The sum over all pairs, and without those of a patch with itself.
     total = jnp.square(x.sum(axis=1)).sum(axis=-1) - jnp.square(x).sum(axis=(1, 2))
-    return (total / max(count * (count - 1), 1)).mean()
+    return total / max(count * (count - 1), 1)
+
+
+def mean_cosine(patches: jax.Array) -> jax.Array:
+    """Returns the mean of `patch_cosines`, a float32 scalar."""
+    return patch_cosines(patches).mean()

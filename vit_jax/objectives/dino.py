@@ -2,7 +2,8 @@
 """Self-distillation: a student matches what its own average sees in other crops of an image.
 
 Sources: DINO, arXiv:2104.14294; iBOT, arXiv:2111.07832, for masked patches; DINOv2,
-arXiv:2304.07193, for Sinkhorn-Knopp, KoLeo and separate heads.
+arXiv:2304.07193, for Sinkhorn-Knopp, KoLeo and separate heads; DINOv3, arXiv:2508.10104, for Gram
+anchoring.
 """
 
 import dataclasses
@@ -12,7 +13,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vit_jax.checkpoint.pretrained.adapt import adapt_params
+from vit_jax.checkpoint.pretrained.load import load_pretrained
+from vit_jax.models.positions import resize_patches
 from vit_jax.models.prototypes import LastLayer, PrototypeHead
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives import collapse
@@ -22,22 +27,26 @@ from vit_jax.objectives.pixels import ImageObjective, Pixels, check_pixels
 from vit_jax.objectives.ssl_losses import (
     centered_targets,
     crop_losses,
+    gram_loss,
     koleo_loss,
     patch_loss,
     sinkhorn_targets,
 )
+from vit_jax.observe.console import log
 from vit_jax.optim.schedules import cosine_between, linear_between
-from vit_jax.utils.durations import Clock, duration_keys, find_duration, to_steps
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.durations import UNITS, Clock, duration_keys, find_duration, to_steps
+from vit_jax.utils.errors import UserError, name_key
 
 Centering = Literal["centering", "sinkhorn"]
 
-# Names of the views of `data.views`: the second global crop, and the local ones.
-GLOBAL, LOCAL = "global", "local"
+# Names of the views of `data.views`: the second global crop, the local ones, and both global crops
+# as the Gram teacher sees them.
+GLOBAL, LOCAL, GRAM = "global", "local", "gram"
 # Names of the inputs of a step.
-_TEACHER, _TEMPERATURE = "teacher", "teacher_temp"
+_TEACHER, _TEMPERATURE, _GRAM_WEIGHT = "teacher", "teacher_temp", "gram_weight"
 # Parts of the parameters beside those of the model.
 _DINO_HEAD, _IBOT_HEAD, _CENTERS, _MASK_TOKEN = "dino_head", "ibot_head", "centers", "mask_token"
+_GRAM_TEACHER = "gram_teacher"
 # Folded into a step's key.
 _MASK_KEY, _GLOBAL_KEY, _LOCAL_KEY = range(3)
 # Prototypes of one head beyond which no machine has the memory.
@@ -50,14 +59,34 @@ _MOST_COSINE = 0.99
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Gram:
+    """Gram anchoring: cosines among the student's patches stay those of an earlier teacher.
+
+    Attributes:
+      weight: of the loss.
+      start: number of updates before the first with this loss.
+      updates: numbers of updates after which the average becomes the Gram teacher.
+      source: the first Gram teacher, see `load_pretrained`; None where an update makes the first.
+      channels: of its images.
+    """
+
+    weight: float
+    start: int
+    updates: tuple[int, ...]
+    source: str | None
+    channels: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Dino(ImageObjective):
     """A student that predicts, for each crop, the prototypes of its teacher for other crops.
 
     The teacher is the average of the student, `TrainState.ema_params`, and sees the global crops
     alone. Batches have `image`, the first global crop, and the views `global`, the second one, and
-    `local`, if there are local crops. The heads are stored under `dino_head` and `ibot_head`,
-    running means of the teacher's scores under `centers`, and the embedding of masked patches as
-    `mask_token`.
+    `local`, if there are local crops; `gram`, if given, are both global crops as the Gram teacher
+    sees them. The heads are stored under `dino_head` and `ibot_head`, running means of the
+    teacher's scores under `centers`, the embedding of masked patches as `mask_token`, and the
+    parameters of the Gram teacher under `gram_teacher`.
 
     Attributes:
       model: a `VisionTransformer` without a head.
@@ -66,6 +95,7 @@ class Dino(ImageObjective):
       masks: hides patches of the student's global crops; None for no loss of masked patches.
       ibot_weight: weight of the loss of masked patches.
       koleo_weight: weight of the KoLeo loss of each of both global crops; 0 for none.
+      gram: Gram anchoring; None for none.
       centering: how the teacher's scores become targets.
       center_momentum: of the running means.
       sinkhorn_iterations: for the centering "sinkhorn".
@@ -85,6 +115,7 @@ class Dino(ImageObjective):
     masks: BlockMasks | None
     ibot_weight: float
     koleo_weight: float
+    gram: Gram | None
     centering: Centering
     center_momentum: float
     sinkhorn_iterations: int
@@ -108,13 +139,15 @@ class Dino(ImageObjective):
             _IBOT_HEAD: self.masks is not None and self.patch_head is not None,
             _CENTERS: self.centering == "centering",
             _MASK_TOKEN: self.masks is not None,
+            _GRAM_TEACHER: self.gram is not None,
         }
         return tuple(name for name, used in parts.items() if used)
 
     @property
     def frozen(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The centers, which `update_statistics` changes."""
-        return ("centers/.*",) if self.centering == "centering" else ()
+        """The centers, which `update_statistics` changes, and the Gram teacher."""
+        centers = (f"{_CENTERS}/.*",) if self.centering == "centering" else ()
+        return (*centers, f"{_GRAM_TEACHER}/.*") if self.gram is not None else centers
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         model_rng, head_rng, patch_rng = jax.random.split(rng, 3)
@@ -127,6 +160,10 @@ class Dino(ImageObjective):
         )
         features = out["pre_logits"]
         params = {**variables["params"], _DINO_HEAD: self.head.init(head_rng, features)["params"]}
+        if self.gram is not None:
+            # Of zeros until a file or an update gives them.
+            backbone = {k: x for k, x in variables["params"].items() if k != _MASK_TOKEN}
+            params[_GRAM_TEACHER] = jax.tree.map(jnp.zeros_like, backbone)
         counts = {"dino": self.head.prototypes}
         if self.masks is not None:
             counts["ibot"] = (self.patch_head or self.head).prototypes
@@ -137,14 +174,15 @@ class Dino(ImageObjective):
         return params
 
     def augment(self, batch: Batch, rng: jax.Array) -> Batch:
-        names = [name for name in ("image", GLOBAL, LOCAL) if name in batch]
+        names = [name for name in ("image", GLOBAL, LOCAL, GRAM) if name in batch]
         return {name: self.normalize(batch[name]) for name in names}
 
     def loss(
         self, params: Params, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         teacher, temperature = params[_TEACHER], params[_TEMPERATURE]
-        student = {k: x for k, x in params.items() if k not in (_TEACHER, _TEMPERATURE)}
+        inputs = (_TEACHER, _TEMPERATURE, _GRAM_WEIGHT)
+        student = {k: x for k, x in params.items() if k not in inputs}
         both = jnp.concatenate([batch["image"][:, None], batch[GLOBAL]], axis=1)
         count, images = both.shape[0], _merge_crops(both)
         masks = None
@@ -173,6 +211,11 @@ class Dino(ImageObjective):
             crops = _split(seen["pre_logits"])
             part = koleo_loss(crops[:, 0]) + koleo_loss(crops[:, 1])
             loss, metrics = loss + self.koleo_weight * part, metrics | {"koleo_loss": part}
+        if self.gram is not None:
+            weight = params[_GRAM_WEIGHT]
+            crops = _merge_crops(batch[GRAM]) if GRAM in batch else images
+            part = self._gram_loss(student[_GRAM_TEACHER], seen, crops, weight > 0)
+            loss, metrics = loss + weight * part, metrics | {"gram_loss": part}
         return loss, {"loss": loss} | metrics
 
     def predict(self, params: Params, batch: Batch) -> dict[str, Any]:
@@ -180,7 +223,32 @@ class Dino(ImageObjective):
         return self._encode(params, self.normalize(batch["image"]))
 
     def step_inputs(self, step: jax.Array, average: Params) -> dict[str, Any]:
-        return {_TEACHER: average, _TEMPERATURE: linear_between(*self.teacher_temp)(step)}
+        inputs = {_TEACHER: average, _TEMPERATURE: linear_between(*self.teacher_temp)(step)}
+        if self.gram is not None:
+            inputs[_GRAM_WEIGHT] = jnp.where(step >= self.gram.start, self.gram.weight, 0.0)
+        return inputs
+
+    def load_params(self) -> Params:
+        """Returns the first Gram teacher, if it is from a file."""
+        if self.gram is None or self.gram.source is None:
+            return {}
+        source, channels = self.gram.source, self.gram.channels
+        params, notes = load_gram_teacher(source, self.model, self.grid, channels)
+        log(f"Gram teacher from {source}")
+        for note in notes:
+            log(f"  {note}")
+        return {_GRAM_TEACHER: params}
+
+    def follow_average(
+        self, params: Params, average: Params, step: jax.Array
+    ) -> tuple[Params, Params]:
+        """Makes the average the Gram teacher, at the steps at which that is due."""
+        if self.gram is None or not self.gram.updates:
+            return params, average
+        due = jnp.isin(step, jnp.asarray(self.gram.updates))
+        old = params[_GRAM_TEACHER]
+        gram = jax.tree.map(lambda x, a: jnp.where(due, a, x), old, {k: average[k] for k in old})
+        return {**params, _GRAM_TEACHER: gram}, {**average, _GRAM_TEACHER: gram}
 
     def average_decay(self, step: jax.Array) -> jax.Array | float:
         """Rises to its end along half a cosine."""
@@ -317,6 +385,20 @@ class Dino(ImageObjective):
         loss = patch_loss(targets, score(student, seen), weights, self.student_temp, images=images)
         return loss, sums
 
+    def _gram_loss(
+        self, gram: Params, seen: dict[str, jax.Array], crops: jax.Array, active: jax.Array
+    ) -> jax.Array:
+        """The loss of Gram anchoring, or 0 and no computation unless `active`."""
+        grid = self.model.grid(crops.shape[1:3])
+
+        def compute(patches: jax.Array) -> jax.Array:
+            wanted = self._patches(self._encode(gram, crops))
+            if grid != self.grid:
+                wanted = resize_patches(wanted, grid, self.grid)
+            return gram_loss(patches, jax.lax.stop_gradient(wanted))
+
+        return jax.lax.cond(active, compute, lambda _: jnp.zeros(()), self._patches(seen))
+
     def _measure(
         self, taught: dict[str, jax.Array], targets: jax.Array, dino_loss: jax.Array
     ) -> dict[str, jax.Array]:
@@ -364,6 +446,11 @@ def make_dino(
     mask_ratio: tuple[float, float] = (0.1, 0.5),
     mask_share: float = 0.5,
     koleo_weight: float = 0.0,
+    gram_weight: float = 0.0,
+    gram_teacher: str | None = None,
+    gram_start: dict | None = None,
+    gram_updates: tuple[dict, ...] = (),
+    same_draws: tuple[str, ...] = (),
     pixel_mean: Pixels = 0.5,
     pixel_std: Pixels = 0.5,
 ) -> Dino:
@@ -393,6 +480,12 @@ def make_dino(
       mask_ratio: least and greatest share of the patches of an image that are masked.
       mask_share: share of the global crops that have a mask.
       koleo_weight: weight of the KoLeo loss, which is over the (micro-)batch; 0 for none.
+      gram_weight: weight of Gram anchoring; 0 for none.
+      gram_teacher: its first teacher, see `load_pretrained`; None for the average of this run at
+        `gram_start`.
+      gram_start: a duration such as `{"epochs": 10}`, before which its weight is 0; None for 0.
+      gram_updates: durations after which the average of this run becomes the Gram teacher.
+      same_draws: names of views that repeat the random numbers of the global crops.
       pixel_mean: of pixels in [0, 1].
       pixel_std: of pixels in [0, 1].
 
@@ -401,6 +494,11 @@ def make_dino(
     """
     _check_model(model)
     _check_crops(image_shape, view_shapes)
+    gram = None
+    if gram_weight or gram_teacher is not None or gram_start is not None or gram_updates:
+        steps = _count_gram_steps(gram_start, gram_updates, clock, total_steps)
+        gram = _make_gram(gram_weight, gram_teacher, *steps, image_shape[2])
+    _check_gram_view(gram, image_shape, view_shapes, same_draws)
     positive = {
         "student_temp": student_temp,
         "teacher_temp": teacher_temp,
@@ -458,6 +556,7 @@ def make_dino(
         masks=masks,
         ibot_weight=ibot_weight,
         koleo_weight=koleo_weight,
+        gram=gram,
         centering=centering,
         center_momentum=center_momentum,
         sinkhorn_iterations=sinkhorn_iterations,
@@ -496,7 +595,7 @@ def _check_crops(
     image_shape: tuple[int, int, int], view_shapes: Mapping[str, tuple[int, int, int, int]]
 ) -> None:
     example = f"(({GLOBAL!r}, 1, LINE), ({LOCAL!r}, 8, LINE))"
-    for name in view_shapes.keys() - {GLOBAL, LOCAL}:
+    for name in view_shapes.keys() - {GLOBAL, LOCAL, GRAM}:
         raise UserError(
             f"data.views: objective.name='dino' has no use for {name!r}; expected {example}"
         )
@@ -571,6 +670,119 @@ def _count_warmup(given: Mapping[str, Any], clock: Clock, total_steps: int) -> i
             "teacher would never have objective.teacher_temp: expected at most the run"
         )
     return steps
+
+
+def _count_gram_steps(
+    start: Mapping[str, Any] | None, updates: tuple[dict, ...], clock: Clock, total_steps: int
+) -> tuple[int, tuple[int, ...]]:
+    """The steps of `gram_start` and of `gram_updates`."""
+
+    def count(key: str, duration: Mapping[str, Any]) -> int:
+        key = f"objective.{key}"
+        found = find_duration(duration, dict(zip(UNITS, UNITS, strict=True)), prefix=f"{key}: ")
+        if found is None or len(duration) > 1:
+            raise UserError(f"{key} has {duration}; expected one of {', '.join(UNITS)}")
+        unit, value = found
+        steps = to_steps(value, unit, clock=clock, total_steps=total_steps)
+        if steps >= total_steps:
+            raise UserError(
+                f"{key}: {unit}={value} is not shorter than the {total_steps} steps of the run: it "
+                "would never take effect; expected less, or a longer run"
+            )
+        return steps
+
+    first = 0 if start is None else count("gram_start", start)
+    return first, tuple(count("gram_updates", duration) for duration in updates)
+
+
+def _make_gram(
+    weight: float,
+    source: str | None,
+    start: int,
+    updates: tuple[int, ...],
+    channels: int,
+) -> Gram:
+    if not 0 < weight < math.inf:
+        raise UserError(
+            f"objective.gram_weight={weight} with other keys of Gram anchoring: expected above 0, "
+            "such as 2.0, or none of them"
+        )
+    if source is None:
+        if not start:
+            raise UserError(
+                "objective.gram_weight without objective.gram_teacher: its teacher is the average "
+                "at objective.gram_start, which is 0, before the first step: expected a file or a "
+                "workdir, or a later start such as {'percent': 50}"
+            )
+        updates = (start, *updates)
+    for update in updates:
+        if update < (1 if source else start):
+            raise UserError(
+                f"objective.gram_updates: {update} steps: expected no time before the "
+                f"{'first step' if source else 'start of Gram anchoring'}"
+            )
+    return Gram(weight=weight, start=start, updates=updates, source=source, channels=channels)
+
+
+def _check_gram_view(
+    gram: Gram | None,
+    image_shape: tuple[int, int, int],
+    view_shapes: Mapping[str, tuple[int, int, int, int]],
+    same_draws: tuple[str, ...],
+) -> None:
+    if GRAM not in view_shapes:
+        return
+    count, *shape = view_shapes[GRAM]
+    if gram is None:
+        raise UserError(
+            f"data.views.{GRAM} without objective.gram_weight: expected a weight such as 2.0, or "
+            "no such view"
+        )
+    proportional = shape[0] * image_shape[1] == shape[1] * image_shape[0]
+    if count != 2 or shape[0] < image_shape[0] or not proportional:
+        raise UserError(
+            f"data.views.{GRAM}: {count} of {_text(shape)}: expected 2, of the proportions of the "
+            f"global crops of {_text(image_shape)}, and at least as large"
+        )
+    # The first view has to be the second global crop, whose draws come second.
+    if GRAM not in same_draws or next(iter(view_shapes)) != GLOBAL:
+        raise UserError(
+            f"data.views.{GRAM}: the Gram teacher has to see the same crops as the student: "
+            f"expected data.same_draws=({GRAM!r},), and {GLOBAL!r} as the first of data.views"
+        )
+
+
+def load_gram_teacher(
+    source: str, model: VisionTransformer, grid: tuple[int, int], channels: int
+) -> tuple[Params, list[str]]:
+    """Loads the parameters of a Gram teacher, which has the architecture of `model`.
+
+    Returns a nested dict of arrays on the host, with position embeddings for `grid`, and one line
+    for each change that made them fit. Raises `UserError` where `source` can't be read or has
+    another architecture.
+    """
+    rows, columns = (count * side for count, side in zip(grid, model.stride, strict=True))
+
+    def init() -> Any:
+        return model.init(jax.random.key(0), jnp.zeros((1, rows, columns, channels)), train=False)
+
+    shapes = jax.eval_shape(init)["params"]
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    try:
+        weights = load_pretrained(source)
+        kernel = weights.params.get("embedding/kernel")
+        width = None if kernel is None else kernel.shape[-1]
+        if width != model.hidden_size:
+            raise UserError(
+                f"it has a width of {width} and the model one of {model.hidden_size}: expected the "
+                "same architecture, since the teacher of this run may replace it"
+            )
+        params, notes = adapt_params(
+            weights, zeros, target_grid=grid, num_class_tokens=model.num_class_tokens
+        )
+    except UserError as e:
+        raise name_key("objective.gram_teacher", source, e) from e
+    return params, [*weights.notes, *notes]
 
 
 def _merge_crops(crops: jax.Array) -> jax.Array:

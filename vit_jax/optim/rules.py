@@ -25,7 +25,7 @@ _BEFORE = (
 )
 _AFTER = (
     r"(Transformer/encoder_norm|fc_norm|MAPHead_0|pre_logits|head|head_dist|dino_head|ibot_head"
-    r"|centers)/.*"
+    r"|centers|gram_teacher)/.*"
 )
 
 # Parameters that decay by default: no biases, norms, position embeddings and class tokens.

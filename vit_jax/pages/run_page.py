@@ -22,6 +22,7 @@ from vit_jax.pages.html import (
     make_card,
     make_command,
     make_details,
+    make_figure,
     make_page,
     make_section,
     make_table,
@@ -41,6 +42,8 @@ _PAIRS = 20
 _MAX_LABEL = 2**20
 _GROUPS = ("parameters", "arrays", "values", "weight decay", "learning rate")
 _MAX_CHARTS = 24
+# Pictures of each evaluator, their bytes, and their width in pixels of the page, at most.
+_MAX_PICTURES, _MAX_PICTURE, _PICTURE_WIDTH = 4, 2**23, 1024
 # Metrics without a chart: counts, and those that another curve shows.
 _NOT_DRAWN = ("count", "real_count", "step_ms", "first_step_s")
 # Accuracies at the head of the page; runs with more of them have a table below.
@@ -100,6 +103,7 @@ def make_report(
         make_section("Results", _show_results(points)),
         make_section("Curves", _show_curves(points), layout="charts"),
         make_section("Predictions", _show_predictions(known.values()), layout="pairs"),
+        make_section("Pictures", _show_pictures(workdir)),
         *sections,
         make_section("Time", _show_time(workdir)),
         make_section("Parameters", _show_params(run)),
@@ -318,6 +322,37 @@ def _show_confusion(one: Predictions) -> str:
         for count, (label, predicted) in sorted(wrong, key=lambda w: (-w[0], w[1]))[:_PAIRS]
     ]
     return make_card(title, make_table(("label", "predicted", "images"), rows))
+
+
+def _show_pictures(workdir: Path) -> list[str]:
+    """The newest pictures of each evaluator, the last first."""
+    found: dict[str, list[tuple[int, Path]]] = {}
+    for path in (workdir / EVALS).glob("*.png"):
+        if match := re.fullmatch(r"(.+)_(\d+)", path.stem):
+            found.setdefault(match[1], []).append((int(match[2]), path))
+    cards = []
+    for name, pictures in sorted(found.items()):
+        for step, path in sorted(pictures, reverse=True)[:_MAX_PICTURES]:
+            title = f"{name}, step {step:,}"
+            try:
+                picture = _read_picture(path)
+            except (OSError, ValueError) as e:
+                log(f"{path} can't be read ({describe_error(e)}): left out")
+                continue
+            width, height = (int.from_bytes(picture[i : i + 4], "big") for i in (16, 20))
+            width, height = min(width, _PICTURE_WIDTH), height * min(width, _PICTURE_WIDTH) // width
+            alt = f"picture of {title}"
+            cards.append(make_figure(picture, (width, height), alt=alt, title=title, wide=True))
+    return cards
+
+
+def _read_picture(path: Path) -> bytes:
+    if (size := path.stat().st_size) > _MAX_PICTURE:
+        raise ValueError(f"{size:,} bytes; at most {_MAX_PICTURE:,} are shown")
+    picture = path.read_bytes()
+    if not picture.startswith(b"\x89PNG") or not int.from_bytes(picture[16:20], "big"):
+        raise ValueError("it is no PNG")
+    return picture
 
 
 def _show_time(workdir: Path) -> list[str]:

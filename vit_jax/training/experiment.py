@@ -187,13 +187,16 @@ class Experiment(Parts):
         """
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         weights = weights or self.load_weights()
-        if weights is None:
+        loaded = self.objective.load_params()
+        if weights is None and not loaded:
             return jax.jit(self._make_state, out_shardings=shardings)()
-        params, notes = self.fit_params(weights, self.initial_params())
-        log(f"parameters from {self.settings.init_from} ({weights.layout})")
-        for note in [*notes, *self._compare_classes(weights, notes)]:
-            log(f"  {note}")
-        return jax.jit(self._make_state, out_shardings=shardings)(params)
+        params = self.initial_params()
+        if weights is not None:
+            params, notes = self.fit_params(weights, params)
+            log(f"parameters from {self.settings.init_from} ({weights.layout})")
+            for note in [*notes, *self._compare_classes(weights, notes)]:
+                log(f"  {note}")
+        return jax.jit(self._make_state, out_shardings=shardings)({**params, **loaded})
 
     def keep(self, params: Params) -> Params:
         """Returns the part of a tree of parameters that checkpoints hold.

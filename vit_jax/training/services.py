@@ -225,7 +225,9 @@ class Services:
     def evaluate(
         self, evaluators: Sequence[Evaluator], step: int, state: TrainState
     ) -> dict[str, float]:
-        """Runs evaluators and records their results; at the last step they write details too.
+        """Runs evaluators and records their results.
+
+        Those that draw write their picture each time, the others details at the last step.
 
         Raises:
           Preempted: the run was asked to stop; there are no results.
@@ -233,10 +235,11 @@ class Services:
         if not evaluators:
             return {}
         self._monitor.flush()
-        details = (self.folder, step) if step == self.last_step else None
+        last = step == self.last_step
         with self.phases("evaluation"):
             results: dict[str, float] = {}
             for evaluator in evaluators:
+                details = (self.folder, step) if last or evaluator.draws else None
                 results |= evaluate(evaluator, state.params, state.ema_params, details=details)
             self._record_results(step, results)
             if self._main:

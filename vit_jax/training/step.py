@@ -147,6 +147,7 @@ def train_step(
         average, same = optimizer.rules.split(state.ema_params)
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, trained)
         ema_params, _ = objective.update_statistics(merge(average, same), statistics)
+        params, ema_params = objective.follow_average(params, ema_params, state.step + 1)
     new: Any = (params, opt_state, ema_params)
     if on_divergence == "skip":
         good = jnp.all(jnp.isfinite(jnp.stack([jnp.float32(x) for x in metrics.values()])))

@@ -25,6 +25,7 @@ OBJECTIVE_PARAMS = {
     "ibot_head": "only for pre-training",
     "centers": "only for pre-training",
     "mask_token": "only for pre-training",
+    "gram_teacher": "only for pre-training",
 }
 
 # Methods of resizing here by the names of Pillow.
