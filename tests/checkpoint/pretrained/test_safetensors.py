@@ -571,7 +571,7 @@ def test_heads_that_read_other_features_are_dropped_with_a_note(tmp_path):
 
 
 def test_unknown_tensors_keep_their_names(tmp_path):
-    for name, odd in [("timm_vit", "blocks.0.mlp.norm.weight"), ("hf_vit", "neck.norm.weight")]:
+    for name, odd in [("timm_vit", "blocks.0.mlp.odd.weight"), ("hf_vit", "neck.norm.weight")]:
         tensors, _ = raw_tensors(GOLDEN / name / "model.safetensors")
         tensors[odd] = np.arange(3, dtype=np.float32)
         write_tensors(tmp_path / "x", tensors, metadata={})
@@ -600,7 +600,8 @@ def test_names_of_the_original_dinov2_are_those_of_timm(tmp_path):
         ("timm_eva_rope", {"rope.freqs": (2, 2)}, {}, "rope.freqs"),
         ("timm_eva_rope", {"cls_token": (1, 1, 32)}, {}, "config.json"),
         ("timm_eva_rope", {"pos_embed": (1, 24, 32)}, {}, "config.json"),
-        ("timm_eva_rope", {}, {"architecture": "vit_small_patch16_dinov3"}, "dinov3"),
+        ("timm_eva_rope", {}, {"architecture": "vit_base_patch16_sapiens2"}, "share keys"),
+        ("timm_eva_rope", {}, {"architecture": "eva02_enormous_patch14_clip_224"}, "norms behind"),
         (
             "timm_vit_map",
             {"reg_token": (1, 2, 32)},
@@ -655,9 +656,9 @@ def describe(name, folder, **changes):
         ("timm_vit", {"embed_dim": 64}, "embed_dim=64 in config.json, but the tensors have 32"),
         ("timm_vit", {"depth": 3}, "depth=3 in config.json, but the tensors have 2"),
         ("timm_vit_map", {"attn_pool_num_heads": 2}, "attn_pool_num_heads=2"),
-        ("timm_eva_rope", {"rope_rotate_half": True}, "rope_rotate_half=True"),
+        ("timm_eva_rope", {"rope_rotate_half": "no"}, "rope_rotate_half='no'"),
         ("timm_eva_rope", {"rope_grid_offset": 1.0}, "rope_grid_offset=1.0"),
-        ("timm_eva_rope", {"rope_type": "dinov3"}, "rope_type='dinov3'"),
+        ("timm_eva_rope", {"rope_type": "mrope"}, "rope_type='mrope'"),
         ("timm_eva_rope", {"use_post_norm": True}, "use_post_norm=True"),
         ("timm_vit", {"window_size": 7}, "model_args.window_size=7 in config.json is unknown here"),
         ("timm_vit", {"new\nline": ["long"] * 99}, "is unknown here"),
