@@ -32,8 +32,9 @@ from vit_jax.utils.errors import UserError
 GOLDEN = Path(__file__).parents[2] / "testdata" / "torch"
 CASES = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
 # Of timm's ways to write the same parameters, those that differ from that of `write_safetensors`:
-# no biases, a class token that is not used, channels in another order.
-ONE_WAY = {"timm_vit_average", "timm_eva_rope_ape"}
+# no biases, a class token that is not used, channels in another order, projections that are not one
+# matrix.
+ONE_WAY = {"timm_vit_average", "timm_eva_rope_ape", "timm_eva", "timm_eva02"}
 WRITTEN_BACK = [name for name in CASES if name.startswith("timm") and name not in ONE_WAY]
 # timm standardises kernels by another rule; see `vit_jax.checkpoint.pretrained.timm_tensors`. With
 # the rule of the model here timm's logits are within 1e-6.
@@ -187,6 +188,18 @@ MODELS = {
         "activation": "gelu_erf",
         "layer_scale_init": 0.1,
     },
+    "dinov3": {
+        "rope_theta": 100.0,
+        "rope_coordinates": "centered",
+        "position_embedding": "none",
+        "num_registers": 4,
+        "activation": "swiglu",
+        "qkv_bias": "query_value",
+        "layer_scale_init": 0.1,
+        "norm_epsilon": 1e-5,
+    },
+    "inner_norms": {"attention_norm": True, "mlp_norm": True, "qkv_bias": "query_value"},
+    "rms_norm": {"norm": "rms_norm", "qk_norm": True, "qkv_bias": "none"},
     "hybrid": {"resnet_layers": (1, 2), "resnet_width": 0.5, "patch_size": 1},
     "stem": {"resnet_layers": (), "patch_size": 2},
 }
@@ -252,6 +265,7 @@ def test_biases_of_keys_are_left_out_where_timm_has_none(tmp_path):
     [
         ({"representation_size": 8}, "pre_logits"),
         ({"rope_theta": 100.0}, "model.activation"),
+        ({"untied_norm": True, "num_registers": 1}, "model.untied_norm"),
         ({"rope_theta": 9.0, "activation": "swiglu", "resnet_layers": (), "patch_size": 2}, "hyb"),
         ({"classifier": "map", "activation": "swiglu"}, "SwiGLU"),
         ({"position_embedding": "sincos2d"}, "preprocess.image_size"),

@@ -323,6 +323,9 @@ def _check_expressible(model: Mapping[str, Any], grid: tuple[int, int] | None) -
             "timm's model with rotary embeddings computes exact GELU; train with "
             "model.activation='gelu_erf' or 'swiglu'"
         )
+    for key in ("rope_register_theta", "untied_norm"):
+        if model.get(key):
+            raise ValueError(f"timm has no model with model.{key}={model[key]}; a .npz holds it")
     if rope and model.get("resnet_layers") is not None:
         raise ValueError("timm has no hybrid with rotary embeddings (model.rope_theta)")
     if model["classifier"] == "map" and model.get("activation") == "swiglu":
