@@ -250,7 +250,7 @@ def save_all_timm() -> None:
 
 
 def save_all_eva() -> None:
-    """Saves models of the class `Eva`, other than those with rotary embeddings of `save_all_timm`."""
+    """Saves models of the class `Eva`: EVA, EVA-02 and DINOv3."""
     eva = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
     eva |= {"mlp_ratio": 2, "num_classes": 5, "global_pool": "token", "use_fc_norm": False}
     dinov3 = {"rope_type": "dinov3", "rope_rotate_half": True, "rope_temperature": 100.0}

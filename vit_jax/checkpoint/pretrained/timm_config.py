@@ -150,8 +150,8 @@ def _find_arguments(model: Mapping[str, Any], *, keys_biased: bool) -> tuple[str
             arguments["ref_feat_shape"] = list(grid)
         if model.get("norm") == "rms_norm":
             raise ValueError(
-                "model.norm='rms_norm' with model.rope_theta: timm takes a class for it, which JSON "
-                "has not"
+                "model.norm='rms_norm' with model.rope_theta: timm takes a class for it, which "
+                "JSON has not"
             )
         if is_dinov3 and "init_values" not in arguments:
             raise ValueError(
