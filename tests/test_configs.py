@@ -61,6 +61,9 @@ BUILDS = [
     ("deit3.py:B", 86_567_656 + 24 * 768 - (196 - 144) * 768, 192),
     ("deit3.py:S,finetune=runs/deit3_s16", 22_050_664 + 24 * 384 + (576 - 196) * 384, 384),
     ("deit3.py:B,finetune=runs/deit3_b16", 86_567_656 + 24 * 768, 224),
+    # Without biases of norms, queries, keys and values.
+    ("vit5.py:S", 22_050_664 + (24 - 25 - 36 + 4) * 384 + 24 * 64, 224),
+    ("vit5.py:B,finetune=runs/vit5_b16", 86_567_656 + (24 - 25 - 36 + 4) * 768 + 24 * 64, 224),
     ("cifar10.py", 810_890, 32),
     ("cifar10.py:small", 6_268_042, 32),
     # The encoder, then the decoder, or a head.
@@ -226,6 +229,7 @@ def test_every_config_is_built_here():
         "deit3.py:L",
         "deit3.py:S,finetune=",
         "deit3.py:S,epochs=20",
+        "vit5.py:H",
         "dino.py:dinov2",
         "cifar10.py:large",
     ],
@@ -252,6 +256,8 @@ CROPS = {
     "mae.py": "torchvision",
     "mae_finetune.py": "torchvision",
     "mixer.py": "tensorflow",
+    "vit5.py:B": "torchvision",
+    "vit5.py:B,finetune=runs/vit5_b16": "torchvision",
     "probe.py": "byol",
     "vit.py": "tensorflow",
     "vit_i1k.py": "tensorflow",
@@ -339,6 +345,7 @@ RATES = [
     ("deit3.py:S", 500_456, 4e-3, 1e-6, 1e-5, 4e-3),
     ("deit3.py:B", 500_456, 3e-3, 1e-6, 1e-5, 3e-3),
     ("deit3.py:B,finetune=runs/deit3_b16", 50_046, 1e-5, 1e-6, 1e-5, 1e-5),
+    ("vit5.py:L", 250_228, 3e-3, 1e-6, 1e-5, 3e-3),
     ("probe.py", 7038, 6.4, 0.0, 0.0, 3.2),
 ]
 

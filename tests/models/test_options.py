@@ -31,6 +31,9 @@ def run(model, params, images, *, train=False, seed=0):
     return apply({"params": params}, images, rngs=rngs)
 
 
+CENTERED = {"rope_theta": 100.0, "rope_coordinates": "centered"}
+
+
 def test_map_classifier_has_no_class_token():
     model = make_vit(num_classes=5, classifier="map", **TINY)
     params, images = init(model)
@@ -86,6 +89,46 @@ def test_norm_epsilon_reaches_every_norm():
     # Two norms, of queries and of keys in each block, and the final one, add it to the variance.
     assert sum(" rsqrt " in line for line in text.splitlines()) == 3 * 4 + 1
     assert len(re.findall(r"add \w+ 0\.1\d*:f32", text)) == 3 * 4 + 1
+
+
+def test_rms_norm_subtracts_no_mean_and_has_no_bias():
+    model = make_vit(num_classes=5, norm="rms_norm", norm_epsilon=1e-2, qk_norm=True, **TINY)
+    params, images = init(model)
+    norms = [path for path in flatten(params) if "norm" in path.lower()]
+    assert len(norms) == 3 * 4 + 1
+    assert all(path.endswith("/scale") for path in norms)
+    _, out = run(model, params, images)
+    _, plain = run(make_vit(num_classes=5, norm="rms_norm", qk_norm=True, **TINY), params, images)
+    assert np.abs(out["encoded"] - plain["encoded"]).max() > 1e-3
+    # Root mean squares of the normalised tokens are at most 1 before the scale.
+    scaled = np.asarray(out["encoded"]) / params["Transformer"]["encoder_norm"]["scale"]
+    assert np.sqrt(np.square(scaled).mean(-1)).max() <= 1 + 1e-5
+
+
+def test_class_tokens_and_registers_may_have_a_final_norm_of_their_own():
+    model = make_vit(num_classes=5, num_registers=2, untied_norm=True, **TINY)
+    params, images = init(model)
+    tied = make_vit(num_classes=5, num_registers=2, **TINY)
+    encoder = dict(params["Transformer"])
+    own = encoder.pop("prefix_norm")
+    _, out = run(model, params, images)
+    _, patches = run(tied, params | {"Transformer": encoder}, images)
+    _, first = run(tied, params | {"Transformer": encoder | {"encoder_norm": own}}, images)
+    np.testing.assert_allclose(out["encoded"][:, 3:], patches["encoded"][:, 3:], atol=1e-6)
+    np.testing.assert_allclose(out["encoded"][:, :3], first["encoded"][:, :3], atol=1e-6)
+    np.testing.assert_allclose(out["pre_logits"], first["pre_logits"], atol=1e-6)
+
+
+def test_coordinates_vary_in_training_alone():
+    model = make_vit(num_classes=5, position_embedding="none", **CENTERED, **TINY)
+    noisy = model.clone(rope_shift=0.5, rope_jitter=1.5, rope_rescale=2.0)
+    params, images = init(model)
+    want, _ = run(model, params, images)
+    np.testing.assert_array_equal(run(noisy, params, images)[0], want)
+    first, second = (run(noisy, params, images, train=True, seed=i)[0] for i in range(2))
+    assert np.abs(first - want).max() > 1e-3
+    assert np.abs(first - second).max() > 1e-3
+    np.testing.assert_array_equal(run(noisy, params, images, train=True)[0], first)
 
 
 def test_fixed_positions_equal_learned_ones_of_the_same_values():
@@ -157,6 +200,10 @@ OFF = {
     "rope_theta": (None, 100.0),
     "num_registers": (0, 2),
     "qk_norm": (False, True),
+    "qkv_bias": ("all", "query_value"),
+    "attention_norm": (False, True),
+    "mlp_norm": (False, True),
+    "norm": ("layer_norm", "rms_norm"),
     "layer_scale_init": (None, 1.0),
     "remat": ("none", "full"),
     "stochastic_depth_rate": (0.0, 0.5),
@@ -261,6 +308,13 @@ def test_scanned_blocks_start_with_values_of_their_own():
         ({"stochastic_depth_rate": 1.0}, "model.stochastic_depth_rate=1.0: expected 0 <= value"),
         ({"num_registers": -1}, "model.num_registers=-1: expected at least 0"),
         ({"classifier": "unpooled", "norm_after_pooling": True}, "nothing pools"),
+        ({"untied_norm": True, "norm_after_pooling": True}, "expected one of them"),
+        ({"rope_coordinates": "centered"}, "with model.rope_theta=None"),
+        ({"rope_theta": 9.0, "rope_rescale": 2.0}, "rope_coordinates='centered'"),
+        ({**CENTERED, "rope_jitter": 1.0}, "model.rope_jitter=1.0 .* a number above 1"),
+        ({**CENTERED, "rope_reference_grid": (4, 4)}, "and no grid"),
+        ({**CENTERED, "rope_register_theta": 9.0}, "model.num_registers=0"),
+        ({**CENTERED, "rope_register_theta": 9.0, "num_registers": 3}, "that make a square"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

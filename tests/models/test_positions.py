@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Positions that are computed: closed forms on rectangular grids."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vit_jax.models.positions import (
+    CoordinateNoise,
     patch_grid,
     resize_patches,
     rotate,
@@ -14,6 +17,8 @@ from vit_jax.models.positions import (
     sincos_2d,
 )
 from vit_jax.utils.errors import UserError
+
+GOLDEN = Path(__file__).parents[1] / "testdata" / "vit5_rope.npz"
 
 
 def test_sincos_has_a_quarter_of_the_channels_for_each_function_and_axis():
@@ -60,6 +65,59 @@ def test_products_of_rotated_vectors_depend_on_the_offset_only():
     products = (queries @ keys.T).reshape(4, 4, 4, 4)
     np.testing.assert_allclose(products[0, 0, 1, 2], products[2, 1, 3, 3], atol=1e-5)
     assert abs(products[0, 0, 1, 2] - products[0, 0, 2, 1]) > 1e-3
+
+
+def test_centred_positions_are_angles_of_the_centres_of_patches():
+    """arXiv:2508.10104: coordinates in (-1, 1) by axis, times 2 pi over periods of base 100."""
+    rotation = rotation_2d((2, 3), 8, theta=100.0, num_prefix_tokens=1, coordinates="centered")
+    row, column = 1, 2
+    y, x = 2 * (row + 0.5) / 2 - 1, 2 * (column + 0.5) / 3 - 1
+    angles = 2 * np.pi * np.array([y, y / 10, x, x / 10])
+    np.testing.assert_array_equal(rotation.cos[0], 1)
+    got = rotation.cos[1 + row * 3 + column], rotation.sin[1 + row * 3 + column]
+    np.testing.assert_allclose(got[0], np.repeat(np.cos(angles), 2), atol=1e-6)
+    np.testing.assert_allclose(got[1], np.repeat(np.sin(angles), 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (6, 10)])
+def test_coordinates_of_training_are_shifted_then_stretched_by_axis_then_together(grid):
+    def coordinates(seed, **noise):
+        rotation = rotation_2d(
+            grid,
+            8,
+            theta=1e8,  # The second frequency is 1e-4, whose angles never wrap.
+            num_prefix_tokens=0,
+            coordinates="centered",
+            noise=CoordinateNoise(**noise),
+            rng=None if seed is None else jax.random.key(seed),
+        )
+        angles = np.arctan2(np.asarray(rotation.sin, np.float64), rotation.cos)[:, [2, 6]]
+        return angles / 1e-4 / (2 * np.pi)
+
+    plain = coordinates(None)
+    shifts = np.array([(coordinates(i, shift=0.5) - plain) for i in range(40)])
+    np.testing.assert_allclose(shifts, np.broadcast_to(shifts[:, :1], shifts.shape), atol=1e-5)
+    assert 0.3 < np.abs(shifts).max() <= 0.5 + 1e-5
+    assert np.abs(shifts[:, 0, 0] - shifts[:, 0, 1]).max() > 0.3  # each axis by itself
+    ratio = np.array([coordinates(i, jitter=2.0)[0] / plain[0] for i in range(40)])
+    assert 0.5 - 1e-5 <= ratio.min() < 0.6 < 1.7 < ratio.max() <= 2 + 1e-5
+    assert np.abs(ratio[:, 0] - ratio[:, 1]).max() > 0.5
+    both = np.array([coordinates(i, rescale=2.0)[0] / plain[0] for i in range(40)])
+    np.testing.assert_allclose(both[:, 0], both[:, 1], rtol=1e-4)
+    assert 0.5 - 1e-5 <= both.min() < 0.6 < 1.7 < both.max() <= 2 + 1e-5
+    all_three = coordinates(3, shift=0.5, jitter=2.0, rescale=2.0)
+    own = coordinates(3, shift=0.5) * coordinates(3, jitter=2.0)[0] / plain[0]
+    own *= coordinates(3, rescale=2.0)[0] / plain[0]
+    np.testing.assert_allclose(all_three, own, atol=1e-4)
+
+
+@pytest.mark.parametrize(("prefix", "side", "theta"), [("", 4, 1e4), ("register_", 2, 100.0)])
+def test_rotations_are_those_of_vit5(prefix, side, theta):
+    """Origin: outputs of the code of wangf3014/ViT-5 (Apache 2.0) for random inputs."""
+    with np.load(GOLDEN) as file:
+        x, want = file[f"{prefix}rope_in"], file[f"{prefix}rope_out"]
+    rotation = rotation_2d((side, side), x.shape[-1], theta=theta, num_prefix_tokens=0)
+    np.testing.assert_allclose(rotate(jnp.asarray(x), rotation), want, atol=1e-6)
 
 
 def test_grid_of_a_rectangle():

@@ -20,7 +20,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import save_file
-from timm.layers import HybridEmbed, StdConv2dSame, SwiGLUPacked
+from timm.layers import HybridEmbed, LayerNorm, StdConv2dSame, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.resnetv2 import ResNetV2, create_resnetv2_stem
@@ -119,7 +119,7 @@ def save_transformers(name: str, model: torch.nn.Module, *, seed: int) -> None:
     folder.mkdir(parents=True)
     model.save_pretrained(folder)
     model = model.double()
-    options = {} if "dinov2" in model.config.model_type else {"interpolate_pos_encoding": True}
+    options = {} if "dinov" in model.config.model_type else {"interpolate_pos_encoding": True}
     arrays = {}
     for prefix, size in (("", (32, 32)), ("other_", OTHER_SIZE)):
         images = draw_images(*size)
@@ -130,7 +130,7 @@ def save_transformers(name: str, model: torch.nn.Module, *, seed: int) -> None:
             "pre_logits": out.get("pooler_output"),
             "logits": out.get("cls_logits", out.get("logits")),
         }
-        if model.config.model_type != "vit":
+        if model.config.model_type not in ("vit", "dinov3_vit"):
             outputs.pop("pre_logits")
         arrays |= {prefix + k: v.float().numpy() for k, v in outputs.items() if v is not None}
         arrays[f"{prefix}image"] = images.permute(0, 2, 3, 1).numpy()
@@ -249,6 +249,30 @@ def save_all_timm() -> None:
     )
 
 
+def save_all_eva() -> None:
+    """Saves models of the class `Eva`: EVA, EVA-02 and DINOv3."""
+    eva = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    eva |= {"mlp_ratio": 2, "num_classes": 5, "global_pool": "token", "use_fc_norm": False}
+    dinov3 = {"rope_type": "dinov3", "rope_rotate_half": True, "rope_temperature": 100.0}
+    dinov3 |= {"use_rot_pos_emb": True, "use_abs_pos_emb": False, "dynamic_img_size": True}
+    dinov3 |= {"num_reg_tokens": 4, "init_values": 1e-5}
+    dinov3 |= {"norm_layer": partial(LayerNorm, eps=1e-5)}
+    eva02 = {"swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True, "qkv_fused": False}
+    eva02 |= {"use_rot_pos_emb": True, "ref_feat_shape": (16, 16)}
+    cases = {
+        "timm_dinov3": (dinov3, "vit_small_patch16_dinov3_qkvb"),
+        "timm_dinov3_gated": (
+            dinov3 | {"swiglu_mlp": True, "swiglu_align_to": 8, "qkv_bias": False},
+            "vit_small_plus_patch16_dinov3",
+        ),
+        "timm_eva": ({}, "eva_giant_patch14_clip_224"),
+        "timm_eva02": (eva02, "eva02_base_patch16_clip_224"),
+    }
+    for seed, (name, (options, architecture)) in enumerate(cases.items(), 30):
+        model = Eva(**eva | options)
+        save_timm(name, model, architecture=architecture, pool="token", heads=4, seed=seed)
+
+
 def save_all_transformers() -> None:
     tf = transformers
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -278,6 +302,12 @@ def save_all_transformers() -> None:
     )
     save_transformers(
         "hf_ijepa", tf.IJepaForImageClassification(tf.IJepaConfig(**vit, **labels)), seed=25
+    )
+    dinov3 = {**sizes, "intermediate_size": 64, "num_register_tokens": 4}
+    save_transformers("hf_dinov3", tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**dinov3)), seed=26)
+    gated = {"use_gated_mlp": True, "hidden_act": "silu", "query_bias": False, "value_bias": False}
+    save_transformers(
+        "hf_dinov3_gated", tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**dinov3, **gated)), seed=27
     )
 
 
@@ -348,6 +378,7 @@ if __name__ == "__main__":
         shutil.rmtree(folder)
     print(f"timm {timm.__version__}, transformers {transformers.__version__}")
     save_all_timm()
+    save_all_eva()
     save_all_transformers()
     save_resized_positions()
     save_evaluations()

@@ -5,6 +5,7 @@ r"""Writes a trained model for other programs, into a folder of its own.
   safetensors  weights under the names of timm, with a config.json from which timm and
                transformers make the model; without a classifier if it has a layer pre_logits;
                of two towers, under the names of CLIP or SigLIP in transformers
+  transformers weights with the names and the config.json of ViT, I-JEPA, DINOv2 or DINOv3 there
   stablehlo    a program for CPUs, GPUs and TPUs, which JAX alone can call
   onnx         a graph for ONNX Runtime and others; pip install 'vit_jax[onnx]'
   savedmodel   a folder for TensorFlow, written by an interpreter that has it (--tf_python)
@@ -60,7 +61,8 @@ PROGRAMS: Mapping[str, str] = {
     "onnx": "vit_jax.export.onnx",
     "savedmodel": "vit_jax.export.savedmodel",
 }
-FORMATS = (*WEIGHTS, *PROGRAMS)
+TRANSFORMERS = "transformers"
+FORMATS = (*WEIGHTS, TRANSFORMERS, *PROGRAMS)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -113,6 +115,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name in args.to:
         if name not in FORMATS:
             raise UserError(f"--to={name}: {name!r} is unknown{suggest(name, FORMATS)}")
+    if {"safetensors", TRANSFORMERS} <= set(args.to):
+        raise UserError(
+            f"--to={','.join(args.to)}: safetensors and {TRANSFORMERS} write the same file, "
+            "model.safetensors; expected one of them"
+        )
     if args.output.suffix.removeprefix(".") in FORMATS:
         raise UserError(
             f"--output={args.output}: expected a folder; the file in it will be "
@@ -184,6 +191,9 @@ def export(
             elif name == "safetensors":
                 lines += _write_timm_config(folder / CONFIG, weights)
             continue
+        if name == TRANSFORMERS:
+            lines += _write_transformers(folder, _make_weights(model))
+            continue
         check_size(model, what=name)
         options = {"python": tf_python} if name == "savedmodel" else {}
         write = getattr(importlib.import_module(PROGRAMS[name]), f"write_{name}")
@@ -221,6 +231,13 @@ def _write_huggingface_config(folder: Path, weights: "Weights") -> list[str]:
         if content is not None:
             (folder / name).write_bytes(encode_text(json.dumps(content, indent=1) + "\n"))
     return notes
+
+
+def _write_transformers(folder: Path, weights: "Weights") -> list[str]:
+    """Writes `model.safetensors` and its JSON files for `transformers`, and returns notes."""
+    from vit_jax.checkpoint.pretrained.huggingface_export import write_huggingface
+
+    return write_huggingface(folder, weights)
 
 
 def _make_weights(model: "LoadedModel") -> "Weights":

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vit_jax.models.block_config import BlockConfig, Constrain
+from vit_jax.models.norms import make_norm
 from vit_jax.models.positions import Rotation, rotate
 from vit_jax.models.products import project_together
 from vit_jax.utils.errors import UserError
@@ -143,14 +144,20 @@ def pad_tokens(x: jax.Array, axis: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
+def _has_bias(config: BlockConfig, name: str) -> bool:
+    """Whether the projection of this name, such as "query", has a bias."""
+    return config.qkv_bias == "all" or (config.qkv_bias == "query_value" and name != "key")
+
+
 class _Projection(nn.Module):
     """The parameters of `flax.linen.DenseGeneral` with several dimensions of features.
 
     Call: the width of the input, to the kernel `[width, features]` and the bias `[features]`, which
-    are matrices and vectors over all features, float32.
+    are matrices and vectors over all features, float32. Without `use_bias` the bias is zero.
     """
 
     features: tuple[int, ...]
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, width: int) -> tuple[jax.Array, jax.Array]:
@@ -160,12 +167,14 @@ class _Projection(nn.Module):
             return nn.initializers.xavier_uniform()(rng, (width, size)).reshape(shape)
 
         kernel = self.param("kernel", initialize, (width, *self.features))
-        bias = self.param("bias", nn.initializers.zeros, self.features)
+        bias = jnp.zeros(self.features)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.features)
         return kernel.reshape(width, size), bias.reshape(size)
 
 
 class MultiHeadDotProductAttention(nn.Module):
-    """Attention with biases on all four projections.
+    """Attention with biases on all four projections, or on those that `config.qkv_bias` names.
 
     Call: queries come from `x` `[batch, length, hidden]`, keys and values from `context`
     `[batch, context length, hidden]`, or from `x` too; returns `[batch, length, hidden]` in
@@ -175,7 +184,8 @@ class MultiHeadDotProductAttention(nn.Module):
     "pallas" `pallas_attention`, unless intermediates are asked for. Only the first
     `length` tokens are then attended to by `fused_attention`; None for all. With `config.causal`
     a token attends to itself and those before it.
-    Sources: `qk_norm`: arXiv:2302.05442; `rope`: see `positions.rotation_2d`.
+    Sources: `qk_norm`: arXiv:2302.05442; `rope`: see `positions.rotation_2d`; `attention_norm`, of
+    the heads' outputs together: arXiv:2210.06423, section 3.
     """
 
     config: BlockConfig
@@ -199,6 +209,7 @@ class MultiHeadDotProductAttention(nn.Module):
                 (config.num_heads, head_dim),
                 dtype=config.dtype,
                 kernel_init=nn.initializers.xavier_uniform(),
+                use_bias=_has_bias(config, name),
                 **config.product,
                 name=name,
             )
@@ -220,8 +231,8 @@ class MultiHeadDotProductAttention(nn.Module):
             query, key = project(x, "query"), project(context, "key")
             value = project(context, "value")
         if config.qk_norm:
-            query = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype, name="query_norm")(query)
-            key = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype, name="key_norm")(key)
+            query = make_norm(config, "query_norm")(query)
+            key = make_norm(config, "key_norm")(key)
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
         if fused:
@@ -240,6 +251,8 @@ class MultiHeadDotProductAttention(nn.Module):
             self.sow("intermediates", ATTENTION_WEIGHTS, weights)
             dropout = nn.Dropout(config.attention_dropout_rate, deterministic=not train)
             x = jnp.einsum("bhqk,bkhd->bqhd", dropout(weights.astype(config.dtype)), value)
+        if config.attention_norm:
+            x = make_norm(config, "norm")(x.reshape(*x.shape[:2], width)).reshape(x.shape)
         x = nn.DenseGeneral(
             width,
             axis=(-2, -1),
@@ -254,7 +267,10 @@ class MultiHeadDotProductAttention(nn.Module):
         """The queries, keys and values of tokens, as their dense layers have them."""
         config = self.config
         heads = config.num_heads, x.shape[-1] // config.num_heads
-        layers = [_Projection(heads, name=name)(x.shape[-1]) for name in ("query", "key", "value")]
+        layers = [
+            _Projection(heads, use_bias=_has_bias(config, name), name=name)(x.shape[-1])
+            for name in ("query", "key", "value")
+        ]
         kernels = tuple(kernel.astype(config.dtype) for kernel, _ in layers)
         biases = tuple(bias.astype(config.dtype) for _, bias in layers)
         projected = project_together(x.reshape(-1, x.shape[-1]), kernels, biases)

@@ -28,6 +28,12 @@ Attention = Literal["auto", "xla", "fused", "pallas"]
 # kernels on NVIDIA GPUs. `auto` goes by the devices of a run (see `blocks.choose_blocks`).
 Blocks = Literal["auto", "xla", "fused"]
 
+# How tokens are normalised (see `norms.make_norm`).
+Norm = Literal["layer_norm", "rms_norm"]
+
+# Which of the projections of queries, keys and values have a bias.
+QkvBias = Literal["all", "query_value", "none"]
+
 Activation = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "swiglu"]
 
 
@@ -54,6 +60,10 @@ class BlockConfig:
     causal: bool = False
     activation: Activation = "gelu_tanh"
     qk_norm: bool = False
+    qkv_bias: QkvBias = "all"
+    attention_norm: bool = False
+    mlp_norm: bool = False
+    norm: Norm = "layer_norm"
     layer_scale_init: float | None = None
     norm_epsilon: float = 1e-6
     dtype: DTypeLike = jnp.float32

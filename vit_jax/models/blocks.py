@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from vit_jax.models.activations import gelu, quick_gelu
 from vit_jax.models.attention import MultiHeadDotProductAttention, pad_tokens, takes_kernel
 from vit_jax.models.block_config import BlockConfig
+from vit_jax.models.norms import make_norm
 from vit_jax.models.positions import Rotation, resize_patches
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.gpus import is_ampere
@@ -198,7 +199,8 @@ class MlpBlock(nn.Module):
     """Dense, activation, dropout, Dense, dropout; hidden width `config.mlp_dim`.
 
     Call: `[batch, length, width]` to the same shape. With the activation "swiglu" the hidden state
-    is Dense(x) * silu(gate(x)) (arXiv:2002.05202).
+    is Dense(x) * silu(gate(x)) (arXiv:2002.05202). With `config.mlp_norm` it is normalised
+    (arXiv:2210.06423).
     """
 
     config: BlockConfig
@@ -229,6 +231,8 @@ class MlpBlock(nn.Module):
         else:
             hidden = gelu(hidden, approximate=config.activation == "gelu_tanh")
         hidden = config.constrain(hidden, ("batch", None, "mlp"))
+        if config.mlp_norm:
+            hidden = make_norm(config, "norm")(hidden)
         hidden = nn.Dropout(config.dropout_rate, deterministic=not train)(hidden)
         x = dense(width)(hidden)
         return nn.Dropout(config.dropout_rate, deterministic=not train)(x)
@@ -261,24 +265,25 @@ class Encoder1DBlock(nn.Module):
                 x = LayerScale(config.layer_scale_init, dtype=config.dtype)(x)
             return StochasticDepth()(x, stochastic_depth_rate, train=train)
 
-        def norm(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def norm(x: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
             """The input of a residual branch, to which its result is added, and its norm."""
-            if config.blocks != "fused":
-                return x, nn.LayerNorm(config.norm_epsilon, dtype=config.dtype)(x)
+            if config.blocks != "fused" or config.norm != "layer_norm":
+                return x, make_norm(config, name)(x)
             from vit_jax.models.layer_norm import LayerNorm
 
             # As matrices, so that XLA adds to the input within the last product of the branch.
-            flat, normed = LayerNorm(config.norm_epsilon, config.dtype)(x.reshape(-1, x.shape[-1]))
+            layer = LayerNorm(config.norm_epsilon, config.dtype, name=name)
+            flat, normed = layer(x.reshape(-1, x.shape[-1]))
             return flat, normed.reshape(x.shape)
 
         def add(x: jax.Array, branch: jax.Array) -> jax.Array:
             total = (x + residual(branch).reshape(x.shape)).reshape(branch.shape)
             return config.constrain(total, ("batch", "tokens", None))
 
-        x, y = norm(x)
+        x, y = norm(x, "LayerNorm_0")
         y = MultiHeadDotProductAttention(config)(y, rope=rope, length=length, train=train)
         x = add(x, nn.Dropout(config.dropout_rate, deterministic=not train)(y))
-        x, y = norm(x)
+        x, y = norm(x, "LayerNorm_1")
         return add(x, MlpBlock(config)(y, train=train))
 
 
@@ -297,6 +302,7 @@ class Encoder(nn.Module, kw_only=True):
       grids: of `AddPositionEmbs`.
       pre_norm: whether a norm (`pre_norm`) comes before the first block.
       final_norm: whether the output is normalised.
+      untied_norm: whether class tokens and registers have their own final norm (`prefix_norm`).
       scan: whether one block, compiled once, runs over parameters stacked along a leading axis
         (`encoderblock`), in place of blocks with parameters of their own (`encoderblock_3`).
 
@@ -317,6 +323,7 @@ class Encoder(nn.Module, kw_only=True):
     stochastic_depth_rate: float = 0.0
     stochastic_depth_schedule: DepthSchedule = "linear"
     final_norm: bool = True
+    untied_norm: bool = False
     scan: bool = False
     remat: Remat = "none"
 
@@ -348,7 +355,7 @@ class Encoder(nn.Module, kw_only=True):
         if rope is not None and kept is not None:
             rope = jax.tree.map(lambda table: table[kept], rope)
         if self.pre_norm:
-            x = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype, name="pre_norm")(x)
+            x = make_norm(config, "pre_norm")(x)
         x = config.constrain(x, ("batch", "tokens", None))
         length = x.shape[1]
         pads = config.attention == "fused" and takes_kernel(self, config, x.shape[-1])
@@ -360,7 +367,11 @@ class Encoder(nn.Module, kw_only=True):
         x = self._run_blocks(x, rope, length, train=train)[:, :length]
         if not self.final_norm:
             return x
-        return nn.LayerNorm(config.norm_epsilon, dtype=config.dtype, name="encoder_norm")(x)
+        if self.untied_norm:
+            first, x = jnp.split(x, [prefix], axis=1)
+            first = make_norm(config, "prefix_norm")(first)
+            return jnp.concatenate([first, make_norm(config, "encoder_norm")(x)], axis=1)
+        return make_norm(config, "encoder_norm")(x)
 
     def _insert_registers(self, x: jax.Array) -> jax.Array:
         if not self.num_registers:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from vit_jax.models.attention import MultiHeadDotProductAttention
 from vit_jax.models.block_config import BlockConfig, Constrain
 from vit_jax.models.blocks import MlpBlock
+from vit_jax.models.norms import make_norm
 
 # How the kernel of a head starts: at zero, or as that of any dense layer.
 HeadInit = Literal["zeros", "lecun_normal"]
@@ -29,13 +30,13 @@ class MAPHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         off = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0, "qk_norm": False}
-        off |= {"causal": False}
+        off |= {"causal": False, "qkv_bias": "all", "attention_norm": False, "mlp_norm": False}
         config = dataclasses.replace(self.config, **off)
         batch, _, width = x.shape
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))
         probe = jnp.broadcast_to(probe.astype(config.dtype), (batch, 1, width))
         x = MultiHeadDotProductAttention(config)(probe, x, train=train)
-        y = nn.LayerNorm(config.norm_epsilon, dtype=config.dtype)(x)
+        y = make_norm(config, "LayerNorm_0")(x)
         y = MlpBlock(config)(y, train=train)
         return (x + y)[:, 0]
 

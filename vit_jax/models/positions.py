@@ -6,7 +6,7 @@ grid of any size and shape. Learned embeddings are interpolated to fit another g
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,27 @@ import numpy as np
 
 from vit_jax.utils.errors import UserError
 
+# What the positions of a rotary embedding are, see `rotation_2d`.
+RopeCoordinates = Literal["index", "centered"]
+
 Method = Literal["bilinear", "bilinear_half_pixel", "bicubic", "bicubic_no_antialias"]
 
 # Values of `model.position_embedding` that are computed, and the `endpoint` of `sincos_2d`.
 FIXED_POSITIONS = {"sincos2d": True, "sincos2d_mae": False}
+
+
+class CoordinateNoise(NamedTuple):
+    """How the coordinates of patches vary in training, each once for all images of a call.
+
+    `shift` adds to each axis an offset from (-shift, shift). `jitter` multiplies each axis, and
+    `rescale` both axes, by a factor whose logarithm is uniform, from (1 / jitter, jitter). None for
+    no change. Source: arXiv:2508.10104, section 3.2, and `pos_embed_shift`, `pos_embed_jitter` and
+    `pos_embed_rescale` of Hugging Face's DINOv3.
+    """
+
+    shift: float | None = None
+    jitter: float | None = None
+    rescale: float | None = None
 
 
 class Rotation(NamedTuple):
@@ -74,6 +91,9 @@ def rotation_2d(
     theta: float,
     num_prefix_tokens: int,
     reference_grid: tuple[int, int] | None = None,
+    coordinates: RopeCoordinates = "index",
+    noise: CoordinateNoise | None = None,
+    rng: jax.Array | None = None,
 ) -> Rotation:
     """Returns an axial 2D rotary embedding, `[num_prefix_tokens + rows * columns, head_dim]`.
 
@@ -82,19 +102,42 @@ def rotation_2d(
     are not turned. `head_dim`, the number of channels of a head, must divide by 4.
 
     Positions are 0, 1, 2, ... With a `reference_grid` of (rows, columns), they are those multiplied
-    by its size over that of `grid`, so that any grid spans the positions of the reference.
+    by its size over that of `grid`, so that any grid spans the positions of the reference. If
+    `centered`, they are 2 pi times the coordinates of the centres of patches in (-1, 1), whatever
+    the grid; these vary by `noise`, drawn from `rng`, if there is one.
 
     Sources: arXiv:2104.09864; in 2D: arXiv:2403.13298, section 3.2 ("axial"); the reference grid:
-    arXiv:2303.11331 (EVA-02), and `ref_feat_shape` of timm.
+    arXiv:2303.11331 (EVA-02), and `ref_feat_shape` of timm; `centered`: arXiv:2508.10104 (DINOv3).
     """
     frequencies = theta ** -(4 * np.arange(head_dim // 4) / head_dim)
-    spacing = np.divide(reference_grid or grid, grid).reshape(2, 1, 1)
-    angles = np.indices(grid).reshape(2, -1, 1) * spacing * frequencies
-    angles = np.repeat(np.concatenate(list(angles), axis=1), 2, axis=1)
-    angles = np.concatenate([np.zeros((num_prefix_tokens, head_dim)), angles])
+    indices = np.indices(grid).reshape(2, -1, 1)
+    np_or_jnp: Any = np
+    if coordinates == "centered":
+        positions = 2 * (indices + 0.5) / np.reshape(grid, (2, 1, 1)) - 1
+        if noise is not None and rng is not None:
+            positions, np_or_jnp = _move(positions, noise, rng), jnp
+        positions = 2 * math.pi * positions
+    else:
+        positions = indices * np.divide(reference_grid or grid, grid).reshape(2, 1, 1)
+    angles = positions * frequencies
+    angles = np_or_jnp.repeat(np_or_jnp.concatenate(list(angles), axis=1), 2, axis=1)
+    angles = np_or_jnp.concatenate([np.zeros((num_prefix_tokens, head_dim)), angles])
     return Rotation(
-        cos=jnp.asarray(np.cos(angles), jnp.float32), sin=jnp.asarray(np.sin(angles), jnp.float32)
+        cos=jnp.asarray(np_or_jnp.cos(angles), jnp.float32),
+        sin=jnp.asarray(np_or_jnp.sin(angles), jnp.float32),
     )
+
+
+def _move(coordinates: np.ndarray, noise: CoordinateNoise, rng: jax.Array) -> jax.Array:
+    """Moves coordinates `[2, patches, 1]` as `noise` says; the result is float32."""
+    moved = jnp.asarray(coordinates, jnp.float32)
+    keys = jax.random.split(rng, 3)
+    if noise.shift:
+        moved += jax.random.uniform(keys[0], (2, 1, 1), minval=-noise.shift, maxval=noise.shift)
+    for key, shape, largest in ((keys[1], (2, 1, 1), noise.jitter), (keys[2], (), noise.rescale)):
+        if largest:
+            moved *= jnp.exp(math.log(largest) * jax.random.uniform(key, shape, minval=-1.0))
+    return moved
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:

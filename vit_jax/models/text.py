@@ -89,7 +89,7 @@ class TextTransformer(nn.Module, kw_only=True):
     def block_config(self) -> BlockConfig:
         """The options that all layers share: the attributes with the names of its fields."""
         names = [field.name for field in dataclasses.fields(BlockConfig)]
-        return BlockConfig(**{name: getattr(self, name) for name in names})
+        return BlockConfig(**{name: getattr(self, name) for name in names if hasattr(self, name)})
 
     @nn.compact
     def __call__(self, tokens: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -4,6 +4,7 @@
 Sizes: see `models.names`; arXiv:2106.10270 (hybrids) and Table 1 of arXiv:2105.01601 (Mixer).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,6 +88,8 @@ def make_vit(
     _check_sizes("num_registers", options.get("num_registers", 0), least=0)
     _check_sizes("representation_size", options.get("representation_size") or 1)
     _check_sizes("resnet_layers", resnet_layers or ())
+    if options.get("untied_norm") and options.get("norm_after_pooling"):
+        raise UserError("model.untied_norm with model.norm_after_pooling: expected one of them")
     if pooling == "unpooled" and options.get("norm_after_pooling"):
         raise UserError("model.norm_after_pooling with model.classifier='unpooled': nothing pools")
     if options.get("distillation_token"):
@@ -337,6 +340,7 @@ def _check_positions(sizes: Mapping[str, Any], options: Mapping[str, Any]) -> No
             f"model.rope_theta={theta}: the {head_dim} channels of a head can't be halved into "
             "pairs for rows and columns; choose model.num_heads so that they divide by 4"
         )
+    _check_coordinates(options)
     reference = options.get("rope_reference_grid")
     if reference is not None and (theta is None or min(reference) < 1):
         raise UserError(
@@ -348,6 +352,32 @@ def _check_positions(sizes: Mapping[str, Any], options: Mapping[str, Any]) -> No
         raise UserError(
             f"model.hidden_size={sizes['hidden_size']} with position_embedding={positions!r}: "
             "expected a multiple of 4"
+        )
+
+
+def _check_coordinates(options: Mapping[str, Any]) -> None:
+    """Checks the options of rotary embeddings beside their base."""
+    theta, coordinates = options.get("rope_theta"), options.get("rope_coordinates", "index")
+    if coordinates != "index" and (theta is None or options.get("rope_reference_grid")):
+        raise UserError(
+            f"model.rope_coordinates={coordinates!r} with model.rope_theta={theta} and "
+            f"model.rope_reference_grid={options.get('rope_reference_grid')!r}: expected a "
+            "rope_theta such as 100.0, and no grid"
+        )
+    for key, least in (("rope_shift", 0), ("rope_jitter", 1), ("rope_rescale", 1)):
+        value = options.get(key)
+        if value is not None and (coordinates != "centered" or value <= least):
+            raise UserError(
+                f"model.{key}={value} with model.rope_coordinates={coordinates!r}: expected a "
+                f"number above {least}, and rope_coordinates='centered'"
+            )
+    own, registers = options.get("rope_register_theta"), options.get("num_registers", 0)
+    is_square = registers > 0 and math.isqrt(registers) ** 2 == registers
+    if own is not None and (theta is None or own <= 0 or not is_square):
+        raise UserError(
+            f"model.rope_register_theta={own} with model.num_registers={registers} and "
+            f"model.rope_theta={theta}: expected a number above 0, registers that make a square, "
+            "such as 4, and a rope_theta"
         )
 
 

@@ -6,6 +6,7 @@ Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv:2010.11929, s
 
 import dataclasses
 import functools
+import math
 from typing import Literal
 
 import flax.linen as nn
@@ -19,12 +20,22 @@ from vit_jax.models.block_config import (
     BlockConfig,
     Blocks,
     Constrain,
+    Norm,
+    QkvBias,
     unconstrained,
 )
 from vit_jax.models.blocks import DepthSchedule, Encoder, Remat
 from vit_jax.models.heads import HeadInit, MAPHead, apply_head
 from vit_jax.models.lora import Lora
-from vit_jax.models.positions import fixed_positions, patch_grid, rotation_2d
+from vit_jax.models.norms import make_norm
+from vit_jax.models.positions import (
+    CoordinateNoise,
+    RopeCoordinates,
+    Rotation,
+    fixed_positions,
+    patch_grid,
+    rotation_2d,
+)
 
 Classifier = Literal["token", "gap", "map", "unpooled", "token_unpooled"]
 PositionEmbedding = Literal["learned", "sincos2d", "sincos2d_mae", "none"]
@@ -54,16 +65,31 @@ class VisionTransformer(nn.Module, kw_only=True):
       rope_theta: base of a 2D rotary embedding of queries and keys, such as 100.0; None for none.
       rope_reference_grid: (rows, columns) of patches whose positions any other grid spans, as in
         timm's models (16, 16); None for positions that are rows and columns of patches.
+      rope_coordinates: positions of the rotary embedding: the `index` of rows and columns, or 2 pi
+        times coordinates in (-1, 1) (`centered`), as in DINOv3 (arXiv:2508.10104).
+      rope_shift, rope_jitter, rope_rescale: how centred coordinates vary in training, see
+        `positions.CoordinateNoise`; None for no variation.
+      rope_register_theta: base of a rotary embedding of the registers, as a square grid of their
+        own, as in ViT-5 (arXiv:2602.08071); None for registers that are not turned.
       num_registers: number of learned tokens beside the patches (arXiv:2309.16588).
       distillation_token: whether a second class token with a head of its own (`head_dist`) follows
         the first (arXiv:2012.12877); the logits are the mean of both heads.
       activation: activation of the MLP blocks: GELU by its tanh approximation, as in the published
         weights, exact GELU, x * sigmoid(1.702 x) as in OpenAI's CLIP (`quick_gelu`), or SwiGLU.
       qk_norm: whether queries and keys are normalised.
+      qkv_bias: whether the projections of queries, keys and values have biases (`all`), those of
+        keys have none (`query_value`, as in DINOv3), or none of them has one (`none`).
+      attention_norm: whether the output of the attention heads is normalised before its projection,
+        as in EVA-02 (arXiv:2303.11331).
+      mlp_norm: whether the hidden state of the MLP blocks is normalised, as in EVA-02.
+      norm: the kind of all norms: `layer_norm`, or `rms_norm`, which subtracts no mean and has no
+        bias.
       layer_scale_init: initial factor on residual branches (LayerScale); None for no factor.
-      norm_epsilon: epsilon of all LayerNorms.
+      norm_epsilon: epsilon of all norms.
       pre_norm: whether a norm comes before the first block, as in CLIP.
       norm_after_pooling: whether the final norm (`fc_norm`) comes after pooling, not before.
+      untied_norm: whether the final norm of class tokens and registers has parameters of its own,
+        as an option of DINOv3.
       dropout_rate: dropout after the position embeddings, the attention and both MLP layers.
       attention_dropout_rate: dropout of attention weights.
       stochastic_depth_rate: rate at which the last block drops its branches for a sample.
@@ -116,14 +142,24 @@ class VisionTransformer(nn.Module, kw_only=True):
     position_embedding: PositionEmbedding = "learned"
     rope_theta: float | None = None
     rope_reference_grid: tuple[int, int] | None = None
+    rope_coordinates: RopeCoordinates = "index"
+    rope_shift: float | None = None
+    rope_jitter: float | None = None
+    rope_rescale: float | None = None
+    rope_register_theta: float | None = None
     num_registers: int = 0
     distillation_token: bool = False
     activation: Activation = "gelu_tanh"
     qk_norm: bool = False
+    qkv_bias: QkvBias = "all"
+    attention_norm: bool = False
+    mlp_norm: bool = False
+    norm: Norm = "layer_norm"
     layer_scale_init: float | None = None
     norm_epsilon: float = 1e-6
     pre_norm: bool = False
     norm_after_pooling: bool = False
+    untied_norm: bool = False
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
@@ -186,7 +222,7 @@ class VisionTransformer(nn.Module, kw_only=True):
         encoded = self._encode(embedded, grid, position_grid or grid, patches, train=train)
         x = self._pool(encoded, train=train)
         if self.norm_after_pooling:
-            x = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name="fc_norm")(x)
+            x = make_norm(self.block_config, "fc_norm")(x)
         if self.representation_size is not None:
             x = nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x)
             x = nn.tanh(x)
@@ -253,15 +289,7 @@ class VisionTransformer(nn.Module, kw_only=True):
         if tokens:
             first = jnp.concatenate(tokens, axis=1).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(first, (n, *first.shape[1:])), x], axis=1)
-        rotation = None
-        if self.rope_theta is not None:
-            rotation = rotation_2d(
-                grid,
-                self.hidden_size // self.num_heads,
-                theta=self.rope_theta,
-                num_prefix_tokens=self.num_prefix_tokens,
-                reference_grid=self.rope_reference_grid,
-            )
+        rotation = self._rotation(grid, train=train) if self.rope_theta is not None else None
         return Encoder(
             config=self.block_config,
             num_layers=self.num_layers,
@@ -274,10 +302,38 @@ class VisionTransformer(nn.Module, kw_only=True):
             stochastic_depth_rate=self.stochastic_depth_rate,
             stochastic_depth_schedule=self.stochastic_depth_schedule,
             final_norm=not self.norm_after_pooling,
+            untied_norm=self.untied_norm,
             scan=self.scan,
             remat=self.remat,
             name="Transformer",
         )(x, rotation, patches, train=train)
+
+    def _rotation(self, grid: tuple[int, int], *, train: bool) -> Rotation:
+        """Returns the rotation of class tokens, registers and patches, in this order."""
+        assert self.rope_theta is not None
+        turned_registers = self.rope_register_theta is not None
+        head_dim = self.hidden_size // self.num_heads
+        noise = CoordinateNoise(self.rope_shift, self.rope_jitter, self.rope_rescale)
+        patches = rotation_2d(
+            grid,
+            head_dim,
+            theta=self.rope_theta,
+            num_prefix_tokens=0 if turned_registers else self.num_prefix_tokens,
+            reference_grid=self.rope_reference_grid,
+            coordinates=self.rope_coordinates,
+            noise=noise,
+            rng=self.make_rng("dropout") if train and any(noise) else None,
+        )
+        if not turned_registers:
+            return patches
+        side = math.isqrt(self.num_registers)
+        first = rotation_2d(
+            (side, side),
+            head_dim,
+            theta=self.rope_register_theta,
+            num_prefix_tokens=self.num_class_tokens,
+        )
+        return Rotation(*(jnp.concatenate(tables) for tables in zip(first, patches, strict=True)))
 
     def _pool(self, encoded: jax.Array, *, train: bool) -> jax.Array:
         if self.classifier == "token":

@@ -23,6 +23,17 @@ LINE = (
 PREPROCESS = {"mean": 0.4, "std": (0.1, 0.2, 0.3), "image_size": (32, 32), "eval": LINE}
 
 
+DINOV3 = {
+    "rope_theta": 100.0,
+    "rope_coordinates": "centered",
+    "position_embedding": "none",
+    "num_registers": 4,
+    "qkv_bias": "query_value",
+    "layer_scale_init": 1e-5,
+    "norm_epsilon": 1e-5,
+}
+
+
 def describe(params, model, **preprocess):
     preprocess = PREPROCESS | preprocess
     return Weights(
@@ -44,6 +55,10 @@ def describe(params, model, **preprocess):
         {"rope_theta": 100.0, "activation": "swiglu", "position_embedding": "none"},
         {"rope_theta": 9.0, "activation": "gelu_erf", "rope_reference_grid": (8, 8)},
         {"resnet_layers": (), "patch_size": 2},
+        DINOV3 | {"activation": "gelu_erf"},
+        DINOV3 | {"activation": "swiglu", "mlp_dim": 20, "qkv_bias": "none", "classifier": "gap"},
+        DINOV3 | {"activation": "gelu_erf", "norm_epsilon": 1e-6, "mlp_norm": True},
+        {"norm": "rms_norm", "qk_norm": True, "attention_norm": True, "mlp_norm": True},
     ],
     ids=str,
 )

@@ -34,6 +34,8 @@ from vit_jax.utils.registry import is_part
 
 _MAX_LISTED = 4  # parameters in one line of an error
 
+_QKV_BIAS = re.compile(r"encoderblock_\d+/.*/(query|key|value)/bias$")
+
 # Tokens whose position embeddings are in front of those of the patches.
 _TOKENS = ("cls", "dist")
 
@@ -46,6 +48,8 @@ _ARGUMENTS = (
     "norm_epsilon",
     "rope_theta",
     "rope_reference_grid",
+    "rope_coordinates",
+    "rope_register_theta",
     "position_embedding",
     "num_heads",
     "pre_norm",
@@ -140,6 +144,7 @@ def _fit_tower(
     notes = [
         *_fit_slots(params, initial, weights.params),
         *_fit_tokens(params, initial),
+        *_fit_biases(params, initial),
         *_fit_channels(params, initial),
         *_fit_patches(params, initial),
     ]
@@ -155,6 +160,27 @@ def _fit_tower(
         )
     head_notes = _fit_head(params, initial)
     return notes + _fit_pre_logits(params, initial) + head_notes
+
+
+def _fit_biases(params: _Flat, initial: _Flat) -> list[str]:
+    """Adds or removes zero biases of queries, keys and values; the function stays the same."""
+    theirs, ours = (
+        {match[1] for match in map(_QKV_BIAS.search, flat) if match} for flat in (params, initial)
+    )
+    # A file that lacks only some of them is damaged.
+    missing = [p for p in initial if (m := _QKV_BIAS.search(p)) and m[1] not in theirs]
+    extra = [p for p in params if (m := _QKV_BIAS.search(p)) and m[1] not in ours]
+    extra = [path for path in extra if not np.any(params[path])]
+    for path in missing:
+        params[path] = np.zeros_like(initial[path])
+    for path in extra:
+        del params[path]
+    found = {"none in the file: zeros": missing, "zeros in the file, none here: dropped": extra}
+    return [
+        f"{' and '.join(sorted({path.split('/')[-2] for path in paths}))} biases: {what}"
+        for what, paths in found.items()
+        if paths
+    ]
 
 
 def _match_towers(weights: Weights, initial: _Flat) -> tuple[Weights, list[str]]:

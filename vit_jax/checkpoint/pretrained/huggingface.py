@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads Hugging Face's ViT, DeiT, DINOv2 and I-JEPA by the tensor names of timm.
+"""Reads Hugging Face's ViT, DeiT, DINOv2, DINOv3 and I-JEPA by the tensor names of timm.
 
-Source: transformers 5.23, `models/vit`, `deit`, `dinov2`, `dinov2_with_registers` and `ijepa`;
+Source: transformers 5.23, `models/vit`, `deit`, `dinov2`, `dinov2_with_registers`, `dinov3_vit` and
+`ijepa`;
 `vit_msn` and `vit_mae` compute the same. The names are those that its files have.
 """
 
@@ -20,8 +21,11 @@ from vit_jax.checkpoint.pretrained.config_json import (
     read_colors,
     read_pair,
 )
-from vit_jax.checkpoint.pretrained.names import HUGGINGFACE_PATCHES as _PATCHES
-from vit_jax.checkpoint.pretrained.names import describe_family
+from vit_jax.checkpoint.pretrained.names import (
+    HUGGINGFACE_DINOV3_PATCHES,
+    HUGGINGFACE_PATCHES,
+    describe_family,
+)
 from vit_jax.checkpoint.pretrained.timm_tensors import find_positions, to_linen
 from vit_jax.checkpoint.pretrained.weights import (
     Loss,
@@ -33,6 +37,7 @@ from vit_jax.checkpoint.pretrained.weights import (
 )
 from vit_jax.utils.bounds import shorten
 
+_PATCHES = HUGGINGFACE_PATCHES, HUGGINGFACE_DINOV3_PATCHES
 _NAMES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -41,8 +46,12 @@ _NAMES = tuple(
         (r"^embeddings\.register_tokens$", "reg_token"),
         (r"^embeddings\.mask_token$", "mask_token"),
         (r"^embeddings\.position_embeddings$", "pos_embed"),
-        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-        (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
+        (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+        (r"^(?:encoder\.|model\.)?layer\.(\d+)\.", r"blocks.\1."),
+        (r"^(blocks\.\d+)\.attention\.(q|k|v)_proj\.", r"\1.attn.\2_proj."),
+        (r"^(blocks\.\d+)\.attention\.o_proj\.", r"\1.attn.proj."),
+        (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+        (r"\.mlp\.gate_proj\.", ".mlp.fc1_g."),
         (r"\.attention\.attention\.(q|k|v)(uery|ey|alue)\.", r".attn.\1_proj."),
         (r"\.attention\.output\.dense\.", ".attn.proj."),
         (r"\.layernorm_before\.", ".norm1."),
@@ -64,6 +73,9 @@ _INTERPOLATIONS = dict(enumerate(("nearest", "lanczos", "bilinear", "bicubic", "
 _ODD_IMAGES = ("do_pad", "crop_pct", "do_flip_channel_order")
 _ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
+_ROPE_THETA = 100.0  # the default of Hugging Face's DINOv3
+_EPSILONS = {"DINOv2": 1e-6, "DINOv2 with registers": 1e-6, "DINOv3": 1e-5}
+
 # Kinds of models by `model_type`: the kind that the tensors show, and its name.
 _KINDS = {
     "vit": ("ViT", "ViT"),
@@ -73,6 +85,7 @@ _KINDS = {
     "vit_msn": ("ViT", "ViT-MSN"),
     "vit_mae": ("ViT", "ViT-MAE"),
     "ijepa": ("I-JEPA", "I-JEPA"),
+    "dinov3_vit": ("DINOv3", "DINOv3"),
 }
 # Keys of config.json that tensors show (see `_list_sizes`), that matter in training or for other
 # programs alone, or that every config has, for models of text too.
@@ -99,12 +112,15 @@ HARMLESS = {
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids"),
     *("num_return_sequences", "output_scores", "return_dict_in_generate"),
     *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"),
+    *("use_gated_mlp", "query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias"),
+    *("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale", "attention_dropout"),
     *("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
 }
 _USED = {"num_attention_heads", "layer_norm_eps", "image_size", "id2label"}
+_USED |= {"hidden_act"}
+_USED_BY_DINOV3 = {"rope_theta", "rope_parameters"}
 # Values of other keys with which the function is that of a model here.
 _EXPECTED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": tuple(_ACTIVATIONS),
     "pooler_act": ("tanh",),
     "problem_type": ("single_label_classification", "multi_label_classification", "regression"),
     "is_decoder": (False,),
@@ -125,7 +141,7 @@ def read_huggingface(
     processor: Mapping[str, Any],
     num_heads: int | None,
 ) -> Weights:
-    """Reads a ViT, DeiT, DINOv2 or I-JEPA of Hugging Face.
+    """Reads a ViT, DeiT, DINOv2, DINOv3 or I-JEPA of Hugging Face.
 
     Args:
       tensors: arrays of any float dtype by name.
@@ -142,7 +158,8 @@ def read_huggingface(
     if not isinstance(config.get("model_type"), str):
         config = {}  # It was written by another program.
     _check_kind(tensors, config)
-    check_keys(config, HARMLESS | _USED | _EXPECTED.keys())
+    more_keys = _USED_BY_DINOV3 if config.get("model_type") == "dinov3_vit" else set()
+    check_keys(config, HARMLESS | _USED | more_keys | _EXPECTED.keys())
     check_values(config, _EXPECTED)
     renamed, kind, notes = _to_timm_names(tensors)
     if "model_type" in config:
@@ -160,8 +177,13 @@ def read_huggingface(
         key="image_size in config.json" if config else "model_type and image_size in config.json",
     )
     heads = config.get("num_attention_heads") if num_heads is None else num_heads
-    params, more = to_linen(renamed, num_heads=heads, num_slots=slots)
-    model = describe_model(params, rope_theta=None)
+    is_dinov3 = kind == "DINOv3"
+    params, more = to_linen(
+        renamed, num_heads=heads, num_slots=slots, halves=is_dinov3, fill_biases=not is_dinov3
+    )
+    model = describe_model(params, rope_theta=_read_theta(config) if is_dinov3 else None)
+    if is_dinov3:
+        model["rope_coordinates"] = "centered"
     check_sizes(config, _list_sizes(config, renamed, params, model))
     settings, settings_notes = _read_settings(config, model, kind=kind)
     model = settings | model
@@ -208,6 +230,18 @@ def _check_kind(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) ->
         raise ValueError("it has no tensors encoder.layer.0.*; no model here has such layers")
 
 
+def _read_theta(config: Mapping[str, Any]) -> float:
+    """Returns the base of DINOv3's rotary embedding; its `rope_parameters` may state it too."""
+    parameters = config.get("rope_parameters") or {}
+    if not isinstance(parameters, Mapping) or parameters.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_parameters={shorten(parameters)} in config.json: expected default")
+    theta = parameters.get("rope_theta", config.get("rope_theta"))
+    theta = _ROPE_THETA if theta is None else theta
+    if not is_number(theta) or theta <= 0:
+        raise ValueError(f"rope_theta={shorten(theta)} in config.json: expected a number above 0")
+    return float(theta)
+
+
 def _read_loss(
     tensors: dict[str, np.ndarray], config: Mapping[str, Any]
 ) -> tuple[Loss | None, list[str]]:
@@ -239,6 +273,12 @@ def _list_sizes(
         "intermediate_size": model["mlp_dim"],
         "num_register_tokens": model.get("num_registers", 0),
         "use_swiglu_ffn": gated,
+        "use_gated_mlp": gated,
+        "query_bias": "blocks.0.attn.q_proj.bias" in tensors,
+        "key_bias": "blocks.0.attn.k_proj.bias" in tensors,
+        "value_bias": "blocks.0.attn.v_proj.bias" in tensors,
+        "proj_bias": "blocks.0.attn.proj.bias" in tensors,
+        "mlp_bias": "blocks.0.mlp.fc2.bias" in tensors,
         "qkv_bias": "blocks.0.attn.q_proj.bias" in tensors,
     }
     if "layer_scale_init" not in model:
@@ -259,7 +299,9 @@ def _to_timm_names(
     tensors: Mapping[str, np.ndarray],
 ) -> tuple[dict[str, np.ndarray], str, list[str]]:
     """Returns the tensors by timm's names, the name of the model ("DINOv2"), and notes."""
-    prefix = next(name for name in tensors if name.endswith(_PATCHES)).removesuffix(_PATCHES)
+    prefix = next(name for name in tensors if name.endswith(_PATCHES))
+    for patches in _PATCHES:
+        prefix = prefix.removesuffix(patches)
     renamed = {}
     for name, x in tensors.items():
         name = name.removeprefix(prefix)
@@ -267,7 +309,12 @@ def _to_timm_names(
             name = pattern.sub(replacement, name)
         renamed[name] = x
     kind = "ViT"
-    if any(name.endswith(".ls1.gamma") for name in renamed):
+    if any(".mlp.up_proj." in name for name in renamed):
+        gated = any(".mlp.fc1_g." in name for name in renamed)
+        up = ".mlp.fc1_x." if gated else ".mlp.fc1."
+        renamed = {name.replace(".mlp.up_proj.", up): x for name, x in renamed.items()}
+        kind = "DINOv3"
+    elif any(name.endswith(".ls1.gamma") for name in renamed):
         kind = "DINOv2 with registers" if "reg_token" in renamed else "DINOv2"
     elif "dist_token" in renamed:
         kind = "DeiT"
@@ -303,9 +350,13 @@ def _read_settings(
     config: Mapping[str, Any], model: Mapping[str, Any], *, kind: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns arguments of the model from config.json, or the defaults of the kind and a note."""
-    epsilon = 1e-6 if kind.startswith("DINOv2") else 1e-12
+    epsilon = _EPSILONS.get(kind, 1e-12)
+    gated = kind == "DINOv3" and model.get("activation") == "swiglu"
+    activations = {"silu": "swiglu"} if gated else _ACTIVATIONS
+    check_values(config, {"hidden_act": tuple(activations)})
+    default = "silu" if gated else "gelu"
     taken = {
-        "hidden_act": ("activation", _ACTIVATIONS[config.get("hidden_act") or "gelu"]),
+        "hidden_act": ("activation", activations[config.get("hidden_act") or default]),
         "layer_norm_eps": ("norm_epsilon", _read_epsilon(config, epsilon)),
     }
     settings = dict(taken.values())

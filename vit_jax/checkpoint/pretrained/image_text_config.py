@@ -35,6 +35,11 @@ _IMAGES: dict[str, Any] = {
     "representation_size": None,
     "distillation_token": False,
     "qk_norm": False,
+    "qkv_bias": "all",
+    "attention_norm": False,
+    "mlp_norm": False,
+    "norm": "layer_norm",
+    "untied_norm": False,
 }
 _FUNCTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "clip": {
@@ -117,7 +122,7 @@ def make_huggingface_config(
         config["projection_dim"] = vision["projection_dim"] = texts["projection_dim"] = width
     else:
         texts["projection_size"] = width
-    processor, notes = _make_processor(weights, f"{name}ImageProcessor", size)
+    processor, notes = make_processor(weights, f"{name}ImageProcessor", size)
     return config, processor, notes
 
 
@@ -186,9 +191,14 @@ def _describe_tower(model: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _make_processor(
+def make_processor(
     weights: Weights, name: str, size: int
 ) -> tuple[dict[str, Any] | None, list[str]]:
+    """Makes the content of `preprocessor_config.json`, for the class `name` and a square of `size`.
+
+    Returns:
+      A JSON object, or None and a note if no processor prepares images as they were prepared here.
+    """
     line = weights.preprocess.get("eval") or ""
     method = METHOD.search(line)
     processor: dict[str, Any] = {

@@ -10,6 +10,8 @@ _T = TypeVar("_T")
 # The tensor that every Vision Transformer of timm, or of Hugging Face, has.
 TIMM_PATCHES = "patch_embed.proj.weight"
 HUGGINGFACE_PATCHES = "embeddings.patch_embeddings.projection.weight"
+HUGGINGFACE_DINOV3_PATCHES = "embeddings.patch_embeddings.weight"
+_PATCHES = TIMM_PATCHES, HUGGINGFACE_PATCHES, HUGGINGFACE_DINOV3_PATCHES
 
 # Wrappers of PyTorch, which may surround any module of a model.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -26,7 +28,6 @@ _FAMILIES = (
     (r"(^|\.)cls_attn_blocks\.", "XCiT"),
     (r"\.rel_pos_[hw]$", "SAM"),
     (r"(^|\.)detection_tokens$", "YOLOS"),
-    (r"(^|\.)rope_embed\.|^(model\.)?layer\.\d+\.attention\.q_proj\.", "DINOv3"),
     (r"(^|\.)(visual|vision_model)\.", "CLIP or SigLIP"),
     (r"^stages\.\d+\.", "model in stages, such as ConvNeXt"),
     (r"^(features\.|layer1\.|conv1\.)", "convolutional network"),
@@ -82,17 +83,17 @@ def _remove_wrappers(name: str) -> str:
 
 
 def _ends_with_patches(name: str) -> bool:
-    return name.endswith((TIMM_PATCHES, HUGGINGFACE_PATCHES))
+    return name.endswith(_PATCHES)
 
 
 def _find_prefix(name: str) -> str | None:
     """Returns the prefix of the model's names, if this is the name of its patches."""
-    for patches in (TIMM_PATCHES, HUGGINGFACE_PATCHES):
+    for patches in _PATCHES:
         prefix = name.removesuffix(patches)
         if prefix == name or (prefix and not prefix.endswith(".")):
             continue
         *outer, last = prefix.rstrip(".").split(".")
-        if patches == HUGGINGFACE_PATCHES and last not in _ATTRIBUTES:
+        if patches != TIMM_PATCHES and last not in _ATTRIBUTES:
             return "".join(f"{part}." for part in outer)
         return prefix
     return None

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads Vision Transformers of timm: their tensors, and the `config.json` published with them.
 
-Source: timm 1.0.31.
+The files of DINOv2, DINOv3 and ViT-5 from their own repositories are read too. Source: timm 1.0.31.
 """
 
 import math
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from vit_jax.checkpoint.pretrained.config_json import (
     read_pair,
 )
 from vit_jax.checkpoint.pretrained.names import TIMM_PATCHES, describe_family
+from vit_jax.checkpoint.pretrained.originals import Original, read_original
 from vit_jax.checkpoint.pretrained.timm_tensors import find_positions, to_linen
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
@@ -29,6 +30,7 @@ from vit_jax.checkpoint.pretrained.weights import (
     describe_no_line,
     image_size_of,
 )
+from vit_jax.models.positions import RopeCoordinates
 from vit_jax.utils.bounds import shorten
 
 _NORM_EPSILON, _CLIP_EPSILON = 1e-6, 1e-5
@@ -43,10 +45,13 @@ _NUM_HEADS = (
     (re.compile(r"vit_base_patch16_gap_224$"), 16),
     (re.compile(r"vit_base_patch\d+_plus_"), 14),
     (re.compile(r"vit_giant_patch14(_reg\d)?_(dinov2|tipsv2)$"), 24),
+    (re.compile(r"vit_huge_plus_patch16_dinov3"), 20),
+    (re.compile(r"vit_7b_patch16_dinov3"), 32),
+    (re.compile(r"vit_giant_patch16_lingbot"), 24),
     (re.compile(r"test_vit2?$"), 2),
     (re.compile(r"test_vit[34]$"), 3),
 )
-_SIZED = re.compile(r"(?:vit|deit3?|flexivit|eva)_([a-z0-9]+)(?:_|$)")
+_SIZED = re.compile(r"(?:vit|deit3?|flexivit|eva(?:02)?)_([a-z0-9]+)(?:_|$)")
 _NUM_HEADS_BY_SIZE = {
     "tiny": 3,
     "wee": 4,
@@ -64,6 +69,10 @@ _NUM_HEADS_BY_SIZE = {
 _NO_EMBED_CLASS = re.compile(
     r"deit3_|flexivit_|vit_(?!so150m)\w+_reg\d+_(gap|dinov2)|vit_[a-z]+_patch\d+_rope_ape_"
 )
+# Backbones of DINOv3 and models like it, whose rotary embeddings have centred coordinates.
+_CENTERED = re.compile(r"vit_\w+_patch\d+_(dinov3|lingbot)")
+# Models of the class `Eva` without rotary embeddings.
+_EVA_V1 = re.compile(r"eva_")
 # In timm these SigLIP models, and no others, approximate GELU by tanh.
 _TANH_GELU = re.compile(
     r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip"
@@ -86,16 +95,21 @@ _QUERY_BIASES = ("qkv.bias", "q_bias", "q_proj.bias")
 _QUERY_NORM = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query_norm/scale"
 # Arguments that are used, and values of others with which the function is that of a model here.
 _USED = {"num_heads", "global_pool", "act_layer", "pool_include_prefix", "use_rot_pos_emb"} | {
-    *("rope_temperature", "rope_grid_indexing", "ref_feat_shape"),
+    *("rope_temperature", "rope_grid_indexing", "ref_feat_shape", "rope_type", "rope_rotate_half"),
+    *("norm_layer", "qkv_bias_separate"),
+    *("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"),  # in training alone
 }
+_LAYER_NORMS = ("", "layernorm", "LayerNorm", "layer_norm")
+_RMS_NORMS = ("rmsnorm", "RmsNorm", "rms_norm")
 _EXPECTED: dict[str, tuple[Any, ...]] = {
-    "norm_layer": ("", "layernorm", "LayerNorm", "layer_norm"),
     "attn_layer": ("", "attn"),
     "use_post_norm": (False,),
-    "rope_type": ("", "cat"),
+    "rope_type": ("", "cat", "dinov3"),
+    "gated_attn": (False,),
+    "attn_only_layer_scale": (False,),
     "rope_grid_offset": (0,),
     "rope_grid_indexing": ("ij", "xy"),
-    "rope_rotate_half": (False,),
+    "rope_rotate_half": (False, True),
     "global_pool": ("", "avg", "token", "map"),
     "pos_embed": ("", "none", "learn"),
 }
@@ -124,12 +138,18 @@ def read_timm(
         raise ValueError(f"pretrained_cfg={shorten(images)} in config.json: expected an object")
     # A name may have a tag of the weights, which does not change the model.
     architecture, options = config.get("architecture", "").partition(".")[0], _read_options(config)
+    original = read_original(tensors)
+    tensors = tensors if original is None else original.tensors
     _check_architecture(tensors, architecture)
-    theta, reference, swap_axes, notes = _find_rope(tensors, architecture, options)
-    classifier = _find_classifier(tensors, config, options)
+    rope = _find_rope(tensors, architecture, options, original)
+    classifier, notes = _find_classifier(tensors, config, options)
+    notes += rope.notes
     average = classifier in ("gap", "map") and "cls_token" in tensors
     implied = imply_num_heads(architecture)
-    slots, grid, more = _find_positions(tensors, config)
+    if original is not None:
+        implied = implied or original.num_heads
+        notes += original.notes
+    slots, grid, more = _find_positions(tensors, config, original)
     notes += more
     params, more = to_linen(
         tensors,
@@ -138,19 +158,27 @@ def read_timm(
         ),
         num_slots=slots,
         average=average,
-        swap_axes=swap_axes,
+        swap_axes=rope.swap_axes,
+        halves=rope.halves,
+        fill_biases=original is None and rope.coordinates == "index",
     )
-    model = describe_model(params, rope_theta=theta) | {"classifier": classifier}
+    model = describe_model(params, rope_theta=rope.theta) | {"classifier": classifier}
+    if rope.coordinates != "index":
+        model["rope_coordinates"] = rope.coordinates
     check_sizes(options, _list_arguments(options, tensors, params, model), where="model_args.")
     check_sizes(config, _list_sizes(params, model))
     settings, settings_notes = _read_timm_settings(
         architecture, options, model, known=implied is not None
     )
-    model = settings | model | {"rope_reference_grid": reference}
+    if original is not None:
+        stated = {k: x for k, x in original.model.items() if k != "activation"}
+        settings, settings_notes = settings | stated, []
+    model = settings | model | {"rope_reference_grid": rope.reference}
     _check_pooling(architecture, options, model, params)
     preprocess, image_notes = _read_timm_images(config.get("pretrained_cfg", config))
     names, name_notes = _read_names(config, params)
     kind = "timm hybrid" if "resnet_layers" in model else "timm"
+    kind = kind if original is None else original.name
     return Weights(
         params=params,
         layout=f"{kind} safetensors",
@@ -184,7 +212,9 @@ def _check_architecture(tensors: Mapping[str, np.ndarray], architecture: str) ->
             f"{named}: it has a norm in front of the blocks (norm_pre), and either only one of its "
             "tensors or a bias of the patches too, as no model here"
         )
-    if "_rpn_" in architecture:
+    if "_sapiens2" in architecture:
+        raise ValueError(f"{named}: several heads share keys and values, as in no model here")
+    if "_rpn_" in architecture or architecture.startswith("eva02_enormous_"):
         raise ValueError(f"{named}: it has norms behind its layers, which no model here has")
     if family := describe_family(tensors):
         raise ValueError(f"{named}: it is a {family}, which no model here computes")
@@ -239,6 +269,7 @@ def _list_arguments(
         "proj_bias": "blocks.0.attn.proj.bias" in tensors,
         "scale_attn_norm": scaled_attention,
         "scale_attn_inner": scaled_attention,
+        "rope_type": "dinov3" if model.get("rope_coordinates") == "centered" else "cat",
         "scale_mlp_norm": scaled_mlp,
         "scale_mlp": scaled_mlp,
         "swiglu_mlp": gated,
@@ -320,29 +351,48 @@ def _read_names(
     )
 
 
-def _find_rope(
-    tensors: Mapping[str, np.ndarray], architecture: str, options: Mapping[str, Any]
-) -> tuple[float | None, tuple[int, int] | None, bool, list[str]]:
-    """Infers rotary embeddings, which have no tensors.
+class _Rope(NamedTuple):
+    """A rotary embedding, or none; see `to_linen` for `swap_axes` and `halves`."""
 
-    Returns:
-      `(theta or None, reference grid or None, swap_axes, notes)`.
-    """
+    theta: float | None
+    reference: tuple[int, int] | None = None
+    coordinates: RopeCoordinates = "index"
+    swap_axes: bool = False
+    halves: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def _find_rope(
+    tensors: Mapping[str, np.ndarray],
+    architecture: str,
+    options: Mapping[str, Any],
+    original: Original | None,
+) -> _Rope:
+    """Infers the rotary embedding, which has no tensors."""
+    if original is not None:
+        coordinates = original.model.get("rope_coordinates", "index")
+        theta = original.model["rope_theta"]
+        return _Rope(theta, coordinates=coordinates, halves=original.halves)
     if "rope.freqs" in tensors:
         raise ValueError("rotary embeddings with learned frequencies (rope.freqs) are unknown here")
     theta, reference, indexing, notes = None, None, "ij", []
-    if re.match(r"vit_\w+_rope_reg\d+_gap_", architecture):
+    centered = options.get("rope_type") == "dinov3"
+    if _CENTERED.match(architecture):
+        theta, centered = 100.0, options.get("rope_type", "dinov3") == "dinov3"
+    elif re.match(r"vit_\w+_rope_reg\d+_gap_|eva02_", architecture):
         theta, reference = 10_000.0, _ROPE_REFERENCE
     elif re.match(r"vit_[a-z]+_patch\d+_rope_(ape_)?\d+", architecture):
         theta, indexing = 100.0, "xy"
     elif options.get("use_rot_pos_emb"):
         theta = 10_000.0  # The default of the class.
+    elif _EVA_V1.match(architecture):
+        return _Rope(None)
     elif "pos_embed" not in tensors or any(map(_EVA.match, tensors)):
         if "pos_embed" in tensors or "cls_token" in tensors or architecture:
             raise ValueError(
                 f"tensors of timm's class Eva, architecture {architecture or 'unknown'}: only "
-                "vit_*_rope_reg*_gap_* and vit_*_rope_* are known here, from the config.json "
-                "beside the file"
+                "eva*, vit_*_dinov3, vit_*_rope_reg*_gap_* and vit_*_rope_* are known here, from "
+                "the config.json beside the file"
             )
         theta, reference = 10_000.0, _ROPE_REFERENCE
         notes = [
@@ -350,7 +400,7 @@ def _find_rope(
             f"{_ROPE_REFERENCE}, as in timm's vit_*_rope_reg*_gap_256, taken"
         ]
     if theta is None or options.get("use_rot_pos_emb") is False:
-        return None, None, False, notes
+        return _Rope(None, notes=tuple(notes))
     temperature = options.get("rope_temperature", theta)
     if not is_number(temperature) or temperature <= 0:
         raise ValueError(
@@ -360,11 +410,18 @@ def _find_rope(
     theta = float(temperature)
     if "ref_feat_shape" in options:
         reference = read_pair(options["ref_feat_shape"], "model_args.ref_feat_shape in config.json")
-    return theta, reference, options.get("rope_grid_indexing", indexing) == "xy", notes
+    return _Rope(
+        theta,
+        None if centered else reference,
+        "centered" if centered else "index",
+        swap_axes=options.get("rope_grid_indexing", indexing) == "xy",
+        halves=options.get("rope_rotate_half", centered and "rope_type" not in options),
+        notes=tuple(notes),
+    )
 
 
 def _find_positions(
-    tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
+    tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], original: Original | None
 ) -> tuple[int, tuple[int, int] | None, list[str]]:
     """Returns what `find_positions` does."""
     options, images = config.get("model_args") or {}, config.get("pretrained_cfg", config)
@@ -375,7 +432,7 @@ def _find_positions(
     candidates, usual = (sum(tokens), tokens[0], 0), None if tokens[1] else tokens[0]
     if "register_tokens" in tensors:  # The original DINOv2: only the class token has a position.
         candidates, usual = (tokens[0],), tokens[0]
-    if _NO_EMBED_CLASS.match(config.get("architecture", "")):
+    if original is not None or _NO_EMBED_CLASS.match(config.get("architecture", "")):
         usual = 0
     stated = options.get("no_embed_class")
     if stated is not None:
@@ -413,6 +470,20 @@ def _read_input_size(images: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def _find_classifier(
     tensors: Mapping[str, Any], config: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[str, list[str]]:
+    """Returns what represents an image, and notes."""
+    is_backbone = "head.weight" not in tensors and "global_pool" not in options
+    if is_backbone and _CENTERED.match(config.get("architecture", "")) and "cls_token" in tensors:
+        note = (
+            "classifier: the class token, as in the project's own code; timm pools the patches "
+            "(model.classifier='gap')"
+        )
+        return "token", [note]
+    return _find_pooling(tensors, config, options), []
+
+
+def _find_pooling(
+    tensors: Mapping[str, Any], config: Mapping[str, Any], options: Mapping[str, Any]
 ) -> str:
     # As timm has it: what is stated of the model comes before what is stated of its images.
     images = config.get("pretrained_cfg") or {}
@@ -446,13 +517,18 @@ def _read_timm_settings(
     default = "gelu_tanh" if _TANH_GELU.match(architecture) else "gelu"
     default = "quick_gelu" if "_clip_quickgelu_" in architecture else default
     # Image towers of CLIP have the norms of PyTorch, and all of them one in front of the blocks.
-    epsilon = _CLIP_EPSILON if "pre_norm" in model else _NORM_EPSILON
+    clip = "pre_norm" in model or model.get("rope_coordinates") == "centered"
+    epsilon = _CLIP_EPSILON if clip else _NORM_EPSILON
+    rms = model.get("norm") == "rms_norm"
+    check_values(options, {"norm_layer": _RMS_NORMS if rms else _LAYER_NORMS}, where="model_args.")
     settings: dict[str, Any] = {"norm_epsilon": epsilon}
     if not gated:
         settings["activation"] = _ACTIVATIONS[act or default]
     if known:
         return settings, []
     stated = {"num_heads": model["num_heads"], "activation": model.get("activation"), **settings}
+    if rms and "norm_layer" not in options:
+        stated["norm"] = "rms_norm"
     taken = ", ".join(f"{key}={value!r}" for key, value in stated.items() if key not in options)
     who = f"architecture {architecture!r} is unknown here" if architecture else _NO_CONFIG
     return settings, [f"{who}: assuming {taken}, the defaults of timm"]

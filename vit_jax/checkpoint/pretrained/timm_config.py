@@ -32,6 +32,7 @@ _POOLS = {"token": "token", "gap": "avg", "map": "map", "unpooled": "", "token_u
 # arguments that are null, so none of these functions has layer scale, or a grid for positions.
 _PLAIN, _DISTILLED = "vit_base_patch16_224", "deit_base_distilled_patch16_224"
 _ROPE = "eva_giant_patch14_224"
+_DINOV3 = "vit_small_patch16_dinov3"  # the function whose norms have the epsilon of CLIP
 _CLIP = "vit_base_patch16_clip_224"
 _HYBRIDS = {
     (): "vit_tiny_r_s16_p8_224",
@@ -120,7 +121,8 @@ def _find_arguments(model: Mapping[str, Any], *, keys_biased: bool) -> tuple[str
     `keys_biased` is whether any bias of keys is not zero, see `to_timm`.
     """
     epsilon, is_clip = model.get("norm_epsilon", _NORM_EPSILON), bool(model.get("pre_norm"))
-    expected = _CLIP_EPSILON if is_clip else _NORM_EPSILON
+    is_dinov3 = model.get("rope_coordinates") == "centered" and epsilon > 2 * _NORM_EPSILON
+    expected = _CLIP_EPSILON if is_clip or is_dinov3 else _NORM_EPSILON
     if not math.isclose(epsilon, expected):
         raise ValueError(f"model.norm_epsilon={epsilon}: timm's models have {expected}")
     width, registers = model["hidden_size"], model.get("num_registers") or 0
@@ -146,9 +148,25 @@ def _find_arguments(model: Mapping[str, Any], *, keys_biased: bool) -> tuple[str
         grid = model.get("rope_reference_grid")
         if grid is not None:
             arguments["ref_feat_shape"] = list(grid)
-        return _ROPE, arguments | {
+        if model.get("norm") == "rms_norm":
+            raise ValueError(
+                "model.norm='rms_norm' with model.rope_theta: timm takes a class for it, which "
+                "JSON has not"
+            )
+        if is_dinov3 and "init_values" not in arguments:
+            raise ValueError(
+                f"model.layer_scale_init=None with model.norm_epsilon={epsilon} and centred "
+                "coordinates: timm has no such model by name"
+            )
+        if model.get("rope_coordinates") == "centered":
+            arguments |= {"rope_type": "dinov3", "rope_rotate_half": True}
+            # timm then has the gate as a layer of its own, as the published files do.
+            arguments["swiglu_align_to"] = 1 if model["mlp_dim"] % 8 else 8
+        return _DINOV3 if is_dinov3 else _ROPE, arguments | {
             "qkv_fused": True,
-            "qkv_bias": True,
+            "qkv_bias": model.get("qkv_bias") != "none",
+            "scale_attn_inner": bool(model.get("attention_norm")),
+            "scale_mlp": bool(model.get("mlp_norm")),
             "attn_type": "rope" if keys_biased else "eva",
             "swiglu_mlp": swiglu,
             "num_reg_tokens": registers,
@@ -166,6 +184,13 @@ def _find_arguments(model: Mapping[str, Any], *, keys_biased: bool) -> tuple[str
         "pos_embed": "learn" if learned else "none",
         "fc_norm": after,
     }
+    if model.get("qkv_bias") == "none":
+        arguments["qkv_bias"] = False
+    if model.get("norm") == "rms_norm":
+        arguments["norm_layer"] = "rmsnorm"
+    for key, theirs in (("attention_norm", "scale_attn_norm"), ("mlp_norm", "scale_mlp_norm")):
+        if model.get(key):
+            arguments[theirs] = True
     if model["classifier"] == "map" and registers:
         arguments["pool_include_prefix"] = True
     if (units := model.get("resnet_layers")) is not None:

@@ -16,7 +16,7 @@ Source: timm 1.0.31, `models/vision_transformer.py`, `vision_transformer_hybrid.
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ _Arrays = dict[str, np.ndarray]
 # Not of g-opt, whose width DINOv2's giant has too, with other heads.
 _HEADS_BY_WIDTH = {width: heads for name, (width, _, _, heads) in SIZES.items() if name != "g-opt"}
 _ATTENTION = ("query", "key", "value")
+# Those of them that have a bias, by `model.qkv_bias`.
+_BIASED = {"all": _ATTENTION, "query_value": ("query", "value"), "none": ()}
 # Paths of kernels that join the heads, and of what rotary embeddings turn.
 _OUTPUT = re.compile(r"MultiHeadDotProductAttention_0/out/kernel$")
 _ROTATED = re.compile(
@@ -44,6 +46,8 @@ _SYNONYMS = (
     (re.compile(r"^register_tokens$"), "reg_token"),
     (re.compile(r"^(blocks\.\d+)\.gamma_(\d)$"), r"\1.ls\2.gamma"),
     (re.compile(r"^(blocks\.\d+\.mlp)\.w12\."), r"\1.fc1."),
+    (re.compile(r"^(blocks\.\d+\.mlp)\.w1\."), r"\1.fc1_g."),
+    (re.compile(r"^(blocks\.\d+\.mlp)\.w2\."), r"\1.fc1_x."),
     (re.compile(r"^(blocks\.\d+\.mlp)\.w3\."), r"\1.fc2."),
     (re.compile(r"^patch_embed\.backbone\.(conv|norm)\."), r"patch_embed.backbone.stem.\1."),
 )
@@ -84,6 +88,8 @@ def to_linen(
     num_slots: int,
     average: bool = False,
     swap_axes: bool = False,
+    halves: bool = False,
+    fill_biases: bool = True,
 ) -> tuple[_Arrays, list[str]]:
     """Converts the tensors of a `VisionTransformer` of timm, or of a class with synonyms.
 
@@ -96,6 +102,10 @@ def to_linen(
         class token, which then becomes a register.
       swap_axes: whether rotary embeddings turn the first half of a head's channels with the column
         instead of the row; the halves of queries and keys are then swapped.
+      halves: whether rotary embeddings turn channel i with i + half, as those of DINOv3, instead
+        of pairs of neighbours; the channels of queries and keys are then put in that order.
+      fill_biases: whether projections of queries, keys and values that have no bias get one of
+        zeros; else those whose biases are all zero in all blocks get none.
 
     Returns:
       `(params, notes)`: arrays in the dtypes of `tensors` by path, and one line for each difference
@@ -138,7 +148,33 @@ def to_linen(
             params[path] = x.reshape(num_heads, -1, x.shape[1])
         elif swap_axes and _ROTATED.match(path):
             params[path] = np.roll(x, x.shape[-1] // 2, axis=-1)
+        elif halves and _ROTATED.match(path):
+            params[path] = _interleave(x)
+    if not fill_biases:
+        _leave_out_biases(params)
     return params | rest, notes
+
+
+def _interleave(x: np.ndarray) -> np.ndarray:
+    """Puts channel i + half behind channel i; the inverse of `_separate`."""
+    return x.reshape(*x.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(x.shape)
+
+
+def _separate(x: np.ndarray) -> np.ndarray:
+    """Puts the second channels of all pairs of neighbours behind the first ones."""
+    return x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape)
+
+
+def _leave_out_biases(params: _Arrays) -> None:
+    """Removes zero biases of keys in the blocks, and those of queries and values if all are."""
+    for names in ("key", "query|value"):
+        paths = [
+            path for path in params if re.search(rf"encoderblock_\d+/.*/({names})/bias$", path)
+        ]
+        if any(params[path].any() for path in paths):
+            return
+        for path in paths:
+            del params[path]
 
 
 def to_timm(
@@ -149,7 +185,8 @@ def to_timm(
     With registers, the position embedding of the class token is added to the token (timm's
     `no_embed_class`): the parameters change, the function is the same to the last bit. Fixed
     position embeddings are written as learned ones. `Eva` gets `q_bias` and `v_bias` if all biases
-    of keys are zero, else `qkv.bias` (its `attn_type="rope"`).
+    of keys are zero or absent, else `qkv.bias` (its `attn_type="rope"`). With centred coordinates
+    the channels of queries and keys are in the order of DINOv3.
 
     Args:
       params: arrays of any float dtype by path; blocks are not stacked.
@@ -165,16 +202,23 @@ def to_timm(
     model = {**infer_model(params), **model}
     _check_expressible(model, grid)
     units = model.get("resnet_layers")
+    is_centered = model.get("rope_coordinates") == "centered"
     rest = dict(params)
     tensors: _Arrays = {}
     _write_tokens(rest, tensors, model=model, grid=grid)
     layers = model["num_layers"]
-    _join_gates(rest, layers)
+    split_gates = is_centered or bool(model.get("mlp_norm"))
+    if not split_gates:
+        _join_gates(rest, layers)
     for path, x in rest.items():
         if _OUTPUT.search(path):
             rest[path] = x.reshape(-1, x.shape[-1])
+        elif is_centered and _ROTATED.match(path):
+            rest[path] = _separate(x)
+    biased_in_blocks = _BIASED[model.get("qkv_bias", "all")]
     for theirs, ours, names in _projections(layers, pooled="MAPHead_0/probe" in rest):
-        _write_heads(rest, ours, tensors, theirs, names)
+        biased = names if theirs.startswith("attn_pool") else biased_in_blocks
+        _write_heads(rest, ours, tensors, theirs, names, biased=biased)
     for theirs, ours in _modules(layers, units or ()):
         _write_module(rest, ours, tensors, theirs)
     for theirs, ours in _tensors(layers):
@@ -184,6 +228,15 @@ def to_timm(
         tensors = {n.replace("backbone.stem.", "backbone."): x for n, x in tensors.items()}
     if model.get("rope_theta") is not None:
         tensors = _rename_for_eva(tensors)
+    if split_gates:
+        gate = re.compile(r"\.mlp\.gate\.")
+        gated = {n[: n.rindex(".gate.")] for n in tensors if gate.search(n)}
+        tensors = {
+            gate.sub(".mlp.fc1_g.", n).replace(".fc1.", ".fc1_x.")
+            if n[: n.rfind(".mlp.") + 4] in gated
+            else n: x
+            for n, x in tensors.items()
+        }
     if rest:
         raise ValueError(f"timm has no place for {', '.join(sorted(rest)[:4])}")
     return tensors
@@ -270,6 +323,9 @@ def _check_expressible(model: Mapping[str, Any], grid: tuple[int, int] | None) -
             "timm's model with rotary embeddings computes exact GELU; train with "
             "model.activation='gelu_erf' or 'swiglu'"
         )
+    for key in ("rope_register_theta", "untied_norm"):
+        if model.get(key):
+            raise ValueError(f"timm has no model with model.{key}={model[key]}; a .npz holds it")
     if rope and model.get("resnet_layers") is not None:
         raise ValueError("timm has no hybrid with rotary embeddings (model.rope_theta)")
     if model["classifier"] == "map" and model.get("activation") == "swiglu":
@@ -336,6 +392,8 @@ def _modules(layers: int, units: Sequence[int]) -> Iterator[tuple[str, str]]:
         yield f"{theirs}.attn.proj", f"{attention}/out"
         yield f"{theirs}.attn.q_norm", f"{attention}/query_norm"
         yield f"{theirs}.attn.k_norm", f"{attention}/key_norm"
+        yield f"{theirs}.attn.norm", f"{attention}/norm"
+        yield f"{theirs}.mlp.norm", f"{ours}/MlpBlock_0/norm"
         yield f"{theirs}.mlp.gate", f"{ours}/MlpBlock_0/gate"
         yield f"{theirs}.norm1", f"{ours}/LayerNorm_0"
         yield f"{theirs}.norm2", f"{ours}/LayerNorm_1"
@@ -343,6 +401,7 @@ def _modules(layers: int, units: Sequence[int]) -> Iterator[tuple[str, str]]:
         yield f"{theirs}.mlp.fc2", f"{ours}/MlpBlock_0/Dense_1"
     yield "norm_pre", "Transformer/pre_norm"
     yield "norm", "Transformer/encoder_norm"
+    yield "cls_norm", "Transformer/prefix_norm"
     yield "attn_pool.proj", "MAPHead_0/MultiHeadDotProductAttention_0/out"
     yield "attn_pool.norm", "MAPHead_0/LayerNorm_0"
     yield "attn_pool.mlp.fc1", "MAPHead_0/MlpBlock_0/Dense_0"
@@ -460,13 +519,24 @@ def _write_tokens(
 
 
 def _write_heads(
-    rest: _Arrays, source: str, tensors: _Arrays, target: str, names: Sequence[str]
+    rest: _Arrays,
+    source: str,
+    tensors: _Arrays,
+    target: str,
+    names: Sequence[str],
+    *,
+    biased: Collection[str],
 ) -> None:
+    """Joins the projections of `names`, of which those of `biased` have a bias, and their heads."""
     kernels = [rest.pop(f"{source}/{name}/kernel") for name in names]
-    biases = [rest.pop(f"{source}/{name}/bias") for name in names]
+    biases = [
+        rest.pop(f"{source}/{name}/bias") if name in biased else np.zeros_like(kernel[0])
+        for name, kernel in zip(names, kernels, strict=True)
+    ]
     weights = [x.transpose(1, 2, 0).reshape(-1, x.shape[0]) for x in kernels]
     tensors[f"{target}.weight"] = np.concatenate(weights)
-    tensors[f"{target}.bias"] = np.concatenate([x.reshape(-1) for x in biases])
+    if biased:
+        tensors[f"{target}.bias"] = np.concatenate([x.reshape(-1) for x in biases])
 
 
 def _join_gates(rest: _Arrays, layers: int) -> None:

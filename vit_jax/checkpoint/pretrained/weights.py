@@ -48,7 +48,7 @@ _NUMBERED = tuple(
         (r"(blocks\.)(\d+)\.", 0),
         (r"(patch_embed\.backbone\.stages\.)(\d+)\.", 0),
         (r"(patch_embed\.backbone\.stages\.\d+\.blocks\.)(\d+)\.", 0),
-        (r"((?:.*\.)?encoder\.layer\.)(\d+)\.", 0),
+        (r"((?:.*\.)?layer\.)(\d+)\.", 0),
     )
 )
 _STACK = re.compile(r"(.*/)?encoderblock/(.*)")
@@ -337,16 +337,24 @@ def _infer_encoder(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "num_layers": _count(shapes, r"Transformer/encoderblock_(\d+)/"),
         "mlp_dim": shapes.get(f"{_BLOCK_0}/MlpBlock_0/Dense_0/bias", (0,))[0],
-        "num_heads": shapes.get(f"{_ATTENTION_0}/query/bias", (0,))[0],
+        "num_heads": shapes.get(f"{_ATTENTION_0}/query/kernel", (0, 0))[1],
     }
     options = {
         f"{_BLOCK_0}/MlpBlock_0/gate/kernel": {"activation": "swiglu"},
         f"{_ATTENTION_0}/query_norm/scale": {"qk_norm": True},
+        f"{_ATTENTION_0}/norm/scale": {"attention_norm": True},
+        f"{_BLOCK_0}/MlpBlock_0/norm/scale": {"mlp_norm": True},
         f"{_BLOCK_0}/LayerScale_0/scale": {"layer_scale_init": 1e-5},  # Only used to initialise.
     }
     for path, option in options.items():
         if path in shapes:
             found |= option
+    # A single absent bias is a damaged file, so it is only looked for in the first block.
+    if f"{_ATTENTION_0}/key/kernel" in shapes and f"{_ATTENTION_0}/key/bias" not in shapes:
+        others = f"{_ATTENTION_0}/query/bias" in shapes
+        found["qkv_bias"] = "query_value" if others else "none"
+    if f"{_BLOCK_0}/LayerNorm_0/scale" in shapes and f"{_BLOCK_0}/LayerNorm_0/bias" not in shapes:
+        found["norm"] = "rms_norm"
     return found
 
 
@@ -373,6 +381,7 @@ def _infer_vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "dist": {"distillation_token": True},
         "fc_norm/scale": {"norm_after_pooling": True},
         "Transformer/pre_norm/scale": {"pre_norm": True},
+        "Transformer/prefix_norm/scale": {"untied_norm": True},
     }
     for path, option in options.items():
         if path in shapes:
