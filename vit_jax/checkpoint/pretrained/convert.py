@@ -120,10 +120,12 @@ def convert_adapters(source: Path, destination: Path) -> list[str]:
         raise UserError(f"DST={destination} can't be written: {e}") from e
     files = [destination / name for name in (WEIGHTS, CONFIG)]
     ours, theirs = (w.params.get(POSEMB, np.zeros(())) for w in (merged, again))
-    note = "; the position embeddings are those of the base, which the run has resized"
+    note = ""
+    if ours.shape != theirs.shape:
+        note = "; the position embeddings are those of the base, which the run has resized"
     return [
         *(f"wrote {path} ({describe_size(path.stat().st_size)})" for path in files),
-        f"read back: added to {name}, every parameter is that of the run{note * (ours.shape != theirs.shape)}",
+        f"read back: added to {name}, every parameter is that of the run{note}",
     ]
 
 
