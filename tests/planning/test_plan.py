@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.pairs import IMAGE, TEXT, pairs_config
 from tests.teacher import write_teacher
 from tests.tiny import tiny_config
 from vit_jax import plan as command
@@ -237,6 +238,24 @@ def test_candidates_are_ways_that_the_config_allows_the_fastest_first(candidates
     assert memory["none", True, 1] > memory["none", True, 4]
     # The compiler for GPUs recomputes nothing by itself.
     assert memory["none", False, 1] == memory["none", True, 1]
+
+
+def test_both_towers_are_recomputed_and_scanned():
+    sizes = {"num_layers": 2, "mlp_dim": 64}
+    config = pairs_config("nowhere", model__image=IMAGE | sizes, model__text=TEXT | sizes)
+    prepared = reduce_for_planning(config.to_dict(), num_classes=1, image_size=16)
+    candidates = make_candidates(prepared, parse_topology("h100:1"))
+    keys = [f"model.{tower}.{key}" for tower in ("image", "text") for key in ("remat", "scan")]
+    ways = {tuple(c.overrides[key] for key in keys) for c in candidates}
+    assert ways == {
+        way * 2 for way in (("none", False), ("none", True), ("dots", True), ("full", True))
+    }
+    memory = {
+        c.overrides["model.text.remat"]: c.temp_bytes
+        for c in candidates
+        if c.overrides["model.text.scan"] and c.overrides["optimizer.accum_steps"] == 1
+    }
+    assert memory["none"] > memory["dots"] > memory["full"]
 
 
 def test_transfers_of_gpus_are_estimated_to_come_on_top():

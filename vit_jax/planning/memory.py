@@ -76,14 +76,22 @@ def count_activations(experiment: Experiment) -> Activations:
     """Counts what the forward pass saves for the backward pass, for each image."""
     saved = _count_saved(experiment, experiment.objective)
     model: Any = experiment.model
-    if getattr(model, "remat", "none") == "none" or not hasattr(model, "num_layers"):
-        return saved
-    # The activations of one block at a time exist again while it is recomputed.
     objective: Any = experiment.objective
-    kept = dataclasses.replace(objective, model=model.clone(remat="none"))
-    block = _count_saved(experiment, kept)
-    layers = model.num_layers
-    return Activations(saved.split + block.split / layers, saved.whole + block.whole / layers)
+    found = saved
+    for part, tower in getattr(model, "towers", {"": model}).items():
+        if getattr(tower, "remat", "none") == "none" or not hasattr(tower, "num_layers"):
+            continue
+        # The activations of one block at a time exist again while it is recomputed.
+        kept = tower.clone(remat="none")
+        kept = _count_saved(
+            experiment,
+            dataclasses.replace(objective, model=model.clone(**{part: kept}) if part else kept),
+        )
+        if part:  # What the other tower saves does not count.
+            kept = Activations(kept.split - saved.split, kept.whole - saved.whole)
+        layers = tower.num_layers
+        found = Activations(found.split + kept.split / layers, found.whole + kept.whole / layers)
+    return found
 
 
 def _sum(tree: Any) -> int:

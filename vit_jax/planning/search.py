@@ -21,6 +21,7 @@ from vit_jax.config.load import override_config
 from vit_jax.config.reduced import without_mesh
 from vit_jax.models.flops import count_flops, train_flops
 from vit_jax.models.interface import find_grid
+from vit_jax.models.two_towers import TOWERS
 from vit_jax.parallel.mesh import count_batch_shards
 from vit_jax.planning.memory import Activations, Memory, count_activations, estimate_memory
 from vit_jax.planning.plan import Plan
@@ -138,8 +139,7 @@ def make_candidates(
                 continue
             shards = count_batch_shards(experiment.mesh)
             if not ways:
-                can_remat = hasattr(experiment.model, "remat")
-                ways = _find_ways(changed, topology, can_remat=can_remat)
+                ways = _find_ways(changed, topology, sections=_sections(experiment.model))
             found += [
                 _assess(experiment, topology, memory, way, chosen | {_ACCUM: accum_steps})
                 for way in ways
@@ -171,18 +171,34 @@ def _meshes(topology: Topology) -> Iterator[dict[str, int]]:
                 yield {"data": -1, "fsdp": fsdp, "tensor": tensor}
 
 
-def _find_ways(config: Mapping[str, Any], topology: Topology, *, can_remat: bool) -> list[_Way]:
-    """The ways that a model offers, with their costs, which are the same on any mesh."""
+def _sections(model: Any) -> tuple[str, ...]:
+    """Sections of the config that have `remat` and `scan`: of a model, or of its towers."""
+    if hasattr(model, "towers"):
+        return tuple(f"model.{TOWERS[part]}" for part in model.towers)
+    return ("model",) if hasattr(model, "remat") else ()
+
+
+def _find_ways(
+    config: Mapping[str, Any], topology: Topology, *, sections: Sequence[str]
+) -> list[_Way]:
+    """The ways that a model offers, with their costs, which are the same on any mesh.
+
+    The towers of a model are all recomputed and scanned in the same way.
+    """
+
+    def override(remat: str, scan: bool) -> dict[str, Any]:
+        values = {"remat": remat, "scan": scan}
+        return {f"{section}.{key}": x for section in sections for key, x in values.items()}
 
     def count(overrides: Mapping[str, Any]) -> tuple[Activations, float, float]:
         return _count_costs(json.dumps(override_config(config, overrides).to_dict()), topology)
 
     passes = _PASSES_TPU if topology.is_tpu else _PASSES_GPU
-    if not can_remat:
+    if not sections:
         costs = count({})
         return [_Way({}, passes["none"], costs[0], *costs)]
     counted = {
-        (remat, scan): count({"model.remat": remat, "model.scan": scan})
+        (remat, scan): count(override(remat, scan))
         for remat, scan in (("none", False), ("none", True), ("dots", True), ("full", True))
     }
     # Without a scan the compiler for TPUs recomputes what is cheap: B/16 for v5e saves 7.7 GB of
@@ -191,7 +207,7 @@ def _find_ways(config: Mapping[str, Any], topology: Topology, *, can_remat: bool
     kept = {("none", False): counted["dots", True][0]} if topology.is_tpu else {}
     return [
         _Way(
-            {"model.remat": remat, "model.scan": scan},
+            override(remat, scan),
             passes[remat if scan else "unrolled"],
             computed,
             kept.get((remat, scan), activations),
@@ -333,7 +349,8 @@ def search(
 
 
 def _kind(candidate: Candidate) -> Any:
-    return candidate.overrides.get("model.remat"), candidate.overrides.get("model.scan")
+    ways = (".remat", ".scan")
+    return tuple(value for key, value in candidate.overrides.items() if key.endswith(ways))
 
 
 def plan_in_subprocess(arguments: Sequence[str], overrides: Mapping[str, Any]) -> Plan:
