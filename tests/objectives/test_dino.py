@@ -165,6 +165,13 @@ def test_the_average_becomes_the_gram_teacher_at_the_steps_that_are_given():
         np.testing.assert_array_equal(got, mean["gram_teacher"]["embedding"]["kernel"])
 
 
+def test_the_gram_teacher_is_of_the_start_unless_an_earlier_step_is_given():
+    for given, want in (((), (9,)), ((12,), (9, 12)), ((4,), (4,)), ((4, 12), (4, 12))):
+        updates = tuple({"steps": step} for step in given)
+        gram = dino(gram_weight=1.0, gram_start={"steps": 9}, gram_updates=updates).gram
+        assert (gram.start, gram.updates) == (9, want)
+
+
 def test_parts_that_are_off_have_no_parameters():
     plain, full = dino(centering="sinkhorn"), dino(ibot_weight=1.0, ibot_head="separate")
     for objective in (plain, full):
@@ -270,8 +277,8 @@ def test_the_memory_of_the_scores_is_noted():
             r"objective\.gram_updates: epochs=3 is not shorter",
         ),
         (
-            {"gram_weight": 1.0, "gram_start": {"steps": 9}, "gram_updates": ({"steps": 2},)},
-            r"objective\.gram_updates: 2 steps: expected no time before the start",
+            {"gram_weight": 1.0, "gram_start": {"steps": 9}, "gram_updates": ({"steps": 0},)},
+            r"objective\.gram_updates=\(0,\) steps: expected none before the first step",
         ),
         ({"views": VIEWS | {"gram": (2, 32, 32, 3)}}, r"data\.views\.gram without"),
         (GRAM | {"views": VIEWS | {"gram": (1, 32, 32, 3)}}, r"data\.views\.gram: 1 of 32x32"),
