@@ -53,7 +53,7 @@ BUILDS = [
     # With factors of branches and of prototypes, the mask token, and centers of both losses.
     ("dinov2.py", 303_301_632 + 48 * 1024 + 1024 + 23_597_312 + 3 * 65_536, 224),
     ("dinov2.py:S", 22_050_664 - 385_000 + 25 * 384 + 22_286_592 + 3 * 65_536, 224),
-    ("dino_continue.py", 21_628_800 + 384 + 384 + 2 * 9_720_064, 224),
+    ("dino_continue.py", 21_628_800 + 384 + 2 * 9_720_064, 224),
     # The model and its Gram teacher, the mask token and two heads.
     ("dinov3_gram.py", 2 * 303_153_152 + 1024 + 2 * 23_597_312, 224),
     ("dinov3_gram.py:runs/dinov3", 2 * 303_153_152 + 1024 + 2 * 23_597_312, 224),
