@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pre-trains a small ViT on digits without labels, by self-distillation (DINO and iBOT).
+"""Pre-trains a small ViT on digits without labels, by self-distillation (DINO with KoLeo).
 
 python -m vit_jax.main --config=configs/digits_dino.py --workdir=runs/digits_dino
 
-It shows all parts of the objective and its metrics in a few minutes; it is no recipe for good
-features. `test` is the vote of the nearest of 72 labelled images, of the student, and of its
-teacher as `test_ema`. The neighbours of raw pixels do better than those of its features, which
-were measured after 600 steps (docs/self_supervised.md).
+The run takes about seven minutes of CPU time. At its end `test` is the accuracy of the nearest of
+72 labelled images by the features of the student, `test_ema` by those of the teacher, and `pixels`
+by the pixels themselves: the teacher's neighbour is right for 90.6 % of the test images, that of
+the pixels for 83.1 % (docs/self_supervised.md). A digit of 8x8 pixels, drawn at 16x16, bears only
+mild crops and no flips.
 """
 
 from ml_collections import ConfigDict

@@ -55,8 +55,8 @@ BUILDS = [
     ("dinov2.py:S", 22_050_664 - 385_000 + 25 * 384 + 22_286_592 + 3 * 65_536, 224),
     ("dino_continue.py", 21_628_800 + 384 + 2 * 9_720_064, 224),
     # The model and its Gram teacher, the mask token and two heads.
-    ("dinov3_gram.py", 2 * 303_153_152 + 1024 + 2 * 23_597_312, 224),
-    ("dinov3_gram.py:runs/dinov3", 2 * 303_153_152 + 1024 + 2 * 23_597_312, 224),
+    ("dinov3_gram.py", 2 * 303_128_576 + 1024 + 2 * 23_597_312, 224),
+    ("dinov3_gram.py:runs/dinov3", 2 * 303_128_576 + 1024 + 2 * 23_597_312, 224),
     ("distill.py", 22_436_432, 224),
     ("vit_i21k.py:variant=B/16", 86_567_656 + 20_843 * 769, 224),
     ("vit_i21k.py:variant=S/32,aug=medium2", 22_878_952 + 20_843 * 385, 224),

@@ -196,6 +196,33 @@ def test_local_crops_may_be_left_out():
     assert metrics["loss"] == metrics["dino_loss"]
 
 
+@pytest.mark.parametrize(
+    ("options", "equal"),
+    [({}, True), ({"centering": "sinkhorn"}, False), ({"koleo_weight": 0.5}, False)],
+    ids=["centering", "sinkhorn", "koleo"],
+)
+def test_micro_batches_give_the_loss_of_the_batch_unless_it_is_over_the_batch(options, equal):
+    objective = dino(views={"global": (1, 16, 16, 3)}, **options)
+    student, teacher = (draw_params(objective, seed) for seed in (1, 2))
+    batch = {k: x for k, x in draw_batch().items() if k != "local"}
+    batch = objective.augment(batch, jax.random.key(0))
+    inputs = {"teacher": teacher, "teacher_temp": jnp.float32(0.05)}
+
+    @jax.jit
+    def losses(params):
+        whole = objective.loss(params, batch, jax.random.key(1))
+        micro = [jax.tree.map(lambda x, i=i: x[i::2], batch) for i in (0, 1)]
+        parts = [objective.loss(params, part, jax.random.key(1)) for part in micro]
+        return whole, jax.tree.map(lambda a, b: (a + b) / 2, *parts)
+
+    (want, whole), (got, parts) = losses({**student, **inputs})
+    assert np.allclose(got, want, rtol=1e-5) == equal
+    if "centers" in student:
+        # Centers are over the global batch in any case.
+        updated = [objective.update_statistics(student, x)[0]["centers"] for x in (whole, parts)]
+        np.testing.assert_allclose(updated[1]["dino"], updated[0]["dino"], rtol=1e-4, atol=1e-6)
+
+
 def test_no_gradient_reaches_the_teacher():
     objective = dino(centering="sinkhorn")
     params, batch = draw_params(objective, 1), draw_batch()
