@@ -42,14 +42,21 @@ BUILDS = [
     ("digits_mae.py", 115_584 + 28_656, 16),
     ("digits_mae.py:runs/digits_mae", 115_584 + 490, 16),
     ("digits_probe.py", 115_584 + 5 * 490 + 2 * 48, 16),
-    # The encoder with its mask token, then heads and centers.
-    ("digits_dino.py", 116_400 - 2 * 48 + 48 + 31_008, 16),
+    # The encoder, then the head of pre-training.
+    ("digits_dino.py", 3 * 28_272 + 2 * 48 + 2_352 + 48 + 31_008, 16),
     ("digits_distill.py", 11_948, 16),
     ("digits_distill.py:none", 11_948 - 2 * 24 - 250, 16),
     ("mae.py", 111_655_680, 224),
     ("mae_finetune.py", 86_567_656 - 768, 224),
     ("dino.py", 22_050_664 - 385_000 + 22_286_592 + 65_536, 224),
     ("dino.py:ibot", 22_050_664 - 385_000 + 384 + 2 * (22_286_592 + 65_536), 224),
+    # With factors of branches and of prototypes, the mask token, and centers of both losses.
+    ("dinov2.py", 303_301_632 + 48 * 1024 + 1024 + 23_597_312 + 3 * 65_536, 224),
+    ("dinov2.py:S", 22_050_664 - 385_000 + 25 * 384 + 22_286_592 + 3 * 65_536, 224),
+    ("dino_continue.py", 21_628_800 + 384 + 2 * 9_720_064, 224),
+    # The model and its Gram teacher, the mask token and two heads.
+    ("dinov3_gram.py", 2 * 303_128_576 + 1024 + 2 * 23_597_312, 224),
+    ("dinov3_gram.py:runs/dinov3", 2 * 303_128_576 + 1024 + 2 * 23_597_312, 224),
     ("distill.py", 22_436_432, 224),
     ("vit_i21k.py:variant=B/16", 86_567_656 + 20_843 * 769, 224),
     ("vit_i21k.py:variant=S/32,aug=medium2", 22_878_952 + 20_843 * 385, 224),
@@ -69,6 +76,10 @@ BUILDS = [
     # The encoder, then the decoder, or a head.
     ("cifar10_mae.py", 304_032 + 59_504, 32),
     ("cifar10_mae.py:none", 304_032 + 970, 32),
+    ("cifar10_ssl.py", 304_128 + 172_608, 32),
+    ("cifar10_ssl.py:dino_ibot", 304_128 + 96 + 2 * 172_608, 32),
+    ("cifar10_ssl.py:mae", 304_128 + 59_504, 32),
+    ("cifar10_ssl.py:random", 304_128 + 172_608, 32),
     ("digits_text.py", 156_754, 24),
     ("siglip.py", 203_155_970, 224),  # as published
     ("clip.py", 149_620_737, 224),  # as published
@@ -85,7 +96,7 @@ EPOCH = 1_281_167
 @pytest.mark.parametrize(("config", "parameters", "size"), BUILDS, ids=[b[0] for b in BUILDS])
 def test_config_builds(config, parameters, size, tmp_path):
     overrides = {"data.data_dir": str(tmp_path)}
-    if config.startswith(("folder.py", "cifar10", "vit_i21k.py")):
+    if config.startswith(("folder.py", "cifar10", "vit_i21k.py", "dino_continue.py")):
         counts = {f"{split}/class {n}": 60 for split in ("train", "test") for n in range(10)}
         overrides["data.name"] = f"folder:{write_folder(tmp_path, counts)}"
     if config.startswith(("siglip.py", "clip.py", "lit.py")):

@@ -165,6 +165,13 @@ def test_the_average_becomes_the_gram_teacher_at_the_steps_that_are_given():
         np.testing.assert_array_equal(got, mean["gram_teacher"]["embedding"]["kernel"])
 
 
+def test_the_gram_teacher_is_of_the_start_unless_an_earlier_step_is_given():
+    for given, want in (((), (9,)), ((12,), (9, 12)), ((4,), (4,)), ((4, 12), (4, 12))):
+        updates = tuple({"steps": step} for step in given)
+        gram = dino(gram_weight=1.0, gram_start={"steps": 9}, gram_updates=updates).gram
+        assert (gram.start, gram.updates) == (9, want)
+
+
 def test_parts_that_are_off_have_no_parameters():
     plain, full = dino(centering="sinkhorn"), dino(ibot_weight=1.0, ibot_head="separate")
     for objective in (plain, full):
@@ -187,6 +194,33 @@ def test_local_crops_may_be_left_out():
     loss, metrics = jax.jit(objective.loss)({**params, **inputs}, augmented, jax.random.key(1))
     assert np.isfinite(loss)
     assert metrics["loss"] == metrics["dino_loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "equal"),
+    [({}, True), ({"centering": "sinkhorn"}, False), ({"koleo_weight": 0.5}, False)],
+    ids=["centering", "sinkhorn", "koleo"],
+)
+def test_micro_batches_give_the_loss_of_the_batch_unless_it_is_over_the_batch(options, equal):
+    objective = dino(views={"global": (1, 16, 16, 3)}, **options)
+    student, teacher = (draw_params(objective, seed) for seed in (1, 2))
+    batch = {k: x for k, x in draw_batch().items() if k != "local"}
+    batch = objective.augment(batch, jax.random.key(0))
+    inputs = {"teacher": teacher, "teacher_temp": jnp.float32(0.05)}
+
+    @jax.jit
+    def losses(params):
+        whole = objective.loss(params, batch, jax.random.key(1))
+        micro = [jax.tree.map(lambda x, i=i: x[i::2], batch) for i in (0, 1)]
+        parts = [objective.loss(params, part, jax.random.key(1)) for part in micro]
+        return whole, jax.tree.map(lambda a, b: (a + b) / 2, *parts)
+
+    (want, whole), (got, parts) = losses({**student, **inputs})
+    assert np.allclose(got, want, rtol=1e-5) == equal
+    if "centers" in student:
+        # Centers are over the global batch in any case.
+        updated = [objective.update_statistics(student, x)[0]["centers"] for x in (whole, parts)]
+        np.testing.assert_allclose(updated[1]["dino"], updated[0]["dino"], rtol=1e-4, atol=1e-6)
 
 
 def test_no_gradient_reaches_the_teacher():
@@ -270,8 +304,8 @@ def test_the_memory_of_the_scores_is_noted():
             r"objective\.gram_updates: epochs=3 is not shorter",
         ),
         (
-            {"gram_weight": 1.0, "gram_start": {"steps": 9}, "gram_updates": ({"steps": 2},)},
-            r"objective\.gram_updates: 2 steps: expected no time before the start",
+            {"gram_weight": 1.0, "gram_start": {"steps": 9}, "gram_updates": ({"steps": 0},)},
+            r"objective\.gram_updates=\(0,\) steps: expected none before the first step",
         ),
         ({"views": VIEWS | {"gram": (2, 32, 32, 3)}}, r"data\.views\.gram without"),
         (GRAM | {"views": VIEWS | {"gram": (1, 32, 32, 3)}}, r"data\.views\.gram: 1 of 32x32"),

@@ -482,7 +482,7 @@ def make_dino(
       koleo_weight: weight of the KoLeo loss, which is over the (micro-)batch; 0 for none.
       gram_weight: weight of Gram anchoring; 0 for none.
       gram_teacher: its first teacher, see `load_pretrained`; None for the average of this run at
-        `gram_start`.
+        `gram_start`, or at an earlier one of `gram_updates`.
       gram_start: a duration such as `{"epochs": 10}`, before which its weight is 0; None for 0.
       gram_updates: durations after which the average of this run becomes the Gram teacher.
       same_draws: names of views that repeat the random numbers of the global crops.
@@ -714,13 +714,12 @@ def _make_gram(
                 "at objective.gram_start, which is 0, before the first step: expected a file or a "
                 "workdir, or a later start such as {'percent': 50}"
             )
-        updates = (start, *updates)
-    for update in updates:
-        if update < (1 if source else start):
-            raise UserError(
-                f"objective.gram_updates: {update} steps: expected no time before the "
-                f"{'first step' if source else 'start of Gram anchoring'}"
-            )
+        if min(updates, default=start) >= start:
+            updates = (start, *updates)
+    if 0 in updates:
+        raise UserError(
+            f"objective.gram_updates={updates} steps: expected none before the first step"
+        )
     return Gram(weight=weight, start=start, updates=updates, source=source, channels=channels)
 
 
