@@ -13,6 +13,7 @@ import pytest
 from jax import export
 
 from tests.trained import MIXER, write_model
+from vit_jax.checkpoint.pretrained.safetensors import read_safetensors
 from vit_jax.export import stablehlo
 from vit_jax.export.__main__ import main
 from vit_jax.export.compare import check_size, compare_outputs
@@ -172,6 +173,18 @@ def test_parameters_that_no_file_can_hold_are_refused(place):
         check_size(model, what="onnx")
 
 
+def test_files_of_transformers_are_read_as_the_model(tmp_path):
+    case = ROOT / "tests/testdata/torch/hf_dinov3/model.safetensors"
+    main([f"--checkpoint={case}", "--to=transformers", f"--output={tmp_path / 'out'}"])
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    files = {"model.safetensors", "config.json", "preprocessor_config.json"}
+    assert written == files | {"README.md"}
+    assert "AutoModel.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
+    assert read_safetensors(tmp_path / "out" / "model.safetensors").model == (
+        read_safetensors(case).model
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -186,6 +199,11 @@ def test_parameters_that_no_file_can_hold_are_refused(place):
             ["--to=safetensors", "--output=out", "--checkpoint={place}/mixer.npz"],
             "no Vision Transformer; only",
         ),
+        (
+            ["--to=transformers", "--output=out", "--checkpoint={place}/mixer.npz"],
+            "--to=transformers: no Vision Transformer",
+        ),
+        (["--to=safetensors,transformers", "--output=out"], "write the same file"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

@@ -303,6 +303,10 @@ def save_all_transformers() -> None:
     save_transformers(
         "hf_ijepa", tf.IJepaForImageClassification(tf.IJepaConfig(**vit, **labels)), seed=25
     )
+    model = tf.Dinov2WithRegistersForImageClassification(
+        tf.Dinov2WithRegistersConfig(**dinov2, num_register_tokens=2, **labels)
+    )
+    save_transformers("hf_dinov2_classifier", model, seed=28)
     dinov3 = {**sizes, "intermediate_size": 64, "num_register_tokens": 4}
     save_transformers("hf_dinov3", tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**dinov3)), seed=26)
     gated = {"use_gated_mlp": True, "hidden_act": "silu", "query_bias": False, "value_bias": False}

@@ -44,6 +44,18 @@ With vit_jax:
 
 """
     + _LOAD,
+    "transformers": """With transformers, from the folder or from the hub:
+
+```python
+from transformers import AutoModel  # or AutoModelForImageClassification, with a classifier
+
+model = AutoModel.from_pretrained("FOLDER").eval()
+```
+
+With vit_jax:
+
+"""
+    + _LOAD.replace("model.{name}", "model.safetensors"),
     "stablehlo": """With JAX alone, on a CPU, GPU or TPU:
 
 ```python

@@ -47,13 +47,16 @@ class Rotation(NamedTuple):
     sin: jax.Array
 
 
-def patch_grid(image_size: tuple[int, ...], stride: tuple[int, int]) -> tuple[int, int]:
+def patch_grid(
+    image_size: tuple[int, ...], stride: tuple[int, int], *, drop_pixels: bool = False
+) -> tuple[int, int]:
     """Returns the rows and columns of patches in an image of (height, width) pixels.
 
-    Raises `UserError` if `stride`, (height, width) of a patch in pixels, does not divide the image.
+    Raises `UserError` if `stride`, (height, width) of a patch in pixels, does not divide the image,
+    or with `drop_pixels`, if no patch fits.
     """
     for size, step in zip(image_size, stride, strict=True):
-        if size % step:
+        if size < step if drop_pixels else size % step:
             raise UserError(
                 f"an image of {image_size[0]}x{image_size[1]} can't be cut into patches of "
                 f"{stride[0]}x{stride[1]}: set model.patch_size to a divisor, or resize in "

@@ -83,6 +83,8 @@ def make_vit(
     pooling: Classifier = classifier or named.get("classifier", "token")
     resnet_layers = named.get("resnet_layers") if resnet_layers is None else tuple(resnet_layers)
     parse_remat(options.get("remat", "none"))
+    if options.get("drop_pixels") and resnet_layers is not None:
+        raise UserError("model.drop_pixels with a ResNet, which pads images: expected False")
     _check_rates(options)
     _check_positions(sizes, options)
     _check_sizes("num_registers", options.get("num_registers", 0), least=0)
@@ -216,7 +218,8 @@ def make_two_towers(
         )
     if width is not None:
         _check_sizes("width", width)
-    joint = width or img.representation_size or img.hidden_size
+    pooled = img.hidden_size * (2 if img.classifier == "token_gap" else 1)
+    joint = width or img.representation_size or pooled
     txt = make_text_transformer(**towers["text"], **shared, num_classes=joint)
     return TwoTowers(
         img=img, txt=txt, scale_init=scale_init, bias_init=bias_init, constrain=constrain

@@ -37,7 +37,8 @@ from vit_jax.models.positions import (
     rotation_2d,
 )
 
-Classifier = Literal["token", "gap", "map", "unpooled", "token_unpooled"]
+Classifier = Literal["token", "gap", "map", "token_gap", "unpooled", "token_unpooled"]
+_WITH_CLASS_TOKEN = ("token", "token_gap", "token_unpooled")
 PositionEmbedding = Literal["learned", "sincos2d", "sincos2d_mae", "none"]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -53,7 +54,8 @@ class VisionTransformer(nn.Module, kw_only=True):
       num_heads: number of attention heads; must divide `hidden_size`.
       mlp_dim: hidden width of the MLP blocks.
       classifier: what represents the image: the final state of the class `token`; the mean over
-        patches (`gap`) or attention pooling (`map`), both without a class token; or every token
+        patches (`gap`) or attention pooling (`map`), both without a class token; the class token
+        and the mean over patches, one behind the other (`token_gap`); or every token
         (`unpooled`, `token_unpooled`).
       representation_size: width of the tanh layer `pre_logits` of the pre-training head; None for
         the fine-tuning head, which is one linear layer.
@@ -97,6 +99,8 @@ class VisionTransformer(nn.Module, kw_only=True):
         (`linear`), or the same (`uniform`, as in arXiv:2204.07118).
       patch_dropout_rate: share of patches dropped in training.
       embedding_bias: whether the patch embedding has a bias; CLIP has none.
+      drop_pixels: whether the pixels at the right and at the bottom that make no whole patch are
+        left out, as in timm; otherwise such images are refused.
       head_bias: whether the head has a bias.
       head_bias_init: initial value of the head's bias.
       head_init: how the kernel of the head starts: at zero, or from N(0, 1 / width), truncated
@@ -166,6 +170,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     stochastic_depth_schedule: DepthSchedule = "linear"
     patch_dropout_rate: float = 0.0
     embedding_bias: bool = True
+    drop_pixels: bool = False
     head_bias: bool = True
     head_bias_init: float = 0.0
     head_init: HeadInit = "zeros"
@@ -181,7 +186,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     @property
     def num_class_tokens(self) -> int:
         """The number of class and distillation tokens, which are first and have positions."""
-        with_class = self.classifier in ("token", "token_unpooled")
+        with_class = self.classifier in _WITH_CLASS_TOKEN
         return int(with_class) + int(self.distillation_token)
 
     @property
@@ -203,7 +208,7 @@ class VisionTransformer(nn.Module, kw_only=True):
 
     def grid(self, image_size: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of patches in an image of (height, width) pixels."""
-        return patch_grid(image_size, self.stride)
+        return patch_grid(image_size, self.stride, drop_pixels=self.drop_pixels)
 
     @nn.compact
     def __call__(
@@ -282,7 +287,7 @@ class VisionTransformer(nn.Module, kw_only=True):
         if positions is not None:
             x = x + jnp.asarray(positions, self.dtype)
         tokens = []
-        if self.classifier in ("token", "token_unpooled"):
+        if self.classifier in _WITH_CLASS_TOKEN:
             tokens.append(self.param("cls", nn.initializers.zeros, (1, 1, c)))
         if self.distillation_token:
             tokens.append(self.param("dist", nn.initializers.normal(stddev=0.02), (1, 1, c)))
@@ -338,8 +343,11 @@ class VisionTransformer(nn.Module, kw_only=True):
     def _pool(self, encoded: jax.Array, *, train: bool) -> jax.Array:
         if self.classifier == "token":
             return encoded[:, 0]
-        if self.classifier == "gap":
-            return encoded[:, self.num_prefix_tokens :].mean(axis=1)
+        if self.classifier in ("gap", "token_gap"):
+            mean = encoded[:, self.num_prefix_tokens :].mean(axis=1)
+            if self.classifier == "gap":
+                return mean
+            return jnp.concatenate([encoded[:, 0], mean], axis=-1)
         if self.classifier == "map":
             return MAPHead(self.block_config, name="MAPHead_0")(encoded, train=train)
         return encoded

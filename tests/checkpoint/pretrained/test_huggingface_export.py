@@ -21,6 +21,7 @@ from vit_jax.checkpoint.pretrained.weights import Weights
 
 # It has two classifiers.
 NAMES = [name for name in CASES if name.startswith("hf_") and name != "hf_deit"]
+DINOV2 = {"layer_scale_init": 0.1, "classifier": "token_gap"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,6 +52,7 @@ def test_what_huggingface_wrote_is_written_back(name):
         ({"num_registers": 2}, "model.num_registers=2 (there 0)"),
         ({"rope_theta": 9.0}, "DINOv3ViTModel computes something else: "),
         ({"patch_size": (4, 8)}, "patches of 4x8 pixels"),
+        ({**DINOV2, "mlp_dim": 24}, "model.mlp_dim=24: Hugging Face's DINOv2 has whole multiples"),
         ({"position_embedding": "sincos2d"}, "position_embedding"),
     ],
 )

@@ -568,13 +568,14 @@ def test_layers_that_no_model_here_has_are_dropped_with_a_note():
 
 
 def test_heads_that_read_other_features_are_dropped_with_a_note(tmp_path):
-    tensors, _ = raw_tensors(GOLDEN / "hf_dinov2" / "model.safetensors")
+    tensors, _ = raw_tensors(GOLDEN / "hf_ijepa" / "model.safetensors")
     tensors |= {"classifier.weight": np.zeros((3, 64), np.float32)}
     write_tensors(tmp_path / "x", tensors, metadata={})
     weights = read_safetensors(tmp_path / "x", num_heads=4)
     assert "head/kernel" not in weights.params
     assert any("head" in note and "dropped" in note for note in weights.notes)
 
+    tensors, _ = raw_tensors(GOLDEN / "hf_dinov2" / "model.safetensors")
     tensors |= {"classifier.weight": np.zeros((3, 32), np.float32)}
     tensors |= {"pooler.dense.weight": np.zeros((32, 32), np.float32)}
     write_tensors(tmp_path / "x", tensors, metadata={})
@@ -591,6 +592,18 @@ def test_unknown_tensors_keep_their_names(tmp_path):
         write_tensors(tmp_path / "x", tensors, metadata={})
         weights = read_safetensors(tmp_path / "x", num_heads=4)
         np.testing.assert_array_equal(weights.params[odd], tensors[odd])
+
+
+def test_pixels_that_make_no_patch_are_left_out_with_a_note(tmp_path):
+    images = {"input_size": [3, 35, 38]}
+    weights = read_safetensors(describe("timm_vit", tmp_path, pretrained_cfg=images))
+    assert any("the last 3 rows and 6 columns" in note for note in weights.notes)
+    assert weights.preprocess["image_size"] == (35, 38)
+    whole = read_case("timm_vit")
+    image = np.random.default_rng(0).normal(size=(1, 35, 38, 3)).astype(np.float32)
+    got = run(weights.model, weights.params, image, 5)["logits"]
+    want = run(whole.model, whole.params, image[:, :32, :32], 5)["logits"]
+    np.testing.assert_array_equal(got, want)
 
 
 def test_names_of_the_original_dinov2_are_those_of_timm(tmp_path):

@@ -328,13 +328,10 @@ def _drop_unused(tensors: dict[str, np.ndarray]) -> list[str]:
     notes = []
     width = tensors["patch_embed.proj.weight"].shape[0]
     head = tensors.get("head.weight")
-    if head is not None and head.shape[1] == 2 * width:
+    if head is not None and head.shape[1] == 2 * width and "cls_token" not in tensors:
         del tensors["head.weight"]
         tensors.pop("head.bias", None)
-        notes.append(
-            "head: it reads the class token and the mean over patches, which is not supported: "
-            "dropped"
-        )
+        notes.append("head: it reads two vectors, and there is no class token: dropped")
     if head is not None and tensors.pop("pre_logits.fc.weight", None) is not None:
         tensors.pop("pre_logits.fc.bias", None)
         notes.append("pre_logits: the pooler is not in front of the classifier: dropped")

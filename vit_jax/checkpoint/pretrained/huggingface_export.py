@@ -90,7 +90,8 @@ def make_huggingface(
       ValueError: no class there computes what the model does.
     """
     params = weights.params
-    model = infer_model(params) | {k: v for k, v in weights.model.items() if v is not None}
+    stated = {k: x for k, x in weights.model.items() if x is not None and k != "patch_size"}
+    model = infer_model(params) | stated
     kind = _find_kind(model, params)
     base, classifier, names = _KINDS[kind]
     tensors = _rename(params, model, names)
@@ -222,6 +223,7 @@ def _rename(
     }
     # Positions and tokens stay apart there, so only the rest is as in timm.
     plain = {"num_registers": 0, "position_embedding": "none", "representation_size": None}
+    plain["classifier"] = "token"
     if is_dinov3 and model.get("activation") == "gelu_tanh":
         plain["activation"] = "gelu_erf"  # timm has no other in such a model.
     found = to_timm(rest, model={**model, **plain}, grid=None)
@@ -274,18 +276,13 @@ def _describe(model: Mapping[str, Any], kind: str) -> dict[str, Any]:
             **dict.fromkeys(("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")),
         }
     if kind.startswith("dinov2"):
-        config |= {"mlp_ratio": hidden // width if hidden % width == 0 else hidden / width}
-        config |= {"layerscale_value": model["layer_scale_init"]}
+        gated = activation == "swiglu"
+        ratio = _find_ratio(hidden, width, gated=gated)
+        config |= {"mlp_ratio": ratio, "layerscale_value": model["layer_scale_init"]}
         if kind == "dinov2_with_registers":
             config["num_register_tokens"] = model["num_registers"]
-        if activation == "swiglu":
-            # There the hidden width is 2/3 of the stated one, rounded up to a multiple of 8.
+        if gated:
             config |= {"use_swiglu_ffn": True, "hidden_act": "gelu"}
-            config["mlp_ratio"] = ratio = _find_ratio(hidden, width)
-            if ratio is None:
-                raise ValueError(
-                    f"model.mlp_dim={hidden}: Hugging Face's DINOv2 rounds it to a multiple of 8"
-                )
         return config | {"qkv_bias": True}
     config |= {"intermediate_size": hidden, "qkv_bias": True}
     if "representation_size" in model:
@@ -293,11 +290,18 @@ def _describe(model: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return config
 
 
-def _find_ratio(hidden: int, width: int) -> int | float | None:
-    for ratio in (round(1.5 * hidden / width), 1.5 * hidden / width):
-        if ratio and (int(int(width * ratio) * 2 / 3) + 7) // 8 * 8 == hidden:
-            return ratio
-    return None
+def _find_ratio(hidden: int, width: int, *, gated: bool) -> int:
+    """Returns the `mlp_ratio` of DINOv2 there, an integer."""
+    ratio = round((1.5 if gated else 1) * hidden / width)
+    made = width * ratio
+    if gated:  # There the width is 2/3 of the stated one, rounded up to a multiple of 8.
+        made = (int(made * 2 / 3) + 7) // 8 * 8
+    if made != hidden:
+        raise ValueError(
+            f"model.mlp_dim={hidden}: Hugging Face's DINOv2 has whole multiples of the width, here "
+            f"{width}, and with SwiGLU two thirds of them, rounded up to a multiple of 8"
+        )
+    return ratio
 
 
 def _find_side(weights: Weights, model: Mapping[str, Any]) -> int:

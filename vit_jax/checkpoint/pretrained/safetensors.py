@@ -97,6 +97,7 @@ MODEL_KEYS = (
     "untied_norm",
     "pre_norm",
     "embedding_bias",
+    "drop_pixels",
     "head_bias",
     "vocab_size",
     "context_length",

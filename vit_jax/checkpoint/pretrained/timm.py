@@ -177,6 +177,8 @@ def read_timm(
     _check_pooling(architecture, options, model, params)
     preprocess, image_notes = _read_timm_images(config.get("pretrained_cfg", config))
     names, name_notes = _read_names(config, params)
+    if "image_size" in preprocess and "resnet_layers" not in model:
+        more += _note_dropped_pixels(preprocess["image_size"], model)
     kind = "timm hybrid" if "resnet_layers" in model else "timm"
     kind = kind if original is None else original.name
     return Weights(
@@ -336,6 +338,18 @@ def _check_pooling(
             f"model_args.attn_pool_num_heads={heads} in config.json: expected {model['num_heads']},"
             " as many as in the blocks"
         )
+
+
+def _note_dropped_pixels(image_size: tuple[int, int], model: dict[str, Any]) -> list[str]:
+    """Lets the model take images that its patches do not fill, if the file states such; a note."""
+    left = [size % patch for size, patch in zip(image_size, model["patch_size"], strict=True)]
+    if not any(left):
+        return []
+    model["drop_pixels"] = True
+    return [
+        f"images: {image_size[0]}x{image_size[1]} pixels, of which the last {left[0]} rows and "
+        f"{left[1]} columns make no whole patch: left out, as in timm (model.drop_pixels)"
+    ]
 
 
 def _read_names(

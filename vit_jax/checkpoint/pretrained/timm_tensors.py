@@ -311,6 +311,11 @@ def _check_expressible(model: Mapping[str, Any], grid: tuple[int, int] | None) -
         raise ValueError("timm has no pre_logits; fine-tune with model.representation_size=None")
     if model.get("distillation_token") and model.get("num_registers"):
         raise ValueError("timm has no model with both a distillation token and registers")
+    if model["classifier"] == "token_gap":
+        raise ValueError(
+            "timm has no head on the class token and the mean over patches "
+            "(model.classifier='token_gap'); a .npz holds it"
+        )
     if model.get("head_bias") is False:
         raise ValueError("timm's head has a bias, and this one has none; a .npz holds it")
     if bool(model.get("pre_norm")) == model.get("embedding_bias", True):

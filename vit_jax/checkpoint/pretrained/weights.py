@@ -368,6 +368,9 @@ def _infer_vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         **_infer_encoder(shapes),
         "classifier": "token" if "cls" in shapes else pooling,
     }
+    doubled = shapes.get("head/kernel", (0,))[0] == 2 * hidden
+    if doubled and "cls" in shapes and "pre_logits/bias" not in shapes:
+        found["classifier"] = "token_gap"
     if "pre_logits/bias" in shapes:
         found["representation_size"] = shapes["pre_logits/bias"][0]
     if "conv_root/kernel" in shapes:
