@@ -240,6 +240,7 @@ def test_candidates_are_ways_that_the_config_allows_the_fastest_first(candidates
     assert memory["none", False, 1] == memory["none", True, 1]
 
 
+@pytest.mark.slow
 def test_both_towers_are_recomputed_and_scanned():
     sizes = {"num_layers": 2, "mlp_dim": 64}
     config = pairs_config("nowhere", model__image=IMAGE | sizes, model__text=TEXT | sizes)
