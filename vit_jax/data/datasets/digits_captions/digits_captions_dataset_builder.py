@@ -22,7 +22,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     description and citation from the README.md and CITATIONS.bib beside it.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")  # 1.1: nine places in train, a split validation
 
     def __init__(self, *, file_format: str | None = "array_record", **kwargs: Any):
         """As in TFDS, but with a format that can be read by position and without TensorFlow."""
