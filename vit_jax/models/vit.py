@@ -316,26 +316,26 @@ class VisionTransformer(nn.Module, kw_only=True):
     def _rotation(self, grid: tuple[int, int], *, train: bool) -> Rotation:
         """Returns the rotation of class tokens, registers and patches, in this order."""
         assert self.rope_theta is not None
-        turned_registers = self.rope_register_theta is not None
+        register_theta = self.rope_register_theta
         head_dim = self.hidden_size // self.num_heads
         noise = CoordinateNoise(self.rope_shift, self.rope_jitter, self.rope_rescale)
         patches = rotation_2d(
             grid,
             head_dim,
             theta=self.rope_theta,
-            num_prefix_tokens=0 if turned_registers else self.num_prefix_tokens,
+            num_prefix_tokens=self.num_prefix_tokens if register_theta is None else 0,
             reference_grid=self.rope_reference_grid,
             coordinates=self.rope_coordinates,
             noise=noise,
             rng=self.make_rng("dropout") if train and any(noise) else None,
         )
-        if not turned_registers:
+        if register_theta is None:
             return patches
         side = math.isqrt(self.num_registers)
         first = rotation_2d(
             (side, side),
             head_dim,
-            theta=self.rope_register_theta,
+            theta=register_theta,
             num_prefix_tokens=self.num_class_tokens,
         )
         return Rotation(*(jnp.concatenate(tables) for tables in zip(first, patches, strict=True)))

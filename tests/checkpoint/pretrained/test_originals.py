@@ -64,6 +64,7 @@ def test_dinov3_is_read_by_the_names_of_its_repository(name, mlp, tmp_path):
     weights, expected = read_safetensors(tmp_path / "dinov3.safetensors"), read_case(name)
     assert weights.layout == "DINOv3 safetensors"
     assert_same(weights.params, expected.params)
+    assert_same(weights.objective_params, expected.objective_params)
     assert {**weights.model, "rope_reference_grid": None} == {
         **expected.model,
         "rope_reference_grid": None,

@@ -26,7 +26,11 @@ from vit_jax.checkpoint.pretrained.names import (
     HUGGINGFACE_PATCHES,
     describe_family,
 )
-from vit_jax.checkpoint.pretrained.timm_tensors import find_positions, to_linen
+from vit_jax.checkpoint.pretrained.timm_tensors import (
+    find_positions,
+    pop_mask_token,
+    to_linen,
+)
 from vit_jax.checkpoint.pretrained.weights import (
     Loss,
     Weights,
@@ -162,6 +166,7 @@ def read_huggingface(
     check_keys(config, HARMLESS | _USED | more_keys | _EXPECTED.keys())
     check_values(config, _EXPECTED)
     renamed, kind, notes = _to_timm_names(tensors)
+    objective_params = pop_mask_token(renamed)
     if "model_type" in config:
         shown, name = _KINDS[config["model_type"]]
         check_sizes(config, {"model_type": f"those of a {kind}"} if kind != shown else {})
@@ -196,6 +201,7 @@ def read_huggingface(
     preprocess, image_notes = read_preprocess(processor, config, kind=kind)
     return Weights(
         params=params,
+        objective_params=objective_params,
         layout=f"Hugging Face {kind} safetensors",
         model=model,
         preprocess=({"image_size": image_size_of(grid, model)} if grid else {}) | preprocess,

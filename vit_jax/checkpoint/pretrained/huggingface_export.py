@@ -95,6 +95,12 @@ def make_huggingface(
     kind = _find_kind(model, params)
     base, classifier, names = _KINDS[kind]
     tensors = _rename(params, model, names)
+    if "layer_scale_init" in model:  # The classes have a mask token, for pre-training.
+        width = model["hidden_size"]
+        shape = (1, 1, width) if kind == "dinov3_vit" else (1, width)
+        token = weights.objective_params.get("mask_token", np.zeros(width))
+        token = token.astype(params["embedding/kernel"].dtype)
+        tensors["embeddings.mask_token"] = token.reshape(shape)
     has_head = "head/kernel" in params
     if has_head:
         tensors = {
@@ -244,11 +250,6 @@ def _rename(
             for pattern, replacement in names:
                 new = re.sub(pattern, replacement, new)
             tensors[new] = y
-    if "layer_scale_init" in model:  # The classes have one, for pre-training.
-        width = model["hidden_size"]
-        shape = (1, 1, width) if is_dinov3 else (1, width)
-        dtype = params["embedding/kernel"].dtype
-        tensors["embeddings.mask_token"] = np.zeros(shape, dtype)
     return tensors
 
 

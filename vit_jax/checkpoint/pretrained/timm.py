@@ -22,7 +22,11 @@ from vit_jax.checkpoint.pretrained.config_json import (
 )
 from vit_jax.checkpoint.pretrained.names import TIMM_PATCHES, describe_family
 from vit_jax.checkpoint.pretrained.originals import Original, read_original
-from vit_jax.checkpoint.pretrained.timm_tensors import find_positions, to_linen
+from vit_jax.checkpoint.pretrained.timm_tensors import (
+    find_positions,
+    pop_mask_token,
+    to_linen,
+)
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
     describe_evaluation,
@@ -139,7 +143,8 @@ def read_timm(
     # A name may have a tag of the weights, which does not change the model.
     architecture, options = config.get("architecture", "").partition(".")[0], _read_options(config)
     original = read_original(tensors)
-    tensors = tensors if original is None else original.tensors
+    tensors = dict(tensors) if original is None else original.tensors
+    objective_params = pop_mask_token(tensors)
     _check_architecture(tensors, architecture)
     rope = _find_rope(tensors, architecture, options, original)
     classifier, notes = _find_classifier(tensors, config, options)
@@ -183,6 +188,7 @@ def read_timm(
     kind = kind if original is None else original.name
     return Weights(
         params=params,
+        objective_params=objective_params,
         layout=f"{kind} safetensors",
         model=model,
         preprocess=({"image_size": image_size_of(grid, model)} if grid else {}) | preprocess,

@@ -61,7 +61,6 @@ _FUSED = (
 )
 # Tensors that no model of this package has, and why that does not matter.
 _DROPPED = {
-    "mask_token": "only for pre-training: dropped",
     "decoder_": "only for pre-training: dropped",
     "decoder.": "only for pre-training: dropped",
 }
@@ -79,6 +78,15 @@ def _infer_num_heads(tensors: Mapping[str, np.ndarray]) -> int:
             f"nothing states how many heads share the width of {width}; give model.num_heads"
         )
     return width // 64
+
+
+def pop_mask_token(tensors: dict[str, np.ndarray]) -> _Arrays:
+    """Removes the mask token of a backbone; returns it as a parameter of an objective, or nothing.
+
+    It is `[1, 1, width]` there, and in files also `[1, width]`.
+    """
+    token = tensors.pop("mask_token", None)
+    return {} if token is None else {"mask_token": token.reshape(1, 1, -1)}
 
 
 def to_linen(
