@@ -259,6 +259,7 @@ def augreg_line(magnitude):
 CROPS = {
     "augreg.py": "tensorflow",
     "deit.py": "torchvision",
+    "cifar10_ssl.py": "uniform",
     "digits_dino.py": "uniform",
     "dino.py": "torchvision",
     "deit3.py:B": "torchvision",
