@@ -242,6 +242,8 @@ def test_every_config_is_built_here():
         "deit3.py:S,epochs=20",
         "vit5.py:H",
         "dino.py:dinov2",
+        "dinov2.py:H",
+        "cifar10_ssl.py:simclr",
         "cifar10.py:large",
     ],
 )
