@@ -267,7 +267,6 @@ CROPS = {
     "dino_continue.py": "torchvision",
     "dinov2.py": "torchvision",
     "dinov3_gram.py": "torchvision",
-    "cifar10_ssl.py": "uniform",
     "deit3.py:B": "torchvision",
     "deit3.py:B,finetune=runs/deit3_b16": "torchvision",
     "distill.py": "torchvision",
