@@ -42,7 +42,7 @@ from vit_jax.utils.streams import print_result
 from vit_jax.utils.text import printable
 
 if TYPE_CHECKING:
-    from vit_jax.data.ops.transforms import Op
+    from vit_jax.data.ops.transforms import Features, Op
     from vit_jax.data.pipeline import DatasetSpec
     from vit_jax.data.sources.base import Dataset, DatasetInfo, Source
     from vit_jax.data.sources.tfds import TfdsDataset
@@ -261,6 +261,8 @@ def report(
     good = [f for f in findings if f.size is not None]
     corrupt = [f for f in findings if f.corrupt is not None]
     classes = f"{info.num_classes:,} classes" if info.num_classes else "no labels"
+    if info.pixel_classes:
+        classes = f"{len(info.pixel_classes)} classes of pixels"
     lines = [f"{len(findings):,} images, {classes}"]
     lines += _listing("corrupt", [f"{f.record}: {f.corrupt}" for f in corrupt])
     odd = collections.defaultdict(list)
@@ -444,6 +446,8 @@ def prepare_images(sheet: DatasetSpec | Experiment) -> tuple[np.ndarray, list[st
         examples = read_examples(data, seed=0, step=0)
         images = np.stack([example["image"] for example in examples])
         labels: Any = [example.get("label") for example in examples]
+        if data.info.pixel_classes:
+            return images, [_name_pixels(example, data.info) for example in examples]
     else:
         from vit_jax.training.previews import preview_first_batch
 
@@ -455,6 +459,14 @@ def prepare_images(sheet: DatasetSpec | Experiment) -> tuple[np.ndarray, list[st
     if labels is None:
         return images, [""] * len(images)
     return images, [caption(label, data.info) for label in labels]
+
+
+def _name_pixels(example: Features, info: DatasetInfo) -> str:
+    """The classes with the most pixels, without those that have none."""
+    names = info.pixel_classes or ()
+    counts = np.bincount(example["label_map"].ravel(), minlength=len(names))[: len(names)]
+    order = np.argsort(-counts, kind="stable")[:3]
+    return " + ".join(names[i] for i in order if counts[i])
 
 
 def caption(label: np.ndarray, info: DatasetInfo) -> str:
