@@ -10,8 +10,8 @@ they were trained with, so new heads are trained first, while the backbone stays
 first 5 % of the run. Then everything is trained, with a small learning rate that falls towards the
 input. The model is DINOv2's S/14; for another one set model.variant and what else differs, such as
 --config.model.layer_scale_init=none: a difference is an error that names it. 20 epochs of 100,000
-images are about 8,000 steps. `knn` needs labels: for images without classes leave it out with
---config.evals.knn=none.
+images are about 8,000 steps. `knn` needs labels: for images without classes it has to be left out
+of the evals.
 
 The first and the last `knn_ema/20nn` show whether the images have helped. There is no published
 result to compare with, and this recipe has not been measured on photographs.
