@@ -170,6 +170,8 @@ def _build_parts(
     )
     if objective.needs_labels:
         _check_labels(data, "objective", objective_args["name"], _UNLABELLED)
+    if objective.needs_label_maps and "label_map" not in data.blank():
+        raise UserError(f"data.preprocess={data.preprocess!r}: expected 'label_map' in keep(...)")
     if settings.ema_decay is not None and objective.keeps_average:
         raise UserError(
             f"ema_decay={settings.ema_decay} with objective.name={objective_args['name']!r}: "
@@ -307,10 +309,13 @@ def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
 
 
 def _check_labels(data: DatasetSpec, key: str, name: str, advice: str) -> None:
-    """Raises `UserError` if data with captions alone is to be learned or judged by labels."""
+    """Raises `UserError` if data without labels of images is to be learned or judged by labels."""
     if not data.info.num_classes:
+        has = "masks" if data.info.pixel_classes else "captions"
+        if data.info.pixel_classes and advice == _UNLABELLED:
+            advice = ".name=segmentation, which learns the class of each pixel"
         raise UserError(
-            f"{key}.name={name!r} needs labels, and {data} has captions alone: expected data with "
+            f"{key}.name={name!r} needs labels, and {data} has {has} alone: expected data with "
             f"labels, or --config.{key}{advice}"
         )
 
@@ -436,6 +441,7 @@ def _make_objective(
         "total_steps": total_steps,
         "multi_label": data.info.multi_label,
         "class_names": data.info.class_names,
+        "pixel_classes": data.info.pixel_classes,
     }
     (args,) = bind(section, make, key="objective", given=tuple(given))
     if data.views and not is_part(name) and "view_shapes" not in keywords(make):
@@ -567,7 +573,7 @@ def _make_evaluators(
         data_args["batch_size"] = data_args["batch_size"] or train_data.batch_size
         check_batch_size(data_args["batch_size"], mesh, key=f"{key}.batch_size")
         data = _make_eval_spec(data_args, train_data, key=key)
-        if data.image_shape() != image_shape:
+        if data.image_shape() != image_shape and not getattr(make, "takes_any_size", False):
             raise UserError(
                 f"{key}.preprocess gives images of {data.image_shape()}, data.preprocess of "
                 f"{image_shape}: expected the same"

@@ -122,6 +122,12 @@ def merge_infos(infos: Sequence[DatasetInfo], names: Sequence[str], *, key: str)
     if len(infos) == 1:
         return infos[0]
     captions = all(info.captions for info in infos)
+    for info, name in zip(infos, names, strict=True):
+        if info.pixel_classes != infos[0].pixel_classes:
+            raise UserError(
+                f"{key}: {names[0]} and {name} have different classes of pixels: expected the same "
+                "names in the same order, or none"
+            )
     if not all(info.num_classes for info in infos):
         infos = [
             dataclasses.replace(info, num_classes=0, class_names=None, multi_label=False)

@@ -26,7 +26,7 @@ from vit_jax.data.ops.transforms import Decode, Features, Keep, Op, apply
 from vit_jax.data.order import CAPTIONS, Mixed, Order, PositionRng, RepeatedAugmentation, shuffled
 from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources import dataset_info, open_source
-from vit_jax.data.sources.base import DatasetInfo, Source
+from vit_jax.data.sources.base import IGNORED, DatasetInfo, Source
 from vit_jax.data.tokenizers import Tokenizer, parse_tokenizer
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import is_part, report_failure
@@ -35,7 +35,7 @@ from vit_jax.utils.text import describe_size
 Batch = dict[str, np.ndarray]
 
 # Features with a meaning of their own, which no view may have as its name.
-_OWN_FEATURES = ("image", "label", "mask", "text", "caption", "tokens")
+_OWN_FEATURES = ("image", "label", "label_map", "mask", "text", "caption", "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +124,8 @@ class DatasetSpec:
         """An example of zeros, with the features that a batch has.
 
         These are `image` uint8 `[h, w, c]`; `label` int32 or float32 `[num_classes]`, if there are
-        labels; `tokens` int32 `[length]`, if captions are tokenized; and the `views`, uint8
-        `[count, h, w, c]`.
+        labels; `label_map` uint8 `[h, w]`, if pixels have classes; `tokens` int32 `[length]`, if
+        captions are tokenized; and the `views`, uint8 `[count, h, w, c]`.
         """
         info = self.info
         features: Features = {"image": np.zeros(self.image_shape(), np.uint8)}
@@ -133,6 +133,8 @@ class DatasetSpec:
             features["label"] = np.zeros(info.num_classes, np.float32)
         elif info.num_classes:
             features["label"] = np.int32(0)
+        if info.pixel_classes:
+            features["label_map"] = np.full(features["image"].shape[:2], IGNORED, np.uint8)
         for op in self.ops():
             features = op(features) if isinstance(op, Keep) else features
         for name, shape in self.view_shapes().items():
@@ -204,7 +206,12 @@ class DatasetSpec:
 
         Raises `UserError` if the line does not decode first, or if its images differ in shape.
         """
-        shapes = find_shapes(self.preprocess, self.info.image_shape, key=f"{self.key}.preprocess")
+        shapes = find_shapes(
+            self.preprocess,
+            self.info.image_shape,
+            key=f"{self.key}.preprocess",
+            with_maps=bool(self.info.pixel_classes),
+        )
         if len(shapes) > 1:
             raise UserError(
                 f"{self.key}.preprocess={self.preprocess!r} leaves images of {self} in "
@@ -235,13 +242,14 @@ class DatasetSpec:
 
 
 def find_shapes(
-    line: str, image_shape: tuple[int | None, ...], *, key: str
+    line: str, image_shape: tuple[int | None, ...], *, key: str, with_maps: bool = False
 ) -> set[tuple[int, int, int]]:
     """Height, width and channels of the images that a preprocessing line returns.
 
     It runs on two blank images of the dataset's `image_shape`, with sides of their own where that
-    is None; several results mean that the shape depends on the size. Raises `UserError`, with the
-    config key of the line, if this does not start with `decode`, or repeats it.
+    is None; several results mean that the shape depends on the size. The images have label maps
+    `with_maps`. Raises `UserError`, with the config key of the line, if this does not start with
+    `decode`, repeats it, or treats a label map otherwise than its image.
     """
     ops = parse_preprocess(line, key=key)
     if [isinstance(op, Decode) for op in ops] != [True] + [False] * (len(ops) - 1):
@@ -251,10 +259,24 @@ def find_shapes(
         sides = [side or other for side, other in zip(image_shape[:2], fill, strict=True)]
         blank = cv2.imencode(".png", np.zeros((*sides, 3), np.uint8))[1].tobytes()
         features, rng = {"image": blank, "label": np.int32(0)}, np.random.default_rng(0)
+        if with_maps:
+            features["label_map"] = np.zeros(sides, np.uint8)
         for text, op in zip(line.split("|"), ops, strict=True):
             features = _try_op(op, text.strip(), features, rng, key=key)
+            check_map(features, f"{key}: {text.strip()!r}")
         shapes.add(features["image"].shape)
     return shapes
+
+
+def check_map(features: Features, where: str) -> None:
+    """Raises `UserError` if a label map is not as large as its image, or no uint8."""
+    label_map, image = features.get("label_map"), features["image"]
+    if label_map is None or (label_map.shape, label_map.dtype) == (image.shape[:2], np.uint8):
+        return
+    raise UserError(
+        f"{where} made a label_map of {label_map.dtype} {label_map.shape} for an image of "
+        f"{image.shape}: expected uint8 {image.shape[:2]}"
+    )
 
 
 def _try_op(
@@ -269,7 +291,7 @@ def _try_op(
     if not is_part(name):
         try:
             return apply([op], features, rng)
-        except ImageError as e:
+        except (ImageError, UserError) as e:
             raise UserError(f"{where}: {e}") from None
     with report_failure(where, name):
         features = apply([op], features, rng)
@@ -313,7 +335,9 @@ class _Batches(abc.ABC):
         seed: int,
     ):
         block = spec.batch_size // num_shards
-        self.spec, self.source, self.ops = spec, spec.open(), fuse(spec.ops())
+        self.spec, self.source = spec, spec.open()
+        # The native code takes images alone.
+        self.ops = spec.ops() if spec.info.pixel_classes else fuse(spec.ops())
         self.rngs, self.blank = PositionRng(seed), spec.blank()
         self.tokenizer = spec.find_tokenizer()
         self.decode, counts = spec.ops()[0], {name: count for name, count, _ in spec.views}
@@ -389,6 +413,7 @@ class _Batches(abc.ABC):
             features = apply(self.ops, record, rng)
             if not isinstance(features["image"], Job):
                 self._check(features["image"], "preprocess", self.blank["image"].shape)
+                check_map(features, f"{self.spec.key}.preprocess")
         if self.tokenizer:
             captions = record["text"] if "text" in record else self.source.captions(index)
             if not captions:
@@ -401,26 +426,27 @@ class _Batches(abc.ABC):
         """The features of a record with the images of the views, all of one decoded image."""
         decoded = apply([self.decode], record, rng)
         repeating, states = bool(self.spec.same_draws), []
+        alone = {name: x for name, x in decoded.items() if name != "label_map"}
 
-        def draw(ops: Sequence[Op]) -> Features:
+        def draw(ops: Sequence[Op], given: Features) -> Features:
             if repeating:
                 states.append(rng.bit_generator.state)
-            return apply(ops, decoded, rng)
+            return apply(ops, given, rng)
 
         def repeat(ops: Sequence[Op], image: int) -> Features:
             now = rng.bit_generator.state
             rng.bit_generator.state = states[image]
-            features = apply(ops, decoded, rng)
+            features = apply(ops, alone, rng)
             rng.bit_generator.state = now
             return features
 
-        features = draw(self.ops)
+        features = draw(self.ops, decoded)
         self._check(features["image"], "preprocess", self.blank["image"].shape)
         for name, (count, ops) in self.views.items():
             if name in self.spec.same_draws:
                 images = [repeat(ops, i)["image"] for i in range(count)]
             else:
-                images = [draw(ops)["image"] for _ in range(count)]
+                images = [draw(ops, alone)["image"] for _ in range(count)]
             for image in images:
                 self._check(image, f"views.{name}", self.blank[name].shape[1:])
             features |= {name: np.stack(images)}
@@ -495,8 +521,9 @@ def train_batches(
     """Endless batches from `step` on: `{"image": uint8 [b, h, w, c], "label": int32 [b]}`.
 
     Labels are float32 `[b, num_classes]` if an example may have several, and absent if the data has
-    none. With a tokenizer, `tokens` int32 `[b, length]` are those of a caption of each image, drawn
-    by seed and position if there are several; in evaluation it is the first. Threads load ahead
+    none. With classes of pixels, `label_map` is uint8 `[b, h, w]`. With a tokenizer, `tokens` int32
+    `[b, length]` are those of a caption of each image, drawn by seed and position if there are
+    several; in evaluation it is the first. Threads load ahead
     until the iterator is closed or dropped.
 
     Args:
@@ -583,6 +610,8 @@ def plan_buffers(spec: DatasetSpec, *, num_shards: int = 1, shards: int = 1) -> 
     rows = spec.batch_size // num_shards * shards
     shapes = (spec.image_shape(), *spec.view_shapes().values())
     batch = rows * sum(map(math.prod, shapes))
+    if spec.info.pixel_classes:
+        batch += rows * math.prod(shapes[0][:2])
     ahead = count_ahead(rows, count_threads(spec.num_threads))
     if spec.max_ram_gb is not None:
         least = (1 + _HELD) * batch / 1e9

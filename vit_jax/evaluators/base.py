@@ -46,6 +46,7 @@ class Evaluator(abc.ABC):
       mesh: batches are sharded over it.
       every: steps between evaluations; 0 for the end only.
       needs_labels: whether batches must have `label`.
+      takes_any_size: whether images may be of another size than in training.
       judges_head: whether a trained head is evaluated, so that the dataset must have its classes.
       draws: whether its details are a picture, which is written at each evaluation of a run.
       choose: whether the best of several heads is chosen on this split at the end of a run.
@@ -61,6 +62,7 @@ class Evaluator(abc.ABC):
     every: int = 0
 
     needs_labels: ClassVar[bool] = True
+    takes_any_size: ClassVar[bool] = False
     judges_head: ClassVar[bool] = False
     draws: ClassVar[bool] = False
     choose = False

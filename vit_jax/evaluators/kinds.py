@@ -9,6 +9,7 @@ from vit_jax.evaluators.patches import Patches
 from vit_jax.evaluators.probes import Probes
 from vit_jax.evaluators.reconstruction import Reconstruction
 from vit_jax.evaluators.retrieval import Retrieval
+from vit_jax.evaluators.segmentation import Segmentation
 from vit_jax.evaluators.zero_shot import ZeroShot
 
 EVALUATORS = {
@@ -20,5 +21,6 @@ EVALUATORS = {
     "probes": Probes,
     "reconstruction": Reconstruction,
     "retrieval": Retrieval,
+    "segmentation": Segmentation,
     "zero_shot": ZeroShot,
 }

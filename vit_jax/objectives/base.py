@@ -32,7 +32,8 @@ class Objective(abc.ABC):
     """A model and what is minimised. Knows nothing of optimizers or checkpoints.
 
     Batches from the data have `image` uint8 `[batch, height, width, channels]` and `label` int32
-    `[batch]`, or float32 `[batch, classes]` of zeros and ones where examples have several labels.
+    `[batch]`, or float32 `[batch, classes]` of zeros and ones where examples have several labels;
+    or `label_map` uint8 `[batch, height, width]` where pixels have classes, with 255 for none.
 
     Attributes:
       objective_params: first parts of the paths of parameters that belong to the objective and not
@@ -42,6 +43,7 @@ class Objective(abc.ABC):
       classifies: whether `predict` returns `logits` `[batch, classes]`.
       keeps_average: whether the train state has an average of the parameters by `average_decay`.
       needs_labels: whether batches must have `label`.
+      needs_label_maps: whether they must have `label_map`.
       head_names: names of the heads of `head_logits` `[heads, batch, classes]`, if `predict`
         returns those.
     """
@@ -51,6 +53,7 @@ class Objective(abc.ABC):
     classifies: bool = True
     keeps_average: bool = False
     needs_labels: bool = True
+    needs_label_maps: bool = False
 
     @property
     def head_names(self) -> tuple[str, ...]:

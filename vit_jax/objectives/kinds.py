@@ -6,6 +6,7 @@ from vit_jax.objectives.dino import make_dino
 from vit_jax.objectives.distillation import make_distillation
 from vit_jax.objectives.linear_probe import make_linear_probe
 from vit_jax.objectives.mae import make_mae
+from vit_jax.objectives.segmentation import make_segmentation
 from vit_jax.objectives.supervised import make_supervised
 
 OBJECTIVES = {
@@ -15,4 +16,5 @@ OBJECTIVES = {
     "dino": make_dino,
     "linear_probe": make_linear_probe,
     "contrastive": make_contrastive,
+    "segmentation": make_segmentation,
 }

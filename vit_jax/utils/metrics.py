@@ -74,6 +74,20 @@ _KNOWN = {
         is_share=True,
         meaning="the share of captions whose image is among so many most similar ones.",
     ),
+    r"miou": Metric(
+        "mIoU",
+        is_share=True,
+        meaning="mean intersection over union: for each class, the pixels that are of it in both "
+        "labels and predictions as a share of those in either; then the mean over the classes.",
+    ),
+    r"pixel_accuracy": Metric(
+        "accuracy", is_share=True, meaning="the share of labelled pixels with the right class."
+    ),
+    r"mean_class_accuracy": Metric(
+        "accuracy",
+        is_share=True,
+        meaning="the mean over the classes of the share of their pixels that are predicted right.",
+    ),
     r"lr": Metric("learning rate"),
     r"images_per_sec": Metric("images/s"),
     r"step_ms": Metric("milliseconds"),

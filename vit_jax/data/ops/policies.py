@@ -299,7 +299,9 @@ class ThreeAugment(Random):
 
 
 class _Sometimes(Random):
-    """An operation that changes the image with a probability."""
+    """An operation that changes the colours of the image with a probability."""
+
+    maps = "keep"
 
     probability: float
 
@@ -363,6 +365,7 @@ class ColorJitter(Random):
     hue: float = 0.0
     probability: float = 1.0
     may_be_zero = ("brightness", "contrast", "saturation", "hue")
+    maps = "keep"
 
     def __post_init__(self) -> None:
         if self.hue > 0.5:

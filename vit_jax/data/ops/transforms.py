@@ -6,6 +6,9 @@ An operation is a frozen dataclass that maps a features dict to another: `image`
 fields are the arguments in a preprocessing line. `Random` operations also take a generator, which
 depends only on the seed and the example's position. An operation on the image alone overrides
 `change`; one on other features overrides `__call__`.
+
+A `label_map`, uint8 `[height, width]`, has the class of each pixel of the image. Operations that
+move pixels move it in the same way, without interpolation; see `Maps`.
 """
 
 import dataclasses
@@ -22,6 +25,10 @@ from vit_jax.data.ops.geometry import Method, resize_image
 from vit_jax.utils.errors import UserError, first_line
 
 Features = dict[str, Any]
+# What an operation does with a label map: `move` it like the image, `keep` it since no pixel moves,
+# or `refuse` images that have one.
+Maps = Literal["move", "keep", "refuse"]
+_IGNORED = 255  # in label maps, see `sources.base`
 _Rounding = Literal["nearest", "down"]
 
 
@@ -30,9 +37,13 @@ class Transform:
 
     # Arguments that may be 0; other numbers must be positive.
     may_be_zero: ClassVar[tuple[str, ...]] = ()
+    maps: ClassVar[Maps] = "refuse"
 
     def __call__(self, features: Features) -> Features:
-        return features | {"image": self.change(features["image"])}
+        changed = {"image": self.change(features["image"])}
+        if "label_map" in features and self.maps != "keep":
+            changed["label_map"] = find_map_op(self).change(features["label_map"])
+        return features | changed
 
     def change(self, image: Any) -> np.ndarray:
         raise NotImplementedError
@@ -42,15 +53,42 @@ class Random:
     """An operation with random choices."""
 
     may_be_zero: ClassVar[tuple[str, ...]] = ()
+    maps: ClassVar[Maps] = "refuse"
 
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
-        return features | {"image": self.change(features["image"], rng)}
+        if "label_map" not in features or self.maps == "keep":
+            return features | {"image": self.change(features["image"], rng)}
+        op = find_map_op(self)
+        before = rng.bit_generator.state
+        image = self.change(features["image"], rng)
+        after = rng.bit_generator.state
+        # The choices depend on the size alone, so that those for the map are the same.
+        rng.bit_generator.state = before
+        label_map = op.change(features["label_map"], rng)
+        rng.bit_generator.state = after
+        return features | {"image": image, "label_map": label_map}
 
     def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         raise NotImplementedError
 
 
 Op = Transform | Random
+
+
+def find_map_op(op: Any) -> Any:
+    """The operation that moves a label map as `op` moves its image.
+
+    It takes the nearest pixel where `op` interpolates, and pads with `IGNORED`. Raises `UserError`
+    if there is none.
+    """
+    if op.maps == "refuse":
+        raise UserError(
+            f"{op} can't be applied to images with masks, since it may move pixels of the image "
+            "alone: expected operations that crop, resize, pad, flip, shift or change colours"
+        )
+    fields = {field.name for field in dataclasses.fields(op)}
+    new = {"method": "nearest", "value": _IGNORED}
+    return dataclasses.replace(op, **{name: new[name] for name in new.keys() & fields})
 
 
 def check_order(**limits: float) -> None:
@@ -83,6 +121,16 @@ class Decode(Transform):
 
     orient: bool = False
 
+    def __call__(self, features: Features) -> Features:
+        image = self.change(features["image"])
+        if "label_map" in features and features["label_map"].shape != image.shape[:2]:
+            theirs, ours = features["label_map"].shape, image.shape
+            raise ImageError(
+                f"its mask has {theirs[1]}x{theirs[0]} pixels, and the image {ours[1]}x{ours[0]}: "
+                "expected the same"
+            )
+        return features | {"image": image}
+
     def change(self, image: bytes | np.ndarray) -> np.ndarray:
         return decode_image(image, orient=self.orient)
 
@@ -112,6 +160,8 @@ class Keep(Transform):
 class Resize(Transform):
     """Resizes to `height` x `width` (default: `height`), without keeping the aspect ratio."""
 
+    maps = "move"
+
     height: int
     width: int | None = None
     method: Method = "bilinear"
@@ -127,6 +177,8 @@ class ResizeSmall(Transform):
     The longer side is rounded to the `nearest` integer, as in big_vision, or `down`, as in
     torchvision, timm and Hugging Face.
     """
+
+    maps = "move"
 
     size: int
     method: Method = "bilinear"
@@ -148,6 +200,8 @@ class ResizeSmall(Transform):
 class ResizeLong(Transform):
     """Resizes the longer side to `size`, keeping the aspect ratio."""
 
+    maps = "move"
+
     size: int
     method: Method = "bilinear"
 
@@ -164,6 +218,8 @@ class CentralCrop(Transform):
     Half of an odd number of pixels is rounded `down`, or to the `nearest` even integer, as in
     torchvision and timm.
     """
+
+    maps = "move"
 
     height: int
     width: int | None = None
@@ -185,6 +241,8 @@ class CentralCrop(Transform):
 @dataclasses.dataclass(frozen=True)
 class RandomCrop(Random):
     """Crops `height` x `width` (default: `height`) at a random place of an image."""
+
+    maps = "move"
 
     height: int
     width: int | None = None
@@ -218,6 +276,7 @@ class _Padding(Transform):
     value: int
     mode: _Border
     may_be_zero = ("value",)
+    maps = "move"
 
     def __post_init__(self) -> None:
         if not 0 <= self.value <= 255:
@@ -267,6 +326,8 @@ class InceptionCrop(Random):
     "tensorflow", those of DeiT and MAE "torchvision", and probes of MAE "byol".
     """
 
+    maps = "move"
+
     size: int
     area_min: float = 5
     area_max: float = 100
@@ -301,8 +362,32 @@ class InceptionCrop(Random):
 
 
 @dataclasses.dataclass(frozen=True)
+class RandomScale(Random):
+    """Resizes the shorter side to `size` times a factor, keeping the aspect ratio.
+
+    The factor is drawn from `scale_min` to `scale_max`.
+    """
+
+    maps = "move"
+
+    size: int
+    scale_min: float = 0.5
+    scale_max: float = 2.0
+    method: Method = "bilinear"
+
+    def __post_init__(self) -> None:
+        check_order(scale_min=self.scale_min, scale_max=self.scale_max)
+
+    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        size = max(1, round(self.size * rng.uniform(self.scale_min, self.scale_max)))
+        return ResizeSmall(size, self.method).change(image)
+
+
+@dataclasses.dataclass(frozen=True)
 class FlipLr(Random):
     """Mirrors left and right with probability 0.5."""
+
+    maps = "move"
 
     def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return image[:, ::-1] if self.draw(rng) else image
@@ -315,6 +400,8 @@ class FlipLr(Random):
 @dataclasses.dataclass(frozen=True)
 class RandomShift(Random):
     """Moves the image by up to `pixels` in each direction; the edge is replicated."""
+
+    maps = "move"
 
     pixels: int
 
@@ -334,6 +421,7 @@ OPS: dict[str, type[Op]] = {
     "resize_long": ResizeLong,
     "central_crop": CentralCrop,
     "random_crop": RandomCrop,
+    "random_scale": RandomScale,
     "inception_crop": InceptionCrop,
     "pad": Pad,
     "pad_to": PadTo,

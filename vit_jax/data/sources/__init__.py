@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datasets by name, read by position.
 
-`folder:PATH`, `pairs:PATH`, `manifest:PATH` and `parquet:PATH` are of users, `packed:PATH` and
-`raw:PATH` are packed copies of a dataset, `blank:CLASSES` is generated; any other name is that of a
-TFDS dataset in `array_record` form. `digits` and `digits_captions` come with the package.
+`folder:PATH`, `pairs:PATH`, `masks:PATH`, `manifest:PATH` and `parquet:PATH` are of users,
+`packed:PATH` and `raw:PATH` are packed copies of a dataset, `blank:CLASSES` and `digits_masks:SIZE`
+are generated; any other name is that of a TFDS dataset in `array_record` form. `digits` and
+`digits_captions` come with the package.
 `my_module:attribute` is a dataset from outside of it.
 """
 
@@ -17,8 +18,10 @@ from vit_jax.data.sources.base import Dataset, DatasetInfo, Source
 from vit_jax.data.sources.blank import blank_dataset
 from vit_jax.data.sources.files import folder_dataset, manifest_dataset, pairs_dataset
 from vit_jax.data.sources.guess import is_path, suggest_name
+from vit_jax.data.sources.masks import masks_dataset
 from vit_jax.data.sources.packed import packed_dataset, raw_dataset
 from vit_jax.data.sources.parquet import parquet_dataset
+from vit_jax.data.sources.scenes import scenes_dataset
 from vit_jax.data.sources.tfds import TfdsDataset, has_folder, is_builder
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import import_part, is_part
@@ -26,8 +29,10 @@ from vit_jax.utils.registry import import_part, is_part
 # Prefixes of a name, each with a function from the rest of the name to the dataset.
 KINDS: dict[str, Callable[[str], Dataset]] = {
     "blank": blank_dataset,
+    "digits_masks": scenes_dataset,
     "folder": folder_dataset,
     "manifest": manifest_dataset,
+    "masks": masks_dataset,
     "pairs": pairs_dataset,
     "parquet": parquet_dataset,
     "packed": packed_dataset,

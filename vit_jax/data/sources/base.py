@@ -25,6 +25,9 @@ MAX_CAPTION = 2**16
 # The label of an example whose label is not known, as that of a test set that is kept secret.
 NO_LABEL = -1
 
+# The value in a label map of pixels that count nowhere.
+IGNORED = 255
+
 # Seed of splits and orders, which must not depend on the seed of a run.
 _SEED = 0
 
@@ -55,6 +58,8 @@ class DatasetInfo:
       class_names: names by label, if they are known; they are made one line each, and NFC.
       multi_label: whether an example has any number of labels, as a vector of zeros and ones.
       captions: whether images have captions, which `Source.captions` gives.
+      pixel_classes: the names of the classes of pixels, if each image has a label map; such data
+        has no labels of images. They are made one line each, and NFC.
     """
 
     num_classes: int
@@ -62,12 +67,15 @@ class DatasetInfo:
     class_names: tuple[str, ...] | None = None
     multi_label: bool = False
     captions: bool = False
+    pixel_classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.class_names is not None:
-            # Any source may give names, which are written to files with a name a line.
-            names = tuple(printable(normalize_name(str(name))) for name in self.class_names)
-            object.__setattr__(self, "class_names", names)
+        for field in ("class_names", "pixel_classes"):
+            given = getattr(self, field)
+            if given is not None:
+                # Any source may give names, which are written to files with a name a line.
+                names = tuple(printable(normalize_name(str(name))) for name in given)
+                object.__setattr__(self, field, names)
 
 
 class Source(abc.ABC):
@@ -76,6 +84,8 @@ class Source(abc.ABC):
     The image is encoded bytes, or read-only pixels, uint8 `[height, width, 3]`. The label is an
     int32, or float32 `[num_classes]` if an example may have several; data without labels has none.
     A source that reads captions with the image has them as `text` too, as `captions` gives them.
+    With `DatasetInfo.pixel_classes`, `label_map` has the class of each pixel, uint8
+    `[height, width]`, or `IGNORED`.
     """
 
     @abc.abstractmethod
@@ -125,6 +135,14 @@ class Captions(Protocol):
         ...
 
 
+class LabelMaps(Protocol):
+    """The label map of each row of a dataset. Reading is safe from many threads."""
+
+    def __getitem__(self, row: int, /) -> np.ndarray:
+        """The class of each pixel, uint8 `[height, width]`; raises `ImageError`."""
+        ...
+
+
 def tidy_captions(captions: Sequence[str]) -> tuple[str, ...]:
     """Returns captions without white space around them, and without those that are empty.
 
@@ -153,9 +171,11 @@ class Dataset:
       splits: the rows of each split, in order, as integers `[examples]`.
       cut: whether the splits are those of `make_splits`, as the data has none of its own.
       captions: of each row, where `info.captions`.
+      label_maps: of each row, where `info.pixel_classes`.
 
     Raises:
-      UserError: there is another number of class names than of classes, or captions are missing.
+      UserError: there is another number of class names than of classes, or captions or label maps
+        are missing.
     """
 
     name: str
@@ -165,6 +185,7 @@ class Dataset:
     splits: Mapping[str, np.ndarray]
     cut: bool = False
     captions: Captions | None = None
+    label_maps: LabelMaps | None = None
 
     def __post_init__(self) -> None:
         names, count = self.info.class_names, self.info.num_classes
@@ -176,6 +197,11 @@ class Dataset:
         if self.info.captions and self.captions is None:
             raise UserError(
                 f"data.name={self.name!r} has captions=True in its info: expected its captions too"
+            )
+        if (self.info.pixel_classes is None) != (self.label_maps is None):
+            raise UserError(
+                f"data.name={self.name!r}: expected both pixel_classes in its info and label_maps, "
+                "or none of them"
             )
 
     @property
@@ -220,8 +246,12 @@ class Rows(Source):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = {"image": self._dataset.records.read(int(self._rows[index]))}
-        return record | ({"label": self.label(index)} if self._dataset.info.num_classes else {})
+        record: dict[str, Any] = {"image": self._dataset.records.read(int(self._rows[index]))}
+        if self._dataset.info.num_classes:
+            record["label"] = self.label(index)
+        if self._dataset.label_maps is not None:
+            record["label_map"] = self._dataset.label_maps[int(self._rows[index])]
+        return record
 
     def label(self, index: int) -> Any:
         """The label of a record, without reading its image."""

@@ -31,6 +31,7 @@ from vit_jax.data.sources.base import (
 )
 from vit_jax.data.sources.columns import split_columns
 from vit_jax.data.sources.guess import suggest_name
+from vit_jax.data.sources.label_maps import Masks, read_values
 from vit_jax.data.sources.layout import (
     Top,
     check_classes,
@@ -50,9 +51,9 @@ from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.suggestions import suggest
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_COLUMNS = ("image", "label", "labels", "split", "caption", "captions")
+_COLUMNS = ("image", "label", "labels", "split", "caption", "captions", "mask")
 # What columns with other names may hold, as a dataset's name says.
-_RENAMED = ("image", "label", "labels", "split", "caption")
+_RENAMED = ("image", "label", "labels", "split", "caption", "mask")
 _CAPTION = re.compile(r"captions?(_?[0-9]+)?")
 _TEXT, _MAX_TEXT = ".txt", 2**20  # the ending and the most bytes of a file of captions
 _STORES = ("gs://", "s3://")
@@ -442,7 +443,8 @@ def manifest_dataset(text: str) -> Dataset:
 
     Columns: `image` (a path relative to the manifest, an absolute path or a URL); `label` (a class
     name or an integer) or `labels` (several: `a|b`, in JSON a list); `caption`, or several such as
-    `caption_0` and `caption_1` (a text, in JSON also a list); optionally `split`. One of labels and
+    `caption_0` and `caption_1` (a text, in JSON also a list); or `mask`, a path like `image`, with
+    `classes.txt` beside the manifest (see `read_values`); optionally `split`. One of labels and
     captions may be missing. After the path, `#image=filepath,caption=title` gives other names of
     them, and `#caption=short+long` several.
 
@@ -487,6 +489,13 @@ def manifest_dataset(text: str) -> Dataset:
             values = [_several(value, row, key=key) for row, value in enumerate(values)]
         info, labels = encode_labels(values, multi_label=kind == "labels", name=name)
     info = dataclasses.replace(info, captions=captions is not None)
+    masks = None
+    if "mask" in columns:
+        files = Files(os.path.dirname(file), [str(row["mask"]) for row in rows])
+        values = read_values(os.path.dirname(file), key=key)
+        info = dataclasses.replace(info, pixel_classes=values.names)
+        masks = Masks(files.read, values)
+        _check_access(files, [str(row["mask"]) for row in rows], key)
     splits = None
     if "split" in columns:
         given = [str(row["split"]) for row in rows]
@@ -497,7 +506,9 @@ def manifest_dataset(text: str) -> Dataset:
     by_split = drop_unassigned(make_splits(labels, splits), name=name)
     check_classes(name, info, labels, by_split)
     cut = splits is None
-    dataset = Dataset(name, info, records, labels, by_split, cut=cut, captions=captions)
+    dataset = Dataset(
+        name, info, records, labels, by_split, cut=cut, captions=captions, label_maps=masks
+    )
     log_cut(dataset)
     return dataset
 
@@ -570,10 +581,11 @@ def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
             )
     captioned = any(map(_CAPTION.fullmatch, columns))
     labelled = ("label" in columns) + ("labels" in columns)
-    if "image" not in columns or labelled > 1 or not (labelled or captioned):
+    given = labelled + ("mask" in columns)
+    if "image" not in columns or given > 1 or not (given or captioned):
         raise UserError(
             f"{key} has the columns {', '.join(columns)}; expected image, and either label or "
-            "labels, or captions"
+            "labels, or mask, or captions"
         )
     required = {column for column in columns if not _CAPTION.fullmatch(column)}
     for number, row in enumerate(rows):

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segments digits on backgrounds: a class for each pixel, from a model of digits.py.
+
+python -m vit_jax.main --config=configs/digits_segment.py --workdir=runs/digits_segment
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(init_from: str = "runs/digits") -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.total_steps = 1500
+    config.init_from = init_from
+    config.model = {
+        "name": "vit",
+        "patch_size": 4,
+        "hidden_size": 48,
+        "num_layers": 4,
+        "num_heads": 4,
+        "mlp_dim": 192,
+    }
+    config.objective = {"name": "segmentation", "head": "upsample", "head_width": 32}
+    config.data = {
+        "name": "digits_masks:32",
+        "split": "train",
+        "preprocess": "decode|random_shift(4)",
+        "batch_size": 64,
+    }
+    config.optimizer = {
+        "name": "adamw",
+        "lr": 1e-3,
+        "weight_decay": 0.05,
+        "schedule": "cosine",
+        "warmup_steps": 100,
+        "grad_clip_norm": 1.0,
+    }
+    test = {"name": "segmentation", "split": "test", "preprocess": "decode"}
+    config.evals = {
+        "val": {**test, "split": "validation", "every": 300},
+        "test": test,
+    }
+    config.checkpoint = {"every": 300}
+    return config
