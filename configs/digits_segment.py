@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 def get_config(init_from: str = "runs/digits") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.total_steps = 1500
+    config.total_steps = 3000
     config.init_from = init_from
     config.model = {
         "name": "vit",
@@ -24,21 +24,21 @@ def get_config(init_from: str = "runs/digits") -> ConfigDict:
     config.data = {
         "name": "digits_masks:32",
         "split": "train",
-        "preprocess": "decode|random_shift(4)",
-        "batch_size": 64,
+        "preprocess": "decode|resize(32)|random_shift(4)",
+        "batch_size": 32,
     }
     config.optimizer = {
         "name": "adamw",
-        "lr": 1e-3,
+        "lr": 3e-3,
         "weight_decay": 0.05,
         "schedule": "cosine",
         "warmup_steps": 100,
         "grad_clip_norm": 1.0,
     }
-    test = {"name": "segmentation", "split": "test", "preprocess": "decode"}
+    test = {"name": "segmentation", "split": "test", "preprocess": "decode|resize(32)"}
     config.evals = {
-        "val": {**test, "split": "validation", "every": 300},
+        "val": {**test, "split": "validation", "every": 500},
         "test": test,
     }
-    config.checkpoint = {"every": 300}
+    config.checkpoint = {"every": 500}
     return config

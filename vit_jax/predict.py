@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Classifies images by a trained model, or writes features of images or texts.
+r"""Classifies images or their pixels by a trained model, or writes features of images or texts.
 
 PATHS are files, folders (all images below them), patterns in quotes, or - for a list on stdin.
 Images are prepared as in the evaluation of the model. Images that can't be read are named and left
@@ -8,6 +8,7 @@ out; then the exit code is 1. It is 2 for bad input.
 Examples:
   python -m vit_jax.predict runs/digits photos
   python -m vit_jax.predict --workdir=runs/averaged --checkpoint=last --params=ema 'photos/**/*.png'
+  python -m vit_jax.predict --workdir=runs/digits_segment --masks=masks photos
   find photos -name '*.jpg' | python -m vit_jax.predict --workdir=runs/digits --format=csv -
   python -m vit_jax.predict --workdir=runs/digits --output=classes.parquet --tta=flip photos
   python -m vit_jax.predict --checkpoint=vit.safetensors --labels=names.txt photos
@@ -81,6 +82,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=5,
         help="List this many of the most probable classes. The default is %(default)s.",
     )
+    add(
+        "--masks",
+        type=Path,
+        metavar="FOLDER",
+        help="Write the mask of each image to this folder, which must not exist, and the image "
+        "below the colours of its classes. The model must find the class of each pixel; the other "
+        "results are then the shares of pixels of the classes.",
+    )
     add("--embed", action="store_true", help="Write features in place of classes.")
     add(
         "--layer",
@@ -108,6 +117,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"--{key}={value}: expected at least {least}")
     if args.layer is not None and not args.embed:
         raise UserError(f"--layer={args.layer}: expected --embed with it")
+    if args.masks is not None and args.embed:
+        raise UserError(f"--masks={args.masks}: expected no --embed with it")
     _choose_format(args)
     of_texts = args.text is not None or args.texts is not None
     check_source(args, needs_images=not of_texts)
@@ -153,7 +164,12 @@ def _choose_format(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def open_writer(
-    args: argparse.Namespace, names: Sequence[str], rows: Sequence[str], *, what: str = "image"
+    args: argparse.Namespace,
+    names: Sequence[str],
+    rows: Sequence[str],
+    *,
+    what: str = "image",
+    value: str = "probability",
 ) -> Iterator["Writer"]:
     """What takes the results: the screen, or a file that appears when all are in it.
 
@@ -162,12 +178,13 @@ def open_writer(
       names: names of the classes.
       rows: paths of the images, or texts.
       what: name of the column of these.
+      value: name of what each class has.
     """
     from vit_jax.inference.writers import FeatureNpzWriter, FeatureParquetWriter, ParquetWriter
 
     with contextlib.ExitStack() as stack:
         if args.output is None:
-            yield _make_text_writer(args, result_stream(), names, rows)
+            yield _make_text_writer(args, result_stream(), names, rows, value)
             return
         fresh = stack.enter_context(fresh_file(args.output))
         if args.format == "npz":
@@ -175,23 +192,24 @@ def open_writer(
         elif args.embed:
             writer = FeatureParquetWriter(fresh, what=what)
         elif args.format == "parquet":
-            writer = ParquetWriter(fresh, name_of=names.__getitem__)
+            writer = ParquetWriter(fresh, name_of=names.__getitem__, value=value)
         else:
             stream = stack.enter_context(fresh.open("w", encoding="utf-8", newline=""))
-            writer = _make_text_writer(args, stream, names, rows)
+            writer = _make_text_writer(args, stream, names, rows, value)
         with writer:
             yield writer
 
 
 def _make_text_writer(
-    args: argparse.Namespace, stream: Any, names: Sequence[str], paths: Sequence[str]
+    args: argparse.Namespace, stream: Any, names: Sequence[str], paths: Sequence[str], value: str
 ) -> "Writer":
     from vit_jax.inference.writers import CsvWriter, JsonWriter, TableWriter
 
     if args.format == "csv":
-        return CsvWriter(stream, name_of=names.__getitem__, top_k=min(args.top_k, len(names)))
+        top_k = min(args.top_k, len(names))
+        return CsvWriter(stream, name_of=names.__getitem__, top_k=top_k, value=value)
     if args.format == "json":
-        return JsonWriter(stream, name_of=names.__getitem__)
+        return JsonWriter(stream, name_of=names.__getitem__, value=value)
     width = min(_width(paths), _PATH)
     # Names are cut where they stay distinct: texts may differ at their ends only.
     name_width = next(w for w in (_NAME, None) if len({n[:w] for n in names}) == len({*names}))
@@ -212,6 +230,14 @@ def choose_classes(
     """
     from vit_jax.inference.model import IMAGE_EMBED
 
+    segments = model.segmentation is not None and not args.embed
+    if args.masks is not None and not segments:
+        raise UserError(
+            f"--masks={args.masks}: {model.source} does not find the class of each pixel: expected "
+            "a run with objective.name='segmentation'"
+        )
+    if segments and args.templates is None:
+        return "pixel_logits", model.list_names(), None
     if not args.embed:
         classes = load_labels(args, model)
         if classes is None:
@@ -235,6 +261,7 @@ def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) ->
     import numpy as np
 
     from vit_jax.data.corrupt import CorruptCounter
+    from vit_jax.inference.masks import BATCH_SIZE, MaskFolder, make_mask
     from vit_jax.inference.stream import map_images
 
     layer, names, classes = choose_classes(args, model)
@@ -242,13 +269,18 @@ def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) ->
     if classes is not None:
         prompts = args.templates or "the labels as they are"
         log(f"  classes by text: {len(names):,}, prompts: {prompts}")
+    segments, folder = layer == "pixel_logits", args.masks and MaskFolder(args.masks)
+    compute = functools.partial(model.start, layer=layer, tta=args.tta)
+    if segments:
+        compute = functools.partial(model.start_pixels, tta=args.tta)
     corrupt, started, count = CorruptCounter(), time.perf_counter(), 0
-    with open_writer(args, names, paths) as writer:
+    value = "share" if segments else "probability"
+    with open_writer(args, names, paths, value=value) as writer:
         for kept, rows in map_images(
             model,
             paths,
-            compute=functools.partial(model.start, layer=layer, tta=args.tta),
-            batch_size=args.batch_size,
+            compute=compute,
+            batch_size=min(args.batch_size, BATCH_SIZE) if segments else args.batch_size,
             corrupt=corrupt,
             num_threads=args.num_threads,
         ):
@@ -257,6 +289,14 @@ def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) ->
                 continue
             if args.embed:
                 writer.write(kept, rows)
+            elif segments:
+                shares = []
+                for path, logits in zip(kept, rows, strict=True):
+                    mask = make_mask(model, path, logits)
+                    shares.append(mask.shares)
+                    if folder:
+                        folder.write(mask)
+                writer.write(kept, *_sort(np.stack(shares), args.top_k))
             else:
                 prediction = model.judge(rows, classes)
                 labels = prediction.top(args.top_k)
@@ -270,7 +310,17 @@ def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) ->
     log(f"{count:,} image{'' if count == 1 else 's'} in {seconds:.1f} s{left_out}")
     if args.output is not None:
         log(f"wrote {args.output}")
+    if folder:
+        log(f"wrote {args.masks}: {count:,} masks, as PNG, and as many overlays")
     return skipped
+
+
+def _sort(values: Any, k: int) -> tuple[Any, Any]:
+    """The `k` classes of the highest values, int `[n, k]`, and these, of float `[n, classes]`."""
+    import numpy as np
+
+    labels = np.argsort(-values, axis=1, kind="stable")[:, :k]
+    return labels, np.take_along_axis(values, labels, axis=1)
 
 
 def embed_texts(args: argparse.Namespace, model: "LoadedModel", texts: Sequence[str]) -> None:
@@ -309,6 +359,8 @@ def main(argv: Sequence[str]) -> int:
     set_up(quiet=False, to_stderr=args.output is None)
     if args.output is not None:
         check_fresh(args.output)
+    if args.masks is not None:
+        check_fresh(args.masks, key="--masks")
     with importing():
         from vit_jax.inference.images import STDIN, find_images
     if args.text is not None or args.texts is not None:

@@ -121,7 +121,7 @@ class Preparation:
         Raises:
           ImageError: the image cannot be read, or has another size and `line` does not resize.
         """
-        features = {"image": _read(image), "label": np.int32(0)}
+        features = {"image": read_image(image), "label": np.int32(0)}
         pixels = apply(self._ops, features, np.random.default_rng(seed))["image"]
         if pixels.shape != self.image_shape:
             height, width, channels = self.image_shape
@@ -132,7 +132,8 @@ class Preparation:
         return pixels
 
 
-def _read(image: Any) -> bytes | np.ndarray:
+def read_image(image: Any) -> bytes | np.ndarray:
+    """The bytes of a file, or pixels, uint8 `[height, width, 3]`; see `Preparation.__call__`."""
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | os.PathLike):

@@ -18,6 +18,7 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh
 from PIL import Image
 
@@ -35,9 +36,11 @@ from vit_jax.inference.given import (
     compute_rows,
     is_one_image,
     list_given,
+    prepare_given,
 )
 from vit_jax.inference.images import Preparation, make_preparation
 from vit_jax.inference.labels import TextClasses, embed_labels
+from vit_jax.inference.masks import BATCH_SIZE, ImageMask, find_classes, make_mask
 from vit_jax.inference.prediction import (
     ImageFeatures,
     ImagePrediction,
@@ -50,10 +53,12 @@ from vit_jax.models.two_towers import TwoTowers
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives.base import Params
 from vit_jax.objectives.pixels import Pixels, check_pixels, normalize
+from vit_jax.objectives.segmentation import Segmentation, make_segmentation
 from vit_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, shard_batch
 from vit_jax.parallel.sharding import infer_shardings
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG
+from vit_jax.utils.nested import as_tuples
 from vit_jax.utils.registry import check_type, find_parts, trust_parts
 from vit_jax.utils.text import describe_size, printable
 from vit_jax.utils.tree import flatten
@@ -94,6 +99,8 @@ class LoadedModel:
       texts: the text tower, if the model compares images with texts. `module`, `params` and all
         features are then those of the image tower.
       mesh: device mesh over which images are sharded.
+      segmentation: the objective of the run, if the model finds the class of each pixel.
+      segmenter: the parameters of its head.
     """
 
     source: str
@@ -111,6 +118,8 @@ class LoadedModel:
     loss: Loss
     mesh: Mesh = dataclasses.field(repr=False)
     texts: TextTower | None = None
+    segmentation: Segmentation | None = dataclasses.field(default=None, repr=False)
+    segmenter: Params = dataclasses.field(default=None, repr=False, compare=False)
 
     def preprocess(self, image: Any) -> np.ndarray:
         """Prepares an image as in the evaluation of the model.
@@ -183,12 +192,15 @@ class LoadedModel:
         Returns:
           `ImagePrediction` for one image, `ImagePredictions` for a list, a folder or a pattern,
           `Prediction` for prepared images. Files in a folder that cannot be read are named in the
-          log and left out.
+          log and left out. A model that finds the class of each pixel gives an `ImageMask` for one
+          image, a list of them for several, and uint8 `[n, height, width]` for prepared images.
 
         Raises:
           UserError: an image that was named cannot be read, none was found, prepared images have
             another shape or dtype, the model has no trained head, or see `embed_labels`.
         """
+        if self.segmentation is not None and labels is None:
+            return self._segment(images, tta)
         classes = self._find_classes(labels, templates)
         layer = "logits" if classes is None else IMAGE_EMBED
         given = list_given(images)
@@ -258,6 +270,48 @@ class LoadedModel:
         if classes is None:
             return self.predict(rows)
         return self.predict(self._find_texts("labels").compare(rows, classes.vectors))
+
+    def _segment(self, images: Any, tta: Tta | None) -> ImageMask | list[ImageMask] | np.ndarray:
+        given = list_given(images)
+        compute = functools.partial(self.start_pixels, tta=tta)
+        if given is None:
+            prepared = self._check_images(images)
+            logits = compute_rows(self, prepared, compute, batch_size=BATCH_SIZE)
+            return np.stack([find_classes(one, self.image_shape[:2]) for one in logits])
+        if all(isinstance(image, str) for image in given):
+            paths, logits = compute_given(self, given, compute, batch_size=BATCH_SIZE)
+            found: Sequence[Any] = paths
+        else:
+            paths, prepared = prepare_given(self, given)
+            logits = compute_rows(self, np.stack(prepared), compute, batch_size=BATCH_SIZE)
+            in_memory = iter([image for image in given if not isinstance(image, str)])
+            found = [next(in_memory) if path is None else path for path in paths]
+        masks = [make_mask(self, *pair) for pair in zip(found, logits, strict=True)]
+        return masks[0] if is_one_image(images) else masks
+
+    def start_pixels(self, images: np.ndarray, *, tta: Tta | None = None) -> jax.Array:
+        """Dispatches the computation of the logits of pixels, see `start`.
+
+        Returns float32 `[n, rows, columns, classes]`, of the grid of the head.
+        """
+        batch = shard_batch({"image": images}, self.mesh)
+        params = {**self.params, "segmenter": self.segmenter}
+        return self._pixel_logits(params, batch["image"], tta)
+
+    @functools.cached_property
+    def _pixel_logits(self) -> Callable[..., jax.Array]:
+        segmentation = self.segmentation
+        assert segmentation is not None
+
+        def compute(params: Params, images: jax.Array, tta: Tta | None) -> jax.Array:
+            def run(images: jax.Array) -> jax.Array:
+                return segmentation.predict(params, {"image": images})["pixel_logits"]
+
+            if tta is None:
+                return run(images)
+            return (run(images) + run(images[:, :, ::-1])[:, :, ::-1]) / 2
+
+        return jax.jit(compute, static_argnums=2, out_shardings=batch_sharding(self.mesh))
 
     def predict(self, logits: np.ndarray) -> Prediction:
         """Converts logits, float32 `[n, num_classes]`, to a prediction.
@@ -478,9 +532,14 @@ class LoadedModel:
                 "the same (--embed, or model.features)"
             )
 
+    @property
+    def num_classes(self) -> int:
+        """The number of classes of images, or of pixels."""
+        return len(self.segmentation.classes) if self.segmentation else self.module.num_classes
+
     def list_names(self) -> tuple[str, ...]:
-        """The name of each class of the head, see `name_of`."""
-        return tuple(map(self.name_of, range(self.module.num_classes)))
+        """The name of each class, see `name_of`."""
+        return tuple(map(self.name_of, range(self.num_classes)))
 
     def name_of(self, label: int) -> str:
         """The class name of a label, or the label as text."""
@@ -674,7 +733,10 @@ def load_model(
         known.get("mean", 0.5) if pixel_mean is None else pixel_mean,
         known.get("std", 0.5) if pixel_std is None else pixel_std,
     )
-    notes = [*weights.notes, *notes, *describe_objective_params(weights)]
+    segmentation = _find_segmentation(config, weights, module, preparation, (mean, std))
+    notes = [*weights.notes, *notes]
+    if segmentation is None:
+        notes += describe_objective_params(weights)
     notes.append(f"images: {preparation.line}, mean {mean}, std {std}")
     if class_names is not None and len(class_names) < module.num_classes:
         notes.append(
@@ -701,7 +763,11 @@ def load_model(
         config=config,
         class_names=_check_names(
             weights.class_names if class_names is None else class_names,
-            module.num_classes if texts is None else 0,
+            len(segmentation.classes)
+            if segmentation
+            else module.num_classes
+            if texts is None
+            else 0,
         ),
         image_shape=preparation.image_shape,
         notes=tuple(notes),
@@ -715,6 +781,34 @@ def load_model(
         loss=trained_with,
         mesh=mesh,
         texts=texts,
+        segmentation=segmentation,
+        segmenter=segmentation and place(_find_head(weights)),
+    )
+
+
+def _find_head(weights: Weights) -> Params:
+    """The parameters of the head of a segmentation."""
+    parts = {tuple(path.split("/")): x for path, x in weights.objective_params.items()}
+    return traverse_util.unflatten_dict(parts)["segmenter"]
+
+
+def _find_segmentation(
+    config: Mapping[str, Any],
+    weights: Weights,
+    module: Any,
+    preparation: Preparation,
+    pixels: tuple[Pixels, Pixels],
+) -> Segmentation | None:
+    """The objective of a run that finds the class of each pixel; None for other weights."""
+    section = dict(config.get("objective") or {})
+    if section.pop("name", None) != "segmentation" or not weights.class_names:
+        return None
+    section |= {"pixel_mean": pixels[0], "pixel_std": pixels[1]}
+    return make_segmentation(
+        model=module,
+        pixel_classes=tuple(weights.class_names),
+        image_shape=preparation.image_shape,
+        **as_tuples(section),
     )
 
 

@@ -34,7 +34,8 @@ class Writer(abc.ABC):
         Args:
           paths: paths of n images, which are written as `printable` has them.
           *columns: for predictions, labels int `[n, k]` and probabilities float32 `[n, k]`, the
-            most probable first; otherwise features float32 `[n, ...]`.
+            most probable first, or the shares of pixels of a mask in place of these; otherwise
+            features float32 `[n, ...]`.
         """
         self._write([printable(path) for path in paths], *columns)
 
@@ -76,9 +77,16 @@ class TableWriter(Writer):
 class CsvWriter(Writer):
     """CSV: `image`, then `label_1, class_1, probability_1, label_2, ...`, most probable first."""
 
-    def __init__(self, stream: IO[str], *, name_of: Callable[[int], str], top_k: int):
+    def __init__(
+        self,
+        stream: IO[str],
+        *,
+        name_of: Callable[[int], str],
+        top_k: int,
+        value: str = "probability",
+    ):
         self._writer, self._name_of = csv.writer(stream, lineterminator="\n"), name_of
-        kinds = ("label", "class", "probability")
+        kinds = ("label", "class", value)
         header = [f"{kind}_{rank}" for rank in range(1, top_k + 1) for kind in kinds]
         self._writer.writerow(["image", *header])
 
@@ -93,13 +101,15 @@ class CsvWriter(Writer):
 class JsonWriter(Writer):
     """JSON lines: `{"image": ..., "predictions": [{"label", "class", "probability"}]}`."""
 
-    def __init__(self, stream: IO[str], *, name_of: Callable[[int], str]):
-        self._stream, self._name_of = stream, name_of
+    def __init__(
+        self, stream: IO[str], *, name_of: Callable[[int], str], value: str = "probability"
+    ):
+        self._stream, self._name_of, self._value = stream, name_of, value
 
     def _write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
         for path, labels, values in zip(paths, *(c.tolist() for c in columns), strict=True):
             predictions = [
-                {"label": label, "class": self._name_of(label), "probability": round(value, 6)}
+                {"label": label, "class": self._name_of(label), self._value: round(value, 6)}
                 for label, value in zip(labels, values, strict=True)
             ]
             line = json.dumps({"image": path, "predictions": predictions}, ensure_ascii=False)
@@ -119,10 +129,10 @@ def import_pyarrow() -> Any:
 class ParquetWriter(Writer):
     """Parquet, one row group per batch: `image`, and the lists `label`, `class`, `probability`."""
 
-    def __init__(self, path: Path, *, name_of: Callable[[int], str]):
+    def __init__(self, path: Path, *, name_of: Callable[[int], str], value: str = "probability"):
         self._pa, self._name_of = import_pyarrow(), name_of
-        text, label, value = self._pa.string(), self._pa.int32(), self._pa.float32()
-        columns = {"label": label, "class": text, "probability": value}
+        text, label, number = self._pa.string(), self._pa.int32(), self._pa.float32()
+        columns = {"label": label, "class": text, value: number}
         lists = {name: self._pa.list_(kind) for name, kind in columns.items()}
         self._schema = self._pa.schema({"image": text} | lists)
         self._file = self._pa.parquet.ParquetWriter(path, self._schema)

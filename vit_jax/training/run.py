@@ -119,7 +119,8 @@ def train(
             # Parameters that the config's rules do not fit are refused before anything is written.
             experiment.check()
             check_kernels(experiment.model, experiment.train_data.image_shape())
-            names = experiment.train_data.info.class_names
+            info = experiment.train_data.info
+            names = info.class_names or info.pixel_classes
             stack.enter_context(remove_workdir_on_error(Path(workdir), active=main_process))
             folder = open_workdir(
                 os.fspath(workdir),
@@ -274,7 +275,8 @@ def _prepare(
     with fail_together():
         if main_process:
             write_config(folder, experiment.config)
-            write_labels(folder, experiment.train_data.info.class_names)
+            info = experiment.train_data.info
+            write_labels(folder, info.class_names or info.pixel_classes)
             params = summarize_params(experiment.optimizer, experiment.abstract_state.params)
             what = {k: v for k, v in checkpoints.run.items() if k != "config"}
             write_run(folder, what | {"command": command} | describe_params(params))

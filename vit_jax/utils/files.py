@@ -62,10 +62,10 @@ def check_writable(folder: Path) -> None:
     raise OSError(code, os.strerror(code), str(folder))
 
 
-def check_fresh(path: Path) -> None:
-    """Raises `UserError` if the path of `--output` exists."""
+def check_fresh(path: Path, *, key: str = "--output") -> None:
+    """Raises `UserError` if a path that is to be written exists; `key` is its option."""
     if path.exists():
-        raise UserError(f"--output={path} exists; remove it, or choose another name")
+        raise UserError(f"{key}={path} exists; remove it, or choose another name")
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ OBJECTIVE_PARAMS = {
     "centers": "only for pre-training",
     "mask_token": "only for pre-training",
     "gram_teacher": "only for pre-training",
+    "segmenter": "the head of segmentation",
 }
 
 # Methods of resizing here by the names of Pillow.

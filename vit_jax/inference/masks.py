@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks that a model predicts for images: the class of each pixel, at the size of the image."""
+
+import dataclasses
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from vit_jax.data.ops.decode import decode_image
+from vit_jax.data.ops.transforms import Decode, Resize, ResizeLong, ResizeSmall
+from vit_jax.data.preprocess import parse_preprocess
+from vit_jax.inference.images import Preparation, read_image
+from vit_jax.utils.files import write_atomically
+from vit_jax.utils.palette import color_classes, make_palette
+from vit_jax.utils.text import printable
+
+if TYPE_CHECKING:
+    from vit_jax.inference.model import LoadedModel
+
+# Images whose logits are computed at a time: they are large.
+BATCH_SIZE = 8
+_SHOWN = 3  # classes of an image in its `repr`
+_OPACITY = 0.55
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class ImageMask:
+    """The class of each pixel of an image. `numpy.asarray` returns `classes`.
+
+    Attributes:
+      path: path of its file; None for an image in memory.
+      classes: uint8 `[height, width]`.
+      class_names: the name of each class.
+      image: uint8 `[height, width, 3]`.
+    """
+
+    path: str | None
+    classes: np.ndarray
+    class_names: Sequence[str]
+    image: np.ndarray
+
+    @property
+    def shares(self) -> np.ndarray:
+        """The share of the pixels that each class has, float32 `[num_classes]`."""
+        counts = np.bincount(self.classes.ravel(), minlength=len(self.class_names))
+        return (counts / self.classes.size).astype(np.float32)
+
+    def top(self, k: int = 5) -> list[tuple[str, float]]:
+        """The `k` classes with the most pixels as (name, share), without those that have none."""
+        order = np.argsort(-self.shares, kind="stable")[:k].tolist()
+        shares = self.shares
+        return [(self.class_names[i], float(shares[i])) for i in order if shares[i]]
+
+    def overlay(self, opacity: float = _OPACITY) -> Image.Image:
+        """The image below the colours of the classes, which have the weight `opacity`, 0 to 1."""
+        mixed = (1 - opacity) * self.image + opacity * color_classes(self.classes)
+        return Image.fromarray(np.round(mixed).astype(np.uint8))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a PNG with a palette, whose values are the numbers of the classes."""
+        write_atomically(Path(path), self.encode())
+
+    def encode(self) -> bytes:
+        """The content of the file that `save` writes."""
+        picture = Image.fromarray(self.classes).convert("P")
+        picture.frombytes(np.ascontiguousarray(self.classes).tobytes())
+        picture.putpalette(make_palette().ravel().tolist())
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        return stream.getvalue()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.classes, dtype, copy=copy)
+
+    def __repr__(self) -> str:
+        classes = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.top(_SHOWN))
+        return f"{'image' if self.path is None else printable(self.path)}: {classes}"
+
+
+def make_mask(model: "LoadedModel", image: Any, logits: np.ndarray) -> ImageMask:
+    """Makes the mask of an image from its logits, float32 `[rows, columns, classes]`.
+
+    Args:
+      model: which gave them.
+      image: a path, the bytes of a file or a Pillow image.
+      logits: of the image after `model.preprocess`. Where that only resizes, the mask has the size
+        of the image; otherwise it is that of the prepared image.
+    """
+    if resizes_only(model.preparation):
+        pixels = decode_image(read_image(image))
+    else:
+        pixels = model.preprocess(image)
+    path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
+    classes = find_classes(logits, pixels.shape[:2])
+    return ImageMask(path, classes, model.segmentation.classes, pixels)
+
+
+def resizes_only(preparation: Preparation) -> bool:
+    """Whether a prepared image shows all of the image, and nothing else."""
+    ops = parse_preprocess(preparation.line, key="preprocess")
+    whole = (Resize, ResizeSmall, ResizeLong)
+    return ops[0] == Decode() and all(isinstance(op, whole) for op in ops[1:])
+
+
+def find_classes(logits: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """The class of each pixel, uint8 `size`, of logits, float32 `[rows, columns, classes]`.
+
+    The logits are resized bilinearly, class by class: those of all classes may not fit in memory.
+    """
+    height, width = size
+    best = np.full((height, width), -np.inf, np.float32)
+    classes = np.zeros((height, width), np.uint8)
+    for number in range(logits.shape[-1]):
+        plane = Image.fromarray(np.ascontiguousarray(logits[..., number], np.float32))
+        values = np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR))
+        higher = values > best
+        best[higher], classes[higher] = values[higher], number
+    return classes
+
+
+class MaskFolder:
+    """Writes masks and overlays to a folder: `x.png` and `x_overlay.jpg` for `x.jpg`.
+
+    An image with the name of an earlier one gets a number behind it.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._used: set[str] = set()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, mask: ImageMask) -> None:
+        """Writes the files of one image."""
+        stem = printable(Path(mask.path or "image").stem)
+        name, number = stem, 1
+        while name in self._used:
+            number += 1
+            name = f"{stem}_{number}"
+        self._used.add(name)
+        mask.save(self._folder / f"{name}.png")
+        stream = io.BytesIO()
+        mask.overlay().save(stream, "JPEG", quality=90)
+        write_atomically(self._folder / f"{name}_overlay.jpg", stream.getvalue())
