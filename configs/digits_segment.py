@@ -24,12 +24,12 @@ def get_config(init_from: str = "runs/digits") -> ConfigDict:
     config.data = {
         "name": "digits_masks:32",
         "split": "train",
-        "preprocess": "decode|resize(32)|random_shift(4)",
+        "preprocess": "decode|resize(32)",
         "batch_size": 32,
     }
     config.optimizer = {
         "name": "adamw",
-        "lr": 3e-3,
+        "lr": 2e-3,
         "weight_decay": 0.05,
         "schedule": "cosine",
         "warmup_steps": 100,

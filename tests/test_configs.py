@@ -81,6 +81,9 @@ BUILDS = [
     ("cifar10_ssl.py:mae", 304_128 + 59_504, 32),
     ("cifar10_ssl.py:random", 304_128 + 172_608, 32),
     ("digits_text.py", 156_754, 24),
+    ("digits_segment.py", 127_371, 32),
+    # The head of eleven classes; ADE20k has 150.
+    ("segment.py", 86_579_712 + 4 * 768 + 11 * 769, 518),
     ("siglip.py", 203_155_970, 224),  # as published
     ("clip.py", 149_620_737, 224),  # as published
     ("lit.py", 196_033_537, 224),
@@ -99,6 +102,8 @@ def test_config_builds(config, parameters, size, tmp_path):
     if config.startswith(("folder.py", "cifar10", "vit_i21k.py", "dino_continue.py")):
         counts = {f"{split}/class {n}": 60 for split in ("train", "test") for n in range(10)}
         overrides["data.name"] = f"folder:{write_folder(tmp_path, counts)}"
+    if config.startswith("segment.py"):
+        overrides["data.name"] = "digits_masks:64"
     if config.startswith(("siglip.py", "clip.py", "lit.py")):
         overrides["data.name"] = "digits_captions"
     config = load_config(str(CONFIGS / config), overrides)

@@ -39,7 +39,8 @@ def dump_config(file: Path, *, data_dir: str) -> str:
     overrides = {"data.data_dir": data_dir}
     config = load_config(str(file), overrides)
     kind = str(config.to_dict()["data"].get("name")).partition(":")[0]
-    if other := {"folder": "digits", "pairs": "digits_captions"}.get(kind):
+    others = {"folder": "digits", "pairs": "digits_captions", "masks": "digits_masks:64"}
+    if other := others.get(kind):
         config = load_config(str(file), overrides | {"data.name": other})
     experiment = Experiment.from_config(
         config, devices=jax.devices()[:1], epoch_examples=EPOCH_EXAMPLES

@@ -38,7 +38,8 @@ def objective():
 
 @pytest.fixture(scope="module")
 def params(objective):
-    given = objective.init(jax.random.key(0), {"image": np.zeros((1, 16, 16, 3), np.uint8)})
+    blank = {"image": np.zeros((1, 16, 16, 3), np.uint8)}
+    given = jax.jit(objective.init)(jax.random.key(0), blank)
     # Such that several classes are predicted.
     head = given["segmenter"]["classifier"]
     return given | {
@@ -64,7 +65,7 @@ def test_metrics_are_those_of_the_pixels_of_all_images(objective, params, tmp_pa
     source = SPEC.open()
     images = np.stack([source[i]["image"] for i in range(len(source))])
     labels = np.stack([source[i]["label_map"] for i in range(len(source))])
-    predicted = np.asarray(objective.segment(params, images).argmax(-1))
+    predicted = np.asarray(jax.jit(objective.segment)(params, images).argmax(-1))
     confusion = confuse(labels, predicted, 11)
     hits = np.diag(confusion).astype(float)
     unions = confusion.sum(0) + confusion.sum(1) - hits
@@ -97,6 +98,16 @@ def test_windows_and_flips_are_options(objective, params):
     assert 0 <= evaluator.run(params)["miou"] <= 1
 
 
+def test_masks_of_their_own_size_give_equal_results_where_images_keep_theirs(objective, params):
+    own = dataclasses.replace(make(objective), label_size=(20, 18))
+    np.testing.assert_allclose(own.run(params)["miou"], make(objective).run(params)["miou"])
+    smaller = dataclasses.replace(SPEC, preprocess="decode|resize_long(12)|pad_to(16)")
+    padded = dataclasses.replace(own, data=smaller)
+    batch = padded.data.blank()
+    assert batch["label_map"].shape == (20, 18)
+    assert padded.run(params)["count"] == 13
+
+
 def test_a_class_that_is_nowhere_does_not_count():
     confusion = np.array([[3, 1, 0], [2, 4, 0], [0, 0, 0]])
     np.testing.assert_allclose(class_iou(confusion), [3 / 6, 4 / 7, np.nan])
@@ -115,6 +126,11 @@ def test_a_class_that_is_nowhere_does_not_count():
         ({"window": 10}, "10"),
         ({"data": dataclasses.replace(SPEC, preprocess="decode|resize(18)")}, "18"),
         ({"data": dataclasses.replace(SPEC, preprocess="decode|keep('image')")}, "label_map"),
+        ({"label_size": (0, 4)}, r"label_size=\(0, 4\): expected \(height, width\)"),
+        (
+            {"label_size": (9, 9), "data": dataclasses.replace(SPEC, preprocess="decode|flip_lr")},
+            "expected operations that resize and pad",
+        ),
         ({"data": dataclasses.replace(SPEC, name="blank:3,16", split="train")}, "no classes"),
     ],
 )

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from vit_jax.models.variants import make_vit
-from vit_jax.objectives.segmentation import make_segmentation, resize_logits, slide
+from vit_jax.objectives.segmentation import (
+    make_segmentation,
+    resize_logits,
+    resize_to_masks,
+    slide,
+)
 from vit_jax.optim.base_optimizers import sgd
 from vit_jax.optim.optimizer import make_optimizer
 from vit_jax.training.step import init_state, train_step
@@ -33,11 +38,23 @@ def make(vit=(), **options):
 
 
 def start(objective):
-    params = objective.init(jax.random.key(0), BATCH)
-    leaves, tree = jax.tree.flatten(params)
+    shapes = jax.eval_shape(objective.init, jax.random.key(0), BATCH)
+    leaves, tree = jax.tree.flatten(shapes)
     rng = np.random.default_rng(1)
     random = [jnp.abs(jnp.asarray(rng.normal(0, 0.5, x.shape), x.dtype)) for x in leaves]
     return jax.tree.unflatten(tree, random)
+
+
+def compute_loss(objective, params, batch=BATCH):
+    def compute(params, batch):
+        augmented = objective.augment(batch, jax.random.key(0))
+        return objective.loss(params, augmented, jax.random.key(1))
+
+    return jax.jit(compute)(params, batch)
+
+
+def predict(objective, params, batch=BATCH):
+    return jax.jit(objective.predict)(params, batch)
 
 
 def upsample(logits, height, width):
@@ -68,10 +85,20 @@ def test_logits_are_resized_as_by_half_pixel_centres():
         np.testing.assert_allclose(resized, upsample(logits, *size), atol=1e-5)
 
 
+def test_logits_are_resized_to_each_mask_without_the_padding_of_its_image():
+    logits = np.random.default_rng(0).normal(size=(2, 6, 8, 3))
+    extent = np.array([[1, 0, 4, 8, 9, 5], [0, 2, 6, 4, 7, 11]], np.int32)
+    found = resize_to_masks(jnp.asarray(logits, jnp.float32), jnp.asarray(extent), (10, 12))
+    for one, (top, left, rows, columns, height, width) in enumerate(extent):
+        part = logits[one : one + 1, top : top + rows, left : left + columns]
+        expected = upsample(part, height, width)[0]
+        np.testing.assert_allclose(found[one, :height, :width], expected, atol=1e-5)
+
+
 def test_loss_of_the_linear_head_is_that_of_the_formula():
     objective = make()
     params = start(objective)
-    encoded = np.asarray(objective.predict(params, BATCH)["encoded"], np.float64)
+    encoded = np.asarray(predict(objective, params)["encoded"], np.float64)
     features = encoded[:, 1:].reshape(6, 2, 3, 8)
     head = jax.tree.map(lambda x: np.asarray(x, np.float64), params["segmenter"])
     norm, classifier = head["norm"], head["classifier"]
@@ -81,13 +108,12 @@ def test_loss_of_the_linear_head_is_that_of_the_formula():
         return upsample(x @ classifier["kernel"] + classifier["bias"], 8, 12)
 
     trained = find_logits(features.mean((0, 1, 2)), features.var((0, 1, 2)))
-    augmented = objective.augment(BATCH, jax.random.key(0))
-    loss, metrics = objective.loss(params, augmented, jax.random.key(1))
+    loss, metrics = compute_loss(objective, params)
     np.testing.assert_allclose(loss, cross_entropy(trained, LABELS), rtol=1e-5)
     hits = (trained.argmax(-1) == LABELS)[LABELS != 255].mean()
     np.testing.assert_allclose(metrics["pixel_accuracy"], hits, rtol=1e-5)
     # Predictions take the running statistics.
-    probabilities = objective.segment(params, BATCH["image"])
+    probabilities = jax.jit(objective.segment)(params, BATCH["image"])
     np.testing.assert_array_equal(
         probabilities.argmax(-1), find_logits(norm["mean"], norm["var"]).argmax(-1)
     )
@@ -96,9 +122,8 @@ def test_loss_of_the_linear_head_is_that_of_the_formula():
 def test_running_statistics_follow_the_batch():
     objective = make()
     params = start(objective)
-    features = np.asarray(objective.predict(params, BATCH)["encoded"])[:, 1:].reshape(-1, 8)
-    augmented = objective.augment(BATCH, jax.random.key(0))
-    _, metrics = objective.loss(params, augmented, jax.random.key(1))
+    features = np.asarray(predict(objective, params)["encoded"])[:, 1:].reshape(-1, 8)
+    _, metrics = compute_loss(objective, params)
     updated, metrics = objective.update_statistics(params, metrics)
     assert set(metrics) == {"loss", "pixel_accuracy"}
     old, new = params["segmenter"]["norm"], updated["segmenter"]["norm"]
@@ -106,13 +131,12 @@ def test_running_statistics_follow_the_batch():
         np.testing.assert_allclose(new[name], 0.9 * old[name] + 0.1 * now, rtol=1e-4)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(("scan", "remat"), [(False, "full"), (True, "none")])
 def test_features_of_several_blocks_are_their_normed_outputs(scan, remat):
     objective = make({"scan": scan, "remat": remat}, layers=2)
     params = start(objective)
     images = objective.normalize(BATCH["image"])
-    features, _ = objective._encode(params, images, train=False)
+    features, _ = jax.jit(lambda p: objective._encode(p, images, train=False))(params)
     assert features.shape == (6, 2, 3, 16)
     # The first block is the last one of a model of one block.
     short = make_vit(num_classes=0, **SIZES | {"num_layers": 1}, scan=scan)
@@ -120,14 +144,15 @@ def test_features_of_several_blocks_are_their_normed_outputs(scan, remat):
     if scan:
         block = jax.tree.map(lambda x: x[:1], params["Transformer"]["encoderblock"])
         shallow["Transformer"] = shallow["Transformer"] | {"encoderblock": block}
-    out = short.apply({"params": shallow}, images, train=False)[1]["encoded"]
+    run = jax.jit(lambda params: short.apply({"params": params}, images, train=False)[1])
+    out = run(shallow)["encoded"]
     np.testing.assert_allclose(features[..., :8].reshape(6, 6, 8), out[:, 1:], atol=1e-5)
 
 
 @pytest.mark.parametrize(("head", "grid"), [("conv", (2, 3)), ("upsample", (8, 12))])
 def test_heads_give_logits_of_their_grid(head, grid):
     objective = make(head=head)
-    logits = objective.predict(start(objective), BATCH)["pixel_logits"]
+    logits = jax.eval_shape(objective.predict, start(objective), BATCH)["pixel_logits"]
     assert logits.shape == (6, *grid, 3)
     assert logits.dtype == jnp.float32
 
@@ -159,18 +184,11 @@ def test_pixels_without_a_label_do_not_count():
     params = start(objective)
     other = BATCH | {"image": BATCH["image"].at[:3].set(0)}
     labels = BATCH["label_map"].at[:3].set(255)
-    losses = [
-        objective.loss(
-            params,
-            objective.augment(batch | {"label_map": labels}, jax.random.key(0)),
-            jax.random.key(1),
-        )[0]
-        for batch in (BATCH, other)
-    ]
-    np.testing.assert_allclose(*losses, rtol=1e-6)
     none = BATCH | {"label_map": jnp.full_like(labels, 255)}
-    augmented = objective.augment(none, jax.random.key(0))
-    assert objective.loss(params, augmented, jax.random.key(1))[0] == 0
+    batches = (BATCH | {"label_map": labels}, other | {"label_map": labels}, none)
+    losses = [compute_loss(objective, params, batch)[0] for batch in batches]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+    assert losses[2] == 0
 
 
 def test_flips_move_image_and_map_together():
@@ -189,7 +207,7 @@ def test_windows_cover_the_image_and_overlaps_are_averaged():
         # The mean of a window tells where it is.
         return window[..., :2] + window.mean(axis=(1, 2, 3), keepdims=True)
 
-    found = slide(find_logits, images, (5, 9), (3, 9))
+    found = jax.jit(lambda images: slide(find_logits, images, (5, 9), (3, 9)))(images)
     total, counts = np.zeros((2, 11, 7, 2)), np.zeros((11, 1, 1))
     for top in (0, 3, 6):
         window = np.asarray(images[:, top : top + 5], np.float64)
@@ -202,8 +220,10 @@ def test_images_of_another_size_get_resized_positions():
     objective = make()
     params = start(objective)
     larger = jnp.zeros((1, 16, 24, 3), jnp.uint8)
-    assert objective.segment(params, larger, flip=True).shape == (1, 16, 24, 3)
-    windows = objective.segment(params, larger, window=(8, 12), stride=(8, 12))
+    whole = jax.eval_shape(lambda p, x: objective.segment(p, x, flip=True), params, larger)
+    assert whole.shape == (1, 16, 24, 3)
+    options = {"window": (8, 12), "stride": (8, 12)}
+    windows = jax.jit(lambda p, x: objective.segment(p, x, **options))(params, larger)
     # Each window of a blank image is the same.
     np.testing.assert_allclose(windows[:, :8, :12], windows[:, 8:, 12:], atol=1e-6)
 

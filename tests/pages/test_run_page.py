@@ -5,11 +5,13 @@ import json
 import os
 import re
 
+import numpy as np
 import pytest
 
 from tests.browser import Browser
 from tests.html_pages import assert_stands_alone
 from vit_jax.checkpoint.workdir import write_run
+from vit_jax.evaluators.segmentation import draw_examples
 from vit_jax.pages import run_page
 from vit_jax.pages.run_page import collect_points, find_best, make_report, refresh_report
 from vit_jax.utils.layout import REPORT
@@ -99,6 +101,27 @@ def test_results_are_the_last_and_the_best(workdir):
     assert cells[cells.index("val/ece", table) :][:4] == ["val/ece", "12.50 %", "12.50 %", "4"]
     # The accuracy is at the head of the page.
     assert cells.index("50.00 %") < cells.index("val accuracy, 4 images") < table
+
+
+def test_classes_of_pixels_and_their_picture_are_on_the_page(workdir):
+    rows = [
+        {"label": 0, "name": EVIL, "pixels": 1234, "iou": 0.625, "accuracy": 0.75},
+        {"label": 1, "name": "sky", "pixels": 0, "iou": None, "accuracy": None},
+    ]
+    images = [{"image": EVIL, "miou": 0.375}]
+    details = {"results": {}, "pixel_classes": rows, "images": images, "confusion": []}
+    (workdir / "evals" / "seg_4.json").write_text(json.dumps(details))
+    picture = draw_examples([(np.zeros((4, 4, 3), np.uint8), *np.ones((2, 4, 4), np.uint8))])
+    (workdir / "evals" / "seg_4.png").write_bytes(picture)
+    text = make_report(workdir)
+    page = assert_stands_alone(text)
+    cells = [cell.strip() for cell in page.texts]
+    assert cells[cells.index("62.5 %") :][:3] == ["62.5 %", "75.0 %", "1234"]
+    assert "37.5 %" in cells
+    assert "Classes of pixels: seg, step 4" in cells
+    assert 'alt="picture of seg, step 4"' in text
+    (workdir / "evals" / "seg_4.json").write_text(json.dumps(details | {"pixel_classes": [1]}))
+    assert "Classes of pixels" not in make_report(workdir)
 
 
 def test_what_was_measured_once_is_no_curve(workdir):

@@ -261,6 +261,8 @@ def report(
     good = [f for f in findings if f.size is not None]
     corrupt = [f for f in findings if f.corrupt is not None]
     classes = f"{info.num_classes:,} classes" if info.num_classes else "no labels"
+    if info.pixel_classes:
+        classes = f"{len(info.pixel_classes)} classes of pixels"
     lines = [f"{len(findings):,} images, {classes}"]
     lines += _listing("corrupt", [f"{f.record}: {f.corrupt}" for f in corrupt])
     odd = collections.defaultdict(list)

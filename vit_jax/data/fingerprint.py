@@ -26,7 +26,7 @@ def fingerprint(source: Source, tokenizer: Tokenizer | None = None) -> str:
         except ImageError:
             digest.update(b"unreadable")
             continue
-        for key in ("image", "label"):
+        for key in ("image", "label", "label_map"):
             if (value := record.get(key)) is not None:
                 digest.update(value if isinstance(value, bytes) else np.asarray(value).tobytes())
         if tokenizer:

@@ -35,7 +35,7 @@ from vit_jax.utils.text import describe_size
 Batch = dict[str, np.ndarray]
 
 # Features with a meaning of their own, which no view may have as its name.
-_OWN_FEATURES = ("image", "label", "label_map", "mask", "text", "caption", "tokens")
+_OWN_FEATURES = ("image", "label", "label_map", "extent", "mask", "text", "caption", "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,8 @@ class DatasetSpec:
       classes: those whose labels the examples have, by the names of their classes; None for the
         labels of the data, or of the source of a mixture with the most classes.
       tokenizer: see `vit_jax.data.tokenizers`: makes the `tokens` of captions; None for none.
+      label_size: height and width of label maps that keep the size of their masks and are padded
+        to these; None for label maps that change like their images.
     """
 
     name: str
@@ -78,6 +80,7 @@ class DatasetSpec:
     max_ram_gb: float | None = None
     classes: Classes | None = None
     tokenizer: str | None = None
+    label_size: tuple[int, int] | None = None
 
     @property
     def info(self) -> DatasetInfo:
@@ -125,7 +128,9 @@ class DatasetSpec:
 
         These are `image` uint8 `[h, w, c]`; `label` int32 or float32 `[num_classes]`, if there are
         labels; `label_map` uint8 `[h, w]`, if pixels have classes; `tokens` int32 `[length]`, if
-        captions are tokenized; and the `views`, uint8 `[count, h, w, c]`.
+        captions are tokenized; and the `views`, uint8 `[count, h, w, c]`. `label_size` is the size
+        of `label_map`, if it is given, and `extent` int32 `[6]` then has the top, left, height and
+        width of the part of the image that is not padding, and the height and width of the mask.
         """
         info = self.info
         features: Features = {"image": np.zeros(self.image_shape(), np.uint8)}
@@ -134,7 +139,10 @@ class DatasetSpec:
         elif info.num_classes:
             features["label"] = np.int32(0)
         if info.pixel_classes:
-            features["label_map"] = np.full(features["image"].shape[:2], IGNORED, np.uint8)
+            size = self.label_size or features["image"].shape[:2]
+            features["label_map"] = np.full(size, IGNORED, np.uint8)
+            if self.label_size:
+                features["extent"] = np.zeros(6, np.int32)
         for op in self.ops():
             features = op(features) if isinstance(op, Keep) else features
         for name, shape in self.view_shapes().items():
@@ -335,9 +343,7 @@ class _Batches(abc.ABC):
         seed: int,
     ):
         block = spec.batch_size // num_shards
-        self.spec, self.source = spec, spec.open()
-        # The native code takes images alone.
-        self.ops = spec.ops() if spec.info.pixel_classes else fuse(spec.ops())
+        self.spec, self.source, self.ops = spec, spec.open(), fuse(spec.ops())
         self.rngs, self.blank = PositionRng(seed), spec.blank()
         self.tokenizer = spec.find_tokenizer()
         self.decode, counts = spec.ops()[0], {name: count for name, count, _ in spec.views}
@@ -407,6 +413,10 @@ class _Batches(abc.ABC):
         Raises `ImageError` if its image is unreadable or refused, or if it has no caption.
         """
         record = self.source[index]
+        own = record.get("label_map")
+        if self.spec.label_size and own is not None:
+            # Whatever is not padding afterwards is of the image.
+            record = record | {"label_map": np.zeros_like(own)}
         if self.views:
             features = self._prepare_views(record, rng)
         else:
@@ -414,6 +424,8 @@ class _Batches(abc.ABC):
             if not isinstance(features["image"], Job):
                 self._check(features["image"], "preprocess", self.blank["image"].shape)
                 check_map(features, f"{self.spec.key}.preprocess")
+        if self.spec.label_size and own is not None:
+            features = features | self._keep_map(own, features["label_map"])
         if self.tokenizer:
             captions = record["text"] if "text" in record else self.source.captions(index)
             if not captions:
@@ -421,6 +433,23 @@ class _Batches(abc.ABC):
             features["caption"] = self.choose(captions, position)
             features["tokens"] = self.tokenizer.encode(features["caption"])
         return features
+
+    def _keep_map(self, own: np.ndarray, inside: np.ndarray) -> Features:
+        """A label map of its own size, padded, and its extent.
+
+        `inside` is `IGNORED` where the prepared image has padding, uint8 `[h, w]`.
+        """
+        (height, width), size = own.shape, self.spec.label_size or (0, 0)
+        if height > size[0] or width > size[1]:
+            raise ImageError(
+                f"its mask has {width}x{height} pixels: expected at most {size[1]}x{size[0]}, the "
+                f"width and height of {self.spec.key}.label_size"
+            )
+        label_map = np.full(size, IGNORED, np.uint8)
+        label_map[:height, :width] = own
+        rows, columns = (np.flatnonzero((inside != IGNORED).any(axis=i)) for i in (1, 0))
+        extent = (rows[0], columns[0], len(rows), len(columns), height, width)
+        return {"label_map": label_map, "extent": np.array(extent, np.int32)}
 
     def _prepare_views(self, record: Features, rng: np.random.Generator) -> Features:
         """The features of a record with the images of the views, all of one decoded image."""
@@ -611,7 +640,7 @@ def plan_buffers(spec: DatasetSpec, *, num_shards: int = 1, shards: int = 1) -> 
     shapes = (spec.image_shape(), *spec.view_shapes().values())
     batch = rows * sum(map(math.prod, shapes))
     if spec.info.pixel_classes:
-        batch += rows * math.prod(shapes[0][:2])
+        batch += rows * math.prod(spec.label_size or shapes[0][:2])
     ahead = count_ahead(rows, count_threads(spec.num_threads))
     if spec.max_ram_gb is not None:
         least = (1 + _HELD) * batch / 1e9

@@ -2,6 +2,8 @@
 """How well the classes of pixels are predicted, over a whole split and in a picture."""
 
 import dataclasses
+import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.data.ops.decode import MAX_PIXELS
+from vit_jax.data.ops.transforms import Decode, Pad, PadTo, Resize, ResizeLong, ResizeSmall
 from vit_jax.data.sources.base import IGNORED
 from vit_jax.evaluators.base import Columns, Evaluator, write_details, write_file
 from vit_jax.models.interface import find_grid
@@ -32,12 +36,15 @@ class Segmentation(Evaluator):
       window: side of the windows that are segmented one by one; None for whole images.
       stride: pixels from one window to the next; None for the side of a window.
       flip: whether probabilities are averaged with those of the mirrored image.
+      label_size: height and width that hold each mask: masks then keep their size, and logits are
+        resized to it; None for masks that are resized like their images.
     """
 
     objective: segmentation.Segmentation
     window: int | None = None
     stride: int | None = None
     flip: bool = False
+    label_size: tuple[int, int] | None = None
 
     needs_labels = False
     takes_any_size = True
@@ -68,9 +75,31 @@ class Segmentation(Evaluator):
             "stride",
             f"1 to evals.{self.name}.window={self.window} pixels, or None",
         )
+        if self.label_size is not None:
+            self._check_line()
+            data = dataclasses.replace(self.data, label_size=tuple(self.label_size))
+            object.__setattr__(self, "data", data)
         height, width = self.data.image_shape()[:2]
         side = self.window or max(height, width)
         find_grid(self.objective.model, (min(side, height), min(side, width)))
+
+    def _check_line(self) -> None:
+        self.check(
+            self.label_size is not None
+            and len(self.label_size) == 2
+            and min(self.label_size) >= 1
+            and math.prod(self.label_size) <= MAX_PIXELS,
+            "label_size",
+            "(height, width) in pixels",
+        )
+        for op in self.data.ops():
+            pads = isinstance(op, Pad | PadTo) and op.mode == "constant"
+            if not pads and not isinstance(op, Decode | Resize | ResizeSmall | ResizeLong):
+                raise UserError(
+                    f"evals.{self.name}.preprocess={self.data.preprocess!r}: {op} changes what the "
+                    "image shows, and masks keep their size with label_size: expected operations "
+                    "that resize and pad"
+                )
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -84,8 +113,13 @@ class Segmentation(Evaluator):
         """
         window = None if self.window is None else (self.window,) * 2
         stride = None if self.stride is None else (self.stride,) * 2
+        options: dict[str, Any] = {}
+        if self.label_size is not None:
+            options["resize"] = functools.partial(
+                segmentation.resize_to_masks, extent=batch["extent"], size=self.label_size
+            )
         probabilities = self.objective.segment(
-            params, batch["image"], window=window, stride=stride, flip=self.flip
+            params, batch["image"], window=window, stride=stride, flip=self.flip, **options
         )
         predicted = probabilities.argmax(axis=-1)
         labels, count = batch["label_map"].astype(jnp.int32), len(self.objective.classes)
@@ -114,6 +148,7 @@ class Segmentation(Evaluator):
             # As integers, since a float32 holds no more than 2**24 pixels.
             there = batch["mask"].astype(jnp.int32)[:, None, None]
             pictures = (batch["image"], batch["label_map"], others["predicted"])
+            pictures += (batch["extent"],) if "extent" in batch else ()
             confusion = (summed["confusion"] * there).sum(axis=0)
             return confusion, others["miou"], batch["mask"], () if details is None else pictures
 
@@ -122,10 +157,11 @@ class Segmentation(Evaluator):
             start = sum(map(len, scores))
             scores.append(miou)
             masks.append(mask)
-            shown |= {start + i: tuple(p[i] for p in pictures) for i in np.flatnonzero(mask)}
+            there = np.flatnonzero(mask) if pictures else ()
+            shown |= {start + i: _crop(*(p[i] for p in pictures)) for i in there}
             order = _rank(np.concatenate(scores), np.concatenate(masks))
             kept = {*order[:_SHOWN].tolist(), *order[-_SHOWN:].tolist()}
-            shown = {i: one for i, one in shown.items() if i in kept} if pictures else {}
+            shown = {i: one for i, one in shown.items() if i in kept}
         images = int(np.concatenate(masks).sum())
         if not images:
             raise self.nothing_to_read(self.data)
@@ -165,6 +201,17 @@ class Segmentation(Evaluator):
         path = Path(f"{details}.png")
         write_file(path, draw_examples([shown[i] for i in few if i in shown]))
         log(f"wrote {path}: the worst and the best images, their masks and what is predicted")
+
+
+def _crop(
+    image: np.ndarray, label_map: np.ndarray, predicted: np.ndarray, extent: Any = None
+) -> tuple[np.ndarray, ...]:
+    """An image and its maps without their padding; see `DatasetSpec.blank` for the extent."""
+    if extent is None:
+        return image, label_map, predicted
+    top, left, rows, columns, height, width = extent
+    maps = (x[:height, :width] for x in (label_map, predicted))
+    return image[top : top + rows, left : left + columns], *maps
 
 
 def _rank(scores: np.ndarray, masks: np.ndarray) -> np.ndarray:

@@ -203,6 +203,7 @@ class Segmentation(ImageObjective):
         window: Size | None = None,
         stride: Size | None = None,
         flip: bool = False,
+        resize: Callable[[jax.Array], jax.Array] = lambda logits: logits,
     ) -> jax.Array:
         """Computes the probability of each class at each pixel, float32 `[batch, h, w, classes]`.
 
@@ -213,21 +214,22 @@ class Segmentation(ImageObjective):
             whole image at once.
           stride: rows and columns from one window to the next.
           flip: whether to average with the mirrored image.
+          resize: is applied to the logits of the pixels of the images.
         """
 
         def find_logits(images: jax.Array) -> jax.Array:
             logits = self.predict(params, {"image": images})["pixel_logits"]
             return resize_logits(logits, (images.shape[1], images.shape[2]))
 
-        def find_probabilities(images: jax.Array) -> jax.Array:
+        def find_all(images: jax.Array) -> jax.Array:
             if window is None:
-                return jax.nn.softmax(find_logits(images))
-            return jax.nn.softmax(slide(find_logits, images, window, stride or window))
+                return find_logits(images)
+            return slide(find_logits, images, window, stride or window)
 
-        probabilities = find_probabilities(images)
+        probabilities = jax.nn.softmax(resize(find_all(images)))
         if flip:
-            mirrored = find_probabilities(images[:, :, ::-1])[:, :, ::-1]
-            probabilities = (probabilities + mirrored) / 2
+            mirrored = find_all(images[:, :, ::-1])[:, :, ::-1]
+            probabilities = (probabilities + jax.nn.softmax(resize(mirrored))) / 2
         return probabilities
 
     def update_statistics(
@@ -305,6 +307,32 @@ def resize_logits(logits: jax.Array, size: Size) -> jax.Array:
         return logits
     shape = (logits.shape[0], *size, logits.shape[3])
     return jax.image.resize(logits, shape, "bilinear", antialias=False)
+
+
+def resize_to_masks(logits: jax.Array, extent: jax.Array, size: Size) -> jax.Array:
+    """Resizes the logits of each image to the size of its mask, as `resize_logits` does.
+
+    Args:
+      logits: float32 `[batch, h, w, classes]`.
+      extent: int32 `[batch, 6]`, see `data.pipeline.DatasetSpec.blank`.
+      size: height and width of the result, of which each mask has the upper left part.
+
+    Returns:
+      float32 `[batch, *size, classes]`.
+    """
+    extent = extent.astype(jnp.float32)
+
+    def interpolate(axis: int) -> jax.Array:
+        """The weights of the old pixels in the new ones, `[batch, new, old]`."""
+        start, old, new = (extent[:, axis + i, None] for i in (0, 2, 4))
+        places = (jnp.arange(size[axis]) + 0.5) * old / jnp.maximum(new, 1) - 0.5
+        places = start + jnp.clip(places, 0, jnp.maximum(old - 1, 0))
+        pixels = jnp.arange(logits.shape[1 + axis])
+        return jnp.maximum(1 - jnp.abs(places[..., None] - pixels), 0)
+
+    exact = jax.lax.Precision.HIGHEST
+    logits = jnp.einsum("bik,bkwc->biwc", interpolate(0), logits, precision=exact)
+    return jnp.einsum("bjl,bilc->bijc", interpolate(1), logits, precision=exact)
 
 
 def slide(

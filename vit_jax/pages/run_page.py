@@ -103,6 +103,7 @@ def make_report(
         make_section("Results", _show_results(points)),
         make_section("Curves", _show_curves(points), layout="charts"),
         make_section("Predictions", _show_predictions(known.values()), layout="pairs"),
+        make_section("Masks", _show_masks(workdir)),
         make_section("Pictures", _show_pictures(workdir)),
         *sections,
         make_section("Time", _show_time(workdir)),
@@ -129,17 +130,22 @@ def find_best(key: str, points: Points) -> tuple[float, float]:
     return max(points, key=lambda point: (sign * point[1], -point[0]))
 
 
-def read_details(workdir: Path) -> list[Predictions]:
-    """Reads the details of each evaluator's newest evaluation; damaged ones are left out."""
+def _find_details(workdir: Path) -> list[tuple[str, Path]]:
+    """The title and the file of each evaluator's newest evaluation with details."""
     newest: dict[str, tuple[int, Path]] = {}
     for path in (workdir / EVALS).glob("*.json"):
         match = re.fullmatch(r"(.+)_(\d+)", path.stem)
         if match and int(match[2]) >= newest.get(match[1], (0, path))[0]:
             newest[match[1]] = (int(match[2]), path)
+    return [(f"{name}, step {step:,}", path) for name, (step, path) in sorted(newest.items())]
+
+
+def read_details(workdir: Path) -> list[Predictions]:
+    """Reads the details of each evaluator's newest evaluation; damaged ones are left out."""
     found = []
-    for name, (step, path) in sorted(newest.items()):
+    for title, path in _find_details(workdir):
         try:
-            found += _read_details(path, f"{name}, step {step:,}")
+            found += _read_details(path, title)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as e:
             log(f"{path} can't be read ({describe_error(e)}): left out")
     return found
@@ -220,13 +226,14 @@ def _is_result(key: str) -> bool:
 
 
 def _find_tiles(points: Mapping[str, Points]) -> list[tuple[str, str]]:
-    """The last accuracy of each evaluator, with its name."""
+    """The last accuracy or mIoU of each evaluator, with its name."""
     found = []
     for key, values in points.items():
         split, _, metric = key.rpartition("/")
-        if metric == "top1" and _is_result(key):
+        if metric in ("top1", "miou") and _is_result(key):
             count = points.get(f"{split}/count", [(0, 0)])[-1][1]
-            below = f"{split} accuracy" + (f", {count:,.0f} images" if count else "")
+            what = "accuracy" if metric == "top1" else "mIoU"
+            below = f"{split} {what}" + (f", {count:,.0f} images" if count else "")
             found.append((format_value(key, values[-1][1]), below))
     return found[:_MAX_TILES]
 
@@ -353,6 +360,37 @@ def _read_picture(path: Path) -> bytes:
     if not picture.startswith(b"\x89PNG") or not int.from_bytes(picture[16:20], "big"):
         raise ValueError("it is no PNG")
     return picture
+
+
+def _show_masks(workdir: Path) -> list[str]:
+    """A table of the classes of pixels for each evaluator that counts them."""
+    cards = []
+    for title, path in _find_details(workdir):
+        try:
+            content = read_json(path, max_bytes=MAX_TABLE)
+            if not isinstance(content, dict) or "pixel_classes" not in content:
+                continue
+            rows = [
+                (row["name"], *(_percent(row[key]) for key in ("iou", "accuracy")), row["pixels"])
+                for row in content["pixel_classes"]
+            ]
+            images = [(row["image"], _percent(row["miou"])) for row in content["images"]]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            log(f"{path} can't be read ({describe_error(e)}): left out")
+            continue
+        table = make_table(("class", "IoU", "accuracy", "pixels"), rows)
+        names = make_details("Images of the picture", make_table(("image", "mIoU"), images))
+        caption = (
+            "The picture below has, from top to bottom, images, their masks and what is predicted: "
+            "those of the lowest mIoU on the left, those of the highest on the right."
+        )
+        title = f"Classes of pixels: {title}"
+        cards.append(make_card(title, table + names, caption=caption, wide=True))
+    return cards
+
+
+def _percent(value: float | None) -> str:
+    return "none" if value is None else f"{100 * value:.1f} %"
 
 
 def _show_time(workdir: Path) -> list[str]:

@@ -133,7 +133,7 @@ def test_a_folder_that_is_not_as_expected_is_refused_in_one_line(tmp_path, spoil
 
 def test_values_beyond_the_classes_and_colours_are_errors_of_the_image():
     values = make_values(["sky", "tree"], where="classes.txt")
-    with pytest.raises(ImageError, match="mask has the value 2: expected 0 to 1, .* or 255"):
+    with pytest.raises(ImageError, match=r"mask has the value 2: expected 0 to 1, .* or 255"):
         values.find_classes(np.array([[0, 2]], np.uint8))
     with pytest.raises(ImageError, match="mask has the value 300"):
         values.find_classes(np.array([[0, 300]], np.int32))
@@ -198,11 +198,8 @@ def test_parquet_files_have_a_column_of_masks(tmp_path):
 @pytest.mark.parametrize("text", ["32", "24x48"])
 def test_scenes_have_their_size_and_are_the_same_each_time(text):
     height, width = (int(side) for side in (text.split("x") * 2)[:2])
-    dataset = scenes_dataset(text)
-    source, again = (
-        dataset.open("test", key="k"),
-        scenes_dataset.__wrapped__(text).open("test", key="k"),
-    )
+    dataset, other = scenes_dataset(text), scenes_dataset.__wrapped__(text)
+    source, again = dataset.open("test", key="k"), other.open("test", key="k")
     for i in (0, 7, len(source) - 1):
         assert source[i]["image"].shape == (height, width, 3)
         np.testing.assert_array_equal(source[i]["image"], again[i]["image"])
@@ -215,11 +212,11 @@ def test_scenes_have_their_size_and_are_the_same_each_time(text):
 
 
 def test_scenes_of_a_split_have_digits_of_that_split():
-    source = scenes_dataset("32")
-    records = source.records
-    parts = {split: set(records.first[rows]) for split, rows in source.splits.items()}
+    dataset = scenes_dataset("32")
+    records = dataset.records
+    parts = {split: set(records.first[rows]) for split, rows in dataset.splits.items()}
     assert not parts["train"] & (parts["validation"] | parts["test"])
-    for split, rows in source.splits.items():
+    for split, rows in dataset.splits.items():
         assert set(records.others[rows[0]]) == parts[split]
 
 

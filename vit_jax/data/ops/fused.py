@@ -62,6 +62,8 @@ class Fused(Random):
     ops: tuple[Any, ...]
 
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
+        if "label_map" in features:  # The native code takes images alone.
+            return apply(self.ops, features, rng)
         state = rng.bit_generator.state
         job = self.plan(features["image"], rng)
         if job is not None:
@@ -104,7 +106,7 @@ class Fused(Random):
 def defer(ops: Sequence[Op], features: Features, rng: np.random.Generator) -> Features:
     """Like `apply`, but if one native call does it all, `image` is the `Job` for that call."""
     fused = ops[0]
-    if len(ops) > 1 or not isinstance(fused, Fused):
+    if len(ops) > 1 or not isinstance(fused, Fused) or "label_map" in features:
         return apply(ops, features, rng)
     job = fused.plan(features["image"], rng)
     return apply(fused.ops, features, rng) if job is None else features | {"image": job}

@@ -9,11 +9,11 @@ CLASSES = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
 )
 # Height of a digit as a share of the shorter side of the scene.
-_LEAST, _MOST = 0.5, 0.65
+_LEAST, _MOST = 0.5, 0.55
 # A scene has one digit, and another for each so many squares of its shorter side beyond the first.
 _SQUARES = 1.0
 # The brightest background, the darkest digit, and the deviation of the noise.
-_DARK, _BRIGHT, _NOISE = 80, 180, 4.0
+_DARK, _BRIGHT, _NOISE = 60, 190, 4.0
 _TRIES = 10
 
 
