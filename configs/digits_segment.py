@@ -22,9 +22,9 @@ def get_config(init_from: str = "runs/digits") -> ConfigDict:
     }
     config.objective = {"name": "segmentation", "head": "upsample", "head_width": 32}
     config.data = {
-        "name": "digits_masks:32",
+        "name": "digits_masks:24",
         "split": "train",
-        "preprocess": "decode|resize(32)",
+        "preprocess": "decode|resize(24)",
         "batch_size": 32,
     }
     config.optimizer = {
@@ -35,7 +35,7 @@ def get_config(init_from: str = "runs/digits") -> ConfigDict:
         "warmup_steps": 100,
         "grad_clip_norm": 1.0,
     }
-    test = {"name": "segmentation", "split": "test", "preprocess": "decode|resize(32)"}
+    test = {"name": "segmentation", "split": "test", "preprocess": "decode|resize(24)"}
     config.evals = {
         "val": {**test, "split": "validation", "every": 500},
         "test": test,

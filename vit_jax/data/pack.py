@@ -322,8 +322,8 @@ def main(argv: Sequence[str]) -> None:
     info = dataset.info
     if info.pixel_classes:
         raise UserError(
-            f"SRC={args.SRC!r} has masks, which a pack does not hold: train on it as it is, or list "
-            "its images with other labels in a manifest"
+            f"SRC={args.SRC!r} has masks, which a pack does not hold: train on it as it is, or "
+            "list its images with other labels in a manifest"
         )
     manifest = Manifest(
         source=args.SRC,

@@ -54,7 +54,7 @@ class Classification(Evaluator):
             raise UserError(
                 f"evals.{self.name}.name='classification': this objective has no single "
                 "prediction of classes; expected 'reconstruction' for 'mae', 'probes' for "
-                "'linear_probe', 'zero_shot' for 'contrastive'"
+                "'linear_probe', 'zero_shot' for 'contrastive', 'segmentation' for 'segmentation'"
             )
 
     @property

@@ -81,7 +81,10 @@ class Segmentation(Evaluator):
             object.__setattr__(self, "data", data)
         height, width = self.data.image_shape()[:2]
         side = self.window or max(height, width)
-        find_grid(self.objective.model, (min(side, height), min(side, width)))
+        try:
+            find_grid(self.objective.model, (min(side, height), min(side, width)))
+        except UserError as e:
+            raise UserError(f"{key}: {e}") from None
 
     def _check_line(self) -> None:
         self.check(
@@ -96,9 +99,9 @@ class Segmentation(Evaluator):
             pads = isinstance(op, Pad | PadTo) and op.mode == "constant"
             if not pads and not isinstance(op, Decode | Resize | ResizeSmall | ResizeLong):
                 raise UserError(
-                    f"evals.{self.name}.preprocess={self.data.preprocess!r}: {op} changes what the "
-                    "image shows, and masks keep their size with label_size: expected operations "
-                    "that resize and pad"
+                    f"evals.{self.name}.preprocess={self.data.preprocess!r}: {type(op).__name__} "
+                    "changes what the image shows, and masks keep their size with label_size: "
+                    "expected operations that resize and pad"
                 )
 
     @property
@@ -111,8 +114,8 @@ class Segmentation(Evaluator):
         The others are `predicted`, uint8 `[batch, h, w]`, and `miou` of each image, float32
         `[batch]`, over the classes that it or its prediction has.
         """
-        window = None if self.window is None else (self.window,) * 2
-        stride = None if self.stride is None else (self.stride,) * 2
+        window = None if self.window is None else (self.window, self.window)
+        stride = None if self.stride is None else (self.stride, self.stride)
         options: dict[str, Any] = {}
         if self.label_size is not None:
             options["resize"] = functools.partial(
@@ -157,7 +160,7 @@ class Segmentation(Evaluator):
             start = sum(map(len, scores))
             scores.append(miou)
             masks.append(mask)
-            there = np.flatnonzero(mask) if pictures else ()
+            there = np.flatnonzero(mask).tolist() if pictures else ()
             shown |= {start + i: _crop(*(p[i] for p in pictures)) for i in there}
             order = _rank(np.concatenate(scores), np.concatenate(masks))
             kept = {*order[:_SHOWN].tolist(), *order[-_SHOWN:].tolist()}

@@ -52,8 +52,8 @@ class ImageMask:
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
         """The `k` classes with the most pixels as (name, share), without those that have none."""
-        order = np.argsort(-self.shares, kind="stable")[:k].tolist()
         shares = self.shares
+        order: list[int] = np.argsort(-shares, kind="stable")[:k].tolist()
         return [(self.class_names[i], float(shares[i])) for i in order if shares[i]]
 
     def overlay(self, opacity: float = _OPACITY) -> Image.Image:
@@ -97,7 +97,8 @@ def make_mask(model: "LoadedModel", image: Any, logits: np.ndarray) -> ImageMask
         pixels = model.preprocess(image)
     path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
     classes = find_classes(logits, pixels.shape[:2])
-    return ImageMask(path, classes, model.segmentation.classes, pixels)
+    names = [model.name_of(number) for number in range(model.num_classes)]
+    return ImageMask(path, classes, names, pixels)
 
 
 def resizes_only(preparation: Preparation) -> bool:

@@ -176,7 +176,7 @@ class LoadedModel:
         labels: Sequence[str] | TextClasses | None = None,
         templates: str | Sequence[str] | None = None,
         tta: Tta | None = None,
-    ) -> Prediction | ImagePrediction | ImagePredictions:
+    ) -> Prediction | ImagePrediction | ImagePredictions | ImageMask | list[ImageMask] | np.ndarray:
         """Classifies images.
 
         Args:
@@ -524,6 +524,11 @@ class LoadedModel:
                 f"{self.source}: it compares images with texts, and has no classes of its own: "
                 "expected labels, such as --labels='a cat,a dog', or model(images, labels=['a cat',"
                 " 'a dog'])"
+            )
+        if self.segmentation is not None:
+            raise UserError(
+                f"{self.source}: it finds the class of each pixel, and has no classes of images: "
+                "expected model(images), or vit_jax predict --masks=FOLDER"
             )
         if not self.classifies:
             state = "was published untrained, all zero" if self.module.num_classes else "is missing"

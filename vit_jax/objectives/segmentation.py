@@ -377,7 +377,7 @@ def slide(
         return jax.lax.dynamic_update_slice(total, before + logits, place), None
 
     total = jnp.zeros((batch, height, width, classes), jnp.float32)
-    return jax.lax.scan(add, total, starts)[0] / counts
+    return jax.lax.scan(add, total, jnp.asarray(starts))[0] / counts
 
 
 def _find_starts(side: int, window: int, stride: int) -> list[int]:

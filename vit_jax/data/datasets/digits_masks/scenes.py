@@ -8,10 +8,9 @@ CLASSES = (
     "background",
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
 )
-# Height of a digit as a share of the shorter side of the scene.
-_LEAST, _MOST = 0.5, 0.55
-# A scene has one digit, and another for each so many squares of its shorter side beyond the first.
-_SQUARES = 1.0
+# The side of a digit, and the distance of the places where it may be, as shares of the shorter side
+# of the scene.
+_SIDE, _STEP = 2 / 3, 1 / 6
 # The brightest background, the darkest digit, and the deviation of the noise.
 _DARK, _BRIGHT, _NOISE = 60, 190, 4.0
 _TRIES = 10
@@ -38,8 +37,7 @@ def draw_scene(
     corners = rng.randint(0, _DARK + 1, (2, 2, 3)).astype(np.float32)
     scene = cv2.resize(corners, (width, height), interpolation=cv2.INTER_LINEAR)
     label_map = np.zeros((height, width), np.uint8)
-    short = min(height, width)
-    most = 1 + int((max(height, width) / short - 1) / _SQUARES)
+    most = max(height, width) // min(height, width)  # a digit for each square
     for digit, label in zip(digits[:most], labels[:most], strict=True):
         place = _find_place(label_map, rng)
         color = rng.randint(_BRIGHT, 256, 3).astype(np.float32)
@@ -58,9 +56,13 @@ def draw_scene(
 def _find_place(label_map: np.ndarray, rng: np.random.RandomState) -> tuple[int, int, int] | None:
     """Top, left and side of a square without a digit; None if none was found."""
     height, width = label_map.shape
+    short = min(height, width)
+    side, step = round(short * _SIDE), short * _STEP
     for _ in range(_TRIES):
-        side = round(min(height, width) * rng.uniform(_LEAST, _MOST))
-        top, left = rng.randint(height - side + 1), rng.randint(width - side + 1)
+        top, left = (
+            round(step * rng.randint(int((length - side) / step + 1e-6) + 1))
+            for length in (height, width)
+        )
         if not label_map[top : top + side, left : left + side].any():
             return top, left, side
     return None

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks that a model predicts: from Python, and as files."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tiny import tiny_config
+from tests.trained import write_images
+from vit_jax import predict
+from vit_jax.checkpoint.manager import CheckpointManager
+from vit_jax.checkpoint.workdir import write_config, write_labels
+from vit_jax.inference.masks import find_classes
+from vit_jax.inference.model import load_model
+from vit_jax.training.experiment import Experiment
+from vit_jax.utils.errors import UserError
+from vit_jax.utils.palette import make_palette
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, data_dir):
+    """A run with a head whose predictions differ from pixel to pixel."""
+    workdir = tmp_path_factory.mktemp("runs") / "segment"
+    workdir.mkdir()
+    config = tiny_config(
+        data_dir,
+        data__name="digits_masks:16",
+        objective={"name": "segmentation", "head": "upsample", "head_width": 8},
+        evals__val__name="segmentation",
+        evals__val__preprocess="decode|resize(16)",
+        model__patch_size=4,
+    )
+    experiment = Experiment.from_config(config, devices=jax.devices()[:1])
+    state = experiment.init_state()
+    kernel = state.params["segmenter"]["classifier"]["kernel"]
+    state.params["segmenter"]["classifier"]["kernel"] = kernel * 100
+    options, description = experiment.settings.checkpoint, experiment.description
+    with CheckpointManager(workdir, options, description) as manager:
+        manager.save(8, state, {})
+    write_config(workdir, experiment.config)
+    write_labels(workdir, experiment.train_data.info.pixel_classes)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def model(workdir):
+    return load_model(workdir)
+
+
+def test_a_mask_has_the_size_of_its_image(model, tmp_path):
+    path = tmp_path / "wide.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    mask = model(str(path))
+    logits = np.asarray(model.start_pixels(np.repeat(model.preprocess(path)[None], 8, axis=0)))
+    np.testing.assert_array_equal(mask.classes, find_classes(logits[0], (20, 30)))
+    assert mask.path == str(path)
+    assert mask.shares.sum() == pytest.approx(1)
+    assert mask.top(1)[0][0] == model.segmentation.classes[np.argmax(mask.shares)]
+    assert mask.overlay().size == (30, 20)
+    mask.save(tmp_path / "mask.png")
+    with Image.open(tmp_path / "mask.png") as saved:
+        assert saved.mode == "P"
+        np.testing.assert_array_equal(saved, mask.classes)
+        np.testing.assert_array_equal(saved.convert("RGB"), make_palette()[mask.classes])
+
+
+def test_prepared_images_give_the_classes_of_the_evaluation(model):
+    images = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    params = {**model.params, "segmenter": model.segmenter}
+    expected = jax.jit(model.segmentation.segment)(params, images).argmax(-1)
+    found = model(images)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(found)) > 1
+
+
+def test_classes_are_those_of_bilinear_logits():
+    logits = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float32)
+    resized = jax.image.resize(logits, (11, 17, 3), "bilinear", antialias=False)
+    np.testing.assert_array_equal(find_classes(logits, (11, 17)), np.argmax(resized, axis=-1))
+
+
+def test_the_command_writes_shares_masks_and_overlays(workdir, tmp_path):
+    write_images(tmp_path / "images", 2, size=12)
+    write_images(tmp_path / "images" / "more", 1, size=10)
+    output, masks = tmp_path / "shares.jsonl", tmp_path / "masks"
+    arguments = [f"--workdir={workdir}", f"--output={output}", f"--masks={masks}", "--top_k=2"]
+    assert predict.main([*arguments, str(tmp_path / "images")]) == 0
+    names = sorted(path.name for path in masks.iterdir())
+    assert names == sorted(
+        f"{stem}{end}" for stem in ("00", "00_2", "01") for end in (".png", "_overlay.jpg")
+    )
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [list(row["predictions"][0]) for row in rows] == [["label", "class", "share"]] * 3
+    with Image.open(masks / "00.png") as mask:
+        counts = np.bincount(np.asarray(mask).ravel(), minlength=11)
+    best = rows[0]["predictions"][0]
+    assert best["share"] == pytest.approx(counts.max() / counts.sum(), abs=1e-6)
+    assert best["label"] == counts.argmax()
+    with pytest.raises(UserError, match=r"--masks=.* exists"):
+        predict.main([*arguments[:1], f"--masks={masks}", str(tmp_path / "images")])
+
+
+def test_a_model_of_pixels_has_no_classes_of_images(model):
+    with pytest.raises(UserError, match="finds the class of each pixel, and has no classes of"):
+        model.check_classifies()
+    assert model.features(np.zeros((1, 16, 16, 3), np.uint8)).shape == (1, 16)
