@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vit_jax.checkpoint.pretrained.catalogue import list_models
     from vit_jax.config.shipped import list_configs
+    from vit_jax.inference.masks import ImageMask
     from vit_jax.inference.model import LoadedModel, load_model
     from vit_jax.inference.prediction import (
         ImageFeatures,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ImageFeatures",
+    "ImageMask",
     "ImagePrediction",
     "ImagePredictions",
     "LoadedModel",
@@ -41,6 +43,7 @@ __all__ = [
 
 _MODULES = {
     "ImageFeatures": "vit_jax.inference.prediction",
+    "ImageMask": "vit_jax.inference.masks",
     "ImagePrediction": "vit_jax.inference.prediction",
     "ImagePredictions": "vit_jax.inference.prediction",
     "LoadedModel": "vit_jax.inference.model",

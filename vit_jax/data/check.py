@@ -446,6 +446,8 @@ def prepare_images(sheet: DatasetSpec | Experiment) -> tuple[np.ndarray, list[st
         examples = read_examples(data, seed=0, step=0)
         images = np.stack([example["image"] for example in examples])
         labels: Any = [example.get("label") for example in examples]
+        if data.info.pixel_classes:
+            return images, [_name_pixels(example, data.info) for example in examples]
     else:
         from vit_jax.training.previews import preview_first_batch
 
@@ -457,6 +459,14 @@ def prepare_images(sheet: DatasetSpec | Experiment) -> tuple[np.ndarray, list[st
     if labels is None:
         return images, [""] * len(images)
     return images, [caption(label, data.info) for label in labels]
+
+
+def _name_pixels(example: Features, info: DatasetInfo) -> str:
+    """The classes with the most pixels, without those that have none."""
+    names = info.pixel_classes or ()
+    counts = np.bincount(example["label_map"].ravel(), minlength=len(names))[: len(names)]
+    order = np.argsort(-counts, kind="stable")[:3]
+    return " + ".join(names[i] for i in order if counts[i])
 
 
 def caption(label: np.ndarray, info: DatasetInfo) -> str:

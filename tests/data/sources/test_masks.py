@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit_jax.data import pack
+from vit_jax.data.fingerprint import fingerprint
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
 from vit_jax.data.sources.files import manifest_dataset
@@ -218,6 +220,18 @@ def test_scenes_of_a_split_have_digits_of_that_split():
     assert not parts["train"] & (parts["validation"] | parts["test"])
     for split, rows in dataset.splits.items():
         assert set(records.others[rows[0]]) == parts[split]
+
+
+def test_packing_masks_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has masks, which a pack does not hold"):
+        pack.main(["digits_masks:16", str(tmp_path / "packed")])
+    assert not (tmp_path / "packed").exists()
+
+
+def test_masks_belong_to_what_identifies_the_data(tmp_path):
+    source = masks_dataset(str(write(tmp_path / "a"))).open("train", key="k")
+    other = write(tmp_path / "b", lines="sky\nignored\ntree\ncar\n")
+    assert fingerprint(source) != fingerprint(masks_dataset(str(other)).open("train", key="k"))
 
 
 @pytest.mark.parametrize("text", ["", "8", "32x", "32x99999", "a"])
