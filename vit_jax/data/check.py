@@ -42,7 +42,7 @@ from vit_jax.utils.streams import print_result
 from vit_jax.utils.text import printable
 
 if TYPE_CHECKING:
-    from vit_jax.data.ops.transforms import Op
+    from vit_jax.data.ops.transforms import Features, Op
     from vit_jax.data.pipeline import DatasetSpec
     from vit_jax.data.sources.base import Dataset, DatasetInfo, Source
     from vit_jax.data.sources.tfds import TfdsDataset
