@@ -305,6 +305,8 @@ def build(config: str, overrides: Mapping[str, Any]) -> None:
     data = made["data"]
     if str(data.get("name")).startswith(_ELSEWHERE):
         data["name"] = "blank:1000"
+    if str(data.get("name")).startswith("masks:"):
+        data["name"] = "digits_masks:64"
     if data.get("mixture"):
         data["mixture"] = tuple(("blank:1000", split, w) for _, split, w in data["mixture"])
     for section in filter(None, made.get("evals", {}).values()):
