@@ -368,14 +368,17 @@ def _show_masks(workdir: Path) -> list[str]:
     for title, path in _find_details(workdir):
         try:
             content = read_json(path, max_bytes=MAX_TABLE)
-            if not isinstance(content, dict) or "pixel_classes" not in content:
-                continue
+        except (OSError, ValueError):  # `read_details` logs it.
+            continue
+        if not isinstance(content, dict) or "pixel_classes" not in content:
+            continue
+        try:
             rows = [
                 (row["name"], *(_percent(row[key]) for key in ("iou", "accuracy")), row["pixels"])
                 for row in content["pixel_classes"]
             ]
             images = [(row["image"], _percent(row["miou"])) for row in content["images"]]
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError) as e:
             log(f"{path} can't be read ({describe_error(e)}): left out")
             continue
         table = make_table(("class", "IoU", "accuracy", "pixels"), rows)
