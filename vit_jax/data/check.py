@@ -463,10 +463,10 @@ def prepare_images(sheet: DatasetSpec | Experiment) -> tuple[np.ndarray, list[st
 
 def _name_pixels(example: Features, info: DatasetInfo) -> str:
     """The classes with the most pixels, without those that have none."""
-    names = info.pixel_classes or ()
+    names: Sequence[str] = info.pixel_classes or []
     counts = np.bincount(example["label_map"].ravel(), minlength=len(names))[: len(names)]
     order = np.argsort(-counts, kind="stable")[:3]
-    return " + ".join(names[i] for i in order.tolist() if counts[i])
+    return " + ".join(names[i] for i in order if counts[i])
 
 
 def caption(label: np.ndarray, info: DatasetInfo) -> str:
