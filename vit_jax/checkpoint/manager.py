@@ -42,6 +42,7 @@ from vit_jax.utils.bounds import read_json
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.layout import BROKEN, CHECKPOINTS, RUN
 from vit_jax.utils.metrics import find_best_step
+from vit_jax.utils.mirrors import fetch_checkpoint, find_mirror
 
 DESCRIPTION = "description"
 _METRICS = "metrics"
@@ -116,6 +117,8 @@ class CheckpointManager:
         self.run: Mapping[str, Any] = {}
         self.workdir = workdir
         self._directory = workdir.absolute() / CHECKPOINTS
+        # Where the workdir is in a bucket: checkpoints are written to its local copy and uploaded.
+        self._mirror = find_mirror(workdir)
         self._keep, self._best = options.keep, options.keep_best
         self._main = jax.process_index() == 0
         self._latest, self._faults = choose_checkpoint(self._directory)
@@ -288,6 +291,9 @@ class CheckpointManager:
                 run = {"step": step, **unlogged, **self.run}
                 (half / RUN).write_text(json.dumps(run, indent=1) + "\n")
                 write_manifest(half)
+                if self._mirror is not None:
+                    self._mirror.upload_checkpoint(step, half)
+                    self._mirror.drop_arrays(half)
                 if os.path.lexists(path):
                     self._set_aside(step, "the new checkpoint of this step takes its place")
                 os.rename(half, path)
@@ -303,6 +309,13 @@ class CheckpointManager:
     def _set_aside(self, step: int, why: str) -> None:
         """Moves a file or folder with the name of a checkpoint aside, and keeps it."""
         path, error = self.path(step), OSError()
+        if self._mirror is not None:
+            try:
+                log(f"moved to {self.workdir / self._mirror.set_aside(step)}: {why}")
+                _remove(path)
+            except OSError as e:
+                log(f"{path} can't be moved aside ({e.strerror}): {why}")
+            return
         # The second place is for checkpoints that a link has put on another disk.
         for place in (self.workdir / BROKEN / str(step), self._directory / f"{BROKEN}-{step}"):
             try:
@@ -329,6 +342,8 @@ class CheckpointManager:
             # Renamed first, so that a half-removed folder is not taken for a checkpoint.
             going = self._directory / f"{step}{_HALF}-removed"
             try:
+                if self._mirror is not None:
+                    self._mirror.remove_checkpoint(step)
                 os.rename(self.path(step), going)
                 _remove(going)
             except OSError as e:
@@ -354,6 +369,8 @@ class CheckpointManager:
         assert step is not None
         wanted = _items(self._select(abstract_state))
         items = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
+        with fail_together():  # Each process reads its own copy.
+            fetch_checkpoint(self.path(step))
         try:
             with quiet_reads():
                 found = self._checkpointer.restore(
@@ -414,11 +431,12 @@ def choose_checkpoint(directory: Path) -> tuple[int | None, dict[int, str]]:
       UserError: there are checkpoints, and all are damaged; raised in all processes.
     """
     chosen: dict[str, Any] = {"step": None, "faults": []}
-    for step in reversed(list_steps(directory.parent)) if jax.process_index() == 0 else ():
-        if (fault := find_fault(directory / str(step))) is None:
-            chosen["step"] = step
-            break
-        chosen["faults"].append((step, fault))
+    with fail_together():
+        for step in reversed(list_steps(directory.parent)) if jax.process_index() == 0 else ():
+            if (fault := find_fault(directory / str(step))) is None:
+                chosen["step"] = step
+                break
+            chosen["faults"].append((step, fault))
     chosen = broadcast_from_process_0(chosen)
     step, faults = chosen["step"], dict(chosen["faults"])
     if faults and step is None:

@@ -20,9 +20,8 @@ from vit_jax.utils.bounds import (
     read_json,
     shorten,
 )
-from vit_jax.utils.layout import RUN
-
-MANIFEST = "manifest.json"
+from vit_jax.utils.layout import MANIFEST, RUN
+from vit_jax.utils.mirrors import fetch_checkpoint
 
 _CHUNK = 1 << 22
 _MAX_MANIFEST = 2**28  # bytes, for a million files
@@ -66,12 +65,17 @@ def has_manifest(folder: Path) -> bool:
 def find_fault(folder: Path, items: Sequence[str] | None = None) -> str | None:
     """Returns the first fault of a checkpoint, as `FILE is ...`; None if it is not damaged.
 
-    Every byte is read. Without a manifest, only the existence of the main files is checked.
+    Every byte is read. Without a manifest, only the existence of the main files is checked. In the
+    local copy of a bucket, this downloads the files.
 
     Args:
       folder: of the checkpoint.
       items: the parts to verify, such as `params`; None for all.
+
+    Raises:
+      UserError: the bucket can't be read, which is no fault of the checkpoint.
     """
+    fetch_checkpoint(folder, items)
     try:
         os.listdir(folder)
         verifiable = has_manifest(folder)
