@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small HTTP server of both storage protocols: the JSON API of Google Cloud Storage, and S3.
 
 It keeps objects in memory and has conditional writes and pages of listings. `fail` makes requests
@@ -5,6 +6,7 @@ fail as real ones do. Signatures are not checked.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -12,8 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+import pytest
 
 PAGE = 50  # names of one page of a listing
 
@@ -22,6 +27,7 @@ class BucketServer:
     """Serves buckets at `url`.
 
     Attributes:
+      bucket: the one of the present test.
       objects: contents by bucket and name.
       requests: the method and path of each request.
       fail: called with the method and path of a request; returns None to answer it, a status and
@@ -35,6 +41,7 @@ class BucketServer:
         self.requests: list[tuple[str, str]] = []
         self.fail: Callable[[str, str], tuple[int, str] | str | None] = lambda method, path: None
         self.delay = 0.0
+        self.bucket = ""
         self.lock = threading.Lock()
         self._count = 0
         handler = type("Handler", (_Handler,), {"store": self})
@@ -84,13 +91,24 @@ class BucketServer:
         return names[:PAGE], names[PAGE - 1] if len(names) > PAGE else None
 
 
-@contextlib.contextmanager
-def serving(*buckets: str) -> Iterator[BucketServer]:
-    server = BucketServer(*buckets)
-    try:
-        yield server
-    finally:
-        server.close()
+@functools.cache
+def _serve() -> BucketServer:
+    # One for the whole process, since clients remember addresses.
+    return BucketServer()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[BucketServer]:
+    """The server, with an empty `bucket`, in the environment of a test."""
+    server = _serve()
+    server.bucket = f"bucket-{len(server.objects)}"
+    server.objects[server.bucket] = {}
+    server.requests.clear()
+    for key, value in server.variables().items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield server
+    server.fail, server.delay = lambda method, path: None, 0.0
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -192,6 +210,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = objects.get(name)
         tag = content and f'"{hashlib.md5(content).hexdigest()}"'
         tag = f'"{hashlib.md5(b"").hexdigest()}"' if content == b"" else tag
+        if content is None and (self.command in ("GET", "HEAD") or self.headers.get("If-Match")):
+            return self._fail_s3(404, "NoSuchKey", "The specified key does not exist.")
         if (wanted := self.headers.get("If-Match")) and wanted != tag:
             return self._fail_s3(412, "PreconditionFailed", "condition")
         if (other := self.headers.get("If-None-Match")) and tag and other in ("*", tag):
@@ -204,9 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "DELETE":
             store.put(bucket, name, None)
             return self._answer(204)
-        if content is None:
-            return self._fail_s3(404, "NoSuchKey", "The specified key does not exist.")
-        return self._send(content, ETag=tag or "")
+        return self._send(content or b"", ETag=tag or "")
 
     def _fail_s3(self, status: int, code: str, message: str) -> None:
         text = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"

@@ -88,7 +88,10 @@ class Bucket:
         return _open_store(self.scheme, self.name, f"{self.path}/")
 
     def list(self, prefix: str = "") -> list[str]:
-        """Returns the sorted names that start with a prefix."""
+        """Returns the sorted names that start with a prefix.
+
+        Where Google Cloud Storage refuses the request, TensorStore reports no names.
+        """
         ts = _tensorstore()
         keys = ts.KvStore.KeyRange(prefix, _after(prefix)) if prefix else None
         names = self._call("listed", prefix, lambda: self._store.list(keys))
@@ -168,10 +171,14 @@ class Bucket:
     def _call(self, verb: str, name: str, start: Callable[[], Any]) -> Any:
         try:
             return start().result(timeout=_TIMEOUT_S)
+        except OSError as e:
+            if not isinstance(e, TimeoutError):  # The store could not be opened.
+                raise
+            error: Exception = TimeoutError(f"no answer in {_TIMEOUT_S:.0f} s")
         except Exception as e:  # TensorStore raises ValueError for whatever a server answers.
-            where = f"{self.url}/{name}" if name else self.url
-            text = f"{where} can't be {verb}: {describe_failure(e)}"
-            raise OSError(5, text) from None
+            error = e
+        where = f"{self.url}/{name}" if name else self.url
+        raise OSError(5, f"{where} can't be {verb}: {describe_failure(error)}")
 
 
 def describe_failure(error: BaseException) -> str:
@@ -179,7 +186,7 @@ def describe_failure(error: BaseException) -> str:
     # The answer of a server stands in brackets; it may repeat what was sent.
     text = re.split(r" \[[\w-]+='", " ".join(str(error).split()), maxsplit=1)[0][:300]
     for name, value in os.environ.items():
-        if len(value) > 6 and re.search("SECRET|TOKEN|KEY|PASSWORD|CREDENTIAL", name):
+        if len(value) > 6 and re.search("SECRET|TOKEN|PASSWORD|ACCESS_KEY", name):
             text = text.replace(value, "***")
     hint = next((hint for code, hint in _HINTS.items() if code in text), "")
     return printable(f"{hint} ({text})" if hint else text or type(error).__name__)

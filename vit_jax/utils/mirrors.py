@@ -28,7 +28,7 @@ from typing import Any
 from vit_jax.utils.bounds import is_inside
 from vit_jax.utils.buckets import EXPECTED, SCHEMES, Bucket, is_url
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.layout import BROKEN, CHECKPOINTS, LOCK, MANIFEST, ROLLBACKS, RUN
+from vit_jax.utils.layout import BROKEN, CHECKPOINTS, CONFIG, LOCK, MANIFEST, ROLLBACKS, RUN
 from vit_jax.utils.text import name_in_texts, printable
 
 # Seconds from one renewal of a lock to the next, and after which one that was not renewed is free.
@@ -165,6 +165,7 @@ class Mirror:
         self._sent: dict[str, tuple[int, int]] = {}
         self._busy = threading.RLock()
         self._lost: str | None = None
+        self._witness = CONFIG  # an object that a listing has to have, if there is one
         self._keep = False
         atexit.register(self._remove)
 
@@ -182,6 +183,13 @@ class Mirror:
         """
         with self._busy:
             names = [name for name in self.bucket.list() if is_inside(name)]
+            # What is written here must be listed, or a run would start from scratch.
+            if not names and self.bucket.read(self._witness)[0] is not None:
+                raise OSError(
+                    errno.EACCES,
+                    f"{self.url} can't be listed: the credentials permit reading objects, and not "
+                    "listing them",
+                )
             whole = _whole_steps(names)
             wanted = [name for name in names if _is_small(name, whole)]
             changed = [n for n in wanted if self._is_as_read(n)]
@@ -206,6 +214,8 @@ class Mirror:
             temporary.write_bytes(content)
             os.replace(temporary, path)
             self._sent[name] = _stamp(path)
+            if path.name == MANIFEST and name.startswith(f"{CHECKPOINTS}/"):
+                self.drop_arrays(path.parent)  # Arrays that are here were of another one.
 
     def fetch(self, checkpoint: Path, items: Collection[str] | None = None) -> None:
         """Downloads the arrays of a checkpoint, as far as they are not here.
@@ -359,9 +369,11 @@ class Mirror:
         Raises:
           UserError: another process holds the lock, or there can be none.
         """
+        self._lost = None
         try:
             generation = self._acquire()
             # The run before may have ended meanwhile.
+            self._witness = LOCK
             self.refresh()
             self.remove_halves()
         except OSError as e:
