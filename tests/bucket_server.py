@@ -30,6 +30,7 @@ class BucketServer:
       bucket: the one of the present test.
       objects: contents by bucket and name.
       requests: the method and path of each request.
+      history: the names and contents of all writes since the test began; None for removals.
       fail: called with the method and path of a request; returns None to answer it, a status and
         body to fail it, or "reset" to close the connection.
       delay: seconds before each answer.
@@ -39,6 +40,7 @@ class BucketServer:
         self.objects: dict[str, dict[str, bytes]] = {bucket: {} for bucket in buckets}
         self.generations: dict[tuple[str, str], int] = {}
         self.requests: list[tuple[str, str]] = []
+        self.history: list[tuple[str, bytes | None]] = []
         self.fail: Callable[[str, str], tuple[int, str] | str | None] = lambda method, path: None
         self.delay = 0.0
         self.bucket = ""
@@ -70,6 +72,7 @@ class BucketServer:
     def put(self, bucket: str, name: str, content: bytes | None) -> int:
         """Writes or removes an object, and returns its generation."""
         self._count += 1
+        self.history.append((name, content))
         if content is None:
             self.objects[bucket].pop(name, None)
             self.generations.pop((bucket, name), None)
@@ -77,6 +80,14 @@ class BucketServer:
             self.objects[bucket][name] = content
             self.generations[bucket, name] = self._count
         return self._count
+
+    def rewind(self, writes: int) -> None:
+        """Brings the present bucket to its state after so many writes of the test."""
+        history = self.history[:writes]
+        self.history.clear()
+        self.objects[self.bucket].clear()
+        for name, content in history:
+            self.put(self.bucket, name, content)
 
     def list(self, bucket: str, query: Mapping[str, str]) -> tuple[list[str], str | None]:
         """The names of one page, and the token of the next."""
@@ -104,6 +115,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[BucketSe
     server.bucket = f"bucket-{len(server.objects)}"
     server.objects[server.bucket] = {}
     server.requests.clear()
+    server.history.clear()
     for key, value in server.variables().items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
