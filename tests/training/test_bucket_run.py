@@ -64,6 +64,7 @@ def assert_like_local(server: BucketServer, scheme: str, local: Path) -> None:
 def test_a_run_in_a_bucket_is_that_in_a_folder(scheme, server, data_dir, local, capsys):
     url = f"{scheme}://{server.bucket}/run"
     result = train(tiny_config(data_dir), url)
+    assert result.load().module.num_classes == 10
     assert_like_local(server, scheme, local)
     there = {str(p.relative_to(local)) for p in local.rglob("*") if p.is_file()}
     there = {name for name in there if not name.startswith(("tensorboard", "checkpoints"))}
@@ -73,8 +74,6 @@ def test_a_run_in_a_bucket_is_that_in_a_folder(scheme, server, data_dir, local, 
     assert steps == {path.name for path in (local / "checkpoints").iterdir()}
     assert "lock" not in names(server)
     assert f"{url}/checkpoints/8" in capsys.readouterr().out
-    assert result.checkpoint is not None
-    assert load_pretrained(str(result.checkpoint)).params.keys()
     # It is killed before the last checkpoint counts.
     written = [name for name, _ in server.history]
     server.rewind(written.index("run/checkpoints/8/manifest.json"))
@@ -157,13 +156,14 @@ def test_commands_read_a_workdir_in_a_bucket(server, data_dir, tmp_path, monkeyp
         assert not code
         return capsys.readouterr().out
 
+    capsys.readouterr()
     out = call("status", url)
     assert out.startswith(f"{url}: step 8 of 8")
     assert "8, all files are there" in out
     assert not any("%2Fparams%2F" in path for _, path in server.requests)
     assert "75.00 %" in call("compare", url, workdir)
     assert "digit" in call("predict", url, "--checkpoint=best", *images)
-    assert "converted.npz" in call("convert", url, "converted.npz")
+    call("convert", url, "converted.npz")
     local = vit_jax.load_model(workdir)
     for source in (url, f"{url}/checkpoints/8", "converted.npz"):
         model = vit_jax.load_model(source)

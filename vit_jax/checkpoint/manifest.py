@@ -8,7 +8,7 @@ import concurrent.futures
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,14 @@ _ESSENTIAL = tuple(
 )
 
 
-def write_manifest(folder: Path) -> None:
-    """Writes the manifest of a folder, and flushes all of its files to the disk."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        sums = pool.map(lambda path: _measure(path, sync=True), paths)
-        files = {p.relative_to(folder).as_posix(): s for p, s in zip(paths, sums, strict=True)}
-    content = {"algorithm": "crc32", "files": files}
+def write_manifest(folder: Path, *, others: Mapping[str, list[Any]] | None = None) -> None:
+    """Writes the manifest of a folder, and flushes all of its files to the disk.
+
+    Args:
+      folder: of the checkpoint.
+      others: sizes and checksums of files that other processes have, by name.
+    """
+    content = {"algorithm": "crc32", "files": dict(others or {}) | measure_files(folder)}
     file = folder / MANIFEST
     with open(file, "w") as f:
         json.dump(content | {"crc32": checksum_of(content)}, f, indent=1)
@@ -46,6 +47,14 @@ def write_manifest(folder: Path) -> None:
         os.fsync(f.fileno())
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(sync_folder, [folder, *(p for p in folder.rglob("*") if p.is_dir())]))
+
+
+def measure_files(folder: Path) -> dict[str, list[Any]]:
+    """Returns the size and checksum of each file of a folder, and flushes it to the disk."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        sums = pool.map(lambda path: _measure(path, sync=True), paths)
+        return {p.relative_to(folder).as_posix(): s for p, s in zip(paths, sums, strict=True)}
 
 
 def sync_folder(folder: Path) -> None:

@@ -94,7 +94,7 @@ class Bucket:
         """
         ts = _tensorstore()
         keys = ts.KvStore.KeyRange(prefix, _after(prefix)) if prefix else None
-        names = self._call("listed", prefix, lambda: self._store.list(keys))
+        names = self._call("listed", "", lambda: self._store.list(keys))
         found = sorted(name.decode(errors="surrogateescape") for name in names)
         return [name for name in found if name.startswith(prefix)]
 

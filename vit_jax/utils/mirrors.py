@@ -21,7 +21,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -39,6 +39,8 @@ _UPLOAD_S = 60.0
 _ANCIENT_S = 3600.0
 # Files of a checkpoint that describe it; the others hold arrays.
 _SMALL = (MANIFEST, RUN, "description/", "metrics/")
+# Names of what the other processes of a job have uploaded of a checkpoint, and seconds to wait.
+_PART, _PART_S = "part-", 900.0
 # Never copied: one that is renewed here, and what a reader has no use for.
 _UNREAD = ("tensorboard/", "profile/", f"{BROKEN}/", "divergence/", "watchdog-")
 # Endings of files of weights and images, which are no workdirs.
@@ -155,7 +157,7 @@ class Mirror:
 
     def __init__(self, bucket: Bucket):
         self.bucket, self.url = bucket, bucket.url
-        bucket.list("no such name")  # Before a folder is made: whether the bucket can be read.
+        bucket.list(CONFIG)  # Before a folder is made: whether the bucket can be read.
         self._home = _make_home()
         self.root = self._home / bucket.name / bucket.path
         self.root.mkdir(parents=True)
@@ -273,6 +275,57 @@ class Mirror:
             for name in changed:
                 self._generations.pop(name, None)
 
+    def upload_part(
+        self, step: int, files: Mapping[str, list[Any]], folder: Path, *, process: int
+    ) -> None:
+        """Uploads the arrays of a process that is not the first, and then what it has uploaded.
+
+        Args:
+          step: of the checkpoint.
+          files: sizes and checksums by name.
+          folder: that has them.
+          process: index of the process.
+
+        Raises:
+          OSError: they can't be uploaded.
+        """
+        prefix = f"{CHECKPOINTS}/{step}/"
+        try:
+            self.bucket.upload((f"{prefix}{name}", folder / name) for name in files)
+        except OSError:
+            self.bucket.write(f"{prefix}{_PART}{process}", b"null")
+            raise
+        self.bucket.write(f"{prefix}{_PART}{process}", json.dumps(dict(files)).encode())
+
+    def wait_for_parts(self, step: int, processes: Collection[int]) -> dict[str, list[Any]]:
+        """Waits until other processes have uploaded their parts of a checkpoint.
+
+        Returns:
+          The sizes and checksums of their files by name.
+
+        Raises:
+          OSError: one is missing for too long.
+        """
+        prefix, until = f"{CHECKPOINTS}/{step}/{_PART}", time.monotonic() + _PART_S
+        wanted = [f"{prefix}{process}" for process in processes]
+        while wanted and not (there := set(self.bucket.list(prefix))).issuperset(wanted):
+            if time.monotonic() > until:
+                missing = next(name for name in wanted if name not in there)
+                raise OSError(
+                    errno.ETIMEDOUT,
+                    f"process {missing.removeprefix(prefix)} has not uploaded its part of the "
+                    f"checkpoint for {_PART_S:.0f} s",
+                )
+            time.sleep(0.2)
+        files: dict[str, list[Any]] = {}
+        for name in wanted:
+            part = json.loads(self.bucket.read(name)[0] or b"null")
+            if part is None:
+                raise OSError(errno.EIO, f"{self.url}/{name}: its process can't upload its part")
+            files |= part
+        self.bucket.delete(wanted)
+        return files
+
     def upload_checkpoint(self, step: int, folder: Path) -> None:
         """Uploads a checkpoint from a folder with its manifest, which comes last.
 
@@ -281,7 +334,6 @@ class Mirror:
         """
         self._check_lock()
         prefix = f"{CHECKPOINTS}/{step}/"
-        self._delete_checkpoint(prefix)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         named = [(f"{prefix}{path.relative_to(folder).as_posix()}", path) for path in files]
         self.bucket.upload(one for one in named if one[0] != f"{prefix}{MANIFEST}")
