@@ -422,11 +422,11 @@ def _make_checkpointer(*, apart: bool) -> ocp.AsyncCheckpointer:
     if not apart:
         return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     each = ocp.options.MultiprocessingOptions(primary_host=None)
-    arrays = {
+    arrays: dict[str, Any] = {
         item: ocp.StandardCheckpointHandler(multiprocessing_options=each, use_ocdbt=False)
         for item in ("params", "ema_params", "training")
     }
-    texts = {
+    texts: dict[str, Any] = {
         item: ocp.JsonCheckpointHandler(multiprocessing_options=each)
         for item in (DESCRIPTION, _METRICS)
     }
