@@ -473,7 +473,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"--launch_args={args.launch_args}: expected --emit=slurm or gke with it")
     if is_url(args.workdir):
         raise UserError(
-            f"--workdir={args.workdir}: the results of a sweep can't be in a bucket; expected a folder"
+            f"--workdir={args.workdir}: a sweep can't write its results to a bucket; expected a "
+            "folder"
         )
     if (args.workdir / CONFIG).is_file():
         raise UserError(

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import vit_jax
-from tests.bucket_server import BucketServer, server
+from tests.buckets import server
 from tests.tiny import tiny_config
 from tests.trained import write_images, write_run
+from tools.bucket_server import BucketServer
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.training.run import train
 from vit_jax.utils import buckets, mirrors

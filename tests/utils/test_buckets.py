@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from tests.bucket_server import PAGE, BucketServer, server
+from tests.buckets import server
+from tools.bucket_server import PAGE, BucketServer
 from vit_jax.utils import buckets
 from vit_jax.utils.buckets import Bucket, is_url, split_url
 from vit_jax.utils.errors import UserError

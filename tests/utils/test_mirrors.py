@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from tests.bucket_server import BucketServer, server
+from tests.buckets import server
+from tools.bucket_server import BucketServer
 from vit_jax.checkpoint.manifest import find_fault, write_manifest
 from vit_jax.checkpoint.workdir import find_holder, lock_workdir
 from vit_jax.utils import buckets, mirrors

@@ -3,22 +3,20 @@
 
 It keeps objects in memory and has conditional writes and pages of listings. `fail` makes requests
 fail as real ones do. Signatures are not checked.
+
+  PORT=8990 python -m tools.bucket_server
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
-
-import pytest
 
 PAGE = 50  # names of one page of a listing
 
@@ -27,10 +25,10 @@ class BucketServer:
     """Serves buckets at `url`.
 
     Attributes:
-      bucket: the one of the present test.
+      bucket: the name of the one that `rewind` is about.
       objects: contents by bucket and name.
       requests: the method and path of each request.
-      history: the names and contents of all writes since the test began; None for removals.
+      history: the names and contents of all writes since it was last cleared; None for removals.
       fail: called with the method and path of a request; returns None to answer it, a status and
         body to fail it, or "reset" to close the connection.
       delay: seconds before each answer.
@@ -53,6 +51,7 @@ class BucketServer:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self) -> None:
+        """Ends the server."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -82,7 +81,7 @@ class BucketServer:
         return self._count
 
     def rewind(self, writes: int) -> None:
-        """Brings the present bucket to its state after so many writes of the test."""
+        """Brings the present bucket to its state after so many writes of `history`."""
         history = self.history[:writes]
         self.history.clear()
         self.objects[self.bucket].clear()
@@ -100,27 +99,6 @@ class BucketServer:
             if name.startswith(query.get("prefix", "")) and name > after and start <= name < end
         ]
         return names[:PAGE], names[PAGE - 1] if len(names) > PAGE else None
-
-
-@functools.cache
-def _serve() -> BucketServer:
-    # One for the whole process, since clients remember addresses.
-    return BucketServer()
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[BucketServer]:
-    """The server, with an empty `bucket`, in the environment of a test."""
-    server = _serve()
-    server.bucket = f"bucket-{len(server.objects)}"
-    server.objects[server.bucket] = {}
-    server.requests.clear()
-    server.history.clear()
-    for key, value in server.variables().items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield server
-    server.fail, server.delay = lambda method, path: None, 0.0
 
 
 class _Handler(BaseHTTPRequestHandler):
