@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local copies of workdirs in buckets: what they have, what is uploaded, and the lock."""
 
+import contextlib
 import json
 import os
 import time
@@ -161,9 +162,29 @@ def test_one_run_holds_the_lock_and_uploads_at_its_end(server):
     folder = open_run(server)
     with lock_workdir(folder):
         assert find_holder(folder) == f"process {os.getpid()} on {os.uname().nodename}"
+        (folder / "config.json").write_text("{}")
         (folder / "ledger.jsonl").write_text("end")
-    assert names(server) == {"ledger.jsonl": b"end"}
+    assert names(server) == {"config.json": b"{}", "ledger.jsonl": b"end"}
     assert find_holder(folder) is None
+
+
+def test_a_run_that_is_refused_leaves_nothing(server):
+    folder = open_run(server)
+    with contextlib.suppress(UserError), lock_workdir(folder):
+        (folder / "ledger.jsonl").write_text("start")
+        raise UserError("no such data")
+    assert names(server) == {}
+
+
+def test_a_folder_of_workdirs_or_images_is_not_copied(server):
+    for name in ("a/config.json", "a/checkpoints/4/manifest.json", "x.jpg", "checkpoints/4/x"):
+        server.put(server.bucket, f"run/{name}", b"large")
+    assert list(open_run(server).iterdir()) == []
+
+
+def test_errors_name_the_url(server):
+    folder = open_run(server)
+    assert str(UserError(f"{folder}/x is torn")) == f"gs://{server.bucket}/run/x is torn"
 
 
 def test_a_lock_that_is_renewed_is_in_use(server):

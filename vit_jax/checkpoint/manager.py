@@ -403,6 +403,8 @@ class CheckpointManager:
                 f"--workdir: the checkpoint {self.path(step)} can't be restored "
                 f"({describe_error(e)}); expected a whole one of this experiment"
             ) from e
+        if self._mirror is not None:
+            self._mirror.drop_arrays(self.path(step))
         for broken, fault in self._faults.items() if self._main else ():
             self._set_aside(broken, fault)
         self._faults = {}

@@ -28,7 +28,23 @@ from typing import Any
 from vit_jax.utils.bounds import is_inside
 from vit_jax.utils.buckets import EXPECTED, SCHEMES, Bucket, is_url
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.layout import BROKEN, CHECKPOINTS, CONFIG, LOCK, MANIFEST, ROLLBACKS, RUN
+from vit_jax.utils.layout import (
+    BROKEN,
+    CHECKPOINTS,
+    CONFIG,
+    DIVERGENCE,
+    EVALS,
+    LABELS,
+    LEDGER,
+    LOCK,
+    MANIFEST,
+    METRICS,
+    REPORT,
+    RESULTS,
+    ROLLBACKS,
+    RUN,
+    TRACKERS_FILE,
+)
 from vit_jax.utils.text import name_in_texts, printable
 
 # Seconds from one renewal of a lock to the next, and after which one that was not renewed is free.
@@ -41,8 +57,9 @@ _ANCIENT_S = 3600.0
 _SMALL = (MANIFEST, RUN, "description/", "metrics/")
 # Names of what the other processes of a job have uploaded of a checkpoint, and seconds to wait.
 _PART, _PART_S = "part-", 900.0
-# Never copied: one that is renewed here, and what a reader has no use for.
-_UNREAD = ("tensorboard/", "profile/", f"{BROKEN}/", "divergence/", "watchdog-")
+# Files of a workdir that have a use in a local copy, and never those of other folders.
+_READ = (CONFIG, RUN, LABELS, METRICS, LEDGER, TRACKERS_FILE, RESULTS, REPORT)
+_READ_BELOW = (f"{EVALS}/", f"{DIVERGENCE}/{ROLLBACKS}")
 # Endings of files of weights and images, which are no workdirs.
 _WEIGHTS = (".npz", ".npy", ".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".txt", ".csv")
@@ -262,14 +279,16 @@ class Mirror:
         with self._busy:
             self._check_lock()
             changed = {}
-            for path in sorted(self.root.rglob("*")):
-                name = path.relative_to(self.root).as_posix()
-                top = name.partition("/")[0]
-                if top in (CHECKPOINTS, BROKEN, LOCK) or path.suffix in (".tmp", ".part"):
+            for top in sorted(self.root.iterdir()):
+                if top.name in (CHECKPOINTS, BROKEN, LOCK):
                     continue
-                with contextlib.suppress(FileNotFoundError):  # It was temporary.
-                    if path.is_file() and self._sent.get(name) != (stamp := _stamp(path)):
-                        changed[name] = stamp
+                for path in (top, *sorted(top.rglob("*"))):
+                    name = path.relative_to(self.root).as_posix()
+                    with contextlib.suppress(FileNotFoundError):  # It was temporary.
+                        if not path.is_file() or path.suffix in (".tmp", ".part"):
+                            continue
+                        if self._sent.get(name) != (stamp := _stamp(path)):
+                            changed[name] = stamp
             self.bucket.upload((name, self.root / name) for name in changed)
             self._sent |= changed
             for name in changed:
@@ -483,7 +502,8 @@ class Mirror:
                         return
                     renewed = now
                 generation = renewed
-                if time.monotonic() - uploaded > _UPLOAD_S:
+                has_begun = (self.root / CONFIG).exists()
+                if has_begun and time.monotonic() - uploaded > _UPLOAD_S:
                     self.upload()
                     uploaded = time.monotonic()
                 failing = False
@@ -499,7 +519,7 @@ class Mirror:
             raise OSError(errno.EPERM, self._lost)
 
     def _finish(self) -> None:
-        if not any(self.root.iterdir()):
+        if not (self.root / CONFIG).exists():  # It was refused.
             return
         try:
             self.upload()
@@ -531,7 +551,7 @@ def _is_small(name: str, whole: Collection[str]) -> bool:
     if top == CHECKPOINTS:
         step, _, file = rest.partition("/")
         return step in whole and file.startswith(_SMALL)
-    return name == f"divergence/{ROLLBACKS}" or not (name == LOCK or name.startswith(_UNREAD))
+    return name in _READ or name.startswith(_READ_BELOW)
 
 
 def _make_home() -> Path:
