@@ -45,7 +45,7 @@ class BucketServer:
         self.lock = threading.Lock()
         self._count = 0
         handler = type("Handler", (_Handler,), {"store": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self._server = _Server(("127.0.0.1", port), handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -99,6 +99,11 @@ class BucketServer:
             if name.startswith(query.get("prefix", "")) and name > after and start <= name < end
         ]
         return names[:PAGE], names[PAGE - 1] if len(names) > PAGE else None
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # A client was killed.
 
 
 class _Handler(BaseHTTPRequestHandler):
