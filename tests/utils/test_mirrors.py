@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.buckets import server
-from tools.bucket_server import BucketServer
+from tools.bucket_server import PAGE, BucketServer
 from vit_jax.checkpoint.manifest import find_fault, write_manifest
 from vit_jax.checkpoint.workdir import find_holder, lock_workdir
 from vit_jax.utils import buckets, mirrors
@@ -249,6 +249,32 @@ def test_credentials_that_may_not_list_are_refused(server, scheme):
     server.fail = lambda method, path: refusal if any(x in path for x in is_listing) else None
     with pytest.raises(UserError, match=rf"--workdir={scheme}://.* can't be listed"):
         open_run(server, scheme)
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_listing_whose_later_pages_are_refused_is_no_empty_workdir(server, scheme):
+    for i in range(PAGE + 5):
+        server.put(server.bucket, f"run/checkpoints/4/params/{i:03}", b"")
+    server.put(server.bucket, "run/checkpoints/4/manifest.json", b"{}")
+    server.put(server.bucket, "run/config.json", b"{}")
+    refusal = (403, '{"error": {"code": 403}}')
+    later = ("pageToken", "continuation-token")
+    server.fail = lambda method, path: refusal if any(x in path for x in later) else None
+    with pytest.raises(UserError, match="can't be listed"):
+        open_run(server, scheme)
+
+
+def test_a_checkpoint_whose_manifest_is_not_listed_is_kept(server):
+    folder = open_run(server)
+    mirror = find_mirror(folder)
+    assert mirror is not None
+    for i in range(PAGE + 5):
+        server.put(server.bucket, f"run/checkpoints/4/data/{i:03}", b"")
+    server.put(server.bucket, "run/checkpoints/4/manifest.json", b"{}")
+    refusal = (403, '{"error": {"code": 403}}')
+    server.fail = lambda method, path: refusal if "pageToken" in path else None
+    mirror.remove_halves()
+    assert len(names(server)) == PAGE + 6
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])

@@ -184,7 +184,7 @@ class Mirror:
         self._sent: dict[str, tuple[int, int]] = {}
         self._busy = threading.RLock()
         self._lost: str | None = None
-        self._witness = CONFIG  # an object that a listing has to have, if there is one
+        self._witness = CONFIG  # an object that a listing has to have if it exists
         self._keep = False
         atexit.register(self._remove)
 
@@ -202,12 +202,13 @@ class Mirror:
         """
         with self._busy:
             names = [name for name in self.bucket.list() if is_inside(name)]
-            # What is written here must be listed, or a run would start from scratch.
-            if not names and self.bucket.read(self._witness)[0] is not None:
+            # A listing that is refused, or whose later pages are, is shorter, without an error: a
+            # run would start from scratch. Names are sorted, and checkpoints come first.
+            if self._witness not in names and self.bucket.read(self._witness)[0] is not None:
                 raise OSError(
                     errno.EACCES,
                     f"{self.url} can't be listed: the credentials permit reading objects, and not "
-                    "listing them",
+                    "listing all of them",
                 )
             whole = _whole_steps(names)
             wanted = [name for name in names if _is_small(name, whole)]
@@ -407,11 +408,11 @@ class Mirror:
         """
         names = self.bucket.list(f"{CHECKPOINTS}/")
         whole = _whole_steps(names)
-        self.bucket.delete(
-            name
-            for name in names
-            if name.split("/")[1].isdecimal() and name.split("/")[1] not in whole
-        )
+        for step in {name.split("/")[1] for name in names} - whole:
+            prefix = f"{CHECKPOINTS}/{step}/"
+            # The listing may be shorter than it should be, see `refresh`.
+            if step.isdecimal() and self.bucket.read(f"{prefix}{MANIFEST}")[0] is None:
+                self.bucket.delete(name for name in names if name.startswith(prefix))
 
     # The lock
 
