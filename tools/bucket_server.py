@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small HTTP server of both storage protocols: the JSON API of Google Cloud Storage, and S3.
 
-It keeps objects in memory and has conditional writes and pages of listings. `fail` makes requests
-fail as real ones do. Signatures are not checked.
+Emulators of Google's that can be installed ignore conditional writes, which the lock of a workdir
+needs. This one has them, and pages of listings; objects are in memory, and signatures are not
+checked. `fail` makes requests fail as real ones do.
 
   PORT=8990 python -m tools.bucket_server
 """
