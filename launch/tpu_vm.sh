@@ -3,12 +3,12 @@
 #
 # Trains on all hosts of a TPU VM (one host or a pod slice), from this checkout.
 #
-#   launch/tpu_vm.sh NAME ZONE --config=configs/vit_i1k.py:variant=B/16 --workdir=/mnt/runs/b16
+#   launch/tpu_vm.sh NAME ZONE --config=configs/vit_i1k.py:variant=B/16 --workdir=gs://BUCKET/b16
 #
 # NAME and ZONE are those of a running TPU VM; project and account are gcloud's current ones. The
-# workdir and the datasets must lie on storage that all hosts see, such as a bucket mounted at the
-# same place on each. The same command resumes from the last checkpoint. DRY_RUN=1
-# prints the commands.
+# workdir is in a bucket that the hosts may write to, or on storage that all of them see; the datasets
+# must be seen by all hosts. The same command resumes from the last checkpoint. DRY_RUN=1 prints the
+# commands.
 set -euo pipefail
 
 if [ "$#" -lt 4 ]; then
@@ -18,9 +18,9 @@ fi
 name=$1 zone=$2
 shift 2
 case " $* " in
-  *" --workdir=/"*) ;;
+  *" --workdir=/"* | *" --workdir=gs://"* | *" --workdir=s3://"*) ;;
   *)
-    echo "tpu_vm.sh: --workdir must be an absolute path: the checkout on the hosts is replaced" >&2
+    echo "tpu_vm.sh: --workdir must be gs://BUCKET/PATH or an absolute path: the checkout is replaced" >&2
     exit 2
     ;;
 esac

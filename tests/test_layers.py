@@ -55,6 +55,7 @@ ALLOWED_IN = {
     "ml_collections": ("vit_jax.config", "vit_jax.training", "vit_jax.main"),
     "absl": ("vit_jax.main", "vit_jax.plan", "vit_jax.utils.command"),
     "orbax": ("vit_jax.checkpoint",),
+    "tensorstore": ("vit_jax.utils.buckets",),
     "tensorflow_datasets": ("vit_jax.data",),
     "grain": ("vit_jax.data",),
     "fastapi": ("vit_jax.serve",),

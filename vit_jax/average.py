@@ -29,6 +29,7 @@ from vit_jax.observe.console import log, log_lines, set_up
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.metrics import format_value
+from vit_jax.utils.mirrors import find_local
 from vit_jax.utils.registry import trust_parts
 from vit_jax.utils.signals import importing
 from vit_jax.utils.suggestions import suggest
@@ -150,7 +151,7 @@ def main(argv: Sequence[str]) -> None:
         )
         from vit_jax.checkpoint.pretrained.convert import convert
         from vit_jax.checkpoint.pretrained.load import load_pretrained
-    names = args.SOURCE
+    names = [find_local(name, key="SOURCE") for name in args.SOURCE]
     runs = [Path(name) for name in names if is_workdir(Path(name))]
     config = None
     if args.config is not None:

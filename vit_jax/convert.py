@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from vit_jax.observe.console import log_lines
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.mirrors import find_local
 from vit_jax.utils.signals import importing
 from vit_jax.utils.suggestions import suggest_workdir
 
@@ -122,6 +123,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     args = parser.parse_intermixed_args(argv)
     if args.workdir is not None:
+        args.workdir = find_local(args.workdir, key="--workdir")
         if args.DST is not None:
             parser.error(f"SRC={args.SRC} and --workdir={args.workdir}: expected one of them")
         if not Path(args.workdir).is_dir():
@@ -132,6 +134,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         args.SRC, args.DST = args.workdir, Path(args.SRC) if args.SRC else None
     if args.SRC is None:
         parser.error("the following arguments are required: SRC (or --workdir=WORKDIR)")
+    args.SRC = find_local(args.SRC, key="SRC")
     if args.params is not None and not Path(args.SRC).is_dir():
         raise UserError(f"--params={args.params}: {args.SRC} is no run; leave --params out")
     if args.adapters and (args.params == "ema" or args.DST is None or not Path(args.SRC).is_dir()):

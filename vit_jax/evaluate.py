@@ -30,6 +30,7 @@ from vit_jax.observe.ledger import is_complete_early, read_ledger
 from vit_jax.utils.command import CommandParser, add_workdir, print_error, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, EVALS, RESULTS
+from vit_jax.utils.mirrors import refresh, upload
 from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.registry import trust_parts
 from vit_jax.utils.signals import importing
@@ -79,6 +80,7 @@ def follow(
     since = time.monotonic()
     while True:
         newest = max(done, default=0)
+        refresh(workdir)
         # Before the checkpoints are listed, since the last one comes before the end.
         ended = newest >= total or is_complete_early(read_ledger(workdir))
         todo = [step for step in list_steps(workdir) if step not in done]
@@ -108,6 +110,7 @@ def _follow_step(
         until = time.monotonic() + _REMOVAL
         while checkpoint.exists() and time.monotonic() < until:
             time.sleep(_REMOVAL / 100)
+            refresh(checkpoint)
         if checkpoint.exists():
             raise
         log(f"{checkpoint} was removed before it was evaluated")
@@ -119,6 +122,7 @@ def try_to_append(path: Path, record: Mapping[str, Any]) -> str | None:
     """Appends a record to a file; returns why it can't be written, None if it was."""
     try:
         append_record(path, record)
+        upload(path)
     except OSError as e:
         return e.strerror
     return None
@@ -229,6 +233,7 @@ def make_experiment(args: argparse.Namespace, overrides: dict[str, Any]) -> "Exp
         until = time.monotonic() + (args.timeout if args.follow else 0)
         while not (args.workdir / CONFIG).exists() and time.monotonic() < until:
             time.sleep(_POLL)
+            refresh(args.workdir)
         try:
             config = read_config(args.workdir)
         except UserError as e:

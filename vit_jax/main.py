@@ -20,7 +20,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
@@ -33,6 +32,7 @@ from vit_jax.observe import console
 from vit_jax.runtime.cluster import START_TIMEOUT, find_job
 from vit_jax.utils.command import CommandParser, print_error, report_errors, report_interrupt
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.mirrors import find_folder
 from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.registry import trust_parts
 from vit_jax.utils.signals import INTERRUPTED, RUN_AGAIN, ending_at_second_interrupt, importing
@@ -51,7 +51,8 @@ _CONFIG = flags.DEFINE_string(
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Write checkpoints and metrics to this folder, which is made if it does not exist.",
+    "Write checkpoints and metrics to this folder, which is made if it does not exist, or to "
+    "gs://BUCKET/PATH or s3://BUCKET/PATH.",
 )
 _PARTS = flags.DEFINE_string(
     "parts",
@@ -309,7 +310,7 @@ def _describe_checkpoint() -> str:
     steps = []
     # The flags may not be parsed yet, and the workdir may not be readable.
     with contextlib.suppress(flags.Error, UserError):
-        steps = list_steps(Path(_WORKDIR.value or ""))
+        steps = list_steps(find_folder(_WORKDIR.value or ""))
     if not steps:
         return "there is no checkpoint yet, so the same command starts from the beginning"
     return f"the same command resumes from the checkpoint of step {steps[-1]}"

@@ -28,6 +28,7 @@ from vit_jax.utils.command import CommandParser, add_workdir, check_positive, ru
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import REPORT
+from vit_jax.utils.mirrors import upload
 from vit_jax.utils.registry import trust_parts
 from vit_jax.utils.signals import importing
 from vit_jax.utils.suggestions import suggest
@@ -287,6 +288,7 @@ def main(argv: Sequence[str]) -> None:
     page = make_report(args.workdir, predictions=predictions, sections=sections)
     try:
         write_atomically(output, page)
+        upload(output)
     except OSError as e:
         raise UserError(f"--output={output} can't be written: {e.strerror or e}") from None
     log(f"wrote {output}")

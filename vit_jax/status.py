@@ -24,6 +24,7 @@ from vit_jax.observe.ledger import KINDS, read_ledger, summarize
 from vit_jax.utils.command import CommandParser, add_workdir, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS, LEDGER
+from vit_jax.utils.mirrors import find_mirror
 from vit_jax.utils.streams import print_result
 from vit_jax.utils.suggestions import suggest_workdir
 from vit_jax.utils.text import printable
@@ -74,6 +75,9 @@ def _describe_checkpoint(workdir: Path, steps: Sequence[int], *, verify: bool) -
     folder = workdir / CHECKPOINTS / str(steps[-1])
     if not verify:
         return "not verified"
+    if (mirror := find_mirror(folder)) is not None:  # Its content would have to be downloaded.
+        missing = mirror.list_missing(folder)
+        return f"damaged: {missing[0]} is missing" if missing else "all files are there"
     if fault := find_fault(folder):
         return f"damaged: {fault}"
     return "verified" if has_manifest(folder) else "without checksums"

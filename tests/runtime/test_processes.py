@@ -14,11 +14,15 @@ import jax
 import numpy as np
 import pytest
 
+from tests.buckets import server
 from tests.images import write_folder
-from vit_jax.checkpoint.pretrained.load import load_params
+from vit_jax.checkpoint.pretrained.load import load_params, load_pretrained
 from vit_jax.config.load import load_config
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.training.experiment import Experiment
+from vit_jax.utils import mirrors
+
+__all__ = ["server"]
 
 ROOT = Path(__file__).parents[2]
 
@@ -191,6 +195,26 @@ def test_only_the_first_process_prints_and_writes_metrics(two):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_two_processes_that_share_no_folder_resume_from_a_bucket(server, two, data_dir, tmp_path):
+    arguments = [f"--workdir=gs://{server.bucket}/run"]
+    want = load_pretrained(str(two[0] / "workdir")).params
+
+    def finish_run():
+        ended = run(tmp_path, data_dir, processes=2, devices=2, arguments=arguments)
+        assert [code for code, _, _ in ended] == [0, 0], ended
+        mirrors._mirrors.clear()
+        return load_pretrained(arguments[0].partition("=")[2]).params
+
+    for _ in range(2):
+        found = finish_run()
+        assert found.keys() == want.keys()
+        assert all(np.array_equal(found[path], x) for path, x in want.items())
+        # Both are killed before the last checkpoint counts.
+        names = [name for name, _ in server.history]
+        server.rewind(names.index("run/checkpoints/6/manifest.json"))
+
+
 def test_one_process_goes_on_from_the_checkpoint_of_two(two, data_dir, tmp_path):
     workdir = tmp_path / "workdir"
     shutil.copytree(two[0] / "workdir", workdir)

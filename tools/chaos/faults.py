@@ -15,11 +15,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from tools.bucket_server import BucketServer
 from tools.chaos.config import EVALUATE_EVERY, SAVE_EVERY, TOTAL
 from tools.chaos.job import End, Job, Lab, newest_whole, steps_by_start
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manifest import find_fault
 from vit_jax.data.sources import open_source
+from vit_jax.utils.mirrors import find_folder
 from vit_jax.utils.signals import INTERRUPTED, RUN_AGAIN
 
 # Losses of the same steps on other numbers of processes: float additions in another order.
@@ -31,6 +33,8 @@ SOAK_STEPS, SOAK_S, SAMPLE_S = 20_000, 3600.0, 1.0
 # What it may hold more: allocators keep pages, and a save that is under way has files and threads,
 # and a checkpoint of about 35 files in the workdir.
 MOST_MORE = {"memory": 16 << 20, "files": 8, "threads": 8, "written": 40}
+# How a bucket refuses a request for a moment.
+FAILURES = ((503, ""), (429, ""), (500, ""), "reset")
 _QUIET = ("--config.evals=none",)
 
 
@@ -693,6 +697,36 @@ def soak(lab: Lab) -> Iterator[Outcome]:
     yield Outcome("none: many steps", detail, problem)
 
 
+def kill_in_bucket(lab: Lab) -> Iterator[Outcome]:
+    """SIGKILL between any two requests, to a bucket whose server refuses some of them."""
+    want, server = baseline(lab), BucketServer("chaos")
+    os.environ.update(server.variables())
+
+    def fail(method: str, path: str) -> tuple[int, str] | str | None:
+        return FAILURES[lab.rng.integers(len(FAILURES))] if lab.rng.random() < 0.03 else None
+
+    for scheme in ("gs", "s3"):
+        server.objects["chaos"].clear()
+        server.fail, injected, problem = fail, [], None
+        arguments = (f"--workdir={scheme}://chaos/run",)
+        for _ in range(3):
+            requests = len(server.requests) + int(lab.rng.integers(10, 150))
+            with lab.start(lab.folder, arguments=arguments) as job:
+                job.until(lambda requests=requests: len(server.requests) >= requests)
+            injected.append(f"after {len(server.requests)} requests")
+        job = lab.finish(lab.folder, arguments=arguments)
+        if job.code != 0:
+            problem = f"it ended with code {job.code}: {job.text[-400:]}"
+        server.fail = lambda method, path: None
+        equal = (
+            None if problem else End.read(find_folder(arguments[0].partition("=")[2])).equals(want)
+        )
+        yield Outcome(
+            "SIGKILL, bucket", f"{scheme}://, {', '.join(injected)}", problem, equal=equal
+        )
+    server.close()
+
+
 def prepare(lab: Lab) -> None:
     """Makes the data, so that no run has to."""
     open_source("digits", "train", data_dir=str(lab.folder / "data"), key="split")
@@ -718,6 +752,7 @@ FAULTS: dict[str, Fault] = {
     "kill2": functools.partial(kill, processes=2),
     "processes": change_processes,
     "reproduce": reproduce,
+    "bucket": kill_in_bucket,
     "soak": soak,
     "kill4": functools.partial(kill, processes=4, phases=("step", "save", "shutdown")),
 }

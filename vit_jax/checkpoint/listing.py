@@ -11,6 +11,7 @@ from vit_jax.checkpoint.manifest import find_fault
 from vit_jax.observe.console import log
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS
+from vit_jax.utils.mirrors import fetch_checkpoint
 from vit_jax.utils.suggestions import suggest_workdir
 
 _STEP = re.compile("0|[1-9][0-9]{0,17}")
@@ -56,6 +57,7 @@ def find_checkpoint(folder: Path, *, items: Sequence[str] | None = None) -> Path
         skipped.append(f"skipped {path}, which is damaged: {fault}")
     if paths:
         return paths[0]
+    fetch_checkpoint(folder, items)
     if any(os.path.exists(folder / name) for name in ("params", "_METADATA")):
         return folder.absolute()
     raise UserError(

@@ -28,7 +28,13 @@ import jax
 import orbax.checkpoint as ocp
 
 from vit_jax.checkpoint.listing import list_steps
-from vit_jax.checkpoint.manifest import find_fault, has_manifest, sync_folder, write_manifest
+from vit_jax.checkpoint.manifest import (
+    find_fault,
+    has_manifest,
+    measure_files,
+    sync_folder,
+    write_manifest,
+)
 from vit_jax.checkpoint.snapshot import Snapshot
 from vit_jax.checkpoint.state import TrainState
 from vit_jax.checkpoint.workdir import read_run
@@ -42,6 +48,7 @@ from vit_jax.utils.bounds import read_json
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.layout import BROKEN, CHECKPOINTS, RUN
 from vit_jax.utils.metrics import find_best_step
+from vit_jax.utils.mirrors import fetch_checkpoint, find_mirror, refresh
 
 DESCRIPTION = "description"
 _METRICS = "metrics"
@@ -116,16 +123,20 @@ class CheckpointManager:
         self.run: Mapping[str, Any] = {}
         self.workdir = workdir
         self._directory = workdir.absolute() / CHECKPOINTS
+        # Where the workdir is in a bucket: checkpoints are written to its local copy and uploaded.
+        self._mirror = find_mirror(workdir)
         self._keep, self._best = options.keep, options.keep_best
         self._main = jax.process_index() == 0
         self._latest, self._faults = choose_checkpoint(self._directory)
         with fail_together():
-            if self._main:
+            if self._main or self._mirror is not None:
                 self._open()
         # Steps whose checkpoints can't be removed: logged once.
         self._stuck = set[int]()
         _silence_failed_saves()
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        # Whether each process has a folder of its own, so that none sees what others write.
+        self._apart = self._mirror is not None and jax.process_count() > 1
+        self._checkpointer = _make_checkpointer(apart=self._apart)
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._saving = self._failures = 0
@@ -218,6 +229,9 @@ class CheckpointManager:
         """Returns why nothing can be written; checked before processes wait for each other."""
         try:
             if self._main:
+                # What a failed save has left, before other processes upload their parts.
+                if self._mirror is not None and self._failures:
+                    self._mirror.remove_halves()
                 with tempfile.TemporaryFile(dir=self._directory) as file:
                     file.write(bytes(_PROBE))
                     file.flush()
@@ -282,27 +296,47 @@ class CheckpointManager:
         """Runs in the background: writes checksums, renames, then removes old checkpoints."""
         try:
             self._checkpointer.wait_until_finished()
+            if self._apart and not self._main:
+                assert self._mirror is not None
+                half = self._half(step)
+                # Descriptions are those of the first process.
+                files = {k: v for k, v in measure_files(half).items() if _is_chunk(k)}
+                self._mirror.upload_part(step, files, half, process=jax.process_index())
+                _remove(half)
             if self._main:
                 half, path = self._half(step), self.path(step)
                 unlogged = {"unlogged": dict(self._unlogged)} if self._unlogged else {}
                 run = {"step": step, **unlogged, **self.run}
                 (half / RUN).write_text(json.dumps(run, indent=1) + "\n")
-                write_manifest(half)
                 if os.path.lexists(path):
                     self._set_aside(step, "the new checkpoint of this step takes its place")
+                if self._mirror is None:
+                    write_manifest(half)
+                else:
+                    others = range(1, jax.process_count()) if self._apart else ()
+                    write_manifest(half, others=self._mirror.wait_for_parts(step, others))
+                    self._mirror.upload_checkpoint(step, half)
+                    self._mirror.drop_arrays(half)
                 os.rename(half, path)
                 sync_folder(self._directory)
                 self._remove_old(step)
             _give_back_memory()
         except BaseException as e:  # raised or logged by the main thread
             self._error = e
-            if self._main:
+            if self._main or self._apart:
                 with contextlib.suppress(OSError):
                     _remove_halves(self._directory)
 
     def _set_aside(self, step: int, why: str) -> None:
         """Moves a file or folder with the name of a checkpoint aside, and keeps it."""
         path, error = self.path(step), OSError()
+        if self._mirror is not None:
+            try:
+                log(f"moved to {self.workdir / self._mirror.set_aside(step)}: {why}")
+                _remove(path)
+            except OSError as e:
+                log(f"{path} can't be moved aside ({e.strerror}): {why}")
+            return
         # The second place is for checkpoints that a link has put on another disk.
         for place in (self.workdir / BROKEN / str(step), self._directory / f"{BROKEN}-{step}"):
             try:
@@ -329,6 +363,8 @@ class CheckpointManager:
             # Renamed first, so that a half-removed folder is not taken for a checkpoint.
             going = self._directory / f"{step}{_HALF}-removed"
             try:
+                if self._mirror is not None:
+                    self._mirror.remove_checkpoint(step)
                 os.rename(self.path(step), going)
                 _remove(going)
             except OSError as e:
@@ -354,6 +390,9 @@ class CheckpointManager:
         assert step is not None
         wanted = _items(self._select(abstract_state))
         items = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
+        with fail_together():  # Each process reads its own copy.
+            refresh(self.workdir)
+            fetch_checkpoint(self.path(step))
         try:
             with quiet_reads():
                 found = self._checkpointer.restore(
@@ -364,12 +403,39 @@ class CheckpointManager:
                 f"--workdir: the checkpoint {self.path(step)} can't be restored "
                 f"({describe_error(e)}); expected a whole one of this experiment"
             ) from e
+        if self._mirror is not None:
+            self._mirror.drop_arrays(self.path(step))
         for broken, fault in self._faults.items() if self._main else ():
             self._set_aside(broken, fault)
         self._faults = {}
         return TrainState(
             params=found["params"], ema_params=found.get("ema_params"), **found["training"]
         )
+
+
+def _make_checkpointer(*, apart: bool) -> ocp.AsyncCheckpointer:
+    """Returns what writes a checkpoint.
+
+    Args:
+      apart: whether each process writes its part to a folder of its own. Then each chunk of an
+        array is a file, so that the files of all processes together are the checkpoint; else few
+        large files hold them.
+    """
+    if not apart:
+        return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    each = ocp.options.MultiprocessingOptions(primary_host=None)
+    arrays: dict[str, Any] = {
+        item: ocp.StandardCheckpointHandler(multiprocessing_options=each, use_ocdbt=False)
+        for item in ("params", "ema_params", "training")
+    }
+    texts: dict[str, Any] = {
+        item: ocp.JsonCheckpointHandler(multiprocessing_options=each)
+        for item in (DESCRIPTION, _METRICS)
+    }
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=each), **arrays, **texts
+    )
+    return ocp.AsyncCheckpointer(handler, multiprocessing_options=each)
 
 
 def _give_back_memory() -> None:
@@ -414,11 +480,12 @@ def choose_checkpoint(directory: Path) -> tuple[int | None, dict[int, str]]:
       UserError: there are checkpoints, and all are damaged; raised in all processes.
     """
     chosen: dict[str, Any] = {"step": None, "faults": []}
-    for step in reversed(list_steps(directory.parent)) if jax.process_index() == 0 else ():
-        if (fault := find_fault(directory / str(step))) is None:
-            chosen["step"] = step
-            break
-        chosen["faults"].append((step, fault))
+    with fail_together():
+        for step in reversed(list_steps(directory.parent)) if jax.process_index() == 0 else ():
+            if (fault := find_fault(directory / str(step))) is None:
+                chosen["step"] = step
+                break
+            chosen["faults"].append((step, fault))
     chosen = broadcast_from_process_0(chosen)
     step, faults = chosen["step"], dict(chosen["faults"])
     if faults and step is None:
@@ -477,6 +544,12 @@ def _remove(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path)
+
+
+def _is_chunk(name: str) -> bool:
+    """Whether a file of a checkpoint without large files has a part of an array."""
+    item, _, file = name.rpartition("/")
+    return not file.startswith((".", "_")) and "/" in item
 
 
 def _items(state: TrainState) -> dict[str, Any]:

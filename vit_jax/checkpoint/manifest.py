@@ -8,7 +8,7 @@ import concurrent.futures
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ from vit_jax.utils.bounds import (
     read_json,
     shorten,
 )
-from vit_jax.utils.layout import RUN
-
-MANIFEST = "manifest.json"
+from vit_jax.utils.layout import MANIFEST, RUN
+from vit_jax.utils.mirrors import fetch_checkpoint
 
 _CHUNK = 1 << 22
 _MAX_MANIFEST = 2**28  # bytes, for a million files
@@ -33,13 +32,14 @@ _ESSENTIAL = tuple(
 )
 
 
-def write_manifest(folder: Path) -> None:
-    """Writes the manifest of a folder, and flushes all of its files to the disk."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        sums = pool.map(lambda path: _measure(path, sync=True), paths)
-        files = {p.relative_to(folder).as_posix(): s for p, s in zip(paths, sums, strict=True)}
-    content = {"algorithm": "crc32", "files": files}
+def write_manifest(folder: Path, *, others: Mapping[str, list[Any]] | None = None) -> None:
+    """Writes the manifest of a folder, and flushes all of its files to the disk.
+
+    Args:
+      folder: of the checkpoint.
+      others: sizes and checksums of files that other processes have, by name.
+    """
+    content = {"algorithm": "crc32", "files": dict(others or {}) | measure_files(folder)}
     file = folder / MANIFEST
     with open(file, "w") as f:
         json.dump(content | {"crc32": checksum_of(content)}, f, indent=1)
@@ -47,6 +47,14 @@ def write_manifest(folder: Path) -> None:
         os.fsync(f.fileno())
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(sync_folder, [folder, *(p for p in folder.rglob("*") if p.is_dir())]))
+
+
+def measure_files(folder: Path) -> dict[str, list[Any]]:
+    """Returns the size and checksum of each file of a folder, and flushes it to the disk."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        sums = pool.map(lambda path: _measure(path, sync=True), paths)
+        return {p.relative_to(folder).as_posix(): s for p, s in zip(paths, sums, strict=True)}
 
 
 def sync_folder(folder: Path) -> None:
@@ -66,12 +74,17 @@ def has_manifest(folder: Path) -> bool:
 def find_fault(folder: Path, items: Sequence[str] | None = None) -> str | None:
     """Returns the first fault of a checkpoint, as `FILE is ...`; None if it is not damaged.
 
-    Every byte is read. Without a manifest, only the existence of the main files is checked.
+    Every byte is read. Without a manifest, only the existence of the main files is checked. In the
+    local copy of a bucket, this downloads the files.
 
     Args:
       folder: of the checkpoint.
       items: the parts to verify, such as `params`; None for all.
+
+    Raises:
+      UserError: the bucket can't be read, which is no fault of the checkpoint.
     """
+    fetch_checkpoint(folder, items)
     try:
         os.listdir(folder)
         verifiable = has_manifest(folder)

@@ -22,6 +22,7 @@ from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, LABELS, LEDGER, LOCK, METRICS, RUN
 from vit_jax.utils.metrics import find_best_step
+from vit_jax.utils.mirrors import find_mirror
 from vit_jax.utils.nested import as_tuples
 from vit_jax.utils.suggestions import suggest_workdir
 
@@ -228,6 +229,10 @@ def lock_workdir(workdir: Path, *, active: bool = True) -> Iterator[None]:
     if not active:
         yield
         return
+    if (mirror := find_mirror(workdir)) is not None:
+        with mirror.lock():
+            yield
+        return
     path, until = workdir / LOCK, time.monotonic() + _LOOK_S
     while True:
         try:
@@ -279,6 +284,11 @@ def _make_busy_error(workdir: Path, holder: str) -> UserError:
 
 def find_holder(workdir: Path) -> str | None:
     """Returns the process that trains in a workdir, as `process PID on HOST`, or None."""
+    if (mirror := find_mirror(workdir)) is not None:
+        try:
+            return mirror.find_holder()
+        except OSError as e:
+            raise UserError(f"--workdir={mirror.url}: {e.strerror}") from None
     try:
         with open(open_regular(workdir / LOCK, max_bytes=MAX_JSON), errors="replace") as file:
             try:

@@ -58,6 +58,7 @@ from vit_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, shard_b
 from vit_jax.parallel.sharding import infer_shardings
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG
+from vit_jax.utils.mirrors import find_local
 from vit_jax.utils.nested import as_tuples
 from vit_jax.utils.registry import check_type, find_parts, trust_parts
 from vit_jax.utils.text import describe_size, printable
@@ -823,6 +824,7 @@ def _place(params: Params, mesh: Mesh) -> Params:
 
 def _locate(source: str, checkpoint: int | str | None, params: str) -> tuple[str, Path | None]:
     """The source for `load_pretrained`, and the workdir that it belongs to, if any."""
+    source = find_local(source, key="source")
     folder = Path(source)
     if params not in ("raw", "ema"):
         raise UserError(f"params={params!r}: expected 'raw' or 'ema'")

@@ -13,6 +13,7 @@ from vit_jax.observe.console import log
 from vit_jax.utils.class_names import normalize_name, read_lines
 from vit_jax.utils.command import CommandParser, add_workdir
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.mirrors import find_folder, find_local
 from vit_jax.utils.signals import importing
 from vit_jax.utils.suggestions import suggest_workdir
 
@@ -62,7 +63,12 @@ def add_source(
         add_workdir(group, workdir)
     else:
         add("first", nargs="?", metavar="WORKDIR", help=workdir)
-        add("--workdir", type=Path, metavar="WORKDIR", help="Give WORKDIR by this option instead.")
+        add(
+            "--workdir",
+            type=find_folder,
+            metavar="WORKDIR",
+            help="Give WORKDIR by this option instead.",
+        )
     add(
         "--checkpoint",
         help="Use the checkpoint of this step of the run, or its `last` or `best` one; or use this "
@@ -150,9 +156,12 @@ def _sort_images(args: argparse.Namespace, *, named: bool, needed: bool) -> None
     if args.first is not None:
         images.insert(0, args.first)
     given = ""
-    if images and not named and args.workdir is None and is_workdir(Path(images[0])):
-        args.workdir = Path(images.pop(0))
-        given = f" after {args.workdir}"
+    if images and not named and args.workdir is None:
+        folder = Path(find_local(images[0], key=args.images))
+        if is_workdir(folder):
+            args.workdir = folder
+            del images[0]
+            given = f" after {args.workdir}"
     if needed and not images:
         raise UserError(f"{args.images} are missing: expected images{given}")
 

@@ -5,7 +5,7 @@ The arguments after -- are those of vit_jax.main.
 
 Examples:
   python -m vit_jax.launch.gke b16 --image=IMAGE --accelerator=tpu-v5-lite-podslice --topology=4x4 \
-      --claim=runs -- --config=configs/vit_i1k.py --workdir=/shared/b16
+      -- --config=configs/vit_i1k.py --workdir=gs://BUCKET/b16
 """
 
 import argparse

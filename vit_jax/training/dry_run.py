@@ -2,6 +2,7 @@
 """Describes what a run would do, and writes nothing."""
 
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from vit_jax.training.experiment import Experiment
 from vit_jax.training.resume import check_data, open_workdir
 from vit_jax.utils import layout, tree
 from vit_jax.utils.errors import UserError, name_key
+from vit_jax.utils.mirrors import find_folder
 from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.text import describe_size
 
@@ -46,6 +48,7 @@ def describe_dry_run(config: ConfigDict | Mapping[str, Any], workdir: str) -> li
     trust_config(config)
     with preparing_nothing():
         with fail_together():
+            workdir = os.fspath(find_folder(workdir))
             known = True
             try:
                 experiment = Experiment.from_config(config)

@@ -24,6 +24,8 @@ from vit_jax.objectives.base import Params
 from vit_jax.observe.console import log
 from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.mirrors import find_local
+from vit_jax.utils.text import show_names
 
 _MAX_NAME = 100  # characters of changed config keys in the name of a file
 
@@ -112,7 +114,7 @@ class Judge:
         path = Path(source)
         of_run = self._workdir is None or path.resolve().parts[:-2] == self._workdir.resolve().parts
         step = int(path.name) if is_step(path.name) and of_run else None
-        record: dict[str, Any] = {"checkpoint": source, "step": step}
+        record: dict[str, Any] = {"checkpoint": show_names(source), "step": step}
         if self.changes:
             record["changes"] = self.changes
         for evaluator in self.evaluators:
@@ -206,7 +208,7 @@ def find_source(args: argparse.Namespace) -> str:
     Raises:
       UserError: there is no such checkpoint.
     """
-    source = args.init_from or str(args.workdir)
+    source = find_local(args.init_from) if args.init_from else str(args.workdir)
     if args.checkpoint:
         source = find_step(args.workdir, args.checkpoint)
     if not Path(source).is_dir() or find_weights(Path(source)) is not None:

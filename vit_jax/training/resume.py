@@ -73,8 +73,6 @@ def open_workdir(
       UserError: it can't be written to, belongs to another experiment or program, was trained with
         other class names, or has lost its checkpoints.
     """
-    if "://" in path:
-        raise UserError(f"--workdir={path!r}: expected a folder; mount a bucket to use it as one")
     if encode_text(path) != os.fsencode(path):
         raise UserError(f"--workdir={path!r}: checkpoints can't be written there: expected UTF-8")
     resume = resume or Resume()

@@ -55,6 +55,7 @@ from vit_jax.training.services import Services, missed_evaluators, read_judged
 from vit_jax.utils.durations import LENGTH
 from vit_jax.utils.errors import UserError, name_key
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG
+from vit_jax.utils.mirrors import find_folder
 from vit_jax.utils.text import describe_size
 
 
@@ -70,7 +71,8 @@ def train(
 
     Args:
       config: of the experiment; modules outside of this package that it names are imported.
-      workdir: folder for checkpoints, metrics and config; one experiment each.
+      workdir: folder for checkpoints, metrics and config, or the URL of one in a bucket
+        (`gs://BUCKET/PATH`, `s3://BUCKET/PATH`); one experiment each.
       command: that was typed, to show what to do next; None where there was none.
       make_experiment: of the config, in place of `Experiment.from_config`: to train with a part
         that no config describes.
@@ -100,18 +102,20 @@ def train(
     trust_config(config)
     main_process = jax.process_index() == 0
     phases = Phases()
+    with fail_together():  # Requests to a bucket end by themselves, without the watchdog.
+        workdir = find_folder(workdir)
     with PreemptionGuard() as guard, contextlib.ExitStack() as stack:
         # Before the first file is opened, since a file system may hang.
         watchdog = stack.enter_context(
             Watchdog(
                 _find_limits(config),
                 phases.watched,
-                workdir=Path(workdir),
+                workdir=workdir,
                 process=jax.process_index(),
             )
         )
         with fail_together():
-            check_sources(config, Path(workdir))
+            check_sources(config, workdir)
             experiment = (make_experiment or Experiment.from_config)(config)
             settings = experiment.settings
             if main_process:
@@ -121,7 +125,7 @@ def train(
             check_kernels(experiment.model, experiment.train_data.image_shape())
             info = experiment.train_data.info
             names = info.class_names or info.pixel_classes
-            stack.enter_context(remove_workdir_on_error(Path(workdir), active=main_process))
+            stack.enter_context(remove_workdir_on_error(workdir, active=main_process))
             folder = open_workdir(
                 os.fspath(workdir),
                 experiment.config,

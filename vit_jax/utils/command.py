@@ -9,12 +9,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import absl.logging
 
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.mirrors import find_folder
 from vit_jax.utils.signals import INTERRUPTED, ending_at_second_interrupt
 from vit_jax.utils.streams import print_line, settle_streams
 from vit_jax.utils.suggestions import find_near, suggest_flag
@@ -112,16 +112,26 @@ def add_workdir(parser: argparse._ActionsContainer, help: str, *, several: bool 
       several: whether there may be several. Then `workdirs` is a list, which may be empty; else
         `workdir` is a path or None.
     """
-    own: dict[str, Any] = {"metavar": "WORKDIR", "type": Path}
+    own: dict[str, Any] = {"metavar": "WORKDIR", "type": find_folder}
     if several:
         own |= {"dest": "workdirs", "action": "append"}
         parser.add_argument(
-            "workdirs", nargs="*", metavar="WORKDIRS", action="extend", type=Path, help=help
+            "workdirs",
+            nargs="*",
+            metavar="WORKDIRS",
+            action="extend",
+            type=find_folder,
+            help=help,
         )
     else:
         own |= {"dest": "workdir", "action": _StoreWorkdir}
         parser.add_argument(
-            "workdir", nargs="?", metavar="WORKDIR", action=_StoreWorkdir, type=Path, help=help
+            "workdir",
+            nargs="?",
+            metavar="WORKDIR",
+            action=_StoreWorkdir,
+            type=find_folder,
+            help=help,
         )
     parser.add_argument("--workdir", help="Give WORKDIR by this option instead.", **own)
 

@@ -3,7 +3,7 @@
 
 from collections.abc import Iterable
 
-from vit_jax.utils.text import printable
+from vit_jax.utils.text import printable, show_names
 
 # Characters of another library's message that are worth showing within a line.
 _MAX_CHARS = 400
@@ -11,6 +11,9 @@ _MAX_CHARS = 400
 
 class UserError(Exception):
     """Bad input. The message is one line: the value, what was expected, and the key to change."""
+
+    def __str__(self) -> str:
+        return show_names(super().__str__())
 
 
 class UnknownKeyError(UserError):

@@ -6,6 +6,7 @@ RUN = "run.json"  # versions, machine, data and command of the newest start
 LABELS = "labels.txt"  # one class name a line
 LOCK = "lock"  # held by the process that trains
 CHECKPOINTS = "checkpoints"  # a folder for each step
+MANIFEST = "manifest.json"  # in a checkpoint: its files, with their checksums
 BROKEN = "broken"  # damaged checkpoints, moved out of the way by a restore
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

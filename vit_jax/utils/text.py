@@ -16,6 +16,22 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
+# What is printed in place of a text, such as the URL of a bucket for its local copy.
+_names: dict[str, str] = {}
+
+
+def name_in_texts(text: str, name: str) -> None:
+    """Makes `printable` and `show_names` write `name` in place of `text` from now on."""
+    _names[text] = name
+
+
+def show_names(text: str) -> str:
+    """Returns a text with the names of `name_in_texts`."""
+    for one, name in _names.items():
+        text = text.replace(one, name)
+    return text
+
+
 def printable(text: object, *, keep: str = "") -> str:
     r"""Returns a text as one line that any terminal and any UTF-8 file takes.
 
@@ -25,7 +41,8 @@ def printable(text: object, *, keep: str = "") -> str:
       text: anything; `str` is applied to it.
       keep: characters that stay as they are, such as the line breaks of a whole file.
     """
-    return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), str(text))
+    text = show_names(str(text))
+    return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
 
 
 def describe_size(size: float) -> str:

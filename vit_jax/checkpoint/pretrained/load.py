@@ -54,6 +54,7 @@ from vit_jax.utils.bounds import MAX_WEIGHTS, check_growth, check_tree, open_out
 from vit_jax.utils.class_names import check_names
 from vit_jax.utils.errors import UserError, describe_error, first_line
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG
+from vit_jax.utils.mirrors import find_local
 from vit_jax.utils.nested import as_tuples
 from vit_jax.utils.registry import bind, is_part
 from vit_jax.utils.suggestions import find_near_path
@@ -108,6 +109,7 @@ def check_source(source: str) -> None:
     Raises:
       UserError: no weights have that name, or no file has that path.
     """
+    source = find_local(source)
     if find_missing(source) is None and not is_repository(source):
         _find_path(source)
 
@@ -123,6 +125,7 @@ def _find_path(source: str) -> tuple[str, str]:
 
 
 def _load(source: str, *, bases: int) -> Weights:
+    source = find_local(source)
     if is_repository(source):
         folder = fetch_repository(source)
         if (weights := find_weights(folder)) is None:

@@ -72,7 +72,7 @@ def _read_file(path: str, *, max_bytes: int = MAX_IMAGE) -> bytes:
         try:
             return read_bytes(path, max_bytes=max_bytes)
         except ImportError as e:
-            raise ImportError(f"{e}; vit_jax[gcs] has what reads gs://") from e
+            raise ImportError(f"{e}; vit_jax[gcs] has what reads gs://, vit_jax[s3] s3://") from e
     # This is `open(path, "rb").read()` with a third of its system calls.
     file = open_regular(path, max_bytes=max_bytes)
     try:
