@@ -117,3 +117,18 @@ def test_mirrored_patches_are_refused(file):
 def test_what_needs_images_of_one_size_is_refused(data_dir, changes, words):
     with pytest.raises(UserError, match=words):
         Experiment.from_config(config(data_dir, **changes))
+
+
+def test_a_file_of_a_model_for_several_patches_is_used_at_any_of_them(tmp_path):
+    options = {"kernel_size": (3, 3), "patch_sizes": (2, 4), "posemb_grid": (2, 2)}
+    file = write_model(tmp_path / "flexi.npz", **options, position_embedding="learned")
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    logits = {}
+    for size in (2, 4, 8):
+        model = load_model(file, model={"patch_size": size}, devices=jax.devices()[:1])
+        assert model.module.kernel_size == (3, 3)
+        assert model.module.patch_size == (size, size)
+        logits[size] = model(images).logits
+    assert not np.allclose(logits[2], logits[4])
+    stated = load_model(file, devices=jax.devices()[:1])
+    np.testing.assert_array_equal(stated(images).logits, logits[4])

@@ -123,8 +123,8 @@ def test_a_kernel_attends_to_the_tokens_before_padding():
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32) / 8**0.5
     scores = jnp.where(segments.mask()[:, None], scores, -1e30)
     want = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value.astype(jnp.float32))
-    valid = np.asarray(ids > 0)
-    np.testing.assert_allclose(np.float32(got)[valid], np.asarray(want)[valid], atol=0.03)
+    valid, given = np.asarray(ids > 0), np.asarray(got.astype(jnp.float32))
+    np.testing.assert_allclose(given[valid], np.asarray(want)[valid], atol=0.03)
 
 
 def test_padding_attends_to_itself_so_that_no_weight_is_undefined():

@@ -134,11 +134,17 @@ class InceptionPatches(Random):
 
     @property
     def _crop(self) -> InceptionCrop:
-        names = ("area_min", "area_max", "aspect_min", "aspect_max", "variant")
-        return InceptionCrop(self.size, **{name: getattr(self, name) for name in names})
+        return InceptionCrop(
+            size=self.size,
+            area_min=self.area_min,
+            area_max=self.area_max,
+            aspect_min=self.aspect_min,
+            aspect_max=self.aspect_max,
+            variant=self.variant,
+        )
 
     def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        top, left, height, width = self._crop.draw(*image.shape[:2], rng)
+        top, left, height, width = self._crop.draw(image.shape[0], image.shape[1], rng)
         part = image[top : top + height, left : left + width]
         return _resize(part, self.size, self.budget, self.method)
 
