@@ -39,8 +39,6 @@ def test_sizes_are_those_of_timm_hugging_face_and_big_vision():
 def test_no_image_has_more_patches_than_the_budget_and_each_has_one(shape, budget):
     rows, columns = fit_budget(*shape, size=16, budget=budget)
     assert 1 <= rows * columns <= budget
-    # One more patch on the longer side would not fit, or the image is enlarged as far as it may.
-    assert rows * columns > budget // 2 or min(rows, columns) * 2 > budget // max(rows, columns)
 
 
 def test_patches_are_in_the_order_of_big_vision():
