@@ -28,6 +28,7 @@ POOLED = {
 }
 OPTIONS = POOLED | {
     "token, registers": {"classifier": "token", "num_registers": 2, **TABLE},
+    "token, gap": {"classifier": "token_gap", **TABLE},
     "gap, norm behind": {"classifier": "gap", "norm_after_pooling": True, "scan": True, **TABLE},
 }
 
