@@ -71,6 +71,11 @@ BUILDS = [
     # Without biases of norms, queries, keys and values.
     ("vit5.py:S", 22_050_664 + (24 - 25 - 36 + 4) * 384 + 24 * 64, 224),
     ("vit5.py:B,finetune=runs/vit5_b16", 86_567_656 + (24 - 25 - 36 + 4) * 768 + 24 * 64, 224),
+    # The table of positions is that of a class token and 7 x 7 patches.
+    ("flexivit.py:S", 22_050_664 - (196 - 49) * 384, 240),
+    ("flexivit.py:B", 86_567_656 - (196 - 49) * 768, 240),
+    # Patches have one class token less, and 16 x 16 positions.
+    ("naflex.py", 86_567_656 + (256 - 197 - 1) * 768, (257 * 16, 16)),
     ("cifar10.py", 810_890, 32),
     ("cifar10.py:small", 6_268_042, 32),
     # The encoder, then the decoder, or a head.
@@ -109,7 +114,8 @@ def test_config_builds(config, parameters, size, tmp_path):
     config = load_config(str(CONFIGS / config), overrides)
     experiment = Experiment.from_config(config, epoch_examples=EPOCH)
     assert count(experiment.abstract_state.params) == parameters
-    assert experiment.abstract_batch["image"].shape[1:] == (size, size, 3)
+    size = size if isinstance(size, tuple) else (size, size)
+    assert experiment.abstract_batch["image"].shape[1:] == (*size, 3)
     assert experiment.evaluators
 
 
@@ -275,6 +281,7 @@ CROPS = {
     "deit3.py:B": "torchvision",
     "deit3.py:B,finetune=runs/deit3_b16": "torchvision",
     "distill.py": "torchvision",
+    "flexivit.py": "tensorflow",
     "mae.py": "torchvision",
     "mae_finetune.py": "torchvision",
     "mixer.py": "tensorflow",

@@ -147,6 +147,19 @@ def _classify(model: "LoadedModel", image: object) -> list[tuple[str, float]]:
     return [(model.name_of(int(i)), float(prediction.probabilities[0, i])) for i in labels]
 
 
+def refuse_any_size(model: "LoadedModel") -> None:
+    """Raises `UserError` where images are columns of patches, of which figures are not drawn."""
+    from vit_jax.models.interface import takes_any_size
+
+    if takes_any_size(model.module):
+        side = model.image_shape[1] * 16
+        raise UserError(
+            f"{model.source}: its images are prepared as patches of any size "
+            f"({model.preparation.line}): expected a line for images of one size, such as "
+            f"--preprocess='decode|resize({side})'"
+        )
+
+
 def write(folder: Path, title: str, notes: Sequence[str], sections: Sequence[Section]) -> list[str]:
     """Writes the pictures and the page to a folder, and returns the names of the files."""
     from vit_jax.inference.draw import encode_png
@@ -215,6 +228,7 @@ def main(argv: Sequence[str]) -> None:
     if len(paths) > _MAX_IMAGES:
         raise UserError(f"{len(paths):,} images: expected at most {_MAX_IMAGES} for one page")
     model = load_source(args, overrides)
+    refuse_any_size(model)
     names = choose_figures(model, args.figures)
     with fresh_folder(args.output) as folder:
         title = f"What {args.workdir or args.init_from or args.checkpoint} sees"

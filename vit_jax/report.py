@@ -87,6 +87,8 @@ def predict_split(
     import jax.numpy as jnp
     import numpy as np
 
+    from vit_jax.data.ops.patches import find_patches, to_images
+
     def judge(params: "Params", batch: "Batch") -> dict[str, jax.Array]:
         logits = evaluator.objective.predict(params, batch)["logits"].astype(jnp.float32)
         log_p = jax.nn.log_softmax(logits)
@@ -100,10 +102,12 @@ def predict_split(
         }
 
     batches = evaluator.map_split(evaluator.jit(judge), params)
+    columns = find_patches(evaluator.data.ops()) is not None
     collected, worst, best, seen = [], [], [], 0
     with contextlib.closing(batches):
         for batch in batches:
             images, mask = batch.pop("image"), batch.pop("mask").astype(bool)
+            images = to_images(images) if columns else images
             kept = np.flatnonzero(mask)[: max_images - seen]
             seen += len(kept)
             rows = {k: v[kept] for k, v in batch.items()}

@@ -22,6 +22,7 @@ from vit_jax.config.splits import use_cut
 from vit_jax.config.trace_parts import trace_parts
 from vit_jax.data.classes import Classes
 from vit_jax.data.mixture import check_same_kind
+from vit_jax.data.ops.patches import find_patches
 from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.data.tokenizers import parse_tokenizer
 from vit_jax.evaluators.base import Evaluator
@@ -29,14 +30,16 @@ from vit_jax.evaluators.kinds import EVALUATORS
 from vit_jax.models.attention import choose_attention
 from vit_jax.models.block_config import Constrain
 from vit_jax.models.blocks import choose_blocks
-from vit_jax.models.interface import Model, check_outputs, find_grid
+from vit_jax.models.interface import Model, check_outputs, find_grid, takes_any_size
 from vit_jax.models.lora import Lora
 from vit_jax.models.names import guess_variant, normalize_variant
 from vit_jax.models.two_towers import TOWERS, TwoTowers
 from vit_jax.models.variants import MODELS, bind_towers, make_two_towers
+from vit_jax.objectives.augment import Augmentation
 from vit_jax.objectives.base import Objective
 from vit_jax.objectives.contrastive import make_contrastive
 from vit_jax.objectives.kinds import OBJECTIVES
+from vit_jax.objectives.pixels import fit_to_line
 from vit_jax.observe.console import log
 from vit_jax.observe.early_stopping import Stop
 from vit_jax.optim.base_optimizers import BASE_OPTIMIZERS, BaseOptimizer
@@ -180,7 +183,7 @@ def _build_parts(
     averages = settings.ema_decay is not None or objective.keeps_average
     every = functools.partial(_resolve_every, clock=clock, total_steps=total_steps)
     optimizer, optimizer_args = _make_optimizer(
-        optimizer_section, total_steps, clock, mesh, strategy, objective, settings.lora
+        optimizer_section, total_steps, clock, data, mesh, strategy, objective, settings.lora
     )
     evaluators, eval_args = _make_evaluators(
         settings.evals, data, objective, mesh, every=every, match_classes=match_classes
@@ -279,6 +282,7 @@ def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
     # As tuples, whether they come from a config or from the command line.
     mixture: Any = tuple(map(tuple, section.mixture))
     views: Any = tuple(map(tuple, section.views))
+    budgets: Any = tuple(map(tuple, section.budgets))
     check_batch_size(section.batch_size, mesh, key="data.batch_size")
     spec = DatasetSpec(
         name=section.name or "",
@@ -294,8 +298,11 @@ def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
         views=views,
         same_draws=tuple(section.same_draws),
         tokenizer=section.tokenizer,
+        budgets=budgets,
     )
     spec.view_shapes()
+    for variant in spec.variants():
+        check_batch_size(variant.batch_size, mesh, key="data.budgets")
     if spec.mixture:
         spec.schedule()
     if section.tokenizer is not None:
@@ -343,7 +350,7 @@ def _make_model(
     section.setdefault("num_classes", 0 if headless else data.info.num_classes)
     if make is make_two_towers:
         section = _fit_to_tokenizer(section, data)
-    (args,) = bind(section, make, key="model", given=("constrain", "float8", "lora"))
+    (args,) = bind(section, make, key="model", given=("constrain", "float8", "lora", "any_size"))
     if headless and args["num_classes"]:
         raise UserError(
             f"model.num_classes={args['num_classes']}: this objective trains a model without its "
@@ -359,6 +366,7 @@ def _make_model(
     if lora is not None and "lora" not in keywords(make):
         raise UserError(f"lora.rank={lora.rank}: model.name={name!r} has no argument lora")
     model = make(**args, **_take({"constrain": place, "float8": float8, "lora": lora}, make))
+    model = fit_to_line(model, data.preprocess, key="data.preprocess")
     if isinstance(make, Part):
         check_outputs(model, name, data.image_shape())
     find_grid(model, data.image_shape()[:2])
@@ -465,13 +473,58 @@ def _make_objective(
             f"objective.loss='softmax' takes one label an example, and {data} has several: "
             "expected objective.loss='sigmoid'"
         )
-    return make(**_take(given, make), **args), {"name": name} | args
+    objective = make(**_take(given, make), **args)
+    if takes_any_size(model):
+        _check_any_size(objective, name, data)
+    _check_patch_sizes(model, objective, name, data.image_shape())
+    return objective, {"name": name} | args
+
+
+def _check_any_size(objective: Objective, name: str, data: DatasetSpec) -> None:
+    """Raises `UserError` if an objective needs images, where it is given their patches."""
+    line = f"data.preprocess={data.preprocess!r} makes patches of images of any size"
+    if not objective.takes_any_size:
+        raise UserError(
+            f"{line}: expected objective.name='supervised' or 'contrastive', and not {name!r}, "
+            "which needs images of one size"
+        )
+    augmentation: Any = getattr(objective, "augmentation", Augmentation())
+    changed = [
+        field.name
+        for field in dataclasses.fields(Augmentation)
+        if getattr(augmentation, field.name) != field.default
+    ]
+    if changed:
+        raise UserError(
+            f"objective.{changed[0]}={getattr(augmentation, changed[0])}: {line}, which nothing on "
+            "the device changes or mixes: expected it left out, or operations of data.preprocess "
+            "such as flip_lr and inception_patches"
+        )
+
+
+def _check_patch_sizes(
+    model: Model, objective: Objective, name: str, image_shape: tuple[int, ...]
+) -> None:
+    """Raises `UserError` unless images can be cut into patches of each of `model.patch_sizes`."""
+    sizes = getattr(model, "patch_sizes", ())
+    if sizes and not objective.draws_patch_size:
+        raise UserError(
+            f"model.patch_sizes={sizes} with objective.name={name!r}: expected 'supervised' or "
+            "'distillation', which train with patches of several sizes"
+        )
+    for size in sizes:
+        if any(side % size for side in image_shape[:2]):
+            raise UserError(
+                f"model.patch_sizes={sizes}: {size} does not divide the images of "
+                f"{image_shape[0]}x{image_shape[1]} pixels: expected divisors of both"
+            )
 
 
 def _make_optimizer(
     section: _Section,
     total_steps: int,
     clock: Clock,
+    data: DatasetSpec,
     mesh: Mesh,
     strategy: Strategy,
     objective: Objective,
@@ -498,14 +551,15 @@ def _make_optimizer(
             f"optimizer.grad_clip_norm={args['grad_clip_norm']}: expected None, since the heads of "
             "objective.lr_factors are trained as if each were alone, and a norm would be of all"
         )
-    if clock.batch_size % optimizer.accum_steps:
-        raise UserError(
-            f"optimizer.accum_steps={optimizer.accum_steps} does not divide "
-            f"data.batch_size={clock.batch_size}"
-        )
-    micro_batch = clock.batch_size // optimizer.accum_steps
-    check_batch_size(micro_batch, mesh, key="data.batch_size / optimizer.accum_steps")
-    objective.check_batch(micro_batch)
+    for variant in data.variants():
+        if variant.batch_size % optimizer.accum_steps:
+            raise UserError(
+                f"optimizer.accum_steps={optimizer.accum_steps} does not divide "
+                f"data.batch_size={variant.batch_size}"
+            )
+        micro_batch = variant.batch_size // optimizer.accum_steps
+        check_batch_size(micro_batch, mesh, key="data.batch_size / optimizer.accum_steps")
+        objective.check_batch(micro_batch)
     return optimizer, {"name": name} | drop_other_units(args) | base_args
 
 
@@ -513,7 +567,7 @@ def _make_clock(data: DatasetSpec, epoch_examples: int | None) -> Clock:
     def count() -> int:
         return count_examples(data) if epoch_examples is None else epoch_examples
 
-    return Clock(data.batch_size, count)
+    return Clock(data.images_per_step, count)
 
 
 def _total_steps(top: Mapping[str, Any], clock: Clock) -> int:
@@ -557,7 +611,7 @@ def _make_evaluators(
     every: _Every,
     match_classes: bool,
 ) -> tuple[tuple[Evaluator, ...], _Section]:
-    image_shape = train_data.image_shape()
+    image_shape, any_size = train_data.image_shape(), find_patches(train_data.ops()) is not None
     evaluators, resolved = [], {}
     for name, section in sections.items():
         if section is None:  # --config.evals.NAME=None leaves one out
@@ -573,7 +627,10 @@ def _make_evaluators(
         data_args["batch_size"] = data_args["batch_size"] or train_data.batch_size
         check_batch_size(data_args["batch_size"], mesh, key=f"{key}.batch_size")
         data = _make_eval_spec(data_args, train_data, key=key)
-        if data.image_shape() != image_shape and not getattr(make, "takes_any_size", False):
+        may_differ = getattr(make, "takes_any_size", False) or (
+            find_patches(data.ops()) is not None and any_size
+        )
+        if data.image_shape() != image_shape and not may_differ:
             raise UserError(
                 f"{key}.preprocess gives images of {data.image_shape()}, data.preprocess of "
                 f"{image_shape}: expected the same"
@@ -609,6 +666,7 @@ def _make_eval_spec(args: _Section, train_data: DatasetSpec, *, key: str) -> Dat
         mixture=(),
         views=(),
         same_draws=(),
+        budgets=(),
         key=key,
     )
 

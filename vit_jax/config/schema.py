@@ -65,6 +65,7 @@ class Data:
     views: tuple[tuple[str, int, str], ...] = ()
     same_draws: tuple[str, ...] = ()
     tokenizer: str | None = None
+    budgets: tuple[tuple[int, int], ...] = ()
     data_dir: str | None = key(None, may_change=True, per_host=True, old=["tfds_data_dir"])
     num_threads: int | None = key(None, may_change=True, per_host=True)
     max_corrupt: float = key(MAX_CORRUPT, may_change=True)

@@ -55,7 +55,7 @@ class Loader(Iterator[T], Generic[T]):
       make: `make(step)` returns an empty batch.
       fill: `fill(batch, step, start, stop)` fills rows `start` to `stop`, in any thread. The first
         exception that it raises, in the order of rows, is raised by the loader.
-      rows: the number of rows of a batch.
+      rows: the number of rows of a batch, or of that of a step.
       num_threads: the number of threads; 0 fills a batch when it is requested, in the caller's.
       ahead: the number of batches in progress, besides those that the caller holds.
     """
@@ -66,11 +66,12 @@ class Loader(Iterator[T], Generic[T]):
         *,
         make: Callable[[int], T],
         fill: Callable[[T, int, int, int], None],
-        rows: int,
+        rows: int | Callable[[int], int],
         num_threads: int,
         ahead: int,
     ):
-        self._steps, self._make, self._rows, self._ahead = iter(steps), make, rows, ahead
+        self._steps, self._make, self._ahead = iter(steps), make, ahead
+        self._rows = rows if callable(rows) else lambda _: rows
         self._batches: collections.deque[tuple[T, list[concurrent.futures.Future[None]]]] = (
             collections.deque()
         )
@@ -91,7 +92,7 @@ class Loader(Iterator[T], Generic[T]):
         if not self._num_threads and self._stop.alive:
             step = next(self._steps)
             batch = self._make(step)
-            self._fill(batch, step, 0, self._rows)
+            self._fill(batch, step, 0, self._rows(step))
             return batch
         if not self._threads and self._stop.alive:
             for i in range(self._num_threads):
@@ -106,7 +107,8 @@ class Loader(Iterator[T], Generic[T]):
             if step is None:
                 break
             batch = self._make(step)
-            runs = [(start, min(start + RUN, self._rows)) for start in range(0, self._rows, RUN)]
+            rows = self._rows(step)
+            runs = [(start, min(start + RUN, rows)) for start in range(0, rows, RUN)]
             futures = [concurrent.futures.Future() for _ in runs]
             for future, run in zip(futures, runs, strict=True):
                 self._work.put((future, functools.partial(self._fill, batch, step, *run)))

@@ -15,7 +15,7 @@ from grain.experimental import index_shuffle
 from vit_jax.data.mixture import Mixture, Schedule
 
 # Streams of random numbers that are derived from one seed.
-_SHUFFLE, _RNGS, CAPTIONS = 1, 3, 4
+_SHUFFLE, _RNGS, CAPTIONS, BUDGETS = 1, 3, 4, 5
 
 
 class Order(Protocol):

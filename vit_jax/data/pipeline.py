@@ -22,8 +22,17 @@ from vit_jax.data.loader import Loader, count_ahead, count_threads
 from vit_jax.data.mixture import Mixture, Schedule, make_schedule, merge_infos
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.ops.fused import Job, decode, defer, fuse
+from vit_jax.data.ops.patches import find_patches
 from vit_jax.data.ops.transforms import Decode, Features, Keep, Op, apply
-from vit_jax.data.order import CAPTIONS, Mixed, Order, PositionRng, RepeatedAugmentation, shuffled
+from vit_jax.data.order import (
+    BUDGETS,
+    CAPTIONS,
+    Mixed,
+    Order,
+    PositionRng,
+    RepeatedAugmentation,
+    shuffled,
+)
 from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources import dataset_info, open_source
 from vit_jax.data.sources.base import IGNORED, DatasetInfo, Source
@@ -63,6 +72,9 @@ class DatasetSpec:
       tokenizer: see `vit_jax.data.tokenizers`: makes the `tokens` of captions; None for none.
       label_size: height and width of label maps that keep the size of their masks and are padded
         to these; None for label maps that change like their images.
+      budgets: (budget, batch size) of patches of images of any size, which training batches take in
+        turn, in another order in each round; `()` for the budget of `preprocess` in all.
+      budget: of patches, in place of that of `preprocess`; None for that.
     """
 
     name: str
@@ -81,6 +93,37 @@ class DatasetSpec:
     classes: Classes | None = None
     tokenizer: str | None = None
     label_size: tuple[int, int] | None = None
+    budgets: tuple[tuple[int, int], ...] = ()
+    budget: int | None = None
+
+    def variants(self) -> tuple["DatasetSpec", ...]:
+        """The spec of each of the `budgets`; itself alone without.
+
+        Raises `UserError` if the line makes no patches of images of any size, if a number is not
+        positive, or if images are repeated.
+        """
+        if not self.budgets:
+            return (self,)
+        if find_patches(self.ops()) is None or self.repeats > 1:
+            raise UserError(
+                f"{self.key}.budgets={self.budgets}: expected {self.key}.preprocess to end in "
+                "patches(SIZE, BUDGET), and repeats=1"
+            )
+        if min(min(pair) for pair in self.budgets) < 1:
+            raise UserError(
+                f"{self.key}.budgets={self.budgets}: expected a number of patches and of images of "
+                "at least 1 in each, such as (256, 1024)"
+            )
+        return tuple(
+            dataclasses.replace(self, budgets=(), budget=budget, batch_size=batch_size)
+            for budget, batch_size in self.budgets
+        )
+
+    @property
+    def images_per_step(self) -> float:
+        """The size of a training batch, the mean over the `budgets`."""
+        sizes = [size for _, size in self.budgets] or [self.batch_size]
+        return self.batch_size if not self.budgets else sum(sizes) / len(sizes)
 
     @property
     def info(self) -> DatasetInfo:
@@ -111,8 +154,11 @@ class DatasetSpec:
         return dataclasses.replace(self, classes=classes), note
 
     def ops(self) -> tuple[Op, ...]:
-        """The operations of `preprocess`."""
-        return parse_preprocess(self.preprocess, key=f"{self.key}.preprocess")
+        """The operations of `preprocess`, with the `budget`."""
+        ops = parse_preprocess(self.preprocess, key=f"{self.key}.preprocess")
+        if self.budget is None or (last := find_patches(ops)) is None:
+            return ops
+        return *ops[:-1], dataclasses.replace(last, budget=self.budget)
 
     def find_tokenizer(self) -> Tokenizer | None:
         """What makes `tokens` of captions; None without `tokenizer`, or for data without captions.
@@ -225,7 +271,9 @@ class DatasetSpec:
                 f"{self.key}.preprocess={self.preprocess!r} leaves images of {self} in "
                 "different sizes: add resize(SIZE) or a crop"
             )
-        return shapes.pop()
+        shape = shapes.pop()
+        last = None if self.budget is None else find_patches(self.ops())
+        return shape if last is None else (last.size * (1 + last.budget), *shape[1:])
 
     def open(self) -> Source:
         """The records; those of a mixture are concatenated."""
@@ -393,13 +441,17 @@ class _Batches(abc.ABC):
 
     def _fill_row(self, batch: Batch, step: int, row: int, apply: _Apply) -> np.ndarray | Job:
         """Fills a row and returns its image, which may be a `Job` that is still to be run."""
-        features = self.example(step * self.spec.batch_size + self.rows[row], apply)
+        features = self.example(self.first(step) + self.rows[row], apply)
         image = features["image"]
         for name in batch.keys() - {"image"}:
             batch[name][row] = features[name]
         if not isinstance(image, Job):
             batch["image"][row] = image
         return image
+
+    def first(self, step: int) -> int:
+        """The position of the first example of the batch of a step."""
+        return step * self.spec.batch_size
 
     def choose(self, captions: Sequence[str], position: int) -> str:
         """The caption of an example, of those that its image has."""
@@ -521,6 +573,52 @@ class _TrainBatches(_Batches):
         return self.blank
 
 
+class _BudgetBatches:
+    """Batches of the endless training stream whose budgets of patches differ.
+
+    Each round takes all budgets once, in an order that is drawn for it, so the position of the
+    first example of any step is arithmetic.
+    """
+
+    def __init__(self, spec: DatasetSpec, *args: Any, seed: int):
+        self.batches = [_OneBudget(one, *args, seed=seed) for one in spec.variants()]
+        self.sizes = [one.batch_size for one in spec.variants()]
+        self.rngs = PositionRng(seed, stream=BUDGETS)
+        for batches in self.batches:
+            batches.owner = self
+
+    def turn(self, step: int) -> tuple[int, int]:
+        """Which of the budgets a step has, and the position of its first example."""
+        around, place = divmod(step, len(self.sizes))
+        order = self.rngs(around).permutation(len(self.sizes))
+        before = sum(self.sizes[i] for i in order[:place])
+        return int(order[place]), around * sum(self.sizes) + before
+
+    def load(self, steps: Iterable[int]) -> Loader[Batch]:
+        """The batches of steps, in order."""
+
+        def of(step: int) -> _TrainBatches:
+            return self.batches[self.turn(step)[0]]
+
+        return Loader(
+            steps,
+            make=lambda step: of(step).make(step),
+            fill=lambda batch, step, start, stop: of(step).fill(batch, step, start, stop),
+            rows=lambda step: len(of(step).rows),
+            num_threads=count_threads(self.batches[0].spec.num_threads),
+            ahead=min(batches.ahead for batches in self.batches),
+        )
+
+
+class _OneBudget(_TrainBatches):
+    """The batches of a `_BudgetBatches` that have one of its budgets."""
+
+    owner: _BudgetBatches
+
+    def first(self, step: int) -> int:
+        return self.owner.turn(step)[1]
+
+
 class _EvalBatches(_Batches):
     """Batches of each record in order; the mask of a record that is missing or unreadable is 0."""
 
@@ -565,17 +663,28 @@ def train_batches(
       corrupt: counts records that can't be read. The next record that can be read replaces one; if
         there is none near by, the image is blank.
     """
-    batches = _TrainBatches(spec, shards, num_shards, corrupt, seed=seed)
+    make = _BudgetBatches if spec.budgets else _TrainBatches
+    batches = make(spec, shards, num_shards, corrupt, seed=seed)
     return batches.load(itertools.count(step))
 
 
 def read_step(spec: DatasetSpec, *, seed: int, step: int) -> tuple[Batch, list[str]]:
     """The global batch after `step` updates, and the path or position of each example's record."""
     spec = dataclasses.replace(spec, num_threads=0)
-    batches = _TrainBatches(spec, (0,), 1, None, seed=seed)
-    positions = range(step * spec.batch_size, (step + 1) * spec.batch_size)
+    batches, positions = _batch_of(spec, seed=seed, step=step)
     records = [batches.source.describe(batches.order[position]) for position in positions]
     return next(batches.load([step])), records
+
+
+def _batch_of(spec: DatasetSpec, *, seed: int, step: int) -> tuple[_TrainBatches, range]:
+    """What fills the global batch after `step` updates, and the positions of its examples."""
+    if spec.budgets:
+        every = _BudgetBatches(spec, (0,), 1, None, seed=seed)
+        batches = every.batches[every.turn(step)[0]]
+    else:
+        batches = _TrainBatches(spec, (0,), 1, None, seed=seed)
+    first = batches.first(step)
+    return batches, range(first, first + batches.spec.batch_size)
 
 
 def read_examples(spec: DatasetSpec, *, seed: int, step: int) -> list[Features]:
@@ -583,8 +692,7 @@ def read_examples(spec: DatasetSpec, *, seed: int, step: int) -> list[Features]:
 
     Where captions are tokenized, `caption` is the one whose `tokens` the batch has.
     """
-    batches = _TrainBatches(spec, (0,), 1, None, seed=seed)
-    positions = range(step * spec.batch_size, (step + 1) * spec.batch_size)
+    batches, positions = _batch_of(spec, seed=seed, step=step)
     return [batches.example(position, apply) for position in positions]
 
 
@@ -636,6 +744,10 @@ def plan_buffers(spec: DatasetSpec, *, num_shards: int = 1, shards: int = 1) -> 
     A batch has `num_shards` blocks, of which this process loads `shards`. Raises `UserError` if
     `max_ram_gb` is not enough for one batch ahead.
     """
+    if spec.budgets:
+        sizes = {"num_shards": num_shards, "shards": shards}
+        plans = [plan_buffers(variant, **sizes) for variant in spec.variants()]
+        return max(plans, key=lambda plan: plan.nbytes)
     rows = spec.batch_size // num_shards * shards
     shapes = (spec.image_shape(), *spec.view_shapes().values())
     batch = rows * sum(map(math.prod, shapes))

@@ -5,6 +5,7 @@ from vit_jax.evaluators.classification import Classification
 from vit_jax.evaluators.fewshot import FewShot
 from vit_jax.evaluators.knn import NearestNeighbours
 from vit_jax.evaluators.linear_probe import LinearProbe
+from vit_jax.evaluators.patch_sizes import PatchSizes
 from vit_jax.evaluators.patches import Patches
 from vit_jax.evaluators.probes import Probes
 from vit_jax.evaluators.reconstruction import Reconstruction
@@ -17,6 +18,7 @@ EVALUATORS = {
     "fewshot": FewShot,
     "knn": NearestNeighbours,
     "linear_probe": LinearProbe,
+    "patch_sizes": PatchSizes,
     "patches": Patches,
     "probes": Probes,
     "reconstruction": Reconstruction,

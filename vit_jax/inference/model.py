@@ -49,10 +49,12 @@ from vit_jax.inference.prediction import (
 )
 from vit_jax.inference.texts import TextTower, find_tokenizer, to_unit
 from vit_jax.models.attention import ATTENTION_WEIGHTS
+from vit_jax.models.interface import takes_any_size
+from vit_jax.models.resampling import Method
 from vit_jax.models.two_towers import TwoTowers
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives.base import Params
-from vit_jax.objectives.pixels import Pixels, check_pixels, normalize
+from vit_jax.objectives.pixels import Pixels, check_pixels, fit_to_line, prepare
 from vit_jax.objectives.segmentation import Segmentation, make_segmentation
 from vit_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, shard_batch
 from vit_jax.parallel.sharding import infer_shardings
@@ -432,6 +434,8 @@ class LoadedModel:
         self.check_layer(layer)
         if tta not in (None, "flip"):
             raise UserError(f"tta={tta!r}: expected 'flip', or None")
+        if tta and takes_any_size(self.module):
+            raise UserError(f"tta={tta!r}: expected None for patches of images of any size")
         batch = shard_batch({"image": images}, self.mesh)
         return self._compute(layer, tta)(self.params, batch["image"])
 
@@ -618,7 +622,7 @@ def _apply(
     def run(images: jax.Array) -> jax.Array:
         (_, out), state = module.apply(
             {"params": params},
-            normalize(images, mean, std),
+            prepare(module, images, mean, std),
             train=False,
             capture_intermediates=lambda m, method: m.path == path and method == "__call__",
             mutable=["intermediates"],
@@ -640,7 +644,7 @@ def _attend(
     params: Params, images: jax.Array, *, module: Any, mean: Pixels, std: Pixels
 ) -> jax.Array:
     """Attention weights of all blocks, float32 `[n, layers, heads, length, length]`."""
-    pixels = normalize(images, mean, std)
+    pixels = prepare(module, images, mean, std)
     _, state = module.apply({"params": params}, pixels, train=False, mutable=["intermediates"])
     found = flatten(state["intermediates"]["Transformer"])
     path = f"MultiHeadDotProductAttention_0{_ATTENTION}"
@@ -674,6 +678,7 @@ def load_model(
     pixel_mean: Pixels | None = None,
     pixel_std: Pixels | None = None,
     tokenizer: str | None = None,
+    posemb_resize: Method | None = None,
     parts: Sequence[str] | str = (),
     devices: Sequence[Any] | None = None,
 ) -> LoadedModel:
@@ -694,6 +699,8 @@ def load_model(
       pixel_mean: replaces the mean of pixels in [0, 1] that the weights expect.
       pixel_std: replaces the divisor that the weights expect.
       tokenizer: makes tokens of texts, as in `data.tokenizer`, where the weights do not state it.
+      posemb_resize: how position embeddings are resized where the images have another size than the
+        weights, such as "bicubic"; None for the rule of the weights' own project.
       parts: modules outside of this package that the weights may name, such as `["my_models"]`. To
         import a module is to run its code, so only these are imported.
       devices: devices to compute on; all by default.
@@ -704,6 +711,7 @@ def load_model(
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
         raise UserError(f"source={source!r}: expected {KINDS}")
     check_type(preprocess, str | None, key="preprocess")
+    check_type(posemb_resize, Method | None, key="posemb_resize")
     for key, value, kind in (
         ("class_names", class_names, Sequence),
         ("model", model, Mapping),
@@ -734,7 +742,9 @@ def load_model(
     )
     size = known.get("image_size") or _guess_size(image_weights, image_module)
     preparation = make_preparation(known.get("eval"), size, given=preprocess)
-    tree, notes = fill_model(module, weights, preparation.image_shape)
+    tree, notes = fill_model(module, weights, preparation.image_shape, posemb_resize=posemb_resize)
+    module = fit_to_line(module, preparation.line, key="preprocess")
+    towers = module if isinstance(module, TwoTowers) else None
     mean, std = check_pixels(
         known.get("mean", 0.5) if pixel_mean is None else pixel_mean,
         known.get("std", 0.5) if pixel_std is None else pixel_std,

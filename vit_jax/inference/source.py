@@ -26,6 +26,7 @@ _OVERRIDES = {
     "objective.loss": "loss",
     "objective.pixel_mean": "pixel_mean",
     "objective.pixel_std": "pixel_std",
+    "adapt.posemb_resize": "posemb_resize",
 }
 
 _EXPECTED = "expected one of --workdir (or WORKDIR), --checkpoint=FILE and --init_from"

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vit_jax.models.block_config import BlockConfig, Constrain
 from vit_jax.models.norms import make_norm
+from vit_jax.models.patches import Segments
 from vit_jax.models.positions import Rotation, rotate
 from vit_jax.models.products import project_together
 from vit_jax.utils.errors import UserError
@@ -101,7 +102,7 @@ def fused_attention(
     key: jax.Array,
     value: jax.Array,
     *,
-    length: int,
+    length: int | jax.Array,
     causal: bool = False,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
@@ -109,21 +110,24 @@ def fused_attention(
 
     Takes bfloat16 or float16 `[batch, padded length, heads, head_dim]`, where the padded length is
     even and `head_dim` a multiple of 8; returns the same shape and dtype. Only the first `length`
-    keys are attended to, and if `causal` only those up to the position of a query. What padded
-    queries attend to is finite, and meant to be cut off.
+    keys are attended to, a number or one for each row, int32 `[batch]`, and if `causal` only those
+    up to the position of a query. What padded queries attend to is finite, and meant to be cut off.
     `implementation`, as in `jax.nn.dot_product_attention`, is that formula in tests on a CPU.
     Source: FlashAttention, arXiv:2205.14135.
     """
+    if isinstance(length, int):
+        # Without a mask, cuDNN uses another kernel. A causal one hides padded keys from all
+        # queries in front of them.
+        whole = causal or length == key.shape[1]
+        lengths = None if whole else jnp.full(key.shape[:1], length, jnp.int32)
+    else:
+        lengths = length
     return jax.nn.dot_product_attention(
         query,
         key,
         value,
         is_causal=causal,
-        # Without a mask, cuDNN uses another kernel. A causal one hides padded keys from all
-        # queries in front of them.
-        key_value_seq_lengths=None
-        if causal or length == key.shape[1]
-        else jnp.full(key.shape[:1], length, jnp.int32),
+        key_value_seq_lengths=lengths,
         implementation=implementation,
     )
 
@@ -183,7 +187,9 @@ class MultiHeadDotProductAttention(nn.Module):
     `config.attention="fused"`, `fused_attention` takes its place for self-attention, and with
     "pallas" `pallas_attention`, unless intermediates are asked for. Only the first
     `length` tokens are then attended to by `fused_attention`; None for all. With `config.causal`
-    a token attends to itself and those before it.
+    a token attends to itself and those before it. `segments` are the images that tokens of self-
+    attention belong to, each of which attends to its own: `fused_attention` takes those of which
+    each row has one. `mask`, bool `[batch, queries, keys]`, is what queries from `x` attend to.
     Sources: `qk_norm`: arXiv:2302.05442; `rope`: see `positions.rotation_2d`; `attention_norm`, of
     the heads' outputs together: arXiv:2210.06423, section 3.
     """
@@ -198,6 +204,8 @@ class MultiHeadDotProductAttention(nn.Module):
         *,
         rope: Rotation | None = None,
         length: int | None = None,
+        segments: Segments | None = None,
+        mask: jax.Array | None = None,
         train: bool,
     ) -> jax.Array:
         config = self.config
@@ -219,7 +227,8 @@ class MultiHeadDotProductAttention(nn.Module):
         num_tokens = x.shape[1]
         in_kernel = context is None and takes_kernel(self, config, width)
         fused, pallas = (in_kernel and config.attention == kind for kind in ("fused", "pallas"))
-        pallas = pallas and not config.causal
+        pallas = pallas and not config.causal and segments is None
+        fused = fused and (segments is None or segments.images == 1)
         if fused:
             x = pad_tokens(x, 1)
             rope = jax.tree.map(lambda table: pad_tokens(table, -2), rope)
@@ -236,9 +245,8 @@ class MultiHeadDotProductAttention(nn.Module):
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
         if fused:
-            x = fused_attention(
-                query, key, value, length=length or num_tokens, causal=config.causal
-            )
+            keys = (length or num_tokens) if segments is None else segments.lengths()
+            x = fused_attention(query, key, value, length=keys, causal=config.causal)
         elif pallas:
             x = pallas_attention(query, key, value, config.constrain)
         else:
@@ -246,6 +254,11 @@ class MultiHeadDotProductAttention(nn.Module):
             scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
             if config.causal:
                 scores = jnp.where(jnp.tri(num_tokens, dtype=bool), scores, -jnp.inf)
+            if segments is not None:
+                mask = segments.pad(num_tokens).mask()
+            if mask is not None:
+                # Finite, since an absent image has no key.
+                scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
             weights = jax.nn.softmax(scores)
             # Costs nothing unless `apply` is asked for intermediates.
             self.sow("intermediates", ATTENTION_WEIGHTS, weights)

@@ -21,7 +21,9 @@ from vit_jax.models.activations import gelu, quick_gelu
 from vit_jax.models.attention import MultiHeadDotProductAttention, pad_tokens, takes_kernel
 from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.norms import make_norm
+from vit_jax.models.patches import Layout, Segments, interpolate_axes, interpolate_positions
 from vit_jax.models.positions import Rotation, resize_patches
+from vit_jax.models.resampling import Method
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.gpus import is_ampere
 from vit_jax.utils.suggestions import suggest
@@ -108,25 +110,52 @@ class AddPositionEmbs(nn.Module):
       grids: (rows, columns) of the embeddings and of the patches, if they differ; the embeddings
         are then resized in each call, and the gradient goes through that.
       num_prefix_tokens: tokens before the patches, whose embeddings stay.
+      method: how they are resized.
+      keep_aspect: see `patches.interpolate_positions`.
+      factorized: whether there is one for each row and one for each column, and none for tokens
+        before the patches.
 
-    Call: `[batch, length, hidden]` to the same shape. Source: arXiv:2010.11929, section 3.1.
+    Call: `[batch, length, hidden]`, and where the patches are unless the grid of all images is the
+    second of `grids`, to the same shape. Source: arXiv:2010.11929, section 3.1.
     """
 
     dtype: DTypeLike = jnp.float32
     init_std: float = 0.02
     grids: tuple[tuple[int, int], tuple[int, int]] | None = None
     num_prefix_tokens: int = 0
+    method: Method | None = None
+    keep_aspect: bool = False
+    factorized: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        length = x.shape[1]
+    def __call__(self, x: jax.Array, layout: Layout | None = None) -> jax.Array:
+        length, init = x.shape[1], nn.initializers.normal(self.init_std)
+        if self.factorized:
+            assert self.grids is not None
+            assert layout is not None
+            tables = [
+                self.param(f"pos_embedding_{axis}", init, (length, x.shape[2]))
+                for axis, length in zip("yx", self.grids[0], strict=True)
+            ]
+            added = interpolate_axes((tables[0], tables[1]), layout, keep_aspect=self.keep_aspect)
+            added = jnp.pad(added, ((0, 0), (self.num_prefix_tokens, 0), (0, 0)))
+            return x + added.astype(self.dtype)
         if self.grids is not None:
             length = self.num_prefix_tokens + math.prod(self.grids[0])
         shape = (1, length, x.shape[2])
-        embedding = self.param("pos_embedding", nn.initializers.normal(self.init_std), shape)
+        embedding = self.param("pos_embedding", init, shape)
+        method = self.method or "bicubic_no_antialias"
         if self.grids is not None:
             prefix, patches = jnp.split(embedding, [self.num_prefix_tokens], axis=1)
-            embedding = jnp.concatenate([prefix, resize_patches(patches, *self.grids)], axis=1)
+            if layout is None:
+                patches = resize_patches(patches, *self.grids, method)
+            else:
+                table = patches.reshape(*self.grids[0], -1)
+                patches = interpolate_positions(
+                    table, layout, method=method, keep_aspect=self.keep_aspect
+                )
+                prefix = jnp.broadcast_to(prefix, (patches.shape[0], *prefix.shape[1:]))
+            embedding = jnp.concatenate([prefix, patches], axis=1)
         return x + embedding.astype(self.dtype)
 
 
@@ -242,8 +271,8 @@ class Encoder1DBlock(nn.Module):
     """One pre-norm transformer block: attention and MLP, each with a residual connection.
 
     Call: `[batch, tokens, hidden]`, the rate of stochastic depth in this block (a float or a
-    float32 scalar), the rotation of queries and keys or None, and the number of tokens before any
-    padding or None, to `[batch, tokens, hidden]`.
+    float32 scalar), the rotation of queries and keys or None, the number of tokens before any
+    padding or None, and the images of the tokens or None, to `[batch, tokens, hidden]`.
     """
 
     config: BlockConfig
@@ -255,6 +284,7 @@ class Encoder1DBlock(nn.Module):
         stochastic_depth_rate: jax.Array | float,
         rope: Rotation | None,
         length: int | None = None,
+        segments: Segments | None = None,
         *,
         train: bool,
     ) -> jax.Array:
@@ -281,7 +311,8 @@ class Encoder1DBlock(nn.Module):
             return config.constrain(total, ("batch", "tokens", None))
 
         x, y = norm(x, "LayerNorm_0")
-        y = MultiHeadDotProductAttention(config)(y, rope=rope, length=length, train=train)
+        attend = MultiHeadDotProductAttention(config)
+        y = attend(y, rope=rope, length=length, segments=segments, train=train)
         x = add(x, nn.Dropout(config.dropout_rate, deterministic=not train)(y))
         x, y = norm(x, "LayerNorm_1")
         return add(x, MlpBlock(config)(y, train=train))
@@ -300,6 +331,9 @@ class Encoder(nn.Module, kw_only=True):
       learned_positions: whether position embeddings are added.
       positions_init_std: standard deviation of their initial values.
       grids: of `AddPositionEmbs`.
+      posemb_resize: how position embeddings are resized.
+      posemb_keep_aspect: `keep_aspect` of `AddPositionEmbs`.
+      factorized: of `AddPositionEmbs`.
       pre_norm: whether a norm (`pre_norm`) comes before the first block.
       final_norm: whether the output is normalised.
       untied_norm: whether class tokens and registers have their own final norm (`prefix_norm`).
@@ -308,7 +342,9 @@ class Encoder(nn.Module, kw_only=True):
 
     Call: `[batch, class tokens + patches, hidden]`, the rotation of each of the tokens after
     insertion of the registers or None, and the indices of the patches to encode, int32
-    `[batch, kept]`, or None for all; to `[batch, class tokens + registers + kept, hidden]`.
+    `[batch, kept]`, or None for all; to `[batch, class tokens + registers + kept, hidden]`. Images
+    of any size have a `layout` of their patches; in rows with padding, `segments` are the images of
+    all tokens, registers included, and all patches are encoded.
     """
 
     config: BlockConfig
@@ -318,6 +354,9 @@ class Encoder(nn.Module, kw_only=True):
     learned_positions: bool = True
     positions_init_std: float = 0.02
     grids: tuple[tuple[int, int], tuple[int, int]] | None = None
+    posemb_resize: Method | None = None
+    posemb_keep_aspect: bool = False
+    factorized: bool = False
     pre_norm: bool = False
     patch_dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
@@ -333,6 +372,8 @@ class Encoder(nn.Module, kw_only=True):
         x: jax.Array,
         rope: Rotation | None,
         patches: jax.Array | None = None,
+        layout: Layout | None = None,
+        segments: Segments | None = None,
         *,
         train: bool,
     ) -> jax.Array:
@@ -343,15 +384,19 @@ class Encoder(nn.Module, kw_only=True):
                 init_std=self.positions_init_std,
                 grids=self.grids,
                 num_prefix_tokens=self.num_class_tokens,
+                method=self.posemb_resize,
+                keep_aspect=self.posemb_keep_aspect,
+                factorized=self.factorized,
                 name="posembed_input",
-            )(x)
+            )(x, layout)
         x = nn.Dropout(config.dropout_rate, deterministic=not train)(x)
         x = self._insert_registers(x)
         prefix = self.num_class_tokens + self.num_registers
-        if patches is None:
-            x, kept = PatchDropout(self.patch_dropout_rate)(x, prefix, train=train)
-        else:
+        kept = None
+        if patches is not None:
             x, kept = take_patches(x, patches, prefix)
+        elif segments is None:
+            x, kept = PatchDropout(self.patch_dropout_rate)(x, prefix, train=train)
         if rope is not None and kept is not None:
             rope = jax.tree.map(lambda table: table[kept], rope)
         if self.pre_norm:
@@ -364,7 +409,7 @@ class Encoder(nn.Module, kw_only=True):
             # layer does if there is dropout, which would drop other values of padded tokens.
             x = pad_tokens(x, 1)
             rope = jax.tree.map(lambda table: pad_tokens(table, -2), rope)
-        x = self._run_blocks(x, rope, length, train=train)[:, :length]
+        x = self._run_blocks(x, rope, length, segments, train=train)[:, :length]
         if not self.final_norm:
             return x
         if self.untied_norm:
@@ -383,14 +428,20 @@ class Encoder(nn.Module, kw_only=True):
         return jnp.concatenate([first, registers, patches], axis=1)
 
     def _run_blocks(
-        self, x: jax.Array, rope: Rotation | None, length: int, *, train: bool
+        self,
+        x: jax.Array,
+        rope: Rotation | None,
+        length: int,
+        segments: Segments | None,
+        *,
+        train: bool,
     ) -> jax.Array:
         policy = parse_remat(self.remat)
 
         def run(block: nn.Module, x: jax.Array, rate: jax.Array | float) -> jax.Array:
             # As an argument of `call` a rate of 0.0 would be traced, and its dropout not skipped.
             def call(block: nn.Module, x: jax.Array) -> jax.Array:
-                return block(x, rate, rope, length, train=train)
+                return block(x, rate, rope, length, segments, train=train)
 
             if policy is not None:
                 # Without scan XLA would merge the recomputation with the forward pass.

@@ -21,24 +21,27 @@ _HEAD_INITS = {"zeros": nn.initializers.zeros, "lecun_normal": nn.initializers.l
 class MAPHead(nn.Module):
     """Multihead attention pooling: a learned probe attends to all tokens, without dropout.
 
-    Call: `[batch, length, hidden]` to `[batch, hidden]`, both in `config.dtype`.
+    Call: `[batch, length, hidden]` to `[batch, hidden]`, both in `config.dtype`. With `members`,
+    bool `[batch, images, length]`, the tokens of each of several images, it is to `[batch, images,
+    hidden]`.
     Source: arXiv:2106.04560, section 3.1.
     """
 
     config: BlockConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, members: jax.Array | None = None, *, train: bool) -> jax.Array:
         off = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0, "qk_norm": False}
         off |= {"causal": False, "qkv_bias": "all", "attention_norm": False, "mlp_norm": False}
         config = dataclasses.replace(self.config, **off)
         batch, _, width = x.shape
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))
-        probe = jnp.broadcast_to(probe.astype(config.dtype), (batch, 1, width))
-        x = MultiHeadDotProductAttention(config)(probe, x, train=train)
+        images = 1 if members is None else members.shape[1]
+        probe = jnp.broadcast_to(probe.astype(config.dtype), (batch, images, width))
+        x = MultiHeadDotProductAttention(config)(probe, x, mask=members, train=train)
         y = make_norm(config, "LayerNorm_0")(x)
         y = MlpBlock(config)(y, train=train)
-        return (x + y)[:, 0]
+        return (x + y)[:, 0] if members is None else x + y
 
 
 def apply_head(

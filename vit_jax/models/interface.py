@@ -28,6 +28,11 @@ from vit_jax.utils.registry import report_failure
 Model = Any  # types of Flax modules are of little help
 
 
+def takes_any_size(model: Model) -> bool:
+    """Whether the images of a model are columns of patches (see `data.ops.patches`)."""
+    return getattr(getattr(model, "img", model), "any_size", False)
+
+
 def find_grid(model: Model, image_size: tuple[int, ...]) -> tuple[int, int] | None:
     """Rows and columns of patches in an image of (height, width) pixels; None without patches.
 
@@ -35,6 +40,16 @@ def find_grid(model: Model, image_size: tuple[int, ...]) -> tuple[int, int] | No
       UserError: the model does not take images of this size.
     """
     return model.grid(image_size) if hasattr(model, "grid") else None
+
+
+def find_position_grid(model: Model, image_size: tuple[int, ...]) -> tuple[int, int] | None:
+    """Rows and columns of the position embeddings of a model for images of (height, width) pixels.
+
+    They are those of the images unless the model resizes its embeddings. Errors are as in
+    `find_grid`.
+    """
+    tower = getattr(model, "img", model)
+    return getattr(tower, "posemb_grid", None) or find_grid(model, image_size)
 
 
 def example_inputs(model: Model, image_shape: tuple[int, ...]) -> tuple[jax.Array, ...]:

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.models.resampling import Method, resize_matrix
 from vit_jax.utils.errors import UserError
 
 # What the positions of a rotary embedding are, see `rotation_2d`.
 RopeCoordinates = Literal["index", "centered"]
-
-Method = Literal["bilinear", "bilinear_half_pixel", "bicubic", "bicubic_no_antialias"]
 
 # Values of `model.position_embedding` that are computed, and the `endpoint` of `sincos_2d`.
 FIXED_POSITIONS = {"sincos2d": True, "sincos2d_mae": False}
@@ -112,7 +111,7 @@ def rotation_2d(
     Sources: arXiv:2104.09864; in 2D: arXiv:2403.13298, section 3.2 ("axial"); the reference grid:
     arXiv:2303.11331 (EVA-02), and `ref_feat_shape` of timm; `centered`: arXiv:2508.10104 (DINOv3).
     """
-    frequencies = theta ** -(4 * np.arange(head_dim // 4) / head_dim)
+    frequencies = _rotation_frequencies(head_dim, theta)
     indices = np.indices(grid).reshape(2, -1, 1)
     np_or_jnp: Any = np
     if coordinates == "centered":
@@ -141,6 +140,37 @@ def _move(coordinates: np.ndarray, noise: CoordinateNoise, rng: jax.Array) -> ja
         if largest:
             moved *= jnp.exp(math.log(largest) * jax.random.uniform(key, shape, minval=-1.0))
     return moved
+
+
+def _rotation_frequencies(head_dim: int, theta: float) -> np.ndarray:
+    return theta ** -(4 * np.arange(head_dim // 4) / head_dim)
+
+
+def rotation_of(
+    coordinates: jax.Array,
+    sizes: jax.Array,
+    head_dim: int,
+    *,
+    theta: float,
+    num_prefix_tokens: int,
+    reference_grid: tuple[int, int] | None = None,
+    centered: bool = False,
+) -> Rotation:
+    """Returns `rotation_2d` for patches at given places, `[batch, prefix + tokens, head_dim]`.
+
+    Takes the row and column of each patch, and the rows and columns of its image, both int32
+    `[batch, tokens, 2]`.
+    """
+    places = coordinates.astype(jnp.float32)
+    if centered:
+        places = 2 * math.pi * (2 * (places + 0.5) / sizes - 1)
+    elif reference_grid is not None:
+        places = places * (jnp.asarray(reference_grid, jnp.float32) / sizes)
+    frequencies = jnp.asarray(_rotation_frequencies(head_dim, theta), jnp.float32)
+    angles = places[..., None] * frequencies
+    angles = jnp.repeat(angles.reshape(*angles.shape[:2], -1), 2, axis=-1)
+    angles = jnp.pad(angles, ((0, 0), (num_prefix_tokens, 0), (0, 0)))
+    return Rotation(cos=jnp.cos(angles), sin=jnp.sin(angles))
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
@@ -174,6 +204,8 @@ def resize_posemb(
     - "bicubic_no_antialias" has the kernel with a = -0.75, never widened, and repeats the border:
       `interpolate_pos_encoding` of Hugging Face's ViT, DeiT, DINOv2 and I-JEPA.
     - "bilinear_half_pixel" is without antialiasing too: timm's rule for FlexiViT.
+    - "bilinear_antialias" is widened if the grid becomes smaller: FlexiViT and the SigLIP 2 of
+      any resolution (NaFlex), as they were trained.
 
     Source: Dosovitskiy et al., arXiv:2010.11929, section 3.2 ("2D interpolation"), done there by
     `scipy.ndimage.zoom(order=1)`. That call also zeroes the last row and column for some pairs
@@ -184,7 +216,7 @@ def resize_posemb(
       source_grid: (rows, columns) of `posemb`.
       target_grid: (rows, columns) of the result.
       num_prefix_tokens: tokens in front of the grid (such as the class token), which are copied.
-      method: one of these four.
+      method: one of these five.
 
     Returns:
       `[1, num_prefix_tokens + target rows * target columns, width]`, in the dtype of `posemb`.
@@ -192,77 +224,29 @@ def resize_posemb(
     prefix, grid = np.split(np.asarray(posemb), [num_prefix_tokens], axis=1)
     width = grid.shape[-1]
     grid = grid.reshape(*source_grid, width)
-    rows, columns = map(_MATRICES[method], source_grid, target_grid)
+    rows, columns = (
+        resize_matrix(method, a, b) for a, b in zip(source_grid, target_grid, strict=True)
+    )
     grid = np.einsum("ri,cj,ijw->rcw", rows, columns, grid, optimize=True)
     return np.concatenate([prefix, grid.reshape(1, -1, width).astype(prefix.dtype)], axis=1)
 
 
 def resize_patches(
-    patches: jax.Array, source_grid: tuple[int, int], target_grid: tuple[int, int]
+    patches: jax.Array,
+    source_grid: tuple[int, int],
+    target_grid: tuple[int, int],
+    method: Method = "bicubic_no_antialias",
 ) -> jax.Array:
-    """Resizes features of patches to another grid by the rule "bicubic_no_antialias".
+    """Resizes features of patches to another grid by a rule of `resize_posemb`.
 
     Takes float `[batch, rows * columns, width]`; the result is float32, with the patches of
     `target_grid`, row by row.
     """
     rows, columns = (
-        jnp.asarray(_bicubic_matrix(a, b), jnp.float32)
+        jnp.asarray(resize_matrix(method, a, b), jnp.float32)
         for a, b in zip(source_grid, target_grid, strict=True)
     )
     batch, _, width = patches.shape
     x = patches.astype(jnp.float32).reshape(batch, *source_grid, width)
     x = jnp.einsum("ri,cj,bijw->brcw", rows, columns, x, precision=jax.lax.Precision.HIGHEST)
     return x.reshape(batch, math.prod(target_grid), width)
-
-
-def half_pixel_matrix(source: int, target: int) -> np.ndarray:
-    """Returns float64 `[target, source]`: bilinear interpolation between half-pixel centres."""
-    centres = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
-    lower = np.minimum(np.floor(centres).astype(int), max(source - 2, 0))
-    fraction = (centres - lower)[:, None]
-    identity = np.eye(source)
-    return (1 - fraction) * identity[lower] + fraction * identity[np.minimum(lower + 1, source - 1)]
-
-
-def _align_corners_matrix(source: int, target: int) -> np.ndarray:
-    """Returns float64 `[target, source]`: row `i` holds the weights of output `i`."""
-    # Output i samples position i * (source - 1) / (target - 1); integers keep the last one exact.
-    gaps = max(target - 1, 1)
-    lower, remainder = np.divmod(np.arange(target) * (source - 1), gaps)
-    upper = np.minimum(lower + 1, source - 1)
-    fraction = (remainder / gaps)[:, None]
-    identity = np.eye(source)
-    return (1 - fraction) * identity[lower] + fraction * identity[upper]
-
-
-def _bicubic_antialias_matrix(source: int, target: int) -> np.ndarray:
-    """Returns float64 `[target, source]`: row `i` holds the weights of output `i`."""
-    scale = source / target
-    centres = (np.arange(target) + 0.5) * scale - 0.5
-    weights = _keys((centres[:, None] - np.arange(source)) / max(scale, 1.0), a=-0.5)
-    return weights / weights.sum(axis=1, keepdims=True)
-
-
-def _bicubic_matrix(source: int, target: int) -> np.ndarray:
-    """Returns float64 `[target, source]`: row `i` holds the weights of output `i`."""
-    centres = (np.arange(target) + 0.5) * (source / target) - 0.5
-    taps = np.floor(centres)[:, None] + np.arange(-1, 3)
-    weights = _keys(centres[:, None] - taps, a=-0.75)
-    pixels = np.clip(taps, 0, source - 1).astype(int)
-    return np.einsum("tk,tks->ts", weights, np.eye(source)[pixels])
-
-
-def _keys(x: np.ndarray, *, a: float) -> np.ndarray:
-    """Returns the cubic convolution kernel (Keys 1981, equation 4) at distances `x` in pixels."""
-    x = np.abs(x)
-    near = ((a + 2) * x - (a + 3)) * x**2 + 1
-    far = a * (((x - 5) * x + 8) * x - 4)
-    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
-
-
-_MATRICES = {
-    "bilinear": _align_corners_matrix,
-    "bilinear_half_pixel": half_pixel_matrix,
-    "bicubic": _bicubic_antialias_matrix,
-    "bicubic_no_antialias": _bicubic_matrix,
-}

@@ -48,6 +48,7 @@ def make_vit(
     *,
     variant: str | None = None,
     patch_size: int | tuple[int, int] | None = None,
+    kernel_size: int | tuple[int, int] | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
     num_heads: int | None = None,
@@ -65,6 +66,7 @@ def make_vit(
         spelling of `normalize_variant`; with the suffix "-gap-norep" the classifier defaults to
         `gap`.
       patch_size: in pixels, one number for a square; required if `variant` does not include it.
+      kernel_size: see `VisionTransformer`; one number for a square.
 
     Raises:
       UserError: the variant is unknown, a size is missing or impossible, or options exclude each
@@ -92,6 +94,9 @@ def make_vit(
     _check_sizes("resnet_layers", resnet_layers or ())
     if options.get("untied_norm") and options.get("norm_after_pooling"):
         raise UserError("model.untied_norm with model.norm_after_pooling: expected one of them")
+    _check_sizes("kernel_size", kernel_size or 1)
+    options |= {"kernel_size": (kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size}
+    _check_any_size(options, resnet_layers)
     if pooling == "unpooled" and options.get("norm_after_pooling"):
         raise UserError("model.norm_after_pooling with model.classifier='unpooled': nothing pools")
     if options.get("distillation_token"):
@@ -235,7 +240,9 @@ def bind_towers(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     # A vector of zeros has no direction.
     sections = {**section, "image": {"head_init": "lecun_normal"} | section["image"]}
     return {
-        name: bind(sections[name], make, key=f"model.{name}", given=OF_BOTH_TOWERS)[0]
+        name: bind(sections[name], make, key=f"model.{name}", given=(*OF_BOTH_TOWERS, "any_size"))[
+            0
+        ]
         for name, make in TOWER_MAKERS.items()
     }
 
@@ -331,6 +338,35 @@ def _check_distillation_token(options: Mapping[str, Any]) -> None:
             raise UserError(
                 f"model.distillation_token with model.{key}={given!r}: expected {value!r}"
             )
+
+
+def _check_any_size(options: dict[str, Any], resnet_layers: tuple[int, ...] | None) -> None:
+    """Checks the options of models for patches or images of several sizes."""
+    grid, sizes = options.get("posemb_grid"), options.get("patch_sizes", ())
+    _check_sizes("posemb_grid", grid or 1)
+    _check_sizes("patch_sizes", sizes)
+    positions = options.get("position_embedding", "learned")
+    for key in ("kernel_size", "patch_sizes"):
+        if options.get(key) and resnet_layers is not None:
+            raise UserError(
+                f"model.{key}={options[key]!r} with a ResNet in front of the patches: expected a "
+                "model without one"
+            )
+    if grid is not None and positions not in ("learned", "factorized"):
+        raise UserError(
+            f"model.posemb_grid={grid!r} with position_embedding={positions!r}: expected 'learned' "
+            "or 'factorized', since others fit any grid"
+        )
+    if positions == "factorized" and grid is None:
+        raise UserError(
+            "model.position_embedding='factorized' needs the grid that they are resized from: "
+            "expected model.posemb_grid, such as (16, 16)"
+        )
+    if sizes and positions == "learned" and grid is None:
+        raise UserError(
+            f"model.patch_sizes={tuple(sizes)!r}: each size has a grid of its own, to which "
+            "position embeddings are resized: expected model.posemb_grid, such as (7, 7)"
+        )
 
 
 def _check_positions(sizes: Mapping[str, Any], options: Mapping[str, Any]) -> None:

@@ -28,6 +28,14 @@ from vit_jax.models.blocks import DepthSchedule, Encoder, Remat
 from vit_jax.models.heads import HeadInit, MAPHead, apply_head
 from vit_jax.models.lora import Lora
 from vit_jax.models.norms import make_norm
+from vit_jax.models.patches import (
+    Layout,
+    PatchBatch,
+    PatchEmbedding,
+    Segments,
+    grid_layout,
+    mean_of_images,
+)
 from vit_jax.models.positions import (
     CoordinateNoise,
     RopeCoordinates,
@@ -35,11 +43,14 @@ from vit_jax.models.positions import (
     fixed_positions,
     patch_grid,
     rotation_2d,
+    rotation_of,
 )
+from vit_jax.models.resampling import Method
+from vit_jax.utils.errors import UserError
 
 Classifier = Literal["token", "gap", "map", "token_gap", "unpooled", "token_unpooled"]
 _WITH_CLASS_TOKEN = ("token", "token_gap", "token_unpooled")
-PositionEmbedding = Literal["learned", "sincos2d", "sincos2d_mae", "none"]
+PositionEmbedding = Literal["learned", "factorized", "sincos2d", "sincos2d_mae", "none"]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -49,6 +60,10 @@ class VisionTransformer(nn.Module, kw_only=True):
     Attributes:
       num_classes: width of the `head`; 0 for no head: the model returns the representation.
       patch_size: (height, width) of a patch in pixels, or in cells of the ResNet's output.
+      kernel_size: (height, width) of the kernel of the patch embedding that is trained, which each
+        call resizes to `patch_size`; None for `patch_size`.
+      patch_sizes: sizes of patches in pixels of which each step of training draws one, as in
+        FlexiViT (arXiv:2212.08013); `()` for `patch_size` in all steps.
       hidden_size: width of the encoder.
       num_layers: number of encoder blocks.
       num_heads: number of attention heads; must divide `hidden_size`.
@@ -62,8 +77,14 @@ class VisionTransformer(nn.Module, kw_only=True):
       resnet_layers: number of units in each stage of a ResNet in front of the patches (a hybrid);
         `()` for its root only, None for no ResNet.
       resnet_width: factor on the ResNet's 64 channels.
-      position_embedding: `learned`, fixed 2D sines and cosines (`sincos2d`, or `sincos2d_mae` with
+      position_embedding: `learned`, the sum of one for the row and one for the column
+        (`factorized`, as in NaViT), fixed 2D sines and cosines (`sincos2d`, or `sincos2d_mae` with
         the frequencies of arXiv:2111.06377), or `none`.
+      posemb_grid: (rows, columns) of the learned or factorized position embeddings, which each call
+        resizes to the grid of its images; None for that of the images.
+      posemb_resize: how learned ones are resized; see `resampling.axis_weights`.
+      posemb_keep_aspect: whether they are resized to the square of the longer side, of which an
+        image takes the upper left part (`pos_embed_ar_preserving` of timm).
       rope_theta: base of a 2D rotary embedding of queries and keys, such as 100.0; None for none.
       rope_reference_grid: (rows, columns) of patches whose positions any other grid spans, as in
         timm's models (16, 16); None for positions that are rows and columns of patches.
@@ -120,14 +141,19 @@ class VisionTransformer(nn.Module, kw_only=True):
       float8: whether the matrix products of attention projections and MLPs, and of their gradients,
         take float8 inputs (see `models.float8`). The parameters are the same.
       lora: which matrix products have adapters; None for none.
+      any_size: whether uint8 images are columns of patches of images of any size, as the operation
+        `patches` of `data.preprocess` makes them.
       constrain: shards activations over a mesh.
 
     Call: images `[batch, height, width, channels]` (float, [-1, 1] for published weights; height
-    and width divisible by the patch) to `(logits, out)`: logits are float32 `[batch, num_classes]`
-    (`[batch, length, num_classes]` if unpooled); `out` holds `encoded` `[batch, length, hidden]`
-    and `pre_logits` (the input of the head) in `dtype`, and `logits`; with a distillation token
-    also the logits of each head, `class_logits` and `distillation_logits`. `patches`, int32
-    `[batch, kept]`, are the indices of the only patches to encode, row by row; None for all.
+    and width divisible by the patch) or a `PatchBatch` to `(logits, out)`: logits are float32
+    `[batch, num_classes]` (`[batch, length, num_classes]` if unpooled); `out` holds `encoded`
+    `[batch, length, hidden]` and `pre_logits` (the input of the head) in `dtype`, and `logits`;
+    with a distillation token also the logits of each head, `class_logits` and
+    `distillation_logits`. Of a `PatchBatch` whose rows hold several images, `batch` is the number
+    of rows times that of images in `logits` and `pre_logits`, and the number of rows in `encoded`.
+    `patches`, int32 `[batch, kept]`, are the indices of the only patches to encode, row by row;
+    None for all.
     `masked`, bool `[batch, rows * columns]`, are the patches whose embeddings a learned
     `mask_token` replaces; None for none, and for no such token. `position_grid` is the grid of
     the learned position embeddings, which are resized to that of the images; None for the same.
@@ -135,6 +161,8 @@ class VisionTransformer(nn.Module, kw_only=True):
 
     num_classes: int
     patch_size: tuple[int, int]
+    kernel_size: tuple[int, int] | None = None
+    patch_sizes: tuple[int, ...] = ()
     hidden_size: int
     num_layers: int
     num_heads: int
@@ -144,6 +172,9 @@ class VisionTransformer(nn.Module, kw_only=True):
     resnet_layers: tuple[int, ...] | None = None
     resnet_width: float = 1.0
     position_embedding: PositionEmbedding = "learned"
+    posemb_grid: tuple[int, int] | None = None
+    posemb_resize: Method = "bilinear_antialias"
+    posemb_keep_aspect: bool = False
     rope_theta: float | None = None
     rope_reference_grid: tuple[int, int] | None = None
     rope_coordinates: RopeCoordinates = "index"
@@ -181,6 +212,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     dtype: Dtype = "float32"
     float8: bool = False
     lora: Lora | None = None
+    any_size: bool = False
     constrain: Constrain = unconstrained
 
     @property
@@ -206,26 +238,61 @@ class VisionTransformer(nn.Module, kw_only=True):
         names = [field.name for field in dataclasses.fields(BlockConfig)]
         return BlockConfig(**{name: getattr(self, name) for name in names if hasattr(self, name)})
 
+    def check_rows(self, *, packed: bool) -> None:
+        """Raises `UserError` unless it takes a `PatchBatch`, whose rows may be `packed`."""
+        needs = {
+            "a model.posemb_grid such as (16, 16), or position_embedding='none'": (
+                self.any_resolution
+            ),
+            "model.patch_dropout_rate=0": not self.patch_dropout_rate,
+            "model.rope_register_theta=None": self.rope_register_theta is None,
+            "no model.rope_shift, rope_jitter and rope_rescale": not any(
+                (self.rope_shift, self.rope_jitter, self.rope_rescale)
+            ),
+        }
+        if packed:
+            tokens = self.num_prefix_tokens == 0
+            needs["model.classifier='gap' or 'map', without registers"] = tokens
+        missing = [need for need, is_met in needs.items() if not is_met]
+        if missing:
+            rows = "several images in a row" if packed else "images of any size"
+            raise UserError(f"{rows} need {' and '.join(missing)}")
+
+    @property
+    def any_resolution(self) -> bool:
+        """Whether it takes a `PatchBatch`: positions do not depend on the size of the images."""
+        resized = self.posemb_grid is not None
+        return self.resnet_layers is None and (resized or self.position_embedding == "none")
+
     def grid(self, image_size: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of patches in an image of (height, width) pixels."""
         return patch_grid(image_size, self.stride, drop_pixels=self.drop_pixels)
 
+    def at_patch_size(self, size: int) -> "VisionTransformer":
+        """The same model for another patch, to which its kernel is resized."""
+        return self.clone(patch_size=(size, size), kernel_size=self.kernel_size or self.patch_size)
+
     @nn.compact
     def __call__(
         self,
-        images: jax.Array,
+        images: jax.Array | PatchBatch,
         *,
         train: bool,
         patches: jax.Array | None = None,
         masked: jax.Array | None = None,
         position_grid: tuple[int, int] | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        grid = self.grid(images.shape[1:3])
-        embedded = self._embed(images)
-        if masked is not None:
-            embedded = self._mask(embedded, masked)
-        encoded = self._encode(embedded, grid, position_grid or grid, patches, train=train)
-        x = self._pool(encoded, train=train)
+        if isinstance(images, PatchBatch):
+            encoded, segments = self._encode_rows(images, train=train)
+            x = self._pool_rows(encoded, segments, train=train)
+        else:
+            grid = self.grid(images.shape[1:3])
+            embedded = self._embed(images)
+            if masked is not None:
+                embedded = self._mask(embedded, masked)
+            position_grid = self.posemb_grid or position_grid or grid
+            encoded = self._encode(embedded, grid, position_grid, patches, train=train)
+            x = self._pool(encoded, train=train)
         if self.norm_after_pooling:
             x = make_norm(self.block_config, "fc_norm")(x)
         if self.representation_size is not None:
@@ -256,11 +323,23 @@ class VisionTransformer(nn.Module, kw_only=True):
             width = round(64 * self.resnet_width)
             x = resnet.apply_root(x, width, self.dtype)
             x = resnet.apply_stages(x, self.resnet_layers, width, self.dtype)
+        if self.kernel_size is not None:
+            return self._embed_patches(x)
         return nn.Conv(
             self.hidden_size,
             self.patch_size,
             strides=self.patch_size,
             padding="VALID",
+            use_bias=self.embedding_bias,
+            dtype=self.dtype,
+            name="embedding",
+        )(x)
+
+    def _embed_patches(self, x: jax.Array) -> jax.Array:
+        return PatchEmbedding(
+            self.hidden_size,
+            self.patch_size,
+            self.kernel_size or self.patch_size,
             use_bias=self.embedding_bias,
             dtype=self.dtype,
             name="embedding",
@@ -286,22 +365,66 @@ class VisionTransformer(nn.Module, kw_only=True):
         positions = fixed_positions(self.position_embedding, grid, c)
         if positions is not None:
             x = x + jnp.asarray(positions, self.dtype)
-        tokens = []
-        if self.classifier in _WITH_CLASS_TOKEN:
-            tokens.append(self.param("cls", nn.initializers.zeros, (1, 1, c)))
-        if self.distillation_token:
-            tokens.append(self.param("dist", nn.initializers.normal(stddev=0.02), (1, 1, c)))
-        if tokens:
-            first = jnp.concatenate(tokens, axis=1).astype(self.dtype)
-            x = jnp.concatenate([jnp.broadcast_to(first, (n, *first.shape[1:])), x], axis=1)
+        x = self._prepend_tokens(x)
         rotation = self._rotation(grid, train=train) if self.rope_theta is not None else None
+        by_layout = self.position_embedding == "factorized" or self.posemb_keep_aspect
+        layout = grid_layout(grid) if by_layout else None
+        grids = None if position_grid == grid and not by_layout else (position_grid, grid)
+        return self._encoder(grids)(x, rotation, patches, layout, train=train)
+
+    def _encode_rows(self, batch: PatchBatch, *, train: bool) -> tuple[jax.Array, Segments]:
+        """Encodes rows of patches: `[batch, prefix + tokens, hidden]`, and whose tokens these are.
+
+        The images of a row that holds several have no tokens but their patches.
+
+        Raises:
+          UserError: the model does not take images of any size.
+        """
+        self.check_rows(packed=batch.is_packed)
+        x, layout = self._embed_patches(batch.pixels), Layout.of(batch)
+        prefix = jnp.ones((x.shape[0], self.num_prefix_tokens), jnp.int32)
+        ids = jnp.concatenate([prefix, batch.segments], axis=1)
+        segments = Segments(ids, batch.grids.shape[1])
+        rotation = None
+        if self.rope_theta is not None:
+            rotation = rotation_of(
+                layout.coordinates,
+                layout.sizes,
+                self.hidden_size // self.num_heads,
+                theta=self.rope_theta,
+                num_prefix_tokens=self.num_prefix_tokens,
+                reference_grid=self.rope_reference_grid,
+                centered=self.rope_coordinates == "centered",
+            )
+        grid = self.posemb_grid
+        encoder = self._encoder(None if grid is None else (grid, grid))
+        x = self._prepend_tokens(x)
+        return encoder(x, rotation, None, layout, segments, train=train), segments
+
+    def _prepend_tokens(self, x: jax.Array) -> jax.Array:
+        """Puts the class and distillation tokens in front of patches `[batch, length, hidden]`."""
+        tokens, shape = [], (1, 1, x.shape[-1])
+        if self.classifier in _WITH_CLASS_TOKEN:
+            tokens.append(self.param("cls", nn.initializers.zeros, shape))
+        if self.distillation_token:
+            tokens.append(self.param("dist", nn.initializers.normal(stddev=0.02), shape))
+        if not tokens:
+            return x
+        first = jnp.concatenate(tokens, axis=1).astype(self.dtype)
+        first = jnp.broadcast_to(first, (x.shape[0], *first.shape[1:]))
+        return jnp.concatenate([first, x], axis=1)
+
+    def _encoder(self, grids: tuple[tuple[int, int], tuple[int, int]] | None) -> Encoder:
         return Encoder(
             config=self.block_config,
             num_layers=self.num_layers,
             num_class_tokens=self.num_class_tokens,
             num_registers=self.num_registers,
-            learned_positions=self.position_embedding == "learned",
-            grids=None if position_grid == grid else (position_grid, grid),
+            learned_positions=self.position_embedding in ("learned", "factorized"),
+            grids=grids,
+            posemb_resize=None if self.posemb_grid is None else self.posemb_resize,
+            posemb_keep_aspect=self.posemb_keep_aspect,
+            factorized=self.position_embedding == "factorized",
             pre_norm=self.pre_norm,
             patch_dropout_rate=self.patch_dropout_rate,
             stochastic_depth_rate=self.stochastic_depth_rate,
@@ -311,7 +434,7 @@ class VisionTransformer(nn.Module, kw_only=True):
             scan=self.scan,
             remat=self.remat,
             name="Transformer",
-        )(x, rotation, patches, train=train)
+        )
 
     def _rotation(self, grid: tuple[int, int], *, train: bool) -> Rotation:
         """Returns the rotation of class tokens, registers and patches, in this order."""
@@ -351,3 +474,19 @@ class VisionTransformer(nn.Module, kw_only=True):
         if self.classifier == "map":
             return MAPHead(self.block_config, name="MAPHead_0")(encoded, train=train)
         return encoded
+
+    def _pool_rows(self, encoded: jax.Array, segments: Segments, *, train: bool) -> jax.Array:
+        """Represents each image of each row: `[batch * images, hidden]`."""
+        if self.classifier == "token":
+            return encoded[:, 0]
+        patches, prefix = encoded[:, self.num_prefix_tokens :], self.num_prefix_tokens
+        if self.classifier in ("gap", "token_gap"):
+            x = mean_of_images(patches, segments._replace(ids=segments.ids[:, prefix:]))
+            if self.classifier == "token_gap":
+                x = jnp.concatenate([encoded[:, :1], x], axis=-1)
+        elif self.classifier == "map":
+            head = MAPHead(self.block_config, name="MAPHead_0")
+            x = head(encoded, segments.members(), train=train)
+        else:
+            return encoded
+        return x.reshape(-1, x.shape[-1])

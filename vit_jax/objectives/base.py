@@ -2,8 +2,9 @@
 """The base class of objectives: a model and the loss that it is trained with."""
 
 import abc
+import copy
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
 
@@ -44,6 +45,8 @@ class Objective(abc.ABC):
       keeps_average: whether the train state has an average of the parameters by `average_decay`.
       needs_labels: whether batches must have `label`.
       needs_label_maps: whether they must have `label_map`.
+      draws_patch_size: whether each step may have a patch of another size (`model.patch_sizes`).
+      takes_any_size: whether its model may be given patches of images of any size (see `pixels`).
       head_names: names of the heads of `head_logits` `[heads, batch, classes]`, if `predict`
         returns those.
     """
@@ -54,6 +57,8 @@ class Objective(abc.ABC):
     keeps_average: bool = False
     needs_labels: bool = True
     needs_label_maps: bool = False
+    draws_patch_size: bool = False
+    takes_any_size: bool = False
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -87,6 +92,21 @@ class Objective(abc.ABC):
         These are `pre_logits` `[batch, width]`, `encoded` `[batch, tokens, width]` and, see
         `classifies` and `head_names`, `logits` or `head_logits`, in the dtype of the model.
         """
+
+    def at_step(self, *, seed: int, step: int) -> "Objective":
+        """The objective that update number `step`, from 1, minimises: itself, or a variant of it.
+
+        The variants are hashable, and few, since a step is compiled for each.
+        """
+        del seed, step
+        return self
+
+    def with_model(self, model: Any) -> Self:
+        """The same objective with another Flax module, which has the same parameters."""
+        # A copy keeps what was loaded, such as a teacher.
+        other = copy.copy(self)
+        object.__setattr__(other, "model", model)
+        return other
 
     def constants(self) -> dict[str, Any]:
         """Arrays that `loss` finds in `params` and that are not part of the train state."""

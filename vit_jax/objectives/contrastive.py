@@ -52,6 +52,7 @@ class Contrastive(CoupledObjective, ImageObjective):
 
     classifies = False
     needs_labels = False
+    takes_any_size = True
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         images, tokens = self.normalize(batch["image"][:1]), batch["tokens"][:1]

@@ -49,6 +49,8 @@ class Distillation(Supervised):
     temperature: float
     class_names: tuple[str, ...] | None = None
 
+    takes_any_size = False  # The teacher would have to take them too.
+
     @functools.cached_property
     def teacher(self) -> Teacher:
         return load_teacher(

@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts uint8 pixels to the floats that a model expects, and back."""
+"""Converts uint8 pixels to the floats that a model expects, and back.
+
+The line that prepares images decides whether they are images, or columns of patches of images of
+any size (`data.ops.patches`).
+"""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.data.ops.patches import find_patches
+from vit_jax.data.preprocess import parse_preprocess
+from vit_jax.models.interface import Model, takes_any_size
+from vit_jax.models.patches import PatchBatch
 from vit_jax.objectives.base import Objective
 from vit_jax.utils.errors import UserError
 
@@ -26,9 +35,53 @@ class ImageObjective(Objective):
     pixel_mean: Pixels = 0.5
     pixel_std: Pixels = 0.5
 
-    def normalize(self, images: jax.Array) -> jax.Array:
-        """Scales pixels to [-1, 1] by default, as the published weights expect; see `normalize`."""
-        return normalize(images, self.pixel_mean, self.pixel_std)
+    def normalize(self, images: jax.Array) -> Any:
+        """Scales pixels to [-1, 1] by default, as the published weights expect; see `prepare`."""
+        return prepare(getattr(self, "model", None), images, self.pixel_mean, self.pixel_std)
+
+
+def prepare(model: Model, images: jax.Array, mean: Pixels, std: Pixels) -> Any:
+    """The input of a model, with pixels that are normalised as in `normalize`.
+
+    Takes images, uint8 `[batch, height, width, channels]`, and returns them as float32; or columns
+    of patches, if the model was given these by `fit_to_line`, and returns a `PatchBatch`.
+    """
+    if not takes_any_size(model):
+        return normalize(images, mean, std)
+    patches, grids = PatchBatch.split_columns(images)
+    return PatchBatch.of_images(normalize(patches, mean, std), grids)
+
+
+def fit_to_line(model: Model, line: str, *, key: str) -> Model:
+    """The model as it takes the images that a preprocessing line makes.
+
+    Args:
+      model: to be told whether they are columns of patches, of images of any size.
+      line: see `data.preprocess`; its operations are those of `key`.
+      key: of the line in the config, for errors.
+
+    Raises:
+      UserError: the model does not take images of any size, or patches of this size.
+    """
+    op = find_patches(parse_preprocess(line, key=key))
+    if hasattr(model, "towers"):
+        return model.clone(img=fit_to_line(model.img, line, key=key))
+    if op is None:
+        return model.clone(any_size=False) if takes_any_size(model) else model
+    if not hasattr(model, "check_rows"):
+        raise UserError(
+            f"{key}={line!r} makes patches of images of any size, which only model.name='vit' takes"
+        )
+    if (op.size, op.size) != model.patch_size:
+        raise UserError(
+            f"{key}={line!r}: patches of {op.size} pixels, and model.patch_size="
+            f"{model.patch_size}: expected the same"
+        )
+    try:
+        model.check_rows(packed=False)
+    except UserError as e:
+        raise UserError(f"{key}={line!r}: {e}") from None
+    return model.clone(any_size=True)
 
 
 def normalize(images: jax.Array, mean: Pixels, std: Pixels) -> jax.Array:

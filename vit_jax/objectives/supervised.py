@@ -17,6 +17,9 @@ from vit_jax.utils.bounds import read_text
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.registry import takes_options_of
 
+# Tells the draws of patch sizes from other random numbers of a seed.
+PATCH_KEY = 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Supervised(ImageObjective):
@@ -39,6 +42,18 @@ class Supervised(ImageObjective):
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     class_weights: tuple[float, ...] | None = None
     binary_targets: bool = False
+
+    draws_patch_size = True
+    takes_any_size = True
+
+    def at_step(self, *, seed: int, step: int) -> "Supervised":
+        """The objective with the size of patches that a step draws of `model.patch_sizes`."""
+        sizes = getattr(self.model, "patch_sizes", ())
+        if not sizes:
+            return self
+        # All processes draw the same.
+        drawn = np.random.default_rng((seed, step, PATCH_KEY)).integers(len(sizes))
+        return self.with_model(self.model.at_patch_size(sizes[drawn]))
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         images = self.normalize(batch["image"][:1])

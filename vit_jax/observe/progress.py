@@ -55,7 +55,7 @@ class Monitor:
         *,
         step: int,
         total_steps: int,
-        batch_size: int,
+        batch_size: float,
         seconds: Callable[[], Mapping[str, float]],
         on_divergence: str = "stop",
         max_loss: float | None = None,

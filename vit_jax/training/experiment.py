@@ -25,10 +25,10 @@ from vit_jax.checkpoint.state import TrainState
 from vit_jax.config.build import Parts, build_parts
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.pipeline import train_batches
-from vit_jax.models.interface import Model, find_grid
+from vit_jax.models.interface import Model, find_position_grid
 from vit_jax.models.lora import NAME as LORA
 from vit_jax.models.two_towers import TOWERS, TwoTowers
-from vit_jax.objectives.base import Params
+from vit_jax.objectives.base import Objective, Params
 from vit_jax.observe.console import log
 from vit_jax.parallel.mesh import batch_sharding, process_shards, shard_batch
 from vit_jax.parallel.sharding import constrain, infer_shardings, scatter_gradients
@@ -49,6 +49,7 @@ _NO_PART_OF_A_MODEL = (
     "blocks",
     "float8",
     "lora",
+    "any_size",
 )
 
 
@@ -257,7 +258,7 @@ class Experiment(Parts):
         params, notes = adapt_params(
             weights,
             {name: x for name, x in others.items() if name not in own},
-            target_grid=find_grid(self.model, self.train_data.image_shape()[:2]),
+            target_grid=find_position_grid(self.model, self.train_data.image_shape()[:2]),
             num_class_tokens=getattr(self.model, "num_class_tokens", 0),
             **self.settings.adapt,
         )
@@ -305,22 +306,48 @@ class Experiment(Parts):
     @functools.cached_property
     def train_step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
         """The jitted `training.step.train_step` of this experiment; donates the state."""
-        step = self._jit_step()
+        return self._make_step(self.objective)
+
+    def train_step_at(self, step: int) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+        """The function that makes update number `step`, from 1: `train_step`, or a variant of it.
+
+        Variants are those of `Objective.at_step`; each is compiled when it is first called.
+        """
+        objective = self.objective.at_step(seed=self.settings.seed, step=step)
+        if objective is self.objective:
+            return self.train_step
+        if objective not in self._variants:
+            self._variants[objective] = self._make_step(objective)
+        return self._variants[objective]
+
+    @functools.cached_property
+    def _variants(self) -> dict[Objective, Callable[..., Any]]:
+        return {}
+
+    def _make_step(self, objective: Objective) -> Callable[..., Any]:
+        """The jitted step of an objective, with its constants on the devices."""
+        step = self._jit_step(objective)
         if not self.abstract_constants:
             return step
-        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_constants)
-        constants = jax.jit(lambda x: x, out_shardings=shardings)(self.objective.constants())
+        constants = self._constants
         return lambda state, batch: step(state, batch, constants)
+
+    @functools.cached_property
+    def _constants(self) -> dict[str, Any]:
+        """The constants of the objective, on the mesh."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_constants)
+        return jax.jit(lambda x: x, out_shardings=shardings)(self.objective.constants())
 
     def trace_step(self) -> Any:
         """Traces `train_step`, as `jax.stages.Traced`; the devices need not exist."""
         constants = (self.abstract_constants,) if self.abstract_constants else ()
-        return self._jit_step().trace(self.abstract_state, self.abstract_batch, *constants)
+        step = self._jit_step(self.objective)
+        return step.trace(self.abstract_state, self.abstract_batch, *constants)
 
-    def _jit_step(self) -> Any:
+    def _jit_step(self, objective: Objective) -> Any:
         step = functools.partial(
             step_lib.train_step,
-            objective=self.objective,
+            objective=objective,
             optimizer=self.optimizer,
             ema_decay=self.settings.ema_decay,
             ema_warmup=self.settings.ema_warmup,

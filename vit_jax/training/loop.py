@@ -21,12 +21,12 @@ def take_steps(run: Services, state: TrainState, *, start: int) -> None:
     """
     experiment, phases, total = run.experiment, run.phases, run.experiment.total_steps
     batches = experiment.train_batches(start, corrupt=run.corrupt)
-    # Outside of the guard: the first access copies the constants of the objective to the devices.
-    train_step = experiment.train_step
     for step in range(start + 1, total + 1):
         with phases("data_wait"):
             batch = next(batches)
         run.check_input(step, batch)
+        # Outside of the guard: the first access copies the constants of the objective to devices.
+        train_step = experiment.train_step_at(step)
         # A copy between host and device that is not asked for would hold up each step.
         with jax.transfer_guard("disallow"), run.annotate(step):
             state, metrics = train_step(state, batch)

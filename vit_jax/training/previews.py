@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vit_jax.data.ops.patches import to_images
+from vit_jax.models.patches import PatchBatch
 from vit_jax.objectives.base import Params
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.step import step_rng
@@ -49,10 +51,12 @@ def _augment(
     rng, _ = jax.random.split(step_rng(experiment.settings.seed, 0))
     augmented = experiment.objective.augment(dict(batch), rng)
     images, targets = augmented["image"], augmented.get("target", batch.get("label"))
+    learned = None if targets is None else np.asarray(targets)
+    if isinstance(images, PatchBatch):  # Nothing on the device changes these.
+        return to_images(np.asarray(batch["image"])), learned
     args = experiment.settings.objective
     mean, std = (args.get(key, 0.5) for key in ("pixel_mean", "pixel_std"))
     pixels = np.asarray(images) * std + mean
-    learned = None if targets is None else np.asarray(targets)
     return np.round(255 * pixels.clip(0, 1)).astype(np.uint8), learned
 
 

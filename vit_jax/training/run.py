@@ -29,6 +29,7 @@ from vit_jax.config.schema import read_section
 from vit_jax.data.fingerprint import fingerprint
 from vit_jax.data.pipeline import plan_buffers
 from vit_jax.evaluators.base import Evaluator
+from vit_jax.models.interface import takes_any_size
 from vit_jax.models.two_towers import TOWERS
 from vit_jax.observe.console import log, log_progress
 from vit_jax.observe.divergence import DivergedError
@@ -360,7 +361,11 @@ def _describe_model(experiment: Experiment) -> str:
     if hasattr(model, "towers"):
         sizes = [f"{TOWERS[p]} ({', '.join(_list_sizes(x))})" for p, x in model.towers.items()]
     height, width = experiment.train_data.image_shape()[:2]
-    return ", ".join([experiment.config["model"]["name"], *sizes, f"images {height}x{width}"])
+    images = f"images {height}x{width}"
+    if takes_any_size(model):
+        budgets = [budget for budget, _ in experiment.train_data.budgets] or [height // width - 1]
+        images = f"images of any size, up to {', '.join(f'{n:,}' for n in budgets)} patches"
+    return ", ".join([experiment.config["model"]["name"], *sizes, images])
 
 
 def _list_sizes(model: Any) -> list[str]:

@@ -118,7 +118,7 @@ class Services:
                 writer,
                 step=start,
                 total_steps=experiment.total_steps,
-                batch_size=experiment.train_data.batch_size,
+                batch_size=experiment.train_data.images_per_step,
                 seconds=self.phases.seconds,
                 on_divergence=settings.on_divergence,
                 max_loss=settings.max_loss,

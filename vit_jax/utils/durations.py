@@ -23,11 +23,11 @@ class Clock:
     """Converts epochs and examples to steps.
 
     Attributes:
-      batch_size: examples in a step.
+      batch_size: examples in a step, the mean where steps differ.
       epoch_examples: returns the number of examples in an epoch; only called for epochs.
     """
 
-    batch_size: int
+    batch_size: float
     epoch_examples: Callable[[], int]
 
 

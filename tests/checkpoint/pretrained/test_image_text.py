@@ -328,19 +328,13 @@ def test_a_file_of_something_else_is_refused(case, config, change, message, tmp_
         load_pretrained(str(file))
 
 
-def test_naflex_is_refused(tmp_path):
+def test_patches_of_any_resolution_need_a_table_of_positions(tmp_path):
     with np.load(CASES / "siglip2_bv.npz") as file:
         params = dict(file)
     params["params/img/embedding/kernel"] = params["params/img/embedding/kernel"].reshape(192, -1)
     np.savez(tmp_path / "naflex.npz", **params)
     with pytest.raises(UserError, match="of any resolution"):
         load_pretrained(str(tmp_path / "naflex.npz"))
-    kernel = "vision_model.embeddings.patch_embedding.weight"
-    file = put(
-        tmp_path, "hf_siglip", change=lambda t: t | {kernel: t[kernel].reshape(len(t[kernel]), -1)}
-    )
-    with pytest.raises(UserError, match="of any resolution"):
-        load_pretrained(str(file))
 
 
 def test_what_no_file_states_is_assumed_and_noted(tmp_path):

@@ -26,7 +26,8 @@ from vit_jax.checkpoint.pretrained.weights import (
     stack_blocks,
     unstack_blocks,
 )
-from vit_jax.models.positions import FIXED_POSITIONS, Method, fixed_positions, resize_posemb
+from vit_jax.models.positions import FIXED_POSITIONS, fixed_positions, resize_posemb
+from vit_jax.models.resampling import Method
 from vit_jax.models.two_towers import TOWERS
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.nested import as_tuples
@@ -51,6 +52,8 @@ _ARGUMENTS = (
     "rope_coordinates",
     "rope_register_theta",
     "position_embedding",
+    "posemb_resize",
+    "posemb_keep_aspect",
     "num_heads",
     "pre_norm",
     "embedding_bias",
@@ -146,17 +149,21 @@ def _fit_tower(
         *_fit_tokens(params, initial),
         *_fit_biases(params, initial),
         *_fit_channels(params, initial),
-        *_fit_patches(params, initial),
+        *_fit_patches(params, initial, weights.posemb_resize),
     ]
     if target_grid is not None:
         notes += _compute_posemb(weights, params, initial, target_grid, num_class_tokens)
         notes += _fit_posemb(
             params,
             initial,
-            source_grids=(weights.posemb_grid, find_grid(weights.model, weights.preprocess)),
+            source_grids=(
+                weights.posemb_grid,
+                weights.model.get("posemb_grid"),
+                find_grid(weights.model, weights.preprocess),
+            ),
             target_grid=target_grid,
             num_class_tokens=num_class_tokens,
-            method=posemb_resize or weights.posemb_resize,
+            method=posemb_resize or _find_rule(weights),
         )
     head_notes = _fit_head(params, initial)
     return notes + _fit_pre_logits(params, initial) + head_notes
@@ -181,6 +188,13 @@ def _fit_biases(params: _Flat, initial: _Flat) -> list[str]:
         for what, paths in found.items()
         if paths
     ]
+
+
+def _find_rule(weights: Weights) -> Method:
+    """The rule for position embeddings: that of the model, if it resizes its own in each call."""
+    if weights.model.get("posemb_grid"):
+        return weights.model.get("posemb_resize", weights.posemb_resize)
+    return weights.posemb_resize
 
 
 def _match_towers(weights: Weights, initial: _Flat) -> tuple[Weights, list[str]]:
@@ -270,6 +284,8 @@ def _compare_arguments(theirs: Mapping[str, Any], model: Any) -> dict[str, tuple
     different = {
         k: (value, getattr(model, k)) for k, value in both.items() if value != getattr(model, k)
     }
+    if not (theirs.get("posemb_grid") and getattr(model, "posemb_grid", None)):
+        different.pop("posemb_resize", None)  # It matters where a model resizes its own.
     fixed = theirs.get("position_embedding") in FIXED_POSITIONS
     if fixed and getattr(model, "position_embedding", None) == "learned":
         different.pop("position_embedding", None)  # Learned ones start from the fixed ones.
@@ -432,14 +448,17 @@ def _fit_channels(params: _Flat, initial: _Flat) -> list[str]:
     return [f"{path}: {theirs[2]} input channels in the file, {ours[2]} here: {how}"]
 
 
-def _fit_patches(params: _Flat, initial: _Flat) -> list[str]:
+def _fit_patches(params: _Flat, initial: _Flat, posemb_resize: Method) -> list[str]:
     path, theirs, ours = _find_embedding(params, initial)
     if len(theirs) != 4 or path == "conv_root/kernel" or theirs[:2] == ours[:2]:
         return []
     if theirs[2:] != ours[2:]:
         return []
-    params[path] = resize_patches(np.asarray(params[path]), (ours[0], ours[1]))
-    return [f"{path}: patches resized from {_by(theirs)} to {_by(ours)} pixels (pseudo-inverse)"]
+    # timm resizes kernels by the rule that it has for position embeddings.
+    method: Method = "bicubic" if posemb_resize == "bicubic" else "bilinear_half_pixel"
+    params[path] = resize_patches(np.asarray(params[path]), (ours[0], ours[1]), method=method)
+    how = f"pseudo-inverse{', bicubic' if method == 'bicubic' else ''}"
+    return [f"{path}: patches resized from {_by(theirs)} to {_by(ours)} pixels ({how})"]
 
 
 def _find_embedding(params: _Flat, initial: _Flat) -> tuple[str, tuple[int, ...], tuple[int, ...]]:

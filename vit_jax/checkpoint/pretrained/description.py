@@ -101,6 +101,8 @@ def _check_model(model: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> 
 
 
 def _compare_sizes(model: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
+    if model.get("kernel_size"):  # The kernel is resized to `patch_size` in each call.
+        model = {**model, "patch_size": model["kernel_size"]}
     for key in _SIZES:
         stated, real = (_as_pair(key, values.get(key)) for values in (model, found))
         if stated and real and stated != real:

@@ -3,11 +3,13 @@
 
 import numpy as np
 
-from vit_jax.models.positions import half_pixel_matrix
+from vit_jax.models.resampling import Method, kernel_matrix
 from vit_jax.utils.errors import UserError
 
 
-def resize_patches(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_patches(
+    kernel: np.ndarray, size: tuple[int, int], *, method: Method = "bilinear_half_pixel"
+) -> np.ndarray:
     """Resizes the kernel of a patch embedding so that its outputs change least.
 
     With a larger patch, the embedding of an enlarged image equals that of the original; with a
@@ -17,13 +19,14 @@ def resize_patches(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Args:
       kernel: `[height, width, channels, features]`, any float dtype.
       size: (height, width) of the result.
+      method: how images are resized, a rule of `resampling.axis_weights`: "bilinear_half_pixel" as
+        published; timm has "bicubic" for all models but FlexiViT.
 
     Returns:
       `[*size, channels, features]`, in the dtype of `kernel`.
     """
     rows, columns = (
-        np.linalg.pinv(half_pixel_matrix(old, new).T)
-        for old, new in zip(kernel.shape, size, strict=False)
+        kernel_matrix(method, old, new) for old, new in zip(kernel.shape, size, strict=False)
     )
     resized = np.einsum("ri,cj,ijxf->rcxf", rows, columns, kernel, optimize=True)
     return resized.astype(kernel.dtype)

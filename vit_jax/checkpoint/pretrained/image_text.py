@@ -22,6 +22,7 @@ from vit_jax.checkpoint.pretrained.config_json import (
 from vit_jax.checkpoint.pretrained.huggingface import HARMLESS, read_preprocess
 from vit_jax.checkpoint.pretrained.image_text_tensors import (
     PATCHES,
+    POSITIONS,
     PREFIXES,
     TOKENS,
     TRUNK,
@@ -29,6 +30,12 @@ from vit_jax.checkpoint.pretrained.image_text_tensors import (
     drop_unused,
     rename_open_clip,
     to_linen,
+)
+from vit_jax.checkpoint.pretrained.naflex import (
+    TRAINED,
+    describe_budget,
+    square_grid,
+    to_patch_kernel,
 )
 from vit_jax.checkpoint.pretrained.timm import imply_num_heads
 from vit_jax.checkpoint.pretrained.timm_tensors import to_linen as timm_to_linen
@@ -57,6 +64,9 @@ _KINDS = {
     "siglip": "SigLIP",
     "siglip_vision_model": "SigLIP",
     "siglip_text_model": "SigLIP",
+    "siglip2": "SigLIP",
+    "siglip2_vision_model": "SigLIP",
+    "siglip2_text_model": "SigLIP",
 }
 # Defaults of the classes of Hugging Face, and attention heads of both towers.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -82,6 +92,7 @@ _HF_KNOWN = HARMLESS | {
     *("projection_dim", "projection_size", "logit_scale_init_value", "initializer_factor"),
     *("attention_dropout", "dropout", "max_position_embeddings", "num_attention_heads"),
     *("hidden_act", "layer_norm_eps", "image_size", "id2label", "vision_use_head"),
+    "num_patches",  # of SigLIP 2 of any resolution
 }
 _HF_EXPECTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": tuple(_ACTIVATIONS),
@@ -156,6 +167,11 @@ def read_image_text(
     rest, notes = drop_unused(tensors)
     is_huggingface = PATCHES in rest or TOKENS in rest
     rest = rest if is_huggingface else rename_open_clip(rest)
+    any_size = {}
+    if PATCHES in rest and rest[PATCHES].ndim == 2:
+        kernel = to_patch_kernel(rest[PATCHES].T)
+        rest[PATCHES] = kernel.transpose(3, 2, 0, 1)
+        any_size = {"posemb_grid": square_grid(len(rest[POSITIONS])), "posemb_resize": TRAINED}
     trunk = {n.removeprefix(TRUNK): rest.pop(n) for n in list(rest) if n.startswith(TRUNK)}
     kind = _find_kind(rest, trunk)
     parts = [p for p in PREFIXES if any(n.startswith(PREFIXES[p][0]) for n in rest)]
@@ -176,6 +192,8 @@ def read_image_text(
             notes.append(f"{part}: no {where} states {', '.join(assumed)}, as usual for {kind}")
     layout = f"{'Hugging Face' if is_huggingface else 'open_clip'} {kind} safetensors"
     weights = _describe(params, parts, stated, layout)
+    if any_size:
+        weights.model["image"].update(any_size)
     if "img" in parts:
         images = processor if is_huggingface else open_clip.get("preprocess_cfg") or {}
         weights, more = _add_images(weights, stated["img"], images, kind, is_huggingface)
@@ -222,12 +240,6 @@ def read_towers(
 
 
 def _find_kind(tensors: Mapping[str, np.ndarray], trunk: Mapping[str, Any]) -> str:
-    patches = tensors.get(PATCHES)
-    if patches is not None and patches.ndim != 4:
-        raise ValueError(
-            f"its images are of any resolution (NaFlex: {PATCHES} is {list(patches.shape)}), which "
-            "no model here takes; expected SigLIP 2 of a fixed resolution"
-        )
     if trunk and ("attn_pool.latent" not in trunk or "cls_token" in trunk):
         raise ValueError("its images go through a model of timm that is not SigLIP's")
     of_siglip = ("vision_model.head.probe", "text_model.head.weight")
@@ -282,7 +294,7 @@ def _read_huggingface(
             raise ValueError(
                 f"model_type={model_type!r} in config.json, but the tensors are those of a {kind}"
             )
-        whole = model_type in ("clip", "siglip")
+        whole = model_type in ("clip", "siglip", "siglip2")
         where = f"{_SECTIONS[part]}." if whole else ""
         section = config.get(_SECTIONS[part]) if whole else config
         section = {} if section is None else section
@@ -309,7 +321,9 @@ def _read_huggingface(
     heads = stated.get("num_attention_heads", defaults["heads"][part] if known else None)
     assumed = () if known else _describe_assumed(model)
     if part == "img":
-        size = stated.get("image_size", 224 if known else None)
+        # SigLIP 2 of any resolution has no size, but a number of position embeddings.
+        usual = 224 if known and "siglip2" not in str(model_type) else None
+        size = stated.get("image_size", usual)
         pixels = None if size is None else read_pair(size, f"{where}image_size in config.json")
         return _Stated(heads, model, pixels, assumed)
     # The class reads 2 as: the greatest token. Its own default is the vocabulary's.
@@ -458,14 +472,21 @@ def _add_images(
             f"its {length} position embeddings are not those of {grid[0]}x{grid[1]} patches, which "
             f"images of {size or 'equal sides'} have"
         )
-    covered = image_size_of(grid, model)
+    covered, stated_budget = image_size_of(grid, model), images.get("max_num_patches")
     preprocess: dict[str, Any] = dict(_PIXELS[kind])
     if is_huggingface:
+        keys = ("image_mean", "image_std") if "posemb_grid" in model else tuple(images)
+        images = {key: images[key] for key in keys if key in images}
         found, notes = read_preprocess(images, {}, kind=kind)
     else:
         found, notes = _read_open_clip_images(images, size or covered)
     if "mean" not in found:
         notes.append(f"images: mean and std are not stated; those of {kind} are taken")
+    if "posemb_grid" in model:
+        preprocess |= found | describe_budget(rows, grid, budget=_read_budget(stated_budget))
+        return dataclasses.replace(
+            weights, preprocess=preprocess, posemb_grid=grid, posemb_resize=model["posemb_resize"]
+        ), notes
     preprocess |= {"image_size": size or covered} | found
     if (prepared := preprocess["image_size"]) != covered and grid == tuple(
         n // p for n, p in zip(prepared, (rows, columns), strict=True)
@@ -487,6 +508,16 @@ def _add_images(
         ),
         notes,
     )
+
+
+def _read_budget(stated: Any) -> int | None:
+    """Returns the number of patches in preprocessor_config.json; None if it is not stated."""
+    if stated is not None and (type(stated) is not int or not 0 < stated < 2**16):
+        raise ValueError(
+            f"max_num_patches={shorten(stated)} in preprocessor_config.json: expected a number of "
+            "patches"
+        )
+    return stated
 
 
 def _read_open_clip_images(

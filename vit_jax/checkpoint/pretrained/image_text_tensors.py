@@ -20,6 +20,7 @@ from vit_jax.checkpoint.pretrained.weights import POSEMB
 _Arrays = dict[str, np.ndarray]
 
 PATCHES = "vision_model.embeddings.patch_embedding.weight"
+POSITIONS = "vision_model.embeddings.position_embedding.weight"
 TOKENS = "text_model.embeddings.token_embedding.weight"
 # The names of both towers' tensors, and of a projection beside each of them.
 PREFIXES = {

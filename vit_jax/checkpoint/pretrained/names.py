@@ -9,9 +9,15 @@ _T = TypeVar("_T")
 
 # The tensor that every Vision Transformer of timm, or of Hugging Face, has.
 TIMM_PATCHES = "patch_embed.proj.weight"
+TIMM_NAFLEX_PATCHES = "embeds.proj.weight"
 HUGGINGFACE_PATCHES = "embeddings.patch_embeddings.projection.weight"
 HUGGINGFACE_DINOV3_PATCHES = "embeddings.patch_embeddings.weight"
-_PATCHES = TIMM_PATCHES, HUGGINGFACE_PATCHES, HUGGINGFACE_DINOV3_PATCHES
+_PATCHES = (
+    TIMM_PATCHES,
+    TIMM_NAFLEX_PATCHES,
+    HUGGINGFACE_PATCHES,
+    HUGGINGFACE_DINOV3_PATCHES,
+)
 
 # Wrappers of PyTorch, which may surround any module of a model.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}

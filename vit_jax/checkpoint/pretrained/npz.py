@@ -19,6 +19,7 @@ from etils import epath
 from flax import traverse_util
 
 from vit_jax.checkpoint.pretrained.description import check_description
+from vit_jax.checkpoint.pretrained.naflex import describe_budget, move_big_vision
 from vit_jax.checkpoint.pretrained.towers import has_towers, put_part, take_part
 from vit_jax.checkpoint.pretrained.weights import (
     POSEMB,
@@ -52,6 +53,7 @@ _PRE_LINEN = {
     "LayerNorm_1": "LayerNorm_2",
     "MlpBlock_0": "MlpBlock_3",
 }
+_FLEXI = re.compile("flexi", re.IGNORECASE)
 # Modules that older files with attention pooling have at the root.
 _POOLING = re.compile(r"(probe$|(MultiHeadDotProductAttention|LayerNorm|MlpBlock)_0/)")
 
@@ -61,7 +63,8 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
 
     Two layouts are read: that of google-research/vision_transformer, with names from before Flax
     Linen and any wrapper, and that of big_vision, with position embeddings at the root, blocks
-    stacked for scan, and bfloat16; SigLIP, SigLIP 2 and LiT have this one for both towers. So are
+    stacked for scan, and bfloat16; SigLIP, SigLIP 2 (of any resolution, too) and LiT have this one
+    for both towers. So are
     files of `write_npz` of a model from outside of this
     package, whose parameters keep their names.
 
@@ -95,12 +98,10 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
             loss=described.get("loss"),
         )
         return _check_described(weights, path)
-    kernel = params.get("img/embedding/kernel", params.get("embedding/kernel"))
-    if kernel is not None and kernel.ndim == 2:
-        raise UserError(
-            f"{path}: its images are of any resolution (NaFlex: embedding/kernel is "
-            f"{list(kernel.shape)}), which no model here takes; expected one of a fixed resolution"
-        )
+    try:
+        params, any_size = move_big_vision(params)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
     is_big_vision = any(path.endswith("pos_embedding") for path in params) and not any(
         POSEMB in path for path in params
     )
@@ -113,10 +114,17 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
         )
     if model["name"] == "vit" and POSEMB not in params:
         model["position_embedding"] = "sincos2d"
+    image, images = model.get("image", model), {}
+    if any_size:
+        image.update(any_size)
+        images = describe_budget(image["patch_size"][0], any_size["posemb_grid"])
     functions = {"activation": "gelu_tanh", "norm_epsilon": 1e-6}
     for section in (model[s] for s in TOWERS.values() if s in model):
         section |= functions
     notes = []
+    if "posemb" not in described and _FLEXI.search(path.name):
+        posemb["posemb_resize"] = "bilinear_antialias"
+        notes.append("FlexiViT, by the name of the file: posemb_resize is bilinear_antialias")
     if "text" in model and "model" not in described and "pooling" not in model["text"]:
         notes.append("txt: pooled at the last token, as in SigLIP; the file does not state it")
     weights = Weights(
@@ -124,7 +132,7 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
         layout="big_vision npz" if is_big_vision else "published npz",
         model=model | ({} if "image" in model else functions) | described.get("model", {}),
         notes=tuple(notes),
-        preprocess=described.get("preprocess", {"mean": 0.5, "std": 0.5}),
+        preprocess=described.get("preprocess", {"mean": 0.5, "std": 0.5} | images),
         **posemb,
         class_names=described.get("class_names"),
         loss=described.get("loss"),

@@ -12,7 +12,7 @@ from flax import traverse_util
 from vit_jax.checkpoint.pretrained.adapt import adapt_params
 from vit_jax.checkpoint.pretrained.towers import TEXT, take_part
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights
-from vit_jax.models.interface import example_inputs, find_grid
+from vit_jax.models.interface import example_inputs, find_position_grid
 from vit_jax.models.two_towers import TOWERS
 from vit_jax.models.variants import MODELS
 from vit_jax.utils.bounds import check_growth
@@ -20,7 +20,7 @@ from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.registry import bind, find_part, is_part, keywords
 
 # Arguments that change how a model runs, and not what it computes.
-_RUN = ("constrain", "scan", "remat", "attention", "blocks", "float8", "lora")
+_RUN = ("constrain", "scan", "remat", "attention", "blocks", "float8", "lora", "any_size")
 
 _MAX_LISTED = 4  # parameters in one line of an error
 
@@ -82,7 +82,7 @@ def fill_model(
     return adapt_params(
         weights,
         jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables["params"]),
-        target_grid=find_grid(model, image_shape[:2]),
+        target_grid=find_position_grid(model, image_shape[:2]),
         num_class_tokens=getattr(model, "num_class_tokens", 0),
         **adapt,
     )
@@ -146,7 +146,7 @@ def _find_image_shape(weights: Weights, model: Any) -> tuple[int, int, int]:
         params, model = take_part(params, "img"), model.img
     channels = next(params[path].shape[2] for path in kernels if path in params)
     patches = 1
-    if POSEMB in params:
+    if POSEMB in params and getattr(model, "posemb_grid", None) is None:
         patches = params[POSEMB].shape[1] - model.num_class_tokens
     mixing = params.get("MixerBlock_0/token_mixing/Dense_0/kernel")
     if mixing is not None:

@@ -28,7 +28,13 @@ from vit_jax.checkpoint.pretrained.huggingface import is_huggingface, read_huggi
 from vit_jax.checkpoint.pretrained.image_text import read_image_text, read_towers
 from vit_jax.checkpoint.pretrained.image_text_config import to_huggingface_tensors
 from vit_jax.checkpoint.pretrained.image_text_tensors import is_image_text
-from vit_jax.checkpoint.pretrained.names import TIMM_PATCHES, describe_family, unwrap
+from vit_jax.checkpoint.pretrained.naflex import read_naflex
+from vit_jax.checkpoint.pretrained.names import (
+    TIMM_NAFLEX_PATCHES,
+    TIMM_PATCHES,
+    describe_family,
+    unwrap,
+)
 from vit_jax.checkpoint.pretrained.peft import Adapters
 from vit_jax.checkpoint.pretrained.timm import read_timm
 from vit_jax.checkpoint.pretrained.timm_tensors import to_linen, to_timm
@@ -70,6 +76,7 @@ _PARTS = {"visual": "img", "vision_model": "img", "text": "txt", "text_model": "
 MODEL_KEYS = (
     "name",
     "patch_size",
+    "kernel_size",
     "hidden_size",
     "num_layers",
     "num_heads",
@@ -79,6 +86,9 @@ MODEL_KEYS = (
     "resnet_layers",
     "resnet_width",
     "position_embedding",
+    "posemb_grid",
+    "posemb_resize",
+    "posemb_keep_aspect",
     "rope_theta",
     "rope_reference_grid",
     "rope_coordinates",
@@ -153,6 +163,8 @@ def read_safetensors(
         elif is_huggingface(tensors):
             processor = read_json(file.parent / "preprocessor_config.json")
             weights = read_huggingface(tensors, config, processor, num_heads)
+        elif TIMM_NAFLEX_PATCHES in tensors:
+            weights = read_naflex(tensors, config, num_heads)
         elif TIMM_PATCHES in tensors:
             weights = read_timm(tensors, config, num_heads)
         else:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from vit_jax.models.positions import Method
+from vit_jax.models.resampling import Method
 from vit_jax.models.resnet import total_stride
 from vit_jax.utils.bounds import shorten
 from vit_jax.utils.errors import UserError
@@ -212,6 +212,7 @@ def infer_model(params: Mapping[str, Any]) -> dict[str, Any]:
 def describe_model(params: Mapping[str, np.ndarray], *, rope_theta: float | None) -> dict[str, Any]:
     """Returns `infer_model` of a file whose position embeddings are learned or none."""
     positions = "learned" if POSEMB in params else "none"
+    positions = "factorized" if f"{POSEMB}_y" in params else positions
     return infer_model(params) | {"position_embedding": positions, "rope_theta": rope_theta}
 
 
@@ -372,6 +373,9 @@ def _infer_vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     doubled = shapes.get("head/kernel", (0,))[0] == 2 * hidden
     if doubled and "cls" in shapes and "pre_logits/bias" not in shapes:
         found["classifier"] = "token_gap"
+    axes = [shapes.get(f"{POSEMB}_{axis}", ()) for axis in "yx"]
+    if all(axes):
+        found |= {"position_embedding": "factorized", "posemb_grid": (axes[0][0], axes[1][0])}
     if "pre_logits/bias" in shapes:
         found["representation_size"] = shapes["pre_logits/bias"][0]
     if "conv_root/kernel" in shapes:

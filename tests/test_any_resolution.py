@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training and using a model on images of any size."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.tiny import tiny_config
+from tests.trained import write_model
+from vit_jax.data.pipeline import DatasetSpec, read_step, train_batches
+from vit_jax.inference.model import load_model
+from vit_jax.training.experiment import Experiment
+from vit_jax.utils.errors import UserError
+
+SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 4, "mlp_dim": 32}
+MODEL = SIZES | {"patch_size": 4, "posemb_grid": (3, 3), "classifier": "map"}
+LINE = "decode|resize(12, 20)|patches(4, 12)"
+VAL = {"split": "test[:50]", "preprocess": "decode|resize(20, 12)|patches(4, 20)"}
+
+
+def config(data_dir, **changes):
+    options = {"model": MODEL, "data__preprocess": LINE, "evals": {"val": VAL}}
+    return tiny_config(data_dir, **(options | changes))
+
+
+def spec(data_dir, **options):
+    given = {"name": "digits", "split": "train", "preprocess": LINE, "batch_size": 8, "key": "data"}
+    return DatasetSpec(**(given | {"data_dir": data_dir, "num_threads": 0} | options))
+
+
+def test_a_step_trains_on_patches_and_evaluation_may_have_another_budget(data_dir):
+    experiment = Experiment.from_config(config(data_dir))
+    batch = next(experiment.train_batches(0))
+    assert batch["image"].shape == (16, 13 * 4, 4, 3)
+    state, metrics = experiment.train_step(experiment.init_state(), batch)
+    assert np.isfinite(metrics["loss"])
+    results = experiment.evaluators[0].run(state.params)
+    assert results["count"] == 50
+    assert experiment.description["preprocess"]["eval"] == VAL["preprocess"]
+    assert "any_size" not in experiment.description["model"]
+
+
+def test_budgets_take_turns_and_any_step_can_be_first(data_dir):
+    budgets = ((6, 16), (12, 8), (24, 4))
+    data = spec(data_dir, budgets=budgets)
+    batches = train_batches(data, seed=0, step=0)
+    first = [next(batches) for _ in range(7)]
+    sizes = dict(budgets)
+    for batch in first:
+        count, height = batch["image"].shape[:2]
+        assert sizes[height // 4 - 1] == count
+    for rounds in (first[:3], first[3:6]):
+        assert sorted(len(batch["label"]) for batch in rounds) == [4, 8, 16]
+    later = train_batches(data, seed=0, step=4)
+    for batch in first[4:]:
+        np.testing.assert_array_equal(next(later)["image"], batch["image"])
+    halves = [
+        next(train_batches(data, seed=0, step=5, shards=(i,), num_shards=2))["image"]
+        for i in range(2)
+    ]
+    np.testing.assert_array_equal(np.concatenate(halves), first[5]["image"])
+    batch, records = read_step(data, seed=0, step=5)
+    np.testing.assert_array_equal(batch["image"], first[5]["image"])
+    assert len(records) == len(batch["label"])
+    assert data.images_per_step == 28 / 3
+
+
+def test_examples_follow_each_other_over_batches_of_all_sizes(data_dir):
+    data = spec(data_dir, budgets=((6, 16), (12, 8), (24, 4)))
+    plain = spec(data_dir, batch_size=28)
+    labels = [next(batches)["label"] for batches in [train_batches(data, seed=0, step=0)] * 3]
+    want = next(train_batches(plain, seed=0, step=0))["label"]
+    np.testing.assert_array_equal(np.concatenate(labels), want)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("naflex") / "model.npz"
+    return write_model(path, posemb_grid=(2, 2), classifier="gap", position_embedding="learned")
+
+
+def test_predictions_do_not_depend_on_padding(file):
+    image = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
+    models = [
+        load_model(file, preprocess=line, devices=jax.devices()[:1])
+        for line in ("decode|resize(12, 20)", "decode|resize(12, 20)|patches(4, 15)")
+    ]
+    whole, patches = (model(model.preprocess(image)).logits for model in models)
+    np.testing.assert_allclose(patches, whole, atol=1e-5)
+    more = load_model(file, preprocess="decode|patches(4, 40)", devices=jax.devices()[:1])
+    shapes = [(24, 40), (40, 24), (8, 99)]
+    images = [np.resize(image, (*shape, 3)) for shape in shapes]
+    together = more(np.stack([more.preprocess(x) for x in images])).logits
+    for x, logits in zip(images, together, strict=True):
+        np.testing.assert_allclose(more(more.preprocess(x)).logits[0], logits, atol=1e-5)
+
+
+def test_mirrored_patches_are_refused(file):
+    model = load_model(file, preprocess="decode|patches(4, 16)", devices=jax.devices()[:1])
+    with pytest.raises(UserError, match="expected None for patches"):
+        model(np.zeros((1, *model.image_shape), np.uint8), tta="flip")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": MODEL | {"posemb_grid": None}}, "need a model.posemb_grid"),
+        ({"model": MODEL | {"patch_size": 2}}, "patches of 4 pixels, and model.patch_size"),
+        ({"objective": {"mixup": 0.2}}, "nothing on the device changes or mixes"),
+        ({"objective": {"name": "linear_probe"}}, "which needs images of one size"),
+        ({"data__budgets": ((0, 8),)}, "at least 1"),
+        ({"data__budgets": ((8, 8),), "data__preprocess": "decode|resize(8)"}, "to end in"),
+        ({"data__preprocess": "decode|resize(8)"}, "expected the same"),
+        ({"evals": {"val": VAL | {"preprocess": "decode|resize(8)"}}}, "expected the same"),
+    ],
+)
+def test_what_needs_images_of_one_size_is_refused(data_dir, changes, words):
+    with pytest.raises(UserError, match=words):
+        Experiment.from_config(config(data_dir, **changes))
+
+
+def test_a_file_of_a_model_for_several_patches_is_used_at_any_of_them(tmp_path):
+    options = {"kernel_size": (3, 3), "patch_sizes": (2, 4), "posemb_grid": (2, 2)}
+    file = write_model(tmp_path / "flexi.npz", **options, position_embedding="learned")
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    logits = {}
+    for size in (2, 4, 8):
+        model = load_model(file, model={"patch_size": size}, devices=jax.devices()[:1])
+        assert model.module.kernel_size == (3, 3)
+        assert model.module.patch_size == (size, size)
+        logits[size] = model(images).logits
+    assert not np.allclose(logits[2], logits[4])
+    stated = load_model(file, devices=jax.devices()[:1])
+    np.testing.assert_array_equal(stated(images).logits, logits[4])
