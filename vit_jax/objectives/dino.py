@@ -520,10 +520,11 @@ def make_dino(
         momentum_end=momentum_end,
         mask_share=mask_share,
     )
-    _check_prototypes("prototypes", prototypes, bottleneck, clock.batch_size)
+    batch_size = int(clock.batch_size)  # Views are of one size, so it is the same in all steps.
+    _check_prototypes("prototypes", prototypes, bottleneck, batch_size)
     separate = ibot_head == "separate"
     if ibot_prototypes is not None:
-        _check_prototypes("ibot_prototypes", ibot_prototypes, bottleneck, clock.batch_size)
+        _check_prototypes("ibot_prototypes", ibot_prototypes, bottleneck, batch_size)
         if not (ibot_weight and separate):
             raise UserError(
                 f"objective.ibot_prototypes={ibot_prototypes}: expected objective.ibot_weight "
@@ -568,7 +569,7 @@ def make_dino(
         ),
         momentum=(momentum, momentum_end),
         total_steps=total_steps,
-        batch_size=clock.batch_size,
+        batch_size=batch_size,
         local_crops=view_shapes[LOCAL][0] if LOCAL in view_shapes else 0,
         grid=grid,
         pixel_mean=mean,

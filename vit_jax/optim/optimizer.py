@@ -49,7 +49,7 @@ class Optimizer:
     accum_steps: int
     peak_lr: float
     lr: float
-    scaled_to: tuple[int, int] | None
+    scaled_to: tuple[int, float] | None
     weight_decay: float
     weight_decay_end: float | None = None
     sam: Sam | None = None
