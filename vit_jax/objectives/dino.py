@@ -34,7 +34,13 @@ from vit_jax.objectives.ssl_losses import (
 )
 from vit_jax.observe.console import log
 from vit_jax.optim.schedules import cosine_between, linear_between
-from vit_jax.utils.durations import UNITS, Clock, duration_keys, find_duration, to_steps
+from vit_jax.utils.durations import (
+    Clock,
+    count_steps,
+    duration_keys,
+    find_duration,
+    to_steps,
+)
 from vit_jax.utils.errors import UserError, name_key
 
 Centering = Literal["centering", "sinkhorn"]
@@ -679,18 +685,13 @@ def _count_gram_steps(
     """The steps of `gram_start` and of `gram_updates`."""
 
     def count(key: str, duration: Mapping[str, Any]) -> int:
-        key = f"objective.{key}"
-        found = find_duration(duration, dict(zip(UNITS, UNITS, strict=True)), prefix=f"{key}: ")
-        if found is None or len(duration) > 1:
-            raise UserError(f"{key} has {duration}; expected one of {', '.join(UNITS)}")
-        unit, value = found
-        steps = to_steps(value, unit, clock=clock, total_steps=total_steps)
-        if steps >= total_steps:
-            raise UserError(
-                f"{key}: {unit}={value} is not shorter than the {total_steps} steps of the run: it "
-                "would never take effect; expected less, or a longer run"
-            )
-        return steps
+        return count_steps(
+            duration,
+            key=f"objective.{key}",
+            clock=clock,
+            total_steps=total_steps,
+            unless="it would never take effect; expected less, or a longer run",
+        )
 
     first = 0 if start is None else count("gram_start", start)
     return first, tuple(count("gram_updates", duration) for duration in updates)

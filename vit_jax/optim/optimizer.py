@@ -14,7 +14,7 @@ from vit_jax.optim.norms import clip_by_global_norm
 from vit_jax.optim.rules import DECAYED, ParamRules
 from vit_jax.optim.sam import Sam
 from vit_jax.optim.schedules import ScheduleOptions, cosine_between
-from vit_jax.utils.durations import UNITS, Clock, find_duration, to_steps
+from vit_jax.utils.durations import Clock, count_steps
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import bind, takes_options_of
 from vit_jax.utils.tree import merge, partition, path_str
@@ -166,7 +166,16 @@ def make_optimizer(
     end = None
     if weight_decay_end is not None:
         end = _relative_decay(weight_decay_end, weight_decay_times, peak, base)
-    starts = [_count_steps(pattern, d, clock, total_steps) for pattern, d in train_after]
+    starts = [
+        count_steps(
+            duration,
+            key=f"optimizer.train_after: {pattern!r}",
+            clock=clock,
+            total_steps=total_steps,
+            unless="these parameters would never be trained",
+        )
+        for pattern, duration in train_after
+    ]
     clip = None
     if grad_clip_norm is not None:
         clip = _clip(grad_clip_norm, rules, sharded=sharded)
@@ -333,24 +342,6 @@ def _clip(norm: float, rules: ParamRules, *, sharded: bool) -> optax.GradientTra
         return merge(clip(rest), clipped), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def _count_steps(
-    pattern: str, duration: dict[str, Any], clock: Clock | None, total_steps: int
-) -> int:
-    """The number of updates in a duration of `train_after`."""
-    key = f"optimizer.train_after: {pattern!r}"
-    found = find_duration(duration, dict(zip(UNITS, UNITS, strict=True)), prefix=f"{key}: ")
-    if found is None or len(duration) > 1:
-        raise UserError(f"{key} has {duration}; expected one of {', '.join(UNITS)}")
-    unit, value = found
-    steps = to_steps(value, unit, clock=clock, total_steps=total_steps)
-    if steps >= total_steps:
-        raise UserError(
-            f"{key}: {unit}={value} is not shorter than the {total_steps} steps of the run: these "
-            "parameters would never be trained"
-        )
-    return steps
 
 
 def _hold(starts: list[int], rules: ParamRules) -> optax.GradientTransformation:

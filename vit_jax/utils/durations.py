@@ -87,6 +87,39 @@ def to_steps(
     return round(examples / clock.batch_size)
 
 
+def count_steps(
+    duration: Mapping[str, Any],
+    *,
+    key: str,
+    clock: Clock | None,
+    total_steps: int,
+    unless: str,
+) -> int:
+    """Returns the steps of a duration within a run, given as a dict such as `{"percent": 5}`.
+
+    Args:
+      duration: its unit and its value.
+      key: what has the duration, for errors.
+      clock: needed for epochs and examples.
+      total_steps: of the run.
+      unless: what is wrong if the run is not longer, for the error.
+
+    Raises:
+      UserError: it is not one duration, or not shorter than the run.
+    """
+    found = find_duration(duration, dict(zip(UNITS, UNITS, strict=True)), prefix=f"{key}: ")
+    if found is None or len(duration) > 1:
+        raise UserError(f"{key} has {duration}; expected one of {', '.join(UNITS)}")
+    unit, value = found
+    steps = to_steps(value, unit, clock=clock, total_steps=total_steps)
+    if steps >= total_steps:
+        raise UserError(
+            f"{key}: {unit}={value} is not shorter than the {total_steps} steps of the run: "
+            f"{unless}"
+        )
+    return steps
+
+
 def split_every(
     section: Mapping[str, Any], stem: str, *, prefix: str = ""
 ) -> tuple[dict[str, Any], dict[str, Any]]:
