@@ -222,7 +222,19 @@ def test_texts_are_classes_of_a_model_of_images_and_texts(call_towers, towers, p
     ]
     probabilities = [p["probability"] for p in record["predictions"]]
     np.testing.assert_allclose(probabilities, [p for _, p in found.top()], atol=1e-5)
-    assert "classes by text: 2, prompts: a {}" in err
+    assert err.count("classes by text") == 1
+    assert err.index("model: ") < err.index("classes by text: 2, prompts: a {}\n")
+
+
+def test_several_templates_are_written_as_in_a_config(call_towers, towers, place, capfd):
+    image = str(place / "images" / "00.png")
+    line = "--templates=('a {}', 'one {}')"
+    assert call_towers("--labels=cat,dog", "--format=json", line, image) == 0
+    out, err = capfd.readouterr()
+    found = vit_jax.load_model(towers)(image, labels=["cat", "dog"], templates=("a {}", "one {}"))
+    given = [p["probability"] for p in json.loads(out)["predictions"]]
+    np.testing.assert_allclose(given, [p for _, p in found.top()], atol=1e-5)
+    assert "classes by text: 2, prompts: 'a {}', 'one {}'\n" in err
 
 
 def test_a_file_of_labels_may_have_commas_in_them(call_towers, place, capfd):

@@ -35,6 +35,7 @@ from vit_jax.inference.source import (
     add_source,
     check_source,
     load_labels,
+    log_classes,
     log_source,
     read_source,
 )
@@ -267,8 +268,7 @@ def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) ->
     layer, names, classes = choose_classes(args, model)
     log_source(model)
     if classes is not None:
-        prompts = args.templates or "the labels as they are"
-        log(f"  classes by text: {len(names):,}, prompts: {prompts}")
+        log_classes(args, classes)
     segments, folder = layer == "pixel_logits", args.masks and MaskFolder(args.masks)
     compute = functools.partial(model.start, layer=layer, tta=args.tta)
     if segments:

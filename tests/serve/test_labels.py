@@ -108,3 +108,8 @@ def test_the_tokenizer_must_be_known(model):
     texts = dataclasses.replace(model.texts, tokenizer=None)
     with pytest.raises(UserError, match="the tokenizer of these weights is not known"):
         make_app(dataclasses.replace(model, texts=texts))
+
+
+def test_templates_are_checked_before_the_first_request(model):
+    with pytest.raises(UserError, match=r"templates='my': expected a file, a template with {}"):
+        make_app(model, templates="my")

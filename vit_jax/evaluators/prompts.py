@@ -55,6 +55,12 @@ def find_templates(given: str | Sequence[str], *, key: str) -> tuple[str, ...]:
       UserError: the file can't be read, there are no templates, or one has not one `{}`.
     """
     if not isinstance(given, str):
+        texts = isinstance(given, Sequence) and all(isinstance(text, str) for text in given)
+        if not texts:
+            raise UserError(
+                f"{key}={given!r}: expected a text or several, each with {SLOT} for the name of "
+                "the class"
+            )
         templates = tuple(given)
     elif given in TEMPLATES:
         return TEMPLATES[given]

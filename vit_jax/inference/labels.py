@@ -85,7 +85,7 @@ def check_labels(labels: Any, *, key: str) -> tuple[str, ...]:
     """
     texts = isinstance(labels, Sequence) and all(isinstance(label, str) for label in labels)
     if isinstance(labels, str) or not texts:
-        shown = shorten(labels) if isinstance(labels, str) else f"a {type(labels).__name__}"
+        shown = shorten(labels) if isinstance(labels, str) else printable(repr(labels)[:_SHOWN])
         raise UserError(f"{key}: {shown}: expected a list of texts, such as ['a cat', 'a dog']")
     if not labels:
         raise UserError(f"{key}: there are none: expected at least one text")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_jax.checkpoint.workdir import is_workdir
+from vit_jax.config.load import parse_literal
 from vit_jax.observe.console import log
 from vit_jax.utils.class_names import normalize_name, read_lines
 from vit_jax.utils.command import CommandParser, add_workdir
@@ -104,9 +105,10 @@ def add_source(
     if texts == "classes":
         add(
             "--templates",
-            help="Insert each text of --labels into these templates, such as 'a photo of a {}.', "
-            "a file with one a line, or one of name, photo and photos. The default is name, the "
-            "text as it is.",
+            type=_parse_templates,
+            help="Insert each text of --labels into these templates: one such as 'a photo of a "
+            "{}.', several such as \"('a {}', 'one {}')\", a file with one a line, or one of name, "
+            "photo and photos. The default is name, the text as it is.",
         )
     if texts is not None:
         add(
@@ -257,12 +259,20 @@ def load_labels(args: argparse.Namespace, model: "LoadedModel") -> "TextClasses 
     if args.labels is None:
         model.check_classifies()  # Raises, since it has none.
         return None
-    classes = model.embed_labels(
-        _read_labels(args.labels), templates=args.templates, key="--labels"
-    )
-    count = len(classes.names)
-    log(f"  classes by text: {count:,}, prompts: {args.templates or 'the labels as they are'}")
-    return classes
+    return model.embed_labels(_read_labels(args.labels), templates=args.templates, key="--labels")
+
+
+def log_classes(args: argparse.Namespace, classes: "TextClasses") -> None:
+    """Logs how many classes `load_labels` made, and of which prompts."""
+    given = args.templates or "the labels as they are"
+    prompts = given if isinstance(given, str) else ", ".join(map(repr, given))
+    log(f"  classes by text: {len(classes.names):,}, prompts: {prompts}")
+
+
+def _parse_templates(text: str) -> str | tuple[str, ...]:
+    """One value, or the tuple or list of several, as `evals.NAME.templates` takes them."""
+    value = parse_literal(text)
+    return tuple(map(str, value)) if isinstance(value, tuple | list) else text
 
 
 def _is_file(labels: str) -> bool:

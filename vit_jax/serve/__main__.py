@@ -27,6 +27,7 @@ from vit_jax.inference.source import (
     add_source,
     check_source,
     load_labels,
+    log_classes,
     log_source,
     read_source,
 )
@@ -127,6 +128,8 @@ def main(argv: Sequence[str]) -> None:
         with_labels = model.texts is None or args.labels is not None
         labels = load_labels(args, model) if with_labels else None
         log_source(model)
+        if labels is not None:
+            log_classes(args, labels)
         local = args.host in LOOPBACK
         limits = Limits(
             bytes=int(args.max_mib * 2**20),

@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import vit_jax
+from vit_jax.evaluators.prompts import find_templates
 from vit_jax.inference.draw import encode_png
 from vit_jax.inference.figures import has_attention, overlay_rollout
 from vit_jax.inference.labels import TextClasses
@@ -227,13 +228,16 @@ def make_app(
         cannot reach it under a name of its own then.
 
     Raises:
-      UserError: the model has no trained classifier, or the tokenizer of its texts is not known.
+      UserError: the model has no trained classifier, or the tokenizer of its texts is not known, or
+        a template is wrong.
     """
     by_text = model.texts is not None
     if model.texts is None:
         model.check_classifies()
     else:
         model.texts.encode("")
+        if templates is not None:
+            find_templates(templates, key="templates")
     limits = limits or Limits()
     classes = MAX_LABELS if by_text else model.module.num_classes
     predictor = Predictor(model, limits, labels=labels, templates=templates)
