@@ -533,7 +533,8 @@ def test_a_start_that_hangs_where_its_files_are_opened_ends_to_be_run_again(
             {
                 "features": "python3 -m vit_jax.predict --workdir=runs/a --params=ema --embed "
                 "--output=features.npz IMAGES",
-                "to fine-tune": "--config.init_from=runs/a:ema_params in a run on data with classes",
+                "to fine-tune": "--config.init_from=runs/a:ema_params in a run on data "
+                "with classes",
             },
         ),
     ],
