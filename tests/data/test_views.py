@@ -15,7 +15,7 @@ from vit_jax.utils.errors import UserError
 
 LINE = "decode|inception_crop(16)|flip_lr"
 VIEWS = (
-    ("global", 1, "decode|inception_crop(16)|color_jitter(0.4, hue=0.1)|solarize(128, 0.5)"),
+    ("global", 1, f"{LINE}|color_jitter(0.4, hue=0.1)|solarize(128, 0.5)"),
     ("local", 3, "decode|random_crop(6)|gaussian_blur(probability=0.5)"),
 )
 
@@ -84,6 +84,22 @@ def test_wrong_repetitions_are_refused(names, words, spec):
     with pytest.raises(UserError, match=words) as caught:
         dataclasses.replace(spec, views=views, same_draws=names).view_shapes()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "decode|inception_crop(32)",
+        "decode|flip_lr|inception_crop(32)",
+        "decode|inception_crop(32, 32)|flip_lr",
+        "decode|inception_crop(32)|solarize(128, 0.5)|flip_lr",
+    ],
+)
+def test_a_repetition_that_would_show_other_parts_is_refused(line, spec):
+    views = (*VIEWS, ("large", 2, line))
+    words = r"data.views.large='decode.* would show other parts of the image than data.preprocess="
+    with pytest.raises(UserError, match=words):
+        dataclasses.replace(spec, views=views, same_draws=("large",)).view_shapes()
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -515,10 +515,11 @@ def test_a_start_that_hangs_where_its_files_are_opened_ends_to_be_run_again(
 
 
 @pytest.mark.parametrize(
-    ("classifies", "expected"),
+    ("classifies", "keeps_average", "expected"),
     [
-        (True, {"to predict": "python3 -m vit_jax.predict --workdir=runs/a IMAGES"}),
+        (True, False, {"to predict": "python3 -m vit_jax.predict --workdir=runs/a IMAGES"}),
         (
+            False,
             False,
             {
                 "features": "python3 -m vit_jax.predict --workdir=runs/a --embed "
@@ -526,10 +527,20 @@ def test_a_start_that_hangs_where_its_files_are_opened_ends_to_be_run_again(
                 "to fine-tune": "--config.init_from=runs/a in a run on data with classes",
             },
         ),
+        (
+            False,
+            True,
+            {
+                "features": "python3 -m vit_jax.predict --workdir=runs/a --params=ema --embed "
+                "--output=features.npz IMAGES",
+                "to fine-tune": "--config.init_from=runs/a:ema_params in a run on data "
+                "with classes",
+            },
+        ),
     ],
 )
-def test_the_end_names_what_a_model_is_good_for(classifies, expected):
-    objective = types.SimpleNamespace(classifies=classifies)
+def test_the_end_names_what_a_model_is_good_for(classifies, keeps_average, expected):
+    objective = types.SimpleNamespace(classifies=classifies, keeps_average=keeps_average)
     experiment: Any = types.SimpleNamespace(objective=objective, config={"model": {"name": "vit"}})
     assert suggest_uses(experiment, Path("runs/a"), "python3 -m vit_jax.main --x") == expected
 

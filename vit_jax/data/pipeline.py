@@ -23,7 +23,7 @@ from vit_jax.data.mixture import Mixture, Schedule, make_schedule, merge_infos
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.ops.fused import Job, decode, defer, fuse
 from vit_jax.data.ops.patches import find_patches
-from vit_jax.data.ops.transforms import Decode, Features, Keep, Op, apply
+from vit_jax.data.ops.transforms import Decode, Features, Keep, Op, Random, apply
 from vit_jax.data.order import (
     BUDGETS,
     CAPTIONS,
@@ -45,6 +45,8 @@ Batch = dict[str, np.ndarray]
 
 # Features with a meaning of their own, which no view may have as its name.
 _OWN_FEATURES = ("image", "label", "label_map", "extent", "mask", "text", "caption", "tokens")
+# Arguments of random operations that scale an image, and what is drawn for it, with its size.
+_SCALES = ("size", "height", "width", "pixels", "method")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +238,7 @@ class DatasetSpec:
         return shapes
 
     def _check_same_draws(self, name: str) -> None:
-        """Raises `UserError` unless there are as many images before those of a view."""
+        """Raises `UserError` unless the images before those of a view show the same parts."""
         key, names = f"{self.key}.same_draws", [view for view, *_ in self.views]
         if name not in names:
             raise UserError(
@@ -251,6 +253,19 @@ class DatasetSpec:
                 f"{key}={self.same_draws}: {count} images of {self._view_key(name)} are to repeat "
                 f"the draws of the {before} before them: expected at most {before}"
             )
+        lines = [("preprocess", self.preprocess)]
+        for view, number, line in self.views[:place]:
+            if view not in self.same_draws:
+                lines += [(f"views.{view}", line)] * number
+        own = self.views[place][2]
+        moves = _find_moves(parse_preprocess(own, key=self._view_key(name)))
+        for part, line in lines[:count]:
+            if _find_moves(parse_preprocess(line, key=f"{self.key}.{part}")) != moves:
+                raise UserError(
+                    f"{key}={self.same_draws}: {self._view_key(name)}={own!r} would show other "
+                    f"parts of the image than {self.key}.{part}={line!r}: expected the same random "
+                    "crops, shifts and flips in both, but for sizes, before random colours"
+                )
 
     def _view_key(self, name: str) -> str:
         return f"{self.key}.views.{name}"
@@ -322,6 +337,17 @@ def find_shapes(
             check_map(features, f"{key}: {text.strip()!r}")
         shapes.add(features["image"].shape)
     return shapes
+
+
+def _find_moves(ops: Iterable[Op]) -> list[Any]:
+    """The random operations up to the last that moves pixels, without what scales an image."""
+    drawn = [op for op in ops if isinstance(op, Random)]
+    while drawn and drawn[-1].maps == "keep":
+        drawn.pop()
+    return [
+        (type(op), [(k, v) for k, v in sorted(vars(op).items()) if k not in _SCALES])
+        for op in drawn
+    ]
 
 
 def check_map(features: Features, where: str) -> None:

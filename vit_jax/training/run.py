@@ -418,9 +418,12 @@ def suggest_uses(experiment: Experiment, folder: Path, command: str | None) -> d
     predict = f"{python} -m vit_jax.predict --workdir={workdir}{parts}"
     if experiment.objective.classifies:
         return {"to predict": f"{predict} IMAGES"}
+    # An average that the objective keeps is its teacher, which has the better features.
+    teacher = experiment.objective.keeps_average
+    params, part = (" --params=ema", ":ema_params") if teacher else ("", "")
     return {
-        "features": f"{predict} --embed --output=features.npz IMAGES",
-        "to fine-tune": f"--config.init_from={workdir} in a run on data with classes",
+        "features": f"{predict}{params} --embed --output=features.npz IMAGES",
+        "to fine-tune": f"--config.init_from={workdir}{part} in a run on data with classes",
     }
 
 
