@@ -338,3 +338,15 @@ def test_a_config_that_learns_from_labels_is_refused_for_captions_alone(captione
                 },
             )
         )
+
+
+def test_the_contact_sheet_shows_images_that_are_cut_into_patches():
+    spec = DatasetSpec("digits", "train", "decode|resize(8)|patches(4, 9)", 64, None, "check")
+    images, _ = check.prepare_images(spec)
+    np.testing.assert_array_equal(images.shape, (64, 12, 12, 3))
+
+
+def test_a_caption_of_an_image_that_is_too_narrow_for_dots_is_left_out(tmp_path):
+    images = np.zeros((64, 96, 4, 3), np.uint8)
+    check.write_contact_sheet(tmp_path / "sheet.png", images, ["a long caption"] * 64)
+    assert (tmp_path / "sheet.png").exists()

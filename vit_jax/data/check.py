@@ -435,6 +435,7 @@ def prepare_images(sheet: DatasetSpec | Experiment) -> tuple[np.ndarray, list[st
 
     These are the captions that the model learns, or else names of classes.
     """
+    from vit_jax.data.ops.patches import find_patches, to_images
     from vit_jax.data.pipeline import DatasetSpec, read_examples
 
     data = sheet if isinstance(sheet, DatasetSpec) else sheet.train_data
@@ -445,6 +446,8 @@ def prepare_images(sheet: DatasetSpec | Experiment) -> tuple[np.ndarray, list[st
     if isinstance(sheet, DatasetSpec):
         examples = read_examples(data, seed=0, step=0)
         images = np.stack([example["image"] for example in examples])
+        if find_patches(data.ops()) is not None:
+            images = to_images(images)
         labels: Any = [example.get("label") for example in examples]
         if data.info.pixel_classes:
             return images, [_name_pixels(example, data.info) for example in examples]
@@ -524,8 +527,10 @@ def _wrap(text: str, font: Any, width: int, lines: int) -> Iterator[str]:
             while count > 1 and font.getlength(" ".join(words[:count])) > width:
                 count -= 1
         line, words = " ".join(words[:count]), words[count:]
-        while font.getlength(line) > width:
-            line = f"{line.removesuffix('...')[:-1]}..."
+        while line and font.getlength(line) > width:
+            # An image may be too narrow for the dots themselves.
+            kept = line.removesuffix("...")[:-1]
+            line = f"{kept}..." if kept else ""
         if line:
             yield line
 
