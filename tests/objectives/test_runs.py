@@ -16,6 +16,7 @@ from vit_jax.checkpoint.pretrained.load import load_params, load_pretrained
 from vit_jax.checkpoint.pretrained.weights import OBJECTIVE_PARAMS
 from vit_jax.objectives.linear_probe import LinearProbe
 from vit_jax.objectives.mae import MaskedAutoencoder
+from vit_jax.objectives.segmentation import Segmentation
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.progress import Monitor
 from vit_jax.training.experiment import Experiment
@@ -217,7 +218,8 @@ def test_a_probe_starts_from_an_autoencoder_and_names_the_best_head(
 
 
 def test_loading_knows_what_objectives_add(data_dir):
-    own = {name for cls in (MaskedAutoencoder, LinearProbe) for name in cls.objective_params}
+    classes = (MaskedAutoencoder, LinearProbe, Segmentation)
+    own = {name for cls in classes for name in cls.objective_params}
     gram = {"gram_weight": 1.0, "gram_start": {"steps": 1}}
     for change in ({}, {"ibot_head": "separate"} | gram):
         options = changes("dino", None)

@@ -99,7 +99,7 @@ class Adapters:
           UserError: the base has no such product, or one of other sizes.
         """
         added = dict(tensors)
-        for module, parts in self.products.items():
+        for module, parts in sorted(self.products.items()):
             name = self._find(f"{module}.weight", tensors)
             if name is None:
                 raise UserError(
