@@ -77,10 +77,10 @@ def get_config(kind: str = "dino") -> ConfigDict:
         "grad_clip_norm": 1.0 if kind == "mae" else 3.0,
     }
     if kind.startswith("dino"):
-        config.optimizer.weight_decay_end = 0.4
+        config.optimizer["weight_decay_end"] = 0.4
         heads = ("dino_head", "ibot_head") if kind == "dino_ibot" else ("dino_head",)
-        config.optimizer.grad_clip_groups = tuple(f"{head}/.*" for head in heads)
-        config.optimizer.train_after = tuple(
+        config.optimizer["grad_clip_groups"] = tuple(f"{head}/.*" for head in heads)
+        config.optimizer["train_after"] = tuple(
             (f"{head}/prototypes/.*", {"percent": 2}) for head in heads
         )
     if kind == "random":

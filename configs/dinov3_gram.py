@@ -65,10 +65,10 @@ def get_config(init_from: str | None = None) -> ConfigDict:
         "pixel_std": (0.229, 0.224, 0.225),
     }
     if init_from is None:
-        config.objective.gram_start = {"percent": 80}
-        config.objective.gram_updates = ({"percent": 20},)
+        config.objective["gram_start"] = {"percent": 80}
+        config.objective["gram_updates"] = ({"percent": 20},)
     else:
-        config.objective.gram_teacher = init_from
+        config.objective["gram_teacher"] = init_from
     # The Gram teacher sees the same crops: both lines draw the crop and the flip first.
     wide = f"decode|{crop(224, 32, 100)}|flip_lr|{COLORS}"
     narrow = f"decode|{crop(96, 5, 32)}|flip_lr|{COLORS}"
@@ -103,7 +103,7 @@ def get_config(init_from: str | None = None) -> ConfigDict:
         "train_after": tuple((f"{head}/prototypes/.*", {"percent": 1}) for head in heads),
     }
     if init_from is not None:  # New heads are trained before the backbone.
-        config.optimizer.train_after = ((f"(?!{'|'.join(heads)}).*", {"percent": 10}),)
+        config.optimizer["train_after"] = ((f"(?!{'|'.join(heads)}).*", {"percent": 10}),)
     judge = {
         "split": "validation",
         "preprocess": "decode|resize_small(256, 'bicubic_antialias', rounding='down')"
