@@ -17,6 +17,8 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    # Processes of pytest use the cores already.
+    + " --xla_cpu_parallel_codegen_split_count=1"
 )
 # Halves the time of compilation; later versions of XLA have no such choice.
 if importlib.metadata.version("jaxlib").startswith("0.10."):

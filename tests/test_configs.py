@@ -101,7 +101,14 @@ BUILDS = [
 EPOCH = 1_281_167
 
 
-@pytest.mark.parametrize(("config", "parameters", "size"), BUILDS, ids=[b[0] for b in BUILDS])
+# The first arguments of each file; the others are slow together.
+FIRST = {name.partition(":")[0]: name for name, *_ in reversed(BUILDS)}.values()
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "size"),
+    [pytest.param(*b, marks=[pytest.mark.slow] * (b[0] not in FIRST), id=b[0]) for b in BUILDS],
+)
 def test_config_builds(config, parameters, size, tmp_path):
     overrides = {"data.data_dir": str(tmp_path)}
     if config.startswith(("folder.py", "cifar10", "vit_i21k.py", "dino_continue.py")):

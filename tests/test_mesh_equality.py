@@ -35,7 +35,7 @@ def one_device(data_dir):
     [
         pytest.param({"data": 8}, marks=pytest.mark.slow),
         pytest.param({"fsdp": 8, "data": 1}, marks=pytest.mark.slow),
-        {"fsdp": 4, "tensor": 2},
+        pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
         {"data": 2, "fsdp": 2, "tensor": 2},
     ],
     ids=lambda mesh: "-".join(f"{k}{v}" for k, v in mesh.items()),

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.compiled import compiled
 from tests.models.random_params import random_params
 from vit_jax.models.attention import fused_attention
 from vit_jax.models.patches import PatchBatch, Segments
@@ -78,7 +79,7 @@ def make(options):
 
 
 def apply(model, params, inputs):
-    return model.apply({"params": params}, inputs, train=False)[0]
+    return compiled(model)({"params": params}, inputs, train=False)[0]
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -110,8 +111,8 @@ def test_gradients_of_packed_images_are_those_of_the_images_alone():
         logits = jnp.concatenate([apply(model, params, batch) for batch in batches])
         return jnp.sum(logits[:3] * weights)
 
-    want = jax.grad(loss)(params, [image[None] for image in images])
-    got = jax.grad(loss)(params, [pack(images, [0, 1, 2], 30)])
+    want = jax.jit(jax.grad(loss))(params, [image[None] for image in images])
+    got = jax.jit(jax.grad(loss))(params, [pack(images, [0, 1, 2], 30)])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), got, want)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
+from tests.models.compiled import compiled
 from tests.models.numpy_layers import dense
 from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.blocks import (
@@ -31,7 +32,7 @@ def test_mlp_uses_the_tanh_approximation_of_gelu():
     h = x @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"]
     h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
     want = h @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"]
-    np.testing.assert_allclose(mlp.apply(variables, x, train=False), want, atol=1e-6)
+    np.testing.assert_allclose(compiled(mlp)(variables, x, train=False), want, atol=1e-6)
 
 
 def test_exact_gelu():
@@ -41,7 +42,7 @@ def test_exact_gelu():
     p = variables["params"]
     h = dense(x, p["Dense_0"])
     want = dense(0.5 * h * (1 + erf(h / np.sqrt(2))), p["Dense_1"])
-    np.testing.assert_allclose(mlp.apply(variables, x, train=False), want, atol=1e-6)
+    np.testing.assert_allclose(compiled(mlp)(variables, x, train=False), want, atol=1e-6)
 
 
 def test_swiglu():
@@ -51,7 +52,7 @@ def test_swiglu():
     p = variables["params"]
     gate = dense(x, p["gate"])
     want = dense(dense(x, p["Dense_0"]) * gate / (1 + np.exp(-gate)), p["Dense_1"])
-    np.testing.assert_allclose(mlp.apply(variables, x, train=False), want, atol=1e-6)
+    np.testing.assert_allclose(compiled(mlp)(variables, x, train=False), want, atol=1e-6)
 
 
 def test_layer_scale_scales_both_branches():
@@ -63,7 +64,7 @@ def test_layer_scale_scales_both_branches():
     np.testing.assert_array_equal(p["LayerScale_0"]["scale"], np.full(8, 1e-5, np.float32))
     p["LayerScale_0"]["scale"] = 2.0 * jnp.ones(8)
     p["LayerScale_1"]["scale"] = jnp.arange(8.0)
-    got = scaled.apply({"params": p}, x, 0.0, None, train=False)
+    got = compiled(scaled)({"params": p}, x, 0.0, None, train=False)
 
     # The same block with the factors put into the last layers of its branches.
     folded = {k: v for k, v in p.items() if not k.startswith("LayerScale")}
@@ -73,7 +74,7 @@ def test_layer_scale_scales_both_branches():
     ):
         module = {k: v * scale for k, v in p[path[0]][path[1]].items()}
         folded[path[0]] = folded[path[0]] | {path[1]: module}
-    want = plain.apply({"params": folded}, x, 0.0, None, train=False)
+    want = compiled(plain)({"params": folded}, x, 0.0, None, train=False)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 

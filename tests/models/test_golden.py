@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from tests.models.compiled import compiled
 from vit_jax.checkpoint.pretrained.adapt import adapt_params
 from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.models.mixer import MlpMixer
@@ -95,5 +96,5 @@ def test_a_file_is_adapted_to_another_image_size(case, image_size):
     for path, x in flat(params).items():
         atol = 1e-6 if path == POSEMB else 0
         np.testing.assert_allclose(x, expected[path], rtol=0, atol=atol, err_msg=path)
-    logits, _ = model.apply({"params": params}, images, train=False)
+    logits, _ = compiled(model)({"params": params}, images, train=False)
     assert np.all(np.isfinite(logits))

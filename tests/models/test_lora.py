@@ -12,6 +12,7 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file
 
+from tests.models.compiled import compiled
 from vit_jax.checkpoint.pretrained.weights import unstack_blocks
 from vit_jax.models.lora import Lora, LoraProduct, merge_adapters
 from vit_jax.models.vit import VisionTransformer
@@ -46,7 +47,7 @@ def apply_linear(kernel, bias, a, b, x, *, alpha):
     lora = Lora(rank=a.shape[1], alpha=alpha, targets=(".*",))
     dense = nn.Dense(kernel.shape[1], dot_general_cls=lambda: LoraProduct(lora, name="lora"))
     params = {"kernel": kernel, "bias": bias, "lora": {"a": a, "b": b}}
-    return dense.apply({"params": params}, x)
+    return compiled(dense)({"params": params}, x)
 
 
 def test_layer_equals_that_of_loralib(golden):
@@ -83,10 +84,10 @@ def test_merged_model_equals_the_one_with_adapters(method, scan):
     lora = Lora(rank=3, alpha=7.0, method=method)
     model = make_vit(lora=lora, scan=scan)
     params = init_randomly(model)
-    logits, _ = model.apply({"params": params}, IMAGES, train=False)
+    logits, _ = compiled(model)({"params": params}, IMAGES, train=False)
     merged = merge_adapters(unstack_blocks(flatten(params)), lora)
     plain = traverse_util.unflatten_dict(merged, sep="/")
-    expected, _ = make_vit().apply({"params": plain}, IMAGES, train=False)
+    expected, _ = compiled(make_vit())({"params": plain}, IMAGES, train=False)
     np.testing.assert_allclose(logits, expected, atol=2e-6)
 
 
@@ -95,9 +96,9 @@ def test_run_starts_from_the_model_without_adapters(method):
     model = make_vit(lora=Lora(rank=2, method=method))
     params = model.init(jax.random.key(0), IMAGES, train=False)["params"]
     flat = {path: x for path, x in flatten(params).items() if "/lora/" not in path}
-    logits = model.apply({"params": params}, IMAGES, train=False)[1]["pre_logits"]
+    logits = compiled(model)({"params": params}, IMAGES, train=False)[1]["pre_logits"]
     plain = {"params": traverse_util.unflatten_dict(flat, sep="/")}
-    expected = make_vit().apply(plain, IMAGES, train=False)[1]["pre_logits"]
+    expected = compiled(make_vit())(plain, IMAGES, train=False)[1]["pre_logits"]
     np.testing.assert_allclose(logits, expected, atol=1e-6)
 
 
@@ -113,7 +114,7 @@ def test_dora_scales_each_column_to_its_norm():
     dense = nn.Dense(4, use_bias=False, dot_general_cls=lambda: LoraProduct(lora, name="lora"))
     params = {"kernel": kernel, "lora": {"a": a, "b": b, "magnitude": magnitude}}
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-    found = dense.apply({"params": params}, jnp.asarray(x, jnp.float32))
+    found = compiled(dense)({"params": params}, jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.compiled import compiled
 from vit_jax.models.positions import resize_posemb
 from vit_jax.models.variants import make_vit
 
@@ -29,7 +30,7 @@ def params(model):
 
 
 def encode(model, params, images, **options):
-    return model.apply({"params": params}, images, train=False, **options)[1]["encoded"]
+    return compiled(model)({"params": params}, images, train=False, **options)[1]["encoded"]
 
 
 def draw(size, count=2):

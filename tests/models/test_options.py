@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.compiled import compiled
 from tests.models.numpy_layers import normalise
 from tests.models.random_params import random_params
 from vit_jax.models.heads import MAPHead
@@ -41,7 +42,7 @@ def test_map_classifier_has_no_class_token():
     assert logits.shape == (2, 5)
     assert "cls" not in params
     head = MAPHead(model.block_config)
-    want = head.apply({"params": params["MAPHead_0"]}, out["encoded"], train=False)
+    want = compiled(head)({"params": params["MAPHead_0"]}, out["encoded"], train=False)
     np.testing.assert_allclose(out["pre_logits"], want, atol=1e-6)
 
 
@@ -245,7 +246,14 @@ def loss_and_gradients(model, params, images, **kwargs):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize(
+    "remat",
+    [
+        pytest.param("none", marks=pytest.mark.slow),
+        "dots",
+        pytest.param("full", marks=pytest.mark.slow),
+    ],
+)
 def test_scan_gives_the_function_and_the_gradients_of_the_loop(remat):
     options = {"qk_norm": True, "layer_scale_init": 0.5, "rope_theta": 100.0, "num_registers": 1}
     loop = make_vit(num_classes=5, **TINY, **options)
@@ -260,7 +268,10 @@ def test_scan_gives_the_function_and_the_gradients_of_the_loop(remat):
         np.testing.assert_allclose(gradient, expected[path], atol=2e-5, err_msg=path)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full", "save:attn_out;offload:mlp_hidden"])
+@pytest.mark.parametrize(
+    "remat",
+    ["dots", pytest.param("full", marks=pytest.mark.slow), "save:attn_out;offload:mlp_hidden"],
+)
 def test_remat_gives_the_same_with_all_that_is_random(remat):
     options = {"dropout_rate": 0.2, "stochastic_depth_rate": 0.5, "patch_dropout_rate": 0.3}
     plain = make_vit(num_classes=5, **TINY, **options)
@@ -328,7 +339,7 @@ def test_the_distillation_token_has_a_head_of_its_own():
     params = model.init(jax.random.key(0), images, train=False)["params"]
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
-    logits, out = model.apply({"params": params}, images, train=False)
+    logits, out = compiled(model)({"params": params}, images, train=False)
     tokens = out["encoded"]
     first, second = (
         tokens[:, i] @ params[name]["kernel"] + params[name]["bias"]
@@ -356,12 +367,15 @@ def test_patches_left_out_are_as_if_no_other_token_saw_them(positions):
     images = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype(np.float32)
     params = model.init(jax.random.key(0), images, train=False)["params"]
     all_patches = jnp.broadcast_to(jnp.arange(6), (2, 6))
-    whole = model.apply({"params": params}, images, train=True)[1]["encoded"]
-    same = model.apply({"params": params}, images, train=True, patches=all_patches)[1]["encoded"]
+
+    def encode(images, **options):
+        return compiled(model)({"params": params}, images, train=True, **options)[1]["encoded"]
+
+    whole, same = encode(images), encode(images, patches=all_patches)
     np.testing.assert_array_equal(same, whole)
 
     patches = jnp.array([[5, 0], [2, 3]])
-    some = model.apply({"params": params}, images, train=True, patches=patches)[1]["encoded"]
+    some = encode(images, patches=patches)
     assert some.shape[1] == 1 + 2
     noise = images.copy()  # All pixels but those of the kept patches, of 4x4, change.
     kept = np.zeros((2, 2, 3), bool)
@@ -369,7 +383,7 @@ def test_patches_left_out_are_as_if_no_other_token_saw_them(positions):
         kept[i].ravel()[np.asarray(patches[i])] = True
     mask = kept.repeat(4, axis=1).repeat(4, axis=2)[..., None]
     noise = np.where(mask, noise, 9.0).astype(np.float32)
-    again = model.apply({"params": params}, noise, train=True, patches=patches)[1]["encoded"]
+    again = encode(noise, patches=patches)
     np.testing.assert_array_equal(again, some)
 
 

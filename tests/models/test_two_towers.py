@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from tests.models.compiled import compiled
 from vit_jax.models.text import TextTransformer
 from vit_jax.models.variants import make_text_transformer, make_two_towers
 from vit_jax.utils.errors import UserError
@@ -76,13 +77,13 @@ def test_embeddings_loss_and_gradients_are_those_of_big_vision(name):
     if name == "siglip2_bv":  # What is recomputed does not change the values.
         model = model.clone(img=model.img.clone(remat="full"), txt=model.txt.clone(remat="dots"))
     params = {"params": nested(flat)}
-    zimg, ztxt, out = model.apply(params, io["image"], io["text"], train=False)
+    zimg, ztxt, out = compiled(model)(params, io["image"], io["text"], train=False)
     np.testing.assert_allclose(zimg, io["zimg"], atol=1e-5)
     np.testing.assert_allclose(ztxt, io["ztxt"], atol=1e-5)
     np.testing.assert_allclose(out["img"]["pre_logits"], io["img_pre_logits"], atol=1e-5)
     np.testing.assert_allclose(out["txt"]["encoded"], io["txt_transformed"], atol=1e-5)
     np.testing.assert_allclose(out["scale"], io["t"][0], rtol=1e-6)
-    loss, grads = jax.value_and_grad(lambda p: loss_of(model, p, io))(params)
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: loss_of(model, p, io)))(params)
     np.testing.assert_allclose(loss, io["loss"], rtol=1e-5)
     grads = traverse_util.flatten_dict(grads["params"], sep="/")
     expected = {rename(k.removeprefix("grad:")): v for k, v in io.items() if k.startswith("grad:")}
@@ -98,7 +99,7 @@ def test_poolings_of_texts_are_those_of_big_vision(pooling):
     model = make_text_transformer(
         **tower(spec, pooling="pooling"), context_length=io["text"].shape[1]
     )
-    logits, out = model.apply({"params": nested(params)}, io["text"], train=False)
+    logits, out = compiled(model)({"params": nested(params)}, io["text"], train=False)
     np.testing.assert_allclose(logits, io["logits"], atol=1e-5)
     np.testing.assert_allclose(out["pre_logits"], io["pre_logits"], atol=1e-5)
 
@@ -113,7 +114,7 @@ def test_a_causal_tower_does_not_see_later_tokens():
     model = small_text(causal=True)
     tokens = jnp.array([[1, 2, 3, 4, 5, 6], [1, 2, 3, 9, 9, 9]])
     params = model.init(jax.random.key(0), tokens, train=False)
-    encoded = model.apply(params, tokens, train=False)[1]["encoded"]
+    encoded = compiled(model)(params, tokens, train=False)[1]["encoded"]
     np.testing.assert_allclose(encoded[0, :3], encoded[1, :3], atol=1e-6)
     assert np.abs(encoded[0, 3:] - encoded[1, 3:]).max() > 0.01
 
@@ -123,18 +124,18 @@ def test_eot_pools_the_greatest_token_or_the_first_of_the_given_one(eot_id, posi
     model = small_text(pooling="eot", eot_id=eot_id)
     tokens = jnp.array([[3, 2, 9, 3, 9, 0], [1, 10, 4, 4, 3, 3]])
     params = model.init(jax.random.key(0), tokens, train=False)
-    out = model.apply(params, tokens, train=False)[1]
+    out = compiled(model)(params, tokens, train=False)[1]
     np.testing.assert_array_equal(out["pre_logits"], out["encoded"][jnp.arange(2), positions])
 
 
 def test_one_tower_can_be_asked_alone():
     model, flat, io = read_two_towers("siglip_bv")
     params = {"params": nested(flat)}
-    zimg, ztxt, out = model.apply(params, io["image"], train=False)
+    zimg, ztxt, out = compiled(model)(params, io["image"], train=False)
     assert ztxt is None
     assert out.keys() == {"scale", "bias", "img"}
     np.testing.assert_allclose(zimg, io["zimg"], atol=1e-5)
-    zimg, ztxt, out = model.apply(params, None, io["text"], train=False)
+    zimg, ztxt, out = compiled(model)(params, None, io["text"], train=False)
     assert zimg is None
     assert out.keys() == {"scale", "bias", "txt"}
     np.testing.assert_allclose(ztxt, io["ztxt"], atol=1e-5)
@@ -150,7 +151,7 @@ def test_initial_embeddings_have_a_direction_and_finite_gradients():
     )
     images, tokens = jnp.ones((2, 8, 8, 3)), jnp.arange(10).reshape(2, 5)
     params = model.init(jax.random.key(0), images, tokens, train=False)
-    zimg, ztxt, out = model.apply(params, images, tokens, train=False)
+    zimg, ztxt, out = compiled(model)(params, images, tokens, train=False)
     for z in (zimg, ztxt):
         np.testing.assert_allclose(np.linalg.norm(z, axis=-1), 1, rtol=1e-5)
     np.testing.assert_allclose(out["scale"], 10, rtol=1e-6)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.compiled import compiled
 from vit_jax.models.variants import make_vit
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import count, flatten
@@ -88,7 +89,7 @@ def test_given_sizes_change_a_named_one():
 def test_classifiers_on_rectangular_images(classifier, shape, tokens):
     model = make_vit(num_classes=5, classifier=classifier, **TINY)
     params, images = init(model, (2, 8, 12, 3))
-    logits, out = model.apply({"params": params}, images, train=False)
+    logits, out = compiled(model)({"params": params}, images, train=False)
     assert logits.shape == shape
     assert out["encoded"].shape == (2, tokens, 16)
     assert ("cls" in params) == (tokens == 7)
@@ -97,14 +98,14 @@ def test_classifiers_on_rectangular_images(classifier, shape, tokens):
 def test_gap_is_the_mean_of_the_encoded_tokens():
     model = make_vit(num_classes=5, classifier="gap", **TINY)
     params, images = init(model)
-    _, out = model.apply({"params": params}, images, train=False)
+    _, out = compiled(model)({"params": params}, images, train=False)
     np.testing.assert_allclose(out["pre_logits"], out["encoded"].mean(axis=1), rtol=1e-6)
 
 
 def test_fine_tuning_head_is_one_linear_layer_that_starts_at_zero():
     model = make_vit(num_classes=5, head_bias_init=-3.0, **TINY)
     params, images = init(model)
-    logits, _ = model.apply({"params": params}, images, train=False)
+    logits, _ = compiled(model)({"params": params}, images, train=False)
     assert "pre_logits" not in params
     np.testing.assert_array_equal(logits, np.full((2, 5), -3.0))
 
@@ -113,7 +114,7 @@ def test_pre_training_head_has_one_hidden_tanh_layer():
     model = make_vit(num_classes=5, representation_size=7, **TINY)
     params, images = init(model)
     params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (7, 5))
-    logits, out = model.apply({"params": params}, images, train=False)
+    logits, out = compiled(model)({"params": params}, images, train=False)
     hidden = np.tanh(
         np.asarray(out["encoded"][:, 0]) @ params["pre_logits"]["kernel"]
         + params["pre_logits"]["bias"]
@@ -128,8 +129,8 @@ def test_patches_are_read_row_by_row():
     # Without position embeddings, swapping two patches of the image swaps their tokens.
     params["Transformer"]["posembed_input"]["pos_embedding"] *= 0
     swapped = images.at[:, :4, 4:].set(images[:, 4:, :4]).at[:, 4:, :4].set(images[:, :4, 4:])
-    encoded = model.apply({"params": params}, images, train=False)[0]
-    encoded_swapped = model.apply({"params": params}, swapped, train=False)[0]
+    encoded = compiled(model)({"params": params}, images, train=False)[0]
+    encoded_swapped = compiled(model)({"params": params}, swapped, train=False)[0]
     np.testing.assert_allclose(encoded_swapped, encoded[:, jnp.array([0, 2, 1, 3])], atol=1e-5)
 
 
@@ -140,7 +141,7 @@ def test_dropout_acts_in_training_only(rate):
 
     def run(train, seed):
         rngs = {"dropout": jax.random.key(seed)}
-        return model.apply({"params": params}, images, train=train, rngs=rngs)[0]
+        return compiled(model)({"params": params}, images, train=train, rngs=rngs)[0]
 
     assert np.abs(run(True, 0) - run(True, 1)).max() > 1e-3
     np.testing.assert_array_equal(run(False, 0), run(False, 1))
@@ -152,10 +153,10 @@ def test_bfloat16_compute_keeps_parameters_and_logits_in_float32():
     params, images = init(half)
     params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 5))
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    logits, out = half.apply({"params": params}, images, train=False)
+    logits, out = compiled(half)({"params": params}, images, train=False)
     assert logits.dtype == jnp.float32
     assert out["encoded"].dtype == jnp.bfloat16
-    want, _ = full.apply({"params": params}, images, train=False)
+    want, _ = compiled(full)({"params": params}, images, train=False)
     difference = np.abs(logits - want).max()
     assert 0 < difference < 0.1
 

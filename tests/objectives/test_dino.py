@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.compiled import compiled
 from vit_jax.models.positions import resize_patches
 from vit_jax.models.variants import make_vit
 from vit_jax.objectives.block_masks import gather_masked
@@ -49,7 +50,7 @@ def cross_entropy(targets, scores):
 
 
 def encode(objective, params, images, **options):
-    out = objective.model.apply({"params": params}, images, train=False, **options)[1]
+    out = compiled(objective.model)({"params": params}, images, train=False, **options)[1]
     return out["pre_logits"], out["encoded"][:, 1:]
 
 

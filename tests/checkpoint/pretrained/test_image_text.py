@@ -12,6 +12,7 @@ import pytest
 from etils import epath
 from flax import traverse_util
 
+from tests.models.compiled import compiled
 from tests.models.random_params import random_params
 from vit_jax.checkpoint.pretrained.adapt import adapt_params, check_arguments
 from vit_jax.checkpoint.pretrained.load import load_pretrained
@@ -73,7 +74,7 @@ def images_and_tokens(io):
 
 def embed(weights, io):
     model = rebuild_model(weights)
-    return model.apply({"params": nested(weights.params)}, *images_and_tokens(io), train=False)
+    return compiled(model)({"params": nested(weights.params)}, *images_and_tokens(io), train=False)
 
 
 EMBEDDINGS = {
@@ -118,7 +119,7 @@ def test_gradients_of_the_loss_are_those_of_the_program(case, tmp_path):
         rows, columns = (jnp.diag(jax.nn.log_softmax(logits, axis)) for axis in (1, 0))
         return -(rows.mean() + columns.mean()) / 2
 
-    value, grads = jax.value_and_grad(loss)(nested(weights.params))
+    value, grads = jax.jit(jax.value_and_grad(loss))(nested(weights.params))
     close = {"atol": 1e-5, "rtol": 1e-4}
     np.testing.assert_allclose(value, io["loss"], rtol=1e-5)
     np.testing.assert_allclose(grads["t"][0], io["grad_logit_scale"], **close)
@@ -172,8 +173,10 @@ def test_an_image_tower_alone_becomes_a_classifier(part, tmp_path):
     target = random_params(model, images, train=False)
     params, notes = adapt_params(weights, target, target_grid=(3, 3), num_class_tokens=1)
     assert "head: 20 classes in the file, 3 here: re-initialised" in notes
-    _, out = model.apply({"params": params}, images, train=False)
-    features = rebuild_model(weights).apply({"params": nested(weights.params)}, images, train=False)
+    _, out = compiled(model)({"params": params}, images, train=False)
+    features = compiled(rebuild_model(weights))(
+        {"params": nested(weights.params)}, images, train=False
+    )
     np.testing.assert_allclose(out["pre_logits"], features[1]["pre_logits"], atol=1e-6)
 
 

@@ -11,6 +11,7 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
+from tests.models.compiled import compiled
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.naflex import to_patch_kernel
 from vit_jax.checkpoint.pretrained.rebuild import check_complete
@@ -49,7 +50,7 @@ def to_rows(pixels, grids):
 
 def run(weights, *inputs):
     params = traverse_util.unflatten_dict(weights.params, sep="/")
-    return check_complete(weights).apply({"params": params}, *inputs, train=False)
+    return compiled(check_complete(weights))({"params": params}, *inputs, train=False)
 
 
 @pytest.mark.parametrize("case", TIMM)

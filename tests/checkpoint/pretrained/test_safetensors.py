@@ -16,6 +16,7 @@ import pytest
 from etils import epath
 from flax import traverse_util
 
+from tests.models.compiled import compiled
 from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.safetensors import (
     read_safetensors,
@@ -68,7 +69,7 @@ def run(model, params, image, num_classes):
     expected = {k: x.shape for k, x in traverse_util.flatten_dict(init, sep="/").items()}
     assert {path: x.shape for path, x in params.items()} == expected
     with jax.default_matmul_precision("highest"):
-        return vit.apply({"params": nested}, image, train=False)[1]
+        return compiled(vit)({"params": nested}, image, train=False)[1]
 
 
 def random_params(seed=0, **model):
