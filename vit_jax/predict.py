@@ -23,8 +23,6 @@ Examples:
 import argparse
 import contextlib
 import functools
-import io
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +31,10 @@ from typing import TYPE_CHECKING, Any
 from vit_jax.config.load import parse_overrides
 from vit_jax.inference.source import (
     add_source,
+    add_stream,
     check_source,
+    check_stream,
+    list_paths,
     load_labels,
     log_classes,
     log_source,
@@ -44,7 +45,6 @@ from vit_jax.utils.class_names import read_lines
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import check_fresh, fresh_file
-from vit_jax.utils.signals import importing
 from vit_jax.utils.streams import result_stream
 from vit_jax.utils.text import printable
 
@@ -100,22 +100,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--text", action="append", help="Embed this text, with --embed; may be repeated.")
     add("--texts", type=Path, metavar="FILE", help="Embed the lines of this file, with --embed.")
     add("--tta", choices=("flip",), help="Average the results for each image and its mirror image.")
-    add(
-        "--batch_size",
-        type=int,
-        default=64,
-        help="Process this many images at a time. The default is %(default)s.",
-    )
-    add(
-        "--num_threads",
-        type=int,
-        help="Decode images in this many threads. The default is one for each core.",
-    )
+    add_stream(parser)
     args = parser.parse_intermixed_args(argv)
-    for key, least in (("top_k", 1), ("batch_size", 1), ("num_threads", 0)):
-        value = getattr(args, key)
-        if value is not None and value < least:
-            raise UserError(f"--{key}={value}: expected at least {least}")
+    check_stream(args)
     if args.layer is not None and not args.embed:
         raise UserError(f"--layer={args.layer}: expected --embed with it")
     if args.masks is not None and args.embed:
@@ -340,7 +327,7 @@ def embed_texts(args: argparse.Namespace, model: "LoadedModel", texts: Sequence[
 
 
 def _list_texts(args: argparse.Namespace) -> list[str]:
-    from vit_jax.inference.labels import check_text
+    from vit_jax.inference.texts import check_text
 
     texts = [check_text(text, key="--text") for text in args.text or ()]
     if args.texts is not None:
@@ -361,15 +348,11 @@ def main(argv: Sequence[str]) -> int:
         check_fresh(args.output)
     if args.masks is not None:
         check_fresh(args.masks, key="--masks")
-    with importing():
-        from vit_jax.inference.images import STDIN, find_images
     if args.text is not None or args.texts is not None:
         texts = _list_texts(args)
         embed_texts(args, read_source(args, overrides), texts)
         return 0
-    if STDIN in args.PATHS and isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # Names of files may be of any bytes.
-    paths = find_images(args.PATHS, lines=sys.stdin)
+    paths = list_paths(args)
     model = read_source(args, overrides)
     return 1 if predict(args, model, paths) else 0
 

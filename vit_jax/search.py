@@ -14,22 +14,27 @@ Examples:
 """
 
 import argparse
-import io
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vit_jax.config.load import parse_overrides
-from vit_jax.inference.source import add_source, check_source, log_source, read_source
+from vit_jax.inference.source import (
+    add_source,
+    add_stream,
+    check_source,
+    check_stream,
+    list_paths,
+    log_source,
+    read_source,
+)
 from vit_jax.observe.console import log, set_up
 from vit_jax.pages import html
-from vit_jax.utils.command import CommandParser, check_positive, run_command
+from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import check_fresh, fresh_file
-from vit_jax.utils.signals import importing
 from vit_jax.utils.streams import print_result
 from vit_jax.utils.text import printable
 
@@ -69,21 +74,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="FILE",
         help="Write a page (HTML) with the images to this file, which must not exist.",
     )
-    add(
-        "--batch_size",
-        type=int,
-        default=64,
-        help="Process this many images at a time. The default is %(default)s.",
-    )
-    add(
-        "--num_threads",
-        type=int,
-        help="Decode images in this many threads. The default is one for each core.",
-    )
+    add_stream(parser)
     args = parser.parse_intermixed_args(argv)
-    check_positive(args, "top_k", "batch_size")
-    if args.num_threads is not None and args.num_threads < 0:
-        raise UserError(f"--num_threads={args.num_threads}: expected at least 0")
+    check_stream(args)
     if args.output is not None and args.output.suffix not in (".html", ".htm"):
         raise UserError(f"--output={args.output}: expected a page, such as found.html")
     if args.output is not None and args.top_k > _MAX_PICTURES:
@@ -168,11 +161,7 @@ def main(argv: Sequence[str]) -> int:
     set_up(quiet=False, to_stderr=True)
     if args.output is not None:
         check_fresh(args.output)
-    with importing():
-        from vit_jax.inference.images import STDIN, find_images
-    if STDIN in args.PATHS and isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # Names of files may be of any bytes.
-    paths = find_images(args.PATHS, lines=sys.stdin)
+    paths = list_paths(args)
     return 1 if search(args, read_source(args, overrides), paths) else 0
 
 

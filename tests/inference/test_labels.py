@@ -49,6 +49,30 @@ def test_prompts_of_several_templates_are_averaged(model, images, tmp_path):
     np.testing.assert_array_equal(by_file.logits, found.logits)
 
 
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("", r"^text is empty: expected a text$"),
+        (" \t\n", r"^text is empty"),
+        ("a\x1b[31mcat", r"^text, 'a.*cat', has line breaks or control characters"),
+        ("two\nlines", "has line breaks"),
+        ("a cat\x00", "control characters"),
+        (["a cat", ""], r"^text 2 is empty"),
+        (("a cat", "a\u202edog"), r"^text 2, .* control characters"),
+        ("dog " * 300_000, r"^text, 'dog .*\.\.\.' \(1,199,999 .* at most 1,000 characters$"),
+    ],
+    ids=["empty", "blank", "escape", "lines", "zero", "list", "tuple", "megabyte"],
+)
+def test_texts_to_embed_follow_the_rule_of_labels(model, texts, message):
+    with pytest.raises(UserError, match=message):
+        model.text_embed(texts)
+
+
+def test_white_space_around_a_text_and_its_unicode_form_do_not_count(model):
+    found = model.text_embed(["Zürich", " Zu\u0308rich\n"])
+    np.testing.assert_array_equal(found[0], found[1])
+
+
 def test_mirror_images_average_the_logits(model, images):
     both = model(images, labels=LABELS).logits + model(images[:, :, ::-1], labels=LABELS).logits
     np.testing.assert_allclose(model(images, labels=LABELS, tta="flip").logits, both / 2, atol=1e-5)
@@ -96,7 +120,11 @@ def test_the_embedding_is_a_layer(model, images):
         (["a\x1b[31mcat", "b"], None, r"text 1, 'a\\x1b\[31mcat', has line breaks or control"),
         (["a\ncat", "b"], None, r"text 1, 'a\\ncat', has line breaks"),
         (["a cat", "x" * 24], None, "has more tokens than the 24 that the model reads"),
-        (["a cat", "x" * 10**6], None, r"'x{60}\.\.\.' \(1,000,000 characters\) has more tokens"),
+        (
+            ["a cat", "x" * 10**6],
+            None,
+            r"'x{60}\.\.\.' \(1,000,000 characters\): expected",
+        ),
         (["a cat", "b"], "a photo of the animal {}", "'a photo of the animal a cat' has more tok"),
         (["a cat", "b"], "photoss", "templates='photoss': expected a file, .* did you mean"),
         (["a cat", "b"], "none.txt", "templates='none.txt' can't be read"),

@@ -2,18 +2,17 @@
 """Classes that are given as texts: each is the vector of its prompts."""
 
 import dataclasses
-import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from vit_jax.evaluators.prompts import average_prompts, find_templates, write_prompts
-from vit_jax.inference.texts import TextTower
+from vit_jax.inference.texts import TextTower, check_text, shorten
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.text import printable
 
-# Characters of a text in a message.
+# Characters of labels in a message.
 _SHOWN = 60
 
 
@@ -98,23 +97,6 @@ def check_labels(labels: Any, *, key: str) -> tuple[str, ...]:
     return names
 
 
-def check_text(text: str, *, key: str) -> str:
-    """Returns a text without white space around it, in Unicode form NFC.
-
-    Raises:
-      UserError: it is empty, or has control characters.
-    """
-    text = unicodedata.normalize("NFC", text).strip()
-    if not text:
-        raise UserError(f"{key} is empty: expected a text")
-    if printable(text) != text:
-        raise UserError(
-            f"{key}, {shorten(text)}, has line breaks or control characters: expected a line of "
-            "text"
-        )
-    return text
-
-
 def check_lengths(tower: TextTower, texts: Sequence[str], *, key: str) -> None:
     """Raises `UserError` if a text has more tokens than the model reads."""
     cut = tower.find_cut(texts)
@@ -123,9 +105,3 @@ def check_lengths(tower: TextTower, texts: Sequence[str], *, key: str) -> None:
             f"{key}: {shorten(cut[0])} has more tokens than the {tower.module.context_length} that "
             "the model reads: expected a shorter text"
         )
-
-
-def shorten(text: str) -> str:
-    """Returns a text in quotes, its first characters if it is long."""
-    shown = printable(text[:_SHOWN])
-    return f"'{shown}'" if len(text) <= _SHOWN else f"'{shown}...' ({len(text):,} characters)"

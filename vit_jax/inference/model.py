@@ -47,7 +47,7 @@ from vit_jax.inference.prediction import (
     ImagePredictions,
     Prediction,
 )
-from vit_jax.inference.texts import TextTower, find_tokenizer, to_unit
+from vit_jax.inference.texts import TextTower, check_texts, find_tokenizer, to_unit
 from vit_jax.models.attention import ATTENTION_WEIGHTS
 from vit_jax.models.interface import takes_any_size
 from vit_jax.models.resampling import Method
@@ -397,10 +397,11 @@ class LoadedModel:
           texts: a text, a list of texts, or tokens, int32 `[n, context_length]`.
 
         Raises:
-          UserError: the model has no text tower, its tokenizer is not known, or tokens are not
-            those of the model.
+          UserError: the model has no text tower, its tokenizer is not known, a text is none by
+            `check_text`, or tokens are not those of the model.
         """
-        return self._find_texts().embed(texts, pad_rows=self.pad_rows)
+        tower = self._find_texts()
+        return tower.embed(check_texts(texts, key="text"), pad_rows=self.pad_rows)
 
     def _find_texts(self, key: str = "") -> TextTower:
         if self.texts is None:

@@ -12,10 +12,10 @@ from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.ops.decode import ImageError, decode_image
 from vit_jax.data.sources.files import Files
 from vit_jax.inference.draw import encode_jpeg
-from vit_jax.inference.labels import check_lengths, check_text
+from vit_jax.inference.labels import check_lengths
 from vit_jax.inference.model import IMAGE_EMBED, LoadedModel
 from vit_jax.inference.stream import map_images
-from vit_jax.inference.texts import to_unit
+from vit_jax.inference.texts import check_text, to_unit
 from vit_jax.utils.errors import UserError
 
 

@@ -2,8 +2,10 @@
 """Command-line arguments that choose a trained model."""
 
 import argparse
+import io
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,6 +169,44 @@ def _sort_images(args: argparse.Namespace, *, named: bool, needed: bool) -> None
             given = f" after {args.workdir}"
     if needed and not images:
         raise UserError(f"{args.images} are missing: expected images{given}")
+
+
+def add_stream(parser: CommandParser) -> None:
+    """Adds the arguments of commands that run a model over many images."""
+    add = parser.add_argument
+    add(
+        "--batch_size",
+        type=int,
+        default=64,
+        help="Process this many images at a time. The default is %(default)s.",
+    )
+    add(
+        "--num_threads",
+        type=int,
+        help="Decode images in this many threads. The default is one for each core.",
+    )
+
+
+def check_stream(args: argparse.Namespace) -> None:
+    """Checks the arguments of `add_stream`, and `top_k`; raises `UserError`."""
+    for key, least in (("top_k", 1), ("batch_size", 1), ("num_threads", 0)):
+        value = getattr(args, key)
+        if value is not None and value < least:
+            raise UserError(f"--{key}={value}: expected at least {least}")
+
+
+def list_paths(args: argparse.Namespace) -> list[str]:
+    """Lists the images that the positional arguments name, some of them on stdin.
+
+    Raises:
+      UserError: there are none.
+    """
+    with importing():
+        from vit_jax.inference.images import STDIN, find_images
+    paths = getattr(args, args.images)
+    if STDIN in paths and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # Names of files may be of any bytes.
+    return find_images(paths, lines=sys.stdin)
 
 
 def load_source(args: argparse.Namespace, overrides: Mapping[str, Any]) -> "LoadedModel":

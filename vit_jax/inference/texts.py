@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from vit_jax.objectives.base import Params
 from vit_jax.observe.console import log
 from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.parallel.mesh import batch_sharding, shard_batch
+from vit_jax.utils.class_names import MAX_TEXT
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.text import printable
 
@@ -143,6 +145,45 @@ class TextTower:
             return self.module.apply({"params": params}, tokens, train=False)[0].astype("float32")
 
         return jax.jit(run, out_shardings=batch_sharding(self.mesh))
+
+
+def check_texts(texts: Any, *, key: str) -> Any:
+    """Returns a text or a list of texts as `check_text` does, and anything else as it is.
+
+    Raises:
+      UserError: see `check_text`; the error has the number of the text in a list.
+    """
+    if isinstance(texts, str):
+        return check_text(texts, key=key)
+    if isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts):
+        return [check_text(text, key=f"{key} {i}") for i, text in enumerate(texts, 1)]
+    return texts
+
+
+def check_text(text: str, *, key: str) -> str:
+    """Returns a text without white space around it, in Unicode form NFC.
+
+    Raises:
+      UserError: it is empty, has control characters, or is longer than a line of a text file may
+        be.
+    """
+    text = unicodedata.normalize("NFC", text).strip()
+    if not text:
+        raise UserError(f"{key} is empty: expected a text")
+    if printable(text) != text:
+        raise UserError(
+            f"{key}, {shorten(text)}, has line breaks or control characters: expected a line of "
+            "text"
+        )
+    if len(text) > MAX_TEXT:
+        raise UserError(f"{key}, {shorten(text)}: expected at most {MAX_TEXT:,} characters")
+    return text
+
+
+def shorten(text: str) -> str:
+    """Returns a text in quotes, its first characters if it is long."""
+    shown = printable(text[:_SHOWN])
+    return f"'{shown}'" if len(text) <= _SHOWN else f"'{shown}...' ({len(text):,} characters)"
 
 
 def to_unit(vectors: Any) -> Any:

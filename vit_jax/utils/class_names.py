@@ -17,7 +17,7 @@ from vit_jax.utils.text import printable
 _LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 
 # Characters of a name: a longer one is no name but another kind of file.
-_MAX_NAME = 1000
+MAX_TEXT = 1000
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +81,8 @@ def read_lines(path: Path, *, key: str, what: str) -> list[str]:
     while lines and not lines[-1].strip():
         lines.pop()
     for number, line in enumerate(lines, 1):
-        if not line.strip() or "\0" in line or len(line) > _MAX_NAME:
-            found = f"no text of at most {_MAX_NAME:,} characters" if line.strip() else "empty"
+        if not line.strip() or "\0" in line or len(line) > MAX_TEXT:
+            found = f"no text of at most {MAX_TEXT:,} characters" if line.strip() else "empty"
             raise UserError(f"{key}: line {number} is {found}: expected a {what} a line")
     return lines
 
