@@ -2,16 +2,18 @@
 """A run with adapters: what is trained, what checkpoints hold, how it is used and resumed."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 
 from tests.tiny import tiny_config
-from tests.trained import write_model
+from tests.trained import write_model, write_towers
 from vit_jax.checkpoint.manifest import write_manifest
 from vit_jax.checkpoint.pretrained.load import load_params, load_pretrained
 from vit_jax.checkpoint.pretrained.safetensors import write_safetensors
+from vit_jax.config.load import load_config
 from vit_jax.convert import main as convert
 from vit_jax.models.lora import Lora, merge_adapters
 from vit_jax.training.experiment import Experiment
@@ -163,3 +165,26 @@ def test_target_that_matches_nothing_is_refused(base, data_dir):
     config = lora_config(base, data_dir, lora__targets=(".*/nothing/kernel",))
     with pytest.raises(UserError, match=r"lora.targets: '.*/nothing/kernel' matches no kernel"):
         Experiment.from_config(config).check()
+
+
+def test_of_two_towers_both_heads_scale_and_bias_are_trained(tmp_path):
+    base = write_towers(tmp_path / "towers.npz")
+    with np.load(base) as file:
+        paths = [*file.files, "img/Transformer/encoderblock_0/MlpBlock_0/Dense_0/lora/a"]
+    trained = [p for p in paths if not any(re.fullmatch(f, p) for f in Lora(rank=2).frozen)]
+    heads = [f"{part}/head/{name}" for part in ("img", "txt") for name in ("kernel", "bias")]
+    assert sorted(trained) == sorted([*heads, "t", "b", paths[-1]])
+    chosen = Lora(rank=2, train=("img/head/.*",))
+    assert any(re.fullmatch(f, "t") for f in chosen.frozen)
+
+
+def test_config_of_two_towers_takes_adapters_with_its_rate_of_scale_and_bias(captions_dir):
+    config = load_config("configs/digits_text.py", {})
+    config.data.data_dir = captions_dir
+    config.lora = {"rank": 2}
+    config.init_from = "towers.npz"
+    experiment = Experiment.from_config(config)
+    experiment.check()
+    kept = flatten(experiment.keep(experiment.abstract_state.params))
+    assert {"t", "b", "img/head/kernel", "txt/head/kernel"} <= kept.keys()
+    assert "img/embedding/kernel" not in kept

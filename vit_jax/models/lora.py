@@ -25,6 +25,10 @@ NAME = "lora"
 # The products of encoder blocks: projections of attention, and MLPs.
 TARGETS = (r".*/(query|key|value|out|Dense_0|Dense_1|gate)/kernel",)
 
+# What is trained beside the adapters: heads, and of two towers also scale and bias of the pairs.
+TRAIN = ("head/.*", "head_dist/.*")
+_TRAIN_TOWERS = ("(img|txt)/head/.*", "t", "b")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora:
@@ -43,7 +47,8 @@ class Lora:
       targets: regular expressions for whole paths of the kernels that have an adapter.
       patterns: pairs of an expression and other values of `rank` and `alpha`; the first match
         counts. A rank of 0 leaves a kernel without an adapter.
-      train: expressions for parameters that are trained as they are, beside the adapters.
+      train: expressions for parameters that are trained as they are, beside the adapters. The
+        default also trains the heads of two towers, their scale and their bias.
 
     Raises:
       UserError: a value is out of its range.
@@ -55,7 +60,7 @@ class Lora:
     method: Literal["lora", "dora"] = "lora"
     targets: tuple[str, ...] = TARGETS
     patterns: tuple[tuple[str, dict], ...] = ()
-    train: tuple[str, ...] = ("head/.*", "head_dist/.*")
+    train: tuple[str, ...] = TRAIN
 
     def __post_init__(self) -> None:
         _check(self.rank, self.alpha, key="lora")
@@ -74,7 +79,8 @@ class Lora:
     @property
     def frozen(self) -> tuple[str, ...]:
         """Regular expressions for whole paths of the parameters that are not trained."""
-        trained = "|".join([rf"(.*/)?{NAME}/[^/]+", *self.train])
+        of_towers = _TRAIN_TOWERS if self.train == TRAIN else ()
+        trained = "|".join([rf"(.*/)?{NAME}/[^/]+", *self.train, *of_towers])
         return (rf"(?!({trained})$).*",) if self.rank else ()
 
     def size(self, path: str) -> tuple[int, float]:
