@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from jax import export
 
-from tests.trained import MIXER, write_model
+from tests.checkpoint.pretrained.test_image_text import put
+from tests.trained import MIXER, write_model, write_towers
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors
 from vit_jax.export import stablehlo
 from vit_jax.export.__main__ import main
@@ -42,6 +43,7 @@ def place(tmp_path_factory):
     write_model(folder / "vit.npz")
     write_model(folder / "mixer.npz", MIXER)
     write_model(folder / "headless.npz", classes=0, dtype="bfloat16", rope_theta=100.0)
+    write_towers(folder / "towers.npz")
     (folder / "names.txt").write_text("".join(f"{name}\n" for name in NAMES))
     return folder
 
@@ -129,11 +131,55 @@ def test_a_model_is_exported_as_it_was_asked_for(call):
 def test_of_a_model_without_a_classifier_features_are_exported_and_that_is_said(call, place):
     output, said = call("headless.npz", "--to=stablehlo")
     source = place / "headless.npz"
-    assert f"{source}: has no trained classifier; its features (pre_logits) are exported" in said
+    assert f"{source}: has no trained classifier; programs return features (pre_logits)" in said
     found = json.loads((output / "signature.json").read_text())
     assert found["output"] == {"name": "pre_logits", "dtype": "float32", "shape": ["batch", 16]}
     assert found["probabilities"] is None
     assert any(line.startswith("model.stablehlo: read back; differs from the mo") for line in said)
+
+
+def test_programs_of_two_towers_give_unit_vectors_of_images(call, place):
+    output, said = call("towers.npz", "--to=stablehlo")
+    assert any("programs return unit vectors of images (image_embed)" in line for line in said)
+    found = json.loads((output / "signature.json").read_text())
+    assert found["output"] == {"name": "image_embed", "dtype": "float32", "shape": ["batch", 16]}
+    assert found["probabilities"] is None
+    program = export.deserialize(bytearray((output / "model.stablehlo").read_bytes()))
+    images = make_images(3)
+    expected = load_model(place / "towers.npz").image_embed(images)
+    np.testing.assert_allclose(program.call(images), expected, atol=1e-6)
+
+
+def test_weights_have_all_layers_so_that_no_line_names_one(call):
+    output, said = call("towers.npz", "--to=npz")
+    assert not any("image_embed" in line or "programs" in line for line in said)
+    card = (output / "README.md").read_text()
+    assert 'model("photo.jpg", labels=["a cat", "a dog"])' in card
+
+
+@pytest.mark.parametrize("name", ["safetensors", "transformers"])
+def test_two_towers_that_transformers_does_not_have_are_refused_by_name(call, tmp_path, name):
+    with pytest.raises(UserError) as error:
+        call("towers.npz", f"--to={name}")
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'out' / 'model.safetensors'}: can't be written: CLIP")
+    assert message.endswith("a .npz holds any model")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_two_towers_have_the_files_of_transformers_by_either_name(tmp_path, said):
+    source = put(tmp_path, "siglip_bv")
+    for name in ("safetensors", "transformers"):
+        main([f"--checkpoint={source}", f"--to={name}", f"--output={tmp_path / name}"])
+    names = {path.name for path in (tmp_path / "transformers").iterdir()}
+    assert {"model.safetensors", "config.json", "README.md"} <= names
+    for file in names - {"README.md"}:
+        expected, found = (tmp_path / name / file for name in ("safetensors", "transformers"))
+        assert found.read_bytes() == expected.read_bytes()
+    for name in ("safetensors", "transformers"):
+        card = (tmp_path / name / "README.md").read_text()
+        assert "AutoModel.from_pretrained" in card
+        assert "timm" not in card
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), None])
@@ -201,7 +247,7 @@ def test_files_of_transformers_are_read_as_the_model(tmp_path):
         ),
         (
             ["--to=transformers", "--output=out", "--checkpoint={place}/mixer.npz"],
-            "--to=transformers: no Vision Transformer",
+            "--to=transformers: model.name='mixer' is no Vision Transformer, and only these",
         ),
         (["--to=safetensors,transformers", "--output=out"], "write the same file"),
     ],

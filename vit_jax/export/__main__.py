@@ -5,7 +5,8 @@ r"""Writes a trained model for other programs, into a folder of its own.
   safetensors  weights under the names of timm, with a config.json from which timm and
                transformers make the model; without a classifier if it has a layer pre_logits;
                of two towers, under the names of CLIP or SigLIP in transformers
-  transformers weights with the names and the config.json of ViT, I-JEPA, DINOv2 or DINOv3 there
+  transformers weights with the names and the config.json of ViT, I-JEPA, DINOv2 or DINOv3 there;
+               of two towers, the same as safetensors
   stablehlo    a program for CPUs, GPUs and TPUs, which JAX alone can call
   onnx         a graph for ONNX Runtime and others; pip install 'vit_jax[onnx]'
   savedmodel   a folder for TensorFlow, written by an interpreter that has it (--tf_python)
@@ -78,8 +79,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--output", type=Path, help="Make this folder, which must not exist.")
     add(
         "--layer",
-        help="Let programs return the output of this layer. The default is logits, or pre_logits "
-        "for a model without a classifier; a wrong name prints all layers.",
+        help="Let programs return the output of this layer. The default is logits, pre_logits for "
+        "a model without a classifier, or image_embed of two towers; a wrong name prints all "
+        "layers.",
     )
     add(
         "--tf_python",
@@ -145,8 +147,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def choose_layer(model: "LoadedModel", wanted: str | None) -> str:
-    """Chooses the layer whose output programs return, and logs if it is not the logits.
+def choose_layer(model: "LoadedModel", wanted: str | None, formats: Sequence[str]) -> str:
+    """Chooses the layer whose output programs return.
+
+    Where a format is a program, it is logged if these are not the logits of a classifier.
 
     Raises:
       UserError: the layer does not exist.
@@ -154,12 +158,20 @@ def choose_layer(model: "LoadedModel", wanted: str | None) -> str:
     if wanted is not None:
         model.check_layer(wanted)
         return wanted
+    from vit_jax.inference.model import IMAGE_EMBED
+
+    has_programs = bool(PROGRAMS.keys() & set(formats))
     if model.texts is not None:
-        log(f"{model.source}: programs return embeddings of images, not divided by their lengths")
-        return "logits" if model.module.num_classes else "pre_logits"
+        if has_programs:
+            log(
+                f"{model.source}: programs return unit vectors of images (image_embed); the text "
+                "tower is only in npz, safetensors and transformers"
+            )
+        return IMAGE_EMBED
     if model.classifies:
         return "logits"
-    log(f"{model.source}: has no trained classifier; its features (pre_logits) are exported")
+    if has_programs:
+        log(f"{model.source}: has no trained classifier; programs return features (pre_logits)")
     return "pre_logits"
 
 
@@ -181,18 +193,20 @@ def export(
     lines, batches = [], make_batches(model)
     for name in formats:
         path = folder / f"model.{name}"
-        if name in WEIGHTS:
+        if name == TRANSFORMERS and model.texts is None:
+            lines += _write_transformers(folder, _make_weights(model))
+            continue
+        if name not in PROGRAMS:
+            # Two towers have the names of `transformers` in either format.
+            path = path.with_suffix(".npz" if name == "npz" else ".safetensors")
             weights = _make_weights(model)
             # The files are listed when their folder has its final name.
             notes = [text for text in convert(weights, path) if not text.startswith("wrote ")]
             lines += [f"{path.name}: {text}" for text in notes]
-            if name == "safetensors" and model.texts is not None:
+            if name != "npz" and model.texts is not None:
                 lines += _write_huggingface_config(folder, weights)
-            elif name == "safetensors":
+            elif name != "npz":
                 lines += _write_timm_config(folder / CONFIG, weights)
-            continue
-        if name == TRANSFORMERS:
-            lines += _write_transformers(folder, _make_weights(model))
             continue
         check_size(model, what=name)
         options = {"python": tf_python} if name == "savedmodel" else {}
@@ -271,7 +285,7 @@ def main(argv: Sequence[str]) -> None:
     with importing():
         from vit_jax.export.card import CARD, make_card
     model = load_source(args, overrides)
-    layer = choose_layer(model, args.layer)
+    layer = choose_layer(model, args.layer, args.to)
     with fresh_folder(args.output) as folder:
         lines = export(folder, model, args.to, layer, tf_python=args.tf_python)
         card = make_card(

@@ -219,7 +219,16 @@ def _show_use(model: LoadedModel, formats: Sequence[str], layer: str) -> list[st
             f"`images` are uint8 `[n, {height}, {width}, 3]`, RGB: decode and resize them; the "
             f"program does the rest, and gives float32 `{layer}`. See `{SIGNATURE}`."
         )
-    parts += [_USE[name].format(name=name, output=output) for name in formats]
+    for name in formats:
+        # Two towers have the names and the class of transformers in either format.
+        use = "transformers" if name == "safetensors" and model.texts is not None else name
+        text = _USE[use].format(name=name, output=output)
+        if model.texts is not None:
+            text = text.replace(
+                'model(model.preprocess("photo.jpg"))',
+                'model("photo.jpg", labels=["a cat", "a dog"])',
+            )
+        parts.append(text)
     if "safetensors" in formats and "pre_logits" in model.params:
         parts.append(
             "`model.safetensors` has no classifier: timm has no tanh layer (`pre_logits`) before "

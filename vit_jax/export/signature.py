@@ -47,7 +47,7 @@ def describe_signature(model: LoadedModel, layer: str, files: Mapping[str, str])
     """
     images = jax.ShapeDtypeStruct((1, *model.image_shape), np.uint8)
     output = jax.eval_shape(model.as_function(layer), images)
-    classifies = layer == "logits"
+    classifies = layer == "logits" and model.texts is None
     return {
         "files": dict(files),
         "input": {

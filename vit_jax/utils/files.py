@@ -88,6 +88,8 @@ def fresh_file(path: Path) -> Iterator[Path]:
 def fresh_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder for `--output`, which gets its name if the block succeeds.
 
+    Errors in the block that name a file of the temporary folder name it in `path` instead.
+
     Raises:
       UserError: the folder exists, or can't be written.
     """
@@ -101,6 +103,9 @@ def fresh_folder(path: Path) -> Iterator[Path]:
         os.rename(fresh, path)
     except OSError as e:
         raise UserError(f"--output={path} can't be written: {e.strerror or e}") from e
+    except UserError as e:
+        # The user knows the folder by the name that it does not have yet.
+        raise UserError(str(e).replace(str(fresh), str(path))) from e
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

@@ -170,7 +170,10 @@ def write_huggingface(folder: Path, weights: Weights) -> list[str]:
 def _find_kind(model: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> str:
     """Returns the `model_type` of the class that computes what a model does."""
     if model.get("name") != "vit":
-        raise ValueError("no Vision Transformer; only these can be written for Hugging Face")
+        raise ValueError(
+            f"model.name={model.get('name')!r} is no Vision Transformer, and only these can be "
+            "written for Hugging Face; a .npz holds any model"
+        )
     problems = [
         f"model.{key}={model[key]!r} (there {value!r})"
         for key, value in _FIXED.items()
