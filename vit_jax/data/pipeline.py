@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -50,6 +51,22 @@ _SCALES = ("size", "height", "width", "pixels", "method")
 
 
 @dataclasses.dataclass(frozen=True)
+class StoredFeatures:
+    """Features of the images of a split, in a file.
+
+    Attributes:
+      name: of the features in a batch.
+      width: of the features.
+      path: a file of numpy, float32 `[records, width]`, in the order of the records, with NaN for
+        images that can't be read; None as long as there is none.
+    """
+
+    name: str
+    width: int
+    path: Path | None
+
+
+@dataclasses.dataclass(frozen=True)
 class DatasetSpec:
     """One split of a dataset, or a mixture of several, and how its examples are prepared.
 
@@ -77,6 +94,7 @@ class DatasetSpec:
       budgets: (budget, batch size) of patches of images of any size, which training batches take in
         turn, in another order in each round; `()` for the budget of `preprocess` in all.
       budget: of patches, in place of that of `preprocess`; None for that.
+      features: of the images, which training batches have in place of images and labels.
     """
 
     name: str
@@ -97,6 +115,7 @@ class DatasetSpec:
     label_size: tuple[int, int] | None = None
     budgets: tuple[tuple[int, int], ...] = ()
     budget: int | None = None
+    features: StoredFeatures | None = None
 
     def variants(self) -> tuple["DatasetSpec", ...]:
         """The spec of each of the `budgets`; itself alone without.
@@ -180,6 +199,11 @@ class DatasetSpec:
         of `label_map`, if it is given, and `extent` int32 `[6]` then has the top, left, height and
         width of the part of the image that is not padding, and the height and width of the mask.
         """
+        if self.features is not None:
+            blank: Features = {self.features.name: np.zeros(self.features.width, np.float32)}
+            if tokenizer := self.find_tokenizer():
+                blank["tokens"] = np.zeros(tokenizer.length, np.int32)
+            return blank
         info = self.info
         features: Features = {"image": np.zeros(self.image_shape(), np.uint8)}
         if info.multi_label:
@@ -303,6 +327,27 @@ class DatasetSpec:
             sources.append(relabel(source, own, classes, key=key) if classes.count else source)
         return Mixture(sources) if self.mixture else sources[0]
 
+    def read_features(self) -> np.ndarray | None:
+        """Maps the file of `features` into memory, float32 `[records, width]`; None without one.
+
+        Raises `UserError` if it can't be read, or is of another number of records.
+        """
+        if self.features is None:
+            return None
+        path, shape = self.features.path, (len(self.open()), self.features.width)
+        if path is None:
+            raise ValueError("the features of the images have not been computed")
+        try:
+            found = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as e:
+            raise UserError(f"{path} can't be read: {e}; remove it, and it is made again") from None
+        if found.shape != shape or found.dtype != np.float32:
+            raise UserError(
+                f"{path} has {found.dtype} {found.shape}: expected float32 {shape}; remove it, and "
+                "it is made again"
+            )
+        return found
+
     def schedule(self) -> Schedule:
         """The source of the mixture that each position takes."""
         weights = tuple(weight for *_, weight in self.mixture)
@@ -419,6 +464,7 @@ class _Batches(abc.ABC):
         block = spec.batch_size // num_shards
         self.spec, self.source, self.ops = spec, spec.open(), fuse(spec.ops())
         self.rngs, self.blank = PositionRng(seed), spec.blank()
+        self.features = spec.read_features()
         self.tokenizer = spec.find_tokenizer()
         self.decode, counts = spec.ops()[0], {name: count for name, count, _ in spec.views}
         self.views = {name: (counts[name], fuse(ops)) for name, ops in spec.view_ops().items()}
@@ -465,13 +511,18 @@ class _Batches(abc.ABC):
                 jobs, encoded = {}, 0
         self.corrupt.see(stop - start)
 
-    def _fill_row(self, batch: Batch, step: int, row: int, apply: _Apply) -> np.ndarray | Job:
-        """Fills a row and returns its image, which may be a `Job` that is still to be run."""
+    def _fill_row(
+        self, batch: Batch, step: int, row: int, apply: _Apply
+    ) -> np.ndarray | Job | None:
+        """Fills a row and returns its image, which may be a `Job` that is still to be run.
+
+        It is None for stored features.
+        """
         features = self.example(self.first(step) + self.rows[row], apply)
-        image = features["image"]
+        image = features.get("image")
         for name in batch.keys() - {"image"}:
             batch[name][row] = features[name]
-        if not isinstance(image, Job):
+        if image is not None and not isinstance(image, Job):
             batch["image"][row] = image
         return image
 
@@ -490,6 +541,11 @@ class _Batches(abc.ABC):
 
         Raises `ImageError` if its image is unreadable or refused, or if it has no caption.
         """
+        if self.spec.features is not None and self.features is not None:
+            stored = np.asarray(self.features[index])
+            if np.isnan(stored[0]):
+                raise ImageError("its features are missing, since it could not be read")
+            return {self.spec.features.name: stored} | self._tokenize({}, index, position)
         record = self.source[index]
         own = record.get("label_map")
         if self.spec.label_size and own is not None:
@@ -504,13 +560,17 @@ class _Batches(abc.ABC):
                 check_map(features, f"{self.spec.key}.preprocess")
         if self.spec.label_size and own is not None:
             features = features | self._keep_map(own, features["label_map"])
-        if self.tokenizer:
-            captions = record["text"] if "text" in record else self.source.captions(index)
-            if not captions:
-                raise ImageError("it has no caption")
-            features["caption"] = self.choose(captions, position)
-            features["tokens"] = self.tokenizer.encode(features["caption"])
-        return features
+        return features | self._tokenize(record, index, position)
+
+    def _tokenize(self, record: Features, index: int, position: int) -> Features:
+        """The caption of a record and its tokens; nothing without a tokenizer."""
+        if not self.tokenizer:
+            return {}
+        captions = record["text"] if "text" in record else self.source.captions(index)
+        if not captions:
+            raise ImageError("it has no caption")
+        caption = self.choose(captions, position)
+        return {"caption": caption, "tokens": self.tokenizer.encode(caption)}
 
     def _keep_map(self, own: np.ndarray, inside: np.ndarray) -> Features:
         """A label map of its own size, padded, and its extent.
@@ -777,6 +837,8 @@ def plan_buffers(spec: DatasetSpec, *, num_shards: int = 1, shards: int = 1) -> 
     rows = spec.batch_size // num_shards * shards
     shapes = (spec.image_shape(), *spec.view_shapes().values())
     batch = rows * sum(map(math.prod, shapes))
+    if spec.features is not None:
+        batch = rows * 4 * spec.features.width
     if spec.info.pixel_classes:
         batch += rows * math.prod(spec.label_size or shapes[0][:2])
     ahead = count_ahead(rows, count_threads(spec.num_threads))

@@ -3,6 +3,7 @@
 
 import abc
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Self, TypeVar
 
@@ -12,6 +13,24 @@ from vit_jax.utils.errors import UserError
 
 Batch = dict[str, jax.Array]
 Params = Any  # a nested dict of arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedFeatures:
+    """Features of images that a frozen part of the model gives, in place of the images.
+
+    Attributes:
+      folder: of the files that hold them.
+      name: of the features, in what `predict` returns and in batches: float32 `[batch, width]`.
+      width: of the features.
+      part: first part of the paths of the parameters that make them, all of which are frozen.
+    """
+
+    folder: str
+    name: str
+    width: int
+    part: str
+
 
 Make = TypeVar("Make", bound=Callable)
 
@@ -47,6 +66,7 @@ class Objective(abc.ABC):
       needs_label_maps: whether they must have `label_map`.
       draws_patch_size: whether each step may have a patch of another size (`model.patch_sizes`).
       takes_any_size: whether its model may be given patches of images of any size (see `pixels`).
+      cached_features: what batches have in place of `image`; None for images.
       head_names: names of the heads of `head_logits` `[heads, batch, classes]`, if `predict`
         returns those.
     """
@@ -59,6 +79,10 @@ class Objective(abc.ABC):
     needs_label_maps: bool = False
     draws_patch_size: bool = False
     takes_any_size: bool = False
+
+    @property
+    def cached_features(self) -> CachedFeatures | None:
+        return None
 
     @property
     def head_names(self) -> tuple[str, ...]:

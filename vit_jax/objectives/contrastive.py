@@ -12,9 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from vit_jax.data.ops.patches import find_patches
+from vit_jax.data.ops.transforms import Random
 from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.objectives.augment import ERASE_KEY, Augmentation, distort, erase
-from vit_jax.objectives.base import Batch, CoupledObjective, Params, headless
+from vit_jax.objectives.base import (
+    Batch,
+    CachedFeatures,
+    CoupledObjective,
+    Params,
+    headless,
+)
 from vit_jax.objectives.contrastive_losses import ring_sigmoid_loss, sigmoid_loss, softmax_loss
 from vit_jax.objectives.pixels import ImageObjective, Pixels, check_pixels
 from vit_jax.utils.errors import UserError
@@ -41,6 +49,9 @@ class Contrastive(CoupledObjective, ImageObjective):
       max_scale: the factor on similarities is kept from 1 to this after each update; None for no
         bounds.
       augmentation: augmentation of training images, on the device.
+      image_shape: height, width and channels of the images, where batches have none.
+      feature_cache: folder of files of the embeddings of the images, `zimg`, which batches then
+        have in place of `image`; None to compute them in each step.
     """
 
     model: Any
@@ -49,16 +60,28 @@ class Contrastive(CoupledObjective, ImageObjective):
     form: Form = "ring"
     max_scale: float | None = None
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
+    image_shape: tuple[int, ...] = ()
+    feature_cache: str | None = None
 
     classifies = False
     needs_labels = False
     takes_any_size = True
 
+    @property
+    def cached_features(self) -> CachedFeatures | None:
+        if self.feature_cache is None:
+            return None
+        return CachedFeatures(self.feature_cache, "zimg", self.model.width, "img")
+
     def init(self, rng: jax.Array, batch: Batch) -> Params:
-        images, tokens = self.normalize(batch["image"][:1]), batch["tokens"][:1]
+        shape = batch["image"].shape[1:] if "image" in batch else self.image_shape
+        images = self.normalize(jnp.zeros((1, *shape), jnp.uint8))
+        tokens = batch["tokens"][:1]
         return dict(self.model.init(rng, images, tokens, train=False))["params"]
 
     def augment(self, batch: Batch, rng: jax.Array) -> Batch:
+        if "zimg" in batch:
+            return batch
         options = self.augmentation
         images = self.normalize(distort(rng, batch["image"], options))
         if options.random_erasing:
@@ -69,9 +92,13 @@ class Contrastive(CoupledObjective, ImageObjective):
     def encode(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns unit vectors of the images and of the texts, float32 `[batch, width]`."""
         zimg, ztxt, _ = self.model.apply(
-            {"params": params}, batch["image"], batch["tokens"], train=True, rngs={"dropout": rng}
+            {"params": params},
+            batch.get("image"),
+            batch["tokens"],
+            train=True,
+            rngs={"dropout": rng},
         )
-        return zimg, ztxt
+        return (batch["zimg"] if zimg is None else zimg), ztxt
 
     def combine(
         self, params: Params, encoded: tuple[jax.Array, jax.Array]
@@ -125,6 +152,7 @@ def make_contrastive(
     loss: Loss = "sigmoid",
     form: Form | None = None,
     max_scale: float | None = None,
+    feature_cache: str | None = None,
     pixel_mean: Pixels = 0.5,
     pixel_std: Pixels = 0.5,
     **augmentation: Any,
@@ -133,7 +161,8 @@ def make_contrastive(
 
     `form` is `ring` by default for the sigmoid loss; softmax has only the gathered form. Raises
     `UserError` if the model has not two towers, if the data has no captions or texts of another
-    length or vocabulary than the model, or if a value is out of its range.
+    length or vocabulary than the model, if a value is out of its range, or if images that have a
+    `feature_cache` would differ from step to step.
     """
     _check_pairs(model, data)
     if loss == "softmax" and form == "ring":
@@ -150,6 +179,8 @@ def make_contrastive(
                 f"objective.{key}={getattr(options, key)}: an image mixed of two has no caption: "
                 "expected 0 for objective.name='contrastive'"
             )
+    if feature_cache is not None:
+        _check_cache(feature_cache, model, data, options)
     mean, std = check_pixels(pixel_mean, pixel_std)
     return Contrastive(
         model,
@@ -158,6 +189,8 @@ def make_contrastive(
         form or ("gathered" if loss == "softmax" else "ring"),
         max_scale,
         options,
+        data.image_shape(),
+        feature_cache,
         pixel_mean=mean,
         pixel_std=std,
     )
@@ -199,4 +232,40 @@ def _check_pairs(model: Any, data: DatasetSpec) -> None:
         raise UserError(
             f"data.batch_size={data.batch_size} with {name}, which compares the pairs of a batch: "
             "expected at least 2"
+        )
+
+
+def _check_cache(folder: str, model: Any, data: DatasetSpec, options: Augmentation) -> None:
+    key = f"objective.feature_cache={folder!r}"
+    if not folder:
+        raise UserError(f"{key}: expected a folder, or None")
+    why = "features are computed once for each image"
+    changes = [
+        f"objective.{field.name}={getattr(options, field.name)}"
+        for field in dataclasses.fields(options)
+        if field.name in ("flip", "color_jitter", "three_augment", "random_erasing")
+        and getattr(options, field.name) not in (0, False, (0, 0, 0))
+    ]
+    rates = ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate")
+    changes += [
+        f"model.image.{name}={getattr(model.img, name)}"
+        for name in (*rates, "patch_dropout_rate")
+        if getattr(model.img, name, 0)
+    ]
+    if changes:
+        raise UserError(f"{key} with {changes[0]}: {why}: expected 0, or no feature_cache")
+    ops = data.ops()
+    drawn = [type(op).__name__ for op in ops if isinstance(op, Random)]
+    # What an operation from outside does is not known.
+    drawn += [type(op).__name__ for op in ops if not type(op).__module__.startswith("vit_jax.")]
+    if drawn:
+        raise UserError(
+            f"{key} with {data.key}.preprocess={data.preprocess!r}: {why}, and {drawn[0]} is "
+            "random: expected no random operation, such as 'decode|resize(224)', or no "
+            "feature_cache"
+        )
+    if find_patches(ops) is not None:
+        raise UserError(
+            f"{key} with {data.key}.preprocess={data.preprocess!r}: expected images of one size, "
+            "or no feature_cache"
         )

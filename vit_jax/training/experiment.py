@@ -24,7 +24,7 @@ from vit_jax.checkpoint.pretrained.weights import Loss, Weights
 from vit_jax.checkpoint.state import TrainState
 from vit_jax.config.build import Parts, build_parts
 from vit_jax.data.corrupt import CorruptCounter
-from vit_jax.data.pipeline import train_batches
+from vit_jax.data.pipeline import DatasetSpec, train_batches
 from vit_jax.models.interface import Model, find_position_grid
 from vit_jax.models.lora import NAME as LORA
 from vit_jax.models.two_towers import TOWERS, TwoTowers
@@ -34,6 +34,7 @@ from vit_jax.parallel.mesh import batch_sharding, process_shards, shard_batch
 from vit_jax.parallel.sharding import constrain, infer_shardings, scatter_gradients
 from vit_jax.runtime.compiler_options import compiler_options
 from vit_jax.training import step as step_lib
+from vit_jax.training.feature_cache import FeatureCache
 from vit_jax.utils.errors import UserError, name_key
 from vit_jax.utils.registry import is_part
 from vit_jax.utils.tree import flatten, merge, partition
@@ -105,8 +106,29 @@ class Experiment(Parts):
         sharding, size = batch_sharding(self.mesh), self.train_data.batch_size
         return {
             k: jax.ShapeDtypeStruct((size, *v.shape), v.dtype, sharding=sharding)
-            for k, v in self.train_data.blank().items()
+            for k, v in self._step_data.blank().items()
         }
+
+    @functools.cached_property
+    def feature_cache(self) -> FeatureCache | None:
+        """The stored features that batches have in place of images; None for images."""
+        cached = self.objective.cached_features
+        if cached is None:
+            return None
+        computed = {k: self.description["preprocess"][k] for k in ("mean", "std", "image_size")}
+        return FeatureCache(
+            cached,
+            self.objective,
+            self.mesh,
+            self.train_data,
+            self.train_data.batch_size // self.optimizer.accum_steps,
+            {"model": self.description["model"], "precision": self.settings.precision} | computed,
+        )
+
+    @property
+    def _step_data(self) -> DatasetSpec:
+        """What the batches of `train_batches` are made of."""
+        return self.train_data if self.feature_cache is None else self.feature_cache.spec
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -129,7 +151,19 @@ class Experiment(Parts):
           UserError: a rule for single parameters matches none of them, or adapters have no weights
             to be added to.
         """
-        _ = self.abstract_state
+        params = self.abstract_state.params
+        if (cached := self.objective.cached_features) is not None:
+            trained = [
+                path
+                for path in flatten(self.optimizer.rules.split(params)[0])
+                if path.startswith(f"{cached.part}/")
+            ]
+            if trained:
+                raise UserError(
+                    f"objective.feature_cache={cached.folder!r}: {trained[0]} is trained, and the "
+                    f"features would change: expected optimizer.freeze=('{cached.part}/.*',), or "
+                    "no feature_cache"
+                )
         if (rank := self.settings.lora.rank) and self.settings.init_from is None:
             raise UserError(
                 f"lora.rank={rank} without init_from: all but the adapters and the head would "
@@ -379,6 +413,10 @@ class Experiment(Parts):
             return grads
         return scatter_gradients(grads, mesh=self.mesh, strategy=self.strategy)
 
+    def image_batches(self, step: int) -> Iterator[dict[str, jax.Array]]:
+        """As `train_batches`, with images also where these have stored features instead."""
+        return self._load(self.train_data, step, None)
+
     def train_batches(
         self, step: int, *, corrupt: CorruptCounter | None = None
     ) -> Iterator[dict[str, jax.Array]]:
@@ -388,9 +426,14 @@ class Experiment(Parts):
           step: number of updates made before.
           corrupt: counts this process's records that can't be read.
         """
+        return self._load(self._step_data, step, corrupt)
+
+    def _load(
+        self, data: DatasetSpec, step: int, corrupt: CorruptCounter | None
+    ) -> Iterator[dict[str, jax.Array]]:
         shards, num_shards = process_shards(self.mesh)
         batches = train_batches(
-            self.train_data,
+            data,
             seed=self.settings.seed,
             step=step,
             shards=shards,

@@ -42,7 +42,7 @@ def preview_first_batch(experiment: Experiment) -> tuple[np.ndarray, np.ndarray 
       Images, uint8 `[batch, height, width, 3]`, and what the model learns of them: targets, float32
       `[batch, classes]`, or, if the objective has none, the labels of the data, or None without.
     """
-    return _augment(experiment, next(experiment.train_batches(0)))
+    return _augment(experiment, next(experiment.image_batches(0)))
 
 
 def _augment(

@@ -285,6 +285,8 @@ def _prepare(
             params = summarize_params(experiment.optimizer, experiment.abstract_state.params)
             what = {k: v for k, v in checkpoints.run.items() if k != "config"}
             write_run(folder, what | {"command": command} | describe_params(params))
+    if experiment.feature_cache is not None:
+        experiment.feature_cache.fill(state.params)
     return start, state
 
 

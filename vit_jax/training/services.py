@@ -145,7 +145,8 @@ class Services:
             check_counts(self._counts, settings.data.max_corrupt)
         if log_is_due and step > 1:
             self._name_straggler(step)
-        if step == 1 and settings.tracking.images and self._main:
+        shows_images = settings.tracking.images and "image" in batch
+        if step == 1 and shows_images and self._main:
             images = preview_images(self.experiment, batch, settings.tracking.images)
             self._writer.write_images(1, "train/images", images)
 
