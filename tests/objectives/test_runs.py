@@ -326,6 +326,19 @@ def test_a_gram_teacher_is_read_from_a_file(run_dir, data_dir, teacher, said):
         experiment.init_state()
 
 
+def test_a_wrong_gram_teacher_is_refused_before_anything_is_compiled(
+    data_dir, teacher, tmp_path, said
+):
+    options = changes("dino_sinkhorn", None)
+    options["objective"] |= {"gram_start": None, "gram_updates": ()}
+    for source, words in ((teacher, "a width of 8 and the model one"), ("nowhere.npz", "nowhere")):
+        options["objective"]["gram_teacher"] = source
+        with pytest.raises(UserError, match=rf"^objective\.gram_teacher=.*{words}"):
+            train(tiny_config(data_dir, **options), str(tmp_path / "new"))
+    assert not any(line.startswith("compiling") for line in said)
+    assert not (tmp_path / "new/config.json").exists()
+
+
 def test_koleo_is_refused_for_micro_batches_of_one_image(data_dir):
     config = tiny_config(data_dir, optimizer__accum_steps=16, **changes("dino", None))
     with pytest.raises(UserError, match=r"koleo_weight=0\.1 with \(micro-\)batches of 1"):

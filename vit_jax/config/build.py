@@ -677,7 +677,8 @@ def _find_judge(
     """The evaluator of a metric such as `val/top1`."""
     judges = {f"{e.name}/{metric}": e for e in evaluators for metric in e.metrics}
     if ema:
-        judges |= {f"{e.name}_ema/{metric}": e for e in evaluators for metric in e.metrics}
+        of_average = (e for e in evaluators if e.reads_params)
+        judges |= {f"{e.name}_ema/{metric}": e for e in of_average for metric in e.metrics}
     if metric not in judges:
         raise UserError(
             f"{key}={metric!r}: expected a metric of one of the evals: "
