@@ -7,7 +7,8 @@
 DINO, DINO with masked patches, a masked autoencoder and the initialised model, side by side: the
 accuracy on test of 20 nearest neighbours and of a linear probe, and of the neighbours of raw
 pixels. Of DINO it is that of the teacher. The results hold the curve of the neighbours on `val`
-too. The same command resumes where it was stopped; --steps shortens all runs, to try it.
+too. The same command resumes where it was stopped; --steps shortens all runs, and --set changes
+keys of the config of all of them, which the results state.
 """
 
 import argparse
@@ -38,6 +39,7 @@ def train(kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     ]
     if args.steps and kind != "random":
         command += ["--config.epochs=none", f"--config.total_steps={args.steps}"]
+    command += [f"--config.{change}" for change in args.set]
     subprocess.run(command, check=True)
     results = last_results(workdir)
     ema = "_ema" if kind.startswith("dino") else ""
@@ -56,6 +58,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--steps", type=int, help="length of all runs in place of their own")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as model.patch_size=8"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
     args = parser.parse_args()
 
@@ -70,7 +75,12 @@ def main() -> None:
             print(f"{kind:<10} {name:<12} mean {statistics.mean(scores):.2%}, {span}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        measured = {"device": jax.devices()[0].device_kind, "steps": args.steps, "runs": runs}
+        measured = {
+            "device": jax.devices()[0].device_kind,
+            "steps": args.steps,
+            "set": args.set,
+            "runs": runs,
+        }
         environment = describe_environment("jax", "flax", "optax")
         args.json.write_text(json.dumps(environment | measured, indent=2) + "\n")
         print(f"wrote {args.json}")

@@ -167,7 +167,7 @@ def show_example(example: Example, names: Sequence[str]) -> str:
 
     from vit_jax.inference.draw import encode_jpeg, encode_png, scale_up
 
-    image = example.image
+    image = np.broadcast_to(example.image, (*example.image.shape[:2], 3))
     if max(image.shape[:2]) > _MAX_SIDE:
         small = Image.fromarray(image)
         small.thumbnail((_MAX_SIDE, _MAX_SIDE))

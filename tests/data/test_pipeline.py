@@ -478,3 +478,9 @@ def test_a_tokenizer_changes_neither_images_nor_labels(captioned):
 def test_a_tokenizer_adds_nothing_to_data_without_captions(digits):
     spec = dataclasses.replace(digits, tokenizer="bytes(length=64)")
     assert_same(train(spec, 2), train(digits, 2))
+
+
+def test_luma_comes_last():
+    assert find_shapes("decode|resize(6)|luma", (None, None, 3), key="k") == {(6, 6, 1)}
+    with pytest.raises(UserError, match=r"^k='decode\|luma\|flip_lr': expected 'luma' last"):
+        find_shapes("decode|luma|flip_lr", (None, None, 3), key="k")

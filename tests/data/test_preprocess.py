@@ -10,6 +10,7 @@ from typing import get_args
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from vit_jax.data.ops import policies as augment_ops
 from vit_jax.data.ops import transforms as image_ops
@@ -535,6 +536,14 @@ def test_random_choices_come_from_the_generator_alone(text):
     draws = [[run(text, image, seed).tobytes() for seed in range(8)] for _ in range(2)]
     assert draws[0] == draws[1]
     assert len(set(draws[0])) > 1
+
+
+def test_luma_is_the_only_channel():
+    image = noise(6, 7, 3)
+    want = np.array(Image.fromarray(image).convert("L"))[..., None]
+    np.testing.assert_array_equal(run("luma", image), want)
+    grey = np.repeat(image[..., :1], 3, axis=2)
+    np.testing.assert_array_equal(run("decode|luma", encode(grey)), image[..., :1])
 
 
 def test_a_line_is_run_from_left_to_right():

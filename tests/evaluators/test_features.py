@@ -13,6 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.evaluators import knn
+from vit_jax.evaluators.base import evaluate
 from vit_jax.evaluators.features import Features
 from vit_jax.evaluators.fewshot import FewShot, solve_regression
 from vit_jax.evaluators.kinds import EVALUATORS
@@ -235,3 +236,12 @@ def test_what_the_data_can_not_give_is_refused_before_the_run(data_dir):
         make(data_dir, NearestNeighbours, k=(302,)).open()
     with pytest.raises(UserError, match=r"evals\.e\.train_split='trian'"):
         make(data_dir, NearestNeighbours, train_split="trian").open()
+
+
+def test_pixels_have_no_results_of_the_average(data_dir):
+    options = {"k": (5,), "of": "pixels"}
+    evaluation = make(data_dir, NearestNeighbours, **options)
+    assert set(evaluate(evaluation, PARAMS, PARAMS)) == {"e/5nn", "e/rankme", "e/count"}
+    of_features = dataclasses.replace(evaluation, of="features")
+    assert of_features.reads_params
+    assert not evaluation.reads_params

@@ -14,6 +14,7 @@ from tests.training.test_run import assert_same, stop_at
 from vit_jax.checkpoint.pretrained.adapt import describe_objective_params
 from vit_jax.checkpoint.pretrained.load import load_params, load_pretrained
 from vit_jax.checkpoint.pretrained.weights import OBJECTIVE_PARAMS
+from vit_jax.evaluators.reconstruction import encode_grid
 from vit_jax.objectives.linear_probe import LinearProbe
 from vit_jax.objectives.mae import MaskedAutoencoder
 from vit_jax.objectives.segmentation import Segmentation
@@ -326,7 +327,48 @@ def test_a_gram_teacher_is_read_from_a_file(run_dir, data_dir, teacher, said):
         experiment.init_state()
 
 
+def test_a_wrong_gram_teacher_is_refused_before_anything_is_compiled(
+    data_dir, teacher, tmp_path, said
+):
+    options = changes("dino_sinkhorn", None)
+    options["objective"] |= {"gram_start": None, "gram_updates": ()}
+    for source, words in ((teacher, "a width of 8 and the model one"), ("nowhere.npz", "nowhere")):
+        options["objective"]["gram_teacher"] = source
+        with pytest.raises(UserError, match=rf"^objective\.gram_teacher=.*{words}"):
+            train(tiny_config(data_dir, **options), str(tmp_path / "new"))
+    assert not any(line.startswith("compiling") for line in said)
+    assert not (tmp_path / "new/config.json").exists()
+
+
 def test_koleo_is_refused_for_micro_batches_of_one_image(data_dir):
     config = tiny_config(data_dir, optimizer__accum_steps=16, **changes("dino", None))
     with pytest.raises(UserError, match=r"koleo_weight=0\.1 with \(micro-\)batches of 1"):
         Experiment.from_config(config, devices=jax.devices()[:1])
+
+
+def test_a_model_of_one_channel_starts_from_one_of_three(data_dir, teacher):
+    options = {
+        "model__hidden_size": 8,
+        "data__preprocess": "decode|luma",
+        "evals__val__preprocess": "decode|luma",
+    }
+    experiment = Experiment.from_config(tiny_config(data_dir, init_from=teacher, **options))
+    read = experiment.read_init_from()
+    assert read is not None
+    assert "embedding/kernel: 3 input channels in the file, 1 here: summed" in read[1]
+    wrong = {
+        "pixel_mean": ((0.4, 0.5, 0.6), "3 numbers for images of 1 channel"),
+        "color_jitter": (0.3, r"is for images of three channels, and data\.preprocess makes 1"),
+    }
+    for key, (value, words) in wrong.items():
+        objective = {"name": "supervised", key: value}
+        config = tiny_config(data_dir, objective=objective, **options)
+        with pytest.raises(UserError, match=rf"objective\.{key}=.*{words}"):
+            _ = Experiment.from_config(config).abstract_state
+
+
+def test_pictures_of_one_channel_are_grey():
+    rows = [np.full((2, 64, 64, 1), 7.0), np.full((2, 64, 64, 3), 9.0)]
+    picture = cv2.imdecode(np.frombuffer(encode_grid(rows), np.uint8), cv2.IMREAD_COLOR)
+    assert np.all(picture[:64] == 7)
+    assert np.all(picture[64:] == 9)

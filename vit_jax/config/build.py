@@ -477,6 +477,7 @@ def _make_objective(
     if takes_any_size(model):
         _check_any_size(objective, name, data)
     _check_patch_sizes(model, objective, name, data.image_shape())
+    _check_colors(objective, data.image_shape())
     return objective, {"name": name} | args
 
 
@@ -500,6 +501,20 @@ def _check_any_size(objective: Objective, name: str, data: DatasetSpec) -> None:
             "the device changes or mixes: expected it left out, or operations of data.preprocess "
             "such as flip_lr and inception_patches"
         )
+
+
+def _check_colors(objective: Objective, image_shape: tuple[int, ...]) -> None:
+    """Raises `UserError` if colours are to change on the device, and images have no colours."""
+    augmentation: Any = getattr(objective, "augmentation", None)
+    if image_shape[2] == 3 or augmentation is None:
+        return
+    for key in ("color_jitter", "three_augment"):
+        value = getattr(augmentation, key)
+        if value and value != (0, 0, 0):
+            raise UserError(
+                f"objective.{key}={value} is for images of three channels, "
+                f"and data.preprocess makes {image_shape[2]}: change colours there, or not at all"
+            )
 
 
 def _check_patch_sizes(
@@ -677,7 +692,8 @@ def _find_judge(
     """The evaluator of a metric such as `val/top1`."""
     judges = {f"{e.name}/{metric}": e for e in evaluators for metric in e.metrics}
     if ema:
-        judges |= {f"{e.name}_ema/{metric}": e for e in evaluators for metric in e.metrics}
+        of_average = (e for e in evaluators if e.reads_params)
+        judges |= {f"{e.name}_ema/{metric}": e for e in of_average for metric in e.metrics}
     if metric not in judges:
         raise UserError(
             f"{key}={metric!r}: expected a metric of one of the evals: "

@@ -488,12 +488,13 @@ def caption(label: np.ndarray, info: DatasetInfo) -> str:
 def write_contact_sheet(
     path: Path, images: np.ndarray, captions: Sequence[str], *, lines: int = 1
 ) -> None:
-    """Writes a PNG of images, uint8 `[64, height, width, 3]`; small ones are enlarged.
+    """Writes a PNG of images, uint8 `[64, height, width, 3 or 1]`; small ones are enlarged.
 
     Below each one is its caption, as far as it fits in a number of lines.
     """
     from PIL import Image, ImageDraw, ImageFont
 
+    images = np.broadcast_to(images, (*images.shape[:3], 3))
     times = -(-_TILE // max(images.shape[1:3]))
     images = images.repeat(times, axis=1).repeat(times, axis=2)
     # The sheet of large images is looked at from further away.

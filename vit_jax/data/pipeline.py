@@ -24,6 +24,7 @@ from vit_jax.data.mixture import Mixture, Schedule, make_schedule, merge_infos
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.ops.fused import Job, decode, defer, fuse
 from vit_jax.data.ops.patches import find_patches
+from vit_jax.data.ops.policies import Luma
 from vit_jax.data.ops.transforms import Decode, Features, Keep, Op, Random, apply
 from vit_jax.data.order import (
     BUDGETS,
@@ -370,6 +371,10 @@ def find_shapes(
     ops = parse_preprocess(line, key=key)
     if [isinstance(op, Decode) for op in ops] != [True] + [False] * (len(ops) - 1):
         raise UserError(f"{key}={line!r}: expected 'decode' first, and once")
+    if any(isinstance(op, Luma) for op in ops[:-1]):
+        raise UserError(
+            f"{key}={line!r}: expected 'luma' last, since other operations are for three channels"
+        )
     shapes = set()
     for fill in ((64, 96), (600, 400)):
         sides = [side or other for side, other in zip(image_shape[:2], fill, strict=True)]

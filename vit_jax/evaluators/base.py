@@ -67,6 +67,11 @@ class Evaluator(abc.ABC):
     draws: ClassVar[bool] = False
     choose = False
 
+    @property
+    def reads_params(self) -> bool:
+        """Whether results depend on the parameters; else there are none of their average."""
+        return True
+
     def __post_init__(self) -> None:
         self.check(self.every >= 0, "every", "steps, or 0 for the end only")
 
@@ -211,7 +216,7 @@ def evaluate(
       UserError: the evaluator raises it, or a result is no number.
     """
     trees = {evaluator.name: params}
-    if ema_params is not None:
+    if ema_params is not None and evaluator.reads_params:
         trees[f"{evaluator.name}_ema"] = ema_params
     results = {}
     for prefix, tree in trees.items():

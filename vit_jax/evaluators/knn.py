@@ -141,6 +141,10 @@ class NearestNeighbours(FeatureEvaluator):
         super().__post_init__()
 
     @property
+    def reads_params(self) -> bool:
+        return self.of == "features"
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         return tuple(f"{k}nn" for k in self.k)
 

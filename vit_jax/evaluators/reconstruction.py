@@ -63,7 +63,8 @@ class Reconstruction(Evaluator):
 
 
 def encode_grid(rows: list[np.ndarray]) -> bytes:
-    """Encodes rows of images, float `[images, height, width, 3]` from 0 to 255, as a PNG."""
+    """Encodes rows of images, float `[images, height, width, 3 or 1]` from 0 to 255, as a PNG."""
+    rows = [np.broadcast_to(row, (*row.shape[:3], 3)) for row in rows]
     lines = [np.concatenate(list(row), axis=1) for row in rows]
     grid = np.clip(np.rint(np.concatenate(lines)), 0, 255).astype(np.uint8)
     times = max(1, -(-_LEAST // rows[0].shape[2]))

@@ -54,7 +54,8 @@ def describe_signature(model: LoadedModel, layer: str, files: Mapping[str, str])
             "name": INPUT,
             "dtype": "uint8",
             "shape": ["batch", *model.image_shape],
-            "meaning": "RGB from 0 to 255, the channel last",
+            "meaning": f"{'RGB' if model.image_shape[2] == 3 else 'luma'} from 0 to 255, the "
+            "channel last",
         },
         "output": {"name": layer, "dtype": "float32", "shape": ["batch", *output.shape[1:]]},
         "preprocess": {

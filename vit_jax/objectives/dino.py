@@ -704,10 +704,15 @@ def _make_gram(
     updates: tuple[int, ...],
     channels: int,
 ) -> Gram:
-    if not 0 < weight < math.inf:
+    if weight == 0:
         raise UserError(
             f"objective.gram_weight={weight} with other keys of Gram anchoring: expected above 0, "
             "such as 2.0, or none of them"
+        )
+    if not 0 < weight < math.inf:
+        raise UserError(
+            f"objective.gram_weight={weight}: expected above 0, such as 2.0, or 0 for no Gram "
+            "anchoring"
         )
     if source is None:
         if not start:

@@ -87,8 +87,15 @@ def fit_to_line(model: Model, line: str, *, key: str) -> Model:
 def normalize(images: jax.Array, mean: Pixels, std: Pixels) -> jax.Array:
     """Subtracts `mean` from pixels in [0, 1] and divides by `std`.
 
-    Images are `[..., channels]` of any dtype, from 0 to 255; the result is float32.
+    Images are `[..., channels]` of any dtype, from 0 to 255; the result is float32. Raises
+    `UserError` if there are three numbers and one channel.
     """
+    for name, value in (("pixel_mean", mean), ("pixel_std", std)):
+        if np.size(value) not in (1, images.shape[-1]):
+            raise UserError(
+                f"objective.{name}={value}: {np.size(value)} numbers for images of "
+                f"{images.shape[-1]} channel{'s' * (images.shape[-1] > 1)}: expected one number"
+            )
     means, stds = (np.asarray(x, np.float32) for x in (mean, std))
     return images.astype(jnp.float32) / (255 * stds) - means / stds
 

@@ -212,17 +212,20 @@ class Experiment(Parts):
         )
         return weights, self.fit_params(weights, zeros)[1]
 
-    def init_state(self, weights: Weights | None = None) -> TrainState:
+    def init_state(
+        self, weights: Weights | None = None, loaded: Params | None = None
+    ) -> TrainState:
         """Returns the state before the first step, each array created on the devices that hold it.
 
         With `init_from` the parameters are adapted to this model; what was adapted is logged.
 
         Args:
           weights: those of `init_from`, if they have been read.
+          loaded: those of `Objective.load_params`, if they have been read.
         """
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         weights = weights or self.load_weights()
-        loaded = self.objective.load_params()
+        loaded = self.objective.load_params() if loaded is None else loaded
         if weights is None and not loaded:
             return jax.jit(self._make_state, out_shardings=shardings)()
         params = self.initial_params()

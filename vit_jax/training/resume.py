@@ -19,6 +19,7 @@ from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.checkpoint.state import TrainState
 from vit_jax.checkpoint.workdir import check_files, find_config, read_labels
 from vit_jax.config.schema import CONTENT, Resume, may_change
+from vit_jax.objectives.base import Params
 from vit_jax.observe import divergence
 from vit_jax.observe.console import log
 from vit_jax.observe.divergence import (
@@ -247,11 +248,15 @@ def _check_progress(path: str, workdir: Path) -> None:
 
 
 def restore(
-    experiment: Experiment, checkpoints: CheckpointManager, weights: Weights | None = None
+    experiment: Experiment,
+    checkpoints: CheckpointManager,
+    weights: Weights | None = None,
+    loaded: Params | None = None,
 ) -> tuple[int, TrainState]:
     """The step after which a run starts or resumes, and the state to do so with.
 
-    `weights` are those of `init_from`, which are read if need be.
+    `weights` are those of `init_from` and `loaded` those of `Objective.load_params`, which are read
+    if need be.
     """
     saved, settings = checkpoints.latest_step() or 0, experiment.settings
     has_base = bool(settings.lora.rank)
@@ -269,7 +274,7 @@ def restore(
             state = experiment.complete(state, weights)
         log(f"resuming from {checkpoints.path(saved)}")
     else:
-        state = experiment.init_state(weights)
+        state = experiment.init_state(weights, loaded)
     rollbacks = read_rollbacks(checkpoints.workdir)
     start = skip_past(saved, broadcast_from_process_0(rollbacks))
     if start > saved:

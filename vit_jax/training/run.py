@@ -196,14 +196,20 @@ def check_sources(config: ConfigDict | Mapping[str, Any], workdir: Path) -> None
     """Refuses weights that don't exist, before the data is opened or prepared.
 
     Raises:
-      UserError: `init_from`, where a run in the workdir would start from it, or the teacher.
+      UserError: `init_from` or the Gram teacher, where a run in the workdir would start from them,
+        or the teacher.
     """
     objective: Any = config.get("objective")
     sources = {}
+    starts = False
     with contextlib.suppress(UserError):  # A workdir that can't be read is refused later.
-        sources["init_from"] = None if list_steps(workdir) else config.get("init_from")
+        starts = not list_steps(workdir)
+    if starts:
+        sources["init_from"] = config.get("init_from")
     if isinstance(objective, ConfigDict | Mapping):
         sources["objective.teacher"] = objective.get("teacher")
+        if starts:
+            sources["objective.gram_teacher"] = objective.get("gram_teacher")
     for key, source in sources.items():
         if isinstance(source, str) and source:
             try:
@@ -255,8 +261,10 @@ def _prepare(
     settings, main_process = experiment.settings, jax.process_index() == 0
     with fail_together():
         # Weights that don't exist or don't fit are refused before data is read.
-        read = None if checkpoints.latest_step() else experiment.read_init_from()
+        starts = not checkpoints.latest_step()
+        read = experiment.read_init_from() if starts else None
         weights = None if read is None else read[0]
+        loaded = experiment.objective.load_params() if starts else None
         notes = experiment.objective.notes()
         # Every split that the run will need, so that a missing one is found at once.
         sizes = [f"train {count_examples(experiment.train_data):,}"]
@@ -276,7 +284,7 @@ def _prepare(
             log_changes(before, checkpoints.run)
     _report_start(experiment, input_bytes, notes)
     log_progress("compiling ...")
-    start, state = restore(experiment, checkpoints, weights)
+    start, state = restore(experiment, checkpoints, weights, loaded)
     with fail_together():
         if main_process:
             write_config(folder, experiment.config)

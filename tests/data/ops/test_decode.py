@@ -540,3 +540,12 @@ def test_random_damage_gives_an_image_or_a_value_error(name):
     assert refused
     # KiB: no more than the largest image that is allowed takes, and its copies.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 3 * 3 * MAX_PIXELS / 1024
+
+
+def test_the_number_of_channels_of_a_tiff_file_is_named():
+    bands = np.zeros((4, 6, 5), np.uint8).tobytes()
+    numbers = {256: 6, 257: 4, 258: 8, 259: 1, 262: 1, 273: 8 + 2 + 9 * 12 + 4, 277: 5, 278: 4}
+    tags = [struct.pack("<HHII", key, 4, 1, x) for key, x in (numbers | {279: len(bands)}).items()]
+    head = struct.pack("<4sIH", b"II*\0", 8, len(tags))
+    with pytest.raises(ImageError, match="a TIFF file of 5 channels; expected grey or RGB"):
+        decode_image(b"".join([head, *tags, bytes(4), bands]))

@@ -17,7 +17,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 try:
     from vit_jax.data import _jpeg  # pyright: ignore[reportAttributeAccessIssue]
@@ -80,7 +80,8 @@ _STORED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-_TIFF_DEPTH, _TIFF_COLORS, _TIFF_FORMAT = 258, 262, 339  # BitsPerSample, Photometric, SampleFormat
+# BitsPerSample, Photometric, SamplesPerPixel and SampleFormat.
+_TIFF_DEPTH, _TIFF_COLORS, _TIFF_CHANNELS, _TIFF_FORMAT = 258, 262, 277, 339
 
 
 class ImageError(ValueError):
@@ -268,8 +269,20 @@ def _decode_with_pillow(encoded: bytes | bytearray, *, orient: bool) -> np.ndarr
         raise ImageError(f"an image of {pixels:,} pixels: expected 1 to {MAX_PIXELS:,}") from e
     # Pillow's decoders raise OSError, SyntaxError, struct.error and others for broken files.
     except Exception as e:
-        phone = ": HEIC or AVIF, which is to be converted" if encoded[4:8] == b"ftyp" else ""
-        raise ImageError(f"{len(encoded)} bytes that are not a readable image{phone}") from e
+        why = ": HEIC or AVIF, which is to be converted" if encoded[4:8] == b"ftyp" else ""
+        if (channels := _count_tiff_channels(encoded)) not in (1, 3):
+            why = f": a TIFF file of {channels} channels; expected grey or RGB, perhaps with alpha"
+        raise ImageError(f"{len(encoded)} bytes that are not a readable image{why}") from e
+
+
+def _count_tiff_channels(encoded: bytes | bytearray) -> int:
+    """The number that the header of a TIFF file states; 1 for other content."""
+    with contextlib.suppress(Exception):
+        tags, file = TiffImagePlugin.ImageFileDirectory_v2(bytes(encoded[:8])), io.BytesIO(encoded)
+        file.seek(tags.next)
+        tags.load(file)
+        return int(tags.get(_TIFF_CHANNELS, 1))
+    return 1
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:

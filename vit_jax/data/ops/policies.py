@@ -17,7 +17,7 @@ import numpy as np
 
 from vit_jax.data.ops import augreg, colors, geometry, pillow
 from vit_jax.data.ops.geometry import Fill
-from vit_jax.data.ops.transforms import Features, Op, Random, check_order
+from vit_jax.data.ops.transforms import Features, Op, Random, Transform, check_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,6 +324,16 @@ class Grayscale(_Sometimes):
 
 
 @dataclasses.dataclass(frozen=True)
+class Luma(Transform):
+    """Makes an image of one channel, its luma, uint8 `[height, width, 1]`; last in a line."""
+
+    maps = "keep"
+
+    def change(self, image: np.ndarray) -> np.ndarray:
+        return colors.to_gray(image)[..., None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Solarize(_Sometimes):
     """Inverts the values of `threshold` or more, with this probability."""
 
@@ -396,5 +406,6 @@ OPS: dict[str, type[Op]] = {
     "color_jitter": ColorJitter,
     "gaussian_blur": GaussianBlur,
     "grayscale": Grayscale,
+    "luma": Luma,
     "solarize": Solarize,
 }
