@@ -170,6 +170,7 @@ def _prepare(
         shrink = functools.partial(make_square, size=manifest.raw)
     indices = iter(range(shard.start, shard.stop))
     while chunk := list(itertools.islice(indices, 16 * num_threads)):
+        source.ahead(chunk, captions=manifest.captions)
         yield from pool.map(prepare, chunk)
 
 

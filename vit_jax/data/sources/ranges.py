@@ -1,26 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Large files of which parts are read, by path."""
+"""Large files of which parts are read, on disks and in buckets."""
 
 import abc
+import collections
+import errno
+import io
+import itertools
+import logging
 import os
+import re
 import threading
-from collections.abc import Sequence
-from typing import BinaryIO
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, BinaryIO, TypeVar
 
 from vit_jax.utils.bounds import MAX_WEIGHTS, open_regular
+from vit_jax.utils.buckets import SCHEMES, Bucket, split_url
+from vit_jax.utils.files import find_paths
 
 # Files that stay open; others are opened for each read.
 _OPEN = 512
+# Bytes of what is read ahead of its use, and of the parts in which a whole object is read.
+_AHEAD, _PART = 2**30, 2**23
+# Seconds that reads from a bucket are tried for, beyond the retries of each request: no image is
+# replaced by another one because of a network that is away for a while.
+_PATIENCE_S, _WAITS = 300.0, (1.0, 2.0, 4.0, 8.0)
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class Ranges(abc.ABC):
-    """Files by number. Reading is safe from many threads; all methods raise `OSError`."""
+    """Files by number. Reading is safe from many threads; all methods raise `OSError`.
+
+    Attributes:
+      paths: or URLs of the files.
+      reads_ahead: whether `ahead` does something.
+    """
 
     paths: Sequence[str]
+    reads_ahead = False
 
     @abc.abstractmethod
     def read(self, number: int, start: int, stop: int) -> bytes:
         """The bytes of a file from `start` to `stop`; fewer if it ends before."""
+
+    def ahead(self, number: int, start: int, stop: int) -> None:  # noqa: B027
+        """Starts to read what `read` will be called for with the same arguments."""
 
     @abc.abstractmethod
     def stamp(self, number: int) -> str:
@@ -70,3 +97,172 @@ class LocalRanges(Ranges):
     def __del__(self) -> None:
         for file in self._files.values():
             os.close(file)
+
+
+class BucketRanges(Ranges):
+    """Objects by their URLs, `gs://` or `s3://`."""
+
+    reads_ahead = True
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = paths
+        split = [split_url(path) for path in paths]
+        roots = {
+            place[:2]: Bucket(path, whole=True) for path, place in zip(paths, split, strict=True)
+        }
+        self._objects = [(roots[scheme, bucket], name) for scheme, bucket, name in split]
+        self._lock = threading.Lock()
+        # The futures of reads that were started, and how often each will be used.
+        self._started: collections.OrderedDict[tuple[int, int, int], list[Any]] = (
+            collections.OrderedDict()
+        )
+        self._size = 0
+
+    def read(self, number: int, start: int, stop: int) -> bytes:
+        future, key = None, (number, start, stop)
+        with self._lock:
+            if (entry := self._started.get(key)) is not None:
+                future = entry[0]
+                entry[1] -= 1
+                if not entry[1]:
+                    self._drop(key)
+        if future is not None:
+            try:
+                result = future.result()
+                if result.state == "value":
+                    return result.value
+            except Exception:  # The read below reports what is wrong.
+                logger.debug("a read ahead of %s failed", self.paths[number], exc_info=True)
+        bucket, name = self._objects[number]
+        return be_patient(lambda: bucket.read_range(name, start, stop))
+
+    def ahead(self, number: int, start: int, stop: int) -> None:
+        bucket, name = self._objects[number]
+        key = number, start, stop
+        with self._lock:
+            if (entry := self._started.get(key)) is not None:
+                entry[1] += 1
+                return
+            try:
+                future = bucket.start_read(name, start, stop)
+            except OSError:  # The bucket can't be opened: `read` reports it.
+                return
+            self._started[key] = [future, 1]
+            self._size += stop - start
+            # Reads that were started for a loader that has ended are never used.
+            while self._size > _AHEAD and len(self._started) > 1:
+                self._drop(next(iter(self._started)))
+
+    def _drop(self, key: tuple[int, int, int]) -> None:
+        del self._started[key]
+        self._size -= key[2] - key[1]
+
+    def stamp(self, number: int) -> str:
+        bucket, name = self._objects[number]
+        return be_patient(lambda: bucket.generation(name)).hex()
+
+    def open(self, number: int) -> BinaryIO:
+        return io.BufferedReader(_Parts(*self._objects[number]), buffer_size=2**16)
+
+
+def be_patient(work: Callable[[], T]) -> T:
+    """Returns the result of a request; waits and tries again where that may help."""
+    begun = time.monotonic()
+    for wait in itertools.chain(_WAITS, itertools.repeat(_WAITS[-1])):
+        try:
+            return work()
+        except FileNotFoundError:
+            raise
+        except OSError as e:
+            left = begun + _PATIENCE_S - time.monotonic()
+            if e.errno == errno.EACCES or left < wait:
+                raise
+            logger.warning("%s; it is tried again, for %.0f s more", e.strerror, left)
+            time.sleep(wait)
+    raise AssertionError
+
+
+class _Parts(io.RawIOBase):
+    """An object, which is read in large parts; while one is used, the next one is read."""
+
+    def __init__(self, bucket: Bucket, name: str):
+        self._bucket, self._name = bucket, name
+        self._pool = ThreadPoolExecutor(1)
+        self._place = 0
+        self._parts: dict[int, Future[bytes]] = {}
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END:
+            raise io.UnsupportedOperation("the size of an object is not known")
+        self._place = offset + (self._place if whence == os.SEEK_CUR else 0)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        part, within = divmod(self._place, _PART)
+        for number in (part, part + 1):
+            if number not in self._parts:
+                self._parts[number] = self._pool.submit(self._fetch, number)
+        self._parts = {n: future for n, future in self._parts.items() if abs(n - part) < 2}
+        content = self._parts[part].result()[within : within + len(buffer)]
+        buffer[: len(content)] = content
+        self._place += len(content)
+        return len(content)
+
+    def _fetch(self, number: int) -> bytes:
+        start = number * _PART
+        return be_patient(lambda: self._bucket.read_range(self._name, start, start + _PART))
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        super().close()
+
+
+def open_ranges(paths: Sequence[str]) -> Ranges:
+    """Files that are all on disks, or all in buckets."""
+    return BucketRanges(paths) if paths[0].startswith(SCHEMES) else LocalRanges(paths)
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is that of an object in a bucket."""
+    return path.startswith(SCHEMES)
+
+
+def find_files(pattern: str, *, ending: str) -> list[str]:
+    """The sorted paths or URLs that match a pattern, or that have an ending and are in a folder.
+
+    In a bucket, a pattern without `*`, `?` or `[` that has the ending is not looked for. Raises
+    `OSError` if the bucket can't be listed.
+    """
+    if not is_remote(pattern):
+        if os.path.isdir(pattern):
+            pattern = os.path.join(pattern, "**", f"*{ending}")
+        return find_paths(pattern)
+    special = re.search(r"[*?\[]", pattern)
+    if special is None and pattern.endswith(ending):
+        return [pattern]
+    if special is None:
+        pattern = f"{pattern.rstrip('/')}/**/*{ending}"
+    scheme, name, path = split_url(pattern)
+    root = Bucket(pattern, whole=True)
+    start = re.split(r"[*?\[]", path)[0]
+    wanted = re.compile(_translate(path))
+    return [f"{scheme}://{name}/{n}" for n in root.list(start) if wanted.fullmatch(n)]
+
+
+def _translate(pattern: str) -> str:
+    """The regular expression of a pattern of a shell."""
+    parts = re.split(r"(\*\*/|\*|\?|\[[^]/]+\])", pattern)
+    meant = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
+    return "".join(
+        meant.get(part) or (part if re.fullmatch(r"\[[^]]+\]", part) else re.escape(part))
+        for part in parts
+    )

@@ -20,7 +20,7 @@ from vit_jax.data.sources.columns import split_columns
 from vit_jax.data.sources.files import ENDINGS, encode_labels
 from vit_jax.data.sources.guess import suggest_name
 from vit_jax.data.sources.layout import check_classes, find_split, log_cut
-from vit_jax.data.sources.ranges import LocalRanges, Ranges
+from vit_jax.data.sources.ranges import Ranges, find_files, is_remote, open_ranges
 from vit_jax.data.sources.tar_index import (
     MAX_TEXT,
     Choice,
@@ -32,7 +32,6 @@ from vit_jax.data.sources.tar_index import (
 from vit_jax.utils.bounds import parse_json
 from vit_jax.utils.class_names import read_names
 from vit_jax.utils.errors import UserError, describe_error
-from vit_jax.utils.files import find_paths
 
 _COLUMNS = ("image", "label", "caption")
 # Files with the names of classes, in the folder of the shards or in that above it.
@@ -71,7 +70,7 @@ def tar_dataset(text: str) -> Dataset:
         if column in renamed:  # Names of values in JSON have a case.
             given[column] = (renamed[column].removeprefix("."),)
     choice = Choice(**{"image": endings} | given)
-    ranges: Ranges = LocalRanges(_find_shards(path, key=key))
+    ranges = open_ranges(_find_shards(path, key=key))
     try:
         indices = _index(ranges, choice, name=name)
     except UserError as e:
@@ -116,25 +115,25 @@ def tar_dataset(text: str) -> Dataset:
 
 def _find_shards(path: str, *, key: str) -> list[str]:
     """The paths of all shards in their order; raises `UserError` if one is missing."""
-    where = os.path.abspath(os.path.expanduser(path))
-    if os.path.isdir(where):
-        pattern = os.path.join(where, "**", "*.tar")
-        paths = find_paths(pattern)
-        if not paths:
+    where = path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+    if not is_remote(path) and os.path.isdir(where):
+        if not (paths := find_files(where, ending=".tar")):
             hint = suggest_name(path, besides="tar")
-            raise UserError(f"{key}: there are no files {pattern}{hint}")
+            raise UserError(f"{key}: there are no files {where}/**/*.tar{hint}")
         return paths
     if os.path.lexists(where):
         return [where]
     found: dict[str, None] = {}  # ordered, and each once
     missing = []
     for pattern in itertools.islice(expand_braces(where), _MAX_SHARDS):
-        paths = find_paths(pattern)
+        try:
+            paths = find_files(pattern, ending=".tar")
+        except OSError as e:
+            raise UserError(f"{key}: {e.strerror}") from None
         missing += [] if paths else [pattern]
         found |= dict.fromkeys(paths)
     if missing:
         more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
-        # A pattern may have a form that is not in braces.
         raise UserError(f"{key}: there are no files {missing[0]}{more}")
     return list(found)
 
@@ -299,6 +298,8 @@ def _class_names(values: Sequence[Any], paths: Sequence[str], *, name: str) -> l
     if not all(re.fullmatch(r"0|[1-9]\d*", str(value)) for value in values):
         return None
     folder = os.path.dirname(paths[0])
+    if is_remote(folder):
+        return None
     for place in (folder, os.path.dirname(folder)):
         for file in _NAMES:
             if (path := Path(place, file)).is_file():
@@ -375,6 +376,18 @@ class Members(Records):
         if len(content) < _HEADER + size or not _is_header(content[:_HEADER], size):
             raise ImageError("its shard has changed since its index was made")
         return content[_HEADER:]
+
+    @property
+    def reads_ahead(self) -> bool:
+        return self._ranges.reads_ahead
+
+    def ahead(self, rows: Sequence[int], *, captions: bool) -> None:
+        for row in rows:
+            shard = self._shard(row)
+            for places in (self._images, self._captions) if captions else (self._images,):
+                start, size = map(int, places[row])
+                if size:
+                    self._ranges.ahead(shard, start - _HEADER, start + abs(size))
 
     def describe(self, row: int) -> str:
         shard = self._shard(row)
