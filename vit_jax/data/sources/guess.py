@@ -36,7 +36,7 @@ def suggest_name(path: str, *, besides: str | None = None) -> str:
     if ending in _TABLES:
         kind = "manifest"
     elif "://" in path:
-        return "; of a bucket, packed:URL, tar:URL and tables of images are read: manifest:TABLE.csv"
+        return "; expected packed:URL, tar:URL, or images listed in a table: manifest:TABLE.csv"
     elif ending == ".parquet":
         kind = "parquet"
     elif os.path.isdir(where):
