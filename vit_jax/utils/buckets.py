@@ -119,13 +119,15 @@ class Bucket:
         content = result.value if result.state == "value" else None
         return content, result.stamp.generation if content is not None else known
 
-    def read_range(self, name: str, start: int, stop: int) -> bytes:
+    def read_range(self, name: str, start: int, stop: int | None) -> bytes:
         """Returns the bytes of an object from `start` to `stop`; fewer if it ends before.
+
+        None stands for its end.
 
         Raises:
           FileNotFoundError: there is no such object.
         """
-        for end in (stop, None):  # A range that is not all there is refused.
+        for end in dict.fromkeys((stop, None)):  # A range that is not all there is refused.
             try:
                 result = self._call("read", name, lambda end=end: self.start_read(name, start, end))
             except OSError as e:

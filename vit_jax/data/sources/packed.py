@@ -32,7 +32,7 @@ from vit_jax.data.sources.base import (
     Records,
     check_class_names,
 )
-from vit_jax.data.sources.ranges import BucketRanges, be_patient, is_remote
+from vit_jax.data.sources.ranges import BucketRanges, is_remote
 from vit_jax.utils.bounds import (
     MAX_JSON,
     MAX_TABLE,
@@ -149,7 +149,7 @@ def _open(folder: str | Path, name: str, *, max_bytes: int) -> Iterator[BinaryIO
             yield file
         return
     bucket = Bucket(str(folder))
-    content, _ = be_patient(lambda: bucket.read(name))
+    content, _ = bucket.read(name)
     if content is None:
         raise FileNotFoundError(errno.ENOENT, "there is no such object", f"{folder}/{name}")
     yield io.BytesIO(content)

@@ -26,6 +26,10 @@ _AHEAD, _PART = 2**30, 2**23
 # Seconds that reads from a bucket are tried for, beyond the retries of each request: no image is
 # replaced by another one because of a network that is away for a while.
 _PATIENCE_S, _WAITS = 300.0, (1.0, 2.0, 4.0, 8.0)
+# What is taken for the size of an object.
+_WHOLE = 2**17
+# The number of a file, and the places where a part of it starts and stops.
+_Part = tuple[int, int, int | None]
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -113,12 +117,11 @@ class BucketRanges(Ranges):
         self._objects = [(roots[scheme, bucket], name) for scheme, bucket, name in split]
         self._lock = threading.Lock()
         # The futures of reads that were started, and how often each will be used.
-        self._started: collections.OrderedDict[tuple[int, int, int], list[Any]] = (
-            collections.OrderedDict()
-        )
+        self._started: collections.OrderedDict[_Part, list[Any]] = collections.OrderedDict()
         self._size = 0
 
-    def read(self, number: int, start: int, stop: int) -> bytes:
+    def read(self, number: int, start: int, stop: int | None, *, patient: bool = True) -> bytes:
+        """As in `Ranges`, or up to the end; `patient` is whether failures are tried again."""
         future, key = None, (number, start, stop)
         with self._lock:
             if (entry := self._started.get(key)) is not None:
@@ -134,9 +137,11 @@ class BucketRanges(Ranges):
             except Exception:  # The read below reports what is wrong.
                 logger.debug("a read ahead of %s failed", self.paths[number], exc_info=True)
         bucket, name = self._objects[number]
+        if not patient:
+            return bucket.read_range(name, start, stop)
         return be_patient(lambda: bucket.read_range(name, start, stop))
 
-    def ahead(self, number: int, start: int, stop: int) -> None:
+    def ahead(self, number: int, start: int, stop: int | None) -> None:
         bucket, name = self._objects[number]
         key = number, start, stop
         with self._lock:
@@ -148,21 +153,26 @@ class BucketRanges(Ranges):
             except OSError:  # The bucket can't be opened: `read` reports it.
                 return
             self._started[key] = [future, 1]
-            self._size += stop - start
+            self._size += _size_of(key)
             # Reads that were started for a loader that has ended are never used.
             while self._size > _AHEAD and len(self._started) > 1:
                 self._drop(next(iter(self._started)))
 
-    def _drop(self, key: tuple[int, int, int]) -> None:
+    def _drop(self, key: _Part) -> None:
         del self._started[key]
-        self._size -= key[2] - key[1]
+        self._size -= _size_of(key)
 
     def stamp(self, number: int) -> str:
         bucket, name = self._objects[number]
-        return be_patient(lambda: bucket.generation(name)).hex()
+        return bucket.generation(name).hex()
 
     def open(self, number: int) -> BinaryIO:
-        return io.BufferedReader(_Parts(*self._objects[number]), buffer_size=2**16)
+        return io.BufferedReader(_Stream(*self._objects[number]), buffer_size=2**16)
+
+
+def _size_of(part: _Part) -> int:
+    _, start, stop = part
+    return _WHOLE if stop is None else stop - start
 
 
 def be_patient(work: Callable[[], T]) -> T:
@@ -182,7 +192,7 @@ def be_patient(work: Callable[[], T]) -> T:
     raise AssertionError
 
 
-class _Parts(io.RawIOBase):
+class _Stream(io.RawIOBase):
     """An object, which is read in large parts; while one is used, the next one is read."""
 
     def __init__(self, bucket: Bucket, name: str):
