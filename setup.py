@@ -101,7 +101,7 @@ setup(
         "tpu-plan": ["jax[tpu]"],  # libtpu, of the version that fits jax; no TPU is needed
         "cuda": ["jax[cuda13]"],
         "gpu-plan": ["jax[cuda13]"],  # XLA's compiler for GPUs; no GPU is needed
-        # To read images and files of weights; workdirs in buckets need neither.
+        # To read files of weights; workdirs and data in buckets need neither.
         "gcs": ["etils[epath-gcs]>=1.9.1"],
         "s3": ["etils[epath-s3]>=1.9.1"],
         "parquet": ["pyarrow>=15.0"],

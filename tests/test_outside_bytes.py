@@ -2,7 +2,9 @@
 """Whatever bytes come from outside: a value, or one line that says what is wrong with them."""
 
 import contextlib
+import io
 import json
+import tarfile
 import time
 import tracemalloc
 import zipfile
@@ -35,6 +37,7 @@ from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources.files import manifest_dataset
 from vit_jax.data.sources.packed import read_manifest
 from vit_jax.data.sources.parquet import parquet_dataset
+from vit_jax.data.sources.tar import tar_dataset
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.resume import open_workdir
 from vit_jax.utils.command import print_error
@@ -141,6 +144,19 @@ def parquet(folder, data_dir):
     table = pa.table({"image": [b"one", b"two", b"three"], "label": [0, 1, 1]})
     pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(names)}), file)
     return Reader(file, lambda: read_rows(parquet_dataset.__wrapped__(str(file))))
+
+
+def tar(folder, data_dir):
+    file = folder / "train.tar"
+    members = {"a.jpg": b"one", "a.cls": b"0", "b.jpg": b"two", "b.json": b'{"label": 1}'}
+    with tarfile.open(file, "w") as shard:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            shard.addfile(info, io.BytesIO(content))
+    # Most of the file is the room after its end.
+    file.write_bytes(file.read_bytes()[: 10 * 512])
+    return Reader(file, lambda: read_rows(tar_dataset.__wrapped__(str(file))))
 
 
 def preprocess(folder, data_dir):
@@ -352,6 +368,7 @@ READERS = (
     csv,
     jsonl,
     parquet,
+    tar,
     preprocess,
     overrides,
     checkpoint,
@@ -374,7 +391,10 @@ READERS = (
     "count", [INPUTS, pytest.param(MANY_INPUTS, marks=pytest.mark.slow)], ids=["few", "many"]
 )
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
-def test_damaged_bytes_are_one_line_or_a_value(reader, count, tmp_path, data_dir, capsys):
+def test_damaged_bytes_are_one_line_or_a_value(
+    reader, count, tmp_path, data_dir, capsys, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     found = reader(tmp_path, data_dir)
     if found.whole:
         found.read()

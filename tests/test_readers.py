@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tarfile
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -57,7 +58,11 @@ class Reader:
 
 def rows(name):
     def read(folder):
-        for cached in (sources.files.manifest_dataset, sources.parquet.parquet_dataset):
+        for cached in (
+            sources.files.manifest_dataset,
+            sources.parquet.parquet_dataset,
+            sources.tar.tar_dataset,
+        ):
             cached.cache_clear()
         sources.packed._dataset.cache_clear()
         dataset = sources.find_dataset(name.format(folder), data_dir=None)
@@ -136,6 +141,7 @@ READERS = {
         lambda f: Preparation("decode|resize(8)", (8, 8, 3))(f / "images/train/a/000.png"),
     ),
     "parquet": Reader("train.parquet", rows("parquet:{}/train.parquet")),
+    "tar": Reader("train.tar", rows("tar:{}/train.tar")),
     "pack": Reader("packed/pack.json", rows("packed:{}/packed")),
     "pack_labels": Reader("packed/train-00000-of-00001.npz", rows("packed:{}/packed")),
     "pack_images": Reader("packed/train-00000-of-00001.array_record", rows("packed:{}/packed")),
@@ -192,6 +198,9 @@ def good(data_dir, tmp_path_factory):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in objects))
     table = pa.table({"image": [encode(i) for i in range(4)], "label": [0, 1, 0, 1]})
     pq.write_table(table, folder / "train.parquet")
+    with tarfile.open(folder / "train.tar", "w") as shard:
+        shard.add(folder / names[0], "a.png")
+        shard.add(folder / "rows.csv", "a.txt")
     for kind in ([], ["--raw=8"]):
         target = folder / ("raw" if kind else "packed")
         pack.main([f"folder:{folder / 'images'}", str(target), *kind, "--num_threads=1"])
@@ -252,7 +261,10 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_no_hostile_file_takes_time_or_memory_or_a_traceback(name, good, said):
+def test_no_hostile_file_takes_time_or_memory_or_a_traceback(
+    name, good, said, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     reader = READERS[name]
     file = good / reader.file
     content = file.read_bytes()

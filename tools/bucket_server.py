@@ -183,7 +183,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, content: bytes, **headers: str) -> None:
         if (span := self.headers.get("Range", "")).startswith("bytes="):
             first, _, last = span.removeprefix("bytes=").partition("-")
-            begin, end = int(first), min(int(last or len(content) - 1), len(content) - 1)
+            begin = int(first) if first else max(len(content) - int(last), 0)
+            end = min(int(last or len(content) - 1) if first else len(content), len(content) - 1)
+            if begin > end:
+                return self._answer(416, Content_Range=f"bytes */{len(content)}")
             headers["Content_Range"] = f"bytes {begin}-{end}/{len(content)}"
             return self._answer(206, content[begin : end + 1], **headers)
         return self._answer(200, content, **headers)

@@ -21,6 +21,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
+from tests.buckets import server
 from tests.images import write_folder
 from vit_jax.data import check, pipeline, sources
 from vit_jax.data.ops import fused
@@ -29,8 +30,10 @@ from vit_jax.data.ops.geometry import resize_image
 from vit_jax.data.ops.transforms import Decode
 from vit_jax.data.pack import main
 from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
-from vit_jax.data.sources import dataset_info, find_dataset, open_source
+from vit_jax.data.sources import dataset_info, find_dataset, open_source, riegeli
 from vit_jax.utils.errors import UserError
+
+__all__ = ["server"]
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -523,3 +526,52 @@ def test_damaged_captions_are_refused(folder, tmp_path):
         sources.packed._dataset.cache_clear()
         with pytest.raises(UserError, match="pack it again"):
             dataset_info(f"packed:{tmp_path / 'dst'}", data_dir=None)
+
+
+@pytest.mark.parametrize("kind", ["packed", "raw"])
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_pack_in_a_bucket_reads_like_the_local_one(folder, tmp_path, server, scheme, kind):
+    target = tmp_path / "pack"
+    pack(folder, target, "--shard_size=6", *(["--raw=16"] if kind == "raw" else []))
+    for path in target.iterdir():
+        server.put(server.bucket, f"d/{path.name}", path.read_bytes())
+    url = f"{scheme}://{server.bucket}/d"
+    for split in ("train", "test"):
+        local = open_source(f"{kind}:{target}", split, data_dir=None, key="k")
+        remote = open_source(f"{kind}:{url}", split, data_dir=None, key="k")
+        assert len(remote) == len(local)
+        remote.ahead(range(0, len(remote), 2), captions=False)
+        for i in range(len(local)):
+            try:
+                expected = local[i]
+            except ImageError as e:
+                with pytest.raises(ImageError, match=str(e)):
+                    remote[i]
+                continue
+            assert np.array_equal(remote[i]["image"], expected["image"])
+            assert remote[i]["label"] == expected["label"]
+    sources.packed._dataset.cache_clear()
+    server.objects[server.bucket].pop("d/train-00001-of-00003.npz")
+    with pytest.raises(UserError, match=r"1 of .* shards are missing.*copy all files of the pack"):
+        find_dataset(f"{kind}:{url}", data_dir=None)
+    with pytest.raises(UserError, match=r"pack.json: there is no such object; expected a folder"):
+        find_dataset(f"{kind}:{url}/other", data_dir=None)
+
+
+def test_records_are_found_across_the_headers_of_blocks(tmp_path):
+    rng = np.random.RandomState(0)
+    sizes = [0, 1, 127, 128, 65_400, 65_536, 3, 200_000, *rng.randint(1, 40_000, 40)]
+    records = [rng.bytes(int(size)) for size in sizes]
+    path = tmp_path / "x.array_record"
+    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    content = path.read_bytes()
+    places = riegeli.find_records(lambda start, stop: content[start:stop], len(records))
+    assert [riegeli.unpack(content[a:b], a) for a, b in places] == records
+    for damaged in (content[5:100], content[places[3][0] : places[3][1] - 1], b""):
+        with pytest.raises(ValueError, match=r"its part of the file|bytes; expected"):
+            riegeli.unpack(damaged, places[3][0])
+    with pytest.raises(ValueError, match="records; expected"):
+        riegeli.find_records(lambda start, stop: content[start:stop], len(records) + 1)

@@ -58,6 +58,7 @@ class Loader(Iterator[T], Generic[T]):
       rows: the number of rows of a batch, or of that of a step.
       num_threads: the number of threads; 0 fills a batch when it is requested, in the caller's.
       ahead: the number of batches in progress, besides those that the caller holds.
+      announce: `announce(step)` is called before a step is loaded, by the caller's thread.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class Loader(Iterator[T], Generic[T]):
         rows: int | Callable[[int], int],
         num_threads: int,
         ahead: int,
+        announce: Callable[[int], None] | None = None,
     ):
+        self._announce = announce
         self._steps, self._make, self._ahead = iter(steps), make, ahead
         self._rows = rows if callable(rows) else lambda _: rows
         self._batches: collections.deque[tuple[T, list[concurrent.futures.Future[None]]]] = (
@@ -106,6 +109,8 @@ class Loader(Iterator[T], Generic[T]):
             step = next(self._steps, None)
             if step is None:
                 break
+            if self._announce is not None:
+                self._announce(step)
             batch = self._make(step)
             rows = self._rows(step)
             runs = [(start, min(start + RUN, rows)) for start in range(0, rows, RUN)]

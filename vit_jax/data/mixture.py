@@ -99,6 +99,15 @@ class Mixture(Source):
         source, within, _ = self._find(index)
         return source[within]
 
+    @property
+    def reads_ahead(self) -> bool:
+        return any(source.reads_ahead for source in self.sources)
+
+    def ahead(self, indices: Sequence[int], *, captions: bool) -> None:
+        for index in indices:
+            source, within, _ = self._find(index)
+            source.ahead([within], captions=captions)
+
     def captions(self, index: int) -> tuple[str, ...]:
         source, within, _ = self._find(index)
         return source.captions(within)

@@ -170,6 +170,7 @@ def _prepare(
         shrink = functools.partial(make_square, size=manifest.raw)
     indices = iter(range(shard.start, shard.stop))
     while chunk := list(itertools.islice(indices, 16 * num_threads)):
+        source.ahead(chunk, captions=manifest.captions)
         yield from pool.map(prepare, chunk)
 
 
@@ -182,7 +183,9 @@ def _write_shard(
     examples: Iterator[Packed], shard: Shard, manifest: Manifest, folder: Path
 ) -> None:
     """Writes the images of a shard and, once they are on the disk, its labels and captions."""
-    from vit_jax.data.sources.packed import CAPTIONS
+    from vit_jax.data.sources.packed import CAPTIONS, PLACES
+    from vit_jax.data.sources.ranges import LocalRanges
+    from vit_jax.data.sources.riegeli import find_records
 
     write = _write_jpegs if manifest.raw is None else _write_pixels
     labels, good, captions = [], [], []
@@ -203,6 +206,10 @@ def _write_shard(
             np.array(list(map(len, captions)), np.int64),
         )
         arrays |= dict(zip(CAPTIONS, values, strict=True))
+    if manifest.raw is None:
+        ranges = LocalRanges([str(folder / f"{shard.name}.array_record")])
+        places = find_records(functools.partial(ranges.read, 0), len(labels))
+        arrays[PLACES] = np.array(places, np.int64)
     file = io.BytesIO()
     np.savez(file, **arrays)
     write_atomically(folder / f"{shard.name}.npz", file.getvalue(), sync=True)

@@ -490,7 +490,19 @@ class _Batches(abc.ABC):
             rows=len(self.rows),
             num_threads=count_threads(self.spec.num_threads),
             ahead=self.ahead,
+            announce=self.announce if self.source.reads_ahead else None,
         )
+
+    def announce(self, step: int) -> None:
+        """Starts to read the records of a step, before threads ask for them one by one."""
+        positions = (self.first(step) + row for row in self.rows)
+        found = (self.index(position) for position in positions)
+        indices = [index for index in found if index is not None]
+        self.source.ahead(indices, captions=self.tokenizer is not None)
+
+    @abc.abstractmethod
+    def index(self, position: int) -> int | None:
+        """The record at a position; None if there is none."""
 
     def make(self, step: int) -> Batch:
         """Memory for a batch."""
@@ -650,6 +662,9 @@ class _TrainBatches(_Batches):
     def choose(self, captions: Sequence[str], position: int) -> str:
         return captions[int(self.caption_rngs(position).integers(len(captions)))]
 
+    def index(self, position: int) -> int | None:
+        return self.order[position]
+
     def example(self, position: int, apply: _Apply) -> Features:
         # The generator belongs to the position, not to the record.
         index, rng = self.order[position], self.rngs(position)
@@ -691,6 +706,9 @@ class _BudgetBatches:
         def of(step: int) -> _TrainBatches:
             return self.batches[self.turn(step)[0]]
 
+        def announce(step: int) -> None:
+            of(step).announce(step)
+
         return Loader(
             steps,
             make=lambda step: of(step).make(step),
@@ -698,6 +716,7 @@ class _BudgetBatches:
             rows=lambda step: len(of(step).rows),
             num_threads=count_threads(self.batches[0].spec.num_threads),
             ahead=min(batches.ahead for batches in self.batches),
+            announce=announce if self.batches[0].source.reads_ahead else None,
         )
 
 
@@ -716,6 +735,9 @@ class _EvalBatches(_Batches):
     def __init__(self, *args: Any, seed: int):
         super().__init__(*args, seed=seed)
         self.blank |= {"mask": np.float32(0)}
+
+    def index(self, position: int) -> int | None:
+        return position if position < len(self.source) else None
 
     def example(self, position: int, apply: _Apply) -> Features:
         if position < len(self.source):

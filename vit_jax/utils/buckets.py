@@ -6,6 +6,7 @@ may succeed later, and can write on condition.
 """
 
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -27,6 +28,8 @@ RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
 # Seconds for a request whose bytes flow, with its retries: TensorStore ends the others earlier.
 _TIMEOUT_S = 1800.0
 _THREADS = 16
+# Requests at a time, of which ranged reads ahead of their use make many.
+_REQUESTS = 128
 # Files of at least this many bytes are sent and read two at a time, since they are held in memory.
 _LARGE = 2**26
 _ADDRESS = re.compile(r"(gs|s3)://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])/(.+)")
@@ -46,6 +49,8 @@ _HINTS = {
     "UNAUTHENTICATED": "credentials are missing, or have expired",
     "PERMISSION_DENIED": "the credentials are missing or do not permit it",
 }
+# What TensorStore reports of a range that is not in an object.
+_BEYOND = "OUT_OF_RANGE"
 T = TypeVar("T")
 
 
@@ -74,18 +79,20 @@ class Bucket:
 
     Args:
       url: such as `gs://bucket/runs/digits`.
+      whole: whether the objects are all of the bucket, and `url` is that of any of them.
 
     Raises:
       UserError: it is of another form.
     """
 
-    def __init__(self, url: str):
-        self.scheme, self.name, self.path = split_url(url)
-        self.url = f"{self.scheme}://{self.name}/{self.path}"
+    def __init__(self, url: str, *, whole: bool = False):
+        self.scheme, self.name, path = split_url(url)
+        self.path = "" if whole else path
+        self.url = f"{self.scheme}://{self.name}/{self.path}".rstrip("/")
 
     @functools.cached_property
     def _store(self) -> Any:
-        return _open_store(self.scheme, self.name, f"{self.path}/")
+        return _open_store(self.scheme, self.name, f"{self.path}/" if self.path else "")
 
     def list(self, prefix: str = "") -> list[str]:
         """Returns the sorted names that start with a prefix.
@@ -111,6 +118,48 @@ class Bucket:
         result = self._call("read", name, lambda: self._store.read(name, if_not_equal=known))
         content = result.value if result.state == "value" else None
         return content, result.stamp.generation if content is not None else known
+
+    def read_range(self, name: str, start: int, stop: int | None) -> bytes:
+        """Returns the bytes of an object from `start` to `stop`; fewer if it ends before.
+
+        None stands for its end.
+
+        Raises:
+          FileNotFoundError: there is no such object.
+        """
+        for end in dict.fromkeys((stop, None)):  # A range that is not all there is refused.
+            try:
+                result = self._call("read", name, lambda end=end: self.start_read(name, start, end))
+            except OSError as e:
+                if _BEYOND not in str(e.strerror):
+                    raise
+                continue
+            self._check_there(name, result)
+            return result.value
+        return b""
+
+    def start_read(self, name: str, start: int, stop: int | None) -> Any:
+        """Starts `read_range`; `result()` of the future has `value`, or raises any error."""
+        return self._store.read(name, byte_range=slice(start, stop))
+
+    def generation(self, name: str) -> bytes:
+        """The generation of an object, which changes when it is written.
+
+        Raises:
+          FileNotFoundError: there is no such object.
+        """
+        try:
+            result = self._call("read", name, lambda: self.start_read(name, 0, 1))
+        except OSError as e:
+            if _BEYOND in str(e.strerror):  # It is empty.
+                return b""
+            raise
+        self._check_there(name, result)
+        return result.stamp.generation
+
+    def _check_there(self, name: str, result: Any) -> None:
+        if result.state != "value":
+            raise FileNotFoundError(2, "there is no such object", f"{self.url}/{name}")
 
     def write(
         self, name: str, content: bytes | None, *, if_generation: bytes | None = None
@@ -178,7 +227,9 @@ class Bucket:
         except Exception as e:  # TensorStore raises ValueError for whatever a server answers.
             error = e
         where = f"{self.url}/{name}" if name else self.url
-        raise OSError(5, f"{where} can't be {verb}: {describe_failure(error)}")
+        # What no retry mends has a number of its own.
+        number = errno.EACCES if any(code in str(error) for code in _HINTS) else errno.EIO
+        raise OSError(number, f"{where} can't be {verb}: {describe_failure(error)}")
 
 
 def describe_failure(error: BaseException) -> str:
@@ -218,16 +269,21 @@ def _open_store(scheme: str, bucket: str, path: str) -> Any:
     """Opens a store; the first request looks for credentials, which is not silent by itself."""
     ts = _tensorstore()
     env = os.environ
+
+    def context(driver: str) -> dict[str, Any]:
+        limit = {"limit": _REQUESTS}
+        return {f"{driver}_request_retries": RETRIES, f"{driver}_request_concurrency": limit}
+
     spec: dict[str, Any] = {"bucket": bucket, "path": path}
     if scheme == "gs":
-        spec |= {"driver": "gcs", "context": {"gcs_request_retries": RETRIES}}
+        spec |= {"driver": "gcs", "context": context("gcs")}
         _check_key_file()
         # The variable of Google's clients and its emulators.
         if (host := env.get("STORAGE_EMULATOR_HOST")) and "TENSORSTORE_GCS_HTTP_URL" not in env:
             env["TENSORSTORE_GCS_HTTP_URL"] = host if "://" in host else f"http://{host}"
             env.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "emulator")
     else:
-        spec |= {"driver": "s3", "context": {"s3_request_retries": RETRIES}}
+        spec |= {"driver": "s3", "context": context("s3")}
         if endpoint := env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL"):
             region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or "us-east-1"
             spec |= {"endpoint": endpoint, "aws_region": region}

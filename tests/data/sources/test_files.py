@@ -10,14 +10,16 @@ import unicodedata
 
 import numpy as np
 import pytest
-from etils import epath
 
+from tests.buckets import server
 from tests.images import encode, write_folder
 from vit_jax.data import sources
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
 from vit_jax.data.sources import dataset_info, files, open_source
 from vit_jax.utils.errors import UserError
+
+__all__ = ["server"]
 
 
 def info(name):
@@ -492,20 +494,13 @@ def test_without_a_split_column_a_tenth_of_each_class_is_held_out(tmp_path):
         assert sorted(labels) == [0, 0, 0, 1]
 
 
-def test_paths_may_be_absolute_or_urls(tmp_path, monkeypatch):
-    class Bucket:
-        def __init__(self, url):
-            self.url = url
-
-        def read_bytes(self):
-            return encode(70 if self.url == "gs://bucket/7.png" else 0)
-
-    monkeypatch.setattr(epath, "Path", Bucket)
+def test_paths_may_be_absolute_or_urls(tmp_path, server):
+    server.put(server.bucket, "7.png", encode(70))
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "x.png").write_bytes(encode(50))
     rows = [
         {"image": str(tmp_path / "else" / "x.png"), "label": "a"},
-        {"image": "gs://bucket/7.png", "label": "b"},
+        {"image": f"gs://{server.bucket}/7.png", "label": "b"},
     ]
     name = write_manifest(tmp_path, rows)
     batch = next(eval_batches(dataclasses.replace(spec(name), preprocess="decode|resize(8)")))
@@ -667,11 +662,8 @@ def test_rows_without_a_label_are_refused_only_where_they_are_used(none, tmp_pat
         ("image,label\nhttps://x.org/x.png,a\n", ["row 1", "https://x.org/x.png", "gs:// or s3"]),
     ],
 )
-def test_manifests_that_will_not_do_are_refused(text, words, tmp_path, monkeypatch):
-    def no_package(url):
-        raise ImportError("Please install gcsfs")
-
-    monkeypatch.setattr(epath, "Path", no_package)
+def test_manifests_that_will_not_do_are_refused(text, words, tmp_path, server):
+    server.fail = lambda method, path: (403, "no") if "no-bucket" in path else None
     (tmp_path / "0.png").write_bytes(encode(0))
     (tmp_path / "list.csv").write_text(text)
     refuse(lambda: info(f"manifest:{tmp_path}/list.csv"), f"'manifest:{tmp_path}/list.csv'", *words)
@@ -692,22 +684,19 @@ def test_json_that_will_not_do_is_refused(text, words, tmp_path):
     refuse(lambda: info(f"manifest:{tmp_path}/list.jsonl"), *words)
 
 
-def test_a_manifest_may_be_in_a_bucket_beside_its_images(monkeypatch):
-    class Bucket:
-        def __init__(self, url):
-            self.url = url
-
-        def read_bytes(self):
-            files = {"gs://b/list.csv": b"image,label\nx/0.png,a\n", "gs://b/x/0.png": encode(9)}
-            if self.url not in files:
-                raise PermissionError("401\nno credentials")
-            return files[self.url]
-
-    monkeypatch.setattr(epath, "Path", Bucket)
-    source = open_split("manifest:gs://b/list.csv")
-    assert source.describe(0) == "gs://b/x/0.png"
-    assert source[0]["image"] == encode(9)
-    refuse(lambda: info("manifest:gs://b/no.csv"), "gs://b/no.csv", "PermissionError: 401 no cred")
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_manifest_may_be_in_a_bucket_beside_its_images(server, scheme):
+    url = f"{scheme}://{server.bucket}"
+    server.put(server.bucket, "a/list.csv", b"image,label\nx/0.png,a\nx/1.png,b\nx/2.png,b\n")
+    for n in range(3):
+        server.put(server.bucket, f"a/x/{n}.png", encode(9 + n))
+    source = open_split(f"manifest:{url}/a/list.csv", "all")
+    assert source.describe(0) == f"{url}/a/x/0.png"
+    server.requests.clear()
+    source.ahead(range(3), captions=False)
+    assert sorted(source[i]["image"] for i in range(3)) == sorted(encode(9 + n) for n in range(3))
+    assert len(server.requests) == 3
+    refuse(lambda: info(f"manifest:{url}/no.csv"), f"{url}/no.csv", "there is no such object")
 
 
 def test_other_files_are_no_manifests(tmp_path):

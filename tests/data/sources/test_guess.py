@@ -49,7 +49,7 @@ def place(tmp_path, monkeypatch):
         ("./x.png", "it is a file: expected folder:FOLDER"),
         ("/no/such/birds", "there is no such file or folder"),
         ("/no/such/birds", "written as 'folder:/no/such/birds'"),
-        ("gs://bucket/birds", "expected manifest:TABLE.csv"),
+        ("gs://bucket/birds", "or images listed in a table: manifest:TABLE.csv"),
     ],
 )
 def test_a_path_alone_is_answered_with_the_name_that_is_meant(name, hint, place):

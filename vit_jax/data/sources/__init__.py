@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datasets by name, read by position.
 
-`folder:PATH`, `pairs:PATH`, `masks:PATH`, `manifest:PATH` and `parquet:PATH` are of users,
-`packed:PATH` and `raw:PATH` are packed copies of a dataset, `blank:CLASSES` and `digits_masks:SIZE`
-are generated; any other name is that of a TFDS dataset in `array_record` form. `digits` and
-`digits_captions` come with the package.
+`folder:PATH`, `pairs:PATH`, `masks:PATH`, `manifest:PATH`, `parquet:PATH` and `tar:PATTERN` are of
+users, `packed:PATH` and `raw:PATH` are packed copies of a dataset, `blank:CLASSES` and
+`digits_masks:SIZE` are generated; any other name is that of a TFDS dataset in `array_record` form.
+`digits` and `digits_captions` come with the package.
 `my_module:attribute` is a dataset from outside of it.
 """
 
@@ -22,6 +22,7 @@ from vit_jax.data.sources.masks import masks_dataset
 from vit_jax.data.sources.packed import packed_dataset, raw_dataset
 from vit_jax.data.sources.parquet import parquet_dataset
 from vit_jax.data.sources.scenes import scenes_dataset
+from vit_jax.data.sources.tar import tar_dataset
 from vit_jax.data.sources.tfds import TfdsDataset, has_folder, is_builder
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import import_part, is_part
@@ -37,6 +38,7 @@ KINDS: dict[str, Callable[[str], Dataset]] = {
     "parquet": parquet_dataset,
     "packed": packed_dataset,
     "raw": raw_dataset,
+    "tar": tar_dataset,
 }
 
 

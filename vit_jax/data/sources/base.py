@@ -99,6 +99,14 @@ class Source(abc.ABC):
     def describe(self, index: int) -> str:
         """The origin of a record: a path, or a dataset and a position."""
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether `ahead` does something."""
+        return False
+
+    def ahead(self, indices: Sequence[int], *, captions: bool) -> None:  # noqa: B027
+        """Starts to read records, with their captions or without, that will be asked for soon."""
+
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of an image in their order, without those that are empty.
 
@@ -125,6 +133,14 @@ class Records(abc.ABC):
     @abc.abstractmethod
     def describe(self, row: int) -> str:
         """The origin of an image."""
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether `ahead` does something, as where each read takes long."""
+        return False
+
+    def ahead(self, rows: Sequence[int], *, captions: bool) -> None:  # noqa: B027
+        """Starts to read images, with their captions or without; each will be read once."""
 
 
 class Captions(Protocol):
@@ -252,6 +268,13 @@ class Rows(Source):
         if self._dataset.label_maps is not None:
             record["label_map"] = self._dataset.label_maps[int(self._rows[index])]
         return record
+
+    @property
+    def reads_ahead(self) -> bool:
+        return self._dataset.records.reads_ahead
+
+    def ahead(self, indices: Sequence[int], *, captions: bool) -> None:
+        self._dataset.records.ahead([int(self._rows[i]) for i in indices], captions=captions)
 
     def label(self, index: int) -> Any:
         """The label of a record, without reading its image."""

@@ -45,7 +45,9 @@ from vit_jax.data.sources.layout import (
     log_cut,
     map_splits,
 )
-from vit_jax.utils.bounds import MAX_IMAGE, MAX_TABLE, open_regular, read_bytes
+from vit_jax.data.sources.ranges import BucketRanges, is_remote
+from vit_jax.utils.bounds import MAX_IMAGE, MAX_TABLE, open_regular
+from vit_jax.utils.buckets import SCHEMES
 from vit_jax.utils.class_names import normalize_name
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.suggestions import suggest
@@ -56,7 +58,6 @@ _COLUMNS = ("image", "label", "labels", "split", "caption", "captions", "mask")
 _RENAMED = ("image", "label", "labels", "split", "caption", "mask")
 _CAPTION = re.compile(r"captions?(_?[0-9]+)?")
 _TEXT, _MAX_TEXT = ".txt", 2**20  # the ending and the most bytes of a file of captions
-_STORES = ("gs://", "s3://")
 _ANY_SHAPE = (None, None, 3)
 # How tables mark a row without a label.
 _NO_LABELS = (None, "", -1, "-1")
@@ -68,11 +69,6 @@ logger = logging.getLogger(__name__)
 
 
 def _read_file(path: str, *, max_bytes: int = MAX_IMAGE) -> bytes:
-    if "://" in path:
-        try:
-            return read_bytes(path, max_bytes=max_bytes)
-        except ImportError as e:
-            raise ImportError(f"{e}; vit_jax[gcs] has what reads gs://, vit_jax[s3] s3://") from e
     # This is `open(path, "rb").read()` with a third of its system calls.
     file = open_regular(path, max_bytes=max_bytes)
     try:
@@ -91,13 +87,34 @@ class Files(Records):
 
     def __init__(self, root: str, paths: Sequence[str]):
         self._root, self._paths = root, paths
+        self._any_remote = is_remote(root) or any(map(is_remote, paths))
 
-    def read(self, row: int) -> bytes:
+    @functools.cached_property
+    def _remote(self) -> tuple[BucketRanges, dict[int, int]]:
+        """The objects among the files, and the number there of each row that has one."""
+        rows = [row for row in range(len(self._paths)) if is_remote(self.describe(row))]
+        ranges = BucketRanges([self.describe(row) for row in rows])
+        return ranges, {row: number for number, row in enumerate(rows)}
+
+    def read(self, row: int, *, patient: bool = True) -> bytes:
         try:
-            return _read_file(self.describe(row))
-        # Storage clients raise other errors than OSError.
-        except Exception as e:
+            path = self.describe(row)
+            if not is_remote(path):
+                return _read_file(path)
+            ranges, number_of = self._remote
+            return ranges.read(number_of[row], 0, None, patient=patient)
+        except OSError as e:
             raise ImageError(f"it can't be read: {describe_error(e)}") from e
+
+    @property
+    def reads_ahead(self) -> bool:
+        return self._any_remote
+
+    def ahead(self, rows: Sequence[int], *, captions: bool) -> None:
+        ranges, number_of = self._remote
+        for row in rows:
+            if (number := number_of.get(row)) is not None:
+                ranges.ahead(number, 0, None)
 
     def describe(self, row: int) -> str:
         path = self._paths[row]
@@ -469,9 +486,13 @@ def manifest_dataset(text: str) -> Dataset:
         )
     check_store(path, where=f"{key}: ")
     try:
-        content = _read_file(file, max_bytes=MAX_TABLE).decode("utf-8-sig")
-        rows = list(readers[ending](io.StringIO(content, newline="")))
-    # Storage clients raise other errors than OSError.
+        if is_remote(file):
+            content = BucketRanges([file]).read(0, 0, None, patient=False)
+        else:
+            content = _read_file(file, max_bytes=MAX_TABLE)
+        lines = io.StringIO(content.decode("utf-8-sig"), newline="")
+        rows = list(readers[ending](lines))
+    # Damaged files raise errors of several types.
     except Exception as e:
         raise UserError(f"{key} can't be read: {describe_error(e)}") from None
     columns = _check_columns(rows, key)
@@ -703,8 +724,8 @@ def _is_integer(label: int | str) -> bool:
 
 def check_store(path: str, *, where: str = "") -> None:
     """Raises `UserError`, which starts with `where`, for a URL that images are not read from."""
-    if "://" in path and not path.startswith(_STORES):
-        raise UserError(f"{where}{path!r}: expected a path, or a URL of {' or '.join(_STORES)}")
+    if "://" in path and not is_remote(path):
+        raise UserError(f"{where}{path!r}: expected a path, or a URL of {' or '.join(SCHEMES)}")
 
 
 def _check_access(records: Files, paths: Sequence[str], key: str) -> None:
@@ -716,7 +737,7 @@ def _check_access(records: Files, paths: Sequence[str], key: str) -> None:
         error = None
         for row in rows:
             try:
-                records.read(row)
+                records.read(row, patient=False)
                 break
             except ImageError as e:
                 error = e
@@ -725,5 +746,5 @@ def _check_access(records: Files, paths: Sequence[str], key: str) -> None:
                 raise UserError(
                     f"{key}: none of its first images can be read, such as "
                     f"{records.describe(rows[-1])}: {error}; expected paths from the manifest's "
-                    "folder, or URLs that this machine has the credentials and the package for"
+                    "folder, or URLs that this machine has the credentials for"
                 )

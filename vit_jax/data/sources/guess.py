@@ -29,12 +29,14 @@ def suggest_name(path: str, *, besides: str | None = None) -> str:
     """
     path = path.removeprefix("file://").removeprefix("file:")
     where, ending = os.path.expanduser(path), os.path.splitext(path)[1].lower()
+    if ending == ".tar" or ("{" in path and ".tar" in path):
+        return "" if besides == "tar" else f"; did you mean 'tar:{path}'?"
     if ending in _ARCHIVES:
         return "; an archive is not read as it is: unpack it, and give folder:FOLDER"
     if ending in _TABLES:
         kind = "manifest"
     elif "://" in path:
-        return "; images in a bucket are listed in a table: expected manifest:TABLE.csv"
+        return "; expected packed:URL, tar:URL, or images listed in a table: manifest:TABLE.csv"
     elif ending == ".parquet":
         kind = "parquet"
     elif os.path.isdir(where):
@@ -58,6 +60,8 @@ def _look_into(folder: str) -> str:
         return "raw" if any(name.endswith(".pixels") for name in names) else "packed"
     if any(name.endswith(".parquet") for name in names):
         return "parquet"
+    if any(name.endswith(".tar") for name in names):
+        return "tar"
     texts = {os.path.splitext(name)[0] for name in names if name.lower().endswith(".txt")}
     images = (os.path.splitext(name)[0] for name in names if name.lower().endswith(_IMAGES))
     return "folder" if texts.isdisjoint(images) else "pairs"

@@ -8,19 +8,23 @@ place, so that positions are those of the source.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import errno
 import functools
+import io
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader
 
 from vit_jax.data.ops.decode import ImageError
+from vit_jax.data.sources import riegeli
 from vit_jax.data.sources.base import (
     MAX_CLASSES,
     Dataset,
@@ -28,7 +32,9 @@ from vit_jax.data.sources.base import (
     Records,
     check_class_names,
 )
+from vit_jax.data.sources.ranges import BucketRanges, is_remote
 from vit_jax.utils.bounds import (
+    MAX_JSON,
     MAX_TABLE,
     MAX_WEIGHTS,
     check_count,
@@ -36,9 +42,10 @@ from vit_jax.utils.bounds import (
     open_npz,
     open_outside,
     open_regular,
-    read_json,
+    parse_json,
     shorten,
 )
+from vit_jax.utils.buckets import Bucket
 from vit_jax.utils.errors import UserError, describe_error
 
 MANIFEST = "pack.json"
@@ -49,6 +56,8 @@ _HEADERS = 2**12  # bytes of the headers of three arrays
 _THREADS = 16
 # Arrays of a shard: see `PackedCaptions`.
 CAPTIONS = ("captions", "caption_lengths", "caption_counts")
+# Where each JPEG is in its file, which is read in parts from a bucket: see `riegeli`.
+PLACES = "places"
 _AGAIN = "expected what python -m vit_jax.data.pack wrote: pack it again"
 
 
@@ -111,10 +120,12 @@ class Shard:
     stop: int
 
 
-def read_manifest(folder: Path, *, key: str) -> Manifest:
-    """Reads `pack.json`; raises `UserError` if it is missing or invalid."""
+def read_manifest(folder: str | Path, *, key: str) -> Manifest:
+    """Reads `pack.json` in a folder or below a URL; raises `UserError` if it can't be used."""
+    where = f"{folder}/{MANIFEST}"
     try:
-        values = read_json(folder / MANIFEST)
+        with _open(folder, MANIFEST, max_bytes=MAX_JSON) as file:
+            values = parse_json(file.read())
         names = values.pop("class_names")
         if not isinstance(names, list | None):
             raise ValueError(f"class_names is {shorten(names)}; expected a list of texts, or null")
@@ -122,12 +133,26 @@ def read_manifest(folder: Path, *, key: str) -> Manifest:
         check_manifest(manifest)
     except OSError as e:
         raise UserError(
-            f"{key}: {folder / MANIFEST}: {e.strerror}; expected a folder that "
+            f"{key}: {where}: {e.strerror}; expected a folder that "
             "python -m vit_jax.data.pack wrote"
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise UserError(f"{key}: {folder / MANIFEST} can't be read: {e}") from None
+        raise UserError(f"{key}: {where} can't be read: {e}") from None
     return manifest
+
+
+@contextlib.contextmanager
+def _open(folder: str | Path, name: str, *, max_bytes: int) -> Iterator[BinaryIO]:
+    """Opens a file in a folder, or an object below a URL; raises OSError."""
+    if not is_remote(str(folder)):
+        with open_outside(Path(folder, name), max_bytes=max_bytes) as file:
+            yield file
+        return
+    bucket = Bucket(str(folder))
+    content, _ = bucket.read(name)
+    if content is None:
+        raise FileNotFoundError(errno.ENOENT, "there is no such object", f"{folder}/{name}")
+    yield io.BytesIO(content)
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -198,6 +223,85 @@ def _check_records(path: str, shard: Shard) -> None:
         raise ValueError(f"{path} is compressed ({options[:80]}); expected it to be as packed")
 
 
+class RemoteJpegs(Records):
+    """JPEGs of shards in a bucket, each of which is a request.
+
+    Args:
+      url: of the folder.
+      shards: names and lengths.
+      places: the first byte of what holds each JPEG and the end of it, int64 `[rows, 2]`.
+      good: whether each image is there, bool `[rows]`.
+    """
+
+    def __init__(self, url: str, shards: Sequence[Shard], places: np.ndarray, good: np.ndarray):
+        self._url, self._places, self._good = url, places, good
+        self._ranges = BucketRanges([f"{url}/{shard.name}.array_record" for shard in shards])
+        self._firsts = np.cumsum([0, *(shard.stop - shard.start for shard in shards)])
+
+    @property
+    def reads_ahead(self) -> bool:
+        return True
+
+    def _find(self, row: int) -> tuple[int, int, int]:
+        start, stop = self._places[row]
+        return int(np.searchsorted(self._firsts, row, side="right")) - 1, int(start), int(stop)
+
+    def ahead(self, rows: Sequence[int], *, captions: bool) -> None:
+        for row in rows:
+            if self._good[row]:
+                self._ranges.ahead(*self._find(row))
+
+    def read(self, row: int) -> bytes:
+        if not self._good[row]:
+            raise ImageError("it could not be read when it was packed")
+        number, start, stop = self._find(row)
+        try:
+            return riegeli.unpack(self._ranges.read(number, start, stop), start)
+        except (OSError, ValueError) as e:
+            raise ImageError(f"it can't be read: {describe_error(e)}") from None
+
+    def describe(self, row: int) -> str:
+        return f"{self._url}[{row}]"
+
+
+class RemotePixels(Records):
+    """Pixels of all splits in a bucket, of which each image is a request."""
+
+    @property
+    def reads_ahead(self) -> bool:
+        return True
+
+    def __init__(self, url: str, manifest: Manifest, good: np.ndarray):
+        self._url, self._good, self._side = url, good, manifest.raw or 0
+        self._size = self._side**2 * 3
+        self._ranges = BucketRanges([f"{url}/{split}.pixels" for split in manifest.splits])
+        self._firsts = np.cumsum([0, *manifest.splits.values()])
+
+    def _find(self, row: int) -> tuple[int, int, int]:
+        number = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        start = (row - int(self._firsts[number])) * self._size
+        return number, start, start + self._size
+
+    def ahead(self, rows: Sequence[int], *, captions: bool) -> None:
+        for row in rows:
+            if self._good[row]:
+                self._ranges.ahead(*self._find(row))
+
+    def read(self, row: int) -> np.ndarray:
+        if not self._good[row]:
+            raise ImageError("it could not be read when it was packed")
+        try:
+            content = self._ranges.read(*self._find(row))
+        except OSError as e:
+            raise ImageError(f"it can't be read: {describe_error(e)}") from None
+        if len(content) != self._size:
+            raise ImageError(f"{len(content):,} bytes where {self._size:,} were expected")
+        return np.frombuffer(content, np.uint8).reshape(self._side, self._side, 3)
+
+    def describe(self, row: int) -> str:
+        return f"{self._url}[{row}]"
+
+
 class Pixels(Records):
     """Pixels of all splits, in memory-mapped files."""
 
@@ -238,21 +342,25 @@ def _dataset(path: str, kind: str) -> Dataset:
     """
     name = f"{kind}:{path}"
     key = f"data.name={name!r}"
-    folder = Path(path).expanduser().absolute()
+    remote = is_remote(path)
+    folder = path.rstrip("/") if remote else str(Path(path).expanduser().absolute())
     manifest = read_manifest(folder, key=key)
     if manifest.kind != kind:
         raise UserError(f"{key}: expected {manifest.kind}:{path}, by what is in it")
     shards = manifest.shards()
-    missing = [shard.name for shard in shards if not (folder / f"{shard.name}.npz").exists()]
-    if missing:
-        raise UserError(
-            f"{key}: {len(missing)} of {len(shards)} shards are missing, such as {missing[0]}: run "
-            "the same python -m vit_jax.data.pack again"
-        )
     try:
-        labels, good, captions = _read_labels(folder, manifest, shards)
+        labels, good, captions, places = _read_labels(folder, manifest, shards, key=key)
         size = manifest.raw
-        records = Jpegs(folder, shards) if size is None else Pixels(folder, manifest, good)
+        if remote and size is None:
+            records: Records = RemoteJpegs(folder, shards, places, good)
+        elif remote:
+            records = RemotePixels(folder, manifest, good)
+        elif size is None:
+            records = Jpegs(Path(folder), shards)
+        else:
+            records = Pixels(Path(folder), manifest, good)
+    except UserError:
+        raise
     except OSError as e:
         raise UserError(f"{key}: {e.filename} can't be read: {e.strerror}; {_AGAIN}") from None
     # Damaged files raise errors of many types.
@@ -296,29 +404,63 @@ class PackedCaptions:
 
 
 def _read_labels(
-    folder: Path, manifest: Manifest, shards: Sequence[Shard]
-) -> tuple[Any, np.ndarray, PackedCaptions | None]:
-    """Returns the labels of all rows, whether each image is there, bool `[rows]`, and captions."""
-    parts = [_read_shard(folder / f"{shard.name}.npz", shard, manifest) for shard in shards]
-    values, counts, good, *text = map(np.concatenate, zip(*parts, strict=True))
+    folder: str, manifest: Manifest, shards: Sequence[Shard], *, key: str
+) -> tuple[Any, np.ndarray, PackedCaptions | None, np.ndarray]:
+    """Returns labels, whether each image is there, bool `[rows]`, captions, and places of images.
+
+    The places, int64 `[rows, 2]`, are those of JPEGs in a bucket. Raises `UserError` if shards are
+    missing.
+    """
+
+    def read(shard: Shard) -> tuple[np.ndarray, ...] | None:
+        try:
+            return _read_shard(folder, shard, manifest)
+        except FileNotFoundError:
+            return None
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        parts = list(pool.map(read, shards))
+    missing = [shard.name for shard, part in zip(shards, parts, strict=True) if part is None]
+    if missing:
+        raise UserError(
+            f"{key}: {len(missing)} of {len(shards)} shards are missing, such as {missing[0]}: "
+            + (
+                "copy all files of the pack there"
+                if is_remote(folder)
+                else "run the same python -m vit_jax.data.pack again"
+            )
+        )
+    found = [part for part in parts if part is not None]
+    values, counts, good, places, *text = map(np.concatenate, zip(*found, strict=True))
     captions = PackedCaptions(*text) if manifest.captions else None
     if not manifest.num_classes:
-        return np.zeros(len(good), np.int32), good, captions
+        return np.zeros(len(good), np.int32), good, captions, places
     if not manifest.multi_label:
-        return values, good, captions
-    return np.split(values, np.cumsum(counts)[:-1]), good, captions
+        return values, good, captions, places
+    return np.split(values, np.cumsum(counts)[:-1]), good, captions, places
 
 
-def _read_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[np.ndarray, ...]:
-    rows = shard.stop - shard.start
+def _read_shard(folder: str, shard: Shard, manifest: Manifest) -> tuple[np.ndarray, ...]:
+    rows, path = shard.stop - shard.start, Path(folder, f"{shard.name}.npz")
     most = rows * (manifest.num_classes if manifest.multi_label else 1)
-    bound = None if manifest.captions else 8 * (most + 2 * rows) + _HEADERS
+    bound = None if manifest.captions else 8 * (most + 4 * rows) + _HEADERS
+    needs_places = is_remote(folder) and manifest.raw is None
     with (
-        open_outside(path, max_bytes=MAX_TABLE) as file,
+        _open(folder, f"{shard.name}.npz", max_bytes=MAX_TABLE) as file,
         open_npz(file, max_bytes=bound) as arrays,
     ):
         labels, counts, good = (arrays[name] for name in ("labels", "counts", "good"))
         text = [arrays[name] for name in CAPTIONS] if manifest.captions else []
+        places = np.zeros((rows, 2), np.int64)
+        if needs_places:
+            if PLACES not in arrays:
+                raise UserError(
+                    f"{folder} was packed without the places of its images, which reading from a "
+                    "bucket needs: pack it again, or copy it to a disk"
+                )
+            places = arrays[PLACES]
+    if places.shape != (rows, 2) or places.dtype.kind != "i" or np.any(places < 0):
+        raise ValueError(f"{path} has no two places for each image")
     whole = labels.dtype.kind == counts.dtype.kind == "i" and good.dtype == bool
     if not whole or counts.shape != (rows,) or good.shape != (rows,) or labels.ndim != 1:
         raise ValueError(f"{path} is of other types or of another length than its split")
@@ -333,7 +475,7 @@ def _read_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[np.ndarra
         )
     if text:
         _check_captions(*text, rows=rows, path=path)
-    return labels, counts, good, *text
+    return labels, counts, good, places, *text
 
 
 def _check_captions(
