@@ -16,6 +16,7 @@ import vit_jax
 from vit_jax import main as main_command
 from vit_jax.__main__ import COMMANDS, LISTINGS, main
 from vit_jax.checkpoint.pretrained.catalogue import load_catalogue
+from vit_jax.utils.errors import UserError
 
 PACKAGE = Path(vit_jax.__file__).parent
 
@@ -36,7 +37,7 @@ def test_every_module_that_is_a_command_has_a_name():
     assert modules - {"__main__", "launch.gke"} == set(COMMANDS.values())
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
 def test_help_names_every_command_and_what_it_does(argv, capsys):
     main(argv)
     shown = capsys.readouterr().out
@@ -59,6 +60,28 @@ def test_a_command_gets_its_arguments(monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "--wrong" in error
     assert "see vit_jax status --help" in error
+
+
+def test_help_of_a_command_may_be_asked_for_in_front_of_it(capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["help", "models"])
+    assert e.value.code == 0
+    assert "usage: vit_jax models" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--config=digits"], "`vit_jax train --config=digits`"),
+        (["models", "vit_base_patch16_224"], "timm:NAME"),
+        (["models", "augreg:B16x"], "did you mean 'augreg:B/16'?"),
+    ],
+)
+def test_what_is_no_command_and_no_model_is_one_line(argv, words):
+    with pytest.raises(UserError) as e:
+        main(argv)
+    assert words in str(e.value)
+    assert len(str(e.value)) < 250
 
 
 def test_listings_name_configs_and_weights(capsys):

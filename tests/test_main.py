@@ -294,6 +294,17 @@ def test_less_and_more_at_once_is_refused():
         main_module.parse_flags(["main", "--config=c", "--workdir=w", "--quiet", "--verbose"])
 
 
+def test_a_workdir_may_be_given_without_its_flag():
+    with flagsaver.flagsaver():
+        main_module.parse_flags(["main", "runs/x", "--config=digits", "--config.seed=1"])
+        assert main_module._WORKDIR.value == "runs/x"
+
+
+def test_a_config_without_its_flag_is_no_workdir():
+    with flagsaver.flagsaver(), pytest.raises(UserError, match="did you mean '--config=digits'"):
+        main_module.parse_flags(["main", "digits", "--workdir=w"])
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [

@@ -12,7 +12,7 @@ from vit_jax.config.shipped import find_config, list_configs, read_docstring
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.streams import print_result
-from vit_jax.utils.suggestions import suggest
+from vit_jax.utils.suggestions import find_near, suggest
 
 USAGE = """\
 usage: vit_jax COMMAND ...
@@ -68,7 +68,12 @@ def show_models(argv: Sequence[str]) -> None:
     text = parser.parse_args(argv).text
     found = list_models(text)
     if not found:
-        raise UserError(f"no published weights are named {text!r}{suggest(text, list_models())}")
+        near = find_near(text, list_models())
+        hint = f"did you mean {near!r}?" if near else "`vit_jax models` prints all names"
+        raise UserError(
+            f"no published weights are named {text!r}; {hint}; weights of timm and Hugging Face are "
+            "loaded by their names there, as timm:NAME and hf:REPO"
+        )
     _print_table(found)
 
 
@@ -98,6 +103,8 @@ def _print_table(rows: Mapping[str, str]) -> None:
 def main(argv: Sequence[str]) -> None:
     """Runs the command that the first argument names, with the arguments after it."""
     name, *rest = argv or ["--help"]
+    if name == "help":  # `vit_jax help train`, as git has it.
+        name, *rest = [*rest[:1], "--help"]
     if name in ("-h", "--help"):
         print_result(USAGE)
         _print_table(describe_commands())
@@ -109,6 +116,11 @@ def main(argv: Sequence[str]) -> None:
     elif name in COMMANDS:
         sys.argv = [f"vit_jax {name}", *rest]
         runpy.run_module(f"vit_jax.{COMMANDS[name]}", run_name="__main__")
+    elif name.startswith("-"):
+        raise UserError(
+            f"{name} comes before the command: expected a command first, such as "
+            f"`vit_jax train {name}`"
+        )
     else:
         raise UserError(f"{name!r} is not a command{suggest(name, [*COMMANDS, *LISTINGS])}")
 

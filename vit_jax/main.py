@@ -173,6 +173,11 @@ def parse_flags(argv: list[str]) -> list[str]:
         raise UserError(f"--{e.flagname} is no flag{suggest_flag(e.flagname) or hint}") from None
     except flags.Error as e:
         raise UserError(str(e)) from None
+    if len(unused) == 1 and "=" not in unused[0]:
+        if not _CONFIG.value and unused[0] in list_configs():
+            raise UserError(f"{unused[0]!r} is no flag; did you mean '--config={unused[0]}'?")
+        if not _WORKDIR.value:
+            flags.FLAGS[_WORKDIR.name].value = unused.pop()
     for name, flag in (("config", _CONFIG), ("workdir", _WORKDIR)):
         if not flag.value:
             raise UserError(f"--{name} is missing; see {make_parser().prog} --help")
