@@ -47,6 +47,7 @@ class Objective(abc.ABC):
       needs_label_maps: whether they must have `label_map`.
       draws_patch_size: whether each step may have a patch of another size (`model.patch_sizes`).
       takes_any_size: whether its model may be given patches of images of any size (see `pixels`).
+      takes_rows: whether several of these may share a row of a batch (see `data.rows`).
       head_names: names of the heads of `head_logits` `[heads, batch, classes]`, if `predict`
         returns those.
     """
@@ -59,6 +60,7 @@ class Objective(abc.ABC):
     needs_label_maps: bool = False
     draws_patch_size: bool = False
     takes_any_size: bool = False
+    takes_rows: bool = False
 
     @property
     def head_names(self) -> tuple[str, ...]:

@@ -365,6 +365,8 @@ def _describe_model(experiment: Experiment) -> str:
     if takes_any_size(model):
         budgets = [budget for budget, _ in experiment.train_data.budgets] or [height // width - 1]
         images = f"images of any size, up to {', '.join(f'{n:,}' for n in budgets)} patches"
+        if (count := experiment.train_data.packing.images_per_row) > 1:
+            images = f"images of any size, {count} in a row of {budgets[0]:,} patches"
     return ", ".join([experiment.config["model"]["name"], *sizes, images])
 
 
