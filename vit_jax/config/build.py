@@ -24,7 +24,7 @@ from vit_jax.data.classes import Classes
 from vit_jax.data.mixture import check_same_kind
 from vit_jax.data.ops.patches import find_patches
 from vit_jax.data.pipeline import DatasetSpec
-from vit_jax.data.rows import Packing
+from vit_jax.data.rows import ALONE, Packing
 from vit_jax.data.tokenizers import parse_tokenizer
 from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.kinds import EVALUATORS
@@ -693,7 +693,7 @@ def _make_eval_spec(args: _Section, train_data: DatasetSpec, *, key: str) -> Dat
         views=(),
         same_draws=(),
         budgets=(),
-        packing=Packing(),
+        packing=ALONE,
         key=key,
     )
 

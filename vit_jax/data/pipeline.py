@@ -35,7 +35,7 @@ from vit_jax.data.order import (
     shuffled,
 )
 from vit_jax.data.preprocess import parse_preprocess
-from vit_jax.data.rows import Packing, Row, blank_row
+from vit_jax.data.rows import ALONE, Packing, Row, blank_row
 from vit_jax.data.sources import dataset_info, open_source
 from vit_jax.data.sources.base import IGNORED, DatasetInfo, Source
 from vit_jax.data.tokenizers import Tokenizer, parse_tokenizer
@@ -103,7 +103,7 @@ class DatasetSpec:
     label_size: tuple[int, int] | None = None
     budgets: tuple[tuple[int, int], ...] = ()
     budget: int | None = None
-    packing: Packing = Packing()
+    packing: Packing = ALONE
 
     @property
     def rows_per_batch(self) -> int:
@@ -657,7 +657,7 @@ class _RowBatches(_TrainBatches):
     def __init__(self, spec: DatasetSpec, *args: Any, seed: int):
         super().__init__(spec, *args, seed=seed)
         # In place of an image that can't be read.
-        self.row, self.blank = self.blank, dataclasses.replace(spec, packing=Packing()).blank()
+        self.row, self.blank = self.blank, dataclasses.replace(spec, packing=ALONE).blank()
         self.row_rngs = PositionRng(seed, stream=ROWS)
 
     def make(self, step: int) -> Batch:

@@ -91,6 +91,10 @@ class Packing:
         return sides**2
 
 
+# One image in each row.
+ALONE = Packing()
+
+
 class Row:
     """A row to which images are added.
 

@@ -54,10 +54,8 @@ def _augment(
     images, targets = augmented["image"], augmented.get("target", batch.get("label"))
     learned = None if targets is None else np.asarray(targets)
     if isinstance(images, PatchBatch):  # Nothing on the device changes these.
-        if images.is_packed:
-            return unpack(batch), None if learned is None else learned.reshape(
-                -1, *learned.shape[2:]
-            )
+        if images.is_packed and learned is not None:
+            return unpack(batch), learned.reshape(-1, *learned.shape[2:])
         return to_images(np.asarray(batch["image"])), learned
     args = experiment.settings.objective
     mean, std = (args.get(key, 0.5) for key in ("pixel_mean", "pixel_std"))
