@@ -7,9 +7,13 @@ import pytest
 
 from tests.tiny import tiny_config
 from tests.trained import write_model
+from vit_jax.checkpoint.pretrained.huggingface_export import make_huggingface
+from vit_jax.checkpoint.pretrained.timm_config import make_timm_config
+from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.data.ops.patches import to_column
 from vit_jax.data.pipeline import DatasetSpec, read_step, train_batches
 from vit_jax.data.rows import unpack
+from vit_jax.inference.figures import draw_positions
 from vit_jax.inference.model import load_model
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.previews import preview_first_batch
@@ -210,3 +214,27 @@ def test_the_first_batch_of_packed_rows_is_shown_as_images(data_dir):
 def test_what_rows_of_several_images_do_not_take_is_refused(data_dir, changes, words):
     with pytest.raises(UserError, match=words):
         Experiment.from_config(config(data_dir, **(ROW | changes)), devices=jax.devices()[:1])
+
+
+def test_a_model_that_resizes_its_parameters_is_written_only_for_programs_that_do(tmp_path):
+    options = {"kernel_size": (3, 3), "posemb_grid": (2, 2), "position_embedding": "learned"}
+    file = write_model(tmp_path / "flexi.npz", **options, size=12)
+    for size, words in ((4, "its kernel of 3x3 pixels"), (3, "its position embeddings of 2x2")):
+        model = load_model(file, model={"patch_size": size}, devices=jax.devices()[:1])
+        weights = Weights(
+            params=model.list_params(),
+            layout="test",
+            model=dict(model.arguments),
+            preprocess={"image_size": (12, 12)},
+        )
+        for make in (make_huggingface, make_timm_config):
+            with pytest.raises(ValueError, match=words):
+                make(weights)
+
+
+def test_positions_are_drawn_on_their_own_grid(tmp_path):
+    options = {"kernel_size": (3, 3), "posemb_grid": (2, 3), "position_embedding": "learned"}
+    file = write_model(tmp_path / "flexi.npz", **options)
+    model = load_model(file, model={"patch_size": 2}, devices=jax.devices()[:1])
+    width, height = draw_positions(model).picture.size
+    assert height < width

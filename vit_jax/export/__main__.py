@@ -159,6 +159,12 @@ def choose_layer(model: "LoadedModel", wanted: str | None) -> str:
         return "logits" if model.module.num_classes else "pre_logits"
     if model.classifies:
         return "logits"
+    if model.segmentation is not None:
+        log(
+            f"{model.source}: finds the class of each pixel; what is exported gives its features "
+            "(pre_logits), without that head"
+        )
+        return "pre_logits"
     log(f"{model.source}: has no trained classifier; its features (pre_logits) are exported")
     return "pre_logits"
 
