@@ -7,9 +7,16 @@ import pytest
 
 from tests.tiny import tiny_config
 from tests.trained import write_model
+from vit_jax.checkpoint.pretrained.huggingface_export import make_huggingface
+from vit_jax.checkpoint.pretrained.timm_config import make_timm_config
+from vit_jax.checkpoint.pretrained.weights import Weights
+from vit_jax.data.ops.patches import to_column
 from vit_jax.data.pipeline import DatasetSpec, read_step, train_batches
+from vit_jax.data.rows import unpack
+from vit_jax.inference.figures import draw_positions
 from vit_jax.inference.model import load_model
 from vit_jax.training.experiment import Experiment
+from vit_jax.training.previews import preview_first_batch
 from vit_jax.utils.errors import UserError
 
 SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 4, "mlp_dim": 32}
@@ -132,3 +139,102 @@ def test_a_file_of_a_model_for_several_patches_is_used_at_any_of_them(tmp_path):
     assert not np.allclose(logits[2], logits[4])
     stated = load_model(file, devices=jax.devices()[:1])
     np.testing.assert_array_equal(stated(images).logits, logits[4])
+
+
+ROW = {"data__preprocess": "decode|resize(12, 20)|inception_patches(4, 48)"}
+ROW |= {"data__images_per_row": 4, "data__size_spread": 2.0, "data__drop_patches": (0.0, 0.3)}
+
+
+@pytest.mark.parametrize("classifier", ["map", "gap"])
+def test_packed_images_have_the_outputs_of_the_images_alone(data_dir, classifier):
+    """The rows of the data, cut into images again, give the same logits one by one."""
+    model = MODEL | {"classifier": classifier}
+    experiment = Experiment.from_config(
+        config(data_dir, model=model, **(ROW | {"data__drop_patches": (0.0, 0.0)})),
+        devices=jax.devices()[:1],
+    )
+    batch = next(experiment.train_batches(0))
+    rows = {name: np.asarray(x) for name, x in batch.items()}
+    params = jax.tree.map(
+        lambda x: np.random.default_rng(x.size).normal(scale=0.3, size=x.shape).astype(np.float32),
+        experiment.initial_params(),
+    )
+    augmented = experiment.objective.augment(batch, jax.random.key(0))
+    packed = experiment.objective.model.apply({"params": params}, augmented["image"], train=False)
+    grids = rows["grids"].reshape(-1, 2)
+    padded = np.stack(
+        [
+            to_column(image[: height * 4, : width * 4], size=4, budget=48)
+            for image, (height, width) in zip(unpack(rows), grids, strict=True)
+        ]
+    )
+    alone = experiment.objective.predict(params, {"image": padded})["logits"]
+    np.testing.assert_allclose(packed[0], alone, atol=1e-5)
+    assert np.ptp(alone, axis=0).max() > 0.1
+    loss, metrics = experiment.objective.loss(params, augmented, jax.random.key(0))
+    labels = rows["label"].ravel()
+    want = np.asarray(jax.nn.logsumexp(alone, axis=1)) - np.asarray(alone)[range(16), labels]
+    np.testing.assert_allclose(loss, want.mean(), rtol=1e-5)
+    assert metrics["padding"] == (rows["places"][..., 0] == 0).mean()
+
+
+def test_packed_rows_give_equal_losses_on_each_mesh(data_dir):
+    losses = []
+    for mesh, devices, accum in (({}, 1, 1), ({"fsdp": 2, "tensor": 2, "data": 1}, 4, 2)):
+        experiment = Experiment.from_config(
+            config(data_dir, **ROW, mesh=mesh, optimizer__accum_steps=accum),
+            devices=jax.devices()[:devices],
+        )
+        state, batches = experiment.init_state(), experiment.train_batches(0)
+        own = []
+        for _ in range(2):
+            state, metrics = experiment.train_step(state, next(batches))
+            own.append([float(metrics[name]) for name in ("loss", "top1", "padding")])
+        losses.append(own)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert 0 <= losses[0][0][2] < 0.05
+
+
+def test_the_first_batch_of_packed_rows_is_shown_as_images(data_dir):
+    experiment = Experiment.from_config(config(data_dir, **ROW), devices=jax.devices()[:1])
+    images, targets = preview_first_batch(experiment)
+    assert len(images) == len(targets) == 16
+    assert images.any(axis=(1, 2, 3)).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"objective": {"mixup": 0.2}}, "nothing on the device changes or mixes"),
+        ({"model": MODEL | {"classifier": "token"}}, "classifier='gap' or 'map'"),
+        ({"data__images_per_row": 3}, "does not divide data.batch_size"),
+        ({"optimizer__accum_steps": 8}, "does not divide data.batch_size / data.images_per_row=4"),
+    ],
+)
+def test_what_rows_of_several_images_do_not_take_is_refused(data_dir, changes, words):
+    with pytest.raises(UserError, match=words):
+        Experiment.from_config(config(data_dir, **(ROW | changes)), devices=jax.devices()[:1])
+
+
+def test_a_model_that_resizes_its_parameters_is_written_only_for_programs_that_do(tmp_path):
+    options = {"kernel_size": (3, 3), "posemb_grid": (2, 2), "position_embedding": "learned"}
+    file = write_model(tmp_path / "flexi.npz", **options, size=12)
+    for size, words in ((4, "its kernel of 3x3 pixels"), (3, "its position embeddings of 2x2")):
+        model = load_model(file, model={"patch_size": size}, devices=jax.devices()[:1])
+        weights = Weights(
+            params=model.list_params(),
+            layout="test",
+            model=dict(model.arguments),
+            preprocess={"image_size": (12, 12)},
+        )
+        for make in (make_huggingface, make_timm_config):
+            with pytest.raises(ValueError, match=words):
+                make(weights)
+
+
+def test_positions_are_drawn_on_their_own_grid(tmp_path):
+    options = {"kernel_size": (3, 3), "posemb_grid": (2, 3), "position_embedding": "learned"}
+    file = write_model(tmp_path / "flexi.npz", **options)
+    model = load_model(file, model={"patch_size": 2}, devices=jax.devices()[:1])
+    width, height = draw_positions(model).picture.size
+    assert height < width

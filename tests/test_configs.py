@@ -76,6 +76,12 @@ BUILDS = [
     ("flexivit.py:B", 86_567_656 - (196 - 49) * 768, 240),
     # Patches have one class token less, and 16 x 16 positions.
     ("naflex.py", 86_567_656 + (256 - 197 - 1) * 768, (257 * 16, 16)),
+    # Two tables of 24 positions, norms of queries and keys in place of biases, and a learned query.
+    (
+        "navit.py",
+        86_567_656 + (24 + 24 - 198 - 36) * 768 + 12 * 4 * 64 + 7_087_104,
+        (1025 * 16, 16),
+    ),
     ("cifar10.py", 810_890, 32),
     ("cifar10.py:small", 6_268_042, 32),
     # The encoder, then the decoder, or a head.

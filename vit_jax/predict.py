@@ -298,7 +298,10 @@ def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) ->
     if args.output is not None:
         log(f"wrote {args.output}")
     if folder:
-        log(f"wrote {args.masks}: {count:,} masks, as PNG, and as many overlays")
+        number = "1 mask, as PNG, and its overlay"
+        if count > 1:
+            number = f"{count:,} masks, as PNG, and as many overlays"
+        log(f"wrote {args.masks}: {number}")
     return skipped
 
 

@@ -256,6 +256,8 @@ def predict(
     source = find_source(args)
     config = reduce_for_evaluation(without_mesh(config))
     experiment = Experiment.from_config(config, match_classes=False)
+    if experiment.objective.needs_label_maps and args.eval is None and args.checkpoint is None:
+        return [], []  # Its evaluators write their pictures.
     choose_evaluator(experiment.evaluators, args.eval).open()
     judge = Judge(experiment)
     params, _ = judge.load(source)

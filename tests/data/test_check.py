@@ -346,6 +346,12 @@ def test_the_contact_sheet_shows_images_that_are_cut_into_patches():
     np.testing.assert_array_equal(images.shape, (64, 12, 12, 3))
 
 
+def test_a_model_of_images_of_any_size_has_no_size_to_compare_with():
+    findings = [check.Finding("a", b"", 0, (5, 7))]
+    dataset = find_dataset("digits", data_dir=None)
+    assert not any("smaller" in line for line in check.report(findings, dataset, None))
+
+
 def test_a_caption_of_an_image_that_is_too_narrow_for_dots_is_left_out(tmp_path):
     images = np.zeros((64, 96, 4, 3), np.uint8)
     check.write_contact_sheet(tmp_path / "sheet.png", images, ["a long caption"] * 64)

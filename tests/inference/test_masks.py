@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.tiny import tiny_config
 from tests.trained import write_images
-from vit_jax import predict
+from vit_jax import predict, report
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.checkpoint.workdir import write_config, write_labels
 from vit_jax.inference.masks import find_classes
@@ -103,6 +103,29 @@ def test_the_command_writes_shares_masks_and_overlays(workdir, tmp_path):
     assert best["label"] == counts.argmax()
     with pytest.raises(UserError, match=r"--masks=.* exists"):
         predict.main([*arguments[:1], f"--masks={masks}", str(tmp_path / "images")])
+
+
+def test_no_folder_is_made_where_no_image_can_be_read(workdir, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    masks = tmp_path / "masks"
+    with pytest.raises(UserError, match="none of 1 images can be read"):
+        predict.main([f"--workdir={workdir}", f"--masks={masks}", str(tmp_path / "broken.png")])
+    assert not masks.exists()
+
+
+def test_the_table_has_no_classes_that_a_mask_lacks(workdir, tmp_path, capsys):
+    write_images(tmp_path / "images", 1, size=12)
+    masks = tmp_path / "masks"
+    arguments = [f"--workdir={workdir}", "--top_k=11", f"--masks={masks}", str(tmp_path / "images")]
+    assert predict.main(arguments) == 0
+    output = capsys.readouterr()
+    assert " 0.0%" not in output.out
+    assert "1 mask, as PNG, and its overlay" in output.out + output.err
+
+
+def test_the_report_leaves_pictures_to_the_evaluators(workdir, capsys):
+    report.main([f"--workdir={workdir}"])
+    assert "without pictures" not in "".join(capsys.readouterr())
 
 
 def test_a_model_of_pixels_has_no_classes_of_images(model):

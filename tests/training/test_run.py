@@ -33,7 +33,7 @@ from vit_jax.observe.progress import Monitor
 from vit_jax.pages import run_page
 from vit_jax.training import services
 from vit_jax.training.experiment import Experiment
-from vit_jax.training.run import suggest_uses, train
+from vit_jax.training.run import _list_sizes, suggest_uses, train
 from vit_jax.training.services import is_due
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.signals import RUN_AGAIN
@@ -540,9 +540,24 @@ def test_a_start_that_hangs_where_its_files_are_opened_ends_to_be_run_again(
     ],
 )
 def test_the_end_names_what_a_model_is_good_for(classifies, keeps_average, expected):
-    objective = types.SimpleNamespace(classifies=classifies, keeps_average=keeps_average)
+    objective = types.SimpleNamespace(
+        classifies=classifies, keeps_average=keeps_average, needs_label_maps=False
+    )
     experiment: Any = types.SimpleNamespace(objective=objective, config={"model": {"name": "vit"}})
     assert suggest_uses(experiment, Path("runs/a"), "python3 -m vit_jax.main --x") == expected
+
+
+def test_the_end_names_the_command_that_writes_masks():
+    objective = types.SimpleNamespace(classifies=False, needs_label_maps=True)
+    experiment: Any = types.SimpleNamespace(objective=objective, config={"model": {"name": "vit"}})
+    assert suggest_uses(experiment, Path("runs/a"), None) == {
+        "to predict": "python -m vit_jax.predict --workdir=runs/a --masks=masks IMAGES"
+    }
+
+
+def test_a_model_is_described_with_all_sizes_of_its_patches():
+    model = types.SimpleNamespace(num_layers=2, patch_size=(16, 16), patch_sizes=(48, 16))
+    assert _list_sizes(model) == ["layers 2", "patches of 48, 16 in turn"]
 
 
 def test_the_end_names_the_modules_that_the_model_needs():

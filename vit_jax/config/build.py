@@ -24,6 +24,7 @@ from vit_jax.data.classes import Classes
 from vit_jax.data.mixture import check_same_kind
 from vit_jax.data.ops.patches import find_patches
 from vit_jax.data.pipeline import DatasetSpec
+from vit_jax.data.rows import ALONE, Packing
 from vit_jax.data.tokenizers import parse_tokenizer
 from vit_jax.evaluators.base import Evaluator
 from vit_jax.evaluators.kinds import EVALUATORS
@@ -299,8 +300,16 @@ def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
         same_draws=tuple(section.same_draws),
         tokenizer=section.tokenizer,
         budgets=budgets,
+        packing=Packing(
+            images_per_row=section.images_per_row,
+            size_spread=section.size_spread,
+            drop_patches=tuple(section.drop_patches),
+        ),
     )
     spec.view_shapes()
+    spec.check_packing()
+    if spec.packing.images_per_row > 1:
+        check_batch_size(spec.rows_per_batch, mesh, key="data.batch_size / data.images_per_row")
     for variant in spec.variants():
         check_batch_size(variant.batch_size, mesh, key="data.budgets")
     if spec.mixture:
@@ -476,6 +485,8 @@ def _make_objective(
     objective = make(**_take(given, make), **args)
     if takes_any_size(model):
         _check_any_size(objective, name, data)
+    if (images := data.packing.images_per_row) > 1:
+        _check_packing(objective, name, model, images)
     _check_patch_sizes(model, objective, name, data.image_shape())
     _check_colors(objective, data.image_shape())
     return objective, {"name": name} | args
@@ -515,6 +526,20 @@ def _check_colors(objective: Objective, image_shape: tuple[int, ...]) -> None:
                 f"objective.{key}={value} is for images of three channels, "
                 f"and data.preprocess makes {image_shape[2]}: change colours there, or not at all"
             )
+
+
+def _check_packing(objective: Objective, name: str, model: Model, images: int) -> None:
+    """Raises `UserError` unless the images of an objective and its model may share rows."""
+    where = f"data.images_per_row={images}"
+    if not objective.takes_rows:
+        raise UserError(
+            f"{where} with objective.name={name!r}: expected 'supervised', whose loss is one of "
+            "each image alone, or one image in a row"
+        )
+    try:
+        model.check_rows(packed=True)
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
 
 
 def _check_patch_sizes(
@@ -567,12 +592,13 @@ def _make_optimizer(
             "objective.lr_factors are trained as if each were alone, and a norm would be of all"
         )
     for variant in data.variants():
-        if variant.batch_size % optimizer.accum_steps:
+        rows = "" if variant.packing.images_per_row == 1 else " / data.images_per_row"
+        if variant.rows_per_batch % optimizer.accum_steps:
             raise UserError(
                 f"optimizer.accum_steps={optimizer.accum_steps} does not divide "
-                f"data.batch_size={variant.batch_size}"
+                f"data.batch_size{rows}={variant.rows_per_batch}"
             )
-        micro_batch = variant.batch_size // optimizer.accum_steps
+        micro_batch = variant.rows_per_batch // optimizer.accum_steps
         check_batch_size(micro_batch, mesh, key="data.batch_size / optimizer.accum_steps")
         objective.check_batch(micro_batch)
     return optimizer, {"name": name} | drop_other_units(args) | base_args
@@ -682,6 +708,7 @@ def _make_eval_spec(args: _Section, train_data: DatasetSpec, *, key: str) -> Dat
         views=(),
         same_draws=(),
         budgets=(),
+        packing=ALONE,
         key=key,
     )
 

@@ -66,6 +66,9 @@ class Data:
     same_draws: tuple[str, ...] = ()
     tokenizer: str | None = None
     budgets: tuple[tuple[int, int], ...] = ()
+    images_per_row: int = 1
+    size_spread: float = 1.0
+    drop_patches: tuple[float, float] = (0.0, 0.0)
     data_dir: str | None = key(None, may_change=True, per_host=True, old=["tfds_data_dir"])
     num_threads: int | None = key(None, may_change=True, per_host=True)
     max_corrupt: float = key(MAX_CORRUPT, may_change=True)

@@ -44,7 +44,7 @@ def trace_parts(
         return
     key = next((key for key in ("objective", "model", "optimizer") if key in outside), "objective")
     where, name = f"{key}.name={names[key]!r}", names[key]
-    one, batch = _make_batch(data, 1), _make_batch(data, data.batch_size)
+    one, batch = _make_batch(data, 1), _make_batch(data, data.rows_per_batch)
     rng = jax.eval_shape(lambda: jax.random.key(0))
     with report_failure(where, name):
         params = jax.eval_shape(objective.init, rng, one)

@@ -254,7 +254,7 @@ def report(
     Args:
       findings: of all records.
       dataset: that they are of.
-      input_shape: starts with the height and width of the model's.
+      input_shape: starts with the height and width of the model's; None if it takes any size.
       tokenizer: which measured the captions; None if their characters were counted.
     """
     info = dataset.info
@@ -439,7 +439,9 @@ def prepare_images(sheet: DatasetSpec | Experiment) -> tuple[np.ndarray, list[st
     from vit_jax.data.pipeline import DatasetSpec, read_examples
 
     data = sheet if isinstance(sheet, DatasetSpec) else sheet.train_data
-    data = dataclasses.replace(data, batch_size=_SHEET**2)
+    images_per_row = data.packing.images_per_row
+    count = -(-(_SHEET**2) // images_per_row) * images_per_row
+    data = dataclasses.replace(data, batch_size=count)
     if data.info.captions and not data.info.num_classes:
         data = dataclasses.replace(data, tokenizer=data.tokenizer or "bytes")
     captioned = data.find_tokenizer() is not None
@@ -455,6 +457,7 @@ def prepare_images(sheet: DatasetSpec | Experiment) -> tuple[np.ndarray, list[st
         from vit_jax.training.previews import preview_first_batch
 
         images, labels = preview_first_batch(dataclasses.replace(sheet, train_data=data))
+        images, labels = images[: _SHEET**2], None if labels is None else labels[: _SHEET**2]
         seed = sheet.settings.seed
         examples = read_examples(data, seed=seed, step=0) if captioned else []
     if captioned:
@@ -594,6 +597,7 @@ def main(argv: Sequence[str]) -> int:
         find_file(args.config)
     with importing():
         from vit_jax.data.ops.fused import fuse
+        from vit_jax.data.ops.patches import find_patches
         from vit_jax.data.pipeline import DatasetSpec
         from vit_jax.data.preprocess import parse_preprocess
         from vit_jax.data.sources import find_dataset
@@ -617,7 +621,7 @@ def main(argv: Sequence[str]) -> int:
         sheet, refused = load_experiment(args, overrides)
         lines, input_shape = (
             find_lines(sheet, dataset, args.SRC, args.split),
-            sheet.train_data.image_shape(),
+            None if find_patches(sheet.train_data.ops()) else sheet.train_data.image_shape(),
         )
         found, missing = check_run(sheet)
         refused += [line for line in missing if line not in refused]

@@ -15,7 +15,7 @@ from grain.experimental import index_shuffle
 from vit_jax.data.mixture import Mixture, Schedule
 
 # Streams of random numbers that are derived from one seed.
-_SHUFFLE, _RNGS, CAPTIONS, BUDGETS = 1, 3, 4, 5
+_SHUFFLE, _RNGS, CAPTIONS, BUDGETS, ROWS = 1, 3, 4, 5, 6
 
 
 class Order(Protocol):
@@ -79,7 +79,7 @@ def shuffled(length: int, *, seed: int) -> Shuffled:
 class PositionRng(threading.local):
     """The random number generator of each position, valid until the thread's next call.
 
-    `stream` is that of the operations on the image, or `CAPTIONS`.
+    `stream` is that of the operations on the image, or one of the others.
     """
 
     def __init__(self, seed: int, *, stream: int = _RNGS):

@@ -29,6 +29,7 @@ from vit_jax.data.ops.transforms import Decode, Features, Keep, Op, Random, appl
 from vit_jax.data.order import (
     BUDGETS,
     CAPTIONS,
+    ROWS,
     Mixed,
     Order,
     PositionRng,
@@ -36,6 +37,7 @@ from vit_jax.data.order import (
     shuffled,
 )
 from vit_jax.data.preprocess import parse_preprocess
+from vit_jax.data.rows import ALONE, Packing, Row, blank_row
 from vit_jax.data.sources import dataset_info, open_source
 from vit_jax.data.sources.base import IGNORED, DatasetInfo, Source
 from vit_jax.data.tokenizers import Tokenizer, parse_tokenizer
@@ -46,7 +48,10 @@ from vit_jax.utils.text import describe_size
 Batch = dict[str, np.ndarray]
 
 # Features with a meaning of their own, which no view may have as its name.
-_OWN_FEATURES = ("image", "label", "label_map", "extent", "mask", "text", "caption", "tokens")
+_OWN_FEATURES = (
+    *("image", "label", "label_map", "extent", "mask", "text", "caption", "tokens"),
+    *("places", "grids"),
+)
 # Arguments of random operations that scale an image, and what is drawn for it, with its size.
 _SCALES = ("size", "height", "width", "pixels", "method")
 
@@ -96,6 +101,7 @@ class DatasetSpec:
         turn, in another order in each round; `()` for the budget of `preprocess` in all.
       budget: of patches, in place of that of `preprocess`; None for that.
       features: of the images, which training batches have in place of images and labels.
+      packing: how training images share rows of as many patches as the budget of `preprocess`.
     """
 
     name: str
@@ -117,6 +123,39 @@ class DatasetSpec:
     budgets: tuple[tuple[int, int], ...] = ()
     budget: int | None = None
     features: StoredFeatures | None = None
+    packing: Packing = ALONE
+
+    @property
+    def rows_per_batch(self) -> int:
+        """The length of the first dimension of a batch's arrays."""
+        return self.batch_size // self.packing.images_per_row
+
+    def check_packing(self) -> None:
+        """Raises `UserError` unless images can share rows as `packing` has it."""
+        images, last = self.packing.images_per_row, find_patches(self.ops())
+        if images == 1:
+            return
+        where = f"{self.key}.images_per_row={images}"
+        if last is None:
+            raise UserError(
+                f"{where}: expected {self.key}.preprocess to end in patches(SIZE, BUDGET), where "
+                "BUDGET is the number of patches of a row"
+            )
+        for name in ("budgets", "views", "tokenizer"):
+            if given := getattr(self, name):
+                raise UserError(f"{where} with {self.key}.{name}={given}: expected one of the two")
+        if self.batch_size % images:
+            raise UserError(
+                f"{where} does not divide {self.key}.batch_size={self.batch_size}, which is the "
+                "number of images"
+            )
+        self.packing.check(last.budget)
+        most = int(last.budget / (1 - self.packing.drop_patches[1]))
+        try:
+            dataclasses.replace(last, budget=most)
+        except ValueError as e:
+            rates = self.packing.drop_patches
+            raise UserError(f"{self.key}.drop_patches={rates}: before these, {e}") from None
 
     def variants(self) -> tuple["DatasetSpec", ...]:
         """The spec of each of the `budgets`; itself alone without.
@@ -192,7 +231,7 @@ class DatasetSpec:
         return parse_tokenizer(self.tokenizer)
 
     def blank(self) -> Features:
-        """An example of zeros, with the features that a batch has.
+        """A row of a batch, of zeros: an example, or several with `packing`.
 
         These are `image` uint8 `[h, w, c]`; `label` int32 or float32 `[num_classes]`, if there are
         labels; `label_map` uint8 `[h, w]`, if pixels have classes; `tokens` int32 `[length]`, if
@@ -222,6 +261,9 @@ class DatasetSpec:
             features[name] = np.zeros(shape, np.uint8)
         if tokenizer := self.find_tokenizer():
             features["tokens"] = np.zeros(tokenizer.length, np.int32)
+        if (images := self.packing.images_per_row) > 1:
+            row = blank_row(features.pop("image"), images)
+            features = row | {name: np.stack([x] * images) for name, x in features.items()}
         return features
 
     def view_ops(self) -> dict[str, tuple[Op, ...]]:
@@ -466,7 +508,7 @@ class _Batches(abc.ABC):
         *,
         seed: int,
     ):
-        block = spec.batch_size // num_shards
+        block = spec.rows_per_batch // num_shards
         self.spec, self.source, self.ops = spec, spec.open(), fuse(spec.ops())
         self.rngs, self.blank = PositionRng(seed), spec.blank()
         self.features = spec.read_features()
@@ -495,10 +537,13 @@ class _Batches(abc.ABC):
 
     def announce(self, step: int) -> None:
         """Starts to read the records of a step, before threads ask for them one by one."""
-        positions = (self.first(step) + row for row in self.rows)
-        found = (self.index(position) for position in positions)
+        found = (self.index(position) for position in self.positions(step))
         indices = [index for index in found if index is not None]
         self.source.ahead(indices, captions=self.tokenizer is not None)
+
+    def positions(self, step: int) -> Iterable[int]:
+        """The positions of the examples of a step that are read here."""
+        return (self.first(step) + row for row in self.rows)
 
     @abc.abstractmethod
     def index(self, position: int) -> int | None:
@@ -552,9 +597,14 @@ class _Batches(abc.ABC):
         return captions[0]
 
     def _prepare(
-        self, index: int, position: int, rng: np.random.Generator, apply: _Apply
+        self,
+        index: int,
+        position: int,
+        rng: np.random.Generator,
+        apply: _Apply,
+        budget: int | None = None,
     ) -> Features:
-        """The features of a record at a position.
+        """The features of a record at a position, with a budget of patches of its own or without.
 
         Raises `ImageError` if its image is unreadable or refused, or if it has no caption.
         """
@@ -571,9 +621,14 @@ class _Batches(abc.ABC):
         if self.views:
             features = self._prepare_views(record, rng)
         else:
-            features = apply(self.ops, record, rng)
+            ops, shape = self.ops, self.blank["image"].shape
+            if budget is not None:
+                last: Any = ops[-1]
+                ops = (*ops[:-1], dataclasses.replace(last, budget=budget))
+                shape = ((1 + budget) * last.size, *shape[1:])
+            features = apply(ops, record, rng)
             if not isinstance(features["image"], Job):
-                self._check(features["image"], "preprocess", self.blank["image"].shape)
+                self._check(features["image"], "preprocess", shape)
                 check_map(features, f"{self.spec.key}.preprocess")
         if self.spec.label_size and own is not None:
             features = features | self._keep_map(own, features["label_map"])
@@ -665,18 +720,56 @@ class _TrainBatches(_Batches):
     def index(self, position: int) -> int | None:
         return self.order[position]
 
-    def example(self, position: int, apply: _Apply) -> Features:
+    def example(self, position: int, apply: _Apply, budget: int | None = None) -> Features:
         # The generator belongs to the position, not to the record.
         index, rng = self.order[position], self.rngs(position)
         for _ in range(min(_TRIES, len(self.source))):
             try:
-                return self._prepare(index, position, rng, apply)
+                return self._prepare(index, position, rng, apply, budget)
             except ImageError as e:
                 self.corrupt.add(self.source.describe(index), e)
                 index = self.source.successor(index)
         # No error here, as other processes would wait for this one: all stop by their counts.
         self.corrupt.lose()
         return self.blank
+
+
+class _RowBatches(_TrainBatches):
+    """Batches of the endless training stream in which images share rows, see `data.rows`."""
+
+    def __init__(self, spec: DatasetSpec, *args: Any, seed: int):
+        super().__init__(spec, *args, seed=seed)
+        # In place of an image that can't be read.
+        self.row, self.blank = self.blank, dataclasses.replace(spec, packing=ALONE).blank()
+        self.row_rngs = PositionRng(seed, stream=ROWS)
+
+    def positions(self, step: int) -> Iterable[int]:
+        images = self.spec.packing.images_per_row
+        return (self.first(step) + row * images + i for row in self.rows for i in range(images))
+
+    def make(self, step: int) -> Batch:
+        return {k: np.empty((len(self.rows), *v.shape), v.dtype) for k, v in self.row.items()}
+
+    def fill(self, batch: Batch, step: int, start: int, stop: int) -> None:
+        for row in range(start, stop):
+            number = step * self.spec.rows_per_batch + self.rows[row]
+            for name, value in self.fill_row(number).items():
+                batch[name][row] = value
+        self.corrupt.see((stop - start) * self.spec.packing.images_per_row)
+
+    def fill_row(self, number: int) -> Features:
+        """The features of a row of the stream."""
+        packing, rng, rest = self.spec.packing, self.row_rngs(number), 0
+        row, images = Row(self.row), {}
+        for place, share, rate in packing.draw(len(self.row["places"]), rng):
+            budget, position = share + rest, number * packing.images_per_row + place
+            features = self.example(position, apply, int(budget / (1 - rate)))
+            rest = budget - row.add(place, features["image"], budget, rate, rng)
+            images[place] = features
+        others = self.row.keys() - row.features.keys()
+        return row.features | {
+            name: np.stack([images[place][name] for place in sorted(images)]) for name in others
+        }
 
 
 class _BudgetBatches:
@@ -763,8 +856,9 @@ def train_batches(
     Labels are float32 `[b, num_classes]` if an example may have several, and absent if the data has
     none. With classes of pixels, `label_map` is uint8 `[b, h, w]`. With a tokenizer, `tokens` int32
     `[b, length]` are those of a caption of each image, drawn by seed and position if there are
-    several; in evaluation it is the first. Threads load ahead
-    until the iterator is closed or dropped.
+    several; in evaluation it is the first. Where images share rows, `image`, `places` and `grids`
+    are those of `data.rows.Row`, and all others `[rows, images, ...]`. Threads load ahead until the
+    iterator is closed or dropped.
 
     Args:
       spec: what to read; the split is reshuffled in each epoch.
@@ -776,9 +870,13 @@ def train_batches(
       corrupt: counts records that can't be read. The next record that can be read replaces one; if
         there is none near by, the image is blank.
     """
-    make = _BudgetBatches if spec.budgets else _TrainBatches
+    make = _BudgetBatches if spec.budgets else _find_kind(spec)
     batches = make(spec, shards, num_shards, corrupt, seed=seed)
     return batches.load(itertools.count(step))
+
+
+def _find_kind(spec: DatasetSpec) -> type[_TrainBatches]:
+    return _RowBatches if spec.packing.images_per_row > 1 else _TrainBatches
 
 
 def read_step(spec: DatasetSpec, *, seed: int, step: int) -> tuple[Batch, list[str]]:
@@ -795,7 +893,7 @@ def _batch_of(spec: DatasetSpec, *, seed: int, step: int) -> tuple[_TrainBatches
         every = _BudgetBatches(spec, (0,), 1, None, seed=seed)
         batches = every.batches[every.turn(step)[0]]
     else:
-        batches = _TrainBatches(spec, (0,), 1, None, seed=seed)
+        batches = _find_kind(spec)(spec, (0,), 1, None, seed=seed)
     first = batches.first(step)
     return batches, range(first, first + batches.spec.batch_size)
 
@@ -861,7 +959,7 @@ def plan_buffers(spec: DatasetSpec, *, num_shards: int = 1, shards: int = 1) -> 
         sizes = {"num_shards": num_shards, "shards": shards}
         plans = [plan_buffers(variant, **sizes) for variant in spec.variants()]
         return max(plans, key=lambda plan: plan.nbytes)
-    rows = spec.batch_size // num_shards * shards
+    rows = spec.rows_per_batch // num_shards * shards
     shapes = (spec.image_shape(), *spec.view_shapes().values())
     batch = rows * sum(map(math.prod, shapes))
     if spec.features is not None:

@@ -170,6 +170,12 @@ def choose_layer(model: "LoadedModel", wanted: str | None, formats: Sequence[str
         return IMAGE_EMBED
     if model.classifies:
         return "logits"
+    if model.segmentation is not None:
+        log(
+            f"{model.source}: finds the class of each pixel; what is exported gives its features "
+            "(pre_logits), without that head"
+        )
+        return "pre_logits"
     if has_programs:
         log(f"{model.source}: has no trained classifier; programs return features (pre_logits)")
     return "pre_logits"

@@ -102,7 +102,7 @@ def draw_filters(model: LoadedModel) -> Figure:
 def draw_positions(model: LoadedModel) -> Figure:
     """The cosine similarity of position embeddings."""
     module = model.module
-    rows, columns = module.grid(model.image_shape[:2])
+    rows, columns = module.posemb_grid or module.grid(model.image_shape[:2])
     positions = fixed_positions(module.position_embedding, (rows, columns), module.hidden_size)
     if positions is None:
         learned = flatten(model.params)["Transformer/posembed_input/pos_embedding"]
@@ -235,7 +235,11 @@ def find_impossible(model: LoadedModel) -> dict[str, str]:
         reasons["filters"] = "the model embeds no patches by a convolution of a known name"
     kind: Any = getattr(model.module, "position_embedding", "none")
     if kind != "learned" and kind not in FIXED_POSITIONS:
-        reasons["positions"] = "the model adds no position embeddings"
+        reasons["positions"] = (
+            "the model has position embeddings of rows and of columns"
+            if kind == "factorized"
+            else "the model adds no position embeddings"
+        )
     return reasons
 
 

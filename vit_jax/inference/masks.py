@@ -133,10 +133,10 @@ class MaskFolder:
     def __init__(self, folder: Path):
         self._folder = folder
         self._used: set[str] = set()
-        folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, mask: ImageMask) -> None:
-        """Writes the files of one image."""
+        """Writes the files of one image; the first makes the folder."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         stem = printable(Path(mask.path or "image").stem)
         name, number = stem, 1
         while name in self._used:

@@ -69,7 +69,8 @@ class TableWriter(Writer):
         # Columns are aligned within a batch: later names are not known yet.
         widths = [max(map(len, column)) for column in zip(*names, strict=True)]
         for path, row, values in zip(paths, names, probabilities.tolist(), strict=True):
-            cells = zip(row, widths, values, strict=True)
+            # Of a mask, which may have fewer classes than are asked for.
+            cells = [c for c in zip(row, widths, values, strict=True) if c[2] or c[0] == row[0]]
             shown = "   ".join(f"{name:<{width}} {value:6.1%}" for name, width, value in cells)
             print(f"{path:<{self._width}}  {shown}", file=self._stream, flush=True)
 

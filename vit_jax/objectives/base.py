@@ -67,6 +67,7 @@ class Objective(abc.ABC):
       draws_patch_size: whether each step may have a patch of another size (`model.patch_sizes`).
       takes_any_size: whether its model may be given patches of images of any size (see `pixels`).
       cached_features: what batches have in place of `image`; None for images.
+      takes_rows: whether several of these may share a row of a batch (see `data.rows`).
       head_names: names of the heads of `head_logits` `[heads, batch, classes]`, if `predict`
         returns those.
     """
@@ -79,6 +80,7 @@ class Objective(abc.ABC):
     needs_label_maps: bool = False
     draws_patch_size: bool = False
     takes_any_size: bool = False
+    takes_rows: bool = False
 
     @property
     def cached_features(self) -> CachedFeatures | None:

@@ -6,6 +6,7 @@ any size (`data.ops.patches`).
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -38,6 +39,12 @@ class ImageObjective(Objective):
     def normalize(self, images: jax.Array) -> Any:
         """Scales pixels to [-1, 1] by default, as the published weights expect; see `prepare`."""
         return prepare(getattr(self, "model", None), images, self.pixel_mean, self.pixel_std)
+
+    def normalize_rows(self, batch: Mapping[str, jax.Array]) -> PatchBatch:
+        """What `normalize` makes of rows that images share: see `data.rows.Row`."""
+        patches, _ = PatchBatch.split_columns(batch["image"])
+        pixels, places = normalize(patches, self.pixel_mean, self.pixel_std), batch["places"]
+        return PatchBatch(pixels, places[..., 1:], batch["grids"], places[..., 0])
 
 
 def prepare(model: Model, images: jax.Array, mean: Pixels, std: Pixels) -> Any:

@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.losses import LOSSES, make_targets, smooth_labels, top1_hits
+from vit_jax.models.patches import PatchBatch
 from vit_jax.objectives.augment import ERASE_KEY, Augmentation, distort, erase
 from vit_jax.objectives.base import Batch, Params
 from vit_jax.objectives.mixing import mix
@@ -45,6 +47,7 @@ class Supervised(ImageObjective):
 
     draws_patch_size = True
     takes_any_size = True
+    takes_rows = True
 
     def at_step(self, *, seed: int, step: int) -> "Supervised":
         """The objective with the size of patches that a step draws of `model.patch_sizes`."""
@@ -60,6 +63,8 @@ class Supervised(ImageObjective):
         return dict(self.model.init(rng, images, train=False))["params"]
 
     def augment(self, batch: Batch, rng: jax.Array) -> Batch:
+        if "places" in batch:
+            return self._prepare_rows(batch)
         options = self.augmentation
         images = self.normalize(distort(rng, batch["image"], options))
         if options.random_erasing:
@@ -83,12 +88,29 @@ class Supervised(ImageObjective):
             {"label": batch["label"]} if is_single else {}
         )
 
+    def _prepare_rows(self, batch: Batch) -> Batch:
+        """Prepares rows that images share: labels and targets are `[rows, images, ...]`."""
+        label = batch["label"]
+        targets = make_targets(join_rows(label), self.num_classes)
+        targets = smooth_labels(targets, self.label_smoothing)
+        prepared: Batch = {
+            "image": self.normalize_rows(batch),
+            "target": targets.reshape(*label.shape[:2], -1),
+        }
+        return prepared | ({"label": label} if label.ndim == 2 else {})
+
     def loss(
         self, params: Params, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits, _ = self.apply(params, batch["image"], rng)
+        images = batch["image"]
+        logits, _ = self.apply(params, images, rng)
+        metrics = {}
+        if isinstance(images, PatchBatch):
+            metrics = {"padding": (images.segments == 0).mean(dtype=jnp.float32)}
+            if images.is_packed:
+                batch = batch | {k: join_rows(batch[k]) for k in ("target", "label") if k in batch}
         loss = self.losses(logits, batch["target"]).mean()
-        return loss, {"loss": loss} | self.measure(logits, batch)
+        return loss, {"loss": loss} | metrics | self.measure(logits, batch)
 
     def predict(self, params: Params, batch: Batch) -> dict[str, Any]:
         outputs: Any = self.model.apply(
@@ -113,6 +135,11 @@ class Supervised(ImageObjective):
     def losses(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
         """The losses, float32 `[batch]`, for logits and targets `[batch, classes]`."""
         return LOSSES[self.loss_name](logits, targets, self.class_weights)
+
+
+def join_rows(x: jax.Array) -> jax.Array:
+    """`[rows, images, ...]` to `[rows * images, ...]`, the order of a model's outputs."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 @takes_options_of(Augmentation)

@@ -59,7 +59,9 @@ def estimate_memory(experiment: Experiment, activations: Activations | None = No
     accum_steps = experiment.optimizer.accum_steps
     saved = activations or count_activations(experiment)
     mesh = experiment.mesh.shape
-    images = experiment.train_data.batch_size / accum_steps / count_batch_shards(experiment.mesh)
+    images = (
+        experiment.train_data.rows_per_batch / accum_steps / count_batch_shards(experiment.mesh)
+    )
     return Memory(
         params=_sum(state.params),
         opt_state=_sum(state.opt_state) + _sum(state.step),
@@ -101,7 +103,7 @@ def _sum(tree: Any) -> int:
 def _count_saved(experiment: Experiment, objective: Any) -> Activations:
     rng = jax.eval_shape(lambda: jax.random.key(0))
     batch = jax.eval_shape(objective.augment, experiment.abstract_batch, rng)
-    size = experiment.train_data.batch_size // experiment.optimizer.accum_steps
+    size = experiment.train_data.rows_per_batch // experiment.optimizer.accum_steps
     micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), batch)
     state = experiment.abstract_state
     trained, frozen = experiment.optimizer.rules.split(state.params)

@@ -77,8 +77,9 @@ def make_plan(config: Mapping[str, Any], topology: Topology, *, cache: Path | No
     traced = experiment.trace_step().jaxpr
     step, cached = compile_step(experiment, topology, cache=cache)
     count, batch_size = topology.num_devices, experiment.train_data.batch_size
+    rows = experiment.train_data.rows_per_batch
     image_size = experiment.train_data.image_shape()[:2]
-    model_flops = train_flops(experiment.model, image_size) * batch_size / count
+    model_flops = train_flops(experiment.model, image_size) * rows / count
     flops = count_flops(traced) / count
     chip, mesh = topology.chip, dict(experiment.mesh.shape)
     limit = None if chip is None else chip.hbm_bytes

@@ -144,7 +144,7 @@ def make_candidates(
                 _assess(experiment, topology, memory, way, chosen | {_ACCUM: accum_steps})
                 for way in ways
                 for accum_steps in ACCUM_STEPS
-                if experiment.train_data.batch_size % (shards * accum_steps) == 0
+                if experiment.train_data.rows_per_batch % (shards * accum_steps) == 0
             ]
     if error is not None and not found:
         raise error
@@ -230,7 +230,7 @@ def _count_costs(config: str, topology: Topology) -> tuple[Activations, float, f
     experiment = Experiment.from_config(without_mesh(json.loads(config)), devices=devices)
     flops = count_flops(experiment.trace_step().jaxpr)
     model_flops = train_flops(experiment.model, experiment.train_data.image_shape()[:2])
-    size = experiment.train_data.batch_size
+    size = experiment.train_data.rows_per_batch
     return count_activations(experiment), flops / size, model_flops
 
 
@@ -245,7 +245,8 @@ def _assess(
     num_slices, accum_steps = topology.num_slices, overrides[_ACCUM]
     mesh, batch_size = dict(experiment.mesh.shape), experiment.train_data.batch_size
     shards = count_batch_shards(experiment.mesh)
-    images = batch_size / shards / accum_steps
+    rows = experiment.train_data.rows_per_batch
+    images = rows / shards / accum_steps
 
     def total(saved: Activations) -> float:
         return images * (saved.whole + saved.split / mesh["tensor"])
@@ -261,12 +262,12 @@ def _assess(
     ici = (
         2 * params * (data - 1) / data
         + params * (fsdp - 1) * (2 * accum_steps + 1) / 2
-        + 4 * 2 * batch_size / shards * tokens * width * 2 * (mesh["tensor"] - 1) / mesh["tensor"]
+        + 4 * 2 * rows / shards * tokens * width * 2 * (mesh["tensor"] - 1) / mesh["tensor"]
     )
-    images_per_chip = batch_size / experiment.mesh.size
+    rows_per_chip = rows / experiment.mesh.size
     work = Work(
-        flops=way.flops * images_per_chip,
-        model_flops=way.model_flops * images_per_chip,
+        flops=way.flops * rows_per_chip,
+        model_flops=way.model_flops * rows_per_chip,
         # The state is read and written once. Each micro-batch reads bfloat16 parameters forward and
         # backward and writes their gradients, and moves the activations of all blocks.
         hbm_bytes=2 * memory.arguments

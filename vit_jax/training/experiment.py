@@ -103,7 +103,7 @@ class Experiment(Parts):
     @functools.cached_property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a global batch."""
-        sharding, size = batch_sharding(self.mesh), self.train_data.batch_size
+        sharding, size = batch_sharding(self.mesh), self.train_data.rows_per_batch
         return {
             k: jax.ShapeDtypeStruct((size, *v.shape), v.dtype, sharding=sharding)
             for k, v in self._step_data.blank().items()

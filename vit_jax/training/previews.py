@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.data.ops.patches import to_images
+from vit_jax.data.rows import unpack
 from vit_jax.models.patches import PatchBatch
 from vit_jax.objectives.base import Params
 from vit_jax.training.experiment import Experiment
@@ -32,7 +33,7 @@ def preview_images(
       uint8 `[n, height, width, 3]`.
     """
     images, _ = _augment(experiment, {k: _local_rows(x, count) for k, x in batch.items()})
-    return images
+    return images[:count]
 
 
 def preview_first_batch(experiment: Experiment) -> tuple[np.ndarray, np.ndarray | None]:
@@ -53,6 +54,8 @@ def _augment(
     images, targets = augmented["image"], augmented.get("target", batch.get("label"))
     learned = None if targets is None else np.asarray(targets)
     if isinstance(images, PatchBatch):  # Nothing on the device changes these.
+        if images.is_packed and learned is not None:
+            return unpack(batch), learned.reshape(-1, *learned.shape[2:])
         return to_images(np.asarray(batch["image"])), learned
     args = experiment.settings.objective
     mean, std = (args.get(key, 0.5) for key in ("pixel_mean", "pixel_std"))

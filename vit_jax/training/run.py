@@ -375,6 +375,8 @@ def _describe_model(experiment: Experiment) -> str:
     if takes_any_size(model):
         budgets = [budget for budget, _ in experiment.train_data.budgets] or [height // width - 1]
         images = f"images of any size, up to {', '.join(f'{n:,}' for n in budgets)} patches"
+        if (count := experiment.train_data.packing.images_per_row) > 1:
+            images = f"images of any size, {count} in a row of {budgets[0]:,} patches"
     return ", ".join([experiment.config["model"]["name"], *sizes, images])
 
 
@@ -390,7 +392,9 @@ def _list_sizes(model: Any) -> list[str]:
         if isinstance(size := getattr(model, name, None), int):
             sizes.append(text.format(size))
     patch = getattr(model, "stride", getattr(model, "patch_size", None))
-    if isinstance(patch, tuple):
+    if drawn := getattr(model, "patch_sizes", ()):
+        sizes.append(f"patches of {', '.join(map(str, drawn))} in turn")
+    elif isinstance(patch, tuple):
         sizes.append(f"patches {'x'.join(map(str, patch))}")
     return sizes
 
@@ -428,6 +432,8 @@ def suggest_uses(experiment: Experiment, folder: Path, command: str | None) -> d
     predict = f"{python} -m vit_jax.predict --workdir={workdir}{parts}"
     if experiment.objective.classifies:
         return {"to predict": f"{predict} IMAGES"}
+    if experiment.objective.needs_label_maps:
+        return {"to predict": f"{predict} --masks=masks IMAGES"}
     # An average that the objective keeps is its teacher, which has the better features.
     teacher = experiment.objective.keeps_average
     params, part = (" --params=ema", ":ema_params") if teacher else ("", "")

@@ -361,4 +361,5 @@ def _peak_images_per_sec(experiment: Experiment) -> float | None:
     if chip is None or not experiment.trains_whole_model:
         return None
     flops = train_flops(experiment.model, experiment.train_data.image_shape()[:2])
-    return chip.flops * len(devices) / flops
+    images = experiment.train_data.packing.images_per_row
+    return chip.flops * len(devices) / flops * images

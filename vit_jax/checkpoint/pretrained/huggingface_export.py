@@ -16,7 +16,13 @@ import numpy as np
 from vit_jax.checkpoint.pretrained.image_text_config import make_processor
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, write_tensors
 from vit_jax.checkpoint.pretrained.timm_tensors import to_timm
-from vit_jax.checkpoint.pretrained.weights import POSEMB, REGISTERS, Weights, infer_model
+from vit_jax.checkpoint.pretrained.weights import (
+    POSEMB,
+    REGISTERS,
+    Weights,
+    check_sizes_stay,
+    infer_model,
+)
 from vit_jax.utils.errors import UserError
 
 # The class of a backbone and of a classifier, its prefix there, and its names by those of timm.
@@ -92,6 +98,7 @@ def make_huggingface(
     params = weights.params
     stated = {k: x for k, x in weights.model.items() if x is not None and k != "patch_size"}
     model = infer_model(params) | stated
+    check_sizes_stay(weights.model, weights.preprocess.get("image_size"))
     kind = _find_kind(model, params)
     base, classifier, names = _KINDS[kind]
     tensors = _rename(params, model, names)

@@ -15,6 +15,7 @@ import numpy as np
 
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
+    check_sizes_stay,
     describe_evaluation,
     find_grid,
     image_size_of,
@@ -80,6 +81,7 @@ def make_timm_config(weights: Weights) -> tuple[dict[str, Any], list[str]]:
     Raises:
       ValueError: no function of timm makes this model from values of JSON.
     """
+    check_sizes_stay(weights.model, weights.preprocess.get("image_size"))
     inferred = infer_model(weights.params)
     model = inferred | dict(weights.model) | {"patch_size": inferred["patch_size"]}
     head = weights.params.get("head/kernel")

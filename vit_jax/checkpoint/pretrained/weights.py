@@ -4,7 +4,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -186,6 +186,33 @@ def check_blocks(names: Iterable[str]) -> None:
                 f"it has {prefix}{max(numbers)}, but nothing of {prefix}{absent}: expected all "
                 "blocks of the model"
             )
+
+
+def check_sizes_stay(model: Mapping[str, Any], image_size: Sequence[int] | None) -> None:
+    """Raises `ValueError` if a model resizes its kernel or position embeddings in each call.
+
+    Other packages' models for images of one size do not. `image_size` is (height, width) in pixels.
+    """
+    patch, kernel, grid = (
+        () if (size := model.get(key)) is None else tuple(np.broadcast_to(size, 2).tolist())
+        for key in ("patch_size", "kernel_size", "posemb_grid")
+    )
+    if not patch:
+        return
+    if kernel and kernel != patch:
+        raise ValueError(
+            f"its kernel of {kernel[0]}x{kernel[1]} pixels is resized to patches of {patch[0]}x"
+            f"{patch[1]} in each call, which models there do not do"
+        )
+    if (
+        grid
+        and image_size
+        and grid != tuple(s // p for s, p in zip(image_size, patch, strict=True))
+    ):
+        raise ValueError(
+            f"its position embeddings of {grid[0]}x{grid[1]} patches are resized to the images in "
+            "each call, which models there do not do"
+        )
 
 
 def infer_model(params: Mapping[str, Any]) -> dict[str, Any]:

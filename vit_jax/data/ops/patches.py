@@ -61,6 +61,17 @@ def to_column(image: np.ndarray, *, size: int, budget: int) -> np.ndarray:
     return column.reshape(-1, size, 3)
 
 
+def read_column(column: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    """Takes a column of patches apart.
+
+    Takes uint8 `[(1 + budget) * size, size, 3]`, and returns the patches of its image, uint8
+    `[rows * columns, size, size, 3]`, with (rows, columns).
+    """
+    size = column.shape[1]
+    rows, columns = np.ascontiguousarray(column[:size]).reshape(-1)[:4].view("<u2").tolist()
+    return column[size:].reshape(-1, size, size, 3)[: rows * columns], (rows, columns)
+
+
 def to_images(columns: np.ndarray) -> np.ndarray:
     """Puts patches together again, to be looked at.
 
