@@ -71,8 +71,8 @@ def show_models(argv: Sequence[str]) -> None:
         near = find_near(text, list_models())
         hint = f"did you mean {near!r}?" if near else "`vit_jax models` prints all names"
         raise UserError(
-            f"no published weights are named {text!r}; {hint}; weights of timm and Hugging Face are "
-            "loaded by their names there, as timm:NAME and hf:REPO"
+            f"no published weights are named {text!r}; {hint}; weights of timm and Hugging Face are"
+            " loaded by their names there, as timm:NAME and hf:REPO"
         )
     _print_table(found)
 

@@ -31,7 +31,7 @@ class Packing:
 
     images_per_row: int = 1
     size_spread: float = 1.0
-    drop_patches: tuple[float, float] = (0.0, 0.0)
+    drop_patches: tuple[float, ...] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
         if self.images_per_row < 1:

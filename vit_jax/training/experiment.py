@@ -225,7 +225,8 @@ class Experiment(Parts):
         """
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         weights = weights or self.load_weights()
-        loaded = self.objective.load_params() if loaded is None else loaded
+        if loaded is None:
+            loaded = self.objective.load_params()
         if weights is None and not loaded:
             return jax.jit(self._make_state, out_shardings=shardings)()
         params = self.initial_params()
