@@ -235,7 +235,7 @@ class Experiment(Parts):
             log(f"parameters from {self.settings.init_from} ({weights.layout})")
             for note in [*notes, *self._compare_classes(weights, notes)]:
                 log(f"  {note}")
-        return jax.jit(self._make_state, out_shardings=shardings)({**params, **loaded})
+        return jax.jit(self._make_state, out_shardings=shardings)(dict(params) | dict(loaded))
 
     def keep(self, params: Params) -> Params:
         """Returns the part of a tree of parameters that checkpoints hold.
