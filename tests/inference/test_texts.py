@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoint.pretrained.test_image_text import put, read_io
+from tests.trained import write_towers
 from vit_jax.inference.model import load_model
 from vit_jax.utils.errors import UserError
 
@@ -68,6 +69,16 @@ def test_it_has_no_classes(loaded):
     assert not loaded.classifies
     with pytest.raises(UserError, match=r"has no classes of its own: expected labels"):
         loaded(np.zeros((1, 32, 32, 3), np.uint8))
+
+
+def test_one_tower_of_a_file_of_this_package_is_taken_alone(tmp_path):
+    file = write_towers(tmp_path / "towers.npz")
+    whole, image = load_model(file), load_model(f"{file}:img")
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
+    np.testing.assert_allclose(image.features(images, "logits"), whole.features(images, "logits"))
+    assert (image.pixel_mean, image.preparation.line) == (0.4, "decode|resize(8, 8)")
+    with pytest.raises(UserError, match="these weights are of a text tower alone"):
+        load_model(f"{file}:txt")
 
 
 def test_one_tower_alone_has_no_texts(siglip):

@@ -20,7 +20,7 @@ from flax import traverse_util
 
 from vit_jax.checkpoint.pretrained.description import check_description
 from vit_jax.checkpoint.pretrained.naflex import describe_budget, move_big_vision
-from vit_jax.checkpoint.pretrained.towers import has_towers, put_part, take_part
+from vit_jax.checkpoint.pretrained.towers import has_towers, put_part, take_part, take_tower
 from vit_jax.checkpoint.pretrained.weights import (
     POSEMB,
     Weights,
@@ -79,7 +79,10 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
       UserError: the file is missing, damaged, or not a published checkpoint.
     """
     path = epath.Path(path)
-    params, described = read_arrays(path, subtree=subtree), _read_description(path)
+    described = _read_description(path)
+    if subtree in TOWERS and described.get("model", {}).get("name") == "two_towers":
+        return take_tower(read_npz(path), subtree)  # What is described are both.
+    params = read_arrays(path, subtree=subtree)
     try:
         check_blocks(params)
     except ValueError as error:
