@@ -191,8 +191,8 @@ class Experiment(Parts):
         """
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         weights = weights or self.load_weights()
-        loaded = self.objective.load_params() if loaded is None else loaded
-        if weights is None and not loaded:
+        parts: Any = self.objective.load_params() if loaded is None else loaded
+        if weights is None and not parts:
             return jax.jit(self._make_state, out_shardings=shardings)()
         params = self.initial_params()
         if weights is not None:
@@ -200,7 +200,7 @@ class Experiment(Parts):
             log(f"parameters from {self.settings.init_from} ({weights.layout})")
             for note in [*notes, *self._compare_classes(weights, notes)]:
                 log(f"  {note}")
-        return jax.jit(self._make_state, out_shardings=shardings)({**params, **loaded})
+        return jax.jit(self._make_state, out_shardings=shardings)({**params, **parts})
 
     def keep(self, params: Params) -> Params:
         """Returns the part of a tree of parameters that checkpoints hold.
