@@ -94,7 +94,7 @@ setup(
         "safetensors>=0.5",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.10",  # the first that works with protobuf 7
-        "tensorstore>=0.1.71",
+        "tensorstore>=0.1.86",  # older ones are not known to read parts of objects
     ],
     extras_require={
         "tpu": ["jax[tpu]"],

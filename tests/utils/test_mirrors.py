@@ -15,6 +15,7 @@ from vit_jax.checkpoint.workdir import find_holder, lock_workdir
 from vit_jax.utils import buckets, mirrors
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.mirrors import find_folder, find_local, find_mirror
+from vit_jax.utils.suggestions import suggest_workdir
 from vit_jax.utils.text import printable
 
 __all__ = ["server"]
@@ -185,6 +186,15 @@ def test_a_folder_of_workdirs_or_images_is_not_copied(server):
 def test_errors_name_the_url(server):
     folder = open_run(server)
     assert str(UserError(f"{folder}/x is torn")) == f"gs://{server.bucket}/run/x is torn"
+
+
+def test_a_folder_that_is_no_workdir_is_described(server):
+    folder = open_run(server)
+    assert "nothing is stored there: no run has begun, or the bucket" in suggest_workdir(folder)
+    server.put(server.bucket, "run/x.jpg", b"")
+    assert suggest_workdir(folder) == "; it holds x.jpg"
+    server.put(server.bucket, "run/a/config.json", b"{}")
+    assert suggest_workdir(folder) == f"; did you mean 'gs://{server.bucket}/run/a'?"
 
 
 def test_a_lock_that_is_renewed_is_in_use(server):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, LEDGER, METRICS
+from vit_jax.utils.mirrors import Mirror, find_mirror
 
 
 def _words(text: str) -> frozenset[str]:
@@ -390,6 +391,8 @@ def _is_workdir(folder: Path) -> bool:
 
 
 def _describe_folder(folder: Path) -> str:
+    if (mirror := find_mirror(folder)) is not None:
+        return _describe_bucket(mirror)
     try:
         names = sorted(os.listdir(folder))
     except OSError as e:
@@ -404,6 +407,21 @@ def _describe_folder(folder: Path) -> str:
     if any(name.endswith(".py") for name in names):
         return f"; {folder} holds Python files, such as {folder / _first(names, '.py')}"
     return f"; {folder} holds {', '.join(names[:_MOST_LISTED])}{', ...' * (len(names) > 3)}"
+
+
+def _describe_bucket(mirror: Mirror) -> str:
+    try:
+        names = mirror.bucket.list()
+    except OSError as e:
+        return f"; {e.strerror}"
+    runs = [name.removesuffix(f"/{CONFIG}") for name in names if name.endswith(f"/{CONFIG}")]
+    if runs:
+        listed = " or ".join(repr(f"{mirror.url}/{run}") for run in runs[:_MOST_LISTED])
+        return f"; did you mean {listed}?"
+    if names:
+        return f"; it holds {', '.join(names[:_MOST_LISTED])}{', ...' * (len(names) > 3)}"
+    # Google's store does not tell a missing bucket from one without such objects.
+    return "; nothing is stored there: no run has begun, or the bucket or the path is another"
 
 
 def _find_workdirs(folder: Path) -> list[Path]:
