@@ -77,7 +77,8 @@ def test_an_evaluator_judges_no_head_unless_it_says_so(data_dir):
     assert not Brightness.judges_head
     assert brightness(data_dir).head_names == ()
     judging = {name for name, make in EVALUATORS.items() if make.judges_head}
-    assert judging == {"classification", "patch_sizes", "probes"}
+    classifying = {"classification", "corruptions", "patch_sizes", "probes", "subset", "trust"}
+    assert judging == classifying
 
 
 def test_an_incomplete_evaluator_can_not_be_made():

@@ -2,10 +2,10 @@
 """Preprocessing as one readable line: `decode|inception_crop(224)|flip_lr`."""
 
 from vit_jax.data.calls import parse_call
-from vit_jax.data.ops import patches, policies, transforms
+from vit_jax.data.ops import corruptions, patches, policies, transforms
 from vit_jax.data.ops.transforms import Op
 
-OPS = transforms.OPS | policies.OPS | patches.OPS
+OPS = transforms.OPS | policies.OPS | corruptions.OPS | patches.OPS
 
 # Operations of other projects that this one does not run on the host.
 _PIXELS = "images stay uint8 up to the device; set objective.pixel_mean and objective.pixel_std"

@@ -2,6 +2,7 @@
 """All evaluators, by the name that a config gives them."""
 
 from vit_jax.evaluators.classification import Classification
+from vit_jax.evaluators.corruptions import Corruptions
 from vit_jax.evaluators.fewshot import FewShot
 from vit_jax.evaluators.knn import NearestNeighbours
 from vit_jax.evaluators.linear_probe import LinearProbe
@@ -11,10 +12,13 @@ from vit_jax.evaluators.probes import Probes
 from vit_jax.evaluators.reconstruction import Reconstruction
 from vit_jax.evaluators.retrieval import Retrieval
 from vit_jax.evaluators.segmentation import Segmentation
+from vit_jax.evaluators.subset import Subset
+from vit_jax.evaluators.trust import Trust
 from vit_jax.evaluators.zero_shot import ZeroShot
 
 EVALUATORS = {
     "classification": Classification,
+    "corruptions": Corruptions,
     "fewshot": FewShot,
     "knn": NearestNeighbours,
     "linear_probe": LinearProbe,
@@ -24,5 +28,7 @@ EVALUATORS = {
     "reconstruction": Reconstruction,
     "retrieval": Retrieval,
     "segmentation": Segmentation,
+    "subset": Subset,
+    "trust": Trust,
     "zero_shot": ZeroShot,
 }

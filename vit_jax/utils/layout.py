@@ -14,6 +14,7 @@ LEDGER = "ledger.jsonl"  # seconds by kind of work
 TRACKERS_FILE = "trackers.json"  # identifiers of the runs in trackers
 EVALS = "evals"  # details of evaluations, such as results by class
 RESULTS = "evals.jsonl"  # results of the command `evaluate`
+TEMPERATURE = "temperature.json"  # fitted divisor of the logits of one checkpoint
 DIVERGENCE = "divergence"  # batches and norms of steps that diverged
 ROLLBACKS = "rollbacks.jsonl"  # in DIVERGENCE: steps that are left out
 PROFILE = "profile"
