@@ -21,6 +21,8 @@ from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.npz import write_npz
 from vit_jax.evaluate import main
+from vit_jax.export.signature import describe_signature
+from vit_jax.inference.model import load_model
 from vit_jax.observe.jsonl import append_record, read_metrics, read_records
 from vit_jax.observe.ledger import Ledger
 from vit_jax.training.evaluation import Judge
@@ -429,3 +431,42 @@ def test_following_does_not_count_results_on_other_data(run):
     records = read_records(run / "evals.jsonl")
     assert [(r["step"], r["val/count"]) for r in records] == [(4, 20), (4, 50), (8, 50)]
     assert [r.get("changes") for r in records] == [{"evals.val.split": "test[:20]"}, None, None]
+
+
+def test_a_fitted_temperature_scales_the_probabilities_of_its_checkpoint(finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    fit = [f"--config.evals.fit.{key}={value}" for key, value in
+           {"name": "trust", "split": "test[:50]", "preprocess": "decode"}.items()]  # fmt: skip
+    assert (
+        main([f"--workdir={workdir}", "--config.evals.val=None", "--keep_temperature", *fit]) == 0
+    )
+    (record,) = read_records(workdir / "evals.jsonl")
+    kept = json.loads((workdir / "temperature.json").read_text())
+    want = {"raw": record["fit/temperature"], "ema": record["fit_ema/temperature"]}
+    assert (kept["step"], kept["temperature"]) == (8, want)
+
+    model, plain = load_model(workdir), load_model(finished)
+    logits = np.array([[0.3, 2.0, -1.0]], np.float32)
+    powers = np.exp(logits / want["raw"])
+    got = model.predict(logits)
+    np.testing.assert_allclose(got.probabilities, powers / powers.sum(), rtol=1e-5)
+    np.testing.assert_array_equal(got.logits, logits)
+    assert any("divided by" in note for note in model.notes)
+    assert plain.temperature == 1
+    assert load_model(workdir, params="ema").temperature == want["ema"]
+    earlier = load_model(workdir, checkpoint=4)
+    assert earlier.temperature == 1
+    assert any("is of step 8" in note for note in earlier.notes)
+    signature = describe_signature(model, "logits", {})
+    assert signature["temperature"] == want["raw"]
+
+    (workdir / "temperature.json").write_text('{"step": 8, "temperature": {"raw": -1}}')
+    with pytest.raises(UserError, match="holds no temperatures"):
+        load_model(workdir)
+
+
+def test_a_temperature_needs_one_evaluator_that_fits_it(finished):
+    with pytest.raises(UserError, match="0 evaluators fit one"):
+        main([f"--workdir={finished}", "--keep_temperature"])
+    with pytest.raises(UserError, match="no --init_from or --follow"):
+        main([f"--workdir={finished}", "--keep_temperature", "--follow"])

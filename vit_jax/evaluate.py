@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_jax.checkpoint.listing import list_steps
-from vit_jax.checkpoint.workdir import is_workdir, read_config
+from vit_jax.checkpoint.workdir import is_workdir, read_config, write_temperature
 from vit_jax.config.load import find_file, load_config, parse_overrides
 from vit_jax.observe.console import log, log_lines, set_up
 from vit_jax.observe.jsonl import append_record, read_records
 from vit_jax.observe.ledger import is_complete_early, read_ledger
 from vit_jax.utils.command import CommandParser, add_workdir, print_error, run_command
 from vit_jax.utils.errors import UserError
-from vit_jax.utils.layout import CHECKPOINTS, CONFIG, EVALS, RESULTS
+from vit_jax.utils.layout import CHECKPOINTS, CONFIG, EVALS, RESULTS, TEMPERATURE
 from vit_jax.utils.mirrors import refresh, upload
 from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.registry import trust_parts
@@ -187,6 +187,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help=f"Write results by class and other details to WORKDIR/{EVALS} too.",
     )
     add(
+        "--keep_temperature",
+        action="store_true",
+        help="Write the temperature that an evaluator `trust` fits to the workdir, for "
+        "probabilities of predict, serve and export.",
+    )
+    add(
         "--follow",
         action="store_true",
         help="Evaluate each checkpoint of a run as it is written, to the end of the run.",
@@ -210,6 +216,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         )
     if args.follow and (args.workdir is None or args.init_from or args.checkpoint):
         raise UserError("--follow: expected --workdir, and no --checkpoint or --init_from")
+    if args.keep_temperature and (args.workdir is None or args.init_from or args.follow):
+        raise UserError(
+            "--keep_temperature: expected --workdir, to which it is written, and no --init_from or "
+            "--follow"
+        )
     if args.details and args.workdir is None:
         raise UserError("--details: expected --workdir, in which to write them")
     if args.config is not None:
@@ -277,6 +288,43 @@ def find_changes(
     return changes
 
 
+def find_trust(experiment: "Experiment") -> str:
+    """The name of the one evaluator that fits a temperature to the logits of a softmax.
+
+    Raises:
+      UserError: there is none, or several, or the loss is another.
+    """
+    names = [e.name for e in experiment.evaluators if "temperature" in e.metrics]
+    if len(names) != 1:
+        raise UserError(
+            f"--keep_temperature: {len(names)} evaluators fit one: expected one, such as "
+            "--config.evals.fit.name=trust with its split and preprocess"
+        )
+    if experiment.config["objective"].get("loss") == "sigmoid":
+        raise UserError(
+            "--keep_temperature: objective.loss='sigmoid': expected 'softmax', whose logits a "
+            "temperature is fitted to"
+        )
+    return names[0]
+
+
+def keep_temperature(workdir: Path, name: str, record: Mapping[str, Any], data: str) -> None:
+    """Writes the temperatures of a record of one checkpoint of the run to its workdir.
+
+    Raises:
+      UserError: the weights are no checkpoint of the run.
+    """
+    if record["step"] is None:
+        raise UserError(
+            f"--checkpoint={record['checkpoint']} --keep_temperature: expected a checkpoint of "
+            f"{workdir}"
+        )
+    keys = {"raw": f"{name}/temperature", "ema": f"{name}_ema/temperature"}
+    fitted = {params: record[key] for params, key in keys.items() if key in record}
+    write_temperature(workdir, record["step"], fitted, data)
+    upload(workdir / TEMPERATURE)
+
+
 def main(argv: Sequence[str]) -> int:
     """Evaluates, shows the results and appends them to a file; returns the exit code."""
     overrides, rest = parse_overrides(list(argv))
@@ -302,8 +350,13 @@ def main(argv: Sequence[str]) -> int:
     experiment = make_experiment(args, overrides)
     changes = find_changes(args.workdir, experiment, overrides)
     judge = Judge(experiment, workdir=args.workdir, details=args.details, changes=changes)
+    trust = find_trust(experiment) if args.keep_temperature else None
     if source is not None:
-        report(judge.record(source, judge.load(source)))
+        record = judge.record(source, judge.load(source))
+        report(record)
+        if trust is not None:
+            data = next(e.data for e in experiment.evaluators if e.name == trust)
+            keep_temperature(args.workdir, trust, record, f"{data.split} of {data}")
     else:
         assert output is not None  # --follow comes with --workdir
         total = experiment.total_steps

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import socket
 import stat
@@ -20,7 +21,16 @@ from vit_jax.utils.bounds import MAX_JSON, open_regular, read_json
 from vit_jax.utils.class_names import format_names, read_names
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import write_atomically
-from vit_jax.utils.layout import CHECKPOINTS, CONFIG, LABELS, LEDGER, LOCK, METRICS, RUN
+from vit_jax.utils.layout import (
+    CHECKPOINTS,
+    CONFIG,
+    LABELS,
+    LEDGER,
+    LOCK,
+    METRICS,
+    RUN,
+    TEMPERATURE,
+)
 from vit_jax.utils.metrics import find_best_step
 from vit_jax.utils.mirrors import find_mirror
 from vit_jax.utils.nested import as_tuples
@@ -149,6 +159,57 @@ def read_labels(workdir: Path) -> tuple[str, ...] | None:
     """
     file = workdir / LABELS
     return (read_names(file, key=str(file)) or None) if file.exists() else None
+
+
+def write_temperature(workdir: Path, step: int, fitted: Mapping[str, float], data: str) -> None:
+    """Writes `temperature.json`: the divisors of the logits of the checkpoint of a step.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint.
+      fitted: the temperature of the parameters, `raw`, and of their average, `ema`, if there is.
+      data: what they were fitted to, for readers.
+
+    Raises:
+      UserError: the file can't be written.
+    """
+    record = {"step": step, "temperature": dict(fitted), "data": data}
+    _replace(workdir / TEMPERATURE, f"{json.dumps(record, indent=1)}\n")
+    log(f"wrote {workdir / TEMPERATURE}")
+
+
+def read_temperature(workdir: Path, step: int, params: str) -> tuple[float, str]:
+    """Returns the divisor of the logits that was fitted to a checkpoint, and a note on it.
+
+    It is 1 without a fitted one, or where that is of another checkpoint, which the note says.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint.
+      params: "raw" or "ema".
+
+    Raises:
+      UserError: the file can't be read.
+    """
+    file = workdir / TEMPERATURE
+    try:
+        found = read_json(file)
+        value = found["temperature"].get(params)
+        valid = value is None or (not isinstance(value, bool) and 0 < value < math.inf)
+        valid = valid and isinstance(found["step"], int)
+    except FileNotFoundError:
+        return 1.0, ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        valid = False
+    if not valid:
+        raise UserError(
+            f"{file} holds no temperatures: expected what `vit_jax.evaluate --keep_temperature` "
+            "writes; remove it to use probabilities as they are"
+        )
+    if value is None or found["step"] != step:
+        what = f"step {found['step']}, {' and '.join(found['temperature'])} parameters"
+        return 1.0, f"probabilities: {file} is of {what}, so it is not used"
+    return value, f"probabilities: logits are divided by {value:.4g}, fitted to {found.get('data')}"
 
 
 def find_step(workdir: Path | None, checkpoint: str) -> str:

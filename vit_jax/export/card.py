@@ -229,7 +229,8 @@ def _show_use(model: LoadedModel, formats: Sequence[str], layer: str) -> list[st
     if model.classifies:
         what = "a sigmoid" if model.loss == "sigmoid" else "a softmax"
         names = f" Class names are in `{LABELS}`, a line each." if model.class_names else ""
-        parts.append(f"Probabilities are {what} of the logits.{names}")
+        scaled = "" if model.temperature == 1 else f" divided by {model.temperature:.6g}"
+        parts.append(f"Probabilities are {what} of the logits{scaled}.{names}")
     return parts
 
 

@@ -62,6 +62,7 @@ def describe_signature(model: LoadedModel, layer: str, files: Mapping[str, str])
             "inside": {"divide_by": 255, "mean": model.pixel_mean, "std": model.pixel_std},
         },
         "probabilities": model.loss if classifies else None,
+        "temperature": model.temperature if classifies else None,
         "class_names": list(model.class_names or ()) or None if classifies else None,
         "made_from": name_source(model),
         "made_with": {"vit_jax": vit_jax.__version__, "jax": jax.__version__},

@@ -29,7 +29,7 @@ from vit_jax.checkpoint.pretrained.load import KINDS, load_pretrained
 from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.towers import put_part, take_tower
 from vit_jax.checkpoint.pretrained.weights import POSEMB, Loss, Weights
-from vit_jax.checkpoint.workdir import find_step, read_config
+from vit_jax.checkpoint.workdir import find_step, read_config, read_temperature
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.inference.given import (
     compute_given,
@@ -99,6 +99,7 @@ class LoadedModel:
       pixel_mean: per-channel mean, subtracted on the device from pixels in [0, 1].
       pixel_std: per-channel divisor, applied after the mean.
       loss: loss of the training, which decides how logits become probabilities.
+      temperature: divides the logits before they become probabilities; 1 unless one was fitted.
       texts: the text tower, if the model compares images with texts. `module`, `params` and all
         features are then those of the image tower.
       mesh: device mesh over which images are sharded.
@@ -123,6 +124,7 @@ class LoadedModel:
     texts: TextTower | None = None
     segmentation: Segmentation | None = dataclasses.field(default=None, repr=False)
     segmenter: Params = dataclasses.field(default=None, repr=False, compare=False)
+    temperature: float = 1.0
 
     def preprocess(self, image: Any) -> np.ndarray:
         """Prepares an image as in the evaluation of the model.
@@ -327,9 +329,10 @@ class LoadedModel:
             raise UserError(
                 f"logits are a {type(logits).__name__} {shape}: expected float32 [n, classes]"
             )
+        scaled = logits if self.temperature == 1 else logits / np.float32(self.temperature)
         if self.loss == "sigmoid":
-            return Prediction(logits, 1 / (1 + np.exp(-logits.clip(-80, 80))))
-        powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+            return Prediction(logits, 1 / (1 + np.exp(-scaled.clip(-80, 80))))
+        powers = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
         return Prediction(logits, powers / powers.sum(axis=-1, keepdims=True))
 
     @overload
@@ -761,6 +764,10 @@ def load_model(
         )
     if preparation.random:
         notes.append("images: the line has operations of training, which draw random numbers")
+    temperature = 1.0
+    if workdir is not None and trained_with == "softmax" and module.num_classes:
+        temperature, note = read_temperature(workdir, int(Path(path).name), params)
+        notes += [note] if note else []
     mesh = make_mesh(devices=devices)
     place = functools.partial(_place, mesh=mesh)
     texts = None
@@ -799,6 +806,7 @@ def load_model(
         texts=texts,
         segmentation=segmentation,
         segmenter=segmentation and place(_find_head(weights)),
+        temperature=temperature,
     )
 
 
