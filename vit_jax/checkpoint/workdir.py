@@ -192,6 +192,9 @@ def read_temperature(workdir: Path, step: int, params: str) -> tuple[float, str]
       UserError: the file can't be read.
     """
     file = workdir / TEMPERATURE
+    found: Any = None
+    value: Any = None
+    valid = False
     try:
         found = read_json(file)
         value = found["temperature"].get(params)
@@ -200,7 +203,7 @@ def read_temperature(workdir: Path, step: int, params: str) -> tuple[float, str]
     except FileNotFoundError:
         return 1.0, ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        valid = False
+        pass
     if not valid:
         raise UserError(
             f"{file} holds no temperatures: expected what `vit_jax.evaluate --keep_temperature` "

@@ -125,7 +125,9 @@ def _pixelate(x: np.ndarray, factor: float, scale: float, rng: _Rng) -> np.ndarr
 def _jpeg_compression(x: np.ndarray, quality: int, scale: float, rng: _Rng) -> np.ndarray:
     pixels = np.ascontiguousarray(_to_uint8(x)[..., ::-1])
     _, encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1] / 255
+    decoded = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+    assert decoded is not None  # It was encoded here.
+    return decoded[..., ::-1] / 255
 
 
 def _smooth(x: np.ndarray, sigma: float) -> np.ndarray:
