@@ -47,6 +47,7 @@ COMMANDS = (
     "search",
     "serve",
     "status",
+    "suggest",
     "sweep",
 )
 # The name of the package is for use from Python: it offers what lies anywhere in it.

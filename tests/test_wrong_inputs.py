@@ -341,6 +341,20 @@ CASES = {
             ["steps=1", "at least 10"],
         ),
     ],
+    "suggest": [
+        ("", ["DATA", "required", "--help"]),
+        ("photos", ["DATA='photos'", "folder:PATH"]),
+        ("folder:none", ["folder:none", "can't be read"]),
+        (
+            "folder:photos --init_from=augreg:S/61",
+            ["--init_from=augreg:S/61", "did you mean 'augreg:S/16'"],
+        ),
+        (
+            "folder:photos --init_from=mixer-sam:B/16",
+            ["mixer-sam:B/16 is a mixer", "Vision Transformer"],
+        ),
+        ("folder:photos --memory_gb=0", ["--memory_gb=0", "more than 0"]),
+    ],
     "search": [
         (TOWERS, ["PATHS TEXT", "required", "--help"]),
         (TOWERS + "photos", ["the last argument, 'photos', is a file or folder", "--image=FILE"]),

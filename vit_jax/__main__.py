@@ -34,6 +34,7 @@ COMMANDS = {
     "sweep": "sweep",
     "average": "average",
     "find_lr": "find_lr",
+    "suggest": "suggest",
     "convert": "convert",
     "export": "export",
     "serve": "serve",

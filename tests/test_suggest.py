@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command that suggests ways to fine-tune."""
+
+import dataclasses
+import shlex
+
+import cv2
+import numpy as np
+import pytest
+
+from vit_jax import suggest
+from vit_jax.checkpoint.pretrained.catalogue import find
+from vit_jax.config.load import parse_overrides
+from vit_jax.data.sources import find_dataset
+from vit_jax.suggest import METHODS, describe_data, expect, main, make_overrides, quote
+from vit_jax.utils.errors import UserError
+
+TINY = {"name": "vit", "patch_size": 8, "hidden_size": 32, "num_layers": 1, "num_heads": 2}
+TINY |= {"mlp_dim": 64}
+SMALL = dataclasses.replace(find("augreg:Ti/16"), image_size=32)
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("birds")
+    for name, count in (("owl", 40), ("wren", 5)):
+        (folder / name).mkdir()
+        for i in range(count):
+            image = np.random.default_rng(i).integers(0, 256, (20, 30, 3), np.uint8)
+            cv2.imwrite(f"{folder}/{name}/{i}.png", image)
+    (folder / "owl" / "0.png").write_bytes(b"no image")
+    return f"folder:{folder}"
+
+
+def overrides(method, batch_size=8):
+    made = make_overrides(
+        method, "folder:x", "augreg:Ti/16", SMALL, batch_size=batch_size, bfloat16=False
+    )
+    return made | {"model": TINY}
+
+
+def test_the_data_is_described(birds):
+    lines, train = describe_data(find_dataset(birds, data_dir=None))
+    text = "\n".join(lines)
+    assert train == 35
+    assert "cut by the package" in text
+    assert "2; of 'wren' 3 images for training, of 'owl' 32" in text
+    assert "unbalanced" in text
+    assert "30x20 pixels" in text
+
+
+def test_a_probe_needs_less_than_adapters_and_these_less_than_all_parameters():
+    memory, flops = zip(*(expect(overrides(m), 3, 32) for m in METHODS), strict=True)
+    assert memory[0] < memory[1] < memory[2]
+    # Forward alone, against forward and two products of as many operations backward, but for the
+    # embedding, whose input has no gradient: 16 patches of 192 values, of 8 images.
+    embedding = 2 * 8 * 16 * 192 * 32
+    np.testing.assert_allclose(flops[2], 3 * flops[0] - embedding, rtol=0.01)
+    assert flops[0] < flops[1]
+
+
+def test_the_commands_can_be_pasted(birds, monkeypatch, capsys):
+    monkeypatch.setattr(suggest, "expect", lambda given, *_: (given["data.batch_size"] * 1e9, 1e9))
+    main([birds, "--memory_gb=20"])
+    out = capsys.readouterr().out
+    assert "expected by arithmetic" in out
+    commands = [c for c in out.split("\n\n")[1:] if "vit_jax.main" in c]
+    assert len(commands) == 3
+    for method, command in zip(METHODS, commands, strict=True):
+        words = shlex.split(command[command.index("python") :].replace("\\\n", " "))
+        given, rest = parse_overrides(words[3:])
+        assert rest == ["--config=folder", f"--workdir=runs/finetune_{method.name}"]
+        assert given["data.name"] == birds
+        assert given["data.batch_size"] == 16  # 32 would not fit 20 GB.
+        assert given["model"] == {"name": "vit", "variant": "S/16"}
+        for key, value in method.overrides.items():
+            assert given[key] == value
+
+
+def test_values_are_quoted_for_a_shell():
+    for text in ("a b", "('x',)", "plain", "it's $HOME", 'a "b"'):
+        assert shlex.split(quote(text)) == [text]
+
+
+def test_data_without_one_class_each_is_refused():
+    with pytest.raises(UserError, match="expected a kind and a path"):
+        main(["birds"])
