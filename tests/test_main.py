@@ -300,9 +300,10 @@ def test_a_workdir_may_be_given_without_its_flag():
         assert main_module._WORKDIR.value == "runs/x"
 
 
-def test_a_config_without_its_flag_is_no_workdir():
-    with flagsaver.flagsaver(), pytest.raises(UserError, match="did you mean '--config=digits'"):
-        main_module.parse_flags(["main", "digits", "--workdir=w"])
+@pytest.mark.parametrize("config", ["digits", "configs/digits.py", "vit:b16,cifar10"])
+def test_a_config_without_its_flag_is_no_workdir(config):
+    with flagsaver.flagsaver(), pytest.raises(UserError, match=f"mean '--config={config}'"):
+        main_module.parse_flags(["main", config])
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,7 @@ def test_a_step_needs_a_run(place, tmp_path):
         ([f"--workdir={tmp_path / 'none'}"], "none is no folder; expected the workdir of a run"),
         ([f"--workdir={tmp_path}"], "has no checkpoint; expected the workdir of a run"),
         ([], "--workdir, --checkpoint and --init_from are missing"),
+        ([str(tmp_path / "none")], "none' is not a workdir; it does not exist"),
     ):
         with pytest.raises(UserError) as error:
             main([*arguments, image])

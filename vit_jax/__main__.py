@@ -34,7 +34,6 @@ COMMANDS = {
     "sweep": "sweep",
     "average": "average",
     "find_lr": "find_lr",
-    "suggest": "suggest",
     "convert": "convert",
     "export": "export",
     "serve": "serve",
@@ -70,10 +69,10 @@ def show_models(argv: Sequence[str]) -> None:
     found = list_models(text)
     if not found:
         near = find_near(text, list_models())
-        hint = f"did you mean {near!r}?" if near else "`vit_jax models` prints all names"
         raise UserError(
-            f"no published weights are named {text!r}; {hint}; weights of timm and Hugging Face are"
-            " loaded by their names there, as timm:NAME and hf:REPO"
+            f"no published weights are named {text!r}; "
+            + (f"did you mean {near!r}?" if near else "`vit_jax models` prints all names")
+            + " (those of timm and Hugging Face are timm:NAME and hf:REPO)"
         )
     _print_table(found)
 

@@ -52,7 +52,7 @@ _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
     "Write checkpoints and metrics to this folder, which is made if it does not exist, or to "
-    "gs://BUCKET/PATH or s3://BUCKET/PATH.",
+    "gs://BUCKET/PATH or s3://BUCKET/PATH. The name of the flag may be left out.",
 )
 _PARTS = flags.DEFINE_string(
     "parts",
@@ -174,7 +174,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     except flags.Error as e:
         raise UserError(str(e)) from None
     if len(unused) == 1 and "=" not in unused[0]:
-        if not _CONFIG.value and unused[0] in list_configs():
+        name = unused[0].partition(":")[0]
+        if not _CONFIG.value and (name in list_configs() or name.endswith(".py")):
             raise UserError(f"{unused[0]!r} is no flag; did you mean '--config={unused[0]}'?")
         if not _WORKDIR.value:
             flags.FLAGS[_WORKDIR.name].value = unused.pop()

@@ -237,6 +237,7 @@ def test_files_of_transformers_are_read_as_the_model(tmp_path):
         (["--output=out"], "--to is missing; see python -m vit_jax.export --help"),
         (["--to=npz"], "--output is missing"),
         (["--to=onx", "--output=out"], "--to=onx: 'onx' is unknown; "),
+        (["--to=timm", "--output=out"], "did you mean 'safetensors'?"),
         (["--to=npz", "--output=m.npz"], "--output=m.npz: expected a folder; the file in it will"),
         (["--to=npz", "--output={place}"], "exists; remove it, or choose another name"),
         (["--to=npz", "--output=out", "--layer=encoded"], "has all layers; leave --layer out"),

@@ -147,12 +147,22 @@ def check_source(args: argparse.Namespace, *, needs_images: bool = True) -> None
             f"--checkpoint={step} is of a run: expected --workdir (or WORKDIR), or a file"
         )
     if len(given) - of_run != 1:
-        raise UserError(f"{' and '.join(given)}: {_EXPECTED}" if given else _MISSING)
+        if given:
+            raise UserError(f"{' and '.join(given)}: {_EXPECTED}")
+        raise UserError(f"{_MISSING}{_describe_first(args)}")
     if args.workdir is not None and not args.workdir.is_dir():
         raise UserError(
             f"--workdir={args.workdir} is no folder; expected the workdir of a run"
             f"{suggest_workdir(args.workdir)}"
         )
+
+
+def _describe_first(args: argparse.Namespace) -> str:
+    """What the path in the place of WORKDIR is, where more paths follow it and no file has it."""
+    images = [] if args.images is None else getattr(args, args.images)
+    if len(images) < 2 or os.path.isfile(images[0]):
+        return ""
+    return f"; {images[0]!r} is not a workdir{suggest_workdir(Path(images[0]))}"
 
 
 def _sort_images(args: argparse.Namespace, *, named: bool, needed: bool) -> None:

@@ -168,6 +168,10 @@ _NAMES = {
     "vit": "visiontransformer vision_transformer",
     "mixer": "mlp_mixer mlpmixer",
     "wandb": "weights_and_biases weightsandbiases",
+    "safetensors": "timm torch pytorch pt pth",
+    "transformers": "hf huggingface hugging_face",
+    "savedmodel": "tf tensorflow tflite",
+    "npz": "numpy jax",
 }
 
 # Names and workdirs that are listed at most, and folders in which workdirs are looked for.
