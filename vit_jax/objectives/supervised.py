@@ -93,7 +93,7 @@ class Supervised(ImageObjective):
         label = batch["label"]
         targets = make_targets(join_rows(label), self.num_classes)
         targets = smooth_labels(targets, self.label_smoothing)
-        prepared: Batch = {
+        prepared: dict[str, Any] = {
             "image": self.normalize_rows(batch),
             "target": targets.reshape(*label.shape[:2], -1),
         }
