@@ -284,6 +284,7 @@ def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
     mixture: Any = tuple(map(tuple, section.mixture))
     views: Any = tuple(map(tuple, section.views))
     budgets: Any = tuple(map(tuple, section.budgets))
+    dropped: Any = tuple(section.drop_patches)
     check_batch_size(section.batch_size, mesh, key="data.batch_size")
     spec = DatasetSpec(
         name=section.name or "",
@@ -303,7 +304,7 @@ def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
         packing=Packing(
             images_per_row=section.images_per_row,
             size_spread=section.size_spread,
-            drop_patches=tuple(section.drop_patches),
+            drop_patches=dropped,
         ),
     )
     spec.view_shapes()

@@ -31,6 +31,7 @@ from vit_jax.inference.draw import encode_png
 from vit_jax.inference.figures import has_attention, overlay_rollout
 from vit_jax.inference.labels import TextClasses
 from vit_jax.inference.model import IMAGE_EMBED, LoadedModel
+from vit_jax.models.interface import takes_any_size
 from vit_jax.pages.html import STYLE
 from vit_jax.serve.batches import Batcher
 from vit_jax.serve.form import FORM, OVERHEAD, describe_encoded, is_form, read_form
@@ -150,7 +151,7 @@ class Predictor:
         image = await to_thread.run_sync(self._prepare, content, limiter=self._decoders)
         prediction = self._model.judge((await self._batcher(image))[None], classes)
         drawn = None
-        if overlay and has_attention(self._model):
+        if overlay and has_attention(self._model) and not takes_any_size(self._model.module):
             drawn = await to_thread.run_sync(self._draw, image, limiter=self._batcher.device)
         return {
             "predictions": [
@@ -271,7 +272,8 @@ def make_app(
         milliseconds: float = Field(ge=0)
         overlay: str | None = Field(
             description="A PNG as a data URL: the model's attention, drawn over the image as the "
-            "model sees it. null unless requested, and for a model without attention."
+            "model sees it. null unless requested, and for a model without attention, or of images "
+            "of any size."
         )
 
     async def refuse_options(request: Request, error: Exception) -> Response:
