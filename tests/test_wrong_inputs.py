@@ -389,6 +389,8 @@ CASES = {
         ("--workdir=run --batch_size=3", ["--batch_size", "'--config.data.batch_size'"]),
         ("--workdir=run --follow --checkpoint=4", ["--follow", "no --checkpoint"]),
         ("--workdir=none", ["none", "--workdir"]),
+        ("run --keep_temperature --follow", ["--keep_temperature", "no --init_from or --follow"]),
+        ("run --keep_temperature", ["--keep_temperature: 0 evaluators", "name=trust"]),
         ("none", ["none", "--workdir"]),
         ("run --config=none.py", ["--config=none.py", "there is no file"]),
         ("--workdir=run --checkpoint=5", ["--checkpoint=5", "--workdir=run", "4"]),

@@ -69,7 +69,12 @@ class Subset(Classification):
                         "classes: expected a name for each"
                     )
                 classes = dataclasses.replace(classes, names=names)
-            groups = [[label] for label in match_labels(own, classes, key=where)[0].tolist()]
+            try:
+                labels, _ = match_labels(own, classes, key=where)
+            except UserError as e:
+                hint = f"evals.{self.name}.class_map maps other names"
+                raise e if self.class_map else UserError(f"{e}; {hint}") from None
+            groups = [[label] for label in labels.tolist()]
         most = max(map(len, groups))
         found = dataclasses.replace(self)
         padded = np.array([group + group[:1] * (most - len(group)) for group in groups], np.int32)

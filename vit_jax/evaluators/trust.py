@@ -142,8 +142,8 @@ class Trust(Classification):
         """Returns the results of `Classification.run` and those of `metrics`.
 
         `NAME_auroc` is the probability that an image of the split has a larger score than one of
-        `outlier_data`. The temperature is the one that fits this split best, so `scaled_loss` and
-        `scaled_ece` are the best that a temperature reaches here.
+        `outlier_data`. The temperature is the one with the least loss on this split, so
+        `scaled_loss` is optimistic; `scaled_ece` may be larger than `ece`.
         """
         found: dict[str, float] = super().run(params, details=details)
         if (outliers := self._outliers) is None:
