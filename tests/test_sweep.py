@@ -372,6 +372,6 @@ def test_a_sweep_trains_and_is_finished_the_second_time(file, tmp_path, data_dir
 
 def test_the_example_is_a_sweep_of_its_config(data_dir, tmp_path, capsys):
     path = ROOT / "configs/sweeps/digits.py"
-    arguments = [f"--config={DIGITS}", f"--workdir={tmp_path}", "--emit=commands"]
+    arguments = [f"--config={DIGITS}", str(tmp_path), "--emit=commands"]
     assert main([*arguments, f"--sweep={path}", f"--config.data.data_dir={data_dir}"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 6

@@ -510,7 +510,12 @@ CASES = {
     ],
     "sweep": [
         (SWEEP, ["--sweep", "required", "--help"]),
-        (SWEEP + "--sweep=seed=0,1 --workdir=gs://b/x", ["gs:/b/x", "expected a folder"]),
+        (
+            "--config={root}/configs/digits.py --sweep=seed=0,1 --workdir=gs://b/x",
+            ["gs:/b/x", "expected a folder"],
+        ),
+        ("--config={root}/configs/digits.py --sweep=seed=0,1", ["WORKDIR", "required"]),
+        (SWEEP + "other --sweep=seed=0,1", ["workdirs", "other", "new", "expected one"]),
         (SWEEP + "--sweep=none.py", ["--sweep=none.py", "no such file"]),
         (SWEEP + "--sweep=sweep_kee.py", ["no such file", "did you mean 'sweep_key.py'"]),
         (SWEEP + "--sweep=lr=1,2", ["lr=1: unknown config key", "'--config.optimizer.lr'"]),
@@ -524,12 +529,15 @@ CASES = {
         (SWEEP + "--sweep=sweep.py --emit=gke --summarize", ["--emit=gke", "--summarize"]),
         (SWEEP + "--sweep=sweep.py --launch_args=x", ["--launch_args=x", "--emit=slurm"]),
         (
-            SWEEP + "--sweep=sweep.py --workdir=run",
+            SWEEP.replace("--workdir=new", "--sweep=sweep.py --workdir=run"),
             ["--workdir=run", "of a run", "such as 'sweep'"],
         ),
         (SWEEP + "--sweep=init_from=none.npz", ["init_from=none.npz: init_from='none.npz': there"]),
         (SWEEP + "--sweep=sweep.py --emit=sge", ["--emit", "'sge'", "slurm"]),
-        (SWEEP + "--sweep=sweep.py --workdir=empty.txt", ["--workdir=empty.txt", "can't be"]),
+        (
+            SWEEP.replace("--workdir=new", "--sweep=sweep.py --workdir=empty.txt"),
+            ["--workdir=empty.txt", "can't be"],
+        ),
     ],
     "benchmark.__main__": [
         ("", ["PART", "required", "--help"]),

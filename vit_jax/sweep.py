@@ -53,7 +53,7 @@ from vit_jax.pages.comparison import (
 from vit_jax.runtime.children import run_child, start_server
 from vit_jax.utils.bounds import MAX_TABLE, read_json
 from vit_jax.utils.buckets import is_url
-from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.command import CommandParser, add_workdir, run_command
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CONFIG
@@ -444,7 +444,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="Take the values of these axes: KEY=VALUE,VALUE, with ; between several keys, or a "
         "file with get_sweep. Repeat the option for a grid of all of them.",
     )
-    add("--workdir", required=True, type=Path, help="Make a workdir for each run in this folder.")
+    add_workdir(parser, "Make a workdir for each run in this folder.", type=Path)
     add(
         "--metric",
         help="Sort the table by this metric, such as val/top1. The default is the first one.",
@@ -467,6 +467,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_parts()
     args = parser.parse_args(argv)
+    parser.require_workdir(args.workdir)
     if args.emit and args.summarize:
         raise UserError(f"--emit={args.emit} and --summarize: expected one of them")
     if args.launch_args and args.emit not in ("slurm", "gke"):

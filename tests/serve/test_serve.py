@@ -199,9 +199,11 @@ def test_a_request_leaves_the_filters_of_warnings_alone(client, photo, monkeypat
 
 
 def test_other_ways_and_other_names_of_the_server_are_refused(client, photo):
-    assert client.get("/v1/predict").status_code == 405
-    reply = client.get("/none")
-    assert (reply.status_code, reply.json()) == (404, {"error": "Not Found"})
+    reply = client.get("/v1/predict")
+    assert (reply.status_code, reply.json()) == (405, {"error": "GET /v1/predict: expected POST"})
+    reply = client.post("/predict", content=photo)
+    assert reply.status_code == 404
+    assert reply.json()["error"].startswith("there is no /predict: expected /v1/predict;")
     # A page of another site, under whose name an attacker lets this machine be found.
     assert client.get("/healthz", headers={"Host": "evil.test"}).status_code == 400
 

@@ -443,7 +443,12 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
 
 async def _report_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+    text, path = error.detail, request.url.path[:60]
+    if error.status_code == 404:
+        text = f"there is no {path}: expected /v1/predict; /openapi.json describes it"
+    elif error.status_code == 405:
+        text = f"{request.method} {path}: expected {(error.headers or {}).get('Allow', 'POST')}"
+    return JSONResponse({"error": text}, error.status_code, headers=error.headers)
 
 
 async def _report_bug(request: Request, error: Exception) -> Response:

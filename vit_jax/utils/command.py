@@ -103,7 +103,13 @@ class _StoreWorkdir(argparse.Action):
         setattr(namespace, self.dest, before if values is None else values)
 
 
-def add_workdir(parser: argparse._ActionsContainer, help: str, *, several: bool = False) -> None:
+def add_workdir(
+    parser: argparse._ActionsContainer,
+    help: str,
+    *,
+    several: bool = False,
+    type: Callable[[str], Any] = find_folder,
+) -> None:
     """Adds the workdir of a run, to be given as it is or as `--workdir=WORKDIR`.
 
     Args:
@@ -111,8 +117,9 @@ def add_workdir(parser: argparse._ActionsContainer, help: str, *, several: bool 
       help: a sentence that begins the help: what the command does with the workdir.
       several: whether there may be several. Then `workdirs` is a list, which may be empty; else
         `workdir` is a path or None.
+      type: turns the text into a path.
     """
-    own: dict[str, Any] = {"metavar": "WORKDIR", "type": find_folder}
+    own: dict[str, Any] = {"metavar": "WORKDIR", "type": type}
     if several:
         own |= {"dest": "workdirs", "action": "append"}
         parser.add_argument(
@@ -120,7 +127,7 @@ def add_workdir(parser: argparse._ActionsContainer, help: str, *, several: bool 
             nargs="*",
             metavar="WORKDIRS",
             action="extend",
-            type=find_folder,
+            type=type,
             help=help,
         )
     else:
@@ -130,7 +137,7 @@ def add_workdir(parser: argparse._ActionsContainer, help: str, *, several: bool 
             nargs="?",
             metavar="WORKDIR",
             action=_StoreWorkdir,
-            type=find_folder,
+            type=type,
             help=help,
         )
     parser.add_argument("--workdir", help="Give WORKDIR by this option instead.", **own)
