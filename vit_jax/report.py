@@ -166,8 +166,9 @@ def show_example(example: Example, names: Sequence[str]) -> str:
     from PIL import Image
 
     from vit_jax.inference.draw import encode_jpeg, encode_png, scale_up
+    from vit_jax.utils.pictures import to_rgb
 
-    image = np.broadcast_to(example.image, (*example.image.shape[:2], 3))
+    image = to_rgb(example.image)
     if max(image.shape[:2]) > _MAX_SIDE:
         small = Image.fromarray(image)
         small.thumbnail((_MAX_SIDE, _MAX_SIDE))

@@ -497,7 +497,9 @@ def write_contact_sheet(
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    images = np.broadcast_to(images, (*images.shape[:3], 3))
+    from vit_jax.utils.pictures import to_rgb
+
+    images = to_rgb(images)
     times = -(-_TILE // max(images.shape[1:3]))
     images = images.repeat(times, axis=1).repeat(times, axis=2)
     # The sheet of large images is looked at from further away.

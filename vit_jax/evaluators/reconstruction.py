@@ -15,6 +15,7 @@ from vit_jax.objectives.base import Batch, Params
 from vit_jax.objectives.mae import MaskedAutoencoder
 from vit_jax.observe.console import log
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.pictures import to_rgb
 
 # Number of images in the picture, and the pixels that each is enlarged to at least.
 _SHOWN = 8
@@ -63,9 +64,8 @@ class Reconstruction(Evaluator):
 
 
 def encode_grid(rows: list[np.ndarray]) -> bytes:
-    """Encodes rows of images, float `[images, height, width, 3 or 1]` from 0 to 255, as a PNG."""
-    rows = [np.broadcast_to(row, (*row.shape[:3], 3)) for row in rows]
-    lines = [np.concatenate(list(row), axis=1) for row in rows]
+    """Encodes rows of images, float `[images, height, width, channels]` from 0 to 255, as a PNG."""
+    lines = [np.concatenate(list(to_rgb(row)), axis=1) for row in rows]
     grid = np.clip(np.rint(np.concatenate(lines)), 0, 255).astype(np.uint8)
     times = max(1, -(-_LEAST // rows[0].shape[2]))
     grid = grid.repeat(times, axis=0).repeat(times, axis=1)

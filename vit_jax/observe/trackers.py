@@ -292,10 +292,10 @@ def tile(images: np.ndarray) -> np.ndarray:
     """Arranges images in a square grid, whose last cells may be black.
 
     Args:
-      images: `[n, height, width, 3]`, any dtype.
+      images: `[n, height, width, channels]`, any dtype.
 
     Returns:
-      `[rows * height, columns * width, 3]`, of the same dtype.
+      `[rows * height, columns * width, channels]`, of the same dtype.
     """
     count, height, width, channels = images.shape
     columns = int(np.ceil(np.sqrt(count)))

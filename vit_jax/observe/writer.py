@@ -17,6 +17,7 @@ from vit_jax.observe.jsonl import LineWriter, drop_metrics_after
 from vit_jax.observe.trackers import Histogram, Trackers, make_hyperparameters, tile
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import METRICS, TENSORBOARD
+from vit_jax.utils.pictures import to_rgb
 
 # Created by protobuf at import, which type checkers do not see.
 Event: Any = event_pb2.__dict__["Event"]
@@ -97,8 +98,8 @@ class MetricWriter:
             self._tensorboard.write_config(make_hyperparameters(config), metrics)
 
     def write_images(self, step: int, name: str, images: np.ndarray) -> None:
-        """Writes uint8 images `[n, height, width, 3]` as one picture."""
-        picture = tile(images)
+        """Writes uint8 images `[n, height, width, channels]` as one picture."""
+        picture = to_rgb(tile(images))
         for sink in self._sinks:
             sink.write_images(step, name, picture)
 
