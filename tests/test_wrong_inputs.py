@@ -16,6 +16,7 @@ SECONDS = {"step": 1.0, "compile": 2.0, "data_wait": 0.1, "save": 0.1, "evaluati
 
 FILES = {
     "empty.txt": "",
+    "needs_argument.py": "def get_config(size):\n    return size\n",
     "four.txt": "a\nb\nc\nd\n",
     "fails.py": "def get_config():\n    return 1 / 0\n",
     "gives_a_number.py": "def get_config():\n    return 1\n",
@@ -63,6 +64,8 @@ CASES = {
         ("--workdir=new", ["--config", "is missing", "--help"]),
         ("--config={root}/configs/digits.py", ["--workdir", "is missing", "--help"]),
         (TRAIN + "--wrokdir=x", ["wrokdir", "did you mean '--workdir'"]),
+        ("--config=digits:small --workdir=new", ["takes no argument", "--config=digits"]),
+        ("--config=needs_argument.py --workdir=new", ["needs an argument", "argument.py:ARGUMENT"]),
         (TRAIN + "--lr=0.1", ["--lr is no flag", "'--config.optimizer.lr'"]),
         (TRAIN + "--confg=digits", ["--confg is no flag", "did you mean '--config'?"]),
         (TRAIN + "--qwertz=1", ["--qwertz is no flag", "--help"]),

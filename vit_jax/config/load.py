@@ -2,8 +2,9 @@
 """Config files, their arguments, and overrides of their keys."""
 
 import ast
+import inspect
 import runpy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
     path, argument = find_file(value)
     try:
         get_config = runpy.run_path(str(path))["get_config"]
-        config = get_config() if argument is None else get_config(argument)
+        given = () if argument is None else (argument,)
+        _check_argument(value, get_config, given)
+        config = get_config(*given)
     except UserError:
         raise
     except Exception as e:
@@ -45,6 +48,19 @@ def load_config(value: str, overrides: dict[str, Any]) -> ConfigDict:
         raise UserError(f"--config={value}: get_config gives {config!r}; expected a ConfigDict")
     trust_config(config)
     return override_config(config.to_dict(), overrides)
+
+
+def _check_argument(value: str, get_config: Callable[..., Any], given: tuple[str, ...]) -> None:
+    signature = inspect.signature(get_config)
+    try:
+        signature.bind(*given)
+    except TypeError:
+        name = value.partition(":")[0]
+        if given:
+            text = f"takes no argument; expected --config={name}"
+        else:
+            text = f"needs an argument; expected --config={name}:ARGUMENT, see its get_config"
+        raise UserError(f"--config={value}: the config {text}") from None
 
 
 def find_file(value: str) -> tuple[Path, str | None]:
