@@ -44,7 +44,7 @@ def test_the_data_is_described(birds):
     text = "\n".join(lines)
     assert train == 35
     assert "cut by the package" in text
-    assert "2; of 'wren' 3 images for training, of 'owl' 32" in text
+    assert "2; from 3 images for training, of 'wren', to 32, of 'owl'" in text
     assert "unbalanced" in text
     assert "30x20 pixels" in text
 
@@ -75,6 +75,23 @@ def test_the_commands_can_be_pasted(birds, monkeypatch, capsys):
         assert given["model"] == {"name": "vit", "variant": "S/16"}
         for key, value in method.overrides.items():
             assert given[key] == value
+
+
+def test_a_batch_is_no_larger_than_the_images_to_train_on(tmp_path, monkeypatch, capsys):
+    for n in range(24):
+        (tmp_path / "my birds" / "ab"[n % 2]).mkdir(parents=True, exist_ok=True)
+        image = np.zeros((8, 8, 3), np.uint8)
+        cv2.imwrite(f"{tmp_path}/my birds/{'ab'[n % 2]}/{n}.png", image)
+    monkeypatch.setattr(suggest, "expect", lambda given, *_: (1e9, 1e9))
+    main([f"folder:{tmp_path}/my birds", f"--workdir={tmp_path}/my runs/x"])
+    out = capsys.readouterr().out
+    commands = [c for c in out.split("\n\n") if "vit_jax.main" in c]
+    for command in commands:
+        words = shlex.split(command[command.index("python") :].replace("\\\n", " "))
+        given, rest = parse_overrides(words[3:])
+        assert given["data.batch_size"] == 16  # of 20
+        assert rest[1].startswith(f"--workdir={tmp_path}/my runs/x_")
+    assert len(commands) == 3
 
 
 def test_values_are_quoted_for_a_shell():

@@ -166,8 +166,8 @@ def describe_data(dataset: "Dataset") -> tuple[list[str], int]:
     least, most = int(counts.argmin()), int(counts.argmax())
     lines = [
         f"data: {dataset.name}: {shown} images{' (cut by the package)' if dataset.cut else ''}",
-        f"classes: {len(counts):,}; of {names[least]!r} {counts[least]:,} images for training, of "
-        f"{names[most]!r} {counts[most]:,}",
+        f"classes: {len(counts):,}; from {counts[least]:,} images for training, of "
+        f"{names[least]!r}, to {counts[most]:,}, of {names[most]!r}",
     ]
     if counts[most] > _LONG * max(counts[least], 1):
         lines.append(
@@ -182,7 +182,7 @@ def describe_data(dataset: "Dataset") -> tuple[list[str], int]:
     if unread:
         lines.append(
             f"  {unread} of {unread + len(sizes)} images that were tried can't be read: "
-            f"python -m vit_jax.check {dataset.name} lists them"
+            f"python -m vit_jax.data.check {dataset.name} lists them"
         )
     if sizes:
         height, width = np.median(np.array(sizes), axis=0).astype(int)
@@ -249,7 +249,9 @@ def describe_method(
     bfloat16: bool,
 ) -> Iterator[str]:
     """Describes a method, with the command and what arithmetic expects of it."""
-    batch_size = 128 if train >= _FEW else 32
+    # The config keeps two percent of data without a validation split for validation.
+    most = max(train * 98 // 100, 1)
+    batch_size = min(128 if train >= _FEW else 32, 2 ** (most.bit_length() - 1))
     batch_size = max(batch_size - batch_size % devices, devices)
     while True:
         given = {"batch_size": batch_size, "bfloat16": bfloat16}
@@ -267,7 +269,8 @@ def describe_method(
         f"{describe_time(seconds)} for {method.epochs} epochs, {steps:,} steps of {batch_size}, "
         "without reading images, compiling and evaluating"
     )
-    yield f"  python -m vit_jax.main --config=folder --workdir={args.workdir}_{method.name} \\"
+    workdir = quote(f"{args.workdir}_{method.name}")
+    yield f"  python -m vit_jax.main --config=folder --workdir={workdir} \\"
     shown = [f"--config.{key}={quote(str(value))}" for key, value in overrides.items()]
     yield from (f"      {flag} \\" for flag in shown[:-1])
     yield f"      {shown[-1]}"
