@@ -663,6 +663,8 @@ def test_files_of_metadata_that_will_not_do_together_are_refused(tmp_path):
     (tmp_path / "metadata.csv").unlink()
     (tmp_path / "train2017" / "metadata.csv").rename(tmp_path / "train2017" / "metadata.jsonl")
     refuse(lambda: info(f"{name}/././"), "train2017/metadata.jsonl can't be read")
+    (tmp_path / "train2017" / "metadata.jsonl").write_text('[{"file_name": "000.png"}]')
+    refuse(lambda: info(f"{name}/./././"), "metadata.jsonl: row 1 is [{", "an object a line")
 
 
 # Manifests

@@ -176,7 +176,8 @@ def folder_dataset(text: str) -> Dataset:
         raise UserError(
             f"{key} holds {f'{len(loose):,} images, none' if loose else 'no images'} in folders of "
             f"classes: expected CLASS/IMAGE or train/CLASS/IMAGE in {root}, as "
-            f"{', '.join(ENDINGS)}{f'; left out: {kinds}' if kinds else ''}"
+            f"{', '.join(ENDINGS)}, or {' or '.join(_METADATA)} beside images"
+            f"{f'; left out: {kinds}' if kinds else ''}"
             + (f"; did you mean 'pairs:{path}'?" if pairs else suggest_name(path, besides="folder"))
         )
     if len(captions):
@@ -548,12 +549,17 @@ def _read_metadata(
         rows = _read_rows(os.path.join(root, file), names=_invert(renamed), key=where)
         if not rows:
             raise UserError(f"{where} lists no images")
-        columns = list(dict.fromkeys(c for row in rows if isinstance(row, dict) for c in row if c))
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict):
+                raise UserError(
+                    f"{where}: row {number} is {str(row)[:80]}: expected an object a line"
+                )
+        columns = list(dict.fromkeys(c for row in rows for c in row if c))
         if "file_name" not in columns:
             unread.append(f"{file} has the columns {', '.join(columns)}"[:200])
             continue
         rows = _select_columns(rows, columns, name=name, file=file)
-        kept = list(dict.fromkeys(c for row in rows if isinstance(row, dict) for c in row if c))
+        kept = list(dict.fromkeys(c for row in rows for c in row if c))
         _check_values(rows, kept, where)
         of_texts = [c for c in kept if _CAPTION.fullmatch(c)]
         if "caption" in renamed:
@@ -588,8 +594,8 @@ def _read_metadata(
 
 
 def _select_columns(
-    rows: Sequence[Any], columns: Sequence[str], *, name: str, file: str
-) -> list[Any]:
+    rows: Sequence[Mapping[Any, Any]], columns: Sequence[str], *, name: str, file: str
+) -> list[dict[Any, Any]]:
     """The rows with the columns that are read alone; `text` becomes `caption` without any."""
     kept = {c: c for c in columns if c in ("file_name", "label", "labels", "split")}
     of_texts = {c: c for c in columns if _CAPTION.fullmatch(c)}
@@ -598,14 +604,14 @@ def _select_columns(
     kept |= of_texts
     if others := [column for column in columns if column not in kept]:
         logger.info("%s: %s: columns that are not read: %s", name, file, list_few(others))
-    # The key None has surplus values, which are refused later. null is no label.
     selected = []
     for row in rows:
-        if isinstance(row, dict):
-            row = {kept.get(c, c): value for c, value in row.items() if c in kept or c is None}
-            if file.endswith(".jsonl"):
-                row |= {c: "" for c in ("label", "labels", "split") if row.get(c, "") is None}
-        selected.append(row)
+        one: dict[Any, Any] = {kept[c]: value for c, value in row.items() if c in kept}
+        if None in row:
+            one[None] = row[None]  # Surplus values, which are refused later.
+        if file.endswith(".jsonl"):  # null is no label.
+            one |= {c: "" for c in ("label", "labels", "split") if one.get(c, "") is None}
+        selected.append(one)
     return selected
 
 
