@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders and manifests as datasets."""
 
+import csv
 import dataclasses
 import itertools
 import json
@@ -445,6 +446,225 @@ def test_each_epoch_holds_every_image_once(plain):
     for epoch in (values[:80], values[80:]):
         assert len(set(epoch)) == 80
     assert values[:80].tolist() != values[80:].tolist()
+
+
+# Metadata files
+
+
+def write_metadata(folder, rows, ending=".csv"):
+    """`metadata.csv` or `metadata.jsonl` with the rows, which have the same keys for a CSV."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"metadata{ending}", "w", encoding="utf-8", newline="") as file:
+        if ending == ".jsonl":
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return f"folder:{folder}"
+
+
+def numbered(count, **columns):
+    """Rows of `000.png` and so on, with a value of each column in turn."""
+    return [
+        {"file_name": f"{i:03}.png"} | {c: values[i % len(values)] for c, values in columns.items()}
+        for i in range(count)
+    ]
+
+
+def by_name(source):
+    """The labels by the path in the last two folders."""
+    return {"/".join(path.split("/")[-2:]): label for path, label in read(source)}
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_metadata_in_folders_of_splits_has_the_labels(ending, tmp_path):
+    write_folder(tmp_path, {"train": 3, "test": 2})
+    write_metadata(tmp_path / "train", numbered(3, label=["robin", "heron"]), ending)
+    write_metadata(tmp_path / "test", numbered(2, label=["heron", "owl"]), ending)
+    name = f"folder:{tmp_path}"
+    assert info(name).class_names == ("heron", "owl", "robin")
+    train, test = by_name(open_split(name)), by_name(open_split(name, "test"))
+    assert train == {"train/000.png": 2, "train/001.png": 0, "train/002.png": 2}
+    assert test == {"test/000.png": 0, "test/001.png": 1}
+    assert open_split(name)[0]["image"].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("above", ["", "data/"])
+def test_metadata_at_the_top_names_images_in_folders_of_splits(above, tmp_path):
+    write_folder(tmp_path, {f"{above}train": 2, f"{above}val": 1})
+    paths = [f"{above}train/000.png", f"{above}train/001.png", f"{above}val/000.png"]
+    rows = [
+        {"file_name": path, "label": label} for path, label in zip(paths, [4, 0, 2], strict=True)
+    ]
+    name = write_metadata(tmp_path, rows, ".jsonl")
+    assert (info(name).num_classes, info(name).class_names) == (5, None)
+    assert by_name(open_split(name)) == {"train/000.png": 4, "train/001.png": 0}
+    assert by_name(open_split(name, "validation")) == {"val/000.png": 2}
+
+
+@pytest.mark.parametrize("where", ["", "images/"])
+def test_metadata_without_folders_of_splits_is_cut(where, tmp_path, caplog):
+    caplog.set_level("INFO", "vit_jax")
+    write_folder(tmp_path, {where: 40})
+    rows = [r | {"file_name": where + r["file_name"]} for r in numbered(40, label=["0", "1"])]
+    name = write_metadata(tmp_path, rows)
+    counts = [len(open_split(name, split)) for split in ("train", "validation", "test")]
+    assert counts == [32, 4, 4]
+    for path, label in read(open_split(name, "all")):
+        assert label == int(os.path.basename(path)[:3]) % 2
+    (record,) = caplog.records
+    assert "it has no splits of its own" in record.message
+
+
+def test_a_column_of_metadata_may_have_the_splits(tmp_path):
+    write_folder(tmp_path, {"images": 4})
+    rows = numbered(4, label=["a", "b"], split=["train", "train", "train", "dev"])
+    name = write_metadata(tmp_path / "images", rows)
+    assert len(open_split(name)) == 3
+    assert by_name(open_split(f"folder:{tmp_path}", "validation")) == {"images/003.png": 1}
+
+
+def test_metadata_may_have_captions_alone_or_with_labels(tmp_path):
+    write_folder(tmp_path, {"train": 2, "val": 2})
+    texts = ['a robin, "red"', "a heron"]
+    write_metadata(tmp_path / "train", numbered(2, text=texts))
+    write_metadata(tmp_path / "val", numbered(2, text=texts))
+    name = f"folder:{tmp_path}"
+    assert info(name).captions
+    assert info(name).num_classes == 0
+    source = open_split(name)
+    found = {source.file_name(i): source.captions(i) for i in range(2)}
+    assert found == {"000.png": (texts[0],), "001.png": (texts[1],)}
+    other = write_folder(tmp_path / "both", {"train": 2})
+    rows = numbered(2, title=[["one", "two"], []], kind=[1, 0], text=["no", "no"])
+    write_metadata(other / "train", rows, ".jsonl")
+    source = open_split(f"folder:{other}#caption=title,label=kind")
+    found = {source.file_name(i): (source.captions(i), source[i]["label"]) for i in range(2)}
+    assert found == {"000.png": (("one", "two"), 1), "001.png": ((), 0)}
+
+
+def test_folders_of_classes_are_labels_where_metadata_has_none(tmp_path, caplog):
+    caplog.set_level("INFO", "vit_jax")
+    write_folder(tmp_path, {"train/10": 1, "train/9": 1})
+    rows = [{"file_name": f"{c}/000.png", "text": f"number {c}", "id": 7} for c in (9, 10)]
+    write_metadata(tmp_path / "train", rows)
+    name = f"folder:{tmp_path}"
+    assert info(name).class_names == ("10", "9")
+    source = open_split(name)
+    assert by_name(source) == {"10/000.png": 0, "9/000.png": 1}
+    assert {source.captions(i) for i in range(2)} == {("number 9",), ("number 10",)}
+    assert [record.message for record in caplog.records] == [
+        f"{name}: train/metadata.csv: columns that are not read: id",
+        f"{name}: the metadata has no column label, so labels are the names of 2 folders: 10, 9",
+    ]
+
+
+def test_paths_in_metadata_are_found_in_other_spellings(tmp_path):
+    accent = "caf\u00e9"
+    write_folder(tmp_path, {f"train/{unicodedata.normalize('NFD', accent)}": 2, "train/b": 1})
+    paths = [f"{accent}/000.png", f"./{accent}/001.png", "b\\000.png"]
+    write_metadata(tmp_path / "train", [{"file_name": p, "label": "x"} for p in paths])
+    assert len(open_split(f"folder:{tmp_path}")) == 3
+
+
+def test_images_that_no_row_names_are_left_out_and_reported(tmp_path, caplog):
+    caplog.set_level("INFO", "vit_jax")
+    write_folder(tmp_path, {"train": 3, "test": 1})
+    write_metadata(tmp_path / "train", numbered(2, label=["a", "b"]))
+    name = f"folder:{tmp_path}"
+    assert len(open_split(name, "all")) == 2
+    (record,) = caplog.records
+    assert record.message == (
+        f"{name}: left out 2 images that are in no row of the metadata: test/000.png, train/002.png"
+    )
+
+
+@pytest.mark.parametrize("label", [None, -1, ""])
+def test_rows_of_metadata_without_a_label_are_refused_only_where_they_are_used(label, tmp_path):
+    write_folder(tmp_path, {"train": 2, "test": 1})
+    write_metadata(tmp_path / "train", numbered(2, label=["a", "b"]), ".jsonl")
+    write_metadata(tmp_path / "test", numbered(1, label=[label]), ".jsonl")
+    name = f"folder:{tmp_path}"
+    assert len(open_split(name)) == 2
+    refuse(lambda: open_split(name, "test"), "test/000.png", "has no label")
+
+
+def test_metadata_of_another_kind_beside_classes_is_not_read(tmp_path, caplog):
+    caplog.set_level("INFO", "vit_jax")
+    write_folder(tmp_path, {"train/a": 2, "train/b": 2})
+    (tmp_path / "metadata.csv").write_text("image_id,dx\n1,2\n")
+    assert info(f"folder:{tmp_path}").class_names == ("a", "b")
+    assert caplog.records[0].message.endswith(
+        ": metadata.csv has the columns image_id, dx and no file_name, so it is not read"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "filename,label\n000.png,a\n",
+            ["metadata.csv has the columns filename, label", "file_name"],
+        ),
+        ("file_name,label\n", ["train/metadata.csv lists no images"]),
+        (
+            "file_name,label\n000.png,a\n9.png,b\n8.png,b\n",
+            ["row 2", "'9.png'", "no file", "2 of 3"],
+        ),
+        ("file_name,label\n000.PNG,a\n", ["row 1", "'000.PNG'", "there is train/000.png"]),
+        ("file_name,label\n000,a\n", ["row 1", "'000'", "there is train/000.png"]),
+        ("file_name,label\n../../x.png,a\n", ["row 1", "outside"]),
+        ("file_name,label\n/x.png,a\n", ["row 1", "manifest"]),
+        ("file_name,label\ngs://b/x.png,a\n", ["row 1", "manifest"]),
+        ("file_name,label\nnote.heic,a\n", ["row 1", "no image that is read", ".jpg"]),
+        ("file_name,label\n,a\n", ["row 1", "''"]),
+        (
+            "file_name,label\n000.png,a\n./000.png,a\n",
+            ["row 2 names train/000.png", "train/metadata.csv: row 1", "one row for each image"],
+        ),
+        ("file_name,label\n000.png,a,b\n", ["row 1", "expected a value"]),
+        ("file_name,label\n000.png\n", ["row 1", "expected a value"]),
+        ("file_name,text\n000.png,a, b\n", ["row 1", "a caption with a comma is quoted"]),
+        ('file_name,text\n000.png,"a\n001.png,b\n', ["can't be read", "quotation"]),
+        ("file_name,bbox\n000.png,3\n", ["no column label or text", "#label=species"]),
+        ("file_name,label\n000.png,1\n001.png,-2\n", ["row 2", "-2 is out of range"]),
+        ("file_name,label,labels\n000.png,a,b\n", ["label and labels"]),
+        (
+            "file_name,label\n000.png,a\n../other/000.png,b\n",
+            ["train", "other", "folders of splits"],
+        ),
+    ],
+)
+def test_metadata_that_will_not_do_is_refused(text, words, tmp_path):
+    write_folder(tmp_path, {"train": 3} | ({"other": 1} if "other" in text else {}))
+    (tmp_path / "train" / "note.heic").write_bytes(b"")
+    (tmp_path / "train" / "metadata.csv").write_text(text)
+    refuse(lambda: open_split(f"folder:{tmp_path}"), *words)
+
+
+def test_files_of_metadata_that_will_not_do_together_are_refused(tmp_path):
+    rows, name = numbered(2, label=["a", "b"]), f"folder:{tmp_path}"
+    write_folder(tmp_path, {"train": 2, "train2017": 2})
+    refuse(lambda: info(f"{name}#label=kind"), "there is no file metadata.csv or metadata.jsonl")
+    write_metadata(tmp_path / "train2017", rows)
+    write_metadata(tmp_path / "train2017", rows, ".jsonl")
+    refuse(
+        lambda: info(f"{name}"), f"{tmp_path}/train2017 holds both metadata.csv and metadata.jsonl"
+    )
+    os.remove(tmp_path / "train2017" / "metadata.jsonl")
+    write_metadata(tmp_path, [{"file_name": "train2017/001.png", "label": "a"}])
+    refuse(
+        lambda: info(f"{name}/."),
+        "train2017/metadata.csv: row 2 names train2017/001.png, and so does metadata.csv: row 1",
+    )
+    write_metadata(tmp_path, [{"path": "train/001.png", "label": "a"}])
+    refuse(lambda: info(f"{name}/./"), "metadata.csv has the columns path, label", "file_name")
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "train2017" / "metadata.csv").rename(tmp_path / "train2017" / "metadata.jsonl")
+    refuse(lambda: info(f"{name}/././"), "train2017/metadata.jsonl can't be read")
+    (tmp_path / "train2017" / "metadata.jsonl").write_text('[{"file_name": "000.png"}]')
+    refuse(lambda: info(f"{name}/./././"), "metadata.jsonl: row 1 is [{", "an object a line")
 
 
 # Manifests

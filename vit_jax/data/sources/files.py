@@ -56,6 +56,11 @@ ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".
 _COLUMNS = ("image", "label", "labels", "split", "caption", "captions", "mask")
 # What columns with other names may hold, as a dataset's name says.
 _RENAMED = ("image", "label", "labels", "split", "caption", "mask")
+# What columns of metadata files with other names may hold.
+_RENAMED_METADATA = ("label", "labels", "split", "caption")
+# Endings of tables, with what separates their columns; None for an object a line.
+_TABLES = {".csv": ",", ".tsv": "\t", ".jsonl": None}
+_METADATA = ("metadata.csv", "metadata.jsonl")
 _CAPTION = re.compile(r"captions?(_?[0-9]+)?")
 _TEXT, _MAX_TEXT = ".txt", 2**20  # the ending and the most bytes of a file of captions
 _ANY_SHAPE = (None, None, 3)
@@ -125,17 +130,21 @@ class Files(Records):
 
 
 @functools.cache
-def folder_dataset(path: str) -> Dataset:
+def folder_dataset(text: str) -> Dataset:
     """A dataset of `PATH/{train,test,validation}/CLASS/...` or `PATH/CLASS/...`.
 
     Labels number the sorted class names of all splits. Without folders for splits, `make_splits`
-    cuts `train`, `validation` and `test` from each class with a fixed seed.
+    cuts `train`, `validation` and `test` from each class with a fixed seed. If there are files
+    `metadata.csv` or `metadata.jsonl`, labels and captions are theirs, see `_read_metadata`; after
+    the path, `#label=species,caption=title` gives other names of their columns.
 
     Raises:
-      UserError: the folder can't be read, or has no images in class folders.
+      UserError: the folder can't be read, or has no images in class folders, or a metadata file is
+        not valid.
     """
-    name = f"folder:{path}"
+    name = f"folder:{text}"
     key = f"data.name={name!r}"
+    path, renamed = split_columns(text, _RENAMED_METADATA)
     started = time.monotonic()
     if "://" in path:
         raise UserError(
@@ -143,11 +152,23 @@ def folder_dataset(path: str) -> Dataset:
         )
     root = os.path.abspath(os.path.expanduser(path))
     tree = _read_tree(root, name=name)
+    if renamed and not tree.metadata:
+        raise UserError(
+            f"{key} names columns, and there is no file {' or '.join(_METADATA)} in {root}: "
+            f"expected one, or folder:{path}"
+        )
+    named, unread = _read_metadata(root, tree, renamed, name=name)
+    if named:
+        return _metadata_dataset(name, root, tree, named)
     tops, loose = tree.tops, tree.first.images
     split_of = find_splits(tops, key=key)
     rows = _list_rows(tops, split_of, loose, name=name)
     captions = TextFiles(root, [tree.texts.get(_stem(path)) for path, *_ in rows])
     tree.log_ignored(name, texts=len(captions))
+    if unread and len({class_name for _, class_name, _ in rows}) < 2:
+        raise UserError(f"{key}: {unread}: expected file_name, the paths of images from its folder")
+    if unread:
+        logger.info("%s: %s and no file_name, so it is not read", name, unread)
     if not rows:
         kinds = describe_ignored(tree.ignored + tree.first.ignored)
         loose = loose + [path for top in tops.values() for path in top.images]
@@ -155,7 +176,8 @@ def folder_dataset(path: str) -> Dataset:
         raise UserError(
             f"{key} holds {f'{len(loose):,} images, none' if loose else 'no images'} in folders of "
             f"classes: expected CLASS/IMAGE or train/CLASS/IMAGE in {root}, as "
-            f"{', '.join(ENDINGS)}{f'; left out: {kinds}' if kinds else ''}"
+            f"{', '.join(ENDINGS)}, or {' or '.join(_METADATA)} beside images"
+            f"{f'; left out: {kinds}' if kinds else ''}"
             + (f"; did you mean 'pairs:{path}'?" if pairs else suggest_name(path, besides="folder"))
         )
     if len(captions):
@@ -279,6 +301,7 @@ class _Listing:
     Attributes:
       images: paths of images, relative to the folder of the dataset.
       texts: paths of text files, relative like `images`.
+      metadata: paths of metadata files, relative like `images`.
       folders: paths of its subfolders.
       left_out: paths of subfolders that hold nothing to be read, relative like `images`.
       ignored: numbers of other files by kind.
@@ -286,6 +309,7 @@ class _Listing:
 
     images: list[str] = dataclasses.field(default_factory=list)
     texts: list[str] = dataclasses.field(default_factory=list)
+    metadata: list[str] = dataclasses.field(default_factory=list)
     folders: list[str] = dataclasses.field(default_factory=list)
     left_out: list[str] = dataclasses.field(default_factory=list)
     ignored: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -301,6 +325,7 @@ class _Tree:
       ignored: numbers of files in these that are no images, by kind.
       left_out: paths of all folders that hold nothing to be read.
       texts: paths of all text files by their path without the ending.
+      metadata: paths of all metadata files, sorted.
     """
 
     first: _Listing
@@ -308,10 +333,19 @@ class _Tree:
     ignored: Counter[str]
     left_out: list[str]
     texts: dict[str, str]
+    metadata: list[str]
+
+    @property
+    def images(self) -> list[str]:
+        """Paths of all images."""
+        below = (paths for top in self.tops.values() for paths in (top.images, *top.below.values()))
+        return [*self.first.images, *itertools.chain(*below)]
 
     def log_ignored(self, name: str, *, texts: int) -> None:
         """Logs what is not read of the dataset `name`, which has captions in `texts` files."""
-        ignored = self.ignored - Counter({_TEXT: texts})
+        # Metadata files are read, or have a line of their own.
+        tables = Counter(os.path.splitext(path)[1] for path in self.metadata if "/" in path)
+        ignored = self.ignored - Counter({_TEXT: texts}) - tables
         if kinds := describe_ignored(ignored):
             logger.info("%s: ignored files that are no images of a known format: %s", name, kinds)
         if self.left_out:
@@ -344,7 +378,8 @@ def _list_tree(root: str) -> _Tree:
     left_out = [path for one in [first, *everything] for path in one.left_out]
     ignored = sum((one.ignored for one in everything), Counter())
     texts = {_stem(path): path for one in [first, *everything] for path in one.texts}
-    return _Tree(first, tops, ignored, left_out, texts)
+    metadata = sorted(path for one in [first, *everything] for path in one.metadata)
+    return _Tree(first, tops, ignored, left_out, texts, metadata)
 
 
 def _list_rows(
@@ -396,6 +431,7 @@ def _list_below(root: str, folder: str) -> _Listing:
         one = _list_folder(root, todo.pop())
         found.images += one.images
         found.texts += one.texts
+        found.metadata += one.metadata
         found.left_out += one.left_out
         found.ignored += one.ignored
         todo += one.folders
@@ -424,6 +460,8 @@ def _list_folder(root: str, folder: str) -> _Listing:
                 found.ignored[ending or "without an ending"] += 1
                 if ending == _TEXT and _is_file(entry):
                     found.texts.append(f"{prefix}{name}")
+                if name in _METADATA and _is_file(entry):
+                    found.metadata.append(f"{prefix}{name}")
     return found
 
 
@@ -451,6 +489,271 @@ def _leads_back(link: str) -> bool:
     return os.path.commonpath([folder, os.path.realpath(link)]) == os.path.realpath(link)
 
 
+# Metadata files
+
+
+@dataclasses.dataclass(frozen=True)
+class _MetadataRow:
+    """A row of a metadata file.
+
+    Attributes:
+      values: label, labels and split, where the file has these columns.
+      captions: of the image; None if the file has no column of them.
+      place: the file and the row, for errors.
+    """
+
+    values: Mapping[str, Any]
+    captions: Sequence[str] | None
+    place: str
+
+
+def _read_metadata(
+    root: str, tree: _Tree, renamed: Mapping[str, str], *, name: str
+) -> tuple[dict[str, _MetadataRow], str]:
+    """Reads the files `metadata.csv` and `metadata.jsonl` in the folder of a dataset.
+
+    This is the layout of `imagefolder` in Hugging Face's `datasets`: a column `file_name` has the
+    paths of images from the folder of the file. The other columns are those of a manifest, or
+    `text` for captions. Any others are logged.
+
+    Args:
+      root: path of the folder.
+      tree: what is in it.
+      renamed: names of columns in the files, by what they hold.
+      name: of the dataset.
+
+    Returns:
+      The rows by the path of their image, in the order of the files; and, where no file has a
+      column `file_name`, which columns the first one has.
+
+    Raises:
+      UserError: a file can't be read, or a row is not valid, or names an image that is not there
+        or that another row names.
+    """
+    key = f"data.name={name!r}"
+    folders = Counter(map(os.path.dirname, tree.metadata))
+    for folder, count in folders.items():
+        if count > 1:
+            raise UserError(
+                f"{key}: {os.path.join(root, folder)} holds both {' and '.join(_METADATA)}: "
+                "expected one of them"
+            )
+    images = tree.images if tree.metadata else []
+    # Copies between systems may change the Unicode form of a path.
+    image_of = {unicodedata.normalize("NFC", path): path for path in images}
+    image_of |= {path: path for path in images}
+    found: dict[str, _MetadataRow] = {}
+    unread = []
+    for file in tree.metadata:
+        where = f"{key}: {file}"
+        rows = _read_rows(os.path.join(root, file), names=_invert(renamed), key=where)
+        if not rows:
+            raise UserError(f"{where} lists no images")
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict):
+                raise UserError(
+                    f"{where}: row {number} is {str(row)[:80]}: expected an object a line"
+                )
+        columns = list(dict.fromkeys(c for row in rows for c in row if c))
+        if "file_name" not in columns:
+            unread.append(f"{file} has the columns {', '.join(columns)}"[:200])
+            continue
+        rows = _select_columns(rows, columns, name=name, file=file)
+        kept = list(dict.fromkeys(c for row in rows for c in row if c))
+        _check_values(rows, kept, where)
+        of_texts = [c for c in kept if _CAPTION.fullmatch(c)]
+        if "caption" in renamed:
+            of_texts = [c for c in _invert(renamed).values() if _CAPTION.fullmatch(c)]
+        captions = read_captions(rows, of_texts, key=where)
+        missing = []
+        for number, row in enumerate(rows, 1):
+            given = str(row["file_name"]).replace("\\", "/")
+            path = os.path.normpath(os.path.join(os.path.dirname(file), given))
+            image = image_of.get(path) or image_of.get(unicodedata.normalize("NFC", path))
+            if image is None:
+                missing.append((number, given, path))
+                continue
+            if image in found:
+                raise UserError(
+                    f"{where}: row {number} names {image}, and so does {found[image].place}: "
+                    "expected one row for each image"
+                )
+            values = {c: value for c, value in row.items() if c not in ("file_name", *of_texts)}
+            texts = None if captions is None else captions[number - 1]
+            found[image] = _MetadataRow(values, texts, f"{file}: row {number}")
+        if missing:
+            number, given, path = missing[0]
+            raise UserError(
+                f"{where}: row {number}: file_name {given[:200]!r}: "
+                f"{_explain_missing(given, path, root=root, images=images)}"
+                + (f"; {len(missing):,} of {len(rows):,} rows are so" if len(missing) > 1 else "")
+            )
+    if unread and found:
+        raise UserError(f"{key}: {unread[0]}: expected file_name, as the other metadata files have")
+    return found, next(iter(unread), "")
+
+
+def _select_columns(
+    rows: Sequence[Mapping[Any, Any]], columns: Sequence[str], *, name: str, file: str
+) -> list[dict[Any, Any]]:
+    """The rows with the columns that are read alone; `text` becomes `caption` without any."""
+    kept = {c: c for c in columns if c in ("file_name", "label", "labels", "split")}
+    of_texts = {c: c for c in columns if _CAPTION.fullmatch(c)}
+    if not of_texts and "text" in columns:
+        of_texts = {"text": "caption"}
+    kept |= of_texts
+    if others := [column for column in columns if column not in kept]:
+        logger.info("%s: %s: columns that are not read: %s", name, file, list_few(others))
+    selected = []
+    for row in rows:
+        one: dict[Any, Any] = {kept[c]: value for c, value in row.items() if c in kept}
+        if None in row:
+            one[None] = row[None]  # Surplus values, which are refused later.
+        if file.endswith(".jsonl"):  # null is no label.
+            one |= {c: "" for c in ("label", "labels", "split") if one.get(c, "") is None}
+        selected.append(one)
+    return selected
+
+
+def _explain_missing(given: str, path: str, *, root: str, images: Sequence[str]) -> str:
+    """Returns why `given` in a metadata file, `path` from the root, is no image."""
+    if "://" in given or os.path.isabs(given):
+        return "expected a path from the folder of the file; a manifest may have any path or URL"
+    if path.startswith("../"):
+        return f"it is outside of {root}; a manifest may have any path"
+    if os.path.exists(os.path.join(root, path)):
+        return f"it is no image that is read: expected a file that ends in {', '.join(ENDINGS)}"
+    wanted = _stem(os.path.basename(path)).lower()
+    near = [image for image in images if _stem(os.path.basename(image)).lower() == wanted]
+    near.sort(key=lambda image: len(os.path.commonpath([image, path])))
+    hint = "".join(f"; there is {image}" for image in near[-1:])
+    return f"there is no file {os.path.join(root, path)}{hint}"
+
+
+def _metadata_dataset(
+    name: str, root: str, tree: _Tree, named: Mapping[str, _MetadataRow]
+) -> Dataset:
+    """The dataset of the images that metadata files name.
+
+    Labels are those of the files; without any, they are the names of folders as in other datasets,
+    if each image is in a folder and there are two classes or more. Splits are the folders that are
+    named for them, or else the column `split`.
+    """
+    key = f"data.name={name!r}"
+    paths, rows = list(named), list(named.values())
+    if left := sorted(set(tree.images).difference(named)):
+        logger.info(
+            "%s: left out %s images that are in no row of the metadata: %s",
+            name,
+            f"{len(left):,}",
+            list_few(left),
+        )
+    folders = _find_folders(paths)
+    splits = _find_metadata_splits(folders, rows, name=name)
+    captions: Sequence[Sequence[str]] | TextFiles | None = None
+    if any(row.captions is not None for row in rows):
+        captions = [row.captions or [] for row in rows]
+    else:
+        texts = TextFiles(root, [tree.texts.get(_stem(path)) for path in paths])
+        captions = texts if len(texts) else None
+    tree.log_ignored(name, texts=len(captions) if isinstance(captions, TextFiles) else 0)
+    kinds = {kind for row in rows for kind in ("label", "labels") if kind in row.values}
+    if len(kinds) > 1:
+        raise UserError(f"{key}: the metadata has columns label and labels: expected one of them")
+    several = kinds == {"labels"}
+    values: list[Any] = []
+    class_names = None
+    if kinds:
+        values = [row.values.get("labels" if several else "label", "") for row in rows]
+        if several:
+            values = [_several(v, row, key=key) for row, v in enumerate(values)]
+    else:
+        below = [parts[1] if find_split(parts[0]) else parts[0] for parts in folders]
+        if all(below) and len(set(below)) > 1:
+            class_names = sorted(set(map(normalize_name, below)))
+            values = below
+            logger.info(
+                "%s: the metadata has no column label, so labels are the names of %s folders: %s",
+                name,
+                f"{len(class_names):,}",
+                list_few(class_names),
+            )
+    if values:
+        info, labels = encode_labels(
+            values,
+            multi_label=several,
+            name=name,
+            class_names=class_names,
+            describe=lambda row: rows[row].place,
+        )
+    elif captions is not None:
+        info, labels = DatasetInfo(0, _ANY_SHAPE), np.zeros(len(rows), np.int32)
+    else:
+        raise UserError(
+            f"{key}: {', '.join(tree.metadata[:3])}: there is no column label or text, and there "
+            "are no folders of classes: expected one of them; other names of columns are given as "
+            "in folder:PATH#label=species,caption=title"
+        )
+    info = dataclasses.replace(info, captions=captions is not None)
+    by_split = drop_unassigned(make_splits(labels, splits), name=name)
+    check_classes(name, info, labels, by_split)
+    records, cut = Files(root, paths), splits is None
+    dataset = Dataset(name, info, records, labels, by_split, cut=cut, captions=captions)
+    log_cut(dataset)
+    return dataset
+
+
+def _find_folders(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """The first two folders of each path, "" if there are less.
+
+    Folders that all paths have in common are left out, as the `data` of `data/train/1.jpg`, but not
+    from the first on that is named for a split.
+    """
+    common = os.path.commonpath([os.path.dirname(path) or "." for path in paths]).split("/")
+    start = next((i for i, part in enumerate(common) if find_split(part)), len(common))
+    start = 0 if common in ([""], ["."]) else start
+    folders = []
+    for path in paths:
+        first, second, *_ = [*path.split("/")[start:-1], "", ""]
+        folders.append((first, second))
+    return folders
+
+
+def _find_metadata_splits(
+    folders: Sequence[tuple[str, str]], rows: Sequence[_MetadataRow], *, name: str
+) -> list[str] | None:
+    """The split of each image by its first two folders or its row; None if there are none."""
+    key = f"data.name={name!r}"
+    tops: dict[str, Top] = {}
+    loose = False
+    for first, second in dict.fromkeys(folders):
+        if not first:
+            loose = True
+            continue
+        top = tops.setdefault(first, Top([], {}))
+        # What counts is whether there are images, not their names.
+        if second:
+            top.below[second] = [""]
+        else:
+            top.images.append("")
+    has_column = any("split" in row.values for row in rows)
+    named = [first for first in tops if find_split(first)]
+    others = ["other images"] * loose + [first for first in tops if first not in named]
+    if named and others:
+        raise UserError(
+            f"{key}: the metadata names images in {named[0]} and {others[0]}: expected all of them "
+            "in folders of splits (train, test, validation), or none"
+        )
+    if has_column and not named:
+        given = [str(row.values.get("split", "")) for row in rows]
+        split_of = map_splits(set(given), key=f"{key}: column split")
+        return [split_of[split] for split in given]
+    if has_column:
+        logger.info("%s: the column split is not read, as the folders are splits", name)
+    split_of = find_splits(tops, key=key)
+    return [split_of[first] for first, _ in folders] if split_of else None
+
+
 # Manifests
 
 
@@ -474,27 +777,13 @@ def manifest_dataset(text: str) -> Dataset:
     names = _invert(renamed)
     file = path if "://" in path else os.path.abspath(os.path.expanduser(path))
     ending = os.path.splitext(file)[1]
-    readers: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = {
-        ".csv": functools.partial(_read_table, delimiter=",", names=names),
-        ".tsv": functools.partial(_read_table, delimiter="\t", names=names),
-        ".jsonl": functools.partial(_read_json, names=names),
-    }
-    if ending not in readers:
+    if ending not in _TABLES:
         raise UserError(
-            f"{key}: expected a file that ends in {', '.join(readers)}"
+            f"{key}: expected a file that ends in {', '.join(_TABLES)}"
             f"{suggest_name(path, besides='manifest')}"
         )
     check_store(path, where=f"{key}: ")
-    try:
-        if is_remote(file):
-            content = BucketRanges([file]).read(0, 0, None, patient=False)
-        else:
-            content = _read_file(file, max_bytes=MAX_TABLE)
-        lines = io.StringIO(content.decode("utf-8-sig"), newline="")
-        rows = list(readers[ending](lines))
-    # Damaged files raise errors of several types.
-    except Exception as e:
-        raise UserError(f"{key} can't be read: {describe_error(e)}") from None
+    rows = _read_rows(file, names=names, key=key)
     columns = _check_columns(rows, key)
     paths = [str(row["image"]) for row in rows]
     of_texts = [c for c in columns if _CAPTION.fullmatch(c)]
@@ -532,6 +821,23 @@ def manifest_dataset(text: str) -> Dataset:
     )
     log_cut(dataset)
     return dataset
+
+
+def _read_rows(file: str, *, names: Mapping[str, str], key: str) -> list[Any]:
+    """The rows of a table at a path or URL; raises `UserError` if it can't be read."""
+    try:
+        if is_remote(file):
+            content = BucketRanges([file]).read(0, 0, None, patient=False)
+        else:
+            content = _read_file(file, max_bytes=MAX_TABLE)
+        lines = io.StringIO(content.decode("utf-8-sig"), newline="")
+        delimiter = _TABLES[os.path.splitext(file)[1]]
+        if delimiter is None:
+            return list(_read_json(lines, names=names))
+        return list(_read_table(lines, delimiter=delimiter, names=names))
+    # Damaged files raise errors of several types.
+    except Exception as e:
+        raise UserError(f"{key} can't be read: {describe_error(e)}") from None
 
 
 def _invert(renamed: Mapping[str, str]) -> dict[str, str]:
@@ -572,7 +878,7 @@ def _read_table(
     reader.fieldnames = columns
     if len(set(columns)) < len(columns):  # The last one would count.
         raise ValueError(f"two columns of one name among {', '.join(columns)}")
-    if not any(map(_CAPTION.fullmatch, columns)):
+    if not any(_CAPTION.fullmatch(column) or column == "text" for column in columns):
         yield from reader
         return
     # A quotation mark that is not closed would make the lines after it a part of the caption.
@@ -608,6 +914,13 @@ def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
             f"{key} has the columns {', '.join(columns)}; expected image, and either label or "
             "labels, or mask, or captions"
         )
+    _check_values(rows, columns, key)
+    return columns
+
+
+def _check_values(rows: Sequence[Any], columns: Sequence[str], key: str) -> None:
+    """Raises `UserError` if a row has other columns, or lacks one that is not of captions."""
+    captioned = any(map(_CAPTION.fullmatch, columns))
     required = {column for column in columns if not _CAPTION.fullmatch(column)}
     for number, row in enumerate(rows):
         given = set(row) if isinstance(row, dict) else set()
@@ -617,7 +930,6 @@ def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
                 f"{', '.join(columns)}"
                 f"{'; a caption with a comma is quoted' * (captioned and None in given)}"
             )
-    return columns
 
 
 def read_captions(
