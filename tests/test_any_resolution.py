@@ -160,7 +160,7 @@ ROW = {"data__preprocess": "decode|resize(12, 20)|inception_patches(4, 48)"}
 ROW |= {"data__images_per_row": 4, "data__size_spread": 2.0, "data__drop_patches": (0.0, 0.3)}
 
 
-@pytest.mark.parametrize("classifier", ["map", "gap"])
+@pytest.mark.parametrize("classifier", ["map", pytest.param("gap", marks=pytest.mark.slow)])
 def test_packed_images_have_the_outputs_of_the_images_alone(data_dir, classifier):
     """The rows of the data, cut into images again, give the same logits one by one."""
     model = MODEL | {"classifier": classifier}

@@ -366,7 +366,7 @@ CASES = {
         ("photos dogs", ["--workdir, --checkpoint and --init_from", "expected one"]),
         (TOWERS + "photos ''", ["TEXT is empty", "expected a text"]),
         (TOWERS + "photos 'twenty-five dogs on a beach'", ["TEXT: 'twenty", "24 that the model"]),
-        (TOWERS + "--top_k=0 photos dogs", ["--top_k=0", "more than 0"]),
+        (TOWERS + "--top_k=0 photos dogs", ["--top_k=0", "at least 1"]),
         (TOWERS + "--output=columns.html photos dogs", ["--output=columns.html", "exists"]),
         (TOWERS + "--output=found.png photos dogs", ["--output=found.png", "found.html"]),
         (TOWERS + "--output=f.html --top_k=501 photos dogs", ["--top_k=501", "at most 500"]),

@@ -23,6 +23,7 @@ Start with: vit_jax train --config=digits --workdir=runs/digits
 
 # The module of each command; the first line of its docstring says what it does.
 COMMANDS = {
+    "suggest": "suggest",
     "train": "main",
     "evaluate": "evaluate",
     "predict": "predict",

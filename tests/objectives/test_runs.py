@@ -107,7 +107,8 @@ def run_dir(data_dir, teacher, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "dino")) for n in NAMES]
+    "name",
+    [n if n == "dino_sinkhorn" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES],
 )
 def test_losses_do_not_depend_on_the_mesh(name, data_dir, teacher):
     options = changes(name, teacher) | {"evals": {}}
