@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import signal
 import tempfile
+from pathlib import Path
 
 # `make test PYTHON=...` exports it, and the launch scripts would take it for theirs.
 os.environ.pop("PYTHON", None)
@@ -75,6 +76,14 @@ def captions_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("captions"))
     open_source("digits_captions", "train", data_dir=folder, key="split")
     return folder
+
+
+@pytest.fixture(scope="session")
+def segment_run(tmp_path_factory: pytest.TempPathFactory, data_dir: str) -> Path:
+    """The workdir of a run that finds the class of each pixel of images of 16x16."""
+    from tests.trained import write_segmentation
+
+    return write_segmentation(tmp_path_factory.mktemp("runs") / "segment", data_dir)
 
 
 class Stripes(tfds.core.GeneratorBasedBuilder):

@@ -103,6 +103,29 @@ def write_run(workdir: Path, data_dir: str, **changes: Any) -> tuple[Path, Exper
     return workdir, experiment, params
 
 
+def write_segmentation(workdir: Path, data_dir: str) -> Path:
+    """Writes a run of images of 16x16, whose head gives classes that differ from pixel to pixel."""
+    workdir.mkdir()
+    config = tiny_config(
+        data_dir,
+        data__name="digits_masks:16",
+        objective={"name": "segmentation", "head": "upsample", "head_width": 8},
+        evals__val__name="segmentation",
+        evals__val__preprocess="decode|resize(16)",
+        model__patch_size=4,
+    )
+    experiment = Experiment.from_config(config, devices=jax.devices()[:1])
+    state = experiment.init_state()
+    kernel = state.params["segmenter"]["classifier"]["kernel"]
+    state.params["segmenter"]["classifier"]["kernel"] = kernel * 100
+    options, description = experiment.settings.checkpoint, experiment.description
+    with CheckpointManager(workdir, options, description) as manager:
+        manager.save(8, state, {})
+    write_config(workdir, experiment.config)
+    write_labels(workdir, experiment.train_data.info.pixel_classes)
+    return workdir
+
+
 def write_images(folder: Path, count: int, *, size: int = 8) -> list[Path]:
     """Images of noise, `00.png` and on."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,46 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny import tiny_config
 from tests.trained import write_images
 from vit_jax import predict, report
-from vit_jax.checkpoint.manager import CheckpointManager
-from vit_jax.checkpoint.workdir import write_config, write_labels
 from vit_jax.inference.masks import find_classes
 from vit_jax.inference.model import load_model
-from vit_jax.training.experiment import Experiment
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.palette import make_palette
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, data_dir):
-    """A run with a head whose predictions differ from pixel to pixel."""
-    workdir = tmp_path_factory.mktemp("runs") / "segment"
-    workdir.mkdir()
-    config = tiny_config(
-        data_dir,
-        data__name="digits_masks:16",
-        objective={"name": "segmentation", "head": "upsample", "head_width": 8},
-        evals__val__name="segmentation",
-        evals__val__preprocess="decode|resize(16)",
-        model__patch_size=4,
-    )
-    experiment = Experiment.from_config(config, devices=jax.devices()[:1])
-    state = experiment.init_state()
-    kernel = state.params["segmenter"]["classifier"]["kernel"]
-    state.params["segmenter"]["classifier"]["kernel"] = kernel * 100
-    options, description = experiment.settings.checkpoint, experiment.description
-    with CheckpointManager(workdir, options, description) as manager:
-        manager.save(8, state, {})
-    write_config(workdir, experiment.config)
-    write_labels(workdir, experiment.train_data.info.pixel_classes)
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def model(workdir):
-    return load_model(workdir)
+def model(segment_run):
+    return load_model(segment_run)
 
 
 def test_a_mask_has_the_size_of_its_image(model, tmp_path):
@@ -84,11 +55,11 @@ def test_classes_are_those_of_bilinear_logits():
     np.testing.assert_array_equal(find_classes(logits, (11, 17)), np.argmax(resized, axis=-1))
 
 
-def test_the_command_writes_shares_masks_and_overlays(workdir, tmp_path):
+def test_the_command_writes_shares_masks_and_overlays(segment_run, tmp_path):
     write_images(tmp_path / "images", 2, size=12)
     write_images(tmp_path / "images" / "more", 1, size=10)
     output, masks = tmp_path / "shares.jsonl", tmp_path / "masks"
-    arguments = [f"--workdir={workdir}", f"--output={output}", f"--masks={masks}", "--top_k=2"]
+    arguments = [f"--workdir={segment_run}", f"--output={output}", f"--masks={masks}", "--top_k=2"]
     assert predict.main([*arguments, str(tmp_path / "images")]) == 0
     names = sorted(path.name for path in masks.iterdir())
     assert names == sorted(
@@ -105,26 +76,31 @@ def test_the_command_writes_shares_masks_and_overlays(workdir, tmp_path):
         predict.main([*arguments[:1], f"--masks={masks}", str(tmp_path / "images")])
 
 
-def test_no_folder_is_made_where_no_image_can_be_read(workdir, tmp_path):
+def test_no_folder_is_made_where_no_image_can_be_read(segment_run, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     masks = tmp_path / "masks"
     with pytest.raises(UserError, match="none of 1 images can be read"):
-        predict.main([f"--workdir={workdir}", f"--masks={masks}", str(tmp_path / "broken.png")])
+        predict.main([f"--workdir={segment_run}", f"--masks={masks}", str(tmp_path / "broken.png")])
     assert not masks.exists()
 
 
-def test_the_table_has_no_classes_that_a_mask_lacks(workdir, tmp_path, capsys):
+def test_the_table_has_no_classes_that_a_mask_lacks(segment_run, tmp_path, capsys):
     write_images(tmp_path / "images", 1, size=12)
     masks = tmp_path / "masks"
-    arguments = [f"--workdir={workdir}", "--top_k=11", f"--masks={masks}", str(tmp_path / "images")]
+    arguments = [
+        f"--workdir={segment_run}",
+        "--top_k=11",
+        f"--masks={masks}",
+        str(tmp_path / "images"),
+    ]
     assert predict.main(arguments) == 0
     output = capsys.readouterr()
     assert " 0.0%" not in output.out
     assert "1 mask, as PNG, and its overlay" in output.out + output.err
 
 
-def test_the_report_leaves_pictures_to_the_evaluators(workdir, capsys):
-    report.main([f"--workdir={workdir}"])
+def test_the_report_leaves_pictures_to_the_evaluators(segment_run, capsys):
+    report.main([f"--workdir={segment_run}"])
     assert "without pictures" not in "".join(capsys.readouterr())
 
 

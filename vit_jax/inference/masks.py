@@ -58,8 +58,8 @@ class ImageMask:
 
     def overlay(self, opacity: float = _OPACITY) -> Image.Image:
         """The image below the colours of the classes, which have the weight `opacity`, 0 to 1."""
-        mixed = (1 - opacity) * self.image + opacity * color_classes(self.classes)
-        return Image.fromarray(np.round(mixed).astype(np.uint8))
+        colors = Image.fromarray(color_classes(self.classes))
+        return Image.blend(Image.fromarray(self.image), colors, opacity)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a PNG with a palette, whose values are the numbers of the classes."""

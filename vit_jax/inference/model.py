@@ -280,19 +280,31 @@ class LoadedModel:
         given = list_given(images)
         compute = functools.partial(self.start_pixels, tta=tta)
         if given is None:
-            prepared = self._check_images(images)
-            logits = compute_rows(self, prepared, compute, batch_size=BATCH_SIZE)
+            logits = self.pixel_logits(self._check_images(images), tta=tta)
             return np.stack([find_classes(one, self.image_shape[:2]) for one in logits])
         if all(isinstance(image, str) for image in given):
             paths, logits = compute_given(self, given, compute, batch_size=BATCH_SIZE)
             found: Sequence[Any] = paths
         else:
             paths, prepared = prepare_given(self, given)
-            logits = compute_rows(self, np.stack(prepared), compute, batch_size=BATCH_SIZE)
+            logits = self.pixel_logits(np.stack(prepared), tta=tta)
             in_memory = iter([image for image in given if not isinstance(image, str)])
             found = [next(in_memory) if path is None else path for path in paths]
         masks = [make_mask(self, *pair) for pair in zip(found, logits, strict=True)]
         return masks[0] if is_one_image(images) else masks
+
+    def pixel_logits(self, images: np.ndarray, *, tta: Tta | None = None) -> np.ndarray:
+        """Computes the logits from which `make_mask` makes masks.
+
+        Args:
+          images: uint8 `[n, *image_shape]`.
+          tta: see `__call__`.
+
+        Returns:
+          float32 `[n, rows, columns, classes]`, of the grid of the head.
+        """
+        compute = functools.partial(self.start_pixels, tta=tta)
+        return compute_rows(self, images, compute, batch_size=BATCH_SIZE)
 
     def start_pixels(self, images: np.ndarray, *, tta: Tta | None = None) -> jax.Array:
         """Dispatches the computation of the logits of pixels, see `start`.

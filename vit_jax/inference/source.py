@@ -304,7 +304,8 @@ def load_labels(args: argparse.Namespace, model: "LoadedModel") -> "TextClasses 
             raise UserError(
                 f"--templates={args.templates}: {model.source} has no text tower: leave it out"
             )
-        model.check_classifies()
+        if model.segmentation is None:
+            model.check_classifies()
         return None
     if args.labels is None:
         model.check_classifies()  # Raises, since it has none.

@@ -4,13 +4,15 @@ r"""Serves a trained model on this machine: a web page, and HTTP for programs.
 The page takes an image and shows its most probable classes and where the model looks. Programs
 send the bytes of an image to /v1/predict, or a form with an image in it, and get JSON;
 /openapi.json describes the interface. The classes of a model of images and texts are the texts
-that each request has, or those of --labels. Only this machine can reach the server unless --host
-is given. Ctrl-C ends it.
+that each request has, or those of --labels. A model that finds the class of each pixel answers with
+the mask, and with the share of the pixels that each class has. Only this machine can reach the
+server unless --host is given. Ctrl-C ends it.
 
 Examples:
   python -m vit_jax.serve runs/digits
   python -m vit_jax.serve --workdir=runs/averaged --checkpoint=last --params=ema --port=8080
   python -m vit_jax.serve runs/clip --labels='a cat,a dog'
+  python -m vit_jax.serve runs/digits_segment
   python -m vit_jax.serve --checkpoint=vit.safetensors --labels=names.txt
   curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/predict?top_k=3'
   curl -F file=@photo.jpg -F top_k=3 http://127.0.0.1:8000/v1/predict
@@ -146,9 +148,12 @@ def main(argv: Sequence[str]) -> None:
         )
         blank = np.zeros(model.image_shape, np.uint8)
         # Compiles before the first request.
-        model.features(blank, "logits" if model.texts is None else IMAGE_EMBED)
-        if has_attention(model):
-            model.attention(blank)
+        if model.segmentation is not None:
+            model.pixel_logits(blank[None])
+        else:
+            model.features(blank, "logits" if model.texts is None else IMAGE_EMBED)
+            if has_attention(model):
+                model.attention(blank)
         if not local:
             log(f"--host={args.host}: who can reach this machine can use it, without a password")
         shown = args.host if local else socket.gethostname()

@@ -30,12 +30,14 @@ from vit_jax.evaluators.prompts import find_templates
 from vit_jax.inference.draw import encode_png
 from vit_jax.inference.figures import has_attention, overlay_rollout
 from vit_jax.inference.labels import TextClasses
+from vit_jax.inference.masks import BATCH_SIZE, make_mask
 from vit_jax.inference.model import IMAGE_EMBED, LoadedModel
 from vit_jax.models.interface import takes_any_size
 from vit_jax.pages.html import STYLE
 from vit_jax.serve.batches import Batcher
 from vit_jax.serve.form import FORM, OVERHEAD, describe_encoded, is_form, read_form
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.palette import make_palette
 from vit_jax.utils.text import escape_html
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -55,6 +57,19 @@ _RETRY_S = 1
 MIN_RATE = 2**16
 # Most texts and characters in the labels of a request, and sets of labels that are kept embedded.
 MAX_LABELS, _MAX_LABEL_CHARACTERS, _KEPT = 1000, 16_000, 64
+# Heading, alternative text and caption of the overlay on the page, by whether it shows a mask.
+_CARDS = {
+    False: (
+        "Attention",
+        "The image as the model sees it, bright where it attends",
+        "The model attends to the bright areas, over all its layers: a hint, not an explanation.",
+    ),
+    True: (
+        "Mask",
+        "The image below the colours of the classes",
+        "Each pixel has the colour of its class.",
+    ),
+}
 # Refused before the request was read: the rest of it is not.
 _CLOSE = {"Connection": "close"}
 
@@ -93,10 +108,10 @@ class Error(BaseModel, extra="forbid"):
 
 
 class Predictor:
-    """Applies a classifier to image files, in batches across requests.
+    """Applies a model to image files, in batches across requests.
 
     Args:
-      model: a classifier, or a model of images and texts.
+      model: a classifier, a model of images and texts, or one that finds the class of each pixel.
       limits: what is accepted.
       labels: of a model of images and texts, for requests without any.
       templates: prompts of all labels, see `LoadedModel.embed_labels`.
@@ -116,10 +131,12 @@ class Predictor:
         self._embed = functools.lru_cache(_KEPT)(
             lambda labels: model.embed_labels(labels, templates=templates)
         )
-        layer = "logits" if model.texts is None else IMAGE_EMBED
-        self._batcher = Batcher(
-            functools.partial(model.features, layer=layer), max_rows=limits.batch_size
-        )
+        if model.segmentation is None:
+            layer = "logits" if model.texts is None else IMAGE_EMBED
+            compute, max_rows = functools.partial(model.features, layer=layer), limits.batch_size
+        else:
+            compute, max_rows = model.pixel_logits, min(limits.batch_size, BATCH_SIZE)
+        self._batcher = Batcher(compute, max_rows=max_rows)
         self._num_requests = 0
 
     @contextlib.asynccontextmanager
@@ -144,7 +161,7 @@ class Predictor:
     async def predict(
         self, content: bytes, *, top_k: int, overlay: bool, labels: str | None = None
     ) -> dict[str, Any]:
-        """The answer to `POST /v1/predict`, for the bytes of an image file."""
+        """The answer to `POST /v1/predict` with classes of images, for the bytes of a file."""
         started = time.perf_counter()
         classes = await self._find_classes(labels)
         names = self._model.list_names() if classes is None else classes.names
@@ -165,6 +182,16 @@ class Predictor:
             "milliseconds": round(1e3 * (time.perf_counter() - started), 3),
             "overlay": drawn,
         }
+
+    async def segment(self, content: bytes, *, overlay: bool) -> dict[str, Any]:
+        """The answer to `POST /v1/predict` with classes of pixels, for the bytes of a file."""
+        started = time.perf_counter()
+        image = await to_thread.run_sync(self._prepare, content, limiter=self._decoders)
+        logits = await self._batcher(image)
+        answer = await to_thread.run_sync(
+            self._draw_mask, content, logits, overlay, limiter=self._decoders
+        )
+        return answer | {"milliseconds": round(1e3 * (time.perf_counter() - started), 3)}
 
     async def _find_classes(self, labels: str | None) -> TextClasses | None:
         """The classes of a request: None for those of the model itself."""
@@ -205,8 +232,30 @@ class Predictor:
         )
 
     def _draw(self, image: np.ndarray) -> str:
-        png = encode_png(overlay_rollout(self._model, image))
-        return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        return _make_url(encode_png(overlay_rollout(self._model, image)))
+
+    def _draw_mask(self, content: bytes, logits: np.ndarray, overlay: bool) -> dict[str, Any]:
+        mask = make_mask(self._model, content, logits)
+        shares, palette = mask.shares, make_palette()
+        order: list[int] = np.argsort(-shares, kind="stable").tolist()
+        return {
+            "predictions": [
+                {
+                    "label": label,
+                    "class": mask.class_names[label],
+                    "share": float(shares[label]),
+                    "color": f"#{palette[label].tobytes().hex()}",
+                }
+                for label in order
+                if shares[label]
+            ],
+            "mask": _make_url(mask.encode()),
+            "overlay": _make_url(encode_png(mask.overlay())) if overlay else None,
+        }
+
+
+def _make_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def make_app(
@@ -220,8 +269,8 @@ def make_app(
     """The application.
 
     Args:
-      model: a classifier, or a model of images and texts, whose classes are the labels of each
-        request.
+      model: a classifier; a model of images and texts, whose classes are the labels of each
+        request; or a model that finds the class of each pixel, whose answers have masks.
       limits: what the server accepts.
       labels: of a model of images and texts, for requests without any.
       templates: prompts of all labels, see `LoadedModel.embed_labels`.
@@ -232,19 +281,24 @@ def make_app(
       UserError: the model has no trained classifier, or the tokenizer of its texts is not known, or
         a template is wrong.
     """
-    by_text = model.texts is not None
+    by_text, by_pixel = model.texts is not None, model.segmentation is not None
     if model.texts is None:
-        model.check_classifies()
+        if not by_pixel:
+            model.check_classifies()
     else:
         model.texts.encode("")
         if templates is not None:
             find_templates(templates, key="templates")
     limits = limits or Limits()
-    classes = MAX_LABELS if by_text else model.module.num_classes
+    classes = MAX_LABELS if by_text else model.num_classes
     predictor = Predictor(model, limits, labels=labels, templates=templates)
-    expected = {"top_k": f"1 to {classes}", "overlay": "true or false"}
+    expected = {} if by_pixel else {"top_k": f"1 to {classes}"}
+    expected["overlay"] = "true or false"
     if by_text:
         expected["labels"] = f"texts separated by commas, {_MAX_LABEL_CHARACTERS:,} characters"
+
+    class PixelOptions(BaseModel, extra="forbid"):
+        overlay: Literal["true", "false"] = "false"
 
     class Options(BaseModel, extra="forbid"):
         top_k: Annotated[int, BeforeValidator(_check_digits)] = Field(
@@ -260,12 +314,31 @@ def make_app(
             "server, if it has one.",
         )
 
-    accepted_options: Any = TextOptions if by_text else Options
+    accepted_options: Any = TextOptions if by_text else PixelOptions if by_pixel else Options
 
     class Prediction(BaseModel, extra="forbid"):
         label: int = Field(ge=0, le=classes - 1)
         name: str = Field(alias="class")
         probability: float = Field(ge=0, le=1)
+
+    class Share(BaseModel, extra="forbid"):
+        label: int = Field(ge=0, le=classes - 1)
+        name: str = Field(alias="class")
+        share: float = Field(gt=0, le=1, description="Of the pixels.")
+        color: str = Field(description="In the mask and the overlay, as #rrggbb.")
+
+    class PixelAnswer(BaseModel, extra="forbid"):
+        predictions: list[Share] = Field(min_length=1, max_length=classes)
+        mask: str = Field(
+            description="A PNG with a palette as a data URL, whose values are the labels. It has "
+            "the size of the image, or that of the prepared image where the preparation does more "
+            "than to resize."
+        )
+        overlay: str | None = Field(
+            description="A PNG as a data URL: the image below the colours of the classes. null "
+            "unless requested."
+        )
+        milliseconds: float = Field(ge=0)
 
     class Answer(BaseModel, extra="forbid"):
         predictions: list[Prediction] = Field(min_length=1, max_length=classes)
@@ -284,7 +357,8 @@ def make_app(
             text = f"{name}={str(first['input'])[:20]!r}: expected {expected[name]}"
         else:
             *others, last = expected
-            text = f"{str(name)[:20]!r} is unknown; expected {', '.join(others)} or {last}"
+            names = f"{', '.join(others)} or {last}" if others else last
+            text = f"{str(name)[:20]!r} is unknown; expected {names}"
         return JSONResponse({"error": text}, 400, headers=_CLOSE)
 
     # The interactive pages of FastAPI load scripts from another host.
@@ -309,8 +383,10 @@ def make_app(
         text = importlib.resources.files("vit_jax.serve").joinpath("page.html").read_text("utf-8")
         height, width, _ = model.image_shape
         kind = "compares images with texts" if by_text else f"{classes} classes"
-        facts = f"{kind}, images of {height}×{width}"
+        facts = f"{kind}{' of pixels' if by_pixel else ''}, images of {height}×{width}"
         text = text.replace("%STYLE%", STYLE).replace("%HIDDEN%", "" if by_text else "hidden")
+        for name, value in zip(("DRAWN", "ALT", "CAPTION"), _CARDS[by_pixel], strict=True):
+            text = text.replace(f"%{name}%", value)
         given = "" if labels is None else ", ".join(labels.names)
         for name, value in (("SOURCE", model.source), ("FACTS", facts), ("LABELS", given)):
             text = text.replace(f"%{name}%", escape_html(value))
@@ -341,8 +417,10 @@ def make_app(
     @app.post(
         "/v1/predict",
         operation_id="predict",
-        summary="The most probable classes of an image",
-        response_model=Answer,
+        summary="The mask of an image, and the classes in it"
+        if by_pixel
+        else "The most probable classes of an image",
+        response_model=PixelAnswer if by_pixel else Answer,
         responses={code: {"model": Error, "description": text} for code, text in errors.items()},
         openapi_extra={"requestBody": {"required": True, "description": body, "content": accepted}},
     )
@@ -358,6 +436,8 @@ def make_app(
             overlay = options.overlay == "true"
             given = getattr(options, "labels", None)
             try:
+                if by_pixel:
+                    return await predictor.segment(content, overlay=overlay)
                 return await predictor.predict(
                     content, top_k=options.top_k, overlay=overlay, labels=given
                 )
