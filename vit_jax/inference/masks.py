@@ -74,6 +74,12 @@ class ImageMask:
         picture.save(stream, "PNG")
         return stream.getvalue()
 
+    def encode_overlay(self) -> bytes:
+        """The overlay as a JPEG file: a PNG of a photo is larger and takes seconds."""
+        stream = io.BytesIO()
+        self.overlay().save(stream, "JPEG", quality=90)
+        return stream.getvalue()
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.classes, dtype, copy=copy)
 
@@ -144,6 +150,4 @@ class MaskFolder:
             name = f"{stem}_{number}"
         self._used.add(name)
         mask.save(self._folder / f"{name}.png")
-        stream = io.BytesIO()
-        mask.overlay().save(stream, "JPEG", quality=90)
-        write_atomically(self._folder / f"{name}_overlay.jpg", stream.getvalue())
+        write_atomically(self._folder / f"{name}_overlay.jpg", mask.encode_overlay())

@@ -250,12 +250,12 @@ class Predictor:
                 if shares[label]
             ],
             "mask": _make_url(mask.encode()),
-            "overlay": _make_url(encode_png(mask.overlay())) if overlay else None,
+            "overlay": _make_url(mask.encode_overlay(), kind="jpeg") if overlay else None,
         }
 
 
-def _make_url(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def _make_url(picture: bytes, *, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def make_app(
@@ -335,7 +335,7 @@ def make_app(
             "than to resize."
         )
         overlay: str | None = Field(
-            description="A PNG as a data URL: the image below the colours of the classes. null "
+            description="A JPEG as a data URL: the image below the colours of the classes. null "
             "unless requested."
         )
         milliseconds: float = Field(ge=0)
