@@ -65,6 +65,13 @@ def call(installed, folder, *arguments):
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def trained(installed, empty):
+    """The workdir of a short run, from the folder where commands are called."""
+    call(installed, empty, "train", "--config=digits", "--workdir=runs/digits", *SHORT)
+    return "runs/digits"
+
+
 def test_the_wheel_is_what_runs(installed, empty):
     program = "import vit_jax; print(vit_jax.__file__)"
     command = [installed / "python", "-c", program]
@@ -81,16 +88,15 @@ def test_the_wheel_has_configs_types_and_no_tests(dist):
     assert not [name for name in names if name.startswith(("tests/", "configs/"))]
 
 
-def test_a_run_from_an_empty_folder_is_used_by_all_commands(installed, empty):
-    call(installed, empty, "train", "--config=digits", "--workdir=runs/digits", *SHORT)
+def test_a_run_from_an_empty_folder_is_used_by_all_commands(installed, empty, trained):
     assert "digits" in call(installed, empty, "configs")
-    assert "step 4 of 4" in call(installed, empty, "status", "runs/digits")
-    scores = json.loads(call(installed, empty, "evaluate", "--workdir=runs/digits", "--json"))
+    assert "step 4 of 4" in call(installed, empty, "status", trained)
+    scores = json.loads(call(installed, empty, "evaluate", f"--workdir={trained}", "--json"))
     assert "test/top1" in json.dumps(scores)
     write_folder(empty / "photos", {"zero": 2})
-    shown = call(installed, empty, "predict", "--workdir=runs/digits", "photos/zero")
+    shown = call(installed, empty, "predict", f"--workdir={trained}", "photos/zero")
     assert len(shown.splitlines()) >= 2
-    call(installed, empty, "export", "--workdir=runs/digits", "--to=stablehlo", "--output=exported")
+    call(installed, empty, "export", f"--workdir={trained}", "--to=stablehlo", "--output=exported")
     assert any((empty / "exported").iterdir())
 
 
@@ -103,9 +109,9 @@ def test_images_of_ones_own_are_trained_on(installed, empty):
     assert (empty / "runs" / "birds" / "labels.txt").read_text() == "robin\nwren\n"
 
 
-def test_the_server_answers(installed, empty):
+def test_the_server_answers(installed, empty, trained):
     server = subprocess.Popen(
-        [installed / "vit_jax", "serve", "--workdir=runs/digits", "--port=0"],
+        [installed / "vit_jax", "serve", f"--workdir={trained}", "--port=0"],
         cwd=empty,
         env=ENV,
         stdout=subprocess.PIPE,
