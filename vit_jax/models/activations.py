@@ -35,8 +35,9 @@ def _forward(x: jax.Array, approximate: bool) -> tuple[jax.Array, jax.Array]:
 
 
 def _backward(approximate: bool, x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
-    # Without the barrier XLA finds the forward pass in it, and saves the slope all the same.
-    x, grad = jax.lax.optimization_barrier((x, grad))
+    # Without the barrier XLA finds the forward pass in it, and saves the slope all the same. `grad`
+    # is not behind it, so that on TPUs the product that makes it can be multiplied by the slope.
+    x = jax.lax.optimization_barrier(x)
     _, pullback = jax.vjp(functools.partial(nn.gelu, approximate=approximate), x)
     return pullback(grad)
 

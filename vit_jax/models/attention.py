@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vit_jax.models.block_config import BlockConfig, Constrain
+from vit_jax.models.dense import Dense, make_parameters
 from vit_jax.models.norms import make_norm
 from vit_jax.models.patches import Segments
 from vit_jax.models.positions import Rotation, rotate
@@ -154,7 +155,7 @@ def _has_bias(config: BlockConfig, name: str) -> bool:
 
 
 class _Projection(nn.Module):
-    """The parameters of `flax.linen.DenseGeneral` with several dimensions of features.
+    """The parameters of a `Dense` layer with several dimensions of features.
 
     Call: the width of the input, to the kernel `[width, features]` and the bias `[features]`, which
     are matrices and vectors over all features, float32. Without `use_bias` the bias is zero.
@@ -165,16 +166,12 @@ class _Projection(nn.Module):
 
     @nn.compact
     def __call__(self, width: int) -> tuple[jax.Array, jax.Array]:
+        bias_init = nn.initializers.zeros if self.use_bias else None
+        kernel_init = nn.initializers.xavier_uniform()
+        kernel, bias = make_parameters(self, (width,), self.features, kernel_init, bias_init)
         size = math.prod(self.features)
-
-        def initialize(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return nn.initializers.xavier_uniform()(rng, (width, size)).reshape(shape)
-
-        kernel = self.param("kernel", initialize, (width, *self.features))
-        bias = jnp.zeros(self.features)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.features)
-        return kernel.reshape(width, size), bias.reshape(size)
+        bias = jnp.zeros(size) if bias is None else bias.reshape(size)
+        return kernel.reshape(width, size), bias
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -213,10 +210,9 @@ class MultiHeadDotProductAttention(nn.Module):
         head_dim = width // config.num_heads
 
         def project(x: jax.Array, name: str) -> jax.Array:
-            dense = nn.DenseGeneral(
+            dense = Dense(
                 (config.num_heads, head_dim),
                 dtype=config.dtype,
-                kernel_init=nn.initializers.xavier_uniform(),
                 use_bias=_has_bias(config, name),
                 **config.product,
                 name=name,
@@ -266,14 +262,8 @@ class MultiHeadDotProductAttention(nn.Module):
             x = jnp.einsum("bhqk,bkhd->bqhd", dropout(weights.astype(config.dtype)), value)
         if config.attention_norm:
             x = make_norm(config, "norm")(x.reshape(*x.shape[:2], width)).reshape(x.shape)
-        x = nn.DenseGeneral(
-            width,
-            axis=(-2, -1),
-            dtype=config.dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
-            **config.product,
-            name="out",
-        )(x)
+        out = Dense((width,), num_inputs=2, dtype=config.dtype, **config.product, name="out")
+        x = out(x)
         return checkpoint_name(x[:, :num_tokens], "attn_out")
 
     def _project_together(self, x: jax.Array) -> list[jax.Array]:

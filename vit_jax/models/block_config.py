@@ -73,7 +73,7 @@ class BlockConfig:
 
     @property
     def product(self) -> dict[str, Any]:
-        """The matrix product of dense layers on tokens, as arguments of `flax.linen.Dense`."""
+        """The matrix product of dense layers on tokens, as arguments of `models.dense.Dense`."""
         product = dot_tokens_float8 if self.float8 else dot_tokens
         if self.lora is None:
             return {"dot_general": product}

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from vit_jax.models.activations import gelu, quick_gelu
 from vit_jax.models.attention import MultiHeadDotProductAttention, pad_tokens, takes_kernel
 from vit_jax.models.block_config import BlockConfig
+from vit_jax.models.dense import Dense
 from vit_jax.models.norms import make_norm
 from vit_jax.models.patches import Layout, Segments, interpolate_axes, interpolate_positions
 from vit_jax.models.positions import Rotation, resize_patches
@@ -240,9 +241,9 @@ class MlpBlock(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         config = self.config
 
-        def dense(features: int, name: str | None = None) -> nn.Dense:
-            return nn.Dense(
-                features,
+        def dense(features: int, name: str | None = None) -> Dense:
+            return Dense(
+                (features,),
                 dtype=config.dtype,
                 kernel_init=self.kernel_init,
                 bias_init=self.bias_init,

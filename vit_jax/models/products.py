@@ -33,31 +33,42 @@ def dot_tokens_float8(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply(x: jax.Array, kernel: jax.Array, depth: int) -> jax.Array:
     """Contracts the last `depth` dimensions of `x` with the first ones of `kernel`."""
-    return jnp.tensordot(x, kernel, depth)
+    lead, x, matrix = _as_vectors(x, kernel, depth)
+    return (x @ matrix).reshape(*lead, *kernel.shape[depth:])
+
+
+def _as_vectors(x: jax.Array, kernel: jax.Array, depth: int) -> tuple[Any, jax.Array, jax.Array]:
+    """The dimensions of the tokens, the tokens `[..., inputs]` and the kernel as a matrix.
+
+    With a dimension of heads, XLA chooses layouts for TPUs that are copied before attention.
+    """
+    lead, inputs = x.shape[: x.ndim - depth], math.prod(kernel.shape[:depth])
+    return lead, x.reshape(*lead, inputs), kernel.reshape(inputs, -1)
 
 
 def _multiply_fwd(x: jax.Array, kernel: jax.Array, depth: int) -> tuple[jax.Array, _Pair]:
-    return jnp.tensordot(x, kernel, depth), (x, kernel)
+    return _multiply(x, kernel, depth), (x, kernel)
 
 
 def _multiply_bwd(depth: int, saved: _Pair, grad: jax.Array) -> _Pair:
-    x, kernel = saved
-    rows = x.ndim - depth
+    lead, x, kernel = _as_vectors(*saved, depth)
+    grad = grad.reshape(*lead, -1)
 
     def kernel_grad(x: jax.Array, grad: jax.Array) -> jax.Array:
-        return jnp.tensordot(x, grad, ([*range(rows)], [*range(rows)]))
+        rows = tuple(range(len(lead)))
+        return jnp.tensordot(x, grad, (rows, rows))
 
     def kernel_grad_of_matrices(x: jax.Array, grad: jax.Array) -> jax.Array:
         # On a CPU, XLA transposes operands that are contracted over several dimensions, and
         # recomputes what produces them in that order, which takes longer than the product.
-        num_rows = math.prod(x.shape[:rows])
-        product = x.reshape(num_rows, -1).T @ grad.reshape(num_rows, -1)
-        return product.reshape(kernel.shape)
+        num_rows = math.prod(lead)
+        return x.reshape(num_rows, -1).T @ grad.reshape(num_rows, -1)
 
-    inputs = jnp.tensordot(grad, kernel, ([*range(rows, grad.ndim)], [*range(depth, kernel.ndim)]))
-    return inputs, jax.lax.platform_dependent(
+    by_kernel = jax.lax.platform_dependent(
         x, grad, cpu=kernel_grad_of_matrices, default=kernel_grad
     )
+    inputs, weights = saved
+    return (grad @ kernel.T).reshape(inputs.shape), by_kernel.reshape(weights.shape)
 
 
 _multiply.defvjp(_multiply_fwd, _multiply_bwd)
