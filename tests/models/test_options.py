@@ -300,7 +300,8 @@ def test_scan_drops_branches_by_the_rate_of_the_layer():
 
 def test_scanned_blocks_start_with_values_of_their_own():
     model = make_vit(num_classes=5, scan=True, **TINY)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)["params"]
+    initialize = jax.jit(functools.partial(model.init, train=False))
+    params = initialize(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     kernel = params["Transformer"]["encoderblock"]["MlpBlock_0"]["Dense_0"]["kernel"]
     assert kernel.shape == (3, 16, 32)
     assert np.abs(kernel[0] - kernel[1]).max() > 0.1
@@ -336,7 +337,7 @@ def test_impossible_options_are_refused(options, message):
 def test_the_distillation_token_has_a_head_of_its_own():
     model = make_vit(num_classes=5, distillation_token=True, num_registers=1, **TINY)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 12, 3)), jnp.float32)
-    params = model.init(jax.random.key(0), images, train=False)["params"]
+    params = random_params(model, images, train=False)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
     logits, out = compiled(model)({"params": params}, images, train=False)
@@ -365,7 +366,7 @@ def test_options_that_exclude_a_distillation_token_are_refused(key, value):
 def test_patches_left_out_are_as_if_no_other_token_saw_them(positions):
     model = make_vit(num_classes=0, position_embedding=positions, rope_theta=100.0, **TINY)
     images = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype(np.float32)
-    params = model.init(jax.random.key(0), images, train=False)["params"]
+    params = random_params(model, images, train=False)
     all_patches = jnp.broadcast_to(jnp.arange(6), (2, 6))
 
     def encode(images, **options):

@@ -246,8 +246,8 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(two, data_dir, tmp_path,
     config = load_config(f"{tmp_path / 'config.py'}:{data_dir}", {"mesh.fsdp": 1})
     experiment = Experiment.from_config(config, devices=jax.devices()[:1])
     objective, key = experiment.objective, jax.random.key(0)
-    batch = objective.augment(next(experiment.train_batches(6)), key)
-    loss, _ = objective.loss(stored, batch, key)
+    batch = jax.jit(objective.augment)(next(experiment.train_batches(6)), key)
+    loss, _ = jax.jit(objective.loss)(stored, batch, key)
     np.testing.assert_allclose(after[7], loss, rtol=1e-5)
 
 
