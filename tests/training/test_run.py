@@ -456,6 +456,8 @@ def test_parameters_that_are_no_numbers_are_never_saved(data_dir, tmp_path, monk
     assert {p.name for p in (tmp_path / "w" / "checkpoints").iterdir()} == {"3", "4"}
 
 
+# tests/checkpoint/test_manager.py has it without training.
+@pytest.mark.slow
 def test_best_checkpoint_may_be_judged_by_another_metric_later(data_dir, tmp_path):
     options = {"checkpoint__keep": 1, "checkpoint__every": 2, "evals__val__every": 2}
     for steps, metric in ((4, "val/top1"), (6, "val/loss")):
