@@ -20,6 +20,7 @@ from vit_jax.config.load import load_config, parse_overrides
 from vit_jax.config.shipped import list_configs
 from vit_jax.models.variants import make_vit
 from vit_jax.observe import trackers
+from vit_jax.runtime import processes
 from vit_jax.runtime.preemption import Interrupted, Preempted
 from vit_jax.training import run
 from vit_jax.training.run import train
@@ -78,6 +79,27 @@ def test_bad_values_get_one_line_and_exit_code_2(arguments, words, tmp_path, mon
     for word in words:
         assert word in line
     assert not (workdir / "checkpoints").exists()
+
+
+def test_processes_compare_what_was_typed_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    compared = []
+
+    def refuse(values):
+        compared.append(values)
+        raise UserError("processes 0 and 1 were not started alike")
+
+    monkeypatch.setattr(processes, "check_same", refuse)
+    workdir = tmp_path / "w"
+    argv = [f"--config={DIGITS}", f"--workdir={workdir}", "--config.total_steps=7"]
+    assert call("main", argv, monkeypatch) == 2
+    assert capsys.readouterr().err.endswith(
+        "vit_jax: error: processes 0 and 1 were not started alike\n"
+    )
+    (values,) = compared
+    assert values["--config.total_steps"] == 7
+    assert values["--config.optimizer.lr"] == load_config(str(DIGITS), {}).optimizer.lr
+    assert values["--workdir"] == str(workdir)
+    assert not workdir.exists()
 
 
 def snapshot(folder):

@@ -339,6 +339,8 @@ def test_images_that_one_process_can_not_read_stop_all(tmp_path):
     assert "0 bytes that are not a readable image" in second
 
 
+# The test of `check_same` above has the line, and tests/test_main.py what is compared and when.
+@pytest.mark.slow
 def test_processes_that_were_not_started_alike_are_refused_by_key(data_dir, tmp_path):
     text = "import sys\n" + CONFIG_FILE.replace(
         "total_steps=6,", 'total_steps=7 if "--process_id=1" in sys.argv else 6,'
