@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from tests.models.compiled import compiled
 from tests.serve.test_serve import HERE, encode
 from tests.tiny import tiny_config
 from tests.trained import write_model
@@ -174,8 +175,10 @@ def test_packed_images_have_the_outputs_of_the_images_alone(data_dir, classifier
         lambda x: np.random.default_rng(x.size).normal(scale=0.3, size=x.shape).astype(np.float32),
         experiment.initial_params(),
     )
-    augmented = experiment.objective.augment(batch, jax.random.key(0))
-    packed = experiment.objective.model.apply({"params": params}, augmented["image"], train=False)
+    augmented = jax.jit(experiment.objective.augment)(batch, jax.random.key(0))
+    packed = compiled(experiment.objective.model)(
+        {"params": params}, augmented["image"], train=False
+    )
     grids = rows["grids"].reshape(-1, 2)
     padded = np.stack(
         [
@@ -183,10 +186,10 @@ def test_packed_images_have_the_outputs_of_the_images_alone(data_dir, classifier
             for image, (height, width) in zip(unpack(rows), grids, strict=True)
         ]
     )
-    alone = experiment.objective.predict(params, {"image": padded})["logits"]
+    alone = jax.jit(experiment.objective.predict)(params, {"image": padded})["logits"]
     np.testing.assert_allclose(packed[0], alone, atol=1e-5)
     assert np.ptp(alone, axis=0).max() > 0.1
-    loss, metrics = experiment.objective.loss(params, augmented, jax.random.key(0))
+    loss, metrics = jax.jit(experiment.objective.loss)(params, augmented, jax.random.key(0))
     labels = rows["label"].ravel()
     want = np.asarray(jax.nn.logsumexp(alone, axis=1)) - np.asarray(alone)[range(16), labels]
     np.testing.assert_allclose(loss, want.mean(), rtol=1e-5)

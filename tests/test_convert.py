@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tests.command import call
 from tests.tiny import tiny_config
+from tests.trained import write_run
 from vit_jax.checkpoint.pretrained.convert import WRITERS, convert
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.npz import write_npz as write_npz_file
@@ -23,7 +25,6 @@ from vit_jax.convert import main
 from vit_jax.inference.model import load_model
 from vit_jax.models.variants import MODELS
 from vit_jax.training.experiment import Experiment
-from vit_jax.training.run import train
 from vit_jax.utils.errors import UserError
 
 GOLDEN = Path(__file__).parent / "testdata" / "golden"
@@ -34,10 +35,9 @@ def run(data_dir, tmp_path_factory):
     """A workdir with averages."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
     model = {"scan": True, "num_registers": 1, "activation": "gelu_erf", "layer_scale_init": 0.1}
-    config = tiny_config(data_dir, ema_decay=0.5, objective={"pixel_mean": 0.4, "loss": "sigmoid"})
-    config.model.update(model)
-    train(config, str(workdir), command="train")
-    return workdir
+    changes = {f"model__{key}": value for key, value in model.items()}
+    objective = {"pixel_mean": 0.4, "loss": "sigmoid"}
+    return write_run(workdir, data_dir, objective=objective, **changes)[0]
 
 
 def assert_same(params, expected):
@@ -223,9 +223,7 @@ def test_bad_input_is_one_line_and_loses_nothing(arguments, message, tmp_path):
     assert there.read_text() == "mine"
 
 
-def test_the_command_exits_with_2_on_bad_input(tmp_path):
-    command = [sys.executable, "-m", "vit_jax.convert", str(tmp_path / "none.npz")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+def test_the_command_exits_with_2_on_bad_input(tmp_path, monkeypatch, capfd):
+    assert call("convert", [str(tmp_path / "none.npz")], monkeypatch) == 2
+    (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("vit_jax: error: ")

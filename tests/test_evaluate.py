@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.command import call
 from tests.images import encode
 from tests.tiny import tiny_config
 from vit_jax import evaluate
@@ -104,25 +105,12 @@ def test_a_step_is_evaluated_by_all_evaluators_with_details(run):
     assert {"val_4.json", "val_ema_4_confusion.csv", "few_4.json", "probe_ema_4.json"} <= names
 
 
-def test_json_is_all_that_stands_on_stdout(run, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "vit_jax.evaluate",
-            f"--workdir={run}",
-            "--json",
-            f"--output={tmp_path / 'out.jsonl'}",
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    assert [json.loads(done.stdout)] == read_records(tmp_path / "out.jsonl")
-    assert "head: kept, 10 classes" in done.stderr
+def test_json_is_all_that_stands_on_stdout(run, tmp_path, monkeypatch, capfd):
+    arguments = [f"--workdir={run}", "--json", f"--output={tmp_path / 'out.jsonl'}"]
+    assert call("evaluate", arguments, monkeypatch) == 0
+    out, err = capfd.readouterr()
+    assert [json.loads(out)] == read_records(tmp_path / "out.jsonl")
+    assert "head: kept, 10 classes" in err
     assert not (run / "evals.jsonl").exists()
 
 

@@ -131,7 +131,7 @@ def test_bad_settings_are_refused(changes, message, data_dir, tmp_path):
 
 def test_a_flipped_bit_costs_a_checkpoint_and_changes_nothing(data_dir, tmp_path, said):
     run(data_dir, tmp_path / "straight")
-    run(data_dir, tmp_path / "w")
+    shutil.copytree(tmp_path / "straight", tmp_path / "w")
     path = max((tmp_path / "w/checkpoints/8/params").rglob("d/*"), key=lambda p: p.stat().st_size)
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1

@@ -20,6 +20,7 @@ from vit_jax.config.load import load_config, parse_overrides
 from vit_jax.config.shipped import list_configs
 from vit_jax.models.variants import make_vit
 from vit_jax.observe import trackers
+from vit_jax.runtime import processes
 from vit_jax.runtime.preemption import Interrupted, Preempted
 from vit_jax.training import run
 from vit_jax.training.run import train
@@ -50,40 +51,55 @@ def trained(data_dir, tmp_path_factory):
     return workdir
 
 
-# All others are tried within one process: tests/test_wrong_inputs.py.
-BAD_INPUT = {
-    "wrong type": (["--config.total_steps=many"], ["total_steps='many'", "int"]),
-    "foreign flag": (["--wrokdir=x"], ["wrokdir"]),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_gets_one_line_and_exit_code_2(case, data_dir, tmp_path):
-    arguments, words = BAD_INPUT[case]
+# All others are tried within one process, here and in tests/test_wrong_inputs.py.
+def test_bad_input_gets_one_line_and_exit_code_2(data_dir, tmp_path):
     workdir = tmp_path / "w"
-    done = run_main(
-        f"--config={DIGITS}",
-        f"--workdir={workdir}",
-        f"--config.data.data_dir={data_dir}",
-        *arguments,
-    )
+    done = run_main(f"--config={DIGITS}", f"--workdir={workdir}", "--wrokdir=x")
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("vit_jax: error: ")
+    assert "wrokdir" in line
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.total_steps=many"], ["total_steps='many'", "int"]),
+        (["--config.data.name=places365_small:9.9.9"], ["data.name='places365_small:9.9.9'"]),
+    ],
+    ids=["wrong type", "no such data"],
+)
+def test_bad_values_get_one_line_and_exit_code_2(arguments, words, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "w"
+    data = f"--config.data.data_dir={tmp_path / 'none'}"
+    argv = [f"--config={DIGITS}", f"--workdir={workdir}", data, *arguments]
+    assert call("main", argv, monkeypatch) == 2
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if "vit_jax: error: " in x)
     for word in words:
         assert word in line
-    assert not (workdir / "checkpoints").exists() or not any((workdir / "checkpoints").iterdir())
+    assert not (workdir / "checkpoints").exists()
 
 
-def test_dataset_that_is_not_prepared_and_can_not_be_is_refused(tmp_path):
-    done = run_main(
-        f"--config={DIGITS}",
-        f"--workdir={tmp_path / 'w'}",
-        f"--config.data.data_dir={tmp_path / 'none'}",
-        "--config.data.name=places365_small:9.9.9",
+def test_processes_compare_what_was_typed_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    compared = []
+
+    def refuse(values):
+        compared.append(values)
+        raise UserError("processes 0 and 1 were not started alike")
+
+    monkeypatch.setattr(processes, "check_same", refuse)
+    workdir = tmp_path / "w"
+    argv = [f"--config={DIGITS}", f"--workdir={workdir}", "--config.total_steps=7"]
+    assert call("main", argv, monkeypatch) == 2
+    assert capsys.readouterr().err.endswith(
+        "vit_jax: error: processes 0 and 1 were not started alike\n"
     )
-    assert done.returncode == 2
-    assert done.stderr.count("vit_jax: error: data.name='places365_small:9.9.9'") == 1
+    (values,) = compared
+    assert values["--config.total_steps"] == 7
+    assert values["--config.optimizer.lr"] == load_config(str(DIGITS), {}).optimizer.lr
+    assert values["--workdir"] == str(workdir)
+    assert not workdir.exists()
 
 
 def snapshot(folder):

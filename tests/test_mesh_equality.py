@@ -91,7 +91,7 @@ def two_updates_on_one_device(data_dir):
 
 
 # The others are parts of "all", or the test above has them.
-FAST = ("zero1", "all")
+FAST = ("all",)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,8 @@ def test_every_strategy_gives_the_same_gradients_and_updates(
     assert moment.size == parts[name] * moment.addressable_shards[0].data.size
 
 
+# tests/models/test_gradients.py has it without a mesh, and tests/test_any_resolution.py on one.
+@pytest.mark.slow
 def test_gradient_accumulation_equals_the_large_batch(data_dir):
     changes = {"model__dropout_rate": 0.0, "model__num_layers": 1, "mesh": {"data": 4, "fsdp": 2}}
     want, _ = losses(data_dir, steps=6, data__batch_size=32, **changes)

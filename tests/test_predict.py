@@ -4,22 +4,18 @@
 import csv
 import io
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 import vit_jax
+from tests.command import call as call_command
 from tests.trained import write_images, write_model, write_towers
 from vit_jax.observe import console
 from vit_jax.predict import main
 from vit_jax.utils.errors import UserError
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -175,29 +171,17 @@ def test_if_no_image_can_be_read_nothing_is_left(call, place, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_reads_a_list_and_leaves_stdout_to_the_results(place):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "vit_jax.predict",
-            f"--checkpoint={place / 'vit.npz'}",
-            "--format=json",
-            "-",
-        ],
-        input=f"{place / 'images' / '00.png'}\n{place / 'images' / 'none.png'}\n",
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 1, done.stderr
-    (record,) = map(json.loads, done.stdout.splitlines())
+def test_the_command_reads_a_list_and_leaves_stdout_to_the_results(place, monkeypatch, capfd):
+    listed = f"{place / 'images' / '00.png'}\n{place / 'images' / 'none.png'}\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed.encode())))
+    arguments = [f"--checkpoint={place / 'vit.npz'}", "--format=json", "-"]
+    assert call_command("predict", arguments, monkeypatch) == 1
+    out, err = capfd.readouterr()
+    (record,) = map(json.loads, out.splitlines())
     assert [p["class"] for p in record["predictions"]] == [
         str(p["label"]) for p in record["predictions"]
     ]
-    assert "none.png: it can't be read: FileNotFoundError" in done.stderr
+    assert "none.png: it can't be read: FileNotFoundError" in err
 
 
 @pytest.fixture(scope="module")

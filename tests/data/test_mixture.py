@@ -91,8 +91,16 @@ def test_other_seeds_give_another_order_in_the_same_shares(mixed):
     np.testing.assert_array_equal(zero < 100, one < 100)
 
 
-@pytest.mark.parametrize(("hosts", "threads"), [(1, 0), (1, 3), (2, 2), (4, 0), (8, 3)])
-@pytest.mark.parametrize("step", [0, 4])
+@pytest.mark.parametrize(
+    ("hosts", "threads", "step"),
+    [
+        *((1, 0, 4), (1, 3, 4), (2, 2, 0), (4, 0, 4), (8, 3, 0), (8, 3, 4)),
+        *(
+            pytest.param(*c, marks=pytest.mark.slow)
+            for c in ((1, 0, 0), (1, 3, 0), (2, 2, 4), (4, 0, 0))
+        ),
+    ],
+)
 def test_batches_are_the_same_on_any_hosts_threads_and_first_step(hosts, threads, step, mixed):
     want = take(mixed, 10)[step:]
     spec = dataclasses.replace(mixed, num_threads=threads)

@@ -528,8 +528,13 @@ def test_damaged_captions_are_refused(folder, tmp_path):
             dataset_info(f"packed:{tmp_path / 'dst'}", data_dir=None)
 
 
-@pytest.mark.parametrize("kind", ["packed", "raw"])
-@pytest.mark.parametrize("scheme", ["gs", "s3"])
+@pytest.mark.parametrize(
+    ("scheme", "kind"),
+    [
+        *(("gs", "packed"), ("s3", "raw")),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in (("gs", "raw"), ("s3", "packed"))),
+    ],
+)
 def test_a_pack_in_a_bucket_reads_like_the_local_one(folder, tmp_path, server, scheme, kind):
     target = tmp_path / "pack"
     pack(folder, target, "--shard_size=6", *(["--raw=16"] if kind == "raw" else []))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import call
 from tests.docs.blocks import ROOT, read_blocks, split_commands, write_modules
 
 PAGE = ROOT / "docs" / "extend.md"
@@ -45,7 +46,7 @@ def find(module, workdir):
     return words
 
 
-def test_all_parts_train_and_are_found_again(run):
+def test_all_parts_train_and_are_found_again(run, monkeypatch, capsys):
     code, said, home = run(find("vit_jax.main", "extended"))
     assert code == 0, said
     workdir = Path(home / "runs" / "extended")
@@ -65,9 +66,11 @@ def test_all_parts_train_and_are_found_again(run):
     code, said, _ = run(evaluate, "--json")
     assert code == 0, said
     assert "sure/confidence" in said
-    code, said, _ = run([w for w in evaluate if not w.startswith("--parts")])
-    assert code == 2
-    (line,) = (line for line in said.splitlines() if "error" in line)
+    monkeypatch.chdir(home)
+    assert (
+        call("evaluate", [w for w in evaluate[3:] if not w.startswith("--parts")], monkeypatch) == 2
+    )
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
     assert "--parts=my_" in line
     code, said, _ = run(find("vit_jax.predict", "extended"))
     assert code == 0, said

@@ -47,8 +47,8 @@ def test_a_step_takes_the_gradient_at_its_size(experiment):
     params = jax.device_get(state.params)
     _, metrics = experiment.train_step_at(1)(state, batch)
     objective = experiment.objective.at_step(seed=0, step=1)
-    augmented = objective.augment(batch, jax.random.key(0))
-    want, _ = objective.loss(params, augmented, jax.random.key(0))
+    augmented = jax.jit(objective.augment)(batch, jax.random.key(0))
+    want, _ = jax.jit(objective.loss)(params, augmented, jax.random.key(0))
     np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)
 
 

@@ -216,7 +216,11 @@ def augmented():
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"data": 8}, {"data": 1, "fsdp": 4, "tensor": 2}], ids=["data8", "fsdp4-tensor2"]
+    "mesh",
+    [
+        pytest.param({"data": 8}, marks=pytest.mark.slow, id="data8"),
+        pytest.param({"data": 1, "fsdp": 4, "tensor": 2}, id="fsdp4-tensor2"),
+    ],
 )
 def test_a_step_has_the_same_batch_on_any_mesh_and_never_leaves_the_device(mesh, augmented):
     batch, augment, want = augmented

@@ -37,10 +37,10 @@ def test_patches_are_rows_of_pixels_and_come_back():
 def test_loss_is_the_mean_squared_error_of_hidden_patches(norm_pix):
     objective, batch = mae(norm_pix=norm_pix), draw_batch()
     params = jax.jit(objective.init)(jax.random.key(0), batch)
-    augmented = objective.augment(batch, jax.random.key(1))
+    augmented = jax.jit(objective.augment)(batch, jax.random.key(1))
     visible = np.asarray(augmented["visible"])
     assert visible.shape == (3, 4)
-    predicted = np.asarray(objective._apply(params, augmented, rng=None))
+    predicted = np.asarray(jax.jit(objective._apply)(params, augmented, rng=None))
     images = np.asarray(batch["image"], np.float64) / 127.5 - 1
     errors = []
     for i in range(3):
@@ -50,7 +50,7 @@ def test_loss_is_the_mean_squared_error_of_hidden_patches(norm_pix):
             if norm_pix:
                 target = (target - target.mean()) / np.sqrt(target.var(ddof=1) + 1e-6)
             errors.append(((predicted[i, patch] - target) ** 2).mean())
-    loss, metrics = objective.loss(params, augmented, jax.random.key(2))
+    loss, metrics = jax.jit(objective.loss)(params, augmented, jax.random.key(2))
     assert len(errors) == 3 * 12
     assert float(loss) == pytest.approx(np.mean(errors), rel=1e-5)
     assert float(metrics["loss"]) == float(loss)
@@ -60,18 +60,20 @@ def test_hidden_pixels_reach_the_loss_only_as_targets():
     """No hidden pixel is seen: the prediction does not change with it."""
     objective, batch = mae(), draw_batch()
     params = jax.jit(objective.init)(jax.random.key(0), batch)
-    augmented = objective.augment(batch, jax.random.key(1))
-    before = objective._apply(params, augmented, rng=None)
+    augmented = jax.jit(objective.augment)(batch, jax.random.key(1))
+    before = jax.jit(objective._apply)(params, augmented, rng=None)
     visible = (np.asarray(augmented["visible"])[:, :, None] == np.arange(16)).any(1)
     mask = visible.reshape(3, 4, 4).repeat(4, axis=1).repeat(4, axis=2)[..., None]
     other = np.where(mask, augmented["image"], 0.5)
-    after = objective._apply(params, augmented | {"image": jnp.asarray(other)}, rng=None)
+    after = jax.jit(objective._apply)(params, augmented | {"image": jnp.asarray(other)}, rng=None)
     np.testing.assert_array_equal(before, after)
 
 
 def test_masks_are_a_function_of_the_key_and_differ_between_images():
     objective, batch = mae(), draw_batch(8)
-    one, again, other = (objective.augment(batch, jax.random.key(i))["visible"] for i in (0, 0, 1))
+    one, again, other = (
+        jax.jit(objective.augment)(batch, jax.random.key(i))["visible"] for i in (0, 0, 1)
+    )
     np.testing.assert_array_equal(one, again)
     assert not np.array_equal(one, other)
     assert len({tuple(sorted(row.tolist())) for row in one}) > 1
@@ -93,7 +95,7 @@ def test_masked_patches_cost_nothing_in_the_encoder():
 def test_pictures_show_what_is_seen_and_what_is_predicted():
     objective, batch = mae(mask_ratio=0.5), draw_batch()
     params = jax.jit(objective.init)(jax.random.key(0), batch)
-    found, again = (objective.reconstruct(params, batch) for _ in range(2))
+    found, again = (jax.jit(objective.reconstruct)(params, batch) for _ in range(2))
     np.testing.assert_array_equal(found["loss"], again["loss"])
     seen = np.isclose(found["masked"], batch["image"], atol=1e-3)
     assert 0.5 <= seen.mean() < 0.55

@@ -87,6 +87,17 @@ def test_processes_stop_after_the_same_step_when_one_is_told(data_dir, tmp_path)
     assert "SIGTERM: saves after this step" in second[2]
 
 
+def test_sigterm_before_anything_may_be_saved_ends_to_be_run_again(monkeypatch):
+    ended = []
+    monkeypatch.setattr(preemption, "end_now", lambda *end: ended.append(end))
+    with PreemptionGuard():
+        signal.raise_signal(signal.SIGTERM)
+        wait_until(lambda: ended)
+    assert ended == [("SIGTERM before the first step: there is nothing to save", RUN_AGAIN)]
+
+
+# The test above has it without a process.
+@pytest.mark.slow
 def test_before_the_first_step_there_is_nothing_to_save(data_dir, tmp_path):
     with start(tmp_path, data_dir, processes=1, devices=4) as started:
         # What is compiled now takes seconds.
@@ -173,7 +184,11 @@ def test_ctrl_c_that_a_shell_has_ignored_stays_ignored():
 
 
 @pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGTERM, Preempted), (signal.SIGINT, Interrupted)]
+    ("number", "error"),
+    [
+        (signal.SIGTERM, Preempted),
+        pytest.param(signal.SIGINT, Interrupted, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_saves_and_stops_at_the_first_signal(number, error, data_dir, tmp_path, monkeypatch):
     def step(self, step, metrics, *, log):

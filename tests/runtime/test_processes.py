@@ -2,12 +2,15 @@
 """A job of two processes, two devices each, does what one process with four devices does."""
 
 import contextlib
+import functools
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -19,8 +22,11 @@ from tests.images import write_folder
 from vit_jax.checkpoint.pretrained.load import load_params, load_pretrained
 from vit_jax.config.load import load_config
 from vit_jax.observe.jsonl import read_metrics
+from vit_jax.runtime import processes
 from vit_jax.training.experiment import Experiment
+from vit_jax.training.run import train
 from vit_jax.utils import mirrors
+from vit_jax.utils.errors import UserError
 
 __all__ = ["server"]
 
@@ -117,9 +123,19 @@ def start(folder, data_dir, *, processes, devices, arguments=(), text=CONFIG_FIL
 def one(data_dir, tmp_path_factory):
     """Folder of the job of one process."""
     folder = tmp_path_factory.mktemp("one")
-    ((code, _, errors),) = run(folder, data_dir, processes=1, devices=4)
-    assert code == 0, errors
+    train_on(4, folder, data_dir)
     return folder
+
+
+def train_on(count, folder, data_dir, overrides=None):
+    """Runs the job to its end within this process, on as many of its devices."""
+    config = folder / "config.py"
+    config.write_text(CONFIG_FILE)
+    train(
+        load_config(f"{config}:{data_dir}", overrides or {}),
+        folder / "workdir",
+        make_experiment=functools.partial(Experiment.from_config, devices=jax.devices()[:count]),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +211,6 @@ def test_only_the_first_process_prints_and_writes_metrics(two):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_two_processes_that_share_no_folder_resume_from_a_bucket(server, two, data_dir, tmp_path):
     arguments = [f"--workdir=gs://{server.bucket}/run"]
     want = load_pretrained(str(two[0] / "workdir")).params
@@ -215,14 +230,13 @@ def test_two_processes_that_share_no_folder_resume_from_a_bucket(server, two, da
         server.rewind(names.index("run/checkpoints/6/manifest.json"))
 
 
-def test_one_process_goes_on_from_the_checkpoint_of_two(two, data_dir, tmp_path):
+def test_one_process_goes_on_from_the_checkpoint_of_two(two, data_dir, tmp_path, capsys):
     workdir = tmp_path / "workdir"
     shutil.copytree(two[0] / "workdir", workdir)
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"3", "6"}
     stored, losses = load_params(workdir)[0], metric(tmp_path, "train/loss")
-    arguments = ["--config.total_steps=8", "--config.mesh.fsdp=1"]
-    ((code, output, errors),) = run(tmp_path, data_dir, processes=1, devices=1, arguments=arguments)
-    assert code == 0, errors
+    train_on(1, tmp_path, data_dir, {"total_steps": 8, "mesh.fsdp": 1})
+    output = capsys.readouterr().out
     assert f"resuming from {workdir / 'checkpoints' / '6'}" in said(output)
     assert "finished at step 8 of 8" in said(output)
     after = metric(tmp_path, "train/loss")
@@ -232,11 +246,59 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(two, data_dir, tmp_path)
     config = load_config(f"{tmp_path / 'config.py'}:{data_dir}", {"mesh.fsdp": 1})
     experiment = Experiment.from_config(config, devices=jax.devices()[:1])
     objective, key = experiment.objective, jax.random.key(0)
-    batch = objective.augment(next(experiment.train_batches(6)), key)
-    loss, _ = objective.loss(stored, batch, key)
+    batch = jax.jit(objective.augment)(next(experiment.train_batches(6)), key)
+    loss, _ = jax.jit(objective.loss)(stored, batch, key)
     np.testing.assert_allclose(after[7], loss, rtol=1e-5)
 
 
+@pytest.fixture
+def in_two_processes(monkeypatch):
+    """Calls a function with the number of each process of a job; gives the errors of both."""
+    values, barrier, here = [None, None], threading.Barrier(2, timeout=60), threading.local()
+
+    def gather(value):
+        values[here.process] = np.asarray(value)
+        barrier.wait()
+        rows = np.stack(values)
+        barrier.wait()
+        return rows
+
+    def call(function):
+        def run_process(process):
+            here.process = process
+            with pytest.raises(UserError) as error:
+                function(process)
+            return str(error.value)
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(run_process, range(2)))
+
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+    return call
+
+
+def test_an_error_of_one_process_ends_all(in_two_processes):
+    def refuse(process):
+        with processes.fail_together():
+            if process == 1:
+                raise UserError("not here")
+
+    first, second = in_two_processes(refuse)
+    assert first == "process 1 refused its input; its line says why"
+    assert second == "not here"
+
+
+def test_processes_with_other_values_are_refused_by_key(in_two_processes):
+    first, second = in_two_processes(
+        lambda process: processes.check_same({"seed": 0, "total_steps": 6 + process})
+    )
+    assert first == second
+    assert "processes 0 and 1 were not started alike: total_steps is 6 there and 7 here" in first
+
+
+# The test of `fail_together` has the same without a job.
+@pytest.mark.slow
 def test_what_one_process_refuses_all_refuse(data_dir, tmp_path):
     text = "import sys\n" + CONFIG_FILE.replace(
         "def get_config(data_dir):\n",
@@ -277,6 +339,8 @@ def test_images_that_one_process_can_not_read_stop_all(tmp_path):
     assert "0 bytes that are not a readable image" in second
 
 
+# The test of `check_same` above has the line, and tests/test_main.py what is compared and when.
+@pytest.mark.slow
 def test_processes_that_were_not_started_alike_are_refused_by_key(data_dir, tmp_path):
     text = "import sys\n" + CONFIG_FILE.replace(
         "total_steps=6,", 'total_steps=7 if "--process_id=1" in sys.argv else 6,'
@@ -296,8 +360,8 @@ def test_four_processes_train_as_one_and_two_and_one_go_on(one, data_dir, tmp_pa
         want, got = metric(one, name), metric(tmp_path, name)
         np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-5)
     assert set(metric(tmp_path, "val/count").values()) == {50}
-    for processes, steps in ((2, 7), (1, 8)):
+    for count, steps in ((2, 7), (1, 8)):
         longer = [f"--config.total_steps={steps}", "--config.mesh.fsdp=2"]
-        done = run(tmp_path, data_dir, processes=processes, devices=2, arguments=longer)
-        assert [code for code, _, _ in done] == [0] * processes, done
+        done = run(tmp_path, data_dir, processes=count, devices=2, arguments=longer)
+        assert [code for code, _, _ in done] == [0] * count, done
     assert list(metric(tmp_path, "train/loss")) == [1, 2, 3, 4, 5, 6, 7, 8]

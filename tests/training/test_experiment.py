@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a config comes to: durations, rates, and what is said of them."""
 
+import gc
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from tests.tiny import tiny_config
 from vit_jax.checkpoint.pretrained.npz import write_npz
 from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.checkpoint.workdir import write_config
+from vit_jax.objectives.supervised import Supervised
 from vit_jax.optim.summary import describe_rates, group_params, summarize_params
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.resume import open_workdir
@@ -40,6 +43,18 @@ def test_the_length_of_a_run_has_three_units(length, steps, longer, data_dir):
         assert make_longer_command(command, experiment) == (
             f"python -m vit_jax.main '--config=a b'{seed} --config.{key}s=1 {longer}"
         )
+
+
+def test_shapes_and_values_of_a_state_take_one_trace(data_dir, monkeypatch):
+    experiment, traced, init = build(data_dir), [], Supervised.init
+    monkeypatch.setattr(Supervised, "init", lambda *x: traced.append(x) or init(*x))
+    shapes = experiment.abstract_state
+    gc.collect()
+    state = experiment.init_state()
+    assert len(traced) == 1
+    assert {p: (x.shape, x.sharding) for p, x in flatten(state).items()} == {
+        p: (x.shape, x.sharding) for p, x in flatten(shapes).items()
+    }
 
 
 @pytest.mark.parametrize(("total", "every"), [(4, 1), (50, 1), (240, 2), (4000, 40), (90_000, 900)])

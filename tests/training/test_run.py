@@ -262,27 +262,21 @@ def start(tmp_path, workdir, data_dir):
     )
 
 
-def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(data_dir, tmp_path):
-    train(tiny_config(data_dir, **KILLED), str(tmp_path / "straight"))
-    rng, killed = random.Random(0), False
-    for _ in range(20):
-        run = start(tmp_path, tmp_path / "killed", data_dir)
-        metrics = tmp_path / "killed" / "metrics.jsonl"
-        size = metrics.stat().st_size if metrics.exists() else 0
-        while run.poll() is None and not (metrics.exists() and metrics.stat().st_size > size):
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))
-        if run.poll() is None and not killed:
-            run.send_signal(signal.SIGKILL)
-            killed = True
-        output, _ = run.communicate(timeout=600)
-        if run.returncode == 0:
-            break
-        assert run.returncode == -signal.SIGKILL, output
-    assert killed
-    assert "finished at step 40 of 40" in output
-    assert_same(load_params(tmp_path / "killed")[0], load_params(tmp_path / "straight")[0])
-    steps = [r["step"] for r in read_metrics(tmp_path / "killed") if "train/loss" in r]
+def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(data_dir, tmp_path, said):
+    config, workdir = tiny_config(data_dir, **KILLED), tmp_path / "killed"
+    train(config, str(tmp_path / "straight"))
+    run, metrics = start(tmp_path, workdir, data_dir), workdir / "metrics.jsonl"
+    while run.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.01)
+    time.sleep(random.Random(0).uniform(0, 0.3))
+    run.send_signal(signal.SIGKILL)
+    output, _ = run.communicate(timeout=600)
+    assert run.returncode == -signal.SIGKILL, output
+    said.clear()
+    train(config, str(workdir))
+    assert "finished at step 40 of 40" in said
+    assert_same(load_params(workdir)[0], load_params(tmp_path / "straight")[0])
+    steps = [r["step"] for r in read_metrics(workdir) if "train/loss" in r]
     assert steps == [1, *range(2, 41, 2)]
 
 
@@ -462,6 +456,8 @@ def test_parameters_that_are_no_numbers_are_never_saved(data_dir, tmp_path, monk
     assert {p.name for p in (tmp_path / "w" / "checkpoints").iterdir()} == {"3", "4"}
 
 
+# tests/checkpoint/test_manager.py has it without training.
+@pytest.mark.slow
 def test_best_checkpoint_may_be_judged_by_another_metric_later(data_dir, tmp_path):
     options = {"checkpoint__keep": 1, "checkpoint__every": 2, "evals__val__every": 2}
     for steps, metric in ((4, "val/top1"), (6, "val/loss")):

@@ -133,7 +133,7 @@ class Experiment(Parts):
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the train state."""
-        shapes = jax.eval_shape(self._make_state)
+        shapes = jax.eval_shape(self._initialize)
         self.settings.lora.check(list(flatten(shapes.params)))
         shardings = infer_shardings(shapes, self.mesh, self.strategy, params=shapes.params)
         return _with_shardings(shapes, shardings)
@@ -170,6 +170,11 @@ class Experiment(Parts):
                 "stay as they are initialised; expected weights to start from, such as "
                 "--config.init_from=augreg:B/16"
             )
+
+    @functools.cached_property
+    def _initialize(self) -> Any:
+        """`_make_state`, which JAX traces once for shapes and values, as long as this exists."""
+        return jax.jit(self._make_state)
 
     def _make_state(self, params: Any = None) -> TrainState:
         batch = {k: jnp.zeros((1, *v.shape[1:]), v.dtype) for k, v in self.abstract_batch.items()}
@@ -224,17 +229,18 @@ class Experiment(Parts):
           loaded: those of `Objective.load_params`, if they have been read.
         """
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        initialize = jax.jit(self._initialize.__wrapped__, out_shardings=shardings)
         weights = weights or self.load_weights()
         parts: Params = self.objective.load_params() if loaded is None else loaded
         if weights is None and not parts:
-            return jax.jit(self._make_state, out_shardings=shardings)()
+            return initialize()
         params = self.initial_params()
         if weights is not None:
             params, notes = self.fit_params(weights, params)
             log(f"parameters from {self.settings.init_from} ({weights.layout})")
             for note in [*notes, *self._compare_classes(weights, notes)]:
                 log(f"  {note}")
-        return jax.jit(self._make_state, out_shardings=shardings)(params | parts)
+        return initialize(params | parts)
 
     def keep(self, params: Params) -> Params:
         """Returns the part of a tree of parameters that checkpoints hold.

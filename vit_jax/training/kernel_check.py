@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vit_jax.models.interface import Model, unsharded
 from vit_jax.observe.console import log
@@ -68,12 +69,18 @@ def _compare(kernels: Any, plain: Any, image_shape: tuple[int, int, int]) -> tup
         inputs = jax.random.randint(rng, (2, plain.context_length), 0, plain.vocab_size)
     else:
         inputs = jax.random.normal(rng, (2, *image_shape))
-    params = dict(plain.init(rng, inputs, train=False))["params"]
-    # Random values for all parameters, so that no layer of zeros hides another.
-    leaves, tree = jax.tree.flatten(params)
-    randoms = jax.random.split(rng, len(leaves))
-    noisy = [x + 0.05 * jax.random.normal(r, x.shape) for x, r in zip(leaves, randoms, strict=True)]
-    params = jax.tree.unflatten(tree, noisy)
+
+    @jax.jit
+    def draw_params() -> Any:
+        leaves, tree = jax.tree.flatten(plain.init(rng, inputs, train=False)["params"])
+        # Random values for all parameters, so that no layer of zeros hides another.
+        noisy = [
+            x + 0.05 * jax.random.normal(r, x.shape)
+            for x, r in zip(leaves, jax.random.split(rng, len(leaves)), strict=True)
+        ]
+        return jax.tree.unflatten(tree, noisy)
+
+    params = draw_params()
 
     def run(model: Any) -> dict[str, jax.Array]:
         def loss(params: Any) -> tuple[jax.Array, jax.Array]:
@@ -85,12 +92,12 @@ def _compare(kernels: Any, plain: Any, image_shape: tuple[int, int, int]) -> tup
         return {"encoded": encoded, **flatten(gradients)}
 
     found, expected = jax.device_get((run(kernels), run(plain)))
-    norms = {name: jnp.linalg.norm(x) for name, x in expected.items()}
+    norms = {name: np.linalg.norm(x) for name, x in expected.items()}
     # The gradient of a key's bias is zero but for rounding.
     least = 1e-2 * max(norm for name, norm in norms.items() if name != "encoded")
     errors = {
-        name: float(jnp.linalg.norm(found[name] - x) / jnp.maximum(norms[name], least))
+        name: float(np.linalg.norm(found[name] - x) / np.maximum(norms[name], least))
         for name, x in expected.items()
     }
-    name = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else jnp.inf)
+    name = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else np.inf)
     return name, errors[name]
