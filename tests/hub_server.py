@@ -3,13 +3,19 @@
 
 import functools
 import hashlib
+import io
 import json
 import threading
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+
+from tests.images import encode
+from vit_jax.data.sources import hub as source
 
 
 class HubServer:
@@ -116,9 +122,49 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HubServer:
     server.commits, server.branches, server.gated = {}, {}, set()
     server.status = None
     server.requests.clear()
+    forget_all()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
     return server
+
+
+def forget_all() -> None:
+    """Forgets what this process knows of the hub."""
+    source.hub_dataset.cache_clear()
+    source._find_repository.cache_clear()
+
+
+def make_table(greys, labels=None, *, image="image", name="label", **more):
+    """A table as `datasets` makes it, with images of these greys."""
+    images = [{"bytes": encode(grey), "path": None} for grey in greys]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    columns = {image: pa.array(images, kind)}
+    features: dict[str, object] = {image: {"_type": "Image"}}
+    if labels is not None:
+        columns[name] = labels
+        features[name] = {"names": ["auk", "bat"], "_type": "ClassLabel"}
+    for column, (values, feature) in more.items():
+        columns[column] = values
+        features[column] = feature
+    meta = {"huggingface": json.dumps({"info": {"features": features}})}
+    return pa.table(columns).replace_schema_metadata(meta)
+
+
+def parquet(greys, labels=None, **options):
+    """The bytes of a Parquet file."""
+    file = io.BytesIO()
+    pq.write_table(make_table(greys, labels, **options), file, row_group_size=3)
+    return file.getvalue()
+
+
+def push_birds(hub, **more):
+    """A repository of three files, in the layout that `push_to_hub` makes."""
+    files = {
+        "data/train-00000-of-00002.parquet": parquet(range(5), [0, 1, 0, 1, 0]),
+        "data/train-00001-of-00002.parquet": parquet(range(5, 9), [1] * 4),
+        "data/test-00000-of-00001.parquet": parquet([20, 21], [0, 1]),
+    }
+    return hub.push("me/birds", files | more)

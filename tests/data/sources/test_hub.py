@@ -9,58 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.hub_server import hub
+from tests.hub_server import forget_all, hub, make_table, parquet, push_birds
 from tests.images import encode
 from vit_jax.data.pipeline import DatasetSpec, eval_batches
 from vit_jax.data.sources import find_dataset, open_source
-from vit_jax.data.sources import hub as source
-from vit_jax.data.sources.files import folder_dataset
-from vit_jax.data.sources.hub import hub_dataset, pin_name, unpin_name
-from vit_jax.data.sources.tar import tar_dataset
+from vit_jax.data.sources.hub import pin_name, unpin_name
 from vit_jax.utils.errors import UserError
 
 __all__ = ["hub"]
-
-
-@pytest.fixture(autouse=True)
-def forget():
-    """No dataset of an earlier test."""
-    yield
-    for cached in (hub_dataset, source._find_repository, folder_dataset, tar_dataset):
-        cached.cache_clear()
-
-
-def make_table(greys, labels=None, *, image="image", name="label", **more):
-    """A table as `datasets` makes it, with images of these greys."""
-    images = [{"bytes": encode(grey), "path": None} for grey in greys]
-    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    columns = {image: pa.array(images, kind)}
-    features: dict[str, object] = {image: {"_type": "Image"}}
-    if labels is not None:
-        columns[name] = labels
-        features[name] = {"names": ["auk", "bat"], "_type": "ClassLabel"}
-    for column, (values, feature) in more.items():
-        columns[column] = values
-        features[column] = feature
-    meta = {"huggingface": json.dumps({"info": {"features": features}})}
-    return pa.table(columns).replace_schema_metadata(meta)
-
-
-def parquet(greys, labels=None, **options):
-    """The bytes of a Parquet file."""
-    file = io.BytesIO()
-    pq.write_table(make_table(greys, labels, **options), file, row_group_size=3)
-    return file.getvalue()
-
-
-def push_birds(hub, **more):
-    """A repository of three files, in the layout that `push_to_hub` makes."""
-    files = {
-        "data/train-00000-of-00002.parquet": parquet(range(5), [0, 1, 0, 1, 0]),
-        "data/train-00001-of-00002.parquet": parquet(range(5, 9), [1] * 4),
-        "data/test-00000-of-00001.parquet": parquet([20, 21], [0, 1]),
-    }
-    return hub.push("me/birds", files | more)
 
 
 def greys(name, split):
@@ -108,11 +64,6 @@ def test_files_are_downloaded_once_and_others_never(hub, caplog):
     hub.requests.clear()
     find_dataset("hf:me/birds", data_dir=None)
     assert hub.requests == ["GET /api/datasets/me/birds"]
-
-
-def forget_all():
-    hub_dataset.cache_clear()
-    source._find_repository.cache_clear()
 
 
 def test_a_revision_is_a_branch_or_a_commit(hub):

@@ -33,6 +33,7 @@ from vit_jax.data.sources.tables import (
     parse_features,
 )
 from vit_jax.data.sources.tar import tar_dataset
+from vit_jax.data.sources.tfds import NotPreparedError, may_prepare
 from vit_jax.utils.bounds import is_inside, read_json, read_text
 from vit_jax.utils.errors import UserError, first_line
 
@@ -152,6 +153,8 @@ class _Repository:
         missing = [p for p in wanted if not os.path.isfile(os.path.join(self.root, p))]
         if not missing:
             return
+        if not may_prepare():
+            raise _not_prepared(key)
         size = sum(self.sizes[path] for path in missing) / 1e9
         logger.info(
             "%s: downloads %s files, %.2f GB, to %s", name, f"{len(missing):,}", size, self.root
@@ -182,7 +185,8 @@ def _find_repository(place: str, *, key: str) -> _Repository:
         )
     hub, (repository, revision) = _import_hub(key), found.groups()
     try:
-        resolved = hub.HfApi().resolve_revision(repository, repo_type="dataset", revision=revision)
+        here = {"repo_type": "dataset", "local_files_only": not may_prepare()}
+        resolved = hub.HfApi().resolve_revision(repository, revision=revision, **here)
 
         class Silent(hub.utils.tqdm):
             """The progress of two small files."""
@@ -194,10 +198,10 @@ def _find_repository(place: str, *, key: str) -> _Repository:
         # any that matches there would be a warning.
         root = hub.snapshot_download(
             repository,
-            repo_type="dataset",
             revision=resolved,
             allow_patterns=[CARD, ".gitattributes"],
             tqdm_class=Silent,
+            **here,
         )
         try:
             tree = hub.get_cached_repo_tree(repository, repo_type="dataset", revision=resolved)
@@ -206,10 +210,18 @@ def _find_repository(place: str, *, key: str) -> _Repository:
             sizes = {p: os.path.getsize(os.path.join(root, p)) for p in _list_below(root, key=key)}
         return _Repository(repository, resolved.resolved, root, sizes)
     except Exception as e:  # Of many types, as above.
+        if not may_prepare():
+            raise _not_prepared(key) from e
         at = f" of {revision}" if revision else ""
         raise _explain(
             e, repository, revision, f"there is no copy{at} in the cache", key=key
         ) from e
+
+
+def _not_prepared(key: str) -> NotPreparedError:
+    return NotPreparedError(
+        f"{key} is not downloaded yet, as `python -m vit_jax.data.prepare` or a run does"
+    )
 
 
 def _import_hub(name: str) -> Any:

@@ -187,6 +187,11 @@ class NotPreparedError(UserError):
     """A dataset is not prepared, and must not be now."""
 
 
+def may_prepare() -> bool:
+    """Whether datasets may be prepared or downloaded now."""
+    return _may_prepare
+
+
 @contextlib.contextmanager
 def preparing_nothing() -> Iterator[None]:
     """Lets the use of a dataset that is not prepared raise `NotPreparedError`, in this process."""
