@@ -15,6 +15,7 @@ from typing import Any
 from vit_jax.data.sources.base import Dataset
 from vit_jax.data.sources.columns import split_columns
 from vit_jax.data.sources.files import folder_dataset
+from vit_jax.data.sources.guess import suggest_name
 from vit_jax.data.sources.hub_layout import (
     CARD,
     Layout,
@@ -73,7 +74,8 @@ def hub_dataset(text: str) -> Dataset:
     if repository is None:
         root = os.path.abspath(os.path.expanduser(place))
         if not os.path.isdir(root):
-            raise UserError(f"{key}: there is no folder {root}")
+            hint = suggest_name(place, besides="hf")
+            raise UserError(f"{key}: there is no folder {root}{hint}")
         if any(os.path.isfile(os.path.join(root, file)) for file in (_DICT, _STATE)):
             if subset is not None:
                 raise UserError(f"{key}: a folder of save_to_disk has no subsets")
@@ -120,7 +122,7 @@ def unpin_name(name: str) -> str:
 
 
 def _is_local(place: str) -> bool:
-    return place.startswith(("/", ".", "~"))
+    return place.startswith(("/", ".", "~")) and not place.startswith("//")
 
 
 # Repositories
@@ -179,9 +181,10 @@ def _find_repository(place: str, *, key: str) -> _Repository:
     """Asks the hub, or its cache, for a repository and its files; downloads the card."""
     found = _REPOSITORY.fullmatch(place)
     if found is None:
+        url = f"hf:{place}" if place.startswith("//") else place
         raise UserError(
             f"{key}: expected hf:OWNER/NAME, with @REVISION or #subset=NAME after it, or the path "
-            "of a folder, such as hf:./birds"
+            f"of a folder, such as hf:./birds{suggest_name(url, besides='hf')}"
         )
     hub, (repository, revision) = _import_hub(key), found.groups()
     try:

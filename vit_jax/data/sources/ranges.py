@@ -141,6 +141,11 @@ class BucketRanges(Ranges):
             return bucket.read_range(name, start, stop)
         return be_patient(lambda: bucket.read_range(name, start, stop))
 
+    def read_tail(self, number: int, size: int) -> bytes:
+        """The last `size` bytes of an object, or all of one that has fewer."""
+        bucket, name = self._objects[number]
+        return be_patient(lambda: bucket.read_tail(name, size))
+
     def ahead(self, number: int, start: int, stop: int | None) -> None:
         bucket, name = self._objects[number]
         key = number, start, stop

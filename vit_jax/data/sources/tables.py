@@ -3,11 +3,14 @@
 
 import abc
 import collections
+import contextlib
 import dataclasses
+import io
 import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from vit_jax.data.sources.layout import (
     list_few,
     log_cut,
 )
+from vit_jax.data.sources.ranges import BucketRanges
 from vit_jax.utils.bounds import (
     MAX_JSON,
     MAX_WEIGHTS,
@@ -45,6 +49,14 @@ _CAPTIONS = ("caption", "captions", "text", "texts")
 # The last bytes of a stream of Arrow, which a program that was killed has not written.
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 _ARROW_FILE = b"ARROW1"
+# Limits of what describes a Parquet file.
+_LIMITS: dict[str, Any] = {
+    "thrift_string_size_limit": MAX_JSON,
+    "thrift_container_size_limit": 2**20,
+}
+# Bytes at the end of a Parquet file that are asked for first; they describe most files.
+_TAIL = 2**16
+_READERS = 16  # threads that open files, which mostly wait for a bucket
 
 
 class Table(abc.ABC):
@@ -55,12 +67,14 @@ class Table(abc.ABC):
       schema: its columns, a `pyarrow.Schema`.
       counts: the number of rows of each group.
       group_bytes: bytes that the groups take in memory, all together; 0 if they are mapped.
+      remote: whether it is in a bucket; then groups are read in any number of threads.
     """
 
     path: str
     schema: Any
     counts: Sequence[int]
     group_bytes: int = 0
+    remote = False
 
     @property
     def num_rows(self) -> int:
@@ -75,6 +89,12 @@ class Table(abc.ABC):
     def read_group(self, group: int, column: str) -> Any:
         """Reads a column of a group as a `pyarrow.Array`; raises any error."""
 
+    def ahead(self, group: int, column: str) -> None:  # noqa: B027
+        """Starts to read what `read_group` will be called for once."""
+
+    def ahead_columns(self, columns: Sequence[str]) -> None:  # noqa: B027
+        """Starts to read what `read` will be called for once."""
+
 
 class ParquetTable(Table):
     """A Parquet file.
@@ -87,44 +107,170 @@ class ParquetTable(Table):
 
         self.path = path
         os.close(open_regular(path, max_bytes=MAX_WEIGHTS))
-        limits: dict[str, Any] = {
-            "thrift_string_size_limit": MAX_JSON,
-            "thrift_container_size_limit": 2**20,
-        }
-        self._file = pq.ParquetFile(path, memory_map=True, **limits)
-        self.schema = self._file.schema_arrow
-        metadata, self._stored = self._file.metadata, os.path.getsize(path)
+        self._stored = os.path.getsize(path)
+        self._file = pq.ParquetFile(path, memory_map=True, **_LIMITS)
+        self._describe(self._file, self._stored)
+        check_growth(self._stored, self.group_bytes, path)
+
+    def _describe(self, file: Any, size: int) -> None:
+        """Sets the attributes; `size` is about how many bytes the file has."""
+        self.schema, metadata = file.schema_arrow, file.metadata
         rows = metadata.num_rows
         # Runs of equal values take no space, but rows with an image each do.
-        if rows > _MIN_ROWS + self._stored // _ROW_BYTES:
+        if rows > _MIN_ROWS + size // _ROW_BYTES:
             raise ValueError(
-                f"{path}: {rows:,} rows in {self._stored:,} bytes: expected an image in each"
+                f"{self.path}: {rows:,} rows in {size:,} bytes: expected an image in each"
             )
+        # Not by columns: pyarrow aborts the process where the description of one is damaged.
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
         self.counts = [group.num_rows for group in groups]
         if sum(self.counts) != rows or min(self.counts, default=0) < 0:
-            raise ValueError(f"{path}: {rows:,} rows, and {sum(self.counts):,} in its row groups")
-        # Not by columns: pyarrow aborts the process where the description of one is damaged.
+            raise ValueError(
+                f"{self.path}: {rows:,} rows, and {sum(self.counts):,} in its row groups"
+            )
         self.group_bytes = sum(group.total_byte_size for group in groups)
-        check_growth(self._stored, self.group_bytes, path)
 
-    def read(self, columns: Sequence[str], **options: Any) -> Any:
+    def read(self, columns: Sequence[str]) -> Any:
+        return self._read(columns, self._file, lambda: self._stored)
+
+    def _read(
+        self, columns: Sequence[str], file: Any, stored: Callable[[], int], **options: Any
+    ) -> Any:
+        """Reads columns; `stored` gives the bytes that they are read from."""
         # In batches, since a value that rows share in the file is copied for each of them.
         import pyarrow as pa
 
         batches, size = [], 0
-        for batch in self._file.iter_batches(columns=list(columns), **options):
+        for batch in file.iter_batches(columns=list(columns), **options):
             batches.append(batch)
             size += batch.nbytes
-            check_growth(self._stored, size, self.path)
-        return pa.Table.from_batches(batches) if batches else self._file.read(list(columns))
+            check_growth(stored(), size, self.path)
+        return pa.Table.from_batches(batches) if batches else file.read(list(columns))
 
     def read_group(self, group: int, column: str) -> Any:
-        table = self.read([column], row_groups=[group], batch_size=_BATCH_ROWS)
+        return self._read_group(group, column, self._file, lambda: self._stored)
+
+    def _read_group(self, group: int, column: str, file: Any, stored: Callable[[], int]) -> Any:
+        options = {"row_groups": [group], "batch_size": _BATCH_ROWS}
+        table = self._read([self._leaf(column)], file, stored, **options)
         values = table.column(0).combine_chunks()
         if len(values) != self.counts[group]:
             raise ValueError(f"{len(values)} rows; expected {self.counts[group]}")
         return values
+
+    def _leaf(self, column: str) -> str:
+        """The part of a column that is read: of an image, not its path."""
+        import pyarrow as pa
+
+        return f"{column}.bytes" if pa.types.is_struct(self.schema.field(column).type) else column
+
+
+class BucketParquetTable(ParquetTable):
+    """A Parquet file in a bucket.
+
+    Each part of a column that is in one row group is one request, which can be made before it is
+    needed. Raises as `ParquetTable`.
+    """
+
+    remote = True
+
+    def __init__(self, ranges: BucketRanges, number: int):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.path, self._ranges, self._number = ranges.paths[number], ranges, number
+        tail = ranges.read_tail(number, _TAIL)
+        size = int.from_bytes(tail[-8:-4], "little")
+        if len(tail) < 12 or tail[-4:] != b"PAR1":
+            raise ValueError(f"{self.path}: it does not end as a Parquet file does")
+        if size + 8 > len(tail):
+            if size > MAX_JSON:
+                raise ValueError(f"{self.path}: {size:,} bytes describe its row groups")
+            tail = ranges.read_tail(number, size + 8)
+        # All but the end is missing; places are from the start of the file.
+        end = pq.ParquetFile(pa.BufferReader(b"PAR1" + tail[-size - 8 :]), **_LIMITS)
+        self._metadata = end.metadata
+        self._describe(end, sum(self._group_sizes()))
+        self._places: dict[tuple[int, str], tuple[int, int] | None] = {}
+
+    def _group_sizes(self) -> list[int]:
+        groups = range(self._metadata.num_row_groups)
+        return [self._metadata.row_group(group).total_byte_size for group in groups]
+
+    def _open(self, file: "_RangeFile") -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        source = pa.PythonFile(file, mode="r")
+        return pq.ParquetFile(source, metadata=self._metadata, **_LIMITS)
+
+    def _find(self, group: int, leaf: str) -> tuple[int, int] | None:
+        """The place of a column in a row group; None if it can't be read.
+
+        It is what pyarrow asks for first; the description of the column is not safe to look at.
+        """
+        if (group, leaf) not in self._places:
+            asked: list[tuple[int, int]] = []
+
+            def note(start: int, stop: int) -> bytes:
+                asked.append((start, stop))
+                raise OSError("this is all that is asked for")
+
+            with contextlib.suppress(Exception):
+                self._open(_RangeFile(note)).read_row_group(group, columns=[leaf])
+            self._places[group, leaf] = asked[0] if asked else None
+        return self._places[group, leaf]
+
+    def ahead(self, group: int, column: str) -> None:
+        self._announce(group, self._leaf(column))
+
+    def _announce(self, group: int, leaf: str) -> None:
+        if place := self._find(group, leaf):
+            self._ranges.ahead(self._number, *place)
+
+    def ahead_columns(self, columns: Sequence[str]) -> None:
+        for group in range(len(self.counts)):
+            for column in columns:
+                self._announce(group, column)
+
+    def _counting(self) -> "_RangeFile":
+        return _RangeFile(lambda start, stop: self._ranges.read(self._number, start, stop))
+
+    def read(self, columns: Sequence[str]) -> Any:
+        file = self._counting()
+        return self._read(columns, self._open(file), lambda: file.fetched)
+
+    def read_group(self, group: int, column: str) -> Any:
+        file = self._counting()
+        return self._read_group(group, column, self._open(file), lambda: file.fetched)
+
+
+class _RangeFile(io.RawIOBase):
+    """A file of unknown size for pyarrow, whose parts are read by a function of their places."""
+
+    def __init__(self, read_range: Callable[[int, int], bytes]):
+        self._read_range, self._place = read_range, 0
+        self.fetched = 0  # bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: MAX_WEIGHTS}
+        self._place = starts[whence] + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def read(self, size: int = -1, /) -> bytes:
+        content = self._read_range(self._place, self._place + size)
+        self._place += len(content)
+        self.fetched += len(content)
+        return content
 
 
 class ArrowTable(Table):
@@ -178,6 +324,13 @@ class ArrowTable(Table):
         values = self._batches[group].column(column)
         values.validate(full=True)
         return values
+
+
+def open_bucket(paths: Sequence[str]) -> list[BucketParquetTable]:
+    """Opens Parquet files by their URLs; see `ParquetTable` for errors."""
+    ranges = BucketRanges(paths)
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(lambda n: BucketParquetTable(ranges, n), range(len(paths))))
 
 
 def open_table(path: str) -> Table:
@@ -267,6 +420,9 @@ def make_dataset(
         features_of = [{**(features or {}), **_read_features(table.schema)} for table in tables]
         names_of = _find_columns(tables, features_of, renamed, name=name)
         captions = _find_captions(tables, key, names_of)
+        for table in tables:
+            wanted = (names_of["label"], names_of["split"])
+            table.ahead_columns([column for column in wanted if column in table.schema.names])
         for table, split, known in zip(tables, find_splits(tables), features_of, strict=True):
             schema, rows = table.schema, table.num_rows
             _check_schema(schema, table.path, key, names_of)
@@ -287,7 +443,10 @@ def make_dataset(
             else:
                 splits += [split] * rows
     except (OSError, ValueError, pa.ArrowException) as e:  # Bounds raise the first two.
-        raise UserError(f"{key} can't be read: {' '.join(str(e).split())[:200]}") from None
+        reason = " ".join(str(e).split())[:200]
+        if isinstance(e, OSError) and e.strerror:
+            reason = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+        raise UserError(f"{key} can't be read: {reason}") from None
     masked = all(names_of["mask"] in table.schema.names for table in tables)
     if masked and names:
         raise UserError(
@@ -504,7 +663,12 @@ class RowGroups(Records):
         ]
         self._stops = np.cumsum([count for table in tables for count in table.counts])
         self._first_rows = np.cumsum([0, *(table.num_rows for table in tables)])
-        self._locks = [threading.Lock() for _ in tables]
+        locks = [threading.Lock() for _ in tables]
+        self._locks = [
+            threading.Lock() if tables[number].remote else locks[number]
+            for number, _ in self._groups
+        ]
+        self._announced: set[int] = set()
         self._lock = threading.Lock()
         self._cache: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._held = 0
@@ -519,8 +683,9 @@ class RowGroups(Records):
 
     def _read_group(self, group: int) -> Any:
         number, within = self._groups[group]
-        # One thread reads a file at a time; others that need the same group then find it cached.
-        with self._locks[number]:
+        # One thread reads a local file at a time, or a group of one in a bucket; others that need
+        # the same group then find it cached.
+        with self._locks[group]:
             with self._lock:
                 if group in self._cache:
                     self._cache.move_to_end(group)
@@ -532,12 +697,27 @@ class RowGroups(Records):
             except Exception as e:
                 raise ImageError(f"its row group can't be read ({' '.join(str(e).split())})") from e
             with self._lock:
+                self._announced.discard(group)
                 self._cache[group] = images
                 self._held += images.nbytes
                 while self._held > self._cache_bytes and len(self._cache) > 1:
                     _, old = self._cache.popitem(last=False)
                     self._held -= old.nbytes
             return images
+
+    @property
+    def reads_ahead(self) -> bool:
+        return any(table.remote for table in self._tables)
+
+    def ahead(self, rows: Sequence[int], *, captions: bool) -> None:
+        groups = np.searchsorted(self._stops, rows, side="right")
+        for group in dict.fromkeys(groups.tolist()):
+            with self._lock:
+                if group in self._cache or group in self._announced:
+                    continue
+                self._announced.add(group)
+            number, within = self._groups[group]
+            self._tables[number].ahead(within, self._column)
 
     def describe(self, row: int) -> str:
         number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
@@ -564,6 +744,8 @@ class TextColumns:
         import pyarrow as pa
 
         parts, whole = [], None
+        for table in self._tables:
+            table.ahead_columns(list(dict.fromkeys(self._columns)))
         for table in self._tables:
             try:
                 texts = table.read(list(dict.fromkeys(self._columns)))
