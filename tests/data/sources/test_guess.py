@@ -56,6 +56,8 @@ def place(tmp_path, monkeypatch):
         ("https://huggingface.co/datasets/me/birds/tree/main", "did you mean 'hf:me/birds'?"),
         ("hf://datasets/me/birds/data/a.parquet", "did you mean 'hf:me/birds'?"),
         ("hf:https://huggingface.co/datasets/me/birds", "did you mean 'hf:me/birds'?"),
+        ("some-one/some-birds", "of the Hugging Face hub is written as 'hf:some-one/some-birds'"),
+        ("hfds/some-one/some-birds", "hub is written as 'hf:some-one/some-birds'"),
         ("gs://bucket/a.parquet", "did you mean 'parquet:gs://bucket/a.parquet'?"),
         ("gs://bucket/birds", "or images listed in a table: manifest:TABLE.csv"),
     ],

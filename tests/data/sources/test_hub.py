@@ -19,6 +19,17 @@ from vit_jax.utils.errors import UserError
 __all__ = ["hub"]
 
 
+def make_tar(members):
+    """The bytes of a shard."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return content.getvalue()
+
+
 def greys(name, split):
     spec = DatasetSpec(name, split, "decode|resize(8)", 4, None, "data")
     return [
@@ -227,15 +238,31 @@ def test_images_and_tar_files_of_a_repository(hub):
     hub.push("me/rows", files | {"train/metadata.csv": lines})
     assert sorted(greys("hf:me/rows#label=species", "train")) == [0, 1]
     assert "data.name='hf:me/rows#label=kind'" in refusal("hf:me/rows#label=kind")
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w") as tar:
-        for name, data in (("7.png", encode(7)), ("7.cls", b"1")):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    hub.push("me/tars", {"train-000.tar": content.getvalue(), "classes.txt": b"auk\nbat\n"})
+    shard = make_tar({"7.png": encode(7), "7.cls": b"1"})
+    hub.push("me/tars", {"train-000.tar": shard, "classes.txt": b"auk\nbat\n"})
     assert greys("hf:me/tars", "train") == [7]
     assert find_dataset("hf:me/tars", data_dir=None).info.class_names == ("auk", "bat")
+
+
+def test_a_card_names_the_splits_of_images_and_shards(hub):
+    def push(pattern, files):
+        card = "---\nconfigs:\n- config_name: default\n  data_files:\n"
+        for split, path in pattern.items():
+            card += f"  - split: {split}\n    path: '{path}'\n"
+        hub.push("me/listed", files | {"README.md": f"{card}---\n".encode()})
+        forget_all()
+        return find_dataset("hf:me/listed", data_dir=None)
+
+    images = {f"imgs/{kind}/{n}.png": encode(n) for kind in ("auk", "bat") for n in range(5)}
+    dataset = push({"train": "imgs/**"}, images)
+    assert (dataset.lengths, dataset.cut) == ({"train": 10}, False)
+    folders = {f"imgs/{part}/auk/{n}.png": encode(n) for part in "ab" for n in range(5)}
+    with pytest.raises(UserError, match="names the splits train, test, and the folders a, b are"):
+        push({"train": "imgs/a/**", "test": "imgs/b/**"}, folders)
+    shards = {f"{n}.tar": make_tar({f"{n}.png": encode(n), f"{n}.cls": b"0"}) for n in range(3)}
+    dataset = push({"train": "[01].tar", "test": "2.tar"}, shards)
+    assert dataset.lengths == {"test": 1, "train": 2}
+    assert greys("hf:me/listed", "train") == [0, 1]
 
 
 # Columns

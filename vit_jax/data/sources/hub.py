@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.data.sources.base import Dataset
+import numpy as np
+
+from vit_jax.data.sources.base import Dataset, make_splits
 from vit_jax.data.sources.columns import split_columns
 from vit_jax.data.sources.files import folder_dataset
 from vit_jax.data.sources.guess import suggest_name
@@ -24,7 +26,7 @@ from vit_jax.data.sources.hub_layout import (
     name_splits,
 )
 from vit_jax.data.sources.label_maps import CLASSES
-from vit_jax.data.sources.layout import find_split, list_few
+from vit_jax.data.sources.layout import drop_unassigned, find_split, list_few
 from vit_jax.data.sources.tables import (
     COLUMNS,
     ArrowTable,
@@ -374,9 +376,42 @@ def _read_others(
     text = f"{os.path.join(root, base).rstrip('/')}{'#' * bool(columns)}{columns}"
     other = f"{kind}:{text}"
     try:
-        return dataclasses.replace(read(text), name=name)
+        dataset = dataclasses.replace(read(text), name=name)
     except UserError as e:
         raise UserError(str(e).replace(repr(other), repr(name))) from e
+    return _use_splits(dataset, root, base, layout, name=name)
+
+
+def _use_splits(dataset: Dataset, root: str, base: str, layout: Layout, *, name: str) -> Dataset:
+    """The dataset with the splits of a layout, where the source of its files found none."""
+    if not dataset.cut or not all(layout.splits):
+        return dataset
+    split_of = dict(zip(layout.files, layout.splits, strict=True))
+    meant = name_splits(str(split) for split in layout.splits)
+    paths = [
+        os.path.relpath(dataset.records.describe(row), root) for row in range(len(dataset.labels))
+    ]
+    if layout.kind == "tar":  # These are followed by the names of members.
+        paths = [re.split(r"(?<=\.tar)[/\[]", path, maxsplit=1)[0] for path in paths]
+    names = np.asarray([meant[str(split_of[p])] if p in split_of else "" for p in paths])
+    folders = {path.removeprefix(base).strip("/").partition("/")[0] for path in paths}
+    if len(set(meant.values())) > 1 and folders == set(dataset.info.class_names or ()):
+        raise UserError(
+            f"data.name={name!r}: {CARD} names the splits {', '.join(meant)}, and the folders "
+            f"{list_few(sorted(folders))} are not called so: expected folders of splits with "
+            "folders of classes in them"
+        )
+    splits = make_splits(dataset.labels, names.tolist())
+    if layout.kind == "tar":  # In their order, each shard is read from its start to its end.
+        splits = {split: np.sort(rows) for split, rows in splits.items()}
+    splits = drop_unassigned(splits, name=name)
+    logger.info(
+        "%s: %s names the splits of its files, so they are not cut: %s",
+        name,
+        CARD,
+        ", ".join(f"{split} {len(rows):,}" for split, rows in splits.items()),
+    )
+    return dataclasses.replace(dataset, splits=splits, cut=False)
 
 
 def _find_base(paths: Sequence[str]) -> str:
@@ -437,7 +472,8 @@ def _read_description(folder: str, file: str, *, key: str) -> dict[str, Any]:
     try:
         content = read_json(path)
     except (OSError, ValueError) as e:
-        raise UserError(f"{key}: {path} can't be read: {first_line(e)}") from None
+        reason = getattr(e, "strerror", None) or first_line(e)
+        raise UserError(f"{key}: {path} can't be read: {reason}") from None
     if not isinstance(content, dict):
         raise UserError(f"{key}: {path}: expected an object")
     return content

@@ -425,7 +425,7 @@ def make_dataset(
             table.ahead_columns([column for column in wanted if column in table.schema.names])
         for table, split, known in zip(tables, find_splits(tables), features_of, strict=True):
             schema, rows = table.schema, table.num_rows
-            _check_schema(schema, table.path, key, names_of)
+            _check_schema(table, key, names_of)
             columns = [names_of[c] for c in ("label", "split") if names_of[c] in schema.names]
             content = table.read(columns) if columns else None
             if content is not None and content.num_rows != rows:
@@ -506,10 +506,11 @@ def make_dataset(
 
 
 def _lack(what: str, table: Table, key: str, names_of: Mapping[str, str]) -> UserError:
+    form = "hf:NAME" if key.startswith("data.name='hf:") else "parquet:PATH"
     return UserError(
         f"{key}: {table.path} has the columns {', '.join(table.schema.names)}; expected "
         f"{names_of[what]} for the {what}: other names are given as in "
-        "parquet:PATH#image=img,label=fine_label"
+        f"{form}#image=img,label=fine_label"
     )
 
 
@@ -596,17 +597,15 @@ def _holds_texts(schema: Any, column: str) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _check_schema(schema: Any, path: str, key: str, names_of: Mapping[str, str]) -> None:
+def _check_schema(table: Table, key: str, names_of: Mapping[str, str]) -> None:
     import pyarrow as pa
+
+    schema, path = table.schema, table.path
 
     # Files are also named for their split; labels may be missing in some.
     for what in ("image", *(["split"] if names_of["split"] != "split" else [])):
         if names_of[what] not in schema.names:
-            raise UserError(
-                f"{key}: {path} has the columns {', '.join(schema.names)}; expected "
-                f"{names_of[what]} for the {what}: other names are given as in "
-                "parquet:PATH#image=img,label=fine_label"
-            )
+            raise _lack(what, table, key, names_of)
     for column in (names_of[what] for what in ("image", "label", "split")):
         if schema.names.count(column) > 1:
             raise UserError(f"{key}: {path} has several columns {column}; expected one")
