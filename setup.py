@@ -90,6 +90,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.11.30",
         "pillow>=10.1",
+        "pyyaml>=6.0",
         "rich>=14.1",
         "safetensors>=0.5",
         "tensorboardX>=2.6.2",

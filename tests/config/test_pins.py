@@ -67,7 +67,7 @@ def test_configs_of_other_data_ask_nothing(hub, tmp_path):
 def test_nothing_is_downloaded_where_nothing_may_be(hub, tmp_path):
     push_birds(hub)
     config = {"data": {"name": NAME}}
-    with preparing_nothing(), pytest.raises(NotPreparedError, match="is not downloaded yet"):
+    with preparing_nothing(), pytest.raises(NotPreparedError, match="is not in the cache yet"):
         find_pins(config, tmp_path)
     assert hub.requests == []
 

@@ -13,7 +13,7 @@ from tests.hub_server import forget_all, hub, make_table, parquet, push_birds
 from tests.images import encode
 from vit_jax.data.pipeline import DatasetSpec, eval_batches
 from vit_jax.data.sources import find_dataset, open_source
-from vit_jax.data.sources.hub import pin_name, unpin_name
+from vit_jax.data.sources.hub import hub_dataset, pin_name, unpin_name
 from vit_jax.utils.errors import UserError
 
 __all__ = ["hub"]
@@ -251,7 +251,7 @@ def test_a_card_names_the_splits_of_images_and_shards(hub):
             card += f"  - split: {split}\n    path: '{path}'\n"
         hub.push("me/listed", files | {"README.md": f"{card}---\n".encode()})
         forget_all()
-        return find_dataset("hf:me/listed", data_dir=None)
+        return hub_dataset("me/listed")
 
     images = {f"imgs/{kind}/{n}.png": encode(n) for kind in ("auk", "bat") for n in range(5)}
     dataset = push({"train": "imgs/**"}, images)

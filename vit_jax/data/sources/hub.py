@@ -225,7 +225,7 @@ def _find_repository(place: str, *, key: str) -> _Repository:
 
 def _not_prepared(key: str) -> NotPreparedError:
     return NotPreparedError(
-        f"{key} is not downloaded yet, as `python -m vit_jax.data.prepare` or a run does"
+        f"{key} is not in the cache yet: `python -m vit_jax.data.prepare` or a run downloads it"
     )
 
 
