@@ -90,6 +90,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.11.30",
         "pillow>=10.1",
+        "pyyaml>=6.0",
         "rich>=14.1",
         "safetensors>=0.5",
         "tensorboardX>=2.6.2",
@@ -108,7 +109,7 @@ setup(
         "text": ["ftfy>=6.3", "sentencepiece>=0.2", "tokenizers>=0.21"],
         "onnx": ["jax2onnx>=0.13", "onnxruntime>=1.24"],
         "savedmodel": ["tensorflow>=2.18"],
-        "hub": ["huggingface-hub>=1.0"],
+        "hub": ["huggingface-hub>=1.26"],
         "serve": ["fastapi>=0.133", "uvicorn>=0.30"],
         "wandb": ["wandb>=0.19"],
         # The last two are for its default, a file of SQLite; a server needs the first alone.

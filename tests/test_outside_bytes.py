@@ -35,6 +35,7 @@ from vit_jax.config.load import override_config, parse_overrides
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.sources.files import manifest_dataset
+from vit_jax.data.sources.hub import hub_dataset
 from vit_jax.data.sources.packed import read_manifest
 from vit_jax.data.sources.parquet import parquet_dataset
 from vit_jax.data.sources.tar import tar_dataset
@@ -144,6 +145,30 @@ def parquet(folder, data_dir):
     table = pa.table({"image": [b"one", b"two", b"three"], "label": [0, 1, 1]})
     pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(names)}), file)
     return Reader(file, lambda: read_rows(parquet_dataset.__wrapped__(str(file))))
+
+
+def arrow(folder, data_dir):
+    import pyarrow as pa
+
+    file = folder / "train.arrow"
+    names = {"info": {"features": {"label": {"names": ["a", "b"], "_type": "ClassLabel"}}}}
+    images = pa.array([{"bytes": b"one"}, {"bytes": b"two"}, {"bytes": b"three"}])
+    table = pa.table({"image": images, "label": [0, 1, 1], "text": ["x", "y", None]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(names)})
+    with pa.ipc.new_stream(str(file), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return Reader(file, lambda: read_rows(hub_dataset.__wrapped__(str(folder))))
+
+
+def card(folder, data_dir):
+    parquet(folder, data_dir)
+    file = folder / "README.md"
+    file.write_text(
+        "---\nconfigs:\n- config_name: a\n  data_files:\n  - split: train\n    path: train*\n"
+        "dataset_info:\n  features:\n  - name: label\n    dtype:\n      class_label:\n"
+        "        names:\n          '0': a\n          '1': b\n---\n"
+    )
+    return Reader(file, lambda: read_rows(hub_dataset.__wrapped__(str(folder))))
 
 
 def tar(folder, data_dir):
@@ -368,6 +393,8 @@ READERS = (
     csv,
     jsonl,
     parquet,
+    arrow,
+    card,
     tar,
     preprocess,
     overrides,

@@ -561,7 +561,8 @@ CASES = {
     "data.prepare": [
         ("", ["NAME", "required", "--help"]),
         ("digitz --data_dir=new", ["'digitz'", "'digits'"]),
-        ("folder:photos", ["'folder:photos'", "datasets of TFDS"]),
+        ("folder:none", ["data.name='folder:none'", "No such file"]),
+        ("hf:./none", ["data.name='hf:./none'", "there is no folder"]),
     ],
     "data.pack": [
         ("folder:photos", ["DST", "required", "--help"]),

@@ -69,7 +69,7 @@ _INLINE = re.compile(r"`(python -m (?:vit_jax|tools|benchmarks)[^`]*)`")
 _TABLE_KEY = re.compile(r"(?!vit_jax)[a-z]+\.(?!py$|txt$|jsonl?$|npz$)[\w.]+")
 _OPERATORS = {"|", "||", "&&", ";", "&", "(", ")"}
 # Folders and files of the reader's.
-_ELSEWHERE = ("folder:", "pairs:", "manifest:", "parquet:", "packed:", "raw:", "tar:")
+_ELSEWHERE = ("folder:", "hf:", "pairs:", "manifest:", "parquet:", "packed:", "raw:", "tar:")
 _EPOCH = 50_000
 
 

@@ -16,6 +16,7 @@ from vit_jax.checkpoint.pretrained.download import find_missing
 from vit_jax.checkpoint.workdir import check_free, read_run
 from vit_jax.config.build import build_parts, count_examples
 from vit_jax.config.load import trust_config
+from vit_jax.config.pins import find_pins, use_pins
 from vit_jax.config.reduced import without_mesh
 from vit_jax.data.fingerprint import fingerprint
 from vit_jax.data.pipeline import DatasetSpec, plan_buffers
@@ -49,6 +50,8 @@ def describe_dry_run(config: ConfigDict | Mapping[str, Any], workdir: str) -> li
     with preparing_nothing():
         with fail_together():
             workdir = os.fspath(find_folder(workdir))
+            if pins := find_pins(config, Path(workdir)):
+                config = use_pins(config, pins)
             known = True
             try:
                 experiment = Experiment.from_config(config)

@@ -24,6 +24,7 @@ from vit_jax.checkpoint.workdir import (
 )
 from vit_jax.config.build import build_parts, count_examples
 from vit_jax.config.load import list_modules, trust_config
+from vit_jax.config.pins import find_pins, use_pins
 from vit_jax.config.reduced import without_mesh
 from vit_jax.config.schema import read_section
 from vit_jax.data.fingerprint import fingerprint
@@ -44,7 +45,7 @@ from vit_jax.parallel.sharding import find_large_copies
 from vit_jax.runtime.chips import find_chip
 from vit_jax.runtime.heartbeat import Heartbeat
 from vit_jax.runtime.preemption import Interrupted, Preempted, PreemptionGuard
-from vit_jax.runtime.processes import fail_together, host_names
+from vit_jax.runtime.processes import broadcast_from_process_0, fail_together, host_names
 from vit_jax.runtime.watchdog import Limits, Watchdog
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.kernel_check import check_kernels
@@ -105,6 +106,9 @@ def train(
     phases = Phases()
     with fail_together():  # Requests to a bucket end by themselves, without the watchdog.
         workdir = find_folder(workdir)
+        pins = find_pins(config, workdir)
+    if pins:
+        config = use_pins(config, broadcast_from_process_0(pins))
     with PreemptionGuard() as guard, contextlib.ExitStack() as stack:
         # Before the first file is opened, since a file system may hang.
         watchdog = stack.enter_context(

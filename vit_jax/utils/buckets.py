@@ -138,6 +138,21 @@ class Bucket:
             return result.value
         return b""
 
+    def read_tail(self, name: str, size: int) -> bytes:
+        """Returns the last `size` bytes of an object, or all of one that has fewer.
+
+        Raises:
+          FileNotFoundError: there is no such object.
+        """
+        try:
+            result = self._call("read", name, lambda: self.start_read(name, -size, None))
+        except OSError as e:
+            if _BEYOND not in str(e.strerror):
+                raise
+            return self.read_range(name, 0, None)
+        self._check_there(name, result)
+        return result.value
+
     def start_read(self, name: str, start: int, stop: int | None) -> Any:
         """Starts `read_range`; `result()` of the future has `value`, or raises any error."""
         return self._store.read(name, byte_range=slice(start, stop))

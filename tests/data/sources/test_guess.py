@@ -15,6 +15,8 @@ def place(tmp_path, monkeypatch):
     for path in ("table.csv", "table.JSONL", "shards/a.parquet", "birds.tar.gz", "notes", "x.png"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text("")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").write_text("{}")
     (tmp_path / "fast").mkdir()
     (tmp_path / "fast" / "pack.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
@@ -49,6 +51,14 @@ def place(tmp_path, monkeypatch):
         ("./x.png", "it is a file: expected folder:FOLDER"),
         ("/no/such/birds", "there is no such file or folder"),
         ("/no/such/birds", "written as 'folder:/no/such/birds'"),
+        ("./saved", "did you mean 'hf:./saved'?"),
+        ("folder:saved", "did you mean 'hf:./saved'?"),
+        ("https://huggingface.co/datasets/me/birds/tree/main", "did you mean 'hf:me/birds'?"),
+        ("hf://datasets/me/birds/data/a.parquet", "did you mean 'hf:me/birds'?"),
+        ("hf:https://huggingface.co/datasets/me/birds", "did you mean 'hf:me/birds'?"),
+        ("some-one/some-birds", "of the Hugging Face hub is written as 'hf:some-one/some-birds'"),
+        ("hfds/some-one/some-birds", "hub is written as 'hf:some-one/some-birds'"),
+        ("gs://bucket/a.parquet", "did you mean 'parquet:gs://bucket/a.parquet'?"),
         ("gs://bucket/birds", "or images listed in a table: manifest:TABLE.csv"),
     ],
 )

@@ -13,8 +13,8 @@ import pytest
 from tests.images import encode
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.pipeline import DatasetSpec, eval_batches
-from vit_jax.data.sources import dataset_info, find_dataset, open_source, parquet
-from vit_jax.data.sources.parquet import RowGroups
+from vit_jax.data.sources import dataset_info, find_dataset, open_source, parquet, tables
+from vit_jax.data.sources.tables import ParquetTable, RowGroups
 from vit_jax.utils.errors import UserError
 
 
@@ -101,7 +101,7 @@ def test_a_row_without_bytes_is_corrupt(tmp_path):
 def test_any_order_and_many_threads_read_the_same_in_bounded_memory(cache_bytes, tmp_path):
     path = tmp_path / "train.parquet"
     write(path, range(40), [0] * 40)
-    records = RowGroups([str(path)], [pq.ParquetFile(path)], cache_bytes=cache_bytes)
+    records = RowGroups([ParquetTable(str(path))], cache_bytes=cache_bytes)
     rows = [row * 7 % 40 for row in range(200)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         images = list(pool.map(records.read, rows))
@@ -114,17 +114,15 @@ def test_any_order_and_many_threads_read_the_same_in_bounded_memory(cache_bytes,
 def test_a_row_group_is_read_once(tmp_path, monkeypatch):
     path = tmp_path / "train.parquet"
     write(path, range(40), [0] * 40)
-    file = pq.ParquetFile(path)
-    calls = []
+    table, calls = ParquetTable(str(path)), []
+    read_group = table.read_group
 
-    class Counted:
-        metadata = file.metadata
+    def counted(group, column):
+        calls.append(group)
+        return read_group(group, column)
 
-        def iter_batches(self, *, row_groups, **options):
-            calls.extend(row_groups)
-            return file.iter_batches(row_groups=row_groups, **options)
-
-    records = RowGroups([str(path)], [Counted()])
+    monkeypatch.setattr(table, "read_group", counted)
+    records = RowGroups([table])
     for row in range(40):
         records.read(row)
     assert calls == list(range(10))
@@ -276,7 +274,7 @@ def test_slow_reading_is_announced(birds, caplog, monkeypatch):
     caplog.set_level("INFO", "vit_jax")
     dataset_info(birds, data_dir=None)
     assert not any("stay in memory" in r.message for r in caplog.records)
-    monkeypatch.setattr(parquet, "CACHE_BYTES", 100)
+    monkeypatch.setattr(tables, "CACHE_BYTES", 100)
     parquet.parquet_dataset.cache_clear()
     dataset_info(birds, data_dir=None)
     assert any("a row group, here of 3 rows" in r.message for r in caplog.records)

@@ -2,9 +2,9 @@
 """Datasets by name, read by position.
 
 `folder:PATH`, `pairs:PATH`, `masks:PATH`, `manifest:PATH`, `parquet:PATH` and `tar:PATTERN` are of
-users, `packed:PATH` and `raw:PATH` are packed copies of a dataset, `blank:CLASSES` and
-`digits_masks:SIZE` are generated; any other name is that of a TFDS dataset in `array_record` form.
-`digits` and `digits_captions` come with the package.
+users, `hf:OWNER/NAME` is of the Hugging Face hub, `packed:PATH` and `raw:PATH` are packed copies of
+a dataset, `blank:CLASSES` and `digits_masks:SIZE` are generated; any other name is that of a TFDS
+dataset in `array_record` form. `digits` and `digits_captions` come with the package.
 `my_module:attribute` is a dataset from outside of it.
 """
 
@@ -18,6 +18,7 @@ from vit_jax.data.sources.base import Dataset, DatasetInfo, Source
 from vit_jax.data.sources.blank import blank_dataset
 from vit_jax.data.sources.files import folder_dataset, manifest_dataset, pairs_dataset
 from vit_jax.data.sources.guess import is_path, suggest_name
+from vit_jax.data.sources.hub import hub_dataset
 from vit_jax.data.sources.masks import masks_dataset
 from vit_jax.data.sources.packed import packed_dataset, raw_dataset
 from vit_jax.data.sources.parquet import parquet_dataset
@@ -32,6 +33,7 @@ KINDS: dict[str, Callable[[str], Dataset]] = {
     "blank": blank_dataset,
     "digits_masks": scenes_dataset,
     "folder": folder_dataset,
+    "hf": hub_dataset,
     "manifest": manifest_dataset,
     "masks": masks_dataset,
     "pairs": pairs_dataset,

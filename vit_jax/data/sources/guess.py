@@ -2,18 +2,23 @@
 """Suggests the name of a dataset for a path that was given in its place, by what is there."""
 
 import os
+import re
 
 from vit_jax.data.sources.packed import MANIFEST
 
 _TABLES = (".csv", ".tsv", ".jsonl")
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+# Files of a folder of `save_to_disk` of the library `datasets`.
+_SAVED = {"dataset_dict.json", "state.json"}
+# Datasets of the Hugging Face hub as its page, or its libraries, name them.
+_HUB = re.compile(r"(?:https?://huggingface\.co/|hf://)datasets/([\w.-]+(?:/[\w.-]+)?)")
 _LISTED = 1000  # entries of a folder that are looked at
 
 
 def is_path(name: str) -> bool:
     """Whether the name of a dataset can only be meant as a path or a URL."""
-    starts = ("/", "~", ".", "file:", "gs://", "s3://", "http://", "https://")
+    starts = ("/", "~", ".", "file:", "gs://", "s3://", "hf://", "http://", "https://")
     return name.startswith(starts) or name.lower().endswith((*_TABLES, ".parquet", *_ARCHIVES))
 
 
@@ -35,10 +40,15 @@ def suggest_name(path: str, *, besides: str | None = None) -> str:
         return "; an archive is not read as it is: unpack it, and give folder:FOLDER"
     if ending in _TABLES:
         kind = "manifest"
-    elif "://" in path:
-        return "; expected packed:URL, tar:URL, or images listed in a table: manifest:TABLE.csv"
+    elif found := _HUB.match(path):
+        return f"; did you mean 'hf:{found[1]}'?"
     elif ending == ".parquet":
         kind = "parquet"
+    elif "://" in path:
+        return (
+            "; expected packed:URL, tar:URL, parquet:URL, or images listed in a table: "
+            "manifest:TABLE.csv"
+        )
     elif os.path.isdir(where):
         kind = _look_into(where)
     elif os.path.exists(where):
@@ -46,6 +56,8 @@ def suggest_name(path: str, *, besides: str | None = None) -> str:
     else:
         missing = "; there is no such file or folder; a folder of images is written as"
         return "" if besides else f"{missing} 'folder:{path}'"
+    if kind == "hf" and not path.startswith(("/", ".", "~")):
+        path = f"./{path}"  # Without it, it is the name of a repository.
     return "" if kind == besides else f"; did you mean '{kind}:{path}'?"
 
 
@@ -58,6 +70,8 @@ def _look_into(folder: str) -> str:
         return "folder"
     if MANIFEST in names:
         return "raw" if any(name.endswith(".pixels") for name in names) else "packed"
+    if _SAVED & set(names):
+        return "hf"
     if any(name.endswith(".parquet") for name in names):
         return "parquet"
     if any(name.endswith(".tar") for name in names):

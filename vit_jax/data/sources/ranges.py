@@ -141,6 +141,11 @@ class BucketRanges(Ranges):
             return bucket.read_range(name, start, stop)
         return be_patient(lambda: bucket.read_range(name, start, stop))
 
+    def read_tail(self, number: int, size: int) -> bytes:
+        """The last `size` bytes of an object, or all of one that has fewer."""
+        bucket, name = self._objects[number]
+        return be_patient(lambda: bucket.read_tail(name, size))
+
     def ahead(self, number: int, start: int, stop: int | None) -> None:
         bucket, name = self._objects[number]
         key = number, start, stop
@@ -264,14 +269,14 @@ def find_files(pattern: str, *, ending: str) -> list[str]:
     scheme, name, path = split_url(pattern)
     root = Bucket(pattern, whole=True)
     start = re.split(r"[*?\[]", path)[0]
-    wanted = re.compile(_translate(path))
+    wanted = re.compile(translate_pattern(path))
     return [f"{scheme}://{name}/{n}" for n in root.list(start) if wanted.fullmatch(n)]
 
 
-def _translate(pattern: str) -> str:
-    """The regular expression of a pattern of a shell."""
-    parts = re.split(r"(\*\*/|\*|\?|\[[^]/]+\])", pattern)
-    meant = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
+def translate_pattern(pattern: str) -> str:
+    """The regular expression of a pattern of a shell, in which `**` is any number of folders."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]/]+\])", pattern)
+    meant = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     return "".join(
         meant.get(part) or (part if re.fullmatch(r"\[[^]]+\]", part) else re.escape(part))
         for part in parts

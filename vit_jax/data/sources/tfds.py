@@ -30,6 +30,8 @@ _DEFAULT_DIR = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
 _KEPT_BYTES = 2**24
 
 _may_prepare = True
+# The name of a dataset of the Hugging Face hub, alone or as other programs write it.
+_HUB = re.compile(r"(?:(?:hf|hfds|huggingface|datasets)[:/]+)?([\w.-]+/[\w.-]+)")
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +189,11 @@ class NotPreparedError(UserError):
     """A dataset is not prepared, and must not be now."""
 
 
+def may_prepare() -> bool:
+    """Whether datasets may be prepared or downloaded now."""
+    return _may_prepare
+
+
 @contextlib.contextmanager
 def preparing_nothing() -> Iterator[None]:
     """Lets the use of a dataset that is not prepared raise `NotPreparedError`, in this process."""
@@ -219,6 +226,9 @@ def _builder(name: str, data_dir: str | None) -> Any:  # TFDS has no useful type
     # For an unknown name, TFDS searches other places, for which it needs TensorFlow.
     if base not in known and not has_folder(name, data_dir):
         hint = suggest_name(name) if os.path.exists(name) else suggest(base, known)[:200]
+        hub = _HUB.fullmatch(name)
+        if hub and not os.path.exists(name) and "did you mean" not in hint:
+            hint = f"; one of the Hugging Face hub is written as 'hf:{hub[1]}'"
         raise UserError(f"data.name={name!r} is no TFDS dataset{hint}")
     try:
         with _asking_no_bucket():
