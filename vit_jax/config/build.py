@@ -297,6 +297,7 @@ def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
         max_ram_gb=section.max_ram_gb,
         mixture=mixture,
         repeats=section.repeats,
+        shuffle_window=section.shuffle_window,
         views=views,
         same_draws=tuple(section.same_draws),
         tokenizer=section.tokenizer,

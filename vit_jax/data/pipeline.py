@@ -10,6 +10,7 @@ import abc
 import dataclasses
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from vit_jax.data.order import (
     Order,
     PositionRng,
     RepeatedAugmentation,
+    WindowShuffled,
     shuffled,
 )
 from vit_jax.data.preprocess import parse_preprocess
@@ -102,6 +104,8 @@ class DatasetSpec:
       budget: of patches, in place of that of `preprocess`; None for that.
       features: of the images, which training batches have in place of images and labels.
       packing: how training images share rows of as many patches as the budget of `preprocess`.
+      shuffle_window: records of which shuffled shards are shuffled at a time in training; 0 for all
+        records of an epoch.
     """
 
     name: str
@@ -124,6 +128,7 @@ class DatasetSpec:
     budget: int | None = None
     features: StoredFeatures | None = None
     packing: Packing = ALONE
+    shuffle_window: int = 0
 
     @property
     def rows_per_batch(self) -> int:
@@ -532,8 +537,13 @@ class _Batches(abc.ABC):
             rows=len(self.rows),
             num_threads=count_threads(self.spec.num_threads),
             ahead=self.ahead,
-            announce=self.announce if self.source.reads_ahead else None,
+            announce=self.announce if self.announces else None,
         )
+
+    @property
+    def announces(self) -> bool:
+        """Whether `announce` does something."""
+        return self.source.reads_ahead
 
     def announce(self, step: int) -> None:
         """Starts to read the records of a step, before threads ask for them one by one."""
@@ -713,12 +723,40 @@ class _TrainBatches(_Batches):
         super().__init__(spec, *args, seed=seed)
         self.order = train_order(spec, self.source, seed=seed)
         self.caption_rngs = PositionRng(seed, stream=CAPTIONS)
+        self.read_until = 0  # Windows up to this position have been read through.
 
     def choose(self, captions: Sequence[str], position: int) -> str:
         return captions[int(self.caption_rngs(position).integers(len(captions)))]
 
     def index(self, position: int) -> int | None:
         return self.order[position]
+
+    @property
+    def announces(self) -> bool:
+        return self.source.reads_ahead or isinstance(self.order, WindowShuffled)
+
+    def announce(self, step: int) -> None:
+        if self.source.reads_ahead or not isinstance(self.order, WindowShuffled):
+            super().announce(step)
+        elif self.spec.features is None:
+            # The window of the step, and the next one, so that it is in memory once it begins.
+            now = self.order.window(self.first(step + 1) - 1)
+            for window in (now, self.order.window(now.stop)):
+                if window.start >= self.read_until:
+                    self.read_until = window.stop
+                    self.read_window(window)
+
+    def read_window(self, window: range) -> None:
+        """Starts to read what this process needs of a window, shard by shard from start to end."""
+        size = self.spec.batch_size
+        steps = range(window.start // size, -(-window.stop // size))
+        found = (p for step in steps for p in self.positions(step) if p in window)
+
+        def read() -> None:
+            self.source.read_through([self.order[position] for position in found])
+
+        # It is of use only to later reads, and may take as long as it does.
+        threading.Thread(target=read, name="read window", daemon=True).start()
 
     def example(self, position: int, apply: _Apply, budget: int | None = None) -> Features:
         # The generator belongs to the position, not to the record.
@@ -910,9 +948,9 @@ def read_examples(spec: DatasetSpec, *, seed: int, step: int) -> list[Features]:
 def train_order(spec: DatasetSpec, source: Source, *, seed: int) -> Order:
     """The index in `source` at each position of the endless training stream."""
     if isinstance(source, Mixture):
-        order = Mixed(source, spec.schedule(), seed=seed)
+        order = Mixed(source, spec.schedule(), seed=seed, window=spec.shuffle_window)
     else:
-        order = shuffled(len(source), seed=seed)
+        order = shuffled(source, seed=seed, window=spec.shuffle_window)
     return RepeatedAugmentation(order, spec.batch_size, spec.repeats) if spec.repeats > 1 else order
 
 

@@ -78,6 +78,21 @@ class DatasetInfo:
                 object.__setattr__(self, field, names)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shards:
+    """The examples of a split by the shards that they are stored in.
+
+    Attributes:
+      bounds: shard k has the examples `bounds[k]` to `bounds[k + 1]` by place, int64
+        `[shards + 1]`; none is empty.
+      order: the index of the example at each place, integers `[examples]`; None if that is the
+        place itself.
+    """
+
+    bounds: np.ndarray
+    order: np.ndarray | None
+
+
 class Source(abc.ABC):
     """Records of one split by position: `{"image": ..., "label": ...}`.
 
@@ -106,6 +121,13 @@ class Source(abc.ABC):
 
     def ahead(self, indices: Sequence[int], *, captions: bool) -> None:  # noqa: B027
         """Starts to read records, with their captions or without, that will be asked for soon."""
+
+    def shards(self) -> Shards | None:
+        """The shards that the records are stored in; None if that is not known."""
+        return None
+
+    def read_through(self, indices: Sequence[int]) -> None:  # noqa: B027
+        """Reads records in the order of their places, so that the system has them in memory."""
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of an image in their order, without those that are empty.
@@ -141,6 +163,16 @@ class Records(abc.ABC):
 
     def ahead(self, rows: Sequence[int], *, captions: bool) -> None:  # noqa: B027
         """Starts to read images, with their captions or without; each will be read once."""
+
+    def shard_bounds(self) -> np.ndarray | None:
+        """The row of the first image of each shard, and the number of rows, int64 `[shards + 1]`.
+
+        It is None where rows are not in the order of their places in shards.
+        """
+        return None
+
+    def read_through(self, rows: Sequence[int]) -> None:  # noqa: B027
+        """Reads sorted rows in the order of their places, so that the system has them in memory."""
 
 
 class Captions(Protocol):
@@ -275,6 +307,18 @@ class Rows(Source):
 
     def ahead(self, indices: Sequence[int], *, captions: bool) -> None:
         self._dataset.records.ahead([int(self._rows[i]) for i in indices], captions=captions)
+
+    def shards(self) -> Shards | None:
+        bounds, rows, order = self._dataset.records.shard_bounds(), self._rows, None
+        if bounds is None:
+            return None
+        if np.any(rows[1:] < rows[:-1]):
+            order = np.argsort(rows, kind="stable")
+            rows = rows[order]
+        return Shards(np.unique(np.searchsorted(rows, bounds)), order)
+
+    def read_through(self, indices: Sequence[int]) -> None:
+        self._dataset.records.read_through(sorted(int(self._rows[i]) for i in indices))
 
     def label(self, index: int) -> Any:
         """The label of a record, without reading its image."""

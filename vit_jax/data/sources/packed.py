@@ -221,6 +221,7 @@ class Jpegs(Records):
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(_check_records, self._paths, shards))
         self._source = ArrayRecordDataSource(self._paths)
+        self._firsts = np.cumsum([0, *(shard.stop - shard.start for shard in shards)])
 
     def read(self, row: int) -> bytes:
         try:
@@ -230,6 +231,9 @@ class Jpegs(Records):
         if not encoded:
             raise ImageError("it could not be read when it was packed")
         return encoded
+
+    def shard_bounds(self) -> np.ndarray:
+        return self._firsts
 
     def describe(self, row: int) -> str:
         return f"{os.path.dirname(self._paths[0])}[{row}]"
@@ -289,6 +293,9 @@ class RemoteJpegs(Records):
         except (OSError, ValueError) as e:
             raise ImageError(f"it can't be read: {describe_error(e)}") from None
 
+    def shard_bounds(self) -> np.ndarray:
+        return self._firsts
+
     def describe(self, row: int) -> str:
         return f"{self._url}[{row}]"
 
@@ -328,6 +335,9 @@ class RemotePixels(Records):
             raise ImageError(f"{len(content):,} bytes where {self._size:,} were expected")
         return np.frombuffer(content, np.uint8).reshape(self._side, self._side, 3)
 
+    def shard_bounds(self) -> np.ndarray:
+        return self._firsts
+
     def describe(self, row: int) -> str:
         return f"{self._url}[{row}]"
 
@@ -348,12 +358,16 @@ class Pixels(Records):
             mapped = np.memmap(path, np.uint8, "r", 0, (rows, size, size, 3))
             self._files.append(np.asarray(mapped))  # Plain arrays are faster to index.
         self._starts = (0, *itertools.accumulate(map(len, self._files)))
+        self._firsts = np.cumsum([0, *(shard.stop - shard.start for shard in manifest.shards())])
 
     def read(self, row: int) -> np.ndarray:
         if not self._good[row]:
             raise ImageError("it could not be read when it was packed")
         number = bisect.bisect_right(self._starts, row) - 1
         return self._files[number][row - self._starts[number]]
+
+    def shard_bounds(self) -> np.ndarray:
+        return self._firsts
 
     def describe(self, row: int) -> str:
         return f"{self._folder}[{row}]"

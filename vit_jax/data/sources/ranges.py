@@ -53,6 +53,9 @@ class Ranges(abc.ABC):
     def ahead(self, number: int, start: int, stop: int) -> None:  # noqa: B027
         """Starts to read what `read` will be called for with the same arguments."""
 
+    def read_through(self, number: int, start: int, stop: int) -> None:  # noqa: B027
+        """Reads a part of a file once, so that the system has it in memory; on disks only."""
+
     @abc.abstractmethod
     def stamp(self, number: int) -> str:
         """A text that changes with the content of a file."""
@@ -90,6 +93,10 @@ class LocalRanges(Ranges):
         finally:
             if not kept:
                 os.close(file)
+
+    def read_through(self, number: int, start: int, stop: int) -> None:
+        for place in range(start, stop, _PART):
+            self.read(number, place, min(place + _PART, stop))
 
     def stamp(self, number: int) -> str:
         status = os.stat(self.paths[number])

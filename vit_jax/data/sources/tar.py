@@ -2,6 +2,7 @@
 """Datasets in tar shards, in the layout of WebDataset: any sample is read by its position."""
 
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import logging
@@ -37,6 +38,7 @@ _COLUMNS = ("image", "label", "caption")
 # Files with the names of classes, in the folder of the shards or in that above it.
 _NAMES = ("classes.txt", "classnames.txt")
 _HEADER = 512
+_GAP = 2**16  # bytes between two images that are read in one go
 _MAX_SHARDS = 2**20
 _SECONDS = 10  # between lines on progress
 _READERS = 16  # threads that read shards, which mostly wait for the file system
@@ -388,6 +390,26 @@ class Members(Records):
                 start, size = map(int, places[row])
                 if size:
                     self._ranges.ahead(shard, start - _HEADER, start + abs(size))
+
+    def shard_bounds(self) -> np.ndarray:
+        return self.firsts
+
+    def read_through(self, rows: Sequence[int]) -> None:
+        # Other members are between the images; it is faster to read them too than to skip them.
+        part: tuple[int, int, int] | None = None
+        for row in rows:
+            shard, (start, size) = self._shard(row), map(int, self._images[row])
+            if part and part[0] == shard and 0 <= start - _HEADER - part[2] <= _GAP:
+                part = shard, part[1], start + size
+            else:
+                self._read_part(part)
+                part = shard, start - _HEADER, start + size
+        self._read_part(part)
+
+    def _read_part(self, part: tuple[int, int, int] | None) -> None:
+        if part is not None:
+            with contextlib.suppress(OSError):  # `read` reports it.
+                self._ranges.read_through(*part)
 
     def describe(self, row: int) -> str:
         shard = self._shard(row)
