@@ -198,10 +198,12 @@ def test_slices_keep_to_their_records(spec, split):
 
 
 def test_data_without_shards_has_no_windows(data_dir):
-    source = open_source("digits", "test", data_dir=data_dir, key="k")
-    with pytest.raises(UserError, match=r"data.shuffle_window=9: digits.* is not stored in shards"):
-        shuffled(source, seed=0, window=9)
-    assert isinstance(shuffled(source, seed=0), Shuffled)
+    spec = DatasetSpec("digits", "test", "decode", 8, data_dir, "data", shuffle_window=9)
+    blank = dataclasses.replace(spec, name="blank:8")
+    for one, name in ((spec, "digits"), (blank, "blank:8")):
+        with pytest.raises(UserError, match=f"data.shuffle_window=9: {name} is not stored in sha"):
+            one.check_window()
+    assert isinstance(shuffled(spec.open(), seed=0), Shuffled)
     with pytest.raises(UserError, match=r"data.shuffle_window=-1: expected a number of records"):
         Data(batch_size=1, preprocess="decode", name="digits", split="train", shuffle_window=-1)
 

@@ -310,6 +310,7 @@ def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
     )
     spec.view_shapes()
     spec.check_packing()
+    spec.check_window()
     if spec.packing.images_per_row > 1:
         check_batch_size(spec.rows_per_batch, mesh, key="data.batch_size / data.images_per_row")
     for variant in spec.variants():

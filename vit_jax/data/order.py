@@ -15,7 +15,6 @@ from grain.experimental import index_shuffle
 
 from vit_jax.data.mixture import Mixture, Schedule
 from vit_jax.data.sources.base import Shards, Source
-from vit_jax.utils.errors import UserError
 
 # Streams of random numbers that are derived from one seed.
 _SHUFFLE, _RNGS, CAPTIONS, BUDGETS, ROWS = 1, 3, 4, 5, 6
@@ -127,7 +126,7 @@ def shuffled(source: Source, *, seed: int, window: int = 0) -> Order:
     """All records of a source in each epoch, shuffled by the seed of a run.
 
     With a `window`, shards are shuffled, and records within windows; see `WindowShuffled`. Raises
-    `UserError` if the source is not stored in shards.
+    `ValueError` if the source is not stored in shards.
     """
     return _shuffle(source, window, seed=_derive(seed, _SHUFFLE))
 
@@ -136,10 +135,7 @@ def _shuffle(source: Source, window: int, *, seed: int) -> Order:
     if not window:
         return Shuffled(len(source), seed=seed)
     if (shards := source.shards()) is None:
-        raise UserError(
-            f"data.shuffle_window={window}: {source.describe(0)} is not stored in shards; expected "
-            "data in shards, as tar:, packed: and raw: have it, or 0 to shuffle all records"
-        )
+        raise ValueError(f"{source.describe(0)} is not stored in shards")
     return WindowShuffled(shards, window=window, seed=seed)
 
 

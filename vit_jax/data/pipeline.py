@@ -40,8 +40,8 @@ from vit_jax.data.order import (
 )
 from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.rows import ALONE, Packing, Row, blank_row
-from vit_jax.data.sources import dataset_info, open_source
-from vit_jax.data.sources.base import IGNORED, DatasetInfo, Source
+from vit_jax.data.sources import dataset_info, find_dataset, open_source
+from vit_jax.data.sources.base import IGNORED, Dataset, DatasetInfo, Source
 from vit_jax.data.tokenizers import Tokenizer, parse_tokenizer
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import is_part, report_failure
@@ -161,6 +161,16 @@ class DatasetSpec:
         except ValueError as e:
             rates = self.packing.drop_patches
             raise UserError(f"{self.key}.drop_patches={rates}: before these, {e}") from None
+
+    def check_window(self) -> None:
+        """Raises `UserError` unless the data is stored in shards, which `shuffle_window` needs."""
+        for name in [name for name, *_ in self.mixture] or [self.name]:
+            dataset = find_dataset(name, data_dir=self.data_dir) if self.shuffle_window else None
+            if dataset and not (isinstance(dataset, Dataset) and dataset.in_shards):
+                raise UserError(
+                    f"{self.key}.shuffle_window={self.shuffle_window}: {name} is not stored in "
+                    "shards; expected data as of tar:, packed: or raw:, or 0 to shuffle all records"
+                )
 
     def variants(self) -> tuple["DatasetSpec", ...]:
         """The spec of each of the `budgets`; itself alone without.

@@ -257,6 +257,11 @@ class Dataset:
         """The number of examples of each split."""
         return {split: len(rows) for split, rows in self.splits.items()}
 
+    @property
+    def in_shards(self) -> bool:
+        """Whether `Source.shards` of the splits are known."""
+        return self.records.shard_bounds() is not None
+
     def open(self, split: str, *, key: str) -> "Rows":
         """The examples of a split with slices, such as `train[:98%]`.
 
