@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from vit_jax.data.ops.decode import ImageError
+from vit_jax.data.sources.compact import Ragged
 from vit_jax.utils.class_names import normalize_name
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.text import printable
@@ -277,13 +278,18 @@ class Dataset:
     def _check_labels(self, rows: np.ndarray, where: str) -> None:
         if isinstance(self.labels, np.ndarray):
             labels = self.labels[rows]
+        elif isinstance(self.labels, Ragged):
+            labels, counts = self.labels.select(rows)
+            rows = np.repeat(rows, counts)
         else:
             of_rows = [np.atleast_1d(self.labels[row]) for row in rows]
             rows = np.repeat(rows, [len(labels) for labels in of_rows])
             labels = np.concatenate(of_rows)
         bad = np.ones(len(labels), bool)
         if labels.dtype.kind in "iuf":
-            bad = (labels < 0) | (labels >= self.info.num_classes) | (labels != np.floor(labels))
+            bad = (labels < 0) | (labels >= self.info.num_classes)
+        if labels.dtype.kind == "f":
+            bad |= labels != np.floor(labels)
         for place in np.flatnonzero(bad)[:1]:
             record = f"{self.records.describe(int(rows[place]))} (row {rows[place] + 1})"
             refuse_label(labels[place], f"{where}: {record}", self.info.num_classes)
@@ -380,7 +386,8 @@ def _advise(key: str, lengths: Mapping[str, int]) -> str:
 
 
 def make_splits(
-    labels: np.ndarray | Sequence[np.ndarray], split_of_row: Sequence[str] | None
+    labels: np.ndarray | Sequence[np.ndarray],
+    split_of_row: Sequence[str] | None,
 ) -> dict[str, np.ndarray]:
     """Rows of each split, int64 `[examples]`, in a seeded order: any slice is a random sample.
 
@@ -389,21 +396,34 @@ def make_splits(
     percent of each class. A class of three images or more has at least one in each of them; one of
     two has none in `validation`, and a single image is in `train`.
     """
-    order = np.random.default_rng(_SEED).permutation(len(labels))
     if split_of_row is not None:
-        names = np.asarray(split_of_row)[order]
-        return {str(name): order[names == name] for name in sorted(set(split_of_row))}
+        names = sorted(set(split_of_row))
+        number_of = {name: number for number, name in enumerate(names)}
+        return order_splits(np.array([number_of[name] for name in split_of_row]), names)
+    order = np.random.default_rng(_SEED).permutation(len(labels))
     # Sorted by class, then in the seeded order; rows with several labels count as one class.
     classes = labels[order] if isinstance(labels, np.ndarray) else np.zeros(len(order), np.int32)
     by_class = np.argsort(classes, kind="stable")
     _, starts, counts = np.unique(classes[by_class], return_index=True, return_counts=True)
-    split = np.full(len(order), "train", "<U10")
+    split, names = np.zeros(len(order), np.uint8), ("train", "validation", "test")
     for start, count in zip(starts, counts, strict=True):
         tenth = max(round(count * HELD_OUT), 1)
         middle = start + tenth * (count > 2)
-        split[by_class[start:middle]] = "validation"
-        split[by_class[middle : middle + tenth * (count > 1)]] = "test"
-    return {name: order[split == name] for name in ("train", "validation", "test")}
+        split[by_class[start:middle]] = 1
+        split[by_class[middle : middle + tenth * (count > 1)]] = 2
+    return {name: order[split == number] for number, name in enumerate(names)}
+
+
+def order_splits(numbers: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Rows of each split in a seeded order, as `make_splits`.
+
+    Args:
+      numbers: of the split of each row, integers `[rows]`.
+      names: of the splits, by number.
+    """
+    order = np.random.default_rng(_SEED).permutation(len(numbers))
+    numbers = numbers[order]
+    return {name: order[numbers == number] for number, name in enumerate(names)}
 
 
 def check_class_names(names: Sequence[str], *, name: str) -> tuple[str, ...]:

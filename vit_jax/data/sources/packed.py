@@ -34,6 +34,7 @@ from vit_jax.data.sources.base import (
     Records,
     check_class_names,
 )
+from vit_jax.data.sources.compact import Ragged
 from vit_jax.data.sources.ranges import BucketRanges, is_remote
 from vit_jax.utils.bounds import (
     MAX_JSON,
@@ -446,8 +447,8 @@ class PackedCaptions:
 
     def __init__(self, text: np.ndarray, lengths: np.ndarray, counts: np.ndarray):
         self._text = text
-        self._starts = np.cumsum([0, *lengths])
-        self._firsts = np.cumsum([0, *counts])
+        self._starts = np.cumsum(np.append(0, lengths))
+        self._firsts = np.cumsum(np.append(0, counts))
 
     def __getitem__(self, row: int) -> list[str]:
         bounds = self._starts[self._firsts[row] : self._firsts[row + 1] + 1]
@@ -489,7 +490,7 @@ def _read_labels(
         return np.zeros(len(good), np.int32), good, captions, places
     if not manifest.multi_label:
         return values, good, captions, places
-    return np.split(values, np.cumsum(counts)[:-1]), good, captions, places
+    return Ragged(values, counts), good, captions, places
 
 
 def _read_shard(folder: str, shard: Shard, manifest: Manifest) -> tuple[np.ndarray, ...]:

@@ -117,15 +117,18 @@ class BucketRanges(Ranges):
 
     def __init__(self, paths: Sequence[str]):
         self.paths = paths
-        split = [split_url(path) for path in paths]
-        roots = {
-            place[:2]: Bucket(path, whole=True) for path, place in zip(paths, split, strict=True)
-        }
-        self._objects = [(roots[scheme, bucket], name) for scheme, bucket, name in split]
+        self._roots: dict[tuple[str, str], Bucket] = {}
         self._lock = threading.Lock()
         # The futures of reads that were started, and how often each will be used.
         self._started: collections.OrderedDict[_Part, list[Any]] = collections.OrderedDict()
         self._size = 0
+
+    def _find(self, number: int) -> tuple[Bucket, str]:
+        """The bucket and the name of an object."""
+        scheme, bucket, name = split_url(path := self.paths[number])
+        if (root := self._roots.get((scheme, bucket))) is None:
+            root = self._roots.setdefault((scheme, bucket), Bucket(path, whole=True))
+        return root, name
 
     def read(self, number: int, start: int, stop: int | None, *, patient: bool = True) -> bytes:
         """As in `Ranges`, or up to the end; `patient` is whether failures are tried again."""
@@ -143,13 +146,13 @@ class BucketRanges(Ranges):
                     return result.value
             except Exception:  # The read below reports what is wrong.
                 logger.debug("a read ahead of %s failed", self.paths[number], exc_info=True)
-        bucket, name = self._objects[number]
+        bucket, name = self._find(number)
         if not patient:
             return bucket.read_range(name, start, stop)
         return be_patient(lambda: bucket.read_range(name, start, stop))
 
     def ahead(self, number: int, start: int, stop: int | None) -> None:
-        bucket, name = self._objects[number]
+        bucket, name = self._find(number)
         key = number, start, stop
         with self._lock:
             if (entry := self._started.get(key)) is not None:
@@ -170,11 +173,11 @@ class BucketRanges(Ranges):
         self._size -= _size_of(key)
 
     def stamp(self, number: int) -> str:
-        bucket, name = self._objects[number]
+        bucket, name = self._find(number)
         return bucket.generation(name).hex()
 
     def open(self, number: int) -> BinaryIO:
-        return io.BufferedReader(_Stream(*self._objects[number]), buffer_size=2**16)
+        return io.BufferedReader(_Stream(*self._find(number)), buffer_size=2**16)
 
 
 def _size_of(part: _Part) -> int:

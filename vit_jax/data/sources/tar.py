@@ -3,6 +3,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
@@ -18,6 +19,7 @@ import numpy as np
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.sources.base import Dataset, DatasetInfo, Records, make_splits
 from vit_jax.data.sources.columns import split_columns
+from vit_jax.data.sources.compact import Ragged
 from vit_jax.data.sources.files import ENDINGS, encode_labels
 from vit_jax.data.sources.guess import suggest_name
 from vit_jax.data.sources.layout import check_classes, find_split, log_cut
@@ -38,6 +40,8 @@ _COLUMNS = ("image", "label", "caption")
 # Files with the names of classes, in the folder of the shards or in that above it.
 _NAMES = ("classes.txt", "classnames.txt")
 _HEADER = 512
+# What is read where a name does not say otherwise.
+DEFAULT = Choice(image=tuple(ending.removeprefix(".") for ending in ENDINGS))
 _GAP = 2**16  # bytes between two images that are read in one go
 _MAX_SHARDS = 2**20
 _SECONDS = 10  # between lines on progress
@@ -66,12 +70,11 @@ def tar_dataset(text: str) -> Dataset:
     name = f"tar:{text}"
     key = f"data.name={name!r}"
     path, renamed = split_columns(text, _COLUMNS)
-    endings = tuple(ending.removeprefix(".") for ending in ENDINGS)
     given = {column: (chosen.removeprefix(".").lower(),) for column, chosen in renamed.items()}
     for column in ("label", "caption"):
         if column in renamed:  # Names of values in JSON have a case.
             given[column] = (renamed[column].removeprefix("."),)
-    choice = Choice(**{"image": endings} | given)
+    choice = dataclasses.replace(DEFAULT, **given)
     ranges = open_ranges(_find_shards(path, key=key))
     try:
         indices = _index(ranges, choice, name=name)
@@ -289,7 +292,7 @@ def _encode(
         info.num_classes, info.image_shape, info.class_names, several, captions=captioned
     )
     if several:
-        return info, np.split(labels, np.cumsum(number)[:-1])
+        return info, Ragged(labels, number)
     single = np.full(len(number), -1, np.int32)
     single[number == 1] = labels
     return info, single
