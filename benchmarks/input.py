@@ -3,6 +3,9 @@
 
     python -m benchmarks.input --images folder --json benchmarks/results/input.json
 
+Tar shards of the same JPEGs are read by vit_jax, and by `webdataset`, Hugging Face's `datasets` and
+`spdl` if `--shards_python` has these: `pip install webdataset datasets spdl Pillow`.
+
 All give uint8 batches of 224x224, of random resized crops of 5 to 100 % of the area, flipped in
 half of the cases. The loaders stay alive and take turns, a few seconds each, so that what else the
 machine does hits all of them; none starts before the last one has filled its queues. Medians over
@@ -11,11 +14,13 @@ those in a folder, or else scikit-learn's two.
 """
 
 import argparse
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +28,7 @@ import cv2
 import numpy as np
 
 from benchmarks.environment import describe_environment, versions_of
-from benchmarks.input_loaders import BATCH
+from benchmarks.input_loaders import BATCH, OF_SHARDS
 from benchmarks.turns import ROOT, compare, run, start
 from vit_jax.data.ops import fused
 
@@ -32,7 +37,14 @@ KINDS = {"500x375": (500, 375, 96, 4000), "1600x1200": (1600, 1200, 90, 1000)}
 # The arguments of `vit_jax.data.pack`.
 PACKS = {"packed": ("--short_side=256",), "raw": ("--raw=256",)}
 # Packages whose versions matter, of the environments of the loaders.
-VERSIONS = {"tf_data": "tensorflow-cpu", "timm": "torch timm Pillow"}
+VERSIONS = {
+    "tf_data": "tensorflow-cpu",
+    "timm": "torch timm Pillow",
+    "shards": "webdataset datasets spdl Pillow",
+}
+# Columns that are shown without ratios: width and decimals.
+_LAST = (("start_seconds", 10, 1), ("memory_mb", 8, 0))
+_SHARD = 250  # images
 
 
 def read_photos(folder: Path | None) -> list[np.ndarray]:
@@ -72,6 +84,24 @@ def write_jpegs(photos: list[np.ndarray], kind: str, folder: Path) -> None:
     done.write_text(str(KINDS[kind]))
 
 
+def write_shards(jpegs: Path, folder: Path) -> str:
+    """Tar shards of the JPEGs of a folder, in an order of their own; returns their pattern."""
+    paths = sorted(jpegs.glob("train/*/*.jpg"))
+    order = np.random.default_rng(0).permutation(len(paths))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for number, first in enumerate(range(0, len(paths), _SHARD)):
+        with tarfile.open(folder / f"train-{number:04}.tar", "w") as tar:
+            for place in order[first : first + _SHARD]:
+                path = paths[place]
+                tar.add(path, f"{path.stem}.jpg")
+                label = b"01"["ab".index(path.parent.name) :][:1]
+                info = tarfile.TarInfo(f"{path.stem}.cls")
+                info.size = len(label)
+                tar.addfile(info, io.BytesIO(label))
+    return f"{folder}/*.tar"
+
+
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -80,22 +110,35 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench-input")
     parser.add_argument("--tf_python", help="an interpreter that has TensorFlow")
     parser.add_argument("--torch_python", help="an interpreter that has PyTorch and timm")
+    parser.add_argument(
+        "--shards_python", help="an interpreter that has webdataset, datasets, spdl and Pillow"
+    )
+    parser.add_argument("--kinds", default=",".join(KINDS), help="some of these sizes")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3, help="of each turn")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
     args = parser.parse_args(argv)
-    pythons = {"tf_data": args.tf_python, "timm": args.torch_python}
+    pythons = {
+        "tf_data": args.tf_python, "timm": args.torch_python, "shards": args.shards_python
+    }  # fmt: skip
     pythons = {name: python for name, python in pythons.items() if python}
     for name in VERSIONS.keys() - pythons.keys():
         print(f"{name} is left out: no interpreter was given for it")
+
+    if unknown := set(args.kinds.split(",")) - KINDS.keys():
+        parser.error(f"--kinds={','.join(sorted(unknown))}: expected some of {', '.join(KINDS)}")
+    # The first start of each loader is measured, which copies or indexes the shards.
+    caches = args.folder / "caches"
+    shutil.rmtree(caches, ignore_errors=True)
+    os.environ |= {"XDG_CACHE_HOME": str(caches), "HF_HOME": str(caches / "huggingface")}
 
     load_at_start = [round(load, 1) for load in os.getloadavg()]
     environment = describe_environment("numpy", "opencv-python-headless", "grain")
     for name, python in pythons.items():
         environment["versions"] |= versions_of(python, VERSIONS[name])  # pyright: ignore
     photos, results = read_photos(args.images), {}
-    for kind in KINDS:
+    for kind in args.kinds.split(","):
         folder = args.folder / f"{args.images.name if args.images else 'sklearn'}-{kind}"
         write_jpegs(photos, kind, folder)
         sizes = [path.stat().st_size for path in folder.glob("train/*/*.jpg")]
@@ -117,8 +160,13 @@ def main(argv: Sequence[str]) -> None:
                 start_new_session=True,  # Ctrl-C is reported once, by this process
             )
             entries[f"vit_jax, {name}"] = ("vit_jax", f"{name}:{packed}")
-        for name in ("vit_jax_opencv", "libjpeg_turbo", *pythons):
+        shards = write_shards(folder, folder.with_name(f"{folder.name}-shards"))
+        entries["vit_jax, tar"] = ("vit_jax", f"tar:{shards}")
+        for name in ("vit_jax_opencv", "libjpeg_turbo", *(pythons.keys() - {"shards"})):
             entries[name] = (name, f"folder:{folder}")
+        for name in (loader.__name__ for loader in OF_SHARDS if "shards" in pythons):
+            entries[name] = (name, shards)
+            pythons[name] = pythons["shards"]
         if fused.extension is None:
             print("the C extension was not built: vit_jax is vit_jax_opencv")
             del entries["libjpeg_turbo"]
@@ -136,12 +184,16 @@ def main(argv: Sequence[str]) -> None:
                 show="images_per_sec",
             )
         print(f"\n{kind}, {len(sizes)} JPEGs of {np.mean(sizes) / 1000:.0f} KB on average")
-        print(f"{'loader':<18}{'images/s':>10}{'ratio':>8}{'a core':>10}{'ratio':>8}")
+        print(
+            f"{'loader':<20}{'images/s':>10}{'ratio':>8}{'a core':>10}{'ratio':>8}"
+            f"{'start s':>10}{'MB':>8}"
+        )
         for name, row in table.items():
             values = (row[key] for key in ("images_per_sec", "images_per_core"))
             ratios = (row[f"{key}_of_vit_jax"] for key in ("images_per_sec", "images_per_core"))
             pairs = (f"{v:>10,.0f}{r:>8.2f}" for v, r in zip(values, ratios, strict=True))
-            print(f"{name:<18}{''.join(pairs)}")
+            last = "".join(f"{row[key]:>{n}.{d}f}" for key, n, d in _LAST)
+            print(f"{name:<20}{''.join(pairs)}{last}")
         results[kind] = {"mean_kb": round(float(np.mean(sizes)) / 1000, 1), "loaders": table}
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

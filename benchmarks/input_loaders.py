@@ -4,8 +4,9 @@
     python benchmarks/input_loaders.py LOADER DATASET THREADS
 
 After the line "ready", each line that is read from stdin is a number of seconds; for each, a line
-of JSON is written. This file imports only what its loader needs, so that it runs in environments
-without vit_jax.
+of JSON is written, with the seconds up to the first batch and the memory of all processes too.
+DATASET is `folder:PATH`, or a name for vit_jax; for the readers of shards, `PATH/*.tar`. This file
+imports only what its loader needs, so that it runs in environments without vit_jax.
 """
 
 import collections
@@ -13,9 +14,12 @@ import concurrent.futures
 import glob
 import itertools
 import json
+import math
+import multiprocessing
 import os
 import random
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -122,16 +126,174 @@ def timm(dataset, threads):
     return (len(image) for image, _ in loader)
 
 
+def crop(image):
+    """The random crop of a Pillow image, as torchvision draws it, uint8 `[SIZE, SIZE, 3]`."""
+    import numpy as np
+    from PIL import Image
+
+    box, flip = draw(*image.size)
+    left, top, width, height = box
+    size, box = (SIZE, SIZE), (left, top, left + width, top + height)
+    made = image.convert("RGB").resize(size, Image.Resampling.BILINEAR, box)
+    return np.asarray(made.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else made)
+
+
+def draw(width, height):
+    """A part (left, top, width, height) of 5 to 100 % of an image, and whether to flip it."""
+    for _ in range(10):
+        area = width * height * random.uniform(0.05, 1)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            break
+    else:
+        w = h = min(width, height)
+    left, top = random.randint(0, width - w), random.randint(0, height - h)
+    return (left, top, w, h), random.random() < 0.5
+
+
+def in_processes(make, threads):
+    """Batches of the images that `make(worker)` yields in each of several processes.
+
+    They are written to memory that all processes share, as PyTorch's DataLoader does it.
+    """
+    import numpy as np
+
+    context, slots = multiprocessing.get_context("fork"), 2
+    shape, nbytes = (BATCH, SIZE, SIZE, 3), BATCH * SIZE * SIZE * 3
+    filled = context.SimpleQueue()
+    memories = [context.RawArray("B", slots * nbytes) for _ in range(threads)]
+    free = [context.SimpleQueue() for _ in range(threads)]
+
+    def end_with(parent):
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(0)
+
+    def work(worker, parent):
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+        random.seed(worker)
+        images = make(worker)
+        while True:
+            slot = free[worker].get()
+            batch = np.frombuffer(memories[worker], np.uint8, nbytes, slot * nbytes).reshape(shape)
+            for row in batch:
+                row[:] = next(images)
+            filled.put((worker, slot))
+
+    for worker in range(threads):
+        for slot in range(slots):
+            free[worker].put(slot)
+        context.Process(target=work, args=(worker, os.getpid()), daemon=True).start()
+    while True:
+        worker, slot = filled.get()
+        yield BATCH
+        free[worker].put(slot)
+
+
+def webdataset(dataset, threads):
+    """Shards in a shuffled order, and a buffer of 1,000 images in each process."""
+
+    def make(worker):
+        import webdataset as wds
+
+        shards = sorted(glob.glob(dataset))[worker::threads]
+        data = wds.WebDataset(shards, shardshuffle=len(shards), empty_check=False).repeat()
+        data = data.shuffle(1000).decode("pil").to_tuple("jpg", "cls")
+        return (crop(image) for image, _ in data)
+
+    return in_processes(make, threads)
+
+
+def datasets_streaming(dataset, threads):
+    """As above, by Hugging Face's `datasets`."""
+
+    def make(worker):
+        data = open_datasets(dataset, streaming=True).shard(threads, worker)
+        data = data.shuffle(seed=0, buffer_size=1000)
+        for epoch in itertools.count():
+            data.set_epoch(epoch)
+            yield from (crop(row["jpg"]) for row in data)
+
+    return in_processes(make, threads)
+
+
+def datasets_map(dataset, threads):
+    """All images in any order, after `datasets` has copied them into its own files."""
+    data = open_datasets(dataset, streaming=False)
+
+    def make(worker):
+        while True:
+            yield crop(data[random.randrange(len(data))]["jpg"])
+
+    return in_processes(make, threads)
+
+
+def open_datasets(dataset, *, streaming):
+    import datasets
+
+    files = {"train": sorted(glob.glob(dataset))}
+    return datasets.load_dataset("webdataset", data_files=files, split="train", streaming=streaming)
+
+
+def spdl(dataset, threads):
+    """Threads, and FFmpeg's decoder and filters; the images of a shard in their order."""
+    import spdl.io
+    from spdl.pipeline import PipelineBuilder
+
+    def read():
+        shards = sorted(glob.glob(dataset))
+        while True:
+            for shard in random.sample(shards, len(shards)):
+                with open(shard, "rb") as file:
+                    for name, content in spdl.io.iter_tarfile(file):
+                        if name.endswith(".jpg"):
+                            yield bytes(content)
+
+    def decode(content):
+        packets = spdl.io.demux_image(content)
+        (left, top, width, height), flip = draw(packets.width, packets.height)
+        line = f"crop={width}:{height}:{left}:{top},scale={SIZE}:{SIZE}:flags=bilinear"
+        line += f"{',hflip' * flip},format=pix_fmts=rgb24"
+        return spdl.io.decode_packets(packets, filter_desc=line)
+
+    builder = PipelineBuilder().add_source(read()).pipe(decode, concurrency=threads)
+    builder = builder.aggregate(BATCH).pipe(spdl.io.convert_frames)
+    pipeline = builder.add_sink(2).build(num_threads=threads)
+    pipeline.start()
+    return (len(spdl.io.to_numpy(batch)) for batch in pipeline)
+
+
 def folder(dataset):
     return os.path.join(dataset.partition(":")[2], "train")
 
 
-LOADERS = {f.__name__: f for f in (vit_jax, vit_jax_opencv, libjpeg_turbo, tf_data, timm)}
+OF_FOLDERS = (vit_jax, vit_jax_opencv, libjpeg_turbo, tf_data, timm)
+OF_SHARDS = (webdataset, datasets_streaming, datasets_map, spdl)
+LOADERS = {f.__name__: f for f in (*OF_FOLDERS, *OF_SHARDS)}
 
 
 def cpu_seconds():
     """Of all processes of this session, of which this one is the leader."""
-    total, me = 0, str(os.getsid(0))
+    ticks = sum(int(fields[11]) + int(fields[12]) for _, fields in of_session())
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def memory_mb():
+    """Of all processes of this session, of which pages that are shared count once."""
+    total = 0
+    for process, _ in of_session():
+        try:
+            with open(f"/proc/{process}/smaps_rollup") as file:
+                total += sum(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+        except OSError:  # it has ended
+            continue
+    return total * 1024 / 1e6
+
+
+def of_session():
+    """The number and the fields of `stat`, after the name, of each process of this session."""
+    me = str(os.getsid(0))
     for path in glob.glob("/proc/[0-9]*/stat"):
         try:
             with open(path) as file:
@@ -139,8 +301,7 @@ def cpu_seconds():
         except OSError:  # it has ended
             continue
         if fields[3] == me:
-            total += int(fields[11]) + int(fields[12])
-    return total / os.sysconf("SC_CLK_TCK")
+            yield path.split("/")[2], fields
 
 
 def wait_until_idle():
@@ -156,8 +317,10 @@ def wait_until_idle():
 def main():
     name, dataset, threads = sys.argv[1:]
     random.seed(0)
+    begun = time.perf_counter()
     counts = LOADERS[name](dataset, int(threads))
     next(counts)
+    start_seconds = time.perf_counter() - begun
     wait_until_idle()
     print("ready", flush=True)
     for line in sys.stdin:
@@ -172,6 +335,7 @@ def main():
         elapsed, cpu = time.perf_counter() - start, cpu_seconds() - cpu
         wait_until_idle()
         result = {"images_per_sec": images / elapsed, "images_per_core": images / cpu}
+        result |= {"start_seconds": start_seconds, "memory_mb": memory_mb()}
         print(json.dumps(result), flush=True)
 
 

@@ -572,6 +572,10 @@ CASES = {
         ("digitz new --data_dir=other", ["'digitz'", "'digits'"]),
         ("manifest:rows.csv packed", ["DST=", "pack.json"]),
         ("manifest:rows.csv empty.txt", ["DST=", "empty.txt", "can't be written"]),
+        ("manifest:rows.csv new --part=64/64", ["--part=64/64", "0/64 to 63/64"]),
+        ("manifest:rows.csv new --part=one", ["--part='one'", "NUMBER/COUNT"]),
+        ("manifest:rows.csv new --part=0/2 --join", ["--join", "not allowed with"]),
+        ("manifest:rows.csv new --join", ["DST=", "new", "No such file"]),
     ],
     "data.check": [
         ("", ["SRC", "required", "--help"]),

@@ -16,10 +16,15 @@ LABELS = {
     "vit_jax": "**vit_jax**",
     "vit_jax, packed": "vit_jax, packed at 256",
     "vit_jax, raw": "vit_jax, raw pixels at 256",
+    "vit_jax, tar": "vit_jax, tar shards",
     "vit_jax_opencv": "vit_jax without the extension",
     "libjpeg_turbo": "libjpeg_turbo",
     "tf_data": "tf.data, as in big_vision",
     "timm": "timm: Pillow, PyTorch's DataLoader",
+    "webdataset": "webdataset: tar shards, Pillow, processes",
+    "datasets_streaming": "datasets, streaming: tar shards, Pillow, processes",
+    "datasets_map": "datasets, copied to Arrow: Pillow, processes",
+    "spdl": "spdl: tar shards, FFmpeg, threads",
 }
 
 

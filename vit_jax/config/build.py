@@ -297,6 +297,7 @@ def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
         max_ram_gb=section.max_ram_gb,
         mixture=mixture,
         repeats=section.repeats,
+        shuffle_window=section.shuffle_window,
         views=views,
         same_draws=tuple(section.same_draws),
         tokenizer=section.tokenizer,
@@ -309,6 +310,7 @@ def _make_data(section: Data, mesh: Mesh) -> DatasetSpec:
     )
     spec.view_shapes()
     spec.check_packing()
+    spec.check_window()
     if spec.packing.images_per_row > 1:
         check_batch_size(spec.rows_per_batch, mesh, key="data.batch_size / data.images_per_row")
     for variant in spec.variants():

@@ -62,6 +62,7 @@ class Data:
     split: str | None = None
     mixture: tuple[tuple[str, str, float], ...] = ()
     repeats: int = 1
+    shuffle_window: int = 0
     views: tuple[tuple[str, int, str], ...] = ()
     same_draws: tuple[str, ...] = ()
     tokenizer: str | None = None
@@ -82,6 +83,11 @@ class Data:
         if not 1 <= self.repeats <= self.batch_size:
             raise UserError(
                 f"data.repeats={self.repeats}: expected 1 to data.batch_size={self.batch_size}"
+            )
+        if self.shuffle_window < 0:
+            raise UserError(
+                f"data.shuffle_window={self.shuffle_window}: expected a number of records, or 0 to "
+                "shuffle all"
             )
         if not 0 <= self.max_corrupt <= 1:
             raise UserError(f"data.max_corrupt={self.max_corrupt}: expected a fraction, 0 to 1")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.sources.base import DatasetInfo, Source
+from vit_jax.data.sources.base import DatasetInfo, Shards, Source
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.suggestions import suggest
 
@@ -141,6 +141,19 @@ class Relabelled(Source):
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._source[index]
         return record | {"label": self._relabel(record["label"])}
+
+    @property
+    def reads_ahead(self) -> bool:
+        return self._source.reads_ahead
+
+    def ahead(self, indices: Sequence[int], *, captions: bool) -> None:
+        self._source.ahead(indices, captions=captions)
+
+    def shards(self) -> Shards | None:
+        return self._source.shards()
+
+    def read_through(self, indices: Sequence[int]) -> None:
+        self._source.read_through(indices)
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._source.captions(index)

@@ -5,12 +5,18 @@ All splits are packed, with labels and captions, in the order of the source; but
 labels are missing. A command that was killed resumes if
 it is run again. Images whose shorter side is at most --short_side are copied unchanged.
 
+Several machines that see DST each pack a part, --part=0/64 to --part=63/64, in any order. The same
+command with --join then checks that all parts are complete and makes the dataset of them.
+
 Examples:
   python -m vit_jax.data.pack folder:/data/birds /fast/birds --short_side=256
   python -m vit_jax.main ... --config.data.name=packed:/fast/birds
 
   python -m vit_jax.data.pack folder:/data/birds /fast/birds_raw --raw=256
   python -m vit_jax.main ... --config.data.name=raw:/fast/birds_raw
+
+  python -m vit_jax.data.pack folder:/data/birds /shared/birds --part=3/64
+  python -m vit_jax.data.pack folder:/data/birds /shared/birds --join
 """
 
 from __future__ import annotations
@@ -19,7 +25,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import io
 import itertools
@@ -43,6 +48,7 @@ from vit_jax.utils.text import describe_size
 
 if TYPE_CHECKING:
     from vit_jax.data.corrupt import CorruptCounter
+    from vit_jax.data.pack_parts import Part
     from vit_jax.data.sources.base import Dataset, Source
     from vit_jax.data.sources.packed import Manifest, Shard
     from vit_jax.data.sources.tfds import TfdsDataset
@@ -104,20 +110,26 @@ def make_square(encoded: Any, *, size: int) -> np.ndarray:
 
 
 def pack(
-    manifest: Manifest, folder: Path, *, open_split: Callable[[str], Source], num_threads: int
+    manifest: Manifest,
+    shards: Sequence[Shard],
+    folder: Path,
+    *,
+    open_split: Callable[[str], Source],
+    num_threads: int,
 ) -> int:
-    """Writes all missing shards, and returns how many images of all shards can't be read.
+    """Writes those of `shards` that are missing; returns how many of their images can't be read.
 
     Raises `OSError` or `RuntimeError` if a file can't be written.
     """
     from vit_jax.data.corrupt import CorruptCounter
 
-    corrupt, counter, total = 0, CorruptCounter(), sum(manifest.splits.values())
+    corrupt, counter = 0, CorruptCounter()
+    total = sum(shard.stop - shard.start for shard in shards)
     progress = ProgressLog("packing", total=total, unit="images")
     with progress, concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
-        for split, shards in itertools.groupby(manifest.shards(), key=lambda s: s.split):
+        for split, group in itertools.groupby(shards, key=lambda shard: shard.split):
             source = None
-            for shard in shards:
+            for shard in group:
                 labels = folder / f"{shard.name}.npz"
                 if not labels.exists():
                     source = source or open_split(split)
@@ -237,11 +249,16 @@ def _write_pixels(
 ) -> Iterator[Packed]:
     assert manifest.raw is not None
     size = manifest.raw**2 * 3
-    path = folder / f"{shard.split}.pixels"
-    # The whole split is reserved, so that a full disk is noticed now.
-    _reserve(path, size * manifest.splits[shard.split])
+    whole = next(
+        file
+        for file in manifest.pixel_files()
+        if file.split == shard.split and file.start <= shard.start < file.stop
+    )
+    path = folder / whole.name
+    # The whole file is reserved, so that a full disk is noticed now.
+    _reserve(path, size * (whole.stop - whole.start))
     with path.open("r+b") as file:
-        file.seek(size * shard.start)
+        file.seek(size * (shard.start - whole.start))
         for example in examples:
             file.write(bytes(size) if example.image is None else example.image.tobytes())
             yield example
@@ -295,22 +312,8 @@ def _find_splits(dataset: Dataset | TfdsDataset) -> dict[str, int]:
     return found
 
 
-def _check_same(manifest: Manifest, folder: Path) -> None:
-    """Raises `UserError` if the folder holds another pack."""
-    from vit_jax.data.sources.packed import Manifest, read_manifest
-
-    there = read_manifest(folder, key=f"DST={str(folder)!r}")
-    for field in dataclasses.fields(Manifest):
-        old, new = getattr(there, field.name), getattr(manifest, field.name)
-        if old != new:
-            raise UserError(
-                f"DST={str(folder)!r} holds another pack, of {field.name}={str(old)[:80]!r} where "
-                f"this one has {str(new)[:80]!r}: choose another folder, or delete it"
-            )
-
-
 def main(argv: Sequence[str]) -> None:
-    """Packs the dataset, and logs what was written."""
+    """Packs the dataset, a part of it, or joins the parts; logs what was written."""
     args = _parse(argv)
     set_up(quiet=False)
     for name in ("short_side", "quality", "raw", "shard_size", "num_threads"):
@@ -321,11 +324,52 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--quality={args.quality}: expected 1 to 100")
     with importing():
         from vit_jax.data.loader import count_threads
+        from vit_jax.data.pack_parts import parse_part
         from vit_jax.data.sources import find_dataset
-        from vit_jax.data.sources.base import Dataset
-        from vit_jax.data.sources.packed import MANIFEST, Manifest, check_manifest
+    part = None if args.part is None else parse_part(args.part)
     trust_parts(find_parts(args.SRC))
+    folder = args.DST.expanduser().absolute()
+    if args.join:
+        _join(_settings(args), folder)
+        return
     dataset = find_dataset(args.SRC, data_dir=args.data_dir)
+    manifest = _make_manifest(args, dataset, part)
+
+    def open_split(split: str) -> Source:
+        return dataset.open(split, key="split")
+
+    work = functools.partial(
+        pack, folder=folder, open_split=open_split, num_threads=count_threads(args.num_threads)
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if part is None:
+            _report(manifest, folder, _pack_all(manifest, folder, work))
+        else:
+            _pack_part(part, manifest, folder, work, open_split)
+    # ArrayRecordWriter raises RuntimeError if the disk is full.
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"DST={str(folder)!r} can't be written: {e}") from None
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the manifest that arguments give."""
+    return {
+        "source": args.SRC,
+        "short_side": None if args.raw else args.short_side,
+        "quality": None if args.raw else args.quality,
+        "raw": args.raw,
+        "shard_size": args.shard_size,
+    }
+
+
+def _make_manifest(
+    args: argparse.Namespace, dataset: Dataset | TfdsDataset, part: Part | None
+) -> Manifest:
+    """The manifest of what is to be packed; raises `UserError` if that can't be."""
+    from vit_jax.data.sources.base import Dataset
+    from vit_jax.data.sources.packed import Manifest, check_manifest
+
     info = dataset.info
     if info.pixel_classes:
         raise UserError(
@@ -333,45 +377,113 @@ def main(argv: Sequence[str]) -> None:
             "list its images with other labels in a manifest"
         )
     manifest = Manifest(
-        source=args.SRC,
+        **_settings(args),
         splits=_find_splits(dataset),
         num_classes=info.num_classes,
         multi_label=info.multi_label,
         class_names=info.class_names,
-        short_side=None if args.raw else args.short_side,
-        quality=None if args.raw else args.quality,
-        raw=args.raw,
-        shard_size=args.shard_size,
         cut=isinstance(dataset, Dataset) and dataset.cut,
         captions=info.captions,
+        parts=part.count if part and args.raw else 1,
     )
     try:
         check_manifest(manifest)
     except ValueError as e:
         raise UserError(f"what would be packed could not be read: {e}") from None
-    folder = args.DST.expanduser().absolute()
+    return manifest
+
+
+def _check_same(manifest: Manifest, folder: Path) -> None:
+    """Raises `UserError` if the folder holds another pack."""
+    from vit_jax.data.pack_parts import check_fields
+    from vit_jax.data.sources.packed import read_manifest
+
+    key = f"DST={str(folder)!r}"
+    check_fields(read_manifest(folder, key=key), manifest, f"{key} holds another pack:")
+
+
+def _pack_all(manifest: Manifest, folder: Path, work: Callable[..., int]) -> int:
+    """Packs everything; returns how many images can't be read."""
+    from vit_jax.data.pack_parts import list_parts, lock
+    from vit_jax.data.sources.packed import MANIFEST
+
+    if parts := list_parts(folder):
+        raise UserError(
+            f"DST={str(folder)!r} has parts of a pack, such as {parts[0]}: expected --part or "
+            "--join; choose another folder, or delete it"
+        )
+    if (folder / MANIFEST).exists():
+        _check_same(manifest, folder)
+    else:
+        _write_manifest(manifest, folder)
+    with open(folder / MANIFEST, "r+b") as file:
+        lock(file, busy=f"DST={str(folder)!r}: another process is packing there")
+        return work(manifest, manifest.shards())
+
+
+def _write_manifest(manifest: Manifest, folder: Path) -> None:
+    from vit_jax.data.sources.packed import MANIFEST
+
+    text = json.dumps(dataclasses.asdict(manifest), indent=2)
+    write_atomically(folder / MANIFEST, f"{text}\n", sync=True)
+
+
+def _pack_part(
+    part: Part,
+    manifest: Manifest,
+    folder: Path,
+    work: Callable[..., int],
+    open_split: Callable[[str], Source],
+) -> None:
+    """Packs a part."""
+    from vit_jax.data.fingerprint import fingerprint
+    from vit_jax.data.pack_parts import Record, claim
+    from vit_jax.data.sources.packed import MANIFEST, select_part
+
+    shards = select_part(manifest.shards(), part.number, part.count)
+    if (folder / MANIFEST).exists():
+        _check_same(manifest, folder)
+        if all((folder / f"{shard.name}.npz").exists() for shard in shards):
+            log(f"part {part} is complete, and DST={str(folder)!r} has been joined")
+            return
+        raise UserError(
+            f"DST={str(folder)!r} holds a pack that lacks shards of part {part}: expected the same "
+            "command without --part; or delete pack.json, pack all parts again and join them"
+        )
+    splits = [split for split, length in manifest.splits.items() if length]
+    record = Record(manifest, {split: fingerprint(open_split(split)) for split in splits})
+    with claim(folder, part, record):
+        corrupt = work(manifest, shards)
+    total = sum(shard.stop - shard.start for shard in shards)
+    log(f"packed part {part}, {total:,} images in {len(shards):,} shards, in {folder}")
+    if corrupt:
+        log(f"  {corrupt:,} of them can't be read: their places are empty")
+    log("  once all parts are complete, the same command with --join instead makes the dataset")
+
+
+def _join(settings: dict[str, Any], folder: Path) -> None:
+    """Checks all parts, and makes a dataset of them.
+
+    `pack.json`, without which nothing is read, is written last. The records of the parts are
+    removed then, and nothing else is changed.
+    """
+    from vit_jax.data.pack_parts import check_fields, check_parts, list_parts
+    from vit_jax.data.sources.packed import MANIFEST, open_files, read_manifest
+
+    key = f"DST={str(folder)!r}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / MANIFEST).exists():
-            _check_same(manifest, folder)
-        else:
-            text = json.dumps(dataclasses.asdict(manifest), indent=2)
-            write_atomically(folder / MANIFEST, f"{text}\n", sync=True)
-        with open(folder / MANIFEST, "rb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"DST={str(folder)!r}: another process is packing there") from None
-            corrupt = pack(
-                manifest,
-                folder,
-                open_split=lambda split: dataset.open(split, key="split"),
-                num_threads=count_threads(args.num_threads),
-            )
-    # ArrayRecordWriter raises RuntimeError if the disk is full.
-    except (OSError, RuntimeError) as e:
-        raise UserError(f"DST={str(folder)!r} can't be written: {e}") from None
-    _report(manifest, folder, corrupt)
+        joined = (folder / MANIFEST).exists()
+        manifest = read_manifest(folder, key=key) if joined else check_parts(folder).manifest
+        check_fields(manifest, settings, f"{key} holds another pack:")
+        advice = "delete the files of that shard, and run its part again"
+        _, good, *_ = open_files(str(folder), manifest, key=key, advice=advice)
+        if not joined:
+            _write_manifest(manifest, folder)
+        for part in list_parts(folder):
+            (folder / part.file).unlink(missing_ok=True)
+    except OSError as e:
+        raise UserError(f"{key}: the parts can't be joined: {e}") from None
+    _report(manifest, folder, int(np.sum(~good)))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -411,6 +523,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--num_threads",
         type=int,
         help="Work in this many threads. The default is one for each core.",
+    )
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument(
+        "--part",
+        metavar="NUMBER/COUNT",
+        help="Pack one part of several, 0/64 to 63/64, which run anywhere that DST is seen.",
+    )
+    some.add_argument(
+        "--join",
+        action="store_true",
+        help="Check that all parts in DST are complete, and make the dataset of them.",
     )
     return parser.parse_args(argv)
 

@@ -10,6 +10,7 @@ import abc
 import dataclasses
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,13 @@ from vit_jax.data.order import (
     Order,
     PositionRng,
     RepeatedAugmentation,
+    WindowShuffled,
     shuffled,
 )
 from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.data.rows import ALONE, Packing, Row, blank_row
-from vit_jax.data.sources import dataset_info, open_source
-from vit_jax.data.sources.base import IGNORED, DatasetInfo, Source
+from vit_jax.data.sources import dataset_info, find_dataset, open_source
+from vit_jax.data.sources.base import IGNORED, Dataset, DatasetInfo, Source
 from vit_jax.data.tokenizers import Tokenizer, parse_tokenizer
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import is_part, report_failure
@@ -102,6 +104,8 @@ class DatasetSpec:
       budget: of patches, in place of that of `preprocess`; None for that.
       features: of the images, which training batches have in place of images and labels.
       packing: how training images share rows of as many patches as the budget of `preprocess`.
+      shuffle_window: records of which shuffled shards are shuffled at a time in training; 0 for all
+        records of an epoch.
     """
 
     name: str
@@ -124,6 +128,7 @@ class DatasetSpec:
     budget: int | None = None
     features: StoredFeatures | None = None
     packing: Packing = ALONE
+    shuffle_window: int = 0
 
     @property
     def rows_per_batch(self) -> int:
@@ -156,6 +161,16 @@ class DatasetSpec:
         except ValueError as e:
             rates = self.packing.drop_patches
             raise UserError(f"{self.key}.drop_patches={rates}: before these, {e}") from None
+
+    def check_window(self) -> None:
+        """Raises `UserError` unless the data is stored in shards, which `shuffle_window` needs."""
+        for name in [name for name, *_ in self.mixture] or [self.name]:
+            dataset = find_dataset(name, data_dir=self.data_dir) if self.shuffle_window else None
+            if dataset and not (isinstance(dataset, Dataset) and dataset.in_shards):
+                raise UserError(
+                    f"{self.key}.shuffle_window={self.shuffle_window}: {name} is not stored in "
+                    "shards; expected data as of tar:, packed: or raw:, or 0 to shuffle all records"
+                )
 
     def variants(self) -> tuple["DatasetSpec", ...]:
         """The spec of each of the `budgets`; itself alone without.
@@ -532,8 +547,13 @@ class _Batches(abc.ABC):
             rows=len(self.rows),
             num_threads=count_threads(self.spec.num_threads),
             ahead=self.ahead,
-            announce=self.announce if self.source.reads_ahead else None,
+            announce=self.announce if self.announces else None,
         )
+
+    @property
+    def announces(self) -> bool:
+        """Whether `announce` does something."""
+        return self.source.reads_ahead
 
     def announce(self, step: int) -> None:
         """Starts to read the records of a step, before threads ask for them one by one."""
@@ -713,12 +733,40 @@ class _TrainBatches(_Batches):
         super().__init__(spec, *args, seed=seed)
         self.order = train_order(spec, self.source, seed=seed)
         self.caption_rngs = PositionRng(seed, stream=CAPTIONS)
+        self.read_until = 0  # Windows up to this position have been read through.
 
     def choose(self, captions: Sequence[str], position: int) -> str:
         return captions[int(self.caption_rngs(position).integers(len(captions)))]
 
     def index(self, position: int) -> int | None:
         return self.order[position]
+
+    @property
+    def announces(self) -> bool:
+        return self.source.reads_ahead or isinstance(self.order, WindowShuffled)
+
+    def announce(self, step: int) -> None:
+        if self.source.reads_ahead or not isinstance(self.order, WindowShuffled):
+            super().announce(step)
+        elif self.spec.features is None:
+            # The window of the step, and the next one, so that it is in memory once it begins.
+            now = self.order.window(self.first(step + 1) - 1)
+            for window in (now, self.order.window(now.stop)):
+                if window.start >= self.read_until:
+                    self.read_until = window.stop
+                    self.read_window(window)
+
+    def read_window(self, window: range) -> None:
+        """Starts to read what this process needs of a window, shard by shard from start to end."""
+        size = self.spec.batch_size
+        steps = range(window.start // size, -(-window.stop // size))
+        found = (p for step in steps for p in self.positions(step) if p in window)
+
+        def read() -> None:
+            self.source.read_through([self.order[position] for position in found])
+
+        # It is of use only to later reads, and may take as long as it does.
+        threading.Thread(target=read, name="read window", daemon=True).start()
 
     def example(self, position: int, apply: _Apply, budget: int | None = None) -> Features:
         # The generator belongs to the position, not to the record.
@@ -910,9 +958,9 @@ def read_examples(spec: DatasetSpec, *, seed: int, step: int) -> list[Features]:
 def train_order(spec: DatasetSpec, source: Source, *, seed: int) -> Order:
     """The index in `source` at each position of the endless training stream."""
     if isinstance(source, Mixture):
-        order = Mixed(source, spec.schedule(), seed=seed)
+        order = Mixed(source, spec.schedule(), seed=seed, window=spec.shuffle_window)
     else:
-        order = shuffled(len(source), seed=seed)
+        order = shuffled(source, seed=seed, window=spec.shuffle_window)
     return RepeatedAugmentation(order, spec.batch_size, spec.repeats) if spec.repeats > 1 else order
 
 

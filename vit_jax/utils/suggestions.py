@@ -48,6 +48,7 @@ _KEYS = {
     "data.batch_size": "batch bs global_batch_size per_device_batch_size "
     "per_device_train_batch_size train_batch_size",
     "data.num_threads": "dataloader_num_workers num_workers workers",
+    "data.shuffle_window": "buffer_size shuffle_buffer shuffle_buffer_size shuffle_size",
     "data.repeats": "aug_repeats ra_sampler repeated_aug",
     "data.preprocess": "aa auto_augment augment augmentation crop_pct crop_size image_size "
     "img_size input_size interpolation rand_augment resolution transform transforms "

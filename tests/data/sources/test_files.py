@@ -919,6 +919,62 @@ def test_a_manifest_may_be_in_a_bucket_beside_its_images(server, scheme):
     refuse(lambda: info(f"manifest:{url}/no.csv"), f"{url}/no.csv", "there is no such object")
 
 
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_rows_are_the_same_however_many_are_read_at_a_time(ending, tmp_path, monkeypatch):
+    values = [
+        {"label": label, "split": split, "caption": f"photo {i}, " * i}
+        for i, (label, split) in enumerate(
+            [("cat", "train"), ("dog", "val"), ("cat", "train"), ("eel", "train"), ("dog", "train")]
+        )
+    ]
+    if ending == ".csv":
+        values = [row | {"caption": f'"{row["caption"]}"'} for row in values]
+    name = write_manifest(tmp_path, values, ending)
+    found = []
+    for chunk in (1, 2, 3, 2**16):
+        monkeypatch.setattr(files, "_CHUNK", chunk)
+        files.manifest_dataset.cache_clear()
+        dataset = sources.find_dataset(name, data_dir=None)
+        rows = {split: rows.tolist() for split, rows in dataset.splits.items()}
+        texts = [list(dataset.captions[row]) for row in range(5)]
+        content = [dataset.records.read(row) for row in range(5)]
+        found.append((dataset.info, dataset.labels.tolist(), rows, texts, content))
+    assert found[0][1] == [0, 1, 0, 2, 1]
+    assert found[0][3] == [[f"photo {i}, " * i] for i in range(5)]
+    assert all(one == found[0] for one in found)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 2**16])
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("3.png", "row 4 is {'image': '3.png', 'label': None}; expected a value for each of"),
+        ("3.png,a,b", "row 4 is {'image': '3.png', 'label': 'a', None: ['b']}"),
+        ("https://a/b.png,a", "row 4: image 'https://a/b.png': expected a path, or a URL of"),
+        ("gs://b/../c.png,a", "row 4: image 'gs://b/../c.png': expected"),
+    ],
+)
+def test_a_bad_row_is_named_wherever_it_is(chunk, line, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_CHUNK", chunk)
+    write_manifest(tmp_path, [{"label": "a"} for _ in range(4)])
+    path = tmp_path / "rows.csv"
+    path.write_text("image,label\n0.png,a\n\n1.png,a\n2.png,b\n" + line + "\n4.png,a\n")
+    with pytest.raises(UserError) as error:
+        sources.find_dataset(f"manifest:{path}", data_dir=None)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 2**16])
+def test_lists_of_labels_are_the_same_however_many_are_read(chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_CHUNK", chunk)
+    name = write_manifest(tmp_path, [{"labels": v} for v in ("a|b", "", "c", "b|a|c", "")])
+    dataset = sources.find_dataset(name, data_dir=None)
+    assert [labels.tolist() for labels in dataset.labels] == [[0, 1], [], [2], [1, 0, 2], []]
+    (tmp_path / "bad.csv").write_text("image,labels\n0.png,a\n1.png,b\n2.png,c||a\n")
+    with pytest.raises(UserError, match=r"row 3: label '': expected a class name or an integer"):
+        sources.find_dataset(f"manifest:{tmp_path / 'bad.csv'}", data_dir=None)
+
+
 def test_other_files_are_no_manifests(tmp_path):
     refuse(lambda: info(f"manifest:{tmp_path}/list.txt"), "ends in .csv, .tsv, .jsonl")
     refuse(

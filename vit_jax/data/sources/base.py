@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from vit_jax.data.ops.decode import ImageError
+from vit_jax.data.sources.compact import Ragged
 from vit_jax.utils.class_names import normalize_name
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.text import printable
@@ -78,6 +79,21 @@ class DatasetInfo:
                 object.__setattr__(self, field, names)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shards:
+    """The examples of a split by the shards that they are stored in.
+
+    Attributes:
+      bounds: shard k has the examples `bounds[k]` to `bounds[k + 1]` by place, int64
+        `[shards + 1]`; none is empty.
+      order: the index of the example at each place, integers `[examples]`; None if that is the
+        place itself.
+    """
+
+    bounds: np.ndarray
+    order: np.ndarray | None
+
+
 class Source(abc.ABC):
     """Records of one split by position: `{"image": ..., "label": ...}`.
 
@@ -106,6 +122,13 @@ class Source(abc.ABC):
 
     def ahead(self, indices: Sequence[int], *, captions: bool) -> None:  # noqa: B027
         """Starts to read records, with their captions or without, that will be asked for soon."""
+
+    def shards(self) -> Shards | None:
+        """The shards that the records are stored in; None if that is not known."""
+        return None
+
+    def read_through(self, indices: Sequence[int]) -> None:  # noqa: B027
+        """Reads records in the order of their places, so that the system has them in memory."""
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of an image in their order, without those that are empty.
@@ -141,6 +164,16 @@ class Records(abc.ABC):
 
     def ahead(self, rows: Sequence[int], *, captions: bool) -> None:  # noqa: B027
         """Starts to read images, with their captions or without; each will be read once."""
+
+    def shard_bounds(self) -> np.ndarray | None:
+        """The row of the first image of each shard, and the number of rows, int64 `[shards + 1]`.
+
+        It is None where rows are not in the order of their places in shards.
+        """
+        return None
+
+    def read_through(self, rows: Sequence[int]) -> None:  # noqa: B027
+        """Reads sorted rows in the order of their places, so that the system has them in memory."""
 
 
 class Captions(Protocol):
@@ -225,6 +258,11 @@ class Dataset:
         """The number of examples of each split."""
         return {split: len(rows) for split, rows in self.splits.items()}
 
+    @property
+    def in_shards(self) -> bool:
+        """Whether `Source.shards` of the splits are known."""
+        return self.records.shard_bounds() is not None
+
     def open(self, split: str, *, key: str) -> "Rows":
         """The examples of a split with slices, such as `train[:98%]`.
 
@@ -240,13 +278,18 @@ class Dataset:
     def _check_labels(self, rows: np.ndarray, where: str) -> None:
         if isinstance(self.labels, np.ndarray):
             labels = self.labels[rows]
+        elif isinstance(self.labels, Ragged):
+            labels, counts = self.labels.select(rows)
+            rows = np.repeat(rows, counts)
         else:
             of_rows = [np.atleast_1d(self.labels[row]) for row in rows]
             rows = np.repeat(rows, [len(labels) for labels in of_rows])
             labels = np.concatenate(of_rows)
         bad = np.ones(len(labels), bool)
         if labels.dtype.kind in "iuf":
-            bad = (labels < 0) | (labels >= self.info.num_classes) | (labels != np.floor(labels))
+            bad = (labels < 0) | (labels >= self.info.num_classes)
+        if labels.dtype.kind == "f":
+            bad |= labels != np.floor(labels)
         for place in np.flatnonzero(bad)[:1]:
             record = f"{self.records.describe(int(rows[place]))} (row {rows[place] + 1})"
             refuse_label(labels[place], f"{where}: {record}", self.info.num_classes)
@@ -275,6 +318,18 @@ class Rows(Source):
 
     def ahead(self, indices: Sequence[int], *, captions: bool) -> None:
         self._dataset.records.ahead([int(self._rows[i]) for i in indices], captions=captions)
+
+    def shards(self) -> Shards | None:
+        bounds, rows, order = self._dataset.records.shard_bounds(), self._rows, None
+        if bounds is None:
+            return None
+        if np.any(rows[1:] < rows[:-1]):
+            order = np.argsort(rows, kind="stable")
+            rows = rows[order]
+        return Shards(np.unique(np.searchsorted(rows, bounds)), order)
+
+    def read_through(self, indices: Sequence[int]) -> None:
+        self._dataset.records.read_through(sorted(int(self._rows[i]) for i in indices))
 
     def label(self, index: int) -> Any:
         """The label of a record, without reading its image."""
@@ -331,7 +386,8 @@ def _advise(key: str, lengths: Mapping[str, int]) -> str:
 
 
 def make_splits(
-    labels: np.ndarray | Sequence[np.ndarray], split_of_row: Sequence[str] | None
+    labels: np.ndarray | Sequence[np.ndarray],
+    split_of_row: Sequence[str] | None,
 ) -> dict[str, np.ndarray]:
     """Rows of each split, int64 `[examples]`, in a seeded order: any slice is a random sample.
 
@@ -340,21 +396,34 @@ def make_splits(
     percent of each class. A class of three images or more has at least one in each of them; one of
     two has none in `validation`, and a single image is in `train`.
     """
-    order = np.random.default_rng(_SEED).permutation(len(labels))
     if split_of_row is not None:
-        names = np.asarray(split_of_row)[order]
-        return {str(name): order[names == name] for name in sorted(set(split_of_row))}
+        names = sorted(set(split_of_row))
+        number_of = {name: number for number, name in enumerate(names)}
+        return order_splits(np.array([number_of[name] for name in split_of_row]), names)
+    order = np.random.default_rng(_SEED).permutation(len(labels))
     # Sorted by class, then in the seeded order; rows with several labels count as one class.
     classes = labels[order] if isinstance(labels, np.ndarray) else np.zeros(len(order), np.int32)
     by_class = np.argsort(classes, kind="stable")
     _, starts, counts = np.unique(classes[by_class], return_index=True, return_counts=True)
-    split = np.full(len(order), "train", "<U10")
+    split, names = np.zeros(len(order), np.uint8), ("train", "validation", "test")
     for start, count in zip(starts, counts, strict=True):
         tenth = max(round(count * HELD_OUT), 1)
         middle = start + tenth * (count > 2)
-        split[by_class[start:middle]] = "validation"
-        split[by_class[middle : middle + tenth * (count > 1)]] = "test"
-    return {name: order[split == name] for name in ("train", "validation", "test")}
+        split[by_class[start:middle]] = 1
+        split[by_class[middle : middle + tenth * (count > 1)]] = 2
+    return {name: order[split == number] for number, name in enumerate(names)}
+
+
+def order_splits(numbers: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Rows of each split in a seeded order, as `make_splits`.
+
+    Args:
+      numbers: of the split of each row, integers `[rows]`.
+      names: of the splits, by number.
+    """
+    order = np.random.default_rng(_SEED).permutation(len(numbers))
+    numbers = numbers[order]
+    return {name: order[numbers == number] for number, name in enumerate(names)}
 
 
 def check_class_names(names: Sequence[str], *, name: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -28,8 +28,10 @@ from vit_jax.data.sources.base import (
     Records,
     check_class_names,
     make_splits,
+    order_splits,
 )
 from vit_jax.data.sources.columns import split_columns
+from vit_jax.data.sources.compact import Codes, Ragged, TextLists, Texts
 from vit_jax.data.sources.guess import suggest_name
 from vit_jax.data.sources.label_maps import Masks, read_values
 from vit_jax.data.sources.layout import (
@@ -47,7 +49,7 @@ from vit_jax.data.sources.layout import (
 )
 from vit_jax.data.sources.ranges import BucketRanges, is_remote
 from vit_jax.utils.bounds import MAX_IMAGE, MAX_TABLE, open_regular
-from vit_jax.utils.buckets import SCHEMES
+from vit_jax.utils.buckets import SCHEMES, split_url
 from vit_jax.utils.class_names import normalize_name
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.suggestions import suggest
@@ -69,6 +71,10 @@ _NO_LABELS = (None, "", -1, "-1")
 
 # Threads that list folders, which mostly wait for the file system.
 _LISTERS = 16
+# Rows of a table that are read at a time.
+_CHUNK = 2**16
+# Images that are read to find out whether any can be.
+_TRIED = 8
 
 logger = logging.getLogger(__name__)
 
@@ -92,38 +98,77 @@ class Files(Records):
 
     def __init__(self, root: str, paths: Sequence[str]):
         self._root, self._paths = root, paths
-        self._any_remote = is_remote(root) or any(map(is_remote, paths))
+        if isinstance(paths, Texts) and not paths.may_have("://"):
+            paths = ()
+        self._any_url = "://" in root or any("://" in path for path in paths)
+        self._remote = BucketRanges(_Described(self))
 
-    @functools.cached_property
-    def _remote(self) -> tuple[BucketRanges, dict[int, int]]:
-        """The objects among the files, and the number there of each row that has one."""
-        rows = [row for row in range(len(self._paths)) if is_remote(self.describe(row))]
-        ranges = BucketRanges([self.describe(row) for row in rows])
-        return ranges, {row: number for number, row in enumerate(rows)}
+    def check_access(self, key: str) -> None:
+        """Reads one image, as a wrong folder or missing credentials affect all records.
+
+        Raises `UserError` if it can't be read, or if a path is a URL that is not read from.
+        """
+        rows: dict[bool, list[int]] = {False: [], True: []}
+        for row in range(len(self._paths) if self._any_url else min(_TRIED, len(self._paths))):
+            path, where = self.describe(row), f"{key}: row {row + 1}: image "
+            check_store(path, where=where)
+            if is_remote(path):
+                try:
+                    split_url(path)
+                except UserError as e:
+                    raise UserError(f"{where}{e}") from None
+            rows["://" in path].append(row)
+            if len(rows["://" in path]) > _TRIED:
+                rows["://" in path].pop()
+        for tried in filter(None, rows.values()):
+            error = None
+            for row in tried:
+                try:
+                    self.read(row, patient=False)
+                    break
+                except ImageError as e:
+                    error = e
+            else:
+                raise UserError(
+                    f"{key}: none of its first images can be read, such as "
+                    f"{self.describe(tried[-1])}: {error}; expected paths from the manifest's "
+                    "folder, or URLs that this machine has the credentials for"
+                )
 
     def read(self, row: int, *, patient: bool = True) -> bytes:
         try:
             path = self.describe(row)
             if not is_remote(path):
                 return _read_file(path)
-            ranges, number_of = self._remote
-            return ranges.read(number_of[row], 0, None, patient=patient)
+            return self._remote.read(row, 0, None, patient=patient)
         except OSError as e:
             raise ImageError(f"it can't be read: {describe_error(e)}") from e
 
     @property
     def reads_ahead(self) -> bool:
-        return self._any_remote
+        return self._any_url
 
     def ahead(self, rows: Sequence[int], *, captions: bool) -> None:
-        ranges, number_of = self._remote
         for row in rows:
-            if (number := number_of.get(row)) is not None:
-                ranges.ahead(number, 0, None)
+            if is_remote(self.describe(row)):
+                self._remote.ahead(row, 0, None)
 
     def describe(self, row: int) -> str:
         path = self._paths[row]
         return path if "://" in path else os.path.join(self._root, path)
+
+
+class _Described(Sequence[str]):
+    """The path or URL of each row."""
+
+    def __init__(self, files: Files):
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files._paths)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._files.describe(row)
 
 
 # Folders
@@ -783,39 +828,33 @@ def manifest_dataset(text: str) -> Dataset:
             f"{suggest_name(path, besides='manifest')}"
         )
     check_store(path, where=f"{key}: ")
-    rows = _read_rows(file, names=names, key=key)
-    columns = _check_columns(rows, key)
-    paths = [str(row["image"]) for row in rows]
-    of_texts = [c for c in columns if _CAPTION.fullmatch(c)]
-    if "caption" in renamed:
-        of_texts = [c for c in names.values() if _CAPTION.fullmatch(c)]  # In the order given.
-    captions = read_captions(rows, of_texts, key=key)
-    if {"label", "labels"}.isdisjoint(columns):
-        info, labels = DatasetInfo(0, _ANY_SHAPE), np.zeros(len(rows), np.int32)
+    order = [c for c in names.values() if _CAPTION.fullmatch(c)] if "caption" in renamed else None
+    table = _gather(_iterate_rows(file, names=names, key=key), caption_columns=order, key=key)
+    rows, captions = len(table.images), table.captions
+    if table.labels is None:
+        info, labels = DatasetInfo(0, _ANY_SHAPE), np.zeros(rows, np.int32)
     else:
-        kind = "labels" if "labels" in columns else "label"
-        values = [row[kind] for row in rows]
-        if kind == "labels":
-            values = [_several(value, row, key=key) for row, value in enumerate(values)]
-        info, labels = encode_labels(values, multi_label=kind == "labels", name=name)
+        info, labels = _encode_codes(table.labels, table.counts, name=name)
     info = dataclasses.replace(info, captions=captions is not None)
     masks = None
-    if "mask" in columns:
-        files = Files(os.path.dirname(file), [str(row["mask"]) for row in rows])
+    if table.masks is not None:
+        files = Files(os.path.dirname(file), table.masks)
         values = read_values(os.path.dirname(file), key=key)
         info = dataclasses.replace(info, pixel_classes=values.names)
         masks = Masks(files.read, values)
-        _check_access(files, [str(row["mask"]) for row in rows], key)
-    splits = None
-    if "split" in columns:
-        given = [str(row["split"]) for row in rows]
-        split_of = map_splits(set(given), key=f"{key}: column split")
-        splits = [split_of[split] for split in given]
-    records = Files(os.path.dirname(file), paths)
-    _check_access(records, paths, key)
-    by_split = drop_unassigned(make_splits(labels, splits), name=name)
+        files.check_access(key)
+    if table.splits is None:
+        by_split = make_splits(labels, None)
+    else:
+        split_of = map_splits(table.splits.values, key=f"{key}: column split")
+        splits = sorted(set(split_of.values()))
+        number_of = [splits.index(split_of[split]) for split in table.splits.values]
+        by_split = order_splits(np.array(number_of, np.int32)[table.splits.codes], splits)
+        by_split = drop_unassigned(by_split, name=name)
+    records = Files(os.path.dirname(file), table.images)
+    records.check_access(key)
     check_classes(name, info, labels, by_split)
-    cut = splits is None
+    cut = table.splits is None
     dataset = Dataset(
         name, info, records, labels, by_split, cut=cut, captions=captions, label_maps=masks
     )
@@ -823,18 +862,111 @@ def manifest_dataset(text: str) -> Dataset:
     return dataset
 
 
+@dataclasses.dataclass
+class _Table:
+    """The columns of a manifest.
+
+    Attributes:
+      images: the path of each row.
+      masks: likewise; None without the column.
+      labels: of all rows, one row after the other; None without the column.
+      counts: of the labels of each row, int32, if there may be several.
+      splits: the split of each row; None without the column.
+      captions: of each row; None without the columns.
+    """
+
+    images: Texts
+    masks: Texts | None = None
+    labels: Codes | None = None
+    counts: np.ndarray | None = None
+    splits: Codes | None = None
+    captions: TextLists | None = None
+
+
+def _gather(rows: Iterator[Any], *, caption_columns: Sequence[str] | None, key: str) -> _Table:
+    """The columns of rows.
+
+    Args:
+      rows: of the file.
+      caption_columns: in the order of the captions; None for the order in the file.
+      key: for errors.
+
+    Raises:
+      UserError: there are no rows, or a column or a value is invalid.
+    """
+    first, count, counts = list(itertools.islice(rows, _CHUNK)), 0, bytearray()
+    own = columns = _check_columns(first, key)
+    table = _Table(Texts())
+    table.masks = Texts() if "mask" in columns else None
+    table.labels = Codes() if {"label", "labels"}.intersection(columns) else None
+    table.splits = Codes() if "split" in columns else None
+    for chunk in itertools.chain([first], iter(lambda: list(itertools.islice(rows, _CHUNK)), [])):
+        if chunk is not first:
+            # Rows of JSON may lack captions.
+            named = set().union(*(row for row in chunk if isinstance(row, dict)))
+            later = {c for c in named if isinstance(c, str) and _CAPTION.fullmatch(c)}
+            columns = own + sorted(later.union(columns[len(own) :]).difference(own))
+            _check_values(chunk, columns, key, first=count)
+        table.images.append(str(row["image"]) for row in chunk)
+        if table.masks is not None:
+            table.masks.append(str(row["mask"]) for row in chunk)
+        if table.splits is not None:
+            table.splits.append([str(row["split"]) for row in chunk], range(count, count + _CHUNK))
+        of_texts = caption_columns or [c for c in columns if _CAPTION.fullmatch(c)]
+        if of_texts:
+            if table.captions is None:
+                table.captions = TextLists()
+                table.captions.append([[]] * count)
+            table.captions.append(read_captions(chunk, of_texts, key=key, first=count) or [])
+        if table.labels is not None and "label" in columns:
+            labels = [row["label"] for row in chunk]
+            table.labels.append(labels, range(count, count + len(chunk)))
+        elif table.labels is not None:
+            several = [_several(row["labels"], count + i, key=key) for i, row in enumerate(chunk)]
+            lengths = np.array([len(labels) for labels in several], np.int32)
+            of_labels = np.repeat(np.arange(count, count + len(chunk)), lengths).tolist()
+            table.labels.append(list(itertools.chain.from_iterable(several)), of_labels)
+            counts += lengths.tobytes()
+        count += len(chunk)
+    if "labels" in columns:
+        table.counts = np.frombuffer(counts, np.int32)
+    return table
+
+
+def _encode_codes(
+    labels: Codes, counts: np.ndarray | None, *, name: str
+) -> tuple[DatasetInfo, np.ndarray | Ragged]:
+    """`encode_labels` of the different labels alone; `counts` are of each row, if several."""
+
+    def describe(place: int) -> str:
+        return f"row {labels.rows[place] + 1}"
+
+    multi = counts is not None
+    values = [[value] for value in labels.values] if multi else labels.values
+    info, code_of = encode_labels(values, multi_label=multi, name=name, describe=describe)
+    if counts is None:
+        return info, code_of[labels.codes]
+    return info, Ragged(np.concatenate(code_of)[labels.codes], counts)
+
+
 def _read_rows(file: str, *, names: Mapping[str, str], key: str) -> list[Any]:
-    """The rows of a table at a path or URL; raises `UserError` if it can't be read."""
+    return list(_iterate_rows(file, names=names, key=key))
+
+
+def _iterate_rows(file: str, *, names: Mapping[str, str], key: str) -> Iterator[Any]:
+    """Yields the rows of a table at a path or URL; raises `UserError` if it can't be read."""
     try:
         if is_remote(file):
-            content = BucketRanges([file]).read(0, 0, None, patient=False)
+            content: BinaryIO = io.BytesIO(BucketRanges([file]).read(0, 0, None, patient=False))
         else:
-            content = _read_file(file, max_bytes=MAX_TABLE)
-        lines = io.StringIO(content.decode("utf-8-sig"), newline="")
-        delimiter = _TABLES[os.path.splitext(file)[1]]
-        if delimiter is None:
-            return list(_read_json(lines, names=names))
-        return list(_read_table(lines, delimiter=delimiter, names=names))
+            content = open(open_regular(file, max_bytes=MAX_TABLE), "rb")  # noqa: SIM115
+        with content:
+            lines = io.TextIOWrapper(content, "utf-8-sig", newline="")
+            delimiter = _TABLES[os.path.splitext(file)[1]]
+            if delimiter is None:
+                yield from _read_json(lines, names=names)
+            else:
+                yield from _read_table(lines, delimiter=delimiter, names=names)
     # Damaged files raise errors of several types.
     except Exception as e:
         raise UserError(f"{key} can't be read: {describe_error(e)}") from None
@@ -872,22 +1004,33 @@ def _check_named(names: Mapping[str, str], columns: Collection[str]) -> None:
 def _read_table(
     lines: Iterator[str], *, delimiter: str, names: Mapping[str, str]
 ) -> Iterator[dict[str, Any]]:
-    reader = csv.DictReader(lines, delimiter=delimiter)
-    _check_named(names, reader.fieldnames or [])
-    columns = [names.get(column, column) for column in reader.fieldnames or []]
-    reader.fieldnames = columns
+    reader = csv.reader(lines, delimiter=delimiter)
+    header = next(reader, [])
+    _check_named(names, header)
+    columns = [names.get(column, column) for column in header]
     if len(set(columns)) < len(columns):  # The last one would count.
         raise ValueError(f"two columns of one name among {', '.join(columns)}")
     if not any(_CAPTION.fullmatch(column) or column == "text" for column in columns):
-        yield from reader
+        yield from _as_dicts(reader, columns)
         return
     # A quotation mark that is not closed would make the lines after it a part of the caption.
-    header, reader.reader = reader.line_num, csv.reader(lines, delimiter=delimiter, strict=True)
+    strict = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
-        yield from reader
+        yield from _as_dicts(strict, columns)
     except csv.Error as e:
-        line = header + reader.reader.line_num
+        line = reader.line_num + strict.line_num
         raise ValueError(f"line {line:,}, or quotation marks before it: {e}") from e
+
+
+def _as_dicts(reader: Iterator[list[str]], columns: Sequence[str]) -> Iterator[dict[Any, Any]]:
+    """The rows as `csv.DictReader` yields them: surplus values have the key None."""
+    for values in reader:
+        if len(values) == len(columns):
+            yield dict(zip(columns, values, strict=True))
+        elif values:
+            row: dict[Any, Any] = dict.fromkeys(columns)
+            row |= zip(columns, values, strict=False)
+            yield row | ({None: values[len(columns) :]} if len(values) > len(columns) else {})
 
 
 def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
@@ -895,7 +1038,6 @@ def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
         raise UserError(f"{key} lists no images")
     if not isinstance(rows[0], dict):
         raise UserError(f"{key}: {str(rows[0])[:80]!r}: expected an object a line")
-    # DictReader stores surplus values under the key None, and None for missing values.
     columns = [column for column in rows[0] if column is not None]
     # Rows of JSON may lack captions.
     named = {c for row in rows if isinstance(row, dict) for c in row if isinstance(c, str)}
@@ -918,11 +1060,17 @@ def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
     return columns
 
 
-def _check_values(rows: Sequence[Any], columns: Sequence[str], key: str) -> None:
-    """Raises `UserError` if a row has other columns, or lacks one that is not of captions."""
+def _check_values(rows: Sequence[Any], columns: Sequence[str], key: str, first: int = 0) -> None:
+    """Raises `UserError` if a row has other columns, or lacks one that is not of captions.
+
+    `first` is the number of the first row, from 0.
+    """
+    everything = set(columns)
     captioned = any(map(_CAPTION.fullmatch, columns))
     required = {column for column in columns if not _CAPTION.fullmatch(column)}
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, first):
+        if isinstance(row, dict) and row.keys() == everything and None not in row.values():
+            continue
         given = set(row) if isinstance(row, dict) else set()
         if not required <= given <= set(columns) or None in (row[c] for c in required):
             raise UserError(
@@ -933,16 +1081,17 @@ def _check_values(rows: Sequence[Any], columns: Sequence[str], key: str) -> None
 
 
 def read_captions(
-    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, key: str
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, key: str, first: int = 0
 ) -> list[list[str]] | None:
     """The captions of each row, in the order of the columns; None without such columns.
 
-    A value is a text, a list of texts, or None. Raises `UserError` for any other.
+    A value is a text, a list of texts, or None. Raises `UserError` for any other. `first` is the
+    number of the first row, from 0.
     """
     if not columns:
         return None
     captions = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, first):
         found: list[Any] = []
         for column in columns:
             value = row.get(column)
@@ -1038,25 +1187,3 @@ def check_store(path: str, *, where: str = "") -> None:
     """Raises `UserError`, which starts with `where`, for a URL that images are not read from."""
     if "://" in path and not is_remote(path):
         raise UserError(f"{where}{path!r}: expected a path, or a URL of {' or '.join(SCHEMES)}")
-
-
-def _check_access(records: Files, paths: Sequence[str], key: str) -> None:
-    """Reads one image, as a wrong folder or missing credentials affect all records."""
-    for row, path in enumerate(paths):
-        check_store(path, where=f"{key}: row {row + 1}: image ")
-    for remote in (False, True):
-        rows = [row for row, path in enumerate(paths) if ("://" in path) == remote][:8]
-        error = None
-        for row in rows:
-            try:
-                records.read(row, patient=False)
-                break
-            except ImageError as e:
-                error = e
-        else:
-            if rows:
-                raise UserError(
-                    f"{key}: none of its first images can be read, such as "
-                    f"{records.describe(rows[-1])}: {error}; expected paths from the manifest's "
-                    "folder, or URLs that this machine has the credentials for"
-                )

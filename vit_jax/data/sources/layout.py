@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from vit_jax.data.sources.base import HELD_OUT, NO_LABEL, Dataset, DatasetInfo
+from vit_jax.data.sources.compact import Ragged
 from vit_jax.utils.class_names import normalize_name
 from vit_jax.utils.errors import UserError
 
@@ -342,6 +343,8 @@ def check_classes(
 def _classes_of(labels: np.ndarray | Sequence[np.ndarray], rows: np.ndarray) -> set[int]:
     if isinstance(labels, np.ndarray):
         return set(np.unique(labels[rows]).tolist()) - {NO_LABEL}
+    if isinstance(labels, Ragged):
+        return set(np.unique(labels.select(rows)[0]).tolist())
     return {int(label) for row in rows for label in labels[row]}
 
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Datasets written by `vit_jax.data.pack`: smaller JPEGs in few files, or pixels in one per split.
+"""Datasets written by `vit_jax.data.pack`: smaller JPEGs, or pixels, in few files.
 
 `DST/pack.json` is the manifest. Each shard has `SPLIT-00000-of-00010.npz` with the labels and
-captions, which is written after its images, and either an `.array_record` file of JPEGs or its part
-of `SPLIT.pixels`, uint8 `[rows, size, size, 3]`. An image that could not be read leaves an empty
-place, so that positions are those of the source.
+captions, which is written after its images, and either an `.array_record` file of JPEGs or its rows
+of a file of pixels, uint8 `[rows, size, size, 3]`: `SPLIT.pixels`, or one for each part of a job of
+several. An image that could not be read leaves an empty place, so that positions are those of the
+source.
 """
 
+import bisect
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -32,6 +34,7 @@ from vit_jax.data.sources.base import (
     Records,
     check_class_names,
 )
+from vit_jax.data.sources.compact import Ragged
 from vit_jax.data.sources.ranges import BucketRanges, is_remote
 from vit_jax.utils.bounds import (
     MAX_JSON,
@@ -77,6 +80,7 @@ class Manifest:
       shard_size: examples of each file except the last of a split.
       cut: whether the source has no splits of its own; see `Dataset`.
       captions: whether the examples have captions.
+      parts: files of pixels, each of which has the shards of one part of a job; 1 for JPEGs.
     """
 
     source: str
@@ -90,6 +94,7 @@ class Manifest:
     shard_size: int
     cut: bool = False
     captions: bool = False
+    parts: int = 1
 
     @property
     def kind(self) -> str:
@@ -109,10 +114,21 @@ class Manifest:
             for number, start in enumerate(range(0, length, self.shard_size))
         ]
 
+    def pixel_files(self) -> list["Shard"]:
+        """The rows of each file of pixels, split by split."""
+        shards, files = self.shards(), []
+        for number in range(self.parts):
+            part = select_part(shards, number, self.parts)
+            for split, group in itertools.groupby(part, key=lambda shard: shard.split):
+                own = list(group)
+                suffix = f".part-{number:05}-of-{self.parts:05}" if self.parts > 1 else ""
+                files.append(Shard(f"{split}{suffix}.pixels", split, own[0].start, own[-1].stop))
+        return files
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Examples `start` to `stop` of a split, in files of this name."""
+    """Examples `start` to `stop` of a split, in the file or files of this name."""
 
     name: str
     split: str
@@ -120,17 +136,18 @@ class Shard:
     stop: int
 
 
+def select_part(shards: Sequence[Shard], number: int, count: int) -> Sequence[Shard]:
+    """The shards of part `number` of `count`, from 0; none if there are more parts than shards."""
+    start, stop = (len(shards) * n // count for n in (number, number + 1))
+    return shards[start:stop]
+
+
 def read_manifest(folder: str | Path, *, key: str) -> Manifest:
     """Reads `pack.json` in a folder or below a URL; raises `UserError` if it can't be used."""
     where = f"{folder}/{MANIFEST}"
     try:
         with _open(folder, MANIFEST, max_bytes=MAX_JSON) as file:
-            values = parse_json(file.read())
-        names = values.pop("class_names")
-        if not isinstance(names, list | None):
-            raise ValueError(f"class_names is {shorten(names)}; expected a list of texts, or null")
-        manifest = Manifest(**values, class_names=None if names is None else tuple(names))
-        check_manifest(manifest)
+            return as_manifest(parse_json(file.read()))
     except OSError as e:
         raise UserError(
             f"{key}: {where}: {e.strerror}; expected a folder that "
@@ -138,6 +155,18 @@ def read_manifest(folder: str | Path, *, key: str) -> Manifest:
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{key}: {where} can't be read: {e}") from None
+
+
+def as_manifest(values: Any) -> Manifest:
+    """The manifest that JSON holds.
+
+    Raises ValueError, TypeError, KeyError or AttributeError unless it is one that makes sense.
+    """
+    names = values.pop("class_names")
+    if not isinstance(names, list | None):
+        raise ValueError(f"class_names is {shorten(names)}; expected a list of texts, or null")
+    manifest = Manifest(**values, class_names=None if names is None else tuple(names))
+    check_manifest(manifest)
     return manifest
 
 
@@ -170,6 +199,7 @@ def check_manifest(manifest: Manifest) -> None:
     check_count(sum(manifest.splits.values()), _MAX_EXAMPLES, "the number of examples", least=1)
     shards = sum(-(-length // manifest.shard_size) for length in manifest.splits.values())
     check_count(shards, _MAX_SHARDS, "the number of shards")
+    check_count(manifest.parts, _MAX_SHARDS, "parts", least=1)
     for name in ("multi_label", "cut", "captions"):
         if type(value := getattr(manifest, name)) is not bool:
             raise ValueError(f"{name} is {shorten(value)}; expected true or false")
@@ -192,6 +222,7 @@ class Jpegs(Records):
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(_check_records, self._paths, shards))
         self._source = ArrayRecordDataSource(self._paths)
+        self._firsts = np.cumsum([0, *(shard.stop - shard.start for shard in shards)])
 
     def read(self, row: int) -> bytes:
         try:
@@ -201,6 +232,9 @@ class Jpegs(Records):
         if not encoded:
             raise ImageError("it could not be read when it was packed")
         return encoded
+
+    def shard_bounds(self) -> np.ndarray:
+        return self._firsts
 
     def describe(self, row: int) -> str:
         return f"{os.path.dirname(self._paths[0])}[{row}]"
@@ -260,6 +294,9 @@ class RemoteJpegs(Records):
         except (OSError, ValueError) as e:
             raise ImageError(f"it can't be read: {describe_error(e)}") from None
 
+    def shard_bounds(self) -> np.ndarray:
+        return self._firsts
+
     def describe(self, row: int) -> str:
         return f"{self._url}[{row}]"
 
@@ -274,8 +311,9 @@ class RemotePixels(Records):
     def __init__(self, url: str, manifest: Manifest, good: np.ndarray):
         self._url, self._good, self._side = url, good, manifest.raw or 0
         self._size = self._side**2 * 3
-        self._ranges = BucketRanges([f"{url}/{split}.pixels" for split in manifest.splits])
-        self._firsts = np.cumsum([0, *manifest.splits.values()])
+        files = manifest.pixel_files()
+        self._ranges = BucketRanges([f"{url}/{file.name}" for file in files])
+        self._firsts = np.cumsum([0, *(file.stop - file.start for file in files)])
 
     def _find(self, row: int) -> tuple[int, int, int]:
         number = int(np.searchsorted(self._firsts, row, side="right")) - 1
@@ -298,6 +336,9 @@ class RemotePixels(Records):
             raise ImageError(f"{len(content):,} bytes where {self._size:,} were expected")
         return np.frombuffer(content, np.uint8).reshape(self._side, self._side, 3)
 
+    def shard_bounds(self) -> np.ndarray:
+        return self._firsts
+
     def describe(self, row: int) -> str:
         return f"{self._url}[{row}]"
 
@@ -308,30 +349,59 @@ class Pixels(Records):
     def __init__(self, folder: Path, manifest: Manifest, good: np.ndarray):
         self._folder, self._good = folder, good
         size = manifest.raw or 0
-        for split, length in manifest.splits.items():
-            path, expected = folder / f"{split}.pixels", length * size**2 * 3
+        self._files = []
+        for file in manifest.pixel_files():
+            path, rows = folder / file.name, file.stop - file.start
+            expected = rows * size**2 * 3
             os.close(open_regular(path, max_bytes=expected))
             if (found := path.stat().st_size) != expected:
                 raise ValueError(f"{path} has {found:,} bytes; expected {expected:,}")
-        # Plain arrays are faster to index than memmaps.
-        self._splits = [
-            np.asarray(
-                np.memmap(folder / f"{split}.pixels", np.uint8, "r", 0, (length, size, size, 3))
-            )
-            for split, length in manifest.splits.items()
-        ]
-        self._starts = (0, *itertools.accumulate(map(len, self._splits)))
+            mapped = np.memmap(path, np.uint8, "r", 0, (rows, size, size, 3))
+            self._files.append(np.asarray(mapped))  # Plain arrays are faster to index.
+        self._starts = (0, *itertools.accumulate(map(len, self._files)))
+        self._firsts = np.cumsum([0, *(shard.stop - shard.start for shard in manifest.shards())])
 
     def read(self, row: int) -> np.ndarray:
         if not self._good[row]:
             raise ImageError("it could not be read when it was packed")
-        for split, start in zip(self._splits, self._starts, strict=False):
-            if row < start + len(split):
-                return split[row - start]
-        raise IndexError(row)
+        number = bisect.bisect_right(self._starts, row) - 1
+        return self._files[number][row - self._starts[number]]
+
+    def shard_bounds(self) -> np.ndarray:
+        return self._firsts
 
     def describe(self, row: int) -> str:
         return f"{self._folder}[{row}]"
+
+
+def open_files(
+    folder: str, manifest: Manifest, *, key: str, advice: str
+) -> tuple[Any, np.ndarray, "PackedCaptions | None", Records]:
+    """Opens all shards of a folder or URL.
+
+    Returns labels, whether each image is there, bool `[rows]`, captions and images.
+
+    Raises `UserError`, which ends in `advice`, if one is missing or not as it was written.
+    """
+    shards, remote = manifest.shards(), is_remote(folder)
+    try:
+        labels, good, captions, places = _read_labels(folder, manifest, shards, key=key)
+        if remote and manifest.raw is None:
+            records: Records = RemoteJpegs(folder, shards, places, good)
+        elif remote:
+            records = RemotePixels(folder, manifest, good)
+        elif manifest.raw is None:
+            records = Jpegs(Path(folder), shards)
+        else:
+            records = Pixels(Path(folder), manifest, good)
+    except UserError:
+        raise
+    except OSError as e:
+        raise UserError(f"{key}: {e.filename} can't be read: {e.strerror}; {advice}") from None
+    # Damaged files raise errors of many types.
+    except Exception as e:
+        raise UserError(f"{key} can't be read: {describe_error(e)}; {advice}") from None
+    return labels, good, captions, records
 
 
 @functools.cache
@@ -347,25 +417,8 @@ def _dataset(path: str, kind: str) -> Dataset:
     manifest = read_manifest(folder, key=key)
     if manifest.kind != kind:
         raise UserError(f"{key}: expected {manifest.kind}:{path}, by what is in it")
-    shards = manifest.shards()
-    try:
-        labels, good, captions, places = _read_labels(folder, manifest, shards, key=key)
-        size = manifest.raw
-        if remote and size is None:
-            records: Records = RemoteJpegs(folder, shards, places, good)
-        elif remote:
-            records = RemotePixels(folder, manifest, good)
-        elif size is None:
-            records = Jpegs(Path(folder), shards)
-        else:
-            records = Pixels(Path(folder), manifest, good)
-    except UserError:
-        raise
-    except OSError as e:
-        raise UserError(f"{key}: {e.filename} can't be read: {e.strerror}; {_AGAIN}") from None
-    # Damaged files raise errors of many types.
-    except Exception as e:
-        raise UserError(f"{key} can't be read: {describe_error(e)}; {_AGAIN}") from None
+    labels, _, captions, records = open_files(folder, manifest, key=key, advice=_AGAIN)
+    size = manifest.raw
     names = manifest.class_names
     class_names = None if names is None else check_class_names(names, name=name)
     info = DatasetInfo(
@@ -394,8 +447,8 @@ class PackedCaptions:
 
     def __init__(self, text: np.ndarray, lengths: np.ndarray, counts: np.ndarray):
         self._text = text
-        self._starts = np.cumsum([0, *lengths])
-        self._firsts = np.cumsum([0, *counts])
+        self._starts = np.cumsum(np.append(0, lengths))
+        self._firsts = np.cumsum(np.append(0, counts))
 
     def __getitem__(self, row: int) -> list[str]:
         bounds = self._starts[self._firsts[row] : self._firsts[row + 1] + 1]
@@ -437,7 +490,7 @@ def _read_labels(
         return np.zeros(len(good), np.int32), good, captions, places
     if not manifest.multi_label:
         return values, good, captions, places
-    return np.split(values, np.cumsum(counts)[:-1]), good, captions, places
+    return Ragged(values, counts), good, captions, places
 
 
 def _read_shard(folder: str, shard: Shard, manifest: Manifest) -> tuple[np.ndarray, ...]:

@@ -53,6 +53,9 @@ class Ranges(abc.ABC):
     def ahead(self, number: int, start: int, stop: int) -> None:  # noqa: B027
         """Starts to read what `read` will be called for with the same arguments."""
 
+    def read_through(self, number: int, start: int, stop: int) -> None:  # noqa: B027
+        """Reads a part of a file once, so that the system has it in memory; on disks only."""
+
     @abc.abstractmethod
     def stamp(self, number: int) -> str:
         """A text that changes with the content of a file."""
@@ -91,6 +94,10 @@ class LocalRanges(Ranges):
             if not kept:
                 os.close(file)
 
+    def read_through(self, number: int, start: int, stop: int) -> None:
+        for place in range(start, stop, _PART):
+            self.read(number, place, min(place + _PART, stop))
+
     def stamp(self, number: int) -> str:
         status = os.stat(self.paths[number])
         return f"{status.st_size} bytes of {status.st_mtime_ns}"
@@ -110,15 +117,18 @@ class BucketRanges(Ranges):
 
     def __init__(self, paths: Sequence[str]):
         self.paths = paths
-        split = [split_url(path) for path in paths]
-        roots = {
-            place[:2]: Bucket(path, whole=True) for path, place in zip(paths, split, strict=True)
-        }
-        self._objects = [(roots[scheme, bucket], name) for scheme, bucket, name in split]
+        self._roots: dict[tuple[str, str], Bucket] = {}
         self._lock = threading.Lock()
         # The futures of reads that were started, and how often each will be used.
         self._started: collections.OrderedDict[_Part, list[Any]] = collections.OrderedDict()
         self._size = 0
+
+    def _find(self, number: int) -> tuple[Bucket, str]:
+        """The bucket and the name of an object."""
+        scheme, bucket, name = split_url(path := self.paths[number])
+        if (root := self._roots.get((scheme, bucket))) is None:
+            root = self._roots.setdefault((scheme, bucket), Bucket(path, whole=True))
+        return root, name
 
     def read(self, number: int, start: int, stop: int | None, *, patient: bool = True) -> bytes:
         """As in `Ranges`, or up to the end; `patient` is whether failures are tried again."""
@@ -136,7 +146,7 @@ class BucketRanges(Ranges):
                     return result.value
             except Exception:  # The read below reports what is wrong.
                 logger.debug("a read ahead of %s failed", self.paths[number], exc_info=True)
-        bucket, name = self._objects[number]
+        bucket, name = self._find(number)
         if not patient:
             return bucket.read_range(name, start, stop)
         return be_patient(lambda: bucket.read_range(name, start, stop))
@@ -147,7 +157,7 @@ class BucketRanges(Ranges):
         return be_patient(lambda: bucket.read_tail(name, size))
 
     def ahead(self, number: int, start: int, stop: int | None) -> None:
-        bucket, name = self._objects[number]
+        bucket, name = self._find(number)
         key = number, start, stop
         with self._lock:
             if (entry := self._started.get(key)) is not None:
@@ -168,11 +178,11 @@ class BucketRanges(Ranges):
         self._size -= _size_of(key)
 
     def stamp(self, number: int) -> str:
-        bucket, name = self._objects[number]
+        bucket, name = self._find(number)
         return bucket.generation(name).hex()
 
     def open(self, number: int) -> BinaryIO:
-        return io.BufferedReader(_Stream(*self._objects[number]), buffer_size=2**16)
+        return io.BufferedReader(_Stream(*self._find(number)), buffer_size=2**16)
 
 
 def _size_of(part: _Part) -> int:

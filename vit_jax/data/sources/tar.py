@@ -2,6 +2,8 @@
 """Datasets in tar shards, in the layout of WebDataset: any sample is read by its position."""
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
@@ -17,6 +19,7 @@ import numpy as np
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.sources.base import Dataset, DatasetInfo, Records, make_splits
 from vit_jax.data.sources.columns import split_columns
+from vit_jax.data.sources.compact import Ragged
 from vit_jax.data.sources.files import ENDINGS, encode_labels
 from vit_jax.data.sources.guess import suggest_name
 from vit_jax.data.sources.layout import check_classes, find_split, log_cut
@@ -37,6 +40,9 @@ _COLUMNS = ("image", "label", "caption")
 # Files with the names of classes, in the folder of the shards or in that above it.
 _NAMES = ("classes.txt", "classnames.txt")
 _HEADER = 512
+# What is read where a name does not say otherwise.
+DEFAULT = Choice(image=tuple(ending.removeprefix(".") for ending in ENDINGS))
+_GAP = 2**16  # bytes between two images that are read in one go
 _MAX_SHARDS = 2**20
 _SECONDS = 10  # between lines on progress
 _READERS = 16  # threads that read shards, which mostly wait for the file system
@@ -64,12 +70,11 @@ def tar_dataset(text: str) -> Dataset:
     name = f"tar:{text}"
     key = f"data.name={name!r}"
     path, renamed = split_columns(text, _COLUMNS)
-    endings = tuple(ending.removeprefix(".") for ending in ENDINGS)
     given = {column: (chosen.removeprefix(".").lower(),) for column, chosen in renamed.items()}
     for column in ("label", "caption"):
         if column in renamed:  # Names of values in JSON have a case.
             given[column] = (renamed[column].removeprefix("."),)
-    choice = Choice(**{"image": endings} | given)
+    choice = dataclasses.replace(DEFAULT, **given)
     ranges = open_ranges(_find_shards(path, key=key))
     try:
         indices = _index(ranges, choice, name=name)
@@ -287,7 +292,7 @@ def _encode(
         info.num_classes, info.image_shape, info.class_names, several, captions=captioned
     )
     if several:
-        return info, np.split(labels, np.cumsum(number)[:-1])
+        return info, Ragged(labels, number)
     single = np.full(len(number), -1, np.int32)
     single[number == 1] = labels
     return info, single
@@ -388,6 +393,26 @@ class Members(Records):
                 start, size = map(int, places[row])
                 if size:
                     self._ranges.ahead(shard, start - _HEADER, start + abs(size))
+
+    def shard_bounds(self) -> np.ndarray:
+        return self.firsts
+
+    def read_through(self, rows: Sequence[int]) -> None:
+        # Other members are between the images; it is faster to read them too than to skip them.
+        part: tuple[int, int, int] | None = None
+        for row in rows:
+            shard, (start, size) = self._shard(row), map(int, self._images[row])
+            if part and part[0] == shard and 0 <= start - _HEADER - part[2] <= _GAP:
+                part = shard, part[1], start + size
+            else:
+                self._read_part(part)
+                part = shard, start - _HEADER, start + size
+        self._read_part(part)
+
+    def _read_part(self, part: tuple[int, int, int] | None) -> None:
+        if part is not None:
+            with contextlib.suppress(OSError):  # `read` reports it.
+                self._ranges.read_through(*part)
 
     def describe(self, row: int) -> str:
         shard = self._shard(row)

@@ -100,15 +100,12 @@ def index_shard(ranges: Ranges, number: int, choice: Choice) -> tuple[Index, boo
     """
     path = ranges.paths[number]
     try:
-        stamp = ranges.stamp(number)
-        about = {"version": _VERSION, "shard": path, "stamp": stamp, **_as_json(choice)}
-        digest = hashlib.sha256(json.dumps([path, _as_json(choice)]).encode()).hexdigest()
-        file = cache_folder() / f"{digest[:32]}.npz"
+        file, about = _describe(ranges, number, choice)
         if (known := _read(file, about)) is not None:
             return known, False
         with ranges.open(number) as content:
             index, names = _make(content, path, choice)
-        if ranges.stamp(number) != stamp:
+        if ranges.stamp(number) != about["stamp"]:
             raise UserError(f"{path} was written to while it was read: try again once it is whole")
     except OSError as e:
         raise UserError(f"{path} can't be read: {e.strerror or describe_error(e)}") from None
@@ -123,6 +120,22 @@ def index_shard(ranges: Ranges, number: int, choice: Choice) -> tuple[Index, boo
         )
         return index, True
     return dataclasses.replace(index, file=file), True
+
+
+def store(ranges: Ranges, number: int, choice: Choice, index: Index, names: Sequence[str]) -> None:
+    """Stores the index of a shard as it is now, with the names of its images; raises OSError."""
+    file, about = _describe(ranges, number, choice)
+    _write(file, index, names, about)
+
+
+def _describe(ranges: Ranges, number: int, choice: Choice) -> tuple[Path, dict[str, Any]]:
+    """The file of an index, and what it must be of; raises OSError."""
+    path = ranges.paths[number]
+    about = {
+        "version": _VERSION, "shard": path, "stamp": ranges.stamp(number), **_as_json(choice)
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps([path, _as_json(choice)]).encode()).hexdigest()
+    return cache_folder() / f"{digest[:32]}.npz", about
 
 
 def cache_folder() -> Path:
