@@ -425,6 +425,26 @@ CASES = {
         ("model.npz --params=mean", ["--params", "'mean'", "ema"]),
     ],
     "export.__main__": [
+        (
+            MODEL + "--to=stablehlo --output=new --quantize=int4",
+            ["--quantize=int4", "expected int8 or int8_dynamic"],
+        ),
+        (
+            MODEL + "--to=npz --output=new --quantize=int8",
+            ["--quantize=int8", "npz is written as float", "--to=stablehlo,onnx"],
+        ),
+        (
+            MODEL + "--to=stablehlo --output=new --data=digits",
+            ["--data=digits", "expected --quantize"],
+        ),
+        (
+            MODEL + "--to=stablehlo --output=new --quantize=int8 --split=val",
+            ["--split=val", "no run with data", "--data"],
+        ),
+        (
+            MODEL + "--to=stablehlo --output=new --quantize=int8 --data=folder:none",
+            ["folder:none'", "can't be read"],
+        ),
         (MODEL + "--output=out", ["--to is missing", "--help"]),
         (MODEL + "--to=npz", ["--output is missing", "--help"]),
         (MODEL + "--to=npy --output=out", ["--to=npy", "'npz'"]),
