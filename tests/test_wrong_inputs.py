@@ -600,6 +600,16 @@ CASES = {
         ("manifest:rows.csv --split=tset", ["--split='tset'", "train (1)"]),
         ("manifest:rows.csv --output=empty.txt", ["--output=empty.txt"]),
         ("manifest:rows.csv --config=none.py", ["--config=none.py", "there is no file"]),
+        ("manifest:rows.csv --judge=knn", ["--judge=knn", "expected --model"]),
+        (
+            "manifest:rows.csv --model=model.npz --judge=knn",
+            ["--judge=knn", "expected classifier or neighbours"],
+        ),
+        (
+            "manifest:rows.csv --model=model.npz --min_cosine=1.5",
+            ["--min_cosine=1.5", "at most 1"],
+        ),
+        ("manifest:rows.csv --model=none.npz", ["none.npz"]),
     ],
     "launch.local": [
         ("-- --config=c", ["--num_processes", "required", "--help"]),

@@ -16,6 +16,7 @@ from vit_jax.data.pipeline import DatasetSpec, eval_batches
 from vit_jax.data.sources import open_source
 from vit_jax.export.signature import without_folders
 from vit_jax.inference.model import LoadedModel
+from vit_jax.models.interface import takes_any_size
 from vit_jax.observe.console import log
 from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.utils.errors import UserError
@@ -87,9 +88,13 @@ def find_images(
       data_dir: of TFDS; None for that of the run.
 
     Raises:
-      UserError: `data` or `split` is given and can't be read, or its classes are not those of the
-        model.
+      UserError: `data` or `split` is given and can't be read, its classes are not those of the
+        model, or the model takes images of any size.
     """
+    if takes_any_size(model.module):
+        raise UserError(
+            f"--quantize: {model.source} takes images of any size: expected a model for one size"
+        )
     size = model.round_up(BATCH_SIZE)
     if data is None:
         spec = _find_evaluated(model, size, split=split, data_dir=data_dir)
