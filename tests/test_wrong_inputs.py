@@ -425,6 +425,26 @@ CASES = {
         ("model.npz --params=mean", ["--params", "'mean'", "ema"]),
     ],
     "export.__main__": [
+        (
+            MODEL + "--to=stablehlo --output=new --quantize=int4",
+            ["--quantize=int4", "expected int8 or int8_dynamic"],
+        ),
+        (
+            MODEL + "--to=npz --output=new --quantize=int8",
+            ["--quantize=int8", "npz is written as float", "--to=stablehlo,onnx"],
+        ),
+        (
+            MODEL + "--to=stablehlo --output=new --data=digits",
+            ["--data=digits", "expected --quantize"],
+        ),
+        (
+            MODEL + "--to=stablehlo --output=new --quantize=int8 --split=val",
+            ["--split=val", "no run with data", "--data"],
+        ),
+        (
+            MODEL + "--to=stablehlo --output=new --quantize=int8 --data=folder:none",
+            ["folder:none'", "can't be read"],
+        ),
         (MODEL + "--output=out", ["--to is missing", "--help"]),
         (MODEL + "--to=npz", ["--output is missing", "--help"]),
         (MODEL + "--to=npy --output=out", ["--to=npy", "'npz'"]),
@@ -585,6 +605,16 @@ CASES = {
         ("manifest:rows.csv --split=tset", ["--split='tset'", "train (1)"]),
         ("manifest:rows.csv --output=empty.txt", ["--output=empty.txt"]),
         ("manifest:rows.csv --config=none.py", ["--config=none.py", "there is no file"]),
+        ("manifest:rows.csv --judge=knn", ["--judge=knn", "expected --model"]),
+        (
+            "manifest:rows.csv --model=model.npz --judge=knn",
+            ["--judge=knn", "expected classifier or neighbours"],
+        ),
+        (
+            "manifest:rows.csv --model=model.npz --min_cosine=1.5",
+            ["--min_cosine=1.5", "at most 1"],
+        ),
+        ("manifest:rows.csv --model=none.npz", ["none.npz"]),
     ],
     "launch.local": [
         ("-- --config=c", ["--num_processes", "required", "--help"]),

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.browser import Browser
 from tests.html_pages import assert_stands_alone
@@ -244,3 +245,19 @@ def test_the_newest_pictures_of_evaluators_are_shown(workdir, said):
     shown = re.findall(r'width="(\d+)" height="(\d+)" alt="picture of ([^"]*)"', report)
     assert shown == [("64", "32", f"v&lt;b&gt;, step {step}") for step in (16, 14, 12, 10)]
     assert any("broken_4.png can't be read (ValueError: it is no PNG): left out" in x for x in said)
+
+
+def test_what_was_found_in_the_data_is_shown(tmp_path):
+    folder = tmp_path / "check"
+    folder.mkdir()
+    header = "image,split,label,suggested,score,label_probability,suggested_probability,judge\n"
+    rows = "".join(f"{i}.png,train,<cat>,dog,0.9,0.05,0.95,classifier\n" for i in range(25))
+    (folder / "label_errors.csv").write_text(header + rows + "torn,row\n")
+    (folder / "duplicates.csv").write_bytes(b"\xff\xfe")
+    Image.new("RGB", (64, 32)).save(folder / "label_errors.png")
+    page = make_report(tmp_path)
+    assert "Likely label errors: 25" in page
+    assert "all are in check/label_errors.csv, of which the first 20 are shown" in page
+    assert page.count("&lt;cat&gt;") == 20
+    assert 'alt="picture of Likely label errors"' in page
+    assert "torn" not in page

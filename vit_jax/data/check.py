@@ -4,12 +4,17 @@
 With --config, and --config.KEY=VALUE as for training, the splits, the batch size, the classes and
 the preprocessing are those that a run would use, and what it would refuse is reported.
 
+With --model, images are compared by the features of a trained model, which finds near duplicates,
+and labels by its predictions, which finds labels that are likely wrong (confident learning). Both
+are written as tables and as contact sheets. They change no exit code.
+
 The exit code is 1 if a run would be refused, if images can't be read, or if an operation of the
 preprocessing refuses them.
 
 Examples:
   python -m vit_jax.data.check folder:/data/birds
   python -m vit_jax.data.check folder:/data/birds --config=folder --config.data.batch_size=64
+  python -m vit_jax.data.check folder:/data/birds --model=runs/birds
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ from vit_jax.observe.console import log, set_up
 from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.layout import CHECK
 from vit_jax.utils.registry import find_parts, trust_parts
 from vit_jax.utils.signals import importing
 from vit_jax.utils.streams import print_result
@@ -47,6 +53,8 @@ if TYPE_CHECKING:
     from vit_jax.data.sources.base import Dataset, DatasetInfo, Source
     from vit_jax.data.sources.tfds import TfdsDataset
     from vit_jax.data.tokenizers import Tokenizer
+    from vit_jax.inference.dataset_audit import Audit
+    from vit_jax.inference.model import LoadedModel
     from vit_jax.training.experiment import Experiment
 
 # Formats by file name ending.
@@ -58,6 +66,9 @@ _USUAL_MODES = ("RGB", "L")
 # are more than _MANY pixels.
 _SMALL, _LONG, _MANY = 8, 8, 2**26
 
+_MIN_COSINE = 0.98  # of near duplicates
+_JUDGES = ("classifier", "neighbours")
+
 # Examples of an epoch where a config can't have its own: no warm-up is longer.
 _EPOCH = 10**9
 _SHARE = 0.02  # of a target, that is worth a name
@@ -65,6 +76,7 @@ _SHARE = 0.02  # of a target, that is worth a name
 _LISTED = 10  # names in the report of each kind of finding
 _SHEET = 8  # rows and columns of the contact sheet
 _TILE = 96  # least pixels of the longer side of an image there
+_LARGE_TILE = 128  # most pixels of it in the sheets of --model, which a report shows too
 _POINTS = 12  # least size of the font of the names below the images
 _LONGEST = 200  # characters of such a name
 _LATIN = 0x250  # the font of the captions has no characters from here on
@@ -491,7 +503,7 @@ def caption(label: np.ndarray, info: DatasetInfo) -> str:
 def write_contact_sheet(
     path: Path, images: np.ndarray, captions: Sequence[str], *, lines: int = 1
 ) -> None:
-    """Writes a PNG of images, uint8 `[64, height, width, 3 or 1]`; small ones are enlarged.
+    """Writes a PNG of images, uint8 `[n, height, width, 3 or 1]`; small ones are enlarged.
 
     Below each one is its caption, as far as it fits in a number of lines.
     """
@@ -500,6 +512,7 @@ def write_contact_sheet(
     from vit_jax.utils.pictures import to_rgb
 
     images = to_rgb(images)
+    images = np.pad(images, ((0, -len(images) % _SHEET), (0, 0), (0, 0), (0, 0)))
     times = -(-_TILE // max(images.shape[1:3]))
     images = images.repeat(times, axis=1).repeat(times, axis=2)
     # The sheet of large images is looked at from further away.
@@ -507,8 +520,8 @@ def write_contact_sheet(
     below = lines * (points + 2) + 3
     images = np.pad(images, ((0, 0), (1, below), (1, 1), (0, 0)))
     _, height, width, channels = images.shape
-    rows = images.reshape(_SHEET, -1, height, width, channels).swapaxes(1, 2)
-    sheet = Image.fromarray(rows.reshape(_SHEET * height, -1, channels))
+    rows = images.reshape(-1, _SHEET, height, width, channels).swapaxes(1, 2)
+    sheet = Image.fromarray(rows.reshape(-1, _SHEET * width, channels))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(points)
     for place, text in enumerate(captions):
         row, column = divmod(place, _SHEET)
@@ -539,6 +552,125 @@ def _wrap(text: str, font: Any, width: int, lines: int) -> Iterator[str]:
             line = f"{kept}..." if kept else ""
         if line:
             yield line
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    """Checks the arguments about --model, and sets `output` and `min_cosine`."""
+    from vit_jax.checkpoint.workdir import is_workdir
+
+    for name in ("judge", "min_cosine"):
+        value = getattr(args, name)
+        if args.model is None and value is not None:
+            raise UserError(f"--{name}={value}: expected --model with it")
+    if args.judge not in (None, *_JUDGES):
+        raise UserError(f"--judge={args.judge}: expected {' or '.join(_JUDGES)}")
+    if args.min_cosine is None:
+        args.min_cosine = _MIN_COSINE
+    if not 0 < args.min_cosine <= 1:
+        raise UserError(f"--min_cosine={args.min_cosine}: expected more than 0, and at most 1")
+    if args.output is None:
+        of_run = args.model is not None and is_workdir(Path(args.model))
+        args.output = Path(args.model) / CHECK if of_run else Path("runs/check")
+
+
+def find_trained_rows(
+    model: LoadedModel, dataset: Dataset | TfdsDataset, name: str, split: str
+) -> np.ndarray:
+    """Which records of a split a model was trained on, as its run has it, bool `[records]`."""
+    rows = _find_rows(dataset, name, split)
+    data = model.config.get("data") or {}
+    sources = data.get("mixture") or [data]
+    trained = np.zeros(len(rows), bool)
+    for source in sources:
+        if source.get("name") and _is_same_data(source["name"], name) and source.get("split"):
+            with contextlib.suppress(UserError):  # The data may have other splits by now.
+                trained |= np.isin(rows, _find_rows(dataset, name, source["split"]))
+    return trained
+
+
+def _is_same_data(one: str, other: str) -> bool:
+    kind, colon, path = one.partition(":")
+    kind_too, _, path_too = other.partition(":")
+    return kind == kind_too and (not colon or os.path.realpath(path) == os.path.realpath(path_too))
+
+
+def audit(
+    args: argparse.Namespace,
+    model: LoadedModel,
+    dataset: Dataset | TfdsDataset,
+    source: Source,
+    findings: Sequence[Finding],
+) -> None:
+    """Reports near duplicates and likely label errors, and writes their tables and sheets."""
+    from vit_jax.inference.dataset_audit import Images, audit_images, write_tables
+
+    info = dataset.info
+    index = np.array([i for i, f in enumerate(findings) if f.size is not None], np.int64)
+    names, lengths = list(dataset.lengths), list(dataset.lengths.values())
+    rows = _find_rows(dataset, args.SRC, args.split)[index]
+    places = np.searchsorted(np.cumsum(lengths), rows, side="right")
+    labelled = bool(info.num_classes) and not info.multi_label
+    images = Images(
+        source,
+        dataset.info,
+        index,
+        splits=[names[i] for i in places],
+        labels=np.array([findings[i].label for i in index], np.int64) if labelled else None,
+        digests=[findings[i].digest for i in index],
+        trained=find_trained_rows(model, dataset, args.SRC, args.split)[index],
+    )
+    found = audit_images(
+        model,
+        images,
+        name=args.SRC,
+        min_cosine=args.min_cosine,
+        judge=args.judge,
+        num_threads=args.num_threads,
+    )
+    for line in found.lines:
+        print_result(printable(line))
+    for path in [*write_tables(args.output, found), *write_sheets(args.output, model, found)]:
+        log(f"wrote {path}")
+
+
+def write_sheets(folder: Path, model: LoadedModel, found: Audit) -> list[Path]:
+    """Writes contact sheets of the first duplicates and suspects; returns their paths."""
+    from vit_jax.inference.dataset_audit import DUPLICATES_SHEET, ERRORS_SHEET, prepare_image
+
+    images = found.images
+    pairs = [
+        (number, f"{pair.cosine:.3f} {images.splits[number]} {images.name_label(number)}")
+        for pair in found.duplicates[: _SHEET**2 // 2]
+        for number in (pair.first, pair.second)
+    ]
+    suspects = [
+        (one.image, f"{images.name_label(one.image)}, likely {images.name_class(one.suggested)}")
+        for one in found.suspects[: _SHEET**2]
+    ]
+    written = []
+    for name, tiles in ((DUPLICATES_SHEET, pairs), (ERRORS_SHEET, suspects)):
+        read = [prepare_image(model, images, number) for number, _ in tiles]
+        pictures = [_shrink(image) for image in read if image is not None]
+        if pictures:
+            captions = [
+                text for image, (_, text) in zip(read, tiles, strict=True) if image is not None
+            ]
+            write_contact_sheet(folder / name, np.stack(pictures), captions, lines=2)
+            written.append(folder / name)
+        else:  # One of an earlier check would be wrong.
+            (folder / name).unlink(missing_ok=True)
+    return written
+
+
+def _shrink(image: np.ndarray) -> np.ndarray:
+    """Scales an image, uint8 `[height, width, channels]`, down to the size of a tile."""
+    from PIL import Image
+
+    from vit_jax.utils.pictures import to_rgb
+
+    picture = Image.fromarray(to_rgb(image[None])[0])
+    picture.thumbnail((_LARGE_TILE, _LARGE_TILE))
+    return np.asarray(picture)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -575,10 +707,29 @@ def main(argv: Sequence[str]) -> int:
         "'clip(length=77)'. The default counts characters.",
     )
     parser.add_argument(
+        "--model",
+        metavar="SOURCE",
+        help="Look for near duplicates and wrong labels with this model: a workdir, a file of "
+        "weights, or a name that `vit_jax models` lists.",
+    )
+    parser.add_argument(
+        "--judge",
+        help="Judge labels by the probabilities of the classifier of --model, or by the votes of "
+        "the nearest neighbours among the images: classifier or neighbours. The default is the "
+        "classifier for images that it was not trained on, if it has their classes, and the "
+        "neighbours for others.",
+    )
+    parser.add_argument(
+        "--min_cosine",
+        type=float,
+        help="List pairs of images as near duplicates whose features have this cosine or more, "
+        f"after the mean is subtracted. The default is {_MIN_COSINE}.",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
-        default=Path("runs/check"),
-        help="Write contact_sheet.png to this folder. The default is %(default)s.",
+        help="Write contact_sheet.png, and with --model the tables, to this folder. The default is "
+        "runs/check, or check in the workdir of --model, whose report then shows them.",
     )
     parser.add_argument(
         "--num_threads",
@@ -595,6 +746,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--tokenizer={args.tokenizer}: expected --config.data.tokenizer with it")
     if args.num_threads < 1:
         raise UserError(f"--num_threads={args.num_threads}: expected at least 1")
+    _check_model(args)
     if args.config is not None:
         find_file(args.config)
     with importing():
@@ -610,6 +762,12 @@ def main(argv: Sequence[str]) -> int:
         _ = parse_tokenizer(args.tokenizer, key="--tokenizer").vocabulary
     dataset = find_dataset(args.SRC, data_dir=args.data_dir)
     source = dataset.open(args.split, key="--split")
+    model = None
+    if args.model is not None:
+        from vit_jax.inference.model import load_model
+
+        model = load_model(args.model)
+        log(f"model: {model.source}")
     refused, input_shape = [], None
     if args.config is None:
         count, line = _SHEET**2, args.preprocess
@@ -637,6 +795,8 @@ def main(argv: Sequence[str]) -> int:
     findings = inspect(source, lines, num_threads=args.num_threads, measure=measure)
     for line in report(findings, dataset, input_shape, tokenizer):
         print_result(printable(line))
+    if model is not None and any(f.size for f in findings):
+        audit(args, model, dataset, source, findings)
     if any(f.size for f in findings):
         path = args.output / "contact_sheet.png"
         try:

@@ -96,16 +96,30 @@ def vote(
     A neighbour's vote is exp(similarity / temperature). `similarities`, float, and `labels`, int,
     are those of the neighbours, `[m, k]`.
     """
+    shares = functools.partial(share_votes, num_classes=num_classes, temperature=temperature)
     predicted = np.zeros(len(labels), np.int64)
     for start in range(0, len(labels), _VOTERS):
         several = slice(start, start + _VOTERS)
-        near = similarities[several].astype(np.float64)
-        # Subtracting the largest changes no vote's share and avoids an overflow.
-        weights = np.exp((near - near.max(axis=1, keepdims=True)) / temperature)
-        votes = np.zeros((len(weights), num_classes))
-        np.add.at(votes, (np.arange(len(weights))[:, None], labels[several]), weights)
-        predicted[several] = votes.argmax(axis=1)
+        predicted[several] = shares(similarities[several], labels[several]).argmax(axis=1)
     return predicted
+
+
+def share_votes(
+    similarities: np.ndarray, labels: np.ndarray, *, num_classes: int, temperature: float
+) -> np.ndarray:
+    """Returns the share of each class in the votes of `vote`, float64 `[m, num_classes]`.
+
+    A neighbour with a similarity of minus infinity has no vote; without any vote all classes have
+    the same share.
+    """
+    near = similarities.astype(np.float64)
+    # Subtracting the largest changes no vote's share and avoids an overflow.
+    largest = near.max(axis=1, keepdims=True, initial=-np.inf)
+    weights = np.exp((near - np.where(np.isfinite(largest), largest, 0)) / temperature)
+    votes = np.zeros((len(weights), num_classes))
+    np.add.at(votes, (np.arange(len(weights))[:, None], labels), weights)
+    votes[weights.sum(axis=1) == 0] = 1
+    return votes / votes.sum(axis=1, keepdims=True)
 
 
 def rankme(features: np.ndarray) -> float:

@@ -16,12 +16,16 @@ inside of it, images are decoded and resized outside. Its parameters are in it. 
 read back and compared with the model. signature.json describes its inputs and outputs; README.md
 is a card for people and for the Hugging Face hub, to which --push uploads the folder.
 
+With --quantize the kernels of a stablehlo or onnx program are int8, a quarter of the size. The
+change of accuracy is measured on the data of the run, or on --data, and logged.
+
 Examples:
   python -m vit_jax.export runs/digits --to=stablehlo --output=digits_exported
   python -m vit_jax.export --workdir=runs/averaged --checkpoint=last --params=ema \
       --to=stablehlo,safetensors --output=digits_exported
   python -m vit_jax.export --checkpoint=vit.safetensors --to=npz --output=exported
   python -m vit_jax.export --workdir=runs/digits --to=onnx --output=digits_exported
+  python -m vit_jax.export --workdir=runs/digits --to=stablehlo --quantize=int8 --output=digits_int8
   python -m vit_jax.export --workdir=runs/digits --to=safetensors,onnx --output=digits_exported \
       --license=apache-2.0 --push=USER/vit-digits --yes
   python -m vit_jax.export --init_from=augreg+imagenet2012:Ti/16@384 --layer=pre_logits \
@@ -38,6 +42,7 @@ from typing import TYPE_CHECKING
 
 from vit_jax.config.load import parse_overrides
 from vit_jax.export.hub import check_push, push_folder
+from vit_jax.export.schemes import DYNAMIC, SCHEMES
 from vit_jax.inference.source import add_source, check_source, load_source
 from vit_jax.observe.console import log, set_up
 from vit_jax.utils.class_names import format_names
@@ -51,6 +56,7 @@ from vit_jax.utils.text import describe_size, encode_text, printable
 
 if TYPE_CHECKING:
     from vit_jax.checkpoint.pretrained.weights import Weights
+    from vit_jax.export.measure import Cost, Images
     from vit_jax.inference.model import LoadedModel
 
 WEIGHTS = ("npz", "safetensors")
@@ -62,6 +68,9 @@ PROGRAMS: Mapping[str, str] = {
     "onnx": "vit_jax.export.onnx",
     "savedmodel": "vit_jax.export.savedmodel",
 }
+# Programs that --quantize is for, each with a function `open_FORMAT` from the path of the file to a
+# function from uint8 `[n, *image_shape]` to float32 `[n, ...]`.
+QUANTIZED = ("stablehlo", "onnx")
 TRANSFORMERS = "transformers"
 FORMATS = (*WEIGHTS, TRANSFORMERS, *PROGRAMS)
 
@@ -90,6 +99,26 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="Write a savedmodel by this interpreter, which has TensorFlow. The default is the one "
         "that runs this command.",
     )
+    add(
+        "--quantize",
+        metavar="KIND",
+        help="Round the kernels of stablehlo and onnx programs to int8, one scale per output "
+        "channel (int8); or also compute products of dense layers of onnx in integers, with ranges "
+        "of activations measured at each call (int8_dynamic).",
+    )
+    add(
+        "--data",
+        metavar="SRC",
+        help="Measure --quantize on this dataset, given as data.name in a config, such as "
+        "folder:/data/birds. The default is the data of the evaluator val of the run, or of its "
+        "first one.",
+    )
+    add(
+        "--split",
+        help="Measure --quantize on this split. The default is that of the evaluator, of which the "
+        "first 5,000 images are read, or test with --data.",
+    )
+    add("--data_dir", help="Read TFDS datasets for --quantize from this folder.")
     add(
         "--name",
         help="Name the model so in its card. The default is the name in --push or --output.",
@@ -122,6 +151,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             f"--to={','.join(args.to)}: safetensors and {TRANSFORMERS} write the same file, "
             "model.safetensors; expected one of them"
         )
+    _check_quantize(args)
     if args.output.suffix.removeprefix(".") in FORMATS:
         raise UserError(
             f"--output={args.output}: expected a folder; the file in it will be "
@@ -145,6 +175,27 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
         check_tensorflow(args.tf_python)
     return args
+
+
+def _check_quantize(args: argparse.Namespace) -> None:
+    if args.quantize is None:
+        for name in ("data", "split", "data_dir"):
+            if getattr(args, name) is not None:
+                raise UserError(
+                    f"--{name}={getattr(args, name)}: expected --quantize with it, which is "
+                    "measured on this data"
+                )
+        return
+    if args.quantize not in SCHEMES:
+        raise UserError(f"--quantize={args.quantize}: expected {' or '.join(SCHEMES)}")
+    able = ("onnx",) if args.quantize == DYNAMIC else QUANTIZED
+    for name in args.to:
+        if name not in able:
+            reason = "float" if name not in QUANTIZED else "a program in the dtype of the model"
+            raise UserError(
+                f"--quantize={args.quantize}: {name} is written as {reason}: expected "
+                f"--to={','.join(able)} alone"
+            )
 
 
 def choose_layer(model: "LoadedModel", wanted: str | None, formats: Sequence[str]) -> str:
@@ -182,12 +233,25 @@ def choose_layer(model: "LoadedModel", wanted: str | None, formats: Sequence[str
 
 
 def export(
-    folder: Path, model: "LoadedModel", formats: Sequence[str], layer: str, *, tf_python: str
-) -> list[str]:
-    """Writes a model into an empty folder, and returns lines to log.
+    folder: Path,
+    model: "LoadedModel",
+    formats: Sequence[str],
+    layer: str,
+    *,
+    tf_python: str,
+    quantize: str | None = None,
+    images: "Images | None" = None,
+) -> tuple[list[str], dict[str, "Cost"]]:
+    """Writes a model into an empty folder; returns lines to log, and costs of quantization.
 
-    Programs return the output of `layer`. `tf_python` is an interpreter with TensorFlow, which only
-    a SavedModel needs.
+    Args:
+      folder: to write to.
+      model: to write.
+      formats: of `FORMATS`.
+      layer: whose output programs return.
+      tf_python: an interpreter with TensorFlow, which only a SavedModel needs.
+      quantize: of `SCHEMES`; None for weights as they are.
+      images: to measure its cost on.
 
     Raises:
       UserError: a format cannot hold the model, or a written program computes something else.
@@ -196,7 +260,12 @@ def export(
     from vit_jax.export.compare import check_size, compare_outputs, make_batches
     from vit_jax.export.signature import SIGNATURE, describe_signature
 
-    lines, batches = [], make_batches(model)
+    lines, batches, costs = [], make_batches(model), {}
+    rounded = model
+    if quantize is not None:
+        from vit_jax.export.quantize import round_weights
+
+        rounded = round_weights(model)
     for name in formats:
         path = folder / f"model.{name}"
         if name == TRANSFORMERS and model.texts is None:
@@ -214,19 +283,42 @@ def export(
             elif name != "npz":
                 lines += _write_timm_config(folder / CONFIG, weights)
             continue
-        check_size(model, what=name)
+        check_size(model, what=name, quantized=quantize is not None)
         options = {"python": tf_python} if name == "savedmodel" else {}
-        write = getattr(importlib.import_module(PROGRAMS[name]), f"write_{name}")
-        outputs = write(path, model, layer, batches, **options)
-        lines.append(compare_outputs(model, layer, batches, outputs, what=path.name))
+        options |= {"quantize": quantize} if quantize is not None else {}
+        module = importlib.import_module(PROGRAMS[name])
+        outputs = getattr(module, f"write_{name}")(path, rounded, layer, batches, **options)
+        lines.append(
+            compare_outputs(rounded, layer, batches, outputs, what=path.name, quantize=quantize)
+        )
+        if quantize is not None and images is not None:
+            from vit_jax.export.measure import measure
+
+            run = getattr(module, f"open_{name}")(path)
+            costs[name] = measure(model, run, layer, images, what=path.name)
+            lines.append(f"{path.name}: {SCHEMES[quantize]}: {costs[name].describe()}")
     files = {name: f"model.{name}" for name in formats if name in PROGRAMS}
     if files:
         signature = describe_signature(model, layer, files)
+        if quantize is not None:
+            found = {name: cost.as_json() for name, cost in costs.items()}
+            signature["quantization"] = {"scheme": quantize, "measured": found}
         text = json.dumps(signature, indent=1, ensure_ascii=False) + "\n"
         (folder / SIGNATURE).write_bytes(encode_text(text))
     if model.class_names is not None:
         (folder / LABELS).write_text(format_names(model.class_names), encoding="utf-8")
-    return lines
+    return lines, costs
+
+
+def describe_saving(model: "LoadedModel") -> str:
+    """Describes how much smaller the parameters become with int8 kernels."""
+    from vit_jax.export.quantize import count_bytes
+
+    before, after = count_bytes(model.params)
+    return (
+        f"quantized parameters take {describe_size(after)} in place of {describe_size(before)} "
+        f"({after / before:.0%})"
+    )
 
 
 def _write_timm_config(path: Path, weights: "Weights") -> list[str]:
@@ -292,8 +384,22 @@ def main(argv: Sequence[str]) -> None:
         from vit_jax.export.card import CARD, make_card
     model = load_source(args, overrides)
     layer = choose_layer(model, args.layer, args.to)
+    images = None
+    if args.quantize is not None:
+        from vit_jax.export.measure import find_images
+
+        options = {"data": args.data, "split": args.split, "data_dir": args.data_dir}
+        images = find_images(model, layer, **options)
     with fresh_folder(args.output) as folder:
-        lines = export(folder, model, args.to, layer, tf_python=args.tf_python)
+        lines, costs = export(
+            folder,
+            model,
+            args.to,
+            layer,
+            tf_python=args.tf_python,
+            quantize=args.quantize,
+            images=images,
+        )
         card = make_card(
             model,
             args.to,
@@ -301,10 +407,14 @@ def main(argv: Sequence[str]) -> None:
             name=printable(args.name or (args.push or args.output.name).rpartition("/")[2]),
             license_id=args.license,
             params=args.params,
+            quantize=args.quantize,
+            costs=costs,
         )
         (folder / CARD).write_bytes(encode_text(card))
     for line in lines:
         log(line)
+    if args.quantize is not None:
+        log(describe_saving(model))
     for path in sorted(p for p in args.output.rglob("*") if p.is_file()):
         log(f"wrote {path} ({describe_size(path.stat().st_size)})")
     if args.push is not None:

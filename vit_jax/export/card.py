@@ -4,11 +4,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import vit_jax
 from vit_jax.checkpoint.listing import is_step
 from vit_jax.data.sources import KINDS
+from vit_jax.export.measure import Cost
+from vit_jax.export.schemes import DYNAMIC
 from vit_jax.export.signature import SIGNATURE, name_source, without_folders
 from vit_jax.inference.model import LoadedModel
 from vit_jax.observe.jsonl import read_metrics
@@ -112,11 +115,14 @@ def make_card(
     name: str,
     license_id: str | None,
     params: str,
+    quantize: str | None = None,
+    costs: Mapping[str, Cost] = MappingProxyType({}),
 ) -> str:
     """Returns the text of the card of a model whose programs return the output of `layer`.
 
     `license_id` is the licence of the weights by its name on the hub, None if it is not known.
-    `params` are the parameters that were loaded, "raw" or "ema".
+    `params` are the parameters that were loaded, "raw" or "ema". `quantize` is the scheme of
+    quantized programs, and `costs` what was measured of them by format.
     """
     results = read_results(model, params=params)
     kind = model.arguments.get("name", "vit")
@@ -133,6 +139,7 @@ def make_card(
         f"made by vit_jax {vit_jax.__version__} from `{name_source(model)}`"
         + (", the average of its parameters." if params == "ema" else "."),
         *_show_results(model, results),
+        *_show_quantization(quantize, costs),
         *_show_training(model),
         *_show_use(model, formats, layer),
         "## Licence",
@@ -185,6 +192,22 @@ def _show_results(model: LoadedModel, results: Sequence[tuple[str, str, float]])
         source, split = _judged_on(model.config, evaluator)
         rows.append(f"| {evaluator} | {source}, {split} | {metric} | {value:.6g} |")
     return ["## Results", "\n".join(rows)]
+
+
+def _show_quantization(quantize: str | None, costs: Mapping[str, Cost]) -> list[str]:
+    if quantize is None:
+        return []
+    text = (
+        "Kernels of matrix products and convolutions are int8 with one scale per output channel; "
+        "embeddings, norms and biases are float32. The results above are of the model before."
+    )
+    if quantize == DYNAMIC:
+        text += (
+            " Inputs of dense layers become uint8 by their range, which is measured at each call "
+            "over the whole batch, so an output depends on the other images of its batch."
+        )
+    measured = [f"- `model.{name}`: {cost.describe()}" for name, cost in costs.items()]
+    return ["## Quantization", text, "\n".join(measured)]
 
 
 def _show_training(model: LoadedModel) -> list[str]:

@@ -5,13 +5,15 @@ import contextlib
 import importlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from vit_jax.export.onnx_int8 import quantize_graph
+from vit_jax.export.schemes import DYNAMIC
 from vit_jax.export.signature import INPUT
 from vit_jax.inference.model import LoadedModel
 from vit_jax.utils.errors import UserError, first_line
@@ -30,7 +32,12 @@ def check_onnx() -> tuple[Any, Any]:
 
 
 def write_onnx(
-    path: Path, model: LoadedModel, layer: str, batches: Sequence[np.ndarray]
+    path: Path,
+    model: LoadedModel,
+    layer: str,
+    batches: Sequence[np.ndarray],
+    *,
+    quantize: str | None = None,
 ) -> list[np.ndarray]:
     """Writes a graph, reads it back and returns its outputs; see `PROGRAMS` of the command.
 
@@ -38,7 +45,7 @@ def write_onnx(
       UserError: the model does not compute in float32, or the libraries are missing or cannot
         write it.
     """
-    jax2onnx, runtime = check_onnx()
+    jax2onnx, _ = check_onnx()
     dtype = np.dtype(getattr(model.module, "dtype", np.float32))
     if dtype != np.float32:
         raise UserError(
@@ -62,13 +69,29 @@ def write_onnx(
                 output_names=[layer],
             )
         _strip_locations(graph)
+        if quantize is not None:
+            quantize_graph(graph, dynamic=quantize == DYNAMIC)
         path.write_bytes(graph.SerializeToString())
-        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        return [session.run([layer], {INPUT: batch})[0] for batch in batches]
+        # At its default level the runtime may compute with rounded activations on its own.
+        run = open_onnx(path, level="ORT_ENABLE_BASIC")
+        return [run(batch) for batch in batches]
     except OSError:
         raise
     except Exception as e:  # Unsupported operations lead to exceptions of many types.
         raise UserError(f"--to=onnx: jax2onnx can't write this model: {first_line(e)}") from e
+
+
+def open_onnx(path: Path, *, level: str = "ORT_ENABLE_ALL") -> Callable[[np.ndarray], np.ndarray]:
+    """Opens a graph in ONNX Runtime, on the CPU.
+
+    It is a function from uint8 `[n, *image_shape]` to float32 `[n, ...]`. `level` is the name of a
+    `GraphOptimizationLevel`; the default is that of the runtime.
+    """
+    _, runtime = check_onnx()
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, level)
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {INPUT: images})[0]
 
 
 def _strip_locations(graph: Any) -> None:

@@ -455,14 +455,19 @@ class LoadedModel:
         batch = shard_batch({"image": images}, self.mesh)
         return self._compute(layer, tta)(self.params, batch["image"])
 
-    def as_function(self, layer: str) -> Callable[[jax.Array], jax.Array]:
+    def as_function(
+        self, layer: str, *, make_params: Callable[[], Params] | None = None
+    ) -> Callable[[jax.Array], jax.Array]:
         """Returns a function to be traced, with the parameters as constants.
 
-        It takes uint8 `[n, *image_shape]` and returns float32 `[n, ...]`, for any n.
+        It takes uint8 `[n, *image_shape]` and returns float32 `[n, ...]`, for any n. `make_params`
+        is called while it is traced, and makes other parameters.
         """
         self.check_layer(layer)
-        params = jax.tree.map(np.asarray, self.params)
-        return functools.partial(_apply, params, layer=layer, tta=None, **self._pixels)
+        apply = functools.partial(_apply, layer=layer, tta=None, **self._pixels)
+        if make_params is not None:
+            return lambda images: apply(make_params(), images)
+        return functools.partial(apply, jax.tree.map(np.asarray, self.params))
 
     @overload
     def attention(self, images: np.ndarray) -> np.ndarray: ...

@@ -31,7 +31,7 @@ from vit_jax.pages.html import (
 from vit_jax.utils.bounds import MAX_TABLE, check_count, read_json, read_text
 from vit_jax.utils.errors import describe_error
 from vit_jax.utils.files import write_atomically
-from vit_jax.utils.layout import CONFIG, EVALS, REPORT
+from vit_jax.utils.layout import CHECK, CONFIG, DUPLICATES, EVALS, LABEL_ERRORS, REPORT
 from vit_jax.utils.metrics import describe_metric, format_value, lower_is_better
 from vit_jax.utils.nested import flatten_config
 from vit_jax.utils.text import escape_html
@@ -44,6 +44,8 @@ _GROUPS = ("parameters", "arrays", "values", "weight decay", "learning rate")
 _MAX_CHARTS = 24
 # Pictures of each evaluator, their bytes, and their width in pixels of the page, at most.
 _MAX_PICTURES, _MAX_PICTURE, _PICTURE_WIDTH = 4, 2**23, 1024
+# Tables of `data.check`, and how many of their rows are shown.
+_CHECKS, _CHECKED = {LABEL_ERRORS: "Likely label errors", DUPLICATES: "Duplicates"}, 20
 # Metrics without a chart: counts, and those that another curve shows.
 _NOT_DRAWN = ("count", "real_count", "step_ms", "first_step_s")
 # Accuracies at the head of the page; runs with more of them have a table below.
@@ -106,6 +108,7 @@ def make_report(
         make_section("Masks", _show_masks(workdir)),
         make_section("Pictures", _show_pictures(workdir)),
         *sections,
+        make_section("Data", _show_check(workdir)),
         make_section("Time", _show_time(workdir)),
         make_section("Parameters", _show_params(run)),
         make_section("Commands", _show_commands(workdir, run, config)),
@@ -340,17 +343,45 @@ def _show_pictures(workdir: Path) -> list[str]:
     cards = []
     for name, pictures in sorted(found.items()):
         for step, path in sorted(pictures, reverse=True)[:_MAX_PICTURES]:
-            title = f"{name}, step {step:,}"
-            try:
-                picture = _read_picture(path)
-            except (OSError, ValueError) as e:
-                log(f"{path} can't be read ({describe_error(e)}): left out")
-                continue
-            width, height = (int.from_bytes(picture[i : i + 4], "big") for i in (16, 20))
-            width, height = min(width, _PICTURE_WIDTH), height * min(width, _PICTURE_WIDTH) // width
-            alt = f"picture of {title}"
-            cards.append(make_figure(picture, (width, height), alt=alt, title=title, wide=True))
+            cards += _show_picture(path, f"{name}, step {step:,}")
     return cards
+
+
+def _show_check(workdir: Path) -> list[str]:
+    """What `data.check` found in the data: the first rows of its tables, and its pictures."""
+    cards = []
+    for name, title in _CHECKS.items():
+        path = workdir / CHECK / name
+        if not path.exists():
+            continue
+        try:
+            header, *rows = csv.reader(read_text(path, max_bytes=MAX_TABLE).splitlines())
+        except (OSError, ValueError, csv.Error) as e:
+            log(f"{path} can't be read ({describe_error(e)}): left out")
+            continue
+        rows = [row for row in rows if len(row) == len(header)]
+        shown = f"{title}: {len(rows):,}"
+        more = f", of which the first {_CHECKED} are shown" if len(rows) > _CHECKED else ""
+        caption = f"Made by data.check; all are in {CHECK}/{name}{more}."
+        table = make_table([text.replace("_", " ") for text in header], rows[:_CHECKED])
+        cards.append(make_card(shown, table if rows else "", caption=caption, wide=True))
+        picture = path.with_suffix(".png")
+        if rows and picture.exists():
+            cards += _show_picture(picture, title)
+    return cards
+
+
+def _show_picture(path: Path, title: str) -> list[str]:
+    """The card of a picture; none if it can't be read."""
+    try:
+        picture = _read_picture(path)
+    except (OSError, ValueError) as e:
+        log(f"{path} can't be read ({describe_error(e)}): left out")
+        return []
+    width, height = (int.from_bytes(picture[i : i + 4], "big") for i in (16, 20))
+    width, height = min(width, _PICTURE_WIDTH), height * min(width, _PICTURE_WIDTH) // width
+    alt = f"picture of {title}"
+    return [make_figure(picture, (width, height), alt=alt, title=title, wide=True)]
 
 
 def _read_picture(path: Path) -> bytes:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Corruptions of images, by what each does to plain ones."""
 
+import cv2
 import numpy as np
 import pytest
 from sklearn.datasets import load_sample_images
@@ -109,3 +110,20 @@ def test_the_line_of_preprocessing_names_what_is_not_there():
     ):
         with pytest.raises(UserError, match=want):
             parse_preprocess(f"decode|{text}", key="k")
+
+
+@pytest.mark.parametrize("kind", ["glass_blur", "elastic_transform", "snow", "defocus_blur"])
+def test_small_images_are_corrupted_like_large_ones(kind):
+    rng = np.random.default_rng(0)
+    # Structure at all scales, and few pixels that are black or white.
+    large = sum(
+        cv2.resize(rng.normal(0, 1, (side, side, 3)), (224, 224)) for side in (4, 8, 16, 32, 64)
+    )
+    large = np.clip(110 + 25 * large, 0, 255).astype(np.uint8)
+    small = cv2.resize(large, (32, 32), interpolation=cv2.INTER_AREA)
+    for severity in SEVERITIES:
+        corrupted = Corrupt(kind, severity)
+        changed = cv2.resize(corrupted.change(large, rng), (32, 32), interpolation=cv2.INTER_AREA)
+        expected = np.abs(changed.astype(float) - small).mean()
+        found = np.abs(corrupted.change(small, rng).astype(float) - small).mean()
+        assert expected / 2 - 1 < found < 2 * expected + 1, severity

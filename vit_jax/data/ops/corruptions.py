@@ -3,7 +3,8 @@
 
 The kinds and their five severities are those of ImageNet-C (Hendrycks and Dietterich,
 arXiv:1903.12261), which are defined on images of 224 x 224 pixels. Lengths in pixels scale with the
-shorter side, so that smaller and larger images are corrupted alike. The draws and interpolations
+shorter side, and patterns are drawn at that size, so that smaller and larger images are corrupted
+alike. The draws and interpolations
 are ours, so results are close to those on the published files, and not equal to them. `frost` is
 left out, since it blends photographs of frost into the image.
 """
@@ -15,11 +16,14 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from vit_jax.data.ops.transforms import Op, Random
 
 SEVERITIES = (1, 2, 3, 4, 5)
 _SIDE = 224  # pixels, of the images of ImageNet-C
+_POINTS = 9  # a side, within a pixel; odd, so that one of them is its centre
+_LONGEST = 4096  # pixels, of patterns that are drawn at that scale
 
 # Each takes an image, float64 `[height, width, 3]` from 0 to 1, the severity's row, the scale of
 # lengths, and a generator. It returns an image of the same range, which may leave it.
@@ -40,22 +44,26 @@ def _impulse_noise(x: np.ndarray, share: float, scale: float, rng: _Rng) -> np.n
 
 
 def _defocus_blur(x: np.ndarray, row: tuple[float, float], scale: float, rng: _Rng) -> np.ndarray:
-    radius, smooth = row[0] * scale, row[1]
+    radius, smooth = row[0] * scale, row[1] * min(scale, 1)
     half = max(math.ceil(radius), 1) + 2
-    axis = np.arange(-half, half + 1)
-    disk = (axis[:, None] ** 2 + axis**2 <= radius**2).astype(np.float64)
+    # Shifts of the image by all points of a disk are averaged, with linear interpolation. As
+    # published, these are whole pixels; a disk of a smaller image would have too few.
+    points = _POINTS if scale < 1 else 1
+    axis = (np.arange(points * (2 * half + 1)) + 0.5) / points - half - 0.5
+    inside = (axis[:, None] ** 2 + axis**2 <= radius**2).astype(np.float64)
+    share = np.maximum(1 - np.abs(axis - np.arange(-half, half + 1)[:, None]), 0)
+    disk = share @ inside @ share.T
     disk = cv2.GaussianBlur(disk / disk.sum(), (3, 3) if row[0] <= 8 else (5, 5), smooth)
     return cv2.filter2D(x, -1, disk, borderType=cv2.BORDER_REFLECT_101)
 
 
 def _glass_blur(x: np.ndarray, row: tuple[float, int, int], scale: float, rng: _Rng) -> np.ndarray:
-    sigma, reach, rounds = row[0] * scale, max(round(row[1] * scale), 1), row[2]
+    sigma, (reach, rounds) = row[0] * scale, row[1:]
     height, width = x.shape[:2]
     x = _smooth(x, sigma)
-    rows, columns = np.mgrid[:height, :width]
     for _ in range(rounds):
-        down, right = rng.integers(-reach, reach, size=(2, height, width))
-        x = x[np.clip(rows + down, 0, height - 1), np.clip(columns + right, 0, width - 1)]
+        down, right = rng.integers(-reach, reach, size=(2, height, width)) * scale
+        x = _displace(x, down, right, cv2.BORDER_REPLICATE)
     return _smooth(x, sigma)
 
 
@@ -70,10 +78,10 @@ def _zoom_blur(x: np.ndarray, row: tuple[float, float], scale: float, rng: _Rng)
 
 def _snow(x: np.ndarray, row: tuple[float, ...], scale: float, rng: _Rng) -> np.ndarray:
     mean, std, zoom, least, radius, sigma, keep = row
-    layer = _zoom(rng.normal(mean, std, x.shape[:2])[..., None], zoom)
+    layer = _zoom(rng.normal(mean, std, _full_size(x, scale))[..., None], zoom)
     layer = np.clip(np.where(layer < least, 0, layer), 0, 1)
-    layer = _move(layer, radius * scale, sigma * scale, rng.uniform(-135, -45))
-    layer = layer.reshape(*x.shape[:2], 1)
+    layer = _move(layer, radius, sigma, rng.uniform(-135, -45))
+    layer = _fit(layer, x)[..., None]
     gray = (x @ [0.299, 0.587, 0.114])[..., None]
     whiter = np.maximum(x, gray * 1.5 + 0.5)
     return keep * x + (1 - keep) * whiter + layer + layer[::-1, ::-1]
@@ -103,23 +111,26 @@ def _elastic_transform(
     x: np.ndarray, row: tuple[float, float, float], scale: float, rng: _Rng
 ) -> np.ndarray:
     height, width = x.shape[:2]
-    alpha, sigma, jitter = (value * scale for value in row)
+    alpha, sigma, jitter = row[0] * scale, row[1], row[2] * scale
+    # Smooth fields of small images are drawn on fewer points, where the average of noise over the
+    # same area is larger by that factor.
+    points = min(max(scale, 2 / sigma), 1)
     center, third = np.array([width, height]) / 2, min(height, width) / 3
     corners = np.array([[1, 1], [1, -1], [-1, -1]]) * third + center
     moved = corners + rng.uniform(-jitter, jitter, corners.shape)
     affine = cv2.getAffineTransform(corners.astype(np.float32), moved.astype(np.float32))
     x = cv2.warpAffine(x, affine, (width, height), borderMode=cv2.BORDER_REFLECT_101)
-    dx, dy = (alpha * _smooth(rng.uniform(-1, 1, (height, width)), sigma) for _ in range(2))
-    rows, columns = np.mgrid[:height, :width]
-    where = ((columns + dx).astype(np.float32), (rows + dy).astype(np.float32))
-    return cv2.remap(x, *where, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    size = _full_size(x, scale / points)
+    noise = (_smooth(rng.uniform(-1, 1, size), sigma * points) for _ in range(2))
+    dx, dy = (alpha * points * _fit(field, x) for field in noise)
+    return _displace(x, dy, dx, cv2.BORDER_REFLECT)
 
 
 def _pixelate(x: np.ndarray, factor: float, scale: float, rng: _Rng) -> np.ndarray:
     height, width = x.shape[:2]
     small = (max(int(width * factor), 1), max(int(height * factor), 1))
-    x = cv2.resize(x, small, interpolation=cv2.INTER_AREA)
-    return cv2.resize(x, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+    picture = Image.fromarray(_to_uint8(x)).resize(small, Image.Resampling.BOX)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BOX)) / 255
 
 
 def _jpeg_compression(x: np.ndarray, quality: int, scale: float, rng: _Rng) -> np.ndarray:
@@ -128,6 +139,28 @@ def _jpeg_compression(x: np.ndarray, quality: int, scale: float, rng: _Rng) -> n
     decoded = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
     assert decoded is not None  # It was encoded here.
     return decoded[..., ::-1] / 255
+
+
+def _full_size(x: np.ndarray, scale: float) -> tuple[int, int]:
+    """The height and width of an image at the scale of ImageNet-C, on which patterns are drawn."""
+    height, width = (min(max(round(side / scale), 1), _LONGEST) for side in x.shape[:2])
+    return height, width
+
+
+def _fit(pattern: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Resizes a pattern, float64 `[rows, columns]`, to the height and width of an image."""
+    height, width = x.shape[:2]
+    if pattern.shape == (height, width):
+        return pattern
+    method = cv2.INTER_AREA if pattern.shape[0] > height else cv2.INTER_LINEAR
+    return cv2.resize(pattern, (width, height), interpolation=method)
+
+
+def _displace(x: np.ndarray, down: np.ndarray, right: np.ndarray, border: int) -> np.ndarray:
+    """Takes each pixel from elsewhere; distances are in pixels, float64 `[height, width]`."""
+    rows, columns = np.mgrid[: x.shape[0], : x.shape[1]]
+    where = ((columns + right).astype(np.float32), (rows + down).astype(np.float32))
+    return cv2.remap(x, *where, cv2.INTER_LINEAR, borderMode=border)
 
 
 def _smooth(x: np.ndarray, sigma: float) -> np.ndarray:
