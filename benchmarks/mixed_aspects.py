@@ -105,7 +105,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--source", required=True, help="data.name, such as folder:/data/cifar10")
-    parser.add_argument("--workdir", type=Path, required=True, help="data and a folder for each run")
+    parser.add_argument("--workdir", type=Path, required=True, help="of the data and the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="length of all runs in place of 20 epochs")
     parser.add_argument(

@@ -170,9 +170,10 @@ def choose_layer(model: "LoadedModel", wanted: str | None, formats: Sequence[str
         return IMAGE_EMBED
     if model.classifies:
         return "logits"
-    if model.segmentation is not None:
+    if model.dense is not None:
+        what = "depth" if model.segmentation is None else "class"
         log(
-            f"{model.source}: finds the class of each pixel; what is exported gives its features "
+            f"{model.source}: finds the {what} of each pixel; what is exported gives its features "
             "(pre_logits), without that head"
         )
         return "pre_logits"

@@ -31,7 +31,7 @@ from vit_jax.data.sources.base import (
 )
 from vit_jax.data.sources.columns import split_columns
 from vit_jax.data.sources.guess import suggest_name
-from vit_jax.data.sources.label_maps import Masks, read_values
+from vit_jax.data.sources.label_maps import add_label_maps, check_scale
 from vit_jax.data.sources.layout import (
     Top,
     check_classes,
@@ -53,9 +53,9 @@ from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.suggestions import suggest
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_COLUMNS = ("image", "label", "labels", "split", "caption", "captions", "mask")
+_COLUMNS = ("image", "label", "labels", "split", "caption", "captions", "mask", "depth")
 # What columns with other names may hold, as a dataset's name says.
-_RENAMED = ("image", "label", "labels", "split", "caption", "mask")
+_RENAMED = ("image", "label", "labels", "split", "caption", "mask", "depth")
 # What columns of metadata files with other names may hold.
 _RENAMED_METADATA = ("label", "labels", "split", "caption")
 # Endings of tables, with what separates their columns; None for an object a line.
@@ -417,18 +417,23 @@ def _list_rows(
     return sorted(rows, key=lambda row: (unicodedata.normalize("NFC", row[0]), row))
 
 
-def list_images(root: str, folder: str) -> tuple[list[str], Counter[str]]:
-    """Paths of all images below a folder, relative to the root, and other files counted by kind."""
-    found = _list_below(root, folder)
+def list_images(
+    root: str, folder: str, *, endings: Sequence[str] = ENDINGS
+) -> tuple[list[str], Counter[str]]:
+    """Paths of all images below a folder, relative to the root, and other files counted by kind.
+
+    Images are the files with one of the endings.
+    """
+    found = _list_below(root, folder, endings)
     names = (os.path.basename(path) for path in found.left_out)
     found.ignored.update(f"folder {name}" for name in names if not name.startswith("."))
     return found.images, found.ignored
 
 
-def _list_below(root: str, folder: str) -> _Listing:
+def _list_below(root: str, folder: str, endings: Sequence[str] = ENDINGS) -> _Listing:
     found, todo = _Listing(), [folder]
     while todo:
-        one = _list_folder(root, todo.pop())
+        one = _list_folder(root, todo.pop(), endings)
         found.images += one.images
         found.texts += one.texts
         found.metadata += one.metadata
@@ -438,7 +443,7 @@ def _list_below(root: str, folder: str) -> _Listing:
     return found
 
 
-def _list_folder(root: str, folder: str) -> _Listing:
+def _list_folder(root: str, folder: str, endings: Sequence[str] = ENDINGS) -> _Listing:
     found = _Listing()
     prefix = os.path.relpath(folder, root)
     prefix = "" if prefix == "." else f"{prefix}/"
@@ -454,7 +459,7 @@ def _list_folder(root: str, folder: str) -> _Listing:
                     found.folders.append(entry.path)
             elif name.startswith("."):
                 found.ignored["hidden"] += 1
-            elif ending in ENDINGS and _is_file(entry):
+            elif ending in endings and _is_file(entry):
                 found.images.append(f"{prefix}{name}")
             else:
                 found.ignored[ending or "without an ending"] += 1
@@ -764,7 +769,8 @@ def manifest_dataset(text: str) -> Dataset:
     Columns: `image` (a path relative to the manifest, an absolute path or a URL); `label` (a class
     name or an integer) or `labels` (several: `a|b`, in JSON a list); `caption`, or several such as
     `caption_0` and `caption_1` (a text, in JSON also a list); or `mask`, a path like `image`, with
-    `classes.txt` beside the manifest (see `read_values`); optionally `split`. One of labels and
+    `classes.txt` beside the manifest (see `read_values`); or `depth`, with `depth_scale.txt` there
+    (see `decode_depth`); optionally `split`. One of labels and
     captions may be missing. After the path, `#image=filepath,caption=title` gives other names of
     them, and `#caption=short+long` several.
 
@@ -799,13 +805,15 @@ def manifest_dataset(text: str) -> Dataset:
             values = [_several(value, row, key=key) for row, value in enumerate(values)]
         info, labels = encode_labels(values, multi_label=kind == "labels", name=name)
     info = dataclasses.replace(info, captions=captions is not None)
-    masks = None
-    if "mask" in columns:
-        files = Files(os.path.dirname(file), [str(row["mask"]) for row in rows])
-        values = read_values(os.path.dirname(file), key=key)
-        info = dataclasses.replace(info, pixel_classes=values.names)
-        masks = Masks(files.read, values)
-        _check_access(files, [str(row["mask"]) for row in rows], key)
+    label_maps, folder = None, os.path.dirname(file)
+    for kind in ("mask", "depth"):
+        if kind in columns:
+            of_maps = [str(row[kind]) for row in rows]
+            if kind == "depth":
+                check_scale(of_maps, folder, key=key)
+            files = Files(folder, of_maps)
+            info, label_maps = add_label_maps(info, kind, files.read, folder, key=key)
+            _check_access(files, of_maps, key)
     splits = None
     if "split" in columns:
         given = [str(row["split"]) for row in rows]
@@ -817,7 +825,7 @@ def manifest_dataset(text: str) -> Dataset:
     check_classes(name, info, labels, by_split)
     cut = splits is None
     dataset = Dataset(
-        name, info, records, labels, by_split, cut=cut, captions=captions, label_maps=masks
+        name, info, records, labels, by_split, cut=cut, captions=captions, label_maps=label_maps
     )
     log_cut(dataset)
     return dataset
@@ -908,11 +916,11 @@ def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
             )
     captioned = any(map(_CAPTION.fullmatch, columns))
     labelled = ("label" in columns) + ("labels" in columns)
-    given = labelled + ("mask" in columns)
+    given = labelled + ("mask" in columns) + ("depth" in columns)
     if "image" not in columns or given > 1 or not (given or captioned):
         raise UserError(
             f"{key} has the columns {', '.join(columns)}; expected image, and either label or "
-            "labels, or mask, or captions"
+            "labels, or mask, or depth, or captions"
         )
     _check_values(rows, columns, key)
     return columns

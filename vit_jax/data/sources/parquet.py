@@ -18,7 +18,7 @@ from vit_jax.data.sources.base import Dataset, DatasetInfo, Records, make_splits
 from vit_jax.data.sources.columns import split_columns
 from vit_jax.data.sources.files import encode_labels
 from vit_jax.data.sources.guess import suggest_name
-from vit_jax.data.sources.label_maps import Masks, read_values
+from vit_jax.data.sources.label_maps import add_label_maps
 from vit_jax.data.sources.layout import (
     check_classes,
     drop_unassigned,
@@ -45,7 +45,7 @@ _MIN_ROWS, _ROW_BYTES = 2**16, 16
 _BATCH_ROWS = 64
 
 # The columns of a file by what they hold, and how a dataset's name says that they have other names.
-_COLUMNS = ("image", "label", "split", "caption", "mask")
+_COLUMNS = ("image", "label", "split", "caption", "mask", "depth")
 # The columns with captions where no others are named: the first of these that is there.
 _CAPTIONS = ("caption", "captions", "text", "texts")
 
@@ -56,7 +56,8 @@ def parquet_dataset(text: str) -> Dataset:
 
     Columns: `image` (bytes, or a struct with `bytes`), `label` (integer or class name) and
     `caption` (a text or a list of texts; or `captions`, `text`); or `mask` (like `image`), with
-    `classes.txt` beside the files (see `read_values`) and without labels; after the path,
+    `classes.txt` beside the files (see `read_values`) and without labels; or `depth`, with
+    `depth_scale.txt` there (see `decode_depth`); after the path,
     `#image=img,label=fine_label` gives other names of them, and `#caption=short+long` several.
     Class names are those that the `datasets` library writes into the schema. The split is the
     column `split`, or else the first word of the files' names, as in
@@ -105,13 +106,18 @@ def parquet_dataset(text: str) -> Dataset:
                 splits += [_split_of(file_path)] * rows
     except (OSError, ValueError, pa.ArrowException) as e:  # Bounds raise the first two.
         raise UserError(f"{key} can't be read: {' '.join(str(e).split())[:200]}") from None
-    masked = all(names_of["mask"] in file.schema_arrow.names for file in files)
-    if masked and names:
+    mapped = [
+        kind
+        for kind in ("mask", "depth")
+        if all(names_of[kind] in file.schema_arrow.names for file in files)
+    ]
+    if len(given := [*(["label"] if names else []), *mapped]) > 1:
+        columns = " and ".join(names_of[kind] for kind in given)
         raise UserError(
-            f"{key} has both {names_of['label']} and {names_of['mask']}: expected labels of images "
-            "or masks: leave a column out by giving it another name, as parquet:PATH#mask=none"
+            f"{key} has both {columns}: expected labels of images, or masks, or depth: leave a "
+            f"column out by giving it another name, as parquet:PATH#{given[-1]}=none"
         )
-    if not names and (not (captions or masked) or names_of["label"] != "label"):
+    if not names and (not (captions or mapped) or names_of["label"] != "label"):
         raise _lack("label", files[0].schema_arrow, paths[0], key, names_of)
     first, class_names = next(iter(names.items()), ("", None))
     for file_path, other in names.items():
@@ -132,11 +138,11 @@ def parquet_dataset(text: str) -> Dataset:
     else:
         info, codes = DatasetInfo(0, (None, None, 3)), np.zeros(len(labels), np.int32)
     info = dataclasses.replace(info, captions=bool(captions))
-    masks = None
-    if masked:
-        values = read_values(os.path.dirname(paths[0]), key=key)
-        info = dataclasses.replace(info, pixel_classes=values.names)
-        masks = Masks(RowGroups(paths, files, column=names_of["mask"]).read, values)
+    label_maps = None
+    for kind in mapped:
+        read = RowGroups(paths, files, column=names_of[kind]).read
+        folder = os.path.dirname(paths[0])
+        info, label_maps = add_label_maps(info, kind, read, folder, key=key)
     _check_size(files, name)
     if None in splits:
         if set(splits) != {None}:
@@ -154,7 +160,7 @@ def parquet_dataset(text: str) -> Dataset:
     check_classes(name, info, codes, by_split)
     texts = TextColumns(paths, files, columns=captions) if captions else None
     dataset = Dataset(
-        name, info, records, codes, by_split, cut=cut, captions=texts, label_maps=masks
+        name, info, records, codes, by_split, cut=cut, captions=texts, label_maps=label_maps
     )
     log_cut(dataset)
     return dataset
@@ -256,7 +262,8 @@ def _check_schema(schema: Any, path: str, key: str, names_of: dict[str, str]) ->
     for column in (names_of[what] for what in ("image", "label", "split")):
         if schema.names.count(column) > 1:
             raise UserError(f"{key}: {path} has several columns {column}; expected one")
-    for column in (c for c in (names_of["image"], names_of["mask"]) if c in schema.names):
+    encoded = (names_of[what] for what in ("image", "mask", "depth"))
+    for column in (c for c in encoded if c in schema.names):
         image = schema.field(column).type
         if pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
             image = image.field("bytes").type
