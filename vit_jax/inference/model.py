@@ -354,6 +354,11 @@ class LoadedModel:
 
     @functools.cached_property
     def _pixel_outputs(self) -> Callable[..., jax.Array]:
+        sharding = batch_sharding(self.mesh)
+        return jax.jit(self._pixel_function, static_argnums=2, out_shardings=sharding)
+
+    @property
+    def _pixel_function(self) -> Callable[..., jax.Array]:
         dense, windows = self.dense, self.windows
         assert dense is not None
 
@@ -368,7 +373,7 @@ class LoadedModel:
                 return run(images)
             return (run(images) + run(images[:, :, ::-1])[:, :, ::-1]) / 2
 
-        return jax.jit(compute, static_argnums=2, out_shardings=batch_sharding(self.mesh))
+        return compute
 
     def predict(self, logits: np.ndarray) -> Prediction:
         """Converts logits, float32 `[n, num_classes]`, to a prediction.
@@ -413,7 +418,8 @@ class LoadedModel:
           layer: one of `layers`: `image_embed` is the unit vector that texts are compared with;
             `pre_logits` is the input of the head, one vector per image;
             `encoded` is the tokens `[length, hidden_size]` after the last block; any other is the
-            path of a module, such as `Transformer/encoderblock_3`.
+            path of a module, such as `Transformer/encoderblock_3`. `pixel_logits` and
+            `pixel_depth` are those of `pixel_outputs`.
           tta: see `__call__`.
 
         Returns:
@@ -490,6 +496,8 @@ class LoadedModel:
         self.check_layer(layer)
         if tta not in (None, "flip"):
             raise UserError(f"tta={tta!r}: expected 'flip', or None")
+        if self.dense is not None and layer == self.dense.output:
+            return self.start_pixels(images, tta=tta)
         if tta and takes_any_size(self.module):
             raise UserError(f"tta={tta!r}: expected None for patches of images of any size")
         batch = shard_batch({"image": images}, self.mesh)
@@ -502,6 +510,10 @@ class LoadedModel:
         """
         self.check_layer(layer)
         params = jax.tree.map(np.asarray, self.params)
+        if self.dense is not None and layer == self.dense.output:
+            head = jax.tree.map(np.asarray, self.dense_head)
+            params = {**params, self.dense.head_params: head}
+            return functools.partial(self._pixel_function, params, tta=None)
         return functools.partial(_apply, params, layer=layer, tta=None, **self._pixels)
 
     @overload
@@ -562,6 +574,7 @@ class LoadedModel:
         # Dropout and stochastic depth are the identity here.
         paths = [path for path in paths if not re.search(r"(Dropout|StochasticDepth)_\d+$", path)]
         own = [] if self.texts is None else [IMAGE_EMBED]
+        own += [] if self.dense is None else [self.dense.output]
         return tuple(dict.fromkeys([*own, *out, *paths]))
 
     def check_layer(self, layer: str) -> None:

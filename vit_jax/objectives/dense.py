@@ -303,7 +303,7 @@ class DenseObjective(ImageObjective, abc.ABC):
             tokens = jnp.concatenate([*blocks, tokens], axis=-1)
         rows, columns = self.model.grid(images.shape[1:3])
         patches = tokens[:, self.model.num_prefix_tokens :]
-        return patches.reshape(len(images), rows, columns, -1), out
+        return patches.reshape(images.shape[0], rows, columns, patches.shape[-1]), out
 
     def _find_blocks(self, captured: Any) -> list[jax.Array]:
         if self.model.scan:
