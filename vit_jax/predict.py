@@ -218,14 +218,16 @@ def _make_text_writer(
     from vit_jax.inference.writers import CsvWriter, JsonWriter, TableWriter
 
     if args.format == "csv":
-        top_k = min(args.top_k, len(names))
+        top_k = len(names) if value == "metres" else min(args.top_k, len(names))
         return CsvWriter(stream, name_of=names.__getitem__, top_k=top_k, value=value)
     if args.format == "json":
         return JsonWriter(stream, name_of=names.__getitem__, value=value)
     width = min(_width(paths), _PATH)
     # Names are cut where they stay distinct: texts may differ at their ends only.
     name_width = next(w for w in (_NAME, None) if len({n[:w] for n in names}) == len({*names}))
-    return TableWriter(stream, name_of=names.__getitem__, path_width=width, name_width=name_width)
+    return TableWriter(
+        stream, name_of=names.__getitem__, path_width=width, name_width=name_width, value=value
+    )
 
 
 def _width(paths: Sequence[str]) -> int:

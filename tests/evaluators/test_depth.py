@@ -12,6 +12,7 @@ import pytest
 from vit_jax.data.pipeline import DatasetSpec
 from vit_jax.evaluators.base import evaluate
 from vit_jax.evaluators.depth import Depth
+from vit_jax.evaluators.pixels import draw_examples
 from vit_jax.models.variants import make_vit
 from vit_jax.objectives.depth import make_depth
 from vit_jax.parallel.mesh import make_mesh
@@ -92,6 +93,19 @@ def test_windows_flips_and_depths_of_their_own_size_are_options(objective, param
     # Depths keep their own size, so as many pixels count as without the resizing.
     pixels = [e.summarize(_gather(e, params))[1] for e in (evaluator, make(objective))]
     assert pixels[0] == pixels[1]
+
+
+def test_the_picture_has_images_of_any_aspect():
+    def paint(label_map, predicted):
+        return tuple(np.zeros((*x.shape, 3), np.uint8) for x in (label_map, predicted))
+
+    examples = [
+        (np.zeros((h, w, 3), np.uint8), np.ones((h, w)), np.ones((h, w)))
+        for h, w in ((10, 40), (40, 10), (300, 200))
+    ]
+    picture = cv2.imdecode(np.frombuffer(draw_examples(examples, paint), np.uint8), 1)
+    assert picture.shape == (3 * 128, 128 + 32 + 85, 3)
+    assert (picture[32:128, :128] == 255).all()
 
 
 def _gather(evaluator, params):

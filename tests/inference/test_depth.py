@@ -66,6 +66,19 @@ def test_the_command_writes_depths_that_are_data_again(depth_run, tmp_path, caps
     np.testing.assert_allclose(found, [metres.min(), metres.mean(), metres.max()], atol=6e-4)
 
 
+def test_tables_are_in_metres_whatever_top_k(depth_run, tmp_path, capsys):
+    write_images(tmp_path / "images", 1, size=12)
+    given = [f"--workdir={depth_run}", "--top_k=1", str(tmp_path / "images")]
+    assert predict.main([*given, f"--output={tmp_path / 'depths.csv'}"]) == 0
+    header, row = (tmp_path / "depths.csv").read_text().splitlines()
+    assert header.count("metres") == 3
+    assert len(row.split(",")) == len(header.split(",")) == 10
+    capsys.readouterr()
+    assert predict.main(given) == 0
+    nearest = float(row.split(",")[3])
+    assert f"nearest {nearest:6.2f} m" in capsys.readouterr().out
+
+
 def test_windows_of_the_size_of_the_image_change_nothing_but_the_grid(depth_run, model):
     options = {"devices": jax.devices()[:1], "preprocess": "decode|resize(16)"}
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)

@@ -216,6 +216,7 @@ def draw_examples(examples: list[tuple[np.ndarray, ...]], paint: Paint) -> bytes
         size = max(1, round(width * scale)), max(1, round(height * scale))
         parts = [image, *paint(label_map, predicted)]
         resized = [cv2.resize(part, size, interpolation=cv2.INTER_NEAREST) for part in parts]
-        columns.append(np.concatenate(resized))
+        below = ((0, _SIDE - size[1]), (0, 0), (0, 0))
+        columns.append(np.concatenate([np.pad(x, below, constant_values=255) for x in resized]))
     grid = np.concatenate(columns, axis=1)
     return cv2.imencode(".png", grid[..., ::-1])[1].tobytes()
