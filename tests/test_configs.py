@@ -93,6 +93,7 @@ BUILDS = [
     ("cifar10_ssl.py:random", 304_128 + 172_608, 32),
     ("digits_text.py", 156_754, 24),
     ("digits_segment.py", 126_027, 24),
+    ("digits_depth.py", 126_027 + 53 * 17, 24),
     # The head of eleven classes; ADE20k has 150.
     ("segment.py", 86_579_712 + 4 * 768 + 11 * 769, 518),
     ("siglip.py", 203_155_970, 224),  # as published

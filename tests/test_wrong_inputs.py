@@ -166,7 +166,11 @@ CASES = {
         (TRAIN + "--config.data.name=folder:nothing", ["data.name='folder:nothing'", "image"]),
         (
             TRAIN + "--config.data.name=manifest:columns.csv",
-            ["data.name='manifest:columns.csv'", "'picture'", "there is: caption, captions, image"],
+            [
+                "data.name='manifest:columns.csv'",
+                "'picture'",
+                "there is: caption, captions, depth, image",
+            ],
         ),
         (TRAIN + "--config.data.name=packed:packed", ["data.name='packed:packed'", "pack.json"]),
         (TRAIN + "--config.data.split=trian", ["data.split='trian'", "train, test"]),

@@ -126,6 +126,28 @@ def write_segmentation(workdir: Path, data_dir: str) -> Path:
     return workdir
 
 
+def write_depth(workdir: Path, data_dir: str) -> Path:
+    """Writes a run of images of 16x16 whose head gives depths that differ from pixel to pixel."""
+    workdir.mkdir()
+    config = tiny_config(
+        data_dir,
+        data__name="digits_depth:16",
+        objective={"name": "depth", "head": "conv", "head_width": 8, "bins": 8},
+        evals__val__name="depth",
+        evals__val__preprocess="decode|resize(16)",
+        model__patch_size=4,
+    )
+    experiment = Experiment.from_config(config, devices=jax.devices()[:1])
+    state = experiment.init_state()
+    kernel = state.params["depth_head"]["classifier"]["kernel"]
+    state.params["depth_head"]["classifier"]["kernel"] = kernel * 100
+    options, description = experiment.settings.checkpoint, experiment.description
+    with CheckpointManager(workdir, options, description) as manager:
+        manager.save(8, state, {})
+    write_config(workdir, experiment.config)
+    return workdir
+
+
 def write_images(folder: Path, count: int, *, size: int = 8) -> list[Path]:
     """Images of noise, `00.png` and on."""
     folder.mkdir(parents=True, exist_ok=True)

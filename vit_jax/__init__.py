@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vit_jax.checkpoint.pretrained.catalogue import list_models
     from vit_jax.config.shipped import list_configs
-    from vit_jax.inference.masks import ImageMask
+    from vit_jax.inference.masks import ImageDepth, ImageMask
     from vit_jax.inference.model import LoadedModel, load_model
     from vit_jax.inference.prediction import (
         ImageFeatures,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ImageDepth",
     "ImageFeatures",
     "ImageMask",
     "ImagePrediction",
@@ -43,6 +44,7 @@ __all__ = [
 
 _MODULES = {
     "ImageFeatures": "vit_jax.inference.prediction",
+    "ImageDepth": "vit_jax.inference.masks",
     "ImageMask": "vit_jax.inference.masks",
     "ImagePrediction": "vit_jax.inference.prediction",
     "ImagePredictions": "vit_jax.inference.prediction",

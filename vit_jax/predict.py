@@ -91,6 +91,27 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "below the colours of its classes. The model must find the class of each pixel; the other "
         "results are then the shares of pixels of the classes.",
     )
+    add(
+        "--depth",
+        type=Path,
+        metavar="FOLDER",
+        help="Write the depth of each image to this folder, which must not exist, in millimetres "
+        "as a PNG of 16 bits, and a picture of it. The model must find the depth of each pixel; "
+        "the other results are then its least, mean and largest value in metres.",
+    )
+    add(
+        "--window",
+        type=int,
+        metavar="PIXELS",
+        help="Find the class or the depth of each pixel in windows with this side, one by one; the "
+        "results are averaged where they overlap. The default is the whole image.",
+    )
+    add(
+        "--stride",
+        type=int,
+        metavar="PIXELS",
+        help="Take so many pixels from one window to the next. The default is --window.",
+    )
     add("--embed", action="store_true", help="Write features in place of classes.")
     add(
         "--layer",
@@ -105,8 +126,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     check_stream(args)
     if args.layer is not None and not args.embed:
         raise UserError(f"--layer={args.layer}: expected --embed with it")
-    if args.masks is not None and args.embed:
-        raise UserError(f"--masks={args.masks}: expected no --embed with it")
+    for name in ("masks", "depth", "window"):
+        if args.embed and (value := getattr(args, name)) is not None:
+            raise UserError(f"--{name}={value}: expected no --embed with it")
+    if args.stride is not None and args.window is None:
+        raise UserError(f"--stride={args.stride}: expected --window with it")
     _choose_format(args)
     of_texts = args.text is not None or args.texts is not None
     check_source(args, needs_images=not of_texts)
@@ -194,14 +218,16 @@ def _make_text_writer(
     from vit_jax.inference.writers import CsvWriter, JsonWriter, TableWriter
 
     if args.format == "csv":
-        top_k = min(args.top_k, len(names))
+        top_k = len(names) if value == "metres" else min(args.top_k, len(names))
         return CsvWriter(stream, name_of=names.__getitem__, top_k=top_k, value=value)
     if args.format == "json":
         return JsonWriter(stream, name_of=names.__getitem__, value=value)
     width = min(_width(paths), _PATH)
     # Names are cut where they stay distinct: texts may differ at their ends only.
     name_width = next(w for w in (_NAME, None) if len({n[:w] for n in names}) == len({*names}))
-    return TableWriter(stream, name_of=names.__getitem__, path_width=width, name_width=name_width)
+    return TableWriter(
+        stream, name_of=names.__getitem__, path_width=width, name_width=name_width, value=value
+    )
 
 
 def _width(paths: Sequence[str]) -> int:
@@ -218,14 +244,23 @@ def choose_classes(
     """
     from vit_jax.inference.model import IMAGE_EMBED
 
-    segments = model.segmentation is not None and not args.embed
-    if args.masks is not None and not segments:
-        raise UserError(
-            f"--masks={args.masks}: {model.source} does not find the class of each pixel: expected "
-            "a run with objective.name='segmentation'"
-        )
-    if segments and args.templates is None:
-        return "pixel_logits", model.list_names(), None
+    dense = None if args.embed else model.dense
+    of_depth = dense is not None and model.segmentation is None
+    for name, what, objective, fits in (
+        ("masks", "class", "segmentation", dense is not None and not of_depth),
+        ("depth", "depth", "depth", of_depth),
+    ):
+        if (value := getattr(args, name)) is not None and not fits:
+            raise UserError(
+                f"--{name}={value}: {model.source} does not find the {what} of each pixel: "
+                f"expected a run with objective.name={objective!r}"
+            )
+    if dense is not None and args.templates is None:
+        if not of_depth:
+            return dense.output, model.list_names(), None
+        from vit_jax.inference.masks import DEPTHS
+
+        return dense.output, DEPTHS, None
     if not args.embed:
         classes = load_labels(args, model)
         if classes is None:
@@ -249,25 +284,29 @@ def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) ->
     import numpy as np
 
     from vit_jax.data.corrupt import CorruptCounter
-    from vit_jax.inference.masks import BATCH_SIZE, MaskFolder, make_mask
+    from vit_jax.inference.masks import ImageMask, MaskFolder, make_pixel_result
     from vit_jax.inference.stream import map_images
 
     layer, names, classes = choose_classes(args, model)
     log_source(model)
     if classes is not None:
         log_classes(args, classes)
-    segments, folder = layer == "pixel_logits", args.masks and MaskFolder(args.masks)
+    dense = model.dense is not None and layer == model.dense.output
+    target = args.masks or args.depth
+    folder = target and MaskFolder(target)
     compute = functools.partial(model.start, layer=layer, tta=args.tta)
-    if segments:
+    if dense:
         compute = functools.partial(model.start_pixels, tta=args.tta)
     corrupt, started, count = CorruptCounter(), time.perf_counter(), 0
-    value = "share" if segments else "probability"
+    value = "probability"
+    if dense:
+        value = "share" if model.segmentation else "metres"
     with open_writer(args, names, paths, value=value) as writer:
         for kept, rows in map_images(
             model,
             paths,
             compute=compute,
-            batch_size=min(args.batch_size, BATCH_SIZE) if segments else args.batch_size,
+            batch_size=min(args.batch_size, model.pixel_batch_size) if dense else args.batch_size,
             corrupt=corrupt,
             num_threads=args.num_threads,
         ):
@@ -276,14 +315,18 @@ def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) ->
                 continue
             if args.embed:
                 writer.write(kept, rows)
-            elif segments:
-                shares = []
-                for path, logits in zip(kept, rows, strict=True):
-                    mask = make_mask(model, path, logits)
-                    shares.append(mask.shares)
+            elif dense:
+                values = []
+                for path, outputs in zip(kept, rows, strict=True):
+                    found = make_pixel_result(model, path, outputs)
+                    values.append(found.shares if isinstance(found, ImageMask) else found.summary)
                     if folder:
-                        folder.write(mask)
-                writer.write(kept, *_sort(np.stack(shares), args.top_k))
+                        folder.write(found)
+                if model.segmentation:
+                    writer.write(kept, *_sort(np.stack(values), args.top_k))
+                else:
+                    places = np.tile(np.arange(len(names)), (len(kept), 1))
+                    writer.write(kept, places, np.stack(values))
             else:
                 prediction = model.judge(rows, classes)
                 labels = prediction.top(args.top_k)
@@ -298,10 +341,12 @@ def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) ->
     if args.output is not None:
         log(f"wrote {args.output}")
     if folder:
-        number = "1 mask, as PNG, and its overlay"
+        one, many = ("mask", "masks") if args.masks else ("depth image", "depth images")
+        picture = "overlay" if args.masks else "picture"
+        number = f"1 {one}, as PNG, and its {picture}"
         if count > 1:
-            number = f"{count:,} masks, as PNG, and as many overlays"
-        log(f"wrote {args.masks}: {number}")
+            number = f"{count:,} {many}, as PNG, and as many {picture}s"
+        log(f"wrote {target}: {number}")
     return skipped
 
 
@@ -351,6 +396,8 @@ def main(argv: Sequence[str]) -> int:
         check_fresh(args.output)
     if args.masks is not None:
         check_fresh(args.masks, key="--masks")
+    if args.depth is not None:
+        check_fresh(args.depth, key="--depth")
     if args.text is not None or args.texts is not None:
         texts = _list_texts(args)
         embed_texts(args, read_source(args, overrides), texts)

@@ -118,7 +118,7 @@ def main(argv: Sequence[str]) -> None:
     dataset: Any = find_dataset(args.data, data_dir=None)
     if not hasattr(dataset, "records"):
         raise UserError(f"DATA={args.data!r}: expected files, such as folder:PATH")
-    if dataset.info.multi_label or not dataset.info.num_classes or dataset.info.pixel_classes:
+    if dataset.info.multi_label or not dataset.info.num_classes:
         raise UserError(f"DATA={args.data!r}: expected images with one class each")
     lines, train = describe_data(dataset)
     for line in lines:

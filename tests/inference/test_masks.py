@@ -41,8 +41,8 @@ def test_a_mask_has_the_size_of_its_image(model, tmp_path):
 
 def test_prepared_images_give_the_classes_of_the_evaluation(model):
     images = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), np.uint8)
-    params = {**model.params, "segmenter": model.segmenter}
-    expected = jax.jit(model.segmentation.segment)(params, images).argmax(-1)
+    params = {**model.params, "segmenter": model.dense_head}
+    expected = jax.jit(model.segmentation.find_pixels)(params, images).argmax(-1)
     found = model(images)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, expected)

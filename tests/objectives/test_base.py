@@ -44,6 +44,7 @@ def test_constructors_state_whether_the_model_has_a_head():
         "dino",
         "linear_probe",
         "contrastive",
+        "depth",
         "segmentation",
     }
 

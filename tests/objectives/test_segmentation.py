@@ -7,12 +7,8 @@ import numpy as np
 import pytest
 
 from vit_jax.models.variants import make_vit
-from vit_jax.objectives.segmentation import (
-    make_segmentation,
-    resize_logits,
-    resize_to_masks,
-    slide,
-)
+from vit_jax.objectives.dense import resize_logits, resize_to_masks, slide
+from vit_jax.objectives.segmentation import make_segmentation
 from vit_jax.optim.base_optimizers import sgd
 from vit_jax.optim.optimizer import make_optimizer
 from vit_jax.training.step import init_state, train_step
@@ -113,7 +109,7 @@ def test_loss_of_the_linear_head_is_that_of_the_formula():
     hits = (trained.argmax(-1) == LABELS)[LABELS != 255].mean()
     np.testing.assert_allclose(metrics["pixel_accuracy"], hits, rtol=1e-5)
     # Predictions take the running statistics.
-    probabilities = jax.jit(objective.segment)(params, BATCH["image"])
+    probabilities = jax.jit(objective.find_pixels)(params, BATCH["image"])
     np.testing.assert_array_equal(
         probabilities.argmax(-1), find_logits(norm["mean"], norm["var"]).argmax(-1)
     )
@@ -220,10 +216,10 @@ def test_images_of_another_size_get_resized_positions():
     objective = make()
     params = start(objective)
     larger = jnp.zeros((1, 16, 24, 3), jnp.uint8)
-    whole = jax.eval_shape(lambda p, x: objective.segment(p, x, flip=True), params, larger)
+    whole = jax.eval_shape(lambda p, x: objective.find_pixels(p, x, flip=True), params, larger)
     assert whole.shape == (1, 16, 24, 3)
     options = {"window": (8, 12), "stride": (8, 12)}
-    windows = jax.jit(lambda p, x: objective.segment(p, x, **options))(params, larger)
+    windows = jax.jit(lambda p, x: objective.find_pixels(p, x, **options))(params, larger)
     # Each window of a blank image is the same.
     np.testing.assert_allclose(windows[:, :8, :12], windows[:, 8:, 12:], atol=1e-6)
 

@@ -12,10 +12,11 @@ from PIL import Image
 from tests.browser import Browser
 from tests.html_pages import assert_stands_alone
 from vit_jax.checkpoint.workdir import write_run
-from vit_jax.evaluators.segmentation import draw_examples
+from vit_jax.evaluators.pixels import draw_examples
 from vit_jax.pages import run_page
 from vit_jax.pages.run_page import collect_points, find_best, make_report, refresh_report
 from vit_jax.utils.layout import REPORT
+from vit_jax.utils.palette import color_classes
 
 EVIL = "<script>alert('a&b')</script>"
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(8) + (64).to_bytes(4, "big") + (32).to_bytes(4, "big")
@@ -112,7 +113,10 @@ def test_classes_of_pixels_and_their_picture_are_on_the_page(workdir):
     images = [{"image": EVIL, "miou": 0.375}]
     details = {"results": {}, "pixel_classes": rows, "images": images, "confusion": []}
     (workdir / "evals" / "seg_4.json").write_text(json.dumps(details))
-    picture = draw_examples([(np.zeros((4, 4, 3), np.uint8), *np.ones((2, 4, 4), np.uint8))])
+    picture = draw_examples(
+        [(np.zeros((4, 4, 3), np.uint8), *np.ones((2, 4, 4), np.uint8))],
+        lambda *maps: tuple(map(color_classes, maps)),
+    )
     (workdir / "evals" / "seg_4.png").write_bytes(picture)
     text = make_report(workdir)
     page = assert_stands_alone(text)
@@ -123,6 +127,21 @@ def test_classes_of_pixels_and_their_picture_are_on_the_page(workdir):
     assert 'alt="picture of seg, step 4"' in text
     (workdir / "evals" / "seg_4.json").write_text(json.dumps(details | {"pixel_classes": [1]}))
     assert "Classes of pixels" not in make_report(workdir)
+
+
+def test_the_images_with_the_largest_errors_of_depth_are_listed(workdir, said):
+    path = workdir / "evals" / "far_4.json"
+    images = [{"image": EVIL, "rmse": 1.25}, {"image": "b.png", "rmse": 0.5}]
+    details = {"results": {}, "images": images, "pixel_depth": {"pixels": 1234, "images": 2}}
+    path.write_text(json.dumps(details))
+    text = make_report(workdir)
+    cells = [cell.strip() for cell in assert_stands_alone(text).texts]
+    assert cells[cells.index("1.250 m") :][:3] == ["1.250 m", "b.png", "0.500 m"]
+    assert "Depth: far, step 4" in cells
+    assert "1,234 pixels of 2 images have a depth" in text
+    path.write_text(json.dumps(details | {"images": [{"image": "a"}]}))
+    assert "Depth: far" not in make_report(workdir)
+    assert any("far_4.json can't be read" in line for line in said)
 
 
 def test_what_was_measured_once_is_no_curve(workdir):

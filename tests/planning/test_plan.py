@@ -98,6 +98,27 @@ def test_a_plan_has_memory_speed_and_transfers_along_all_axes(plan):
     assert set(json.loads(json.dumps(plan))) >= KEYS
 
 
+def test_images_of_packed_rows_are_counted_and_not_the_rows(cache):
+    data = {"preprocess": "decode|patches(4, 32)", "images_per_row": 4, "batch_size": 32}
+    changes = {f"data__{key}": value for key, value in data.items()}
+    model = {"hidden_size": 32, "mlp_dim": 64, "num_layers": 1, "patch_size": 4}
+    model |= {"posemb_grid": (8, 8), "classifier": "gap"}
+    changes |= {f"model__{key}": value for key, value in model.items()}
+    config = tiny_config("nowhere", **changes)
+    config = reduce_for_planning(config.to_dict(), num_classes=16)
+    plan = make_plan(config, parse_topology("h100:2"), cache=cache)
+    assert plan["batch_size"] == 32
+    assert plan["images_per_device"] == 16
+    assert plan["images_per_second_per_chip"] == pytest.approx(32 / plan["step_seconds"] / 2)
+    # 8 rows, over 2 devices, of 33 patches in a column, with places of 32 and 4 grids and labels.
+    row = 33 * 4 * 4 * 3 + 4 * (32 * 3 + 4 * 2 + 4)
+    assert plan["predicted"]["batch"] == 4 * row
+    parts = ("params", "opt_state", "ema_params", "batch")
+    assert sum(plan["predicted"][part] for part in parts) == plan["argument_bytes"]
+    # Both count four rows a device; the second without attention to padding and the like.
+    assert 0.5 < plan["model_flops_per_device"] / plan["flops_per_device"] < 1.5
+
+
 def test_a_step_with_options_of_the_compiler_is_searched_over(monkeypatch):
     # Those of GPUs, of which there is no compiler here; this one CPUs have too.
     options = {"xla_embed_ir_in_executable": True}

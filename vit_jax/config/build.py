@@ -333,6 +333,9 @@ def _check_labels(data: DatasetSpec, key: str, name: str, advice: str) -> None:
         has = "masks" if data.info.pixel_classes else "captions"
         if data.info.pixel_classes and advice == _UNLABELLED:
             advice = ".name=segmentation, which learns the class of each pixel"
+        if data.info.pixel_depth:
+            has = "depth images"
+            advice = ".name=depth, which learns them" if advice == _UNLABELLED else advice
         raise UserError(
             f"{key}.name={name!r} needs labels, and {data} has {has} alone: expected data with "
             f"labels, or --config.{key}{advice}"
@@ -462,6 +465,7 @@ def _make_objective(
         "multi_label": data.info.multi_label,
         "class_names": data.info.class_names,
         "pixel_classes": data.info.pixel_classes,
+        "pixel_depth": data.info.pixel_depth,
     }
     (args,) = bind(section, make, key="objective", given=tuple(given))
     if data.views and not is_part(name) and "view_shapes" not in keywords(make):

@@ -275,6 +275,8 @@ def report(
     classes = f"{info.num_classes:,} classes" if info.num_classes else "no labels"
     if info.pixel_classes:
         classes = f"{len(info.pixel_classes)} classes of pixels"
+    if info.pixel_depth:
+        classes = "the depth of each pixel"
     lines = [f"{len(findings):,} images, {classes}"]
     lines += _listing("corrupt", [f"{f.record}: {f.corrupt}" for f in corrupt])
     odd = collections.defaultdict(list)
@@ -465,6 +467,8 @@ def prepare_images(sheet: DatasetSpec | Experiment) -> tuple[np.ndarray, list[st
         labels: Any = [example.get("label") for example in examples]
         if data.info.pixel_classes:
             return images, [_name_pixels(example, data.info) for example in examples]
+        if data.info.pixel_depth:
+            return images, [_describe_depth(example["label_map"]) for example in examples]
     else:
         from vit_jax.training.previews import preview_first_batch
 
@@ -485,6 +489,12 @@ def _name_pixels(example: Features, info: DatasetInfo) -> str:
     counts = np.bincount(example["label_map"].ravel(), minlength=len(names))[: len(names)]
     order = np.argsort(-counts, kind="stable")[:3]
     return " + ".join(names[i] for i in order if counts[i])
+
+
+def _describe_depth(depth: np.ndarray) -> str:
+    """The range of the depths that are known."""
+    known = depth[depth > 0]
+    return f"{known.min():.3g} to {known.max():.3g} m" if known.size else "no depth"
 
 
 def caption(label: np.ndarray, info: DatasetInfo) -> str:

@@ -137,6 +137,10 @@ def merge_infos(infos: Sequence[DatasetInfo], names: Sequence[str], *, key: str)
                 f"{key}: {names[0]} and {name} have different classes of pixels: expected the same "
                 "names in the same order, or none"
             )
+        if info.pixel_depth != infos[0].pixel_depth:
+            raise UserError(
+                f"{key}: of {names[0]} and {name} only one has the depth of pixels: expected both"
+            )
     if not all(info.num_classes for info in infos):
         infos = [
             dataclasses.replace(info, num_classes=0, class_names=None, multi_label=False)

@@ -371,9 +371,10 @@ def _make_manifest(
     from vit_jax.data.sources.packed import Manifest, check_manifest
 
     info = dataset.info
-    if info.pixel_classes:
+    if info.unlabelled is not None:
+        maps = "depth images" if info.pixel_depth else "masks"
         raise UserError(
-            f"SRC={args.SRC!r} has masks, which a pack does not hold: train on it as it is, or "
+            f"SRC={args.SRC!r} has {maps}, which a pack does not hold: train on it as it is, or "
             "list its images with other labels in a manifest"
         )
     manifest = Manifest(

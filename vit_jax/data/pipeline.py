@@ -249,10 +249,11 @@ class DatasetSpec:
         """A row of a batch, of zeros: an example, or several with `packing`.
 
         These are `image` uint8 `[h, w, c]`; `label` int32 or float32 `[num_classes]`, if there are
-        labels; `label_map` uint8 `[h, w]`, if pixels have classes; `tokens` int32 `[length]`, if
-        captions are tokenized; and the `views`, uint8 `[count, h, w, c]`. `label_size` is the size
-        of `label_map`, if it is given, and `extent` int32 `[6]` then has the top, left, height and
-        width of the part of the image that is not padding, and the height and width of the mask.
+        labels; `label_map` `[h, w]`, if pixels have classes (uint8) or depths (float32); `tokens`
+        int32 `[length]`, if captions are tokenized; and the `views`, uint8 `[count, h, w, c]`.
+        `label_size` is the size of `label_map`, if it is given, and `extent` int32 `[6]` then has
+        the top, left, height and width of the part of the image that is not padding, and the height
+        and width of the mask.
         """
         if self.features is not None:
             blank: Features = {self.features.name: np.zeros(self.features.width, np.float32)}
@@ -265,9 +266,9 @@ class DatasetSpec:
             features["label"] = np.zeros(info.num_classes, np.float32)
         elif info.num_classes:
             features["label"] = np.int32(0)
-        if info.pixel_classes:
+        if info.unlabelled is not None:
             size = self.label_size or features["image"].shape[:2]
-            features["label_map"] = np.full(size, IGNORED, np.uint8)
+            features["label_map"] = np.full(size, info.unlabelled)
             if self.label_size:
                 features["extent"] = np.zeros(6, np.int32)
         for op in self.ops():
@@ -361,7 +362,7 @@ class DatasetSpec:
             self.preprocess,
             self.info.image_shape,
             key=f"{self.key}.preprocess",
-            with_maps=bool(self.info.pixel_classes),
+            with_maps=self.info.unlabelled is not None,
         )
         if len(shapes) > 1:
             raise UserError(
@@ -458,13 +459,15 @@ def _find_moves(ops: Iterable[Op]) -> list[Any]:
 
 
 def check_map(features: Features, where: str) -> None:
-    """Raises `UserError` if a label map is not as large as its image, or no uint8."""
+    """Raises `UserError` if a label map is not as large as its image, or of another type."""
     label_map, image = features.get("label_map"), features["image"]
-    if label_map is None or (label_map.shape, label_map.dtype) == (image.shape[:2], np.uint8):
+    if label_map is None or (
+        label_map.shape == image.shape[:2] and label_map.dtype in (np.uint8, np.float32)
+    ):
         return
     raise UserError(
         f"{where} made a label_map of {label_map.dtype} {label_map.shape} for an image of "
-        f"{image.shape}: expected uint8 {image.shape[:2]}"
+        f"{image.shape}: expected uint8 or float32 {image.shape[:2]}"
     )
 
 
@@ -637,7 +640,9 @@ class _Batches(abc.ABC):
         own = record.get("label_map")
         if self.spec.label_size and own is not None:
             # Whatever is not padding afterwards is of the image.
-            record = record | {"label_map": np.zeros_like(own)}
+            record = record | {"label_map": np.zeros(own.shape, np.uint8)}
+            decode: Any = self.decode
+            own = decode.turn(own, record["image"])
         if self.views:
             features = self._prepare_views(record, rng)
         else:
@@ -675,7 +680,7 @@ class _Batches(abc.ABC):
                 f"its mask has {width}x{height} pixels: expected at most {size[1]}x{size[0]}, the "
                 f"width and height of {self.spec.key}.label_size"
             )
-        label_map = np.full(size, IGNORED, np.uint8)
+        label_map = np.full(size, self.spec.info.unlabelled)
         label_map[:height, :width] = own
         rows, columns = (np.flatnonzero((inside != IGNORED).any(axis=i)) for i in (1, 0))
         extent = (rows[0], columns[0], len(rows), len(columns), height, width)
@@ -902,11 +907,11 @@ def train_batches(
     """Endless batches from `step` on: `{"image": uint8 [b, h, w, c], "label": int32 [b]}`.
 
     Labels are float32 `[b, num_classes]` if an example may have several, and absent if the data has
-    none. With classes of pixels, `label_map` is uint8 `[b, h, w]`. With a tokenizer, `tokens` int32
-    `[b, length]` are those of a caption of each image, drawn by seed and position if there are
-    several; in evaluation it is the first. Where images share rows, `image`, `places` and `grids`
-    are those of `data.rows.Row`, and all others `[rows, images, ...]`. Threads load ahead until the
-    iterator is closed or dropped.
+    none. With classes of pixels, `label_map` is uint8 `[b, h, w]`, with depths float32. With a
+    tokenizer, `tokens` int32 `[b, length]` are those of a caption of each image, drawn by seed and
+    position if there are several; in evaluation it is the first. Where images share rows, `image`,
+    `places` and `grids` are those of `data.rows.Row`, and all others `[rows, images, ...]`. Threads
+    load ahead until the iterator is closed or dropped.
 
     Args:
       spec: what to read; the split is reshuffled in each epoch.
@@ -1012,8 +1017,8 @@ def plan_buffers(spec: DatasetSpec, *, num_shards: int = 1, shards: int = 1) -> 
     batch = rows * sum(map(math.prod, shapes))
     if spec.features is not None:
         batch = rows * 4 * spec.features.width
-    if spec.info.pixel_classes:
-        batch += rows * math.prod(spec.label_size or shapes[0][:2])
+    if (unlabelled := spec.info.unlabelled) is not None:
+        batch += rows * unlabelled.nbytes * math.prod(spec.label_size or shapes[0][:2])
     ahead = count_ahead(rows, count_threads(spec.num_threads))
     if spec.max_ram_gb is not None:
         least = (1 + _HELD) * batch / 1e9

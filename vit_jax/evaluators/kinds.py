@@ -3,6 +3,7 @@
 
 from vit_jax.evaluators.classification import Classification
 from vit_jax.evaluators.corruptions import Corruptions
+from vit_jax.evaluators.depth import Depth
 from vit_jax.evaluators.fewshot import FewShot
 from vit_jax.evaluators.knn import NearestNeighbours
 from vit_jax.evaluators.linear_probe import LinearProbe
@@ -27,6 +28,7 @@ EVALUATORS = {
     "probes": Probes,
     "reconstruction": Reconstruction,
     "retrieval": Retrieval,
+    "depth": Depth,
     "segmentation": Segmentation,
     "subset": Subset,
     "trust": Trust,

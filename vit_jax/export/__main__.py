@@ -88,9 +88,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--output", type=Path, help="Make this folder, which must not exist.")
     add(
         "--layer",
-        help="Let programs return the output of this layer. The default is logits, pre_logits for "
-        "a model without a classifier, or image_embed of two towers; a wrong name prints all "
-        "layers.",
+        help="Let programs return the output of this layer. The default is logits, pixel_logits or "
+        "pixel_depth of a model of pixels, image_embed of two towers, or else pre_logits; a wrong "
+        "name prints all layers.",
     )
     add(
         "--tf_python",
@@ -201,7 +201,7 @@ def _check_quantize(args: argparse.Namespace) -> None:
 def choose_layer(model: "LoadedModel", wanted: str | None, formats: Sequence[str]) -> str:
     """Chooses the layer whose output programs return.
 
-    Where a format is a program, it is logged if these are not the logits of a classifier.
+    Where a format is a program, it is logged if these are features.
 
     Raises:
       UserError: the layer does not exist.
@@ -221,12 +221,8 @@ def choose_layer(model: "LoadedModel", wanted: str | None, formats: Sequence[str
         return IMAGE_EMBED
     if model.classifies:
         return "logits"
-    if model.segmentation is not None:
-        log(
-            f"{model.source}: finds the class of each pixel; what is exported gives its features "
-            "(pre_logits), without that head"
-        )
-        return "pre_logits"
+    if model.dense is not None:
+        return model.dense.output
     if has_programs:
         log(f"{model.source}: has no trained classifier; programs return features (pre_logits)")
     return "pre_logits"

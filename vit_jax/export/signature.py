@@ -48,6 +48,7 @@ def describe_signature(model: LoadedModel, layer: str, files: Mapping[str, str])
     images = jax.ShapeDtypeStruct((1, *model.image_shape), np.uint8)
     output = jax.eval_shape(model.as_function(layer), images)
     classifies = layer == "logits" and model.texts is None
+    named = classifies or layer == "pixel_logits"
     return {
         "files": dict(files),
         "input": {
@@ -64,7 +65,7 @@ def describe_signature(model: LoadedModel, layer: str, files: Mapping[str, str])
         },
         "probabilities": model.loss if classifies else None,
         "temperature": model.temperature if classifies else None,
-        "class_names": list(model.class_names or ()) or None if classifies else None,
+        "class_names": list(model.class_names or ()) or None if named else None,
         "made_from": name_source(model),
         "made_with": {"vit_jax": vit_jax.__version__, "jax": jax.__version__},
     }

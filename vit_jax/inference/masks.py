@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks that a model predicts for images: the class of each pixel, at the size of the image."""
+"""What a model predicts for each pixel of images: masks of classes, and depths."""
 
 import dataclasses
 import io
@@ -14,9 +14,11 @@ from PIL import Image
 from vit_jax.data.ops.decode import decode_image
 from vit_jax.data.ops.transforms import Decode, Resize, ResizeLong, ResizeSmall
 from vit_jax.data.preprocess import parse_preprocess
+from vit_jax.data.sources.label_maps import SCALE
 from vit_jax.inference.images import Preparation, read_image
+from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import write_atomically
-from vit_jax.utils.palette import color_classes, make_palette
+from vit_jax.utils.palette import color_classes, color_depth, make_palette
 from vit_jax.utils.text import printable
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 BATCH_SIZE = 8
 _SHOWN = 3  # classes of an image in its `repr`
 _OPACITY = 0.55
+# Values of depths in the tables of `predict`, and the number that is one metre in a PNG.
+DEPTHS = ("nearest", "mean", "farthest")
+MILLIMETRES = 1000
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -97,21 +102,112 @@ def make_mask(model: "LoadedModel", image: Any, logits: np.ndarray) -> ImageMask
       logits: of the image after `model.preprocess`. Where that only resizes, the mask has the size
         of the image; otherwise it is that of the prepared image.
     """
-    if resizes_only(model.preparation):
-        pixels = decode_image(read_image(image))
-    else:
-        pixels = model.preprocess(image)
-    path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
+    path, pixels = _read(model, image)
     classes = find_classes(logits, pixels.shape[:2])
     names = [model.name_of(number) for number in range(model.num_classes)]
     return ImageMask(path, classes, names, pixels)
+
+
+def _read(model: "LoadedModel", image: Any) -> tuple[str | None, np.ndarray]:
+    """The path of an image, and the pixels that its results are for, see `make_mask`."""
+    if resizes_only(model.preparation):
+        first: Any = parse_preprocess(model.preparation.line, key="preprocess")[0]
+        pixels = decode_image(read_image(image), orient=first.orient)
+    else:
+        pixels = model.preprocess(image)
+    return os.fspath(image) if isinstance(image, str | os.PathLike) else None, pixels
 
 
 def resizes_only(preparation: Preparation) -> bool:
     """Whether a prepared image shows all of the image, and nothing else."""
     ops = parse_preprocess(preparation.line, key="preprocess")
     whole = (Resize, ResizeSmall, ResizeLong)
-    return ops[0] == Decode() and all(isinstance(op, whole) for op in ops[1:])
+    return isinstance(ops[0], Decode) and all(isinstance(op, whole) for op in ops[1:])
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class ImageDepth:
+    """The depth of each pixel of an image. `numpy.asarray` returns `depth`.
+
+    Attributes:
+      path: path of its file; None for an image in memory.
+      depth: in metres, float32 `[height, width]`.
+      image: uint8 `[height, width, 3]`.
+    """
+
+    path: str | None
+    depth: np.ndarray
+    image: np.ndarray
+
+    @property
+    def summary(self) -> np.ndarray:
+        """The depths that `DEPTHS` names, in metres, float32 `[3]`."""
+        return np.array([self.depth.min(), self.depth.mean(), self.depth.max()], np.float32)
+
+    def picture(self) -> Image.Image:
+        """The depths as colours: the nearest is light, the farthest dark."""
+        return Image.fromarray(color_depth(self.depth, self.depth.min(), self.depth.max()))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes millimetres to a PNG of 16 bits, or metres to an `.npy` file.
+
+        A PNG holds up to 65.535 m; what is farther is clipped. Raises `UserError` for another
+        ending.
+        """
+        ending = Path(path).suffix.lower()
+        if ending not in (".png", ".npy"):
+            raise UserError(f"{path}: expected a name that ends in .png or .npy")
+        write_atomically(Path(path), self._encode_array() if ending == ".npy" else self.encode())
+
+    def encode(self) -> bytes:
+        """The content of the PNG that `save` writes."""
+        millimetres = np.rint(self.depth * MILLIMETRES).clip(0, 2**16 - 1).astype(np.uint16)
+        stream = io.BytesIO()
+        Image.fromarray(millimetres).save(stream, "PNG")
+        return stream.getvalue()
+
+    def _encode_array(self) -> bytes:
+        stream = io.BytesIO()
+        np.save(stream, self.depth)
+        return stream.getvalue()
+
+    def encode_picture(self) -> bytes:
+        """The picture as a JPEG file."""
+        stream = io.BytesIO()
+        self.picture().save(stream, "JPEG", quality=90)
+        return stream.getvalue()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.depth, dtype, copy=copy)
+
+    def __repr__(self) -> str:
+        name = "image" if self.path is None else printable(self.path)
+        nearest, _, farthest = self.summary
+        return f"{name}: {nearest:.2f} to {farthest:.2f} m"
+
+
+def make_depth_image(model: "LoadedModel", image: Any, depth: np.ndarray) -> ImageDepth:
+    """Makes the depth of an image from that of the model's grid, float32 `[rows, columns, 1]`.
+
+    The arguments and the size of the result are those of `make_mask`.
+    """
+    path, pixels = _read(model, image)
+    return ImageDepth(path, resize_depth(depth, pixels.shape[:2]), pixels)
+
+
+def make_pixel_result(
+    model: "LoadedModel", image: Any, outputs: np.ndarray
+) -> ImageMask | ImageDepth:
+    """The mask or the depth of an image, by what the model finds; see `make_mask`."""
+    if model.segmentation is None:
+        return make_depth_image(model, image, outputs)
+    return make_mask(model, image, outputs)
+
+
+def resize_depth(depth: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Resizes float32 `[rows, columns, 1]` bilinearly to float32 `size`."""
+    plane = Image.fromarray(np.ascontiguousarray(depth[..., 0], np.float32))
+    return np.asarray(plane.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
 def find_classes(logits: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
@@ -131,7 +227,7 @@ def find_classes(logits: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 
 class MaskFolder:
-    """Writes masks and overlays to a folder: `x.png` and `x_overlay.jpg` for `x.jpg`.
+    """Writes masks to a folder: `x.png` and `x_overlay.jpg` for `x.jpg`, or `x_depth.jpg`.
 
     An image with the name of an earlier one gets a number behind it.
     """
@@ -140,7 +236,7 @@ class MaskFolder:
         self._folder = folder
         self._used: set[str] = set()
 
-    def write(self, mask: ImageMask) -> None:
+    def write(self, mask: ImageMask | ImageDepth) -> None:
         """Writes the files of one image; the first makes the folder."""
         self._folder.mkdir(parents=True, exist_ok=True)
         stem = printable(Path(mask.path or "image").stem)
@@ -150,4 +246,8 @@ class MaskFolder:
             name = f"{stem}_{number}"
         self._used.add(name)
         mask.save(self._folder / f"{name}.png")
-        write_atomically(self._folder / f"{name}_overlay.jpg", mask.encode_overlay())
+        if isinstance(mask, ImageDepth):
+            write_atomically(self._folder / f"{name}_depth.jpg", mask.encode_picture())
+            write_atomically(self._folder / SCALE, f"{MILLIMETRES}\n".encode())
+        else:
+            write_atomically(self._folder / f"{name}_overlay.jpg", mask.encode_overlay())

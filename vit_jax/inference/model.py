@@ -40,7 +40,14 @@ from vit_jax.inference.given import (
 )
 from vit_jax.inference.images import Preparation, make_preparation
 from vit_jax.inference.labels import TextClasses, embed_labels
-from vit_jax.inference.masks import BATCH_SIZE, ImageMask, find_classes, make_mask
+from vit_jax.inference.masks import (
+    BATCH_SIZE,
+    ImageDepth,
+    ImageMask,
+    find_classes,
+    make_pixel_result,
+    resize_depth,
+)
 from vit_jax.inference.prediction import (
     ImageFeatures,
     ImagePrediction,
@@ -54,6 +61,8 @@ from vit_jax.models.resampling import Method
 from vit_jax.models.two_towers import TwoTowers
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives.base import Params
+from vit_jax.objectives.dense import DenseObjective, Size
+from vit_jax.objectives.depth import make_depth
 from vit_jax.objectives.pixels import Pixels, check_pixels, fit_to_line, prepare
 from vit_jax.objectives.segmentation import Segmentation, make_segmentation
 from vit_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, shard_batch
@@ -103,8 +112,10 @@ class LoadedModel:
       texts: the text tower, if the model compares images with texts. `module`, `params` and all
         features are then those of the image tower.
       mesh: device mesh over which images are sharded.
-      segmentation: the objective of the run, if the model finds the class of each pixel.
-      segmenter: the parameters of its head.
+      dense: the objective of the run, if the model finds the class or the depth of each pixel.
+      dense_head: the parameters of its head.
+      windows: height and width of the windows in which pixels are computed, and rows and columns
+        from one to the next; None for whole images.
     """
 
     source: str
@@ -122,8 +133,9 @@ class LoadedModel:
     loss: Loss
     mesh: Mesh = dataclasses.field(repr=False)
     texts: TextTower | None = None
-    segmentation: Segmentation | None = dataclasses.field(default=None, repr=False)
-    segmenter: Params = dataclasses.field(default=None, repr=False, compare=False)
+    dense: DenseObjective | None = dataclasses.field(default=None, repr=False)
+    dense_head: Params = dataclasses.field(default=None, repr=False, compare=False)
+    windows: tuple[Size, Size] | None = dataclasses.field(default=None, repr=False)
     temperature: float = 1.0
 
     def preprocess(self, image: Any) -> np.ndarray:
@@ -181,7 +193,16 @@ class LoadedModel:
         labels: Sequence[str] | TextClasses | None = None,
         templates: str | Sequence[str] | None = None,
         tta: Tta | None = None,
-    ) -> Prediction | ImagePrediction | ImagePredictions | ImageMask | list[ImageMask] | np.ndarray:
+    ) -> (
+        Prediction
+        | ImagePrediction
+        | ImagePredictions
+        | ImageMask
+        | ImageDepth
+        | list[ImageMask]
+        | list[ImageDepth]
+        | np.ndarray
+    ):
         """Classifies images.
 
         Args:
@@ -198,14 +219,15 @@ class LoadedModel:
           `ImagePrediction` for one image, `ImagePredictions` for a list, a folder or a pattern,
           `Prediction` for prepared images. Files in a folder that cannot be read are named in the
           log and left out. A model that finds the class of each pixel gives an `ImageMask` for one
-          image, a list of them for several, and uint8 `[n, height, width]` for prepared images.
+          image, a list of them for several, and uint8 `[n, height, width]` for prepared images; one
+          that finds depths gives `ImageDepth` and float32 in the same way.
 
         Raises:
           UserError: an image that was named cannot be read, none was found, prepared images have
             another shape or dtype, the model has no trained head, or see `embed_labels`.
         """
-        if self.segmentation is not None and labels is None:
-            return self._segment(images, tta)
+        if self.dense is not None and labels is None:
+            return self._find_pixels(images, tta)
         classes = self._find_classes(labels, templates)
         layer = "logits" if classes is None else IMAGE_EMBED
         given = list_given(images)
@@ -276,59 +298,82 @@ class LoadedModel:
             return self.predict(rows)
         return self.predict(self._find_texts("labels").compare(rows, classes.vectors))
 
-    def _segment(self, images: Any, tta: Tta | None) -> ImageMask | list[ImageMask] | np.ndarray:
+    @property
+    def segmentation(self) -> Segmentation | None:
+        """The objective of the run, if the model finds the class of each pixel."""
+        return self.dense if isinstance(self.dense, Segmentation) else None
+
+    @property
+    def pixel_batch_size(self) -> int:
+        """The number of images whose pixels are computed at a time."""
+        return BATCH_SIZE if self.windows is None else self.mesh.size
+
+    def _find_pixels(self, images: Any, tta: Tta | None) -> Any:
         given = list_given(images)
         compute = functools.partial(self.start_pixels, tta=tta)
         if given is None:
-            logits = self.pixel_logits(self._check_images(images), tta=tta)
-            return np.stack([find_classes(one, self.image_shape[:2]) for one in logits])
+            outputs, size = (
+                self.pixel_outputs(self._check_images(images), tta=tta),
+                self.image_shape,
+            )
+            resize = resize_depth if self.segmentation is None else find_classes
+            return np.stack([resize(one, size[:2]) for one in outputs])
         if all(isinstance(image, str) for image in given):
-            paths, logits = compute_given(self, given, compute, batch_size=BATCH_SIZE)
+            size = self.pixel_batch_size
+            paths, outputs = compute_given(self, given, compute, batch_size=size)
             found: Sequence[Any] = paths
         else:
             paths, prepared = prepare_given(self, given)
-            logits = self.pixel_logits(np.stack(prepared), tta=tta)
+            outputs = self.pixel_outputs(np.stack(prepared), tta=tta)
             in_memory = iter([image for image in given if not isinstance(image, str)])
             found = [next(in_memory) if path is None else path for path in paths]
-        masks = [make_mask(self, *pair) for pair in zip(found, logits, strict=True)]
-        return masks[0] if is_one_image(images) else masks
+        pairs = zip(found, outputs, strict=True)
+        results = [make_pixel_result(self, image, one) for image, one in pairs]
+        return results[0] if is_one_image(images) else results
 
-    def pixel_logits(self, images: np.ndarray, *, tta: Tta | None = None) -> np.ndarray:
-        """Computes the logits from which `make_mask` makes masks.
+    def pixel_outputs(self, images: np.ndarray, *, tta: Tta | None = None) -> np.ndarray:
+        """Computes the outputs of which `make_pixel_result` makes masks or depths.
 
         Args:
           images: uint8 `[n, *image_shape]`.
           tta: see `__call__`.
 
         Returns:
-          float32 `[n, rows, columns, classes]`, of the grid of the head.
+          float32 `[n, rows, columns, channels]`, of the grid of the head, or with `windows` of the
+          images: logits of classes, or metres.
         """
         compute = functools.partial(self.start_pixels, tta=tta)
-        return compute_rows(self, images, compute, batch_size=BATCH_SIZE)
+        return compute_rows(self, images, compute, batch_size=self.pixel_batch_size)
 
     def start_pixels(self, images: np.ndarray, *, tta: Tta | None = None) -> jax.Array:
-        """Dispatches the computation of the logits of pixels, see `start`.
-
-        Returns float32 `[n, rows, columns, classes]`, of the grid of the head.
-        """
+        """Dispatches the computation of `pixel_outputs`, see `start`."""
+        assert self.dense is not None
         batch = shard_batch({"image": images}, self.mesh)
-        params = {**self.params, "segmenter": self.segmenter}
-        return self._pixel_logits(params, batch["image"], tta)
+        params = {**self.params, self.dense.head_params: self.dense_head}
+        return self._pixel_outputs(params, batch["image"], tta)
 
     @functools.cached_property
-    def _pixel_logits(self) -> Callable[..., jax.Array]:
-        segmentation = self.segmentation
-        assert segmentation is not None
+    def _pixel_outputs(self) -> Callable[..., jax.Array]:
+        sharding = batch_sharding(self.mesh)
+        return jax.jit(self._pixel_function, static_argnums=2, out_shardings=sharding)
+
+    @property
+    def _pixel_function(self) -> Callable[..., jax.Array]:
+        dense, windows = self.dense, self.windows
+        assert dense is not None
 
         def compute(params: Params, images: jax.Array, tta: Tta | None) -> jax.Array:
             def run(images: jax.Array) -> jax.Array:
-                return segmentation.predict(params, {"image": images})["pixel_logits"]
+                if windows is not None:
+                    size, stride = windows
+                    return dense.find_outputs(params, images, window=size, stride=stride)
+                return dense.predict(params, {"image": images})[dense.output]
 
             if tta is None:
                 return run(images)
             return (run(images) + run(images[:, :, ::-1])[:, :, ::-1]) / 2
 
-        return jax.jit(compute, static_argnums=2, out_shardings=batch_sharding(self.mesh))
+        return compute
 
     def predict(self, logits: np.ndarray) -> Prediction:
         """Converts logits, float32 `[n, num_classes]`, to a prediction.
@@ -373,7 +418,8 @@ class LoadedModel:
           layer: one of `layers`: `image_embed` is the unit vector that texts are compared with;
             `pre_logits` is the input of the head, one vector per image;
             `encoded` is the tokens `[length, hidden_size]` after the last block; any other is the
-            path of a module, such as `Transformer/encoderblock_3`.
+            path of a module, such as `Transformer/encoderblock_3`. `pixel_logits` and
+            `pixel_depth` are those of `pixel_outputs`.
           tta: see `__call__`.
 
         Returns:
@@ -450,6 +496,8 @@ class LoadedModel:
         self.check_layer(layer)
         if tta not in (None, "flip"):
             raise UserError(f"tta={tta!r}: expected 'flip', or None")
+        if self.dense is not None and layer == self.dense.output:
+            return self.start_pixels(images, tta=tta)
         if tta and takes_any_size(self.module):
             raise UserError(f"tta={tta!r}: expected None for patches of images of any size")
         batch = shard_batch({"image": images}, self.mesh)
@@ -464,10 +512,13 @@ class LoadedModel:
         is called while it is traced, and makes other parameters.
         """
         self.check_layer(layer)
-        apply = functools.partial(_apply, layer=layer, tta=None, **self._pixels)
-        if make_params is not None:
-            return lambda images: apply(make_params(), images)
-        return functools.partial(apply, jax.tree.map(np.asarray, self.params))
+        make = make_params or (lambda: jax.tree.map(np.asarray, self.params))
+        if self.dense is None or layer != self.dense.output:
+            apply = functools.partial(_apply, layer=layer, tta=None, **self._pixels)
+            return lambda images: apply(make(), images)
+        name, compute = self.dense.head_params, self._pixel_function
+        head = jax.tree.map(np.asarray, self.dense_head)
+        return lambda images: compute({**make(), name: head}, images, tta=None)
 
     @overload
     def attention(self, images: np.ndarray) -> np.ndarray: ...
@@ -527,6 +578,7 @@ class LoadedModel:
         # Dropout and stochastic depth are the identity here.
         paths = [path for path in paths if not re.search(r"(Dropout|StochasticDepth)_\d+$", path)]
         own = [] if self.texts is None else [IMAGE_EMBED]
+        own += [] if self.dense is None else [self.dense.output]
         return tuple(dict.fromkeys([*own, *out, *paths]))
 
     def check_layer(self, layer: str) -> None:
@@ -551,10 +603,11 @@ class LoadedModel:
                 "expected labels, such as --labels='a cat,a dog', or model(images, labels=['a cat',"
                 " 'a dog'])"
             )
-        if self.segmentation is not None:
+        if self.dense is not None:
+            what, option = ("depth", "depth") if self.segmentation is None else ("class", "masks")
             raise UserError(
-                f"{self.source}: it finds the class of each pixel, and has no classes of images: "
-                "expected model(images), or vit_jax predict --masks=FOLDER"
+                f"{self.source}: it finds the {what} of each pixel, and has no classes of images: "
+                f"expected model(images), or vit_jax predict --{option}=FOLDER"
             )
         if not self.classifies:
             state = "was published untrained, all zero" if self.module.num_classes else "is missing"
@@ -700,6 +753,8 @@ def load_model(
     pixel_std: Pixels | None = None,
     tokenizer: str | None = None,
     posemb_resize: Method | None = None,
+    window: int | None = None,
+    stride: int | None = None,
     parts: Sequence[str] | str = (),
     devices: Sequence[Any] | None = None,
 ) -> LoadedModel:
@@ -722,6 +777,9 @@ def load_model(
       tokenizer: makes tokens of texts, as in `data.tokenizer`, where the weights do not state it.
       posemb_resize: how position embeddings are resized where the images have another size than the
         weights, such as "bicubic"; None for the rule of the weights' own project.
+      window: side in pixels of the windows in which the pixels of an image are computed one by one,
+        if the model finds their classes or depths; None for the whole image.
+      stride: pixels from one window to the next; None for the side of a window.
       parts: modules outside of this package that the weights may name, such as `["my_models"]`. To
         import a module is to run its code, so only these are imported.
       devices: devices to compute on; all by default.
@@ -763,17 +821,26 @@ def load_model(
     )
     size = known.get("image_size") or _guess_size(image_weights, image_module)
     preparation = make_preparation(known.get("eval"), size, given=preprocess)
-    tree, notes = fill_model(module, weights, preparation.image_shape, posemb_resize=posemb_resize)
+    windows, seen = None, preparation.image_shape
+    if window is not None or stride is not None:
+        windows = _find_windows(window, stride, seen)
+        seen = (*windows[0], seen[2])
+    tree, notes = fill_model(module, weights, seen, posemb_resize=posemb_resize)
     module = fit_to_line(module, preparation.line, key="preprocess")
     towers = module if isinstance(module, TwoTowers) else None
     mean, std = check_pixels(
         known.get("mean", 0.5) if pixel_mean is None else pixel_mean,
         known.get("std", 0.5) if pixel_std is None else pixel_std,
     )
-    segmentation = _find_segmentation(config, weights, module, preparation, (mean, std))
+    dense = _find_dense(config, weights, module, seen, (mean, std))
     notes = [*weights.notes, *notes]
-    if segmentation is None:
+    if dense is None:
         notes += describe_objective_params(weights)
+        if windows is not None:
+            raise UserError(
+                f"window={window}: {path} finds neither the class nor the depth of each pixel: "
+                "leave it out"
+            )
     notes.append(f"images: {preparation.line}, mean {mean}, std {std}")
     if class_names is not None and len(class_names) < module.num_classes:
         notes.append(
@@ -804,8 +871,8 @@ def load_model(
         config=config,
         class_names=_check_names(
             weights.class_names if class_names is None else class_names,
-            len(segmentation.classes)
-            if segmentation
+            len(dense.classes)
+            if isinstance(dense, Segmentation)
             else module.num_classes
             if texts is None
             else 0,
@@ -822,36 +889,50 @@ def load_model(
         loss=trained_with,
         mesh=mesh,
         texts=texts,
-        segmentation=segmentation,
-        segmenter=segmentation and place(_find_head(weights)),
+        dense=dense,
+        dense_head=dense and place(_find_head(weights, dense.head_params)),
+        windows=windows,
         temperature=temperature,
     )
 
 
-def _find_head(weights: Weights) -> Params:
-    """The parameters of the head of a segmentation."""
+def _find_windows(
+    window: int | None, stride: int | None, image_shape: tuple[int, int, int]
+) -> tuple[Size, Size]:
+    """The `windows` of a model, for images of this shape."""
+    for key, value in (("window", window), ("stride", stride)):
+        check_type(value, int | None, key=key)
+    if window is None or window < 1:
+        raise UserError(f"window={window}: expected the side of a window in pixels")
+    if stride is not None and not 1 <= stride <= window:
+        raise UserError(f"stride={stride}: expected 1 to window={window} pixels")
+    step = stride or window
+    return (min(window, image_shape[0]), min(window, image_shape[1])), (step, step)
+
+
+def _find_head(weights: Weights, name: str) -> Params:
+    """The parameters of the head for pixels."""
     parts = {tuple(path.split("/")): x for path, x in weights.objective_params.items()}
-    return traverse_util.unflatten_dict(parts)["segmenter"]
+    return traverse_util.unflatten_dict(parts)[name]
 
 
-def _find_segmentation(
+def _find_dense(
     config: Mapping[str, Any],
     weights: Weights,
     module: Any,
-    preparation: Preparation,
+    image_shape: tuple[int, int, int],
     pixels: tuple[Pixels, Pixels],
-) -> Segmentation | None:
-    """The objective of a run that finds the class of each pixel; None for other weights."""
+) -> DenseObjective | None:
+    """The objective of a run that finds something for each pixel; None for other weights."""
     section = dict(config.get("objective") or {})
-    if section.pop("name", None) != "segmentation" or not weights.class_names:
-        return None
+    name = section.pop("name", None)
     section |= {"pixel_mean": pixels[0], "pixel_std": pixels[1]}
-    return make_segmentation(
-        model=module,
-        pixel_classes=tuple(weights.class_names),
-        image_shape=preparation.image_shape,
-        **as_tuples(section),
-    )
+    given: dict[str, Any] = {"model": module, "image_shape": image_shape, **as_tuples(section)}
+    if name == "depth":
+        return make_depth(pixel_depth=True, **given)
+    if name == "segmentation" and weights.class_names:
+        return make_segmentation(pixel_classes=tuple(weights.class_names), **given)
+    return None
 
 
 def _place(params: Params, mesh: Mesh) -> Params:

@@ -265,6 +265,9 @@ def read_source(args: argparse.Namespace, overrides: Mapping[str, Any]) -> "Load
         options["tokenizer"] = args.tokenizer
     names = None if labels is None else _read_labels(labels)
     by_file = labels is not None and _is_file(labels)
+    for name in ("window", "stride"):
+        if getattr(args, name, None) is not None:
+            options[name] = getattr(args, name)
     model = load_model(
         source,
         checkpoint=args.checkpoint if of_run else None,

@@ -57,9 +57,11 @@ class TableWriter(Writer):
         name_of: Callable[[int], str],
         path_width: int,
         name_width: int | None,
+        value: str = "probability",
     ):
         self._stream, self._name_of, self._width = stream, name_of, path_width
         self._name_width = name_width
+        self._format = "{:6.2f} m" if value == "metres" else "{:6.1%}"
 
     def _write(self, paths: Sequence[str], *columns: np.ndarray) -> None:
         labels, probabilities = columns
@@ -71,7 +73,9 @@ class TableWriter(Writer):
         for path, row, values in zip(paths, names, probabilities.tolist(), strict=True):
             # Of a mask, which may have fewer classes than are asked for.
             cells = [c for c in zip(row, widths, values, strict=True) if c[2] or c[0] == row[0]]
-            shown = "   ".join(f"{name:<{width}} {value:6.1%}" for name, width, value in cells)
+            shown = "   ".join(
+                f"{name:<{width}} {self._format.format(value)}" for name, width, value in cells
+            )
             print(f"{path:<{self._width}}  {shown}", file=self._stream, flush=True)
 
 

@@ -2,6 +2,7 @@
 """All objectives, by the name that a config gives them."""
 
 from vit_jax.objectives.contrastive import make_contrastive
+from vit_jax.objectives.depth import make_depth
 from vit_jax.objectives.dino import make_dino
 from vit_jax.objectives.distillation import make_distillation
 from vit_jax.objectives.linear_probe import make_linear_probe
@@ -16,5 +17,6 @@ OBJECTIVES = {
     "dino": make_dino,
     "linear_probe": make_linear_probe,
     "contrastive": make_contrastive,
+    "depth": make_depth,
     "segmentation": make_segmentation,
 }

@@ -106,6 +106,7 @@ def make_report(
         make_section("Curves", _show_curves(points), layout="charts"),
         make_section("Predictions", _show_predictions(known.values()), layout="pairs"),
         make_section("Masks", _show_masks(workdir)),
+        make_section("Depth", _show_depths(workdir)),
         make_section("Pictures", _show_pictures(workdir)),
         *sections,
         make_section("Data", _show_check(workdir)),
@@ -420,6 +421,32 @@ def _show_masks(workdir: Path) -> list[str]:
         )
         title = f"Classes of pixels: {title}"
         cards.append(make_card(title, table + names, caption=caption, wide=True))
+    return cards
+
+
+def _show_depths(workdir: Path) -> list[str]:
+    """The images with the largest and the smallest errors for each evaluator of depth."""
+    cards = []
+    for title, path in _find_details(workdir):
+        try:
+            content = read_json(path, max_bytes=MAX_TABLE)
+        except (OSError, ValueError):  # `read_details` logs it.
+            continue
+        if not isinstance(content, dict) or "pixel_depth" not in content:
+            continue
+        try:
+            counts = content["pixel_depth"]
+            images = [(row["image"], f"{row['rmse']:.3f} m") for row in content["images"]]
+            summary = f"{counts['pixels']:,} pixels of {counts['images']:,} images have a depth. "
+        except (ValueError, KeyError, TypeError) as e:
+            log(f"{path} can't be read ({describe_error(e)}): left out")
+            continue
+        caption = (
+            f"{summary}The picture below has, from top to bottom, images, their depths and what is "
+            "predicted, from near (light) to far (dark): those of the largest error on the left."
+        )
+        table = make_table(("image", "RMSE"), images)
+        cards.append(make_card(f"Depth: {title}", table, caption=caption, wide=True))
     return cards
 
 

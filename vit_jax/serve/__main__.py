@@ -149,7 +149,7 @@ def main(argv: Sequence[str]) -> None:
         blank = np.zeros(model.image_shape, np.uint8)
         # Compiles before the first request.
         if model.segmentation is not None:
-            model.pixel_logits(blank[None])
+            model.pixel_outputs(blank[None])
         else:
             model.features(blank, "logits" if model.texts is None else IMAGE_EMBED)
             if has_attention(model):

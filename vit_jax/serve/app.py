@@ -135,7 +135,7 @@ class Predictor:
             layer = "logits" if model.texts is None else IMAGE_EMBED
             compute, max_rows = functools.partial(model.features, layer=layer), limits.batch_size
         else:
-            compute, max_rows = model.pixel_logits, min(limits.batch_size, BATCH_SIZE)
+            compute, max_rows = model.pixel_outputs, min(limits.batch_size, BATCH_SIZE)
         self._batcher = Batcher(compute, max_rows=max_rows)
         self._num_requests = 0
 

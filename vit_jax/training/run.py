@@ -437,7 +437,8 @@ def suggest_uses(experiment: Experiment, folder: Path, command: str | None) -> d
     if experiment.objective.classifies:
         return {"to predict": f"{predict} IMAGES"}
     if experiment.objective.needs_label_maps:
-        return {"to predict": f"{predict} --masks=masks IMAGES"}
+        option = "depth" if experiment.train_data.info.pixel_depth else "masks"
+        return {"to predict": f"{predict} --{option}={option} IMAGES"}
     # An average that the objective keeps is its teacher, which has the better features.
     teacher = experiment.objective.keeps_average
     params, part = (" --params=ema", ":ema_params") if teacher else ("", "")

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Colours of the classes of pixels."""
+"""Colours of the classes and of the depths of pixels."""
 
 import numpy as np
 
 # The value of pixels without a class.
 _IGNORED = 255
+# Colours of depths from the nearest to the farthest, evenly spaced; their lightness falls.
+_DEPTHS = np.array(
+    [(255, 250, 200), (250, 190, 90), (225, 105, 75), (150, 45, 120), (70, 20, 110), (10, 5, 35)]
+)
 
 
 def make_palette() -> np.ndarray:
@@ -26,3 +30,16 @@ def make_palette() -> np.ndarray:
 def color_classes(classes: np.ndarray) -> np.ndarray:
     """The colours of a map of classes, uint8 `[h, w]`, as uint8 `[h, w, 3]`."""
     return make_palette()[classes]
+
+
+def color_depth(depth: np.ndarray, nearest: float, farthest: float) -> np.ndarray:
+    """The colours of depths, float32 `[h, w]`, as uint8 `[h, w, 3]`: light ones are near.
+
+    `nearest` and `farthest` are the limits of the colours. Depths that are not known, which are 0,
+    are black.
+    """
+    places = np.linspace(nearest, max(farthest, nearest + 1e-6), len(_DEPTHS))
+    channels = [np.interp(depth, places, _DEPTHS[:, i]) for i in range(3)]
+    colors = np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+    colors[depth <= 0] = 0
+    return colors

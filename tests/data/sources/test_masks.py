@@ -165,6 +165,42 @@ def test_a_mask_of_another_size_than_its_image_is_counted_as_corrupt(tmp_path, c
     assert "its mask has 2x3 pixels, and the image 3x2: expected the same" in caplog.text
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("label_size", [None, (4, 4)], ids=["resized", "own size"])
+def test_a_mask_is_turned_as_its_image_is(tmp_path, orientation, label_size):
+    rng = np.random.default_rng(orientation)
+    values = rng.integers(0, 3, (3, 4)).astype(np.uint8)
+    root = write(tmp_path, "abc", lines="sky\ntree\ncar\n")
+    for name in "abc":
+        exif = Image.Exif()
+        exif[274] = orientation
+        image = Image.fromarray(np.repeat(values[..., None], 3, -1))
+        image.save(root / "images" / f"{name}.png", exif=exif)
+        (root / "masks" / f"{name}.png").write_bytes(encode(values))
+    spec = DatasetSpec(
+        name=f"masks:{root}",
+        split="train",
+        preprocess="decode(orient=True)|resize_long(4)|pad_to(4)",
+        batch_size=1,
+        data_dir=None,
+        key="data",
+        num_threads=0,
+        label_size=label_size,
+    )
+    batch = next(eval_batches(spec))
+    assert batch["mask"].sum() == 1
+    label_map, image = batch["label_map"][0], batch["image"][0, ..., 0]
+    if label_size is None:
+        known = label_map != 255
+        assert known.sum() == 12
+        np.testing.assert_array_equal(label_map[known], image[known])
+    else:
+        top, left, height, width, *own = batch["extent"][0]
+        assert (height, width) == tuple(own)
+        shown = image[top : top + height, left : left + width]
+        np.testing.assert_array_equal(label_map[:height, :width], shown)
+
+
 def test_a_manifest_has_a_column_of_masks(tmp_path):
     write(tmp_path)
     with (tmp_path / "list.csv").open("w", newline="") as file:

@@ -27,6 +27,7 @@ OBJECTIVE_PARAMS = {
     "mask_token": "only for pre-training",
     "gram_teacher": "only for pre-training",
     "segmenter": "the head of segmentation",
+    "depth_head": "the head of depth",
 }
 
 # Methods of resizing here by the names of Pillow.

@@ -12,7 +12,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cv2
@@ -79,6 +79,16 @@ _STORED = {
     6: Image.Transpose.ROTATE_90,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
+}
+# From a map of the image as it is stored to one of the upright image, by orientation.
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.T,
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: x[::-1, ::-1].T,
+    8: lambda x: np.rot90(x),
 }
 # BitsPerSample, Photometric, SamplesPerPixel and SampleFormat.
 _TIFF_DEPTH, _TIFF_COLORS, _TIFF_CHANNELS, _TIFF_FORMAT = 258, 262, 277, 339
@@ -240,6 +250,19 @@ def _damaged(encoded: bytes, part: str) -> ImageError:
 
 def _is_exif(content: bytes) -> bool:
     return content.startswith((b"II*\0", b"MM\0*"))
+
+
+def orient_map(values: np.ndarray, encoded: bytes | np.ndarray) -> np.ndarray:
+    """Turns a map of an image's pixels as `decode_image` with `orient` turns the image.
+
+    Takes `[height, width]` of the image as it is stored, and an image as `decode_image` does, which
+    must be readable. Returns a view of the map, or itself.
+    """
+    if isinstance(encoded, np.ndarray):
+        return values
+    with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as image:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    return values if turn is None else turn(values)
 
 
 def check_size(width: int, height: int) -> None:

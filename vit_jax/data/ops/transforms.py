@@ -7,8 +7,8 @@ fields are the arguments in a preprocessing line. `Random` operations also take 
 depends only on the seed and the example's position. An operation on the image alone overrides
 `change`; one on other features overrides `__call__`.
 
-A `label_map`, uint8 `[height, width]`, has the class of each pixel of the image. Operations that
-move pixels move it in the same way, without interpolation; see `Maps`.
+A `label_map` has the class of each pixel of the image, uint8 `[height, width]`, or its depth,
+float32. Operations that move pixels move it in the same way, without interpolation; see `Maps`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from vit_jax.data.ops import crops
-from vit_jax.data.ops.decode import ImageError, check_size, decode_image
+from vit_jax.data.ops.decode import ImageError, check_size, decode_image, orient_map
 from vit_jax.data.ops.geometry import Method, resize_image
 from vit_jax.utils.errors import UserError, first_line
 
@@ -28,7 +28,8 @@ Features = dict[str, Any]
 # What an operation does with a label map: `move` it like the image, `keep` it since no pixel moves,
 # or `refuse` images that have one.
 Maps = Literal["move", "keep", "refuse"]
-_IGNORED = 255  # in label maps, see `sources.base`
+# In label maps, see `sources.base`.
+_IGNORED, _NO_DEPTH = 255, 0
 _Rounding = Literal["nearest", "down"]
 
 
@@ -42,7 +43,8 @@ class Transform:
     def __call__(self, features: Features) -> Features:
         changed = {"image": self.change(features["image"])}
         if "label_map" in features and self.maps != "keep":
-            changed["label_map"] = find_map_op(self).change(features["label_map"])
+            label_map = features["label_map"]
+            changed["label_map"] = find_map_op(self, label_map).change(label_map)
         return features | changed
 
     def change(self, image: Any) -> np.ndarray:
@@ -58,7 +60,7 @@ class Random:
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
         if "label_map" not in features or self.maps == "keep":
             return features | {"image": self.change(features["image"], rng)}
-        op = find_map_op(self)
+        op = find_map_op(self, features["label_map"])
         before = rng.bit_generator.state
         image = self.change(features["image"], rng)
         after = rng.bit_generator.state
@@ -75,11 +77,11 @@ class Random:
 Op = Transform | Random
 
 
-def find_map_op(op: Any) -> Any:
+def find_map_op(op: Any, label_map: np.ndarray) -> Any:
     """The operation that moves a label map as `op` moves its image.
 
-    It takes the nearest pixel where `op` interpolates, and pads with `IGNORED`. Raises `UserError`
-    if there is none.
+    It takes the nearest pixel where `op` interpolates, and pads with pixels that count nowhere.
+    Raises `UserError` if there is none.
     """
     if op.maps == "refuse":
         raise UserError(
@@ -87,7 +89,7 @@ def find_map_op(op: Any) -> Any:
             "alone: expected operations that crop, resize, pad, flip, shift or change colours"
         )
     fields = {field.name for field in dataclasses.fields(op)}
-    new = {"method": "nearest", "value": _IGNORED}
+    new = {"method": "nearest", "value": _NO_DEPTH if label_map.dtype.kind == "f" else _IGNORED}
     return dataclasses.replace(op, **{name: new[name] for name in new.keys() & fields})
 
 
@@ -123,13 +125,21 @@ class Decode(Transform):
 
     def __call__(self, features: Features) -> Features:
         image = self.change(features["image"])
-        if "label_map" in features and features["label_map"].shape != image.shape[:2]:
-            theirs, ours = features["label_map"].shape, image.shape
+        if "label_map" not in features:
+            return features | {"image": image}
+        label_map = self.turn(features["label_map"], features["image"])
+        if label_map.shape != image.shape[:2]:
+            theirs, ours = label_map.shape, image.shape
+            turned = " after both were turned" if label_map is not features["label_map"] else ""
             raise ImageError(
-                f"its mask has {theirs[1]}x{theirs[0]} pixels, and the image {ours[1]}x{ours[0]}: "
-                "expected the same"
+                f"its mask has {theirs[1]}x{theirs[0]} pixels, and the image {ours[1]}x{ours[0]}"
+                f"{turned}: expected the same"
             )
-        return features | {"image": image}
+        return features | {"image": image, "label_map": label_map}
+
+    def turn(self, label_map: np.ndarray, encoded: bytes | np.ndarray) -> np.ndarray:
+        """A label map of the pixels as they are stored, turned as the image is."""
+        return orient_map(label_map, encoded) if self.orient else label_map
 
     def change(self, image: bytes | np.ndarray) -> np.ndarray:
         return decode_image(image, orient=self.orient)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datasets by name, read by position.
 
-`folder:PATH`, `pairs:PATH`, `masks:PATH`, `manifest:PATH`, `parquet:PATH` and `tar:PATTERN` are of
-users, `hf:OWNER/NAME` is of the Hugging Face hub, `packed:PATH` and `raw:PATH` are packed copies of
-a dataset, `blank:CLASSES` and `digits_masks:SIZE` are generated; any other name is that of a TFDS
-dataset in `array_record` form. `digits` and `digits_captions` come with the package.
+`folder:PATH`, `pairs:PATH`, `masks:PATH`, `depth:PATH`, `manifest:PATH`, `parquet:PATH` and
+`tar:PATTERN` are of users, `hf:OWNER/NAME` is of the Hugging Face hub, `packed:PATH` and `raw:PATH`
+are packed copies of a dataset, `blank:CLASSES`, `digits_masks:SIZE` and `digits_depth:SIZE` are
+generated; any other name is that of a TFDS dataset in `array_record` form. `digits` and
+`digits_captions` come with the package.
 `my_module:attribute` is a dataset from outside of it.
 """
 
@@ -19,10 +20,10 @@ from vit_jax.data.sources.blank import blank_dataset
 from vit_jax.data.sources.files import folder_dataset, manifest_dataset, pairs_dataset
 from vit_jax.data.sources.guess import is_path, suggest_name
 from vit_jax.data.sources.hub import hub_dataset
-from vit_jax.data.sources.masks import masks_dataset
+from vit_jax.data.sources.masks import depth_dataset, masks_dataset
 from vit_jax.data.sources.packed import packed_dataset, raw_dataset
 from vit_jax.data.sources.parquet import parquet_dataset
-from vit_jax.data.sources.scenes import scenes_dataset
+from vit_jax.data.sources.scenes import depth_scenes_dataset, scenes_dataset
 from vit_jax.data.sources.tar import tar_dataset
 from vit_jax.data.sources.tfds import TfdsDataset, has_folder, is_builder
 from vit_jax.utils.errors import UserError
@@ -31,6 +32,8 @@ from vit_jax.utils.registry import import_part, is_part
 # Prefixes of a name, each with a function from the rest of the name to the dataset.
 KINDS: dict[str, Callable[[str], Dataset]] = {
     "blank": blank_dataset,
+    "depth": depth_dataset,
+    "digits_depth": depth_scenes_dataset,
     "digits_masks": scenes_dataset,
     "folder": folder_dataset,
     "hf": hub_dataset,

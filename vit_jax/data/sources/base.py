@@ -26,8 +26,9 @@ MAX_CAPTION = 2**16
 # The label of an example whose label is not known, as that of a test set that is kept secret.
 NO_LABEL = -1
 
-# The value in a label map of pixels that count nowhere.
+# The value of pixels that count nowhere: in a map of classes, and in one of depths.
 IGNORED = 255
+NO_DEPTH = 0.0
 
 # Seed of splits and orders, which must not depend on the seed of a run.
 _SEED = 0
@@ -61,6 +62,7 @@ class DatasetInfo:
       captions: whether images have captions, which `Source.captions` gives.
       pixel_classes: the names of the classes of pixels, if each image has a label map; such data
         has no labels of images. They are made one line each, and NFC.
+      pixel_depth: whether the label maps are of depths.
     """
 
     num_classes: int
@@ -69,6 +71,7 @@ class DatasetInfo:
     multi_label: bool = False
     captions: bool = False
     pixel_classes: tuple[str, ...] | None = None
+    pixel_depth: bool = False
 
     def __post_init__(self) -> None:
         for field in ("class_names", "pixel_classes"):
@@ -77,6 +80,13 @@ class DatasetInfo:
                 # Any source may give names, which are written to files with a name a line.
                 names = tuple(printable(normalize_name(str(name))) for name in given)
                 object.__setattr__(self, field, names)
+
+    @property
+    def unlabelled(self) -> np.generic | None:
+        """The value of pixels of a label map that count nowhere; None if there are no such maps."""
+        if self.pixel_depth:
+            return np.float32(NO_DEPTH)
+        return np.uint8(IGNORED) if self.pixel_classes else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,7 +111,8 @@ class Source(abc.ABC):
     int32, or float32 `[num_classes]` if an example may have several; data without labels has none.
     A source that reads captions with the image has them as `text` too, as `captions` gives them.
     With `DatasetInfo.pixel_classes`, `label_map` has the class of each pixel, uint8
-    `[height, width]`, or `IGNORED`.
+    `[height, width]`, or `IGNORED`; with `pixel_depth`, it has the depth of each pixel in metres,
+    float32 `[height, width]`, or `NO_DEPTH`.
     """
 
     @abc.abstractmethod
@@ -220,7 +231,7 @@ class Dataset:
       splits: the rows of each split, in order, as integers `[examples]`.
       cut: whether the splits are those of `make_splits`, as the data has none of its own.
       captions: of each row, where `info.captions`.
-      label_maps: of each row, where `info.pixel_classes`.
+      label_maps: of each row, where `info.pixel_classes` or `info.pixel_depth`.
 
     Raises:
       UserError: there is another number of class names than of classes, or captions or label maps
@@ -247,10 +258,11 @@ class Dataset:
             raise UserError(
                 f"data.name={self.name!r} has captions=True in its info: expected its captions too"
             )
-        if (self.info.pixel_classes is None) != (self.label_maps is None):
+        of_pixels = (self.info.pixel_classes is not None) + self.info.pixel_depth
+        if of_pixels != (self.label_maps is not None):
             raise UserError(
-                f"data.name={self.name!r}: expected both pixel_classes in its info and label_maps, "
-                "or none of them"
+                f"data.name={self.name!r}: expected pixel_classes or pixel_depth in its info "
+                "together with label_maps, or none of them"
             )
 
     @property

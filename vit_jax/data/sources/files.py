@@ -33,7 +33,7 @@ from vit_jax.data.sources.base import (
 from vit_jax.data.sources.columns import split_columns
 from vit_jax.data.sources.compact import Codes, Ragged, TextLists, Texts
 from vit_jax.data.sources.guess import suggest_name
-from vit_jax.data.sources.label_maps import Masks, read_values
+from vit_jax.data.sources.label_maps import add_label_maps, check_scale
 from vit_jax.data.sources.layout import (
     Top,
     check_classes,
@@ -55,9 +55,9 @@ from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.suggestions import suggest
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_COLUMNS = ("image", "label", "labels", "split", "caption", "captions", "mask")
+_COLUMNS = ("image", "label", "labels", "split", "caption", "captions", "mask", "depth")
 # What columns with other names may hold, as a dataset's name says.
-_RENAMED = ("image", "label", "labels", "split", "caption", "mask")
+_RENAMED = ("image", "label", "labels", "split", "caption", "mask", "depth")
 # What columns of metadata files with other names may hold.
 _RENAMED_METADATA = ("label", "labels", "split", "caption")
 # Endings of tables, with what separates their columns; None for an object a line.
@@ -462,18 +462,23 @@ def _list_rows(
     return sorted(rows, key=lambda row: (unicodedata.normalize("NFC", row[0]), row))
 
 
-def list_images(root: str, folder: str) -> tuple[list[str], Counter[str]]:
-    """Paths of all images below a folder, relative to the root, and other files counted by kind."""
-    found = _list_below(root, folder)
+def list_images(
+    root: str, folder: str, *, endings: Sequence[str] = ENDINGS
+) -> tuple[list[str], Counter[str]]:
+    """Paths of all images below a folder, relative to the root, and other files counted by kind.
+
+    Images are the files with one of the endings.
+    """
+    found = _list_below(root, folder, endings)
     names = (os.path.basename(path) for path in found.left_out)
     found.ignored.update(f"folder {name}" for name in names if not name.startswith("."))
     return found.images, found.ignored
 
 
-def _list_below(root: str, folder: str) -> _Listing:
+def _list_below(root: str, folder: str, endings: Sequence[str] = ENDINGS) -> _Listing:
     found, todo = _Listing(), [folder]
     while todo:
-        one = _list_folder(root, todo.pop())
+        one = _list_folder(root, todo.pop(), endings)
         found.images += one.images
         found.texts += one.texts
         found.metadata += one.metadata
@@ -483,7 +488,7 @@ def _list_below(root: str, folder: str) -> _Listing:
     return found
 
 
-def _list_folder(root: str, folder: str) -> _Listing:
+def _list_folder(root: str, folder: str, endings: Sequence[str] = ENDINGS) -> _Listing:
     found = _Listing()
     prefix = os.path.relpath(folder, root)
     prefix = "" if prefix == "." else f"{prefix}/"
@@ -499,7 +504,7 @@ def _list_folder(root: str, folder: str) -> _Listing:
                     found.folders.append(entry.path)
             elif name.startswith("."):
                 found.ignored["hidden"] += 1
-            elif ending in ENDINGS and _is_file(entry):
+            elif ending in endings and _is_file(entry):
                 found.images.append(f"{prefix}{name}")
             else:
                 found.ignored[ending or "without an ending"] += 1
@@ -809,7 +814,8 @@ def manifest_dataset(text: str) -> Dataset:
     Columns: `image` (a path relative to the manifest, an absolute path or a URL); `label` (a class
     name or an integer) or `labels` (several: `a|b`, in JSON a list); `caption`, or several such as
     `caption_0` and `caption_1` (a text, in JSON also a list); or `mask`, a path like `image`, with
-    `classes.txt` beside the manifest (see `read_values`); optionally `split`. One of labels and
+    `classes.txt` beside the manifest (see `read_values`); or `depth`, with `depth_scale.txt` there
+    (see `decode_depth`); optionally `split`. One of labels and
     captions may be missing. After the path, `#image=filepath,caption=title` gives other names of
     them, and `#caption=short+long` several.
 
@@ -836,12 +842,12 @@ def manifest_dataset(text: str) -> Dataset:
     else:
         info, labels = _encode_codes(table.labels, table.counts, name=name)
     info = dataclasses.replace(info, captions=captions is not None)
-    masks = None
-    if table.masks is not None:
-        files = Files(os.path.dirname(file), table.masks)
-        values = read_values(os.path.dirname(file), key=key)
-        info = dataclasses.replace(info, pixel_classes=values.names)
-        masks = Masks(files.read, values)
+    label_maps, folder = None, os.path.dirname(file)
+    for kind, paths in table.maps.items():
+        if kind == "depth":
+            check_scale(paths, folder, key=key)
+        files = Files(folder, paths)
+        info, label_maps = add_label_maps(info, kind, files.read, folder, key=key)
         files.check_access(key)
     if table.splits is None:
         by_split = make_splits(labels, None)
@@ -851,12 +857,12 @@ def manifest_dataset(text: str) -> Dataset:
         number_of = [splits.index(split_of[split]) for split in table.splits.values]
         by_split = order_splits(np.array(number_of, np.int32)[table.splits.codes], splits)
         by_split = drop_unassigned(by_split, name=name)
-    records = Files(os.path.dirname(file), table.images)
+    records = Files(folder, table.images)
     records.check_access(key)
     check_classes(name, info, labels, by_split)
     cut = table.splits is None
     dataset = Dataset(
-        name, info, records, labels, by_split, cut=cut, captions=captions, label_maps=masks
+        name, info, records, labels, by_split, cut=cut, captions=captions, label_maps=label_maps
     )
     log_cut(dataset)
     return dataset
@@ -868,7 +874,7 @@ class _Table:
 
     Attributes:
       images: the path of each row.
-      masks: likewise; None without the column.
+      maps: likewise of each column `mask` or `depth`.
       labels: of all rows, one row after the other; None without the column.
       counts: of the labels of each row, int32, if there may be several.
       splits: the split of each row; None without the column.
@@ -876,7 +882,7 @@ class _Table:
     """
 
     images: Texts
-    masks: Texts | None = None
+    maps: dict[str, Texts] = dataclasses.field(default_factory=dict)
     labels: Codes | None = None
     counts: np.ndarray | None = None
     splits: Codes | None = None
@@ -896,8 +902,7 @@ def _gather(rows: Iterator[Any], *, caption_columns: Sequence[str] | None, key: 
     """
     first, count, counts = list(itertools.islice(rows, _CHUNK)), 0, bytearray()
     own = columns = _check_columns(first, key)
-    table = _Table(Texts())
-    table.masks = Texts() if "mask" in columns else None
+    table = _Table(Texts(), maps={kind: Texts() for kind in ("mask", "depth") if kind in columns})
     table.labels = Codes() if {"label", "labels"}.intersection(columns) else None
     table.splits = Codes() if "split" in columns else None
     for chunk in itertools.chain([first], iter(lambda: list(itertools.islice(rows, _CHUNK)), [])):
@@ -908,8 +913,8 @@ def _gather(rows: Iterator[Any], *, caption_columns: Sequence[str] | None, key: 
             columns = own + sorted(later.union(columns[len(own) :]).difference(own))
             _check_values(chunk, columns, key, first=count)
         table.images.append(str(row["image"]) for row in chunk)
-        if table.masks is not None:
-            table.masks.append(str(row["mask"]) for row in chunk)
+        for kind, paths in table.maps.items():
+            paths.append(str(row[kind]) for row in chunk)
         if table.splits is not None:
             table.splits.append([str(row["split"]) for row in chunk], range(count, count + _CHUNK))
         of_texts = caption_columns or [c for c in columns if _CAPTION.fullmatch(c)]
@@ -1050,11 +1055,11 @@ def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
             )
     captioned = any(map(_CAPTION.fullmatch, columns))
     labelled = ("label" in columns) + ("labels" in columns)
-    given = labelled + ("mask" in columns)
+    given = labelled + ("mask" in columns) + ("depth" in columns)
     if "image" not in columns or given > 1 or not (given or captioned):
         raise UserError(
             f"{key} has the columns {', '.join(columns)}; expected image, and either label or "
-            "labels, or mask, or captions"
+            "labels, or mask, or depth, or captions"
         )
     _check_values(rows, columns, key)
     return columns

@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks: images whose values are the classes of pixels, and the text file that names the values."""
+"""Label maps: masks, with a text file that names their values, and depth images."""
 
 import dataclasses
 import io
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from vit_jax.data.ops.decode import ImageError, check_size
-from vit_jax.data.sources.base import IGNORED
+from vit_jax.data.ops.decode import MAX_PIXELS, ImageError, check_size
+from vit_jax.data.sources.base import IGNORED, NO_DEPTH, DatasetInfo, LabelMaps
+from vit_jax.utils.bounds import open_npz, read_text
 from vit_jax.utils.class_names import normalize_name, read_names
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, describe_error
 
 # The file with a line for each value, and the line for values that are no class.
 CLASSES = "classes.txt"
 IGNORED_LINE = "ignored"
+# The file with the number that stands for one metre, where depths are integers.
+SCALE = "depth_scale.txt"
+# Endings of depth images: those of floats, and those that may have integers.
+DEPTH_ENDINGS = (".npy", ".npz", ".tif", ".tiff", ".png")
 
 # Of Pillow: palettes, black and white, and gray of 8 and 16 bits.
 _MODES = ("P", "1", "L", "I", "I;16", "I;16B")
@@ -127,3 +133,141 @@ class Masks:
         except ImageError as e:
             raise ImageError(f"its mask: {e}") from e
         return self._values.find_classes(decode_mask(encoded))
+
+
+def read_scale(folder: str, *, key: str) -> float | None:
+    """Reads the number that stands for one metre in depth images of integers; None without a file.
+
+    Raises `UserError` if the file is no positive number; the message starts with `key`.
+    """
+    path = os.path.join(folder, SCALE)
+    if not os.path.exists(path):
+        return None
+    try:
+        text = read_text(path).strip()
+        scale = float(text)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{key}: {path} can't be read: {describe_error(e)}") from None
+    if not 0 < scale < float("inf"):
+        raise UserError(f"{key}: {path} reads {text!r}: expected the number that is one metre")
+    return scale
+
+
+def decode_depth(encoded: bytes, scale: float | None) -> np.ndarray:
+    """Decodes a depth image to metres, float32 `[height, width]`; `NO_DEPTH` where not known.
+
+    Args:
+      encoded: a PNG or TIFF in gray, or an array of NumPy (`.npy`, or `.npz` with one array).
+      scale: what integers are divided by; floats are metres. Values that are not positive or not
+        finite are not known.
+
+    Raises:
+      ImageError: it can't be read, has another shape, or has integers and there is no scale.
+    """
+    try:
+        values = _read_array(encoded) if encoded.startswith(_ARRAYS) else _read_gray(encoded)
+    except ImageError:
+        raise
+    except Exception as e:  # Pillow and NumPy raise many kinds of errors for damaged files.
+        raise ImageError(f"its depth can't be read: {' '.join(str(e).split())[:200]}") from e
+    if values.ndim != 2:
+        raise ImageError(f"its depth is of the shape {values.shape}: expected (height, width)")
+    if values.dtype.kind in "iu":
+        if scale is None:
+            raise ImageError(
+                f"its depth has integers: expected a file {SCALE} with the number that is one "
+                "metre, such as 1000"
+            )
+        values = values / scale
+    elif values.dtype.kind != "f":
+        raise ImageError(f"its depth is of {values.dtype}: expected integers or floats")
+    with np.errstate(over="ignore", invalid="ignore"):
+        depth = values.astype(np.float32)
+    return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(NO_DEPTH))
+
+
+# How the files of NumPy start, the second in a zip archive.
+_ARRAYS = (b"\x93NUMPY", b"PK")
+
+
+def _read_array(encoded: bytes) -> np.ndarray:
+    stream = io.BytesIO(encoded)
+    if encoded.startswith(b"PK"):
+        with open_npz(stream, max_bytes=8 * MAX_PIXELS) as arrays:
+            if len(arrays.files) != 1 and "depth" not in arrays.files:
+                names = ", ".join(arrays.files) or "none"
+                raise ImageError(f"its depth has the arrays {names}: expected one, or one 'depth'")
+            values = arrays["depth" if "depth" in arrays.files else arrays.files[0]]
+    else:
+        version = np.lib.format.read_magic(stream)
+        if version[0] not in (1, 2):
+            raise ImageError("its depth is of an unknown version of the format .npy")
+        header = np.lib.format.read_array_header_1_0
+        if version[0] == 2:
+            header = np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(stream)
+        # NumPy would reserve the memory that the header claims.
+        if stream.tell() + math.prod(shape) * dtype.itemsize != len(encoded):
+            raise ImageError(f"its depth claims to be {dtype} {shape} in {len(encoded):,} bytes")
+        stream.seek(0)
+        values = np.load(stream, allow_pickle=False)
+    return values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
+
+
+def _read_gray(encoded: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(encoded), formats=("PNG", "TIFF")) as image:
+        check_size(*image.size)
+        if image.mode not in ("L", "F", *_MODES[3:]):
+            raise ImageError(
+                f"its depth has colours ({image.mode}): expected an image in gray, of 16 bits"
+            )
+        return np.asarray(image)
+
+
+class Depths:
+    """The depths of the pixels of each row, from the bytes of its depth image.
+
+    Args:
+      read: gives these bytes; may raise `ImageError`.
+      scale: see `decode_depth`.
+    """
+
+    def __init__(self, read: Callable[[int], bytes], scale: float | None):
+        self._read, self._scale = read, scale
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        try:
+            encoded = self._read(row)
+        except ImageError as e:
+            raise ImageError(f"its depth: {e}") from e
+        return decode_depth(encoded, self._scale)
+
+
+def add_label_maps(
+    info: DatasetInfo, kind: str, read: Callable[[int], bytes], folder: str, *, key: str
+) -> tuple[DatasetInfo, LabelMaps]:
+    """Facts about a dataset with label maps, and these.
+
+    Args:
+      info: without them.
+      kind: `mask` or `depth`.
+      read: gives the bytes of the map of a row.
+      folder: of `classes.txt`, or of `depth_scale.txt`.
+      key: for errors.
+    """
+    if kind == "depth":
+        return dataclasses.replace(info, pixel_depth=True), Depths(
+            read, read_scale(folder, key=key)
+        )
+    values = read_values(folder, key=key)
+    return dataclasses.replace(info, pixel_classes=values.names), Masks(read, values)
+
+
+def check_scale(paths: Iterable[str], folder: str, *, key: str) -> None:
+    """Raises `UserError` if depth images in PNG files lack their scale."""
+    png = next((path for path in paths if path.lower().endswith(".png")), None)
+    if png is not None and read_scale(folder, key=key) is None:
+        raise UserError(
+            f"{key}: {png} has integers, and there is no file {os.path.join(folder, SCALE)}: "
+            "expected one with the number that is one metre, such as 1000 for millimetres"
+        )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of images and of masks that give the class of each pixel."""
+"""Folders of images and of masks or depth images, which label each pixel."""
 
 import functools
 import logging
@@ -9,14 +9,15 @@ import unicodedata
 import numpy as np
 
 from vit_jax.data.sources.base import Dataset, DatasetInfo, make_splits
-from vit_jax.data.sources.files import Files, list_images
-from vit_jax.data.sources.label_maps import Masks, read_values
+from vit_jax.data.sources.files import ENDINGS, Files, list_images
+from vit_jax.data.sources.label_maps import DEPTH_ENDINGS, add_label_maps, check_scale
 from vit_jax.data.sources.layout import find_split, list_few, log_cut, map_splits
 from vit_jax.utils.errors import UserError, describe_error
 
 # Names of the folders, as in ADE20k and Pascal VOC, in lower case.
 _IMAGES = ("images", "image", "jpegimages")
 _MASKS = ("masks", "mask", "annotations", "labels", "segmentationclass")
+_DEPTHS = ("depth", "depths", "depth_maps", "depthmaps")
 
 logger = logging.getLogger(__name__)
 
@@ -32,34 +33,57 @@ def masks_dataset(path: str) -> Dataset:
     Raises:
       UserError: the folder can't be read, or has no such pairs.
     """
-    name = f"masks:{path}"
+    return _pair_images("mask", path)
+
+
+@functools.cache
+def depth_dataset(path: str) -> Dataset:
+    """A dataset of `PATH/images/x.jpg` with `PATH/depth/x.png`, `x.npy` or `x.npz`.
+
+    Folders are as in `masks_dataset`. `PATH/depth_scale.txt` has the number that is one metre in
+    images of integers; see `decode_depth`.
+
+    Raises:
+      UserError: the folder can't be read, has no such pairs, or the scale of PNG files is missing.
+    """
+    return _pair_images("depth", path)
+
+
+def _pair_images(kind: str, path: str) -> Dataset:
+    prefix, what, folders, example, endings = {
+        "mask": ("masks", "masks", _MASKS, "masks/x.png", ENDINGS),
+        "depth": ("depth", "depth images", _DEPTHS, "depth/x.png", DEPTH_ENDINGS),
+    }[kind]
+    name = f"{prefix}:{path}"
     key = f"data.name={name!r}"
     if "://" in path:
         raise UserError(
             f"{key}: expected a local folder; mount the bucket, or list its images in a manifest"
         )
     root = os.path.abspath(os.path.expanduser(path))
-    images, masks = (_list(root, names, key=key) for names in (_IMAGES, _MASKS))
+    images = _list(root, _IMAGES, ENDINGS, key=key)
+    masks = _list(root, folders, endings, key=key)
     if not images or not masks:
-        lacks = " or ".join(("images",) * (not images) + ("masks",) * (not masks))
+        lacks = " or ".join(("images",) * (not images) + (what,) * (not masks))
         raise UserError(
-            f"{key} has no {lacks}: expected images/x.jpg and masks/x.png in {root}, in these "
+            f"{key} has no {lacks}: expected images/x.jpg and {example} in {root}, in these "
             "folders or beside each other in train, validation and test"
         )
-    values = read_values(root, key=key)
+    if kind == "depth":
+        check_scale(masks.values(), root, key=key)
     if alone := sorted(images.keys() - masks.keys()):
         paths = [images[stem] for stem in alone]
         few = list_few(paths)
-        logger.info("%s: left out %s images without a mask: %s", name, f"{len(alone):,}", few)
+        logger.info("%s: left out %s images without a %s: %s", name, f"{len(alone):,}", kind, few)
     if alone := sorted(masks.keys() - images.keys()):
         paths = [masks[stem] for stem in alone]
         few = list_few(paths)
-        logger.info("%s: left out %s masks without an image: %s", name, f"{len(alone):,}", few)
+        logger.info("%s: left out %s %s without an image: %s", name, f"{len(alone):,}", what, few)
     stems = sorted(images.keys() & masks.keys(), key=lambda s: (unicodedata.normalize("NFC", s), s))
     if not stems:
         raise UserError(
-            f"{key} has {len(images):,} images and {len(masks):,} masks, and none of the same "
-            f"name: expected images/x.jpg and masks/x.png, and has {next(iter(images.values()))} "
+            f"{key} has {len(images):,} images and {len(masks):,} {what}, and none of the same "
+            f"name: expected images/x.jpg and {example}, and has {next(iter(images.values()))} "
             f"and {next(iter(masks.values()))}"
         )
     tops = [stem.partition("/")[0] if "/" in stem else "" for stem in stems]
@@ -75,20 +99,25 @@ def masks_dataset(path: str) -> Dataset:
     labels = np.zeros(len(stems), np.int32)
     splits = make_splits(labels, [split_of[top] for top in tops] if split_of else None)
     files = Files(root, [masks[stem] for stem in stems])
+    info, label_maps = add_label_maps(
+        DatasetInfo(0, (None, None, 3)), kind, files.read, root, key=key
+    )
     dataset = Dataset(
         name,
-        DatasetInfo(0, (None, None, 3), pixel_classes=values.names),
+        info,
         Files(root, [images[stem] for stem in stems]),
         labels,
         splits,
         cut=not split_of,
-        label_maps=Masks(files.read, values),
+        label_maps=label_maps,
     )
     log_cut(dataset)
     return dataset
 
 
-def _list(root: str, names: tuple[str, ...], *, key: str) -> dict[str, str]:
+def _list(
+    root: str, names: tuple[str, ...], endings: tuple[str, ...], *, key: str
+) -> dict[str, str]:
     """Paths of images relative to the root, by `SPLIT/REST` without the ending, or `REST`.
 
     Raises `UserError` if the folder can't be read, or if two images differ in their ending only.
@@ -102,7 +131,7 @@ def _list(root: str, names: tuple[str, ...], *, key: str) -> dict[str, str]:
                 below = sorted(folder for folder in folders if folder.lower() in names)
             for folder in below:
                 start = os.path.join(top, folder) if folder else top
-                for path in list_images(root, os.path.join(root, start))[0]:
+                for path in list_images(root, os.path.join(root, start), endings=endings)[0]:
                     rest = os.path.splitext(os.path.relpath(path, start))[0]
                     stem = f"{top}/{rest}" if folder else rest
                     if stem in found:

@@ -22,7 +22,8 @@ def parquet_dataset(text: str) -> Dataset:
 
     Columns: `image` (bytes, or a struct with `bytes`), `label` (integer or class name) and
     `caption` (a text or a list of texts; or `captions`, `text`); or `mask` (like `image`), with
-    `classes.txt` beside the files (see `read_values`) and without labels; after the path,
+    `classes.txt` beside the files (see `read_values`) and without labels; or `depth`, with
+    `depth_scale.txt` there (see `decode_depth`); after the path,
     `#image=img,label=fine_label` gives other names of them, and `#caption=short+long` several.
     Class names are those that the `datasets` library writes into the schema. The split is the
     column `split`, or else the first word of the files' names, as in

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digits pasted on backgrounds with their masks, `digits_masks:SIZE` or `digits_masks:HxW`."""
+"""Digits on backgrounds: `digits_masks:SIZE` with masks, `digits_depth:SIZE` with depths.
+
+HEIGHTxWIDTH may take the place of SIZE.
+"""
 
 import dataclasses
 import functools
@@ -8,7 +11,7 @@ import re
 import numpy as np
 
 from vit_jax.data.datasets.digits import table
-from vit_jax.data.datasets.digits_masks.scenes import CLASSES, draw_scene
+from vit_jax.data.datasets.digits_masks.scenes import CLASSES, draw_depth_scene, draw_scene
 from vit_jax.data.sources.base import Dataset, DatasetInfo, Records
 from vit_jax.utils.errors import UserError
 
@@ -32,6 +35,7 @@ class _Scenes(Records):
       labels: of the digits.
       first: the digit that each scene begins with.
       others: by scene, the rows of the table that other digits are from.
+      depth: whether label maps are of depths.
     """
 
     name: str
@@ -41,6 +45,7 @@ class _Scenes(Records):
     labels: np.ndarray
     first: np.ndarray
     others: list[np.ndarray]
+    depth: bool
 
     def read(self, row: int) -> np.ndarray:
         return _draw(self, row)[0]
@@ -59,9 +64,11 @@ def _draw(scenes: _Scenes, row: int) -> tuple[np.ndarray, np.ndarray]:
     # RandomState and not default_rng: NumPy promises that its stream never changes.
     others = np.random.RandomState(row).choice(scenes.others[row], _DIGITS - 1)
     rows = np.append(scenes.first[row], others)
-    image, label_map = draw_scene(
-        scenes.digits[rows], scenes.labels[rows], height=scenes.height, width=scenes.width, seed=row
-    )
+    size = {"height": scenes.height, "width": scenes.width}
+    if scenes.depth:
+        image, label_map = draw_depth_scene(scenes.digits[rows], **size, seed=row)
+    else:
+        image, label_map = draw_scene(scenes.digits[rows], scenes.labels[rows], **size, seed=row)
     image.flags.writeable = label_map.flags.writeable = False
     return image, label_map
 
@@ -74,12 +81,22 @@ def scenes_dataset(text: str) -> Dataset:
     the others, and `train` ten for each of those that are left. Raises `UserError` for a text that
     is no size, or a size out of range.
     """
-    name = f"digits_masks:{text}"
+    return _make_scenes("digits_masks", text)
+
+
+@functools.cache
+def depth_scenes_dataset(text: str) -> Dataset:
+    """Scenes like those of `scenes_dataset`, with depths in place of masks."""
+    return _make_scenes("digits_depth", text)
+
+
+def _make_scenes(kind: str, text: str) -> Dataset:
+    depth, name = kind == "digits_depth", f"{kind}:{text}"
     match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
     height, width = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not _LEAST <= min(height, width) <= max(height, width) <= _MOST:
         raise UserError(
-            f"data.name={name!r}: expected digits_masks:SIZE or digits_masks:HEIGHTxWIDTH, of "
+            f"data.name={name!r}: expected {kind}:SIZE or {kind}:HEIGHTxWIDTH, of "
             f"{_LEAST} to {_MOST} pixels"
         )
     images, labels = table.load_digits()
@@ -103,7 +120,9 @@ def scenes_dataset(text: str) -> Dataset:
         labels,
         np.concatenate(list(parts.values())),
         [rows for rows in parts.values() for _ in rows],
+        depth,
     )
-    info = DatasetInfo(0, (height, width, 3), pixel_classes=CLASSES)
+    classes = None if depth else CLASSES
+    info = DatasetInfo(0, (height, width, 3), pixel_classes=classes, pixel_depth=depth)
     none = np.zeros(ends[-1], np.int32)
     return Dataset(name, info, scenes, none, splits, label_maps=scenes)

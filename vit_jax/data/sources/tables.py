@@ -18,7 +18,7 @@ import numpy as np
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.sources.base import Dataset, DatasetInfo, Records, make_splits
 from vit_jax.data.sources.files import encode_labels
-from vit_jax.data.sources.label_maps import Masks, read_values
+from vit_jax.data.sources.label_maps import add_label_maps
 from vit_jax.data.sources.layout import (
     check_classes,
     drop_unassigned,
@@ -38,7 +38,7 @@ from vit_jax.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 # What columns may hold, each with its usual name.
-COLUMNS = ("image", "label", "split", "caption", "mask")
+COLUMNS = ("image", "label", "split", "caption", "mask", "depth")
 # Bytes of images of the row groups that stay in memory, for all files together.
 CACHE_BYTES = 2**30
 # A file may have this many rows, and one more for so many bytes: each has an image.
@@ -447,14 +447,18 @@ def make_dataset(
         if isinstance(e, OSError) and e.strerror:
             reason = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
         raise UserError(f"{key} can't be read: {reason}") from None
-    masked = all(names_of["mask"] in table.schema.names for table in tables)
-    if masked and names:
+    mapped = [
+        kind
+        for kind in ("mask", "depth")
+        if all(names_of[kind] in table.schema.names for table in tables)
+    ]
+    if len(given := [*(["label"] if names else []), *mapped]) > 1:
         raise UserError(
-            f"{key} has both {names_of['label']} and {names_of['mask']}: expected labels of images "
-            "or masks: leave a column out by giving it another name, as "
-            f"{name.partition(':')[0]}:PATH#mask=none"
+            f"{key} has both {' and '.join(names_of[kind] for kind in given)}: expected labels of "
+            "images, or masks, or depth: leave a column out by giving it another name, as "
+            f"{name.partition(':')[0]}:PATH#{given[-1]}=none"
         )
-    if not names and (not (captions or masked) or "label" in renamed):
+    if not names and (not (captions or mapped) or "label" in renamed):
         raise _lack("label", tables[0], key, names_of)
     first, class_names = next(iter(names.items()), ("", None))
     for file_path, other in names.items():
@@ -477,11 +481,10 @@ def make_dataset(
     else:
         info, codes = DatasetInfo(0, (None, None, 3)), np.zeros(len(labels), np.int32)
     info = dataclasses.replace(info, captions=bool(captions))
-    masks = None
-    if masked:
-        values = read_values(os.path.dirname(tables[0].path), key=key)
-        info = dataclasses.replace(info, pixel_classes=values.names)
-        masks = Masks(RowGroups(tables, column=names_of["mask"]).read, values)
+    label_maps, folder = None, os.path.dirname(tables[0].path)
+    for kind in mapped:
+        read = RowGroups(tables, column=names_of[kind]).read
+        info, label_maps = add_label_maps(info, kind, read, folder, key=key)
     _check_size(tables, name)
     if None in splits:
         if set(splits) != {None}:
@@ -499,7 +502,7 @@ def make_dataset(
     check_classes(name, info, codes, by_split)
     texts = TextColumns(tables, columns=captions) if captions else None
     dataset = Dataset(
-        name, info, records, codes, by_split, cut=cut, captions=texts, label_maps=masks
+        name, info, records, codes, by_split, cut=cut, captions=texts, label_maps=label_maps
     )
     log_cut(dataset)
     return dataset
@@ -544,7 +547,9 @@ def _find_columns(
                 )
         elif len(found) == 1:
             names_of[what] = found[0]
-        elif what == "image" or not (_usual_captions(tables) or names_of["mask"] in there):
+        elif what == "image" or not (
+            _usual_captions(tables) or {names_of["mask"], names_of["depth"]}.intersection(there)
+        ):
             raise UserError(
                 f"data.name={name!r} has several columns that may hold the {what}: "
                 f"{list_few(found)}; expected one of them by name, as in "
@@ -609,7 +614,8 @@ def _check_schema(table: Table, key: str, names_of: Mapping[str, str]) -> None:
     for column in (names_of[what] for what in ("image", "label", "split")):
         if schema.names.count(column) > 1:
             raise UserError(f"{key}: {path} has several columns {column}; expected one")
-    for column in (c for c in (names_of["image"], names_of["mask"]) if c in schema.names):
+    encoded = (names_of[what] for what in ("image", "mask", "depth"))
+    for column in (c for c in encoded if c in schema.names):
         image = schema.field(column).type
         if pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
             image = image.field("bytes").type
