@@ -193,7 +193,10 @@ def run(task: Task, args: argparse.Namespace) -> list[dict[str, Any]]:
             changes.append(f"--config.data.name=manifest:{manifests[of_stage]}")
         if args.steps:
             changes += [f"--config.total_steps={args.steps}", "--config.epochs=none"]
-            changes += ["--config.optimizer.warmup_steps=0", "--config.optimizer.warmup_percent=none"]
+            changes += [
+                "--config.optimizer.warmup_steps=0",
+                "--config.optimizer.warmup_percent=none",
+            ]
         return changes
 
     pretrained, first = workdir / "pretrained", args.seeds[0]
@@ -303,7 +306,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", choices=TASKS, required=True)
-    parser.add_argument("--images", type=Path, help="folder of CIFAR-10: train/CLASS/IMAGE and test")
+    parser.add_argument(
+        "--images", type=Path, help="folder of CIFAR-10: train/CLASS/IMAGE and test"
+    )
     parser.add_argument("--workdir", type=Path, required=True, help="a folder for each run is here")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="length of all runs in place of their own")
