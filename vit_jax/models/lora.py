@@ -130,8 +130,8 @@ class Lora:
         if not isinstance(params, Mapping):
             return params
         stored = {name: self._store(x, (*path, name), xp) for name, x in params.items()}
-        kernel = params.get("kernel")
-        if not isinstance(getattr(kernel, "ndim", None), int):
+        kernel: Any = params.get("kernel")
+        if not hasattr(kernel, "dtype"):
             return stored
         if not self.rounds("/".join((*path, "kernel"))) or kernel.dtype == jnp.int8:
             return stored
@@ -240,7 +240,7 @@ class LoraProduct(nn.Module):
             # While parameters are initialised, or for a model with float32 parameters.
             return self.product(x, kernel, dimension_numbers), kernel
         values = stored.astype(jnp.float32)
-        y = dot_stored(x, stored, scale, depth)
+        y: Any = dot_stored(x, stored, scale, depth)
         return y, values if scale is None else values * scale
 
 

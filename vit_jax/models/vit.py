@@ -77,6 +77,9 @@ class VisionTransformer(nn.Module, kw_only=True):
       resnet_layers: number of units in each stage of a ResNet in front of the patches (a hybrid);
         `()` for its root only, None for no ResNet.
       resnet_width: factor on the ResNet's 64 channels.
+      resnet_epsilon: added to the variances of the ResNet's kernels, as in timm, whose hybrids have
+        1e-8; None to add 1e-5 to their standard deviations, as the published hybrids do.
+      resnet_norm_epsilon: of the ResNet's group norms; timm has 1e-5.
       position_embedding: `learned`, the sum of one for the row and one for the column
         (`factorized`, as in NaViT), fixed 2D sines and cosines (`sincos2d`, or `sincos2d_mae` with
         the frequencies of arXiv:2111.06377), or `none`.
@@ -171,6 +174,8 @@ class VisionTransformer(nn.Module, kw_only=True):
     representation_size: int | None = None
     resnet_layers: tuple[int, ...] | None = None
     resnet_width: float = 1.0
+    resnet_epsilon: float | None = None
+    resnet_norm_epsilon: float = 1e-6
     position_embedding: PositionEmbedding = "learned"
     posemb_grid: tuple[int, int] | None = None
     posemb_resize: Method = "bilinear_antialias"
@@ -321,8 +326,9 @@ class VisionTransformer(nn.Module, kw_only=True):
         x = images
         if self.resnet_layers is not None:
             width = round(64 * self.resnet_width)
-            x = resnet.apply_root(x, width, self.dtype)
-            x = resnet.apply_stages(x, self.resnet_layers, width, self.dtype)
+            layers = resnet.Layers(self.dtype, self.resnet_epsilon, self.resnet_norm_epsilon)
+            x = resnet.apply_root(x, width, layers)
+            x = resnet.apply_stages(x, self.resnet_layers, width, layers)
         if self.kernel_size is not None:
             return self._embed_patches(x)
         return nn.Conv(

@@ -37,9 +37,6 @@ CASES = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
 # matrix.
 ONE_WAY = {"timm_vit_average", "timm_eva_rope_ape", "timm_eva", "timm_eva02"}
 WRITTEN_BACK = [name for name in CASES if name.startswith("timm") and name not in ONE_WAY]
-# timm standardises kernels by another rule; see `vit_jax.checkpoint.pretrained.timm_tensors`. With
-# the rule of the model here timm's logits are within 1e-6.
-TOLERANCE = {"timm_hybrid": 1e-4}
 POSEMB = "Transformer/posembed_input/pos_embedding"
 
 
@@ -138,7 +135,7 @@ def check_outputs(name, weights, params, prefix):
         second = out["encoded"][:, 1] @ head[0] + head[1]
         io["logits"] = (io["class_logits"] + second) / 2
     for key, expected in io.items():
-        atol = TOLERANCE.get(name, 1e-5)
+        atol = 1e-5
         np.testing.assert_allclose(out[key], expected, rtol=0, atol=atol, err_msg=key)
 
 

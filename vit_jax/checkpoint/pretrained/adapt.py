@@ -47,6 +47,8 @@ _EMBEDDINGS = ("embedding/kernel", "stem/kernel", "conv_root/kernel")
 _ARGUMENTS = (
     "activation",
     "norm_epsilon",
+    "resnet_epsilon",
+    "resnet_norm_epsilon",
     "rope_theta",
     "rope_reference_grid",
     "rope_coordinates",

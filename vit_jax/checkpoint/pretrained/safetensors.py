@@ -85,6 +85,8 @@ MODEL_KEYS = (
     "representation_size",
     "resnet_layers",
     "resnet_width",
+    "resnet_epsilon",
+    "resnet_norm_epsilon",
     "position_embedding",
     "posemb_grid",
     "posemb_resize",

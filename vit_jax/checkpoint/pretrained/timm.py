@@ -23,6 +23,7 @@ from vit_jax.checkpoint.pretrained.config_json import (
 from vit_jax.checkpoint.pretrained.names import TIMM_PATCHES, describe_family
 from vit_jax.checkpoint.pretrained.originals import Original, read_original
 from vit_jax.checkpoint.pretrained.timm_tensors import (
+    TIMM_RESNET,
     find_positions,
     pop_mask_token,
     to_linen,
@@ -179,6 +180,8 @@ def read_timm(
         stated = {k: x for k, x in original.model.items() if k != "activation"}
         settings, settings_notes = settings | stated, []
     model = settings | model | {"rope_reference_grid": rope.reference}
+    if "resnet_layers" in model:
+        model |= TIMM_RESNET
     _check_pooling(architecture, options, model, params)
     preprocess, image_notes = _read_timm_images(config.get("pretrained_cfg", config))
     names, name_notes = _read_names(config, params)

@@ -5,10 +5,6 @@ Kernels are transposed and fused projections split, so values stay equal to the 
 token and its position embedding are added where they become one. Tensors without a place in the
 models of this package keep their names.
 
-Only hybrids compute something else in timm: it standardises kernels with 1e-8 added to the
-variance, while the published weights were trained with 1e-5 added to the deviation. Logits differ
-in the fifth digit.
-
 Source: timm 1.0.31, `models/vision_transformer.py`, `vision_transformer_hybrid.py`, `eva.py` and
 `deit.py`.
 """
@@ -40,6 +36,10 @@ _ROTATED = re.compile(
 )
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _UNIT = re.compile(r"patch_embed\.backbone\.stages\.(\d+)\.blocks\.(\d+)\.")
+
+# The arithmetic of its ResNets. That of the project that published the weights is the default of
+# `VisionTransformer`; logits differ in the fourth digit.
+TIMM_RESNET = {"resnet_epsilon": 1e-8, "resnet_norm_epsilon": 1e-5}
 
 # Names that mean the same in other classes and releases.
 _SYNONYMS = (
