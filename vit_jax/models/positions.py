@@ -46,6 +46,28 @@ class Rotation(NamedTuple):
     sin: jax.Array
 
 
+class Coordinates(NamedTuple):
+    """Rows and columns of tokens, float32 `[length, 2]` or `[batch, length, 2]`; 0 for others."""
+
+    positions: jax.Array
+
+
+class Relative(NamedTuple):
+    """Which bias the attention of each query to each key has.
+
+    Attributes:
+      index: int32 `[queries, keys]`, or `[batch, queries, keys]`.
+      count: of biases.
+    """
+
+    index: jax.Array
+    count: int
+
+    def take(self, kept: jax.Array) -> "Relative":
+        """Returns that of the tokens `kept`, int32 `[batch, kept]`."""
+        return self._replace(index=self.index[kept[:, :, None], kept[:, None, :]])
+
+
 def patch_grid(
     image_size: tuple[int, ...], stride: tuple[int, int], *, drop_pixels: bool = False
 ) -> tuple[int, int]:
@@ -179,9 +201,62 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     Takes `[batch, length, heads, head_dim]` of any floating dtype; shape and dtype are kept.
     """
     cos, sin = (table[..., None, :] for table in rotation)
+    return _turn(x, cos, sin)
+
+
+def _turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     even, odd = x[..., ::2], x[..., 1::2]
     turned = jnp.stack([-odd, even], axis=-1).reshape(x.shape)
     return (x * cos + turned * sin).astype(x.dtype)
+
+
+def locate_tokens(grid: tuple[int, int], num_prefix_tokens: int) -> Coordinates:
+    """Returns the rows and columns of prefix tokens, which have none, and of patches."""
+    places = np.indices(grid).reshape(2, -1).T
+    return Coordinates(jnp.asarray(np.pad(places, ((num_prefix_tokens, 0), (0, 0))), jnp.float32))
+
+
+def rotate_by(x: jax.Array, coordinates: Coordinates, frequencies: jax.Array) -> jax.Array:
+    """Rotates pairs of channels by angles with learned frequencies, in rows and in columns.
+
+    Pair j of a head is turned by the row times one frequency plus the column times another. Takes
+    `[batch, length, heads, head_dim]` of any floating dtype, whose shape and dtype are kept, and
+    `[2, heads, head_dim / 2]`. Source: arXiv:2403.13298, section 3.2 ("mixed").
+    """
+    angles = jnp.einsum("...na,ahj->...nhj", coordinates.positions, frequencies)
+    cos, sin = (jnp.repeat(table, 2, axis=-1) for table in (jnp.cos(angles), jnp.sin(angles)))
+    return _turn(x, cos, sin)
+
+
+def initial_frequencies(rng: jax.Array, shape: tuple[int, ...], theta: float) -> jax.Array:
+    """Draws the frequencies of `rotate_by`: those of `rotation_2d` for axes turned at random.
+
+    `shape` is `(2, heads, head_dim / 2)`; each head has an angle of its own. float32.
+    """
+    _, heads, pairs = shape
+    size = jnp.asarray(_rotation_frequencies(2 * pairs, theta), jnp.float32)
+    angle = 2 * math.pi * jax.random.uniform(rng, (heads, 1))
+    turned = jnp.concatenate([angle, angle + math.pi / 2], axis=1)[..., None]
+    rows, columns = size * jnp.sin(turned), size * jnp.cos(turned)
+    return jnp.stack([rows.reshape(heads, pairs), columns.reshape(heads, pairs)])
+
+
+def relate_tokens(grid: tuple[int, int], num_prefix_tokens: int) -> Relative:
+    """Returns an index by the distance in rows and columns, `[length, length]`.
+
+    The first biases are those of patches, row by row from the most negative distance, of the query
+    minus the key. The last three are of prefix tokens to patches, of patches to prefix tokens, and
+    among prefix tokens. Source: arXiv:2106.08254, and `gen_relative_position_index` of timm.
+    """
+    rows, columns = grid
+    places = np.indices(grid).reshape(2, -1)
+    down, right = places[:, :, None] - places[:, None, :] + np.reshape(grid, (2, 1, 1)) - 1
+    distances = (2 * rows - 1) * (2 * columns - 1)
+    index = np.pad(down * (2 * columns - 1) + right, ((num_prefix_tokens, 0),) * 2)
+    index[:num_prefix_tokens] = distances
+    index[:, :num_prefix_tokens] = distances + 1
+    index[:num_prefix_tokens, :num_prefix_tokens] = distances + 2
+    return Relative(jnp.asarray(index, jnp.int32), distances + 3)
 
 
 def resize_posemb(

@@ -38,10 +38,13 @@ from vit_jax.models.patches import (
 )
 from vit_jax.models.positions import (
     CoordinateNoise,
+    Coordinates,
     RopeCoordinates,
     Rotation,
     fixed_positions,
+    locate_tokens,
     patch_grid,
+    relate_tokens,
     rotation_2d,
     rotation_of,
 )
@@ -50,7 +53,8 @@ from vit_jax.utils.errors import UserError
 
 Classifier = Literal["token", "gap", "map", "token_gap", "unpooled", "token_unpooled"]
 _WITH_CLASS_TOKEN = ("token", "token_gap", "token_unpooled")
-PositionEmbedding = Literal["learned", "factorized", "sincos2d", "sincos2d_mae", "none"]
+PositionEmbedding = Literal["learned", "factorized", "sincos2d", "sincos2d_mae", "relative", "none"]
+RopeFrequencies = Literal["axial", "mixed"]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -82,13 +86,17 @@ class VisionTransformer(nn.Module, kw_only=True):
       resnet_norm_epsilon: of the ResNet's group norms; timm has 1e-5.
       position_embedding: `learned`, the sum of one for the row and one for the column
         (`factorized`, as in NaViT), fixed 2D sines and cosines (`sincos2d`, or `sincos2d_mae` with
-        the frequencies of arXiv:2111.06377), or `none`.
+        the frequencies of arXiv:2111.06377), a learned bias of attention for each distance between
+        patches (`relative`, as in BEiT, arXiv:2106.08254), or `none`.
       posemb_grid: (rows, columns) of the learned or factorized position embeddings, which each call
         resizes to the grid of its images; None for that of the images.
       posemb_resize: how learned ones are resized; see `resampling.axis_weights`.
       posemb_keep_aspect: whether they are resized to the square of the longer side, of which an
         image takes the upper left part (`pos_embed_ar_preserving` of timm).
       rope_theta: base of a 2D rotary embedding of queries and keys, such as 100.0; None for none.
+      rope_frequencies: those of the rotary embedding: half of the channels for rows and half for
+        columns (`axial`), or learned ones for both in each head of each block, which start from
+        axes turned at random (`mixed`, arXiv:2403.13298).
       rope_reference_grid: (rows, columns) of patches whose positions any other grid spans, as in
         timm's models (16, 16); None for positions that are rows and columns of patches.
       rope_coordinates: positions of the rotary embedding: the `index` of rows and columns, or 2 pi
@@ -181,6 +189,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     posemb_resize: Method = "bilinear_antialias"
     posemb_keep_aspect: bool = False
     rope_theta: float | None = None
+    rope_frequencies: RopeFrequencies = "axial"
     rope_reference_grid: tuple[int, int] | None = None
     rope_coordinates: RopeCoordinates = "index"
     rope_shift: float | None = None
@@ -238,6 +247,11 @@ class VisionTransformer(nn.Module, kw_only=True):
         return self.patch_size[0] * shrink, self.patch_size[1] * shrink
 
     @property
+    def relative_positions(self) -> bool:
+        """Whether attention has a bias for each distance between patches."""
+        return self.position_embedding == "relative"
+
+    @property
     def block_config(self) -> BlockConfig:
         """The options that all layers share: the attributes with the names of its fields."""
         names = [field.name for field in dataclasses.fields(BlockConfig)]
@@ -251,6 +265,7 @@ class VisionTransformer(nn.Module, kw_only=True):
             ),
             "model.patch_dropout_rate=0": not self.patch_dropout_rate,
             "model.rope_register_theta=None": self.rope_register_theta is None,
+            "model.rope_frequencies='axial'": self.rope_frequencies == "axial",
             "no model.rope_shift, rope_jitter and rope_rescale": not any(
                 (self.rope_shift, self.rope_jitter, self.rope_rescale)
             ),
@@ -376,7 +391,9 @@ class VisionTransformer(nn.Module, kw_only=True):
         by_layout = self.position_embedding == "factorized" or self.posemb_keep_aspect
         layout = grid_layout(grid) if by_layout else None
         grids = None if position_grid == grid and not by_layout else (position_grid, grid)
-        return self._encoder(grids)(x, rotation, patches, layout, train=train)
+        relative = relate_tokens(grid, self.num_prefix_tokens) if self.relative_positions else None
+        encoder = self._encoder(grids)
+        return encoder(x, rotation, patches, layout, relative=relative, train=train)
 
     def _encode_rows(self, batch: PatchBatch, *, train: bool) -> tuple[jax.Array, Segments]:
         """Encodes rows of patches: `[batch, prefix + tokens, hidden]`, and whose tokens these are.
@@ -442,9 +459,14 @@ class VisionTransformer(nn.Module, kw_only=True):
             name="Transformer",
         )
 
-    def _rotation(self, grid: tuple[int, int], *, train: bool) -> Rotation:
-        """Returns the rotation of class tokens, registers and patches, in this order."""
+    def _rotation(self, grid: tuple[int, int], *, train: bool) -> Rotation | Coordinates:
+        """Returns the rotation of class tokens, registers and patches, in this order.
+
+        With frequencies of the blocks, it is where these tokens are.
+        """
         assert self.rope_theta is not None
+        if self.rope_frequencies == "mixed":
+            return locate_tokens(grid, self.num_prefix_tokens)
         register_theta = self.rope_register_theta
         head_dim = self.hidden_size // self.num_heads
         noise = CoordinateNoise(self.rope_shift, self.rope_jitter, self.rope_rescale)

@@ -92,6 +92,7 @@ MODEL_KEYS = (
     "posemb_resize",
     "posemb_keep_aspect",
     "rope_theta",
+    "rope_frequencies",
     "rope_reference_grid",
     "rope_coordinates",
     "rope_register_theta",

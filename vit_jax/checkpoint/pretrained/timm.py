@@ -56,7 +56,7 @@ _NUM_HEADS = (
     (re.compile(r"test_vit2?$"), 2),
     (re.compile(r"test_vit[34]$"), 3),
 )
-_SIZED = re.compile(r"(?:vit|deit3?|flexivit|eva(?:02)?)_([a-z0-9]+)(?:_|$)")
+_SIZED = re.compile(r"(?:vit|deit3?|flexivit|eva(?:02)?|beit(?:v2)?)_([a-z0-9]+)(?:_|$)")
 _NUM_HEADS_BY_SIZE = {
     "tiny": 3,
     "wee": 4,
@@ -72,7 +72,7 @@ _NUM_HEADS_BY_SIZE = {
 }
 # Architectures of timm whose class token and registers have no position embedding.
 _NO_EMBED_CLASS = re.compile(
-    r"deit3_|flexivit_|vit_(?!so150m)\w+_reg\d+_(gap|dinov2)|vit_[a-z]+_patch\d+_rope_ape_"
+    r"deit3_|flexivit_|vit_(?!so150m)\w+_reg\d+_(gap|dinov2)|vit_[a-z]+_patch\d+_rope_(mixed_)?ape_"
 )
 # Backbones of DINOv3 and models like it, whose rotary embeddings have centred coordinates.
 _CENTERED = re.compile(r"vit_\w+_patch\d+_(dinov3|lingbot)")
@@ -92,6 +92,7 @@ _SHOWN = {
     *("class_token", "reg_tokens", "num_reg_tokens", "distilled", "use_abs_pos_emb", "pos_embed"),
     *("pre_norm", "final_norm", "fc_norm", "use_fc_norm", "attn_type", "embed_norm_layer"),
     *("use_pre_transformer_norm", "use_post_transformer_norm", "img_size", "no_embed_class"),
+    *("use_rel_pos_bias", "use_shared_rel_pos_bias"),
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
     *("drop_path_rate", "weight_init", "fix_init", "head_init_scale"),
     *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "device", "dtype"),
@@ -109,7 +110,7 @@ _RMS_NORMS = ("rmsnorm", "RmsNorm", "rms_norm")
 _EXPECTED: dict[str, tuple[Any, ...]] = {
     "attn_layer": ("", "attn"),
     "use_post_norm": (False,),
-    "rope_type": ("", "cat", "dinov3"),
+    "rope_type": ("", "cat", "dinov3", "mixed"),
     "gated_attn": (False,),
     "attn_only_layer_scale": (False,),
     "rope_grid_offset": (0,),
@@ -266,6 +267,8 @@ def _list_arguments(
     scaled_attention, scaled_mlp = (f"blocks.0.{x}.norm.weight" in tensors for x in ("attn", "mlp"))
     scaled = "layer_scale_init" in model
     positions = "pos_embed" in tensors
+    rope_type = "dinov3" if model.get("rope_coordinates") == "centered" else "cat"
+    rope_type = "mixed" if model.get("rope_frequencies") == "mixed" else rope_type
     found: dict[str, Any] = _list_sizes(params, model) | {
         "embed_dim": width,
         "depth": model["num_layers"],
@@ -280,7 +283,9 @@ def _list_arguments(
         "proj_bias": "blocks.0.attn.proj.bias" in tensors,
         "scale_attn_norm": scaled_attention,
         "scale_attn_inner": scaled_attention,
-        "rope_type": "dinov3" if model.get("rope_coordinates") == "centered" else "cat",
+        "rope_type": rope_type,
+        "use_rel_pos_bias": model["position_embedding"] == "relative",
+        "use_shared_rel_pos_bias": False,
         "scale_mlp_norm": scaled_mlp,
         "scale_mlp": scaled_mlp,
         "swiglu_mlp": gated,
@@ -396,11 +401,21 @@ def _find_rope(
         coordinates = original.model.get("rope_coordinates", "index")
         theta = original.model["rope_theta"]
         return _Rope(theta, coordinates=coordinates, halves=original.halves)
-    if "rope.freqs" in tensors:
-        raise ValueError("rotary embeddings with learned frequencies (rope.freqs) are unknown here")
     theta, reference, indexing, notes = None, None, "ij", []
+    mixed = "rope.freqs" in tensors
+    if any(name.endswith("attn.relative_position_bias_table") for name in tensors):
+        return _Rope(None)
+    if mixed:
+        # What the frequencies started from; they are in the file.
+        theta, indexing = 10.0, "xy"
+        if not architecture and "rope_grid_indexing" not in options:
+            notes = [f"{_NO_CONFIG}: assuming rope_grid_indexing='xy', as in timm's rope_mixed"]
+    elif options.get("rope_type") == "mixed":
+        raise ValueError("model_args.rope_type='mixed' in config.json: rope.freqs is missing")
     centered = options.get("rope_type") == "dinov3"
-    if _CENTERED.match(architecture):
+    if mixed:
+        pass
+    elif _CENTERED.match(architecture):
         theta, centered = 100.0, options.get("rope_type", "dinov3") == "dinov3"
     elif re.match(r"vit_\w+_rope_reg\d+_gap_|eva02_", architecture):
         theta, reference = 10_000.0, _ROPE_REFERENCE
@@ -431,7 +446,7 @@ def _find_rope(
             "above 0"
         )
     theta = float(temperature)
-    if "ref_feat_shape" in options:
+    if "ref_feat_shape" in options and not mixed:
         reference = read_pair(options["ref_feat_shape"], "model_args.ref_feat_shape in config.json")
     return _Rope(
         theta,

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint.pretrained.weights import POSEMB, infer_model
+from vit_jax.checkpoint.pretrained.weights import FREQUENCIES, POSEMB, RELATIVE, infer_model
 from vit_jax.models.positions import FIXED_POSITIONS, fixed_positions
 from vit_jax.models.resnet import total_stride
 from vit_jax.models.variants import SIZES
@@ -151,10 +151,13 @@ def to_linen(
     for theirs, ours in _tensors(layers):
         if theirs in rest:
             params[ours] = rest.pop(theirs)
+    mixed = any(path.endswith(f"/{FREQUENCIES}") for path in params)
     for path, x in params.items():
         if _OUTPUT.search(path):
             params[path] = x.reshape(num_heads, -1, x.shape[1])
-        elif swap_axes and _ROTATED.match(path):
+        elif swap_axes and path.endswith(f"/{FREQUENCIES}"):
+            params[path] = x[::-1]
+        elif swap_axes and not mixed and _ROTATED.match(path):
             params[path] = np.roll(x, x.shape[-1] // 2, axis=-1)
         elif halves and _ROTATED.match(path):
             params[path] = _interleave(x)
@@ -336,6 +339,12 @@ def _check_expressible(model: Mapping[str, Any], grid: tuple[int, int] | None) -
             "timm's model with rotary embeddings computes exact GELU; train with "
             "model.activation='gelu_erf' or 'swiglu'"
         )
+    positions = model.get("position_embedding")
+    if positions == "relative" or model.get("rope_frequencies", "axial") != "axial":
+        key = "position_embedding" if positions == "relative" else "rope_frequencies"
+        raise ValueError(
+            f"model.{key}={model[key]!r}: read from files of timm, but not written; a .npz holds it"
+        )
     for key in ("rope_register_theta", "untied_norm"):
         if model.get(key):
             raise ValueError(f"timm has no model with model.{key}={model[key]}; a .npz holds it")
@@ -361,7 +370,24 @@ def _join_parts(tensors: Mapping[str, np.ndarray]) -> _Arrays:
             if like is not None:  # Eva's keys have no bias.
                 arrays = [np.zeros_like(like) if x is None else x for x in arrays]
                 joined[f"blocks.{i}.{whole}"] = np.concatenate(arrays)
+        # An index that follows from the grid, in files of older releases.
+        joined.pop(f"blocks.{i}.attn.relative_position_index", None)
+    _split_frequencies(joined)
     return joined
+
+
+def _split_frequencies(tensors: _Arrays) -> None:
+    """Gives each block its frequencies of rotary embeddings, `[2, heads, pairs]`."""
+    frequencies = tensors.pop("rope.freqs", None)
+    if frequencies is None:
+        return
+    layers = _count_layers(tensors)
+    if frequencies.ndim != 4 or frequencies.shape[:2] != (2, layers):
+        raise ValueError(
+            f"rope.freqs is {list(frequencies.shape)}: expected [2, {layers}, heads, pairs]"
+        )
+    for i in range(layers):
+        tensors[f"blocks.{i}.attn.freqs"] = frequencies[:, i]
 
 
 def _count_layers(tensors: Mapping[str, Any]) -> int:
@@ -393,6 +419,9 @@ def _tensors(layers: int) -> Iterator[tuple[str, str]]:
         ours = f"Transformer/encoderblock_{i}"
         yield f"blocks.{i}.ls1.gamma", f"{ours}/LayerScale_0/scale"
         yield f"blocks.{i}.ls2.gamma", f"{ours}/LayerScale_1/scale"
+        attention = f"{ours}/MultiHeadDotProductAttention_0"
+        yield f"blocks.{i}.attn.relative_position_bias_table", f"{attention}/{RELATIVE}"
+        yield f"blocks.{i}.attn.freqs", f"{attention}/{FREQUENCIES}"
     yield "attn_pool.latent", "MAPHead_0/probe"
 
 
