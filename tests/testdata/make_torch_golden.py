@@ -301,6 +301,12 @@ def save_all_positions() -> None:
             "token",
         ),
     }
+    perception = {**sizes, "embed_dim": 48, "init_values": None, "global_pool": "map"}
+    perception |= {"attn_type": "rope", "use_pre_transformer_norm": True, "use_rot_pos_emb": True}
+    perception |= {"ref_feat_shape": (24, 24), "rope_grid_offset": 1.0, "rope_grid_indexing": "xy"}
+    perception |= {"attn_pool_num_heads": 8, "attn_pool_mlp_ratio": 4.0, "img_size": (32, 24)}
+    perception |= {"norm_layer": partial(LayerNorm, eps=1e-5)}
+    cases["timm_pe"] = Eva(**perception), "vit_pe_core_tiny_patch16_384", "map"
     for seed, (name, (model, architecture, pool)) in enumerate(cases.items(), 40):
         save_timm(name, model, architecture=architecture, pool=pool, heads=4, seed=seed)
 

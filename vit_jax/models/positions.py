@@ -115,6 +115,7 @@ def rotation_2d(
     theta: float,
     num_prefix_tokens: int,
     reference_grid: tuple[int, int] | None = None,
+    offset: float = 0.0,
     coordinates: RopeCoordinates = "index",
     noise: CoordinateNoise | None = None,
     rng: jax.Array | None = None,
@@ -125,8 +126,9 @@ def rotation_2d(
     pair j of an axis is position * theta^(-4 j / head_dim). Prefix tokens, which have no position,
     are not turned. `head_dim`, the number of channels of a head, must divide by 4.
 
-    Positions are 0, 1, 2, ... With a `reference_grid` of (rows, columns), they are those multiplied
-    by its size over that of `grid`, so that any grid spans the positions of the reference. If
+    Positions are 0, 1, 2, ... plus `offset`, which matters to prefix tokens alone. With a
+    `reference_grid` of (rows, columns), they are those multiplied by its size over that of `grid`,
+    so that any grid spans the positions of the reference. If
     `centered`, they are 2 pi times the coordinates of the centres of patches in (-1, 1), whatever
     the grid; these vary by `noise`, drawn from `rng`, if there is one.
 
@@ -142,7 +144,7 @@ def rotation_2d(
             positions, np_or_jnp = _move(positions, noise, rng), jnp
         positions = 2 * math.pi * positions
     else:
-        positions = indices * np.divide(reference_grid or grid, grid).reshape(2, 1, 1)
+        positions = (indices + offset) * np.divide(reference_grid or grid, grid).reshape(2, 1, 1)
     angles = positions * frequencies
     angles = np_or_jnp.repeat(np_or_jnp.concatenate(list(angles), axis=1), 2, axis=1)
     angles = np_or_jnp.concatenate([np.zeros((num_prefix_tokens, head_dim)), angles])
@@ -176,6 +178,7 @@ def rotation_of(
     theta: float,
     num_prefix_tokens: int,
     reference_grid: tuple[int, int] | None = None,
+    offset: float = 0.0,
     centered: bool = False,
 ) -> Rotation:
     """Returns `rotation_2d` for patches at given places, `[batch, prefix + tokens, head_dim]`.
@@ -184,6 +187,7 @@ def rotation_of(
     `[batch, tokens, 2]`.
     """
     places = coordinates.astype(jnp.float32)
+    places = places + offset if offset else places
     if centered:
         places = 2 * math.pi * (2 * (places + 0.5) / sizes - 1)
     elif reference_grid is not None:

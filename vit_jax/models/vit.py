@@ -76,6 +76,8 @@ class VisionTransformer(nn.Module, kw_only=True):
         patches (`gap`) or attention pooling (`map`), both without a class token; the class token
         and the mean over patches, one behind the other (`token_gap`); or every token
         (`unpooled`, `token_unpooled`).
+      map_num_heads: attention heads of attention pooling; None for `num_heads`.
+      map_mlp_dim: hidden width of the MLP of attention pooling; None for `mlp_dim`.
       representation_size: width of the tanh layer `pre_logits` of the pre-training head; None for
         the fine-tuning head, which is one linear layer.
       resnet_layers: number of units in each stage of a ResNet in front of the patches (a hybrid);
@@ -99,6 +101,8 @@ class VisionTransformer(nn.Module, kw_only=True):
         axes turned at random (`mixed`, arXiv:2403.13298).
       rope_reference_grid: (rows, columns) of patches whose positions any other grid spans, as in
         timm's models (16, 16); None for positions that are rows and columns of patches.
+      rope_offset: added to the rows and columns of patches, before a reference grid scales them, as
+        in the Perception Encoder (arXiv:2504.13181); class tokens and registers are not turned.
       rope_coordinates: positions of the rotary embedding: the `index` of rows and columns, or 2 pi
         times coordinates in (-1, 1) (`centered`), as in DINOv3 (arXiv:2508.10104).
       rope_shift, rope_jitter, rope_rescale: how centred coordinates vary in training, see
@@ -179,6 +183,8 @@ class VisionTransformer(nn.Module, kw_only=True):
     num_heads: int
     mlp_dim: int
     classifier: Classifier = "token"
+    map_num_heads: int | None = None
+    map_mlp_dim: int | None = None
     representation_size: int | None = None
     resnet_layers: tuple[int, ...] | None = None
     resnet_width: float = 1.0
@@ -191,6 +197,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     rope_theta: float | None = None
     rope_frequencies: RopeFrequencies = "axial"
     rope_reference_grid: tuple[int, int] | None = None
+    rope_offset: float = 0.0
     rope_coordinates: RopeCoordinates = "index"
     rope_shift: float | None = None
     rope_jitter: float | None = None
@@ -417,6 +424,7 @@ class VisionTransformer(nn.Module, kw_only=True):
                 theta=self.rope_theta,
                 num_prefix_tokens=self.num_prefix_tokens,
                 reference_grid=self.rope_reference_grid,
+                offset=self.rope_offset,
                 centered=self.rope_coordinates == "centered",
             )
         grid = self.posemb_grid
@@ -476,6 +484,7 @@ class VisionTransformer(nn.Module, kw_only=True):
             theta=self.rope_theta,
             num_prefix_tokens=self.num_prefix_tokens if register_theta is None else 0,
             reference_grid=self.rope_reference_grid,
+            offset=self.rope_offset,
             coordinates=self.rope_coordinates,
             noise=noise,
             rng=self.make_rng("dropout") if train and any(noise) else None,
@@ -500,8 +509,11 @@ class VisionTransformer(nn.Module, kw_only=True):
                 return mean
             return jnp.concatenate([encoded[:, 0], mean], axis=-1)
         if self.classifier == "map":
-            return MAPHead(self.block_config, name="MAPHead_0")(encoded, train=train)
+            return self._map_head()(encoded, train=train)
         return encoded
+
+    def _map_head(self) -> MAPHead:
+        return MAPHead(self.block_config, self.map_num_heads, self.map_mlp_dim, name="MAPHead_0")
 
     def _pool_rows(self, encoded: jax.Array, segments: Segments, *, train: bool) -> jax.Array:
         """Represents each image of each row: `[batch * images, hidden]`."""
@@ -513,8 +525,7 @@ class VisionTransformer(nn.Module, kw_only=True):
             if self.classifier == "token_gap":
                 x = jnp.concatenate([encoded[:, :1], x], axis=-1)
         elif self.classifier == "map":
-            head = MAPHead(self.block_config, name="MAPHead_0")
-            x = head(encoded, segments.members(), train=train)
+            x = self._map_head()(encoded, segments.members(), train=train)
         else:
             return encoded
         return x.reshape(-1, x.shape[-1])

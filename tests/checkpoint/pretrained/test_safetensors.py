@@ -38,7 +38,7 @@ BEIT = {"timm_beit", "timm_beit_token"}
 # no biases, a class token that is not used, channels in another order, projections that are not one
 # matrix. Parameters of positions in the blocks are read and not written.
 ONE_WAY = {"timm_vit_average", "timm_eva_rope_ape", "timm_eva", "timm_eva02"}
-ONE_WAY |= BEIT | {"timm_rope_mixed", "timm_rope_mixed_ape"}
+ONE_WAY |= BEIT | {"timm_rope_mixed", "timm_rope_mixed_ape", "timm_pe"}
 WRITTEN_BACK = [name for name in CASES if name.startswith("timm") and name not in ONE_WAY]
 POSEMB = "Transformer/posembed_input/pos_embedding"
 
@@ -636,6 +636,15 @@ def test_names_of_the_original_dinov2_are_those_of_timm(tmp_path):
     [
         ("timm_vit", {"norm_pre.weight": (32,)}, {}, "norm_pre"),
         ("timm_eva_rope", {"rope.freqs": (2, 2)}, {}, "rope.freqs"),
+        ("timm_beit", {"pos_embed": (1, 13, 32)}, {}, "both position embeddings"),
+        (
+            "timm_beit",
+            {"rel_pos_bias.relative_position_bias_table": (1, 4)},
+            {},
+            "one bias for all",
+        ),
+        ("timm_beit", {}, {"model_args": {"num_heads": 8}}, "num_heads=8 in config.json, but the"),
+        ("timm_pe", {}, {"architecture": "vit_pe_lang_large_patch14_448"}, "no norm behind"),
         ("timm_eva_rope", {"cls_token": (1, 1, 32)}, {}, "config.json"),
         ("timm_eva_rope", {"pos_embed": (1, 24, 32)}, {}, "config.json"),
         ("timm_eva_rope", {}, {"architecture": "vit_base_patch16_sapiens2"}, "share keys"),
@@ -693,7 +702,7 @@ def describe(name, folder, **changes):
         ("timm_vit", {"num_heads": "4"}, "'4' attention heads"),
         ("timm_vit", {"embed_dim": 64}, "embed_dim=64 in config.json, but the tensors have 32"),
         ("timm_vit", {"depth": 3}, "depth=3 in config.json, but the tensors have 2"),
-        ("timm_vit_map", {"attn_pool_num_heads": 2}, "attn_pool_num_heads=2"),
+        ("timm_vit_map", {"attn_pool_num_heads": 5}, "5 heads of attention pooling"),
         ("timm_eva_rope", {"rope_rotate_half": "no"}, "rope_rotate_half='no'"),
         ("timm_eva_rope", {"rope_grid_offset": 1.0}, "rope_grid_offset=1.0"),
         ("timm_eva_rope", {"rope_type": "mrope"}, "rope_type='mrope'"),

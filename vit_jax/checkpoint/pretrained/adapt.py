@@ -52,6 +52,8 @@ _ARGUMENTS = (
     "resnet_norm_epsilon",
     "rope_theta",
     "rope_reference_grid",
+    "rope_offset",
+    "map_num_heads",
     "rope_coordinates",
     "rope_register_theta",
     "position_embedding",

@@ -94,6 +94,7 @@ def to_linen(
     *,
     num_heads: int | None,
     num_slots: int,
+    pool_heads: int | None = None,
     average: bool = False,
     swap_axes: bool = False,
     halves: bool = False,
@@ -105,6 +106,7 @@ def to_linen(
       tensors: arrays of any float dtype by name.
       num_heads: attention heads, which the shape of a fused projection does not show; None for
         the usual number for the width.
+      pool_heads: heads of attention pooling; None for `num_heads`.
       num_slots: position embeddings in front of those of the patches, see `find_positions`.
       average: whether the mean over patches, or attention pooling, is classified instead of the
         class token, which then becomes a register.
@@ -145,7 +147,8 @@ def to_linen(
     layers = _count_layers(rest)
     _split_gates(rest, layers)
     for theirs, ours, names in _projections(layers, pooled="attn_pool.latent" in rest):
-        _read_heads(rest, theirs, params, ours, names, num_heads)
+        heads = num_heads if ours.startswith("Transformer/") else pool_heads or num_heads
+        _read_heads(rest, theirs, params, ours, names, heads)
     for theirs, ours in _modules(layers, _count_units(rest)):
         _read_module(rest, theirs, params, ours)
     for theirs, ours in _tensors(layers):
@@ -154,7 +157,8 @@ def to_linen(
     mixed = any(path.endswith(f"/{FREQUENCIES}") for path in params)
     for path, x in params.items():
         if _OUTPUT.search(path):
-            params[path] = x.reshape(num_heads, -1, x.shape[1])
+            heads = num_heads if path.startswith("Transformer/") else pool_heads or num_heads
+            params[path] = x.reshape(heads, -1, x.shape[1])
         elif swap_axes and path.endswith(f"/{FREQUENCIES}"):
             params[path] = x[::-1]
         elif swap_axes and not mixed and _ROTATED.match(path):
@@ -345,7 +349,13 @@ def _check_expressible(model: Mapping[str, Any], grid: tuple[int, int] | None) -
         raise ValueError(
             f"model.{key}={model[key]!r}: read from files of timm, but not written; a .npz holds it"
         )
-    for key in ("rope_register_theta", "untied_norm"):
+    for key in (
+        "rope_register_theta",
+        "untied_norm",
+        "rope_offset",
+        "map_num_heads",
+        "map_mlp_dim",
+    ):
         if model.get(key):
             raise ValueError(f"timm has no model with model.{key}={model[key]}; a .npz holds it")
     if rope and model.get("resnet_layers") is not None:

@@ -403,6 +403,12 @@ def _infer_vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         **_infer_encoder(shapes),
         "classifier": "token" if "cls" in shapes else pooling,
     }
+    pooled = shapes.get("MAPHead_0/MultiHeadDotProductAttention_0/query/kernel")
+    if pooled is not None and pooled[1] != found["num_heads"]:
+        found["map_num_heads"] = pooled[1]
+    hidden_pooled = shapes.get("MAPHead_0/MlpBlock_0/Dense_0/bias", (found["mlp_dim"],))[0]
+    if hidden_pooled != found["mlp_dim"]:
+        found["map_mlp_dim"] = hidden_pooled
     doubled = shapes.get("head/kernel", (0,))[0] == 2 * hidden
     if doubled and "cls" in shapes and "pre_logits/bias" not in shapes:
         found["classifier"] = "token_gap"
