@@ -641,7 +641,7 @@ def test_names_of_the_original_dinov2_are_those_of_timm(tmp_path):
             "timm_beit",
             {"rel_pos_bias.relative_position_bias_table": (1, 4)},
             {},
-            "one bias for all",
+            "one bias",
         ),
         ("timm_beit", {}, {"model_args": {"num_heads": 8}}, "num_heads=8 in config.json, but the"),
         ("timm_pe", {}, {"architecture": "vit_pe_lang_large_patch14_448"}, "no norm behind"),
