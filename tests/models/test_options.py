@@ -156,8 +156,9 @@ def test_mixed_frequencies_start_from_turned_axes():
 
 
 def test_relative_positions_are_of_the_query_minus_the_key():
-    index, count = relate_tokens((2, 3), 2)
-    assert count == 3 * 5 + 3
+    relative = relate_tokens((2, 3), 2)
+    assert relative.count == 3 * 5 + 3
+    index = relative.index
     places = [(i, j) for i in range(2) for j in range(3)]
     for q, (i, j) in enumerate(places):
         for k, (m, n) in enumerate(places):

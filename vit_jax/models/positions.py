@@ -5,6 +5,7 @@ Sine-cosine and rotary embeddings are functions of the row and the column of a p
 grid of any size and shape. Learned embeddings are interpolated to fit another grid.
 """
 
+import dataclasses
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -52,7 +53,8 @@ class Coordinates(NamedTuple):
     positions: jax.Array
 
 
-class Relative(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Relative:
     """Which bias the attention of each query to each key has.
 
     Attributes:
@@ -65,7 +67,8 @@ class Relative(NamedTuple):
 
     def take(self, kept: jax.Array) -> "Relative":
         """Returns that of the tokens `kept`, int32 `[batch, kept]`."""
-        return self._replace(index=self.index[kept[:, :, None], kept[:, None, :]])
+        index = self.index[kept[:, :, None], kept[:, None, :]]
+        return dataclasses.replace(self, index=index)
 
 
 def patch_grid(

@@ -450,7 +450,7 @@ def _find_rope(
         pass
     elif perception := _PERCEPTION.match(architecture):
         patch, size = map(int, perception.groups())
-        theta, indexing, reference = 10_000.0, "xy", (size // patch,) * 2
+        theta, indexing, reference = 10_000.0, "xy", (size // patch, size // patch)
         offset = 1.0 if "cls_token" in tensors else 0.0
     elif _CENTERED.match(architecture):
         theta, centered = 100.0, options.get("rope_type", "dinov3") == "dinov3"
