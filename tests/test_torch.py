@@ -16,6 +16,7 @@ from flax import traverse_util
 
 from tests.trained import write_images, write_model
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, write_safetensors
+from vit_jax.checkpoint.pretrained.timm_tensors import TIMM_RESNET
 from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.export.__main__ import main as export
 from vit_jax.inference.model import load_model
@@ -144,7 +145,7 @@ CASES = {
         ),
     ),
     "hybrid_stem": (
-        {"variant": "R+Ti/16", "activation": "gelu_erf"},
+        {"variant": "R+Ti/16", "activation": "gelu_erf", **TIMM_RESNET},
         224,
         ("timm.create_model", {"model_name": "vit_tiny_r_s16_p8_224"}),
     ),
@@ -156,6 +157,7 @@ CASES = {
             "mlp_dim": 768,
             "num_heads": 3,
             "resnet_width": 0.5,
+            **TIMM_RESNET,
             "activation": "gelu_erf",
         },
         224,

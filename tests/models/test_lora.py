@@ -2,6 +2,7 @@
 """Adapters: their arithmetic, which kernels have one, and merging them."""
 
 import json
+import re
 from pathlib import Path
 
 import flax.linen as nn
@@ -14,7 +15,8 @@ from safetensors.numpy import load_file
 
 from tests.models.compiled import compiled
 from vit_jax.checkpoint.pretrained.weights import unstack_blocks
-from vit_jax.models.lora import Lora, LoraProduct, merge_adapters
+from vit_jax.models.lora import Lora, LoraProduct, merge_adapters, round_base, round_to_int8
+from vit_jax.models.products import dot_stored
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten
@@ -91,6 +93,86 @@ def test_merged_model_equals_the_one_with_adapters(method, scan):
     np.testing.assert_allclose(logits, expected, atol=2e-6)
 
 
+def restore_base(params, dtype):
+    """The float32 values of kernels that are stored in another dtype."""
+
+    def restore(tree):
+        if not isinstance(tree, dict):
+            return tree
+        tree = {name: restore(x) for name, x in tree.items()}
+        if getattr(tree.get("kernel"), "dtype", None) == dtype:
+            scale = tree["lora"].pop("kernel_scale") if dtype == jnp.int8 else 1
+            kernel = np.asarray(tree["kernel"], np.float32)
+            tree |= {"kernel": kernel * np.asarray(scale)}
+        return tree
+
+    return restore(jax.device_get(params))
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "scan"),
+    [("int8", "lora", False), ("int8", "dora", True), ("bfloat16", "lora", True)],
+)
+def test_model_with_a_rounded_base_equals_the_float_model_of_its_values(base, method, scan):
+    lora = Lora(rank=2, alpha=5.0, method=method, base=base)
+    model = make_vit(lora=lora, scan=scan)
+    dtype = jnp.dtype(base)
+    params = lora.store(init_randomly(model))
+    plain = make_vit(lora=Lora(rank=2, alpha=5.0, method=method), scan=scan)
+    values = restore_base(params, dtype)
+    stored = {p for p, x in flatten(params).items() if x.dtype == dtype}
+    assert len(stored) == (6 if scan else 12)
+
+    def grads(model, params):
+        flat = flatten(params)
+        trained = {p: x for p, x in flat.items() if "/lora/" in p and "scale" not in p}
+
+        def loss(trained):
+            tree = traverse_util.unflatten_dict({**flat, **trained}, sep="/")
+            return jnp.sum(jnp.sin(model.apply({"params": tree}, IMAGES, train=False)[0]))
+
+        return jax.jit(jax.value_and_grad(loss))(trained)
+
+    (found, found_grads), (expected, expected_grads) = grads(model, params), grads(plain, values)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert found_grads.keys() == expected_grads.keys()
+    for path, x in expected_grads.items():
+        np.testing.assert_allclose(found_grads[path], x, rtol=1e-3, atol=1e-4, err_msg=path)
+
+
+@pytest.mark.parametrize("base", ["int8", "bfloat16"])
+def test_base_is_rounded_alike_when_weights_are_read(base):
+    lora = Lora(rank=2, targets=(".*/query/kernel",), base=base, train=(".*/Dense_1/kernel",))
+    params = init_randomly(make_vit(lora=lora))
+    plain = {path: x for path, x in flatten(params).items() if "/lora/" not in path}
+    found = round_base(plain, lora)
+    expected = flatten(restore_base(lora.store(params, xp=np), jnp.dtype(base)))
+    for path, x in found.items():
+        np.testing.assert_array_equal(x, expected[path], err_msg=path)
+        rounded = lora.rounds(path)
+        assert np.array_equal(x, plain[path]) != rounded
+        assert rounded == bool(re.fullmatch(".*(Attention_0/.*|Dense_0)/kernel", path))
+
+
+def test_int8_kernel_has_the_largest_magnitude_of_each_channel():
+    kernel = np.array([[0.5, -2.0, 0], [-1.27, 1.0, 0]], np.float32)
+    values, scale = round_to_int8(kernel, (0,), xp=np)
+    np.testing.assert_array_equal(values, [[50, -127, 0], [-127, 64, 0]])
+    np.testing.assert_allclose(scale, [[0.01, 2 / 127, 1]], rtol=1e-6)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        x = jnp.asarray([[1.0, 2.0]], dtype)
+        found = dot_stored(x, jnp.asarray(values), jnp.asarray(scale), 1)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(np.asarray(found, np.float32), x @ (values * scale), rtol=1e-2)
+
+
+def test_parameters_stay_as_they_are_without_a_rounded_base():
+    lora = Lora(rank=2)
+    params = init_randomly(make_vit(lora=lora))
+    assert lora.store(params) is params
+    assert not any("kernel_scale" in path for path in flatten(params))
+
+
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_run_starts_from_the_model_without_adapters(method):
     model = make_vit(lora=Lora(rank=2, method=method))
@@ -150,6 +232,7 @@ def test_only_matching_kernels_have_adapters():
     [
         ({"rank": -1}, "lora.rank=-1: expected 1 or more"),
         ({"rank": 2, "alpha": 0.0}, "lora.alpha=0.0: expected above 0"),
+        ({"base": "int8"}, "lora.base='int8' without lora.rank: all parameters are trained"),
         ({"rank": 2, "targets": ("(",)}, "'\\(' is not a regular expression"),
         ({"rank": 2, "patterns": (("a", {"ranks": 1}),)}, "unknown config key .*ranks"),
         ({"rank": 2, "patterns": (("a", {"rank": -2}),)}, r"\['a'\].rank=-2: expected"),

@@ -2,18 +2,20 @@
 """Options of the Vision Transformer: what each computes, and that it costs nothing when off."""
 
 import functools
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from tests.models.compiled import compiled
 from tests.models.numpy_layers import normalise
 from tests.models.random_params import random_params
 from vit_jax.models.heads import MAPHead
-from vit_jax.models.positions import sincos_2d
+from vit_jax.models.positions import initial_frequencies, relate_tokens, sincos_2d
 from vit_jax.models.variants import make_vit
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten
@@ -118,6 +120,52 @@ def test_class_tokens_and_registers_may_have_a_final_norm_of_their_own():
     np.testing.assert_allclose(out["encoded"][:, 3:], patches["encoded"][:, 3:], atol=1e-6)
     np.testing.assert_allclose(out["encoded"][:, :3], first["encoded"][:, :3], atol=1e-6)
     np.testing.assert_allclose(out["pre_logits"], first["pre_logits"], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"position_embedding": "relative", "scan": True},
+        {"position_embedding": "none", "rope_theta": 10.0, "rope_frequencies": "mixed"},
+    ],
+    ids=["relative", "mixed"],
+)
+def test_positions_of_attention_go_with_the_patches(options):
+    model = make_vit(num_classes=5, num_registers=1, **options, **TINY)
+    params, images = init(model)
+    count = math.prod(model.grid(images.shape[1:3]))
+    order = np.random.default_rng(0).permutation(count)[None].repeat(len(images), 0)
+    want, _ = run(model, params, images)
+    found = model.apply({"params": params}, images, train=False, patches=jnp.asarray(order))[0]
+    np.testing.assert_allclose(found, want, atol=1e-5)
+    # The order of the patches alone matters.
+    flat = flatten(params)
+    name = next(p for p in flat if p.endswith(("/relative_position_bias", "/rope_frequencies")))
+    still = unflatten_dict(flat | {name: np.zeros_like(flat[name])}, sep="/")
+    assert np.abs(run(model, still, images)[0] - want).max() > 1e-3
+
+
+def test_mixed_frequencies_start_from_turned_axes():
+    rows, columns = initial_frequencies(jax.random.key(0), (2, 3, 8), 10.0)
+    sizes = 10.0 ** -(4 * np.arange(4) / 16)
+    np.testing.assert_allclose(np.hypot(rows, columns), np.tile(sizes, (3, 2)), rtol=1e-5)
+    # The second half turns with the direction across that of the first.
+    dots = rows[:, :4] * rows[:, 4:] + columns[:, :4] * columns[:, 4:]
+    np.testing.assert_allclose(dots, 0, atol=1e-6)
+    assert len(np.unique(np.round(rows[:, 0], 3))) == 3
+
+
+def test_relative_positions_are_of_the_query_minus_the_key():
+    relative = relate_tokens((2, 3), 2)
+    assert relative.count == 3 * 5 + 3
+    index = relative.index
+    places = [(i, j) for i in range(2) for j in range(3)]
+    for q, (i, j) in enumerate(places):
+        for k, (m, n) in enumerate(places):
+            assert index[2 + q, 2 + k] == (i - m + 1) * 5 + (j - n + 2)
+    assert (index[:2, 2:] == 15).all()
+    assert (index[2:, :2] == 16).all()
+    assert (index[:2, :2] == 17).all()
 
 
 def test_coordinates_vary_in_training_alone():
@@ -326,6 +374,8 @@ def test_scanned_blocks_start_with_values_of_their_own():
         ({"num_registers": -1}, "model.num_registers=-1: expected at least 0"),
         ({"classifier": "unpooled", "norm_after_pooling": True}, "nothing pools"),
         ({"untied_norm": True, "norm_after_pooling": True}, "expected one of them"),
+        ({"rope_frequencies": "mixed"}, "'mixed' with model.rope_theta=None"),
+        ({**CENTERED, "rope_frequencies": "mixed"}, "expected a rope_theta such as 10.0, rope_coo"),
         ({"rope_coordinates": "centered"}, "with model.rope_theta=None"),
         ({"rope_theta": 9.0, "rope_rescale": 2.0}, "rope_coordinates='centered'"),
         ({**CENTERED, "rope_jitter": 1.0}, "model.rope_jitter=1.0 .* a number above 1"),

@@ -21,6 +21,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 from timm.layers import HybridEmbed, LayerNorm, StdConv2dSame, SwiGLUPacked
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.resnetv2 import ResNetV2, create_resnetv2_stem
@@ -99,8 +100,9 @@ def save_timm(
         model.load_state_dict({k: v.float() for k, v in tensors.items()})
     model = model.double()
     outputs = {"logits": run_timm(model, images)}
-    model.set_input_size(img_size=OTHER_SIZE)  # It resizes the position embeddings.
-    outputs["other_logits"] = run_timm(model, draw_images(*OTHER_SIZE))
+    if not isinstance(model, Beit):  # Its relative positions are not resized here.
+        model.set_input_size(img_size=OTHER_SIZE)  # It resizes the position embeddings.
+        outputs["other_logits"] = run_timm(model, draw_images(*OTHER_SIZE))
     save_case(name, tensors, images, outputs, config=config)
 
 
@@ -273,6 +275,42 @@ def save_all_eva() -> None:
         save_timm(name, model, architecture=architecture, pool="token", heads=4, seed=seed)
 
 
+def save_all_positions() -> None:
+    """Saves models whose attention depends on positions by parameters of its own."""
+    sizes = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
+    sizes |= {"num_classes": 5, "init_values": 0.1}
+    beit = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "img_size": (32, 24)}
+    mixed = {"img_size": (32, 24), "global_pool": "token", "use_rot_pos_emb": True}
+    mixed |= {"attn_type": "rope", "rope_type": "mixed", "rope_grid_indexing": "xy"}
+    mixed |= {"rope_temperature": 10.0, "use_fc_norm": False}
+    cases = {
+        "timm_beit": (Beit(**sizes | beit), "beit_base_patch16_224", "avg"),
+        "timm_beit_token": (
+            Beit(**sizes | beit | {"img_size": 32, "global_pool": "token"}),
+            "beitv2_base_patch16_224",
+            "token",
+        ),
+        "timm_rope_mixed": (
+            Eva(**sizes | mixed, use_abs_pos_emb=False),
+            "vit_small_patch16_rope_mixed_224",
+            "token",
+        ),
+        "timm_rope_mixed_ape": (
+            Eva(**sizes | mixed, use_abs_pos_emb=True, no_embed_class=True),
+            "vit_base_patch16_rope_mixed_ape_224",
+            "token",
+        ),
+    }
+    perception = {**sizes, "embed_dim": 48, "init_values": None, "global_pool": "map"}
+    perception |= {"attn_type": "rope", "use_pre_transformer_norm": True, "use_rot_pos_emb": True}
+    perception |= {"ref_feat_shape": (24, 24), "rope_grid_offset": 1.0, "rope_grid_indexing": "xy"}
+    perception |= {"attn_pool_num_heads": 8, "attn_pool_mlp_ratio": 4.0, "img_size": (32, 24)}
+    perception |= {"norm_layer": partial(LayerNorm, eps=1e-5)}
+    cases["timm_pe"] = Eva(**perception), "vit_pe_core_tiny_patch16_384", "map"
+    for seed, (name, (model, architecture, pool)) in enumerate(cases.items(), 40):
+        save_timm(name, model, architecture=architecture, pool=pool, heads=4, seed=seed)
+
+
 def save_all_transformers() -> None:
     tf = transformers
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -383,6 +421,7 @@ if __name__ == "__main__":
     print(f"timm {timm.__version__}, transformers {transformers.__version__}")
     save_all_timm()
     save_all_eva()
+    save_all_positions()
     save_all_transformers()
     save_resized_positions()
     save_evaluations()

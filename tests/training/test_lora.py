@@ -13,9 +13,13 @@ from tests.trained import write_model, write_towers
 from vit_jax.checkpoint.manifest import write_manifest
 from vit_jax.checkpoint.pretrained.load import load_params, load_pretrained
 from vit_jax.checkpoint.pretrained.safetensors import write_safetensors
+from vit_jax.checkpoint.workdir import read_config
 from vit_jax.config.load import load_config
 from vit_jax.convert import main as convert
 from vit_jax.models.lora import Lora, merge_adapters
+from vit_jax.observe.summary import last_results
+from vit_jax.planning.memory import estimate_memory
+from vit_jax.training.evaluation import Judge, make_evaluation
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.run import train
 from vit_jax.utils.errors import UserError
@@ -99,6 +103,61 @@ def test_adapters_are_written_alone_and_added_to_their_base(run, tmp_path, said)
             np.testing.assert_allclose(x, expected.params[path], rtol=1e-4, atol=1e-6)
     with pytest.raises(UserError, match="exists; remove it"):
         convert([str(run), str(tmp_path / "adapters"), "--adapters"])
+
+
+@pytest.fixture(scope="module")
+def int8_run(base, data_dir, tmp_path_factory):
+    """A finished run whose base is kept as int8, and its results."""
+    workdir = tmp_path_factory.mktemp("lora") / "int8"
+    train(lora_config(base, data_dir, lora__base="int8", ema_decay=None), str(workdir))
+    return workdir
+
+
+def test_run_with_an_int8_base_is_read_with_the_values_that_it_had(int8_run, data_dir):
+    held = read(int8_run, 8)
+    assert not any(x.dtype == np.int8 or "kernel_scale" in path for path, x in held.items())
+    judge = Judge(make_evaluation(read_config(int8_run), {}))
+    found = judge.record(str(int8_run), judge.load(str(int8_run)))
+    assert found["val/loss"] == pytest.approx(last_results(int8_run)["val/loss"], rel=1e-5)
+
+
+def test_adapters_of_a_rounded_base_are_written_with_a_note(int8_run, tmp_path, said):
+    convert([str(int8_run), str(tmp_path / "adapters"), "--adapters"])
+    assert "the run rounded kernels of the base to int8, and PEFT does not" in "\n".join(said)
+
+
+def test_int8_base_takes_a_quarter_of_the_memory_on_every_mesh(base, data_dir):
+    states = {}
+    for mesh in ({}, {"fsdp": 2, "tensor": 2}):
+        config = lora_config(base, data_dir, lora__base="int8", mesh=mesh, ema_decay=None)
+        experiment = Experiment.from_config(config)
+        params = flatten(experiment.abstract_state.params)
+        kernel = params[f"{BLOCK}/MlpBlock_0/Dense_0/kernel"]
+        assert kernel.dtype == np.int8
+        state = experiment.init_state()
+        batch = next(experiment.train_batches(0))
+        states[len(mesh)] = experiment.train_step(state, batch)
+    (one, metrics), (split, others) = states.values()
+    np.testing.assert_allclose(metrics["loss"], others["loss"], rtol=1e-5)
+    for path, x in flatten(one.params).items():
+        np.testing.assert_allclose(x, flatten(split.params)[path], rtol=1e-4, atol=1e-5)
+
+
+def test_plan_counts_the_bytes_of_a_rounded_base(base, data_dir):
+    sizes = {}
+    for dtype in ("float32", "bfloat16", "int8"):
+        experiment = Experiment.from_config(lora_config(base, data_dir, lora__base=dtype))
+        sizes[dtype] = estimate_memory(experiment).params
+    kernels = 4 * 16 * 16 + 2 * 16 * 32
+    assert sizes["float32"] - sizes["bfloat16"] == 2 * kernels
+    scales = 4 * (4 * 16 + 16 + 32)
+    assert sizes["float32"] - sizes["int8"] == 3 * kernels - scales
+
+
+def test_rounded_base_is_refused_with_float8(base, data_dir):
+    config = lora_config(base, data_dir, lora__base="int8", precision="float8")
+    with pytest.raises(UserError, match=r"lora.base='int8' with precision='float8'"):
+        Experiment.from_config(config)
 
 
 def test_a_source_without_adapters_is_refused(base, tmp_path):

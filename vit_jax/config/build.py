@@ -380,6 +380,11 @@ def _make_model(
         raise UserError(f"precision='float8': model.name={name!r} has no argument float8")
     if lora is not None and "lora" not in keywords(make):
         raise UserError(f"lora.rank={lora.rank}: model.name={name!r} has no argument lora")
+    if float8 and lora is not None and lora.base != "float32":
+        raise UserError(
+            f"lora.base={lora.base!r} with precision='float8', which rounds kernels itself; "
+            "expected precision='bfloat16'"
+        )
     model = make(**args, **_take({"constrain": place, "float8": float8, "lora": lora}, make))
     model = fit_to_line(model, data.preprocess, key="data.preprocess")
     if isinstance(make, Part):

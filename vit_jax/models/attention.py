@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head attention. Source: arXiv:1706.03762, section 3.2."""
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -13,7 +14,14 @@ from vit_jax.models.block_config import BlockConfig, Constrain
 from vit_jax.models.dense import Dense, make_parameters
 from vit_jax.models.norms import make_norm
 from vit_jax.models.patches import Segments
-from vit_jax.models.positions import Rotation, rotate
+from vit_jax.models.positions import (
+    Coordinates,
+    Relative,
+    Rotation,
+    initial_frequencies,
+    rotate,
+    rotate_by,
+)
 from vit_jax.models.products import project_together
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.gpus import is_ampere
@@ -53,6 +61,7 @@ def choose_attention(
     needs = {
         "precision='bfloat16'": dtype == jnp.bfloat16 or (dtype == jnp.float16 and not is_tpu),
         f"{key}.attention_dropout_rate=0": config.attention_dropout_rate == 0,
+        f"no {key}.position_embedding='relative'": not config.relative_positions,
         f"a multiple of 8 up to 128 channels in a head (there are {head_dim})": _fits(head_dim),
     }
     if is_tpu:
@@ -187,8 +196,11 @@ class MultiHeadDotProductAttention(nn.Module):
     a token attends to itself and those before it. `segments` are the images that tokens of self-
     attention belong to, each of which attends to its own: `fused_attention` takes those of which
     each row has one. `mask`, bool `[batch, queries, keys]`, is what queries from `x` attend to.
-    Sources: `qk_norm`: arXiv:2302.05442; `rope`: see `positions.rotation_2d`; `attention_norm`, of
-    the heads' outputs together: arXiv:2210.06423, section 3.
+    With `Coordinates`, the layer has frequencies of its own, `rope_frequencies`; with `relative` it
+    has a bias for each distance and head, `relative_position_bias`, zeros at first.
+    Sources: `qk_norm`: arXiv:2302.05442; `rope`: see `positions.rotation_2d` and `rotate_by`;
+    `relative`: see `positions.relate_tokens`; `attention_norm`, of the heads' outputs together:
+    arXiv:2210.06423, section 3.
     """
 
     config: BlockConfig
@@ -199,7 +211,8 @@ class MultiHeadDotProductAttention(nn.Module):
         x: jax.Array,
         context: jax.Array | None = None,
         *,
-        rope: Rotation | None = None,
+        rope: Rotation | Coordinates | None = None,
+        relative: Relative | None = None,
         length: int | None = None,
         segments: Segments | None = None,
         mask: jax.Array | None = None,
@@ -238,7 +251,12 @@ class MultiHeadDotProductAttention(nn.Module):
         if config.qk_norm:
             query = make_norm(config, "query_norm")(query)
             key = make_norm(config, "key_norm")(key)
-        if rope is not None:
+        if isinstance(rope, Coordinates):
+            init = functools.partial(initial_frequencies, theta=config.rope_theta or 10.0)
+            shape = (2, config.num_heads, head_dim // 2)
+            frequencies = self.param("rope_frequencies", init, shape)
+            query, key = (rotate_by(x, rope, frequencies) for x in (query, key))
+        elif rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
         if fused:
             keys = (length or num_tokens) if segments is None else segments.lengths()
@@ -248,6 +266,10 @@ class MultiHeadDotProductAttention(nn.Module):
         else:
             query = query / jnp.sqrt(head_dim).astype(config.dtype)
             scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
+            if relative is not None:
+                shape = (relative.count, config.num_heads)
+                biases = self.param("relative_position_bias", nn.initializers.zeros, shape)
+                scores += jnp.moveaxis(biases[relative.index], -1, -3)
             if config.causal:
                 scores = jnp.where(jnp.tri(num_tokens, dtype=bool), scores, -jnp.inf)
             if segments is not None:

@@ -69,6 +69,8 @@ class BlockConfig:
     dtype: DTypeLike = jnp.float32
     float8: bool = False
     lora: Lora | None = None
+    rope_theta: float | None = None
+    relative_positions: bool = False
     constrain: Constrain = unconstrained
 
     @property

@@ -23,7 +23,7 @@ from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.dense import Dense
 from vit_jax.models.norms import make_norm
 from vit_jax.models.patches import Layout, Segments, interpolate_axes, interpolate_positions
-from vit_jax.models.positions import Rotation, resize_patches
+from vit_jax.models.positions import Coordinates, Relative, Rotation, resize_patches
 from vit_jax.models.resampling import Method
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.gpus import is_ampere
@@ -272,8 +272,9 @@ class Encoder1DBlock(nn.Module):
     """One pre-norm transformer block: attention and MLP, each with a residual connection.
 
     Call: `[batch, tokens, hidden]`, the rate of stochastic depth in this block (a float or a
-    float32 scalar), the rotation of queries and keys or None, the number of tokens before any
-    padding or None, and the images of the tokens or None, to `[batch, tokens, hidden]`.
+    float32 scalar), the rotation of queries and keys, where tokens are if the block has frequencies
+    of its own, or None, the number of tokens before any padding or None, the images of the tokens
+    or None, and which biases attention has or None, to `[batch, tokens, hidden]`.
     """
 
     config: BlockConfig
@@ -283,9 +284,10 @@ class Encoder1DBlock(nn.Module):
         self,
         x: jax.Array,
         stochastic_depth_rate: jax.Array | float,
-        rope: Rotation | None,
+        rope: Rotation | Coordinates | None,
         length: int | None = None,
         segments: Segments | None = None,
+        relative: Relative | None = None,
         *,
         train: bool,
     ) -> jax.Array:
@@ -313,7 +315,7 @@ class Encoder1DBlock(nn.Module):
 
         x, y = norm(x, "LayerNorm_0")
         attend = MultiHeadDotProductAttention(config)
-        y = attend(y, rope=rope, length=length, segments=segments, train=train)
+        y = attend(y, rope=rope, relative=relative, length=length, segments=segments, train=train)
         x = add(x, nn.Dropout(config.dropout_rate, deterministic=not train)(y))
         x, y = norm(x, "LayerNorm_1")
         return add(x, MlpBlock(config)(y, train=train))
@@ -345,7 +347,7 @@ class Encoder(nn.Module, kw_only=True):
     insertion of the registers or None, and the indices of the patches to encode, int32
     `[batch, kept]`, or None for all; to `[batch, class tokens + registers + kept, hidden]`. Images
     of any size have a `layout` of their patches; in rows with padding, `segments` are the images of
-    all tokens, registers included, and all patches are encoded.
+    all tokens, registers included, and all patches are encoded. `relative` is as in the blocks.
     """
 
     config: BlockConfig
@@ -371,10 +373,11 @@ class Encoder(nn.Module, kw_only=True):
     def __call__(
         self,
         x: jax.Array,
-        rope: Rotation | None,
+        rope: Rotation | Coordinates | None,
         patches: jax.Array | None = None,
         layout: Layout | None = None,
         segments: Segments | None = None,
+        relative: Relative | None = None,
         *,
         train: bool,
     ) -> jax.Array:
@@ -400,6 +403,8 @@ class Encoder(nn.Module, kw_only=True):
             x, kept = PatchDropout(self.patch_dropout_rate)(x, prefix, train=train)
         if rope is not None and kept is not None:
             rope = jax.tree.map(lambda table: table[kept], rope)
+        if relative is not None and kept is not None:
+            relative = relative.take(kept)
         if self.pre_norm:
             x = make_norm(config, "pre_norm")(x)
         x = config.constrain(x, ("batch", "tokens", None))
@@ -410,7 +415,7 @@ class Encoder(nn.Module, kw_only=True):
             # layer does if there is dropout, which would drop other values of padded tokens.
             x = pad_tokens(x, 1)
             rope = jax.tree.map(lambda table: pad_tokens(table, -2), rope)
-        x = self._run_blocks(x, rope, length, segments, train=train)[:, :length]
+        x = self._run_blocks(x, rope, length, segments, relative, train=train)[:, :length]
         if not self.final_norm:
             return x
         if self.untied_norm:
@@ -431,9 +436,10 @@ class Encoder(nn.Module, kw_only=True):
     def _run_blocks(
         self,
         x: jax.Array,
-        rope: Rotation | None,
+        rope: Rotation | Coordinates | None,
         length: int,
         segments: Segments | None,
+        relative: Relative | None,
         *,
         train: bool,
     ) -> jax.Array:
@@ -442,7 +448,7 @@ class Encoder(nn.Module, kw_only=True):
         def run(block: nn.Module, x: jax.Array, rate: jax.Array | float) -> jax.Array:
             # As an argument of `call` a rate of 0.0 would be traced, and its dropout not skipped.
             def call(block: nn.Module, x: jax.Array) -> jax.Array:
-                return block(x, rate, rope, length, segments, train=train)
+                return block(x, rate, rope, length, segments, relative, train=train)
 
             if policy is not None:
                 # Without scan XLA would merge the recomputation with the forward pass.

@@ -23,16 +23,20 @@ class MAPHead(nn.Module):
 
     Call: `[batch, length, hidden]` to `[batch, hidden]`, both in `config.dtype`. With `members`,
     bool `[batch, images, length]`, the tokens of each of several images, it is to `[batch, images,
-    hidden]`.
+    hidden]`. `num_heads` and `mlp_dim` are those of the blocks by default.
     Source: arXiv:2106.04560, section 3.1.
     """
 
     config: BlockConfig
+    num_heads: int | None = None
+    mlp_dim: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, members: jax.Array | None = None, *, train: bool) -> jax.Array:
         off = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0, "qk_norm": False}
         off |= {"causal": False, "qkv_bias": "all", "attention_norm": False, "mlp_norm": False}
+        off |= {"num_heads": self.num_heads or self.config.num_heads}
+        off |= {"mlp_dim": self.mlp_dim or self.config.mlp_dim}
         config = dataclasses.replace(self.config, **off)
         batch, _, width = x.shape
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))

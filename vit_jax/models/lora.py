@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.models.products import dot_tokens
+from vit_jax.models.products import dot_stored, dot_tokens
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import bind
 
@@ -28,6 +28,10 @@ TARGETS = (r".*/(query|key|value|out|Dense_0|Dense_1|gate)/kernel",)
 # What is trained beside the adapters: heads, and of two towers also scale and bias of the pairs.
 TRAIN = ("head/.*", "head_dist/.*")
 _TRAIN_TOWERS = ("(img|txt)/head/.*", "t", "b")
+
+# Of the parameters of an adapter, the one that belongs to its kernel and is not trained.
+_SCALE = "kernel_scale"
+_LEVELS = 127  # of int8, on each side of zero
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,9 @@ class Lora:
         counts. A rank of 0 leaves a kernel without an adapter.
       train: expressions for parameters that are trained as they are, beside the adapters. The
         default also trains the heads of two towers, their scale and their bias.
+      base: dtype in which the kernels of encoder blocks and those that have an adapter are kept,
+        unless they are trained. With `int8` each output channel has a float32 scale, its largest
+        magnitude / 127.
 
     Raises:
       UserError: a value is out of its range.
@@ -61,8 +68,14 @@ class Lora:
     targets: tuple[str, ...] = TARGETS
     patterns: tuple[tuple[str, dict], ...] = ()
     train: tuple[str, ...] = TRAIN
+    base: Literal["float32", "bfloat16", "int8"] = "float32"
 
     def __post_init__(self) -> None:
+        if self.base != "float32" and not self.rank:
+            raise UserError(
+                f"lora.base={self.base!r} without lora.rank: all parameters are trained, and these "
+                "are float32; expected adapters, such as --config.lora.rank=8"
+            )
         _check(self.rank, self.alpha, key="lora")
         for pattern in (*self.targets, *self.train, *(p for p, _ in self.patterns)):
             try:
@@ -80,7 +93,7 @@ class Lora:
     def frozen(self) -> tuple[str, ...]:
         """Regular expressions for whole paths of the parameters that are not trained."""
         of_towers = _TRAIN_TOWERS if self.train == TRAIN else ()
-        trained = "|".join([rf"(.*/)?{NAME}/[^/]+", *self.train, *of_towers])
+        trained = "|".join([rf"(.*/)?{NAME}/(?!{_SCALE}$)[^/]+", *self.train, *of_towers])
         return (rf"(?!({trained})$).*",) if self.rank else ()
 
     def size(self, path: str) -> tuple[int, float]:
@@ -96,6 +109,40 @@ class Lora:
             return 0, 0.0
         alpha = rank if alpha is None else alpha
         return rank, alpha / (rank if self.scaling == "linear" else math.sqrt(rank))
+
+    def rounds(self, path: str) -> bool:
+        """Returns whether a kernel is kept in the dtype `base`."""
+        kept = any(re.fullmatch(pattern, path) for pattern in (*TARGETS, *self.targets))
+        trained = any(re.fullmatch(pattern, path) for pattern in self.train)
+        return self.base != "float32" and kept and not trained
+
+    def store(self, params: Any, *, xp: Any = jnp) -> Any:
+        """Returns parameters with the kernels of the base in their dtype, and their scales.
+
+        Args:
+          params: nested dict of a model with adapters, arrays of any float dtype. Kernels that are
+            in their dtype already stay as they are.
+          xp: `numpy` or `jax.numpy`, of the arrays.
+        """
+        return params if self.base == "float32" else self._store(params, (), xp)
+
+    def _store(self, params: Any, path: tuple[str, ...], xp: Any) -> Any:
+        if not isinstance(params, Mapping):
+            return params
+        stored = {name: self._store(x, (*path, name), xp) for name, x in params.items()}
+        kernel: Any = params.get("kernel")
+        if not hasattr(kernel, "dtype"):
+            return stored
+        if not self.rounds("/".join((*path, "kernel"))) or kernel.dtype == jnp.int8:
+            return stored
+        if self.base == "bfloat16":
+            return stored | {"kernel": kernel.astype(jnp.bfloat16)}
+        adapter = params.get(NAME)
+        if not isinstance(adapter, Mapping) or _SCALE not in adapter:
+            return stored
+        axes = tuple(i for i, n in enumerate(adapter[_SCALE].shape) if n == 1)
+        values, scale = round_to_int8(kernel, axes, xp=xp)
+        return stored | {"kernel": values, NAME: {**stored[NAME], _SCALE: scale}}
 
     def check(self, paths: list[str]) -> None:
         """Checks that each expression matches a parameter of a model with adapters.
@@ -144,12 +191,15 @@ class LoraProduct(nn.Module):
     def __call__(
         self, x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **_: Any
     ) -> jax.Array:
-        y = self.product(x, kernel, dimension_numbers)
         path = "/".join((*self.path[:-1], "kernel"))
         rank, scale = self.lora.size(path)
+        depth = len(dimension_numbers[0][0])
+        if self.lora.rounds(path):
+            y, kernel = self._multiply_stored(x, kernel, dimension_numbers)
+        else:
+            y = self.product(x, kernel, dimension_numbers)
         if not rank:
             return y
-        depth = len(dimension_numbers[0][0])
         inputs, outputs = math.prod(kernel.shape[:depth]), math.prod(kernel.shape[depth:])
         if rank > min(inputs, outputs):
             raise UserError(
@@ -172,6 +222,27 @@ class LoraProduct(nn.Module):
         factor = magnitude * norm / jax.lax.stop_gradient(adapted)
         return y * factor.astype(y.dtype).reshape(kernel.shape[depth:])
 
+    def _multiply_stored(
+        self, x: jax.Array, kernel: jax.Array, dimension_numbers: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Multiplies by the kernel of the layer as it is stored, and returns its float32 values.
+
+        The layer has cast `kernel`; the cast one is not used, so that the backward pass reads the
+        stored one too.
+        """
+        scale, depth = None, len(dimension_numbers[0][0])
+        if self.lora.base == "int8":
+            shape = (*(1,) * depth, *kernel.shape[depth:])
+            scale = self.param(_SCALE, nn.initializers.ones, shape)
+        layer = self.scope.parent if self.scope is not None else None
+        stored = None if layer is None else layer.get_variable("params", "kernel")
+        if stored is None or stored.dtype == jnp.float32:
+            # While parameters are initialised, or for a model with float32 parameters.
+            return self.product(x, kernel, dimension_numbers), kernel
+        values = stored.astype(jnp.float32)
+        y: Any = dot_stored(x, stored, scale, depth)
+        return y, values if scale is None else values * scale
+
 
 def column_norms(kernel: Any, a: Any, b: Any, scale: float, *, xp: Any) -> tuple[Any, Any]:
     """Returns the norms of the columns of a kernel without and with its adapter.
@@ -181,6 +252,45 @@ def column_norms(kernel: Any, a: Any, b: Any, scale: float, *, xp: Any) -> tuple
     """
     kernel = kernel.astype(xp.float32)
     return tuple(xp.sqrt(xp.sum(w * w, axis=0)) for w in (kernel, kernel + scale * (a @ b)))
+
+
+def round_to_int8(kernel: Any, axes: tuple[int, ...], *, xp: Any) -> tuple[Any, Any]:
+    """Rounds a kernel to int8, symmetrically, with a scale for each output channel.
+
+    Args:
+      kernel: of any float dtype and shape.
+      axes: its input dimensions.
+      xp: `numpy` or `jax.numpy`.
+
+    Returns:
+      int8 of the shape of the kernel, and float32 scales, whose input dimensions are 1. A channel
+      of zeros has the scale 1.
+    """
+    kernel = kernel.astype(xp.float32)
+    scale = xp.max(xp.abs(kernel), axis=axes, keepdims=True) / xp.float32(_LEVELS)
+    scale = xp.where(scale > 0, scale, xp.float32(1))
+    return xp.round(kernel / scale).astype(xp.int8), scale
+
+
+def round_base(params: Mapping[str, np.ndarray], lora: Lora) -> dict[str, np.ndarray]:
+    """Rounds the kernels of base weights as a run with adapters does, and returns float arrays.
+
+    Args:
+      params: of the model without adapters, arrays by path, without stacked blocks.
+      lora: what the adapters were trained with.
+    """
+    rounded = dict(params)
+    for path, x in params.items():
+        if not lora.rounds(path):
+            continue
+        if lora.base == "bfloat16":
+            rounded[path] = x.astype(jnp.bfloat16).astype(x.dtype)
+            continue
+        # The projection of all heads takes several dimensions, the other layers take one.
+        inputs = x.ndim - 1 if path.endswith("/out/kernel") else 1
+        values, scale = round_to_int8(x, tuple(range(inputs)), xp=np)
+        rounded[path] = (values * scale).astype(x.dtype)
+    return rounded
 
 
 def merge_adapters(params: Mapping[str, np.ndarray], lora: Lora) -> dict[str, np.ndarray]:

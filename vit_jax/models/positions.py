@@ -5,6 +5,7 @@ Sine-cosine and rotary embeddings are functions of the row and the column of a p
 grid of any size and shape. Learned embeddings are interpolated to fit another grid.
 """
 
+import dataclasses
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -44,6 +45,30 @@ class Rotation(NamedTuple):
 
     cos: jax.Array
     sin: jax.Array
+
+
+class Coordinates(NamedTuple):
+    """Rows and columns of tokens, float32 `[length, 2]` or `[batch, length, 2]`; 0 for others."""
+
+    positions: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Relative:
+    """Which bias the attention of each query to each key has.
+
+    Attributes:
+      index: int32 `[queries, keys]`, or `[batch, queries, keys]`.
+      count: of biases.
+    """
+
+    index: jax.Array
+    count: int
+
+    def take(self, kept: jax.Array) -> "Relative":
+        """Returns that of the tokens `kept`, int32 `[batch, kept]`."""
+        index = self.index[kept[:, :, None], kept[:, None, :]]
+        return dataclasses.replace(self, index=index)
 
 
 def patch_grid(
@@ -93,6 +118,7 @@ def rotation_2d(
     theta: float,
     num_prefix_tokens: int,
     reference_grid: tuple[int, int] | None = None,
+    offset: float = 0.0,
     coordinates: RopeCoordinates = "index",
     noise: CoordinateNoise | None = None,
     rng: jax.Array | None = None,
@@ -103,8 +129,9 @@ def rotation_2d(
     pair j of an axis is position * theta^(-4 j / head_dim). Prefix tokens, which have no position,
     are not turned. `head_dim`, the number of channels of a head, must divide by 4.
 
-    Positions are 0, 1, 2, ... With a `reference_grid` of (rows, columns), they are those multiplied
-    by its size over that of `grid`, so that any grid spans the positions of the reference. If
+    Positions are 0, 1, 2, ... plus `offset`, which matters to prefix tokens alone. With a
+    `reference_grid` of (rows, columns), they are those multiplied by its size over that of `grid`,
+    so that any grid spans the positions of the reference. If
     `centered`, they are 2 pi times the coordinates of the centres of patches in (-1, 1), whatever
     the grid; these vary by `noise`, drawn from `rng`, if there is one.
 
@@ -120,7 +147,7 @@ def rotation_2d(
             positions, np_or_jnp = _move(positions, noise, rng), jnp
         positions = 2 * math.pi * positions
     else:
-        positions = indices * np.divide(reference_grid or grid, grid).reshape(2, 1, 1)
+        positions = (indices + offset) * np.divide(reference_grid or grid, grid).reshape(2, 1, 1)
     angles = positions * frequencies
     angles = np_or_jnp.repeat(np_or_jnp.concatenate(list(angles), axis=1), 2, axis=1)
     angles = np_or_jnp.concatenate([np.zeros((num_prefix_tokens, head_dim)), angles])
@@ -154,6 +181,7 @@ def rotation_of(
     theta: float,
     num_prefix_tokens: int,
     reference_grid: tuple[int, int] | None = None,
+    offset: float = 0.0,
     centered: bool = False,
 ) -> Rotation:
     """Returns `rotation_2d` for patches at given places, `[batch, prefix + tokens, head_dim]`.
@@ -162,6 +190,7 @@ def rotation_of(
     `[batch, tokens, 2]`.
     """
     places = coordinates.astype(jnp.float32)
+    places = places + offset if offset else places
     if centered:
         places = 2 * math.pi * (2 * (places + 0.5) / sizes - 1)
     elif reference_grid is not None:
@@ -179,9 +208,62 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     Takes `[batch, length, heads, head_dim]` of any floating dtype; shape and dtype are kept.
     """
     cos, sin = (table[..., None, :] for table in rotation)
+    return _turn(x, cos, sin)
+
+
+def _turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     even, odd = x[..., ::2], x[..., 1::2]
     turned = jnp.stack([-odd, even], axis=-1).reshape(x.shape)
     return (x * cos + turned * sin).astype(x.dtype)
+
+
+def locate_tokens(grid: tuple[int, int], num_prefix_tokens: int) -> Coordinates:
+    """Returns the rows and columns of prefix tokens, which have none, and of patches."""
+    places = np.indices(grid).reshape(2, -1).T
+    return Coordinates(jnp.asarray(np.pad(places, ((num_prefix_tokens, 0), (0, 0))), jnp.float32))
+
+
+def rotate_by(x: jax.Array, coordinates: Coordinates, frequencies: jax.Array) -> jax.Array:
+    """Rotates pairs of channels by angles with learned frequencies, in rows and in columns.
+
+    Pair j of a head is turned by the row times one frequency plus the column times another. Takes
+    `[batch, length, heads, head_dim]` of any floating dtype, whose shape and dtype are kept, and
+    `[2, heads, head_dim / 2]`. Source: arXiv:2403.13298, section 3.2 ("mixed").
+    """
+    angles = jnp.einsum("...na,ahj->...nhj", coordinates.positions, frequencies)
+    cos, sin = (jnp.repeat(table, 2, axis=-1) for table in (jnp.cos(angles), jnp.sin(angles)))
+    return _turn(x, cos, sin)
+
+
+def initial_frequencies(rng: jax.Array, shape: tuple[int, ...], theta: float) -> jax.Array:
+    """Draws the frequencies of `rotate_by`: those of `rotation_2d` for axes turned at random.
+
+    `shape` is `(2, heads, head_dim / 2)`; each head has an angle of its own. float32.
+    """
+    _, heads, pairs = shape
+    size = jnp.asarray(_rotation_frequencies(2 * pairs, theta), jnp.float32)
+    angle = 2 * math.pi * jax.random.uniform(rng, (heads, 1))
+    turned = jnp.concatenate([angle, angle + math.pi / 2], axis=1)[..., None]
+    rows, columns = size * jnp.sin(turned), size * jnp.cos(turned)
+    return jnp.stack([rows.reshape(heads, pairs), columns.reshape(heads, pairs)])
+
+
+def relate_tokens(grid: tuple[int, int], num_prefix_tokens: int) -> Relative:
+    """Returns an index by the distance in rows and columns, `[length, length]`.
+
+    The first biases are those of patches, row by row from the most negative distance, of the query
+    minus the key. The last three are of prefix tokens to patches, of patches to prefix tokens, and
+    among prefix tokens. Source: arXiv:2106.08254, and `gen_relative_position_index` of timm.
+    """
+    rows, columns = grid
+    places = np.indices(grid).reshape(2, -1)
+    down, right = places[:, :, None] - places[:, None, :] + np.reshape(grid, (2, 1, 1)) - 1
+    distances = (2 * rows - 1) * (2 * columns - 1)
+    index = np.pad(down * (2 * columns - 1) + right, ((num_prefix_tokens, 0),) * 2)
+    index[:num_prefix_tokens] = distances
+    index[:, :num_prefix_tokens] = distances + 1
+    index[:num_prefix_tokens, :num_prefix_tokens] = distances + 2
+    return Relative(jnp.asarray(index, jnp.int32), distances + 3)
 
 
 def resize_posemb(

@@ -74,6 +74,49 @@ def _multiply_bwd(depth: int, saved: _Pair, grad: jax.Array) -> _Pair:
 _multiply.defvjp(_multiply_fwd, _multiply_bwd)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def dot_stored(x: jax.Array, kernel: jax.Array, scale: jax.Array | None, depth: int) -> jax.Array:
+    """Multiplies tokens and a constant kernel that is stored in a smaller dtype.
+
+    The backward pass keeps the kernel as it is stored, and the kernel has no gradient.
+
+    Args:
+      x: float `[..., *inputs]`.
+      kernel: bfloat16 or int8 `[*inputs, *outputs]`.
+      scale: float32 `[1, ..., *outputs]` with as many dimensions, a factor of the values of the
+        kernel; None for none.
+      depth: number of `inputs`.
+
+    Returns:
+      `[..., *outputs]` of the dtype of `x`. Products are summed in float32 before they are scaled.
+    """
+    if scale is None:
+        return jnp.tensordot(x, kernel.astype(x.dtype), depth)
+    # All values of int8 are exact in the dtypes of `x`.
+    y = jnp.tensordot(x, kernel.astype(x.dtype), depth, preferred_element_type=jnp.float32)
+    return (y * scale.reshape(scale.shape[depth:])).astype(x.dtype)
+
+
+def _dot_stored_fwd(
+    x: jax.Array, kernel: jax.Array, scale: jax.Array | None, depth: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None]]:
+    return dot_stored(x, kernel, scale, depth), (kernel, scale)
+
+
+def _dot_stored_bwd(
+    depth: int, saved: tuple[jax.Array, jax.Array | None], grad: jax.Array
+) -> tuple[jax.Array, None, None]:
+    kernel, scale = saved
+    axes = [*range(grad.ndim - (kernel.ndim - depth), grad.ndim)], [*range(depth, kernel.ndim)]
+    dtype = grad.dtype
+    if scale is not None:
+        grad = (grad * scale.reshape(scale.shape[depth:])).astype(dtype)
+    return jnp.tensordot(grad, kernel.astype(dtype), axes), None, None
+
+
+dot_stored.defvjp(_dot_stored_fwd, _dot_stored_bwd)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply_float8(x: jax.Array, kernel: jax.Array, depth: int) -> jax.Array:
     return _multiply_float8_fwd(x, kernel, depth)[0]

@@ -397,6 +397,22 @@ def _check_positions(sizes: Mapping[str, Any], options: Mapping[str, Any]) -> No
 def _check_coordinates(options: Mapping[str, Any]) -> None:
     """Checks the options of rotary embeddings beside their base."""
     theta, coordinates = options.get("rope_theta"), options.get("rope_coordinates", "index")
+    mixed = options.get("rope_frequencies", "axial") == "mixed"
+    others = ("rope_reference_grid", "rope_register_theta", "rope_offset")
+    if mixed and (theta is None or coordinates != "index" or any(map(options.get, others))):
+        raise UserError(
+            f"model.rope_frequencies='mixed' with model.rope_theta={theta} and "
+            f"model.rope_coordinates={coordinates!r}: expected a rope_theta such as 10.0, "
+            "rope_coordinates='index', and no rope_reference_grid, rope_offset or "
+            "rope_register_theta"
+        )
+    offset = options.get("rope_offset", 0.0)
+    if offset and (theta is None or coordinates != "index"):
+        raise UserError(
+            f"model.rope_offset={offset} with model.rope_theta={theta} and "
+            f"model.rope_coordinates={coordinates!r}: expected a rope_theta such as 10000.0, and "
+            "rope_coordinates='index'"
+        )
     if coordinates != "index" and (theta is None or options.get("rope_reference_grid")):
         raise UserError(
             f"model.rope_coordinates={coordinates!r} with model.rope_theta={theta} and "

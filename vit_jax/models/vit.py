@@ -38,10 +38,13 @@ from vit_jax.models.patches import (
 )
 from vit_jax.models.positions import (
     CoordinateNoise,
+    Coordinates,
     RopeCoordinates,
     Rotation,
     fixed_positions,
+    locate_tokens,
     patch_grid,
+    relate_tokens,
     rotation_2d,
     rotation_of,
 )
@@ -50,7 +53,8 @@ from vit_jax.utils.errors import UserError
 
 Classifier = Literal["token", "gap", "map", "token_gap", "unpooled", "token_unpooled"]
 _WITH_CLASS_TOKEN = ("token", "token_gap", "token_unpooled")
-PositionEmbedding = Literal["learned", "factorized", "sincos2d", "sincos2d_mae", "none"]
+PositionEmbedding = Literal["learned", "factorized", "sincos2d", "sincos2d_mae", "relative", "none"]
+RopeFrequencies = Literal["axial", "mixed"]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -72,22 +76,33 @@ class VisionTransformer(nn.Module, kw_only=True):
         patches (`gap`) or attention pooling (`map`), both without a class token; the class token
         and the mean over patches, one behind the other (`token_gap`); or every token
         (`unpooled`, `token_unpooled`).
+      map_num_heads: attention heads of attention pooling; None for `num_heads`.
+      map_mlp_dim: hidden width of the MLP of attention pooling; None for `mlp_dim`.
       representation_size: width of the tanh layer `pre_logits` of the pre-training head; None for
         the fine-tuning head, which is one linear layer.
       resnet_layers: number of units in each stage of a ResNet in front of the patches (a hybrid);
         `()` for its root only, None for no ResNet.
       resnet_width: factor on the ResNet's 64 channels.
+      resnet_epsilon: added to the variances of the ResNet's kernels, as in timm, whose hybrids have
+        1e-8; None to add 1e-5 to their standard deviations, as the published hybrids do.
+      resnet_norm_epsilon: of the ResNet's group norms; timm has 1e-5.
       position_embedding: `learned`, the sum of one for the row and one for the column
         (`factorized`, as in NaViT), fixed 2D sines and cosines (`sincos2d`, or `sincos2d_mae` with
-        the frequencies of arXiv:2111.06377), or `none`.
+        the frequencies of arXiv:2111.06377), a learned bias of attention for each distance between
+        patches (`relative`, as in BEiT, arXiv:2106.08254), or `none`.
       posemb_grid: (rows, columns) of the learned or factorized position embeddings, which each call
         resizes to the grid of its images; None for that of the images.
       posemb_resize: how learned ones are resized; see `resampling.axis_weights`.
       posemb_keep_aspect: whether they are resized to the square of the longer side, of which an
         image takes the upper left part (`pos_embed_ar_preserving` of timm).
       rope_theta: base of a 2D rotary embedding of queries and keys, such as 100.0; None for none.
+      rope_frequencies: those of the rotary embedding: half of the channels for rows and half for
+        columns (`axial`), or learned ones for both in each head of each block, which start from
+        axes turned at random (`mixed`, arXiv:2403.13298).
       rope_reference_grid: (rows, columns) of patches whose positions any other grid spans, as in
         timm's models (16, 16); None for positions that are rows and columns of patches.
+      rope_offset: added to the rows and columns of patches, before a reference grid scales them, as
+        in the Perception Encoder (arXiv:2504.13181); class tokens and registers are not turned.
       rope_coordinates: positions of the rotary embedding: the `index` of rows and columns, or 2 pi
         times coordinates in (-1, 1) (`centered`), as in DINOv3 (arXiv:2508.10104).
       rope_shift, rope_jitter, rope_rescale: how centred coordinates vary in training, see
@@ -168,15 +183,21 @@ class VisionTransformer(nn.Module, kw_only=True):
     num_heads: int
     mlp_dim: int
     classifier: Classifier = "token"
+    map_num_heads: int | None = None
+    map_mlp_dim: int | None = None
     representation_size: int | None = None
     resnet_layers: tuple[int, ...] | None = None
     resnet_width: float = 1.0
+    resnet_epsilon: float | None = None
+    resnet_norm_epsilon: float = 1e-6
     position_embedding: PositionEmbedding = "learned"
     posemb_grid: tuple[int, int] | None = None
     posemb_resize: Method = "bilinear_antialias"
     posemb_keep_aspect: bool = False
     rope_theta: float | None = None
+    rope_frequencies: RopeFrequencies = "axial"
     rope_reference_grid: tuple[int, int] | None = None
+    rope_offset: float = 0.0
     rope_coordinates: RopeCoordinates = "index"
     rope_shift: float | None = None
     rope_jitter: float | None = None
@@ -233,6 +254,11 @@ class VisionTransformer(nn.Module, kw_only=True):
         return self.patch_size[0] * shrink, self.patch_size[1] * shrink
 
     @property
+    def relative_positions(self) -> bool:
+        """Whether attention has a bias for each distance between patches."""
+        return self.position_embedding == "relative"
+
+    @property
     def block_config(self) -> BlockConfig:
         """The options that all layers share: the attributes with the names of its fields."""
         names = [field.name for field in dataclasses.fields(BlockConfig)]
@@ -246,6 +272,7 @@ class VisionTransformer(nn.Module, kw_only=True):
             ),
             "model.patch_dropout_rate=0": not self.patch_dropout_rate,
             "model.rope_register_theta=None": self.rope_register_theta is None,
+            "model.rope_frequencies='axial'": self.rope_frequencies == "axial",
             "no model.rope_shift, rope_jitter and rope_rescale": not any(
                 (self.rope_shift, self.rope_jitter, self.rope_rescale)
             ),
@@ -321,8 +348,9 @@ class VisionTransformer(nn.Module, kw_only=True):
         x = images
         if self.resnet_layers is not None:
             width = round(64 * self.resnet_width)
-            x = resnet.apply_root(x, width, self.dtype)
-            x = resnet.apply_stages(x, self.resnet_layers, width, self.dtype)
+            layers = resnet.Layers(self.dtype, self.resnet_epsilon, self.resnet_norm_epsilon)
+            x = resnet.apply_root(x, width, layers)
+            x = resnet.apply_stages(x, self.resnet_layers, width, layers)
         if self.kernel_size is not None:
             return self._embed_patches(x)
         return nn.Conv(
@@ -370,7 +398,9 @@ class VisionTransformer(nn.Module, kw_only=True):
         by_layout = self.position_embedding == "factorized" or self.posemb_keep_aspect
         layout = grid_layout(grid) if by_layout else None
         grids = None if position_grid == grid and not by_layout else (position_grid, grid)
-        return self._encoder(grids)(x, rotation, patches, layout, train=train)
+        relative = relate_tokens(grid, self.num_prefix_tokens) if self.relative_positions else None
+        encoder = self._encoder(grids)
+        return encoder(x, rotation, patches, layout, relative=relative, train=train)
 
     def _encode_rows(self, batch: PatchBatch, *, train: bool) -> tuple[jax.Array, Segments]:
         """Encodes rows of patches: `[batch, prefix + tokens, hidden]`, and whose tokens these are.
@@ -394,6 +424,7 @@ class VisionTransformer(nn.Module, kw_only=True):
                 theta=self.rope_theta,
                 num_prefix_tokens=self.num_prefix_tokens,
                 reference_grid=self.rope_reference_grid,
+                offset=self.rope_offset,
                 centered=self.rope_coordinates == "centered",
             )
         grid = self.posemb_grid
@@ -436,9 +467,14 @@ class VisionTransformer(nn.Module, kw_only=True):
             name="Transformer",
         )
 
-    def _rotation(self, grid: tuple[int, int], *, train: bool) -> Rotation:
-        """Returns the rotation of class tokens, registers and patches, in this order."""
+    def _rotation(self, grid: tuple[int, int], *, train: bool) -> Rotation | Coordinates:
+        """Returns the rotation of class tokens, registers and patches, in this order.
+
+        With frequencies of the blocks, it is where these tokens are.
+        """
         assert self.rope_theta is not None
+        if self.rope_frequencies == "mixed":
+            return locate_tokens(grid, self.num_prefix_tokens)
         register_theta = self.rope_register_theta
         head_dim = self.hidden_size // self.num_heads
         noise = CoordinateNoise(self.rope_shift, self.rope_jitter, self.rope_rescale)
@@ -448,6 +484,7 @@ class VisionTransformer(nn.Module, kw_only=True):
             theta=self.rope_theta,
             num_prefix_tokens=self.num_prefix_tokens if register_theta is None else 0,
             reference_grid=self.rope_reference_grid,
+            offset=self.rope_offset,
             coordinates=self.rope_coordinates,
             noise=noise,
             rng=self.make_rng("dropout") if train and any(noise) else None,
@@ -472,8 +509,11 @@ class VisionTransformer(nn.Module, kw_only=True):
                 return mean
             return jnp.concatenate([encoded[:, 0], mean], axis=-1)
         if self.classifier == "map":
-            return MAPHead(self.block_config, name="MAPHead_0")(encoded, train=train)
+            return self._map_head()(encoded, train=train)
         return encoded
+
+    def _map_head(self) -> MAPHead:
+        return MAPHead(self.block_config, self.map_num_heads, self.map_mlp_dim, name="MAPHead_0")
 
     def _pool_rows(self, encoded: jax.Array, segments: Segments, *, train: bool) -> jax.Array:
         """Represents each image of each row: `[batch * images, hidden]`."""
@@ -485,8 +525,7 @@ class VisionTransformer(nn.Module, kw_only=True):
             if self.classifier == "token_gap":
                 x = jnp.concatenate([encoded[:, :1], x], axis=-1)
         elif self.classifier == "map":
-            head = MAPHead(self.block_config, name="MAPHead_0")
-            x = head(encoded, segments.members(), train=train)
+            x = self._map_head()(encoded, segments.members(), train=train)
         else:
             return encoded
         return x.reshape(-1, x.shape[-1])

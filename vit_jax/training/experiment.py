@@ -177,6 +177,12 @@ class Experiment(Parts):
         return jax.jit(self._make_state)
 
     def _make_state(self, params: Any = None) -> TrainState:
+        state = self._make_float_state(params)
+        stored = self.settings.lora.store(state.params)
+        average = self.settings.lora.store(state.ema_params)
+        return dataclasses.replace(state, params=stored, ema_params=average)
+
+    def _make_float_state(self, params: Any = None) -> TrainState:
         batch = {k: jnp.zeros((1, *v.shape[1:]), v.dtype) for k, v in self.abstract_batch.items()}
         return step_lib.init_state(
             step_lib.init_rng(self.settings.seed),
@@ -240,7 +246,8 @@ class Experiment(Parts):
             log(f"parameters from {self.settings.init_from} ({weights.layout})")
             for note in [*notes, *self._compare_classes(weights, notes)]:
                 log(f"  {note}")
-        return initialize(params | parts)
+        # On the host, so that devices never hold the base as float32.
+        return initialize(self.settings.lora.store(params, xp=np) | parts)
 
     def keep(self, params: Params) -> Params:
         """Returns the part of a tree of parameters that checkpoints hold.
@@ -257,6 +264,7 @@ class Experiment(Parts):
           weights: those of `init_from`.
         """
         params, _ = self.fit_params(weights, self.initial_params())
+        params = self.settings.lora.store(params, xp=np)
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state.params)
         frozen, where = (self.optimizer.rules.split(tree)[1] for tree in (params, shardings))
 
@@ -278,8 +286,8 @@ class Experiment(Parts):
         ][:1]
 
     def initial_params(self) -> Params:
-        """Randomly initialised parameters, in the memory of the host."""
-        return jax.device_get(jax.jit(lambda: self._make_state().params)())
+        """Randomly initialised parameters, float32, in the memory of the host."""
+        return jax.device_get(jax.jit(lambda: self._make_float_state().params)())
 
     def fit_params(self, weights: Weights, initial: Params) -> tuple[Params, list[str]]:
         """Adapts the parameters of a checkpoint to this model.

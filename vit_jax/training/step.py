@@ -95,8 +95,9 @@ def train_step(
 
     Returns:
       The new state, and the float32 scalars `loss, lr, grad_norm, param_norm`. `grad_norm` is over
-      the trained parameters, `param_norm` over all. With SAM, `loss` is that of the parameters
-      themselves, and `grad_norm` that of the gradient that updates them.
+      the trained parameters, `param_norm` over all but those that are stored as int8. With SAM,
+      `loss` is that of the parameters themselves, and `grad_norm` that of the gradient that updates
+      them.
     """
     augment_rng, loss_rng = jax.random.split(step_rng(seed, state.step))
     batch = objective.augment(batch, augment_rng)
@@ -136,7 +137,7 @@ def train_step(
     metrics |= {
         "lr": lr,
         "grad_norm": global_norm(grads, sharded=optimizer.sharded),
-        "param_norm": global_norm(params, sharded=optimizer.sharded, updated=True),
+        "param_norm": global_norm(_floats(params), sharded=optimizer.sharded, updated=True),
     }
     ema_params = state.ema_params
     if ema_params is not None:
@@ -158,6 +159,10 @@ def train_step(
     if on_divergence is not None:
         metrics["grad_norms"] = _norms_by_layer(grads, sharded=optimizer.sharded)
     return TrainState(state.step + 1, *new), metrics
+
+
+def _floats(params: Params) -> list[jax.Array]:
+    return [x for x in jax.tree.leaves(params) if x.dtype != jnp.int8]
 
 
 def layer_names(params: Params) -> list[str]:

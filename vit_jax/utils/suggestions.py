@@ -73,6 +73,7 @@ _KEYS = {
     "model.patch_dropout_rate": "patch_drop_rate patch_dropout",
     "lora.rank": "lora_r lora_rank r",
     "lora.alpha": "lora_alpha",
+    "lora.base": "load_in_8bit",
     "lora.targets": "lora_target_modules target_modules",
     "lora.patterns": "rank_pattern alpha_pattern",
     "lora.scaling": "use_rslora",

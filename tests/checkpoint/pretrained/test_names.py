@@ -77,7 +77,7 @@ def test_two_tensors_never_become_one():
     [
         ("layers.0.blocks.1.attn.relative_position_bias_table", "Swin"),
         ("swin.encoder.layers.0.blocks.0.layernorm_before.bias", "Swin"),
-        ("blocks.0.attn.relative_position_bias_table", "BEiT"),
+        ("encoder.layer.0.attention.attention.relative_position_bias.table", "BEiT"),
         ("rel_pos_bias.relative_position_bias_table", "BEiT"),
         ("blocks_token_only.0.attn.q.weight", "CaiT"),
         ("blocks.3.attn.rel_pos_h", "SAM"),

@@ -12,7 +12,7 @@ from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.safetensors import MODEL_KEYS
 from vit_jax.checkpoint.pretrained.timm import read_timm
 from vit_jax.checkpoint.pretrained.timm_config import make_timm_config
-from vit_jax.checkpoint.pretrained.timm_tensors import to_timm
+from vit_jax.checkpoint.pretrained.timm_tensors import TIMM_RESNET, to_timm
 from vit_jax.checkpoint.pretrained.weights import Weights, infer_model
 
 NAMES = ("ant", "bee", "ça va")
@@ -54,7 +54,7 @@ def describe(params, model, **preprocess):
         {"rope_theta": 50.0, "activation": "gelu_erf", "num_registers": 1},
         {"rope_theta": 100.0, "activation": "swiglu", "position_embedding": "none"},
         {"rope_theta": 9.0, "activation": "gelu_erf", "rope_reference_grid": (8, 8)},
-        {"resnet_layers": (), "patch_size": 2},
+        {"resnet_layers": (), "patch_size": 2, **TIMM_RESNET},
         DINOV3 | {"activation": "gelu_erf"},
         DINOV3 | {"activation": "swiglu", "mlp_dim": 20, "qkv_bias": "none", "classifier": "gap"},
         DINOV3 | {"activation": "gelu_erf", "norm_epsilon": 1e-6, "mlp_norm": True},

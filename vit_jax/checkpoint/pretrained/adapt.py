@@ -21,6 +21,7 @@ from vit_jax.checkpoint.pretrained.weights import (
     OBJECTIVE_PARAMS,
     POSEMB,
     REGISTERS,
+    RELATIVE,
     Weights,
     find_grid,
     stack_blocks,
@@ -47,8 +48,12 @@ _EMBEDDINGS = ("embedding/kernel", "stem/kernel", "conv_root/kernel")
 _ARGUMENTS = (
     "activation",
     "norm_epsilon",
+    "resnet_epsilon",
+    "resnet_norm_epsilon",
     "rope_theta",
     "rope_reference_grid",
+    "rope_offset",
+    "map_num_heads",
     "rope_coordinates",
     "rope_register_theta",
     "position_embedding",
@@ -575,6 +580,13 @@ def _check_fit(params: _Flat, initial: _Flat) -> None:
         *(f"{path} {ours[path]} is not in the file" for path in ours if path not in theirs),
         *(f"{path} {theirs[path]} is not in the model" for path in theirs if path not in ours),
     ]
+    relative = [p for p in ours if p.endswith(f"/{RELATIVE}") and theirs.get(p, ours[p]) != ours[p]]
+    if relative:
+        raise UserError(
+            f"init_from does not fit the model: {relative[0]} is {theirs[relative[0]]} in the "
+            f"file, {ours[relative[0]]} in the model; relative positions are not resized: expected "
+            "images of the size that the file is for"
+        )
     if problems:
         more = len(problems) - _MAX_LISTED
         raise UserError(

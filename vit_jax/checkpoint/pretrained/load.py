@@ -47,7 +47,7 @@ from vit_jax.checkpoint.pretrained.weights import (
     unstack_blocks,
 )
 from vit_jax.checkpoint.workdir import read_config, read_labels
-from vit_jax.models.lora import Lora, merge_adapters
+from vit_jax.models.lora import Lora, merge_adapters, round_base
 from vit_jax.models.names import guess_variant
 from vit_jax.models.two_towers import TOWERS
 from vit_jax.utils.bounds import MAX_WEIGHTS, check_growth, check_tree, open_outside, read_json
@@ -296,7 +296,7 @@ def read_run(folder: Path, *, part: str = "", bases: int = 0) -> Weights:
     try:
         if "lora" in described:
             run = _find_base(flat, described, folder, bases=bases)
-            flat = merge_adapters(run.params | run.trained, run.lora)
+            flat = merge_adapters(round_base(run.params, run.lora) | run.trained, run.lora)
         weights = check_description(_describe(flat, described, folder, part))
     except (ValueError, TypeError, AttributeError, KeyError) as e:
         raise UserError(f"{folder}: its description: {first_line(e)}") from None

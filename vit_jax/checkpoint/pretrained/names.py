@@ -29,7 +29,8 @@ _ATTRIBUTES = {"module", "model", "backbone", "encoder", "net", "network", "stud
 _FAMILIES = (
     (r"\.lora_A\.", "folder of adapters of PEFT, without the adapter_config.json beside it"),
     (r"(^|\.)layers\.\d+\.blocks\.\d+\.", "Swin Transformer"),
-    (r"relative_position_bias", "BEiT"),
+    (r"^rel_pos_bias\.relative_position_bias", "BEiT with one bias for all blocks"),
+    (r"^((?!blocks\.\d+\.attn\.).)*relative_position_bias", "BEiT"),
     (r"(^|\.)blocks_token_only\.", "CaiT"),
     (r"(^|\.)cls_attn_blocks\.", "XCiT"),
     (r"\.rel_pos_[hw]$", "SAM"),

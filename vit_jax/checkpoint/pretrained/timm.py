@@ -23,6 +23,7 @@ from vit_jax.checkpoint.pretrained.config_json import (
 from vit_jax.checkpoint.pretrained.names import TIMM_PATCHES, describe_family
 from vit_jax.checkpoint.pretrained.originals import Original, read_original
 from vit_jax.checkpoint.pretrained.timm_tensors import (
+    TIMM_RESNET,
     find_positions,
     pop_mask_token,
     to_linen,
@@ -55,7 +56,9 @@ _NUM_HEADS = (
     (re.compile(r"test_vit2?$"), 2),
     (re.compile(r"test_vit[34]$"), 3),
 )
-_SIZED = re.compile(r"(?:vit|deit3?|flexivit|eva(?:02)?)_([a-z0-9]+)(?:_|$)")
+_SIZED = re.compile(
+    r"(?:vit(?:_pe_core)?|deit3?|flexivit|eva(?:02)?|beit(?:v2)?)_([a-z0-9]+)(?:_|$)"
+)
 _NUM_HEADS_BY_SIZE = {
     "tiny": 3,
     "wee": 4,
@@ -71,12 +74,15 @@ _NUM_HEADS_BY_SIZE = {
 }
 # Architectures of timm whose class token and registers have no position embedding.
 _NO_EMBED_CLASS = re.compile(
-    r"deit3_|flexivit_|vit_(?!so150m)\w+_reg\d+_(gap|dinov2)|vit_[a-z]+_patch\d+_rope_ape_"
+    r"deit3_|flexivit_|vit_(?!so150m)\w+_reg\d+_(gap|dinov2)|vit_[a-z]+_patch\d+_rope_(mixed_)?ape_"
 )
 # Backbones of DINOv3 and models like it, whose rotary embeddings have centred coordinates.
 _CENTERED = re.compile(r"vit_\w+_patch\d+_(dinov3|lingbot)")
 # Models of the class `Eva` without rotary embeddings.
 _EVA_V1 = re.compile(r"eva_")
+# Perception Encoders, with the size of their patches and of the images they were trained on.
+_PERCEPTION = re.compile(r"vit_pe_core_[a-z]+_patch(\d+)_(\d+)")
+_PERCEPTION_POOL_HEADS = 8
 # In timm these SigLIP models, and no others, approximate GELU by tanh.
 _TANH_GELU = re.compile(
     r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip"
@@ -91,16 +97,18 @@ _SHOWN = {
     *("class_token", "reg_tokens", "num_reg_tokens", "distilled", "use_abs_pos_emb", "pos_embed"),
     *("pre_norm", "final_norm", "fc_norm", "use_fc_norm", "attn_type", "embed_norm_layer"),
     *("use_pre_transformer_norm", "use_post_transformer_norm", "img_size", "no_embed_class"),
+    *("use_rel_pos_bias", "use_shared_rel_pos_bias"),
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
     *("drop_path_rate", "weight_init", "fix_init", "head_init_scale"),
     *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "device", "dtype"),
 }
+_RELATIVE = "blocks.0.attn.relative_position_bias_table"
 _QUERY_BIASES = ("qkv.bias", "q_bias", "q_proj.bias")
 _QUERY_NORM = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query_norm/scale"
 # Arguments that are used, and values of others with which the function is that of a model here.
 _USED = {"num_heads", "global_pool", "act_layer", "pool_include_prefix", "use_rot_pos_emb"} | {
     *("rope_temperature", "rope_grid_indexing", "ref_feat_shape", "rope_type", "rope_rotate_half"),
-    *("norm_layer", "qkv_bias_separate"),
+    *("norm_layer", "qkv_bias_separate", "rope_grid_offset", "attn_pool_num_heads"),
     *("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"),  # in training alone
 }
 _LAYER_NORMS = ("", "layernorm", "LayerNorm", "layer_norm")
@@ -108,10 +116,9 @@ _RMS_NORMS = ("rmsnorm", "RmsNorm", "rms_norm")
 _EXPECTED: dict[str, tuple[Any, ...]] = {
     "attn_layer": ("", "attn"),
     "use_post_norm": (False,),
-    "rope_type": ("", "cat", "dinov3"),
+    "rope_type": ("", "cat", "dinov3", "mixed"),
     "gated_attn": (False,),
     "attn_only_layer_scale": (False,),
-    "rope_grid_offset": (0,),
     "rope_grid_indexing": ("ij", "xy"),
     "rope_rotate_half": (False, True),
     "global_pool": ("", "avg", "token", "map"),
@@ -150,10 +157,23 @@ def read_timm(
     classifier, notes = _find_classifier(tensors, config, options)
     notes += rope.notes
     average = classifier in ("gap", "map") and "cls_token" in tensors
-    implied = imply_num_heads(architecture)
+    implied = _show_num_heads(tensors) or imply_num_heads(architecture)
     if original is not None:
         implied = implied or original.num_heads
         notes += original.notes
+    pool_heads = options.get("attn_pool_num_heads")
+    if pool_heads is None and _PERCEPTION.match(architecture):
+        pool_heads = _PERCEPTION_POOL_HEADS
+    if not isinstance(pool_heads, int | None) or (pool_heads or 1) < 1:
+        raise ValueError(
+            f"model_args.attn_pool_num_heads={shorten(pool_heads)} in config.json: expected an "
+            "integer above 0"
+        )
+    if pool_heads and tensors[TIMM_PATCHES].shape[0] % pool_heads:
+        raise ValueError(
+            f"{pool_heads} heads of attention pooling do not divide the width of "
+            f"{tensors[TIMM_PATCHES].shape[0]}: correct attn_pool_num_heads in config.json"
+        )
     slots, grid, more = _find_positions(tensors, config, original)
     notes += more
     params, more = to_linen(
@@ -162,12 +182,15 @@ def read_timm(
             (n for n in (num_heads, options.get("num_heads")) if n is not None), implied
         ),
         num_slots=slots,
+        pool_heads=pool_heads,
         average=average,
         swap_axes=rope.swap_axes,
         halves=rope.halves,
         fill_biases=original is None and rope.coordinates == "index",
     )
     model = describe_model(params, rope_theta=rope.theta) | {"classifier": classifier}
+    if rope.offset:
+        model["rope_offset"] = rope.offset
     if rope.coordinates != "index":
         model["rope_coordinates"] = rope.coordinates
     check_sizes(options, _list_arguments(options, tensors, params, model), where="model_args.")
@@ -179,6 +202,8 @@ def read_timm(
         stated = {k: x for k, x in original.model.items() if k != "activation"}
         settings, settings_notes = settings | stated, []
     model = settings | model | {"rope_reference_grid": rope.reference}
+    if "resnet_layers" in model:
+        model |= TIMM_RESNET
     _check_pooling(architecture, options, model, params)
     preprocess, image_notes = _read_timm_images(config.get("pretrained_cfg", config))
     names, name_notes = _read_names(config, params)
@@ -220,6 +245,13 @@ def _check_architecture(tensors: Mapping[str, np.ndarray], architecture: str) ->
             f"{named}: it has a norm in front of the blocks (norm_pre), and either only one of its "
             "tensors or a bias of the patches too, as no model here"
         )
+    if re.match(r"vit_pe_(lang|spatial)_", architecture):
+        raise ValueError(f"{named}: it has no norm behind the blocks, as every model here has")
+    if _RELATIVE in tensors and "pos_embed" in tensors:
+        raise ValueError(
+            f"{named}: it has both position embeddings (pos_embed) and relative position biases, "
+            "as no model here"
+        )
     if "_sapiens2" in architecture:
         raise ValueError(f"{named}: several heads share keys and values, as in no model here")
     if "_rpn_" in architecture or architecture.startswith("eva02_enormous_"):
@@ -229,6 +261,14 @@ def _check_architecture(tensors: Mapping[str, np.ndarray], architecture: str) ->
     if not {"blocks.0.attn.qkv.weight", "blocks.0.attn.q_proj.weight"} & tensors.keys():
         found = next((name for name in sorted(tensors) if name.startswith("blocks.0.")), "none")
         raise ValueError(f"{named}: it has {found} in place of blocks.0.attn.qkv, as no model here")
+
+
+def _show_num_heads(tensors: Mapping[str, np.ndarray]) -> int | None:
+    """Returns the attention heads that parameters of positions are of; None without these."""
+    if _RELATIVE in tensors:
+        return tensors[_RELATIVE].shape[-1]
+    frequencies = tensors.get("rope.freqs")
+    return frequencies.shape[2] if frequencies is not None and frequencies.ndim == 4 else None
 
 
 def imply_num_heads(architecture: str) -> int | None:
@@ -263,6 +303,8 @@ def _list_arguments(
     scaled_attention, scaled_mlp = (f"blocks.0.{x}.norm.weight" in tensors for x in ("attn", "mlp"))
     scaled = "layer_scale_init" in model
     positions = "pos_embed" in tensors
+    rope_type = "dinov3" if model.get("rope_coordinates") == "centered" else "cat"
+    rope_type = "mixed" if model.get("rope_frequencies") == "mixed" else rope_type
     found: dict[str, Any] = _list_sizes(params, model) | {
         "embed_dim": width,
         "depth": model["num_layers"],
@@ -277,7 +319,9 @@ def _list_arguments(
         "proj_bias": "blocks.0.attn.proj.bias" in tensors,
         "scale_attn_norm": scaled_attention,
         "scale_attn_inner": scaled_attention,
-        "rope_type": "dinov3" if model.get("rope_coordinates") == "centered" else "cat",
+        "rope_type": rope_type,
+        "use_rel_pos_bias": model["position_embedding"] == "relative",
+        "use_shared_rel_pos_bias": False,
         "scale_mlp_norm": scaled_mlp,
         "scale_mlp": scaled_mlp,
         "swiglu_mlp": gated,
@@ -289,6 +333,8 @@ def _list_arguments(
     }
     if norm or fc_norm:
         found |= {"fc_norm": fc_norm, "use_fc_norm": fc_norm}
+    if heads := _show_num_heads(tensors):
+        found["num_heads"] = heads
     if "qk_norm" in model:
         found["num_heads"] = width // params[_QUERY_NORM].size
     if bool(options.get("init_values")) != scaled and options.get("init_values") != 0:
@@ -338,12 +384,6 @@ def _check_pooling(
             "model_args.pool_include_prefix=True in config.json: a mean over patches and other "
             "tokens, which no model here has"
         )
-    heads = options.get("attn_pool_num_heads")
-    if model["classifier"] == "map" and heads not in (None, model["num_heads"]):
-        raise ValueError(
-            f"model_args.attn_pool_num_heads={heads} in config.json: expected {model['num_heads']},"
-            " as many as in the blocks"
-        )
 
 
 def _note_dropped_pixels(image_size: tuple[int, int], model: dict[str, Any]) -> list[str]:
@@ -376,6 +416,7 @@ class _Rope(NamedTuple):
 
     theta: float | None
     reference: tuple[int, int] | None = None
+    offset: float = 0.0
     coordinates: RopeCoordinates = "index"
     swap_axes: bool = False
     halves: bool = False
@@ -393,11 +434,25 @@ def _find_rope(
         coordinates = original.model.get("rope_coordinates", "index")
         theta = original.model["rope_theta"]
         return _Rope(theta, coordinates=coordinates, halves=original.halves)
-    if "rope.freqs" in tensors:
-        raise ValueError("rotary embeddings with learned frequencies (rope.freqs) are unknown here")
     theta, reference, indexing, notes = None, None, "ij", []
+    mixed, offset = "rope.freqs" in tensors, 0.0
+    if _RELATIVE in tensors:
+        return _Rope(None)
+    if mixed:
+        # What the frequencies started from; they are in the file.
+        theta, indexing = 10.0, "xy"
+        if not architecture and "rope_grid_indexing" not in options:
+            notes = [f"{_NO_CONFIG}: assuming rope_grid_indexing='xy', as in timm's rope_mixed"]
+    elif options.get("rope_type") == "mixed":
+        raise ValueError("model_args.rope_type='mixed' in config.json: rope.freqs is missing")
     centered = options.get("rope_type") == "dinov3"
-    if _CENTERED.match(architecture):
+    if mixed:
+        pass
+    elif perception := _PERCEPTION.match(architecture):
+        patch, size = map(int, perception.groups())
+        theta, indexing, reference = 10_000.0, "xy", (size // patch, size // patch)
+        offset = 1.0 if "cls_token" in tensors else 0.0
+    elif _CENTERED.match(architecture):
         theta, centered = 100.0, options.get("rope_type", "dinov3") == "dinov3"
     elif re.match(r"vit_\w+_rope_reg\d+_gap_|eva02_", architecture):
         theta, reference = 10_000.0, _ROPE_REFERENCE
@@ -411,8 +466,8 @@ def _find_rope(
         if "pos_embed" in tensors or "cls_token" in tensors or architecture:
             raise ValueError(
                 f"tensors of timm's class Eva, architecture {architecture or 'unknown'}: only "
-                "eva*, vit_*_dinov3, vit_*_rope_reg*_gap_* and vit_*_rope_* are known here, from "
-                "the config.json beside the file"
+                "eva*, vit_*_dinov3, vit_*_rope_reg*_gap_*, vit_*_rope_* and vit_pe_core_* are "
+                "known here, from the config.json beside the file"
             )
         theta, reference = 10_000.0, _ROPE_REFERENCE
         notes = [
@@ -428,11 +483,18 @@ def _find_rope(
             "above 0"
         )
     theta = float(temperature)
-    if "ref_feat_shape" in options:
+    offset = options.get("rope_grid_offset", offset)
+    if not is_number(offset) or (offset and (mixed or centered)):
+        raise ValueError(
+            f"model_args.rope_grid_offset={shorten(offset)} in config.json: expected a number, 0 "
+            "with rope_type='mixed' or 'dinov3'"
+        )
+    if "ref_feat_shape" in options and not mixed:
         reference = read_pair(options["ref_feat_shape"], "model_args.ref_feat_shape in config.json")
     return _Rope(
         theta,
         None if centered else reference,
+        float(offset),
         "centered" if centered else "index",
         swap_axes=options.get("rope_grid_indexing", indexing) == "xy",
         halves=options.get("rope_rotate_half", centered and "rope_type" not in options),

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.checkpoint.pretrained.timm_tensors import TIMM_RESNET
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
     check_sizes_stay,
@@ -87,6 +88,12 @@ def make_timm_config(weights: Weights) -> tuple[dict[str, Any], list[str]]:
     head = weights.params.get("head/kernel")
     num_classes = 0 if head is None else int(head.shape[-1])
     images, notes = _describe_images(weights.preprocess)
+    ours = {key: model.get(key) for key in TIMM_RESNET}
+    if model.get("resnet_layers") is not None and ours != TIMM_RESNET:
+        notes.append(
+            f"model.resnet_epsilon={ours['resnet_epsilon']}: timm's hybrids have "
+            f"{TIMM_RESNET['resnet_epsilon']}, and compute slightly other logits"
+        )
     size = weights.preprocess.get("image_size")
     if size is None and (grid := find_grid(model, weights.preprocess)):
         size = image_size_of(grid, model)

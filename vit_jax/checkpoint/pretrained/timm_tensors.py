@@ -5,10 +5,6 @@ Kernels are transposed and fused projections split, so values stay equal to the 
 token and its position embedding are added where they become one. Tensors without a place in the
 models of this package keep their names.
 
-Only hybrids compute something else in timm: it standardises kernels with 1e-8 added to the
-variance, while the published weights were trained with 1e-5 added to the deviation. Logits differ
-in the fifth digit.
-
 Source: timm 1.0.31, `models/vision_transformer.py`, `vision_transformer_hybrid.py`, `eva.py` and
 `deit.py`.
 """
@@ -21,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint.pretrained.weights import POSEMB, infer_model
+from vit_jax.checkpoint.pretrained.weights import FREQUENCIES, POSEMB, RELATIVE, infer_model
 from vit_jax.models.positions import FIXED_POSITIONS, fixed_positions
 from vit_jax.models.resnet import total_stride
 from vit_jax.models.variants import SIZES
@@ -40,6 +36,10 @@ _ROTATED = re.compile(
 )
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _UNIT = re.compile(r"patch_embed\.backbone\.stages\.(\d+)\.blocks\.(\d+)\.")
+
+# The arithmetic of its ResNets. That of the project that published the weights is the default of
+# `VisionTransformer`; logits differ in the fourth digit.
+TIMM_RESNET = {"resnet_epsilon": 1e-8, "resnet_norm_epsilon": 1e-5}
 
 # Names that mean the same in other classes and releases.
 _SYNONYMS = (
@@ -94,6 +94,7 @@ def to_linen(
     *,
     num_heads: int | None,
     num_slots: int,
+    pool_heads: int | None = None,
     average: bool = False,
     swap_axes: bool = False,
     halves: bool = False,
@@ -105,6 +106,7 @@ def to_linen(
       tensors: arrays of any float dtype by name.
       num_heads: attention heads, which the shape of a fused projection does not show; None for
         the usual number for the width.
+      pool_heads: heads of attention pooling; None for `num_heads`.
       num_slots: position embeddings in front of those of the patches, see `find_positions`.
       average: whether the mean over patches, or attention pooling, is classified instead of the
         class token, which then becomes a register.
@@ -145,16 +147,21 @@ def to_linen(
     layers = _count_layers(rest)
     _split_gates(rest, layers)
     for theirs, ours, names in _projections(layers, pooled="attn_pool.latent" in rest):
-        _read_heads(rest, theirs, params, ours, names, num_heads)
+        heads = num_heads if ours.startswith("Transformer/") else pool_heads or num_heads
+        _read_heads(rest, theirs, params, ours, names, heads)
     for theirs, ours in _modules(layers, _count_units(rest)):
         _read_module(rest, theirs, params, ours)
     for theirs, ours in _tensors(layers):
         if theirs in rest:
             params[ours] = rest.pop(theirs)
+    mixed = any(path.endswith(f"/{FREQUENCIES}") for path in params)
     for path, x in params.items():
         if _OUTPUT.search(path):
-            params[path] = x.reshape(num_heads, -1, x.shape[1])
-        elif swap_axes and _ROTATED.match(path):
+            heads = num_heads if path.startswith("Transformer/") else pool_heads or num_heads
+            params[path] = x.reshape(heads, -1, x.shape[1])
+        elif swap_axes and path.endswith(f"/{FREQUENCIES}"):
+            params[path] = x[::-1]
+        elif swap_axes and not mixed and _ROTATED.match(path):
             params[path] = np.roll(x, x.shape[-1] // 2, axis=-1)
         elif halves and _ROTATED.match(path):
             params[path] = _interleave(x)
@@ -336,7 +343,19 @@ def _check_expressible(model: Mapping[str, Any], grid: tuple[int, int] | None) -
             "timm's model with rotary embeddings computes exact GELU; train with "
             "model.activation='gelu_erf' or 'swiglu'"
         )
-    for key in ("rope_register_theta", "untied_norm"):
+    positions = model.get("position_embedding")
+    if positions == "relative" or model.get("rope_frequencies", "axial") != "axial":
+        key = "position_embedding" if positions == "relative" else "rope_frequencies"
+        raise ValueError(
+            f"model.{key}={model[key]!r}: read from files of timm, but not written; a .npz holds it"
+        )
+    for key in (
+        "rope_register_theta",
+        "untied_norm",
+        "rope_offset",
+        "map_num_heads",
+        "map_mlp_dim",
+    ):
         if model.get(key):
             raise ValueError(f"timm has no model with model.{key}={model[key]}; a .npz holds it")
     if rope and model.get("resnet_layers") is not None:
@@ -361,7 +380,24 @@ def _join_parts(tensors: Mapping[str, np.ndarray]) -> _Arrays:
             if like is not None:  # Eva's keys have no bias.
                 arrays = [np.zeros_like(like) if x is None else x for x in arrays]
                 joined[f"blocks.{i}.{whole}"] = np.concatenate(arrays)
+        # An index that follows from the grid, in files of older releases.
+        joined.pop(f"blocks.{i}.attn.relative_position_index", None)
+    _split_frequencies(joined)
     return joined
+
+
+def _split_frequencies(tensors: _Arrays) -> None:
+    """Gives each block its frequencies of rotary embeddings, `[2, heads, pairs]`."""
+    frequencies = tensors.pop("rope.freqs", None)
+    if frequencies is None:
+        return
+    layers = _count_layers(tensors)
+    if frequencies.ndim != 4 or frequencies.shape[:2] != (2, layers):
+        raise ValueError(
+            f"rope.freqs is {list(frequencies.shape)}: expected [2, {layers}, heads, pairs]"
+        )
+    for i in range(layers):
+        tensors[f"blocks.{i}.attn.freqs"] = frequencies[:, i]
 
 
 def _count_layers(tensors: Mapping[str, Any]) -> int:
@@ -393,6 +429,9 @@ def _tensors(layers: int) -> Iterator[tuple[str, str]]:
         ours = f"Transformer/encoderblock_{i}"
         yield f"blocks.{i}.ls1.gamma", f"{ours}/LayerScale_0/scale"
         yield f"blocks.{i}.ls2.gamma", f"{ours}/LayerScale_1/scale"
+        attention = f"{ours}/MultiHeadDotProductAttention_0"
+        yield f"blocks.{i}.attn.relative_position_bias_table", f"{attention}/{RELATIVE}"
+        yield f"blocks.{i}.attn.freqs", f"{attention}/{FREQUENCIES}"
     yield "attn_pool.latent", "MAPHead_0/probe"
 
 

@@ -241,6 +241,7 @@ def describe_model(params: Mapping[str, np.ndarray], *, rope_theta: float | None
     """Returns `infer_model` of a file whose position embeddings are learned or none."""
     positions = "learned" if POSEMB in params else "none"
     positions = "factorized" if f"{POSEMB}_y" in params else positions
+    positions = "relative" if f"{_ATTENTION_0}/{RELATIVE}" in params else positions
     return infer_model(params) | {"position_embedding": positions, "rope_theta": rope_theta}
 
 
@@ -358,6 +359,9 @@ def _infer_text(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     return found
 
 
+# Parameters of attention that depend on the position.
+RELATIVE, FREQUENCIES = "relative_position_bias", "rope_frequencies"
+
 _BLOCK_0 = "Transformer/encoderblock_0"
 _ATTENTION_0 = f"{_BLOCK_0}/MultiHeadDotProductAttention_0"
 
@@ -373,6 +377,8 @@ def _infer_encoder(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         f"{_BLOCK_0}/MlpBlock_0/gate/kernel": {"activation": "swiglu"},
         f"{_ATTENTION_0}/query_norm/scale": {"qk_norm": True},
         f"{_ATTENTION_0}/norm/scale": {"attention_norm": True},
+        f"{_ATTENTION_0}/{RELATIVE}": {"position_embedding": "relative"},
+        f"{_ATTENTION_0}/{FREQUENCIES}": {"rope_frequencies": "mixed"},
         f"{_BLOCK_0}/MlpBlock_0/norm/scale": {"mlp_norm": True},
         f"{_BLOCK_0}/LayerScale_0/scale": {"layer_scale_init": 1e-5},  # Only used to initialise.
     }
@@ -398,6 +404,12 @@ def _infer_vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         **_infer_encoder(shapes),
         "classifier": "token" if "cls" in shapes else pooling,
     }
+    pooled = shapes.get("MAPHead_0/MultiHeadDotProductAttention_0/query/kernel")
+    if pooled is not None and pooled[1] != found["num_heads"]:
+        found["map_num_heads"] = pooled[1]
+    hidden_pooled = shapes.get("MAPHead_0/MlpBlock_0/Dense_0/bias", (found["mlp_dim"],))[0]
+    if hidden_pooled != found["mlp_dim"]:
+        found["map_mlp_dim"] = hidden_pooled
     doubled = shapes.get("head/kernel", (0,))[0] == 2 * hidden
     if doubled and "cls" in shapes and "pre_logits/bias" not in shapes:
         found["classifier"] = "token_gap"
