@@ -153,7 +153,7 @@ class BucketRanges(Ranges):
 
     def read_tail(self, number: int, size: int) -> bytes:
         """The last `size` bytes of an object, or all of one that has fewer."""
-        bucket, name = self._objects[number]
+        bucket, name = self._find(number)
         return be_patient(lambda: bucket.read_tail(name, size))
 
     def ahead(self, number: int, start: int, stop: int | None) -> None:
