@@ -240,11 +240,6 @@ def test_the_lines_of_a_config_are_for_their_splits_of_tfds_too(data_dir, said):
         assert [source[int(i)]["image"] for i in places[:3]] == [part[i]["image"] for i in range(3)]
 
 
-def test_folders_need_no_preparation():
-    with pytest.raises(UserError, match="read as it is"):
-        prepare.main(["folder:/data"])
-
-
 def test_a_builder_that_needs_tensorflow_says_how_to_prepare_it(tmp_path, monkeypatch):
     def split_generators(self, dl_manager):
         try:
