@@ -4,6 +4,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -351,6 +352,18 @@ def test_a_folder_of_save_to_disk(saved):
     assert greys(single, "test") == [9]
     with pytest.raises(UserError, match="there is no such split"):
         open_source(name, "validation", data_dir=None, key="data.split")
+
+
+@pytest.mark.parametrize("kind", ["saved", "hub"])
+def test_what_the_library_wrote_is_read_in_its_order(kind):
+    folder = Path(__file__).parents[2] / "testdata" / "datasets"
+    for split, expected in json.loads((folder / "order.json").read_text())[kind].items():
+        name = f"hf:{folder / kind}"
+        rows = open_source(name, split, data_dir=None, key="k")
+        read = [(int(rows[i]["label"]), *rows.captions(i)) for i in range(len(rows))]
+        assert read == [(label, text) for _, label, text in expected]
+        assert greys(name, split) == [grey for grey, *_ in expected]
+        assert find_dataset(name, data_dir=None).info.class_names == ("auk", "bat", "crow")
 
 
 def test_arrow_files_with_an_index(tmp_path):
