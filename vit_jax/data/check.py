@@ -579,8 +579,9 @@ def _check_model(args: argparse.Namespace) -> None:
     if not 0 < args.min_cosine <= 1:
         raise UserError(f"--min_cosine={args.min_cosine}: expected more than 0, and at most 1")
     if args.output is None:
-        of_run = args.model is not None and is_workdir(Path(args.model))
-        args.output = Path(args.model) / CHECK if of_run else Path("runs/check")
+        args.output = Path("runs/check")
+        if args.model and is_workdir(Path(args.model)):
+            args.output = Path(args.model) / CHECK
 
 
 def find_trained_rows(
