@@ -65,9 +65,9 @@ golden: .venv/project.stamp  ## rewrite what the tests expect of configs/, and o
 bench-commands: .venv/project.stamp  ## time the start of the commands, beside an import of JAX
 	.venv/bin/python -m benchmarks.commands $(ARGS)
 
-bench-input: .venv/project.stamp build/torch/timm.stamp build/tensorflow/cpu.stamp  ## compare the input pipeline with those of TensorFlow and timm, on JPEGs made of IMAGES=folder
+bench-input: .venv/project.stamp build/torch/timm.stamp build/tensorflow/cpu.stamp build/shards/readers.stamp  ## compare the input pipeline with those of TensorFlow, timm, webdataset, datasets and spdl, on JPEGs made of IMAGES=folder
 	.venv/bin/python -m benchmarks.input --tf_python=build/tensorflow/bin/python \
-	  --torch_python=build/torch/bin/python $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
+	  --torch_python=build/torch/bin/python --shards_python=build/shards/bin/python $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
 
 bench-step: .venv/project.stamp build/torch/timm.stamp  ## compare the training step with those of a plain Flax ViT and of timm
 	.venv/bin/python -m benchmarks.step --torch_python=build/torch/bin/python $(ARGS)
@@ -148,6 +148,15 @@ build/torch/timm.stamp:
 	  "(TORCH_PIP_ARGS) with which it finds them." >&2; exit 1; }
 	@build/torch/bin/python -c "import timm, torchvision.ops, transformers" || { echo "build/torch can't import timm:" \
 	  "torch and torchvision must come from one index, both for CUDA or both for CPUs." >&2; exit 1; }
+	@touch $@
+
+build/shards/readers.stamp:
+	@python="$(FOUND_PYTHON)" && echo "Installing webdataset, datasets and spdl in build/shards (minutes)." && "$$python" -m venv --clear build/shards
+	@build/shards/bin/python -m pip install -qq --no-input --disable-pip-version-check \
+	  webdataset datasets spdl Pillow \
+	  || { echo "webdataset, datasets and spdl could not be installed: that needs a network." >&2; exit 1; }
+	@build/shards/bin/python -c "import spdl.io; spdl.io.demux_image" || { echo "build/shards can't import spdl.io:" \
+	  "it needs the shared libraries of FFmpeg (Debian: ffmpeg)." >&2; exit 1; }
 	@touch $@
 
 build/tensorflow/cpu.stamp:

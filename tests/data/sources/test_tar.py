@@ -12,7 +12,7 @@ import pytest
 from tests.images import encode
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.pipeline import DatasetSpec, eval_batches
-from vit_jax.data.sources import open_source, tar_index
+from vit_jax.data.sources import open_source, tar, tar_index
 from vit_jax.data.sources.tar import expand_braces, tar_dataset
 from vit_jax.utils.errors import UserError
 
@@ -105,6 +105,36 @@ def test_the_index_is_made_once(shards, cache, caplog):
     assert "made the index" not in caplog.text
     assert [file.stat().st_mtime_ns for file in files] == times
     assert [source.label(i) for i in range(6)] == [0, 1, 2, 0, 1, 2]
+
+
+def test_hosts_that_share_the_folder_start_at_different_shards(shards, cache, monkeypatch):
+    begun = {}
+    make = tar_index._make
+    monkeypatch.setattr(tar, "_READERS", 1)
+    for host in ("a", "b", "c", "d"):
+        order = begun.setdefault(host, [])
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        monkeypatch.setattr(
+            tar_index,
+            "_make",
+            lambda content, path, choice, order=order: (
+                order.append(path) or make(content, path, choice)
+            ),
+        )
+        labels = [open_all(shards, "train").label(i) for i in range(17)]
+        assert labels == [n % 3 for n in range(17)]
+        assert sorted(order) == sorted(map(str, shards.iterdir()))
+        if host == "d":
+            break
+        for file in cache.iterdir():
+            file.unlink()
+    assert len({order[0] for order in begun.values()}) > 1
+    # What another host has stored is read, and no temporary files are left.
+    monkeypatch.setattr("socket.gethostname", lambda: "e")
+    begun["d"].clear()
+    open_all(shards, "train")
+    assert begun["d"] == []
+    assert len(list(cache.iterdir())) == 3
 
 
 def test_an_interrupted_index_resumes_with_what_is_missing(shards, cache, caplog):

@@ -9,7 +9,9 @@ import itertools
 import logging
 import os
 import re
+import socket
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,16 +196,21 @@ def _index(ranges: Ranges, choice: Choice, *, name: str) -> list[Index]:
     count = len(ranges.paths)
     logged = time.monotonic()
     pool = concurrent.futures.ThreadPoolExecutor(min(_READERS, count))
-    indices, made, file = [], 0, None
+    found: dict[int, Index] = {}
+    made, file = 0, None
+    # Hosts that share a folder of indices start at different shards, and so share the work.
+    first = zlib.crc32(socket.gethostname().encode())
+    numbers = [(first + n) % count for n in range(count)]
     try:
-        for future in [pool.submit(index_shard, ranges, n, choice) for n in range(count)]:
+        futures = {pool.submit(index_shard, ranges, n, choice): n for n in numbers}
+        for future in concurrent.futures.as_completed(futures):
             index, new = future.result()
-            indices.append(index)
+            found[futures[future]] = index
             made += new
             file = index.file or file
             if time.monotonic() - logged > _SECONDS:
                 logged = time.monotonic()
-                logger.info("%s: indexed %s of %s shards", name, f"{len(indices):,}", f"{count:,}")
+                logger.info("%s: indexed %s of %s shards", name, f"{len(found):,}", f"{count:,}")
     finally:
         pool.shutdown(cancel_futures=True)
     if made:
@@ -211,10 +218,10 @@ def _index(ranges: Ranges, choice: Choice, *, name: str) -> list[Index]:
             "%s: made the index of %s shards, %s samples%s",
             name,
             f"{made:,}",
-            f"{sum(len(index.images) for index in indices):,}",
+            f"{sum(len(index.images) for index in found.values()):,}",
             f", and stored it in {file.parent}" if file else "",
         )
-    return indices
+    return [found[number] for number in range(count)]
 
 
 def _log_notes(name: str, paths: Sequence[str], indices: Sequence[Index]) -> None:

@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import tarfile
+import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -172,7 +173,10 @@ def _write(file: Path, index: Index, names: Sequence[str], about: Mapping[str, A
         ends=np.cumsum([len(name) for name in encoded], dtype=np.int64),
         **{key: getattr(index, key) for key in _ARRAYS},
     )
-    write_atomically(file, content.getvalue())
+    # Another host may store the same index at the same time.
+    own = file.with_suffix(f".{uuid.uuid4().hex}")
+    write_atomically(own, content.getvalue())
+    os.replace(own, file)
 
 
 def _read(file: Path, about: Mapping[str, Any]) -> Index | None:
