@@ -643,7 +643,6 @@ def test_names_of_the_original_dinov2_are_those_of_timm(tmp_path):
             {},
             "one bias",
         ),
-        ("timm_beit", {}, {"model_args": {"num_heads": 8}}, "num_heads=8 in config.json, but the"),
         ("timm_pe", {}, {"architecture": "vit_pe_lang_large_patch14_448"}, "no norm behind"),
         ("timm_eva_rope", {"cls_token": (1, 1, 32)}, {}, "config.json"),
         ("timm_eva_rope", {"pos_embed": (1, 24, 32)}, {}, "config.json"),
@@ -704,7 +703,7 @@ def describe(name, folder, **changes):
         ("timm_vit", {"depth": 3}, "depth=3 in config.json, but the tensors have 2"),
         ("timm_vit_map", {"attn_pool_num_heads": 5}, "5 heads of attention pooling"),
         ("timm_eva_rope", {"rope_rotate_half": "no"}, "rope_rotate_half='no'"),
-        ("timm_eva_rope", {"rope_grid_offset": 1.0}, "rope_grid_offset=1.0"),
+        ("timm_eva_rope", {"rope_grid_offset": "far"}, "rope_grid_offset='far'"),
         ("timm_eva_rope", {"rope_type": "mrope"}, "rope_type='mrope'"),
         ("timm_eva_rope", {"use_post_norm": True}, "use_post_norm=True"),
         ("timm_vit", {"window_size": 7}, "model_args.window_size=7 in config.json is unknown here"),
@@ -783,6 +782,11 @@ TIMM_CONTRADICTIONS = {
         ({"rope_temperature": "hot"}, "expected a number above 0"),
         ({"ref_feat_shape": [16]}, "expected an integer above 0, or two"),
     ],
+    "timm_beit": [
+        ({"num_heads": 8}, "the tensors have 4"),
+        ({"use_rel_pos_bias": False}, "use_rel_pos_bias=True"),
+    ],
+    "timm_rope_mixed": [({"rope_type": "cat"}, "but the tensors have mixed")],
     "timm_hybrid": [({"in_chans": 256}, "the tensors have 3")],
 }
 
