@@ -5,8 +5,8 @@ python -m vit_jax.main --config=configs/digits_depth.py --workdir=runs/digits_de
 
 The argument is the workdir to start from: digits_depth.py:runs/digits. Scenes are drawn by rule:
 two digits that are smaller and darker the farther they are, at 1 to 3 metres, above a floor at 4 to
-6 metres. A run takes about a minute on two cores, and finds a depth within a quarter of the true one
-for 93.6 % of the pixels of test, with an RMSE of 0.35 metres.
+6 metres. A run takes about a minute on two cores, and finds a depth within a quarter of the true
+one for 93.6 % of the pixels of test, with an RMSE of 0.35 metres.
 """
 
 from ml_collections import ConfigDict

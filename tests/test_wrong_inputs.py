@@ -268,6 +268,10 @@ CASES = {
         (MODEL + "--output=empty.txt photos", ["--output=empty.txt", "exists"]),
         (MODEL + "--embed photos", ["--output is missing", "features.npz"]),
         (MODEL + "--embed --layer=hed --output=f.npz photos", ["layer='hed'", "pre_logits"]),
+        (MODEL + "--depth=new photos", ["--depth=new", "the depth of each pixel", "'depth'"]),
+        (MODEL + "--window=4 photos", ["window=4", "neither the class nor the depth"]),
+        (MODEL + "--window=0 photos", ["window=0", "side of a window in pixels"]),
+        (MODEL + "--stride=4 photos", ["--stride=4", "--window"]),
         (MODEL + "--labels=none.txt photos", ["--labels=none.txt", "can't be read"]),
         (MODEL + "--labels=four.txt photos", ["4 class names", "has 3 classes", "--labels"]),
         (

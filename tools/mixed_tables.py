@@ -23,9 +23,9 @@ ROWS = {
 def make_speed_table(results: dict[str, Any]) -> list[str]:
     """Of `benchmarks.mixed_sizes`."""
     topologies = [name for name, rows in results["predicted"].items() if len(rows) == len(ROWS)]
-    titles = [f"{name}, predicted" for name in topologies]
+    titles = [f"{name}, images/s predicted" for name in topologies]
     lines = [
-        " | ".join(["| images", "steps on a core", "of packed", *titles]) + " |",
+        " | ".join(["| images", "images/s of a core", "of packed", *titles]) + " |",
         "| --- |" + " ---: |" * (2 + len(topologies)),
     ]
     packed = results["steps"]["packed"]["images_per_core"]
