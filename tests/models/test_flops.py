@@ -101,3 +101,10 @@ def test_of_branches_the_dearest_counts_and_a_scan_counts_each_round():
         return jax.lax.scan(lambda c, _: (c @ c, None), x, length=5)[0]
 
     assert count_flops(jax.make_jaxpr(f)(x)) == 6 * 2 * 4**3
+
+
+def test_of_branches_for_platforms_the_cheapest_counts():
+    def compute(x):
+        return jax.lax.platform_dependent(x, tpu=lambda x: x @ x @ x, default=lambda x: x @ x)
+
+    assert count_flops(jax.make_jaxpr(compute)(jnp.ones((4, 4)))) == 2 * 4**3

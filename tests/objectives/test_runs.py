@@ -15,6 +15,7 @@ from vit_jax.checkpoint.pretrained.adapt import describe_objective_params
 from vit_jax.checkpoint.pretrained.load import load_params, load_pretrained
 from vit_jax.checkpoint.pretrained.weights import OBJECTIVE_PARAMS
 from vit_jax.evaluators.reconstruction import encode_grid
+from vit_jax.objectives.depth import Depth
 from vit_jax.objectives.linear_probe import LinearProbe
 from vit_jax.objectives.mae import MaskedAutoencoder
 from vit_jax.objectives.segmentation import Segmentation
@@ -220,8 +221,8 @@ def test_a_probe_starts_from_an_autoencoder_and_names_the_best_head(
 
 
 def test_loading_knows_what_objectives_add(data_dir):
-    classes = (MaskedAutoencoder, LinearProbe, Segmentation)
-    own = {name for cls in classes for name in cls.objective_params}
+    own = {*MaskedAutoencoder.objective_params, *LinearProbe.objective_params}
+    own |= {Segmentation.head_params, Depth.head_params}
     gram = {"gram_weight": 1.0, "gram_start": {"steps": 1}}
     for change in ({}, {"ibot_head": "separate"} | gram):
         options = changes("dino", None)

@@ -543,11 +543,17 @@ def test_the_end_names_what_a_model_is_good_for(classifies, keeps_average, expec
     assert suggest_uses(experiment, Path("runs/a"), "python3 -m vit_jax.main --x") == expected
 
 
-def test_the_end_names_the_command_that_writes_masks():
+@pytest.mark.parametrize("option", ["masks", "depth"])
+def test_the_end_names_the_command_that_writes_pixels(option):
     objective = types.SimpleNamespace(classifies=False, needs_label_maps=True)
-    experiment: Any = types.SimpleNamespace(objective=objective, config={"model": {"name": "vit"}})
+    info = types.SimpleNamespace(pixel_depth=option == "depth")
+    experiment: Any = types.SimpleNamespace(
+        objective=objective,
+        config={"model": {"name": "vit"}},
+        train_data=types.SimpleNamespace(info=info),
+    )
     assert suggest_uses(experiment, Path("runs/a"), None) == {
-        "to predict": "python -m vit_jax.predict --workdir=runs/a --masks=masks IMAGES"
+        "to predict": f"python -m vit_jax.predict --workdir=runs/a --{option}={option} IMAGES"
     }
 
 

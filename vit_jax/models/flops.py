@@ -45,8 +45,9 @@ def train_flops(model: nn.Module, image_size: tuple[int, ...]) -> int:
 def count_flops(program: ClosedJaxpr | Jaxpr) -> int:
     """Returns the operations of a traced program's matrix products and convolutions.
 
-    They are summed over all devices. The most expensive branch of a conditional counts; the body
-    of a loop of unknown length counts once.
+    They are summed over all devices. The most expensive branch of a conditional counts, and the
+    cheapest of those for different platforms, since they compute the same; the body of a loop of
+    unknown length counts once.
     """
     jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
     total = 0
@@ -65,7 +66,8 @@ def count_flops(program: ClosedJaxpr | Jaxpr) -> int:
             total += _conv_flops(eqn)
         inner = [count_flops(sub) for sub in _sub_programs(eqn.params)]
         if name == "cond":
-            total += max(inner, default=0)
+            choose = min if eqn.params.get("branches_platforms") else max
+            total += choose(inner, default=0)
         else:
             total += sum(inner) * _count_runs(eqn)
     return total

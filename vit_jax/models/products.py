@@ -33,8 +33,7 @@ def dot_tokens_float8(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply(x: jax.Array, kernel: jax.Array, depth: int) -> jax.Array:
     """Contracts the last `depth` dimensions of `x` with the first ones of `kernel`."""
-    lead, x, matrix = _as_vectors(x, kernel, depth)
-    return (x @ matrix).reshape(*lead, *kernel.shape[depth:])
+    return _multiply_fwd(x, kernel, depth)[0]
 
 
 def _as_vectors(x: jax.Array, kernel: jax.Array, depth: int) -> tuple[Any, jax.Array, jax.Array]:
@@ -47,7 +46,9 @@ def _as_vectors(x: jax.Array, kernel: jax.Array, depth: int) -> tuple[Any, jax.A
 
 
 def _multiply_fwd(x: jax.Array, kernel: jax.Array, depth: int) -> tuple[jax.Array, _Pair]:
-    return _multiply(x, kernel, depth), (x, kernel)
+    # Not by `_multiply`, within which policies of recomputation would not see the product.
+    lead, rows, matrix = _as_vectors(x, kernel, depth)
+    return jnp.tensordot(rows, matrix, 1).reshape(*lead, *kernel.shape[depth:]), (x, kernel)
 
 
 def _multiply_bwd(depth: int, saved: _Pair, grad: jax.Array) -> _Pair:
@@ -68,7 +69,8 @@ def _multiply_bwd(depth: int, saved: _Pair, grad: jax.Array) -> _Pair:
         x, grad, cpu=kernel_grad_of_matrices, default=kernel_grad
     )
     inputs, weights = saved
-    return (grad @ kernel.T).reshape(inputs.shape), by_kernel.reshape(weights.shape)
+    by_input = jnp.tensordot(grad, kernel, (grad.ndim - 1, 1))
+    return by_input.reshape(inputs.shape), by_kernel.reshape(weights.shape)
 
 
 _multiply.defvjp(_multiply_fwd, _multiply_bwd)
