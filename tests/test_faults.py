@@ -192,6 +192,8 @@ def test_files_of_another_kind_do_not_cost_the_last_step(data_dir, tmp_path, sai
     text = "\n".join(said)
     for name in ("evals/val_8.json", "tensorboard", "profile", "report.html"):
         assert f"{tmp_path / name} can't be written" in text, name
+    with jax.profiler.trace(str(tmp_path / "later")):  # No trace is left running.
+        pass
 
 
 def test_a_rollback_that_can_not_be_recorded_is_one_line(data_dir, tmp_path, monkeypatch):

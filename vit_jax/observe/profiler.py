@@ -56,6 +56,8 @@ class Profiler:
         self._taken += 1
         if self._taken == self._profile.start:
             try:
+                # A trace that can't be written when it ends would keep JAX from starting others.
+                self._folder.mkdir(parents=True, exist_ok=True)
                 jax.profiler.start_trace(str(self._folder))
             except (OSError, RuntimeError) as e:
                 self._give_up(e)
