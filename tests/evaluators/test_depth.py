@@ -120,8 +120,9 @@ def test_images_without_a_depth_do_not_count(objective, params):
     batch = {k: np.repeat(v[None], 2, axis=0) for k, v in SPEC.blank().items()}
     part, score, _ = jax.jit(evaluator.gather)(params, batch | {"mask": np.ones(2, np.float32)})
     assert np.isnan(score).all()
-    means, _ = evaluator.summarize([jax.tree.map(np.asarray, part)])
-    assert set(means.values()) == {0.0}
+    # An error of 0 would be that of a perfect model.
+    with pytest.raises(UserError, match=r"no pixel of test\[:13\] has a depth from 0.5 to 5.5 m"):
+        evaluator.summarize([jax.tree.map(np.asarray, part)])
 
 
 def test_data_without_depths_is_refused_in_one_line(objective):

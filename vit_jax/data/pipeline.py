@@ -26,7 +26,7 @@ from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.ops.fused import Job, decode, defer, fuse
 from vit_jax.data.ops.patches import find_patches
 from vit_jax.data.ops.policies import Luma
-from vit_jax.data.ops.transforms import Decode, Features, Keep, Op, Random, apply
+from vit_jax.data.ops.transforms import Decode, Features, Keep, Op, Random, apply, name_label_map
 from vit_jax.data.order import (
     BUDGETS,
     CAPTIONS,
@@ -677,8 +677,8 @@ class _Batches(abc.ABC):
         (height, width), size = own.shape, self.spec.label_size or (0, 0)
         if height > size[0] or width > size[1]:
             raise ImageError(
-                f"its mask has {width}x{height} pixels: expected at most {size[1]}x{size[0]}, the "
-                f"width and height of {self.spec.key}.label_size"
+                f"its {name_label_map(own)} has {width}x{height} pixels: expected at most "
+                f"{size[1]}x{size[0]}, the width and height of {self.spec.key}.label_size"
             )
         label_map = np.full(size, self.spec.info.unlabelled)
         label_map[:height, :width] = own

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.data.sources.label_maps import SCALE
 from vit_jax.evaluators.base import Columns
 from vit_jax.evaluators.pixels import PixelEvaluator
 from vit_jax.objectives import depth
@@ -79,13 +80,22 @@ class Depth(PixelEvaluator):
         return columns | {"mask": batch["mask"]}, columns["rmse"], predicted
 
     def summarize(self, parts: list[Any]) -> tuple[dict[str, float], dict[str, Any]]:
-        """Means over the images that have depths; 0 if none has."""
+        """Means over the images that have depths.
+
+        Raises `UserError` if none has: an error of 0 would be that of a perfect model.
+        """
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         there = (columns.pop("mask") > 0) & (columns["valid"] > 0)
+        if not there.any():
+            low, high = self.objective.min_depth, self.objective.max_depth
+            raise UserError(
+                f"evals.{self.name}: no pixel of {self.data.split} has a depth from {low:g} to "
+                f"{high:g} metres: expected floats in metres or integers with their {SCALE}, or "
+                "other values of objective.min_depth and objective.max_depth"
+            )
         pixels = int(columns.pop("valid")[there].astype(np.int64).sum())
         means = {
-            name: float(values[there].astype(np.float64).mean()) if there.any() else 0.0
-            for name, values in columns.items()
+            name: float(values[there].astype(np.float64).mean()) for name, values in columns.items()
         }
         details = {"pixel_depth": {"pixels": pixels, "images": int(there.sum())}}
         return means, details

@@ -102,7 +102,7 @@ def test_values_that_are_no_depth_are_not_known():
         (encode(np.zeros((2, 2)), "npy").replace(b"(2, 2)", b"(9, 9)"), "claims to be float64"),
         (b"\x89PNG\r\n\x1a\n", "depth can't be read"),
         (b"PK\3\4", "depth can't be read"),
-        (b"text", "depth can't be read"),
+        (b"text", "depth can't be read: 4 bytes that are no PNG or TIFF image"),
     ],
 )
 def test_what_is_no_depth_image_is_an_error_of_the_image(content, message):
@@ -145,7 +145,7 @@ def test_batches_pad_with_pixels_of_no_depth(tmp_path, caplog):
     )
     with caplog.at_level(logging.INFO):
         batch = next(eval_batches(spec))
-    assert "its mask has 2x3 pixels, and the image 3x2" in caplog.text
+    assert "its depth has 2x3 pixels, and the image 3x2" in caplog.text
     assert batch["mask"].sum() == 3
     assert batch["label_map"].dtype == np.float32
     for depth in batch["label_map"][batch["mask"] > 0]:

@@ -117,6 +117,11 @@ def apply(ops: Sequence[Op], features: Features, rng: np.random.Generator) -> Fe
     return features
 
 
+def name_label_map(label_map: np.ndarray) -> str:
+    """What errors call a label map `[h, w]`: `depth` if it has floats, else `mask`."""
+    return "depth" if label_map.dtype.kind == "f" else "mask"
+
+
 @dataclasses.dataclass(frozen=True)
 class Decode(Transform):
     """Decodes an image; with `orient`, its EXIF orientation is applied. Pixels stay as they are."""
@@ -129,10 +134,11 @@ class Decode(Transform):
             return features | {"image": image}
         label_map = self.turn(features["label_map"], features["image"])
         if label_map.shape != image.shape[:2]:
+            name = name_label_map(label_map)
             theirs, ours = label_map.shape, image.shape
             turned = " after both were turned" if label_map is not features["label_map"] else ""
             raise ImageError(
-                f"its mask has {theirs[1]}x{theirs[0]} pixels, and the image {ours[1]}x{ours[0]}"
+                f"its {name} has {theirs[1]}x{theirs[0]} pixels, and the image {ours[1]}x{ours[0]}"
                 f"{turned}: expected the same"
             )
         return features | {"image": image, "label_map": label_map}

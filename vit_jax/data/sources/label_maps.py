@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vit_jax.data.ops.decode import MAX_PIXELS, ImageError, check_size
 from vit_jax.data.sources.base import IGNORED, NO_DEPTH, DatasetInfo, LabelMaps
@@ -111,6 +111,10 @@ def decode_mask(encoded: bytes) -> np.ndarray:
             values = np.asarray(image)
     except ImageError:
         raise
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"its mask can't be read: {len(encoded)} bytes that are no PNG, BMP, GIF or TIFF image"
+        ) from None
     except Exception as e:  # Pillow raises many kinds of errors for damaged files.
         raise ImageError(f"its mask can't be read: {' '.join(str(e).split())[:200]}") from e
     return values.astype(np.uint8) if values.dtype == bool else values
@@ -168,6 +172,11 @@ def decode_depth(encoded: bytes, scale: float | None) -> np.ndarray:
         values = _read_array(encoded) if encoded.startswith(_ARRAYS) else _read_gray(encoded)
     except ImageError:
         raise
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"its depth can't be read: {len(encoded)} bytes that are no PNG or TIFF image, and no "
+            "array of NumPy"
+        ) from None
     except Exception as e:  # Pillow and NumPy raise many kinds of errors for damaged files.
         raise ImageError(f"its depth can't be read: {' '.join(str(e).split())[:200]}") from e
     if values.ndim != 2:
