@@ -8,9 +8,11 @@ import cv2
 import numpy as np
 import pytest
 
+from tests.images import encode
 from vit_jax import suggest
 from vit_jax.checkpoint.pretrained.catalogue import find
-from vit_jax.config.load import parse_overrides
+from vit_jax.config.load import load_config, parse_overrides
+from vit_jax.config.shipped import find_config
 from vit_jax.data.sources import find_dataset
 from vit_jax.suggest import METHODS, describe_data, expect, main, make_overrides, quote
 from vit_jax.utils.errors import UserError
@@ -18,6 +20,8 @@ from vit_jax.utils.errors import UserError
 TINY = {"name": "vit", "patch_size": 8, "hidden_size": 32, "num_layers": 1, "num_heads": 2}
 TINY |= {"mlp_dim": 64}
 SMALL = dataclasses.replace(find("augreg:Ti/16"), image_size=32)
+VALIDATION = {"data.split": "train", "evals.val.split": "validation"}
+NO_VALIDATION, NO_TEST = {"data.split": "train", "evals.val": None}, {"evals.test": None}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +96,42 @@ def test_a_batch_is_no_larger_than_the_images_to_train_on(tmp_path, monkeypatch,
         assert given["data.batch_size"] == 16  # of 20
         assert rest[1].startswith(f"--workdir={tmp_path}/my runs/x_")
     assert len(commands) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "chosen"),
+    [
+        ([("train", 99), ("test", 2)], {}),
+        ([("train", 99), ("validation", 2)], VALIDATION | NO_TEST),
+        ([("train", 99), ("dev", 2), ("test", 2)], VALIDATION),
+        ([("train", 9)], NO_VALIDATION | NO_TEST),
+        ([("train", 99), ("secret", 2)], NO_TEST),
+        ([("", 9)], {}),
+        ([("", 2)], NO_VALIDATION),
+        ([("", 1)], NO_VALIDATION | NO_TEST),
+    ],
+)
+def test_the_commands_evaluate_on_splits_that_are_there(
+    rows, chosen, tmp_path, monkeypatch, capsys
+):
+    has_splits = bool(rows[0][0])
+    lines = ["image,label" + ",split" * has_splits]
+    for split, count in rows:
+        label, name = ("", "test") if split == "secret" else ("a", split)
+        lines += [f"{split}{n}.png,{label}{',' * has_splits}{name}" for n in range(count)]
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+    for line in lines[1:]:
+        (tmp_path / line.partition(",")[0]).write_bytes(encode(9))
+    monkeypatch.setattr(suggest, "expect", lambda *_: (1e9, 1e9))
+    monkeypatch.setattr(suggest, "measure_product", lambda: 1e9)
+    main([f"manifest:{tmp_path}/a.csv"])
+    for command in capsys.readouterr().out.split("\n\n")[1:]:
+        words = shlex.split(command[command.index("python") :].replace("\\\n", " "))
+        given, _ = parse_overrides(words[3:])
+        for key in ("data.split", "evals.val.split", "evals.val", "evals.test"):
+            assert given.get(key, "config") == chosen.get(key, "config")
+        assert ("evals.test.preprocess" in given) == ("evals.test" not in chosen)
+        load_config(str(find_config("folder")), given)
 
 
 def test_values_are_quoted_for_a_shell():

@@ -190,6 +190,22 @@ def describe_data(dataset: "Dataset") -> tuple[list[str], int]:
     return lines, len(rows)
 
 
+def choose_splits(dataset: "Dataset") -> dict[str, Any]:
+    """The config keys of splits that `configs/folder.py` does not have as the dataset does."""
+    import numpy as np
+
+    labels = np.asarray(dataset.labels)
+    there = {
+        split for split, rows in dataset.splits.items() if len(rows) and min(labels[rows]) >= 0
+    }
+    train, chosen = len(dataset.splits["train"]), {}
+    if "validation" in there and not dataset.cut:
+        chosen = {"data.split": "train", "evals.val.split": "validation"}
+    elif "validation" not in there and (dataset.cut or round(0.98 * train) == train):
+        chosen = {"data.split": "train", "evals.val": None}
+    return chosen if "test" in there else chosen | {"evals.test": None}
+
+
 def measure_product() -> float:
     """Operations a second of a float32 matrix product on the first device."""
     import time
@@ -250,12 +266,17 @@ def describe_method(
 ) -> Iterator[str]:
     """Describes a method, with the command and what arithmetic expects of it."""
     # The config keeps two percent of data without a validation split for validation.
+    splits = choose_splits(dataset)
     most = max(train * 98 // 100, 1)
     batch_size = min(128 if train >= _FEW else 32, 2 ** (most.bit_length() - 1))
     batch_size = max(batch_size - batch_size % devices, devices)
     while True:
         given = {"batch_size": batch_size, "bfloat16": bfloat16}
         overrides = make_overrides(method, args.data, args.init_from, published, **given)
+        for key, value in splits.items():
+            if value is None:  # Nothing else is set of an evaluator that is removed.
+                overrides.pop(f"{key}.preprocess")
+            overrides[key] = value
         memory, flops = expect(overrides, dataset.info.num_classes, published.image_size)
         if limit is None or memory <= limit or batch_size <= devices:
             break

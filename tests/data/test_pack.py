@@ -277,6 +277,8 @@ def test_a_folder_that_can_not_be_written_is_refused(folder, tmp_path):
     (tmp_path / "file").touch()
     words = ["DST=", str(tmp_path / "file"), "can't be written"]
     assert_refused(folder, tmp_path / "file" / "dst", words=words)
+    words = ["DST='gs://bucket/dst': expected a folder; copy the pack to a bucket"]
+    assert_refused(folder, "gs://bucket/dst", words=words)
 
 
 @pytest.mark.parametrize("kind", [[], ["--raw=64"]])

@@ -248,8 +248,13 @@ def test_damaged_files_are_found_before_the_dataset_is_made(flags, run, tmp_path
     ending = "pixels" if flags is RAW else "array_record"
     path = sorted((tmp_path / "dst").glob(f"train*.{ending}"))[0]
     path.write_bytes(path.read_bytes()[:50])
-    words = [path.name if flags is RAW else "", "delete the files of that shard, and run its part"]
+    words = [path.name, "delete the files of that shard, and run its part"]
     refuse(run, *flags, "--join", words=words)
+    labels = sorted((tmp_path / "dst").glob("train*.npz"))[0]
+    labels.write_bytes(b"")
+    refuse(run, *flags, "--join", words=[f"{labels.name}: not a whole zip", words[1]])
+    words = [f"{labels.name} can't be read: ValueError: not a whole zip", "delete it, and the same"]
+    refuse(run, *flags, "--part=0/2", words=words)
     assert not (tmp_path / "dst" / "pack.json").exists()
     assert len(list((tmp_path / "dst").glob("part-*.json"))) == 2
 

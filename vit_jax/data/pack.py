@@ -39,8 +39,9 @@ import numpy as np
 
 from vit_jax.observe.console import log, set_up
 from vit_jax.observe.progress_log import ProgressLog
+from vit_jax.utils.bounds import MAX_TABLE, open_npz, open_outside
 from vit_jax.utils.command import CommandParser, run_command
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.files import atomic_file, write_atomically
 from vit_jax.utils.registry import find_parts, trust_parts
 from vit_jax.utils.signals import importing
@@ -135,9 +136,22 @@ def pack(
                     source = source or open_split(split)
                     examples = _prepare(source, shard, manifest, pool, num_threads, counter)
                     _write_shard(examples, shard, manifest, folder)
-                corrupt += int(np.sum(~np.load(labels)["good"]))
+                corrupt += _count_missing(labels)
                 progress.advance(shard.stop - shard.start)
     return corrupt
+
+
+def _count_missing(path: Path) -> int:
+    """How many images of a shard could not be read; raises `UserError` if its file is damaged."""
+    try:
+        with open_outside(path, max_bytes=MAX_TABLE) as file, open_npz(file) as arrays:
+            return int(np.sum(~arrays["good"]))
+    # Damaged files raise errors of many types.
+    except Exception as e:
+        raise UserError(
+            f"{path} can't be read: {describe_error(e)}; delete it, and the same command writes "
+            "its shard again"
+        ) from None
 
 
 def _prepare(
@@ -326,9 +340,13 @@ def main(argv: Sequence[str]) -> None:
         from vit_jax.data.loader import count_threads
         from vit_jax.data.pack_parts import parse_part
         from vit_jax.data.sources import find_dataset
+    if "://" in args.DST:
+        raise UserError(
+            f"DST={args.DST!r}: expected a folder; copy the pack to a bucket once it is complete"
+        )
     part = None if args.part is None else parse_part(args.part)
     trust_parts(find_parts(args.SRC))
-    folder = args.DST.expanduser().absolute()
+    folder = Path(args.DST).expanduser().absolute()
     if args.join:
         _join(_settings(args), folder)
         return
@@ -494,7 +512,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "SRC",
         help="Pack this dataset, given as data.name in a config, such as folder:/data/birds.",
     )
-    add("DST", type=Path, help="Write to this folder.")
+    add("DST", help="Write to this folder.")
     add(
         "--short_side",
         type=int,

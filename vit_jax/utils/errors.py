@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors in one line that users can act on."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 from vit_jax.utils.text import printable, show_names
 
@@ -50,6 +51,18 @@ def name_key(key: str, value: str, error: UserError) -> UserError:
 def describe_error(error: BaseException) -> str:
     """Returns the type and message of an exception as part of one line: `ValueError: ...`."""
     return printable(f"{type(error).__name__}: {' '.join(str(error).split())}"[:_MAX_CHARS])
+
+
+@contextlib.contextmanager
+def name_file(path: str) -> Iterator[None]:
+    """Names a file in the errors of a library that reads it, as ValueError, if they don't."""
+    try:
+        yield
+    except Exception as e:
+        named = isinstance(e, UserError) or path in str(e)
+        if named or (isinstance(e, OSError) and e.strerror):
+            raise
+        raise ValueError(f"{path}: {first_line(e)}") from e
 
 
 def first_line(error: BaseException) -> str:

@@ -203,7 +203,12 @@ dataset_info:
         "has the subsets small, large: expected one of them, as in hf:NAME#subset=small"
     )
     text = refusal("hf:me/birds#subset=smal")
-    assert "there is no subset 'smal'; did you mean 'small'?; it has small, large" in text
+    assert "there is no subset 'smal'; did you mean 'small'?" in text
+    files["README.md"] = card.replace("data_dir: large", "data_dir: none").encode()
+    hub.push("me/birds", files)
+    forget_all()
+    text = refusal("hf:me/birds#subset=large")
+    assert text.endswith("README.md: there are no files of the subset large")
     with pytest.raises(UserError, match="there is no such split; hf:me/birds#subset=small has tr"):
         open_source("hf:me/birds#subset=small", "test", data_dir=None, key="data.split")
 
@@ -390,6 +395,7 @@ def test_what_is_wrong_with_a_saved_folder(saved, tmp_path):
     for content, words in [
         ("{", "state.json can't be read"),
         (json.dumps({}), "state.json lists no files"),
+        (json.dumps({"_data_files": 3}), "state.json lists no files"),
         (json.dumps({"_data_files": [{"filename": "../../x.arrow"}]}), "lists no files"),
         (json.dumps(good | {"_indices_data_files": [{"filename": "i"}]}), "flatten_indices()"),
         (json.dumps({"_data_files": [{"filename": "none.arrow"}]}), "No such file"),
@@ -401,3 +407,15 @@ def test_what_is_wrong_with_a_saved_folder(saved, tmp_path):
     assert "state.json can't be read" in refusal(name)
     assert "there is no folder" in refusal(f"hf:{tmp_path}/none")
     assert "has no subsets" in refusal(f"{name}#subset=x")
+
+
+def test_a_damaged_file_and_files_of_another_kind_are_named(hub, caplog):
+    files = {"train.parquet": parquet([1], [0]), "auk/1.png": b"", "README.txt": b""}
+    hub.push("me/birds", files)
+    caplog.set_level("INFO")
+    assert greys("hf:me/birds", "train") == [1]
+    assert "left out files of another kind: auk/1.png" in caplog.text
+    for name, content in [("test.parquet", b"PAR1xxPAR1"), ("test.arrow", b"ARROW1")]:
+        hub.push("me/birds", files | {name: content})
+        forget_all()
+        assert f"/{name}: " in refusal("hf:me/birds")

@@ -139,7 +139,7 @@ def refuse(name, *words):
 def test_files_that_will_not_do_are_refused(tmp_path):
     refuse(f"parquet:{tmp_path}", "there are no files", str(tmp_path))
     (tmp_path / "a.parquet").write_text("no parquet")
-    refuse(f"parquet:{tmp_path}", "can't be read")
+    refuse(f"parquet:{tmp_path}", "can't be read", "a.parquet: ")
     for number, (columns, words) in enumerate(
         [
             ({"image": [b"x"]}, ["columns image", "expected label for the label", "#image=img,"]),

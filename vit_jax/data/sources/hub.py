@@ -440,10 +440,9 @@ def _read_saved(root: str, renamed: Mapping[str, str], *, name: str) -> Dataset:
     for split, folder in (folders or {"": root}).items():
         state = _read_description(folder, _STATE, key=key)
         given = state.get("_data_files")
-        names = [f.get("filename") if isinstance(f, dict) else None for f in given or []]
-        if not isinstance(given, list) or not all(
-            isinstance(file, str) and is_inside(file) for file in names
-        ):
+        listed = given if isinstance(given, list) else [None]
+        names = [f.get("filename") if isinstance(f, dict) else None for f in listed]
+        if not all(isinstance(file, str) and is_inside(file) for file in names):
             raise UserError(f"{key}: {os.path.join(folder, _STATE)} lists no files")
         if any(state.get(k) for k in ("_indices_data_files", "_indices_files")):
             raise UserError(
@@ -459,7 +458,7 @@ def _read_saved(root: str, renamed: Mapping[str, str], *, name: str) -> Dataset:
         files += [(os.path.join(folder, str(file)), split) for file in names]
     return make_dataset(
         name,
-        lambda: [ArrowTable(path) for path, _ in files],
+        lambda: [open_table(path, ArrowTable) for path, _ in files],
         renamed=renamed,
         find_splits=lambda tables: [split for _, split in files],
         map_splits=name_splits,

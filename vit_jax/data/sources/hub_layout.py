@@ -8,6 +8,7 @@ https://huggingface.co/docs/datasets/repository_structure.
 
 import collections
 import dataclasses
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +35,8 @@ _SHARD = re.compile(r"(?P<split>\w+)-(?P<number>\d{5})-of-(?P<count>\d{5})[^/]*"
 # The files of the branch `refs/convert/parquet`, which the hub makes: SUBSET/SPLIT/0000.parquet.
 _CONVERTED = re.compile(r"([^/]+)/(?:partial-)?([^/]+)/\d{4}\.parquet")
 CONVERTED = "refs/convert/parquet"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +86,13 @@ def find_layout(paths: Sequence[str], card: str, *, subset: str | None, key: str
         if given is None and subset is not None:
             raise UserError(f"{key}: it has no subsets: expected the name without subset={subset}")
         given = given if given is not None else _infer_splits(visible)
+    if configs and not given:
+        name = _choose(configs, subset, key=key)["config_name"]
+        raise UserError(f"{key}: {CARD}: there are no files of the subset {name}")
     _check_shards(visible, given, key=key)
     kind = _find_kind([path for path, _ in given], visible, key=key)
+    if others := [path for path, _ in given if kind_of(path) not in (None, kind)]:
+        logger.info("%s: left out files of another kind: %s", key, list_few(others))
     given = [(path, split) for path, split in given if kind_of(path) == kind]
     chosen = None if not configs else str(_choose(configs, subset, key=key)["config_name"])
     info = _read_info(header, chosen or subset)
@@ -157,9 +165,7 @@ def _lack_subset(names: Sequence[str], subset: str | None, *, key: str) -> UserE
             f"{key} has the subsets {list_few(names)}: expected one of them, as in "
             f"hf:NAME#subset={names[0]}"
         )
-    return UserError(
-        f"{key}: there is no subset {subset!r}{suggest(subset, names)}; it has {list_few(names)}"
-    )
+    return UserError(f"{key}: there is no subset {subset!r}{suggest(subset, names)}")
 
 
 def _list_files(

@@ -49,7 +49,7 @@ from vit_jax.utils.bounds import (
     shorten,
 )
 from vit_jax.utils.buckets import Bucket
-from vit_jax.utils.errors import UserError, describe_error
+from vit_jax.utils.errors import UserError, describe_error, name_file
 
 MANIFEST = "pack.json"
 
@@ -246,11 +246,12 @@ def _check_records(path: str, shard: Shard) -> None:
     A chunk that was compressed could be of any size in memory, and only its reader would know.
     """
     os.close(open_regular(path, max_bytes=MAX_WEIGHTS))
-    reader = ArrayRecordReader(path)
-    try:
-        count, options = reader.num_records(), reader.writer_options_string()
-    finally:
-        reader.close()
+    with name_file(path):
+        reader = ArrayRecordReader(path)
+        try:
+            count, options = reader.num_records(), reader.writer_options_string()
+        finally:
+            reader.close()
     if count != shard.stop - shard.start:
         raise ValueError(f"{path} has {count:,} images; expected {shard.stop - shard.start:,}")
     if "uncompressed" not in options:
@@ -467,7 +468,8 @@ def _read_labels(
 
     def read(shard: Shard) -> tuple[np.ndarray, ...] | None:
         try:
-            return _read_shard(folder, shard, manifest)
+            with name_file(str(Path(folder, f"{shard.name}.npz"))):
+                return _read_shard(folder, shard, manifest)
         except FileNotFoundError:
             return None
 

@@ -11,7 +11,14 @@ from vit_jax.data.sources.columns import split_columns
 from vit_jax.data.sources.guess import suggest_name
 from vit_jax.data.sources.layout import find_split, map_splits
 from vit_jax.data.sources.ranges import find_files, is_remote
-from vit_jax.data.sources.tables import COLUMNS, ParquetTable, make_dataset, open_bucket
+from vit_jax.data.sources.tables import (
+    COLUMNS,
+    ParquetTable,
+    Table,
+    make_dataset,
+    open_bucket,
+    open_table,
+)
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import find_paths
 
@@ -39,12 +46,14 @@ def parquet_dataset(text: str) -> Dataset:
     where = path if is_remote(path) else os.path.expanduser(path)
     pattern = os.path.join(where, "**", "*.parquet") if os.path.isdir(where) else where
 
-    def open_tables() -> Sequence[ParquetTable]:
+    def open_tables() -> Sequence[Table]:
         paths = find_files(pattern, ending=".parquet") if is_remote(path) else find_paths(pattern)
         if not paths:
             hint = suggest_name(path, besides="parquet")
             raise UserError(f"{key}: there are no files {pattern}{hint}")
-        return open_bucket(paths) if is_remote(path) else [ParquetTable(path) for path in paths]
+        return (
+            open_bucket(paths) if is_remote(path) else [open_table(p, ParquetTable) for p in paths]
+        )
 
     return make_dataset(
         name,

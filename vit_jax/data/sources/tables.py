@@ -33,7 +33,7 @@ from vit_jax.utils.bounds import (
     open_regular,
     parse_json,
 )
-from vit_jax.utils.errors import UserError
+from vit_jax.utils.errors import UserError, name_file
 
 logger = logging.getLogger(__name__)
 
@@ -329,13 +329,23 @@ class ArrowTable(Table):
 def open_bucket(paths: Sequence[str]) -> list[BucketParquetTable]:
     """Opens Parquet files by their URLs; see `ParquetTable` for errors."""
     ranges = BucketRanges(paths)
+
+    def open_object(number: int) -> BucketParquetTable:
+        with name_file(paths[number]):
+            return BucketParquetTable(ranges, number)
+
     with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(lambda n: BucketParquetTable(ranges, n), range(len(paths))))
+        return list(pool.map(open_object, range(len(paths))))
 
 
-def open_table(path: str) -> Table:
-    """Opens a file by its ending, `.parquet` or `.arrow`; see the classes for errors."""
-    return (ArrowTable if path.endswith(".arrow") else ParquetTable)(path)
+def open_table(path: str, kind: Callable[[str], Table] | None = None) -> Table:
+    """Opens a file as `kind`, or else by its ending, `.parquet` or `.arrow`.
+
+    Raises as the classes; errors name the file.
+    """
+    kind = kind or (ArrowTable if path.endswith(".arrow") else ParquetTable)
+    with name_file(path):
+        return kind(path)
 
 
 # Features of the library `datasets`
@@ -427,7 +437,8 @@ def make_dataset(
             schema, rows = table.schema, table.num_rows
             _check_schema(table, key, names_of)
             columns = [names_of[c] for c in ("label", "split") if names_of[c] in schema.names]
-            content = table.read(columns) if columns else None
+            with name_file(table.path):
+                content = table.read(columns) if columns else None
             if content is not None and content.num_rows != rows:
                 raise ValueError(f"{table.path} has {content.num_rows} rows; expected {rows}")
             if content is not None and names_of["label"] in columns:
