@@ -156,7 +156,7 @@ def test_a_classifier_of_other_classes_is_refused_or_not_used(folder, model, tmp
 def test_data_without_labels_leaves_no_table_of_labels(tmp_path):
     source = find_dataset("digits", data_dir=None).open("test", key="split")
     none = np.zeros(0, np.int64)
-    images = Images(source, DatasetInfo(0, None), none, [], None, [], none.astype(bool))
+    images = Images(source, DatasetInfo(0, (8, 8, 1)), none, [], None, [], none.astype(bool))
     (tmp_path / "label_errors.csv").write_text("image\nof other data\n")
     assert write_tables(tmp_path, Audit(images, [], [], [])) == [tmp_path / "duplicates.csv"]
     assert not (tmp_path / "label_errors.csv").exists()
