@@ -458,3 +458,11 @@ def test_a_temperature_needs_one_evaluator_that_fits_it(finished):
         main([f"--workdir={finished}", "--keep_temperature"])
     with pytest.raises(UserError, match="no --init_from or --follow"):
         main([f"--workdir={finished}", "--keep_temperature", "--follow"])
+
+
+@pytest.mark.parametrize(("fitted", "warned"), [(100.0, True), (0.01, True), (1.7, False)])
+def test_a_temperature_at_the_limit_of_the_search_is_warned_of(fitted, warned, tmp_path, said):
+    record = {"step": 3, "checkpoint": "3", "fit/temperature": fitted}
+    evaluate.keep_temperature(tmp_path, "fit", record, "test of digits")
+    (file,) = tmp_path.iterdir()
+    assert any(f"{file}: {fitted:g} is the limit" in line for line in said) == warned

@@ -16,6 +16,7 @@ Examples:
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -314,6 +315,8 @@ def keep_temperature(workdir: Path, name: str, record: Mapping[str, Any], data: 
     Raises:
       UserError: the weights are no checkpoint of the run.
     """
+    from vit_jax.evaluators.metrics import TEMPERATURES
+
     if record["step"] is None:
         raise UserError(
             f"--checkpoint={record['checkpoint']} --keep_temperature: expected a checkpoint of "
@@ -322,6 +325,13 @@ def keep_temperature(workdir: Path, name: str, record: Mapping[str, Any], data: 
     keys = {"raw": f"{name}/temperature", "ema": f"{name}_ema/temperature"}
     fitted = {params: record[key] for params, key in keys.items() if key in record}
     write_temperature(workdir, record["step"], fitted, data)
+    for value in fitted.values():
+        if any(math.isclose(value, limit, rel_tol=1e-3) for limit in TEMPERATURES):
+            log(
+                f"warning: {workdir / TEMPERATURE}: {value:g} is the limit of the search: this "
+                "split is too small, or hardly related to the logits; probabilities would be "
+                "near uniform or near 0 and 1"
+            )
     upload(workdir / TEMPERATURE)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs with int8 kernels, and what is measured of them."""
 
+import dataclasses
 import json
 
 import jax
@@ -157,6 +158,13 @@ def test_a_model_without_data_is_compared_on_drawn_images(tmp_path, said):
     (line,) = [line for line in said if "int8 weights:" in line]
     assert "cosine of the outputs 0.999" in line
     assert "64 drawn images, as the data of the model is not known" in line
+
+
+def test_a_run_without_an_evaluator_that_classifies_is_compared_on_drawn_images(loaded):
+    evals = {"val": {"name": "segmentation", "split": "test"}}
+    run = dataclasses.replace(loaded, config={"data": {"name": "digits"}, "evals": evals})
+    images = find_images(run, "logits", data=None, split=None, data_dir=None)
+    assert images.title == "64 drawn images, as no evaluator of the run classifies"
 
 
 def test_data_of_other_classes_or_splits_is_refused(model, loaded, data_dir):

@@ -15,6 +15,8 @@ from sklearn.datasets import load_digits
 from tests.trained import write_model
 from vit_jax.data import check
 from vit_jax.data.sources import find_dataset
+from vit_jax.data.sources.base import DatasetInfo
+from vit_jax.inference.dataset_audit import Audit, Images, write_tables
 from vit_jax.inference.model import LoadedModel, load_model
 from vit_jax.utils.errors import UserError
 
@@ -126,6 +128,21 @@ def test_images_that_a_run_was_trained_on_are_known(folder, tmp_path):
         assert not trained[: len(dataset.splits["test"])].any()
 
 
+def test_equal_files_are_listed_whatever_the_mean_of_the_features_is(model, tmp_path, said):
+    root = tmp_path / "copies"
+    for name in ("a/0.png", "a/1.png", "b/2.png"):
+        (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(root / "train" / name), np.full((8, 8), 200, np.uint8))
+    arguments = [f"folder:{root}", f"--model={model}", f"--output={tmp_path / 'out'}"]
+    check.main([*arguments, "--judge=neighbours", "--min_cosine=1"])
+    pairs = read(tmp_path / "out" / "duplicates.csv")
+    assert [row["kind"] for row in pairs] == ["file"] * 3
+    assert [row["cosine"] for row in pairs] == ["1.0000"] * 3
+    found = {frozenset((row["first_image"], row["second_image"])) for row in pairs}
+    assert found == {frozenset(pair) for pair in ((0, 1), (0, 2), (1, 2))}
+    assert "  with different labels: 2" in said
+
+
 def test_a_classifier_of_other_classes_is_refused_or_not_used(folder, model, tmp_path, said):
     other = write_model(tmp_path / "other.npz", classes=3, num_layers=1, patch_size=(2, 2))
     line = "--preprocess=decode|resize(8)"
@@ -134,3 +151,12 @@ def test_a_classifier_of_other_classes_is_refused_or_not_used(folder, model, tmp
         check.main([*arguments, "--split=test[:80]", "--judge=classifier"])
     check.main([*arguments, "--split=test[:80]"])
     assert any(text.startswith("labels are judged by neighbours: --model: ") for text in said)
+
+
+def test_data_without_labels_leaves_no_table_of_labels(tmp_path):
+    source = find_dataset("digits", data_dir=None).open("test", key="split")
+    none = np.zeros(0, np.int64)
+    images = Images(source, DatasetInfo(0, (8, 8, 1)), none, [], None, [], none.astype(bool))
+    (tmp_path / "label_errors.csv").write_text("image\nof other data\n")
+    assert write_tables(tmp_path, Audit(images, [], [], [])) == [tmp_path / "duplicates.csv"]
+    assert not (tmp_path / "label_errors.csv").exists()

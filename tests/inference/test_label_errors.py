@@ -35,3 +35,10 @@ def test_by_hand():
 def test_without_errors_there_are_none():
     found = find_label_errors(np.eye(3)[[0, 1, 2, 2]], np.array([0, 1, 2, 2]))
     assert (len(found.index), found.estimated) == (0, 0)
+
+
+def test_a_label_as_probable_as_any_other_class_is_no_error():
+    found = find_label_errors(np.full((4, 2), 0.5), np.array([0, 1, 1, 0]))
+    assert len(found.index) == 0
+    assert found.estimated == 0
+    np.testing.assert_array_equal(found.joint, [[2, 0], [0, 2]])

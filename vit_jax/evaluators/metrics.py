@@ -3,6 +3,8 @@
 
 import numpy as np
 
+TEMPERATURES = (0.01, 100.0)  # range of `fit_temperature`
+
 
 def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Average precision of each class: the sum over thresholds of (R_n - R_{n-1}) P_n.
@@ -85,7 +87,7 @@ def calibration_error(confidence: np.ndarray, hits: np.ndarray, *, num_bins: int
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature T for which softmax(logits / T) has the least negative log-likelihood.
 
-    The likelihood is concave in 1 / T, so its derivative is bisected, from T = 0.01 to 100. Source:
+    The likelihood is concave in 1 / T, so its derivative is bisected, over `TEMPERATURES`. Source:
     Guo et al., arXiv:1706.04599, section 4.2.
 
     Args:
@@ -100,7 +102,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         expected = (powers * shifted).sum(axis=1) / powers.sum(axis=1)
         return float(np.mean(expected - own, dtype=np.float64))
 
-    low, high = np.log(0.01), np.log(100.0)  # of 1 / T
+    low, high = -np.log(TEMPERATURES[1]), -np.log(TEMPERATURES[0])  # of 1 / T
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if slope(np.exp(middle)) < 0 else (low, middle)

@@ -101,7 +101,10 @@ def find_images(
         if spec is None and split is not None:
             raise UserError(f"--split={split}: the model has no run with data: expected --data")
         if spec is None:
-            return Images(f"{DRAWN} drawn images, as the data of the model is not known")
+            reason = "the data of the model is not known"
+            if (model.config.get("data") or {}).get("name"):
+                reason = "no evaluator of the run classifies"
+            return Images(f"{DRAWN} drawn images, as {reason}")
         try:
             if split is not None:
                 open_source(spec.name, split, data_dir=spec.data_dir, key="--split")

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import hashlib
 import io
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -280,17 +281,31 @@ def _take(images: Images, kept: np.ndarray) -> Images:
 def _find_duplicates(
     images: Images, hashes: Sequence[bytes], tokens: np.ndarray, min_cosine: float
 ) -> tuple[list[Duplicate], int]:
-    """Finds pairs in the order of `Audit`, and returns how many more there are."""
+    """Finds pairs in the order of `Audit`, and returns how many more there are.
+
+    Equal images are listed without a comparison: rounding can leave their cosine just below 1, and
+    centered features have no direction where they equal the mean.
+    """
     pairs = find_pairs(center(tokens), min_cosine, limit=_MAX_PAIRS)
+    both = zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)
+    cosines = dict(zip(both, pairs.cosine.tolist(), strict=True))
+    more = pairs.total - len(cosines)
+    if not more:
+        groups: dict[bytes, list[int]] = {}
+        for number, pixels in enumerate(hashes):
+            groups.setdefault(pixels, []).append(number)
+        equal = itertools.chain.from_iterable(
+            itertools.combinations(group, 2) for group in groups.values()
+        )
+        for pair in itertools.islice(equal, _MAX_PAIRS):
+            cosines.setdefault(pair, 1.0)
     found = []
-    for i, j, cosine in zip(
-        pairs.first.tolist(), pairs.second.tolist(), pairs.cosine.tolist(), strict=True
-    ):
+    for (i, j), cosine in cosines.items():
         same_file = images.digests[i] is not None and images.digests[i] == images.digests[j]
         kind = "file" if same_file else "pixels" if hashes[i] == hashes[j] else "near"
         found.append(Duplicate(i, j, kind, cosine))
     found.sort(key=lambda pair: (not _differ(images, pair), not _leaks(images, pair), -pair.cosine))
-    return found, pairs.total - len(found)
+    return found, more
 
 
 def _differ(images: Images, pair: Duplicate) -> bool:
@@ -400,7 +415,8 @@ def write_tables(folder: Path, audit: Audit) -> list[Path]:
     sides = [f"{side}_{name}" for side in ("first", "second") for name in header]
     numbers = ["score", "label_probability", "suggested_probability", "judge"]
     _write_csv(folder / DUPLICATES, [["kind", "cosine", *sides], *pairs])
-    if images.labels is None:
+    if images.labels is None:  # A table of an earlier check would be of other data.
+        (folder / LABEL_ERRORS).unlink(missing_ok=True)
         return [folder / DUPLICATES]
     _write_csv(folder / LABEL_ERRORS, [[*header, "suggested", *numbers], *suspects])
     return [folder / DUPLICATES, folder / LABEL_ERRORS]

@@ -47,7 +47,9 @@ def find_label_errors(probabilities: np.ndarray, labels: np.ndarray) -> LabelErr
     sums = np.bincount(labels, own, minlength=classes)
     thresholds = np.where(examples > 0, sums / np.maximum(examples, 1), np.inf)
     reached = probabilities >= thresholds - _ROUNDING
-    likely = np.where(reached, probabilities, -np.inf).argmax(axis=1)
+    candidates = np.where(reached, probabilities, -np.inf)
+    given = candidates[np.arange(count), labels]
+    likely = np.where(given == candidates.max(axis=1), labels, candidates.argmax(axis=1))
     counted = reached.any(axis=1)
     joint = np.zeros((classes, classes), np.int64)
     np.add.at(joint, (labels[counted], likely[counted]), 1)
@@ -55,7 +57,7 @@ def find_label_errors(probabilities: np.ndarray, labels: np.ndarray) -> LabelErr
     rows = joint.sum(axis=1)
     wrong = rows - np.diag(joint)
     estimated = float((wrong / np.maximum(rows, 1) * examples).sum())
-    wrong = counted & (likely != labels) & (probabilities.argmax(axis=1) != labels)
+    wrong = counted & (likely != labels) & (own < probabilities.max(axis=1))
     index = np.flatnonzero(wrong)
     score = probabilities[index, likely[index]].astype(np.float64) - own[index]
     order = np.argsort(-score, kind="stable")

@@ -25,7 +25,8 @@ class _Screen(rich.console.Console):
         return Unfailing(super().file)
 
 
-console = _Screen(highlight=False)
+# Texts are printed as they are: rich would read "folder:one:" as the emoji of that name.
+console = _Screen(highlight=False, markup=False, emoji=False)
 settings = types.SimpleNamespace(verbosity="normal")
 
 
@@ -51,7 +52,7 @@ def set_up(*, quiet: bool, to_stderr: bool = False, verbosity: Verbosity = "norm
 
 def log(text: str) -> None:
     """Prints one line without markup or wrapping; a line break in it becomes an escape."""
-    console.print(printable(text), markup=False, soft_wrap=True)
+    console.print(printable(text), soft_wrap=True)
 
 
 def log_progress(text: str) -> None:
