@@ -227,7 +227,7 @@ def test_a_process_that_waits_for_a_stopped_one_asks_for_another_run(data_dir, t
     for text in (errors, (tmp_path / "workdir" / "watchdog-0.txt").read_text()):
         assert "process 0 hangs" in text
         assert "phase 'step'" in text
-        assert "train.py" in text
+        assert "vit_jax/training/run.py" in text
     found = summarize(read_ledger(tmp_path / "workdir"))
     assert found is not None
     assert found.causes == ("watchdog: step",)
