@@ -110,6 +110,8 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     store: BucketServer
     protocol_version = "HTTP/1.1"
+    # Else the body of an answer waits 40 ms for the client to confirm the headers.
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: object) -> None:
         pass

@@ -277,8 +277,12 @@ def test_a_folder_that_can_not_be_written_is_refused(folder, tmp_path):
     (tmp_path / "file").touch()
     words = ["DST=", str(tmp_path / "file"), "can't be written"]
     assert_refused(folder, tmp_path / "file" / "dst", words=words)
-    words = ["DST='gs://bucket/dst': expected a folder; copy the pack to a bucket"]
-    assert_refused(folder, "gs://bucket/dst", words=words)
+    words = ["DST='http://bucket/dst': expected a folder, gs://BUCKET/PATH or s3://BUCKET/PATH"]
+    assert_refused(folder, "http://bucket/dst", words=words)
+    words = ["DST='gs://bucket': expected gs://BUCKET/PATH"]
+    assert_refused(folder, "gs://bucket", words=words)
+    words = ["--temporary=", "expected DST in a bucket"]
+    assert_refused(folder, tmp_path / "dst", f"--temporary={tmp_path}", words=words)
 
 
 @pytest.mark.parametrize("kind", [[], ["--raw=64"]])

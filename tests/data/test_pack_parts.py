@@ -127,7 +127,7 @@ def test_a_part_that_was_killed_resumes_its_own_files(flags, whole, run, tmp_pat
     folder = tmp_path / "dst"
     # As after a kill: one shard of a part has its images alone, and a temporary file is left.
     (folder / "train-00001-of-00004.npz").unlink()
-    (folder / "train-00001-of-00004.npz.tmp").write_bytes(b"half")
+    (folder / "train-00001-of-00004.npz.0123abcd.tmp").write_bytes(b"half")
     refuse(run, *flags, "--join", words=["1 of 2 parts are not complete: 1;", "--part=1/2"])
     assert not (folder / "pack.json").exists()
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.npz")}

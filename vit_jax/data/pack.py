@@ -6,7 +6,8 @@ labels are missing. A command that was killed resumes if
 it is run again. Images whose shorter side is at most --short_side are copied unchanged.
 
 Several machines that see DST each pack a part, --part=0/64 to --part=63/64, in any order. The same
-command with --join then checks that all parts are complete and makes the dataset of them.
+command with --join then checks that all parts are complete and makes the dataset of them. DST may
+be in a bucket, gs://BUCKET/PATH or s3://BUCKET/PATH.
 
 Examples:
   python -m vit_jax.data.pack folder:/data/birds /fast/birds --short_side=256
@@ -17,6 +18,8 @@ Examples:
 
   python -m vit_jax.data.pack folder:/data/birds /shared/birds --part=3/64
   python -m vit_jax.data.pack folder:/data/birds /shared/birds --join
+
+  python -m vit_jax.data.pack folder:/data/birds gs://bucket/birds
 """
 
 from __future__ import annotations
@@ -33,14 +36,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from vit_jax.observe.console import log, set_up
 from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.utils.bounds import MAX_TABLE, open_npz, open_outside
-from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.command import CommandParser, print_error, run_command
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.files import atomic_file, write_atomically
 from vit_jax.utils.registry import find_parts, trust_parts
@@ -50,6 +53,7 @@ from vit_jax.utils.text import describe_size
 if TYPE_CHECKING:
     from vit_jax.data.corrupt import CorruptCounter
     from vit_jax.data.pack_parts import Part
+    from vit_jax.data.pack_target import Target
     from vit_jax.data.sources.base import Dataset, Source
     from vit_jax.data.sources.packed import Manifest, Shard
     from vit_jax.data.sources.tfds import TfdsDataset
@@ -113,7 +117,7 @@ def make_square(encoded: Any, *, size: int) -> np.ndarray:
 def pack(
     manifest: Manifest,
     shards: Sequence[Shard],
-    folder: Path,
+    target: Target,
     *,
     open_split: Callable[[str], Source],
     num_threads: int,
@@ -125,18 +129,23 @@ def pack(
     from vit_jax.data.corrupt import CorruptCounter
 
     corrupt, counter = 0, CorruptCounter()
+    images, there = manifest.image_files(), target.names()
     total = sum(shard.stop - shard.start for shard in shards)
     progress = ProgressLog("packing", total=total, unit="images")
     with progress, concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         for split, group in itertools.groupby(shards, key=lambda shard: shard.split):
-            source = None
-            for shard in group:
-                labels = folder / f"{shard.name}.npz"
-                if not labels.exists():
+            source, own = None, list(group)
+            names = [(images[shard.name].name, f"{shard.name}.npz") for shard in own]
+            target.fetch(labels for image, labels in names if there.issuperset((image, labels)))
+            for shard, (image, labels) in zip(own, names, strict=True):
+                if not (target.folder / labels).exists():
                     source = source or open_split(split)
                     examples = _prepare(source, shard, manifest, pool, num_threads, counter)
-                    _write_shard(examples, shard, manifest, folder)
-                corrupt += _count_missing(labels)
+                    _write_shard(examples, shard, images[shard.name], manifest, target.folder)
+                    target.send(image)
+                    target.send(labels)
+                corrupt += _count_missing(target.folder / labels)
+                target.drop(image, labels)
                 progress.advance(shard.stop - shard.start)
     return corrupt
 
@@ -206,16 +215,24 @@ def _as_integers(label: Any) -> np.ndarray:
 
 
 def _write_shard(
-    examples: Iterator[Packed], shard: Shard, manifest: Manifest, folder: Path
+    examples: Iterator[Packed], shard: Shard, images: Shard, manifest: Manifest, folder: Path
 ) -> None:
-    """Writes the images of a shard and, once they are on the disk, its labels and captions."""
+    """Writes the images of a shard and, once they are on the disk, its labels and captions.
+
+    `images` is the file that has them, with the rows that it has.
+    """
     from vit_jax.data.sources.packed import CAPTIONS, PLACES
     from vit_jax.data.sources.ranges import LocalRanges
     from vit_jax.data.sources.riegeli import find_records
 
-    write = _write_jpegs if manifest.raw is None else _write_pixels
+    path = folder / images.name
+    if manifest.raw is None:
+        written = _write_jpegs(examples, path)
+    else:
+        rows, size = images.stop - images.start, manifest.raw**2 * 3
+        written = _write_pixels(examples, path, size, first=shard.start - images.start, rows=rows)
     labels, good, captions = [], [], []
-    for example in write(examples, shard, manifest, folder):
+    for example in written:
         labels.append(example.labels)
         good.append(example.image is not None)
         captions.append(example.captions)
@@ -233,7 +250,7 @@ def _write_shard(
         )
         arrays |= dict(zip(CAPTIONS, values, strict=True))
     if manifest.raw is None:
-        ranges = LocalRanges([str(folder / f"{shard.name}.array_record")])
+        ranges = LocalRanges([str(path)])
         places = find_records(functools.partial(ranges.read, 0), len(labels))
         arrays[PLACES] = np.array(places, np.int64)
     file = io.BytesIO()
@@ -241,12 +258,9 @@ def _write_shard(
     write_atomically(folder / f"{shard.name}.npz", file.getvalue(), sync=True)
 
 
-def _write_jpegs(
-    examples: Iterator[Packed], shard: Shard, manifest: Manifest, folder: Path
-) -> Iterator[Packed]:
+def _write_jpegs(examples: Iterator[Packed], path: Path) -> Iterator[Packed]:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    path = folder / f"{shard.name}.array_record"
     with atomic_file(path, sync=True) as temporary:
         # JPEGs can't be compressed further; groups of one are read at any place at once.
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
@@ -259,20 +273,13 @@ def _write_jpegs(
 
 
 def _write_pixels(
-    examples: Iterator[Packed], shard: Shard, manifest: Manifest, folder: Path
+    examples: Iterator[Packed], path: Path, size: int, *, first: int, rows: int
 ) -> Iterator[Packed]:
-    assert manifest.raw is not None
-    size = manifest.raw**2 * 3
-    whole = next(
-        file
-        for file in manifest.pixel_files()
-        if file.split == shard.split and file.start <= shard.start < file.stop
-    )
-    path = folder / whole.name
+    """Writes images of `size` bytes from row `first` of a file of `rows` rows on."""
     # The whole file is reserved, so that a full disk is noticed now.
-    _reserve(path, size * (whole.stop - whole.start))
+    _reserve(path, size * rows)
     with path.open("r+b") as file:
-        file.seek(size * (shard.start - whole.start))
+        file.seek(size * first)
         for example in examples:
             file.write(bytes(size) if example.image is None else example.image.tobytes())
             yield example
@@ -326,8 +333,11 @@ def _find_splits(dataset: Dataset | TfdsDataset) -> dict[str, int]:
     return found
 
 
-def main(argv: Sequence[str]) -> None:
-    """Packs the dataset, a part of it, or joins the parts; logs what was written."""
+def main(argv: Sequence[str]) -> int:
+    """Packs the dataset, a part of it, or joins the parts; logs what was written.
+
+    Returns 1 if a bucket does not answer, so that a job tries again, and else 0.
+    """
     args = _parse(argv)
     set_up(quiet=False)
     for name in ("short_side", "quality", "raw", "shard_size", "num_threads"):
@@ -337,37 +347,55 @@ def main(argv: Sequence[str]) -> None:
     if args.quality > 100:
         raise UserError(f"--quality={args.quality}: expected 1 to 100")
     with importing():
-        from vit_jax.data.loader import count_threads
         from vit_jax.data.pack_parts import parse_part
-        from vit_jax.data.sources import find_dataset
-    if "://" in args.DST:
-        raise UserError(
-            f"DST={args.DST!r}: expected a folder; copy the pack to a bucket once it is complete"
-        )
+        from vit_jax.data.pack_target import BucketError, open_target
     part = None if args.part is None else parse_part(args.part)
     trust_parts(find_parts(args.SRC))
-    folder = Path(args.DST).expanduser().absolute()
+    try:
+        with open_target(args.DST, temporary=args.temporary) as target:
+            _write(args, part, target)
+    except BucketError as e:
+        print_error(e)
+        return 1
+    return 0
+
+
+def _write(args: argparse.Namespace, part: Part | None, target: Target) -> None:
+    """Writes what the arguments ask for."""
+    with importing():
+        from vit_jax.data.loader import count_threads
+        from vit_jax.data.pack_parts import list_part_files
+        from vit_jax.data.sources import find_dataset
+        from vit_jax.data.sources.packed import MANIFEST
+    if target.remote:
+        log(f"writes files to {target.home} first, and sends them to {target.place}")
+        there = target.names()
+        target.fetch(there.intersection((MANIFEST, *list_part_files(there))))
     if args.join:
-        _join(_settings(args), folder)
+        _join(_settings(args), target)
         return
     dataset = find_dataset(args.SRC, data_dir=args.data_dir)
-    manifest = _make_manifest(args, dataset, part)
+    manifest = _make_manifest(args, dataset, part, remote=target.remote)
 
     def open_split(split: str) -> Source:
         return dataset.open(split, key="split")
 
     work = functools.partial(
-        pack, folder=folder, open_split=open_split, num_threads=count_threads(args.num_threads)
+        pack, target=target, open_split=open_split, num_threads=count_threads(args.num_threads)
     )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if part is None:
-            _report(manifest, folder, _pack_all(manifest, folder, work))
+        target.folder.mkdir(parents=True, exist_ok=True)
+        if part is not None:
+            _pack_part(part, manifest, target, work, open_split)
+        elif target.remote:
+            _pack_bucket(manifest, target, work, open_split)
+            _join(_settings(args), target)
         else:
-            _pack_part(part, manifest, folder, work, open_split)
+            _report(manifest, target, _pack_all(manifest, target.folder, work))
     # ArrayRecordWriter raises RuntimeError if the disk is full.
     except (OSError, RuntimeError) as e:
-        raise UserError(f"DST={str(folder)!r} can't be written: {e}") from None
+        advice = "; choose another folder as --temporary" if target.remote else ""
+        raise UserError(f"DST={str(target.folder)!r} can't be written: {e}{advice}") from None
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -382,9 +410,10 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _make_manifest(
-    args: argparse.Namespace, dataset: Dataset | TfdsDataset, part: Part | None
+    args: argparse.Namespace, dataset: Dataset | TfdsDataset, part: Part | None, *, remote: bool
 ) -> Manifest:
     """The manifest of what is to be packed; raises `UserError` if that can't be."""
+    from vit_jax.data.pack_target import MAX_OBJECT
     from vit_jax.data.sources.base import Dataset
     from vit_jax.data.sources.packed import Manifest, check_manifest
 
@@ -409,6 +438,15 @@ def _make_manifest(
         check_manifest(manifest)
     except ValueError as e:
         raise UserError(f"what would be packed could not be read: {e}") from None
+    if remote and args.raw:
+        if (size := args.raw**2 * 3) * args.shard_size > MAX_OBJECT:
+            raise UserError(
+                f"--shard_size={args.shard_size}: expected at most {MAX_OBJECT // size:,} with "
+                f"--raw={args.raw}, since an object in a bucket has at most "
+                f"{describe_size(MAX_OBJECT)}"
+            )
+        # An object is written whole: each shard has one.
+        manifest = dataclasses.replace(manifest, parts=len(manifest.shards()))
     return manifest
 
 
@@ -427,10 +465,7 @@ def _pack_all(manifest: Manifest, folder: Path, work: Callable[..., int]) -> int
     from vit_jax.data.sources.packed import MANIFEST
 
     if parts := list_parts(folder):
-        raise UserError(
-            f"DST={str(folder)!r} has parts of a pack, such as {parts[0]}: expected --part or "
-            "--join; choose another folder, or delete it"
-        )
+        _refuse_parts(folder, parts)
     if (folder / MANIFEST).exists():
         _check_same(manifest, folder)
     else:
@@ -438,6 +473,33 @@ def _pack_all(manifest: Manifest, folder: Path, work: Callable[..., int]) -> int
     with open(folder / MANIFEST, "r+b") as file:
         lock(file, busy=f"DST={str(folder)!r}: another process is packing there")
         return work(manifest, manifest.shards())
+
+
+def _pack_bucket(
+    manifest: Manifest,
+    target: Target,
+    work: Callable[..., int],
+    open_split: Callable[[str], Source],
+) -> None:
+    """Packs everything into a bucket, as the only part of a job; what is there is kept."""
+    from vit_jax.data.pack_parts import Part, list_parts
+    from vit_jax.data.sources.packed import MANIFEST
+
+    only = Part(0, 1)
+    if parts := [part for part in list_parts(target.folder) if part != only]:
+        _refuse_parts(target.folder, parts)
+    if (target.folder / MANIFEST).exists():
+        _check_same(manifest, target.folder)
+        work(manifest, manifest.shards())
+    else:
+        _work_on(only, manifest, target, work, open_split)
+
+
+def _refuse_parts(folder: Path, parts: Sequence[Part]) -> NoReturn:
+    raise UserError(
+        f"DST={str(folder)!r} has parts of a pack, such as {parts[0]}: expected --part or --join; "
+        "choose another folder, or delete it"
+    )
 
 
 def _write_manifest(manifest: Manifest, folder: Path) -> None:
@@ -450,29 +512,25 @@ def _write_manifest(manifest: Manifest, folder: Path) -> None:
 def _pack_part(
     part: Part,
     manifest: Manifest,
-    folder: Path,
+    target: Target,
     work: Callable[..., int],
     open_split: Callable[[str], Source],
 ) -> None:
     """Packs a part."""
-    from vit_jax.data.fingerprint import fingerprint
-    from vit_jax.data.pack_parts import Record, claim
     from vit_jax.data.sources.packed import MANIFEST, select_part
 
+    folder = target.folder
     shards = select_part(manifest.shards(), part.number, part.count)
     if (folder / MANIFEST).exists():
         _check_same(manifest, folder)
-        if all((folder / f"{shard.name}.npz").exists() for shard in shards):
+        if target.names().issuperset(f"{shard.name}.npz" for shard in shards):
             log(f"part {part} is complete, and DST={str(folder)!r} has been joined")
             return
         raise UserError(
             f"DST={str(folder)!r} holds a pack that lacks shards of part {part}: expected the same "
             "command without --part; or delete pack.json, pack all parts again and join them"
         )
-    splits = [split for split, length in manifest.splits.items() if length]
-    record = Record(manifest, {split: fingerprint(open_split(split)) for split in splits})
-    with claim(folder, part, record):
-        corrupt = work(manifest, shards)
+    corrupt = _work_on(part, manifest, target, work, open_split)
     total = sum(shard.stop - shard.start for shard in shards)
     log(f"packed part {part}, {total:,} images in {len(shards):,} shards, in {folder}")
     if corrupt:
@@ -480,29 +538,55 @@ def _pack_part(
     log("  once all parts are complete, the same command with --join instead makes the dataset")
 
 
-def _join(settings: dict[str, Any], folder: Path) -> None:
+def _work_on(
+    part: Part,
+    manifest: Manifest,
+    target: Target,
+    work: Callable[..., int],
+    open_split: Callable[[str], Source],
+) -> int:
+    """Writes the record of a part and its shards; returns how many images can't be read."""
+    from vit_jax.data.fingerprint import fingerprint
+    from vit_jax.data.pack_parts import Record, claim
+    from vit_jax.data.sources.packed import select_part
+
+    splits = [split for split, length in manifest.splits.items() if length]
+    record = Record(manifest, {split: fingerprint(open_split(split)) for split in splits})
+    with claim(target.folder, part, record):
+        target.send(part.file)
+        return work(manifest, select_part(manifest.shards(), part.number, part.count))
+
+
+def _join(settings: dict[str, Any], target: Target) -> None:
     """Checks all parts, and makes a dataset of them.
 
     `pack.json`, without which nothing is read, is written last. The records of the parts are
     removed then, and nothing else is changed.
     """
     from vit_jax.data.pack_parts import check_fields, check_parts, list_parts
-    from vit_jax.data.sources.packed import MANIFEST, open_files, read_manifest
+    from vit_jax.data.sources.packed import MANIFEST, check_objects, open_files, read_manifest
 
+    folder = target.folder
     key = f"DST={str(folder)!r}"
     try:
         joined = (folder / MANIFEST).exists()
-        manifest = read_manifest(folder, key=key) if joined else check_parts(folder).manifest
+        if joined:
+            manifest = read_manifest(folder, key=key)
+        else:
+            manifest = check_parts(folder, target.names()).manifest
         check_fields(manifest, settings, f"{key} holds another pack:")
         advice = "delete the files of that shard, and run its part again"
-        _, good, *_ = open_files(str(folder), manifest, key=key, advice=advice)
+        _, good, _, records = open_files(target.place, manifest, key=key, advice=advice)
+        if target.remote:
+            check_objects(records, key=key, advice=advice)
         if not joined:
             _write_manifest(manifest, folder)
+            target.send(MANIFEST)
         for part in list_parts(folder):
-            (folder / part.file).unlink(missing_ok=True)
+            target.remove(part.file)
     except OSError as e:
         raise UserError(f"{key}: the parts can't be joined: {e}") from None
-    _report(manifest, folder, int(np.sum(~good)))
+    _report(manifest, target, int(np.sum(~good)))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -512,7 +596,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "SRC",
         help="Pack this dataset, given as data.name in a config, such as folder:/data/birds.",
     )
-    add("DST", help="Write to this folder.")
+    add("DST", help="Write to this folder, or to gs://BUCKET/PATH or s3://BUCKET/PATH.")
     add(
         "--short_side",
         type=int,
@@ -543,6 +627,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         type=int,
         help="Work in this many threads. The default is one for each core.",
     )
+    add(
+        "--temporary",
+        metavar="FOLDER",
+        help="Write the files of a pack in a bucket to this folder first, where they take the "
+        "space of one shard. The default is below ~/.cache.",
+    )
     some = parser.add_mutually_exclusive_group()
     some.add_argument(
         "--part",
@@ -557,15 +647,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _report(manifest: Manifest, folder: Path, corrupt: int) -> None:
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    total = sum(manifest.splits.values())
-    log(f"packed {total:,} images, {describe_size(size)}, in {folder}")
+def _report(manifest: Manifest, target: Target, corrupt: int) -> None:
+    total, size = sum(manifest.splits.values()), ""
+    if not target.remote:
+        bytes = sum(path.stat().st_size for path in target.folder.iterdir())
+        size = f", {describe_size(bytes)}"
+    log(f"packed {total:,} images{size}, in {target.place}")
     for split, length in manifest.splits.items():
         log(f"  {split:<15} {length:>12,} examples")
     if corrupt:
         log(f"  {corrupt:,} of them can't be read: their places are empty")
-    log(f"  read it with    --config.data.name={manifest.kind}:{folder}")
+    log(f"  read it with    --config.data.name={manifest.kind}:{target.place}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -110,6 +110,11 @@ def list_parts(folder: Path) -> list[Part]:
     return sorted(Part(int(match[1]), int(match[2])) for match in matches if match)
 
 
+def list_part_files(names: Iterable[str]) -> list[str]:
+    """Those of some names that are records of parts."""
+    return [name for name in names if _FILE.fullmatch(name)]
+
+
 @contextlib.contextmanager
 def claim(folder: Path, part: Part, record: Record) -> Iterator[None]:
     """Writes the record of a part, and holds its lock.
@@ -179,8 +184,12 @@ def _read(path: Path) -> Record | None:
         raise UserError(f"{path} can't be read: {e}; delete it, and run its part again") from None
 
 
-def check_parts(folder: Path) -> Record:
+def check_parts(folder: Path, there: Collection[str]) -> Record:
     """Checks that all parts are there, of one pack and complete, and returns what they agree on.
+
+    Args:
+      folder: has the records.
+      there: the names of all files of the parts.
 
     Raises:
       UserError: parts are missing, incomplete or of different packs.
@@ -197,7 +206,7 @@ def check_parts(folder: Path) -> Record:
         )
     records = [(part, _read(folder / part.file)) for part in parts]
     found = {part.number: record for part, record in records if record is not None}
-    there, absent = set(os.listdir(folder)), set(range(counts[0])) - found.keys()
+    absent = set(range(counts[0])) - found.keys()
     first, record = next(iter(found.items()), (0, None))
     if record is not None:
         for number, other in found.items():

@@ -3,21 +3,31 @@
 
 import contextlib
 import errno
+import fcntl
 import glob
 import os
+import re
+import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.text import encode_text
+
+# The locked files of `private_folder`, which are open until the process ends.
+_held: list[Any] = []
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """Yields a temporary path in the same folder, which replaces `path` if the block succeeds.
 
-    If the block raises, the temporary file is removed, and `path` is as it was before.
+    If the block raises, the temporary file is removed, and `path` is as it was before. Processes
+    that write the same file have a temporary file each, `NAME.RANDOM.tmp`, which they lock; those
+    that are not locked are of processes that were killed, and are removed.
 
     Args:
       path: of the file.
@@ -26,18 +36,65 @@ def atomic_file(path: Path, *, sync: bool = False) -> Iterator[Path]:
     Raises:
       OSError: the file can't be replaced.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
-    with contextlib.suppress(OSError):  # One that a killed process of another user has left.
-        temporary.unlink()
+    _remove_abandoned(path)
+    temporary, held = _create_locked(path)
     try:
-        yield temporary
-        if sync:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with held:
+            yield temporary
+            if sync:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):  # It has its final name, or was never created.
+        with contextlib.suppress(OSError):  # It has its final name.
             temporary.unlink()
+
+
+def _create_locked(path: Path) -> tuple[Path, IO[bytes]]:
+    """Makes an empty temporary file for `path`; returns its path, and what holds its lock."""
+    while True:
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        file = open(temporary, "xb")  # noqa: SIM115 (the caller closes it)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = not temporary.exists()
+        except BlockingIOError:
+            taken = True
+        except OSError:  # The file system has no locks.
+            taken = False
+        if not taken:
+            return temporary, file
+        file.close()  # Another process took it for abandoned before it was locked, and removes it.
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes temporary files of `path` that no process has locked."""
+    is_own = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.tmp").fullmatch
+    with contextlib.suppress(OSError):
+        for name in filter(is_own, os.listdir(path.parent)):
+            with contextlib.suppress(OSError), open(path.with_name(name), "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.with_name(name).unlink()
+
+
+def private_folder(parent: Path) -> Path:
+    """Makes a folder for this process, and removes those of processes that were killed.
+
+    Args:
+      parent: has nothing but such folders.
+
+    Raises:
+      OSError: it can't be made.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for other in parent.iterdir():
+        with contextlib.suppress(OSError), open(other / ".used") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(other, ignore_errors=True)
+    home = Path(tempfile.mkdtemp(dir=parent))
+    _held.append(open(home / ".used", "w"))  # noqa: SIM115 (held until the process ends)
+    fcntl.flock(_held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return home
 
 
 def write_atomically(path: Path, content: str | bytes, *, sync: bool = False) -> None:

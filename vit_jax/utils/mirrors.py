@@ -12,13 +12,11 @@ Lines that are printed show the URL in place of the folder, see `utils.text.name
 import atexit
 import contextlib
 import errno
-import fcntl
 import itertools
 import json
 import os
 import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -28,6 +26,7 @@ from typing import Any
 from vit_jax.utils.bounds import is_inside
 from vit_jax.utils.buckets import EXPECTED, SCHEMES, Bucket, is_url
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.files import private_folder
 from vit_jax.utils.layout import (
     BROKEN,
     CHECKPOINTS,
@@ -558,19 +557,7 @@ def _is_small(name: str, whole: Collection[str]) -> bool:
 def _make_home() -> Path:
     """Makes a folder for a local copy, and removes those of processes that were killed."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    parent = cache / "vit_jax" / "workdirs"
-    parent.mkdir(parents=True, exist_ok=True)
-    for other in parent.iterdir():
-        with contextlib.suppress(OSError), open(other / ".used") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(other, ignore_errors=True)
-    home = Path(tempfile.mkdtemp(dir=parent))
-    _held.append(open(home / ".used", "w"))  # noqa: SIM115 (held until the process ends)
-    fcntl.flock(_held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return home
-
-
-_held: list[Any] = []
+    return private_folder(cache / "vit_jax" / "workdirs")
 
 
 def _boot() -> str:

@@ -114,16 +114,26 @@ class Manifest:
             for number, start in enumerate(range(0, length, self.shard_size))
         ]
 
-    def pixel_files(self) -> list["Shard"]:
-        """The rows of each file of pixels, split by split."""
-        shards, files = self.shards(), []
+    def image_files(self) -> dict[str, "Shard"]:
+        """The file that has the images of each shard, with the rows that it has, by shard name."""
+        shards, files = self.shards(), dict[str, Shard]()
+        if self.raw is None:
+            return {
+                shard.name: dataclasses.replace(shard, name=f"{shard.name}.array_record")
+                for shard in shards
+            }
         for number in range(self.parts):
             part = select_part(shards, number, self.parts)
             for split, group in itertools.groupby(part, key=lambda shard: shard.split):
                 own = list(group)
                 suffix = f".part-{number:05}-of-{self.parts:05}" if self.parts > 1 else ""
-                files.append(Shard(f"{split}{suffix}.pixels", split, own[0].start, own[-1].stop))
+                file = Shard(f"{split}{suffix}.pixels", split, own[0].start, own[-1].stop)
+                files |= dict.fromkeys((shard.name for shard in own), file)
         return files
+
+    def pixel_files(self) -> list["Shard"]:
+        """The rows of each file of pixels, split by split."""
+        return list(dict.fromkeys(self.image_files().values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,6 +296,22 @@ class RemoteJpegs(Records):
             if self._good[row]:
                 self._ranges.ahead(*self._find(row))
 
+    def check_objects(self) -> None:
+        """Reads the first and the last image of each shard; raises OSError or ValueError."""
+
+        def check(number: int) -> None:
+            row = int(self._firsts[number])
+            images = row + np.flatnonzero(self._good[row : int(self._firsts[number + 1])])
+            if not len(images):
+                self._ranges.stamp(number)  # This raises OSError without an object.
+            for row in images[[0, -1]] if len(images) else ():
+                _, start, stop = self._find(row)
+                with name_file(self._ranges.paths[number]):
+                    riegeli.unpack(self._ranges.read(number, start, stop), start)
+
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(check, range(len(self._ranges.paths))))
+
     def read(self, row: int) -> bytes:
         if not self._good[row]:
             raise ImageError("it could not be read when it was packed")
@@ -315,6 +341,17 @@ class RemotePixels(Records):
         files = manifest.pixel_files()
         self._ranges = BucketRanges([f"{url}/{file.name}" for file in files])
         self._firsts = np.cumsum([0, *(file.stop - file.start for file in files)])
+
+    def check_objects(self) -> None:
+        """Checks the size of each file of pixels; raises OSError or ValueError."""
+
+        def check(number: int) -> None:
+            size = int(self._firsts[number + 1] - self._firsts[number]) * self._size
+            if len(self._ranges.read(number, size - 1, None)) != 1:
+                raise ValueError(f"{self._ranges.paths[number]}: expected {size:,} bytes")
+
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(check, range(len(self._ranges.paths))))
 
     def _find(self, row: int) -> tuple[int, int, int]:
         number = int(np.searchsorted(self._firsts, row, side="right")) - 1
@@ -403,6 +440,21 @@ def open_files(
     except Exception as e:
         raise UserError(f"{key} can't be read: {describe_error(e)}; {advice}") from None
     return labels, good, captions, records
+
+
+def check_objects(records: Records, *, key: str, advice: str) -> None:
+    """Checks that each shard in a bucket has its images, by a part of them.
+
+    Raises `UserError`, which ends in `advice`, if one has not.
+    """
+    assert isinstance(records, RemoteJpegs | RemotePixels)
+    try:
+        records.check_objects()
+    except FileNotFoundError as e:
+        raise UserError(f"{key}: {e.filename}: {e.strerror}; {advice}") from None
+    except (OSError, ValueError) as e:
+        text = e.strerror if isinstance(e, OSError) else e
+        raise UserError(f"{key}: {text}; {advice}") from None
 
 
 @functools.cache
