@@ -16,9 +16,9 @@ from tests.data.test_pack_parts import (
     photos,
     whole,
 )
-from vit_jax.data import pack, sources
+from vit_jax.data import pack
 from vit_jax.data.pack import main
-from vit_jax.data.sources import find_dataset, ranges
+from vit_jax.data.sources import find_dataset, packed, ranges
 from vit_jax.utils.errors import UserError
 
 __all__ = ["photos", "server", "whole"]
@@ -30,7 +30,7 @@ def run(photos, server, said, tmp_path, monkeypatch):
     monkeypatch.setattr(ranges, "_PATIENCE_S", 0.0)
 
     def run(*arguments, scheme="gs", source=photos):
-        sources.packed._dataset.cache_clear()
+        packed._dataset.cache_clear()
         return main([f"folder:{source}", f"{scheme}://{server.bucket}/d", *arguments])
 
     return run
@@ -54,7 +54,7 @@ def refuse(run, *arguments, words, **others):
 
 
 def find(server, flags=FLAGS, scheme="gs"):
-    sources.packed._dataset.cache_clear()
+    packed._dataset.cache_clear()
     kind = "raw" if flags is RAW else "packed"
     return find_dataset(f"{kind}:{scheme}://{server.bucket}/d", data_dir=None)
 

@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from vit_jax.checkpoint.chunks import fetch_needed, is_chunk
 from vit_jax.checkpoint.listing import list_steps
 from vit_jax.checkpoint.manifest import (
     find_fault,
@@ -48,7 +49,7 @@ from vit_jax.utils.bounds import read_json
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.layout import BROKEN, CHECKPOINTS, RUN
 from vit_jax.utils.metrics import find_best_step
-from vit_jax.utils.mirrors import fetch_checkpoint, find_mirror, refresh
+from vit_jax.utils.mirrors import find_mirror, refresh
 
 DESCRIPTION = "description"
 _METRICS = "metrics"
@@ -300,7 +301,7 @@ class CheckpointManager:
                 assert self._mirror is not None
                 half = self._half(step)
                 # Descriptions are those of the first process.
-                files = {k: v for k, v in measure_files(half).items() if _is_chunk(k)}
+                files = {k: v for k, v in measure_files(half).items() if is_chunk(k)}
                 self._mirror.upload_part(step, files, half, process=jax.process_index())
                 _remove(half)
             if self._main:
@@ -392,7 +393,8 @@ class CheckpointManager:
         items = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
         with fail_together():  # Each process reads its own copy.
             refresh(self.workdir)
-            fetch_checkpoint(self.path(step))
+            if self._mirror is not None:
+                fetch_needed(self.path(step), wanted)
         try:
             with quiet_reads():
                 found = self._checkpointer.restore(
@@ -544,12 +546,6 @@ def _remove(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path)
-
-
-def _is_chunk(name: str) -> bool:
-    """Whether a file of a checkpoint without large files has a part of an array."""
-    item, _, file = name.rpartition("/")
-    return not file.startswith((".", "_")) and "/" in item
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -116,8 +116,18 @@ def find_fault(folder: Path, items: Sequence[str] | None = None) -> str | None:
     wanted = {
         name: was for name, was in files.items() if items is None or name.partition("/")[0] in items
     }
+    return find_fault_in(folder, wanted)
+
+
+def read_files(folder: Path) -> dict[str, list[Any]]:
+    """Returns sizes and checksums by name from the manifest of a checkpoint without a fault."""
+    return read_json(folder / MANIFEST, max_bytes=_MAX_MANIFEST)["files"]
+
+
+def find_fault_in(folder: Path, files: Mapping[str, list[Any]]) -> str | None:
+    """Returns the first fault of some files, given their sizes and checksums; None without one."""
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda name: _compare(folder, name, wanted[name]), wanted)
+        found = pool.map(lambda name: _compare(folder, name, files[name]), files)
         return next((fault for fault in found if fault is not None), None)
 
 

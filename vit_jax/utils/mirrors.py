@@ -136,19 +136,25 @@ def refresh(folder: Path) -> None:
             raise UserError(f"--workdir={mirror.url}: {e.strerror}") from None
 
 
-def fetch_checkpoint(folder: Path, items: Collection[str] | None = None) -> None:
+def fetch_checkpoint(
+    folder: Path,
+    items: Collection[str] | None = None,
+    *,
+    names: Collection[str] | None = None,
+) -> None:
     """Downloads what is not here of a checkpoint in a local copy; others are as they are.
 
     Args:
       folder: of the checkpoint.
       items: the parts that are wanted, such as `params`; None for all.
+      names: of the files that are wanted, in these parts; None for all.
 
     Raises:
       UserError: the bucket can't be read.
     """
     if (mirror := find_mirror(folder)) is not None:
         try:
-            mirror.fetch(folder, items)
+            mirror.fetch(folder, items, names)
         except OSError as e:
             raise UserError(f"--workdir={mirror.url}: {e.strerror}") from None
 
@@ -236,12 +242,18 @@ class Mirror:
             if path.name == MANIFEST and name.startswith(f"{CHECKPOINTS}/"):
                 self.drop_arrays(path.parent)  # Arrays that are here were of another one.
 
-    def fetch(self, checkpoint: Path, items: Collection[str] | None = None) -> None:
+    def fetch(
+        self,
+        checkpoint: Path,
+        items: Collection[str] | None = None,
+        names: Collection[str] | None = None,
+    ) -> None:
         """Downloads the arrays of a checkpoint, as far as they are not here.
 
         Args:
           checkpoint: its folder in the local copy.
           items: the parts that are wanted, such as `params`; None for all.
+          names: of the files that are wanted, in these parts; None for all.
 
         Raises:
           OSError: they can't be read.
@@ -256,6 +268,7 @@ class Mirror:
             (f"{prefix}/{name}", checkpoint / name, size)
             for name, size in sizes.items()
             if (items is None or name.partition("/")[0] in items)
+            and (names is None or name in names)
             and not (checkpoint / name).exists()
         ]
         with contextlib.suppress(FileNotFoundError):  # As before.
