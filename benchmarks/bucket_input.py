@@ -26,7 +26,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from benchmarks.environment import describe_environment
+from benchmarks.environment import write_results
 from benchmarks.turns import ROOT
 from tools.bucket_server import BucketServer
 
@@ -129,8 +129,7 @@ def main(argv: Sequence[str]) -> None:
     for name, median in medians.items():
         print(f"{name:<28} {median:>8,} images/s")
     if args.json:
-        result = {"delay_ms": args.delay_ms, "images/s": medians, **describe_environment()}
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_results(args.json, {"delay_ms": args.delay_ms, "images/s": medians})
 
 
 if __name__ == "__main__":

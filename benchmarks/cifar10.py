@@ -9,14 +9,13 @@ command resumes where a run was stopped.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 
-from benchmarks.environment import describe_environment
+from benchmarks.environment import write_results
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.summary import last_results
 
@@ -50,7 +49,6 @@ def main() -> None:
     }
     print(f"test accuracy of cifar10.py:{args.size}: {results['test/top1']:.2%}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         measured = {
             "size": args.size,
             "device": jax.devices()[0].device_kind,
@@ -60,9 +58,7 @@ def main() -> None:
             "test_loss": results["test/loss"],
             "curves": curves,
         }
-        environment = describe_environment("jax", "flax", "optax")
-        args.json.write_text(json.dumps(environment | measured) + "\n")
-        print(f"wrote {args.json}")
+        write_results(args.json, measured, "jax", "flax", "optax", indent=None)
     if 100 * results["test/top1"] < args.least:
         raise SystemExit(f"test accuracy {results['test/top1']:.2%}: expected {args.least:g} %")
 

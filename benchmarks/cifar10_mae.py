@@ -8,14 +8,13 @@ Takes about half an hour on two cores. The same command resumes where it was sto
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 
-from benchmarks.environment import describe_environment
+from benchmarks.environment import write_results
 from vit_jax.observe.summary import last_results
 
 
@@ -47,11 +46,8 @@ def main() -> None:
     for name in ("fine_tuned", "from_scratch"):
         print(f"{name.replace('_', ' ')}: test accuracy {results[name]['test/top1']:.2%}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         measured = {"device": jax.devices()[0].device_kind, "seed": 0, "results": results}
-        environment = describe_environment("jax", "flax", "optax")
-        args.json.write_text(json.dumps(environment | measured, indent=2) + "\n")
-        print(f"wrote {args.json}")
+        write_results(args.json, measured, "jax", "flax", "optax")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ keys of the config of all of them, which the results state.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.environment import describe_environment
+from benchmarks.environment import write_results
 from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.summary import last_results
 
@@ -74,16 +73,13 @@ def main() -> None:
             span = f"{min(scores):.2%} to {max(scores):.2%} over {len(scores)} seeds"
             print(f"{kind:<10} {name:<12} mean {statistics.mean(scores):.2%}, {span}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         measured = {
             "device": jax.devices()[0].device_kind,
             "steps": args.steps,
             "set": args.set,
             "runs": runs,
         }
-        environment = describe_environment("jax", "flax", "optax")
-        args.json.write_text(json.dumps(environment | measured, indent=2) + "\n")
-        print(f"wrote {args.json}")
+        write_results(args.json, measured, "jax", "flax", "optax")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 import vit_jax
-from benchmarks.environment import describe_environment
+from benchmarks.environment import write_results
 from vit_jax.utils.errors import UserError
 
 # Captions of an image, of which one is drawn for each example; the first is the prompt of a class.
@@ -104,12 +104,9 @@ def main() -> None:
     zero_shot, probe = metrics["test/top1"], metrics["probe/top1"]
     print(f"zero-shot {zero_shot:.2%}, linear probe {probe:.2%}: {100 * (zero_shot - probe):+.2f}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         measured = {"device": jax.devices()[0].device_kind, "seed": 0, "epochs": args.epochs}
         results = {"zero_shot_top1": zero_shot, "linear_probe_top1": probe}
-        environment = describe_environment("jax", "flax", "optax")
-        args.json.write_text(json.dumps(environment | measured | results, indent=2) + "\n")
-        print(f"wrote {args.json}")
+        write_results(args.json, measured | results, "jax", "flax", "optax")
 
 
 if __name__ == "__main__":

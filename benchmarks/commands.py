@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.environment import describe_environment
+from benchmarks.environment import write_results
 from benchmarks.turns import ROOT, run
 from vit_jax.__main__ import COMMANDS
 
@@ -109,17 +109,13 @@ def main(argv: Sequence[str]) -> None:
     for name, row in results.items():
         print(f"{name:<{width}}  {row['seconds']:>7.2f}  {row['cpu_seconds']:>6.2f}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         notes = {
             "rounds": args.rounds,
             "load_at_start": load_at_start,
             "load_at_end": [round(load, 1) for load in os.getloadavg()],
         }
-        environment = describe_environment("jax", "tensorflow-datasets", "opencv-python-headless")
-        args.json.write_text(
-            json.dumps(environment | notes | {"results": results}, indent=2) + "\n"
-        )
-        print(f"wrote {args.json}")
+        packages = ("jax", "tensorflow-datasets", "opencv-python-headless")
+        write_results(args.json, notes | {"results": results}, *packages)
 
 
 if __name__ == "__main__":

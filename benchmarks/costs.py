@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.environment import describe_environment
+from benchmarks.environment import write_results
 from benchmarks.turns import ROOT
 
 PARTS = {
@@ -47,16 +47,12 @@ def main() -> None:
             subprocess.run([*command, f"--json={file}"], check=True, cwd=ROOT)
             results[part] = json.loads(file.read_text(encoding="utf-8"))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         loads = {
             "load_at_start": load_at_start,
             "load_at_end": [round(load, 1) for load in os.getloadavg()],
         }
-        environment = describe_environment("jax", "flax", "orbax-checkpoint")
-        args.json.write_text(
-            json.dumps(environment | loads | {"results": results}, indent=2) + "\n"
-        )
-        print(f"wrote {args.json}")
+        packages = ("jax", "flax", "orbax-checkpoint")
+        write_results(args.json, loads | {"results": results}, *packages)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ stopped; --steps shortens the runs of the heads, and --dino_steps the pre-traini
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.environment import describe_environment
+from benchmarks.environment import write_results
 from vit_jax.observe.summary import last_results
 
 KINDS = ("dino", "random")
@@ -85,16 +84,13 @@ def main() -> None:
         span = f"{min(scores):.2%} to {max(scores):.2%} over {len(scores)} seeds"
         print(f"{kind:<8} test mIoU: mean {statistics.mean(scores):.2%}, {span}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         measured = {
             "device": jax.devices()[0].device_kind,
             "steps": args.steps,
             "dino_steps": args.dino_steps,
             "runs": runs,
         }
-        environment = describe_environment("jax", "flax", "optax")
-        args.json.write_text(json.dumps(environment | measured, indent=2) + "\n")
-        print(f"wrote {args.json}")
+        write_results(args.json, measured, "jax", "flax", "optax")
 
 
 if __name__ == "__main__":

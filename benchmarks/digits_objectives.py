@@ -11,14 +11,13 @@ repeated with the same --keep.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.environment import describe_environment
+from benchmarks.environment import write_results
 from vit_jax.observe.summary import last_results
 
 # By name: the config and its argument, where {} is the folder of a seed. Later runs start from
@@ -72,12 +71,7 @@ def main() -> None:
             span = f"{min(scores):.2%} to {max(scores):.2%} over {len(scores)} seeds"
             print(f"{name:<18} mean {means[name]:.2%}, {span}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        environment = describe_environment("jax", "flax", "optax")
-        args.json.write_text(
-            json.dumps(environment | {"means": means, "runs": runs}, indent=2) + "\n"
-        )
-        print(f"wrote {args.json}")
+        write_results(args.json, {"means": means, "runs": runs}, "jax", "flax", "optax")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ A seed takes some minutes on two cores. A run that ended is not repeated with th
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.environment import describe_environment
+from benchmarks.environment import write_results
 from vit_jax.observe.summary import last_results
 
 
@@ -43,11 +42,7 @@ def main() -> None:
         values = [run[name] for run in runs]
         print(f"{name:<32} mean {mean:.2%}, {min(values):.2%} to {max(values):.2%}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        environment = describe_environment("jax", "flax", "optax")
-        record = environment | {"means": means, "runs": runs}
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
-        print(f"wrote {args.json}")
+        write_results(args.json, {"means": means, "runs": runs}, "jax", "flax", "optax")
 
 
 if __name__ == "__main__":

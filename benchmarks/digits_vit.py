@@ -8,14 +8,13 @@ afterwards (or kept, with --keep=FOLDER). A run takes a minute or two on two cor
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.environment import describe_environment
+from benchmarks.environment import write_results
 from vit_jax.observe.summary import last_results
 
 
@@ -49,11 +48,8 @@ def main() -> None:
         f"{min(scores):.2%} to {max(scores):.2%} over {len(scores)} seeds"
     )
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        environment = describe_environment("jax", "flax", "optax")
-        text = json.dumps(environment | {"runs": runs, "mean": statistics.mean(scores)}, indent=2)
-        args.json.write_text(text + "\n")
-        print(f"wrote {args.json}")
+        measured = {"runs": runs, "mean": statistics.mean(scores)}
+        write_results(args.json, measured, "jax", "flax", "optax")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def describe_environment(*packages: str) -> dict[str, object]:
@@ -21,6 +23,23 @@ def describe_environment(*packages: str) -> dict[str, object]:
             **{name: importlib.metadata.version(name) for name in packages},
         },
     }
+
+
+def write_results(
+    path: Path, measured: Mapping[str, Any], *packages: str, indent: int | None = 2
+) -> None:
+    """Writes what was measured as JSON, after `describe_environment` of `packages`.
+
+    Args:
+      path: of the file; its folder is made.
+      measured: JSON values by name; those of the environment may be among them.
+      packages: whose versions matter.
+      indent: of the lines; None for one line.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = describe_environment(*packages) | dict(measured)
+    path.write_text(json.dumps(content, indent=indent) + "\n")
+    print(f"wrote {path}")
 
 
 def describe_device() -> str:

@@ -317,7 +317,7 @@ def main() -> None:
     if args.task == "cifar10" and args.images is None:
         parser.error("--task=cifar10 needs --images")
 
-    from benchmarks.environment import describe_device, describe_environment
+    from benchmarks.environment import describe_device, describe_environment, write_results
 
     rows = run(TASKS[args.task], args)
     record = describe_environment("jax", "flax", "optax") | {
@@ -329,9 +329,7 @@ def main() -> None:
     }
     print(make_tables(record))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"wrote {args.json}")
+        write_results(args.json, record, indent=1)
 
 
 if __name__ == "__main__":

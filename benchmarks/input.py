@@ -15,7 +15,6 @@ those in a folder, or else scikit-learn's two.
 
 import argparse
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -27,7 +26,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from benchmarks.environment import describe_environment, versions_of
+from benchmarks.environment import describe_environment, versions_of, write_results
 from benchmarks.input_loaders import BATCH, OF_SHARDS
 from benchmarks.turns import ROOT, compare, run, start
 from vit_jax.data.ops import fused
@@ -196,7 +195,6 @@ def main(argv: Sequence[str]) -> None:
             print(f"{name:<20}{''.join(pairs)}{last}")
         results[kind] = {"mean_kb": round(float(np.mean(sizes)) / 1000, 1), "loaders": table}
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         notes = {
             "batch": BATCH,
             "threads": args.threads,
@@ -204,10 +202,7 @@ def main(argv: Sequence[str]) -> None:
             "load_at_start": load_at_start,
             "load_at_end": [round(load, 1) for load in os.getloadavg()],
         }
-        args.json.write_text(
-            json.dumps(environment | notes | {"results": results}, indent=2) + "\n"
-        )
-        print(f"wrote {args.json}")
+        write_results(args.json, environment | notes | {"results": results})
 
 
 if __name__ == "__main__":

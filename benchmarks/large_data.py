@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.environment import describe_environment
+from benchmarks.environment import write_results
 from benchmarks.turns import ROOT
 
 SOURCES = ("tar", "manifest", "raw")
@@ -172,8 +172,7 @@ def main(argv: Sequence[str]) -> None:
             flush=True,
         )
     if args.json:
-        content = {"sources": results, **describe_environment("numpy")}
-        args.json.write_text(json.dumps(content, indent=2) + "\n")
+        write_results(args.json, {"sources": results}, "numpy")
 
 
 if __name__ == "__main__":

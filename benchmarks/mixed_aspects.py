@@ -15,7 +15,6 @@ the config of all of them, which the results state.
 
 import argparse
 import io
-import json
 import math
 import os
 import statistics
@@ -30,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from benchmarks.environment import describe_environment
+from benchmarks.environment import write_results
 from vit_jax.data.ops.decode import decode_image
 from vit_jax.data.sources import open_source
 from vit_jax.observe.summary import last_results
@@ -124,16 +123,13 @@ def main() -> None:
         span = f"{min(scores):.2%} to {max(scores):.2%} over {len(scores)} seeds"
         print(f"{kind:<8} test accuracy: mean {statistics.mean(scores):.2%}, {span}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         measured = {
             "device": jax.devices()[0].device_kind,
             "steps": args.steps,
             "set": args.set,
             "runs": runs,
         }
-        environment = describe_environment("jax", "flax", "optax")
-        args.json.write_text(json.dumps(environment | measured, indent=2) + "\n")
-        print(f"wrote {args.json}")
+        write_results(args.json, measured, "jax", "flax", "optax")
 
 
 if __name__ == "__main__":

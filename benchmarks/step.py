@@ -22,7 +22,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import describe_device, describe_environment, versions_of
+from benchmarks.environment import (
+    describe_device,
+    describe_environment,
+    versions_of,
+    write_results,
+)
 from benchmarks.turns import ROOT, compare, run, start
 
 PEERS = ("vit_jax", "flax_plain", "timm_eager", "timm_compile", "timm_channels_last")
@@ -123,16 +128,12 @@ def main(argv: Sequence[str]) -> None:
     if left_out:
         print(f"left out, because {args.within:g} minutes were over: {', '.join(left_out)}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         notes = {
             "device": describe_device(),
             "load_at_start": load_at_start,
             "load_at_end": [round(load, 1) for load in os.getloadavg()],
         }
-        args.json.write_text(
-            json.dumps(environment | notes | {"results": results}, indent=2) + "\n"
-        )
-        print(f"wrote {args.json}")
+        write_results(args.json, environment | notes | {"results": results})
 
 
 def describe_clock(row: Mapping[str, Any]) -> str:
