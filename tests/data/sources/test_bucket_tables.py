@@ -77,6 +77,13 @@ def test_row_groups_are_asked_for_ahead_and_once(server, files):
     assert len(server.requests) == 3
 
 
+def test_labels_are_asked_for_once(server, files):
+    dataset = parquet_dataset(f"gs://{files}/train-0.parquet")
+    assert dataset.lengths == {"train": 20}
+    # Two for the description of a small file, and the labels of seven groups: none is in vain.
+    assert len([path for _, path in server.requests if "train-0" in path]) == 9
+
+
 def test_a_long_description_is_read_in_a_second_request(server, files, monkeypatch):
     monkeypatch.setattr(tables, "_TAIL", 64)
     assert parquet_dataset(f"gs://{files}/val-0.parquet").lengths == {"validation": 5}

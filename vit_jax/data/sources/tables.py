@@ -202,7 +202,8 @@ class BucketParquetTable(ParquetTable):
         import pyarrow.parquet as pq
 
         source = pa.PythonFile(file, mode="r")
-        return pq.ParquetFile(source, metadata=self._metadata, **_LIMITS)
+        # Else parts that are close together are asked for as one, and not as they were announced.
+        return pq.ParquetFile(source, metadata=self._metadata, pre_buffer=False, **_LIMITS)
 
     def _find(self, group: int, leaf: str) -> tuple[int, int] | None:
         """The place of a column in a row group; None if it can't be read.
