@@ -111,6 +111,24 @@ def test_a_split_without_faults_is_exit_code_0(mixed_bag, said):
     assert "corrupt: 0" in said
 
 
+def test_splits_without_labels_are_left_out_with_a_line(tmp_path, said):
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(encode(number))
+    lines = ["image,label,split", "0.png,a,train", "1.png,b,train", "2.png,,test", "3.png,,test"]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    name = f"manifest:{tmp_path / 'list.csv'}"
+    assert check.main([name]) == 0
+    assert said[0].startswith("not checked: split='test' of manifest:")
+    assert "3.png (row 4) has no label" in said[0] or "2.png (row 3) has no label" in said[0]
+    assert "2 images, 2 classes" in said
+    (tmp_path / "list.csv").write_text("\n".join([*lines[:2], "1.png,b,val", *lines[3:]]))
+    said.clear()
+    check.main([name])
+    assert "2 images, 2 classes" in said
+    with pytest.raises(UserError, match=r"--split='test' of .* has no label"):
+        check.main([name, "--split=test"])
+
+
 def test_the_contact_sheet_shows_what_the_model_sees(mixed_bag, said, tmp_path):
     preprocess = "--preprocess=decode|resize(20)"
     check.main([mixed_bag, "--split=train[:1]", preprocess, f"--output={tmp_path / 'out'}"])

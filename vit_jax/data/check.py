@@ -696,7 +696,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--split",
         default="all",
-        help="Check this split, which may have slices, as train[:98%%]. The default is all.",
+        help="Check this split, which may have slices, as train[:98%%]. The default is all "
+        "that have labels.",
     )
     parser.add_argument("--data_dir", help="Read TFDS datasets from this folder.")
     lines = parser.add_mutually_exclusive_group()
@@ -765,13 +766,19 @@ def main(argv: Sequence[str]) -> int:
         from vit_jax.data.ops.patches import find_patches
         from vit_jax.data.pipeline import DatasetSpec
         from vit_jax.data.preprocess import parse_preprocess
-        from vit_jax.data.sources import find_dataset
+        from vit_jax.data.sources import find_dataset, find_labelled
         from vit_jax.data.tokenizers import parse_tokenizer
     trust_parts(find_parts(f"{args.SRC}|{args.preprocess}|{args.tokenizer or ''}"))
     parse_preprocess(args.preprocess, key="--preprocess")
     if args.tokenizer is not None:
         _ = parse_tokenizer(args.tokenizer, key="--tokenizer").vocabulary
     dataset = find_dataset(args.SRC, data_dir=args.data_dir)
+    if args.split == "all":
+        splits, unlabelled = find_labelled(dataset)
+        for error in unlabelled:
+            log(f"not checked: {error}")
+        if unlabelled:
+            args.split = "+".join(split for split, length in splits.items() if length)
     source = dataset.open(args.split, key="--split")
     model = None
     if args.model is not None:

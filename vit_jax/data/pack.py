@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import io
@@ -309,30 +308,6 @@ def _reserve(path: Path, size: int) -> None:
             ) from None
 
 
-def _find_splits(dataset: Dataset | TfdsDataset) -> dict[str, int]:
-    """The lengths of the splits that have labels; a line is logged for any other.
-
-    Raises `UserError` if there is none.
-    """
-    from vit_jax.data.ops.decode import ImageError
-    from vit_jax.data.sources.base import NoLabelError
-
-    found, error = {}, None
-    for split, length in dataset.lengths.items():
-        try:
-            if length:
-                source = dataset.open(split, key="split")
-                with contextlib.suppress(ImageError):
-                    source[0]  # A source may learn labels only from the records.
-            found[split] = length
-        except NoLabelError as e:
-            error = e
-            log(f"not packed: {e}")
-    if error and not any(found.values()):
-        raise error
-    return found
-
-
 def main(argv: Sequence[str]) -> int:
     """Packs the dataset, a part of it, or joins the parts; logs what was written.
 
@@ -414,6 +389,7 @@ def _make_manifest(
 ) -> Manifest:
     """The manifest of what is to be packed; raises `UserError` if that can't be."""
     from vit_jax.data.pack_target import MAX_OBJECT
+    from vit_jax.data.sources import find_labelled
     from vit_jax.data.sources.base import Dataset
     from vit_jax.data.sources.packed import Manifest, check_manifest
 
@@ -424,9 +400,12 @@ def _make_manifest(
             f"SRC={args.SRC!r} has {maps}, which a pack does not hold: train on it as it is, or "
             "list its images with other labels in a manifest"
         )
+    splits, unlabelled = find_labelled(dataset)
+    for error in unlabelled:
+        log(f"not packed: {error}")
     manifest = Manifest(
         **_settings(args),
-        splits=_find_splits(dataset),
+        splits=splits,
         num_classes=info.num_classes,
         multi_label=info.multi_label,
         class_names=info.class_names,

@@ -9,16 +9,18 @@ generated; any other name is that of a TFDS dataset in `array_record` form. `dig
 `my_module:attribute` is a dataset from outside of it.
 """
 
+import contextlib
 import difflib
 import functools
 import importlib.util
 import sys
 from collections.abc import Callable
 
-from vit_jax.data.sources.base import Dataset, DatasetInfo, Source
+from vit_jax.data.ops.decode import ImageError
+from vit_jax.data.sources.base import Dataset, DatasetInfo, NoLabelError, Source
 from vit_jax.data.sources.blank import blank_dataset
 from vit_jax.data.sources.files import folder_dataset, manifest_dataset, pairs_dataset
-from vit_jax.data.sources.guess import is_path, suggest_name
+from vit_jax.data.sources.guess import find_foreign_scheme, is_path, suggest_name
 from vit_jax.data.sources.hub import hub_dataset
 from vit_jax.data.sources.masks import depth_dataset, masks_dataset
 from vit_jax.data.sources.packed import packed_dataset, raw_dataset
@@ -77,6 +79,9 @@ def find_dataset(name: str, *, data_dir: str | None) -> Dataset | TfdsDataset:
         return TfdsDataset(name, data_dir)
     if not path:
         raise UserError(f"data.name={name!r}: expected {kind}:PATH")
+    # A manifest and the hub have texts of their own.
+    if kind not in ("manifest", "hf") and find_foreign_scheme(path):
+        raise UserError(f"data.name={name!r} can't be read{suggest_name(path)}")
     return KINDS[kind](path)
 
 
@@ -108,6 +113,26 @@ def dataset_info(name: str, *, data_dir: str | None) -> DatasetInfo:
       UserError: no such dataset, or one that is not for classification.
     """
     return find_dataset(name, data_dir=data_dir).info
+
+
+def find_labelled(dataset: Dataset | TfdsDataset) -> tuple[dict[str, int], list[NoLabelError]]:
+    """The lengths of the splits of a dataset that have labels, and an error for each other one.
+
+    Raises `UserError` for another fault of a split, and `NoLabelError` if none has labels.
+    """
+    found, errors = {}, []
+    for split, length in dataset.lengths.items():
+        try:
+            if length:
+                source = dataset.open(split, key="split")
+                with contextlib.suppress(ImageError):
+                    source[0]  # A source may learn labels only from the records.
+            found[split] = length
+        except NoLabelError as e:
+            errors.append(e)
+    if errors and not any(found.values()):
+        raise errors[-1]
+    return found, errors
 
 
 def open_source(name: str, split: str, *, data_dir: str | None, key: str) -> Source:

@@ -5,6 +5,7 @@ import os
 import re
 
 from vit_jax.data.sources.packed import MANIFEST
+from vit_jax.utils.buckets import SCHEMES
 
 _TABLES = (".csv", ".tsv", ".jsonl")
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -13,6 +14,7 @@ _IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 _SAVED = {"dataset_dict.json", "state.json"}
 # Datasets of the Hugging Face hub as its page, or its libraries, name them.
 _HUB = re.compile(r"(?:https?://huggingface\.co/|hf://)datasets/([\w.-]+(?:/[\w.-]+)?)")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LISTED = 1000  # entries of a folder that are looked at
 
 
@@ -20,6 +22,12 @@ def is_path(name: str) -> bool:
     """Whether the name of a dataset can only be meant as a path or a URL."""
     starts = ("/", "~", ".", "file:", "gs://", "s3://", "hf://", "http://", "https://")
     return name.startswith(starts) or name.lower().endswith((*_TABLES, ".parquet", *_ARCHIVES))
+
+
+def find_foreign_scheme(path: str) -> str:
+    """Returns the scheme of a URL that is not read, such as `http://`; empty for other paths."""
+    found = _SCHEME.match(path)
+    return found[0] if found and found[0] not in SCHEMES else ""
 
 
 def suggest_name(path: str, *, besides: str | None = None) -> str:
@@ -34,14 +42,19 @@ def suggest_name(path: str, *, besides: str | None = None) -> str:
     """
     path = path.removeprefix("file://").removeprefix("file:")
     where, ending = os.path.expanduser(path), os.path.splitext(path)[1].lower()
+    if found := _HUB.match(path):
+        return f"; did you mean 'hf:{found[1]}'?"
+    if scheme := find_foreign_scheme(path):
+        return (
+            f"; {scheme} is not read: download the files, and give their path here, or "
+            "gs://BUCKET/PATH or s3://BUCKET/PATH"
+        )
     if ending == ".tar" or ("{" in path and ".tar" in path):
         return "" if besides == "tar" else f"; did you mean 'tar:{path}'?"
     if ending in _ARCHIVES:
         return "; an archive is not read as it is: unpack it, and give folder:FOLDER"
     if ending in _TABLES:
         kind = "manifest"
-    elif found := _HUB.match(path):
-        return f"; did you mean 'hf:{found[1]}'?"
     elif ending == ".parquet":
         kind = "parquet"
     elif "://" in path:
