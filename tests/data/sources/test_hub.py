@@ -114,6 +114,25 @@ def test_without_a_network_the_cache_is_read(hub, monkeypatch):
     assert "HF_HUB_OFFLINE is set, and there is no copy in the cache" in text
 
 
+def test_a_revision_that_is_gone_is_read_from_the_cache_by_its_commit_alone(hub):
+    commit = push_birds(hub)
+    hub.branches["me/birds"]["v2"] = commit
+    assert greys("hf:me/birds@v2", "test") == [20, 21]
+    del hub.branches["me/birds"]["v2"], hub.commits["me/birds"][commit]
+    forget_all()
+    assert "has no revision v2" in refusal("hf:me/birds@v2")
+    assert greys(f"hf:me/birds@{commit}", "test") == [20, 21]
+
+
+def test_a_repository_without_images_is_one_line(hub):
+    table = io.BytesIO()
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [0, 1]}), table)
+    hub.push("me/text", {"data/train-00000-of-00001.parquet": table.getvalue()})
+    hub.push("me/sound", {"train/a.wav": b"RIFF", "README.md": b"# Sound"})
+    assert "has the columns text, label; expected image for the image" in refusal("hf:me/text")
+    assert "holds 1 .wav: expected Parquet, Arrow or tar files" in refusal("hf:me/sound")
+
+
 def test_a_part_of_a_repository_in_the_cache_is_no_smaller_dataset(hub, monkeypatch, tmp_path):
     commit = push_birds(hub)
     find_dataset("hf:me/birds", data_dir=None)
@@ -139,6 +158,8 @@ def test_a_repository_that_can_not_be_read_is_one_line(hub, monkeypatch):
     )
     assert f"ask for access at {url}/datasets/me/secret" in refusal("hf:me/secret")
     assert "has no revision v9: expected a branch" in refusal("hf:me/birds@v9")
+    hub.push("me/old", {"data/train-00000-of-00001.parquet": b""}, branch="master")
+    assert "has no revision main: expected a branch" in refusal("hf:me/old")
     gone = "0123456789" * 4
     assert f"has no revision {gone}" in refusal(f"hf:me/birds@{gone}")
     assert "expected hf:OWNER/NAME, with @REVISION" in refusal("hf:me/birds/small")

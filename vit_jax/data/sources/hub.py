@@ -258,7 +258,8 @@ def _explain(
     if "GatedRepoError" in types or 403 in statuses:
         reason = f"its owner limits who may read it: ask for access at {url}, and {log_in}"
     elif "RevisionNotFoundError" in types:
-        reason = f"{url} has no revision {revision}: expected a branch, a tag or a commit of it"
+        gone = revision or "main"
+        reason = f"{url} has no revision {gone}: expected a branch, a tag or a commit of it"
     elif "RepositoryNotFoundError" in types or 401 in statuses:
         there = os.path.isdir(repository)
         hint = f"; a folder is written as hf:./{repository}" if there else ""
