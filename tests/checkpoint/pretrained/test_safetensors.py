@@ -17,6 +17,7 @@ from etils import epath
 from flax import traverse_util
 
 from tests.models.compiled import compiled
+from vit_jax.checkpoint.pretrained.convert import convert
 from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.safetensors import (
     read_safetensors,
@@ -24,9 +25,10 @@ from vit_jax.checkpoint.pretrained.safetensors import (
     write_safetensors,
     write_tensors,
 )
-from vit_jax.checkpoint.pretrained.weights import Weights
+from vit_jax.checkpoint.pretrained.weights import RELATIVE, Weights
 from vit_jax.data.ops.transforms import apply
 from vit_jax.data.preprocess import parse_preprocess
+from vit_jax.models.positions import resize_biases
 from vit_jax.models.variants import make_vit
 from vit_jax.utils.errors import UserError
 
@@ -117,12 +119,38 @@ def test_outputs_are_those_of_the_original_code(name):
     check_outputs(name, weights, weights.params, "")
 
 
+def test_relative_positions_at_another_size_are_those_of_timm():
+    weights = read_case("timm_beit_token")
+    params, notes = fill_model(rebuild_model(weights), weights, (48, 40, 3))
+    assert "relative positions: resized from 4x4 to 6x5 patches" in notes
+    with np.load(GOLDEN / "timm_beit_token" / "io.npz") as file:
+        image = file["other_image"]
+    with np.load(GOLDEN / "biases.npz") as file:
+        expected = file["logits"]
+    out = run(weights.model, traverse_util.flatten_dict(params, sep="/"), image, 5)
+    np.testing.assert_allclose(out["logits"], expected, rtol=0, atol=1e-5)
+
+
+def test_relative_positions_of_an_oblong_are_resized_by_their_own_grid(tmp_path):
+    path = f"Transformer/encoderblock_1/MultiHeadDotProductAttention_0/{RELATIVE}"
+    weights = read_case("timm_beit")
+    params, notes = fill_model(rebuild_model(weights), weights, (24, 32, 3))
+    assert "relative positions: resized from 4x3 to 3x4 patches" in notes
+    resized = traverse_util.flatten_dict(params, sep="/")[path]
+    expected = resize_biases(weights.params[path], source_grid=(4, 3), target_grid=(3, 4))
+    np.testing.assert_array_equal(resized, expected)
+    assert not np.array_equal(resized, weights.params[path])
+    unknown = read_safetensors(describe("timm_beit", tmp_path, pretrained_cfg={}))
+    message = refusal(lambda: fill_model(rebuild_model(unknown), unknown, (24, 32, 3)))
+    assert "of no square" in message
+    assert "pretrained_cfg.input_size" in message
+
+
 @pytest.mark.parametrize("name", sorted(BEIT))
-def test_relative_positions_at_another_size_are_refused(name):
+def test_biases_by_distance_are_converted(name, tmp_path):
     weights = read_case(name)
-    message = refusal(lambda: fill_model(rebuild_model(weights), weights, (48, 40, 3)))
-    assert "relative_position_bias" in message
-    assert "images of the size" in message
+    (*_, last) = convert(weights, tmp_path / "x.npz")
+    assert last.startswith("read back: every parameter is the same")
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - BEIT))
@@ -313,6 +341,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert "No space left" in refusal(write, path, params, model)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == before
+
+
+def test_beit3_has_norms_of_another_epsilon(tmp_path):
+    for architecture, epsilon in [("beit3_base_patch16_224", 1e-5), ("vit_base_patch16_224", 1e-6)]:
+        path = describe(
+            "timm_vit", tmp_path, architecture=architecture, model_args={"num_heads": 4}
+        )
+        assert read_safetensors(path).model["norm_epsilon"] == epsilon
 
 
 def test_settings_come_from_the_files_beside_the_weights():

@@ -180,7 +180,7 @@ def read_naflex(
     if model["classifier"] == "map" and ("cls" in params or "num_registers" in model):
         raise ValueError("attention pooling that leaves out registers, which no model here has")
     model["norm_epsilon"] = 1e-6
-    default = "gelu_tanh" if "so400m" in architecture else "gelu"
+    default = "gelu_tanh" if "siglip" in architecture else "gelu"
     model["activation"] = _ACTIVATIONS[options.get("act_layer") or default]
     if more:
         mode = options.get("pos_embed_interp_mode", "bicubic")

@@ -57,11 +57,12 @@ _NUM_HEADS = (
     (re.compile(r"test_vit[34]$"), 3),
 )
 _SIZED = re.compile(
-    r"(?:vit(?:_pe_core)?|deit3?|flexivit|eva(?:02)?|beit(?:v2)?)_([a-z0-9]+)(?:_|$)"
+    r"(?:vit(?:_pe_core)?|deit3?|flexivit|eva(?:02)?|beit(?:3|v2)?)_([a-z0-9]+)(?:_|$)"
 )
 _NUM_HEADS_BY_SIZE = {
     "tiny": 3,
     "wee": 4,
+    "xsmall": 4,
     "little": 5,
     "small": 6,
     "medium": 8,
@@ -78,6 +79,8 @@ _NO_EMBED_CLASS = re.compile(
 )
 # Backbones of DINOv3 and models like it, whose rotary embeddings have centred coordinates.
 _CENTERED = re.compile(r"vit_\w+_patch\d+_(dinov3|lingbot)")
+# Models whose norms have the epsilon of PyTorch, which neither their tensors nor options show.
+_BEIT3 = re.compile(r"beit3_")
 # Models of the class `Eva` without rotary embeddings.
 _EVA_V1 = re.compile(r"eva_")
 # Perception Encoders, with the size of their patches and of the images they were trained on.
@@ -600,7 +603,7 @@ def _read_timm_settings(
     default = "quick_gelu" if "_clip_quickgelu_" in architecture else default
     # Image towers of CLIP have the norms of PyTorch, and all of them one in front of the blocks.
     clip = "pre_norm" in model or model.get("rope_coordinates") == "centered"
-    epsilon = _CLIP_EPSILON if clip else _NORM_EPSILON
+    epsilon = _CLIP_EPSILON if clip or _BEIT3.match(architecture) else _NORM_EPSILON
     rms = model.get("norm") == "rms_norm"
     check_values(options, {"norm_layer": _RMS_NORMS if rms else _LAYER_NORMS}, where="model_args.")
     settings: dict[str, Any] = {"norm_epsilon": epsilon}
