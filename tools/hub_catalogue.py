@@ -147,7 +147,8 @@ def choose_examples(
     """Returns the line of the registry with the fewest parameters, of each family in timm."""
     families = {row.name: row.family for row in rows}
     shown = {m["key"]: m for m in models if "shapes" in m}
-    known = [{**shown[m["key"]], **m} for m in models if m["name"] in families and m["key"] in shown]
+    known = [{**shown.get(m["key"], {}), **m} for m in models if m["name"] in families]
+    known = [m for m in known if "shapes" in m]
     known.sort(key=lambda m: m["num_params"], reverse=True)
     return list({families[m["name"]]: m for m in known}.values())
 

@@ -25,6 +25,8 @@ from vit_jax.checkpoint.pretrained.safetensors import (
     write_safetensors,
     write_tensors,
 )
+from vit_jax.checkpoint.pretrained.timm_config import make_timm_config
+from vit_jax.checkpoint.pretrained.timm_tensors import to_timm
 from vit_jax.checkpoint.pretrained.weights import RELATIVE, Weights
 from vit_jax.data.ops.transforms import apply
 from vit_jax.data.preprocess import parse_preprocess
@@ -38,9 +40,10 @@ CASES = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
 BEIT = {"timm_beit", "timm_beit_token"}
 # Of timm's ways to write the same parameters, those that differ from that of `write_safetensors`:
 # no biases, a class token that is not used, channels in another order, projections that are not one
-# matrix. Parameters of positions in the blocks are read and not written.
+# matrix.
 ONE_WAY = {"timm_vit_average", "timm_eva_rope_ape", "timm_eva", "timm_eva02"}
-ONE_WAY |= BEIT | {"timm_rope_mixed", "timm_rope_mixed_ape", "timm_pe"}
+# Attention depends on positions by parameters, or columns come first.
+POSITIONED = sorted(BEIT | {"timm_rope_mixed", "timm_rope_mixed_ape", "timm_pe"})
 WRITTEN_BACK = [name for name in CASES if name.startswith("timm") and name not in ONE_WAY]
 POSEMB = "Transformer/posembed_input/pos_embedding"
 
@@ -202,11 +205,58 @@ def test_what_timm_wrote_is_written_back(name, tmp_path):
     if name == "timm_vit_registers":  # Positions of registers: they are part of the registers here.
         slots, expected["pos_embed"] = np.split(expected["pos_embed"], [2], axis=1)
         expected["reg_token"] = expected["reg_token"] + slots
+    if name == "timm_pe":  # The position of the class token is a part of it here.
+        slot, expected["pos_embed"] = np.split(expected["pos_embed"], [1], axis=1)
+        expected["cls_token"] = expected["cls_token"] + slot
+    if name == "timm_rope_mixed_ape":
+        expected["pos_embed"] = np.pad(expected["pos_embed"], ((0, 0), (1, 0), (0, 0)))
     if name == "timm_vit_no_embed_class":  # Without registers the class token has a slot here.
         expected["pos_embed"] = np.pad(expected["pos_embed"], ((0, 0), (1, 0), (0, 0)))
         for i in range(2):
             expected[f"blocks.{i}.attn.qkv.bias"] = np.zeros(96, np.float32)
     assert_same(raw_tensors(path)[0], expected)
+
+
+@pytest.mark.parametrize("name", POSITIONED)
+def test_positions_in_the_blocks_are_read_from_what_is_written(name, tmp_path):
+    weights = read_case(name)
+    own = read_safetensors(
+        write(tmp_path / "own", weights.params, weights.model, mean=0.5, std=0.5)
+    )
+    assert_same(own.params, weights.params)
+    assert make(own.model, 5) == make(weights.model, 5)
+    assert own.notes == ()
+    # As timm reads the exported folder, which knows nothing of this package.
+    config, _ = make_timm_config(weights)
+    tensors = to_timm(weights.params, model=weights.model, grid=None)
+    write_tensors(tmp_path / "model.safetensors", tensors, metadata={})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = read_safetensors(tmp_path / "model.safetensors")
+    # Without a reference grid, timm has that of the images, which is the same function.
+    assert_same(again.params, weights.params)
+    assert make(again.model, 5) == make(weights.model, 5)
+    check_outputs(name, again, again.params, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"classifier": "gap"}, "model.norm_after_pooling=None"),
+        ({"classifier": "gap", "norm_after_pooling": True}, "model.num_registers=None"),
+        ({"num_registers": 1}, "model.num_registers=1"),
+        ({"classifier": "map"}, "model.classifier=map"),
+        ({"qk_norm": True}, "model.qk_norm=True"),
+        ({"rope_theta": 9.0}, "model.rope_theta=9.0"),
+        ({"norm": "rms_norm"}, "model.norm=rms_norm"),
+        ({"activation": "quick_gelu"}, "quick_gelu"),
+        ({}, "model.qkv_bias='query_value'"),
+    ],
+)
+def test_relative_positions_beside_what_timm_lacks_are_refused(change, words, tmp_path):
+    options = {"position_embedding": "relative", "activation": "gelu_erf"} | change
+    message = refusal(write, tmp_path / "x", *random_params(**options))
+    assert words in message
+    assert "Beit" not in message
 
 
 MODELS = {
@@ -237,6 +287,31 @@ MODELS = {
     },
     "inner_norms": {"attention_norm": True, "mlp_norm": True, "qkv_bias": "query_value"},
     "rms_norm": {"norm": "rms_norm", "qk_norm": True, "qkv_bias": "none"},
+    "relative": {
+        "position_embedding": "relative",
+        "activation": "swiglu",
+        "mlp_norm": True,
+        "qkv_bias": "query_value",
+    },
+    "mixed": {
+        "rope_theta": 10.0,
+        "rope_frequencies": "mixed",
+        "classifier": "gap",
+        "num_registers": 3,
+        "activation": "gelu_erf",
+    },
+    "perception": {
+        "rope_theta": 100.0,
+        "rope_offset": 1.0,
+        "pre_norm": True,
+        "embedding_bias": False,
+        "classifier": "map",
+        "num_registers": 2,
+        "map_num_heads": 4,
+        "map_mlp_dim": 40,
+        "activation": "gelu_erf",
+        "norm_epsilon": 1e-5,
+    },
     "hybrid": {"resnet_layers": (1, 2), "resnet_width": 0.5, "patch_size": 1},
     "stem": {"resnet_layers": (), "patch_size": 2},
 }

@@ -189,7 +189,9 @@ def read_timm(
         average=average,
         swap_axes=rope.swap_axes,
         halves=rope.halves,
-        fill_biases=original is None and rope.coordinates == "index",
+        fill_biases=original is None
+        and rope.coordinates == "index"
+        and _RELATIVE not in tensors,  # Timm's `Beit` never has biases of keys.
     )
     model = describe_model(params, rope_theta=rope.theta) | {"classifier": classifier}
     if rope.offset:
