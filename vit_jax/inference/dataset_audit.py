@@ -156,20 +156,23 @@ def audit_images(
       UserError: the classifier is to judge, and has other classes, or the model takes patches of
         images of any size.
     """
-    if takes_any_size(model.module):
-        raise UserError(
-            f"--model: {model.source} takes images of any size: expected a model for one size"
-        )
-    lines: list[str] = []
     columns, info = None, images.info
-    if images.labels is not None:
-        columns = _find_columns(model, info, name, judge, lines)
+    lines: list[str] = []
+    if images.labels is None:
+        check_model(model)
+    else:
+        columns = check_judge(model, info, name, judge, lines)
     layers = {"tokens": _choose_layer(model)}
     if images.labels is not None:
         layers["features"] = "pre_logits"
         if columns is not None:
             layers["logits"] = "logits"
     kept, hashes, rows = _compute(model, images, layers, num_threads)
+    if not len(kept):
+        raise UserError(
+            f"{name}: none of its {len(images.index):,} readable images can be prepared as "
+            f"{model.source} takes them; expected images for {model.preparation.line}"
+        )
     images = _take(images, kept)
     duplicates, more = _find_duplicates(images, hashes, rows.pop("tokens"), min_cosine)
     lines += _report_duplicates(images, duplicates, more, min_cosine)
@@ -205,10 +208,26 @@ def _choose_layer(model: LoadedModel) -> str:
     return blocks[(len(blocks) - 1) // 2] if blocks else "pre_logits"
 
 
-def _find_columns(
+def check_model(model: LoadedModel) -> None:
+    """Checks that a model can compare images.
+
+    Raises:
+      UserError: it takes patches of images of any size.
+    """
+    if takes_any_size(model.module):
+        raise UserError(
+            f"--model: {model.source} takes images of any size: expected a model for one size"
+        )
+
+
+def check_judge(
     model: LoadedModel, info: DatasetInfo, name: str, judge: Judge | None, lines: list[str]
 ) -> np.ndarray | None:
-    """The class of the model for each class of the data; None if neighbours are to judge."""
+    """Returns the class of the model for each class of the data; None if neighbours are to judge.
+
+    A note is added to `lines`. See `audit_images` for the arguments and errors.
+    """
+    check_model(model)
     if judge == "neighbours":
         return None
     try:
@@ -245,7 +264,8 @@ def _compute(
             prepared = list(pool.map(lambda i: prepare_image(model, images, i), numbers))
             good = [i for i, image in zip(numbers, prepared, strict=True) if image is not None]
             batch = np.zeros((size, *model.image_shape), np.uint8)
-            batch[: len(good)] = [image for image in prepared if image is not None]
+            for place, image in enumerate(x for x in prepared if x is not None):
+                batch[place] = image
             started = {key: model.start(batch, layer=layer) for key, layer in layers.items()}
             for key, values in started.items():
                 found = np.asarray(values)[: len(good)]
