@@ -175,7 +175,7 @@ def test_images_that_a_model_cannot_take_are_refused_in_a_line(
     folder, model, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(dataset_audit, "prepare_image", lambda *args: None)
-    with pytest.raises(UserError, match="none of its 40 readable images can be prepared"):
+    with pytest.raises(UserError, match="none of the 40 readable images can be prepared"):
         check.main([f"folder:{folder}", "--split=test[:40]", f"--model={model}"])
 
 

@@ -168,11 +168,6 @@ def audit_images(
         if columns is not None:
             layers["logits"] = "logits"
     kept, hashes, rows = _compute(model, images, layers, num_threads)
-    if not len(kept):
-        raise UserError(
-            f"{name}: none of its {len(images.index):,} readable images can be prepared as "
-            f"{model.source} takes them; expected images for {model.preparation.line}"
-        )
     images = _take(images, kept)
     duplicates, more = _find_duplicates(images, hashes, rows.pop("tokens"), min_cosine)
     lines += _report_duplicates(images, duplicates, more, min_cosine)
@@ -249,7 +244,8 @@ def _compute(
     """Runs the model over all images.
 
     Returns the numbers of those that the model can take, a hash of their pixels as it takes them,
-    and float32 `[n, ...]` for each layer, of which `tokens` are sketched.
+    and float32 `[n, ...]` for each layer, of which `tokens` are sketched. Raises `UserError` if it
+    can take none.
     """
     kept: list[int] = []
     hashes: list[bytes] = []
@@ -264,8 +260,10 @@ def _compute(
             prepared = list(pool.map(lambda i: prepare_image(model, images, i), numbers))
             good = [i for i, image in zip(numbers, prepared, strict=True) if image is not None]
             batch = np.zeros((size, *model.image_shape), np.uint8)
-            for place, image in enumerate(x for x in prepared if x is not None):
-                batch[place] = image
+            if not good:
+                progress.advance(len(numbers))
+                continue
+            batch[: len(good)] = [image for image in prepared if image is not None]
             started = {key: model.start(batch, layer=layer) for key, layer in layers.items()}
             for key, values in started.items():
                 found = np.asarray(values)[: len(good)]
@@ -274,6 +272,11 @@ def _compute(
             hashes += [hashlib.blake2b(x.tobytes(), digest_size=16).digest() for x in batch]
             del hashes[len(kept) :]
             progress.advance(len(numbers))
+    if not kept:
+        raise UserError(
+            f"--model: none of the {len(images.index):,} readable images can be prepared as "
+            f"{model.source} takes them; expected images for {model.preparation.line}"
+        )
     stacked = {key: np.concatenate(parts) for key, parts in rows.items()}
     flat = {key: x.reshape(len(x), -1) for key, x in stacked.items()}
     return np.array(kept, np.int64), hashes, flat
