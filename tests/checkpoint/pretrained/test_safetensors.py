@@ -755,6 +755,8 @@ def test_names_of_the_original_dinov2_are_those_of_timm(tmp_path):
             "one bias",
         ),
         ("timm_pe", {}, {"architecture": "vit_pe_lang_large_patch14_448"}, "no norm behind"),
+        ("timm_vit", {"patch_embed.norm.weight": (32,)}, {}, "a norm of the patches"),
+        ("timm_vit", {"blocks.0.attn.lambda_q1": (32,)}, {}, "differential attention"),
         ("timm_eva_rope", {"cls_token": (1, 1, 32)}, {}, "config.json"),
         ("timm_eva_rope", {"pos_embed": (1, 24, 32)}, {}, "config.json"),
         ("timm_eva_rope", {}, {"architecture": "vit_base_patch16_sapiens2"}, "share keys"),
@@ -787,6 +789,15 @@ def test_models_that_are_not_here_are_refused(name, changes, config, words, tmp_
     message = refusal(read_safetensors, tmp_path / "x.safetensors", num_heads=4)
     assert words in message
     assert str(tmp_path) in message
+
+
+def test_models_without_a_last_norm_are_refused_by_what_they_lack(tmp_path):
+    tensors, _ = raw_tensors(GOLDEN / "timm_vit_registers" / "model.safetensors")
+    tensors = {name: x for name, x in tensors.items() if not name.startswith(("norm.", "fc_norm."))}
+    write_tensors(tmp_path / "model.safetensors", tensors, metadata={})
+    (tmp_path / "config.json").write_text('{"architecture": "vit_base_patch16_radio_v3"}')
+    message = refusal(read_safetensors, tmp_path / "model.safetensors")
+    assert "'vit_base_patch16_radio_v3': it has no norm behind the blocks" in message
 
 
 def describe(name, folder, **changes):

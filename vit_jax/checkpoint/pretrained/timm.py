@@ -105,6 +105,11 @@ _SHOWN = {
     *("drop_path_rate", "weight_init", "fix_init", "head_init_scale"),
     *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "device", "dtype"),
 }
+# Parts of names of tensors that no model here has, and what they are of.
+_ABSENT = {
+    "patch_embed.norm.": "a norm of the patches in front of their position embeddings",
+    ".attn.lambda_": "differential attention",
+}
 _RELATIVE = "blocks.0.attn.relative_position_bias_table"
 _QUERY_BIASES = ("qkv.bias", "q_bias", "q_proj.bias")
 _QUERY_NORM = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query_norm/scale"
@@ -250,8 +255,14 @@ def _check_architecture(tensors: Mapping[str, np.ndarray], architecture: str) ->
             f"{named}: it has a norm in front of the blocks (norm_pre), and either only one of its "
             "tensors or a bias of the patches too, as no model here"
         )
-    if re.match(r"vit_pe_(lang|spatial)_", architecture):
-        raise ValueError(f"{named}: it has no norm behind the blocks, as every model here has")
+    without_norm = re.match(r"vit_pe_(lang|spatial)_", architecture)
+    if without_norm or not {"norm.weight", "fc_norm.weight"} & tensors.keys():
+        raise ValueError(
+            f"{named}: it has no norm behind the blocks (norm or fc_norm), as every model here has"
+        )
+    for part, what in _ABSENT.items():
+        if name := next((name for name in tensors if part in name), None):
+            raise ValueError(f"{named}: it has {what} ({name}), as no model here")
     if _RELATIVE in tensors and "pos_embed" in tensors:
         raise ValueError(
             f"{named}: it has both position embeddings (pos_embed) and relative position biases, "
