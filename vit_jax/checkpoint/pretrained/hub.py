@@ -64,9 +64,9 @@ def fetch_repository(source: str) -> Path:
         )
     except Exception as e:  # The library raises exceptions of many types, also of its dependencies.
         raise UserError(
-            f"{source}: {repository} can't be fetched from the Hugging Face hub ({first_line(e)})"
-            f"{_suggest(source)}; expected a repository that exists and can be reached: log in "
-            "with hf auth login if it is private, or give the folder of a download"
+            f"{source}: {repository} can't be fetched from the Hugging Face hub ({first_line(e)}); "
+            "expected a repository that exists and can be reached: log in with hf auth login if it "
+            f"is private, or give the folder of a download{_suggest(source)}"
         ) from e
 
 

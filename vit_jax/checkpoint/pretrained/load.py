@@ -164,7 +164,7 @@ def _suggest_source(source: str) -> str:
         known = sorted(load_catalogue().values(), key=lambda p: not p.name.startswith("augreg:"))
         found = [p.name for p in known if source in (p.name.partition(":")[0], p.model)]
         found = found or [p.name for p in known if p.variant == variant]
-        found = suggest_repositories(source, cutoff=0.85) + found
+        found = suggest_repositories(source, cutoff=0.85) or found
     hint = f"did you mean {' or '.join(map(repr, found[:3]))}? Expected" if found else "expected"
     return f"; {hint} {KINDS}"
 
