@@ -69,7 +69,7 @@ setup(
     ],
     package_data={
         "vit_jax": ["py.typed"],
-        "vit_jax.checkpoint.pretrained": ["catalogue.csv"],
+        "vit_jax.checkpoint.pretrained": ["catalogue.csv", "repositories.csv"],
         "vit_jax.data.datasets.digits": ["*"],
         "vit_jax.data.datasets.digits_captions": ["*"],
         "vit_jax.serve": ["page.html"],

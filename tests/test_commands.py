@@ -16,6 +16,7 @@ import vit_jax
 from vit_jax import main as main_command
 from vit_jax.__main__ import COMMANDS, LISTINGS, main
 from vit_jax.checkpoint.pretrained.catalogue import load_catalogue
+from vit_jax.checkpoint.pretrained.repositories import load_repositories
 from vit_jax.utils.errors import UserError
 
 PACKAGE = Path(vit_jax.__file__).parent
@@ -73,7 +74,7 @@ def test_help_of_a_command_may_be_asked_for_in_front_of_it(capsys):
     ("argv", "words"),
     [
         (["--config=digits"], "`vit_jax train --config=digits`"),
-        (["models", "vit_base_patch16_224"], "timm:NAME"),
+        (["models", "resnet50.a1_in1k"], "timm:NAME"),
         (["models", "augreg:B16x"], "did you mean 'augreg:B/16'?"),
     ],
 )
@@ -90,11 +91,17 @@ def test_listings_name_configs_and_weights(capsys):
     main(["configs", "folder"])
     assert "Trains a small ViT from scratch" in capsys.readouterr().out
     main(["models"])
-    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == list(load_catalogue())
+    table, _, rest = capsys.readouterr().out.partition("\n\n")
+    assert [line.split()[0] for line in table.splitlines()] == list(load_catalogue())
+    assert rest.startswith(f"{len(load_repositories())} more are on the Hugging Face hub")
+    assert "DINOv3 (" in rest
     main(["models", "r26"])
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == [name for name in load_catalogue() if "r26" in name.lower()]
+    known = [*load_catalogue(), *load_repositories()]
+    assert names == [name for name in known if "r26" in name.lower()]
+    main(["models", "clip", "336", "apache"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  timm:vit_large_patch14_clip_336.openai ") for line in lines)
 
 
 # Command lines that need no large library, and their exit codes.

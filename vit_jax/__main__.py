@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vit_jax import __version__
-from vit_jax.checkpoint.pretrained.catalogue import list_models
+from vit_jax.checkpoint.pretrained.catalogue import count_repositories, list_models
 from vit_jax.config.shipped import find_config, list_configs, read_docstring
 from vit_jax.utils.command import CommandParser, run_command
 from vit_jax.utils.errors import UserError
@@ -65,17 +65,32 @@ def show_configs(argv: Sequence[str]) -> None:
 def show_models(argv: Sequence[str]) -> None:
     """Prints the published weights that `init_from`, `predict` and `load_model` take by name."""
     parser = CommandParser(prog="vit_jax models", description=show_models.__doc__)
-    parser.add_argument("text", nargs="?", default="", help="print names that contain this text")
-    text = parser.parse_args(argv).text
+    parser.add_argument(
+        "text",
+        nargs="*",
+        help="print names that contain this text; of models of the Hugging Face hub also those "
+        "whose family and licence do (clip 336 apache)",
+    )
+    text = " ".join(parser.parse_args(argv).text)
     found = list_models(text)
     if not found:
         near = find_near(text, list_models())
         raise UserError(
             f"no published weights are named {text!r}; "
             + (f"did you mean {near!r}?" if near else "`vit_jax models` prints all names")
-            + " (those of timm and Hugging Face are timm:NAME and hf:REPO)"
+            + " (other models of timm and Hugging Face are timm:NAME and hf:REPO)"
         )
-    _print_table(found)
+    if text:
+        _print_table(found)
+        return
+    _print_table({n: line for n, line in found.items() if not n.startswith(("timm:", "hf:"))})
+    families = count_repositories()
+    listed = ", ".join(f"{family} ({count})" for family, count in sorted(families.items()))
+    print_result(
+        f"\n{sum(families.values())} more are on the Hugging Face hub, of these families: {listed}."
+        "\n`vit_jax models TEXT` prints those whose name, family or licence contains a text, such "
+        "as `vit_jax models dinov3`; `vit_jax models timm:` and `vit_jax models hf:` print all."
+    )
 
 
 LISTINGS: Mapping[str, Callable[[Sequence[str]], None]] = {

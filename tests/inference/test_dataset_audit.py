@@ -16,6 +16,7 @@ from tests.trained import write_model
 from vit_jax.data import check
 from vit_jax.data.sources import find_dataset
 from vit_jax.data.sources.base import DatasetInfo
+from vit_jax.inference import dataset_audit
 from vit_jax.inference.dataset_audit import Audit, Images, write_tables
 from vit_jax.inference.model import LoadedModel, load_model
 from vit_jax.utils.errors import UserError
@@ -141,6 +142,41 @@ def test_equal_files_are_listed_whatever_the_mean_of_the_features_is(model, tmp_
     found = {frozenset((row["first_image"], row["second_image"])) for row in pairs}
     assert found == {frozenset(pair) for pair in ((0, 1), (0, 2), (1, 2))}
     assert "  with different labels: 2" in said
+
+
+def test_what_a_model_cannot_judge_is_refused_before_images_are_read(
+    folder, model, tmp_path, said, monkeypatch
+):
+    def read(*args, **options):
+        raise AssertionError("images are read")
+
+    monkeypatch.setattr(check, "inspect", read)
+    other = write_model(tmp_path / "other.npz", classes=3, num_layers=1, patch_size=(2, 2))
+    with pytest.raises(UserError, match="--model: "):
+        check.main([f"folder:{folder}", f"--model={other}", "--judge=classifier"])
+    with pytest.raises(AssertionError):
+        check.main([f"folder:{folder}", f"--model={other}"])
+
+
+def test_images_of_which_none_is_readable_are_refused_in_a_line(model, tmp_path, said):
+    for number in range(3):
+        path = tmp_path / "junk" / "train" / f"{number % 2}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("no image")
+    arguments = [f"folder:{tmp_path / 'junk'}", f"--output={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match=r"none of the 3 images of folder:.* can be read"):
+        check.main([*arguments, f"--model={model}"])
+    assert check.main(arguments) == 1
+    assert said[-1] == "no contact sheet: none of the 3 images can be read"
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_a_model_cannot_take_are_refused_in_a_line(
+    folder, model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dataset_audit, "prepare_image", lambda *args: None)
+    with pytest.raises(UserError, match="none of the 40 readable images can be prepared"):
+        check.main([f"folder:{folder}", "--split=test[:40]", f"--model={model}"])
 
 
 def test_a_classifier_of_other_classes_is_refused_or_not_used(folder, model, tmp_path, said):

@@ -166,10 +166,27 @@ def test_int8_kernel_has_the_largest_magnitude_of_each_channel():
         np.testing.assert_allclose(np.asarray(found, np.float32), x @ (values * scale), rtol=1e-2)
 
 
+@pytest.mark.parametrize("base", ["int8", "bfloat16"])
+def test_stored_kernels_are_restored_to_values_that_are_stored_the_same(base):
+    lora = Lora(rank=2, base=base)
+    params = jax.tree.map(np.asarray, init_randomly(make_vit(lora=lora)))
+    stored = lora.store(params, xp=np)
+    restored = lora.restore(stored)
+    assert {x.dtype for x in jax.tree.leaves(restored)} == {np.dtype(np.float32)}
+    jax.tree.map(np.testing.assert_array_equal, stored["head"], restored["head"])
+    again = lora.store(restored, xp=np)
+    assert flatten(again).keys() == flatten(stored).keys()
+    for path, x in flatten(stored).items():
+        np.testing.assert_allclose(
+            np.float32(flatten(again)[path]), np.float32(x), rtol=1e-6, err_msg=path
+        )
+
+
 def test_parameters_stay_as_they_are_without_a_rounded_base():
     lora = Lora(rank=2)
     params = init_randomly(make_vit(lora=lora))
     assert lora.store(params) is params
+    assert lora.restore(params) is params
     assert not any("kernel_scale" in path for path in flatten(params))
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax.models.positions import resize_posemb
+from vit_jax.models.positions import resize_biases, resize_posemb
 
 GOLDEN = Path(__file__).parents[1] / "testdata" / "golden"
 PATCH = 8
@@ -125,3 +125,32 @@ def test_timm_gives_the_same_without_aligned_corners(case):
         method=method,
     )
     np.testing.assert_allclose(got, POSITIONS[case], rtol=0, atol=2e-6)
+
+
+BIASES = np.load(Path(__file__).parents[1] / "testdata" / "torch" / "biases.npz")
+
+
+@pytest.mark.parametrize("target", [(6, 5), (3, 3), (4, 7), (2, 9), (24, 24), (1, 1)])
+def test_biases_by_distance_are_resized_as_by_timm(target):
+    resized = resize_biases(BIASES["table"], source_grid=(4, 4), target_grid=target)
+    assert resized.dtype == np.float32
+    expected = BIASES["_".join(map(str, target))]
+    np.testing.assert_allclose(resized, expected, rtol=0, atol=2e-6)
+
+
+def test_biases_of_neighbours_and_of_prefix_tokens_stay():
+    table = np.random.default_rng(0).normal(size=(3 * 5 + 3, 2)).astype(np.float32)
+    resized = resize_biases(table, source_grid=(2, 3), target_grid=(4, 6))
+    np.testing.assert_array_equal(resized[-3:], table[-3:])
+    # Those of distances up to one patch, in both directions.
+    before = table[:-3].reshape(3, 5, 2)[:, 1:4]
+    after = resized[:-3].reshape(7, 11, 2)[2:5, 4:7]
+    np.testing.assert_allclose(after, before, rtol=1e-6)
+    assert resize_biases(table, source_grid=(2, 3), target_grid=(2, 3)) is table
+
+
+def test_a_single_row_has_one_distance():
+    table = np.arange(8, dtype=np.float32).reshape(8, 1)
+    resized = resize_biases(table, source_grid=(1, 3), target_grid=(2, 3))[:-3].reshape(3, 5)
+    np.testing.assert_allclose(resized[0], resized[1])
+    np.testing.assert_allclose(resized[1, 1:4], [1, 2, 3], atol=1e-6)

@@ -19,7 +19,7 @@ import timm
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.layers import HybridEmbed, LayerNorm, StdConv2dSame, SwiGLUPacked
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
@@ -100,7 +100,7 @@ def save_timm(
         model.load_state_dict({k: v.float() for k, v in tensors.items()})
     model = model.double()
     outputs = {"logits": run_timm(model, images)}
-    if not isinstance(model, Beit):  # Its relative positions are not resized here.
+    if not isinstance(model, Beit):  # See `save_resized_biases`.
         model.set_input_size(img_size=OTHER_SIZE)  # It resizes the position embeddings.
         outputs["other_logits"] = run_timm(model, draw_images(*OTHER_SIZE))
     save_case(name, tensors, images, outputs, config=config)
@@ -369,6 +369,24 @@ def save_resized_positions() -> None:
     np.savez(OUT / "positions.npz", posemb=posemb.numpy(), **arrays)
 
 
+def save_resized_biases() -> None:
+    """Saves what timm makes of biases by distance in 4x4 patches, `[49 + 3, 2]`, and of a model."""
+    table = torch.randn((52, 2), generator=torch.Generator().manual_seed(12))
+    arrays = {"table": table.numpy()}
+    for rows, columns in ((6, 5), (3, 3), (4, 7), (2, 9), (24, 24), (1, 1)):
+        shape = ((2 * rows - 1) * (2 * columns - 1) + 3, 2)
+        resized = timm.layers.resize_rel_pos_bias_table(table, (rows, columns), shape)
+        arrays[f"{rows}_{columns}"] = resized.numpy()
+    sizes = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0}
+    sizes |= {"num_classes": 5, "init_values": 0.1, "global_pool": "token"}
+    options = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "img_size": OTHER_SIZE}
+    model = Beit(**sizes | options)
+    tensors = load_file(OUT / "timm_beit_token" / "model.safetensors")
+    model.load_state_dict(timm.models.beit.checkpoint_filter_fn(tensors, model))
+    arrays["logits"] = run_timm(model.double().eval(), draw_images(*OTHER_SIZE)).float().numpy()
+    np.savez(OUT / "biases.npz", **arrays)
+
+
 # Sides of the image: rounding down differs from rounding, and halves of odd numbers occur.
 EVALUATED = (75, 113)
 TIMM_EVALUATIONS = {
@@ -424,4 +442,5 @@ if __name__ == "__main__":
     save_all_positions()
     save_all_transformers()
     save_resized_positions()
+    save_resized_biases()
     save_evaluations()

@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -124,6 +126,35 @@ def test_run_with_an_int8_base_is_read_with_the_values_that_it_had(int8_run, dat
 def test_adapters_of_a_rounded_base_are_written_with_a_note(int8_run, tmp_path, said):
     convert([str(int8_run), str(tmp_path / "adapters"), "--adapters"])
     assert "the run rounded kernels of the base to int8, and PEFT does not" in "\n".join(said)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_device_never_holds_a_rounded_base_as_float32(dtype, base, data_dir, monkeypatch):
+    config = lora_config(base, data_dir, lora__base=dtype, ema_decay=None)
+    experiment = Experiment.from_config(config)
+    lora, held = experiment.settings.lora, []
+    kernels = {p: x for p, x in flatten(experiment.abstract_state.params).items() if lora.rounds(p)}
+    shapes = {x.shape for x in kernels.values()}
+
+    def count_floats():
+        return sum(x.dtype == jnp.float32 and x.shape in shapes for x in jax.live_arrays())
+
+    def spy(call):
+        def counted(*args, **options):
+            result = call(*args, **options)
+            held.append(count_floats())
+            return result
+
+        return counted
+
+    before = count_floats()
+    monkeypatch.setattr(jax, "device_get", spy(jax.device_get))
+    monkeypatch.setattr(Lora, "store", spy(Lora.store))
+    state = experiment.init_state()
+    assert len(held) >= 3
+    assert max(held) == before
+    params = flatten(jax.device_get(state.params))
+    assert {params[path].dtype for path in kernels} == {jnp.dtype(dtype)}
 
 
 def test_int8_base_takes_a_quarter_of_the_memory_on_every_mesh(base, data_dir):

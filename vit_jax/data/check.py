@@ -782,10 +782,15 @@ def main(argv: Sequence[str]) -> int:
     source = dataset.open(args.split, key="--split")
     model = None
     if args.model is not None:
+        from vit_jax.inference.dataset_audit import check_judge, check_model
         from vit_jax.inference.model import load_model
 
         model = load_model(args.model)
         log(f"model: {model.source}")
+        if dataset.info.num_classes and not dataset.info.multi_label:
+            check_judge(model, dataset.info, args.SRC, args.judge, [])
+        else:
+            check_model(model)
     refused, input_shape = [], None
     if args.config is None:
         count, line = _SHEET**2, args.preprocess
@@ -813,9 +818,17 @@ def main(argv: Sequence[str]) -> int:
     findings = inspect(source, lines, num_threads=args.num_threads, measure=measure)
     for line in report(findings, dataset, input_shape, tokenizer):
         print_result(printable(line))
-    if model is not None and any(f.size for f in findings):
+    readable = any(f.size for f in findings)
+    if model is not None and not readable:
+        raise UserError(
+            f"--model={args.model}: none of the {len(findings):,} images of {args.SRC} can be "
+            "read; expected images to compare"
+        )
+    if model is not None:
         audit(args, model, dataset, source, findings)
-    if any(f.size for f in findings):
+    if not readable:
+        log(f"no contact sheet: none of the {len(findings):,} images can be read")
+    else:
         path = args.output / "contact_sheet.png"
         try:
             lines = 3 if measure is not None and measure.needed else 1

@@ -156,14 +156,12 @@ def audit_images(
       UserError: the classifier is to judge, and has other classes, or the model takes patches of
         images of any size.
     """
-    if takes_any_size(model.module):
-        raise UserError(
-            f"--model: {model.source} takes images of any size: expected a model for one size"
-        )
-    lines: list[str] = []
     columns, info = None, images.info
-    if images.labels is not None:
-        columns = _find_columns(model, info, name, judge, lines)
+    lines: list[str] = []
+    if images.labels is None:
+        check_model(model)
+    else:
+        columns = check_judge(model, info, name, judge, lines)
     layers = {"tokens": _choose_layer(model)}
     if images.labels is not None:
         layers["features"] = "pre_logits"
@@ -205,10 +203,26 @@ def _choose_layer(model: LoadedModel) -> str:
     return blocks[(len(blocks) - 1) // 2] if blocks else "pre_logits"
 
 
-def _find_columns(
+def check_model(model: LoadedModel) -> None:
+    """Checks that a model can compare images.
+
+    Raises:
+      UserError: it takes patches of images of any size.
+    """
+    if takes_any_size(model.module):
+        raise UserError(
+            f"--model: {model.source} takes images of any size: expected a model for one size"
+        )
+
+
+def check_judge(
     model: LoadedModel, info: DatasetInfo, name: str, judge: Judge | None, lines: list[str]
 ) -> np.ndarray | None:
-    """The class of the model for each class of the data; None if neighbours are to judge."""
+    """Returns the class of the model for each class of the data; None if neighbours are to judge.
+
+    A note is added to `lines`. See `audit_images` for the arguments and errors.
+    """
+    check_model(model)
     if judge == "neighbours":
         return None
     try:
@@ -230,7 +244,8 @@ def _compute(
     """Runs the model over all images.
 
     Returns the numbers of those that the model can take, a hash of their pixels as it takes them,
-    and float32 `[n, ...]` for each layer, of which `tokens` are sketched.
+    and float32 `[n, ...]` for each layer, of which `tokens` are sketched. Raises `UserError` if it
+    can take none.
     """
     kept: list[int] = []
     hashes: list[bytes] = []
@@ -245,6 +260,9 @@ def _compute(
             prepared = list(pool.map(lambda i: prepare_image(model, images, i), numbers))
             good = [i for i, image in zip(numbers, prepared, strict=True) if image is not None]
             batch = np.zeros((size, *model.image_shape), np.uint8)
+            if not good:
+                progress.advance(len(numbers))
+                continue
             batch[: len(good)] = [image for image in prepared if image is not None]
             started = {key: model.start(batch, layer=layer) for key, layer in layers.items()}
             for key, values in started.items():
@@ -254,6 +272,11 @@ def _compute(
             hashes += [hashlib.blake2b(x.tobytes(), digest_size=16).digest() for x in batch]
             del hashes[len(kept) :]
             progress.advance(len(numbers))
+    if not kept:
+        raise UserError(
+            f"--model: none of the {len(images.index):,} readable images can be prepared as "
+            f"{model.source} takes them; expected images for {model.preparation.line}"
+        )
     stacked = {key: np.concatenate(parts) for key, parts in rows.items()}
     flat = {key: x.reshape(len(x), -1) for key, x in stacked.items()}
     return np.array(kept, np.int64), hashes, flat

@@ -144,6 +144,17 @@ class Lora:
         values, scale = round_to_int8(kernel, axes, xp=xp)
         return stored | {"kernel": values, NAME: {**stored[NAME], _SCALE: scale}}
 
+    def restore(self, params: Any) -> Any:
+        """Returns parameters of `store`, NumPy arrays, with the rounded values as float32."""
+        if self.base == "float32" or not isinstance(params, Mapping):
+            return params
+        restored = {name: self.restore(x) for name, x in params.items()}
+        kernel: Any = params.get("kernel")
+        if isinstance(kernel, np.ndarray) and kernel.dtype in (jnp.int8, jnp.bfloat16):
+            scale = params[NAME][_SCALE] if kernel.dtype == jnp.int8 else np.float32(1)
+            restored["kernel"] = kernel.astype(np.float32) * scale
+        return restored
+
     def check(self, paths: list[str]) -> None:
         """Checks that each expression matches a parameter of a model with adapters.
 

@@ -313,6 +313,45 @@ def resize_posemb(
     return np.concatenate([prefix, grid.reshape(1, -1, width).astype(prefix.dtype)], axis=1)
 
 
+def resize_biases(
+    biases: np.ndarray, *, source_grid: tuple[int, int], target_grid: tuple[int, int]
+) -> np.ndarray:
+    """Interpolates biases by distance from one grid of patches to another.
+
+    Short distances keep their biases: the known ones are placed at 0, 1, 1 + q, 1 + q + q^2, ...
+    patches, with q such that the largest of both grids coincide, and values between them are
+    interpolated linearly. Biases of prefix tokens stay. Source: `resize_rel_pos_bias_table` of
+    timm 1.0.31, which has it from BEiT, arXiv:2106.08254, without SciPy.
+
+    Args:
+      biases: `[(2 rows - 1) * (2 columns - 1) + 3, heads]`, any float dtype, see `relate_tokens`.
+      source_grid: (rows, columns) of `biases`.
+      target_grid: (rows, columns) of the result.
+
+    Returns:
+      Those of the target grid, in the dtype of `biases`.
+    """
+    if source_grid == target_grid:
+        return biases
+    table, prefix = np.split(np.asarray(biases), [-3])
+    sides = [2 * side - 1 for side in source_grid]
+    rows, columns = map(_bias_matrix, source_grid, target_grid)
+    resized = np.einsum("ri,cj,ijh->rch", rows, columns, table.reshape(*sides, -1), optimize=True)
+    return np.concatenate([resized.reshape(-1, table.shape[-1]).astype(table.dtype), prefix])
+
+
+def _bias_matrix(source: int, target: int) -> np.ndarray:
+    """Returns the interpolation of `resize_biases` along one side, float64 `[2 t - 1, 2 s - 1]`."""
+    low, high, q = 1.01, 1.5, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (q ** (source - 1) - 1) / (q - 1) > target - 1 else (q, high)
+    places = np.cumsum(q ** np.arange(source - 1))
+    known = np.concatenate([-places[::-1], [0], places])
+    wanted = np.arange(1 - target, target)
+    return np.stack([np.interp(wanted, known, row) for row in np.eye(len(known))], axis=1)
+
+
 def resize_patches(
     patches: jax.Array,
     source_grid: tuple[int, int],

@@ -286,8 +286,14 @@ class Experiment(Parts):
         ][:1]
 
     def initial_params(self) -> Params:
-        """Randomly initialised parameters, float32, in the memory of the host."""
-        return jax.device_get(jax.jit(lambda: self._make_float_state().params)())
+        """Randomly initialised parameters, float32, in the memory of the host.
+
+        The device holds the kernels of a rounded base as they are stored, and so are their values.
+        """
+        lora = self.settings.lora
+        return lora.restore(
+            jax.device_get(jax.jit(lambda: lora.store(self._make_float_state().params))())
+        )
 
     def fit_params(self, weights: Weights, initial: Params) -> tuple[Params, list[str]]:
         """Adapts the parameters of a checkpoint to this model.

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.models.compiled import compiled
 from vit_jax.checkpoint.pretrained.load import load_pretrained
-from vit_jax.checkpoint.pretrained.naflex import to_patch_kernel
+from vit_jax.checkpoint.pretrained.naflex import read_naflex, to_patch_kernel
 from vit_jax.checkpoint.pretrained.rebuild import check_complete
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors
 from vit_jax.models.patches import PatchBatch
@@ -99,6 +99,20 @@ def test_a_model_without_config_is_read_as_timm_computes_it_by_default(tmp_path)
     weights = read_safetensors(tmp_path / "model.safetensors", num_heads=4)
     assert weights.model["posemb_resize"] == "bicubic"
     assert any("bicubic" in note for note in weights.notes)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "activation"),
+    [
+        ("naflexvit_base_patch16_siglip.v2_webli", "gelu_tanh"),
+        ("naflexvit_so400m_patch16_siglip", "gelu_tanh"),
+        ("naflexvit_base_patch16_map", "gelu_erf"),
+    ],
+)
+def test_the_name_of_siglip_shows_its_activation(architecture, activation):
+    tensors = load_file(CASES / "naflex_timm_map.safetensors")
+    weights = read_naflex(tensors, {"architecture": architecture}, 4)
+    assert weights.model["activation"] == activation
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,9 @@ def test_two_tensors_never_become_one():
     [
         ("layers.0.blocks.1.attn.relative_position_bias_table", "Swin"),
         ("swin.encoder.layers.0.blocks.0.layernorm_before.bias", "Swin"),
+        ("blocks.0.attn.rel_pos.mlp.fc1.weight", "relative positions"),
+        ("blocks.0.attn.rel_pos.relative_position_bias_table", "relative positions"),
+        ("shared_rel_pos.mlp.fc1.weight", "relative positions"),
         ("encoder.layer.0.attention.attention.relative_position_bias.table", "BEiT"),
         ("rel_pos_bias.relative_position_bias_table", "BEiT"),
         ("blocks_token_only.0.attn.q.weight", "CaiT"),

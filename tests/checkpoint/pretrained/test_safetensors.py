@@ -17,6 +17,7 @@ from etils import epath
 from flax import traverse_util
 
 from tests.models.compiled import compiled
+from vit_jax.checkpoint.pretrained.convert import convert
 from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.safetensors import (
     read_safetensors,
@@ -24,9 +25,12 @@ from vit_jax.checkpoint.pretrained.safetensors import (
     write_safetensors,
     write_tensors,
 )
-from vit_jax.checkpoint.pretrained.weights import Weights
+from vit_jax.checkpoint.pretrained.timm_config import make_timm_config
+from vit_jax.checkpoint.pretrained.timm_tensors import to_timm
+from vit_jax.checkpoint.pretrained.weights import RELATIVE, Weights
 from vit_jax.data.ops.transforms import apply
 from vit_jax.data.preprocess import parse_preprocess
+from vit_jax.models.positions import resize_biases
 from vit_jax.models.variants import make_vit
 from vit_jax.utils.errors import UserError
 
@@ -36,9 +40,10 @@ CASES = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
 BEIT = {"timm_beit", "timm_beit_token"}
 # Of timm's ways to write the same parameters, those that differ from that of `write_safetensors`:
 # no biases, a class token that is not used, channels in another order, projections that are not one
-# matrix. Parameters of positions in the blocks are read and not written.
+# matrix.
 ONE_WAY = {"timm_vit_average", "timm_eva_rope_ape", "timm_eva", "timm_eva02"}
-ONE_WAY |= BEIT | {"timm_rope_mixed", "timm_rope_mixed_ape", "timm_pe"}
+# Attention depends on positions by parameters, or columns come first.
+POSITIONED = sorted(BEIT | {"timm_rope_mixed", "timm_rope_mixed_ape", "timm_pe"})
 WRITTEN_BACK = [name for name in CASES if name.startswith("timm") and name not in ONE_WAY]
 POSEMB = "Transformer/posembed_input/pos_embedding"
 
@@ -117,12 +122,38 @@ def test_outputs_are_those_of_the_original_code(name):
     check_outputs(name, weights, weights.params, "")
 
 
+def test_relative_positions_at_another_size_are_those_of_timm():
+    weights = read_case("timm_beit_token")
+    params, notes = fill_model(rebuild_model(weights), weights, (48, 40, 3))
+    assert "relative positions: resized from 4x4 to 6x5 patches" in notes
+    with np.load(GOLDEN / "timm_beit_token" / "io.npz") as file:
+        image = file["other_image"]
+    with np.load(GOLDEN / "biases.npz") as file:
+        expected = file["logits"]
+    out = run(weights.model, traverse_util.flatten_dict(params, sep="/"), image, 5)
+    np.testing.assert_allclose(out["logits"], expected, rtol=0, atol=1e-5)
+
+
+def test_relative_positions_of_an_oblong_are_resized_by_their_own_grid(tmp_path):
+    path = f"Transformer/encoderblock_1/MultiHeadDotProductAttention_0/{RELATIVE}"
+    weights = read_case("timm_beit")
+    params, notes = fill_model(rebuild_model(weights), weights, (24, 32, 3))
+    assert "relative positions: resized from 4x3 to 3x4 patches" in notes
+    resized = traverse_util.flatten_dict(params, sep="/")[path]
+    expected = resize_biases(weights.params[path], source_grid=(4, 3), target_grid=(3, 4))
+    np.testing.assert_array_equal(resized, expected)
+    assert not np.array_equal(resized, weights.params[path])
+    unknown = read_safetensors(describe("timm_beit", tmp_path, pretrained_cfg={}))
+    message = refusal(lambda: fill_model(rebuild_model(unknown), unknown, (24, 32, 3)))
+    assert "of no square" in message
+    assert "pretrained_cfg.input_size" in message
+
+
 @pytest.mark.parametrize("name", sorted(BEIT))
-def test_relative_positions_at_another_size_are_refused(name):
+def test_biases_by_distance_are_converted(name, tmp_path):
     weights = read_case(name)
-    message = refusal(lambda: fill_model(rebuild_model(weights), weights, (48, 40, 3)))
-    assert "relative_position_bias" in message
-    assert "images of the size" in message
+    (*_, last) = convert(weights, tmp_path / "x.npz")
+    assert last.startswith("read back: every parameter is the same")
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - BEIT))
@@ -174,11 +205,58 @@ def test_what_timm_wrote_is_written_back(name, tmp_path):
     if name == "timm_vit_registers":  # Positions of registers: they are part of the registers here.
         slots, expected["pos_embed"] = np.split(expected["pos_embed"], [2], axis=1)
         expected["reg_token"] = expected["reg_token"] + slots
+    if name == "timm_pe":  # The position of the class token is a part of it here.
+        slot, expected["pos_embed"] = np.split(expected["pos_embed"], [1], axis=1)
+        expected["cls_token"] = expected["cls_token"] + slot
+    if name == "timm_rope_mixed_ape":
+        expected["pos_embed"] = np.pad(expected["pos_embed"], ((0, 0), (1, 0), (0, 0)))
     if name == "timm_vit_no_embed_class":  # Without registers the class token has a slot here.
         expected["pos_embed"] = np.pad(expected["pos_embed"], ((0, 0), (1, 0), (0, 0)))
         for i in range(2):
             expected[f"blocks.{i}.attn.qkv.bias"] = np.zeros(96, np.float32)
     assert_same(raw_tensors(path)[0], expected)
+
+
+@pytest.mark.parametrize("name", POSITIONED)
+def test_positions_in_the_blocks_are_read_from_what_is_written(name, tmp_path):
+    weights = read_case(name)
+    own = read_safetensors(
+        write(tmp_path / "own", weights.params, weights.model, mean=0.5, std=0.5)
+    )
+    assert_same(own.params, weights.params)
+    assert make(own.model, 5) == make(weights.model, 5)
+    assert own.notes == ()
+    # As timm reads the exported folder, which knows nothing of this package.
+    config, _ = make_timm_config(weights)
+    tensors = to_timm(weights.params, model=weights.model, grid=None)
+    write_tensors(tmp_path / "model.safetensors", tensors, metadata={})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = read_safetensors(tmp_path / "model.safetensors")
+    # Without a reference grid, timm has that of the images, which is the same function.
+    assert_same(again.params, weights.params)
+    assert make(again.model, 5) == make(weights.model, 5)
+    check_outputs(name, again, again.params, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"classifier": "gap"}, "model.norm_after_pooling=None"),
+        ({"classifier": "gap", "norm_after_pooling": True}, "model.num_registers=None"),
+        ({"num_registers": 1}, "model.num_registers=1"),
+        ({"classifier": "map"}, "model.classifier=map"),
+        ({"qk_norm": True}, "model.qk_norm=True"),
+        ({"rope_theta": 9.0}, "model.rope_theta=9.0"),
+        ({"norm": "rms_norm"}, "model.norm=rms_norm"),
+        ({"activation": "quick_gelu"}, "quick_gelu"),
+        ({}, "model.qkv_bias='query_value'"),
+    ],
+)
+def test_relative_positions_beside_what_timm_lacks_are_refused(change, words, tmp_path):
+    options = {"position_embedding": "relative", "activation": "gelu_erf"} | change
+    message = refusal(write, tmp_path / "x", *random_params(**options))
+    assert words in message
+    assert "Beit" not in message
 
 
 MODELS = {
@@ -209,6 +287,31 @@ MODELS = {
     },
     "inner_norms": {"attention_norm": True, "mlp_norm": True, "qkv_bias": "query_value"},
     "rms_norm": {"norm": "rms_norm", "qk_norm": True, "qkv_bias": "none"},
+    "relative": {
+        "position_embedding": "relative",
+        "activation": "swiglu",
+        "mlp_norm": True,
+        "qkv_bias": "query_value",
+    },
+    "mixed": {
+        "rope_theta": 10.0,
+        "rope_frequencies": "mixed",
+        "classifier": "gap",
+        "num_registers": 3,
+        "activation": "gelu_erf",
+    },
+    "perception": {
+        "rope_theta": 100.0,
+        "rope_offset": 1.0,
+        "pre_norm": True,
+        "embedding_bias": False,
+        "classifier": "map",
+        "num_registers": 2,
+        "map_num_heads": 4,
+        "map_mlp_dim": 40,
+        "activation": "gelu_erf",
+        "norm_epsilon": 1e-5,
+    },
     "hybrid": {"resnet_layers": (1, 2), "resnet_width": 0.5, "patch_size": 1},
     "stem": {"resnet_layers": (), "patch_size": 2},
 }
@@ -313,6 +416,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert "No space left" in refusal(write, path, params, model)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == before
+
+
+def test_beit3_has_norms_of_another_epsilon(tmp_path):
+    for architecture, epsilon in [("beit3_base_patch16_224", 1e-5), ("vit_base_patch16_224", 1e-6)]:
+        path = describe(
+            "timm_vit", tmp_path, architecture=architecture, model_args={"num_heads": 4}
+        )
+        assert read_safetensors(path).model["norm_epsilon"] == epsilon
 
 
 def test_settings_come_from_the_files_beside_the_weights():
@@ -644,6 +755,8 @@ def test_names_of_the_original_dinov2_are_those_of_timm(tmp_path):
             "one bias",
         ),
         ("timm_pe", {}, {"architecture": "vit_pe_lang_large_patch14_448"}, "no norm behind"),
+        ("timm_vit", {"patch_embed.norm.weight": (32,)}, {}, "a norm of the patches"),
+        ("timm_vit", {"blocks.0.attn.lambda_q1": (32,)}, {}, "differential attention"),
         ("timm_eva_rope", {"cls_token": (1, 1, 32)}, {}, "config.json"),
         ("timm_eva_rope", {"pos_embed": (1, 24, 32)}, {}, "config.json"),
         ("timm_eva_rope", {}, {"architecture": "vit_base_patch16_sapiens2"}, "share keys"),
@@ -676,6 +789,15 @@ def test_models_that_are_not_here_are_refused(name, changes, config, words, tmp_
     message = refusal(read_safetensors, tmp_path / "x.safetensors", num_heads=4)
     assert words in message
     assert str(tmp_path) in message
+
+
+def test_models_without_a_last_norm_are_refused_by_what_they_lack(tmp_path):
+    tensors, _ = raw_tensors(GOLDEN / "timm_vit_registers" / "model.safetensors")
+    tensors = {name: x for name, x in tensors.items() if not name.startswith(("norm.", "fc_norm."))}
+    write_tensors(tmp_path / "model.safetensors", tensors, metadata={})
+    (tmp_path / "config.json").write_text('{"architecture": "vit_base_patch16_radio_v3"}')
+    message = refusal(read_safetensors, tmp_path / "model.safetensors")
+    assert "'vit_base_patch16_radio_v3': it has no norm behind the blocks" in message
 
 
 def describe(name, folder, **changes):

@@ -27,7 +27,7 @@ from vit_jax.checkpoint.pretrained.weights import (
     stack_blocks,
     unstack_blocks,
 )
-from vit_jax.models.positions import FIXED_POSITIONS, fixed_positions, resize_posemb
+from vit_jax.models.positions import FIXED_POSITIONS, fixed_positions, resize_biases, resize_posemb
 from vit_jax.models.resampling import Method
 from vit_jax.models.two_towers import TOWERS
 from vit_jax.utils.errors import UserError
@@ -169,6 +169,12 @@ def _fit_tower(
             target_grid=target_grid,
             num_class_tokens=num_class_tokens,
             method=posemb_resize or _find_rule(weights),
+        )
+        notes += _fit_distances(
+            params,
+            initial,
+            source_grid=find_grid(weights.model, weights.preprocess),
+            target_grid=target_grid,
         )
     head_notes = _fit_head(params, initial)
     return notes + _fit_pre_logits(params, initial) + head_notes
@@ -519,6 +525,44 @@ def _fit_posemb(
     return [f"position embeddings: resized from {_by(source_grid)} to {_by(target_grid)}, {method}"]
 
 
+def _fit_distances(
+    params: _Flat,
+    initial: _Flat,
+    *,
+    source_grid: tuple[int, int] | None,
+    target_grid: tuple[int, int],
+) -> list[str]:
+    """Resizes biases by distance; `source_grid` is that of the images of the file, if known."""
+    paths = [p for p in params if p.endswith(f"/{RELATIVE}") and p in initial]
+    paths = [p for p in paths if params[p] is not initial[p]]
+    if not paths:
+        return []
+    length = len(params[paths[0]])
+    if source_grid is None or _count_distances(source_grid) != length:
+        # An odd number of distances in each direction, and three more.
+        side = math.isqrt(max(length - 3, 0))
+        source_grid = (side + 1) // 2, (side + 1) // 2
+        if _count_distances(source_grid) != length:
+            raise UserError(
+                f"init_from: {paths[0]} has {length} biases by distance, which are those of no "
+                "square of patches, and nothing states another: give the size of the images in "
+                "pretrained_cfg.input_size of the config.json beside it, or in the .json of a .npz"
+            )
+    if source_grid == target_grid:
+        return []
+    for path in paths:
+        params[path] = resize_biases(
+            _cast(params[path], like=initial[path]),
+            source_grid=source_grid,
+            target_grid=target_grid,
+        )
+    return [f"relative positions: resized from {_by(source_grid)} to {_by(target_grid)} patches"]
+
+
+def _count_distances(grid: tuple[int, int]) -> int:
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+
+
 def _fit_head(params: _Flat, initial: _Flat) -> list[str]:
     notes = _fit_first_head(params, initial)
     if _shapes(params, "head_dist/") == _shapes(initial, "head_dist/"):
@@ -580,13 +624,6 @@ def _check_fit(params: _Flat, initial: _Flat) -> None:
         *(f"{path} {ours[path]} is not in the file" for path in ours if path not in theirs),
         *(f"{path} {theirs[path]} is not in the model" for path in theirs if path not in ours),
     ]
-    relative = [p for p in ours if p.endswith(f"/{RELATIVE}") and theirs.get(p, ours[p]) != ours[p]]
-    if relative:
-        raise UserError(
-            f"init_from does not fit the model: {relative[0]} is {theirs[relative[0]]} in the "
-            f"file, {ours[relative[0]]} in the model; relative positions are not resized: expected "
-            "images of the size that the file is for"
-        )
     if problems:
         more = len(problems) - _MAX_LISTED
         raise UserError(

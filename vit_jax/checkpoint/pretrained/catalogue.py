@@ -11,11 +11,13 @@ import csv
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from vit_jax.checkpoint.pretrained.repositories import load_repositories
 from vit_jax.utils.bounds import MAX_TABLE, read_text
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.suggestions import fold, suggest
@@ -119,10 +121,30 @@ def list_models(text: str = "") -> dict[str, str]:
 
     Args:
       text: only names that contain it, in any case and with any separators, or models of this
-        name.
+        name. For models of the Hugging Face hub it may be several words of the name, the family
+        and the licence.
     """
     if not isinstance(text, str):
         raise UserError(f"text={text!r}: expected a part of a name, such as 'B/16'")
+    return _list_catalogue(text) | _list_repositories(text)
+
+
+def count_repositories() -> dict[str, int]:
+    """Returns the number of models of the Hugging Face hub that are listed, by their family."""
+    return dict(Counter(row.family for row in load_repositories().values()))
+
+
+def _list_repositories(text: str) -> dict[str, str]:
+    words, models = text.lower().split(), {}
+    for name, row in load_repositories().items():
+        described = f"{name} {row.describe()}".lower()
+        folded = fold(described)
+        if all(word in described or (fold(word) and fold(word) in folded) for word in words):
+            models[name] = row.describe()
+    return models
+
+
+def _list_catalogue(text: str) -> dict[str, str]:
     models, folded = {}, _fold_model(text)
     for name, model in load_catalogue().items():
         top1 = "" if model.top1 is None else f", ImageNet top-1 {model.top1} %"

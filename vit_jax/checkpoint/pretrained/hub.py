@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from vit_jax.checkpoint.listing import is_step
+from vit_jax.checkpoint.pretrained.repositories import suggest_repositories
 from vit_jax.utils.bounds import read_json
 from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.layout import CHECKPOINTS
@@ -65,7 +66,7 @@ def fetch_repository(source: str) -> Path:
         raise UserError(
             f"{source}: {repository} can't be fetched from the Hugging Face hub ({first_line(e)}); "
             "expected a repository that exists and can be reached: log in with hf auth login if it "
-            "is private, or give the folder of a download"
+            f"is private, or give the folder of a download{_suggest(source)}"
         ) from e
 
 
@@ -90,6 +91,7 @@ def _open_hub(source: str) -> tuple[str, str | None, Any]:
         raise UserError(
             f"{source}: expected hf:USER/NAME, or timm:NAME with the tag of the weights, such as "
             "timm:vit_base_patch16_224.augreg2_in21k_ft_in1k; @REVISION may follow"
+            f"{_suggest(source)}"
         )
     repository = match[2] if match[1] == "hf" else f"timm/{match[2]}"
     try:
@@ -99,6 +101,12 @@ def _open_hub(source: str) -> tuple[str, str | None, Any]:
             f"{source} needs huggingface_hub: pip install 'vit_jax[hub]'; or give the folder of a "
             "download"
         ) from None
+
+
+def _suggest(source: str) -> str:
+    """Names the listed models that a source may mean, to append to an error; "" for none."""
+    found = suggest_repositories(source)
+    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
 def find_weights(folder: Path) -> Path | None:

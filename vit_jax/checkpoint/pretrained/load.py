@@ -34,6 +34,7 @@ from vit_jax.checkpoint.pretrained.peft import CONFIG as ADAPTER_CONFIG
 from vit_jax.checkpoint.pretrained.peft import WEIGHTS as ADAPTERS
 from vit_jax.checkpoint.pretrained.peft import Adapters, read_adapters
 from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
+from vit_jax.checkpoint.pretrained.repositories import suggest_repositories
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, read_tensors
 from vit_jax.checkpoint.pretrained.towers import take_tower
 from vit_jax.checkpoint.pretrained.weights import (
@@ -163,6 +164,7 @@ def _suggest_source(source: str) -> str:
         known = sorted(load_catalogue().values(), key=lambda p: not p.name.startswith("augreg:"))
         found = [p.name for p in known if source in (p.name.partition(":")[0], p.model)]
         found = found or [p.name for p in known if p.variant == variant]
+        found = suggest_repositories(source, cutoff=0.85) or found
     hint = f"did you mean {' or '.join(map(repr, found[:3]))}? Expected" if found else "expected"
     return f"; {hint} {KINDS}"
 

@@ -152,6 +152,11 @@ def read_naflex(
       ValueError: the model has a part that no model here has, or the files are damaged.
     """
     architecture = str(config.get("architecture") or "").partition(".")[0]
+    if not {"norm.weight", "fc_norm.weight"} & tensors.keys():
+        raise ValueError(
+            f"NaFlexVit {architecture} without a norm behind the blocks (norm or fc_norm), which "
+            "every model here has"
+        )
     options = _read_options(config)
     rest = {name: x for name, x in tensors.items() if not name.startswith(_EMBEDS)}
     embeds = {n.removeprefix(_EMBEDS): x for n, x in tensors.items() if n.startswith(_EMBEDS)}
@@ -180,7 +185,7 @@ def read_naflex(
     if model["classifier"] == "map" and ("cls" in params or "num_registers" in model):
         raise ValueError("attention pooling that leaves out registers, which no model here has")
     model["norm_epsilon"] = 1e-6
-    default = "gelu_tanh" if "so400m" in architecture else "gelu"
+    default = "gelu_tanh" if "siglip" in architecture else "gelu"
     model["activation"] = _ACTIVATIONS[options.get("act_layer") or default]
     if more:
         mode = options.get("pos_embed_interp_mode", "bicubic")

@@ -30,6 +30,7 @@ _FAMILIES = (
     (r"\.lora_A\.", "folder of adapters of PEFT, without the adapter_config.json beside it"),
     (r"(^|\.)layers\.\d+\.blocks\.\d+\.", "Swin Transformer"),
     (r"^rel_pos_bias\.relative_position_bias", "BEiT with one bias for all blocks"),
+    (r"(^|\.)(shared_)?rel_pos\.(mlp|relative_position_bias)", "ViT with relative positions"),
     (r"^((?!blocks\.\d+\.attn\.).)*relative_position_bias", "BEiT"),
     (r"(^|\.)blocks_token_only\.", "CaiT"),
     (r"(^|\.)cls_attn_blocks\.", "XCiT"),

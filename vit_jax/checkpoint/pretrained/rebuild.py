@@ -11,7 +11,12 @@ from flax import traverse_util
 
 from vit_jax.checkpoint.pretrained.adapt import adapt_params
 from vit_jax.checkpoint.pretrained.towers import TEXT, take_part
-from vit_jax.checkpoint.pretrained.weights import POSEMB, Weights
+from vit_jax.checkpoint.pretrained.weights import (
+    ATTENTION_0,
+    POSEMB,
+    RELATIVE,
+    Weights,
+)
 from vit_jax.models.interface import example_inputs, find_position_grid
 from vit_jax.models.two_towers import TOWERS
 from vit_jax.models.variants import MODELS
@@ -148,6 +153,9 @@ def _find_image_shape(weights: Weights, model: Any) -> tuple[int, int, int]:
     patches = 1
     if POSEMB in params and getattr(model, "posemb_grid", None) is None:
         patches = params[POSEMB].shape[1] - model.num_class_tokens
+    biases = params.get(f"{ATTENTION_0}/{RELATIVE}")
+    if biases is not None:  # A row of n patches has 2 n - 1 distances, and there are three more.
+        patches = (len(biases) - 2) // 2
     mixing = params.get("MixerBlock_0/token_mixing/Dense_0/kernel")
     if mixing is not None:
         patches = mixing.shape[0]

@@ -37,7 +37,12 @@ from vit_jax.checkpoint.pretrained.names import (
 )
 from vit_jax.checkpoint.pretrained.peft import Adapters
 from vit_jax.checkpoint.pretrained.timm import read_timm
-from vit_jax.checkpoint.pretrained.timm_tensors import to_linen, to_timm
+from vit_jax.checkpoint.pretrained.timm_tensors import (
+    columns_first,
+    has_unused_token,
+    to_linen,
+    to_timm,
+)
 from vit_jax.checkpoint.pretrained.towers import TEXT, has_towers, take_tower
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
@@ -295,13 +300,17 @@ def _read_own(
 ) -> Weights:
     """Reads a file of `write_safetensors`, whose metadata describe the model."""
     model = {k: v for k, v in as_tuples(stated["model"]).items() if k in MODEL_KEYS}
+    unused = "cls_token" in tensors and has_unused_token(model)
     params, notes = to_linen(
         tensors,
         num_heads=model["num_heads"] if num_heads is None else num_heads,
+        pool_heads=model.get("map_num_heads"),
+        average=unused,
+        swap_axes=columns_first(model),
         halves=model.get("rope_coordinates") == "centered",
         fill_biases=model.get("qkv_bias", "all") == "all",
         num_slots=0
-        if "reg_token" in tensors
+        if unused or "reg_token" in tensors
         else sum(name in tensors for name in ("cls_token", "dist_token")),
     )
     return Weights(
@@ -312,7 +321,7 @@ def _read_own(
         **read_posemb(stated.get("posemb", {})),
         class_names=check_names(stated.get("class_names"), "its metadata"),
         loss=check_loss(stated.get("loss"), "its metadata"),
-        notes=tuple(notes),
+        notes=() if unused else tuple(notes),
     )
 
 

@@ -57,11 +57,12 @@ _NUM_HEADS = (
     (re.compile(r"test_vit[34]$"), 3),
 )
 _SIZED = re.compile(
-    r"(?:vit(?:_pe_core)?|deit3?|flexivit|eva(?:02)?|beit(?:v2)?)_([a-z0-9]+)(?:_|$)"
+    r"(?:vit(?:_pe_core)?|deit3?|flexivit|eva(?:02)?|beit(?:3|v2)?)_([a-z0-9]+)(?:_|$)"
 )
 _NUM_HEADS_BY_SIZE = {
     "tiny": 3,
     "wee": 4,
+    "xsmall": 4,
     "little": 5,
     "small": 6,
     "medium": 8,
@@ -78,6 +79,8 @@ _NO_EMBED_CLASS = re.compile(
 )
 # Backbones of DINOv3 and models like it, whose rotary embeddings have centred coordinates.
 _CENTERED = re.compile(r"vit_\w+_patch\d+_(dinov3|lingbot)")
+# Models whose norms have the epsilon of PyTorch, which neither their tensors nor options show.
+_BEIT3 = re.compile(r"beit3_")
 # Models of the class `Eva` without rotary embeddings.
 _EVA_V1 = re.compile(r"eva_")
 # Perception Encoders, with the size of their patches and of the images they were trained on.
@@ -101,6 +104,11 @@ _SHOWN = {
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
     *("drop_path_rate", "weight_init", "fix_init", "head_init_scale"),
     *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "device", "dtype"),
+}
+# Parts of names of tensors that no model here has, and what they are of.
+_ABSENT = {
+    "patch_embed.norm.": "a norm of the patches in front of their position embeddings",
+    ".attn.lambda_": "differential attention",
 }
 _RELATIVE = "blocks.0.attn.relative_position_bias_table"
 _QUERY_BIASES = ("qkv.bias", "q_bias", "q_proj.bias")
@@ -186,7 +194,9 @@ def read_timm(
         average=average,
         swap_axes=rope.swap_axes,
         halves=rope.halves,
-        fill_biases=original is None and rope.coordinates == "index",
+        fill_biases=original is None
+        and rope.coordinates == "index"
+        and _RELATIVE not in tensors,  # Timm's `Beit` never has biases of keys.
     )
     model = describe_model(params, rope_theta=rope.theta) | {"classifier": classifier}
     if rope.offset:
@@ -245,8 +255,14 @@ def _check_architecture(tensors: Mapping[str, np.ndarray], architecture: str) ->
             f"{named}: it has a norm in front of the blocks (norm_pre), and either only one of its "
             "tensors or a bias of the patches too, as no model here"
         )
-    if re.match(r"vit_pe_(lang|spatial)_", architecture):
-        raise ValueError(f"{named}: it has no norm behind the blocks, as every model here has")
+    without_norm = re.match(r"vit_pe_(lang|spatial)_", architecture)
+    if without_norm or not {"norm.weight", "fc_norm.weight"} & tensors.keys():
+        raise ValueError(
+            f"{named}: it has no norm behind the blocks (norm or fc_norm), as every model here has"
+        )
+    for part, what in _ABSENT.items():
+        if name := next((name for name in tensors if part in name), None):
+            raise ValueError(f"{named}: it has {what} ({name}), as no model here")
     if _RELATIVE in tensors and "pos_embed" in tensors:
         raise ValueError(
             f"{named}: it has both position embeddings (pos_embed) and relative position biases, "
@@ -600,7 +616,7 @@ def _read_timm_settings(
     default = "quick_gelu" if "_clip_quickgelu_" in architecture else default
     # Image towers of CLIP have the norms of PyTorch, and all of them one in front of the blocks.
     clip = "pre_norm" in model or model.get("rope_coordinates") == "centered"
-    epsilon = _CLIP_EPSILON if clip else _NORM_EPSILON
+    epsilon = _CLIP_EPSILON if clip or _BEIT3.match(architecture) else _NORM_EPSILON
     rms = model.get("norm") == "rms_norm"
     check_values(options, {"norm_layer": _RMS_NORMS if rms else _LAYER_NORMS}, where="model_args.")
     settings: dict[str, Any] = {"norm_epsilon": epsilon}

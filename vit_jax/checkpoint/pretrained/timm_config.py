@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint.pretrained.timm_tensors import TIMM_RESNET
+from vit_jax.checkpoint.pretrained.timm_tensors import TIMM_RESNET, columns_first, has_unused_token
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
     check_sizes_stay,
@@ -35,6 +35,8 @@ _POOLS = {"token": "token", "gap": "avg", "map": "map", "unpooled": "", "token_u
 _PLAIN, _DISTILLED = "vit_base_patch16_224", "deit_base_distilled_patch16_224"
 _ROPE = "eva_giant_patch14_224"
 _DINOV3 = "vit_small_patch16_dinov3"  # the function whose norms have the epsilon of CLIP
+_PERCEPTION = "vit_pe_core_tiny_patch16_384"  # has a norm in front of the blocks too
+_BEIT = "beit_base_patch16_224"
 _CLIP = "vit_base_patch16_clip_224"
 _HYBRIDS = {
     (): "vit_tiny_r_s16_p8_224",
@@ -100,7 +102,8 @@ def make_timm_config(weights: Weights) -> tuple[dict[str, Any], list[str]]:
     if size is None:
         raise ValueError("nothing states the size of the images")
     keys_biased = any(x.any() for p, x in weights.params.items() if _KEY_BIAS.match(p))
-    architecture, arguments = _find_arguments(model, keys_biased=keys_biased)
+    grid = find_grid(model, weights.preprocess | {"image_size": size})
+    architecture, arguments = _find_arguments(model, grid, keys_biased=keys_biased)
     pool = _POOLS[model["classifier"]]
     config: dict[str, Any] = {
         "architecture": architecture,
@@ -124,10 +127,13 @@ def make_timm_config(weights: Weights) -> tuple[dict[str, Any], list[str]]:
     return config, notes
 
 
-def _find_arguments(model: Mapping[str, Any], *, keys_biased: bool) -> tuple[str, dict[str, Any]]:
+def _find_arguments(
+    model: Mapping[str, Any], grid: tuple[int, int] | None, *, keys_biased: bool
+) -> tuple[str, dict[str, Any]]:
     """Returns the name of a function of timm, and the arguments that make this model of it.
 
-    `keys_biased` is whether any bias of keys is not zero, see `to_timm`.
+    `grid` is (rows, columns) of patches in its images; `keys_biased` is whether any bias of keys
+    is not zero, see `to_timm`.
     """
     epsilon, is_clip = model.get("norm_epsilon", _NORM_EPSILON), bool(model.get("pre_norm"))
     is_dinov3 = model.get("rope_coordinates") == "centered" and epsilon > 2 * _NORM_EPSILON
@@ -135,7 +141,9 @@ def _find_arguments(model: Mapping[str, Any], *, keys_biased: bool) -> tuple[str
     if not math.isclose(epsilon, expected):
         raise ValueError(f"model.norm_epsilon={epsilon}: timm's models have {expected}")
     width, registers = model["hidden_size"], model.get("num_registers") or 0
-    token = model["classifier"] in ("token", "token_unpooled")
+    unused = has_unused_token(model)
+    token = unused or model["classifier"] in ("token", "token_unpooled")
+    registers -= int(unused)
     swiglu = model.get("activation") == "swiglu"
     after = bool(model.get("norm_after_pooling"))
     learned = model.get("position_embedding", "learned") != "none"
@@ -146,17 +154,27 @@ def _find_arguments(model: Mapping[str, Any], *, keys_biased: bool) -> tuple[str
         "num_heads": model["num_heads"],
         "mlp_ratio": model["mlp_dim"] / width,
         "class_token": token,
-        "no_embed_class": bool(registers) or not token,
+        "no_embed_class": bool(registers) or unused or not token,
         "qk_norm": bool(model.get("qk_norm")),
     }
     if int(width * arguments["mlp_ratio"]) != model["mlp_dim"]:
         raise ValueError(f"model.mlp_dim={model['mlp_dim']}: timm has it as a ratio to the width")
     if model.get("layer_scale_init") is not None:
         arguments["init_values"] = model["layer_scale_init"]
+    if model.get("position_embedding") == "relative":
+        for key in ("class_token", "no_embed_class", "qk_norm"):
+            del arguments[key]
+        return _BEIT, arguments | {
+            "init_values": model.get("layer_scale_init") or 0.0,
+            "use_abs_pos_emb": False,
+            "use_rel_pos_bias": True,
+            "swiglu_mlp": swiglu,
+            "scale_mlp": bool(model.get("mlp_norm")),
+        }
     if model.get("rope_theta") is not None:
-        grid = model.get("rope_reference_grid")
-        if grid is not None:
-            arguments["ref_feat_shape"] = list(grid)
+        reference = model.get("rope_reference_grid") or (grid if is_clip else None)
+        if reference is not None:
+            arguments["ref_feat_shape"] = list(reference)
         if model.get("norm") == "rms_norm":
             raise ValueError(
                 "model.norm='rms_norm' with model.rope_theta: timm takes a class for it, which "
@@ -167,11 +185,24 @@ def _find_arguments(model: Mapping[str, Any], *, keys_biased: bool) -> tuple[str
                 f"model.layer_scale_init=None with model.norm_epsilon={epsilon} and centred "
                 "coordinates: timm has no such model by name"
             )
+        if model.get("rope_frequencies") == "mixed":
+            arguments["rope_type"] = "mixed"
+        if is_clip:
+            arguments["use_pre_transformer_norm"] = True
+        if model.get("rope_offset"):
+            arguments["rope_grid_offset"] = model["rope_offset"]
+        if model["classifier"] == "map":
+            hidden = model.get("map_mlp_dim") or model["mlp_dim"]
+            arguments["attn_pool_num_heads"] = model.get("map_num_heads") or model["num_heads"]
+            arguments["attn_pool_mlp_ratio"] = hidden / width
+            if int(width * (hidden / width)) != hidden:
+                raise ValueError(f"model.map_mlp_dim={hidden}: timm has it as a ratio to the width")
         if model.get("rope_coordinates") == "centered":
             arguments |= {"rope_type": "dinov3", "rope_rotate_half": True}
             # timm then has the gate as a layer of its own, as the published files do.
             arguments["swiglu_align_to"] = 1 if model["mlp_dim"] % 8 else 8
-        return _DINOV3 if is_dinov3 else _ROPE, arguments | {
+        function = _DINOV3 if is_dinov3 else _PERCEPTION if is_clip else _ROPE
+        return function, arguments | {
             "qkv_fused": True,
             "qkv_bias": model.get("qkv_bias") != "none",
             "scale_attn_inner": bool(model.get("attention_norm")),
@@ -181,7 +212,7 @@ def _find_arguments(model: Mapping[str, Any], *, keys_biased: bool) -> tuple[str
             "num_reg_tokens": registers,
             "use_rot_pos_emb": True,
             "use_abs_pos_emb": learned,
-            "rope_grid_indexing": "ij",
+            "rope_grid_indexing": "xy" if columns_first(model) else "ij",
             "rope_temperature": float(model["rope_theta"]),
             "use_fc_norm": after,
         }

@@ -17,7 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint.pretrained.weights import FREQUENCIES, POSEMB, RELATIVE, infer_model
+from vit_jax.checkpoint.pretrained.weights import (
+    FREQUENCIES,
+    POSEMB,
+    REGISTERS,
+    RELATIVE,
+    infer_model,
+)
 from vit_jax.models.positions import FIXED_POSITIONS, fixed_positions
 from vit_jax.models.resnet import total_stride
 from vit_jax.models.variants import SIZES
@@ -195,13 +201,16 @@ def _leave_out_biases(params: _Arrays) -> None:
 def to_timm(
     params: Mapping[str, np.ndarray], *, model: Mapping[str, Any], grid: tuple[int, int] | None
 ) -> _Arrays:
-    """Converts parameters to tensors of timm's `VisionTransformer`, or `Eva` for rotary embeddings.
+    """Converts parameters to tensors of timm's `VisionTransformer`, `Eva` or `Beit`.
+
+    `Eva` has rotary embeddings, and `Beit` biases by distance.
 
     With registers, the position embedding of the class token is added to the token (timm's
     `no_embed_class`): the parameters change, the function is the same to the last bit. Fixed
     position embeddings are written as learned ones. `Eva` gets `q_bias` and `v_bias` if all biases
     of keys are zero or absent, else `qkv.bias` (its `attn_type="rope"`). With centred coordinates
-    the channels of queries and keys are in the order of DINOv3.
+    the channels of queries and keys are in the order of DINOv3. With `columns_first` they, or
+    learned frequencies, are in the order of `rope_grid_indexing="xy"`; see `has_unused_token` too.
 
     Args:
       params: arrays of any float dtype by path; blocks are not stacked.
@@ -218,11 +227,17 @@ def to_timm(
     _check_expressible(model, grid)
     units = model.get("resnet_layers")
     is_centered = model.get("rope_coordinates") == "centered"
+    is_beit, swap_axes = model.get("position_embedding") == "relative", columns_first(model)
+    mixed = model.get("rope_frequencies") == "mixed"
     rest = dict(params)
+    if has_unused_token(model):
+        rest["cls"], rest[REGISTERS] = np.split(rest[REGISTERS], [1], axis=1)
+        if not rest[REGISTERS].size:
+            del rest[REGISTERS]
     tensors: _Arrays = {}
     _write_tokens(rest, tensors, model=model, grid=grid)
     layers = model["num_layers"]
-    split_gates = is_centered or bool(model.get("mlp_norm"))
+    split_gates = is_centered or is_beit or bool(model.get("mlp_norm"))
     if not split_gates:
         _join_gates(rest, layers)
     for path, x in rest.items():
@@ -230,6 +245,10 @@ def to_timm(
             rest[path] = x.reshape(-1, x.shape[-1])
         elif is_centered and _ROTATED.match(path):
             rest[path] = _separate(x)
+        elif swap_axes and path.endswith(f"/{FREQUENCIES}"):
+            rest[path] = x[::-1]
+        elif swap_axes and not mixed and _ROTATED.match(path):
+            rest[path] = np.roll(x, x.shape[-1] // 2, axis=-1)
     biased_in_blocks = _BIASED[model.get("qkv_bias", "all")]
     for theirs, ours, names in _projections(layers, pooled="MAPHead_0/probe" in rest):
         biased = names if theirs.startswith("attn_pool") else biased_in_blocks
@@ -241,8 +260,16 @@ def to_timm(
             tensors[theirs] = rest.pop(ours)
     if units is not None and not units:  # timm has no level "stem" then.
         tensors = {n.replace("backbone.stem.", "backbone."): x for n, x in tensors.items()}
-    if model.get("rope_theta") is not None:
+    if is_beit or model.get("rope_theta") is not None:
         tensors = _rename_for_eva(tensors)
+    if is_beit and "blocks.0.attn.qkv.bias" in tensors:
+        raise ValueError(
+            "timm's model with relative positions has no biases of keys, and these are not zero: "
+            "train with model.qkv_bias='query_value', or write a .npz, which holds any model"
+        )
+    if mixed:
+        names = [f"blocks.{i}.attn.freqs" for i in range(layers)]
+        tensors["rope.freqs"] = np.stack([tensors.pop(name) for name in names], axis=1)
     if split_gates:
         gate = re.compile(r"\.mlp\.gate\.")
         gated = {n[: n.rindex(".gate.")] for n in tensors if gate.search(n)}
@@ -255,6 +282,18 @@ def to_timm(
     if rest:
         raise ValueError(f"timm has no place for {', '.join(sorted(rest)[:4])}")
     return tensors
+
+
+def columns_first(model: Mapping[str, Any]) -> bool:
+    """Whether timm's rotary embeddings turn with the column first, as in models like this one."""
+    return model.get("rope_frequencies") == "mixed" or bool(model.get("rope_offset"))
+
+
+def has_unused_token(model: Mapping[str, Any]) -> bool:
+    """Whether the first register is the class token of timm's model, which it does not classify."""
+    like_timm = model.get("position_embedding") == "relative" or columns_first(model)
+    pooled = model["classifier"] in ("gap", "map")
+    return like_timm and pooled and bool(model.get("num_registers"))
 
 
 def find_positions(
@@ -338,24 +377,18 @@ def _check_expressible(model: Mapping[str, Any], grid: tuple[int, int] | None) -
             "timm has either a bias of the patches (model.embedding_bias) or a norm in front of "
             "the blocks (model.pre_norm); a .npz holds any model"
         )
-    if rope and model.get("activation", "gelu_tanh") == "gelu_tanh":
+    is_beit = model.get("position_embedding") == "relative"
+    activation = model.get("activation", "gelu_tanh")
+    if (rope or is_beit) and activation not in ("gelu_erf", "swiglu"):
+        what = "relative positions" if is_beit else "rotary embeddings"
         raise ValueError(
-            "timm's model with rotary embeddings computes exact GELU; train with "
+            f"timm's model with {what} computes exact GELU, and not {activation}; train with "
             "model.activation='gelu_erf' or 'swiglu'"
         )
-    positions = model.get("position_embedding")
-    if positions == "relative" or model.get("rope_frequencies", "axial") != "axial":
-        key = "position_embedding" if positions == "relative" else "rope_frequencies"
-        raise ValueError(
-            f"model.{key}={model[key]!r}: read from files of timm, but not written; a .npz holds it"
-        )
-    for key in (
-        "rope_register_theta",
-        "untied_norm",
-        "rope_offset",
-        "map_num_heads",
-        "map_mlp_dim",
-    ):
+    if is_beit:
+        _check_beit(model)
+    of_eva = ("rope_offset", "map_num_heads", "map_mlp_dim")
+    for key in ("rope_register_theta", "untied_norm", *(() if rope else of_eva)):
         if model.get(key):
             raise ValueError(f"timm has no model with model.{key}={model[key]}; a .npz holds it")
     if rope and model.get("resnet_layers") is not None:
@@ -364,6 +397,27 @@ def _check_expressible(model: Mapping[str, Any], grid: tuple[int, int] | None) -
         raise ValueError("timm's attention pooling has no SwiGLU; set model.classifier='gap'")
     if model.get("position_embedding") in FIXED_POSITIONS and grid is None:
         raise ValueError("fixed position embeddings depend on preprocess.image_size: give it")
+
+
+def _check_beit(model: Mapping[str, Any]) -> None:
+    """Refuses what timm's class `Beit`, the one with biases by distance, does not have."""
+    gap = model["classifier"] == "gap"
+    wrong = {
+        "classifier": not gap and model["classifier"] not in ("token", "token_unpooled"),
+        "norm_after_pooling": bool(model.get("norm_after_pooling")) != gap,
+        "num_registers": (model.get("num_registers") or 0) != int(gap),
+        "norm": model.get("norm") == "rms_norm",
+        "rope_theta": model.get("rope_theta") is not None,
+    }
+    keys = ("qk_norm", "attention_norm", "pre_norm", "distillation_token", "resnet_layers")
+    wrong |= {key: model.get(key) not in (None, False) for key in keys}
+    wrong["qkv_bias"] = model.get("qkv_bias") == "none"
+    if key := next((key for key, value in wrong.items() if value), None):
+        raise ValueError(
+            "timm's model with relative positions (model.position_embedding='relative') has a "
+            "class token that is classified, or one register and the mean over patches with the "
+            f"norm behind it, and not model.{key}={model.get(key)}; a .npz holds it"
+        )
 
 
 def _join_parts(tensors: Mapping[str, np.ndarray]) -> _Arrays:
@@ -563,7 +617,8 @@ def _write_tokens(
     if fixed is not None:
         num_class_tokens = sum(x is not None for x in (cls, dist))
         posemb = np.pad(fixed, ((0, 0), (num_class_tokens, 0), (0, 0)))
-    if posemb is not None and cls is not None and registers is not None:
+    unused = has_unused_token(model)
+    if posemb is not None and cls is not None and registers is not None and not unused:
         slot, posemb = np.split(posemb, [1], axis=1)
         cls = _add_slots(cls, slot, start=0)
     found = {"cls_token": cls, "dist_token": dist, "reg_token": registers, "pos_embed": posemb}

@@ -241,7 +241,7 @@ def describe_model(params: Mapping[str, np.ndarray], *, rope_theta: float | None
     """Returns `infer_model` of a file whose position embeddings are learned or none."""
     positions = "learned" if POSEMB in params else "none"
     positions = "factorized" if f"{POSEMB}_y" in params else positions
-    positions = "relative" if f"{_ATTENTION_0}/{RELATIVE}" in params else positions
+    positions = "relative" if f"{ATTENTION_0}/{RELATIVE}" in params else positions
     return infer_model(params) | {"position_embedding": positions, "rope_theta": rope_theta}
 
 
@@ -363,7 +363,7 @@ def _infer_text(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 RELATIVE, FREQUENCIES = "relative_position_bias", "rope_frequencies"
 
 _BLOCK_0 = "Transformer/encoderblock_0"
-_ATTENTION_0 = f"{_BLOCK_0}/MultiHeadDotProductAttention_0"
+ATTENTION_0 = f"{_BLOCK_0}/MultiHeadDotProductAttention_0"
 
 
 def _infer_encoder(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -371,14 +371,14 @@ def _infer_encoder(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "num_layers": _count(shapes, r"Transformer/encoderblock_(\d+)/"),
         "mlp_dim": shapes.get(f"{_BLOCK_0}/MlpBlock_0/Dense_0/bias", (0,))[0],
-        "num_heads": shapes.get(f"{_ATTENTION_0}/query/kernel", (0, 0))[1],
+        "num_heads": shapes.get(f"{ATTENTION_0}/query/kernel", (0, 0))[1],
     }
     options = {
         f"{_BLOCK_0}/MlpBlock_0/gate/kernel": {"activation": "swiglu"},
-        f"{_ATTENTION_0}/query_norm/scale": {"qk_norm": True},
-        f"{_ATTENTION_0}/norm/scale": {"attention_norm": True},
-        f"{_ATTENTION_0}/{RELATIVE}": {"position_embedding": "relative"},
-        f"{_ATTENTION_0}/{FREQUENCIES}": {"rope_frequencies": "mixed"},
+        f"{ATTENTION_0}/query_norm/scale": {"qk_norm": True},
+        f"{ATTENTION_0}/norm/scale": {"attention_norm": True},
+        f"{ATTENTION_0}/{RELATIVE}": {"position_embedding": "relative"},
+        f"{ATTENTION_0}/{FREQUENCIES}": {"rope_frequencies": "mixed"},
         f"{_BLOCK_0}/MlpBlock_0/norm/scale": {"mlp_norm": True},
         f"{_BLOCK_0}/LayerScale_0/scale": {"layer_scale_init": 1e-5},  # Only used to initialise.
     }
@@ -386,8 +386,8 @@ def _infer_encoder(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         if path in shapes:
             found |= option
     # A single absent bias is a damaged file, so it is only looked for in the first block.
-    if f"{_ATTENTION_0}/key/kernel" in shapes and f"{_ATTENTION_0}/key/bias" not in shapes:
-        others = f"{_ATTENTION_0}/query/bias" in shapes
+    if f"{ATTENTION_0}/key/kernel" in shapes and f"{ATTENTION_0}/key/bias" not in shapes:
+        others = f"{ATTENTION_0}/query/bias" in shapes
         found["qkv_bias"] = "query_value" if others else "none"
     if f"{_BLOCK_0}/LayerNorm_0/scale" in shapes and f"{_BLOCK_0}/LayerNorm_0/bias" not in shapes:
         found["norm"] = "rms_norm"
