@@ -27,12 +27,12 @@ VARIANTS = {
 }
 
 
-def vit_jax(variant, size, batch_size, overrides):
+def compile_vit_jax(variant, size, batch_size, overrides):
+    """The experiment, its state, a batch, and the step that is compiled for them."""
     import jax
 
     from vit_jax.benchmark.step import make_batch
     from vit_jax.config.cpu_devices import count_cpu_devices
-    from vit_jax.runtime.chips import find_chip
     from vit_jax.runtime.cpu_devices import set_cpu_devices
     from vit_jax.training.experiment import Experiment
 
@@ -54,7 +54,15 @@ def vit_jax(variant, size, batch_size, overrides):
         config[key] = {**config[key], **value} if isinstance(value, dict) else value
     experiment = Experiment.from_config(config)
     state, batch = experiment.init_state(), make_batch(experiment)
-    compiled = experiment.train_step.lower(state, batch).compile()
+    return experiment, state, batch, experiment.train_step.lower(state, batch).compile()
+
+
+def vit_jax(variant, size, batch_size, overrides):
+    import jax
+
+    from vit_jax.runtime.chips import find_chip
+
+    experiment, state, batch, compiled = compile_vit_jax(variant, size, batch_size, overrides)
 
     def step():
         nonlocal state

@@ -8,7 +8,8 @@ The argument is dino, dino_ibot (with masked patches), mae (a masked autoencoder
 model as it is initialised, with no training). The model and the judges are the same: the 20 nearest
 neighbours and a linear probe of frozen features, both fit to the training images with labels, and
 the neighbours of raw pixels. python -m benchmarks.cifar10_ssl runs all four with several seeds.
-They have not been measured.
+With patches of 8 and after 3,000 steps, the neighbours are right for 48.1, 44.5, 40.4 and 31.1 % of
+the test images, those of raw pixels for 36.2 % (docs/self_supervised.md).
 """
 
 from ml_collections import ConfigDict

@@ -33,8 +33,12 @@ class Operation:
     calls: int
 
 
-def read_operations(folder: Path) -> list[Operation]:
-    """Returns the operations of the newest trace below a folder, the longest first."""
+def read_operations(folder: Path, *, numbered: bool = False) -> list[Operation]:
+    """Returns the operations of the newest trace below a folder, the longest first.
+
+    With `numbered`, names are those of instructions, and those that differ in their number are not
+    added up.
+    """
     traces = sorted(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
     if not traces:
         return []
@@ -44,7 +48,7 @@ def read_operations(folder: Path) -> list[Operation]:
             events = [
                 (event.start_ns, event.duration_ns, name)
                 for event in line.events
-                if (name := _name(event, line.name)) is not None
+                if (name := _name(event, line.name, numbered)) is not None
             ]
             for name, nanoseconds in _own_times(events):
                 totals[name][0] += nanoseconds / 1e9
@@ -69,12 +73,15 @@ def describe_operations(
     return lines
 
 
-def _name(event: Any, line: str) -> str | None:
+def _name(event: Any, line: str, numbered: bool) -> str | None:
     """Returns the name of the operation of an event; None if it is not an operation."""
     stats = dict(event.stats)
     if "hlo_op" not in stats and line != _TPU_LINE:
         return None
-    name = _NUMBER.sub("", str(stats.get("hlo_op", event.name)).split(" ")[0].lstrip("%"))
+    name = str(stats.get("hlo_op", event.name)).split(" ")[0].lstrip("%")
+    if numbered:
+        return name
+    name = _NUMBER.sub("", name)
     source = str(stats.get("tf_op", "")).rstrip(":")
     return f"{name} ({source})" if source else name
 
