@@ -13,7 +13,6 @@ stopped. The file is the config of the runs too: --config=benchmarks/continued_s
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -120,17 +119,10 @@ def main() -> None:
     if args.json:
         import jax
 
-        from benchmarks.environment import describe_environment
+        from benchmarks.environment import write_results
 
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        measured = {
-            "device": jax.devices()[0].device_kind,
-            "steps": args.steps,
-            "runs": runs,
-        }
-        environment = describe_environment("jax", "flax", "optax")
-        args.json.write_text(json.dumps(environment | measured, indent=2) + "\n")
-        print(f"wrote {args.json}")
+        measured = {"device": jax.devices()[0].device_kind, "steps": args.steps, "runs": runs}
+        write_results(args.json, measured, "jax", "flax", "optax")
 
 
 if __name__ == "__main__":

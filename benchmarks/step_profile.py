@@ -151,7 +151,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
     args = parser.parse_args(argv)
 
-    from benchmarks.environment import describe_environment, versions_of
+    from benchmarks.environment import describe_environment, versions_of, write_results
     from benchmarks.turns import start
 
     environment = describe_environment("jax", "flax", "optax")
@@ -184,15 +184,13 @@ def main(argv: Sequence[str]) -> None:
             row = (results[variant][name][kind] for name in pythons)
             print(f"{kind:<35}" + "".join(f"{value:>12,.1f}" for value in row))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         measured = {
             "batch_size": args.batch_size,
             "load_at_start": load_at_start,
             "load_at_end": [round(load, 1) for load in os.getloadavg()],
             "results": results,
         }
-        args.json.write_text(json.dumps(environment | measured, indent=2) + "\n")
-        print(f"wrote {args.json}")
+        write_results(args.json, environment | measured)
 
 
 if __name__ == "__main__":
