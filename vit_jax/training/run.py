@@ -473,4 +473,5 @@ def _report_end(
         heads=probes[0].head_names if probes else (),
         # The split that chooses comes first.
         judged_on=[e.name for e in sorted(probes, key=lambda e: not e.choose)],
+        details="by image" if experiment.train_data.info.pixel_depth else "by class",
     )
