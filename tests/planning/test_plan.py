@@ -287,8 +287,8 @@ def test_candidates_are_ways_that_the_config_allows_the_fastest_first(candidates
     }
     assert memory["none", True, 1] > memory["dots", True, 1] > memory["full", True, 1]
     assert memory["none", True, 1] > memory["none", True, 4]
-    # The compiler for GPUs recomputes nothing by itself.
-    assert memory["none", False, 1] == memory["none", True, 1]
+    # What a scan saves for the backward pass is in memory as it is saved.
+    assert memory["none", False, 1] < memory["none", True, 1]
 
 
 @pytest.mark.slow
