@@ -5,6 +5,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+# Rows of 64 patches that four images share, of a model with `patch_size=4`.
+PACKED = {
+    "data.preprocess": "decode|patches(4, 64)",
+    "data.images_per_row": 4,
+    "data.batch_size": 256,
+    "model.classifier": "gap",
+    "model.posemb_grid": (8, 8),
+}
+
 
 def tiny_config(data_dir: str, **changes: Any) -> ConfigDict:
     """A small ViT on digits; `changes` by dotted key, dots written as two underscores."""

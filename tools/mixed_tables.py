@@ -22,7 +22,7 @@ ROWS = {
 
 def make_speed_table(results: dict[str, Any]) -> list[str]:
     """Of `benchmarks.mixed_sizes`."""
-    topologies = [name for name, rows in results["predicted"].items() if len(rows) == len(ROWS)]
+    topologies = [name for name, rows in results["predicted"].items() if rows]
     titles = [f"{name}, images/s predicted" for name in topologies]
     lines = [
         " | ".join(["| images", "images/s of a core", "of packed", *titles]) + " |",
@@ -31,7 +31,7 @@ def make_speed_table(results: dict[str, Any]) -> list[str]:
     packed = results["steps"]["packed"]["images_per_core"]
     for kind, name in ROWS.items():
         speed = results["steps"][kind]["images_per_core"]
-        others = [f"{results['predicted'][t][kind]['images_per_sec']:,.0f}" for t in topologies]
+        others = [_format_speed(results["predicted"][t].get(kind)) for t in topologies]
         lines.append(
             " | ".join([f"| {name}", f"{speed:.1f}", f"{speed / packed:.2f}", *others]) + " |"
         )
@@ -45,6 +45,10 @@ def make_speed_table(results: dict[str, Any]) -> list[str]:
         f"is {results['input']['patchify_share']:.1%} of it. Of the patches of packed rows "
         f"{results['largest']['1024']['padding']:.1%} are padding. {_where(results)}",
     ]
+
+
+def _format_speed(predicted: dict[str, Any] | None) -> str:
+    return "not compiled" if predicted is None else f"{predicted['images_per_sec']:,.0f}"
 
 
 def make_accuracy_table(results: dict[str, Any]) -> list[str]:

@@ -101,7 +101,10 @@ def test_windows_of_the_size_of_the_image_change_nothing_but_the_grid(depth_run,
         ({"window": 0}, "window=0: expected the side of a window in pixels"),
         ({"stride": 4}, "window=None: expected the side of a window"),
         ({"window": 8, "stride": 9}, "stride=9: expected 1 to window=8 pixels"),
-        ({"window": 10}, "10"),
+        (
+            {"window": 10},
+            r"window=10: expected a multiple of the \d+ pixels of a patch, up to .*, such as \d+",
+        ),
     ],
 )
 def test_windows_that_do_not_fit_are_refused_in_one_line(depth_run, options, message):

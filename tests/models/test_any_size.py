@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of any size: alone, padded, and several in a row, they give equal outputs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,13 @@ import pytest
 
 from tests.models.compiled import compiled
 from tests.models.random_params import random_params
+from vit_jax.models import attention, attention_tpu
 from vit_jax.models.attention import fused_attention
+from vit_jax.models.attention_tpu import tpu_attention
 from vit_jax.models.patches import PatchBatch, Segments
 from vit_jax.models.variants import make_vit
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.tree import flatten
 
 SMALL = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "mlp_dim": 24, "num_classes": 5}
 GRIDS = [(2, 5), (4, 4), (1, 3)]
@@ -92,6 +97,19 @@ def test_an_image_alone_and_padded_give_equal_outputs(options):
     np.testing.assert_array_equal(apply(model, params, pad(images, 18, fill=3.0)), padded)
 
 
+def test_weights_of_packed_rows_can_be_asked_for(kernels):
+    model, params = make(POOLED["map"])
+    for kind in ("fused", "pallas"):
+        ask = functools.partial(
+            model.clone(attention=kind).apply, train=False, mutable=["intermediates"]
+        )
+        row = pack(draw_images(), [0, 1, 2], 31)
+        _, seen = jax.eval_shape(ask, {"params": params}, row)
+        weights = [v for k, v in flatten(seen["intermediates"]).items() if "encoderblock" in k]
+        assert [w.shape for w in weights] == [(1, 2, 31, 31)] * 2
+        assert not kernels
+
+
 @pytest.mark.parametrize("options", POOLED.values(), ids=POOLED)
 def test_an_image_is_the_same_whatever_shares_its_row(options):
     (model, params), images = make(options), draw_images()
@@ -103,17 +121,44 @@ def test_an_image_is_the_same_whatever_shares_its_row(options):
         assert np.isfinite(packed).all()
 
 
-def test_gradients_of_packed_images_are_those_of_the_images_alone():
-    (model, params), images = make(POOLED["map"]), draw_images()
+@pytest.fixture
+def kernels(monkeypatch):
+    """On a CPU a formula takes the place of one kernel, and the other is emulated.
+
+    Collects their names, with the number of tokens.
+    """
+    calls = []
+
+    def fused(query, *arrays, **options):
+        calls.append(("fused", query.shape[1]))
+        return fused_attention(query, *arrays, **options, implementation="xla")
+
+    def pallas(query, *arrays, **options):
+        calls.append(("pallas", query.shape[1]))
+        return tpu_attention(query, *arrays, **options, interpret=True)
+
+    monkeypatch.setattr(attention, "fused_attention", fused)
+    monkeypatch.setattr(attention_tpu, "tpu_attention", pallas)
+    return calls
+
+
+def test_gradients_of_packed_images_are_those_of_the_images_alone(kernels):
+    (model, params), images = make({**POOLED["map"], "scan": True}), draw_images()
     weights = np.random.default_rng(2).normal(size=(3, 5)).astype(np.float32)
 
-    def loss(params, batches):
+    def loss(params, batches, model=model):
         logits = jnp.concatenate([apply(model, params, batch) for batch in batches])
         return jnp.sum(logits[:3] * weights)
 
     want = jax.jit(jax.grad(loss))(params, [image[None] for image in images])
-    got = jax.jit(jax.grad(loss))(params, [pack(images, [0, 1, 2], 30)])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), got, want)
+    assert not kernels
+    # cuDNN takes an even number of tokens.
+    for kind, length in (("xla", None), ("fused", 32), ("pallas", 31)):
+        of_kind = functools.partial(loss, model=model.clone(attention=kind))
+        got = jax.jit(jax.grad(of_kind))(params, [pack(images, [0, 1, 2], 31)])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), got, want)
+        assert set(kernels) == (set() if length is None else {(kind, length)})
+        kernels.clear()
 
 
 def test_a_kernel_attends_to_the_tokens_before_padding():

@@ -12,25 +12,30 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.models.random_params import random_params
 from tests.models.test_fused_attention import TINY, outputs
-from tests.tiny import tiny_config
+from tests.tiny import PACKED, tiny_config
 from vit_jax.config.load import override_config
 from vit_jax.config.reduced import reduce_for_planning
 from vit_jax.models import attention, attention_tpu
 from vit_jax.models.attention_tpu import fits_vmem, group_heads, tpu_attention
 from vit_jax.models.flops import count_flops
+from vit_jax.models.patches import Segments
 from vit_jax.models.variants import make_vit
 from vit_jax.parallel.mesh import make_mesh
 from vit_jax.parallel.sharding import Placement
 from vit_jax.planning.plan import make_plan
 from vit_jax.planning.topologies import parse_topology
 
+BATCH = "data", "fsdp"  # axes of the mesh
 
-def formula(q, k, v, gradient, length):
+
+def formula(q, k, v, gradient, length, ids=None):
     """Attention and the gradients of queries, keys and values, in float64."""
     q, k, v, gradient = (np.asarray(x, np.float64) for x in (q, k, v, gradient))
     scale = q.shape[-1] ** -0.5
     scores = np.einsum("bqhd,bkhd->bhqk", q, k) * scale
     scores[..., length or q.shape[1] :] = -np.inf
+    if ids is not None:
+        scores[np.broadcast_to((ids[:, None] != ids[..., None])[:, None], scores.shape)] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     out = np.einsum("bhqk,bkhd->bqhd", weights, v)
@@ -50,41 +55,56 @@ def draw(shape, dtype=jnp.float32):
 
 
 @functools.partial(jax.jit, static_argnames="length")
-def emulate(q, k, v, gradient, length=None):
-    attend = functools.partial(tpu_attention, length=length, interpret=True)
+def emulate(q, k, v, gradient, length=None, ids=None):
+    attend = functools.partial(tpu_attention, ids=ids, length=length, interpret=True)
     out, backward = jax.vjp(attend, q, k, v)
     return out, *backward(gradient)
 
 
+def draw_ids(tokens):
+    """A row of three images and padding, and a row of one image and padding."""
+    parts = np.arange(tokens) * 8 // tokens
+    return np.stack([(parts // 2 + 1) % 4, parts < 5]).astype(np.int32)
+
+
 @pytest.mark.parametrize(
-    ("tokens", "heads", "head_dim", "length", "dtype"),
+    ("tokens", "heads", "head_dim", "length", "dtype", "packed"),
     [
-        (197, 2, 64, None, jnp.bfloat16),  # two heads in a row of registers
-        (257, 1, 72, None, jnp.float32),
-        (20, 3, 80, 13, jnp.float32),  # heads that cross rows; masked tokens
-        (17, 6, 64, None, jnp.float32),  # three groups of heads
-        (12, 1, 128, 11, jnp.bfloat16),
+        (197, 2, 64, None, jnp.bfloat16, False),  # two heads in a row of registers
+        (257, 1, 72, None, jnp.float32, False),
+        (20, 3, 80, 13, jnp.float32, False),  # heads that cross rows; masked tokens
+        (17, 6, 64, None, jnp.float32, False),  # three groups of heads
+        (12, 1, 128, 11, jnp.bfloat16, False),
+        (17, 6, 64, None, jnp.float32, True),
+        (40, 2, 64, None, jnp.bfloat16, True),
     ],
 )
-def test_attention_and_gradients_are_those_of_the_formula(tokens, heads, head_dim, length, dtype):
+def test_attention_and_gradients_are_those_of_the_formula(
+    tokens, heads, head_dim, length, dtype, packed
+):
     arrays = draw((2, tokens, heads, head_dim), dtype)
     if length is not None:  # What comes behind is cut off, so it has no gradient.
         arrays[3] = arrays[3].at[:, length:].set(0)
     exact = 2e-5 if dtype == jnp.float32 else 2e-2
-    for got, want in zip(emulate(*arrays, length=length), formula(*arrays, length), strict=True):
+    ids = draw_ids(tokens) if packed else None
+    results = emulate(*arrays, length=length, ids=ids)
+    for got, want in zip(results, formula(*arrays, length, ids), strict=True):
         assert got.dtype == dtype
         assert got.shape == want.shape
         np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=exact, atol=exact)
 
 
-def test_what_does_not_fit_vmem_at_once_is_split(monkeypatch):
-    arrays = draw((1, 16, 6, 64))
-    want = formula(*arrays, None)
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_does_not_fit_vmem_at_once_is_split(packed, monkeypatch):
+    arrays = draw((2, 16, 6, 64))
+    ids = draw_ids(16) if packed else None
+    want = formula(*arrays, None, ids)
     # Room for one group of two heads, of three, and for the scores of one head.
-    scores = attention_tpu._score_bytes(16)
-    monkeypatch.setattr(attention_tpu, "VMEM_BYTES", scores + 8 * 2 * 16 * 128 * 4)
-    assert fits_vmem(16, 6, 64, 4)
-    for got, exact in zip(jax.jit(emulate.__wrapped__)(*arrays), want, strict=True):
+    room = attention_tpu._score_bytes(16) + (attention_tpu._mask_bytes(16) if packed else 0)
+    monkeypatch.setattr(attention_tpu, "VMEM_BYTES", room + 8 * 2 * 16 * 128 * 4)
+    assert fits_vmem(16, 6, 64, 4, rows=packed)
+    emulated = jax.jit(emulate.__wrapped__)(*arrays, ids=ids)
+    for got, exact in zip(emulated, want, strict=True):
         np.testing.assert_allclose(got, exact, rtol=2e-5, atol=2e-5)
 
 
@@ -101,27 +121,32 @@ def test_long_sequences_do_not_fit(tokens, heads, head_dim, fits):
     assert fits_vmem(tokens, heads, head_dim, 2) == fits
 
 
-def test_each_device_computes_its_images_and_heads_without_a_transfer(monkeypatch):
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_device_computes_its_images_and_heads_without_a_transfer(packed, monkeypatch):
     emulated = functools.partial(tpu_attention, interpret=True)
     monkeypatch.setattr(attention_tpu, "tpu_attention", emulated)
     place = Placement(make_mesh(data=2, fsdp=2, tensor=2))
-    sharding = NamedSharding(place.mesh, PartitionSpec(("data", "fsdp"), None, "tensor", None))
+    sharding = NamedSharding(place.mesh, PartitionSpec(BATCH, None, "tensor", None))
     arrays = draw((4, 9, 4, 64))
+    ids = np.tile(draw_ids(9), (2, 1)) if packed else None
     sharded = [jax.device_put(x, sharding) for x in arrays]
+    if packed:
+        sharded.append(jax.device_put(ids, NamedSharding(place.mesh, PartitionSpec(BATCH))))
 
-    def attend(q, k, v, gradient):
-        attend = functools.partial(attention.pallas_attention, constrain=place)
+    def attend(q, k, v, gradient, ids=None):
+        segments = None if ids is None else Segments(ids, 3)
+        attend = functools.partial(attention.pallas_attention, constrain=place, segments=segments)
         out, backward = jax.vjp(attend, q, k, v)
         return out, *backward(gradient)
 
     compiled = jax.jit(attend).lower(*sharded).compile()
     text = compiled.as_text()
     assert not any(word in text for word in ("all-gather", "all-to-all", "all-reduce", "permute"))
-    for got, want in zip(compiled(*sharded), formula(*arrays, None), strict=True):
-        assert got.sharding.spec[:3] == (("data", "fsdp"), None, "tensor")
+    for got, want in zip(compiled(*sharded), formula(*arrays, None, ids), strict=True):
+        assert got.sharding.spec[:3] == (BATCH, None, "tensor")
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
     # A model is initialised from one image.
-    one = jax.eval_shape(attend, *(x[:1] for x in arrays))
+    one = jax.eval_shape(attend, *(x[:1] for x in arrays), ids if ids is None else ids[:1])
     assert [x.shape for x in one] == [(1, 9, 4, 64)] * 4
 
 
@@ -151,9 +176,9 @@ def test_operations_are_counted_on_all_devices():
 def test_a_model_gives_what_it_gives_with_attention_in_memory(options, monkeypatch):
     shapes = []
 
-    def emulated(query, key, value, constrain):
+    def emulated(query, key, value, constrain, segments):
         shapes.append(query.shape)
-        return tpu_attention(query, key, value, interpret=True)
+        return tpu_attention(query, key, value, segments and segments.ids, interpret=True)
 
     monkeypatch.setattr(attention, "pallas_attention", emulated)
     make = functools.partial(make_vit, num_heads=4, **(TINY | options))
@@ -170,7 +195,8 @@ def test_a_model_gives_what_it_gives_with_attention_in_memory(options, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_a_program_for_tpus_gathers_no_queries_keys_or_values():
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_program_for_tpus_gathers_no_queries_keys_or_values(packed):
     sizes = {"hidden_size": 128, "mlp_dim": 256, "num_heads": 4, "patch_size": 4, "num_layers": 1}
     config = tiny_config(
         "nowhere",
@@ -181,11 +207,14 @@ def test_a_program_for_tpus_gathers_no_queries_keys_or_values():
     )
     transfers = {}
     for kind in ("xla", "fused"):
-        changed = override_config(config, {"model.attention": kind}).to_dict()
-        reduced = reduce_for_planning(changed, num_classes=16, image_size=32)
+        changes = {"model.attention": kind} | (PACKED if packed else {})
+        changed = override_config(config, changes).to_dict()
+        reduced = reduce_for_planning(changed, num_classes=16, image_size=None if packed else 32)
         plan = make_plan(reduced, parse_topology("v5e:4x4"), cache=None)
         kinds = [kernel["kind"] for kernel in plan["kernels"]]
         assert ("call tpu_custom_call" in kinds) == (kind == "fused")
+        has_scores = any("bhqk" in kernel["layer"] for kernel in plan["kernels"])
+        assert has_scores == (kind == "xla")
         transfers[kind] = {(c["kind"], tuple(c["axes"])): c["bytes"] for c in plan["collectives"]}
     queries = 64 // 8 * 65 * 128 // 2 * 2  # bytes of one device's part
     for key, sent in transfers["fused"].items():

@@ -74,6 +74,7 @@ def test_the_loss_is_that_of_the_valid_pixels_of_the_whole_batch():
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     squared = (DEPTH.astype(np.float64) - LABELS)[valid] ** 2
     np.testing.assert_allclose(metrics["rmse"], np.sqrt(squared.mean()), rtol=1e-5)
+    np.testing.assert_allclose(metrics["known"], valid.mean(), rtol=1e-6)
 
 
 def test_the_first_steps_take_the_mean_alone():
@@ -103,6 +104,13 @@ def test_a_batch_without_a_depth_has_no_loss_and_no_gradient():
 
 
 @pytest.mark.slow
+def test_steps_without_a_depth_are_a_warning():
+    objective = make()
+    assert not objective.warnings({"known": 0.25})
+    (line,) = objective.warnings({"known": 0.0}).values()
+    assert "no pixel of these steps has a depth" in line
+
+
 def test_a_step_trains_and_updates_the_statistics_of_the_head():
     objective = make(freeze_backbone=True, mean_steps=1)
     optimizer = make_optimizer(base=sgd(), lr=0.1, total_steps=10, freeze=objective.frozen)

@@ -87,6 +87,7 @@ def test_accuracies_of_splits_are_shown_and_not_that_of_training(tmp_path, said)
 
 def test_the_end_names_the_report_and_the_command_to_predict_before_other_files(tmp_path, said):
     (tmp_path / "report.html").touch()
+    (tmp_path / "evals").mkdir()
     report_end(
         workdir=tmp_path,
         step=4,
@@ -94,9 +95,10 @@ def test_the_end_names_the_report_and_the_command_to_predict_before_other_files(
         checkpoint=tmp_path / "checkpoints/4",
         longer="train longer",
         uses={"to predict": "predict IMAGES"},
+        details="by image",
     )
     assert [line[:18].strip() for line in said[2:]] == [
-        *("report", "to predict", "checkpoint", "logs", "to train longer")
+        *("report", "to predict", "checkpoint", "logs", "by image", "to train longer")
     ]
     assert said[2] == f"  report          {tmp_path / 'report.html'}"
     assert said[3] == "  to predict      predict IMAGES"

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.tiny import tiny_config
+from tests.tiny import PACKED, tiny_config
 from vit_jax.config.load import override_config
 from vit_jax.config.reduced import reduce_for_planning
 from vit_jax.planning import gpus
@@ -66,7 +66,8 @@ def test_a_program_is_compiled_for_each_gpu(name):
 
 
 @pytest.mark.slow
-def test_fused_attention_gathers_no_queries_keys_or_values():
+@pytest.mark.parametrize("packed", [False, True])
+def test_fused_attention_gathers_no_queries_keys_or_values(packed):
     try:
         make_gpus("h100", 1, 8)
     except NoGpuCompilerError as e:
@@ -82,12 +83,15 @@ def test_fused_attention_gathers_no_queries_keys_or_values():
     )
     transfers = {}
     for attention in ("xla", "fused"):
-        changed = override_config(config, {"model.attention": attention}).to_dict()
-        reduced = reduce_for_planning(changed, num_classes=16, image_size=32)
+        changes = {"model.attention": attention} | (PACKED if packed else {})
+        changed = override_config(config, changes).to_dict()
+        reduced = reduce_for_planning(changed, num_classes=16, image_size=None if packed else 32)
         plan = make_plan(reduced, parse_topology("h100:8"), cache=None)
         assert plan["compiled_for"] == "gpu"
         kinds = [kernel["kind"] for kernel in plan["kernels"]]
         assert any("fmha" in kind for kind in kinds) == (attention == "fused")
+        has_scores = any("bhqk" in kernel["layer"] for kernel in plan["kernels"])
+        assert has_scores == (attention == "xla")
         transfers[attention] = {
             (c["kind"], tuple(c["axes"])): c["bytes"] for c in plan["collectives"]
         }

@@ -4,6 +4,8 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from tests.pairs import IMAGE, TEXT, pairs_config
@@ -14,6 +16,7 @@ from vit_jax.config.load import override_config
 from vit_jax.config.reduced import reduce_for_planning
 from vit_jax.planning import compiled, search
 from vit_jax.planning.compiled import parse_size
+from vit_jax.planning.memory import find_saved
 from vit_jax.planning.plan import _warn_of_slow_axes, make_plan
 from vit_jax.planning.roofline import Work, make_roofline
 from vit_jax.planning.search import (
@@ -117,6 +120,33 @@ def test_images_of_packed_rows_are_counted_and_not_the_rows(cache):
     assert sum(plan["predicted"][part] for part in parts) == plan["argument_bytes"]
     # Both count four rows a device; the second without attention to padding and the like.
     assert 0.5 < plan["model_flops_per_device"] / plan["flops_per_device"] < 1.5
+    rest = plan["predicted"]["gradients"] + plan["predicted"]["activations"]
+    assert 0.5 < rest / plan["temp_bytes"] < 1.5
+
+
+def test_what_the_compiler_makes_again_is_not_saved():
+    x, kernel = jnp.zeros((3, 8), jnp.bfloat16), jnp.zeros((8, 16), jnp.bfloat16)
+
+    def results(x, kernel):
+        product = x @ kernel
+        scaled = product.astype(jnp.float32) / 3
+        weights = jnp.exp(scaled)
+        kept = jax.random.bits(jax.random.key(0), (3, 16)) > 7
+        dropped = jnp.where(kept, scaled, 0)
+        return x, product, product.T, kept, scaled, dropped, weights, 2 * weights
+
+    saved = find_saved(jax.make_jaxpr(results)(x, kernel).jaxpr)
+    assert sorted(size for _, size in saved) == [3 * 16 * size for size in (1, 2, 4)]
+
+    def loop(x, kernel):
+        def body(carry, _):
+            product = carry @ kernel
+            return carry + product.sum(), (product, product, jnp.exp(product))
+
+        return jax.lax.scan(body, x, length=5)[1]
+
+    saved = find_saved(jax.make_jaxpr(loop)(x, kernel).jaxpr)
+    assert saved == [((5, 3, 16), 5 * 3 * 16 * 2)] * 2
 
 
 def test_a_step_with_options_of_the_compiler_is_searched_over(monkeypatch):
@@ -257,8 +287,8 @@ def test_candidates_are_ways_that_the_config_allows_the_fastest_first(candidates
     }
     assert memory["none", True, 1] > memory["dots", True, 1] > memory["full", True, 1]
     assert memory["none", True, 1] > memory["none", True, 4]
-    # The compiler for GPUs recomputes nothing by itself.
-    assert memory["none", False, 1] == memory["none", True, 1]
+    # What a scan saves for the backward pass is in memory as it is saved.
+    assert memory["none", False, 1] < memory["none", True, 1]
 
 
 @pytest.mark.slow

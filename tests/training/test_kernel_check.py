@@ -45,6 +45,21 @@ def test_right_kernel_is_compared_and_named(kernel, said):
     assert line.startswith("model.attention='fused': compared with XLA on one block")
 
 
+@pytest.mark.parametrize("per_row", [1, 3])
+def test_rows_are_compared_with_their_masks(per_row, kernel, said, monkeypatch):
+    options = {"any_size": True, "posemb_grid": (2, 2), "classifier": "gap"}
+    kernel(lambda x: x)
+    check_kernels(make_vit(**options), (4 * 13, 4, 3), per_row=per_row)
+    assert len(said) == 1
+
+    def forget(query, key, value, **options):
+        return ORIGINAL(query, key, value, length=query.shape[1], implementation="xla")
+
+    monkeypatch.setattr(attention, "fused_attention", forget)
+    with pytest.raises(UserError, match="other gradients than XLA"):
+        check_kernels(make_vit(**options), (4 * 13, 4, 3), per_row=per_row)
+
+
 def test_both_towers_are_compared(kernel, said):
     kernel(lambda x: x)
     text = TextTransformer(**SIZES, vocab_size=7, context_length=8, attention="fused", blocks="xla")
@@ -88,7 +103,7 @@ def test_model_without_kernels_is_not_computed(said, monkeypatch):
 
 
 def test_run_with_a_wrong_kernel_writes_nothing(data_dir, tmp_path, monkeypatch):
-    def refuse(model, image_shape):
+    def refuse(model, image_shape, *, per_row):
         raise UserError(f"model.blocks='fused' on images of {image_shape}")
 
     monkeypatch.setattr(run, "check_kernels", refuse)

@@ -441,8 +441,11 @@ def _fit_to_mesh(
     tokens = getattr(model, "context_length", None)
     if tokens is None:
         tokens = math.prod(model.grid(image_size)) + model.num_prefix_tokens
+    rows = getattr(model, "any_size", False)
+    if rows:
+        tokens -= 1  # The first patch of a column has the size of the image.
     config, device = model.block_config, mesh.devices.flat[0]
-    chosen = choose_attention(config, device, model.hidden_size, tokens, key=key)
+    chosen = choose_attention(config, device, model.hidden_size, tokens, rows=rows, key=key)
     blocks = choose_blocks(config, device, sequence_parallel=sequence_parallel)
     return model.clone(attention=chosen, blocks=blocks)
 

@@ -28,6 +28,7 @@ import functools
 import hashlib
 import io
 import itertools
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -95,6 +96,8 @@ class Finding:
       odd: kinds of oddities, such as "mode CMYK" or "PNG named .jpg".
       captions: lengths of its captions in tokens, or in characters without a tokenizer; None if it
         is not to have any.
+      depths: the least and the greatest in metres, and the share of pixels that have one; None
+        without depths of pixels.
     """
 
     record: str
@@ -104,6 +107,7 @@ class Finding:
     corrupt: str | None = None
     odd: tuple[str, ...] = ()
     captions: tuple[int, ...] | None = None
+    depths: tuple[float, float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +183,11 @@ def inspect_record(
         digest=hashlib.blake2b(encoded, digest_size=16).digest(),
         label=int(label) if label is not None and np.ndim(label) == 0 else None,
     )
+    depth = features.get("label_map")
+    if depth is not None and depth.dtype.kind == "f":
+        known = depth[depth > 0]
+        ends = (float(known.min()), float(known.max())) if known.size else (math.nan, math.nan)
+        finding = dataclasses.replace(finding, depths=(*ends, known.size / max(depth.size, 1)))
     try:
         height, width = decode_image(encoded).shape[:2]
     except ImageError as e:
@@ -289,10 +298,24 @@ def report(
     labels = [f.label for f in findings if f.label is not None]
     if labels:
         lines += _report_balance(np.bincount(labels, minlength=info.num_classes), info)
+    if depths := [f.depths for f in findings if f.depths is not None]:
+        lines += _report_depths(depths)
     if any(f.captions is not None for f in findings):
         lines += _report_captions([f.captions for f in findings if f.captions], tokenizer)
     if good:
         lines += _report_sizes([f.size for f in good if f.size], input_shape)
+    return lines
+
+
+def _report_depths(depths: Sequence[tuple[float, float, float]]) -> list[str]:
+    known = [one for one in depths if one[2] > 0]
+    if not known:
+        return ["depths: no pixel of any image has one, so nothing can be learnt from them"]
+    least, greatest = min(one[0] for one in known), max(one[1] for one in known)
+    share = sum(one[2] for one in depths) / len(depths)
+    lines = [f"depths: {least:.3g} to {greatest:.3g} m, of {share:.1%} of the pixels"]
+    if len(known) < len(depths):
+        lines.append(f"  images without any: {len(depths) - len(known):,}")
     return lines
 
 

@@ -56,7 +56,7 @@ from vit_jax.inference.prediction import (
 )
 from vit_jax.inference.texts import TextTower, check_texts, find_tokenizer, to_unit
 from vit_jax.models.attention import ATTENTION_WEIGHTS
-from vit_jax.models.interface import takes_any_size
+from vit_jax.models.interface import Model, find_grid, takes_any_size
 from vit_jax.models.resampling import Method
 from vit_jax.models.two_towers import TwoTowers
 from vit_jax.models.vit import VisionTransformer
@@ -825,6 +825,7 @@ def load_model(
     if window is not None or stride is not None:
         windows = _find_windows(window, stride, seen)
         seen = (*windows[0], seen[2])
+        _check_window(image_module, windows[0], preparation.image_shape, given=window)
     tree, notes = fill_model(module, weights, seen, posemb_resize=posemb_resize)
     module = fit_to_line(module, preparation.line, key="preprocess")
     towers = module if isinstance(module, TwoTowers) else None
@@ -894,6 +895,22 @@ def load_model(
         windows=windows,
         temperature=temperature,
     )
+
+
+def _check_window(
+    module: Model, window: Size, image_shape: tuple[int, int, int], *, given: int | None
+) -> None:
+    """Raises `UserError` if a window can't be cut into patches."""
+    try:
+        find_grid(module, window)
+    except UserError:
+        step = math.lcm(*getattr(module, "stride", (1,)))
+        below = min(window) // step * step
+        near = [str(side) for side in (below, below + step) if 0 < side <= max(image_shape[:2])]
+        raise UserError(
+            f"window={given}: expected a multiple of the {step} pixels of a patch, up to the "
+            f"{max(image_shape[:2])} of the image, such as {' or '.join(near or [str(step)])}"
+        ) from None
 
 
 def _find_windows(

@@ -268,15 +268,20 @@ def read_source(args: argparse.Namespace, overrides: Mapping[str, Any]) -> "Load
     for name in ("window", "stride"):
         if getattr(args, name, None) is not None:
             options[name] = getattr(args, name)
-    model = load_model(
-        source,
-        checkpoint=args.checkpoint if of_run else None,
-        params=args.params,
-        preprocess=args.preprocess,
-        class_names=tuple(map(normalize_name, names)) if names and by_file else None,
-        parts=args.parts,
-        **options,
-    )
+    try:
+        model = load_model(
+            source,
+            checkpoint=args.checkpoint if of_run else None,
+            params=args.params,
+            preprocess=args.preprocess,
+            class_names=tuple(map(normalize_name, names)) if names and by_file else None,
+            parts=args.parts,
+            **options,
+        )
+    except UserError as e:
+        if str(e).startswith(("window=", "stride=")):  # Arguments in Python, and options here.
+            raise UserError(f"--{e}") from None
+        raise
     if labels is not None:
         _check_labels(args, labels, model)
     return model

@@ -35,7 +35,13 @@ _TOKEN_MULTIPLE = 2
 
 
 def choose_attention(
-    config: BlockConfig, device: Any, hidden_size: int, num_tokens: int, *, key: str = "model"
+    config: BlockConfig,
+    device: Any,
+    hidden_size: int,
+    num_tokens: int,
+    *,
+    rows: bool = False,
+    key: str = "model",
 ) -> Literal["xla", "fused", "pallas"]:
     """Resolves `config.attention` for a kind of devices.
 
@@ -47,7 +53,8 @@ def choose_attention(
       config: of the encoder.
       device: one of those that the model runs on.
       hidden_size: width of the encoder.
-      num_tokens: of an image or a text.
+      num_tokens: of an image, a text or a row.
+      rows: whether tokens are rows with padding, or with several images.
       key: of the model in the config.
 
     Raises:
@@ -67,8 +74,9 @@ def choose_attention(
     if is_tpu:
         from vit_jax.models.attention_tpu import fits_vmem
 
-        room = fits_vmem(num_tokens, config.num_heads, head_dim, dtype.itemsize)
-        needs[f"scores that fit into VMEM (an image has {num_tokens} tokens)"] = room
+        room = fits_vmem(num_tokens, config.num_heads, head_dim, dtype.itemsize, rows=rows)
+        what = "a row" if rows else "an image"
+        needs[f"scores that fit into VMEM ({what} has {num_tokens} tokens)"] = room
         needs[f"{key}.causal=False"] = not config.causal  # The kernel has no causal mask.
     else:
         kind = "a TPU" if config.attention == "pallas" else "a TPU, or an NVIDIA GPU from Ampere on"
@@ -92,7 +100,11 @@ def _fits(head_dim: int) -> bool:
 
 
 def pallas_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, constrain: Constrain
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    constrain: Constrain,
+    segments: Segments | None = None,
 ) -> jax.Array:
     """`attention_tpu.tpu_attention` of arrays that `constrain` shards: nothing is gathered.
 
@@ -101,10 +113,13 @@ def pallas_attention(
     # Pallas takes a while to import.
     from vit_jax.models.attention_tpu import tpu_attention
 
+    arrays, names = [query, key, value], [("batch", None, "heads", None)] * 3
+    if segments is not None:
+        arrays, names = [*arrays, segments.ids], [*names, ("batch", None)]
     map_shards = getattr(constrain, "map_shards", None)
     if map_shards is None:
-        return tpu_attention(query, key, value)
-    return map_shards(tpu_attention, (query, key, value), ("batch", None, "heads", None))
+        return tpu_attention(*arrays)
+    return map_shards(tpu_attention, arrays, names)
 
 
 def fused_attention(
@@ -113,6 +128,7 @@ def fused_attention(
     value: jax.Array,
     *,
     length: int | jax.Array,
+    mask: jax.Array | None = None,
     causal: bool = False,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
@@ -120,8 +136,9 @@ def fused_attention(
 
     Takes bfloat16 or float16 `[batch, padded length, heads, head_dim]`, where the padded length is
     even and `head_dim` a multiple of 8; returns the same shape and dtype. Only the first `length`
-    keys are attended to, a number or one for each row, int32 `[batch]`, and if `causal` only those
-    up to the position of a query. What padded queries attend to is finite, and meant to be cut off.
+    keys are attended to, a number or one for each row, int32 `[batch]`, of these only those that
+    `mask` has, bool `[batch, 1, queries, keys]`, and if `causal` only those up to the position of a
+    query. What padded queries attend to is finite, and meant to be cut off.
     `implementation`, as in `jax.nn.dot_product_attention`, is that formula in tests on a CPU.
     Source: FlashAttention, arXiv:2205.14135.
     """
@@ -136,6 +153,7 @@ def fused_attention(
         query,
         key,
         value,
+        mask=mask,
         is_causal=causal,
         key_value_seq_lengths=lengths,
         implementation=implementation,
@@ -194,8 +212,8 @@ class MultiHeadDotProductAttention(nn.Module):
     "pallas" `pallas_attention`, unless intermediates are asked for. Only the first
     `length` tokens are then attended to by `fused_attention`; None for all. With `config.causal`
     a token attends to itself and those before it. `segments` are the images that tokens of self-
-    attention belong to, each of which attends to its own: `fused_attention` takes those of which
-    each row has one. `mask`, bool `[batch, queries, keys]`, is what queries from `x` attend to.
+    attention belong to, each of which attends to its own. `mask`, bool `[batch, queries, keys]`, is
+    what queries from `x` attend to.
     With `Coordinates`, the layer has frequencies of its own, `rope_frequencies`; with `relative` it
     has a bias for each distance and head, `relative_position_bias`, zeros at first.
     Sources: `qk_norm`: arXiv:2302.05442; `rope`: see `positions.rotation_2d` and `rotate_by`;
@@ -236,8 +254,7 @@ class MultiHeadDotProductAttention(nn.Module):
         num_tokens = x.shape[1]
         in_kernel = context is None and takes_kernel(self, config, width)
         fused, pallas = (in_kernel and config.attention == kind for kind in ("fused", "pallas"))
-        pallas = pallas and not config.causal and segments is None
-        fused = fused and (segments is None or segments.images == 1)
+        pallas = pallas and not config.causal
         if fused:
             x = pad_tokens(x, 1)
             rope = jax.tree.map(lambda table: pad_tokens(table, -2), rope)
@@ -259,10 +276,9 @@ class MultiHeadDotProductAttention(nn.Module):
         elif rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
         if fused:
-            keys = (length or num_tokens) if segments is None else segments.lengths()
-            x = fused_attention(query, key, value, length=keys, causal=config.causal)
+            x = self._attend_in_kernel(query, key, value, length or num_tokens, segments)
         elif pallas:
-            x = pallas_attention(query, key, value, config.constrain)
+            x = pallas_attention(query, key, value, config.constrain, segments)
         else:
             query = query / jnp.sqrt(head_dim).astype(config.dtype)
             scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
@@ -287,6 +303,27 @@ class MultiHeadDotProductAttention(nn.Module):
         out = Dense((width,), num_inputs=2, dtype=config.dtype, **config.product, name="out")
         x = out(x)
         return checkpoint_name(x[:, :num_tokens], "attn_out")
+
+    def _attend_in_kernel(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        length: int,
+        segments: Segments | None,
+    ) -> jax.Array:
+        """`fused_attention` of padded tokens, of which `length` are attended to, or `segments`."""
+        config = self.config
+        attend = functools.partial(fused_attention, query, key, value, causal=config.causal)
+        if segments is None:
+            return attend(length=length)
+        if segments.images == 1:
+            return attend(length=segments.lengths())
+        # Only a mask can say what several images of a row attend to. It is the same for all heads,
+        # and all layers of a program share it. Padding has one number, and attends to itself.
+        mask = segments.pad(query.shape[1]).mask()[:, None]
+        mask = config.constrain(mask, ("batch", None, None, None))
+        return attend(length=query.shape[1], mask=mask)
 
     def _project_together(self, x: jax.Array) -> list[jax.Array]:
         """The queries, keys and values of tokens, as their dense layers have them."""

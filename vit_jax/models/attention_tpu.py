@@ -33,6 +33,7 @@ def tpu_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    ids: jax.Array | None = None,
     *,
     length: int | None = None,
     interpret: bool = False,
@@ -41,6 +42,8 @@ def tpu_attention(
 
     Args:
       query, key, value: bfloat16 or float32 `[batch, tokens, heads, head_dim]`.
+      ids: int32 `[batch, tokens]`, what each token is part of: it attends to tokens of the same
+        number alone. None for one image.
       length: number of tokens that are attended to, the first ones; None for all.
       interpret: whether the kernel is emulated, as a CPU does it in tests.
 
@@ -50,45 +53,52 @@ def tpu_attention(
     # As `[batch, tokens, channels]`, so that what is saved for the backward pass fills whole rows.
     shape = query.shape
     flat = (x.reshape(*shape[:2], -1) for x in (query, key, value))
-    out: Any = _attention(*flat, shape[3], length or shape[1], interpret)
+    out: Any = _attention(*flat, ids, shape[3], length or shape[1], interpret)
     return out.reshape(shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _attention(
-    query: Any, key: Any, value: Any, head_dim: int, length: int, interpret: bool
+    query: Any, key: Any, value: Any, ids: Any, head_dim: int, length: int, interpret: bool
 ) -> jax.Array:
-    return _call(_forward_heads, (query, key, value), 1, head_dim, length, interpret)[0]
+    return _call(_forward_heads, (query, key, value), ids, 1, head_dim, length, interpret)[0]
 
 
-def _save(query: Any, key: Any, value: Any, *static: Any) -> tuple[Any, Any]:
-    return _attention(query, key, value, *static), (query, key, value)
+def _save(query: Any, key: Any, value: Any, ids: Any, *static: Any) -> tuple[Any, Any]:
+    out = _call(_forward_heads, (query, key, value), ids, 1, *static)[0]
+    return out, (query, key, value, ids)
 
 
 def _differentiate(
     head_dim: int, length: int, interpret: bool, saved: Any, gradient: Any
 ) -> tuple[Any, ...]:
-    arrays = (*saved, gradient)
-    return tuple(_call(_backward_heads, arrays, 3, head_dim, length, interpret))
+    *arrays, ids = saved
+    arrays = (*arrays, gradient)
+    # Integers have no gradient.
+    return *_call(_backward_heads, arrays, ids, 3, head_dim, length, interpret), None
 
 
 _attention.defvjp(_save, _differentiate)
 
 
-def _forward_heads(heads: Sequence["_Head"], *, scale: float, length: int) -> list[Any]:
+def _forward_heads(
+    heads: Sequence["_Head"], same: jax.Array | None, *, scale: float, length: int
+) -> list[Any]:
     """Attention of some heads: for each a tuple of float32 `[tokens, window]`.
 
     All heads take each step together, so that one can use the units that another waits for.
     """
     scores = [_dot(h.arrays[0], h.only(h.arrays[1]), _NT) * scale for h in heads]
-    weights = [_softmax(_mask(s, length, 1), 1) for s in scores]
+    weights = [_softmax(_mask(s, same, length, 1), 1) for s in scores]
     return [
         (_dot(w.astype(h.arrays[2].dtype), h.only(h.arrays[2]), _NN),)
         for h, w in zip(heads, weights, strict=True)
     ]
 
 
-def _backward_heads(heads: Sequence["_Head"], *, scale: float, length: int) -> list[Any]:
+def _backward_heads(
+    heads: Sequence["_Head"], same: jax.Array | None, *, scale: float, length: int
+) -> list[Any]:
     """Gradients of query, key and value of some heads, each float32 `[tokens, window]`.
 
     Scores are `[keys, queries]`, so that sums over keys add rows rather than lanes, and only one of
@@ -98,7 +108,7 @@ def _backward_heads(heads: Sequence["_Head"], *, scale: float, length: int) -> l
     queries, keys, values, gradients = zip(*(h.arrays for h in heads), strict=True)
     keys = [h.only(key) for h, key in zip(heads, keys, strict=True)]
     scores = [_dot(key, query, _NT) * scale for key, query in zip(keys, queries, strict=True)]
-    weights = [_softmax(_mask(s, length, 0), 0) for s in scores]
+    weights = [_softmax(_mask(s, same, length, 0), 0) for s in scores]
     d_weights = [
         _dot(h.only(value), gradient, _NT)
         for h, value, gradient in zip(heads, values, gradients, strict=True)
@@ -122,8 +132,13 @@ def _dot(a: jax.Array, b: jax.Array, dims: Any) -> jax.Array:
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def _mask(scores: jax.Array, length: int, axis: int) -> jax.Array:
-    """Scores of the keys, which are along `axis`, from `length` on become -inf."""
+def _mask(scores: jax.Array, same: jax.Array | None, length: int, axis: int) -> jax.Array:
+    """Scores of the keys, which are along `axis`, from `length` on become -inf.
+
+    So do those that are not `same`, bool `[tokens, tokens]`, which is symmetric.
+    """
+    if same is not None:
+        scores = jnp.where(same, scores, -jnp.inf)
     if length == scores.shape[axis]:
         return scores
     position = jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis)
@@ -145,15 +160,27 @@ def group_heads(num_heads: int, head_dim: int) -> int:
     return max((size for size in sizes if size <= HEADS_AT_ONCE), default=min([*sizes, num_heads]))
 
 
-def fits_vmem(num_tokens: int, num_heads: int, head_dim: int, itemsize: int) -> bool:
-    """Whether the kernels have room for the scores of a head, and for a group of heads."""
+def fits_vmem(
+    num_tokens: int, num_heads: int, head_dim: int, itemsize: int, *, rows: bool = False
+) -> bool:
+    """Whether the kernels have room for the scores of a head, and for a group of heads.
+
+    With `rows` there is a mask too, of the images of a row.
+    """
     block = 7 * _block_bytes(num_tokens, num_heads, head_dim, itemsize)
-    return block + _score_bytes(num_tokens) <= VMEM_BYTES
+    mask = _mask_bytes(num_tokens) if rows else 0
+    return block + mask + _score_bytes(num_tokens) <= VMEM_BYTES
 
 
 def _score_bytes(num_tokens: int) -> int:
     """Size of the scores of a head in the backward pass, and of what is computed from them."""
     return 5 * 4 * _round_up(num_tokens, 8) * _round_up(num_tokens, LANES)
+
+
+def _mask_bytes(num_tokens: int) -> int:
+    """Size of the mask of a row, and twice that of the numbers that it is computed from."""
+    rows, lanes = _round_up(num_tokens, 8), _round_up(num_tokens, LANES)
+    return 4 * (rows * lanes + 2 * (rows * LANES + 8 * lanes))
 
 
 def _block_bytes(num_tokens: int, num_heads: int, head_dim: int, itemsize: int) -> int:
@@ -169,19 +196,25 @@ def _round_up(n: int, multiple: int) -> int:
 def _call(
     kernel: Any,
     arrays: Sequence[jax.Array],
+    ids: jax.Array | None,
     num_results: int,
     head_dim: int,
     length: int,
     interpret: bool,
 ) -> list[jax.Array]:
-    """Runs `kernel` on all heads of arrays `[batch, tokens, channels]`, and returns such."""
+    """Runs `kernel` on all heads of arrays `[batch, tokens, channels]`, and returns such.
+
+    `ids` are those of `tpu_attention`.
+    """
     batch, tokens, width = arrays[0].shape
     num_heads = width // head_dim
     group = group_heads(num_heads, head_dim) * head_dim
+    # As a column and as a row, since a kernel would take long to transpose one of them.
+    masks = () if ids is None else (ids[:, :, None], ids[:, None, :])
     at_once = min(HEADS_AT_ONCE, max(1, VMEM_BYTES // 2 // _score_bytes(tokens)))
     # A block has as many groups as there is room for, so that there are few of them.
     size = _block_bytes(tokens, num_heads, head_dim, arrays[0].dtype.itemsize)
-    room = VMEM_BYTES - at_once * _score_bytes(tokens)
+    room = VMEM_BYTES - at_once * _score_bytes(tokens) - (_mask_bytes(tokens) if masks else 0)
     most = max(1, room // (size * (len(arrays) + num_results)))
     groups = width // group
     blocked = max(n for n in range(1, groups + 1) if groups % n == 0 and n <= most)
@@ -190,12 +223,13 @@ def _call(
         def one_group(index: Any, _: Any) -> None:
             start = pl.multiple_of(index * group, LANES) if blocked > 1 else 0
             loaded = [ref[0, :, pl.ds(start, group)] for ref in refs[: len(arrays)]]
+            same = refs[len(arrays)][0] == refs[len(arrays) + 1][0] if masks else None
             heads = _split_heads(loaded, head_dim)
             found: list[Any] = []
             for first in range(0, len(heads), at_once):
                 some = heads[first : first + at_once]
-                found += kernel(some, scale=1 / math.sqrt(head_dim), length=length)
-            for ref, values in zip(refs[len(arrays) :], zip(*found, strict=True), strict=True):
+                found += kernel(some, same, scale=1 / math.sqrt(head_dim), length=length)
+            for ref, values in zip(refs[-num_results:], zip(*found, strict=True), strict=True):
                 for tile, value in _join_heads(heads, values).items():
                     ref[0, :, pl.ds(start + tile, value.shape[1])] = value.astype(ref.dtype)
 
@@ -205,22 +239,27 @@ def _call(
             jax.lax.fori_loop(0, blocked, one_group, None)
 
     spec = pl.BlockSpec((1, tokens, blocked * group), lambda image, part: (image, 0, part))
+    whole = [pl.BlockSpec((1, *x.shape[1:]), lambda image, part: (image, 0, 0)) for x in masks]
     return pl.pallas_call(
         body,
         grid=(batch, groups // blocked),
-        in_specs=[spec] * len(arrays),
+        in_specs=[spec] * len(arrays) + whole,
         out_specs=[spec] * num_results,
         out_shape=[jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)] * num_results,
         # A chip of two cores gives half of the images to each.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        cost_estimate=_estimate_cost(arrays[0], head_dim, len(arrays), num_results),
+        cost_estimate=_estimate_cost(arrays[0], masks, head_dim, len(arrays), num_results),
         interpret=interpret,
         name=f"attention{kernel.__name__}",
-    )(*arrays)
+    )(*arrays, *masks)
 
 
 def _estimate_cost(
-    array: jax.Array, head_dim: int, num_operands: int, num_results: int
+    array: jax.Array,
+    masks: Sequence[jax.Array],
+    head_dim: int,
+    num_operands: int,
+    num_results: int,
 ) -> pl.CostEstimate:
     """What a kernel costs, for XLA and for plans.
 
@@ -238,7 +277,8 @@ def _estimate_cost(
     return pl.CostEstimate(
         flops=products * 2 * scores * width * (num_heads // group),
         transcendentals=passes * scores * num_heads,
-        bytes_accessed=(num_operands + num_results) * array.size * array.dtype.itemsize,
+        bytes_accessed=(num_operands + num_results) * array.size * array.dtype.itemsize
+        + sum(x.size * x.dtype.itemsize for x in masks),
     )
 
 

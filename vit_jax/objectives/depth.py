@@ -7,6 +7,7 @@ equation 4, with the factor and the square root of arXiv:1907.10326, equation 4.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -78,7 +79,17 @@ class Depth(DenseObjective):
         if self.gradient_weight:
             loss += self.gradient_weight * gradient_loss(depth, labels, valid)
         squared = jnp.where(valid, (depth - labels) ** 2, 0.0).sum()
-        return loss, {"rmse": jnp.sqrt(squared / jnp.maximum(valid.sum(), 1))}
+        rmse = jnp.sqrt(squared / jnp.maximum(valid.sum(), 1))
+        return loss, {"rmse": rmse, "known": valid.mean(dtype=jnp.float32)}
+
+    def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        if metrics.get("known", 1) > 0:
+            return {}
+        return {
+            "known": "known 0: no pixel of these steps has a depth above 0 and up to "
+            f"objective.max_depth={self.max_depth:g} metres, so nothing is learnt; check the depth "
+            "images and their scale with python -m vit_jax.data.check"
+        }
 
 
 def _root(x: jax.Array) -> jax.Array:

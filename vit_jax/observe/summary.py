@@ -103,6 +103,7 @@ def report_end(
     skipped: Sequence[int] = (),
     heads: Sequence[str] = (),
     judged_on: Sequence[str] = (),
+    details: str = "by class",
 ) -> None:
     """Logs the results of a run, what to look at, its files, and what to do next.
 
@@ -114,6 +115,7 @@ def report_end(
       skipped: the steps that diverged and changed nothing, in ascending order.
       heads: names of the heads of a linear probe.
       judged_on: names of their evaluators; the first one chooses the head.
+      details: what the files of details of evaluations have.
     """
     log("")
     early = "" if stop_reason is None else f", early: {stop_reason}"
@@ -136,7 +138,7 @@ def report_end(
     log(f"  {'checkpoint':<15} {checkpoint}")
     log(f"  {'logs':<15} {workdir / METRICS}, {workdir / TENSORBOARD}")
     if (workdir / EVALS).is_dir():
-        log(f"  {'by class':<15} {workdir / EVALS}")
+        log(f"  {details:<15} {workdir / EVALS}")
     if longer is not None:
         log(f"  {'to train longer':<15} {longer}")
 

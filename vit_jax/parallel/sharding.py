@@ -229,7 +229,7 @@ class Placement:
         self,
         function: Callable[..., jax.Array],
         arrays: Sequence[jax.Array],
-        names: tuple[str | None, ...],
+        names: Sequence[tuple[str | None, ...]],
     ) -> jax.Array:
         """Runs a function on each device with its part of arrays; the parts of results are joined.
 
@@ -237,19 +237,24 @@ class Placement:
         is initialised, is whole on each device.
 
         Args:
-          function: takes the arrays, and returns one of the same shape.
-          arrays: of one shape, and any dtype.
-          names: of their dimensions.
+          function: takes the arrays, and returns one of the shape of the first.
+          arrays: of any shapes and dtypes.
+          names: of the dimensions of each.
         """
-        axes = [None if name is None else ACTIVATION_AXES[name] for name in names]
-        parts = [math.prod(self.mesh.shape[a] for a in _as_tuple(axis)) for axis in axes]
-        sizes = zip(axes, arrays[0].shape, parts, strict=True)
-        spec = PartitionSpec(*(axis if size % part == 0 else None for axis, size, part in sizes))
+        specs = tuple(
+            PartitionSpec(*map(self._divide, array.shape, of_array))
+            for array, of_array in zip(arrays, names, strict=True)
+        )
         mapped = jax.shard_map(
             function,
             mesh=self.mesh,
-            in_specs=(spec,) * len(arrays),
-            out_specs=spec,
+            in_specs=specs,
+            out_specs=specs[0],
             check_vma=False,  # kernels do not say over which axes their results vary
         )
         return mapped(*arrays)
+
+    def _divide(self, size: int, name: str | None) -> str | tuple[str, ...] | None:
+        """The axes that split a dimension; None if they do not divide it."""
+        axes = None if name is None else ACTIVATION_AXES[name]
+        return None if size % math.prod(self.mesh.shape[a] for a in _as_tuple(axes)) else axes

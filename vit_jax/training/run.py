@@ -127,8 +127,9 @@ def train(
                 check_trackers(settings.tracking)
             # Parameters that the config's rules do not fit are refused before anything is written.
             experiment.check()
-            check_kernels(experiment.model, experiment.train_data.image_shape())
-            info = experiment.train_data.info
+            data = experiment.train_data
+            check_kernels(experiment.model, data.image_shape(), per_row=data.packing.images_per_row)
+            info = data.info
             names = info.class_names or info.pixel_classes
             stack.enter_context(remove_workdir_on_error(workdir, active=main_process))
             folder = open_workdir(
@@ -472,4 +473,5 @@ def _report_end(
         heads=probes[0].head_names if probes else (),
         # The split that chooses comes first.
         judged_on=[e.name for e in sorted(probes, key=lambda e: not e.choose)],
+        details="by image" if experiment.train_data.info.pixel_depth else "by class",
     )

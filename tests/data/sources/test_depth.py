@@ -2,6 +2,7 @@
 """Images with depths: folders, manifests, Parquet files and scenes that are drawn."""
 
 import csv
+import dataclasses
 import io
 import logging
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from vit_jax.data import pack
+from vit_jax.data.check import inspect_record, report
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.ops.transforms import apply
 from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
@@ -81,6 +83,32 @@ def test_a_scale_that_is_missing_or_none_is_refused_in_one_line(tmp_path, scale,
     with pytest.raises(UserError, match=message) as error:
         depth_dataset(str(write(tmp_path, scale)))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["b.npy", "c.npz", "d.tif"])
+def test_arrays_of_integers_need_a_scale_too(tmp_path, name):
+    root = write(tmp_path, scale=None)
+    (root / "depth/a.png").unlink()
+    depth_dataset.cache_clear()
+    assert depth_dataset(str(root)).info.pixel_depth
+    millimetres = (1000 * METRES).astype(np.uint16)
+    (root / "depth" / name).write_bytes(encode(millimetres, name[2:]))
+    depth_dataset.cache_clear()
+    with pytest.raises(UserError, match=f"depth/{name} has integers, and there is no file"):
+        depth_dataset(str(root))
+
+
+def test_the_check_of_data_prints_the_range_of_depths(tmp_path):
+    root = write(tmp_path)
+    dataset = depth_dataset(str(root))
+    source = dataset.open("train+validation+test", key="split")
+    findings = [inspect_record(source, index) for index in range(4)]
+    known = METRES[METRES > 0]
+    line = f"depths: {known.min():.3g} to {known.max():.3g} m, of {known.size / METRES.size:.1%} "
+    assert f"{line}of the pixels" in report(findings, dataset)
+    none = [dataclasses.replace(finding, depths=(np.nan, np.nan, 0.0)) for finding in findings]
+    assert "  images without any: 3" in report([findings[0], *none[1:]], dataset)
+    assert any(line.startswith("depths: no pixel") for line in report(none, dataset))
 
 
 def test_values_that_are_no_depth_are_not_known():

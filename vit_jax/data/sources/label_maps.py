@@ -273,10 +273,33 @@ def add_label_maps(
 
 
 def check_scale(paths: Iterable[str], folder: str, *, key: str) -> None:
-    """Raises `UserError` if depth images in PNG files lack their scale."""
-    png = next((path for path in paths if path.lower().endswith(".png")), None)
-    if png is not None and read_scale(folder, key=key) is None:
+    """Raises `UserError` if depth images of integers lack their scale.
+
+    PNG files have integers. Of the files of each other kind the first one is read.
+    """
+    if read_scale(folder, key=key) is not None:
+        return
+    first: dict[str, str] = {}
+    for path in paths:
+        first.setdefault(os.path.splitext(path)[1].lower(), path)
+    of_integers = [
+        path
+        for ending, path in first.items()
+        if ending == ".png" or _has_integers(os.path.join(folder, path))
+    ]
+    if of_integers:
         raise UserError(
-            f"{key}: {png} has integers, and there is no file {os.path.join(folder, SCALE)}: "
+            f"{key}: {of_integers[0]} has integers, and there is no file "
+            f"{os.path.join(folder, SCALE)}: "
             "expected one with the number that is one metre, such as 1000 for millimetres"
         )
+
+
+def _has_integers(path: str) -> bool:
+    """Whether a depth image has integers; not if it can't be read, which `Depths` reports."""
+    try:
+        encoded = Path(path).read_bytes()
+        values = _read_array(encoded) if encoded.startswith(_ARRAYS) else _read_gray(encoded)
+    except Exception:  # Pillow and NumPy raise many kinds of errors for damaged files.
+        return False
+    return values.dtype.kind in "iu"
