@@ -58,7 +58,7 @@ CASES = {
         ("runs/digits", ["'runs/digits'", "not a command", "evaluate"]),
         ("configs digit", ["digit", "did you mean 'digits'"]),
         ("configs --name=digits", ["--name=digits", "vit_jax configs --help"]),
-        ("models vit_base", ["'vit_base'", "no published weights"]),
+        ("models vit_huge_of_mine", ["'vit_huge_of_mine'", "no published weights"]),
     ],
     "main": [
         ("--workdir=new", ["--config", "is missing", "--help"]),

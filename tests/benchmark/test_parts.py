@@ -64,12 +64,12 @@ def test_what_is_read_in_the_loop_is_told_apart(config, monkeypatch):
     read = blank._Black.read
 
     def read_slowly(self, row):
-        time.sleep(0.01)
+        time.sleep(0.05)
         return read(self, row)
 
     monkeypatch.setattr(blank._Black, "read", read_slowly)
-    ready = loop.time_loop(config, steps=20, experiment=loop._Ready)
-    assert loop.time_loop(config, steps=20) > 2 * ready
+    ready = loop.time_loop(config, steps=8, experiment=loop._Ready)
+    assert loop.time_loop(config, steps=8) > 2 * ready
 
 
 def stand_in(folder, text):
