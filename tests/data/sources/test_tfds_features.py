@@ -280,7 +280,9 @@ def test_images_of_floats_are_decoded_as_tfds_does():
     feature = f.Image(shape=(None, None, 1), dtype=np.float32)
     np.testing.assert_array_equal(feature.decode_example_np(encoded)[..., 0], depth)
     labels = PixelLabels("depth", floats=True)
-    np.testing.assert_array_equal(labels.decode(encoded), np.float32([[0.5, 1e-3], [0, 0]]))
+    np.testing.assert_array_equal(
+        labels.decode(encoded), np.array([[0.5, 1e-3], [0, 0]], np.float32)
+    )
     for damaged in (encoded[:40], encode(np.zeros((2, 2), np.uint8))):
         with pytest.raises(ImageError, match="depth can't be read"):
             labels.decode(damaged)

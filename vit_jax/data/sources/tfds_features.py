@@ -73,7 +73,7 @@ def find_image(features: Mapping[str, Any], chosen: Mapping[str, str], *, name: 
     images = {n: f for n, f in features.items() if isinstance(f, tfds.features.Image)}
     usual = [feature for feature in _USUAL["image"] if feature in images]
     in_colours = [
-        n for n, f in images.items() if f.shape[-1] == 3 and np.dtype(f.np_dtype) == np.uint8
+        n for n, f in images.items() if _shape_of(f)[-1] == 3 and _dtype_of(f) == np.uint8
     ]
     return usual[0] if usual else in_colours[0] if len(in_colours) == 1 else None
 
@@ -147,13 +147,21 @@ def _refuse(
 def _may_be(kind: str, feature: Any) -> bool:
     """Whether a feature may have masks or depths, by its type."""
     if isinstance(feature, tfds.features.Image):
-        floats = np.dtype(feature.np_dtype).kind == "f"
+        floats = _dtype_of(feature).kind == "f"
         return feature.encoding_format != "jpeg" and not (floats and kind == "mask")
     if type(feature) is not tfds.features.Tensor:  # Others, such as ClassLabel, are a Tensor too.
         return False
-    shape, dtype = feature.shape, np.dtype(feature.np_dtype)
+    shape, dtype = _shape_of(feature), _dtype_of(feature)
     of_pixels = len(shape) == 2 or (len(shape) == 3 and shape[-1] == 1)
     return of_pixels and dtype.kind in ("biu" if kind == "mask" else "iuf")
+
+
+def _shape_of(feature: Any) -> tuple[int | None, ...]:
+    return feature.shape
+
+
+def _dtype_of(feature: Any) -> np.dtype:
+    return np.dtype(feature.np_dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -221,7 +229,7 @@ def describe_pixels(kind: str, feature: str, kind_of: Any, folder: str, *, key: 
             where = f"{key}: the feature {feature}"
             return PixelLabels(feature, make_values([name.strip() for name in names], where=where))
         return PixelLabels(feature, read_values(folder, key=key))
-    floats = np.dtype(kind_of.np_dtype).kind == "f"
+    floats = _dtype_of(kind_of).kind == "f"
     scale = read_scale(folder, key=key)
     if scale is None and not floats:
         raise UserError(
