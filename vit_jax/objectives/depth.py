@@ -182,7 +182,7 @@ def make_depth(
     if not pixel_depth:
         raise UserError(
             "objective.name='depth' needs the depth of each pixel: expected data with depth "
-            "images, such as --config.data.name=depth:FOLDER"
+            "images, such as --config.data.name=depth:FOLDER, or DATASET#depth=FEATURE of TFDS"
         )
     if not 0 < min_depth < max_depth < float("inf"):
         raise UserError(

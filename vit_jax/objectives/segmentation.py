@@ -87,6 +87,6 @@ def make_segmentation(
     if not pixel_classes:
         raise UserError(
             "objective.name='segmentation' needs the class of each pixel: expected data with "
-            "masks, such as --config.data.name=masks:FOLDER"
+            "masks, such as --config.data.name=masks:FOLDER, or DATASET#mask=FEATURE of TFDS"
         )
     return Segmentation(**options, classes=pixel_classes)

@@ -61,7 +61,7 @@ def find_dataset(name: str, *, data_dir: str | None) -> Dataset | TfdsDataset:
       UserError: the path is missing, or has no such dataset.
     """
     kind, colon, path = name.partition(":")
-    if is_part(":".join(name.split(":")[:2])) and kind not in KINDS:
+    if is_part(":".join(name.partition("#")[0].split(":")[:2])) and kind not in KINDS:
         # TFDS has names with a colon too, those of datasets of a community.
         module_exists = _has_module(kind)
         if not module_exists and has_folder(name, data_dir):
@@ -100,9 +100,15 @@ def _has_module(name: str) -> bool:
 @functools.cache
 def _find_outside(name: str, data_dir: str | None) -> Dataset | TfdsDataset:
     module, attribute, *text = name.split(":", 2)
+    attribute, mark, features = attribute.partition("#")
     part = import_part(f"{module}:{attribute}", key="data.name", gives=(Dataset,))
     if is_builder(part.imported):
-        return TfdsDataset(part.name, data_dir)
+        return TfdsDataset(f"{part.name}{mark}{features}", data_dir)
+    if mark:
+        raise UserError(
+            f"data.name={name!r}: expected {module}:{attribute} alone, as only features of TFDS "
+            "builders are chosen"
+        )
     return part(*text)
 
 

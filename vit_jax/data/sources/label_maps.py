@@ -179,6 +179,11 @@ def decode_depth(encoded: bytes, scale: float | None) -> np.ndarray:
         ) from None
     except Exception as e:  # Pillow and NumPy raise many kinds of errors for damaged files.
         raise ImageError(f"its depth can't be read: {' '.join(str(e).split())[:200]}") from e
+    return to_metres(values, scale)
+
+
+def to_metres(values: np.ndarray, scale: float | None) -> np.ndarray:
+    """Depths in metres, float32 `[height, width]`, of integers or floats, as `decode_depth`."""
     if values.ndim != 2:
         raise ImageError(f"its depth is of the shape {values.shape}: expected (height, width)")
     if values.dtype.kind in "iu":

@@ -21,6 +21,14 @@ from etils import epath
 import vit_jax.data.datasets  # noqa: F401  (registers the package's own TFDS builders)
 from vit_jax.data.sources.base import DatasetInfo, Source, refuse_label, tidy_captions
 from vit_jax.data.sources.guess import suggest_name
+from vit_jax.data.sources.tfds_features import (
+    PixelLabels,
+    describe_pixels,
+    find_image,
+    find_map,
+    find_usual_maps,
+    split_name,
+)
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.suggestions import suggest
 
@@ -41,7 +49,8 @@ class TfdsDataset:
     """A TFDS dataset, which is prepared on first use of its records.
 
     Attributes:
-      name: with config and version if need be.
+      name: with config and version if need be; `#mask=FEATURE` or the like after it chooses the
+        features that are read.
       data_dir: where TFDS keeps its datasets; None for its default.
     """
 
@@ -52,25 +61,10 @@ class TfdsDataset:
     def info(self) -> DatasetInfo:
         """Classes, image shape and captions, for which the dataset need not be prepared.
 
-        Raises `UserError` if there is no such dataset, or if it has neither labels nor captions.
+        Raises `UserError` if there is no such dataset, or if it has neither labels nor captions nor
+        label maps.
         """
-        features = dict(_builder(self.name, self.data_dir).info.features or {})
-        image, label = features.get("image"), features.get("label")
-        labelled, captions = isinstance(label, tfds.features.ClassLabel), find_captions(features)
-        if not isinstance(image, tfds.features.Image) or not (labelled or captions):
-            raise UserError(
-                f"data.name={self.name!r} has the features {sorted(features)}; expected an "
-                "'image', and a class 'label' or texts 'captions'"
-            )
-        image_shape: Any = image.shape
-        if not labelled:
-            return DatasetInfo(0, image_shape, captions=True)
-        assert isinstance(label, tfds.features.ClassLabel)
-        names = tuple(label.names or ())
-        # If a builder gives their number only, TFDS makes names of the labels.
-        known = names if names != tuple(map(str, range(len(names)))) else None
-        classes = int(label.num_classes or 0)
-        return DatasetInfo(classes, image_shape, known, captions=captions is not None)
+        return _find_layout(self.name, self.data_dir).info
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -78,20 +72,23 @@ class TfdsDataset:
 
         Raises `UserError` if the dataset can't be prepared or read.
         """
-        splits = _open_builder(self.name, self.data_dir, quiet=False).info.splits
+        name, _ = split_name(self.name)
+        splits = _open_builder(name, self.data_dir, quiet=False).info.splits
         return {split: info.num_examples for split, info in splits.items()}
 
     @property
     def folder(self) -> str:
         """The folder with the prepared dataset. Prepares it, like `lengths`."""
-        return str(_open_builder(self.name, self.data_dir, quiet=False).data_dir)
+        name, _ = split_name(self.name)
+        return str(_open_builder(name, self.data_dir, quiet=False).data_dir)
 
     def open(self, split: str, *, key: str) -> Source:
         """The examples of a split with slices. Prepares the dataset.
 
         Raises `UserError` if the dataset can't be prepared or read, or has no such split.
         """
-        builder = _open_builder(self.name, self.data_dir, quiet=True)
+        name, _ = split_name(self.name)
+        builder = _open_builder(name, self.data_dir, quiet=True)
         try:
             length = builder.info.splits[split].num_examples
         except (ValueError, KeyError, AssertionError, NotImplementedError) as e:
@@ -101,16 +98,89 @@ class TfdsDataset:
             ) from None
         if length < 1:
             raise UserError(f"{key}={split!r} of {self.name} holds no examples")
-        decoders = {"image": tfds.decode.SkipDecoding()}
+        layout = _find_layout(self.name, self.data_dir)
+        decoders = {
+            feature: tfds.decode.SkipDecoding()
+            for feature, kind in dict(builder.info.features or {}).items()
+            if isinstance(kind, tfds.features.Image)
+        }
         records = builder.as_data_source(split, decoders=decoders)
         keep = builder.info.dataset_size <= _KEPT_BYTES
         return TfdsSource(
             records,
             name=f"{self.name}:{split}",
-            num_classes=self.info.num_classes,
+            num_classes=layout.info.num_classes,
             keep=keep,
-            captions=find_captions(dict(builder.info.features or {})),
+            captions=layout.captions,
+            image=layout.image,
+            pixels=layout.pixels,
         )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Layout:
+    """What is read of a dataset.
+
+    Attributes:
+      info: classes, image shape and captions.
+      image: the feature with the image.
+      captions: the feature with captions, if there are any.
+      pixels: the feature that labels each pixel, if it is read.
+    """
+
+    info: DatasetInfo
+    image: str
+    captions: str | None = None
+    pixels: PixelLabels | None = None
+
+
+# The features that are read are logged once.
+@functools.cache
+def _find_layout(name: str, data_dir: str | None) -> _Layout:
+    base, chosen = split_name(name)
+    builder, key = _builder(base, data_dir), f"data.name={name!r}"
+    features = dict(builder.info.features or {})
+    image = find_image(features, chosen, name=name)
+    label, captions = features.get("label"), find_captions(features)
+    labelled = isinstance(label, tfds.features.ClassLabel)
+    found = None
+    if image is not None and (chosen.keys() & {"mask", "depth"} or not (labelled or captions)):
+        found = find_map(features, chosen, image=image, name=name)
+    if image is None or not (labelled or captions or found):
+        raise UserError(
+            f"{key} has the features {sorted(features)}; expected an 'image', and a class 'label' "
+            f"or texts 'captions', or else masks or depths: other names are given as in "
+            f"{base}#image=FEATURE,mask=FEATURE"
+        )
+    image_shape: Any = features[image].shape
+    if found:
+        kind, feature = found
+        folder = str(epath.Path(builder.data_dir).parent)
+        pixels = describe_pixels(kind, feature, features[feature], folder, key=key)
+        unread = "; its labels are not read" if labelled else ""
+        logger.info("%s: the image is %s, and the %s %s%s", name, image, kind, feature, unread)
+        info = DatasetInfo(
+            0,
+            image_shape,
+            captions=captions is not None,
+            pixel_classes=pixels.values.names if pixels.values else None,
+            pixel_depth=kind == "depth",
+        )
+        return _Layout(info, image, captions, pixels)
+    if image != "image":
+        logger.info("%s: the image is %s", name, image)
+    for kind, feature in find_usual_maps(features, image=image).items():
+        other = ",".join(f"{role}={f}" for role, f in (chosen | {kind: feature}).items())
+        logger.info("%s: %s is not read; it is the %s of %s#%s", name, feature, kind, base, other)
+    if not labelled:
+        return _Layout(DatasetInfo(0, image_shape, captions=True), image, captions)
+    assert isinstance(label, tfds.features.ClassLabel)
+    names = tuple(label.names or ())
+    # If a builder gives their number only, TFDS makes names of the labels.
+    known = names if names != tuple(map(str, range(len(names)))) else None
+    classes = int(label.num_classes or 0)
+    info = DatasetInfo(classes, image_shape, known, captions=captions is not None)
+    return _Layout(info, image, captions)
 
 
 # Features that have the captions of an image, by what TFDS calls them in its datasets.
@@ -152,19 +222,31 @@ class TfdsSource(Source):
         num_classes: int,
         keep: bool,
         captions: str | None = None,
+        image: str = "image",
+        pixels: PixelLabels | None = None,
     ):
         self._records, self._name, self._num_classes = records, name, num_classes
-        self._captions = captions
+        self._image, self._captions, self._pixels = image, captions, pixels
         self._kept: dict[int, dict[str, Any]] | None = {} if keep else None
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._read(index)
+        if self._pixels is None:
+            return record
+        # Label maps are kept as they are stored, since they may be much smaller so.
+        return record | {"label_map": self._pixels.decode(record["label_map"])}
+
+    def _read(self, index: int) -> dict[str, Any]:
+        """A record with its label map as it is stored."""
         if self._kept is not None and index in self._kept:
             return self._kept[index]
         found = self._records[index]
-        record = {"image": found["image"]}
+        record = {"image": found[self._image]}
+        if self._pixels is not None:
+            record["label_map"] = found[self._pixels.feature]
         if self._num_classes:
             label = int(found["label"])
             # Labels are stored with the images, so that each is known when it is read.
