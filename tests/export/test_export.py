@@ -230,6 +230,16 @@ def test_parameters_that_no_file_can_hold_are_refused(place):
         check_size(model, what="onnx")
 
 
+def test_a_mixer_is_written_with_the_names_of_timm(place, tmp_path, said):
+    main(
+        [f"--checkpoint={place / 'mixer.npz'}", "--to=safetensors", f"--output={tmp_path / 'out'}"]
+    )
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert "config.json: not written, so timm needs the arguments of the model" in said()
+    ours, written = (load_model(path) for path in (place / "mixer.npz", tmp_path / "out"))
+    assert written.model == ours.model
+
+
 def test_files_of_transformers_are_read_as_the_model(tmp_path):
     case = ROOT / "tests/testdata/torch/hf_dinov3/model.safetensors"
     main([f"--checkpoint={case}", "--to=transformers", f"--output={tmp_path / 'out'}"])
@@ -253,10 +263,6 @@ def test_files_of_transformers_are_read_as_the_model(tmp_path):
         (["--to=npz", "--output={place}"], "exists; remove it, or choose another name"),
         (["--to=npz", "--output=out", "--layer=encoded"], "has all layers; leave --layer out"),
         (["--to=stablehlo", "--output=out", "--layer=encode"], "layer='encode' is not one of"),
-        (
-            ["--to=safetensors", "--output=out", "--checkpoint={place}/mixer.npz"],
-            "no Vision Transformer; only",
-        ),
         (
             ["--to=transformers", "--output=out", "--checkpoint={place}/mixer.npz"],
             "--to=transformers: model.name='mixer' is no Vision Transformer, and only these",
