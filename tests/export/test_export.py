@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from tests.checkpoint.pretrained.test_image_text import put
 from tests.trained import MIXER, write_model, write_towers
+from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors
 from vit_jax.export import stablehlo
 from vit_jax.export.__main__ import main
@@ -235,9 +236,11 @@ def test_a_mixer_is_written_with_the_names_of_timm(place, tmp_path, said):
         [f"--checkpoint={place / 'mixer.npz'}", "--to=safetensors", f"--output={tmp_path / 'out'}"]
     )
     assert not (tmp_path / "out" / "config.json").exists()
-    assert "config.json: not written, so timm needs the arguments of the model" in said()
-    ours, written = (load_model(path) for path in (place / "mixer.npz", tmp_path / "out"))
-    assert written.model == ours.model
+    assert any("config.json: not written, so timm needs the arguments" in line for line in said)
+    ours = read_npz(place / "mixer.npz")
+    written = read_safetensors(tmp_path / "out" / "model.safetensors")
+    assert written.params.keys() == ours.params.keys()
+    assert written.model["activation"] == "gelu_tanh"
 
 
 def test_files_of_transformers_are_read_as_the_model(tmp_path):
