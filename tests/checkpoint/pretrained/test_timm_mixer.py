@@ -17,6 +17,7 @@ from tests.checkpoint.pretrained.test_safetensors import (
     refusal,
 )
 from vit_jax.checkpoint.pretrained.convert import convert
+from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.checkpoint.pretrained.rebuild import check_complete
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, write_tensors
 from vit_jax.checkpoint.pretrained.timm_config import make_timm_config
@@ -47,6 +48,12 @@ def test_a_mixer_is_converted_and_read_back(name, ending, tmp_path):
     weights = read_case(name)
     (*_, last) = convert(weights, tmp_path / f"x.{ending}")
     assert last.startswith("read back: every parameter is the same, and so is the model")
+
+
+def test_a_gated_mixer_is_known_without_the_description_beside_it(tmp_path):
+    convert(read_case("timm_mixer_gated"), tmp_path / "x.npz")
+    (tmp_path / "x.json").unlink()
+    assert read_npz(tmp_path / "x.npz").model["activation"] == "swiglu"
 
 
 @pytest.mark.parametrize(
