@@ -28,11 +28,13 @@ from vit_jax.checkpoint.pretrained.repositories import (
     write_repositories,
 )
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, write_tensors
+from vit_jax.models.block_config import BlockConfig
 from vit_jax.utils.errors import UserError, first_line
 from vit_jax.utils.streams import print_result
 
 # The first pattern that is found in a name decides.
 _FAMILIES = (
+    ("^timm:g?mixer_", "MLP-Mixer"),
     ("naflexvit_", "NaFlex"),
     ("flexivit_", "FlexiViT"),
     ("siglip2|v2_webli", "SigLIP 2"),
@@ -91,8 +93,8 @@ def find_fault(model: Mapping[str, Any]) -> str:
         except UserError as e:
             return first_line(e).replace(f"{path}: ", "").partition("; expected the whole")[0]
     ours = {
-        "num_heads": weights.model["num_heads"],
-        "norm_epsilon": weights.model["norm_epsilon"],
+        "num_heads": weights.model.get("num_heads"),  # None in a Mixer.
+        "norm_epsilon": weights.model.get("norm_epsilon", BlockConfig.norm_epsilon),
         "activation": _ACTIVATIONS.get(weights.model["activation"]),
     }
     wrong = [key for key, value in ours.items() if value != model[key]]

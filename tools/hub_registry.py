@@ -121,7 +121,8 @@ def describe_timm(model: Any) -> dict[str, Any]:
     if "rope.freqs" in shapes:
         shapes["rope.freqs"][1] = 2
     block = model.blocks[0] if hasattr(model, "blocks") else None
-    act = getattr(getattr(block, "mlp", None), "act", None)
+    mlp = getattr(block, "mlp", getattr(block, "mlp_channels", None))
+    act = getattr(mlp, "act", None)
     return {
         "shapes": shapes,
         "num_params": sum(x.numel() for x in model.parameters()),

@@ -10,6 +10,7 @@ import pytest
 
 from tests.docs.blocks import ROOT, knows
 from vit_jax.checkpoint.pretrained.catalogue import find
+from vit_jax.checkpoint.pretrained.timm_mixer import mixer_to_timm
 from vit_jax.checkpoint.pretrained.timm_tensors import to_timm
 from vit_jax.config.schema import RENAMED
 from vit_jax.models.variants import make_mixer, make_vit
@@ -65,15 +66,25 @@ def test_checkpoints_of_big_vision_are_those_of_the_names():
 
 def test_names_of_timm_are_those_of_what_is_written_for_it():
     model = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16, "patch_size": 4}
-    module = make_vit(**model, num_classes=3, num_registers=1)
-    shapes = jax.eval_shape(
-        lambda: module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)
-    )
-    params = {k: np.zeros(x.shape, np.float32) for k, x in flatten(shapes["params"]).items()}
+    params = init_params(make_vit(**model, num_classes=3, num_registers=1))
     tensors = to_timm(params, model={**model, "num_registers": 1}, grid=(2, 2))
     table = rows("from_timm.md")
     names = table[[row[0] for row in table].index(["patch_embed.proj"]) :]
-    assert len(names) == 10
+    assert len(names) == 13
+    check_names(names[:10], tensors, params)
+    sizes = {"hidden_size": 8, "num_layers": 1, "tokens_mlp_dim": 4, "channels_mlp_dim": 16}
+    params = init_params(make_mixer(**sizes, patch_size=4, num_classes=3))
+    check_names(names[10:], mixer_to_timm(params), params)
+
+
+def init_params(module):
+    shapes = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)
+    )
+    return {k: np.zeros(x.shape, np.float32) for k, x in flatten(shapes["params"]).items()}
+
+
+def check_names(names, tensors, params):
     for theirs, ours in names:
         for name in theirs:
             assert any(t == name or t.startswith(f"{name}.") for t in tensors), name

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from tests.checkpoint.pretrained.test_image_text import put
 from tests.trained import MIXER, write_model, write_towers
+from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors
 from vit_jax.export import stablehlo
 from vit_jax.export.__main__ import main
@@ -230,6 +231,18 @@ def test_parameters_that_no_file_can_hold_are_refused(place):
         check_size(model, what="onnx")
 
 
+def test_a_mixer_is_written_with_the_names_of_timm(place, tmp_path, said):
+    main(
+        [f"--checkpoint={place / 'mixer.npz'}", "--to=safetensors", f"--output={tmp_path / 'out'}"]
+    )
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert any("config.json: not written, so timm needs the arguments" in line for line in said)
+    ours = read_npz(place / "mixer.npz")
+    written = read_safetensors(tmp_path / "out" / "model.safetensors")
+    assert written.params.keys() == ours.params.keys()
+    assert written.model["activation"] == "gelu_tanh"
+
+
 def test_files_of_transformers_are_read_as_the_model(tmp_path):
     case = ROOT / "tests/testdata/torch/hf_dinov3/model.safetensors"
     main([f"--checkpoint={case}", "--to=transformers", f"--output={tmp_path / 'out'}"])
@@ -253,10 +266,6 @@ def test_files_of_transformers_are_read_as_the_model(tmp_path):
         (["--to=npz", "--output={place}"], "exists; remove it, or choose another name"),
         (["--to=npz", "--output=out", "--layer=encoded"], "has all layers; leave --layer out"),
         (["--to=stablehlo", "--output=out", "--layer=encode"], "layer='encode' is not one of"),
-        (
-            ["--to=safetensors", "--output=out", "--checkpoint={place}/mixer.npz"],
-            "no Vision Transformer; only",
-        ),
         (
             ["--to=transformers", "--output=out", "--checkpoint={place}/mixer.npz"],
             "--to=transformers: model.name='mixer' is no Vision Transformer, and only these",

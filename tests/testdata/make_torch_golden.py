@@ -20,10 +20,11 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from timm.layers import HybridEmbed, LayerNorm, StdConv2dSame, SwiGLUPacked
+from timm.layers import GluMlp, HybridEmbed, LayerNorm, StdConv2dSame, SwiGLUPacked
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.mlp_mixer import MlpMixer
 from timm.models.resnetv2 import ResNetV2, create_resnetv2_stem
 from timm.models.vision_transformer import VisionTransformer
 
@@ -85,13 +86,14 @@ def save_timm(
 ) -> None:
     """Saves a model of timm; `architecture` is the published one that has its options."""
     model = randomize(model, seed)
-    size = model.patch_embed.img_size
+    is_mixer = isinstance(model, MlpMixer)
+    size = (model.stem if is_mixer else model.patch_embed).img_size
     images = draw_images(*size)
     config = {
         "architecture": architecture,
         "global_pool": pool,
         "num_classes": model.num_classes,
-        "model_args": {"num_heads": heads},
+        "model_args": {} if is_mixer else {"num_heads": heads},
         "pretrained_cfg": {"input_size": [3, *size], **IMAGES},
     }
     tensors = model.state_dict()
@@ -100,7 +102,7 @@ def save_timm(
         model.load_state_dict({k: v.float() for k, v in tensors.items()})
     model = model.double()
     outputs = {"logits": run_timm(model, images)}
-    if not isinstance(model, Beit):  # See `save_resized_biases`.
+    if not isinstance(model, Beit | MlpMixer):  # See `save_resized_biases`; a Mixer has one size.
         model.set_input_size(img_size=OTHER_SIZE)  # It resizes the position embeddings.
         outputs["other_logits"] = run_timm(model, draw_images(*OTHER_SIZE))
     save_case(name, tensors, images, outputs, config=config)
@@ -311,6 +313,19 @@ def save_all_positions() -> None:
         save_timm(name, model, architecture=architecture, pool=pool, heads=4, seed=seed)
 
 
+def save_all_mixers() -> None:
+    """Saves Mixers whose MLPs compute the exact GELU, and gated ones."""
+    sizes = {"img_size": (32, 24), "patch_size": 8, "num_blocks": 2, "embed_dim": 32}
+    sizes |= {"num_classes": 5}
+    gated = {"mlp_ratio": (1.0, 4.0), "mlp_layer": GluMlp, "act_layer": torch.nn.SiLU}
+    cases = {
+        "timm_mixer": (MlpMixer(**sizes), "mixer_s32_224"),
+        "timm_mixer_gated": (MlpMixer(**sizes, **gated), "gmixer_12_224"),
+    }
+    for seed, (name, (model, architecture)) in enumerate(cases.items(), 50):
+        save_timm(name, model, architecture=architecture, pool="avg", heads=0, seed=seed)
+
+
 def save_all_transformers() -> None:
     tf = transformers
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -440,6 +455,7 @@ if __name__ == "__main__":
     save_all_timm()
     save_all_eva()
     save_all_positions()
+    save_all_mixers()
     save_all_transformers()
     save_resized_positions()
     save_resized_biases()

@@ -9,7 +9,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 
-from vit_jax.models.block_config import BlockConfig, Constrain, unconstrained
+from vit_jax.models.block_config import Activation, BlockConfig, Constrain, unconstrained
 from vit_jax.models.blocks import MlpBlock, StochasticDepth
 from vit_jax.models.heads import apply_head
 from vit_jax.models.lora import Lora
@@ -67,6 +67,7 @@ class MlpMixer(nn.Module, kw_only=True):
     channels_mlp_dim: int
     dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
+    activation: Activation = "gelu_tanh"
     head_bias_init: float = 0.0
     dtype: Dtype = "float32"
     float8: bool = False
@@ -88,6 +89,7 @@ class MlpMixer(nn.Module, kw_only=True):
         config = BlockConfig(
             mlp_dim=self.channels_mlp_dim,
             dropout_rate=self.dropout_rate,
+            activation=self.activation,
             dtype=self.dtype,
             float8=self.float8,
             lora=self.lora,

@@ -12,7 +12,7 @@ from vit_jax.checkpoint.pretrained.catalogue import count_repositories, list_mod
 from vit_jax.checkpoint.pretrained.hub import _open_hub
 from vit_jax.checkpoint.pretrained.load import check_source
 from vit_jax.checkpoint.pretrained.naflex import read_naflex
-from vit_jax.checkpoint.pretrained.names import TIMM_NAFLEX_PATCHES
+from vit_jax.checkpoint.pretrained.names import TIMM_MIXER_PATCHES, TIMM_NAFLEX_PATCHES
 from vit_jax.checkpoint.pretrained.rebuild import rebuild_model
 from vit_jax.checkpoint.pretrained.repositories import (
     REPOSITORIES,
@@ -21,6 +21,8 @@ from vit_jax.checkpoint.pretrained.repositories import (
     write_repositories,
 )
 from vit_jax.checkpoint.pretrained.timm import read_timm
+from vit_jax.checkpoint.pretrained.timm_mixer import read_timm_mixer
+from vit_jax.models.block_config import BlockConfig
 from vit_jax.utils.errors import UserError
 
 ROWS = load_repositories()
@@ -51,11 +53,15 @@ def test_every_row_is_complete():
 def test_a_model_of_each_family_is_read(name):
     example, row = EXAMPLES[name], ROWS[name]
     tensors = {n: np.ones(shape, np.uint8) for n, shape in example["shapes"].items()}
-    read = read_naflex if TIMM_NAFLEX_PATCHES in tensors else read_timm
-    weights = read(tensors, example["config"], None)
+    if TIMM_MIXER_PATCHES in tensors:
+        weights = read_timm_mixer(tensors, example["config"])
+    else:
+        read = read_naflex if TIMM_NAFLEX_PATCHES in tensors else read_timm
+        weights = read(tensors, example["config"], None)
     model = rebuild_model(weights)
-    assert model.num_heads == example["num_heads"]
-    assert model.norm_epsilon == example["norm_epsilon"]
+    assert getattr(model, "num_heads", None) == example["num_heads"]
+    epsilon = getattr(model, "norm_epsilon", BlockConfig.norm_epsilon)
+    assert epsilon == example["norm_epsilon"]
     assert _ACTIVATIONS[model.activation] == example["activation"]
     assert model.num_classes == row.num_classes
     assert model.num_layers == 2

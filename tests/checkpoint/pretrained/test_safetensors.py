@@ -31,13 +31,15 @@ from vit_jax.checkpoint.pretrained.weights import RELATIVE, Weights
 from vit_jax.data.ops.transforms import apply
 from vit_jax.data.preprocess import parse_preprocess
 from vit_jax.models.positions import resize_biases
-from vit_jax.models.variants import make_vit
+from vit_jax.models.variants import MODELS as MAKERS
 from vit_jax.utils.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "testdata" / "torch"
 CASES = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
 # Attention has a bias for each distance between patches, for one size of images.
 BEIT = {"timm_beit", "timm_beit_token"}
+# Its MLPs over patches are for one number of these.
+MIXERS = {"timm_mixer", "timm_mixer_gated"}
 # Of timm's ways to write the same parameters, those that differ from that of `write_safetensors`:
 # no biases, a class token that is not used, channels in another order, projections that are not one
 # matrix.
@@ -62,8 +64,9 @@ def copy_weights(name, folder):
 
 
 def make(model, num_classes):
-    assert model["name"] == "vit"
-    return make_vit(**{k: v for k, v in model.items() if k != "name"}, num_classes=num_classes)
+    return MAKERS[model["name"]](
+        **{k: v for k, v in model.items() if k != "name"}, num_classes=num_classes
+    )
 
 
 def run(model, params, image, num_classes):
@@ -156,7 +159,7 @@ def test_biases_by_distance_are_converted(name, tmp_path):
     assert last.startswith("read back: every parameter is the same")
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - BEIT))
+@pytest.mark.parametrize("name", sorted(set(CASES) - BEIT - MIXERS))
 def test_outputs_at_another_size_are_those_of_the_original_code(name):
     weights = read_case(name)
     params, notes = fill_model(rebuild_model(weights), weights, (48, 40, 3))
@@ -186,6 +189,7 @@ def check_outputs(name, weights, params, prefix):
     [
         ("timm_vit", "timm safetensors"),
         ("timm_hybrid", "timm hybrid safetensors"),
+        ("timm_mixer", "timm Mixer safetensors"),
         ("hf_vit", "Hugging Face ViT safetensors"),
         ("hf_deit", "Hugging Face DeiT safetensors"),
         ("hf_dinov2", "Hugging Face DINOv2 safetensors"),
@@ -1010,6 +1014,7 @@ def test_sizes_beside_the_arguments_of_timm_are_compared(tmp_path):
     ("name", "stem"),
     [
         ("timm_vit", "blocks."),
+        ("timm_mixer", "blocks."),
         ("hf_vit", "vit.encoder.layer."),
         ("hf_dinov2_registers", "encoder.layer."),
         ("timm_hybrid", "patch_embed.backbone.stages."),
@@ -1168,7 +1173,9 @@ def test_decoders_of_pre_training_are_dropped_with_a_note(tmp_path):
         assert "decoder: only for pre-training: dropped" in weights.notes
 
 
-@pytest.mark.parametrize("name", ["timm_vit", "timm_hybrid", "hf_vit", "hf_deit", "hf_dinov2"])
+@pytest.mark.parametrize(
+    "name", ["timm_vit", "timm_hybrid", "timm_mixer", "hf_vit", "hf_deit", "hf_dinov2"]
+)
 def test_wrapped_weights_are_read(name, tmp_path):
     tensors, _ = raw_tensors(GOLDEN / name / "model.safetensors")
     wrapped = {f"module._orig_mod.{n}": x for n, x in tensors.items()}

@@ -10,11 +10,13 @@ _T = TypeVar("_T")
 # The tensor that every Vision Transformer of timm, or of Hugging Face, has.
 TIMM_PATCHES = "patch_embed.proj.weight"
 TIMM_NAFLEX_PATCHES = "embeds.proj.weight"
+TIMM_MIXER_PATCHES = "stem.proj.weight"
 HUGGINGFACE_PATCHES = "embeddings.patch_embeddings.projection.weight"
 HUGGINGFACE_DINOV3_PATCHES = "embeddings.patch_embeddings.weight"
 _PATCHES = (
     TIMM_PATCHES,
     TIMM_NAFLEX_PATCHES,
+    TIMM_MIXER_PATCHES,
     HUGGINGFACE_PATCHES,
     HUGGINGFACE_DINOV3_PATCHES,
 )

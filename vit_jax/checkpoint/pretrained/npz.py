@@ -133,7 +133,7 @@ def read_npz(path: str | os.PathLike[str], *, subtree: str = "") -> Weights:
     weights = Weights(
         params=params,
         layout="big_vision npz" if is_big_vision else "published npz",
-        model=model | ({} if "image" in model else functions) | described.get("model", {}),
+        model=({} if "image" in model else functions) | model | described.get("model", {}),
         notes=tuple(notes),
         preprocess=described.get("preprocess", {"mean": 0.5, "std": 0.5} | images),
         **posemb,

@@ -30,6 +30,7 @@ from vit_jax.checkpoint.pretrained.image_text_config import to_huggingface_tenso
 from vit_jax.checkpoint.pretrained.image_text_tensors import is_image_text
 from vit_jax.checkpoint.pretrained.naflex import read_naflex
 from vit_jax.checkpoint.pretrained.names import (
+    TIMM_MIXER_PATCHES,
     TIMM_NAFLEX_PATCHES,
     TIMM_PATCHES,
     describe_family,
@@ -37,6 +38,11 @@ from vit_jax.checkpoint.pretrained.names import (
 )
 from vit_jax.checkpoint.pretrained.peft import Adapters
 from vit_jax.checkpoint.pretrained.timm import read_timm
+from vit_jax.checkpoint.pretrained.timm_mixer import (
+    mixer_to_linen,
+    mixer_to_timm,
+    read_timm_mixer,
+)
 from vit_jax.checkpoint.pretrained.timm_tensors import (
     columns_first,
     has_unused_token,
@@ -52,6 +58,7 @@ from vit_jax.checkpoint.pretrained.weights import (
     describe_model,
     describe_weights,
     find_grid,
+    infer_model,
     read_posemb,
 )
 from vit_jax.models.positions import FIXED_POSITIONS
@@ -176,6 +183,8 @@ def read_safetensors(
             weights = read_huggingface(tensors, config, processor, num_heads)
         elif TIMM_NAFLEX_PATCHES in tensors:
             weights = read_naflex(tensors, config, num_heads)
+        elif TIMM_MIXER_PATCHES in tensors:
+            weights = read_timm_mixer(tensors, config)
         elif TIMM_PATCHES in tensors:
             weights = read_timm(tensors, config, num_heads)
         else:
@@ -262,10 +271,14 @@ def write_safetensors(path: str | os.PathLike[str], weights: Weights) -> None:
         return
     if is_part(model.get("name")):
         raise UserError(f"{path}: timm has no {model['name']}; expected a file that ends in .npz")
-    stated = describe_model(arrays, rope_theta=None)
+    is_mixer = infer_model(arrays).get("name") == "mixer"
+    stated = infer_model(arrays) if is_mixer else describe_model(arrays, rope_theta=None)
     stated |= {key: model[key] for key in MODEL_KEYS if key in model}
     try:
-        tensors = to_timm(arrays, model=stated, grid=find_grid(stated, preprocess))
+        if is_mixer:
+            tensors = mixer_to_timm(arrays)
+        else:
+            tensors = to_timm(arrays, model=stated, grid=find_grid(stated, preprocess))
         if stated.get("position_embedding") in FIXED_POSITIONS:
             stated["position_embedding"] = "learned"  # The file stores them as learned ones.
         text = json.dumps(describe_weights(weights) | {"model": stated})
@@ -300,6 +313,9 @@ def _read_own(
 ) -> Weights:
     """Reads a file of `write_safetensors`, whose metadata describe the model."""
     model = {k: v for k, v in as_tuples(stated["model"]).items() if k in MODEL_KEYS}
+    if model["name"] == "mixer":
+        params, notes = mixer_to_linen(tensors), []
+        return _describe_own(params, infer_model(params) | model, stated, notes)
     unused = "cls_token" in tensors and has_unused_token(model)
     params, notes = to_linen(
         tensors,
@@ -313,15 +329,22 @@ def _read_own(
         if unused or "reg_token" in tensors
         else sum(name in tensors for name in ("cls_token", "dist_token")),
     )
+    model = describe_model(params, rope_theta=None) | model
+    return _describe_own(params, model, stated, [] if unused else notes)
+
+
+def _describe_own(
+    params: dict[str, np.ndarray], model: dict[str, Any], stated: dict[str, Any], notes: list[str]
+) -> Weights:
     return Weights(
         params=params,
         layout="vit_jax safetensors",
-        model=describe_model(params, rope_theta=None) | model,
+        model=model,
         preprocess=as_tuples(dict(stated["preprocess"])),
         **read_posemb(stated.get("posemb", {})),
         class_names=check_names(stated.get("class_names"), "its metadata"),
         loss=check_loss(stated.get("loss"), "its metadata"),
-        notes=() if unused else tuple(notes),
+        notes=tuple(notes),
     )
 
 

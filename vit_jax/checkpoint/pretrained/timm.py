@@ -215,8 +215,8 @@ def read_timm(
     if "resnet_layers" in model:
         model |= TIMM_RESNET
     _check_pooling(architecture, options, model, params)
-    preprocess, image_notes = _read_timm_images(config.get("pretrained_cfg", config))
-    names, name_notes = _read_names(config, params)
+    preprocess, image_notes = read_timm_images(config.get("pretrained_cfg", config))
+    names, name_notes = read_timm_names(config, params)
     if "image_size" in preprocess and "resnet_layers" not in model:
         more += _note_dropped_pixels(preprocess["image_size"], model)
     kind = "timm hybrid" if "resnet_layers" in model else "timm"
@@ -414,9 +414,10 @@ def _note_dropped_pixels(image_size: tuple[int, int], model: dict[str, Any]) -> 
     ]
 
 
-def _read_names(
+def read_timm_names(
     config: Mapping[str, Any], params: Mapping[str, np.ndarray]
 ) -> tuple[tuple[str, ...] | None, list[str]]:
+    """Returns the class names that config.json states, None without any, and notes."""
     images = config.get("pretrained_cfg") or {}
     found = [x.get(key) for x in (config, images) for key in ("label_names", "labels")]
     head = params.get("head/kernel")
@@ -535,7 +536,7 @@ def _find_positions(
     stated = options.get("no_embed_class")
     if stated is not None:
         usual = 0 if stated else sum(tokens)
-    size, key = _read_input_size(images), "pretrained_cfg.input_size"
+    size, key = read_input_size(images), "pretrained_cfg.input_size"
     if options.get("img_size") is not None:
         key = "model_args.img_size"
         size = read_pair(options["img_size"], f"{key} in config.json")
@@ -554,7 +555,7 @@ def _find_positions(
     return slots, grid, notes
 
 
-def _read_input_size(images: Mapping[str, Any]) -> tuple[int, int] | None:
+def read_input_size(images: Mapping[str, Any]) -> tuple[int, int] | None:
     """Returns (height, width) of the images, None if it is not stated."""
     size = images.get("input_size")
     if size is None:
@@ -632,11 +633,12 @@ def _read_timm_settings(
     return settings, [f"{who}: assuming {taken}, the defaults of timm"]
 
 
-def _read_timm_images(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def read_timm_images(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns `Weights.preprocess` of what config.json states of the images, and notes."""
     found: dict[str, Any] = {}
     if "mean" in config and "std" in config:
         found |= {key: read_colors(config[key]) for key in ("mean", "std")}
-    image_size = _read_input_size(config)
+    image_size = read_input_size(config)
     if image_size is None:
         return found, []
     height, width = found["image_size"] = image_size

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.checkpoint.pretrained.timm_mixer import find_mixer_arguments
 from vit_jax.checkpoint.pretrained.timm_tensors import TIMM_RESNET, columns_first, has_unused_token
 from vit_jax.checkpoint.pretrained.weights import (
     Weights,
@@ -22,6 +23,7 @@ from vit_jax.checkpoint.pretrained.weights import (
     image_size_of,
     infer_model,
 )
+from vit_jax.models.mixer import MlpMixer
 from vit_jax.utils.bounds import shorten
 
 _NORM_EPSILON, _CLIP_EPSILON = 1e-6, 1e-5
@@ -103,8 +105,12 @@ def make_timm_config(weights: Weights) -> tuple[dict[str, Any], list[str]]:
         raise ValueError("nothing states the size of the images")
     keys_biased = any(x.any() for p, x in weights.params.items() if _KEY_BIAS.match(p))
     grid = find_grid(model, weights.preprocess | {"image_size": size})
-    architecture, arguments = _find_arguments(model, grid, keys_biased=keys_biased)
-    pool = _POOLS[model["classifier"]]
+    is_mixer = model["name"] == "mixer"
+    if is_mixer:
+        architecture, arguments = find_mixer_arguments(model)
+    else:
+        architecture, arguments = _find_arguments(model, grid, keys_biased=keys_biased)
+    pool = _POOLS[MlpMixer.classifier if is_mixer else model["classifier"]]
     config: dict[str, Any] = {
         "architecture": architecture,
         "num_classes": num_classes,
@@ -117,7 +123,7 @@ def make_timm_config(weights: Weights) -> tuple[dict[str, Any], list[str]]:
             "fixed_input_size": True,
             "pool_size": None,
             "custom_load": False,
-            "first_conv": "patch_embed.proj",
+            "first_conv": "stem.proj" if is_mixer else "patch_embed.proj",
             "classifier": ["head", "head_dist"] if model.get("distillation_token") else "head",
             **images,
         },

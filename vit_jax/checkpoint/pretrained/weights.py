@@ -322,6 +322,7 @@ def describe_no_line(what: str) -> str:
 
 def _infer_mixer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     height, width, _, hidden = shapes["stem/kernel"]
+    gated = "MixerBlock_0/channel_mixing/gate/kernel" in shapes
     return {
         "name": "mixer",
         "patch_size": (height, width),
@@ -329,6 +330,7 @@ def _infer_mixer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "num_layers": _count(shapes, r"MixerBlock_(\d+)/"),
         "tokens_mlp_dim": shapes.get("MixerBlock_0/token_mixing/Dense_0/bias", (0,))[0],
         "channels_mlp_dim": shapes.get("MixerBlock_0/channel_mixing/Dense_0/bias", (0,))[0],
+        **({"activation": "swiglu"} if gated else {}),
     }
 
 
