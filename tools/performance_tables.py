@@ -41,6 +41,23 @@ def make_step_table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def make_profile_table(results: dict[str, Any]) -> list[str]:
+    """Of `benchmarks.step_profile`."""
+    found = results["results"]
+    columns = [(variant, peer) for variant in found for peer in found[variant]]
+    names = {"vit_jax": "vit_jax", "timm_eager": "timm"}
+    kinds = next(iter(found[columns[0][0]].values()))
+    return [
+        f"| milliseconds of a step | {' | '.join(f'{v}, {names[p]}' for v, p in columns)} |",
+        f"| --- |{' ---: |' * len(columns)}",
+        *(
+            f"| {kind} | {' | '.join(f'{found[v][p][kind]:,.0f}' for v, p in columns)} |"
+            for kind in kinds
+            if any(found[v][p][kind] for v, p in columns)
+        ),
+    ]
+
+
 def make_costs_table(results: dict[str, Any]) -> list[str]:
     """Of `benchmarks.costs`."""
     start, loop, save = (results["results"][part] for part in ("startup", "loop", "checkpoint"))
@@ -94,6 +111,7 @@ def _s(results: dict[str, float], name: str) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "step_cpu.json": make_step_table,
+    "step_profile.json": make_profile_table,
     "costs.json": make_costs_table,
     "commands.json": make_commands_table,
 }
