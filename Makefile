@@ -155,7 +155,7 @@ build/shards/readers.stamp:
 	@build/shards/bin/python -m pip install -qq --no-input --disable-pip-version-check \
 	  webdataset datasets spdl Pillow \
 	  || { echo "webdataset, datasets and spdl could not be installed: that needs a network." >&2; exit 1; }
-	@build/shards/bin/python -c "import spdl.io; spdl.io.demux_image" || { echo "build/shards can't import spdl.io:" \
+	@build/shards/bin/python -c "import spdl.io; spdl.io.ImageFrames" || { echo "build/shards can't import spdl.io:" \
 	  "it needs the shared libraries of FFmpeg (Debian: ffmpeg)." >&2; exit 1; }
 	@touch $@
 
