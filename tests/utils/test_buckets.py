@@ -60,6 +60,20 @@ def test_only_one_of_two_conditional_writes_succeeds(bucket, scheme):
 
 
 @SCHEMES
+def test_all_objects_that_are_there_are_downloaded_beside_one_that_is_not(bucket, scheme, tmp_path):
+    names = [f"{i:02}" for i in range(4 * buckets._THREADS)]
+    for name in names:
+        bucket.write(name, name.encode())
+    wanted = [("missing", tmp_path / "missing", 0)]
+    wanted += [(name, tmp_path / name, 0) for name in names[:-1]]
+    wanted += [(names[-1], tmp_path / names[-1], buckets._LARGE)]
+    with pytest.raises(FileNotFoundError) as caught:
+        bucket.download(wanted)
+    assert caught.value.filename == f"{bucket.url}/missing"
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {n: n for n in names}
+
+
+@SCHEMES
 def test_an_unchanged_object_is_not_read_again(bucket, scheme):
     bucket.write("a", b"1")
     content, known = bucket.read_if_new("a", None)

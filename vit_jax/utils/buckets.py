@@ -203,18 +203,22 @@ class Bucket:
         """Reads objects into files, each with about how many bytes it has.
 
         Raises:
-          FileNotFoundError: there is no such object.
+          FileNotFoundError: there is no such object; all others were read.
         """
+        missing: list[str] = []
 
         def fetch(one: tuple[str, Path, int]) -> None:
             name, path, _ = one
             content, _ = self.read(name)
-            if content is None:
-                raise FileNotFoundError(2, "there is no such object", f"{self.url}/{name}")
+            if content is None:  # An error here would leave the others unread.
+                missing.append(name)
+                return
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
 
         self.each(objects, fetch, lambda one: one[2])
+        if missing:
+            raise FileNotFoundError(2, "there is no such object", f"{self.url}/{min(missing)}")
 
     def delete(self, names: Iterable[str]) -> None:
         """Deletes objects; those that do not exist are none."""

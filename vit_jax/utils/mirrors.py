@@ -271,7 +271,7 @@ class Mirror:
             and (names is None or name in names)
             and not (checkpoint / name).exists()
         ]
-        with contextlib.suppress(FileNotFoundError):  # As before.
+        with contextlib.suppress(FileNotFoundError):  # The caller finds what is missing.
             self.bucket.download(missing)
 
     def list_missing(self, checkpoint: Path) -> list[str]:
