@@ -192,7 +192,7 @@ def main(argv: Sequence[str]) -> None:
             ratios = (row[f"{key}_of_vit_jax"] for key in ("images_per_sec", "images_per_core"))
             pairs = (f"{v:>10,.0f}{r:>8.2f}" for v, r in zip(values, ratios, strict=True))
             last = "".join(f"{row[key]:>{n}.{d}f}" for key, n, d in _LAST)
-            print(f"{name:<20}{''.join(pairs)}{last}")
+            print(f"{name:<20}{''.join(pairs)}{last}", flush=True)
         results[kind] = {"mean_kb": round(float(np.mean(sizes)) / 1000, 1), "loaders": table}
     if args.json:
         notes = {

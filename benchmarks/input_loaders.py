@@ -173,13 +173,16 @@ def in_processes(make, threads):
     def work(worker, parent):
         threading.Thread(target=end_with, args=(parent,), daemon=True).start()
         random.seed(worker)
-        images = make(worker)
-        while True:
-            slot = free[worker].get()
-            batch = np.frombuffer(memories[worker], np.uint8, nbytes, slot * nbytes).reshape(shape)
-            for row in batch:
-                row[:] = next(images)
-            filled.put((worker, slot))
+        try:
+            images = make(worker)
+            while True:
+                slot = free[worker].get()
+                memory = np.frombuffer(memories[worker], np.uint8, nbytes, slot * nbytes)
+                for row in memory.reshape(shape):
+                    row[:] = next(images)
+                filled.put((worker, slot))
+        finally:  # It has failed, with a traceback.
+            filled.put((worker, None))
 
     for worker in range(threads):
         for slot in range(slots):
@@ -187,6 +190,8 @@ def in_processes(make, threads):
         context.Process(target=work, args=(worker, os.getpid()), daemon=True).start()
     while True:
         worker, slot = filled.get()
+        if slot is None:
+            sys.exit(f"process {worker} of the loader has failed")
         yield BATCH
         free[worker].put(slot)
 
@@ -257,6 +262,7 @@ def spdl(dataset, threads):
         line += f"{',hflip' * flip},format=pix_fmts=rgb24"
         return spdl.io.decode_packets(packets, filter_desc=line)
 
+    decode(next(read()))  # The pipeline would leave out what can't be decoded, and wait for ever.
     builder = PipelineBuilder().add_source(read()).pipe(decode, concurrency=threads)
     builder = builder.aggregate(BATCH).pipe(spdl.io.convert_frames)
     pipeline = builder.add_sink(2).build(num_threads=threads)
