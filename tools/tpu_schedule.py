@@ -2,8 +2,9 @@
 """Counts the cycles of the attention kernels for TPUs in the schedules that libtpu makes.
 
 XLA estimates no cycles of kernels of Pallas. libtpu can write down which instructions it starts in
-each cycle; for these kernels, which branch only at the end of a loop, their number is the time of
-one group of heads. `vit_jax.runtime.chips` takes its `exponentials` from these numbers. No TPU is
+each cycle; for these kernels, which branch only at the end of a loop over groups of heads, their
+number is the time of one group. With many tokens there is a loop over queries too, and no number.
+`vit_jax.runtime.chips` takes its `exponentials` from these numbers. No TPU is
 needed.
 
 python -m tools.tpu_schedule --topology=v5e:2x2 --tokens=197 --heads=12 --head_dim=64
@@ -29,28 +30,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head_dim", type=int, default=64)
     args = parser.parse_args(argv)
+    from vit_jax.models.attention_tpu import divide_work
+
+    sizes = args.tokens, args.heads, args.head_dim, 2
+    division = divide_work(*sizes, rows=False, backward=True)
+    if division is None or division.queries < args.tokens:
+        parser.error(f"--tokens={args.tokens}: expected few enough that their scores fit into VMEM")
     with tempfile.TemporaryDirectory() as folder:
         # Read when libtpu is loaded.
         os.environ["LIBTPU_INIT_ARGS"] = (
             f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
             + os.environ.get("LIBTPU_INIT_ARGS", "")
         )
-        group = compile_kernels(args.topology, args.tokens, args.heads, args.head_dim)
+        compile_kernels(args.topology, args.tokens, args.heads, args.head_dim)
         for name in KERNELS:
             (path,) = Path(folder).glob(f"*{name}*schedule-analysis_final_bundles.txt")
             cycles = count_cycles(path.read_text())
+            each = cycles / division.group
             print(
-                f"{name}: {cycles:,} cycles for {group} heads of {args.head_dim} channels and "
-                f"{args.tokens} tokens on {args.topology}, {cycles / group:,.0f} for one"
+                f"{name}: {cycles:,} cycles for {division.group} heads of {args.head_dim} channels "
+                f"and {args.tokens} tokens on {args.topology}, {each:,.0f} for one"
             )
 
 
-def compile_kernels(topology: str, tokens: int, heads: int, head_dim: int) -> int:
-    """Compiles attention and its gradient, and returns how many heads a kernel takes at once."""
+def compile_kernels(topology: str, tokens: int, heads: int, head_dim: int) -> None:
+    """Compiles attention and its gradient."""
     import jax
     import jax.numpy as jnp
 
-    from vit_jax.models.attention_tpu import group_heads, tpu_attention
+    from vit_jax.models.attention_tpu import tpu_attention
     from vit_jax.planning.topologies import make_devices, parse_topology
 
     jax.config.update("jax_platforms", "cpu")
@@ -63,7 +71,6 @@ def compile_kernels(topology: str, tokens: int, heads: int, head_dim: int) -> in
         return out, backward(gradient)
 
     jax.jit(both).lower(x, x, x, x).compile()
-    return group_heads(heads, head_dim)
 
 
 def count_cycles(analysis: str) -> int:

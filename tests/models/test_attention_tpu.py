@@ -16,7 +16,8 @@ from tests.tiny import PACKED, tiny_config
 from vit_jax.config.load import override_config
 from vit_jax.config.reduced import reduce_for_planning
 from vit_jax.models import attention, attention_tpu
-from vit_jax.models.attention_tpu import fits_vmem, group_heads, tpu_attention
+from vit_jax.models.attention_tpu import divide_work, fits_vmem, group_heads, tpu_attention
+from vit_jax.models.block_config import unconstrained
 from vit_jax.models.flops import count_flops
 from vit_jax.models.patches import Segments
 from vit_jax.models.variants import make_vit
@@ -100,12 +101,44 @@ def test_what_does_not_fit_vmem_at_once_is_split(packed, monkeypatch):
     ids = draw_ids(16) if packed else None
     want = formula(*arrays, None, ids)
     # Room for one group of two heads, of three, and for the scores of one head.
-    room = attention_tpu._score_bytes(16) + (attention_tpu._mask_bytes(16) if packed else 0)
+    room = attention_tpu._score_bytes(16, 16) + packed * attention_tpu._mask_bytes(16, 16)
     monkeypatch.setattr(attention_tpu, "VMEM_BYTES", room + 8 * 2 * 16 * 128 * 4)
     assert fits_vmem(16, 6, 64, 4, rows=packed)
     emulated = jax.jit(emulate.__wrapped__)(*arrays, ids=ids)
     for got, exact in zip(emulated, want, strict=True):
         np.testing.assert_allclose(got, exact, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "head_dim", "length", "groups", "last"),
+    [
+        (512, 4, 64, None, 2, 0),
+        (300, 2, 72, 290, 1, 44),  # heads that cross rows, and a last block of fewer queries
+        (257, 2, 64, None, 1, 129),  # no last block of one query
+    ],
+)
+def test_queries_of_long_sequences_are_taken_in_blocks(
+    tokens, heads, head_dim, length, groups, last, packed, monkeypatch
+):
+    arrays = draw((2, tokens, heads, head_dim))
+    if length is not None:
+        arrays[3] = arrays[3].at[:, length:].set(0)
+    ids = draw_ids(tokens) if packed else None
+    # Room for the groups, and for the scores of 128 queries and of those that remain.
+    channels = heads * head_dim // groups
+    room = groups * 7 * attention_tpu._block_bytes(tokens, channels, 4)
+    room += sum(attention_tpu._score_bytes(tokens, queries) for queries in (128, last))
+    room += attention_tpu._sum_bytes(tokens, channels)
+    room += packed * attention_tpu._mask_bytes(tokens, 128)
+    monkeypatch.setattr(attention_tpu, "VMEM_BYTES", room)
+    divided = divide_work(tokens, heads, head_dim, 4, rows=packed, backward=True)
+    assert (divided.queries, divided.last, divided.groups) == (128, last, groups)
+    results = jax.jit(emulate.__wrapped__, static_argnames="length")(
+        *arrays, length=length, ids=ids
+    )
+    for got, want in zip(results, formula(*arrays, length, ids), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
 def test_heads_are_computed_in_whole_rows_of_registers():
@@ -115,10 +148,36 @@ def test_heads_are_computed_in_whole_rows_of_registers():
 
 @pytest.mark.parametrize(
     ("tokens", "heads", "head_dim", "fits"),
-    [(197, 12, 64, True), (577, 16, 64, True), (257, 16, 88, True), (1025, 16, 64, False)],
+    [
+        (197, 12, 64, True),
+        (577, 16, 64, True),
+        (257, 16, 88, True),
+        (1025, 16, 64, True),
+        (2500, 16, 64, False),
+    ],
 )
 def test_long_sequences_do_not_fit(tokens, heads, head_dim, fits):
     assert fits_vmem(tokens, heads, head_dim, 2) == fits
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_does_not_fit_is_computed_in_memory(packed, monkeypatch):
+    monkeypatch.setattr(attention_tpu, "VMEM_BYTES", 0)
+    arrays = draw((2, 20, 4, 64))
+    segments = Segments(draw_ids(20), 3) if packed else None
+
+    @jax.jit
+    def attend(q, k, v, gradient):
+        attend = functools.partial(
+            attention.pallas_attention, constrain=unconstrained, segments=segments
+        )
+        out, backward = jax.vjp(attend, q, k, v)
+        return out, *backward(gradient)
+
+    for got, want in zip(
+        attend(*arrays), formula(*arrays, None, segments and segments.ids), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -135,7 +135,8 @@ def choose(device=None, *, hidden_size=768, num_tokens=197, **options):
         ({"device": TPU, "attention": "fused"}, "pallas"),
         ({"device": TPU, "attention": "pallas"}, "pallas"),
         ({"device": TPU, "num_tokens": 50}, "xla"),
-        ({"device": TPU, "num_tokens": 1025}, "xla"),  # scores do not fit into VMEM
+        ({"device": TPU, "num_tokens": 1025}, "pallas"),
+        ({"device": TPU, "num_tokens": 2500}, "xla"),  # scores do not fit into VMEM
         ({"device": TPU, "causal": True}, "xla"),  # its kernel has no causal mask
         ({"causal": True}, "fused"),
         ({"device": TPU, "dtype": jnp.float32}, "xla"),
@@ -158,7 +159,7 @@ def test_auto_goes_by_device_dtype_and_sizes(changes, want):
     ("changes", "need"),
     [
         ({"device": CPU}, r"a TPU, or an NVIDIA GPU from Ampere on \(this is cpu\)"),
-        ({"device": TPU, "num_tokens": 1025}, r"fit into VMEM \(an image has 1025 tokens\)"),
+        ({"device": TPU, "num_tokens": 2500}, r"fit into VMEM \(an image has 2500 tokens\)"),
         ({"device": TPU, "num_heads": 4}, "128 channels in a head"),
         ({"device": gpu("7.0")}, "from Ampere on"),
         ({"dtype": jnp.float32}, "precision='bfloat16'"),

@@ -108,18 +108,30 @@ def pallas_attention(
 ) -> jax.Array:
     """`attention_tpu.tpu_attention` of arrays that `constrain` shards: nothing is gathered.
 
-    Takes and returns `[batch, tokens, heads, head_dim]`.
+    Takes and returns `[batch, tokens, heads, head_dim]`. Scores that a device has no room for, such
+    as those of larger images in an evaluation, are computed in memory.
     """
     # Pallas takes a while to import.
-    from vit_jax.models.attention_tpu import tpu_attention
+    from vit_jax.models import attention_tpu
+
+    def attend(
+        query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array | None = None
+    ) -> jax.Array:
+        """Attention of the images and heads of a device."""
+        _, tokens, heads, head_dim = query.shape
+        itemsize = query.dtype.itemsize
+        if attention_tpu.fits_vmem(tokens, heads, head_dim, itemsize, rows=ids is not None):
+            return attention_tpu.tpu_attention(query, key, value, ids)
+        mask = None if ids is None else ids[:, None, :, None] == ids[:, None, None]
+        return jax.nn.dot_product_attention(query, key, value, mask=mask)
 
     arrays, names = [query, key, value], [("batch", None, "heads", None)] * 3
     if segments is not None:
         arrays, names = [*arrays, segments.ids], [*names, ("batch", None)]
     map_shards = getattr(constrain, "map_shards", None)
     if map_shards is None:
-        return tpu_attention(*arrays)
-    return map_shards(tpu_attention, arrays, names)
+        return attend(*arrays)
+    return map_shards(attend, arrays, names)
 
 
 def fused_attention(

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of short sequences as one kernel for TPUs: the scores of a head stay in its VMEM.
+"""Attention of images as one kernel for TPUs: the scores of a head stay in its VMEM.
 
-An image of a ViT has a few hundred tokens, so all scores of a head fit into VMEM, and the blocks
-and running sums of FlashAttention (arXiv:2205.14135) are not needed. The backward pass computes the
-scores again. The arithmetic is that of arXiv:1706.03762, section 3.2: products with float32 sums,
-and a float32 softmax whose weights are rounded to the dtype of the values.
+An image of a ViT has a few hundred tokens, so all scores of a head fit into VMEM. Of up to some two
+thousand tokens those of a block of queries do, with all keys: the running maxima and sums of
+FlashAttention (arXiv:2205.14135) are not needed. The backward pass computes the scores again. The
+arithmetic is that of arXiv:1706.03762, section 3.2: products with float32 sums, and a float32
+softmax whose weights are rounded to the dtype of the values.
 """
 
 import dataclasses
@@ -61,11 +62,11 @@ def tpu_attention(
 def _attention(
     query: Any, key: Any, value: Any, ids: Any, head_dim: int, length: int, interpret: bool
 ) -> jax.Array:
-    return _call(_forward_heads, (query, key, value), ids, 1, head_dim, length, interpret)[0]
+    return _call((query, key, value), ids, head_dim, length, interpret)[0]
 
 
 def _save(query: Any, key: Any, value: Any, ids: Any, *static: Any) -> tuple[Any, Any]:
-    out = _call(_forward_heads, (query, key, value), ids, 1, *static)[0]
+    out = _call((query, key, value), ids, *static)[0]
     return out, (query, key, value, ids)
 
 
@@ -73,9 +74,8 @@ def _differentiate(
     head_dim: int, length: int, interpret: bool, saved: Any, gradient: Any
 ) -> tuple[Any, ...]:
     *arrays, ids = saved
-    arrays = (*arrays, gradient)
     # Integers have no gradient.
-    return *_call(_backward_heads, arrays, ids, 3, head_dim, length, interpret), None
+    return *_call((*arrays, gradient), ids, head_dim, length, interpret), None
 
 
 _attention.defvjp(_save, _differentiate)
@@ -84,9 +84,10 @@ _attention.defvjp(_save, _differentiate)
 def _forward_heads(
     heads: Sequence["_Head"], same: jax.Array | None, *, scale: float, length: int
 ) -> list[Any]:
-    """Attention of some heads: for each a tuple of float32 `[tokens, window]`.
+    """Attention of some heads: for each a tuple of float32 `[queries, window]`.
 
-    All heads take each step together, so that one can use the units that another waits for.
+    All heads take each step together, so that one can use the units that another waits for. `same`
+    is what `_mask` takes.
     """
     scores = [_dot(h.arrays[0], h.only(h.arrays[1]), _NT) * scale for h in heads]
     weights = [_softmax(_mask(s, same, length, 1), 1) for s in scores]
@@ -100,6 +101,8 @@ def _backward_heads(
     heads: Sequence["_Head"], same: jax.Array | None, *, scale: float, length: int
 ) -> list[Any]:
     """Gradients of query, key and value of some heads, each float32 `[tokens, window]`.
+
+    Those of keys and values are what these queries add to them.
 
     Scores are `[keys, queries]`, so that sums over keys add rows rather than lanes, and only one of
     the five products has a transposed left operand.
@@ -135,7 +138,7 @@ def _dot(a: jax.Array, b: jax.Array, dims: Any) -> jax.Array:
 def _mask(scores: jax.Array, same: jax.Array | None, length: int, axis: int) -> jax.Array:
     """Scores of the keys, which are along `axis`, from `length` on become -inf.
 
-    So do those that are not `same`, bool `[tokens, tokens]`, which is symmetric.
+    So do those that are not `same`, bool in the shape of the scores.
     """
     if same is not None:
         scores = jnp.where(same, scores, -jnp.inf)
@@ -150,43 +153,102 @@ def _softmax(scores: jax.Array, axis: int) -> jax.Array:
     return weights * (1 / weights.sum(axis=axis, keepdims=True))
 
 
-def group_heads(num_heads: int, head_dim: int) -> int:
+def group_heads(num_heads: int, head_dim: int, *, at_most: int = HEADS_AT_ONCE) -> int:
     """Number of heads that fill whole rows of registers; all of them if these have no such groups.
 
-    With 64 channels two heads share a row. Of small groups, those of up to four heads are one.
+    With 64 channels two heads share a row. Of small groups, those of up to `at_most` heads are one.
     """
     together = LANES // math.gcd(head_dim, LANES)
     sizes = [together * n for n in range(1, HEADS_AT_ONCE + 1) if num_heads % (together * n) == 0]
-    return max((size for size in sizes if size <= HEADS_AT_ONCE), default=min([*sizes, num_heads]))
+    return max((size for size in sizes if size <= at_most), default=min([*sizes, num_heads]))
 
 
 def fits_vmem(
     num_tokens: int, num_heads: int, head_dim: int, itemsize: int, *, rows: bool = False
 ) -> bool:
-    """Whether the kernels have room for the scores of a head, and for a group of heads.
+    """Whether the kernels have room for a group of heads, and the scores of some queries of one.
 
     With `rows` there is a mask too, of the images of a row.
     """
-    block = 7 * _block_bytes(num_tokens, num_heads, head_dim, itemsize)
-    mask = _mask_bytes(num_tokens) if rows else 0
-    return block + mask + _score_bytes(num_tokens) <= VMEM_BYTES
+    return (
+        divide_work(num_tokens, num_heads, head_dim, itemsize, rows=rows, backward=True) is not None
+    )
 
 
-def _score_bytes(num_tokens: int) -> int:
-    """Size of the scores of a head in the backward pass, and of what is computed from them."""
-    return 5 * 4 * _round_up(num_tokens, 8) * _round_up(num_tokens, LANES)
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How a kernel divides its work.
+
+    Attributes:
+      queries: number of them whose scores are computed at a time: all, or some in a loop.
+      last: number of those that the loop leaves.
+      group: number of heads that fill whole rows of registers, whose channels are loaded together.
+      at_once: number of heads of a group that are computed side by side.
+      groups: number of groups that VMEM has at a time.
+    """
+
+    queries: int
+    last: int
+    group: int
+    at_once: int
+    groups: int
 
 
-def _mask_bytes(num_tokens: int) -> int:
+def divide_work(
+    num_tokens: int, num_heads: int, head_dim: int, itemsize: int, *, rows: bool, backward: bool
+) -> Division | None:
+    """Chooses how a kernel divides its work; None if VMEM has no room for the least of it.
+
+    Args:
+      num_tokens, num_heads, head_dim: of an image or a row.
+      itemsize: bytes of a number in the arrays.
+      rows: whether there is a mask, of the images of a row.
+      backward: whether it computes gradients.
+    """
+    whole = num_tokens, group_heads(num_heads, head_dim)
+    # Cycles are about the same for all numbers of queries; few of them leave room for tokens.
+    few = LANES, group_heads(num_heads, head_dim, at_most=1)
+    for queries, group in (whole, few) if num_tokens > LANES else (whole,):
+        scores = _score_bytes(num_tokens, queries)
+        last = num_tokens % queries
+        if last == 1:  # libtpu 0.0.42 can't compile the products of a single one.
+            last += queries
+        # The memory of heads is used again, but what is behind the loop has some apart.
+        room = VMEM_BYTES - scores - _score_bytes(num_tokens, last)
+        room -= rows * _mask_bytes(num_tokens, queries)
+        if backward and queries < num_tokens:
+            room -= _sum_bytes(num_tokens, group * head_dim)
+        arrays = (7 if backward else 4) * _block_bytes(num_tokens, group * head_dim, itemsize)
+        if room < arrays:
+            continue
+        at_once = min(group, HEADS_AT_ONCE, max(1, VMEM_BYTES * 3 // 4 // scores))
+        # As many groups as there is room for, so that they are fetched in few blocks.
+        most, all_groups = room // arrays, num_heads // group
+        groups = max(n for n in range(1, all_groups + 1) if all_groups % n == 0 and n <= most)
+        return Division(queries, last, group, at_once, groups)
+    return None
+
+
+def _score_bytes(num_tokens: int, queries: int) -> int:
+    """Size of the scores of heads in the backward pass, and of what is computed from them."""
+    arrays = 7 if queries == num_tokens else 5  # that libtpu 0.0.42 holds at a time
+    return arrays * 4 * _round_up(num_tokens, 8) * _round_up(queries, LANES)
+
+
+def _mask_bytes(num_tokens: int, queries: int) -> int:
     """Size of the mask of a row, and twice that of the numbers that it is computed from."""
     rows, lanes = _round_up(num_tokens, 8), _round_up(num_tokens, LANES)
-    return 4 * (rows * lanes + 2 * (rows * LANES + 8 * lanes))
+    return 4 * (rows * _round_up(queries, LANES) + 2 * (rows * LANES + 8 * lanes))
 
 
-def _block_bytes(num_tokens: int, num_heads: int, head_dim: int, itemsize: int) -> int:
+def _sum_bytes(num_tokens: int, channels: int) -> int:
+    """Size of the gradients of keys and values of a group, which are summed over the queries."""
+    return 2 * 4 * _round_up(num_tokens, 8) * _round_up(channels, LANES)
+
+
+def _block_bytes(num_tokens: int, channels: int, itemsize: int) -> int:
     """Size of a group of heads of one array: twice, since the next block is fetched meanwhile."""
-    width = _round_up(group_heads(num_heads, head_dim) * head_dim, LANES)
-    return 2 * _round_up(num_tokens, 16) * width * itemsize
+    return 2 * _round_up(num_tokens, 16) * _round_up(channels, LANES) * itemsize
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -194,58 +256,90 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _call(
-    kernel: Any,
     arrays: Sequence[jax.Array],
     ids: jax.Array | None,
-    num_results: int,
     head_dim: int,
     length: int,
     interpret: bool,
 ) -> list[jax.Array]:
-    """Runs `kernel` on all heads of arrays `[batch, tokens, channels]`, and returns such.
+    """Runs a kernel on all heads of arrays `[batch, tokens, channels]`, and returns such.
 
-    `ids` are those of `tpu_attention`.
+    Queries, keys and values give the output; with its gradient, their gradients. `ids` are those of
+    `tpu_attention`.
     """
     batch, tokens, width = arrays[0].shape
-    num_heads = width // head_dim
-    group = group_heads(num_heads, head_dim) * head_dim
+    num_heads, itemsize, backward = width // head_dim, arrays[0].dtype.itemsize, len(arrays) == 4
+    kernel, num_results = (_backward_heads, 3) if backward else (_forward_heads, 1)
     # As a column and as a row, since a kernel would take long to transpose one of them.
     masks = () if ids is None else (ids[:, :, None], ids[:, None, :])
-    at_once = min(HEADS_AT_ONCE, max(1, VMEM_BYTES // 2 // _score_bytes(tokens)))
-    # A block has as many groups as there is room for, so that there are few of them.
-    size = _block_bytes(tokens, num_heads, head_dim, arrays[0].dtype.itemsize)
-    room = VMEM_BYTES - at_once * _score_bytes(tokens) - (_mask_bytes(tokens) if masks else 0)
-    most = max(1, room // (size * (len(arrays) + num_results)))
-    groups = width // group
-    blocked = max(n for n in range(1, groups + 1) if groups % n == 0 and n <= most)
+    division = divide_work(
+        tokens, num_heads, head_dim, itemsize, rows=ids is not None, backward=backward
+    )
+    if division is None:
+        raise ValueError(f"{tokens} tokens of {num_heads} x {head_dim} channels do not fit VMEM")
+    queries, group = division.queries, division.group * head_dim
+    # Of the arrays and the results, the first and the fourth have rows of queries.
+    of_queries = 0, 3
 
     def body(*refs: Any) -> None:
-        def one_group(index: Any, _: Any) -> None:
-            start = pl.multiple_of(index * group, LANES) if blocked > 1 else 0
-            loaded = [ref[0, :, pl.ds(start, group)] for ref in refs[: len(arrays)]]
-            same = refs[len(arrays)][0] == refs[len(arrays) + 1][0] if masks else None
+        operands, refs = refs[: len(arrays)], refs[len(arrays) :]
+        numbers, refs = refs[: len(masks)], refs[len(masks) :]
+        results, sums = refs[:num_results], refs[num_results:]
+
+        def some_queries(start: Any, first_query: Any, count: int) -> None:
+            """Computes what queries of a group give, from channel `start` on."""
+            rows = [pl.ds(first_query, count) if i in of_queries else slice(None) for i in range(4)]
+            loaded = [ref[0, rows[i], pl.ds(start, group)] for i, ref in enumerate(operands)]
+            same = None
+            if numbers:
+                column, row = numbers
+                same = column[0] == row[0, :, rows[0]] if backward else column[0, rows[0]] == row[0]
             heads = _split_heads(loaded, head_dim)
             found: list[Any] = []
-            for first in range(0, len(heads), at_once):
-                some = heads[first : first + at_once]
+            for first in range(0, len(heads), division.at_once):
+                some = heads[first : first + division.at_once]
                 found += kernel(some, same, scale=1 / math.sqrt(head_dim), length=length)
-            for ref, values in zip(refs[-num_results:], zip(*found, strict=True), strict=True):
+            for i, values in enumerate(zip(*found, strict=True)):
                 for tile, value in _join_heads(heads, values).items():
-                    ref[0, :, pl.ds(start + tile, value.shape[1])] = value.astype(ref.dtype)
+                    if sums and i not in of_queries:
+                        sums[i - 1][:, pl.ds(tile, value.shape[1])] += value
+                    else:
+                        channels = pl.ds(start + tile, value.shape[1])
+                        results[i][0, rows[i], channels] = value.astype(results[i].dtype)
 
-        if blocked == 1:
+        def one_group(index: Any, _: Any) -> None:
+            start = pl.multiple_of(index * group, LANES) if division.groups > 1 else 0
+            if queries == tokens:
+                some_queries(start, 0, tokens)
+                return
+            for total in sums:
+                total[...] = jnp.zeros(total.shape, total.dtype)
+
+            def one_block(block: Any, _: Any) -> None:
+                some_queries(start, pl.multiple_of(block * queries, LANES), queries)
+
+            jax.lax.fori_loop(0, (tokens - division.last) // queries, one_block, None)
+            if division.last:
+                some_queries(start, tokens - division.last, division.last)
+            for result, total in zip(results[1:], sums, strict=True):
+                result[0, :, pl.ds(start, group)] = total[...].astype(result.dtype)
+
+        if division.groups == 1:
             one_group(0, None)
         else:
-            jax.lax.fori_loop(0, blocked, one_group, None)
+            jax.lax.fori_loop(0, division.groups, one_group, None)
 
-    spec = pl.BlockSpec((1, tokens, blocked * group), lambda image, part: (image, 0, part))
-    whole = [pl.BlockSpec((1, *x.shape[1:]), lambda image, part: (image, 0, 0)) for x in masks]
+    block = (1, tokens, division.groups * group)
+    scratch = [pltpu.VMEM((tokens, group), jnp.float32)] * 2
+    spec = pl.BlockSpec(block, lambda image, part: (image, 0, part))
+    of_image = [pl.BlockSpec((1, *x.shape[1:]), lambda image, part: (image, 0, 0)) for x in masks]
     return pl.pallas_call(
         body,
-        grid=(batch, groups // blocked),
-        in_specs=[spec] * len(arrays) + whole,
+        grid=(batch, width // block[2]),
+        in_specs=[spec] * len(arrays) + of_image,
         out_specs=[spec] * num_results,
         out_shape=[jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)] * num_results,
+        scratch_shapes=scratch if backward and queries < tokens else [],
         # A chip of two cores gives half of the images to each.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         cost_estimate=_estimate_cost(arrays[0], masks, head_dim, len(arrays), num_results),
