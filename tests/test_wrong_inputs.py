@@ -266,6 +266,7 @@ CASES = {
         (MODEL + "--format=xml photos", ["--format", "'xml'", "csv"]),
         (MODEL + "--output=out.xml photos", ["--output=out.xml", "csv"]),
         (MODEL + "--output=empty.txt photos", ["--output=empty.txt", "exists"]),
+        (MODEL + "--output=gs://b/x.csv photos", ["--output", "'gs://b/x.csv'", "on this machine"]),
         (MODEL + "--embed photos", ["--output is missing", "features.npz"]),
         (MODEL + "--embed --layer=hed --output=f.npz photos", ["layer='hed'", "pre_logits"]),
         (MODEL + "--depth=new photos", ["--depth=new", "the depth of each pixel", "'depth'"]),
@@ -385,6 +386,7 @@ CASES = {
     ],
     "explain": [
         (MODEL + "photos", ["--output is missing", "a folder"]),
+        (MODEL + "--output=s3://b/x photos", ["--output", "'s3://b/x'", "on this machine"]),
         (MODEL + "--output=empty.txt photos", ["--output=empty.txt", "exists"]),
         (MODEL + "--output=seen -", ["IMAGES", "vit_jax.predict"]),
         (TOWERS + "--output=seen --labels=a,b photos", ["--labels=a,b", "takes no texts"]),
@@ -418,6 +420,8 @@ CASES = {
         ("", ["SRC", "required", "--help"]),
         ("--workdir=none", ["--workdir=none", "is no folder", "does not exist"]),
         ("run model.npz --workdir=run", ["SRC=run", "--workdir=run", "expected one"]),
+        ("run gs://b/x.npz", ["DST", "'gs://b/x.npz'", "on this machine"]),
+        ("--workdir=run gs://b/x.npz", ["DST", "'gs://b/x.npz'", "on this machine"]),
         ("none.npz", ["none.npz"]),
         ("noise.npz", ["noise.npz"]),
         ("--out=x", ["unrecognized arguments: --out=x"]),
@@ -544,7 +548,7 @@ CASES = {
         (SWEEP, ["--sweep", "required", "--help"]),
         (
             "--config={root}/configs/digits.py --sweep=seed=0,1 --workdir=gs://b/x",
-            ["gs:/b/x", "expected a folder"],
+            ["--workdir", "'gs://b/x'", "on this machine"],
         ),
         ("--config={root}/configs/digits.py --sweep=seed=0,1", ["WORKDIR", "required"]),
         (SWEEP + "other --sweep=seed=0,1", ["workdirs", "other", "new", "expected one"]),

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from vit_jax.checkpoint.workdir import is_workdir, read_config
 from vit_jax.config.load import find_file, load_config, parse_overrides
 from vit_jax.observe.console import log, log_lines, set_up
-from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.command import CommandParser, local_path, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.metrics import format_value
 from vit_jax.utils.mirrors import find_local
@@ -60,7 +60,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--method", default="uniform", help=f"Use this one: {', '.join(METHODS)}.")
     add(
         "--output",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="Write this file, which must not exist and ends in .npz or .safetensors.",
     )

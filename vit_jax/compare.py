@@ -14,7 +14,6 @@ Examples:
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from vit_jax.observe.console import log, set_up
 from vit_jax.pages.comparison import (
@@ -27,7 +26,7 @@ from vit_jax.pages.comparison import (
     read_runs,
     show_table,
 )
-from vit_jax.utils.command import CommandParser, add_workdir, run_command
+from vit_jax.utils.command import CommandParser, add_workdir, local_path, run_command
 from vit_jax.utils.files import check_fresh, fresh_file, fresh_folder
 from vit_jax.utils.streams import print_result
 from vit_jax.utils.text import encode_text
@@ -59,7 +58,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=local_path,
         help="Write the comparison instead of printing it: to a file that ends in .csv, .json or "
         ".html, or else to a folder with all three. It must not exist.",
     )

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_jax.observe.console import log_lines
-from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.buckets import is_url
+from vit_jax.utils.command import CommandParser, local_path, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.mirrors import find_local
 from vit_jax.utils.signals import importing
@@ -103,7 +104,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="Read this file, workdir or Orbax checkpoint, or the published weights of this name, "
         "which `vit_jax models` lists.",
     )
-    add("DST", nargs="?", type=Path, help="Write this file, which must not exist.")
+    add("DST", nargs="?", type=local_path, help="Write this file, which must not exist.")
     add(
         "--workdir",
         metavar="WORKDIR",
@@ -131,6 +132,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                 f"--workdir={args.workdir} is no folder; expected the workdir of a run"
                 f"{suggest_workdir(Path(args.workdir))}"
             )
+        if args.SRC is not None and is_url(args.SRC):
+            parser.error(f"argument DST: {args.SRC!r}: expected a path on this machine")
         args.SRC, args.DST = args.workdir, Path(args.SRC) if args.SRC else None
     if args.SRC is None:
         parser.error("the following arguments are required: SRC (or --workdir=WORKDIR)")

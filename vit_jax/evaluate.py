@@ -28,7 +28,13 @@ from vit_jax.config.load import find_file, load_config, parse_overrides
 from vit_jax.observe.console import log, log_lines, set_up
 from vit_jax.observe.jsonl import append_record, read_records
 from vit_jax.observe.ledger import is_complete_early, read_ledger
-from vit_jax.utils.command import CommandParser, add_workdir, print_error, run_command
+from vit_jax.utils.command import (
+    CommandParser,
+    add_workdir,
+    local_path,
+    print_error,
+    run_command,
+)
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECKPOINTS, CONFIG, EVALS, RESULTS, TEMPERATURE
 from vit_jax.utils.mirrors import refresh, upload
@@ -179,7 +185,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--json", action="store_true", help="Print a JSON object a line, not a table.")
     add(
         "--output",
-        type=Path,
+        type=local_path,
         help=f"Append the results to this file. The default is WORKDIR/{RESULTS}.",
     )
     add(

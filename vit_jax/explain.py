@@ -22,7 +22,7 @@ from vit_jax.inference.source import add_source, check_source, load_source
 from vit_jax.observe.console import log, set_up
 from vit_jax.observe.progress_log import ProgressLog
 from vit_jax.pages import html
-from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.command import CommandParser, local_path, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import check_fresh, fresh_folder
 from vit_jax.utils.signals import importing
@@ -75,7 +75,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(prog="python -m vit_jax.explain", description=__doc__)
     add_source(parser, images="IMAGES")
     parser.add_argument("IMAGES", nargs="+", help="Explain these images.")
-    parser.add_argument("--output", type=Path, help="Make this folder, which must not exist.")
+    parser.add_argument("--output", type=local_path, help="Make this folder, which must not exist.")
     parser.add_argument(
         "--figures",
         help=f"Draw these figures, separated by commas: {', '.join(FIGURES)}. The default is all "

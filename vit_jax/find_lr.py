@@ -12,14 +12,13 @@ Examples:
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vit_jax.config.load import load_config, parse_overrides
 from vit_jax.observe.console import log, log_lines, set_up
 from vit_jax.pages.chart import Curve, plot_curves
 from vit_jax.pages.html import make_card, make_page, make_section
-from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.command import CommandParser, local_path, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import check_fresh, fresh_folder
 from vit_jax.utils.signals import importing
@@ -42,7 +41,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="Test this config: a file or a name, as in vit_jax.main. --config.KEY=VALUE overrides "
         "a key.",
     )
-    add("--output", type=Path, help="Make this folder for the page. It must not exist.")
+    add("--output", type=local_path, help="Make this folder for the page. It must not exist.")
     add("--steps", type=int, default=200, help="Take so many steps. The default is %(default)s.")
     add(
         "--min_lr",

@@ -18,13 +18,12 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_jax.config.load import find_file, load_config, parse_overrides
 from vit_jax.config.reduced import reduce_for_planning
 from vit_jax.observe.progress_log import ProgressLog
-from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.command import CommandParser, local_path, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import trust_parts
 from vit_jax.utils.signals import importing
@@ -109,7 +108,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     )
     add(
         "--cache",
-        type=Path,
+        type=local_path,
         help="Keep compiled programs in this folder. The default is ~/.cache/vit_jax/plan.",
     )
     parser.add_parts()

@@ -25,7 +25,6 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_jax.config.load import parse_overrides
@@ -42,7 +41,7 @@ from vit_jax.inference.source import (
 )
 from vit_jax.observe.console import log, set_up
 from vit_jax.utils.class_names import read_lines
-from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.command import CommandParser, local_path, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import check_fresh, fresh_file
 from vit_jax.utils.streams import result_stream
@@ -70,7 +69,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add_source(parser, images="PATHS", texts="classes")
     add("PATHS", nargs="*", help="Classify these images.")
-    add("--output", type=Path, help="Write the results to this file, which must not exist.")
+    add("--output", type=local_path, help="Write the results to this file, which must not exist.")
     add(
         "--format",
         choices=(*PREDICTIONS, "npz"),
@@ -85,7 +84,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add(
         "--masks",
-        type=Path,
+        type=local_path,
         metavar="FOLDER",
         help="Write the mask of each image to this folder, which must not exist, and the image "
         "below the colours of its classes. The model must find the class of each pixel; the other "
@@ -93,7 +92,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add(
         "--depth",
-        type=Path,
+        type=local_path,
         metavar="FOLDER",
         help="Write the depth of each image to this folder, which must not exist, in millimetres "
         "as a PNG of 16 bits, and a picture of it. The model must find the depth of each pixel; "
@@ -119,7 +118,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "image_embed of a model of images and texts; a wrong name prints all layers.",
     )
     add("--text", action="append", help="Embed this text, with --embed; may be repeated.")
-    add("--texts", type=Path, metavar="FILE", help="Embed the lines of this file, with --embed.")
+    add(
+        "--texts",
+        type=local_path,
+        metavar="FILE",
+        help="Embed the lines of this file, with --embed.",
+    )
     add("--tta", choices=("flip",), help="Average the results for each image and its mirror image.")
     add_stream(parser)
     args = parser.parse_intermixed_args(argv)

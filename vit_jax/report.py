@@ -24,7 +24,13 @@ from vit_jax.config.reduced import reduce_for_evaluation, without_mesh
 from vit_jax.observe.console import log, set_up
 from vit_jax.pages.html import make_figure, make_section
 from vit_jax.pages.run_page import Predictions, make_report, read_details
-from vit_jax.utils.command import CommandParser, add_workdir, check_positive, run_command
+from vit_jax.utils.command import (
+    CommandParser,
+    add_workdir,
+    check_positive,
+    local_path,
+    run_command,
+)
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import REPORT
@@ -194,7 +200,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(prog="python -m vit_jax.report", description=__doc__)
     add = parser.add_argument
     add_workdir(parser, "Write the page of the run of this workdir, which may be under way.")
-    add("--output", type=Path, help=f"Write this file. The default is WORKDIR/{REPORT}.")
+    add("--output", type=local_path, help=f"Write this file. The default is WORKDIR/{REPORT}.")
     add(
         "--checkpoint",
         help="Run the checkpoint of this step, or the `last` or `best` one. The default is last.",

@@ -17,7 +17,6 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vit_jax.config.load import parse_overrides
@@ -32,7 +31,7 @@ from vit_jax.inference.source import (
 )
 from vit_jax.observe.console import log, set_up
 from vit_jax.pages import html
-from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.command import CommandParser, local_path, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import check_fresh, fresh_file
 from vit_jax.utils.streams import print_result
@@ -70,7 +69,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add(
         "--output",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="Write a page (HTML) with the images to this file, which must not exist.",
     )

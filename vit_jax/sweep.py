@@ -52,8 +52,7 @@ from vit_jax.pages.comparison import (
 )
 from vit_jax.runtime.children import run_child, start_server
 from vit_jax.utils.bounds import MAX_TABLE, read_json
-from vit_jax.utils.buckets import is_url
-from vit_jax.utils.command import CommandParser, add_workdir, run_command
+from vit_jax.utils.command import CommandParser, add_workdir, local_path, run_command
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.files import write_atomically
 from vit_jax.utils.layout import CONFIG
@@ -444,7 +443,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="Take the values of these axes: KEY=VALUE,VALUE, with ; between several keys, or a "
         "file with get_sweep. Repeat the option for a grid of all of them.",
     )
-    add_workdir(parser, "Make a workdir for each run in this folder.", type=Path)
+    add_workdir(parser, "Make a workdir for each run in this folder.", type=local_path)
     add(
         "--metric",
         help="Sort the table by this metric, such as val/top1. The default is the first one.",
@@ -472,11 +471,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"--emit={args.emit} and --summarize: expected one of them")
     if args.launch_args and args.emit not in ("slurm", "gke"):
         raise UserError(f"--launch_args={args.launch_args}: expected --emit=slurm or gke with it")
-    if is_url(args.workdir):
-        raise UserError(
-            f"--workdir={args.workdir}: a sweep can't write its results to a bucket; expected a "
-            "folder"
-        )
     if (args.workdir / CONFIG).is_file():
         raise UserError(
             f"--workdir={args.workdir} is the workdir of a run; expected a folder for the workdirs "

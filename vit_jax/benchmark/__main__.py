@@ -19,7 +19,7 @@ from vit_jax.benchmark.arguments import add_arguments
 from vit_jax.config.load import find_file, parse_overrides
 from vit_jax.config.shipped import read_docstring
 from vit_jax.observe.console import log, set_up
-from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.command import CommandParser, local_path, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.signals import importing
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
         sub = parts.add_parser(name, help=text.partition("\n")[0], description=text)
         add_arguments(sub, name)
         sub.add_argument(
-            "--json", type=Path, metavar="PATH", help="Write the results to this file too."
+            "--json", type=local_path, metavar="PATH", help="Write the results to this file too."
         )
     overrides, rest = parse_overrides(list(argv))
     args = parser.parse_args(rest, argparse.Namespace(overrides=overrides))

@@ -40,7 +40,7 @@ import numpy as np
 from vit_jax.config.load import find_file, load_config, parse_overrides
 from vit_jax.observe.console import log, set_up
 from vit_jax.observe.progress_log import ProgressLog
-from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.command import CommandParser, local_path, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.layout import CHECK
 from vit_jax.utils.registry import find_parts, trust_parts
@@ -762,7 +762,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=local_path,
         help="Write contact_sheet.png, and with --model the tables, to this folder. The default is "
         "runs/check, or check in the workdir of --model, whose report then shows them.",
     )

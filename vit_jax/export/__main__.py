@@ -46,7 +46,7 @@ from vit_jax.export.schemes import DYNAMIC, SCHEMES
 from vit_jax.inference.source import add_source, check_source, load_source
 from vit_jax.observe.console import log, set_up
 from vit_jax.utils.class_names import format_names
-from vit_jax.utils.command import CommandParser, run_command
+from vit_jax.utils.command import CommandParser, local_path, run_command
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import check_fresh, fresh_folder
 from vit_jax.utils.layout import CONFIG, LABELS
@@ -85,7 +85,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add_source(parser)
     add("--to", help=f"Write these formats, separated by commas: {', '.join(FORMATS)}.")
-    add("--output", type=Path, help="Make this folder, which must not exist.")
+    add("--output", type=local_path, help="Make this folder, which must not exist.")
     add(
         "--layer",
         help="Let programs return the output of this layer. The default is logits, pixel_logits or "

@@ -9,10 +9,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import absl.logging
 
+from vit_jax.utils.buckets import is_url
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.mirrors import find_folder
 from vit_jax.utils.signals import INTERRUPTED, ending_at_second_interrupt
@@ -101,6 +103,17 @@ class _StoreWorkdir(argparse.Action):
         if before is not None and values not in (None, before):
             parser.error(f"the workdirs {before} and {values}: expected one")
         setattr(namespace, self.dest, before if values is None else values)
+
+
+def local_path(text: str) -> Path:
+    """The path of what a command reads or writes on this machine, as the `type` of an argument.
+
+    Raises:
+      argparse.ArgumentTypeError: it is a URL, which would be a folder named `gs:` otherwise.
+    """
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a path on this machine")
+    return Path(text)
 
 
 def add_workdir(
