@@ -24,6 +24,7 @@ from PIL import Image
 from tests.buckets import server
 from tests.images import write_folder
 from vit_jax.data import check, pipeline, sources
+from vit_jax.data import pack as pack_module
 from vit_jax.data.ops import fused
 from vit_jax.data.ops.decode import ImageError, decode_image
 from vit_jax.data.ops.geometry import resize_image
@@ -236,6 +237,33 @@ def test_a_pack_that_was_killed_goes_on_to_the_same_bytes(tmp_path, said):
         pack(tmp_path / "photos", killed, *flags, *kind)
         assert contents(killed) == contents(whole)
         assert dataset_info(name, data_dir=None).num_classes == 2
+
+
+def test_a_pack_is_not_completed_from_other_images(tmp_path, said, monkeypatch):
+    def write_images(shade):
+        for number in range(8):
+            path = tmp_path / "photos" / "train" / "ab"[number % 2] / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(40, 40, shade + number))
+
+    def killed(examples, shard, *args):
+        if shard.start:
+            raise RuntimeError("killed")
+        return write(examples, shard, *args)
+
+    write, flags = pack_module._write_shard, ("--short_side=32", "--shard_size=4")
+    write_images(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "_write_shard", killed)
+        with pytest.raises(UserError, match="killed"):
+            pack(tmp_path / "photos", tmp_path / "dst", *flags)
+    write_images(100)
+    with pytest.raises(UserError, match="the records of 'train' have changed"):
+        pack(tmp_path / "photos", tmp_path / "dst", *flags)
+    write_images(0)
+    for name in ("dst", "whole"):
+        pack(tmp_path / "photos", tmp_path / name, *flags)
+    assert contents(tmp_path / "dst") == contents(tmp_path / "whole")
 
 
 def test_a_finished_pack_is_not_written_again(folder, tmp_path, said):

@@ -217,7 +217,7 @@ def test_parts_with_other_settings_are_refused(run, tmp_path):
     other = ["--short_side=24", "--shard_size=4"]
     words = ["--part=1/2 and part 0/2 in DST=", "not of one pack: short_side='16' there", "'24'"]
     refuse(run, *other, "--part=1/2", words=words)
-    words = ["--part=0/2 and what it began with", "quality='90' there, and '50' here"]
+    words = ["--part=0/2 and what was begun", "quality='90' there, and '50' here"]
     refuse(run, *FLAGS, "--quality=50", "--part=0/2", words=words)
     refuse(run, *FLAGS, "--part=0/3", words=["has part 0/2 of another job: expected parts of 3"])
     run(*FLAGS, "--part=1/2")

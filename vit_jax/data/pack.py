@@ -51,7 +51,7 @@ from vit_jax.utils.text import describe_size
 
 if TYPE_CHECKING:
     from vit_jax.data.corrupt import CorruptCounter
-    from vit_jax.data.pack_parts import Part
+    from vit_jax.data.pack_parts import Part, Record
     from vit_jax.data.pack_target import Target
     from vit_jax.data.sources.base import Dataset, Source
     from vit_jax.data.sources.packed import Manifest, Shard
@@ -366,7 +366,7 @@ def _write(args: argparse.Namespace, part: Part | None, target: Target) -> None:
             _pack_bucket(manifest, target, work, open_split)
             _join(_settings(args), target)
         else:
-            _report(manifest, target, _pack_all(manifest, target.folder, work))
+            _report(manifest, target, _pack_all(manifest, target.folder, work, open_split))
     # ArrayRecordWriter raises RuntimeError if the disk is full.
     except (OSError, RuntimeError) as e:
         advice = "; choose another folder as --temporary" if target.remote else ""
@@ -438,20 +438,35 @@ def _check_same(manifest: Manifest, folder: Path) -> None:
     check_fields(read_manifest(folder, key=key), manifest, f"{key} holds another pack:")
 
 
-def _pack_all(manifest: Manifest, folder: Path, work: Callable[..., int]) -> int:
-    """Packs everything; returns how many images can't be read."""
-    from vit_jax.data.pack_parts import list_parts, lock
+def _pack_all(
+    manifest: Manifest,
+    folder: Path,
+    work: Callable[..., int],
+    open_split: Callable[[str], Source],
+) -> int:
+    """Packs everything; returns how many images can't be read.
+
+    Until all of it is there, the folder has a record of the source, as a part has.
+    """
+    from vit_jax.data.pack_parts import Part, claim, list_parts, lock
     from vit_jax.data.sources.packed import MANIFEST
 
-    if parts := list_parts(folder):
+    only, path = Part(0, 1), folder / MANIFEST
+    record = folder / only.file
+    if parts := [part for part in list_parts(folder) if part != only]:
         _refuse_parts(folder, parts)
-    if (folder / MANIFEST).exists():
+    if is_there := path.exists():
         _check_same(manifest, folder)
-    else:
-        _write_manifest(manifest, folder)
-    with open(folder / MANIFEST, "r+b") as file:
-        lock(file, busy=f"DST={str(folder)!r}: another process is packing there")
-        return work(manifest, manifest.shards())
+    if is_there and not record.exists():
+        with open(path, "r+b") as file:
+            lock(file, busy=f"DST={str(folder)!r}: another process is packing there")
+            return work(manifest, manifest.shards())
+    with claim(folder, only, _make_record(manifest, open_split)):
+        if not is_there:
+            _write_manifest(manifest, folder)
+        corrupt = work(manifest, manifest.shards())
+        record.unlink()
+    return corrupt
 
 
 def _pack_bucket(
@@ -525,15 +540,21 @@ def _work_on(
     open_split: Callable[[str], Source],
 ) -> int:
     """Writes the record of a part and its shards; returns how many images can't be read."""
-    from vit_jax.data.fingerprint import fingerprint
-    from vit_jax.data.pack_parts import Record, claim
+    from vit_jax.data.pack_parts import claim
     from vit_jax.data.sources.packed import select_part
 
-    splits = [split for split, length in manifest.splits.items() if length]
-    record = Record(manifest, {split: fingerprint(open_split(split)) for split in splits})
-    with claim(target.folder, part, record):
+    with claim(target.folder, part, _make_record(manifest, open_split)):
         target.send(part.file)
         return work(manifest, select_part(manifest.shards(), part.number, part.count))
+
+
+def _make_record(manifest: Manifest, open_split: Callable[[str], Source]) -> Record:
+    """What the parts of a pack must agree on, and a command with what it is repeated for."""
+    from vit_jax.data.fingerprint import fingerprint
+    from vit_jax.data.pack_parts import Record
+
+    splits = [split for split, length in manifest.splits.items() if length]
+    return Record(manifest, {split: fingerprint(open_split(split)) for split in splits})
 
 
 def _join(settings: dict[str, Any], target: Target) -> None:

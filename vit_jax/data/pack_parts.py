@@ -136,16 +136,16 @@ def claim(folder: Path, part: Part, record: Record) -> Iterator[None]:
     path = folder / part.file
     # It is written in place, since a file that replaces another one has another lock.
     with open(path, "a+b") as file:
-        busy = f"DST={str(folder)!r}: another process is packing part {part} there"
-        lock(file, busy=busy)
+        what = f"part {part} " if part.count > 1 else ""
+        lock(file, busy=f"DST={str(folder)!r}: another process is packing {what}there")
         if (found := _read(path)) is None:
             file.truncate(0)
             file.write(record.encode())
             file.flush()
             os.fsync(file.fileno())
         else:
-            own = f"--part={part}"
-            record.check(found, own=own, its=f"what it began with in DST={str(folder)!r}")
+            own = f"--part={part}" if part.count > 1 else "this command"
+            record.check(found, own=own, its=f"what was begun in DST={str(folder)!r}")
         yield
 
 
