@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tests.trained import write_run
+from vit_jax import convert
 from vit_jax.average import main
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 
@@ -42,3 +43,16 @@ def test_points_between_two_runs_are_evaluated(run, tmp_path, said):
     expected, found = load_pretrained(str(source)), load_pretrained(str(output))
     for path, x in found.params.items():
         np.testing.assert_allclose(x, expected.params[path], rtol=1e-6, err_msg=path)
+
+
+def test_folders_of_the_hub_are_averaged(run, tmp_path):
+    for step in (4, 8):
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        convert.main([f"{run}/checkpoints/{step}", str(folder / "model.safetensors")])
+        (folder / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
+    main([str(tmp_path / "4"), str(tmp_path / "8"), f"--output={tmp_path / 'mean.npz'}"])
+    found = load_pretrained(str(tmp_path / "mean.npz")).params
+    half, whole = (load_pretrained(str(tmp_path / step)).params for step in "48")
+    for path, x in found.items():
+        np.testing.assert_allclose(x, (half[path] + whole[path]) / 2, rtol=1e-5, atol=1e-6)

@@ -327,6 +327,7 @@ CASES = {
         ("run run", ["--output is missing"]),
         ("run run --output=mean.pth", ["--output=mean.pth", ".npz or .safetensors"]),
         ("run run --output=noise.npz", ["--output=noise.npz", "exists"]),
+        ("run run --output=none/m.npz", ["--output=none/m.npz", "folder none does not exist"]),
         ("run run --output=mean.npz --method=gredy", ["--method=gredy", "'greedy'"]),
         (
             "run run run --output=mean.npz --method=interpolate",
@@ -433,7 +434,7 @@ CASES = {
         ("huggingface", ["'huggingface' has no checkpoint"]),
         ("model.npz model.pth", ["DST=model.pth", ".npz or .safetensors"]),
         ("model.npz model.npz", ["DST=model.npz", "exists"]),
-        ("model.npz none/new.npz", ["DST=none/new.npz", "can't be written"]),
+        ("model.npz none/new.npz", ["DST=none/new.npz", "folder none does not exist"]),
         ("model.npz --params=ema", ["--params=ema", "model.npz is no run"]),
         ("model.npz --params=mean", ["--params", "'mean'", "ema"]),
     ],

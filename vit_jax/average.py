@@ -149,10 +149,13 @@ def main(argv: Sequence[str]) -> None:
             check_alike,
             interpolate,
         )
-        from vit_jax.checkpoint.pretrained.convert import convert
+        from vit_jax.checkpoint.pretrained.convert import check_destination, convert
+        from vit_jax.checkpoint.pretrained.hub import find_weights
         from vit_jax.checkpoint.pretrained.load import load_pretrained
+    check_destination(args.output, key="--output")
     names = [find_local(name, key="SOURCE") for name in args.SOURCE]
-    runs = [Path(name) for name in names if is_workdir(Path(name))]
+    # A folder of the Hugging Face hub has a config too.
+    runs = [p for p in map(Path, names) if is_workdir(p) and find_weights(p) is None]
     config = None
     if args.config is not None:
         config = load_config(args.config, {}).to_dict()

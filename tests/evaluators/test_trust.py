@@ -16,7 +16,7 @@ from vit_jax.data.pipeline import DatasetSpec, eval_batches
 from vit_jax.evaluators import metrics
 from vit_jax.evaluators.corruptions import Corruptions
 from vit_jax.evaluators.subset import Subset
-from vit_jax.evaluators.trust import Trust
+from vit_jax.evaluators.trust import Trust, count_covered
 from vit_jax.parallel.mesh import make_mesh
 from vit_jax.utils.errors import UserError
 
@@ -227,6 +227,11 @@ def test_risk_falls_with_coverage_of_ties_in_no_order():
     np.testing.assert_allclose(metrics.area_under_risk(confidence, hits), (0.25 + 1 / 3 + 0.5) / 4)
 
 
+def test_a_share_of_images_is_counted_as_written():
+    cases = [(0.55, 100, 55), (0.07, 100, 7), (0.56, 25, 14), (0.5, 9, 5), (0.001, 10, 1)]
+    assert [count_covered(share, count) for share, count, _ in cases] == [n for *_, n in cases]
+
+
 def test_the_temperature_of_scaled_logits_is_their_scale():
     rng = np.random.default_rng(0)
     z = rng.normal(0, 2, (4000, 5))
@@ -235,3 +240,6 @@ def test_the_temperature_of_scaled_logits_is_their_scale():
     one = metrics.fit_temperature(z, labels)
     np.testing.assert_allclose(one, 1, rtol=0.06)
     np.testing.assert_allclose(metrics.fit_temperature(3 * z, labels), 3 * one, rtol=1e-5)
+    # Without a wrong one, lower is always better, also where float32 has no smaller number.
+    least = metrics.fit_temperature(np.float32([[9, 0], [0, 8]]), np.array([0, 1]))
+    np.testing.assert_allclose(least, metrics.TEMPERATURES[0], rtol=1e-3)

@@ -87,8 +87,9 @@ def calibration_error(confidence: np.ndarray, hits: np.ndarray, *, num_bins: int
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature T for which softmax(logits / T) has the least negative log-likelihood.
 
-    The likelihood is concave in 1 / T, so its derivative is bisected, over `TEMPERATURES`. Source:
-    Guo et al., arXiv:1706.04599, section 4.2.
+    The likelihood is concave in 1 / T, so its derivative is bisected, over `TEMPERATURES`. If all
+    images are right, it has no maximum, and the least of these is returned. Source: Guo et al.,
+    arXiv:1706.04599, section 4.2.
 
     Args:
       logits: float `[n, classes]`.
@@ -105,5 +106,6 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     low, high = -np.log(TEMPERATURES[1]), -np.log(TEMPERATURES[0])  # of 1 / T
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if slope(np.exp(middle)) < 0 else (low, middle)
+        # It is 0 where all images are right and their exponentials underflow: no T is the best.
+        low, high = (middle, high) if slope(np.exp(middle)) <= 0 else (low, middle)
     return float(np.exp(-(low + high) / 2))

@@ -122,7 +122,7 @@ class Trust(Classification):
         results["aurc"] = area_under_risk(confidence, hits)
         curve = risks(confidence, hits)
         for coverage in self.coverages:
-            last = max(int(np.ceil(coverage * len(hits))), 1) - 1
+            last = count_covered(coverage, len(hits)) - 1
             results[_name_coverage(coverage)] = float(1 - curve[last])
         temperature = fit_temperature(logits, labels)
         scaled = logits / np.float32(temperature)
@@ -243,6 +243,11 @@ def read_groups(path: str, column: str, source: Source, *, key: str) -> list[str
             )
         found.append(group)
     return found
+
+
+def count_covered(coverage: float, count: int) -> int:
+    """The least number of so many images, one or more, that are a share `coverage` of them."""
+    return max(int(np.ceil(round(coverage * count, 6))), 1)  # 0.55 * 100 is more than 55.
 
 
 def _name_coverage(coverage: float) -> str:

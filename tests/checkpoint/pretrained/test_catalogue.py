@@ -100,6 +100,7 @@ def test_names_are_searched_in_any_spelling():
     assert "augreg:B/16" in list_models("b16")
     assert "augreg:B/16" in list_models("ViT")
     assert not list_models("resnet")
+    assert "augreg:B/16" in list_models("B/16 augreg")
 
 
 def test_names_and_files_are_unique():

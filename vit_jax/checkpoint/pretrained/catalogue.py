@@ -120,8 +120,8 @@ def list_models(text: str = "") -> dict[str, str]:
     The names are what `init_from`, `load_model` and `--checkpoint` take.
 
     Args:
-      text: only names that contain it, in any case and with any separators, or models of this
-        name. For models of the Hugging Face hub it may be several words of the name, the family
+      text: only names that contain all of its words, in any case and with any separators, or
+        models of this name. For models of the Hugging Face hub they may also be words of the family
         and the licence.
     """
     if not isinstance(text, str):
@@ -145,13 +145,19 @@ def _list_repositories(text: str) -> dict[str, str]:
 
 
 def _list_catalogue(text: str) -> dict[str, str]:
-    models, folded = {}, _fold_model(text)
+    models, words = {}, text.split()
     for name, model in load_catalogue().items():
-        top1 = "" if model.top1 is None else f", ImageNet top-1 {model.top1} %"
-        same = folded and folded in fold(name).replace("+", "")
-        if same or text.lower() in name.lower() or text.lower() == model.model:
+        if _is_named(text, name, model) or all(_is_named(word, name, model) for word in words):
+            top1 = "" if model.top1 is None else f", ImageNet top-1 {model.top1} %"
             models[name] = f"{model.image_size} px, {model.pretraining}{top1}"
     return models
+
+
+def _is_named(text: str, name: str, model: Published) -> bool:
+    """Whether a text is a part of the name of published weights, or the name of their model."""
+    folded = _fold_model(text)
+    same = folded and folded in fold(name).replace("+", "")
+    return bool(same) or text.lower() in name.lower() or text.lower() == model.model
 
 
 def is_name(text: str) -> bool:

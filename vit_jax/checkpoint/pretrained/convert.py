@@ -33,6 +33,20 @@ WRITERS: dict[str, tuple[Callable[[Path, Weights], None], tuple[str, ...]]] = {
 }
 
 
+def check_destination(destination: Path, *, key: str = "DST") -> list[Path]:
+    """Returns the files that `convert` will write; raises `UserError` if it can't."""
+    if destination.suffix not in WRITERS:
+        raise UserError(f"{key}={destination}: expected a file that ends in {' or '.join(WRITERS)}")
+    if not destination.parent.is_dir():
+        raise UserError(f"{key}={destination}: the folder {destination.parent} does not exist")
+    files = [destination.with_suffix(ending) for ending in WRITERS[destination.suffix][1]]
+    if there := [path for path in files if path.exists()]:
+        raise UserError(
+            f"{key}={destination}: {there[0]} exists; remove it, or choose another name"
+        )
+    return files
+
+
 def convert(weights: Weights, destination: Path) -> list[str]:
     """Writes weights to a file, and rebuilds the model from what is read back.
 
@@ -48,16 +62,11 @@ def convert(weights: Weights, destination: Path) -> list[str]:
         parameters of the model that they describe and no others, the layout can't hold this model,
         or what is read back differs. No file is left then.
     """
-    if destination.suffix not in WRITERS:
-        raise UserError(f"DST={destination}: expected a file that ends in {' or '.join(WRITERS)}")
-    write, endings = WRITERS[destination.suffix]
+    files = check_destination(destination)
+    write, _ = WRITERS[destination.suffix]
     notes: list[str] = []
     if destination.suffix == ".safetensors":
         weights, notes = leave_out_pre_logits(weights)
-    files = [destination.with_suffix(ending) for ending in endings]
-    for path in files:
-        if path.exists():
-            raise UserError(f"DST={destination}: {path} exists; remove it, or choose another name")
     # A model from outside is built by code that is not imported here.
     model = None if is_part(weights.model.get("name")) else check_complete(weights)
     try:
