@@ -53,6 +53,18 @@ def test_the_data_is_described(birds):
     assert "30x20 pixels" in text
 
 
+def test_data_that_tells_nothing_is_described(tmp_path):
+    (tmp_path / "train" / "owl").mkdir(parents=True)
+    image = tmp_path / "train" / "owl" / "0.png"
+    cv2.imwrite(str(image), np.zeros((8, 8, 3), np.uint8))
+    lines, _ = describe_data(find_dataset(f"folder:{tmp_path}", data_dir=None))
+    assert "1; 1 images for training of each" in "\n".join(lines)
+    assert "every prediction is right" in "\n".join(lines)
+    image.write_bytes(b"no image")
+    with pytest.raises(UserError, match="none of 1 images that were tried can be read"):
+        describe_data(find_dataset(f"folder:{tmp_path}", data_dir=None))
+
+
 def test_a_probe_needs_less_than_adapters_and_these_less_than_all_parameters():
     memory, flops = zip(*(expect(overrides(m), 3, 32) for m in METHODS), strict=True)
     assert memory[0] < memory[1] < memory[2]
@@ -79,6 +91,8 @@ def test_the_commands_can_be_pasted(birds, monkeypatch, capsys):
         assert given["model"] == {"name": "vit", "variant": "S/16"}
         for key, value in method.overrides.items():
             assert given[key] == value
+        # The config keeps two percent of the 35 images.
+        assert f" {round(method.epochs * 34 / 16):,} steps of 16" in command
 
 
 def test_a_batch_is_no_larger_than_the_images_to_train_on(tmp_path, monkeypatch, capsys):

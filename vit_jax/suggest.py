@@ -167,8 +167,12 @@ def describe_data(dataset: "Dataset") -> tuple[list[str], int]:
     lines = [
         f"data: {dataset.name}: {shown} images{' (cut by the package)' if dataset.cut else ''}",
         f"classes: {len(counts):,}; from {counts[least]:,} images for training, of "
-        f"{names[least]!r}, to {counts[most]:,}, of {names[most]!r}",
+        f"{names[least]!r}, to {counts[most]:,}, of {names[most]!r}"
+        if counts[least] < counts[most]
+        else f"classes: {len(counts):,}; {counts[least]:,} images for training of each",
     ]
+    if np.count_nonzero(counts) == 1:
+        lines.append(f"  there are images of {names[most]!r} alone, so every prediction is right")
     if counts[most] > _LONG * max(counts[least], 1):
         lines.append(
             "  they are unbalanced: look at mean_per_class beside top1, which hides rare classes"
@@ -184,9 +188,13 @@ def describe_data(dataset: "Dataset") -> tuple[list[str], int]:
             f"  {unread} of {unread + len(sizes)} images that were tried can't be read: "
             f"python -m vit_jax.data.check {dataset.name} lists them"
         )
-    if sizes:
-        height, width = np.median(np.array(sizes), axis=0).astype(int)
-        lines.append(f"sizes: {width}x{height} pixels, the median of {len(sizes)} images")
+    if not sizes:
+        raise UserError(
+            f"DATA={dataset.name!r}: none of {unread} images that were tried can be read: "
+            f"python -m vit_jax.data.check {dataset.name} says why"
+        )
+    height, width = np.median(np.array(sizes), axis=0).astype(int)
+    lines.append(f"sizes: {width}x{height} pixels, the median of {len(sizes)} images")
     return lines, len(rows)
 
 
@@ -281,7 +289,8 @@ def describe_method(
         if limit is None or memory <= limit or batch_size <= devices:
             break
         batch_size = max(batch_size // 2 - batch_size // 2 % devices, devices)
-    steps = max(train // batch_size, 1) * method.epochs
+    images = train if "data.split" in splits else round(0.98 * train)
+    steps = max(round(method.epochs * images / batch_size), 1)
     seconds = steps * flops / speed / devices
     yield f"{method.name}: {method.why}"
     fits = "" if limit is None or memory <= limit else ", which does not fit"
