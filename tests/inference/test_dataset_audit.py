@@ -3,6 +3,7 @@
 
 import csv
 import dataclasses
+import itertools
 import re
 
 import cv2
@@ -131,17 +132,18 @@ def test_images_that_a_run_was_trained_on_are_known(folder, tmp_path):
 
 def test_equal_files_are_listed_whatever_the_mean_of_the_features_is(model, tmp_path, said):
     root = tmp_path / "copies"
-    for name in ("a/0.png", "a/1.png", "b/2.png"):
+    for name in ("a/0.png", "a/1.png", "b/2.png", "b/3.png"):
         (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(root / "train" / name), np.full((8, 8), 200, np.uint8))
     arguments = [f"folder:{root}", f"--model={model}", f"--output={tmp_path / 'out'}"]
     check.main([*arguments, "--judge=neighbours", "--min_cosine=1"])
     pairs = read(tmp_path / "out" / "duplicates.csv")
-    assert [row["kind"] for row in pairs] == ["file"] * 3
-    assert [row["cosine"] for row in pairs] == ["1.0000"] * 3
+    assert [row["kind"] for row in pairs] == ["file"] * 6
+    assert [row["cosine"] for row in pairs] == ["1.0000"] * 6
     found = {frozenset((row["first_image"], row["second_image"])) for row in pairs}
-    assert found == {frozenset(pair) for pair in ((0, 1), (0, 2), (1, 2))}
-    assert "  with different labels: 2" in said
+    assert found == set(map(frozenset, itertools.combinations(range(4), 2)))
+    assert "  with different labels: 4" in said
+    assert not any("--min_cosine" in line for line in said)
 
 
 def test_what_a_model_cannot_judge_is_refused_before_images_are_read(

@@ -360,8 +360,8 @@ def _report_duplicates(
     differ = sum(_differ(images, pair) for pair in duplicates)
     if differ:
         yield f"  with different labels: {differ:,}"
-    if len(duplicates) > len(images.index):
-        yield "  more pairs than images: the threshold is too low for this model; see --min_cosine"
+    if sum(pair.kind == "near" for pair in duplicates) > len(images.index):
+        yield "  more near pairs than images: the threshold is too low for this model; see --min_cosine"
 
 
 def _vote(
