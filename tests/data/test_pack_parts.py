@@ -182,6 +182,7 @@ def test_missing_parts_are_named(run):
 
 
 def test_a_folder_without_parts_is_not_joined(run, tmp_path):
+    refuse(run, *FLAGS, "--join", words=["dst' does not exist: run --part=0/N"])
     (tmp_path / "dst").mkdir()
     refuse(run, *FLAGS, "--join", words=["has no parts: run --part=0/N"])
     run(*FLAGS)

@@ -319,6 +319,9 @@ def test_sources_of_weights_in_a_bucket(server):
     folder = open_run(server)
     assert find_local(url) == str(folder)
     assert find_local(f"{url}/checkpoints/4:ema_params") == f"{folder}/checkpoints/4:ema_params"
+    for end in ("/checkpoints", "/checkpoints/4", ""):
+        assert find_local(f"{url}{end}/") == f"{folder}{end}"
+        assert find_local(f"{url}{end}") == f"{folder}{end}"
     for source in ("runs/a", f"{url}/x.npz", f"{url}/x.npz:img", "augreg:B/16", "https://h/x"):
         assert find_local(source) == source
 

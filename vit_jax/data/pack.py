@@ -568,6 +568,8 @@ def _join(settings: dict[str, Any], target: Target) -> None:
 
     folder = target.folder
     key = f"DST={str(folder)!r}"
+    if not folder.is_dir():
+        raise UserError(f"{key} does not exist: run --part=0/N to --part=N-1/N first")
     try:
         joined = (folder / MANIFEST).exists()
         if joined:

@@ -361,7 +361,8 @@ def _report_duplicates(
     if differ:
         yield f"  with different labels: {differ:,}"
     if sum(pair.kind == "near" for pair in duplicates) > len(images.index):
-        yield "  more near pairs than images: the threshold is too low for this model; see --min_cosine"
+        text = "the threshold is too low for this model; see --min_cosine"
+        yield f"  more near pairs than images: {text}"
 
 
 def _vote(

@@ -110,9 +110,9 @@ def find_local(source: str, *, key: str = "--init_from") -> str:
     rest, colon, part = rest.partition(":")
     if PurePosixPath(rest).suffix.lower() in (*_WEIGHTS, *_IMAGES):
         return source
-    run, inside, step = rest.partition(f"/{CHECKPOINTS}/")
-    folder = find_folder(f"{scheme}://{run}", key=key)
-    return f"{folder}{inside}{step}{colon}{part}"
+    run, inside, step = f"{rest.rstrip('/')}/".partition(f"/{CHECKPOINTS}/")
+    folder = find_folder(f"{scheme}://{run.rstrip('/')}", key=key)
+    return f"{folder}{f'{inside}{step}'.rstrip('/')}{colon}{part}"
 
 
 def find_mirror(path: Path) -> "Mirror | None":
