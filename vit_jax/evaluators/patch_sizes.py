@@ -31,6 +31,7 @@ class PatchSizes(Evaluator):
     sizes: tuple[int, ...] = ()
 
     judges_head = True
+    takes_patches = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
