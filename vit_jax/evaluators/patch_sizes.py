@@ -49,6 +49,12 @@ class PatchSizes(Evaluator):
                 f"evals.{self.name}.sizes={sizes}: each size has a grid of its own, to which "
                 "position embeddings are resized: expected model.posemb_grid, such as (7, 7)"
             )
+        if model.relative_positions:
+            raise UserError(
+                f"evals.{self.name}.sizes={sizes} with model.position_embedding='relative', whose "
+                "biases are of one grid, and each size has its own: expected another embedding, or "
+                f"evals.{self.name}.name='classification'"
+            )
         shape = self.data.image_shape()
         for size in sizes:
             if size < 1 or any(side % size for side in shape[:2]):
