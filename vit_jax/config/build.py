@@ -445,7 +445,15 @@ def _fit_to_mesh(
     if rows:
         tokens -= 1  # The first patch of a column has the size of the image.
     config, device = model.block_config, mesh.devices.flat[0]
-    chosen = choose_attention(config, device, model.hidden_size, tokens, rows=rows, key=key)
+    chosen = choose_attention(
+        config,
+        device,
+        model.hidden_size,
+        tokens,
+        head_shards=mesh.shape["tensor"],
+        rows=rows,
+        key=key,
+    )
     blocks = choose_blocks(config, device, sequence_parallel=sequence_parallel)
     return model.clone(attention=chosen, blocks=blocks)
 
