@@ -133,8 +133,24 @@ def test_mirrored_patches_are_refused(file):
         ({"objective": {"name": "linear_probe"}}, "which needs images of one size"),
         ({"data__budgets": ((0, 8),)}, "at least 1"),
         ({"data__budgets": ((8, 8),), "data__preprocess": "decode|resize(8)"}, "to end in"),
-        ({"data__preprocess": "decode|resize(8)"}, "expected the same"),
-        ({"evals": {"val": VAL | {"preprocess": "decode|resize(8)"}}}, "expected the same"),
+        (
+            {"data__preprocess": "decode|resize(8)"},
+            r"evals.val.preprocess='decode.*patches\(4, 20\)' makes patches of images of any size, "
+            r"and data.preprocess='decode\|resize\(8\)' images of one size: expected the same",
+        ),
+        (
+            {"evals": {"val": VAL | {"preprocess": "decode|resize(8)"}}},
+            r"evals.val.preprocess='decode\|resize\(8\)' makes images of one size, and "
+            r"data.preprocess='decode.*patches\(4, 12\)' patches of images of any size: expected",
+        ),
+        (
+            {"evals": {"val": VAL | {"preprocess": "decode|patches(2, 20)"}}},
+            "evals.val.preprocess='decode.*': patches of 2 pixels, and model.patch_size",
+        ),
+        ({"evals": {"val": VAL | {"name": "patch_sizes", "sizes": (2, 4)}}}, "needs whole images"),
+        ({"evals": {"val": VAL | {"name": "corruptions"}}}, "needs whole images"),
+        ({"evals": {"val": VAL | {"name": "patches"}}}, "needs whole images"),
+        ({"model": MODEL | {"patch_sizes": (2, 4)}}, r"model.patch_sizes=\(2, 4\) with data.prep"),
     ],
 )
 def test_what_needs_images_of_one_size_is_refused(data_dir, changes, words):

@@ -83,6 +83,13 @@ def test_each_size_is_evaluated_in_one_table(experiment, capsys):
         ({"objective": {"name": "mae"}}, "expected .supervised. or"),
         ({"evals": {"val": VAL | {"name": "patch_sizes", "sizes": (3,)}}}, "divisors of images"),
         ({"model": SIZES | {"patch_size": 4}}, "expected some, such as"),
+        (
+            {
+                "model": SIZES | {"patch_size": 4, "position_embedding": "relative"},
+                "evals": {"val": VAL | {"name": "patch_sizes", "sizes": (2, 4)}},
+            },
+            r"evals.val.sizes=\(2, 4\) with model.position_embedding='relative'",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(data_dir, changes, words):

@@ -137,3 +137,15 @@ def test_a_class_that_is_nowhere_does_not_count():
 def test_what_does_not_fit_is_refused_in_one_line(objective, options, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(make(objective), **options)
+
+
+def test_relative_positions_are_of_one_grid(objective):
+    model = make_vit(num_classes=0, position_embedding="relative", **SIZES)
+    evaluator = make(dataclasses.replace(objective, model=model))
+    assert dataclasses.replace(evaluator, window=16)
+    larger = dataclasses.replace(SPEC, preprocess="decode|resize(24)")
+    assert dataclasses.replace(evaluator, data=larger, window=16)
+    for options, grid in (({"window": 8}, "2x2"), ({"data": larger}, "6x6")):
+        message = f"has biases for 4x4 patches, and .* pixels have {grid}: expected 16x16 pixels"
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(evaluator, **options)

@@ -6,6 +6,7 @@ On a CPU the formula of JAX takes the place of the kernel, on the same padded to
 
 import functools
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.models.random_params import random_params
+from vit_jax.config.build import _fit_to_mesh
 from vit_jax.models import attention
 from vit_jax.models.attention import ATTENTION_WEIGHTS, choose_attention
 from vit_jax.models.block_config import BlockConfig
@@ -117,9 +119,11 @@ CPU = types.SimpleNamespace(platform="cpu", device_kind="cpu")
 TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
 
 
-def choose(device=None, *, hidden_size=768, num_tokens=197, **options):
+def choose(device=None, *, hidden_size=768, num_tokens=197, head_shards=1, **options):
     options = {"num_heads": 12, "mlp_dim": 8, "dtype": jnp.bfloat16} | options
-    return choose_attention(BlockConfig(**options), device or gpu(), hidden_size, num_tokens)
+    return choose_attention(
+        BlockConfig(**options), device or gpu(), hidden_size, num_tokens, head_shards=head_shards
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,6 +141,8 @@ def choose(device=None, *, hidden_size=768, num_tokens=197, **options):
         ({"device": TPU, "num_tokens": 50}, "xla"),
         ({"device": TPU, "num_tokens": 1025}, "pallas"),
         ({"device": TPU, "num_tokens": 2500}, "xla"),  # scores do not fit into VMEM
+        ({"device": TPU, "num_tokens": 1025, "head_shards": 2}, "pallas"),
+        ({"device": TPU, "num_tokens": 1025, "head_shards": 4}, "xla"),  # three heads a device
         ({"device": TPU, "causal": True}, "xla"),  # its kernel has no causal mask
         ({"causal": True}, "fused"),
         ({"device": TPU, "dtype": jnp.float32}, "xla"),
@@ -160,6 +166,10 @@ def test_auto_goes_by_device_dtype_and_sizes(changes, want):
     [
         ({"device": CPU}, r"a TPU, or an NVIDIA GPU from Ampere on \(this is cpu\)"),
         ({"device": TPU, "num_tokens": 2500}, r"fit into VMEM \(an image has 2500 tokens\)"),
+        (
+            {"device": TPU, "num_tokens": 1025, "head_shards": 4},
+            r"fit into VMEM \(an image has 1025 tokens, and a device 3 heads\)",
+        ),
         ({"device": TPU, "num_heads": 4}, "128 channels in a head"),
         ({"device": gpu("7.0")}, "from Ampere on"),
         ({"dtype": jnp.float32}, "precision='bfloat16'"),
@@ -172,6 +182,14 @@ def test_fused_is_refused_where_it_can_not_be(changes, need):
     with pytest.raises(UserError, match=f"model.attention='fused' needs .*{need}") as error:
         choose(attention="fused", **changes)
     assert "set model.attention='auto'" in str(error.value)
+
+
+@pytest.mark.parametrize(("tensor", "want"), [(1, "pallas"), (4, "xla")])
+def test_the_heads_of_a_device_decide(tensor, want):
+    model = make_vit(num_classes=5, variant="B/16", dtype=jnp.bfloat16)
+    mesh: Any = types.SimpleNamespace(shape={"tensor": tensor}, devices=np.array([TPU] * tensor))
+    fitted = _fit_to_mesh(model, (512, 512), mesh, key="model", sequence_parallel=False)
+    assert fitted.attention == want
 
 
 def test_the_kernel_for_tpus_is_refused_on_gpus():

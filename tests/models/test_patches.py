@@ -153,6 +153,7 @@ def test_positions_of_each_image_are_those_of_its_own_grid():
     ("options", "words"),
     [
         ({"patch_sizes": (2, 4)}, "expected model.posemb_grid"),
+        ({"patch_sizes": (2, 4), "position_embedding": "relative"}, "expected another embedding"),
         ({"position_embedding": "factorized"}, "needs the grid"),
         ({"posemb_grid": (4, 4), "position_embedding": "sincos2d"}, "fit any grid"),
         ({"posemb_grid": (0, 4)}, "at least 1"),

@@ -315,6 +315,10 @@ def test_the_memory_of_the_scores_is_noted():
             r"objective\.gram_updates=\(0,\) steps: expected none before the first step",
         ),
         ({"views": VIEWS | {"gram": (2, 32, 32, 3)}}, r"data\.views\.gram without"),
+        (
+            {"model": {"position_embedding": "relative"}},
+            r"data\.views\.local: crops of 8x8 .* model\.position_embedding='relative'",
+        ),
         (GRAM | {"views": VIEWS | {"gram": (1, 32, 32, 3)}}, r"data\.views\.gram: 1 of 32x32"),
         (GRAM | {"views": VIEWS | {"gram": (2, 8, 8, 3)}}, "and at least as large"),
         (

@@ -187,7 +187,7 @@ def _build_parts(
         optimizer_section, total_steps, clock, data, mesh, strategy, objective, settings.lora
     )
     evaluators, eval_args = _make_evaluators(
-        settings.evals, data, objective, mesh, every=every, match_classes=match_classes
+        settings.evals, data, model, objective, mesh, every=every, match_classes=match_classes
     )
     checkpoint, checkpoint_args = _make_checkpoint(
         top["checkpoint"], evaluators, averages, every=every
@@ -445,7 +445,15 @@ def _fit_to_mesh(
     if rows:
         tokens -= 1  # The first patch of a column has the size of the image.
     config, device = model.block_config, mesh.devices.flat[0]
-    chosen = choose_attention(config, device, model.hidden_size, tokens, rows=rows, key=key)
+    chosen = choose_attention(
+        config,
+        device,
+        model.hidden_size,
+        tokens,
+        head_shards=mesh.shape["tensor"],
+        rows=rows,
+        key=key,
+    )
     blocks = choose_blocks(config, device, sequence_parallel=sequence_parallel)
     return model.clone(attention=chosen, blocks=blocks)
 
@@ -502,7 +510,7 @@ def _make_objective(
         _check_any_size(objective, name, data)
     if (images := data.packing.images_per_row) > 1:
         _check_packing(objective, name, model, images)
-    _check_patch_sizes(model, objective, name, data.image_shape())
+    _check_patch_sizes(model, objective, name, data)
     _check_colors(objective, data.image_shape())
     return objective, {"name": name} | args
 
@@ -557,15 +565,19 @@ def _check_packing(objective: Objective, name: str, model: Model, images: int) -
         raise UserError(f"{where}: {e}") from None
 
 
-def _check_patch_sizes(
-    model: Model, objective: Objective, name: str, image_shape: tuple[int, ...]
-) -> None:
+def _check_patch_sizes(model: Model, objective: Objective, name: str, data: DatasetSpec) -> None:
     """Raises `UserError` unless images can be cut into patches of each of `model.patch_sizes`."""
+    image_shape = data.image_shape()
     sizes = getattr(model, "patch_sizes", ())
     if sizes and not objective.draws_patch_size:
         raise UserError(
             f"model.patch_sizes={sizes} with objective.name={name!r}: expected 'supervised' or "
             "'distillation', which train with patches of several sizes"
+        )
+    if sizes and takes_any_size(model):
+        raise UserError(
+            f"model.patch_sizes={sizes} with data.preprocess={data.preprocess!r}, which makes "
+            "patches of one size: expected (), or a line that makes images of one size"
         )
     for size in sizes:
         if any(side % size for side in image_shape[:2]):
@@ -661,13 +673,13 @@ def _as_given(args: _Section, given: _Section) -> _Section:
 def _make_evaluators(
     sections: Mapping[str, Any],
     train_data: DatasetSpec,
+    model: Model,
     objective: Objective,
     mesh: Mesh,
     *,
     every: _Every,
     match_classes: bool,
 ) -> tuple[tuple[Evaluator, ...], _Section]:
-    image_shape, any_size = train_data.image_shape(), find_patches(train_data.ops()) is not None
     evaluators, resolved = [], {}
     for name, section in sections.items():
         if section is None:  # --config.evals.NAME=None leaves one out
@@ -683,14 +695,7 @@ def _make_evaluators(
         data_args["batch_size"] = data_args["batch_size"] or train_data.batch_size
         check_batch_size(data_args["batch_size"], mesh, key=f"{key}.batch_size")
         data = _make_eval_spec(data_args, train_data, key=key)
-        may_differ = getattr(make, "takes_any_size", False) or (
-            find_patches(data.ops()) is not None and any_size
-        )
-        if data.image_shape() != image_shape and not may_differ:
-            raise UserError(
-                f"{key}.preprocess gives images of {data.image_shape()}, data.preprocess of "
-                f"{image_shape}: expected the same"
-            )
+        _check_eval_images(make, kind, model, data, train_data)
         supplied = {"name": name, "data": data, "objective": objective, "mesh": mesh}
         evaluator = make(**_take(supplied, make), **args)
         if evaluator.needs_labels:
@@ -704,6 +709,43 @@ def _make_evaluators(
         evaluators.append(evaluator)
         resolved[name] = {"name": kind} | data_args | _as_given(args, every_given)
     return tuple(evaluators), resolved
+
+
+def _check_eval_images(
+    make: Any, kind: Any, model: Model, data: DatasetSpec, train_data: DatasetSpec
+) -> None:
+    """Raises `UserError` unless an evaluator's line makes images for it and for the model.
+
+    Args:
+      make: of the evaluator.
+      kind: its name in the config.
+      model: as it takes the images of `train_data`.
+      data: of the evaluator.
+      train_data: what the model is trained on.
+    """
+    key = f"{data.key}.preprocess"
+    if not takes_any_size(model) and not find_patches(data.ops()):
+        shape, expected = data.image_shape(), train_data.image_shape()
+        if shape != expected and not getattr(make, "takes_any_size", False):
+            raise UserError(
+                f"{key} gives images of {shape}, data.preprocess of {expected}: expected the same"
+            )
+        return
+    made, expected = (
+        "patches of images of any size" if find_patches(spec.ops()) else "images of one size"
+        for spec in (data, train_data)
+    )
+    if made != expected:
+        raise UserError(
+            f"{key}={data.preprocess!r} makes {made}, and data.preprocess="
+            f"{train_data.preprocess!r} {expected}: expected the same of both"
+        )
+    fit_to_line(model, data.preprocess, key=key)
+    if not getattr(make, "takes_patches", True):
+        raise UserError(
+            f"{data.key}.name={kind!r} needs whole images, and {key}={data.preprocess!r} makes "
+            f"patches of images of any size: expected --config.{data.key}=none"
+        )
 
 
 def _make_eval_spec(args: _Section, train_data: DatasetSpec, *, key: str) -> DatasetSpec:

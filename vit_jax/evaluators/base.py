@@ -47,6 +47,7 @@ class Evaluator(abc.ABC):
       every: steps between evaluations; 0 for the end only.
       needs_labels: whether batches must have `label`.
       takes_any_size: whether images may be of another size than in training.
+      takes_patches: whether images may be columns of patches of any number (`data.ops.patches`).
       judges_head: whether a trained head is evaluated, so that the dataset must have its classes.
       draws: whether its details are a picture, which is written at each evaluation of a run.
       choose: whether the best of several heads is chosen on this split at the end of a run.
@@ -63,6 +64,7 @@ class Evaluator(abc.ABC):
 
     needs_labels: ClassVar[bool] = True
     takes_any_size: ClassVar[bool] = False
+    takes_patches: ClassVar[bool] = True
     judges_head: ClassVar[bool] = False
     draws: ClassVar[bool] = False
     choose = False

@@ -58,6 +58,7 @@ class Corruptions(Evaluator):
     baseline: str | None = None
 
     judges_head = True
+    takes_patches = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,6 +31,7 @@ class PatchSizes(Evaluator):
     sizes: tuple[int, ...] = ()
 
     judges_head = True
+    takes_patches = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +48,12 @@ class PatchSizes(Evaluator):
             raise UserError(
                 f"evals.{self.name}.sizes={sizes}: each size has a grid of its own, to which "
                 "position embeddings are resized: expected model.posemb_grid, such as (7, 7)"
+            )
+        if model.relative_positions:
+            raise UserError(
+                f"evals.{self.name}.sizes={sizes} with model.position_embedding='relative', whose "
+                "biases are of one grid, and each size has its own: expected another embedding, or "
+                f"evals.{self.name}.name='classification'"
             )
         shape = self.data.image_shape()
         for size in sizes:

@@ -34,6 +34,7 @@ class Patches(Evaluator):
     """
 
     needs_labels = False
+    takes_patches = False
     draws = True
 
     def __post_init__(self) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 from vit_jax.data.ops.decode import MAX_PIXELS
 from vit_jax.data.ops.transforms import Decode, Pad, PadTo, Resize, ResizeLong, ResizeSmall
 from vit_jax.evaluators.base import Evaluator, write_details, write_file
-from vit_jax.models.interface import find_grid
 from vit_jax.objectives.base import Batch, Params
 from vit_jax.objectives.dense import DenseObjective, resize_to_masks
 from vit_jax.observe.console import log
@@ -84,7 +83,7 @@ class PixelEvaluator(Evaluator, abc.ABC):
         height, width = self.data.image_shape()[:2]
         side = self.window or max(height, width)
         try:
-            find_grid(self.objective.model, (min(side, height), min(side, width)))
+            self.objective.check_size((min(side, height), min(side, width)))
         except UserError as e:
             raise UserError(f"{key}: {e}") from None
 

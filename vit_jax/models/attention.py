@@ -40,6 +40,7 @@ def choose_attention(
     hidden_size: int,
     num_tokens: int,
     *,
+    head_shards: int = 1,
     rows: bool = False,
     key: str = "model",
 ) -> Literal["xla", "fused", "pallas"]:
@@ -54,6 +55,7 @@ def choose_attention(
       device: one of those that the model runs on.
       hidden_size: width of the encoder.
       num_tokens: of an image, a text or a row.
+      head_shards: number of devices that share the heads, which it divides.
       rows: whether tokens are rows with padding, or with several images.
       key: of the model in the config.
 
@@ -74,9 +76,12 @@ def choose_attention(
     if is_tpu:
         from vit_jax.models.attention_tpu import fits_vmem
 
-        room = fits_vmem(num_tokens, config.num_heads, head_dim, dtype.itemsize, rows=rows)
-        what = "a row" if rows else "an image"
-        needs[f"scores that fit into VMEM ({what} has {num_tokens} tokens)"] = room
+        heads = config.num_heads // head_shards
+        room = fits_vmem(num_tokens, heads, head_dim, dtype.itemsize, rows=rows)
+        what = f"{'a row' if rows else 'an image'} has {num_tokens} tokens"
+        if head_shards > 1:
+            what += f", and a device {heads} heads"
+        needs[f"scores that fit into VMEM ({what})"] = room
         needs[f"{key}.causal=False"] = not config.causal  # The kernel has no causal mask.
     else:
         kind = "a TPU" if config.attention == "pallas" else "a TPU, or an NVIDIA GPU from Ampere on"

@@ -367,6 +367,12 @@ def _check_any_size(options: dict[str, Any], resnet_layers: tuple[int, ...] | No
             f"model.patch_sizes={tuple(sizes)!r}: each size has a grid of its own, to which "
             "position embeddings are resized: expected model.posemb_grid, such as (7, 7)"
         )
+    if sizes and positions == "relative":
+        raise UserError(
+            f"model.patch_sizes={tuple(sizes)!r} with position_embedding='relative', whose biases "
+            "are of one grid, and each size has its own: expected another embedding, such as "
+            "'learned' with model.posemb_grid"
+        )
 
 
 def _check_positions(sizes: Mapping[str, Any], options: Mapping[str, Any]) -> None:

@@ -276,6 +276,18 @@ class DenseObjective(ImageObjective, abc.ABC):
             norm[name] = _MOMENTUM * norm[name] + (1 - _MOMENTUM) * metrics.pop(f"batch_{name}")
         return {**params, self.head_params: {**params[self.head_params], "norm": norm}}, metrics
 
+    def check_size(self, size: Size) -> None:
+        """Raises `UserError` unless the model takes images or windows of (height, width) pixels."""
+        grid = self.model.grid(size)
+        if self.model.relative_positions and grid != self.grid:
+            rows, columns = self.grid
+            height, width = self.model.stride
+            raise UserError(
+                f"model.position_embedding='relative' has biases for {rows}x{columns} patches, and "
+                f"images or windows of {size[0]}x{size[1]} pixels have {grid[0]}x{grid[1]}: "
+                f"expected {rows * height}x{columns * width} pixels, as in training"
+            )
+
     def _positions(self, images: jax.Array) -> dict[str, Size]:
         """The argument for images of another size than in training; none for the same size."""
         same = self.model.grid(images.shape[1:3]) == self.grid

@@ -543,6 +543,8 @@ def make_dino(
         "teacher_temp_warmup_percent": teacher_temp_warmup_percent,
     }
     grid = model.grid(image_shape[:2])
+    if model.relative_positions:
+        _check_grids(model, grid, view_shapes)
     masks = None
     if ibot_weight:
         masks = _make_masks(grid, mask_ratio, mask_share)
@@ -623,6 +625,21 @@ def _check_crops(
             raise UserError(
                 f"data.views.{LOCAL}: crops of {_text(local)} are larger than the global crops of "
                 f"{_text(image_shape)}: expected smaller ones"
+            )
+
+
+def _check_grids(
+    model: VisionTransformer,
+    grid: tuple[int, int],
+    view_shapes: Mapping[str, tuple[int, int, int, int]],
+) -> None:
+    """Raises `UserError` if views have another grid of patches than the images."""
+    for name, (_, *shape) in view_shapes.items():
+        if model.grid(tuple(shape[:2])) != grid:
+            raise UserError(
+                f"data.views.{name}: crops of {_text(shape)} have another number of patches than "
+                "the images, and the biases of model.position_embedding='relative' are of one: "
+                "expected another embedding, such as 'learned'"
             )
 
 
