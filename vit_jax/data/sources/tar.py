@@ -12,7 +12,7 @@ import re
 import socket
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ from vit_jax.utils.bounds import parse_json
 from vit_jax.utils.class_names import read_names
 from vit_jax.utils.errors import UserError, describe_error
 
-_COLUMNS = ("image", "label", "caption")
+# What endings, or values in `.json`, may be named for.
+COLUMNS = ("image", "label", "caption")
 # Files with the names of classes, in the folder of the shards or in that above it.
 _NAMES = ("classes.txt", "classnames.txt")
 _HEADER = 512
@@ -71,13 +72,35 @@ def tar_dataset(text: str) -> Dataset:
     """
     name = f"tar:{text}"
     key = f"data.name={name!r}"
-    path, renamed = split_columns(text, _COLUMNS)
+    path, renamed = split_columns(text, COLUMNS)
+    return read_shards(_find_shards(path, key=key), renamed, name=name)
+
+
+def read_shards(
+    paths: Sequence[str],
+    renamed: Mapping[str, str],
+    *,
+    name: str,
+    splits: Sequence[str | None] | None = None,
+) -> Dataset:
+    """The dataset of tar files, as `tar_dataset`.
+
+    Args:
+      paths: or URLs of the shards, in their order.
+      renamed: endings or `json.KEY`, by what they hold.
+      name: of the dataset.
+      splits: of each shard; None for those that the paths name.
+
+    Raises:
+      UserError: a shard can't be read, or only some of them have a split.
+    """
+    key = f"data.name={name!r}"
     given = {column: (chosen.removeprefix(".").lower(),) for column, chosen in renamed.items()}
     for column in ("label", "caption"):
         if column in renamed:  # Names of values in JSON have a case.
             given[column] = (renamed[column].removeprefix("."),)
     choice = dataclasses.replace(DEFAULT, **given)
-    ranges = open_ranges(_find_shards(path, key=key))
+    ranges = open_ranges(paths)
     try:
         indices = _index(ranges, choice, name=name)
     except UserError as e:
@@ -112,10 +135,11 @@ def tar_dataset(text: str) -> Dataset:
     else:
         info = DatasetInfo(0, shape, captions=True)
         labels = np.zeros(rows, np.int32)
-    splits, cut = _split(ranges.paths, indices, labels, key=key)
-    check_classes(name, info, labels, splits)
+    of_shards = [split_of(path) for path in ranges.paths] if splits is None else splits
+    rows_of, cut = _split(ranges.paths, of_shards, indices, labels, key=key)
+    check_classes(name, info, labels, rows_of)
     captions = MemberCaptions(samples, choice) if captioned else None
-    dataset = Dataset(name, info, samples, labels, splits, cut=cut, captions=captions)
+    dataset = Dataset(name, info, samples, labels, rows_of, cut=cut, captions=captions)
     log_cut(dataset)
     return dataset
 
@@ -324,10 +348,14 @@ def _class_names(values: Sequence[Any], paths: Sequence[str], *, name: str) -> l
 
 
 def _split(
-    paths: Sequence[str], indices: Sequence[Index], labels: Any, *, key: str
+    paths: Sequence[str],
+    of_shards: Sequence[str | None],
+    indices: Sequence[Index],
+    labels: Any,
+    *,
+    key: str,
 ) -> tuple[dict[str, np.ndarray], bool]:
-    """The rows of each split, and whether they were cut."""
-    of_shards = [_split_of(path) for path in paths]
+    """The rows of each split, and whether they were cut, from the split of each shard."""
     if not any(of_shards):
         return make_splits(labels, None), True
     if None in of_shards:
@@ -344,7 +372,7 @@ def _split(
     return {split: np.concatenate(rows) for split, rows in sorted(splits.items())}, False
 
 
-def _split_of(path: str) -> str | None:
+def split_of(path: str) -> str | None:
     """The split that a word of the shard's name means, or else the name of its folder."""
     folder, file = os.path.split(path)
     words = {find_split(word) for word in re.split(r"[-_.]", file)} - {None}
