@@ -298,6 +298,7 @@ def refused(folder):
     write(folder / "list.tar", [("a.png", 1), ("a.json", {"label": 0.5})])
     write(folder / "alone.tar", [("a.png", 1), ("a.npy", "0")])
     write(folder / "none.tar", [("a.cls", "1"), ("a.npy", "0")])
+    write(folder / "latin.tar", [("a.png", 1), ("a.cls", b"caf\xe9")])
     write(folder / "lines.tar", [("a.png", 1), ("a.cls", "0\n1")])
     os.mkfifo(folder / "fifo.tar")
     (folder / "train-0.tar").write_bytes((folder / "one.tar").read_bytes())
@@ -327,6 +328,7 @@ def broken(tmp_path_factory):
         ("none.tar", "no samples with images: its members end in .cls (1), .npy (1)"),
         ("one.tar#label=json.id", "no sample has 'json.id' for its label; its members end in"),
         ("one.tar#image=webp", "no samples with .webp"),
+        ("latin.tar", "latin.tar: a.cls has b'caf\\xe9', which is not UTF-8; expected a class"),
         ("lines.tar", "a.cls has '0\\n1'; expected a class name"),
         ("fifo.tar", "fifo.tar can't be read: it is a FIFO"),
         ("{000..003}.tar", "there are no files {}/000.tar and 3 more"),

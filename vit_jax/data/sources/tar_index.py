@@ -37,7 +37,7 @@ from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.files import write_atomically
 
 # Changes with the content of indexes, so that those of an earlier kind are made again.
-_VERSION = 1
+_VERSION = 2
 _BLOCK = tarfile.BLOCKSIZE
 # Bytes of a label, and of a text or JSON value.
 _MAX_LABEL, MAX_TEXT = 2**16, 2**20
@@ -348,7 +348,15 @@ class _Sample:
                         )
                 return value
             if choice in self._parts:
-                text = self._read(choice, _MAX_LABEL).decode("utf-8-sig", "replace").strip()
+                content = self._read(choice, _MAX_LABEL)
+                try:
+                    text = content.decode("utf-8-sig").strip()
+                except ValueError:
+                    raise UserError(
+                        f"{self._path}: {self._parts[choice][0]} has {shorten(content)}, which is "
+                        "not UTF-8; expected a class name or an integer; write the shard again, "
+                        "with labels in UTF-8"
+                    ) from None
                 if len(text.splitlines()) > 1 or "\0" in text:
                     raise UserError(
                         f"{self._path}: {self._parts[choice][0]} has {shorten(text)}; expected a "
