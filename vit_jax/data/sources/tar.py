@@ -43,6 +43,12 @@ COLUMNS = ("image", "label", "caption")
 # Files with the names of classes, in the folder of the shards or in that above it.
 _NAMES = ("classes.txt", "classnames.txt")
 _HEADER = 512
+# Numbers or letters in braces, with a step of any sign.
+_SPAN = re.compile(
+    r"(?=\d+\.\.\d|[a-z]\.\.[a-z]|[A-Z]\.\.[A-Z])"  # both of one kind
+    r"(\d{1,9}|[A-Za-z])\.\.(\d{1,9}|[A-Za-z])(?:\.\.-?(\d{1,9}))?",
+    re.ASCII,
+)
 # What is read where a name does not say otherwise.
 DEFAULT = Choice(image=tuple(ending.removeprefix(".") for ending in ENDINGS))
 _GAP = 2**16  # bytes between two images that are read in one go
@@ -170,15 +176,11 @@ def _find_shards(path: str, *, key: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """Yields the texts that a shell makes of `{a,b}` and `{000..146}`, in their order."""
+    """Yields what bash makes of `{a,b}`, `{000..146}`, `{0..10..5}` and `{a..c}`, in its order."""
     for start, end in _find_braces(pattern):
         inside = pattern[start + 1 : end]
-        numbers = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", inside)
-        if numbers:
-            first, last = int(numbers[1]), int(numbers[2])
-            zeros = max(map(len, numbers.groups())) if "0" in (inside[0], numbers[2][0]) else 0
-            step = 1 if first <= last else -1
-            parts: Iterator[str] = (f"{n:0{zeros}}" for n in range(first, last + step, step))
+        if (span := _SPAN.fullmatch(inside)) is not None:
+            parts: Iterator[str] = _count(*span.groups())
         elif len(several := _split_commas(inside)) > 1:
             parts = itertools.chain.from_iterable(map(expand_braces, several))
         else:
@@ -188,6 +190,17 @@ def expand_braces(pattern: str) -> Iterator[str]:
                 yield f"{pattern[:start]}{part}{rest}"
         return
     yield pattern
+
+
+def _count(start: str, stop: str, by: str | None) -> Iterator[str]:
+    """Yields the numbers or letters from `start` to `stop`, which may be before it."""
+    numbers = start.isdigit()
+    first, last = (int(start), int(stop)) if numbers else (ord(start), ord(stop))
+    step = (int(by or 1) or 1) * (1 if first <= last else -1)
+    padded = numbers and any(len(bound) > 1 and bound[0] == "0" for bound in (start, stop))
+    zeros = max(len(start), len(stop)) if padded else 0
+    for n in range(first, last + (1 if step > 0 else -1), step):
+        yield f"{n:0{zeros}}" if numbers else chr(n)
 
 
 def _find_braces(pattern: str) -> Iterator[tuple[int, int]]:
