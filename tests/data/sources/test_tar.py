@@ -258,6 +258,23 @@ def test_what_is_left_out_is_logged(tmp_path, caplog):
     assert "left out 3 members that are no files KEY.ENDING, the first of them ._a" in caplog.text
 
 
+def test_hard_links_are_the_member_that_they_name(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    path = write(tmp_path / "x.tar", [("./a.png", 1), ("./a.cls", "0"), ("notes", "1")])
+    with tarfile.open(path, "a") as tar:
+        pairs = [("b.png", "a.png"), ("b.cls", "notes"), ("c.cls", "./a.cls"), ("c.png", "b.png")]
+        for name, target in [*pairs, ("d.png", "e.png")]:
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.LNKTYPE, target
+            tar.addfile(link)
+    dataset = tar_dataset(str(path))
+    assert [dataset.records.read(row) for row in range(3)] == [encode(1)] * 3
+    assert dataset.labels.tolist() == [0, 1, 0]
+    assert dataset.records.describe(1) == f"{path}/b.png"
+    expected = "left out 1 hard links to what is no file before them, the first of them d.png to e"
+    assert expected in caplog.text
+
+
 def cut(path, share):
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])

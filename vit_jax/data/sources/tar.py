@@ -266,6 +266,7 @@ def _log_notes(name: str, paths: Sequence[str], indices: Sequence[Index]) -> Non
     texts = {
         "image": "left out %s keys without an image, the first of them %s",
         "other": "left out %s members that are no files KEY.ENDING, the first of them %s",
+        "link": "left out %s hard links to what is no file before them, the first of them %s",
         "apart": "%s members are not beside the others of their key, which are read together; "
         "the first is of %s",
         "open": "%s shards lack the mark of their end: they may have been cut, or the program that "

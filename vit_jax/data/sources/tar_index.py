@@ -272,6 +272,7 @@ def _list_members(
     members: dict[str, dict[str, _Member]] = {}
     endings: Counter[str] = Counter()
     notes: dict[str, tuple[int, str]] = {}
+    places: dict[str, tuple[int, int]] = {}
     last = name = ""
     try:
         tar = tarfile.TarFile(fileobj=content)
@@ -280,8 +281,18 @@ def _list_members(
             name = member.name
             if member.isdir():
                 continue
+            place = None
+            if member.isreg() and not member.issparse():
+                place = member.offset_data, member.size
+            elif member.islnk():  # GNU tar writes so the second of two files that are one.
+                place = places.get(os.path.normpath(member.linkname))
+                if place is None:
+                    _note(notes, "link", f"{name} to {member.linkname}")
+                    continue
+            if place is not None:
+                places[os.path.normpath(name)] = place
             parsed = _NAME.fullmatch(name)
-            if parsed is None or not member.isreg() or member.issparse():
+            if parsed is None or place is None:
                 _note(notes, "other", name)
                 continue
             key, ending = parsed[1], parsed[2].lower()
@@ -294,7 +305,7 @@ def _list_members(
                 )
             if parts and key != last:
                 _note(notes, "apart", key)
-            parts[ending] = (name, member.offset_data, member.size)
+            parts[ending] = (name, *place)
             last = key
         _check_end(content, tar.offset, path, name, notes)
     except (tarfile.TarError, ValueError, OverflowError) as e:  # Damaged headers raise all of them.
