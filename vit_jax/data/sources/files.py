@@ -760,7 +760,7 @@ def _read_metadata(
         captions = read_captions(rows, of_texts, key=where)
         missing = []
         for number, row in enumerate(rows, 1):
-            given = str(row["file_name"]).replace("\\", "/")
+            given = _check_path(row["file_name"], "file_name", number, where).replace("\\", "/")
             path = os.path.normpath(os.path.join(os.path.dirname(file), given))
             image = image_of.get(path) or image_of.get(unicodedata.normalize("NFC", path))
             if image is None:
@@ -1069,9 +1069,11 @@ def _gather(rows: Iterator[Any], *, caption_columns: Sequence[str] | None, key: 
             later = {c for c in named if isinstance(c, str) and _CAPTION.fullmatch(c)}
             columns = own + sorted(later.union(columns[len(own) :]).difference(own))
             _check_values(chunk, columns, key, first=count)
-        table.images.append(str(row["image"]) for row in chunk)
-        for kind, paths in table.maps.items():
-            paths.append(str(row[kind]) for row in chunk)
+        for kind, paths in {"image": table.images, **table.maps}.items():
+            paths.append(
+                _check_path(row[kind], kind, number, key)
+                for number, row in enumerate(chunk, count + 1)
+            )
         if table.splits is not None:
             table.splits.append([str(row["split"]) for row in chunk], range(count, count + _CHUNK))
         of_texts = caption_columns or [c for c in columns if _CAPTION.fullmatch(c)]
@@ -1220,6 +1222,15 @@ def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
         )
     _check_values(rows, columns, key)
     return columns
+
+
+def _check_path(value: Any, column: str, number: int, key: str) -> str:
+    """Returns a path of a row, which is counted from 1; raises `UserError` if it is no text."""
+    if not isinstance(value, str | int):  # A file may be called by a number.
+        raise UserError(
+            f"{key}: row {number}: {column}={str(value)[:80]}: expected a text, the path of a file"
+        )
+    return str(value)
 
 
 def _check_values(rows: Sequence[Any], columns: Sequence[str], key: str, first: int = 0) -> None:
