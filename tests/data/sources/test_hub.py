@@ -15,6 +15,7 @@ from tests.images import encode
 from vit_jax.data.pipeline import DatasetSpec, eval_batches
 from vit_jax.data.sources import find_dataset, open_source
 from vit_jax.data.sources.hub import hub_dataset, pin_name, unpin_name
+from vit_jax.data.sources.hub_layout import find_layout
 from vit_jax.utils.errors import UserError
 
 __all__ = ["hub"]
@@ -433,6 +434,14 @@ def test_a_subset_in_a_folder_that_is_called_as_a_split_is(tmp_path):
     dataset = hub_dataset(f"{tmp_path}#subset=a")
     assert len(dataset.labels) == 2
     assert dataset.info.class_names == ("x", "y")
+
+
+def test_class_names_of_a_card_are_the_texts_that_are_written():
+    label = "{name: label, dtype: {class_label: {names: %s}}}"
+    for names in ("{0: no, 1: yes, 2: 010, 3: ~}", "[no, yes, 010, ~]"):
+        card = f"---\ndataset_info:\n  features: [{label % names}]\n---\n"
+        layout = find_layout(["a.parquet"], card, subset=None, key="data.name")
+        assert layout.features["label"].names == ["no", "yes", "010", "~"]
 
 
 # Columns

@@ -131,6 +131,20 @@ def _is_visible(path: str) -> bool:
     return not any(part.startswith((".", "__")) for part in parts) and path != CARD
 
 
+class _CardLoader(yaml.SafeLoader):
+    """Reads class names as the texts that they are written as: `no` is not False, nor 010 8."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, value in node.value:
+            if key.value == "names":
+                mapping = isinstance(value, yaml.MappingNode)
+                names = [name for _, name in value.value] if mapping else value.value
+                for name in names if isinstance(value, yaml.CollectionNode) else []:
+                    if isinstance(name, yaml.ScalarNode):
+                        name.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep=deep)
+
+
 def _read_header(card: str, *, key: str) -> Mapping[str, Any]:
     """The YAML at the start of a card."""
     found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?\n)---[ \t]*(\r?\n|$)", card, flags=re.DOTALL)
@@ -139,7 +153,7 @@ def _read_header(card: str, *, key: str) -> Mapping[str, Any]:
     try:
         if len(found[1]) > MAX_JSON:
             raise ValueError(f"it has {len(found[1]):,} characters")
-        header = yaml.safe_load(found[1])
+        header = yaml.load(found[1], Loader=_CardLoader)
     except (ValueError, yaml.YAMLError, RecursionError) as e:
         reason = describe_error(e)
         raise UserError(f"{key}: the YAML in {CARD} can't be read: {reason}") from None
