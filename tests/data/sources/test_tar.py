@@ -263,7 +263,7 @@ def test_hard_links_are_the_member_that_they_name(tmp_path, caplog):
     path = write(tmp_path / "x.tar", [("./a.png", 1), ("./a.cls", "0"), ("notes", "1")])
     with tarfile.open(path, "a") as tar:
         pairs = [("b.png", "a.png"), ("b.cls", "notes"), ("c.cls", "./a.cls"), ("c.png", "b.png")]
-        for name, target in [*pairs, ("d.png", "e.png")]:
+        for name, target in [*pairs, ("a.png", "./a.png"), ("d.png", "e.png")]:
             link = tarfile.TarInfo(name)
             link.type, link.linkname = tarfile.LNKTYPE, target
             tar.addfile(link)
@@ -316,6 +316,7 @@ def refused(folder):
     write(folder / "alone.tar", [("a.png", 1), ("a.npy", "0")])
     write(folder / "none.tar", [("a.cls", "1"), ("a.npy", "0")])
     write(folder / "latin.tar", [("a.png", 1), ("a.cls", b"caf\xe9")])
+    write(folder / "in_list.tar", [("a.png", 1), ("a.json", {"label": [3, -1]})])
     write(folder / "lines.tar", [("a.png", 1), ("a.cls", "0\n1")])
     os.mkfifo(folder / "fifo.tar")
     (folder / "train-0.tar").write_bytes((folder / "one.tar").read_bytes())
@@ -346,6 +347,10 @@ def broken(tmp_path_factory):
         ("one.tar#label=json.id", "no sample has 'json.id' for its label; its members end in"),
         ("one.tar#image=webp", "no samples with .webp"),
         ("latin.tar", "latin.tar: a.cls has b'caf\\xe9', which is not UTF-8; expected a class"),
+        (
+            "in_list.tar",
+            "in_list.tar/a.png (row 1) has a label that is -1 or empty in its list of 2",
+        ),
         ("lines.tar", "a.cls has '0\\n1'; expected a class name"),
         ("fifo.tar", "fifo.tar can't be read: it is a FIFO"),
         ("{000..003}.tar", "there are no files {}/000.tar and 3 more"),
@@ -358,6 +363,22 @@ def test_what_is_refused(broken, text, reason):
         open_all(broken / text)
     assert reason.replace("{}", str(broken)) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("gs://", "data.name='tar:gs://': 'gs://': expected gs://BUCKET/PATH or s3://BUCKET/PATH"),
+        ("s3://B_/{0..1}", "data.name='tar:s3://B_/{0..1}': 's3://B_/0': expected gs://BUCKET/P"),
+        ("{http,https}://x/y.tar", "'{http,https}://x/y.tar': expected a path, or a URL of gs://"),
+        ("http://x/y.tar", "'http://x/y.tar': expected a path, or a URL of gs:// or s3://"),
+    ],
+)
+def test_urls_that_are_refused(text, reason):
+    with pytest.raises(UserError) as error:
+        tar_dataset(text)
+    assert str(error.value).startswith(f"data.name='tar:{text}': ")
+    assert reason in str(error.value)
 
 
 @pytest.mark.parametrize(

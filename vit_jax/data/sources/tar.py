@@ -22,7 +22,7 @@ from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.sources.base import Dataset, DatasetInfo, Records, make_splits
 from vit_jax.data.sources.columns import split_columns
 from vit_jax.data.sources.compact import Ragged
-from vit_jax.data.sources.files import ENDINGS, encode_labels
+from vit_jax.data.sources.files import ENDINGS, check_store, encode_labels
 from vit_jax.data.sources.guess import suggest_name
 from vit_jax.data.sources.layout import check_classes, find_split, log_cut
 from vit_jax.data.sources.ranges import Ranges, find_files, is_remote, open_ranges
@@ -152,6 +152,7 @@ def read_shards(
 
 def _find_shards(path: str, *, key: str) -> list[str]:
     """The paths of all shards in their order; raises `UserError` if one is missing."""
+    check_store(path, where=f"{key}: ")
     where = path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
     if not is_remote(path) and os.path.isdir(where):
         if not (paths := find_files(where, ending=".tar")):
@@ -167,6 +168,8 @@ def _find_shards(path: str, *, key: str) -> list[str]:
             paths = find_files(pattern, ending=".tar")
         except OSError as e:
             raise UserError(f"{key}: {e.strerror}") from None
+        except UserError as e:
+            raise UserError(f"{key}: {e}") from None
         missing += [] if paths else [pattern]
         found |= dict.fromkeys(paths)
     if missing:

@@ -289,6 +289,8 @@ def _list_members(
                 if place is None:
                     _note(notes, "link", f"{name} to {member.linkname}")
                     continue
+                if os.path.normpath(member.linkname) == os.path.normpath(name):
+                    continue  # It was given twice to the program that wrote the shard.
             if place is not None:
                 places[os.path.normpath(name)] = place
             parsed = _NAME.fullmatch(name)
