@@ -120,7 +120,7 @@ def test_what_is_missing_in_a_bucket_is_one_line(server, files, path, failure, r
 
 
 def test_a_url_without_a_bucket_is_named_as_it_is_given():
-    with pytest.raises(UserError, match="^data.name='parquet:gs://': 'gs://': expected gs://BUCKE"):
+    with pytest.raises(UserError, match=r"^data.name='parquet:gs://': 'gs://': expected gs"):
         parquet_dataset("gs://")
 
 

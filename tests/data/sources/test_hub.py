@@ -386,6 +386,12 @@ configs:
             {"train": [0, 1], "validation": [2]},
             "auk bat",
         ),
+        (
+            ["train/auk/0", "train/bat/1", "test/2"],
+            [("train", "train/**"), ("test", "test/**")],
+            {"train": [0, 1]},
+            "auk bat",
+        ),
     ],
 )
 def test_images_are_those_of_the_splits_of_a_card(tmp_path, files, listed, expected, classes):
@@ -414,6 +420,11 @@ def test_metadata_of_the_images_of_a_card(tmp_path):
             ["train/auk/0", "test/auk/1"],
             [("train", "**")],
             r"\*\* has the folders test/auk and train/auk; expected",
+        ),
+        (
+            ["x/auk/old/0", "x/bat/1"],
+            [("train", ["x/auk/**", "x/bat/**"])],
+            "folders x/bat and x/auk/old are not of one depth",
         ),
         (["data/train_a/0", "data/train_b/1"], [("train", "data/**")], "train_a, train_b of train"),
         (["x/0", "y/1"], [("train", "x/*"), ("test", "y/*")], "folders x, y are those of the spl"),

@@ -271,7 +271,7 @@ class ListedImage:
     @property
     def pattern_folder(self) -> str:
         """The folders of the pattern before any with `*`, `?` or `[`; may be empty."""
-        start = re.split(r"[*?\[]", self.pattern)[0]
+        start = _fixed_start(self.pattern)
         if start in (self.pattern, self.path):
             return os.path.dirname(self.path) if start == self.path else start
         return os.path.dirname(start)
@@ -284,6 +284,11 @@ class ListedImage:
         if "/" in below:
             return os.path.join(folder, below.partition("/")[0])
         return os.path.dirname(self.path)
+
+
+@functools.lru_cache
+def _fixed_start(pattern: str) -> str:
+    return re.split(r"[*?\[]", pattern)[0]
 
 
 def listed_dataset(
@@ -332,7 +337,9 @@ def listed_dataset(
         by_path = {image.path: image for image in listed}
         rows = {path: row for path, row in named.items() if path in by_path}
         if not rows:
-            raise UserError(f"{key}: {', '.join(tree.metadata[:3])}: no row names an image of it")
+            raise UserError(
+                f"{key}: {', '.join(tree.metadata[:3])}: no row names an image of its list"
+            )
         chosen = [by_path[path] for path in rows]
         return _metadata_dataset(name, root, tree, rows, listed=chosen, fault=fault)
     if unread:
@@ -357,17 +364,26 @@ def listed_dataset(
 
 
 def _drop_loose(listed: Sequence[ListedImage], *, name: str) -> list[ListedImage]:
-    """The images without those beside the folders of classes, which are logged."""
+    """The images without those that are in no folder of a class, as those of others are.
+
+    These are beside such folders, or in a folder of a split, as in `test/0.jpg`; they are logged.
+    """
     loose = {image for image in listed if os.path.dirname(image.path) == image.pattern_folder}
     deep = {image.pattern for image in listed if image not in loose}
-    if left := sorted(image.path for image in loose if image.pattern in deep):
+    left = {
+        image
+        for image in loose
+        if image.pattern in deep
+        or (deep and find_split(os.path.basename(os.path.dirname(image.path))))
+    }
+    if left:
         logger.info(
             "%s: left out %s images that are not in a class folder: %s",
             name,
             f"{len(left):,}",
-            list_few(left),
+            list_few(sorted(image.path for image in left)),
         )
-    return [image for image in listed if image not in loose or image.pattern not in deep]
+    return [image for image in listed if image not in left]
 
 
 def _check_listed(listed: Sequence[ListedImage]) -> str:
@@ -381,6 +397,12 @@ def _check_listed(listed: Sequence[ListedImage]) -> str:
         if os.path.dirname(first.setdefault(image.pattern, folder)) != os.path.dirname(folder):
             return f"{image.pattern} has the folders {first[image.pattern]} and {folder}"
         classes.setdefault(image.split, set()).add(os.path.basename(folder))
+    holders = {os.path.dirname(folder) for folder in first.values()}
+    for folder in first.values():
+        for above in holders - {os.path.dirname(folder)}:
+            if folder.startswith(f"{above}/" if above else ""):
+                other = next(f for f in first.values() if os.path.dirname(f) == above)
+                return f"the folders {other} and {folder} are not of one depth"
     for split, names in classes.items():
         likely = sorted(filter(suggests_split, names))
         if len(likely) > 1 or len(likely) == len(names):

@@ -402,7 +402,7 @@ def _read_shards(
     """The dataset of the tar files of a layout."""
     folders = {os.path.dirname(path) for path in layout.files}
     folders |= {os.path.dirname(folder) for folder in folders}
-    beside = [os.path.join(folder, file) for folder in folders for file in _NAMES]
+    beside = {os.path.join(folder, file) for folder in folders for file in _NAMES}
     fetch(layout.files + [path for path in paths if path in beside])
     splits = None
     if layout.patterns is not None or not any(map(split_of, layout.files)):
