@@ -119,6 +119,11 @@ def test_what_is_missing_in_a_bucket_is_one_line(server, files, path, failure, r
     assert "\n" not in str(error.value)
 
 
+def test_a_url_without_a_bucket_is_named_as_it_is_given():
+    with pytest.raises(UserError, match=r"^data.name='parquet:gs://': 'gs://': expected gs"):
+        parquet_dataset("gs://")
+
+
 def test_captions_and_groups_that_are_damaged(server):
     content = parquet([1, 2], text=(["a", "b"], {"_type": "Value"}))
     server.put(server.bucket, "train.parquet", content)

@@ -665,6 +665,8 @@ def test_files_of_metadata_that_will_not_do_together_are_refused(tmp_path):
     refuse(lambda: info(f"{name}/././"), "train2017/metadata.jsonl can't be read")
     (tmp_path / "train2017" / "metadata.jsonl").write_text('[{"file_name": "000.png"}]')
     refuse(lambda: info(f"{name}/./././"), "metadata.jsonl: row 1 is [{", "an object a line")
+    (tmp_path / "train2017" / "metadata.jsonl").write_text('{"file_name": ["0.png"], "label": 1}')
+    refuse(lambda: info(f"{name}/././././"), "row 1: file_name=['0.png']: expected a text, the pa")
 
 
 # Manifests
@@ -895,6 +897,7 @@ def test_manifests_that_will_not_do_are_refused(text, words, tmp_path, server):
         ("{\n", ["can't be read"]),
         ("[1]\n", ["expected an object a line"]),
         ('{"image": "0.png", "labels": 3}\n', ["row 1", "expected a list"]),
+        ('{"image": ["0.png"], "label": 1}\n', ["row 1: image=['0.png']: expected a text"]),
         ('{"image": "0.png", "label": 0.5}\n', ["row 1", "label 0.5"]),
         ('{"image": "0.png", "label": true}\n', ["row 1", "label True"]),
     ],

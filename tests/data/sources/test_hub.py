@@ -15,9 +15,12 @@ from tests.images import encode
 from vit_jax.data.pipeline import DatasetSpec, eval_batches
 from vit_jax.data.sources import find_dataset, open_source
 from vit_jax.data.sources.hub import hub_dataset, pin_name, unpin_name
+from vit_jax.data.sources.hub_layout import find_layout
 from vit_jax.utils.errors import UserError
 
 __all__ = ["hub"]
+
+ENDS = ("png", "cls")
 
 
 def make_tar(members):
@@ -284,12 +287,172 @@ def test_a_card_names_the_splits_of_images_and_shards(hub):
     dataset = push({"train": "imgs/**"}, images)
     assert (dataset.lengths, dataset.cut) == ({"train": 10}, False)
     folders = {f"imgs/{part}/auk/{n}.png": encode(n) for part in "ab" for n in range(5)}
-    with pytest.raises(UserError, match="names the splits train, test, and the folders a, b are"):
-        push({"train": "imgs/a/**", "test": "imgs/b/**"}, folders)
+    dataset = push({"train": "imgs/a/**", "test": "imgs/b/**"}, folders)
+    assert (dataset.lengths, dataset.info.class_names) == ({"test": 5, "train": 5}, ("auk",))
     shards = {f"{n}.tar": make_tar({f"{n}.png": encode(n), f"{n}.cls": b"0"}) for n in range(3)}
     dataset = push({"train": "[01].tar", "test": "2.tar"}, shards)
     assert dataset.lengths == {"test": 1, "train": 2}
     assert greys("hf:me/listed", "train") == [0, 1]
+
+
+def write_folder(folder, files, configs):
+    """A folder with these files, numbers become images of that grey, and the configs of a card."""
+    listed = []
+    for name, data_files in configs.items():
+        entries = [{"split": split, "path": path} for split, path in data_files]
+        listed.append({"config_name": name, "data_files": entries})
+    card = f"---\nconfigs: {json.dumps(listed)}\n---\n"
+    for path, content in {**files, "README.md": card.encode()}.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(encode(content) if isinstance(content, int) else content)
+    forget_all()
+    return f"hf:{folder}"
+
+
+def shard(*greys):
+    return make_tar({f"{n}.{e}": encode(n) if e == "png" else b"0" for n in greys for e in ENDS})
+
+
+def contents(name):
+    """The greys of each split, sorted."""
+    lengths = find_dataset(name, data_dir=None).lengths
+    return {split: sorted(greys(name, split)) for split in lengths}
+
+
+def test_shards_are_those_of_the_subset_and_its_splits(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files = {"data/a-train-0.tar": shard(0, 1), "data/b-train-0.tar": shard(2)}
+    configs = {"a": [("train", "data/a-*.tar")], "b": [("train", "data/b-*.tar")]}
+    name = write_folder(tmp_path / "two", files, configs)
+    assert contents(f"{name}#subset=a") == {"train": [0, 1]}
+    assert contents(f"{name}#subset=b") == {"train": [2]}
+    files = {
+        "data/train-0.tar": shard(0),
+        "data/train-1.tar": shard(1),
+        "data/test-0.tar": shard(2),
+    }
+    configs = {"default": [("train", "data/train-1.tar"), ("validation", "data/test-0.tar")]}
+    assert contents(write_folder(tmp_path / "one", files, configs)) == {
+        "train": [1],
+        "validation": [2],
+    }
+    with pytest.raises(UserError, match="split=x can't be given for tar files: expected image, la"):
+        hub_dataset(f"{tmp_path / 'one'}#split=x")
+
+
+def test_shards_of_other_subsets_are_not_downloaded(hub):
+    card = """---
+configs:
+- config_name: a
+  data_files: data/a-*.tar
+- config_name: b
+  data_files: b/*/x.png
+---
+"""
+    files = {f"data/{n}.tar": shard(1) for n in ("a-train-0", "b-train-0")}
+    files |= {"b/auk/x.png": encode(1), "b/bat/x.png": encode(2), "b/bat/y.png": encode(3)}
+    hub.push("me/tars", files | {"README.md": card.encode(), "data/classes.txt": b"auk\n"})
+    assert contents("hf:me/tars#subset=a") == {"train": [1]}
+    assert contents("hf:me/tars#subset=b") == {"train": [1, 2]}
+    read = [request.rpartition("/")[2] for request in hub.requests if request.startswith("GET")]
+    assert "a-train-0.tar" in read
+    assert {"b-train-0.tar", "y.png"}.isdisjoint(read)
+
+
+@pytest.mark.parametrize(
+    ("files", "listed", "expected", "classes"),
+    [
+        (
+            ["train/auk/0", "train/bat/1", "test/auk/2", "test/bat/3"],
+            [("train", "test/**")],
+            {"train": [2, 3]},
+            "auk bat",
+        ),
+        (
+            ["train/auk/0", "train/bat/1", "test/auk/2"],
+            [("train", "train/**")],
+            {"train": [0, 1]},
+            "auk bat",
+        ),
+        (
+            ["a/auk/young/0", "a/bat/1", "b/auk/2", "a/cover"],
+            [("train", ["a/**", "b"])],
+            {"train": [0, 1, 2]},
+            "auk bat",
+        ),
+        (
+            ["data/auk/0", "data/bat/1", "data/bat/2", "data/crow/3"],
+            [("train", ["data/auk/*", "data/bat/1.png"]), ("val", "data/bat/2.*")],
+            {"train": [0, 1], "validation": [2]},
+            "auk bat",
+        ),
+        (
+            ["train/auk/0", "train/bat/1", "test/2"],
+            [("train", "train/**"), ("test", "test/**")],
+            {"train": [0, 1]},
+            "auk bat",
+        ),
+    ],
+)
+def test_images_are_those_of_the_splits_of_a_card(tmp_path, files, listed, expected, classes):
+    images = {f"{path}.png": int(path[-1]) if path[-1].isdigit() else 9 for path in files}
+    name = write_folder(tmp_path, images, {"default": listed})
+    assert contents(name) == expected
+    assert find_dataset(name, data_dir=None).info.class_names == tuple(classes.split())
+
+
+def test_metadata_of_the_images_of_a_card(tmp_path):
+    rows = b"file_name,text,split\n0.png,zero,x\n1.png,one,y\nc/2.png,two,z\n"
+    files = {"train/0.png": 0, "train/1.png": 1, "train/c/2.png": 2, "train/metadata.csv": rows}
+    listed = {"default": [("train", "train/0.png"), ("test", "train/c/**")]}
+    name = write_folder(tmp_path, files, listed)
+    assert contents(name) == {"train": [0], "test": [2]}
+    source = open_source(name, "test", data_dir=None, key="data.split")
+    assert source.captions(0) == ("two",)
+    assert find_dataset(name, data_dir=None).info.num_classes == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "listed", "reason"),
+    [
+        (["0", "1"], [("train", "*.png")], "0.png is in no folder; expected patterns such as"),
+        (
+            ["train/auk/0", "test/auk/1"],
+            [("train", "**")],
+            r"\*\* has the folders test/auk and train/auk; expected",
+        ),
+        (
+            ["x/auk/old/0", "x/bat/1"],
+            [("train", ["x/auk/**", "x/bat/**"])],
+            "folders x/bat and x/auk/old are not of one depth",
+        ),
+        (["data/train_a/0", "data/train_b/1"], [("train", "data/**")], "train_a, train_b of train"),
+        (["x/0", "y/1"], [("train", "x/*"), ("test", "y/*")], "folders x, y are those of the spl"),
+    ],
+)
+def test_folders_that_may_be_no_classes_are_refused(tmp_path, files, listed, reason):
+    images = {f"{path}.png": int(path[-1]) for path in files}
+    name = write_folder(tmp_path, images, {"default": listed})
+    with pytest.raises(UserError, match=f"the classes of its images are not known: .*{reason}"):
+        hub_dataset(name[3:])
+
+
+def test_a_subset_in_a_folder_that_is_called_as_a_split_is(tmp_path):
+    images = {f"train/{part}/{kind}/{n}.png": n for part in "ab" for n, kind in enumerate("xy")}
+    card = "---\nconfigs: [{config_name: a, data_dir: train/a}, {config_name: b}]\n---\n"
+    write_folder(tmp_path, images, {})
+    (tmp_path / "README.md").write_text(card)
+    dataset = hub_dataset(f"{tmp_path}#subset=a")
+    assert len(dataset.labels) == 2
+    assert dataset.info.class_names == ("x", "y")
+
+
+def test_class_names_of_a_card_are_the_texts_that_are_written():
+    label = "{name: label, dtype: {class_label: {names: %s}}}"
+    for names in ("{0: no, 1: yes, 2: 010, 3: ~}", "[no, yes, 010, ~]"):
+        card = f"---\ndataset_info:\n  features: [{label % names}]\n---\n"
+        layout = find_layout(["a.parquet"], card, subset=None, key="data.name")
+        assert layout.features["label"].names == ["no", "yes", "010", "~"]
 
 
 # Columns

@@ -258,6 +258,23 @@ def test_what_is_left_out_is_logged(tmp_path, caplog):
     assert "left out 3 members that are no files KEY.ENDING, the first of them ._a" in caplog.text
 
 
+def test_hard_links_are_the_member_that_they_name(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    path = write(tmp_path / "x.tar", [("./a.png", 1), ("./a.cls", "0"), ("notes", "1")])
+    with tarfile.open(path, "a") as tar:
+        pairs = [("b.png", "a.png"), ("b.cls", "notes"), ("c.cls", "./a.cls"), ("c.png", "b.png")]
+        for name, target in [*pairs, ("a.png", "./a.png"), ("d.png", "e.png")]:
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.LNKTYPE, target
+            tar.addfile(link)
+    dataset = tar_dataset(str(path))
+    assert [dataset.records.read(row) for row in range(3)] == [encode(1)] * 3
+    assert dataset.labels.tolist() == [0, 1, 0]
+    assert dataset.records.describe(1) == f"{path}/b.png"
+    expected = "left out 1 hard links to what is no file before them, the first of them d.png to e"
+    assert expected in caplog.text
+
+
 def cut(path, share):
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
@@ -298,6 +315,8 @@ def refused(folder):
     write(folder / "list.tar", [("a.png", 1), ("a.json", {"label": 0.5})])
     write(folder / "alone.tar", [("a.png", 1), ("a.npy", "0")])
     write(folder / "none.tar", [("a.cls", "1"), ("a.npy", "0")])
+    write(folder / "latin.tar", [("a.png", 1), ("a.cls", b"caf\xe9")])
+    write(folder / "in_list.tar", [("a.png", 1), ("a.json", {"label": [3, -1]})])
     write(folder / "lines.tar", [("a.png", 1), ("a.cls", "0\n1")])
     os.mkfifo(folder / "fifo.tar")
     (folder / "train-0.tar").write_bytes((folder / "one.tar").read_bytes())
@@ -327,6 +346,11 @@ def broken(tmp_path_factory):
         ("none.tar", "no samples with images: its members end in .cls (1), .npy (1)"),
         ("one.tar#label=json.id", "no sample has 'json.id' for its label; its members end in"),
         ("one.tar#image=webp", "no samples with .webp"),
+        ("latin.tar", "latin.tar: a.cls has b'caf\\xe9', which is not UTF-8; expected a class"),
+        (
+            "in_list.tar",
+            "in_list.tar/a.png (row 1) has a label that is -1 or empty in its list of 2",
+        ),
         ("lines.tar", "a.cls has '0\\n1'; expected a class name"),
         ("fifo.tar", "fifo.tar can't be read: it is a FIFO"),
         ("{000..003}.tar", "there are no files {}/000.tar and 3 more"),
@@ -342,6 +366,22 @@ def test_what_is_refused(broken, text, reason):
 
 
 @pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("gs://", "data.name='tar:gs://': 'gs://': expected gs://BUCKET/PATH or s3://BUCKET/PATH"),
+        ("s3://B_/{0..1}", "data.name='tar:s3://B_/{0..1}': 's3://B_/0': expected gs://BUCKET/P"),
+        ("{http,https}://x/y.tar", "'{http,https}://x/y.tar': expected a path, or a URL of gs://"),
+        ("http://x/y.tar", "'http://x/y.tar': expected a path, or a URL of gs:// or s3://"),
+    ],
+)
+def test_urls_that_are_refused(text, reason):
+    with pytest.raises(UserError) as error:
+        tar_dataset(text)
+    assert str(error.value).startswith(f"data.name='tar:{text}': ")
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("pattern", "expected"),
     [
         ("a{000..002}.tar", ["a000.tar", "a001.tar", "a002.tar"]),
@@ -350,7 +390,11 @@ def test_what_is_refused(broken, text, reason):
         ("a{2..0}", ["a2", "a1", "a0"]),
         ("{train,val}-{0,1}", ["train-0", "train-1", "val-0", "val-1"]),
         ("{a{0..1},b}", ["a0", "a1", "b"]),
-        ("{x}/{}/{a..b}{", ["{x}/{}/{a..b}{"]),
+        ("a{0..10}", [f"a{n}" for n in range(11)]),
+        ("a{1..03}", ["a01", "a02", "a03"]),
+        ("{0..10..5}-{a..c}", [f"{n}-{c}" for n in (0, 5, 10) for c in "abc"]),
+        ("{04..0..-3}{C..A..0}", [f"{n}{c}" for n in ("04", "01") for c in "CBA"]),
+        ("{x}/{}/{a..1}/{a..B}/{aa..b}{", ["{x}/{}/{a..1}/{a..B}/{aa..b}{"]),
         ("{x}{0..1}", ["{x}0", "{x}1"]),
         ("plain", ["plain"]),
     ],

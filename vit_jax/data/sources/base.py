@@ -304,6 +304,12 @@ class Dataset:
             bad |= labels != np.floor(labels)
         for place in np.flatnonzero(bad)[:1]:
             record = f"{self.records.describe(int(rows[place]))} (row {rows[place] + 1})"
+            own = labels[rows == rows[place]]
+            if labels[place] == NO_LABEL and np.any(own != NO_LABEL):
+                raise UserError(
+                    f"{where}: {record} has a label that is -1 or empty in its list of {len(own)}; "
+                    f"expected integers from 0 to {self.info.num_classes - 1}"
+                )
             refuse_label(labels[place], f"{where}: {record}", self.info.num_classes)
 
 

@@ -46,6 +46,7 @@ from vit_jax.data.sources.layout import (
     list_few,
     log_cut,
     map_splits,
+    suggests_split,
 )
 from vit_jax.data.sources.ranges import BucketRanges, is_remote
 from vit_jax.utils.bounds import MAX_IMAGE, MAX_TABLE, open_regular
@@ -59,7 +60,7 @@ _COLUMNS = ("image", "label", "labels", "split", "caption", "captions", "mask", 
 # What columns with other names may hold, as a dataset's name says.
 _RENAMED = ("image", "label", "labels", "split", "caption", "mask", "depth")
 # What columns of metadata files with other names may hold.
-_RENAMED_METADATA = ("label", "labels", "split", "caption")
+METADATA_COLUMNS = ("label", "labels", "split", "caption")
 # Endings of tables, with what separates their columns; None for an object a line.
 _TABLES = {".csv": ",", ".tsv": "\t", ".jsonl": None}
 _METADATA = ("metadata.csv", "metadata.jsonl")
@@ -189,7 +190,7 @@ def folder_dataset(text: str) -> Dataset:
     """
     name = f"folder:{text}"
     key = f"data.name={name!r}"
-    path, renamed = split_columns(text, _RENAMED_METADATA)
+    path, renamed = split_columns(text, METADATA_COLUMNS)
     started = time.monotonic()
     if "://" in path:
         raise UserError(
@@ -251,6 +252,170 @@ def folder_dataset(text: str) -> Dataset:
     dataset = Dataset(name, info, records, labels, splits, cut=cut, captions=captions)
     log_cut(dataset)
     return dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class ListedImage:
+    """An image that a list names, such as the card of a repository.
+
+    Attributes:
+      path: from the folder of the dataset.
+      split: of the image.
+      pattern: of the list, which the path matches.
+    """
+
+    path: str
+    split: str
+    pattern: str
+
+    @property
+    def pattern_folder(self) -> str:
+        """The folders of the pattern before any with `*`, `?` or `[`; may be empty."""
+        start = _fixed_start(self.pattern)
+        if start in (self.pattern, self.path):
+            return os.path.dirname(self.path) if start == self.path else start
+        return os.path.dirname(start)
+
+    @property
+    def class_folder(self) -> str:
+        """The folder in that of the pattern, or else the folder of the image; empty without one."""
+        folder = self.pattern_folder
+        below = self.path.removeprefix(f"{folder}/") if folder else ""
+        if "/" in below:
+            return os.path.join(folder, below.partition("/")[0])
+        return os.path.dirname(self.path)
+
+
+@functools.lru_cache
+def _fixed_start(pattern: str) -> str:
+    return re.split(r"[*?\[]", pattern)[0]
+
+
+def listed_dataset(
+    root: str,
+    listed: Sequence[ListedImage],
+    renamed: Mapping[str, str],
+    *,
+    images: Sequence[str],
+    texts: Sequence[str],
+    metadata: Sequence[str],
+    name: str,
+) -> Dataset:
+    """A dataset of the images of a list, which gives the split of each of them.
+
+    The class of an image is the name of the folder in that of its pattern, as `folder_dataset` of
+    this folder has it; where images are directly in the folder of the pattern, it is this folder.
+    Metadata files count as in `folder_dataset`.
+
+    Args:
+      root: the folder of the dataset.
+      listed: the images.
+      renamed: names of columns of the metadata files, by what they hold.
+      images: paths of all images in the folder, which metadata files may name.
+      texts: paths of captions beside the images that are listed.
+      metadata: paths of metadata files, in the folders of the images that are listed or above.
+      name: of the dataset.
+
+    Raises:
+      UserError: a metadata file is not valid or names none of the images; or, without such a file,
+        the folders of the images are not those of classes.
+    """
+    key = f"data.name={name!r}"
+    texts_by_stem = {_stem(path): path for path in texts}
+    tree = _Tree(_Listing(images=list(images)), {}, Counter(), [], texts_by_stem, sorted(metadata))
+    if renamed and not metadata:
+        raise UserError(
+            f"{key} names columns, and there is no file {' or '.join(_METADATA)}: expected one, or "
+            "no names of columns"
+        )
+    named, unread = _read_metadata(root, tree, renamed, name=name)
+    if not named:
+        listed = _drop_loose(listed, name=name)
+    fault = _check_listed(listed)
+    if named:
+        tree = dataclasses.replace(tree, first=_Listing(images=[image.path for image in listed]))
+        by_path = {image.path: image for image in listed}
+        rows = {path: row for path, row in named.items() if path in by_path}
+        if not rows:
+            raise UserError(
+                f"{key}: {', '.join(tree.metadata[:3])}: no row names an image of its list"
+            )
+        chosen = [by_path[path] for path in rows]
+        return _metadata_dataset(name, root, tree, rows, listed=chosen, fault=fault)
+    if unread:
+        logger.info("%s: %s and no file_name, so it is not read", name, unread)
+    if fault:
+        raise UserError(
+            f"{key}: the classes of its images are not known: {fault}; expected patterns such as "
+            "train/**, of folders of splits with folders of classes in them, or "
+            f"{' or '.join(_METADATA)} beside images"
+        )
+    order = sorted(listed, key=lambda i: (unicodedata.normalize("NFC", i.path), i.path))
+    paths = [image.path for image in order]
+    values = [normalize_name(os.path.basename(image.class_folder)) for image in order]
+    class_names = check_class_names(sorted(set(values)), name=name)
+    label_of = {class_name: label for label, class_name in enumerate(class_names)}
+    labels = np.array([label_of[value] for value in values], np.int32)
+    captions = TextFiles(root, [texts_by_stem.get(_stem(path)) for path in paths])
+    info = DatasetInfo(len(class_names), _ANY_SHAPE, class_names, captions=len(captions) > 0)
+    splits = make_splits(labels, [image.split for image in order])
+    check_classes(name, info, labels, splits)
+    return Dataset(name, info, Files(root, paths), labels, splits, captions=captions)
+
+
+def _drop_loose(listed: Sequence[ListedImage], *, name: str) -> list[ListedImage]:
+    """The images without those that are in no folder of a class, as those of others are.
+
+    These are beside such folders, or in a folder of a split, as in `test/0.jpg`; they are logged.
+    """
+    loose = {image for image in listed if os.path.dirname(image.path) == image.pattern_folder}
+    deep = {image.pattern for image in listed if image not in loose}
+    left = {
+        image
+        for image in loose
+        if image.pattern in deep
+        or (deep and find_split(os.path.basename(os.path.dirname(image.path))))
+    }
+    if left:
+        logger.info(
+            "%s: left out %s images that are not in a class folder: %s",
+            name,
+            f"{len(left):,}",
+            list_few(sorted(image.path for image in left)),
+        )
+    return [image for image in listed if image not in left]
+
+
+def _check_listed(listed: Sequence[ListedImage]) -> str:
+    """Returns why the folders of images are not those of classes; empty if they are."""
+    first: dict[str, str] = {}  # folder of each pattern
+    classes: dict[str, set[str]] = {}  # by the split
+    for image in listed:
+        folder = image.class_folder
+        if not folder:
+            return f"{image.path} is in no folder"
+        if os.path.dirname(first.setdefault(image.pattern, folder)) != os.path.dirname(folder):
+            return f"{image.pattern} has the folders {first[image.pattern]} and {folder}"
+        classes.setdefault(image.split, set()).add(os.path.basename(folder))
+    holders = {os.path.dirname(folder) for folder in first.values()}
+    for folder in first.values():
+        for above in holders - {os.path.dirname(folder)}:
+            if folder.startswith(f"{above}/" if above else ""):
+                other = next(f for f in first.values() if os.path.dirname(f) == above)
+                return f"the folders {other} and {folder} are not of one depth"
+    for split, names in classes.items():
+        likely = sorted(filter(suggests_split, names))
+        if len(likely) > 1 or len(likely) == len(names):
+            return f"the folders {list_few(likely)} of {split} are called as splits are"
+    found = sorted(set().union(*classes.values()))
+    if len(found) == len(classes) > 1 and all(len(names) == 1 for names in classes.values()):
+        return f"the folders {list_few(found)} are those of the splits {', '.join(classes)}"
+    return ""
+
+
+def is_metadata(path: str) -> bool:
+    """Whether a file is one of metadata beside images, by its name."""
+    return os.path.basename(path) in _METADATA
 
 
 @functools.cache
@@ -617,7 +782,7 @@ def _read_metadata(
         captions = read_captions(rows, of_texts, key=where)
         missing = []
         for number, row in enumerate(rows, 1):
-            given = str(row["file_name"]).replace("\\", "/")
+            given = _check_path(row["file_name"], "file_name", number, where).replace("\\", "/")
             path = os.path.normpath(os.path.join(os.path.dirname(file), given))
             image = image_of.get(path) or image_of.get(unicodedata.normalize("NFC", path))
             if image is None:
@@ -681,13 +846,20 @@ def _explain_missing(given: str, path: str, *, root: str, images: Sequence[str])
 
 
 def _metadata_dataset(
-    name: str, root: str, tree: _Tree, named: Mapping[str, _MetadataRow]
+    name: str,
+    root: str,
+    tree: _Tree,
+    named: Mapping[str, _MetadataRow],
+    *,
+    listed: Sequence[ListedImage] | None = None,
+    fault: str = "",
 ) -> Dataset:
     """The dataset of the images that metadata files name.
 
     Labels are those of the files; without any, they are the names of folders as in other datasets,
     if each image is in a folder and there are two classes or more. Splits are the folders that are
-    named for them, or else the column `split`.
+    named for them, or else the column `split`; or those of `listed`, which has an entry for each
+    image, and whose folders are no classes if there is a `fault`.
     """
     key = f"data.name={name!r}"
     paths, rows = list(named), list(named.values())
@@ -698,8 +870,16 @@ def _metadata_dataset(
             f"{len(left):,}",
             list_few(left),
         )
-    folders = _find_folders(paths)
-    splits = _find_metadata_splits(folders, rows, name=name)
+    splits: list[str] | None
+    if listed is None:
+        folders = _find_folders(paths)
+        splits = _find_metadata_splits(folders, rows, name=name)
+        below = [parts[1] if find_split(parts[0]) else parts[0] for parts in folders]
+    else:
+        splits = [image.split for image in listed]
+        if any("split" in row.values for row in rows):
+            logger.info("%s: the column split is not read, as the splits are given", name)
+        below = ["" if fault else os.path.basename(image.class_folder) for image in listed]
     captions: Sequence[Sequence[str]] | TextFiles | None = None
     if any(row.captions is not None for row in rows):
         captions = [row.captions or [] for row in rows]
@@ -718,7 +898,6 @@ def _metadata_dataset(
         if several:
             values = [_several(v, row, key=key) for row, v in enumerate(values)]
     else:
-        below = [parts[1] if find_split(parts[0]) else parts[0] for parts in folders]
         if all(below) and len(set(below)) > 1:
             class_names = sorted(set(map(normalize_name, below)))
             values = below
@@ -912,9 +1091,11 @@ def _gather(rows: Iterator[Any], *, caption_columns: Sequence[str] | None, key: 
             later = {c for c in named if isinstance(c, str) and _CAPTION.fullmatch(c)}
             columns = own + sorted(later.union(columns[len(own) :]).difference(own))
             _check_values(chunk, columns, key, first=count)
-        table.images.append(str(row["image"]) for row in chunk)
-        for kind, paths in table.maps.items():
-            paths.append(str(row[kind]) for row in chunk)
+        for kind, paths in {"image": table.images, **table.maps}.items():
+            paths.append(
+                _check_path(row[kind], kind, number, key)
+                for number, row in enumerate(chunk, count + 1)
+            )
         if table.splits is not None:
             table.splits.append([str(row["split"]) for row in chunk], range(count, count + _CHUNK))
         of_texts = caption_columns or [c for c in columns if _CAPTION.fullmatch(c)]
@@ -1063,6 +1244,15 @@ def _check_columns(rows: Sequence[Any], key: str) -> list[str]:
         )
     _check_values(rows, columns, key)
     return columns
+
+
+def _check_path(value: Any, column: str, number: int, key: str) -> str:
+    """Returns a path of a row, which is counted from 1; raises `UserError` if it is no text."""
+    if not isinstance(value, str | int):  # A file may be called by a number.
+        raise UserError(
+            f"{key}: row {number}: {column}={str(value)[:80]}: expected a text, the path of a file"
+        )
+    return str(value)
 
 
 def _check_values(rows: Sequence[Any], columns: Sequence[str], key: str, first: int = 0) -> None:

@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vit_jax.data.sources.base import Dataset, make_splits
 from vit_jax.data.sources.columns import split_columns
-from vit_jax.data.sources.files import folder_dataset
+from vit_jax.data.sources.files import (
+    METADATA_COLUMNS,
+    ListedImage,
+    folder_dataset,
+    is_metadata,
+    listed_dataset,
+)
 from vit_jax.data.sources.guess import suggest_name
 from vit_jax.data.sources.hub_layout import (
     CARD,
@@ -35,7 +39,8 @@ from vit_jax.data.sources.tables import (
     open_table,
     parse_features,
 )
-from vit_jax.data.sources.tar import tar_dataset
+from vit_jax.data.sources.tar import COLUMNS as TAR_COLUMNS
+from vit_jax.data.sources.tar import read_shards, split_of
 from vit_jax.data.sources.tfds import NotPreparedError, may_prepare
 from vit_jax.utils.bounds import is_inside, read_json, read_text
 from vit_jax.utils.errors import UserError, first_line
@@ -362,64 +367,117 @@ def _read_others(
     name: str,
 ) -> Dataset:
     """The dataset of images in folders, or of tar files, by the sources for these."""
-    base = _find_base(layout.files)
+    kind, columns = ("tar", TAR_COLUMNS) if layout.kind == "tar" else ("folder", METADATA_COLUMNS)
+    if unknown := [column for column in renamed if column not in columns]:
+        raise UserError(
+            f"data.name={name!r}: {unknown[0]}={renamed[unknown[0]]} can't be given for "
+            f"{layout.kind}{' files' * (kind == 'tar')}: expected {', '.join(columns)}"
+        )
+    if layout.kind == "tar":
+        return _read_shards(root, paths, layout, renamed, fetch, name=name)
+    if layout.patterns is not None:
+        return _read_listed(root, paths, layout, layout.patterns, renamed, fetch, name=name)
+    base = _find_base(layout.files, layout.folder)
     inside = [path for path in paths if path.startswith(f"{base}/" if base else "")]
-    if layout.kind == "images":
-        texts = (".csv", ".jsonl", ".txt")
-        wanted = [p for p in inside if kind_of(p) == "images" or p.lower().endswith(texts)]
-        kind, read = "folder", folder_dataset
-    else:
-        wanted = [path for path in inside if kind_of(path) == "tar"]
-        wanted += [path for path in paths if os.path.basename(path) in _NAMES]
-        kind, read = "tar", tar_dataset
-    fetch(wanted)
+    texts = (".csv", ".jsonl", ".txt")
+    fetch([p for p in inside if kind_of(p) == "images" or p.lower().endswith(texts)])
     columns = ",".join(f"{column}={given}" for column, given in renamed.items())
     text = f"{os.path.join(root, base).rstrip('/')}{'#' * bool(columns)}{columns}"
-    other = f"{kind}:{text}"
     try:
-        dataset = dataclasses.replace(read(text), name=name)
+        dataset = dataclasses.replace(folder_dataset(text), name=name)
     except UserError as e:
-        raise UserError(str(e).replace(repr(other), repr(name))) from e
+        raise UserError(str(e).replace(repr(f"folder:{text}"), repr(name))) from e
     return _use_splits(dataset, root, base, layout, name=name)
 
 
+def _read_shards(
+    root: str,
+    paths: Sequence[str],
+    layout: Layout,
+    renamed: Mapping[str, str],
+    fetch: Callable[[Sequence[str]], None],
+    *,
+    name: str,
+) -> Dataset:
+    """The dataset of the tar files of a layout."""
+    folders = {os.path.dirname(path) for path in layout.files}
+    folders |= {os.path.dirname(folder) for folder in folders}
+    beside = {os.path.join(folder, file) for folder in folders for file in _NAMES}
+    fetch(layout.files + [path for path in paths if path in beside])
+    splits = None
+    if layout.patterns is not None or not any(map(split_of, layout.files)):
+        meant = name_splits(split for split in layout.splits if split is not None)
+        splits = [None if split is None else meant[split] for split in layout.splits]
+    files = [os.path.join(root, path) for path in layout.files]
+    return read_shards(files, renamed, name=name, splits=splits)
+
+
+def _read_listed(
+    root: str,
+    paths: Sequence[str],
+    layout: Layout,
+    patterns: Sequence[str],
+    renamed: Mapping[str, str],
+    fetch: Callable[[Sequence[str]], None],
+    *,
+    name: str,
+) -> Dataset:
+    """The dataset of the images that a card lists."""
+    meant = name_splits(map(str, layout.splits))
+    listed = [
+        ListedImage(path, meant[str(split)], pattern)
+        for path, split, pattern in zip(layout.files, layout.splits, patterns, strict=True)
+    ]
+    stems = {os.path.splitext(path)[0] for path in layout.files}
+    above = {os.path.dirname(path) for path in layout.files}
+    for folder in list(above):
+        while folder:
+            above.add(folder := os.path.dirname(folder))
+    texts = [p for p in paths if p.endswith(".txt") and os.path.splitext(p)[0] in stems]
+    tables = [p for p in paths if is_metadata(p) and os.path.dirname(p) in above]
+    fetch([*layout.files, *texts, *tables])
+    images = [path for path in paths if kind_of(path) == "images"]
+    return listed_dataset(
+        root, listed, renamed, images=images, texts=texts, metadata=tables, name=name
+    )
+
+
 def _use_splits(dataset: Dataset, root: str, base: str, layout: Layout, *, name: str) -> Dataset:
-    """The dataset with the splits of a layout, where the source of its files found none."""
+    """The dataset of images with the splits of a layout, where `folder_dataset` found none."""
     if not dataset.cut or not all(layout.splits):
         return dataset
-    split_of = dict(zip(layout.files, layout.splits, strict=True))
+    of_files = dict(zip(layout.files, layout.splits, strict=True))
     meant = name_splits(str(split) for split in layout.splits)
     paths = [
         os.path.relpath(dataset.records.describe(row), root) for row in range(len(dataset.labels))
     ]
-    if layout.kind == "tar":  # These are followed by the names of members.
-        paths = [re.split(r"(?<=\.tar)[/\[]", path, maxsplit=1)[0] for path in paths]
-    names = np.asarray([meant[str(split_of[p])] if p in split_of else "" for p in paths])
+    names = [meant[str(of_files[path])] if path in of_files else "" for path in paths]
     folders = {path.removeprefix(base).strip("/").partition("/")[0] for path in paths}
     if len(set(meant.values())) > 1 and folders == set(dataset.info.class_names or ()):
         raise UserError(
-            f"data.name={name!r}: {CARD} names the splits {', '.join(meant)}, and the folders "
-            f"{list_few(sorted(folders))} are not called so: expected folders of splits with "
-            "folders of classes in them"
+            f"data.name={name!r}: the paths of images name the splits {', '.join(meant)}, and the "
+            f"folders {list_few(sorted(folders))} are not called so: expected folders of splits "
+            "with folders of classes in them"
         )
-    splits = make_splits(dataset.labels, names.tolist())
-    if layout.kind == "tar":  # In their order, each shard is read from its start to its end.
-        splits = {split: np.sort(rows) for split, rows in splits.items()}
-    splits = drop_unassigned(splits, name=name)
+    splits = drop_unassigned(make_splits(dataset.labels, names), name=name)
     logger.info(
-        "%s: %s names the splits of its files, so they are not cut: %s",
+        "%s: the paths of its files name their splits, so they are not cut: %s",
         name,
-        CARD,
         ", ".join(f"{split} {len(rows):,}" for split, rows in splits.items()),
     )
     return dataclasses.replace(dataset, splits=splits, cut=False)
 
 
-def _find_base(paths: Sequence[str]) -> str:
-    """The folder that holds all files, or the folders of splits or classes with these."""
-    common = os.path.commonpath([os.path.dirname(path) for path in paths]).split("/")
-    split = next((place for place, part in enumerate(common) if find_split(part)), len(common))
-    return "/".join(common[:split])
+def _find_base(paths: Sequence[str], folder: str) -> str:
+    """The folder that holds all files, or the folders of splits or classes with these.
+
+    It is `folder` or below.
+    """
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    parts = os.path.relpath(common, folder or ".").split("/") if common != folder else []
+    split = next((place for place, part in enumerate(parts) if find_split(part)), len(parts))
+    base = os.path.normpath(os.path.join(folder, *parts[:split]))
+    return "" if base == "." else base
 
 
 # Folders of `save_to_disk`

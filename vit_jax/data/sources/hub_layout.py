@@ -47,6 +47,8 @@ class Layout:
       kind: "tables", "images" or "tar".
       files: paths from the folder of the repository, in their order.
       splits: the name of the split of each file; None where the paths do not say it.
+      patterns: the pattern of the card that each file matches; None where the card lists no files.
+      folder: that the card names for the subset, with all files in it; empty for any.
       features: of columns, as the card has them.
       lengths: the number of examples of splits, as the card has them.
     """
@@ -54,6 +56,8 @@ class Layout:
     kind: str
     files: list[str]
     splits: list[str | None]
+    patterns: list[str] | None
+    folder: str
     features: dict[str, Feature]
     lengths: dict[str, int]
 
@@ -74,10 +78,13 @@ def find_layout(paths: Sequence[str], card: str, *, subset: str | None, key: str
     header = _read_header(card, key=key)
     visible = sorted(path for path in paths if _is_visible(path))
     configs = _read_configs(header, key=key)
+    listed, folder = None, ""
     if configs:
         config = _choose(configs, subset, key=key)
-        given = _list_files(config, visible, key=key)
-        if given is None:
+        listed = _list_files(config, visible, key=key)
+        if listed is not None:
+            given = [(path, split) for path, (split, _) in listed.items()]
+        else:
             folder = str(config.get("data_dir") or "").strip("./")
             inside = [path for path in visible if not folder or path.startswith(f"{folder}/")]
             given = _infer_splits(inside)
@@ -100,6 +107,8 @@ def find_layout(paths: Sequence[str], card: str, *, subset: str | None, key: str
         kind,
         [path for path, _ in given],
         [split for _, split in given],
+        None if listed is None else [listed[path][1] for path, _ in given],
+        folder,
         _read_features(info.get("features")),
         _read_lengths(info.get("splits")),
     )
@@ -122,6 +131,20 @@ def _is_visible(path: str) -> bool:
     return not any(part.startswith((".", "__")) for part in parts) and path != CARD
 
 
+class _CardLoader(yaml.SafeLoader):
+    """Reads class names as the texts that they are written as: `no` is not False, nor 010 8."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, value in node.value:
+            if key.value == "names":
+                mapping = isinstance(value, yaml.MappingNode)
+                names = [name for _, name in value.value] if mapping else value.value
+                for name in names if isinstance(value, yaml.CollectionNode) else []:
+                    if isinstance(name, yaml.ScalarNode):
+                        name.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep=deep)
+
+
 def _read_header(card: str, *, key: str) -> Mapping[str, Any]:
     """The YAML at the start of a card."""
     found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?\n)---[ \t]*(\r?\n|$)", card, flags=re.DOTALL)
@@ -130,7 +153,7 @@ def _read_header(card: str, *, key: str) -> Mapping[str, Any]:
     try:
         if len(found[1]) > MAX_JSON:
             raise ValueError(f"it has {len(found[1]):,} characters")
-        header = yaml.safe_load(found[1])
+        header = yaml.load(found[1], Loader=_CardLoader)
     except (ValueError, yaml.YAMLError, RecursionError) as e:
         reason = describe_error(e)
         raise UserError(f"{key}: the YAML in {CARD} can't be read: {reason}") from None
@@ -170,8 +193,8 @@ def _lack_subset(names: Sequence[str], subset: str | None, *, key: str) -> UserE
 
 def _list_files(
     config: Mapping[str, Any], visible: Sequence[str], *, key: str
-) -> list[tuple[str, str | None]] | None:
-    """The files that a config lists with their splits; None if it lists none."""
+) -> dict[str, tuple[str, str]] | None:
+    """The split and the pattern of each file that a config lists; None if it lists none."""
     listed = config.get("data_files")
     if listed is None:
         return None
@@ -180,7 +203,7 @@ def _list_files(
     if not isinstance(listed, list):
         raise UserError(f"{where}: expected paths, or a split and path for each")
     folder = str(config.get("data_dir") or "").strip("./")
-    found: dict[str, str | None] = {}
+    found: dict[str, tuple[str, str]] = {}
     for entry in listed:
         split, patterns = "train", entry
         if isinstance(entry, dict):
@@ -199,12 +222,13 @@ def _list_files(
             if not files:
                 raise UserError(f"{where}: there are no files {pattern}")
             for path in files:
-                if found.setdefault(path, split) != split:
+                first, _ = found.setdefault(path, (split, pattern))
+                if first != split:
                     raise UserError(
-                        f"{where}: {path} is in the splits {found[path]} and {split}: expected "
-                        "one of them"
+                        f"{where}: {path} is in the splits {first} and {split}: expected one of "
+                        "them"
                     )
-    return list(found.items())
+    return found
 
 
 def _infer_splits(paths: Sequence[str]) -> list[tuple[str, str | None]]:

@@ -47,7 +47,11 @@ def parquet_dataset(text: str) -> Dataset:
     pattern = os.path.join(where, "**", "*.parquet") if os.path.isdir(where) else where
 
     def open_tables() -> Sequence[Table]:
-        paths = find_files(pattern, ending=".parquet") if is_remote(path) else find_paths(pattern)
+        try:
+            remote = is_remote(path)
+            paths = find_files(pattern, ending=".parquet") if remote else find_paths(pattern)
+        except UserError as e:
+            raise UserError(f"{key}: {e}") from None
         if not paths:
             hint = suggest_name(path, besides="parquet")
             raise UserError(f"{key}: there are no files {pattern}{hint}")

@@ -16,7 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
 
 from vit_jax.utils.bounds import MAX_WEIGHTS, open_regular
-from vit_jax.utils.buckets import SCHEMES, Bucket, split_url
+from vit_jax.utils.buckets import EXPECTED, SCHEMES, Bucket, split_url
+from vit_jax.utils.errors import UserError
 from vit_jax.utils.files import find_paths
 
 # Files that stay open; others are opened for each read.
@@ -265,18 +266,21 @@ def find_files(pattern: str, *, ending: str) -> list[str]:
     """The sorted paths or URLs that match a pattern, or that have an ending and are in a folder.
 
     In a bucket, a pattern without `*`, `?` or `[` that has the ending is not looked for. Raises
-    `OSError` if the bucket can't be listed.
+    `OSError` if the bucket can't be listed, `UserError` if the URL is of another form.
     """
     if not is_remote(pattern):
         if os.path.isdir(pattern):
             pattern = os.path.join(pattern, "**", f"*{ending}")
         return find_paths(pattern)
-    special = re.search(r"[*?\[]", pattern)
+    given, special = pattern, re.search(r"[*?\[]", pattern)
     if special is None and pattern.endswith(ending):
         return [pattern]
     if special is None:
         pattern = f"{pattern.rstrip('/')}/**/*{ending}"
-    scheme, name, path = split_url(pattern)
+    try:
+        scheme, name, path = split_url(pattern)
+    except UserError:
+        raise UserError(f"{given!r}: expected {EXPECTED}") from None
     root = Bucket(pattern, whole=True)
     start = re.split(r"[*?\[]", path)[0]
     wanted = re.compile(translate_pattern(path))

@@ -12,7 +12,7 @@ import re
 import socket
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.sources.base import Dataset, DatasetInfo, Records, make_splits
 from vit_jax.data.sources.columns import split_columns
 from vit_jax.data.sources.compact import Ragged
-from vit_jax.data.sources.files import ENDINGS, encode_labels
+from vit_jax.data.sources.files import ENDINGS, check_store, encode_labels
 from vit_jax.data.sources.guess import suggest_name
 from vit_jax.data.sources.layout import check_classes, find_split, log_cut
 from vit_jax.data.sources.ranges import Ranges, find_files, is_remote, open_ranges
@@ -38,10 +38,17 @@ from vit_jax.utils.bounds import parse_json
 from vit_jax.utils.class_names import read_names
 from vit_jax.utils.errors import UserError, describe_error
 
-_COLUMNS = ("image", "label", "caption")
+# What endings, or values in `.json`, may be named for.
+COLUMNS = ("image", "label", "caption")
 # Files with the names of classes, in the folder of the shards or in that above it.
 _NAMES = ("classes.txt", "classnames.txt")
 _HEADER = 512
+# Numbers or letters in braces, with a step of any sign.
+_SPAN = re.compile(
+    r"(?=\d+\.\.\d|[a-z]\.\.[a-z]|[A-Z]\.\.[A-Z])"  # both of one kind
+    r"(\d{1,9}|[A-Za-z])\.\.(\d{1,9}|[A-Za-z])(?:\.\.-?(\d{1,9}))?",
+    re.ASCII,
+)
 # What is read where a name does not say otherwise.
 DEFAULT = Choice(image=tuple(ending.removeprefix(".") for ending in ENDINGS))
 _GAP = 2**16  # bytes between two images that are read in one go
@@ -71,13 +78,35 @@ def tar_dataset(text: str) -> Dataset:
     """
     name = f"tar:{text}"
     key = f"data.name={name!r}"
-    path, renamed = split_columns(text, _COLUMNS)
+    path, renamed = split_columns(text, COLUMNS)
+    return read_shards(_find_shards(path, key=key), renamed, name=name)
+
+
+def read_shards(
+    paths: Sequence[str],
+    renamed: Mapping[str, str],
+    *,
+    name: str,
+    splits: Sequence[str | None] | None = None,
+) -> Dataset:
+    """The dataset of tar files, as `tar_dataset`.
+
+    Args:
+      paths: or URLs of the shards, in their order.
+      renamed: endings or `json.KEY`, by what they hold.
+      name: of the dataset.
+      splits: of each shard; None for those that the paths name.
+
+    Raises:
+      UserError: a shard can't be read, or only some of them have a split.
+    """
+    key = f"data.name={name!r}"
     given = {column: (chosen.removeprefix(".").lower(),) for column, chosen in renamed.items()}
     for column in ("label", "caption"):
         if column in renamed:  # Names of values in JSON have a case.
             given[column] = (renamed[column].removeprefix("."),)
     choice = dataclasses.replace(DEFAULT, **given)
-    ranges = open_ranges(_find_shards(path, key=key))
+    ranges = open_ranges(paths)
     try:
         indices = _index(ranges, choice, name=name)
     except UserError as e:
@@ -112,16 +141,18 @@ def tar_dataset(text: str) -> Dataset:
     else:
         info = DatasetInfo(0, shape, captions=True)
         labels = np.zeros(rows, np.int32)
-    splits, cut = _split(ranges.paths, indices, labels, key=key)
-    check_classes(name, info, labels, splits)
+    of_shards = [split_of(path) for path in ranges.paths] if splits is None else splits
+    rows_of, cut = _split(ranges.paths, of_shards, indices, labels, key=key)
+    check_classes(name, info, labels, rows_of)
     captions = MemberCaptions(samples, choice) if captioned else None
-    dataset = Dataset(name, info, samples, labels, splits, cut=cut, captions=captions)
+    dataset = Dataset(name, info, samples, labels, rows_of, cut=cut, captions=captions)
     log_cut(dataset)
     return dataset
 
 
 def _find_shards(path: str, *, key: str) -> list[str]:
     """The paths of all shards in their order; raises `UserError` if one is missing."""
+    check_store(path, where=f"{key}: ")
     where = path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
     if not is_remote(path) and os.path.isdir(where):
         if not (paths := find_files(where, ending=".tar")):
@@ -137,6 +168,8 @@ def _find_shards(path: str, *, key: str) -> list[str]:
             paths = find_files(pattern, ending=".tar")
         except OSError as e:
             raise UserError(f"{key}: {e.strerror}") from None
+        except UserError as e:
+            raise UserError(f"{key}: {e}") from None
         missing += [] if paths else [pattern]
         found |= dict.fromkeys(paths)
     if missing:
@@ -146,15 +179,11 @@ def _find_shards(path: str, *, key: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """Yields the texts that a shell makes of `{a,b}` and `{000..146}`, in their order."""
+    """Yields what bash makes of `{a,b}`, `{000..146}`, `{0..10..5}` and `{a..c}`, in its order."""
     for start, end in _find_braces(pattern):
         inside = pattern[start + 1 : end]
-        numbers = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", inside)
-        if numbers:
-            first, last = int(numbers[1]), int(numbers[2])
-            zeros = max(map(len, numbers.groups())) if "0" in (inside[0], numbers[2][0]) else 0
-            step = 1 if first <= last else -1
-            parts: Iterator[str] = (f"{n:0{zeros}}" for n in range(first, last + step, step))
+        if (span := _SPAN.fullmatch(inside)) is not None:
+            parts: Iterator[str] = _count(*span.groups())
         elif len(several := _split_commas(inside)) > 1:
             parts = itertools.chain.from_iterable(map(expand_braces, several))
         else:
@@ -164,6 +193,17 @@ def expand_braces(pattern: str) -> Iterator[str]:
                 yield f"{pattern[:start]}{part}{rest}"
         return
     yield pattern
+
+
+def _count(start: str, stop: str, by: str | None) -> Iterator[str]:
+    """Yields the numbers or letters from `start` to `stop`, which may be before it."""
+    numbers = start.isdigit()
+    first, last = (int(start), int(stop)) if numbers else (ord(start), ord(stop))
+    step = (int(by or 1) or 1) * (1 if first <= last else -1)
+    padded = numbers and any(len(bound) > 1 and bound[0] == "0" for bound in (start, stop))
+    zeros = max(len(start), len(stop)) if padded else 0
+    for n in range(first, last + (1 if step > 0 else -1), step):
+        yield f"{n:0{zeros}}" if numbers else chr(n)
 
 
 def _find_braces(pattern: str) -> Iterator[tuple[int, int]]:
@@ -229,6 +269,7 @@ def _log_notes(name: str, paths: Sequence[str], indices: Sequence[Index]) -> Non
     texts = {
         "image": "left out %s keys without an image, the first of them %s",
         "other": "left out %s members that are no files KEY.ENDING, the first of them %s",
+        "link": "left out %s hard links to what is no file before them, the first of them %s",
         "apart": "%s members are not beside the others of their key, which are read together; "
         "the first is of %s",
         "open": "%s shards lack the mark of their end: they may have been cut, or the program that "
@@ -324,10 +365,14 @@ def _class_names(values: Sequence[Any], paths: Sequence[str], *, name: str) -> l
 
 
 def _split(
-    paths: Sequence[str], indices: Sequence[Index], labels: Any, *, key: str
+    paths: Sequence[str],
+    of_shards: Sequence[str | None],
+    indices: Sequence[Index],
+    labels: Any,
+    *,
+    key: str,
 ) -> tuple[dict[str, np.ndarray], bool]:
-    """The rows of each split, and whether they were cut."""
-    of_shards = [_split_of(path) for path in paths]
+    """The rows of each split, and whether they were cut, from the split of each shard."""
     if not any(of_shards):
         return make_splits(labels, None), True
     if None in of_shards:
@@ -344,7 +389,7 @@ def _split(
     return {split: np.concatenate(rows) for split, rows in sorted(splits.items())}, False
 
 
-def _split_of(path: str) -> str | None:
+def split_of(path: str) -> str | None:
     """The split that a word of the shard's name means, or else the name of its folder."""
     folder, file = os.path.split(path)
     words = {find_split(word) for word in re.split(r"[-_.]", file)} - {None}

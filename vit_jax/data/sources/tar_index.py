@@ -37,7 +37,7 @@ from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.files import write_atomically
 
 # Changes with the content of indexes, so that those of an earlier kind are made again.
-_VERSION = 1
+_VERSION = 2
 _BLOCK = tarfile.BLOCKSIZE
 # Bytes of a label, and of a text or JSON value.
 _MAX_LABEL, MAX_TEXT = 2**16, 2**20
@@ -272,6 +272,7 @@ def _list_members(
     members: dict[str, dict[str, _Member]] = {}
     endings: Counter[str] = Counter()
     notes: dict[str, tuple[int, str]] = {}
+    places: dict[str, tuple[int, int]] = {}
     last = name = ""
     try:
         tar = tarfile.TarFile(fileobj=content)
@@ -280,8 +281,20 @@ def _list_members(
             name = member.name
             if member.isdir():
                 continue
+            place = None
+            if member.isreg() and not member.issparse():
+                place = member.offset_data, member.size
+            elif member.islnk():  # GNU tar writes so the second of two files that are one.
+                place = places.get(os.path.normpath(member.linkname))
+                if place is None:
+                    _note(notes, "link", f"{name} to {member.linkname}")
+                    continue
+                if os.path.normpath(member.linkname) == os.path.normpath(name):
+                    continue  # It was given twice to the program that wrote the shard.
+            if place is not None:
+                places[os.path.normpath(name)] = place
             parsed = _NAME.fullmatch(name)
-            if parsed is None or not member.isreg() or member.issparse():
+            if parsed is None or place is None:
                 _note(notes, "other", name)
                 continue
             key, ending = parsed[1], parsed[2].lower()
@@ -294,7 +307,7 @@ def _list_members(
                 )
             if parts and key != last:
                 _note(notes, "apart", key)
-            parts[ending] = (name, member.offset_data, member.size)
+            parts[ending] = (name, *place)
             last = key
         _check_end(content, tar.offset, path, name, notes)
     except (tarfile.TarError, ValueError, OverflowError) as e:  # Damaged headers raise all of them.
@@ -348,7 +361,15 @@ class _Sample:
                         )
                 return value
             if choice in self._parts:
-                text = self._read(choice, _MAX_LABEL).decode("utf-8-sig", "replace").strip()
+                content = self._read(choice, _MAX_LABEL)
+                try:
+                    text = content.decode("utf-8-sig").strip()
+                except ValueError:
+                    raise UserError(
+                        f"{self._path}: {self._parts[choice][0]} has {shorten(content)}, which is "
+                        "not UTF-8; expected a class name or an integer; write the shard again, "
+                        "with labels in UTF-8"
+                    ) from None
                 if len(text.splitlines()) > 1 or "\0" in text:
                     raise UserError(
                         f"{self._path}: {self._parts[choice][0]} has {shorten(text)}; expected a "
