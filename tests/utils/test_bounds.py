@@ -25,6 +25,11 @@ def test_a_file_is_read_and_a_missing_one_is_not(tmp_path):
         bounds.read_bytes(tmp_path / "b")
 
 
+def test_a_name_that_no_file_can_have_is_an_os_error():
+    with pytest.raises(OSError, match="null byte"):
+        bounds.open_regular("a\0b", max_bytes=100)
+
+
 def test_what_is_no_file_is_refused_at_once(tmp_path, fifo):
     (tmp_path / "link").symlink_to(fifo)
     for path, kind in ((fifo, "a FIFO"), (tmp_path / "link", "a FIFO"), ("/dev/zero", "a device")):

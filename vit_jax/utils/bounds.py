@@ -77,7 +77,10 @@ def open_outside(path: str | os.PathLike[str], *, max_bytes: int) -> Iterator[Bi
 def open_regular(path: str | os.PathLike[str], *, max_bytes: int) -> int:
     """Returns a file descriptor of a regular file; see `open_outside`."""
     # Without O_NONBLOCK, opening a FIFO waits for somebody who writes to it.
-    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as e:  # Its name has a NUL.
+        raise OSError(errno.EINVAL, str(e), os.fspath(path)) from None
     try:
         _check_file(number, os.fspath(path), max_bytes)
     except BaseException:
