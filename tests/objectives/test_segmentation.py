@@ -145,6 +145,16 @@ def test_features_of_several_blocks_are_their_normed_outputs(scan, remat):
     np.testing.assert_allclose(features[..., :8].reshape(6, 6, 8), out[:, 1:], atol=1e-5)
 
 
+def test_features_of_several_blocks_have_the_norm_of_the_model():
+    objective = make({"norm": "rms_norm"}, layers=2)
+    params = start(objective)
+    images = objective.normalize(BATCH["image"])
+    features, _ = jax.jit(lambda p: objective._encode(p, images, train=False))(params)
+    scale = params["Transformer"]["encoder_norm"]["scale"]
+    squares = np.square(np.asarray(features).reshape(6, 6, 2, 8) / scale).mean(axis=-1)
+    np.testing.assert_allclose(squares, 1, rtol=1e-3)
+
+
 @pytest.mark.parametrize(("layers", "scan"), [(1, False), (2, False), (2, True)])
 def test_losses_and_predictions_take_the_attention_kernel(layers, scan):
     objective = make({"attention": "pallas", "num_heads": 1, "scan": scan}, layers=layers)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.models.blocks import BLOCK_OUTPUTS
+from vit_jax.models.norms import make_norm
 from vit_jax.models.vit import Dtype, VisionTransformer
 from vit_jax.objectives.augment import Augmentation, distort, flip_lr
 from vit_jax.objectives.base import Batch, Params, check_share
@@ -314,7 +315,7 @@ class DenseObjective(ImageObjective, abc.ABC):
         """The final norm of the encoder, which some models have after pooling alone."""
         if self.model.norm_after_pooling:
             return x
-        norm = nn.LayerNorm(self.model.norm_epsilon, dtype=self.model.dtype)
+        norm = make_norm(self.model.block_config)
         applied: Any = norm.apply({"params": params["Transformer"]["encoder_norm"]}, x)
         return applied
 
