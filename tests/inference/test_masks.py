@@ -49,6 +49,15 @@ def test_prepared_images_give_the_classes_of_the_evaluation(model):
     assert len(np.unique(found)) > 1
 
 
+def test_larger_images_give_the_logits_of_the_evaluation(segment_run, model):
+    larger = load_model(segment_run, preprocess="decode|resize(24)")
+    images = np.random.default_rng(2).integers(0, 256, (8, 24, 24, 3), np.uint8)
+    params = {**model.params, "segmenter": model.dense_head}
+    # The objective is that of a run, whose position embeddings are those of 16x16 pixels.
+    expected = jax.jit(model.dense.find_outputs)(params, images)
+    np.testing.assert_allclose(larger.pixel_outputs(images), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_classes_are_those_of_bilinear_logits():
     logits = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float32)
     resized = jax.image.resize(logits, (11, 17, 3), "bilinear", antialias=False)

@@ -18,6 +18,7 @@ import numpy as np
 
 from vit_jax.models.blocks import BLOCK_OUTPUTS
 from vit_jax.models.norms import make_norm
+from vit_jax.models.resampling import OWN_METHOD
 from vit_jax.models.vit import Dtype, VisionTransformer
 from vit_jax.objectives.augment import Augmentation, distort, flip_lr
 from vit_jax.objectives.base import Batch, Params, check_share
@@ -277,10 +278,13 @@ class DenseObjective(ImageObjective, abc.ABC):
             norm[name] = _MOMENTUM * norm[name] + (1 - _MOMENTUM) * metrics.pop(f"batch_{name}")
         return {**params, self.head_params: {**params[self.head_params], "norm": norm}}, metrics
 
-    def _positions(self, images: jax.Array) -> dict[str, Size]:
-        """The argument for images of another size than in training; none for the same size."""
+    def _positions(self, images: jax.Array) -> dict[str, Any]:
+        """The arguments for images of another size than in training; none for the same size.
+
+        Position embeddings are then resized as by `fill_model`, which readers of the run call.
+        """
         same = self.model.grid(images.shape[1:3]) == self.grid
-        return {} if same else {"position_grid": self.grid}
+        return {} if same else {"position_grid": self.grid, "position_resize": OWN_METHOD}
 
     def _encode(
         self, params: Params, images: jax.Array, *, train: bool, rng: jax.Array | None = None
