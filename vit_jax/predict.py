@@ -299,7 +299,7 @@ def predict(args: argparse.Namespace, model: "LoadedModel", paths: list[str]) ->
     target = args.masks or args.depth
     folder = target and MaskFolder(target)
     compute = functools.partial(model.start, layer=layer, tta=args.tta)
-    if dense:
+    if dense and not args.embed:
         compute = functools.partial(model.start_pixels, tta=args.tta)
     corrupt, started, count = CorruptCounter(), time.perf_counter(), 0
     value = "probability"

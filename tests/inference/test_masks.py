@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masks that a model predicts: from Python, and as files."""
 
+import functools
 import json
 
 import jax
@@ -12,6 +13,7 @@ from tests.trained import write_images
 from vit_jax import predict, report
 from vit_jax.inference.masks import find_classes
 from vit_jax.inference.model import load_model
+from vit_jax.objectives.dense import resize_to_masks
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.palette import make_palette
 
@@ -27,7 +29,7 @@ def test_a_mask_has_the_size_of_its_image(model, tmp_path):
     Image.fromarray(pixels).save(path)
     mask = model(str(path))
     logits = np.asarray(model.start_pixels(np.repeat(model.preprocess(path)[None], 8, axis=0)))
-    np.testing.assert_array_equal(mask.classes, find_classes(logits[0], (20, 30)))
+    np.testing.assert_array_equal(mask.classes, find_classes(logits[0], (16, 16), (20, 30)))
     assert mask.path == str(path)
     assert mask.shares.sum() == pytest.approx(1)
     assert mask.top(1)[0][0] == model.segmentation.classes[np.argmax(mask.shares)]
@@ -49,10 +51,33 @@ def test_prepared_images_give_the_classes_of_the_evaluation(model):
     assert len(np.unique(found)) > 1
 
 
-def test_classes_are_those_of_bilinear_logits():
-    logits = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float32)
-    resized = jax.image.resize(logits, (11, 17, 3), "bilinear", antialias=False)
-    np.testing.assert_array_equal(find_classes(logits, (11, 17)), np.argmax(resized, axis=-1))
+def test_larger_images_give_the_logits_of_the_evaluation(segment_run, model):
+    larger = load_model(segment_run, preprocess="decode|resize(24)")
+    images = np.random.default_rng(2).integers(0, 256, (8, 24, 24, 3), np.uint8)
+    params = {**model.params, "segmenter": model.dense_head}
+    # The objective is that of a run, whose position embeddings are those of 16x16 pixels.
+    expected = jax.jit(model.dense.find_outputs)(params, images)
+    np.testing.assert_allclose(larger.pixel_outputs(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(11, 17), (3, 4), (9, 2)])
+def test_classes_are_those_of_bilinear_logits(size):
+    logits = np.random.default_rng(0).normal(size=(8, 10, 3)).astype(np.float32)
+    resized = jax.image.resize(logits, (*size, 3), "bilinear", antialias=False)
+    np.testing.assert_array_equal(find_classes(logits, size), np.argmax(resized, axis=-1))
+
+
+def test_masks_with_mirror_images_are_those_of_the_evaluator(model, tmp_path):
+    # The mask has the size of the image, which the model sees at 16x16.
+    pixels = np.random.default_rng(4).integers(0, 256, (9, 13, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "one.png")
+    found = model(str(tmp_path / "one.png"), tta="flip").classes
+    extent = np.array([[0, 0, 16, 16, 9, 13]], np.int32)
+    resize = functools.partial(resize_to_masks, extent=extent, size=(9, 13))
+    find = functools.partial(model.segmentation.find_pixels, flip=True, resize=resize)
+    params = {**model.params, "segmenter": model.dense_head}
+    expected = jax.jit(find)(params, model.preprocess(tmp_path / "one.png")[None])
+    np.testing.assert_array_equal(found, expected[0].argmax(axis=-1))
 
 
 def test_the_command_writes_shares_masks_and_overlays(segment_run, tmp_path):

@@ -27,7 +27,7 @@ BATCH = {
 
 
 def make(vit=(), **options):
-    model = make_vit(num_classes=0, **SIZES, **dict(vit))
+    model = make_vit(num_classes=0, **SIZES | dict(vit))
     return make_segmentation(
         model=model, pixel_classes=CLASSES, image_shape=(8, 12, 3), head_width=6, **options
     )
@@ -143,6 +143,27 @@ def test_features_of_several_blocks_are_their_normed_outputs(scan, remat):
     run = jax.jit(lambda params: short.apply({"params": params}, images, train=False)[1])
     out = run(shallow)["encoded"]
     np.testing.assert_allclose(features[..., :8].reshape(6, 6, 8), out[:, 1:], atol=1e-5)
+
+
+def test_features_of_several_blocks_have_the_norm_of_the_model():
+    objective = make({"norm": "rms_norm"}, layers=2)
+    params = start(objective)
+    images = objective.normalize(BATCH["image"])
+    features, _ = jax.jit(lambda p: objective._encode(p, images, train=False))(params)
+    scale = params["Transformer"]["encoder_norm"]["scale"]
+    squares = np.square(np.asarray(features).reshape(6, 6, 2, 8) / scale).mean(axis=-1)
+    np.testing.assert_allclose(squares, 1, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("layers", "scan"), [(1, False), (2, False), (2, True)])
+def test_losses_and_predictions_take_the_attention_kernel(layers, scan):
+    objective = make({"attention": "pallas", "num_heads": 1, "scan": scan}, layers=layers)
+    params = jax.eval_shape(objective.init, jax.random.key(0), BATCH)
+    batch = BATCH | {"image": BATCH["image"].astype(jnp.float32)}
+    loss = jax.make_jaxpr(lambda p: objective.loss(p, batch, jax.random.key(0)))(params)
+    found = jax.make_jaxpr(lambda p: objective.find_pixels(p, BATCH["image"]))(params)
+    assert "pallas_call" in str(loss)
+    assert "pallas_call" in str(found)
 
 
 @pytest.mark.parametrize(("head", "grid"), [("conv", (2, 3)), ("upsample", (8, 12))])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -94,16 +95,16 @@ class ImageMask:
 
 
 def make_mask(model: "LoadedModel", image: Any, logits: np.ndarray) -> ImageMask:
-    """Makes the mask of an image from its logits, float32 `[rows, columns, classes]`.
+    """Makes the mask of an image from its logits, as an evaluator with `label_size` does.
 
     Args:
       model: which gave them.
       image: a path, the bytes of a file or a Pillow image.
-      logits: of the image after `model.preprocess`. Where that only resizes, the mask has the size
-        of the image; otherwise it is that of the prepared image.
+      logits: a row of `model.pixel_outputs`, of the image after `model.preprocess`. Where that only
+        resizes, the mask has the size of the image; otherwise it is that of the prepared image.
     """
     path, pixels = _read(model, image)
-    classes = find_classes(logits, pixels.shape[:2])
+    classes = find_classes(logits, model.image_shape[:2], pixels.shape[:2])
     names = [model.name_of(number) for number in range(model.num_classes)]
     return ImageMask(path, classes, names, pixels)
 
@@ -187,12 +188,12 @@ class ImageDepth:
 
 
 def make_depth_image(model: "LoadedModel", image: Any, depth: np.ndarray) -> ImageDepth:
-    """Makes the depth of an image from that of the model's grid, float32 `[rows, columns, 1]`.
+    """Makes the depth of an image from a row of `model.pixel_outputs`.
 
     The arguments and the size of the result are those of `make_mask`.
     """
     path, pixels = _read(model, image)
-    return ImageDepth(path, resize_depth(depth, pixels.shape[:2]), pixels)
+    return ImageDepth(path, resize_depth(depth, model.image_shape[:2], pixels.shape[:2]), pixels)
 
 
 def make_pixel_result(
@@ -204,26 +205,55 @@ def make_pixel_result(
     return make_mask(model, image, outputs)
 
 
-def resize_depth(depth: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Resizes float32 `[rows, columns, 1]` bilinearly to float32 `size`."""
-    plane = Image.fromarray(np.ascontiguousarray(depth[..., 0], np.float32))
-    return np.asarray(plane.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+def resize_depth(depth: np.ndarray, *sizes: tuple[int, ...]) -> np.ndarray:
+    """Resizes float32 `[rows, columns, 1]` bilinearly to one size after another.
 
-
-def find_classes(logits: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """The class of each pixel, uint8 `size`, of logits, float32 `[rows, columns, classes]`.
-
-    The logits are resized bilinearly, class by class: those of all classes may not fit in memory.
+    Of several, `[views, rows, columns, 1]`, it is the mean. Returns float32 of the last size.
     """
-    height, width = size
-    best = np.full((height, width), -np.inf, np.float32)
-    classes = np.zeros((height, width), np.uint8)
-    for number in range(logits.shape[-1]):
-        plane = Image.fromarray(np.ascontiguousarray(logits[..., number], np.float32))
-        values = np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR))
-        higher = values > best
-        best[higher], classes[higher] = values[higher], number
+    views = depth.reshape(-1, *depth.shape[-3:])
+    resized = [_resize_plane(view[..., 0], sizes) for view in views]
+    return np.stack(resized).mean(axis=0)
+
+
+def find_classes(logits: np.ndarray, *sizes: tuple[int, ...]) -> np.ndarray:
+    """The class of each pixel, uint8 of the last size, of logits.
+
+    The logits are resized class by class: those of all classes may not fit in memory.
+
+    Args:
+      logits: float32 `[rows, columns, classes]`, or several, `[views, rows, columns, classes]`,
+        whose probabilities are averaged.
+      sizes: height and width to which the logits are resized bilinearly, one after another.
+    """
+    views = logits.reshape(-1, *logits.shape[-3:])
+    numbers = range(logits.shape[-1])
+
+    def resize(number: int) -> list[np.ndarray]:
+        return [_resize_plane(view[..., number], sizes) for view in views]
+
+    # The divisors of the probabilities, which matter where several are averaged.
+    divisors = [np.full(sizes[-1], -np.inf, np.float32)] * len(views)
+    for number in numbers if len(views) > 1 else ():
+        divisors = [np.logaddexp(*pair) for pair in zip(divisors, resize(number), strict=True)]
+    best = np.full(sizes[-1], -np.inf, np.float32)
+    classes = np.zeros(sizes[-1], np.uint8)
+    for number in numbers:
+        values = resize(number)
+        if len(views) > 1:
+            values = [np.exp(x - total) for x, total in zip(values, divisors, strict=True)]
+        score = sum(values[1:], values[0])
+        higher = score > best
+        best[higher], classes[higher] = score[higher], number
     return classes
+
+
+def _resize_plane(plane: np.ndarray, sizes: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """Resizes float32 `[rows, columns]` to one size after another, as `dense.resize_logits`."""
+    plane = np.ascontiguousarray(plane, np.float32)
+    for height, width in sizes:
+        # Unlike Pillow, OpenCV does not antialias here.
+        plane = cv2.resize(plane, (width, height), interpolation=cv2.INTER_LINEAR)
+    return plane
 
 
 class MaskFolder:

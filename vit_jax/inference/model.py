@@ -213,7 +213,8 @@ class LoadedModel:
           labels: the text of each class, or what `embed_labels` returned; for a model with a text
             tower.
           templates: see `embed_labels`.
-          tta: "flip" averages the logits of each image and of its mirror image.
+          tta: "flip" averages the logits of each image and of its mirror image; of pixels, the
+            probabilities or depths.
 
         Returns:
           `ImagePrediction` for one image, `ImagePredictions` for a list, a folder or a pattern,
@@ -340,7 +341,8 @@ class LoadedModel:
 
         Returns:
           float32 `[n, rows, columns, channels]`, of the grid of the head, or with `windows` of the
-          images: logits of classes, or metres.
+          images: logits of classes, or metres. With `tta` they are `[n, 2, rows, columns,
+          channels]`, of the images and of their mirror images, mirrored back.
         """
         compute = functools.partial(self.start_pixels, tta=tta)
         return compute_rows(self, images, compute, batch_size=self.pixel_batch_size)
@@ -371,7 +373,7 @@ class LoadedModel:
 
             if tta is None:
                 return run(images)
-            return (run(images) + run(images[:, :, ::-1])[:, :, ::-1]) / 2
+            return jnp.stack([run(images), run(images[:, :, ::-1])[:, :, ::-1]], axis=1)
 
         return compute
 
@@ -497,7 +499,8 @@ class LoadedModel:
         if tta not in (None, "flip"):
             raise UserError(f"tta={tta!r}: expected 'flip', or None")
         if self.dense is not None and layer == self.dense.output:
-            return self.start_pixels(images, tta=tta)
+            outputs = self.start_pixels(images, tta=tta)
+            return outputs if tta is None else outputs.mean(axis=1)
         if tta and takes_any_size(self.module):
             raise UserError(f"tta={tta!r}: expected None for patches of images of any size")
         batch = shard_batch({"image": images}, self.mesh)

@@ -30,6 +30,9 @@ from vit_jax.utils.gpus import is_ampere
 from vit_jax.utils.suggestions import suggest
 
 DepthSchedule = Literal["linear", "uniform"]
+# Collection of what each block returns, as `output`, for a caller that makes it mutable. It is not
+# "intermediates", which are attention weights too, and these no kernel computes.
+BLOCK_OUTPUTS = "block_outputs"
 # See `parse_remat`.
 Remat = Literal["none", "dots", "full"] | str
 
@@ -274,7 +277,8 @@ class Encoder1DBlock(nn.Module):
     Call: `[batch, tokens, hidden]`, the rate of stochastic depth in this block (a float or a
     float32 scalar), the rotation of queries and keys, where tokens are if the block has frequencies
     of its own, or None, the number of tokens before any padding or None, the images of the tokens
-    or None, and which biases attention has or None, to `[batch, tokens, hidden]`.
+    or None, and which biases attention has or None, to `[batch, tokens, hidden]`. The result is in
+    the collection `BLOCK_OUTPUTS` too.
     """
 
     config: BlockConfig
@@ -318,7 +322,10 @@ class Encoder1DBlock(nn.Module):
         y = attend(y, rope=rope, relative=relative, length=length, segments=segments, train=train)
         x = add(x, nn.Dropout(config.dropout_rate, deterministic=not train)(y))
         x, y = norm(x, "LayerNorm_1")
-        return add(x, MlpBlock(config)(y, train=train))
+        x = add(x, MlpBlock(config)(y, train=train))
+        if not self.is_initializing():  # All collections are mutable then.
+            self.sow(BLOCK_OUTPUTS, "output", x)
+        return x
 
 
 class Encoder(nn.Module, kw_only=True):
@@ -469,7 +476,7 @@ class Encoder(nn.Module, kw_only=True):
 
         scan = nn.scan(
             step,
-            variable_axes={"params": 0, "intermediates": 0},
+            variable_axes={"params": 0, "intermediates": 0, BLOCK_OUTPUTS: 0},
             split_rngs={"params": True, "dropout": True},
             length=self.num_layers,
         )

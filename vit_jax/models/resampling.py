@@ -15,6 +15,9 @@ Method = Literal[
     "bilinear", "bilinear_half_pixel", "bilinear_antialias", "bicubic", "bicubic_no_antialias"
 ]
 
+# By which position embeddings of the published `.npz` and of runs of this package are resized.
+OWN_METHOD: Method = "bilinear"
+
 
 def axis_weights(method: Method, index: Any, source: int, target: Any, *, xp: Any = np) -> Any:
     """Returns the weights of `source` values in some values of an axis resized to `target`.

@@ -172,6 +172,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     `masked`, bool `[batch, rows * columns]`, are the patches whose embeddings a learned
     `mask_token` replaces; None for none, and for no such token. `position_grid` is the grid of
     the learned position embeddings, which are resized to that of the images; None for the same.
+    `position_resize` is the rule for these, None for `bicubic_no_antialias`.
     """
 
     num_classes: int
@@ -308,6 +309,7 @@ class VisionTransformer(nn.Module, kw_only=True):
         patches: jax.Array | None = None,
         masked: jax.Array | None = None,
         position_grid: tuple[int, int] | None = None,
+        position_resize: Method | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         if isinstance(images, PatchBatch):
             encoded, segments = self._encode_rows(images, train=train)
@@ -318,7 +320,8 @@ class VisionTransformer(nn.Module, kw_only=True):
             if masked is not None:
                 embedded = self._mask(embedded, masked)
             position_grid = self.posemb_grid or position_grid or grid
-            encoded = self._encode(embedded, grid, position_grid, patches, train=train)
+            grids = position_grid, grid
+            encoded = self._encode(embedded, grids, position_resize, patches, train=train)
             x = self._pool(encoded, train=train)
         if self.norm_after_pooling:
             x = make_norm(self.block_config, "fc_norm")(x)
@@ -382,13 +385,14 @@ class VisionTransformer(nn.Module, kw_only=True):
     def _encode(
         self,
         embedded: jax.Array,
-        grid: tuple[int, int],
-        position_grid: tuple[int, int],
+        grids: tuple[tuple[int, int], tuple[int, int]],
+        position_resize: Method | None,
         patches: jax.Array | None,
         *,
         train: bool,
     ) -> jax.Array:
         n, h, w, c = embedded.shape
+        grid = grids[1]
         x = embedded.reshape(n, h * w, c)
         positions = fixed_positions(self.position_embedding, grid, c)
         if positions is not None:
@@ -397,9 +401,9 @@ class VisionTransformer(nn.Module, kw_only=True):
         rotation = self._rotation(grid, train=train) if self.rope_theta is not None else None
         by_layout = self.position_embedding == "factorized" or self.posemb_keep_aspect
         layout = grid_layout(grid) if by_layout else None
-        grids = None if position_grid == grid and not by_layout else (position_grid, grid)
         relative = relate_tokens(grid, self.num_prefix_tokens) if self.relative_positions else None
-        encoder = self._encoder(grids)
+        same = grids[0] == grid and not by_layout
+        encoder = self._encoder(None if same else grids, position_resize)
         return encoder(x, rotation, patches, layout, relative=relative, train=train)
 
     def _encode_rows(self, batch: PatchBatch, *, train: bool) -> tuple[jax.Array, Segments]:
@@ -445,7 +449,11 @@ class VisionTransformer(nn.Module, kw_only=True):
         first = jnp.broadcast_to(first, (x.shape[0], *first.shape[1:]))
         return jnp.concatenate([first, x], axis=1)
 
-    def _encoder(self, grids: tuple[tuple[int, int], tuple[int, int]] | None) -> Encoder:
+    def _encoder(
+        self,
+        grids: tuple[tuple[int, int], tuple[int, int]] | None,
+        position_resize: Method | None = None,
+    ) -> Encoder:
         return Encoder(
             config=self.block_config,
             num_layers=self.num_layers,
@@ -453,7 +461,7 @@ class VisionTransformer(nn.Module, kw_only=True):
             num_registers=self.num_registers,
             learned_positions=self.position_embedding in ("learned", "factorized"),
             grids=grids,
-            posemb_resize=None if self.posemb_grid is None else self.posemb_resize,
+            posemb_resize=position_resize if self.posemb_grid is None else self.posemb_resize,
             posemb_keep_aspect=self.posemb_keep_aspect,
             factorized=self.position_embedding == "factorized",
             pre_norm=self.pre_norm,

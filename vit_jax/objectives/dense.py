@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.models.blocks import Encoder1DBlock
+from vit_jax.models.blocks import BLOCK_OUTPUTS
+from vit_jax.models.norms import make_norm
+from vit_jax.models.resampling import OWN_METHOD
 from vit_jax.models.vit import Dtype, VisionTransformer
 from vit_jax.objectives.augment import Augmentation, distort, flip_lr
 from vit_jax.objectives.base import Batch, Params, check_share
@@ -288,10 +290,13 @@ class DenseObjective(ImageObjective, abc.ABC):
                 f"expected {rows * height}x{columns * width} pixels, as in training"
             )
 
-    def _positions(self, images: jax.Array) -> dict[str, Size]:
-        """The argument for images of another size than in training; none for the same size."""
+    def _positions(self, images: jax.Array) -> dict[str, Any]:
+        """The arguments for images of another size than in training; none for the same size.
+
+        Position embeddings are then resized as by `fill_model`, which readers of the run call.
+        """
         same = self.model.grid(images.shape[1:3]) == self.grid
-        return {} if same else {"position_grid": self.grid}
+        return {} if same else {"position_grid": self.grid, "position_resize": OWN_METHOD}
 
     def _encode(
         self, params: Params, images: jax.Array, *, train: bool, rng: jax.Array | None = None
@@ -304,13 +309,12 @@ class DenseObjective(ImageObjective, abc.ABC):
             images,
             train=train,
             rngs=None if rng is None else {"dropout": rng},
-            capture_intermediates=_is_block if self.layers > 1 else False,
-            mutable=["intermediates"],
+            mutable=[BLOCK_OUTPUTS] if self.layers > 1 else [],
             **self._positions(images),
         )
         tokens = out["encoded"]
         if self.layers > 1:
-            blocks = self._find_blocks(captured["intermediates"]["Transformer"])
+            blocks = self._find_blocks(captured[BLOCK_OUTPUTS]["Transformer"])
             blocks = [self._norm(params, x[:, : tokens.shape[1]]) for x in blocks[:-1]]
             tokens = jnp.concatenate([*blocks, tokens], axis=-1)
         rows, columns = self.model.grid(images.shape[1:3])
@@ -319,15 +323,15 @@ class DenseObjective(ImageObjective, abc.ABC):
 
     def _find_blocks(self, captured: Any) -> list[jax.Array]:
         if self.model.scan:
-            return list(captured["encoderblock"]["__call__"][0])[-self.layers :]
+            return list(captured["encoderblock"]["output"][0])[-self.layers :]
         last = range(self.model.num_layers - self.layers, self.model.num_layers)
-        return [captured[f"encoderblock_{i}"]["__call__"][0] for i in last]
+        return [captured[f"encoderblock_{i}"]["output"][0] for i in last]
 
     def _norm(self, params: Params, x: jax.Array) -> jax.Array:
         """The final norm of the encoder, which some models have after pooling alone."""
         if self.model.norm_after_pooling:
             return x
-        norm = nn.LayerNorm(self.model.norm_epsilon, dtype=self.model.dtype)
+        norm = make_norm(self.model.block_config)
         applied: Any = norm.apply({"params": params["Transformer"]["encoder_norm"]}, x)
         return applied
 
@@ -335,10 +339,6 @@ class DenseObjective(ImageObjective, abc.ABC):
         head = {name: x for name, x in params[self.head_params].items() if name != "norm"}
         logits: Any = self.head.apply({"params": head}, features)
         return logits
-
-
-def _is_block(module: nn.Module, method: str) -> bool:
-    return isinstance(module, Encoder1DBlock) and method == "__call__"
 
 
 def _normalize_features(x: jax.Array, norm: Params, mean: jax.Array, var: jax.Array) -> jax.Array:

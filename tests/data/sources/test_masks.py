@@ -5,6 +5,8 @@ import csv
 import io
 import logging
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from vit_jax.data.fingerprint import fingerprint
 from vit_jax.data.ops.decode import ImageError
 from vit_jax.data.pipeline import DatasetSpec, eval_batches, train_batches
 from vit_jax.data.sources.files import manifest_dataset
-from vit_jax.data.sources.label_maps import decode_mask, make_values
+from vit_jax.data.sources.label_maps import decode_depth, decode_mask, make_values
 from vit_jax.data.sources.masks import masks_dataset
 from vit_jax.data.sources.parquet import parquet_dataset
 from vit_jax.data.sources.scenes import scenes_dataset
@@ -36,6 +38,33 @@ def encode(values, mode="L"):
     stream = io.BytesIO()
     image.save(stream, "PNG")
     return stream.getvalue()
+
+
+def encode_bits(rows, bits, kind):
+    """A file in gray whose pixels have fewer than 8 bits."""
+    height, width = len(rows), len(rows[0])
+    packed = [np.unpackbits(np.array(row, np.uint8)[:, None], axis=1)[:, -bits:] for row in rows]
+    lines = [np.packbits(line.ravel()).tobytes() for line in packed]
+    if kind == "pgm":
+        header = f"P5 {width} {height} {2**bits - 1} ".encode()
+        return header + np.array(rows, np.uint8).tobytes()
+    if kind == "tiff":
+        data = b"".join(lines)
+        tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 278: height}
+        tags[279] = len(data)
+        fields = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
+        count = struct.pack("<H", len(fields))
+        directory = count + b"".join(fields) + bytes(4)
+        return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0),
+        b"IDAT": zlib.compress(b"".join(b"\0" + line for line in lines)),
+        b"IEND": b"",
+    }
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x))
+        for name, x in chunks.items()
+    )
 
 
 def write(root, names=("a", "b", "c"), *, masks="masks", lines=LINES, below=""):
@@ -145,6 +174,17 @@ def test_values_beyond_the_classes_and_colours_are_errors_of_the_image():
         decode_mask(b"\x89PNG\r\n\x1a\n")
     # Of 16 bits, all are read.
     np.testing.assert_array_equal(decode_mask(encode(np.array([[300, 1]], np.uint16))), [[300, 1]])
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "pgm"])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_values_of_fewer_than_8_bits_are_read_as_they_are_stored(bits, kind):
+    values = np.arange(16).reshape(2, 8) % 2**bits
+    mask = decode_mask(encode_bits(values.tolist(), bits, kind))
+    np.testing.assert_array_equal(mask, values)
+    if bits > 1 and kind != "pgm":
+        depth = decode_depth(encode_bits(values.tolist(), bits, kind), 2.0)
+        np.testing.assert_array_equal(depth, values / 2)
 
 
 def test_a_mask_of_another_size_than_its_image_is_counted_as_corrupt(tmp_path, caplog):

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from vit_jax.models.resampling import Method
+from vit_jax.models.resampling import OWN_METHOD, Method
 from vit_jax.models.resnet import total_stride
 from vit_jax.utils.bounds import shorten
 from vit_jax.utils.errors import UserError
@@ -87,7 +87,7 @@ class Weights:
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     preprocess: dict[str, Any] = dataclasses.field(default_factory=dict)
     posemb_grid: tuple[int, int] | None = None
-    posemb_resize: Method = "bilinear"
+    posemb_resize: Method = OWN_METHOD
     objective_params: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
     loss: Loss | None = None
@@ -262,7 +262,7 @@ def read_posemb(description: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: the rule has no name here.
     """
-    resize, grid = description.get("resize", "bilinear"), description.get("grid")
+    resize, grid = description.get("resize", OWN_METHOD), description.get("grid")
     if resize not in get_args(Method):
         raise ValueError(f"posemb.resize={resize!r}: expected one of {', '.join(get_args(Method))}")
     return {"posemb_grid": None if grid is None else tuple(grid), "posemb_resize": resize}

@@ -108,7 +108,7 @@ def decode_mask(encoded: bytes) -> np.ndarray:
                     f"its mask has colours ({image.mode}): expected an image with a palette or in "
                     "gray, whose values are the numbers of classes"
                 )
-            values = np.asarray(image)
+            values = _read_values(image, encoded)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -118,6 +118,34 @@ def decode_mask(encoded: bytes) -> np.ndarray:
     except Exception as e:  # Pillow raises many kinds of errors for damaged files.
         raise ImageError(f"its mask can't be read: {' '.join(str(e).split())[:200]}") from e
     return values.astype(np.uint8) if values.dtype == bool else values
+
+
+def _read_values(image: Image.Image, encoded: bytes) -> np.ndarray:
+    """The values of an image as its file has them, `[height, width]`, in the dtype of Pillow.
+
+    Pillow stretches gray of 2 and 4 bits, and PGM of any maximum, to 8 or 16 bits.
+    """
+    most = _find_maximum(image, encoded)
+    values = np.asarray(image)
+    if most is None:
+        return values
+    stretched = 255 if image.mode == "L" else 2**16 - 1
+    return np.rint(values * (most / stretched)).astype(values.dtype)
+
+
+def _find_maximum(image: Image.Image, encoded: bytes) -> int | None:
+    """The value that Pillow reads as the highest one of its mode; None where it changes none."""
+    if image.format == "PPM" and image.mode in ("L", "I"):
+        arguments = image.tile[0].args  # pyright: ignore[reportAttributeAccessIssue]
+        return arguments[-1] if isinstance(arguments, tuple) else None
+    if image.mode != "L":
+        return None
+    bits = 8
+    if image.format == "PNG":
+        bits = encoded[24]  # Of the chunk IHDR, which is the first one.
+    elif image.format == "TIFF":
+        (bits, *_) = image.tag_v2.get(258, (8,))  # pyright: ignore[reportAttributeAccessIssue]
+    return 2**bits - 1 if bits < 8 else None
 
 
 class Masks:
@@ -235,7 +263,7 @@ def _read_gray(encoded: bytes) -> np.ndarray:
             raise ImageError(
                 f"its depth has colours ({image.mode}): expected an image in gray, of 16 bits"
             )
-        return np.asarray(image)
+        return _read_values(image, encoded)
 
 
 class Depths:
