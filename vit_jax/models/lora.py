@@ -30,7 +30,7 @@ TRAIN = ("head/.*", "head_dist/.*")
 _TRAIN_TOWERS = ("(img|txt)/head/.*", "t", "b")
 
 # Of the parameters of an adapter, the one that belongs to its kernel and is not trained.
-_SCALE = "kernel_scale"
+KERNEL_SCALE = "kernel_scale"
 _LEVELS = 127  # of int8, on each side of zero
 
 
@@ -93,7 +93,7 @@ class Lora:
     def frozen(self) -> tuple[str, ...]:
         """Regular expressions for whole paths of the parameters that are not trained."""
         of_towers = _TRAIN_TOWERS if self.train == TRAIN else ()
-        trained = "|".join([rf"(.*/)?{NAME}/(?!{_SCALE}$)[^/]+", *self.train, *of_towers])
+        trained = "|".join([rf"(.*/)?{NAME}/(?!{KERNEL_SCALE}$)[^/]+", *self.train, *of_towers])
         return (rf"(?!({trained})$).*",) if self.rank else ()
 
     def size(self, path: str) -> tuple[int, float]:
@@ -138,11 +138,11 @@ class Lora:
         if self.base == "bfloat16":
             return stored | {"kernel": kernel.astype(jnp.bfloat16)}
         adapter = params.get(NAME)
-        if not isinstance(adapter, Mapping) or _SCALE not in adapter:
+        if not isinstance(adapter, Mapping) or KERNEL_SCALE not in adapter:
             return stored
-        axes = tuple(i for i, n in enumerate(adapter[_SCALE].shape) if n == 1)
+        axes = tuple(i for i, n in enumerate(adapter[KERNEL_SCALE].shape) if n == 1)
         values, scale = round_to_int8(kernel, axes, xp=xp)
-        return stored | {"kernel": values, NAME: {**stored[NAME], _SCALE: scale}}
+        return stored | {"kernel": values, NAME: {**stored[NAME], KERNEL_SCALE: scale}}
 
     def restore(self, params: Any) -> Any:
         """Returns parameters of `store`, NumPy arrays, with the rounded values as float32."""
@@ -151,7 +151,7 @@ class Lora:
         restored = {name: self.restore(x) for name, x in params.items()}
         kernel: Any = params.get("kernel")
         if isinstance(kernel, np.ndarray) and kernel.dtype in (jnp.int8, jnp.bfloat16):
-            scale = params[NAME][_SCALE] if kernel.dtype == jnp.int8 else np.float32(1)
+            scale = params[NAME][KERNEL_SCALE] if kernel.dtype == jnp.int8 else np.float32(1)
             restored["kernel"] = kernel.astype(np.float32) * scale
         return restored
 
@@ -244,7 +244,7 @@ class LoraProduct(nn.Module):
         scale, depth = None, len(dimension_numbers[0][0])
         if self.lora.base == "int8":
             shape = (*(1,) * depth, *kernel.shape[depth:])
-            scale = self.param(_SCALE, nn.initializers.ones, shape)
+            scale = self.param(KERNEL_SCALE, nn.initializers.ones, shape)
         layer = self.scope.parent if self.scope is not None else None
         stored = None if layer is None else layer.get_variable("params", "kernel")
         if stored is None or stored.dtype == jnp.float32:

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 
 from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.manager import DESCRIPTION, quiet_reads
 from vit_jax.checkpoint.manifest import find_fault, has_manifest
+from vit_jax.checkpoint.pretrained.adapt import find_initialised
 from vit_jax.checkpoint.pretrained.base import check_base, find_base
 from vit_jax.checkpoint.pretrained.catalogue import is_name, load_catalogue
 from vit_jax.checkpoint.pretrained.description import check_description
@@ -33,7 +35,7 @@ from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.checkpoint.pretrained.peft import CONFIG as ADAPTER_CONFIG
 from vit_jax.checkpoint.pretrained.peft import WEIGHTS as ADAPTERS
 from vit_jax.checkpoint.pretrained.peft import Adapters, read_adapters
-from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
+from vit_jax.checkpoint.pretrained.rebuild import MissingError, fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.repositories import suggest_repositories
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, read_tensors
 from vit_jax.checkpoint.pretrained.towers import take_tower
@@ -315,8 +317,9 @@ class AdaptedRun:
     Attributes:
       base: the weights that the run started from.
       source: where these are.
-      params: of the base, as the run takes them, by path.
-      trained: adapters and other trained parameters by path, without stacked blocks.
+      params: of the base, as the run takes them, by path, and those that the run initialised.
+      trained: what the checkpoint holds, without stacked blocks: adapters and other trained
+        parameters, and frozen ones that the run initialised.
       lora: what they were trained with.
     """
 
@@ -349,6 +352,7 @@ def _find_base(
     if bases == _MAX_BASES:
         raise UserError(f"{folder}: expected at most {_MAX_BASES} runs whose adapters are added up")
     (args,) = bind(as_tuples(described["lora"]), Lora, key="lora")
+    lora = Lora(**args)
     stated, known = as_tuples(described["base"]), as_tuples(described["model"])
     source = find_base(stated, folder)
     base = _load(source, bases=bases + 1)
@@ -358,8 +362,19 @@ def _find_base(
             raise ValueError(f"{size}={known.get(size)}; {source} has {base.model.get(size)}")
     model = rebuild_model(dataclasses.replace(base, model=known), num_classes=known["num_classes"])
     shape = (*as_tuples(described["preprocess"])["image_size"], stated["channels"])
-    params, _ = fill_model(model, base, shape, **stated["adapt"])
-    return AdaptedRun(base, source, flatten(params), unstack_blocks(trained), Lora(**args))
+    # Kernels that the run initialised may be stored in the dtype of its base.
+    tree = lora.restore(traverse_util.unflatten_dict(trained, sep="/"))
+    held = unstack_blocks(flatten(tree))
+    try:
+        filled, _ = fill_model(model, base, shape, held=held.keys(), **stated["adapt"])
+    except MissingError as e:
+        raise UserError(
+            f"{folder}: the run has initialised parameters that neither its base {source} nor the "
+            f"checkpoint holds: {e.names}; resume the run, which saves them from now on"
+        ) from None
+    params = flatten(filled)
+    params |= {path: held[path] for path in find_initialised(filled)}
+    return AdaptedRun(base, source, params, held, lora)
 
 
 def _describe(

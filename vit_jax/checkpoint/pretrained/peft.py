@@ -217,7 +217,7 @@ def make_adapters(
     They are for a model of timm or, if the base is a ViT of Hugging Face, of transformers 5.
 
     Args:
-      trained: the parameters of adapters and heads by path, without stacked blocks.
+      trained: what a checkpoint holds, without stacked blocks: adapters and heads.
       base: the parameters that they are added to.
       lora: what they were trained with.
       layout: of the base, as `Weights.layout`.
@@ -225,7 +225,7 @@ def make_adapters(
 
     Raises:
       UserError: the base is of another layout, or something else than adapters of blocks and a head
-        was trained.
+        is not of the base.
     """
     of_timm = layout in ("timm safetensors", "vit_jax safetensors")
     if not of_timm and layout != "Hugging Face ViT safetensors":
@@ -246,8 +246,8 @@ def make_adapters(
         match = _LAYER.fullmatch(kernel)
         if match is None or (is_gated and match[2].startswith("Dense")):
             raise UserError(
-                f"{path} was trained; PEFT takes adapters of attention and of MLPs without gates, "
-                "and a head"
+                f"{path} is not of the base; PEFT takes adapters of attention and of MLPs without "
+                "gates, and a head: write DST as a .safetensors file with the adapters added"
             )
         layers[match[1], match[2]] = _make_product(trained, base[kernel], kernel, lora)
     modules: dict[str, _Product] = {}
