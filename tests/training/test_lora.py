@@ -243,6 +243,7 @@ def test_frozen_parameters_that_the_base_lacks_are_saved(base, data_dir, tmp_pat
         "adapt__dont_load": (f"{BLOCK}/.*",),
         "optimizer__freeze": ("head/.*",),
         "lora__base": "int8",
+        "lora__targets": (".*",),
     }
     config = lora_config(base, data_dir, ema_decay=None, **changes)
     params = start(config, tmp_path, seed=0)

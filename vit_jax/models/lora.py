@@ -14,10 +14,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from vit_jax.models.products import dot_stored, dot_tokens
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import bind
+from vit_jax.utils.tree import flatten
 
 # Name of the module that holds the adapter of a product, beside its kernel.
 NAME = "lora"
@@ -287,21 +289,12 @@ def round_base(params: Mapping[str, np.ndarray], lora: Lora) -> dict[str, np.nda
     """Rounds the kernels of base weights as a run with adapters does, and returns float arrays.
 
     Args:
-      params: of the model without adapters, arrays by path, without stacked blocks.
+      params: of the base, arrays by path, without stacked blocks. With int8, kernels that have a
+        `kernel_scale` of any values are rounded, and the result has their scales.
       lora: what the adapters were trained with.
     """
-    rounded = dict(params)
-    for path, x in params.items():
-        if not lora.rounds(path):
-            continue
-        if lora.base == "bfloat16":
-            rounded[path] = x.astype(jnp.bfloat16).astype(x.dtype)
-            continue
-        # The projection of all heads takes several dimensions, the other layers take one.
-        inputs = x.ndim - 1 if path.endswith("/out/kernel") else 1
-        values, scale = round_to_int8(x, tuple(range(inputs)), xp=np)
-        rounded[path] = (values * scale).astype(x.dtype)
-    return rounded
+    tree = traverse_util.unflatten_dict(dict(params), sep="/")
+    return flatten(lora.restore(lora.store(tree, xp=np)))
 
 
 def merge_adapters(params: Mapping[str, np.ndarray], lora: Lora) -> dict[str, np.ndarray]:

@@ -35,7 +35,12 @@ from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.checkpoint.pretrained.peft import CONFIG as ADAPTER_CONFIG
 from vit_jax.checkpoint.pretrained.peft import WEIGHTS as ADAPTERS
 from vit_jax.checkpoint.pretrained.peft import Adapters, read_adapters
-from vit_jax.checkpoint.pretrained.rebuild import MissingError, fill_model, rebuild_model
+from vit_jax.checkpoint.pretrained.rebuild import (
+    MissingError,
+    fill_model,
+    init_shapes,
+    rebuild_model,
+)
 from vit_jax.checkpoint.pretrained.repositories import suggest_repositories
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, read_tensors
 from vit_jax.checkpoint.pretrained.towers import take_tower
@@ -50,7 +55,8 @@ from vit_jax.checkpoint.pretrained.weights import (
     unstack_blocks,
 )
 from vit_jax.checkpoint.workdir import read_config, read_labels
-from vit_jax.models.lora import Lora, merge_adapters, round_base
+from vit_jax.models.lora import KERNEL_SCALE, Lora, merge_adapters, round_base
+from vit_jax.models.lora import NAME as LORA
 from vit_jax.models.names import guess_variant
 from vit_jax.models.two_towers import TOWERS
 from vit_jax.utils.bounds import MAX_WEIGHTS, check_growth, check_tree, open_outside, read_json
@@ -374,7 +380,23 @@ def _find_base(
         ) from None
     params = flatten(filled)
     params |= {path: held[path] for path in find_initialised(filled)}
+    if lora.base == "int8":
+        params |= _find_scales(base, known, lora, shape)
     return AdaptedRun(base, source, params, held, lora)
+
+
+def _find_scales(
+    base: Weights, known: dict[str, Any], lora: Lora, image_shape: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    """Scales, of ones, of the kernels that a model with adapters stores as int8."""
+    described = dataclasses.replace(base, model=known)
+    model = rebuild_model(described, run={"lora": lora}, num_classes=known["num_classes"])
+    shapes = flatten(init_shapes(model, image_shape)["params"])
+    return {
+        path: np.ones(x.shape, x.dtype)
+        for path, x in shapes.items()
+        if path.endswith(f"/{LORA}/{KERNEL_SCALE}")
+    }
 
 
 def _describe(

@@ -104,7 +104,7 @@ def fill_model(
       MissingError: the weights lack some.
       UserError: the parameters do not fit.
     """
-    variables = _init_shapes(model, image_shape)
+    variables = init_shapes(model, image_shape)
     sizes = (x.size * x.dtype.itemsize for x in jax.tree.leaves(variables["params"]))
     try:
         check_growth(sum(x.nbytes for x in weights.params.values()), sum(sizes))
@@ -137,7 +137,7 @@ def check_complete(weights: Weights) -> Any:
     """
     model = rebuild_model(weights)
     try:
-        init = _init_shapes(model, _find_image_shape(weights, model))
+        init = init_shapes(model, _find_image_shape(weights, model))
     except UserError:
         raise
     except Exception as e:  # Flax and JAX have many types for sizes that do not go together.
@@ -159,7 +159,7 @@ def check_complete(weights: Weights) -> Any:
     return model
 
 
-def _init_shapes(model: Any, image_shape: tuple[int, ...]) -> Any:
+def init_shapes(model: Any, image_shape: tuple[int, ...]) -> Any:
     """Returns the shapes of a model's variables, without computing them."""
 
     def init() -> Any:
