@@ -262,7 +262,9 @@ def test_only_matching_kernels_have_adapters():
     [
         ({"rank": -1}, "lora.rank=-1: expected 1 or more"),
         ({"rank": 2, "alpha": 0.0}, "lora.alpha=0.0: expected above 0"),
-        ({"base": "int8"}, "lora.base='int8' without lora.rank: all parameters are trained"),
+        ({"base": "int8"}, "lora.base='int8' without lora.rank: there are no adapters"),
+        ({"alpha": 8.0}, "lora.alpha=8.0 without lora.rank"),
+        ({"patterns": (("a", {"rank": 8}),)}, r"lora.patterns=.* without lora.rank"),
         ({"rank": 2, "targets": ("(",)}, "'\\(' is not a regular expression"),
         ({"rank": 2, "patterns": (("a", {"ranks": 1}),)}, "unknown config key .*ranks"),
         ({"rank": 2, "patterns": (("a", {"rank": -2}),)}, r"\['a'\].rank=-2: expected"),
@@ -292,3 +294,14 @@ def test_adapter_that_does_not_fit_is_refused():
     params = {"a/kernel": np.ones((4, 4)), "a/lora/a": np.ones((5, 2)), "a/lora/b": np.ones((2, 4))}
     with pytest.raises(ValueError, match="a/lora/a does not fit"):
         merge_adapters(params, Lora(rank=2))
+def test_pattern_and_train_that_match_nothing_are_refused():
+    paths = ["a/query/lora/a", "a/query/kernel", "a/key/kernel", "head/kernel"]
+    without = (".*/key/kernel", {"rank": 0})
+    train = ("head/.*", "head_dist/.*", ".*/query/kernel")
+    Lora(rank=2, patterns=(without, ("a/query/.*", {"alpha": 8})), train=train).check(paths)
+    with pytest.raises(UserError, match=r"lora.patterns: 'b/.*' matches no kernel that has an"):
+        Lora(rank=2, patterns=(without, ("b/.*", {"rank": 8}))).check(paths)
+    with pytest.raises(UserError, match=r"lora.train: 'headd/.*' matches no parameter"):
+        Lora(rank=2, train=("headd/.*",)).check(paths)
+
+

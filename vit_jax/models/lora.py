@@ -52,7 +52,8 @@ class Lora:
         a factor on the norm of that column of W.
       targets: regular expressions for whole paths of the kernels that have an adapter.
       patterns: pairs of an expression and other values of `rank` and `alpha`; the first match
-        counts. A rank of 0 leaves a kernel without an adapter.
+        counts. A rank of 0 leaves a kernel without an adapter, and another one gives an adapter
+        also to a kernel that is no target.
       train: expressions for parameters that are trained as they are, beside the adapters. The
         default also trains the heads of two towers, their scale and their bias.
       base: dtype in which the kernels of encoder blocks and those that have an adapter are kept,
@@ -73,11 +74,12 @@ class Lora:
     base: Literal["float32", "bfloat16", "int8"] = "float32"
 
     def __post_init__(self) -> None:
-        if self.base != "float32" and not self.rank:
-            raise UserError(
-                f"lora.base={self.base!r} without lora.rank: all parameters are trained, and these "
-                "are float32; expected adapters, such as --config.lora.rank=8"
-            )
+        for field in dataclasses.fields(self) if not self.rank else ():
+            if (value := getattr(self, field.name)) != field.default:
+                raise UserError(
+                    f"lora.{field.name}={value!r} without lora.rank: there are no adapters, and "
+                    "all parameters are trained; expected a rank, such as --config.lora.rank=8"
+                )
         _check(self.rank, self.alpha, key="lora")
         for pattern in (*self.targets, *self.train, *(p for p, _ in self.patterns)):
             try:
@@ -100,17 +102,22 @@ class Lora:
 
     def size(self, path: str) -> tuple[int, float]:
         """Returns the rank of the adapter of a kernel, 0 for none, and its scale."""
-        rank, alpha = self.rank, self.alpha
-        if not any(re.fullmatch(pattern, path) for pattern in self.targets):
-            rank = 0
-        for pattern, changes in self.patterns:
-            if re.fullmatch(pattern, path):
-                rank, alpha = changes.get("rank", self.rank), changes.get("alpha", alpha)
-                break
-        if not rank:
-            return 0, 0.0
+        rank = self._changes(path).get("rank", self.rank if self._is_target(path) else 0)
+        return (rank, self.scale(path, rank)) if rank else (0, 0.0)
+
+    def scale(self, path: str, rank: int) -> float:
+        """Returns the scale of an adapter of a rank, that of the kernel `path`."""
+        alpha = self._changes(path).get("alpha", self.alpha)
         alpha = rank if alpha is None else alpha
-        return rank, alpha / (rank if self.scaling == "linear" else math.sqrt(rank))
+        return alpha / (rank if self.scaling == "linear" else math.sqrt(rank))
+
+    def _is_target(self, path: str) -> bool:
+        return any(re.fullmatch(pattern, path) for pattern in self.targets)
+
+    def _changes(self, path: str) -> dict[str, Any]:
+        """The values of the first pattern that matches a kernel."""
+        found = (changes for pattern, changes in self.patterns if re.fullmatch(pattern, path))
+        return next(found, {})
 
     def rounds(self, path: str) -> bool:
         """Returns whether a kernel is kept in the dtype `base`."""
@@ -174,6 +181,21 @@ class Lora:
                 )
         if not kernels:
             raise UserError("lora.targets: no kernel of this model has an adapter")
+        targets = [path for path in paths if path.endswith("/kernel") and self._is_target(path)]
+        for pattern, changes in self.patterns:
+            # A rank of 0 takes the adapter of a target away.
+            matched = targets if changes.get("rank") == 0 else kernels
+            if not any(re.fullmatch(pattern, path) for path in matched):
+                raise UserError(
+                    f"lora.patterns: {pattern!r} matches no kernel that has an adapter; expected "
+                    "an expression for whole paths, such as '.*/value/kernel'"
+                )
+        for pattern in (pattern for pattern in self.train if pattern not in TRAIN):
+            if not any(re.fullmatch(pattern, path) for path in paths):
+                raise UserError(
+                    f"lora.train: {pattern!r} matches no parameter; expected an expression for "
+                    "whole paths, such as 'head/.*'"
+                )
 
 
 def _size(*, rank: int = 0, alpha: float | None = None) -> None:
@@ -318,7 +340,8 @@ def merge_adapters(params: Mapping[str, np.ndarray], lora: Lora) -> dict[str, np
         if name not in merged or merged[name].size != len(a) * b.shape[1]:
             raise ValueError(f"{path} does not fit the parameters beside it")
         kernel = np.asarray(merged[name])
-        matrix, scale = kernel.reshape(len(a), -1).astype(np.float32), lora.size(name)[1]
+        matrix = kernel.reshape(len(a), -1).astype(np.float32)
+        scale = lora.scale(name, a.shape[1])
         adapted = matrix + scale * (a @ b)
         if lora.method == "dora":
             norm, now = column_norms(matrix, a, b, scale, xp=np)

@@ -290,7 +290,7 @@ def _make_product(
 ) -> _Product:
     own = f"{path.removesuffix('/kernel')}/{NAME}"
     a, b = (np.asarray(trained[f"{own}/{part}"], np.float32) for part in "ab")
-    scale, norms = lora.size(path)[1], None
+    scale, norms = lora.scale(path, a.shape[1]), None
     if lora.method == "dora":
         before, _ = column_norms(np.asarray(kernel).reshape(len(a), -1), a, b, scale, xp=np)
         norms = np.asarray(trained[f"{own}/magnitude"], np.float32) * before
