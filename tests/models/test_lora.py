@@ -230,6 +230,31 @@ def test_dora_scales_each_column_to_its_norm():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_dora_leaves_a_column_of_zeros():
+    rng = np.random.default_rng(0)
+    lora = Lora(rank=2, method="dora", targets=(".*",))
+    dense = nn.Dense(4, use_bias=False, dot_general_cls=lambda: LoraProduct(lora, name="lora"))
+    kernel = rng.normal(size=(6, 4)).astype(np.float32) * [1, 0, 1, 1]
+    adapter = {"a": rng.normal(size=(6, 2)), "b": np.zeros((2, 4)), "magnitude": np.full(4, 2.0)}
+    params = jax.tree.map(jnp.float32, {"kernel": kernel, "lora": adapter})
+    x = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
+    out, grads = jax.jit(jax.value_and_grad(lambda p: jnp.sum(dense.apply({"params": p}, x) ** 2)))(
+        params
+    )
+    np.testing.assert_allclose(out, np.sum((x @ (2 * kernel)) ** 2), rtol=1e-5)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+    merged = merge_adapters({f"a/{p}": np.asarray(x) for p, x in flatten(params).items()}, lora)
+    np.testing.assert_allclose(merged["a/kernel"], 2 * kernel, rtol=1e-6)
+
+
+def test_pattern_of_a_scale_adds_no_adapters():
+    lora = Lora(rank=4, targets=(".*/query/kernel",), patterns=((".*", {"alpha": 16}),))
+    assert lora.size("a/query/kernel") == (4, 4.0)
+    assert lora.size("a/key/kernel") == (0, 0.0)
+    # Where a checkpoint has an adapter, its scale is that of the pattern.
+    assert lora.scale("a/key/kernel", 4) == 4.0
+
+
 def test_patterns_give_ranks_and_scales():
     value = ".*/value/kernel", {"rank": 8, "alpha": 2.0}
     lora = Lora(
@@ -290,10 +315,6 @@ def test_target_without_a_kernel_is_refused():
         Lora(rank=2, targets=(".*/query",)).check(paths)
 
 
-def test_adapter_that_does_not_fit_is_refused():
-    params = {"a/kernel": np.ones((4, 4)), "a/lora/a": np.ones((5, 2)), "a/lora/b": np.ones((2, 4))}
-    with pytest.raises(ValueError, match="a/lora/a does not fit"):
-        merge_adapters(params, Lora(rank=2))
 def test_pattern_and_train_that_match_nothing_are_refused():
     paths = ["a/query/lora/a", "a/query/kernel", "a/key/kernel", "head/kernel"]
     without = (".*/key/kernel", {"rank": 0})
@@ -305,3 +326,7 @@ def test_pattern_and_train_that_match_nothing_are_refused():
         Lora(rank=2, train=("headd/.*",)).check(paths)
 
 
+def test_adapter_that_does_not_fit_is_refused():
+    params = {"a/kernel": np.ones((4, 4)), "a/lora/a": np.ones((5, 2)), "a/lora/b": np.ones((2, 4))}
+    with pytest.raises(ValueError, match="a/lora/a does not fit"):
+        merge_adapters(params, Lora(rank=2))

@@ -254,7 +254,7 @@ class LoraProduct(nn.Module):
         magnitude = self.param("magnitude", nn.initializers.ones, (outputs,))
         norm, adapted = column_norms(kernel.reshape(inputs, outputs), a, b, scale, xp=jnp)
         # As published, the gradient takes the norm of the adapted kernel for a constant.
-        factor = magnitude * norm / jax.lax.stop_gradient(adapted)
+        factor = magnitude * norm / jax.lax.stop_gradient(jnp.where(adapted > 0, adapted, 1))
         return y * factor.astype(y.dtype).reshape(kernel.shape[depth:])
 
     def _multiply_stored(
@@ -286,7 +286,9 @@ def column_norms(kernel: Any, a: Any, b: Any, scale: float, *, xp: Any) -> tuple
     `[outputs]` twice. `xp` is `numpy` or `jax.numpy`.
     """
     kernel = kernel.astype(xp.float32)
-    return tuple(xp.sqrt(xp.sum(w * w, axis=0)) for w in (kernel, kernel + scale * (a @ b)))
+    squares = (xp.sum(w * w, axis=0) for w in (kernel, kernel + scale * (a @ b)))
+    # The square root has no gradient at 0, which a column of zeros has.
+    return tuple(xp.where(x > 0, xp.sqrt(xp.where(x > 0, x, 1)), 0) for x in squares)
 
 
 def round_to_int8(kernel: Any, axes: tuple[int, ...], *, xp: Any) -> tuple[Any, Any]:
@@ -345,6 +347,7 @@ def merge_adapters(params: Mapping[str, np.ndarray], lora: Lora) -> dict[str, np
         adapted = matrix + scale * (a @ b)
         if lora.method == "dora":
             norm, now = column_norms(matrix, a, b, scale, xp=np)
-            adapted = adapted * (params[f"{layer}/{NAME}/magnitude"] * norm / now)
+            factor = params[f"{layer}/{NAME}/magnitude"] * norm / np.where(now > 0, now, 1)
+            adapted = adapted * factor
         merged[name] = adapted.reshape(kernel.shape).astype(kernel.dtype)
     return merged

@@ -144,6 +144,7 @@ class Adapters:
         adapted = matrix + self._scale(module, rank) * (b @ a)
         if "lora_magnitude_vector" in parts:
             norms = np.linalg.norm(adapted, axis=1)
+            norms = np.where(norms > 0, norms, 1)
             adapted *= (parts["lora_magnitude_vector"].astype(np.float32).ravel() / norms)[:, None]
         return adapted.reshape(kernel.shape).astype(kernel.dtype)
 
