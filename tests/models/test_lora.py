@@ -144,10 +144,12 @@ def test_model_with_a_rounded_base_equals_the_float_model_of_its_values(base, me
 def test_base_is_rounded_alike_when_weights_are_read(base):
     lora = Lora(rank=2, targets=(".*/query/kernel",), base=base, train=(".*/Dense_1/kernel",))
     params = init_randomly(make_vit(lora=lora))
-    plain = {path: x for path, x in flatten(params).items() if "/lora/" not in path}
+    plain = {p: x for p, x in flatten(params).items() if "/lora/" not in p or "scale" in p}
     found = round_base(plain, lora)
     expected = flatten(restore_base(lora.store(params, xp=np), jnp.dtype(base)))
     for path, x in found.items():
+        if "/lora/" in path:
+            continue
         np.testing.assert_array_equal(x, expected[path], err_msg=path)
         rounded = lora.rounds(path)
         assert np.array_equal(x, plain[path]) != rounded
@@ -190,6 +192,17 @@ def test_parameters_stay_as_they_are_without_a_rounded_base():
     assert not any("kernel_scale" in path for path in flatten(params))
 
 
+def test_base_is_rounded_where_the_model_rounds_it():
+    lora = Lora(rank=2, targets=(".*",), base="int8")
+    kernel = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    scale = np.ones((1, 3), np.float32)
+    base = {"embedding/kernel": kernel, "a/kernel": kernel, "a/lora/kernel_scale": scale}
+    found = round_base(base, lora)
+    np.testing.assert_array_equal(found["embedding/kernel"], kernel)
+    values, scale = round_to_int8(kernel, (0,), xp=np)
+    np.testing.assert_array_equal(found["a/kernel"], values * scale)
+
+
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_run_starts_from_the_model_without_adapters(method):
     model = make_vit(lora=Lora(rank=2, method=method))
@@ -215,6 +228,31 @@ def test_dora_scales_each_column_to_its_norm():
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     found = compiled(dense)({"params": params}, jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_dora_leaves_a_column_of_zeros():
+    rng = np.random.default_rng(0)
+    lora = Lora(rank=2, method="dora", targets=(".*",))
+    dense = nn.Dense(4, use_bias=False, dot_general_cls=lambda: LoraProduct(lora, name="lora"))
+    kernel = rng.normal(size=(6, 4)).astype(np.float32) * [1, 0, 1, 1]
+    adapter = {"a": rng.normal(size=(6, 2)), "b": np.zeros((2, 4)), "magnitude": np.full(4, 2.0)}
+    params = jax.tree.map(jnp.float32, {"kernel": kernel, "lora": adapter})
+    x = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
+    out, grads = jax.jit(jax.value_and_grad(lambda p: jnp.sum(dense.apply({"params": p}, x) ** 2)))(
+        params
+    )
+    np.testing.assert_allclose(out, np.sum((x @ (2 * kernel)) ** 2), rtol=1e-5)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+    merged = merge_adapters({f"a/{p}": np.asarray(x) for p, x in flatten(params).items()}, lora)
+    np.testing.assert_allclose(merged["a/kernel"], 2 * kernel, rtol=1e-6)
+
+
+def test_pattern_of_a_scale_adds_no_adapters():
+    lora = Lora(rank=4, targets=(".*/query/kernel",), patterns=((".*", {"alpha": 16}),))
+    assert lora.size("a/query/kernel") == (4, 4.0)
+    assert lora.size("a/key/kernel") == (0, 0.0)
+    # Where a checkpoint has an adapter, its scale is that of the pattern.
+    assert lora.scale("a/key/kernel", 4) == 4.0
 
 
 def test_patterns_give_ranks_and_scales():
@@ -249,7 +287,9 @@ def test_only_matching_kernels_have_adapters():
     [
         ({"rank": -1}, "lora.rank=-1: expected 1 or more"),
         ({"rank": 2, "alpha": 0.0}, "lora.alpha=0.0: expected above 0"),
-        ({"base": "int8"}, "lora.base='int8' without lora.rank: all parameters are trained"),
+        ({"base": "int8"}, "lora.base='int8' without lora.rank: there are no adapters"),
+        ({"alpha": 8.0}, "lora.alpha=8.0 without lora.rank"),
+        ({"patterns": (("a", {"rank": 8}),)}, r"lora.patterns=.* without lora.rank"),
         ({"rank": 2, "targets": ("(",)}, "'\\(' is not a regular expression"),
         ({"rank": 2, "patterns": (("a", {"ranks": 1}),)}, "unknown config key .*ranks"),
         ({"rank": 2, "patterns": (("a", {"rank": -2}),)}, r"\['a'\].rank=-2: expected"),
@@ -273,6 +313,17 @@ def test_target_without_a_kernel_is_refused():
         Lora(rank=2, targets=(".*/query/kernel", ".*/querry/kernel")).check(paths)
     with pytest.raises(UserError, match=r"'.*/query' matches no kernel"):
         Lora(rank=2, targets=(".*/query",)).check(paths)
+
+
+def test_pattern_and_train_that_match_nothing_are_refused():
+    paths = ["a/query/lora/a", "a/query/kernel", "a/key/kernel", "head/kernel"]
+    without = (".*/key/kernel", {"rank": 0})
+    train = ("head/.*", "head_dist/.*", ".*/query/kernel")
+    Lora(rank=2, patterns=(without, ("a/query/.*", {"alpha": 8})), train=train).check(paths)
+    with pytest.raises(UserError, match=r"lora.patterns: 'b/.*' matches no kernel that has an"):
+        Lora(rank=2, patterns=(without, ("b/.*", {"rank": 8}))).check(paths)
+    with pytest.raises(UserError, match=r"lora.train: 'headd/.*' matches no parameter"):
+        Lora(rank=2, train=("headd/.*",)).check(paths)
 
 
 def test_adapter_that_does_not_fit_is_refused():

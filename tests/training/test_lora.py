@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run with adapters: what is trained, what checkpoints hold, how it is used and resumed."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 
 from tests.tiny import tiny_config
 from tests.trained import write_model, write_towers
+from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.checkpoint.manifest import write_manifest
 from vit_jax.checkpoint.pretrained.load import load_params, load_pretrained
 from vit_jax.checkpoint.pretrained.safetensors import write_safetensors
@@ -23,11 +25,13 @@ from vit_jax.observe.summary import last_results
 from vit_jax.planning.memory import estimate_memory
 from vit_jax.training.evaluation import Judge, make_evaluation
 from vit_jax.training.experiment import Experiment
+from vit_jax.training.resume import restore
 from vit_jax.training.run import train
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.tree import flatten
 
 BLOCK = "Transformer/encoderblock_0"
+LORA = Lora(rank=2, alpha=4.0)  # that of `lora_config`
 
 
 def lora_config(base, data_dir, **changes):
@@ -82,7 +86,7 @@ def test_loaded_run_is_the_base_with_its_adapters_added(run, base, data_dir):
     fitted, _ = experiment.fit_params(load_pretrained(str(base)), experiment.initial_params())
     merged = merge_adapters(
         {path: np.asarray(x) for path, x in flatten(fitted).items()} | read(run, 8),
-        Lora(rank=2, alpha=4.0),
+        LORA,
     )
     assert found.params.keys() == merged.keys()
     for path, x in merged.items():
@@ -206,6 +210,63 @@ def test_stopped_run_resumes_to_the_same_bits(run, base, data_dir, tmp_path):
     for item in ("params", "ema_params"):
         for path, x in read(run, 8, item).items():
             np.testing.assert_array_equal(read(workdir, 8, item)[path], x, err_msg=path)
+
+
+def start(config, workdir, seed):
+    """Starts or resumes a run, writes a checkpoint, and returns its parameters, float32.
+
+    All that is initialised is random; nothing is compiled for that.
+    """
+    experiment, rng = Experiment.from_config(config), np.random.default_rng(seed)
+    shapes, lora = experiment.abstract_state, experiment.settings.lora
+    initial = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes.params)
+    params, _ = experiment.fit_params(experiment.load_weights(), initial)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    state = dataclasses.replace(zeros, params=lora.store(params, xp=np))
+    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, shapes))
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        CheckpointManager(
+            workdir, experiment.settings.checkpoint, experiment.description, keep=experiment.keep
+        ) as checkpoints,
+    ):
+        patch.setattr(Experiment, "init_state", lambda *_: state)
+        patch.setattr(Experiment, "initial_params", lambda *_: initial)
+        step, state = restore(experiment, checkpoints)
+        checkpoints.save(step + 1, dataclasses.replace(state, step=state.step + 1), {})
+    return flatten(lora.restore(jax.device_get(state.params)))
+
+
+def test_frozen_parameters_that_the_base_lacks_are_saved(base, data_dir, tmp_path):
+    changes = {
+        "model__representation_size": 8,
+        "adapt__dont_load": (f"{BLOCK}/.*",),
+        "optimizer__freeze": ("head/.*",),
+        "lora__base": "int8",
+        "lora__targets": (".*",),
+    }
+    config = lora_config(base, data_dir, ema_decay=None, **changes)
+    params = start(config, tmp_path, seed=0)
+    found, expected = load_pretrained(str(tmp_path)).params, merge_adapters(params, LORA)
+    assert found.keys() == expected.keys()
+    for path, x in expected.items():
+        np.testing.assert_array_equal(found[path], x, err_msg=path)
+    for path, x in start(config, tmp_path, seed=1).items():
+        np.testing.assert_array_equal(params[path], x, err_msg=path)
+
+
+def test_checkpoint_without_parameters_that_its_run_initialised_is_refused(
+    base, data_dir, tmp_path, monkeypatch
+):
+    config = lora_config(base, data_dir, ema_decay=None, model__representation_size=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "find_initialised", lambda *_: [])
+        params = start(config, tmp_path, seed=0)
+    with pytest.raises(UserError, match=r"nor the checkpoint holds: pre_logits/bias, pre_logits/k"):
+        load_pretrained(str(tmp_path))
+    start(config, tmp_path, seed=0)
+    found = load_pretrained(str(tmp_path)).params
+    np.testing.assert_array_equal(found["pre_logits/kernel"], params["pre_logits/kernel"])
 
 
 @pytest.fixture

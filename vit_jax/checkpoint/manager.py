@@ -103,6 +103,7 @@ class CheckpointManager:
 
     Attributes:
       workdir: of the run.
+      keep_params: `keep`, which may be replaced.
       base: written into the description: where the parameters that `keep` drops are read from.
       run: written into each checkpoint as `run.json`, see `provenance.describe_run`.
 
@@ -119,7 +120,7 @@ class CheckpointManager:
         *,
         keep: Callable[[Any], Any] = lambda params: params,
     ):
-        self._description, self._keep_params = dict(description), keep
+        self._description, self.keep_params = dict(description), keep
         self.base: Mapping[str, Any] = {}
         self.run: Mapping[str, Any] = {}
         self.workdir = workdir
@@ -223,8 +224,8 @@ class CheckpointManager:
 
     def _select(self, state: TrainState) -> TrainState:
         """The part of a state that is written."""
-        ema = None if state.ema_params is None else self._keep_params(state.ema_params)
-        return dataclasses.replace(state, params=self._keep_params(state.params), ema_params=ema)
+        ema = None if state.ema_params is None else self.keep_params(state.ema_params)
+        return dataclasses.replace(state, params=self.keep_params(state.params), ema_params=ema)
 
     def _try_to_write(self) -> str | None:
         """Returns why nothing can be written; checked before processes wait for each other."""

@@ -14,10 +14,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from vit_jax.models.products import dot_stored, dot_tokens
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import bind
+from vit_jax.utils.tree import flatten
 
 # Name of the module that holds the adapter of a product, beside its kernel.
 NAME = "lora"
@@ -30,7 +32,7 @@ TRAIN = ("head/.*", "head_dist/.*")
 _TRAIN_TOWERS = ("(img|txt)/head/.*", "t", "b")
 
 # Of the parameters of an adapter, the one that belongs to its kernel and is not trained.
-_SCALE = "kernel_scale"
+KERNEL_SCALE = "kernel_scale"
 _LEVELS = 127  # of int8, on each side of zero
 
 
@@ -50,7 +52,8 @@ class Lora:
         a factor on the norm of that column of W.
       targets: regular expressions for whole paths of the kernels that have an adapter.
       patterns: pairs of an expression and other values of `rank` and `alpha`; the first match
-        counts. A rank of 0 leaves a kernel without an adapter.
+        counts. A rank of 0 leaves a kernel without an adapter, and another one gives an adapter
+        also to a kernel that is no target.
       train: expressions for parameters that are trained as they are, beside the adapters. The
         default also trains the heads of two towers, their scale and their bias.
       base: dtype in which the kernels of encoder blocks and those that have an adapter are kept,
@@ -71,11 +74,12 @@ class Lora:
     base: Literal["float32", "bfloat16", "int8"] = "float32"
 
     def __post_init__(self) -> None:
-        if self.base != "float32" and not self.rank:
-            raise UserError(
-                f"lora.base={self.base!r} without lora.rank: all parameters are trained, and these "
-                "are float32; expected adapters, such as --config.lora.rank=8"
-            )
+        for field in dataclasses.fields(self) if not self.rank else ():
+            if (value := getattr(self, field.name)) != field.default:
+                raise UserError(
+                    f"lora.{field.name}={value!r} without lora.rank: there are no adapters, and "
+                    "all parameters are trained; expected a rank, such as --config.lora.rank=8"
+                )
         _check(self.rank, self.alpha, key="lora")
         for pattern in (*self.targets, *self.train, *(p for p, _ in self.patterns)):
             try:
@@ -93,22 +97,27 @@ class Lora:
     def frozen(self) -> tuple[str, ...]:
         """Regular expressions for whole paths of the parameters that are not trained."""
         of_towers = _TRAIN_TOWERS if self.train == TRAIN else ()
-        trained = "|".join([rf"(.*/)?{NAME}/(?!{_SCALE}$)[^/]+", *self.train, *of_towers])
+        trained = "|".join([rf"(.*/)?{NAME}/(?!{KERNEL_SCALE}$)[^/]+", *self.train, *of_towers])
         return (rf"(?!({trained})$).*",) if self.rank else ()
 
     def size(self, path: str) -> tuple[int, float]:
         """Returns the rank of the adapter of a kernel, 0 for none, and its scale."""
-        rank, alpha = self.rank, self.alpha
-        if not any(re.fullmatch(pattern, path) for pattern in self.targets):
-            rank = 0
-        for pattern, changes in self.patterns:
-            if re.fullmatch(pattern, path):
-                rank, alpha = changes.get("rank", self.rank), changes.get("alpha", alpha)
-                break
-        if not rank:
-            return 0, 0.0
+        rank = self._changes(path).get("rank", self.rank if self._is_target(path) else 0)
+        return (rank, self.scale(path, rank)) if rank else (0, 0.0)
+
+    def scale(self, path: str, rank: int) -> float:
+        """Returns the scale of an adapter of a rank, that of the kernel `path`."""
+        alpha = self._changes(path).get("alpha", self.alpha)
         alpha = rank if alpha is None else alpha
-        return rank, alpha / (rank if self.scaling == "linear" else math.sqrt(rank))
+        return alpha / (rank if self.scaling == "linear" else math.sqrt(rank))
+
+    def _is_target(self, path: str) -> bool:
+        return any(re.fullmatch(pattern, path) for pattern in self.targets)
+
+    def _changes(self, path: str) -> dict[str, Any]:
+        """The values of the first pattern that matches a kernel."""
+        found = (changes for pattern, changes in self.patterns if re.fullmatch(pattern, path))
+        return next(found, {})
 
     def rounds(self, path: str) -> bool:
         """Returns whether a kernel is kept in the dtype `base`."""
@@ -138,11 +147,11 @@ class Lora:
         if self.base == "bfloat16":
             return stored | {"kernel": kernel.astype(jnp.bfloat16)}
         adapter = params.get(NAME)
-        if not isinstance(adapter, Mapping) or _SCALE not in adapter:
+        if not isinstance(adapter, Mapping) or KERNEL_SCALE not in adapter:
             return stored
-        axes = tuple(i for i, n in enumerate(adapter[_SCALE].shape) if n == 1)
+        axes = tuple(i for i, n in enumerate(adapter[KERNEL_SCALE].shape) if n == 1)
         values, scale = round_to_int8(kernel, axes, xp=xp)
-        return stored | {"kernel": values, NAME: {**stored[NAME], _SCALE: scale}}
+        return stored | {"kernel": values, NAME: {**stored[NAME], KERNEL_SCALE: scale}}
 
     def restore(self, params: Any) -> Any:
         """Returns parameters of `store`, NumPy arrays, with the rounded values as float32."""
@@ -151,7 +160,7 @@ class Lora:
         restored = {name: self.restore(x) for name, x in params.items()}
         kernel: Any = params.get("kernel")
         if isinstance(kernel, np.ndarray) and kernel.dtype in (jnp.int8, jnp.bfloat16):
-            scale = params[NAME][_SCALE] if kernel.dtype == jnp.int8 else np.float32(1)
+            scale = params[NAME][KERNEL_SCALE] if kernel.dtype == jnp.int8 else np.float32(1)
             restored["kernel"] = kernel.astype(np.float32) * scale
         return restored
 
@@ -172,6 +181,21 @@ class Lora:
                 )
         if not kernels:
             raise UserError("lora.targets: no kernel of this model has an adapter")
+        targets = [path for path in paths if path.endswith("/kernel") and self._is_target(path)]
+        for pattern, changes in self.patterns:
+            # A rank of 0 takes the adapter of a target away.
+            matched = targets if changes.get("rank") == 0 else kernels
+            if not any(re.fullmatch(pattern, path) for path in matched):
+                raise UserError(
+                    f"lora.patterns: {pattern!r} matches no kernel that has an adapter; expected "
+                    "an expression for whole paths, such as '.*/value/kernel'"
+                )
+        for pattern in (pattern for pattern in self.train if pattern not in TRAIN):
+            if not any(re.fullmatch(pattern, path) for path in paths):
+                raise UserError(
+                    f"lora.train: {pattern!r} matches no parameter; expected an expression for "
+                    "whole paths, such as 'head/.*'"
+                )
 
 
 def _size(*, rank: int = 0, alpha: float | None = None) -> None:
@@ -230,7 +254,7 @@ class LoraProduct(nn.Module):
         magnitude = self.param("magnitude", nn.initializers.ones, (outputs,))
         norm, adapted = column_norms(kernel.reshape(inputs, outputs), a, b, scale, xp=jnp)
         # As published, the gradient takes the norm of the adapted kernel for a constant.
-        factor = magnitude * norm / jax.lax.stop_gradient(adapted)
+        factor = magnitude * norm / jax.lax.stop_gradient(jnp.where(adapted > 0, adapted, 1))
         return y * factor.astype(y.dtype).reshape(kernel.shape[depth:])
 
     def _multiply_stored(
@@ -244,7 +268,7 @@ class LoraProduct(nn.Module):
         scale, depth = None, len(dimension_numbers[0][0])
         if self.lora.base == "int8":
             shape = (*(1,) * depth, *kernel.shape[depth:])
-            scale = self.param(_SCALE, nn.initializers.ones, shape)
+            scale = self.param(KERNEL_SCALE, nn.initializers.ones, shape)
         layer = self.scope.parent if self.scope is not None else None
         stored = None if layer is None else layer.get_variable("params", "kernel")
         if stored is None or stored.dtype == jnp.float32:
@@ -262,7 +286,9 @@ def column_norms(kernel: Any, a: Any, b: Any, scale: float, *, xp: Any) -> tuple
     `[outputs]` twice. `xp` is `numpy` or `jax.numpy`.
     """
     kernel = kernel.astype(xp.float32)
-    return tuple(xp.sqrt(xp.sum(w * w, axis=0)) for w in (kernel, kernel + scale * (a @ b)))
+    squares = (xp.sum(w * w, axis=0) for w in (kernel, kernel + scale * (a @ b)))
+    # The square root has no gradient at 0, which a column of zeros has.
+    return tuple(xp.where(x > 0, xp.sqrt(xp.where(x > 0, x, 1)), 0) for x in squares)
 
 
 def round_to_int8(kernel: Any, axes: tuple[int, ...], *, xp: Any) -> tuple[Any, Any]:
@@ -287,21 +313,12 @@ def round_base(params: Mapping[str, np.ndarray], lora: Lora) -> dict[str, np.nda
     """Rounds the kernels of base weights as a run with adapters does, and returns float arrays.
 
     Args:
-      params: of the model without adapters, arrays by path, without stacked blocks.
+      params: of the base, arrays by path, without stacked blocks. With int8, kernels that have a
+        `kernel_scale` of any values are rounded, and the result has their scales.
       lora: what the adapters were trained with.
     """
-    rounded = dict(params)
-    for path, x in params.items():
-        if not lora.rounds(path):
-            continue
-        if lora.base == "bfloat16":
-            rounded[path] = x.astype(jnp.bfloat16).astype(x.dtype)
-            continue
-        # The projection of all heads takes several dimensions, the other layers take one.
-        inputs = x.ndim - 1 if path.endswith("/out/kernel") else 1
-        values, scale = round_to_int8(x, tuple(range(inputs)), xp=np)
-        rounded[path] = (values * scale).astype(x.dtype)
-    return rounded
+    tree = traverse_util.unflatten_dict(dict(params), sep="/")
+    return flatten(lora.restore(lora.store(tree, xp=np)))
 
 
 def merge_adapters(params: Mapping[str, np.ndarray], lora: Lora) -> dict[str, np.ndarray]:
@@ -325,10 +342,12 @@ def merge_adapters(params: Mapping[str, np.ndarray], lora: Lora) -> dict[str, np
         if name not in merged or merged[name].size != len(a) * b.shape[1]:
             raise ValueError(f"{path} does not fit the parameters beside it")
         kernel = np.asarray(merged[name])
-        matrix, scale = kernel.reshape(len(a), -1).astype(np.float32), lora.size(name)[1]
+        matrix = kernel.reshape(len(a), -1).astype(np.float32)
+        scale = lora.scale(name, a.shape[1])
         adapted = matrix + scale * (a @ b)
         if lora.method == "dora":
             norm, now = column_norms(matrix, a, b, scale, xp=np)
-            adapted = adapted * (params[f"{layer}/{NAME}/magnitude"] * norm / now)
+            factor = params[f"{layer}/{NAME}/magnitude"] * norm / np.where(now > 0, now, 1)
+            adapted = adapted * factor
         merged[name] = adapted.reshape(kernel.shape).astype(kernel.dtype)
     return merged

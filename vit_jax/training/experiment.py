@@ -3,7 +3,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import jax
@@ -17,7 +17,9 @@ from vit_jax.checkpoint.pretrained.adapt import (
     check_arguments,
     compare_models,
     compare_preprocess,
+    find_initialised,
     fit_objective_params,
+    make_blanks,
 )
 from vit_jax.checkpoint.pretrained.load import load_pretrained
 from vit_jax.checkpoint.pretrained.weights import Loss, Weights
@@ -26,6 +28,7 @@ from vit_jax.config.build import Parts, build_parts
 from vit_jax.data.corrupt import CorruptCounter
 from vit_jax.data.pipeline import DatasetSpec, train_batches
 from vit_jax.models.interface import Model, find_position_grid
+from vit_jax.models.lora import KERNEL_SCALE
 from vit_jax.models.lora import NAME as LORA
 from vit_jax.models.two_towers import TOWERS, TwoTowers
 from vit_jax.objectives.base import Objective, Params
@@ -249,24 +252,45 @@ class Experiment(Parts):
         # On the host, so that devices never hold the base as float32.
         return initialize(self.settings.lora.store(params, xp=np) | parts)
 
-    def keep(self, params: Params) -> Params:
+    def find_initialised(self, weights: Weights) -> list[str]:
+        """Returns the paths of frozen parameters that the weights of `init_from` do not fill.
+
+        With them are the scales of those that are stored as int8.
+        """
+        params = self.abstract_state.params
+        found = set(find_initialised(self.fit_params(weights, make_blanks(params))[0]))
+        # Adapters are in no weights; frozen ones add nothing.
+        found = {path for path in found if f"/{LORA}/" not in path}
+        scale = f"/{LORA}/{KERNEL_SCALE}"
+        _, frozen = self.optimizer.rules.split(params)
+        return [path for path in flatten(frozen) if path.replace(scale, "/kernel") in found]
+
+    def keep(self, params: Params, initialised: Collection[str] = ()) -> Params:
         """Returns the part of a tree of parameters that checkpoints hold.
 
-        With adapters these are the trained parameters; `complete` adds the others.
+        With adapters these are the trained parameters and those of `find_initialised`; `complete`
+        adds the others.
         """
-        return self.optimizer.rules.split(params)[0] if self.settings.lora.rank else params
+        if not self.settings.lora.rank:
+            return params
+        trained, frozen = self.optimizer.rules.split(params)
+        return merge(trained, partition(frozen, lambda path: path in initialised)[0])
 
     def complete(self, state: TrainState, weights: Weights) -> TrainState:
         """Adds the parameters that checkpoints do not hold to a state that was read from one.
 
         Args:
-          state: with parameters as `keep` returns them.
+          state: with parameters as `keep` returns them. Those that the weights do not fill either
+            are initialised from the seed.
           weights: those of `init_from`.
         """
         params, _ = self.fit_params(weights, self.initial_params())
         params = self.settings.lora.store(params, xp=np)
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state.params)
-        frozen, where = (self.optimizer.rules.split(tree)[1] for tree in (params, shardings))
+        held = flatten(state.params)
+        frozen, where = (
+            partition(tree, lambda path: path not in held)[0] for tree in (params, shardings)
+        )
 
         # Two copies with an average, since buffers of a donated state must not alias.
         place = jax.jit(lambda x: x, out_shardings=where)

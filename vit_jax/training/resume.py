@@ -2,6 +2,7 @@
 """Opens a workdir and resumes its run: what must be the same, and where training continues."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -263,15 +264,24 @@ def restore(
     if weights is None and (has_base or not saved):
         weights = experiment.load_weights()
     if has_base and weights is not None and settings.init_from is not None:
-        channels = experiment.train_data.image_shape()[2]
+        initialised = experiment.find_initialised(weights)
         checkpoints.base = describe_base(
-            settings.init_from, weights, channels=channels, adapt=settings.adapt
+            settings.init_from,
+            weights,
+            channels=experiment.train_data.image_shape()[2],
+            adapt=settings.adapt,
+            initialised=initialised,
         )
+        # A checkpoint of an earlier version holds trained parameters alone.
+        held = _read_initialised(checkpoints) if saved else initialised
+        checkpoints.keep_params = functools.partial(experiment.keep, initialised=held)
     if saved:
         state = checkpoints.restore(experiment.abstract_state)
         if has_base and weights is not None:
             check_base(weights, checkpoints.read_base(), where="init_from")
             state = experiment.complete(state, weights)
+            written = checkpoints.base["initialised"]
+            checkpoints.keep_params = functools.partial(experiment.keep, initialised=written)
         log(f"resuming from {checkpoints.path(saved)}")
     else:
         state = experiment.init_state(weights, loaded)
@@ -281,6 +291,13 @@ def restore(
         log(f"steps {saved + 1} to {start} are left out: one of them diverged")
         state = dataclasses.replace(state, step=state.step + (start - saved))
     return start, state
+
+
+def _read_initialised(checkpoints: CheckpointManager) -> list[str]:
+    """The frozen parameters that the newest checkpoint holds, in all processes."""
+    with fail_together():
+        base = checkpoints.read_base() if jax.process_index() == 0 else {}
+    return broadcast_from_process_0(base.get("initialised", []))
 
 
 def _record_rollback(workdir: Path, to: int, error: DivergedError) -> None:

@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 
 from vit_jax.checkpoint.pretrained.load import load_pretrained
-from vit_jax.checkpoint.pretrained.peft import make_adapters, write_config
+from vit_jax.checkpoint.pretrained.peft import Adapters, make_adapters, write_config
 from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
 from vit_jax.checkpoint.pretrained.safetensors import read_tensors, write_tensors
 from vit_jax.models.lora import Lora, merge_adapters
@@ -48,6 +48,15 @@ def logits(source, image):
     params, _ = fill_model(model, weights, image.shape[1:])
     with jax.default_matmul_precision("highest"):
         return model.apply({"params": params}, image, train=False)[0]
+
+
+def test_dora_leaves_a_row_of_zeros():
+    parts = {"lora_A": np.ones((1, 3)), "lora_B": np.zeros((2, 1))}
+    parts |= {"lora_magnitude_vector": np.ones(2)}
+    adapters = Adapters(epath.Path("x"), "base", None, {"lora_alpha": 1}, {"a": parts}, {})
+    kernel = np.array([[0, 0, 0], [0, 3, 4]], np.float32)
+    added = adapters.add_to({"a.weight": kernel})["a.weight"]
+    np.testing.assert_allclose(added, [[0, 0, 0], [0, 0.6, 0.8]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -121,7 +130,7 @@ def test_what_is_written_is_read_back(base, targets, method, tmp_path):
     ("trained", "layout", "words"),
     [
         ("Transformer/encoder_norm/scale", "timm safetensors", "attention and of MLPs without"),
-        ("head_dist/kernel", "timm safetensors", "head_dist/kernel was trained"),
+        ("head_dist/kernel", "timm safetensors", "head_dist/kernel is not of the base"),
         ("head/kernel", "published npz", "belong to a .safetensors file"),
     ],
 )

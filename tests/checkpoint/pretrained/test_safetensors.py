@@ -152,6 +152,16 @@ def test_relative_positions_of_an_oblong_are_resized_by_their_own_grid(tmp_path)
     assert "pretrained_cfg.input_size" in message
 
 
+def test_parameters_that_weights_lack_are_not_made_up():
+    weights = read_case("timm_beit")
+    model, shape = rebuild_model(weights), (32, 24, 3)
+    message = refusal(lambda: fill_model(model, weights, shape, dont_load=("head/.*",)))
+    assert "2 parameters of the model are not in these weights: head/bias, head/kernel" in message
+    held = ("head/bias", "head/kernel")
+    params, _ = fill_model(model, weights, shape, held=held, dont_load=("head/.*",))
+    assert np.isnan(params["head"]["kernel"]).all()
+
+
 @pytest.mark.parametrize("name", sorted(BEIT))
 def test_biases_by_distance_are_converted(name, tmp_path):
     weights = read_case(name)

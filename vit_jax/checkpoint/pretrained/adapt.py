@@ -12,6 +12,8 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -33,6 +35,7 @@ from vit_jax.models.two_towers import TOWERS
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.nested import as_tuples
 from vit_jax.utils.registry import is_part
+from vit_jax.utils.tree import flatten
 
 _MAX_LISTED = 4  # parameters in one line of an error
 
@@ -137,6 +140,28 @@ def adapt_params(
     fitted = {path: _cast(params[path], like=leaf) for path, leaf in initial.items()}
     fitted = stack_blocks(fitted, like=like)
     return traverse_util.unflatten_dict(fitted, sep="/"), notes
+
+
+def make_blanks(shapes: Any) -> Any:
+    """Returns a target for `adapt_params` that shows which parameters weights do not fill.
+
+    Args:
+      shapes: tree of arrays or shapes of any dtype.
+
+    Returns:
+      The same tree of arrays of NaN that can't be written to, float32 in place of integer types.
+    """
+
+    def blank(x: Any) -> np.ndarray:
+        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else np.float32
+        return np.broadcast_to(np.full((), np.nan, dtype), x.shape)
+
+    return jax.tree.map(blank, shapes)
+
+
+def find_initialised(params: Any) -> list[str]:
+    """Returns the paths of parameters that are, at least in part, those of `make_blanks`."""
+    return [path for path, x in flatten(params).items() if np.isnan(x).any()]
 
 
 def _fit_tower(

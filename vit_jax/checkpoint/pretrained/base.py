@@ -3,7 +3,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,12 @@ from vit_jax.utils.errors import UserError
 
 
 def describe_base(
-    source: str, weights: Weights, *, channels: int, adapt: Mapping[str, Any]
+    source: str,
+    weights: Weights,
+    *,
+    channels: int,
+    adapt: Mapping[str, Any],
+    initialised: Sequence[str],
 ) -> dict[str, Any]:
     """Describes weights, as JSON, such that `find_base` finds them from another folder.
 
@@ -25,6 +30,7 @@ def describe_base(
       weights: what it returned.
       channels: of the images of the run.
       adapt: further arguments of `adapt.adapt_params`.
+      initialised: paths of frozen parameters that checkpoints hold since the weights lack them.
     """
     place, part = source, ""
     if not os.path.lexists(place) and os.path.lexists(source.rpartition(":")[0]):
@@ -43,6 +49,7 @@ def describe_base(
         "sha256": compute_digest(weights.params),
         "channels": channels,
         "adapt": dict(adapt),
+        "initialised": list(initialised),
     }
 
 

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 
 from vit_jax.checkpoint.listing import find_checkpoint
 from vit_jax.checkpoint.manager import DESCRIPTION, quiet_reads
 from vit_jax.checkpoint.manifest import find_fault, has_manifest
+from vit_jax.checkpoint.pretrained.adapt import find_initialised
 from vit_jax.checkpoint.pretrained.base import check_base, find_base
 from vit_jax.checkpoint.pretrained.catalogue import is_name, load_catalogue
 from vit_jax.checkpoint.pretrained.description import check_description
@@ -33,7 +35,12 @@ from vit_jax.checkpoint.pretrained.npz import read_npz
 from vit_jax.checkpoint.pretrained.peft import CONFIG as ADAPTER_CONFIG
 from vit_jax.checkpoint.pretrained.peft import WEIGHTS as ADAPTERS
 from vit_jax.checkpoint.pretrained.peft import Adapters, read_adapters
-from vit_jax.checkpoint.pretrained.rebuild import fill_model, rebuild_model
+from vit_jax.checkpoint.pretrained.rebuild import (
+    MissingError,
+    fill_model,
+    init_shapes,
+    rebuild_model,
+)
 from vit_jax.checkpoint.pretrained.repositories import suggest_repositories
 from vit_jax.checkpoint.pretrained.safetensors import read_safetensors, read_tensors
 from vit_jax.checkpoint.pretrained.towers import take_tower
@@ -48,7 +55,8 @@ from vit_jax.checkpoint.pretrained.weights import (
     unstack_blocks,
 )
 from vit_jax.checkpoint.workdir import read_config, read_labels
-from vit_jax.models.lora import Lora, merge_adapters, round_base
+from vit_jax.models.lora import KERNEL_SCALE, Lora, merge_adapters, round_base
+from vit_jax.models.lora import NAME as LORA
 from vit_jax.models.names import guess_variant
 from vit_jax.models.two_towers import TOWERS
 from vit_jax.utils.bounds import MAX_WEIGHTS, check_growth, check_tree, open_outside, read_json
@@ -315,8 +323,9 @@ class AdaptedRun:
     Attributes:
       base: the weights that the run started from.
       source: where these are.
-      params: of the base, as the run takes them, by path.
-      trained: adapters and other trained parameters by path, without stacked blocks.
+      params: of the base, as the run takes them, by path, and those that the run initialised.
+      trained: what the checkpoint holds, without stacked blocks: adapters and other trained
+        parameters, and frozen ones that the run initialised.
       lora: what they were trained with.
     """
 
@@ -349,6 +358,7 @@ def _find_base(
     if bases == _MAX_BASES:
         raise UserError(f"{folder}: expected at most {_MAX_BASES} runs whose adapters are added up")
     (args,) = bind(as_tuples(described["lora"]), Lora, key="lora")
+    lora = Lora(**args)
     stated, known = as_tuples(described["base"]), as_tuples(described["model"])
     source = find_base(stated, folder)
     base = _load(source, bases=bases + 1)
@@ -358,8 +368,35 @@ def _find_base(
             raise ValueError(f"{size}={known.get(size)}; {source} has {base.model.get(size)}")
     model = rebuild_model(dataclasses.replace(base, model=known), num_classes=known["num_classes"])
     shape = (*as_tuples(described["preprocess"])["image_size"], stated["channels"])
-    params, _ = fill_model(model, base, shape, **stated["adapt"])
-    return AdaptedRun(base, source, flatten(params), unstack_blocks(trained), Lora(**args))
+    # Kernels that the run initialised may be stored in the dtype of its base.
+    tree = lora.restore(traverse_util.unflatten_dict(trained, sep="/"))
+    held = unstack_blocks(flatten(tree))
+    try:
+        filled, _ = fill_model(model, base, shape, held=held.keys(), **stated["adapt"])
+    except MissingError as e:
+        raise UserError(
+            f"{folder}: the run has initialised parameters that neither its base {source} nor the "
+            f"checkpoint holds: {e.names}; resume the run, which saves them from now on"
+        ) from None
+    params = flatten(filled)
+    params |= {path: held[path] for path in find_initialised(filled)}
+    if lora.base == "int8":
+        params |= _find_scales(base, known, lora, shape)
+    return AdaptedRun(base, source, params, held, lora)
+
+
+def _find_scales(
+    base: Weights, known: dict[str, Any], lora: Lora, image_shape: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    """Scales, of ones, of the kernels that a model with adapters stores as int8."""
+    described = dataclasses.replace(base, model=known)
+    model = rebuild_model(described, run={"lora": lora}, num_classes=known["num_classes"])
+    shapes = flatten(init_shapes(model, image_shape)["params"])
+    return {
+        path: np.ones(x.shape, x.dtype)
+        for path, x in shapes.items()
+        if path.endswith(f"/{LORA}/{KERNEL_SCALE}")
+    }
 
 
 def _describe(

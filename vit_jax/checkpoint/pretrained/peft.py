@@ -144,6 +144,7 @@ class Adapters:
         adapted = matrix + self._scale(module, rank) * (b @ a)
         if "lora_magnitude_vector" in parts:
             norms = np.linalg.norm(adapted, axis=1)
+            norms = np.where(norms > 0, norms, 1)
             adapted *= (parts["lora_magnitude_vector"].astype(np.float32).ravel() / norms)[:, None]
         return adapted.reshape(kernel.shape).astype(kernel.dtype)
 
@@ -217,7 +218,7 @@ def make_adapters(
     They are for a model of timm or, if the base is a ViT of Hugging Face, of transformers 5.
 
     Args:
-      trained: the parameters of adapters and heads by path, without stacked blocks.
+      trained: what a checkpoint holds, without stacked blocks: adapters and heads.
       base: the parameters that they are added to.
       lora: what they were trained with.
       layout: of the base, as `Weights.layout`.
@@ -225,7 +226,7 @@ def make_adapters(
 
     Raises:
       UserError: the base is of another layout, or something else than adapters of blocks and a head
-        was trained.
+        is not of the base.
     """
     of_timm = layout in ("timm safetensors", "vit_jax safetensors")
     if not of_timm and layout != "Hugging Face ViT safetensors":
@@ -246,8 +247,8 @@ def make_adapters(
         match = _LAYER.fullmatch(kernel)
         if match is None or (is_gated and match[2].startswith("Dense")):
             raise UserError(
-                f"{path} was trained; PEFT takes adapters of attention and of MLPs without gates, "
-                "and a head"
+                f"{path} is not of the base; PEFT takes adapters of attention and of MLPs without "
+                "gates, and a head: write DST as a .safetensors file with the adapters added"
             )
         layers[match[1], match[2]] = _make_product(trained, base[kernel], kernel, lora)
     modules: dict[str, _Product] = {}
@@ -290,7 +291,7 @@ def _make_product(
 ) -> _Product:
     own = f"{path.removesuffix('/kernel')}/{NAME}"
     a, b = (np.asarray(trained[f"{own}/{part}"], np.float32) for part in "ab")
-    scale, norms = lora.size(path)[1], None
+    scale, norms = lora.scale(path, a.shape[1]), None
     if lora.method == "dora":
         before, _ = column_norms(np.asarray(kernel).reshape(len(a), -1), a, b, scale, xp=np)
         norms = np.asarray(trained[f"{own}/magnitude"], np.float32) * before

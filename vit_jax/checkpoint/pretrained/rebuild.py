@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rebuilds the model of pretrained weights from their own description, without a config."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from flax import traverse_util
 
-from vit_jax.checkpoint.pretrained.adapt import adapt_params
+from vit_jax.checkpoint.pretrained.adapt import adapt_params, find_initialised, make_blanks
 from vit_jax.checkpoint.pretrained.towers import TEXT, take_part
 from vit_jax.checkpoint.pretrained.weights import (
     ATTENTION_0,
@@ -28,6 +27,22 @@ from vit_jax.utils.registry import bind, find_part, is_part, keywords
 _RUN = ("constrain", "scan", "remat", "attention", "blocks", "float8", "lora", "any_size")
 
 _MAX_LISTED = 4  # parameters in one line of an error
+
+
+class MissingError(UserError):
+    """Weights lack parameters of their model.
+
+    Attributes:
+      names: the first few of their paths, as text.
+    """
+
+    def __init__(self, paths: Sequence[str]):
+        more = len(paths) - _MAX_LISTED
+        self.names = ", ".join(paths[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+        super().__init__(
+            f"{len(paths)} parameters of the model are not in these weights: {self.names}; "
+            "expected weights that hold all of them"
+        )
 
 
 def rebuild_model(weights: Weights, *, run: Mapping[str, Any] | None = None, **given: Any) -> Any:
@@ -63,34 +78,48 @@ def rebuild_model(weights: Weights, *, run: Mapping[str, Any] | None = None, **g
 
 
 def fill_model(
-    model: Any, weights: Weights, image_shape: tuple[int, int, int], **adapt: Any
+    model: Any,
+    weights: Weights,
+    image_shape: tuple[int, int, int],
+    *,
+    held: Collection[str] = (),
+    **adapt: Any,
 ) -> tuple[dict[str, Any], list[str]]:
     """Fits weights to the model that `rebuild_model` made of them.
 
-    Position embeddings are resized to images of `image_shape`: height, width and channels. `adapt`
-    are further arguments of `adapt_params`.
+    Position embeddings are resized to images of `image_shape`: height, width and channels.
+
+    Args:
+      model: the Flax module.
+      weights: any float dtype.
+      image_shape: of one image.
+      held: paths of parameters that the caller has; those that the weights do not fill are NaN.
+      **adapt: further arguments of `adapt_params`.
 
     Returns:
       `(params, notes)`: nested dict of NumPy arrays in the dtypes of the model's parameters, and
       one line for each change that made them fit.
 
     Raises:
+      MissingError: the weights lack some.
       UserError: the parameters do not fit.
     """
-    # Only shapes matter: all values come from the weights.
-    variables = _init_shapes(model, image_shape)
+    variables = init_shapes(model, image_shape)
     sizes = (x.size * x.dtype.itemsize for x in jax.tree.leaves(variables["params"]))
     try:
         check_growth(sum(x.nbytes for x in weights.params.values()), sum(sizes))
     except ValueError as e:
         raise UserError(f"the model that these weights describe is not theirs: {e}") from None
-    return adapt_params(
+    params, notes = adapt_params(
         weights,
-        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables["params"]),
+        make_blanks(variables["params"]),
         target_grid=find_position_grid(model, image_shape[:2]),
         num_class_tokens=getattr(model, "num_class_tokens", 0),
         **adapt,
     )
+    if missing := [path for path in find_initialised(params) if path not in held]:
+        raise MissingError(missing)
+    return params, notes
 
 
 def check_complete(weights: Weights) -> Any:
@@ -108,7 +137,7 @@ def check_complete(weights: Weights) -> Any:
     """
     model = rebuild_model(weights)
     try:
-        init = _init_shapes(model, _find_image_shape(weights, model))
+        init = init_shapes(model, _find_image_shape(weights, model))
     except UserError:
         raise
     except Exception as e:  # Flax and JAX have many types for sizes that do not go together.
@@ -130,7 +159,7 @@ def check_complete(weights: Weights) -> Any:
     return model
 
 
-def _init_shapes(model: Any, image_shape: tuple[int, ...]) -> Any:
+def init_shapes(model: Any, image_shape: tuple[int, ...]) -> Any:
     """Returns the shapes of a model's variables, without computing them."""
 
     def init() -> Any:
