@@ -279,7 +279,9 @@ def _read_tower(
 def _read_trunk(
     trunk: Mapping[str, np.ndarray], heads: int | None
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    params, notes = timm_to_linen(trunk, num_heads=heads, num_slots=0)
+    params, notes = timm_to_linen(
+        trunk, num_heads=heads, num_slots=0, spell=lambda name: f"{TRUNK}{name}"
+    )
     if unknown := [name for name in sorted(params) if "." in name]:
         raise ValueError(f"{TRUNK}{unknown[0]} has no place in a SigLIP here")
     return params, [f"img: {note}" for note in notes]

@@ -177,7 +177,13 @@ def read_naflex(
     if num_heads is None:
         num_heads = options.get("num_heads")
     average = "cls_token" in rest and options.get("global_pool") == "avg"
-    params, notes = to_linen(rest, num_heads=num_heads, num_slots=0, average=average)
+    params, notes = to_linen(
+        rest,
+        num_heads=num_heads,
+        num_slots=0,
+        average=average,
+        spell=lambda name: name.replace("patch_embed.", _EMBEDS),
+    )
     if unknown := [name for name in sorted(params) if "." in name]:
         raise ValueError(f"NaFlexVit with {unknown[0]}, which no model here has")
     params |= {path: x for path, x in positions.items() if path != "learned"}
