@@ -195,9 +195,9 @@ def _check_config(config: Mapping[str, Any]) -> None:
         for pattern, value in patterns.items():
             try:
                 re.compile(_whole_name(pattern))
-            except (re.error, OverflowError, RecursionError) as error:
+            except (re.error, OverflowError, RecursionError):
                 raise ValueError(
-                    f"{key} has {shorten(pattern)}: expected a regular expression ({error})"
+                    f"{key} has {shorten(pattern)}: expected a regular expression"
                 ) from None
             if not is_number(value):
                 raise ValueError(
