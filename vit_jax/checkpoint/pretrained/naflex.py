@@ -161,6 +161,8 @@ def read_naflex(
     rest = {name: x for name, x in tensors.items() if not name.startswith(_EMBEDS)}
     embeds = {n.removeprefix(_EMBEDS): x for n, x in tensors.items() if n.startswith(_EMBEDS)}
     positions, more, embeds = _read_positions(embeds)
+    if not positions and options.get("pos_embed", "learned") not in ("", "none"):
+        raise ValueError(f"{_EMBEDS}pos_embed is missing")
     matrix = embeds.pop("proj.weight").T
     channels = options.get("in_chans", 3)
     kernel = to_patch_kernel(
