@@ -303,6 +303,13 @@ def adding(**more):
     [
         ("hf_clip", None, adding(extra=np.ones(3, np.float32)), "extra among them"),
         ("hf_clip", None, without("logit_scale"), "it has no logit_scale"),
+        *(
+            ("hf_siglip", None, without(name), f"{name} is missing")
+            for name in (
+                "text_model.head.bias",
+                "vision_model.embeddings.patch_embedding.bias",
+            )
+        ),
         ("hf_clip", {"model_type": "siglip"}, None, "the tensors are those of a CLIP"),
         ("hf_clip", {"text_config": {"hidden_act": "relu"}}, None, "hidden_act='relu'"),
         ("hf_clip", {"text_config": {"vocab_size": 98}}, None, "text_config.vocab_size=98"),

@@ -53,6 +53,15 @@ def run(weights, *inputs):
     return compiled(check_complete(weights))({"params": params}, *inputs, train=False)
 
 
+@pytest.mark.parametrize("name", ["embeds.pos_embed", "embeds.proj.bias", "blocks.1.attn.qkv.bias"])
+def test_a_missing_tensor_is_named(name, tmp_path):
+    def drop(tensors):
+        return {key: x for key, x in tensors.items() if key != name}
+
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        read_safetensors(publish(tmp_path, "naflex_timm_map", drop))
+
+
 @pytest.mark.parametrize("case", TIMM)
 def test_logits_and_features_are_those_of_timm(case, tmp_path):
     case = f"naflex_timm_{case}"

@@ -29,13 +29,14 @@ def copy(tmp_path):
     folder = tmp_path / "peft" / "mine"
     shutil.copytree(TESTDATA / "peft" / "hf_vit", folder)
 
-    def change(rename=None, **config):
+    def change(rename=None, tensors=None, **config):
         stated = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(stated | config))
-        if rename is not None:
+        if rename is not None or tensors is not None:
             file = folder / "adapter_model.safetensors"
-            tensors, _ = read_tensors(epath.Path(file))
-            write_tensors(file, {rename(k): x for k, x in tensors.items()}, metadata={})
+            found, _ = read_tensors(epath.Path(file))
+            found = {rename(k) if rename else k: x for k, x in found.items()} | (tensors or {})
+            write_tensors(file, found, metadata={})
         return folder
 
     return change
@@ -139,9 +140,37 @@ def test_adapters_that_peft_has_not_are_refused(trained, layout, words):
         make_adapters({trained: np.zeros((2, 2))}, {}, Lora(rank=1), layout=layout, name="base")
 
 
+FC2 = "base_model.model.vit.layers.0.mlp.fc2"
+RANK_0 = {
+    f"{FC2}.lora_A.weight": np.zeros((0, 64), np.float32),
+    f"{FC2}.lora_B.weight": np.zeros((32, 0), np.float32),
+}
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal"])
+def test_adapters_that_start_beside_the_base_as_it_is_are_read(init, copy):
+    assert load_pretrained(str(copy(init_lora_weights=init))).params
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        *(
+            ({"init_lora_weights": init}, f"init_lora_weights={init!r}: such adapters belong to")
+            for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", ["eva"])
+        ),
+        ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
+        ({"alpha_pattern": [1]}, "alpha_pattern=[1]: expected an object"),
+        ({"alpha_pattern": "ab"}, "alpha_pattern='ab': expected an object"),
+        ({"rank_pattern": "ab"}, "rank_pattern='ab': expected an object"),
+        ({"alpha_pattern": {"(": 16}}, "alpha_pattern has '(': expected a regular expression"),
+        ({"rank_pattern": {"(": 16}}, "rank_pattern has '(': expected a regular expression"),
+        ({"alpha_pattern": {"x": "y"}}, "alpha_pattern: 'x' has 'y': expected a number"),
+        (
+            {"tensors": {f"{FC2}.lora_magnitude_vector": np.ones(5, np.float32)}},
+            "vit.layers.0.mlp.fc2 has lora_magnitude_vector [5]: expected one for each of the 32",
+        ),
+        ({"tensors": RANK_0}, "has lora_A [0, 64] and lora_B [32, 0]: expected [rank, inputs]"),
         ({"peft_type": "IA3"}, "peft_type='IA3': expected 'LORA'"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True in adapter_config.json is unknown here"),
         ({"base_model_name_or_path": None}, "expected the base weights"),

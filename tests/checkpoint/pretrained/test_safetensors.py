@@ -713,6 +713,7 @@ def test_heads_that_read_other_features_are_dropped_with_a_note(tmp_path):
 
     tensors, _ = raw_tensors(GOLDEN / "hf_dinov2" / "model.safetensors")
     tensors |= {"classifier.weight": np.zeros((3, 32), np.float32)}
+    tensors |= {"classifier.bias": np.zeros(3, np.float32)}
     tensors |= {"pooler.dense.weight": np.zeros((32, 32), np.float32)}
     write_tensors(tmp_path / "x", tensors, metadata={})
     weights = read_safetensors(tmp_path / "x", num_heads=4)
@@ -791,7 +792,6 @@ def test_names_of_the_original_dinov2_are_those_of_timm(tmp_path):
         ),
         ("hf_vit", {}, {"model_type": "vit", "hidden_act": "relu"}, "hidden_act='relu'"),
         ("hf_vit", {}, {"model_type": "vit", "pooler_act": "gelu"}, "pooler_act='gelu'"),
-        ("timm_vit", {"blocks.0.attn.qkv.weight": (95, 32)}, {}, "reshape"),
     ],
 )
 def test_models_that_are_not_here_are_refused(name, changes, config, words, tmp_path):
@@ -803,6 +803,97 @@ def test_models_that_are_not_here_are_refused(name, changes, config, words, tmp_
     message = refusal(read_safetensors, tmp_path / "x.safetensors", num_heads=4)
     assert words in message
     assert str(tmp_path) in message
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "shape", "words"),
+    [
+        ("timm_vit", "blocks.0.attn.qkv.weight", (95, 32), "expected [96, 32]"),
+        ("timm_vit", "blocks.1.attn.qkv.weight", (96,), "expected 2 axes"),
+        ("timm_vit", "blocks.1.attn.qkv.bias", (95,), "expected [96]"),
+        ("timm_vit", "blocks.1.attn.proj.weight", (31, 32), "expected [32, 32]"),
+        ("timm_vit", "cls_token", (32,), "expected [1, length, width]"),
+        ("timm_vit", "pos_embed", (1, 17, 31), "expected [1, length, 32]"),
+        ("timm_vit_swiglu", "blocks.0.mlp.fc1.weight", (64,), "expected 2 axes"),
+        ("timm_vit_map", "attn_pool.kv.weight", (63, 32), "expected [64, 32]"),
+        ("timm_eva02", "blocks.0.attn.k_proj.weight", (31, 32), "expected [32, 32]"),
+        ("timm_eva02", "blocks.0.mlp.fc1_x.bias", (1,), "expected [64]"),
+        (
+            "hf_vit",
+            "vit.encoder.layer.1.attention.attention.key.weight",
+            (33, 32),
+            "expected [32, 32]",
+        ),
+        ("hf_vit", "vit.embeddings.patch_embeddings.projection.weight", (32,), "expected 4 axes"),
+    ],
+)
+def test_a_tensor_of_the_wrong_shape_is_named(name, tensor, shape, words, tmp_path):
+    tensors, _ = raw_tensors(GOLDEN / name / "model.safetensors")
+    assert tensor in tensors
+    path = describe(name, tmp_path)
+    write_tensors(Path(path), tensors | {tensor: np.zeros(shape, np.float32)}, metadata={})
+    message = refusal(read_safetensors, path)
+    assert f"{tensor} is {list(shape)}: {words}" in message
+
+
+# Layers and tokens that zeros, or a model without them, could take the place of.
+DEMANDED = re.compile(
+    r"query|key|value|[qkv]_(proj|bias)|qkv|(attn\.proj|o_proj|dense|fc\d|weights_\w+|down_proj|patch_\w+"
+    r"|projection)\.bias|fc1_[gx]|(gate|up)_proj|head(_dist)?\.bias|classifier\.bias|attn_pool\.(q|kv)\.bias"
+    r"|pos_embed|position_embeddings|cls_token|reg_token"
+)
+# Those that are refused in other words than that they are missing.
+IN_OTHER_WORDS = re.compile(r"cls_token|pos_embed|blocks\.0\.attn\.(qkv|q_proj)\.weight")
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - MIXERS))
+def test_no_zeros_take_the_place_of_a_missing_tensor(name, tmp_path):
+    tensors, _ = raw_tensors(GOLDEN / name / "model.safetensors")
+    path = describe(name, tmp_path)
+    # Of the only block, no biases of queries, keys and values are those of a model without.
+    alone = "blocks.0.attn.qkv.bias" if "hybrid" in name else ""
+    for missing in (x for x in tensors if DEMANDED.search(x) and x != alone):
+        kept = {key: x for key, x in tensors.items() if key != missing}
+        write_tensors(Path(path), kept, metadata={})
+        message = refusal(read_safetensors, path)
+        assert f"{missing} is missing;" in message or IN_OTHER_WORDS.search(missing), message
+
+
+@pytest.mark.parametrize(
+    ("name", "absent", "refused"),
+    [
+        ("timm_vit", r"attn\.qkv\.bias", False),
+        ("timm_vit", r"(proj|fc1|fc2)\.bias", True),  # Those of the patches are in front.
+        ("timm_vit", r"blocks\.\d\.(attn\.proj|mlp\.fc\d)\.bias", False),
+        ("timm_vit", r"attn\.proj\.bias", True),
+        ("timm_eva", r"attn\.[qv]_bias", False),
+        ("timm_eva", r"attn\.q_bias", True),
+        ("hf_vit", r"attention\.(query|key|value)\.bias", True),
+        ("hf_vit", r"attention\.key\.bias", True),
+        ("hf_dinov3", r"attention\.[qv]_proj\.bias", True),
+    ],
+)
+def test_biases_are_absent_in_all_blocks_where_such_models_exist(name, absent, refused, tmp_path):
+    tensors, _ = raw_tensors(GOLDEN / name / "model.safetensors")
+    path = describe(name, tmp_path)
+    kept = {key: x for key, x in tensors.items() if not re.search(absent, key)}
+    write_tensors(Path(path), kept, metadata={})
+    if refused:
+        assert re.search(r"(is|and \d more tensors are) missing;", refusal(read_safetensors, path))
+    else:
+        assert read_safetensors(path).params.keys() <= read_case(name).params.keys()
+
+
+def test_the_description_states_which_biases_of_huggingface_are_absent(tmp_path):
+    for name, absent, changes in [
+        ("hf_vit", "query|key|value", {"qkv_bias": False}),
+        ("hf_dinov3", "o_proj", {"proj_bias": False}),
+    ]:
+        tensors, _ = raw_tensors(GOLDEN / name / "model.safetensors")
+        path = describe(name, tmp_path, **changes)
+        kept = {k: x for k, x in tensors.items() if not re.search(rf"({absent})\.bias", k)}
+        write_tensors(Path(path), kept, metadata={})
+        assert read_safetensors(path).params.keys() == read_case(name).params.keys()
 
 
 def test_models_without_a_last_norm_are_refused_by_what_they_lack(tmp_path):
@@ -1118,7 +1209,7 @@ def test_arguments_that_models_here_have_are_used(tmp_path):
         ("deit3_huge_patch14_224", 16),
         ("flexivit_large", 16),
         ("test_vit", 2),
-        ("vit_medium_patch16_reg4_gap_256", 8),
+        ("vit_medium_patch16_gap_256", 8),
     ],
 )
 def test_a_name_implies_the_heads_at_any_width(architecture, num_heads, tmp_path):

@@ -6,6 +6,7 @@ Source: transformers 5.23, `models/vit`, `deit`, `dinov2`, `dinov2_with_register
 `vit_msn` and `vit_mae` compute the same. The names are those that its files have.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,7 @@ from vit_jax.checkpoint.pretrained.names import (
 from vit_jax.checkpoint.pretrained.timm_tensors import (
     find_positions,
     pop_mask_token,
+    require,
     to_linen,
 )
 from vit_jax.checkpoint.pretrained.weights import (
@@ -62,8 +64,8 @@ _NAMES = tuple(
         (r"\.layernorm_after\.", ".norm2."),
         (r"\.intermediate\.dense\.", ".mlp.fc1."),
         (r"\.output\.dense\.", ".mlp.fc2."),
-        (r"\.mlp\.weights_in\.", ".mlp.w12."),
-        (r"\.mlp\.weights_out\.", ".mlp.w3."),
+        (r"\.mlp\.weights_in\.", ".mlp.fc1."),
+        (r"\.mlp\.weights_out\.", ".mlp.fc2."),
         (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
         (r"^layernorm\.", "norm."),
         (r"^pooler\.dense\.", "pre_logits.fc."),
@@ -71,6 +73,19 @@ _NAMES = tuple(
         (r"^distillation_classifier\.", "head_dist."),
     )
 )
+_BLOCK = re.compile(r"^blocks\.(\d+)\.")
+# What all models, or all of some kinds, have beside layers, by timm's names and those there.
+_TOKENS = {"pos_embed": "position_embeddings", "cls_token": "cls_token"}
+# Biases of a block by the key of config.json that states whether the model has them; DINOv3 has a
+# key for each layer.
+_BIASES = {"qkv_bias": ("attn.q_proj.bias", "attn.k_proj.bias", "attn.v_proj.bias")}
+_BIASES_OF_DINOV3 = {
+    "query_bias": ("attn.q_proj.bias",),
+    "key_bias": ("attn.k_proj.bias",),
+    "value_bias": ("attn.v_proj.bias",),
+    "proj_bias": ("attn.proj.bias",),
+    "mlp_bias": ("mlp.fc1.bias", "mlp.fc1_g.bias", "mlp.fc1_x.bias", "mlp.fc2.bias"),
+}
 # By their numbers in Pillow.
 _INTERPOLATIONS = dict(enumerate(("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")))
 # Keys of preprocessor_config.json that prepare images as no operation here does.
@@ -165,12 +180,19 @@ def read_huggingface(
     more_keys = _USED_BY_DINOV3 if config.get("model_type") == "dinov3_vit" else set()
     check_keys(config, HARMLESS | _USED | more_keys | _EXPECTED.keys())
     check_values(config, _EXPECTED)
-    renamed, kind, notes = _to_timm_names(tensors)
+    renamed, kind, originals = _to_timm_names(tensors)
+    if renamed["patch_embed.proj.weight"].ndim != 4:
+        shape = list(renamed["patch_embed.proj.weight"].shape)
+        raise ValueError(f"{originals['patch_embed.proj.weight']} is {shape}: expected 4 axes")
+    notes = _drop_unused(renamed)
     objective_params = pop_mask_token(renamed)
     if "model_type" in config:
         shown, name = _KINDS[config["model_type"]]
         check_sizes(config, {"model_type": f"those of a {kind}"} if kind != shown else {})
         kind = name
+    absent = {"pos_embed"} if kind == "DINOv3" else {"cls_token"} if kind == "I-JEPA" else ()
+    spell = functools.partial(_spell, originals)
+    require(renamed, [name for name in _TOKENS if name not in absent], spell)
     loss, loss_notes = _read_loss(renamed, config)
     slots = sum(name in renamed for name in ("cls_token", "dist_token"))
     size = config.get("image_size")
@@ -184,7 +206,13 @@ def read_huggingface(
     heads = config.get("num_attention_heads") if num_heads is None else num_heads
     is_dinov3 = kind == "DINOv3"
     params, more = to_linen(
-        renamed, num_heads=heads, num_slots=slots, halves=is_dinov3, fill_biases=not is_dinov3
+        renamed,
+        num_heads=heads,
+        num_slots=slots,
+        halves=is_dinov3,
+        fill_biases=not is_dinov3,
+        unbiased=_list_unbiased(config, kind),
+        spell=spell,
     )
     model = describe_model(params, rope_theta=_read_theta(config) if is_dinov3 else None)
     if is_dinov3:
@@ -234,6 +262,36 @@ def _check_kind(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) ->
         raise ValueError(f"it is a {family}: expected one of {', '.join(_KINDS)}")
     if not any(".layer.0." in f".{name}" for name in tensors):
         raise ValueError("it has no tensors encoder.layer.0.*; no model here has such layers")
+
+
+def _list_unbiased(config: Mapping[str, Any], kind: str) -> set[str] | None:
+    """Returns the biases that the blocks do not have; None if only the tensors show it."""
+    if kind != "DINOv3":
+        stated = {key: config.get(key) for key in _BIASES}
+        return {x for key in stated if stated[key] is False for x in _BIASES[key]}
+    if not config:
+        return None
+    stated = {key: config.get(key) for key in _BIASES_OF_DINOV3}
+    if stated["key_bias"] is None:
+        stated["key_bias"] = False  # By default keys alone have none.
+    return {x for key in stated if stated[key] is False for x in _BIASES_OF_DINOV3[key]}
+
+
+def _spell(originals: Mapping[str, str], name: str) -> str:
+    """Returns the name of a tensor there, `originals` having those in the file by timm's names."""
+    if name in originals:
+        return originals[name]
+    if name in _TOKENS:
+        return originals["patch_embed.proj.weight"].partition("patch_emb")[0] + _TOKENS[name]
+    stem, _, kind = name.rpartition(".")
+    other = "bias" if kind == "weight" else "weight"
+    if f"{stem}.{other}" in originals:
+        return originals[f"{stem}.{other}"].removesuffix(other) + kind
+    if block := _BLOCK.match(name):
+        for like, original in originals.items():  # The same tensor of another block.
+            if _BLOCK.sub(block[0], like) == name:
+                return re.sub(r"(?<=layer\.)\d+(?=\.)", block[1], original)
+    return name
 
 
 def _read_theta(config: Mapping[str, Any]) -> float:
@@ -303,30 +361,30 @@ def _list_sizes(
 
 def _to_timm_names(
     tensors: Mapping[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], str, list[str]]:
-    """Returns the tensors by timm's names, the name of the model ("DINOv2"), and notes."""
+) -> tuple[dict[str, np.ndarray], str, dict[str, str]]:
+    """Returns the tensors by timm's names, the kind of model ("DINOv2"), and their names there."""
     prefix = next(name for name in tensors if name.endswith(_PATCHES))
     for patches in _PATCHES:
         prefix = prefix.removesuffix(patches)
-    renamed = {}
-    for name, x in tensors.items():
-        name = name.removeprefix(prefix)
+    originals = {}
+    for original in tensors:
+        name = original.removeprefix(prefix)
         for pattern, replacement in _NAMES:
             name = pattern.sub(replacement, name)
-        renamed[name] = x
+        originals[name] = original
     kind = "ViT"
-    if any(".mlp.up_proj." in name for name in renamed):
-        gated = any(".mlp.fc1_g." in name for name in renamed)
+    if any(".mlp.up_proj." in name for name in originals):
+        gated = any(".mlp.fc1_g." in name for name in originals)
         up = ".mlp.fc1_x." if gated else ".mlp.fc1."
-        renamed = {name.replace(".mlp.up_proj.", up): x for name, x in renamed.items()}
+        originals = {name.replace(".mlp.up_proj.", up): x for name, x in originals.items()}
         kind = "DINOv3"
-    elif any(name.endswith(".ls1.gamma") for name in renamed):
-        kind = "DINOv2 with registers" if "reg_token" in renamed else "DINOv2"
-    elif "dist_token" in renamed:
+    elif any(name.endswith(".ls1.gamma") for name in originals):
+        kind = "DINOv2 with registers" if "reg_token" in originals else "DINOv2"
+    elif "dist_token" in originals:
         kind = "DeiT"
-    elif "cls_token" not in renamed:
+    elif "cls_token" not in originals:
         kind = "I-JEPA"
-    return renamed, kind, _drop_unused(renamed)
+    return {name: tensors[original] for name, original in originals.items()}, kind, originals
 
 
 def _drop_unused(tensors: dict[str, np.ndarray]) -> list[str]:
@@ -334,7 +392,7 @@ def _drop_unused(tensors: dict[str, np.ndarray]) -> list[str]:
     notes = []
     width = tensors["patch_embed.proj.weight"].shape[0]
     head = tensors.get("head.weight")
-    if head is not None and head.shape[1] == 2 * width and "cls_token" not in tensors:
+    if head is not None and head.shape[1:] == (2 * width,) and "cls_token" not in tensors:
         del tensors["head.weight"]
         tensors.pop("head.bias", None)
         notes.append("head: it reads two vectors, and there is no class token: dropped")

@@ -38,6 +38,7 @@ from vit_jax.checkpoint.pretrained.naflex import (
     to_patch_kernel,
 )
 from vit_jax.checkpoint.pretrained.timm import imply_num_heads
+from vit_jax.checkpoint.pretrained.timm_tensors import require
 from vit_jax.checkpoint.pretrained.timm_tensors import to_linen as timm_to_linen
 from vit_jax.checkpoint.pretrained.towers import put_part, take_part, take_tower
 from vit_jax.checkpoint.pretrained.weights import (
@@ -176,6 +177,9 @@ def read_image_text(
     kind = _find_kind(rest, trunk)
     parts = [p for p in PREFIXES if any(n.startswith(PREFIXES[p][0]) for n in rest)]
     parts = ["img", *parts] if trunk else parts
+    if is_huggingface and kind == "SigLIP":  # A model without these would be read as another one.
+        layers = (PATCHES.removesuffix(".weight"), "text_model.head")
+        require(rest, [f"{layer}.bias" for layer in layers if f"{layer}.weight" in rest])
     if is_huggingface:
         stated = {part: _read_huggingface(config, part, kind, rest) for part in parts}
     else:
@@ -279,7 +283,9 @@ def _read_tower(
 def _read_trunk(
     trunk: Mapping[str, np.ndarray], heads: int | None
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    params, notes = timm_to_linen(trunk, num_heads=heads, num_slots=0)
+    params, notes = timm_to_linen(
+        trunk, num_heads=heads, num_slots=0, spell=lambda name: f"{TRUNK}{name}"
+    )
     if unknown := [name for name in sorted(params) if "." in name]:
         raise ValueError(f"{TRUNK}{unknown[0]} has no place in a SigLIP here")
     return params, [f"img: {note}" for note in notes]

@@ -161,6 +161,8 @@ def read_naflex(
     rest = {name: x for name, x in tensors.items() if not name.startswith(_EMBEDS)}
     embeds = {n.removeprefix(_EMBEDS): x for n, x in tensors.items() if n.startswith(_EMBEDS)}
     positions, more, embeds = _read_positions(embeds)
+    if not positions and options.get("pos_embed", "learned") not in ("", "none"):
+        raise ValueError(f"{_EMBEDS}pos_embed is missing")
     matrix = embeds.pop("proj.weight").T
     channels = options.get("in_chans", 3)
     kernel = to_patch_kernel(
@@ -177,7 +179,13 @@ def read_naflex(
     if num_heads is None:
         num_heads = options.get("num_heads")
     average = "cls_token" in rest and options.get("global_pool") == "avg"
-    params, notes = to_linen(rest, num_heads=num_heads, num_slots=0, average=average)
+    params, notes = to_linen(
+        rest,
+        num_heads=num_heads,
+        num_slots=0,
+        average=average,
+        spell=lambda name: name.replace("patch_embed.", _EMBEDS),
+    )
     if unknown := [name for name in sorted(params) if "." in name]:
         raise ValueError(f"NaFlexVit with {unknown[0]}, which no model here has")
     params |= {path: x for path, x in positions.items() if path != "learned"}

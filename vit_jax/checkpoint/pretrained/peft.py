@@ -50,7 +50,7 @@ _SYNONYMS = tuple(
 # Keys that matter in training or for other programs alone, or that tensors show.
 _HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying"),
-    *("eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern"),
+    *("eva_config", "exclude_modules", "inference_mode", "layers_pattern"),
     *("layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config"),
     *("megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision", "r"),
     *("runtime_config", "target_modules", "task_type"),
@@ -65,7 +65,10 @@ _HUGGINGFACE = {
 _LAYER = re.compile(
     r"Transformer/encoderblock_(\d+)/\w+/(query|key|value|out|Dense_0|Dense_1)/kernel"
 )
-_USED = {"peft_type", "lora_alpha", "alpha_pattern", "rank_pattern", "use_dora", "use_rslora"}
+_PATTERNS = ("alpha_pattern", "rank_pattern")
+_USED = {"peft_type", "lora_alpha", *_PATTERNS, "use_dora", "use_rslora", "init_lora_weights"}
+# Other ways to initialise adapters change the base too: these would be added to the wrong one.
+_INITS = (True, False, "gaussian", "eva", "orthogonal")
 # What config.json says of a head, which adapters may replace.
 _OF_HEADS = {"num_labels", "id2label", "label2id", "num_classes", "label_names"}
 _OF_HEADS |= {"label_descriptions", "problem_type"}
@@ -135,6 +138,11 @@ class Adapters:
         if not {"lora_A", "lora_B"} <= parts.keys():
             raise UserError(f"{self.file}: {module} lacks one of lora_A and lora_B")
         a, b = (np.asarray(parts[name], np.float32) for name in ("lora_A", "lora_B"))
+        if a.ndim < 2 or b.ndim < 2 or not a.size or not b.size:
+            raise UserError(
+                f"{self.file}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}: "
+                "expected [rank, inputs] and [outputs, rank], of a rank above 0"
+            )
         rank, matrix = len(a), kernel.astype(np.float32).reshape(len(kernel), -1)
         a, b = a.reshape(rank, -1), b.reshape(len(b), -1)  # Those of a convolution have more axes.
         if b.shape[1] != rank or (len(b), a.shape[1]) != matrix.shape:
@@ -143,20 +151,59 @@ class Adapters:
             )
         adapted = matrix + self._scale(module, rank) * (b @ a)
         if "lora_magnitude_vector" in parts:
-            norms = np.linalg.norm(adapted, axis=1)
+            norms, magnitude = np.linalg.norm(adapted, axis=1), parts["lora_magnitude_vector"]
+            if magnitude.size != norms.size:
+                raise UserError(
+                    f"{self.file}: {module} has lora_magnitude_vector {list(magnitude.shape)}: "
+                    f"expected one for each of the {norms.size} outputs"
+                )
             norms = np.where(norms > 0, norms, 1)
-            adapted *= (parts["lora_magnitude_vector"].astype(np.float32).ravel() / norms)[:, None]
+            adapted *= (magnitude.astype(np.float32).ravel() / norms)[:, None]
         return adapted.reshape(kernel.shape).astype(kernel.dtype)
 
     def _scale(self, module: str, rank: int) -> float:
         alpha, found = self.config.get("lora_alpha", 8), self.config.get("alpha_pattern") or {}
         for pattern, value in found.items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            if re.fullmatch(_whole_name(pattern), module):
                 alpha = value
                 break
         if not is_number(alpha):
             raise UserError(f"{self.file}: lora_alpha={shorten(alpha)} in {CONFIG}: no number")
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def _whole_name(pattern: str) -> str:
+    """Returns the expression by which PEFT compares names of modules with that of a pattern."""
+    return rf"(.*\.)?({pattern})"
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for adapters of another kind than `Adapters` adds."""
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type={shorten(config.get('peft_type'))}: expected 'LORA'")
+    check_keys({k: x for k, x in config.items() if x}, _HARMLESS | _USED, file=CONFIG)
+    init = config.get("init_lora_weights")
+    if init is not None and (init.lower() if isinstance(init, str) else init) not in _INITS:
+        raise ValueError(
+            f"init_lora_weights={shorten(init)}: such adapters belong to a base that was changed "
+            f"with them; expected one of {', '.join(map(repr, _INITS))}: convert them first by "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...) of PEFT"
+        )
+    for key in _PATTERNS:
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, Mapping):
+            raise ValueError(f"{key}={shorten(patterns)}: expected an object of numbers by pattern")
+        for pattern, value in patterns.items():
+            try:
+                re.compile(_whole_name(pattern))
+            except (re.error, OverflowError, RecursionError):
+                raise ValueError(
+                    f"{key} has {shorten(pattern)}: expected a regular expression"
+                ) from None
+            if not is_number(value):
+                raise ValueError(
+                    f"{key}: {shorten(pattern)} has {shorten(value)}: expected a number"
+                )
 
 
 def read_adapters(
@@ -173,10 +220,7 @@ def read_adapters(
       UserError: the config names no base, or the adapters are of a kind that is not known here.
     """
     try:
-        if config.get("peft_type") != "LORA":
-            raise ValueError(f"peft_type={shorten(config.get('peft_type'))}: expected 'LORA'")
-        stated = {key: value for key, value in config.items() if value}
-        check_keys(stated, _HARMLESS | _USED, file=CONFIG)
+        _check_config(config)
         base = config.get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
             raise ValueError("base_model_name_or_path: expected the base weights")

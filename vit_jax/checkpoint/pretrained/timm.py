@@ -26,6 +26,7 @@ from vit_jax.checkpoint.pretrained.timm_tensors import (
     TIMM_RESNET,
     find_positions,
     pop_mask_token,
+    require,
     to_linen,
 )
 from vit_jax.checkpoint.pretrained.weights import (
@@ -79,6 +80,9 @@ _NO_EMBED_CLASS = re.compile(
 )
 # Backbones of DINOv3 and models like it, whose rotary embeddings have centred coordinates.
 _CENTERED = re.compile(r"vit_\w+_patch\d+_(dinov3|lingbot)")
+# Models with position embeddings beside or in place of rotary ones, and models with registers.
+_EMBEDDED = re.compile(r"eva(02)?_|vit_pe_core_|vit_\w+_rope_(mixed_)?ape_")
+_REGISTERED = re.compile(r"vit_\w+_(reg\d+_|dinov3|lingbot)")
 # Models whose norms have the epsilon of PyTorch, which neither their tensors nor options show.
 _BEIT3 = re.compile(r"beit3_")
 # Models of the class `Eva` without rotary embeddings.
@@ -161,6 +165,7 @@ def read_timm(
     tensors = dict(tensors) if original is None else original.tensors
     objective_params = pop_mask_token(tensors)
     _check_architecture(tensors, architecture)
+    require(tensors, _list_required(tensors, architecture, options))
     rope = _find_rope(tensors, architecture, options, original)
     classifier, notes = _find_classifier(tensors, config, options)
     notes += rope.notes
@@ -272,11 +277,29 @@ def _check_architecture(tensors: Mapping[str, np.ndarray], architecture: str) ->
         raise ValueError(f"{named}: several heads share keys and values, as in no model here")
     if "_rpn_" in architecture or architecture.startswith("eva02_enormous_"):
         raise ValueError(f"{named}: it has norms behind its layers, which no model here has")
+    for name in ("cls_token", "dist_token", "reg_token", "register_tokens"):
+        if name in tensors and tensors[name].ndim != 3:
+            raise ValueError(f"{name} is {list(tensors[name].shape)}: expected [1, length, width]")
     if family := describe_family(tensors):
         raise ValueError(f"{named}: it is a {family}, which no model here computes")
     if not {"blocks.0.attn.qkv.weight", "blocks.0.attn.q_proj.weight"} & tensors.keys():
         found = next((name for name in sorted(tensors) if name.startswith("blocks.0.")), "none")
         raise ValueError(f"{named}: it has {found} in place of blocks.0.attn.qkv, as no model here")
+
+
+def _list_required(
+    tensors: Mapping[str, np.ndarray], architecture: str, options: Mapping[str, Any]
+) -> list[str]:
+    """Returns tensors beside layers without which the model would be taken for another."""
+    required = []
+    if _EMBEDDED.match(architecture) and options.get("use_abs_pos_emb") is not False:
+        required.append("pos_embed")
+    no_registers = 0 in [options.get(key) for key in ("reg_tokens", "num_reg_tokens")]
+    if _REGISTERED.match(architecture) and not no_registers and "register_tokens" not in tensors:
+        required.append("reg_token")
+    if _RELATIVE in tensors:  # Timm's `Beit` always has one.
+        required.append("cls_token")
+    return required
 
 
 def _show_num_heads(tensors: Mapping[str, np.ndarray]) -> int | None:

@@ -12,7 +12,7 @@ Source: timm 1.0.31, `models/vision_transformer.py`, `vision_transformer_hybrid.
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,28 @@ _FUSED = (
     (("mlp.fc1_g.weight", "mlp.fc1_x.weight"), "mlp.fc1.weight"),
     (("mlp.fc1_g.bias", "mlp.fc1_x.bias"), "mlp.fc1.bias"),
 )
+# Linear layers of a block; those of a group are only found together.
+_LINEAR = (
+    ("attn.qkv",),
+    ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+    ("attn.proj",),
+    ("mlp.fc1",),
+    ("mlp.fc1_g", "mlp.fc1_x"),
+    ("mlp.fc2",),
+)
+_SEPARATE_BIASES = _FUSED[2][0]
+# Biases that no block of some models has: those of keys (`Eva`, `Beit`), those of queries, keys and
+# values (`qkv_bias=False`), and those of all other layers (`proj_bias=False`).
+_UNBIASED = (
+    {"attn.k_proj.bias", "attn.k_bias"},
+    {"attn.qkv.bias", *_FUSED[1][0], *_SEPARATE_BIASES},
+    {"attn.proj.bias", "mlp.fc1.bias", "mlp.fc1_g.bias", "mlp.fc1_x.bias", "mlp.fc2.bias"},
+)
+# Layers outside of the blocks that have a bias wherever they have a weight.
+_BIASED_LAYERS = (
+    *("head", "head_dist", "pre_logits.fc", "attn_pool.q", "attn_pool.kv", "attn_pool.proj"),
+    *("attn_pool.mlp.fc1", "attn_pool.mlp.fc2"),
+)
 # Tensors that no model of this package has, and why that does not matter.
 _DROPPED = {
     "decoder_": "only for pre-training: dropped",
@@ -105,6 +127,8 @@ def to_linen(
     swap_axes: bool = False,
     halves: bool = False,
     fill_biases: bool = True,
+    unbiased: Collection[str] | None = None,
+    spell: Callable[[str], str] = str,
 ) -> tuple[_Arrays, list[str]]:
     """Converts the tensors of a `VisionTransformer` of timm, or of a class with synonyms.
 
@@ -122,16 +146,21 @@ def to_linen(
         of pairs of neighbours; the channels of queries and keys are then put in that order.
       fill_biases: whether projections of queries, keys and values that have no bias get one of
         zeros; else those whose biases are all zero in all blocks get none.
+      unbiased: biases that the blocks do not have, such as `attn.proj.bias`; None for those that
+        are absent in all blocks, if timm has models without these.
+      spell: returns the name in the file of a tensor, which may be absent, for errors.
 
     Returns:
       `(params, notes)`: arrays in the dtypes of `tensors` by path, and one line for each difference
       from the file.
 
     Raises:
-      ValueError: a tensor does not have the shape that its name implies, or there is no usual
-        number of heads.
+      ValueError: a tensor is missing or does not have the shape that its name implies, or there is
+        no usual number of heads.
     """
-    rest = _join_parts(tensors)
+    rest = _rename_synonyms(tensors)
+    _check_whole(rest, unbiased, spell)
+    rest = _join_parts(rest, spell)
     params: _Arrays = {}
     notes = []
     if num_heads is None:
@@ -149,12 +178,19 @@ def to_linen(
         notes += [f"{prefix.rstrip('._')}: {reason}"] if names else []
         for name in names:
             del rest[name]
+    for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
+        if name in rest and (rest[name].ndim != 3 or rest[name].shape[::2] != (1, width)):
+            shape = list(rest[name].shape)
+            raise ValueError(f"{spell(name)} is {shape}: expected [1, length, {width}]")
     _read_tokens(rest, params, num_slots=num_slots, average=average)
     layers = _count_layers(rest)
-    _split_gates(rest, layers)
+    _split_gates(rest, layers, spell)
     for theirs, ours, names in _projections(layers, pooled="attn_pool.latent" in rest):
         heads = num_heads if ours.startswith("Transformer/") else pool_heads or num_heads
-        _read_heads(rest, theirs, params, ours, names, heads)
+        _read_heads(rest, theirs, params, ours, names, heads, spell)
+        out = f"{theirs.rpartition('.')[0]}.proj.weight"
+        if out in rest:
+            _check_shape(out, rest[out], (width, width), spell)
     for theirs, ours in _modules(layers, _count_units(rest)):
         _read_module(rest, theirs, params, ours)
     for theirs, ours in _tensors(layers):
@@ -420,20 +456,84 @@ def _check_beit(model: Mapping[str, Any]) -> None:
         )
 
 
-def _join_parts(tensors: Mapping[str, np.ndarray]) -> _Arrays:
-    """Renames synonyms as in `VisionTransformer`, and fuses tensors that it has fused."""
-    joined = {}
+def _rename_synonyms(tensors: Mapping[str, np.ndarray]) -> _Arrays:
+    """Renames synonyms as in `VisionTransformer`."""
+    renamed = {}
     for name, x in tensors.items():
         for pattern, replacement in _SYNONYMS:
             name = pattern.sub(replacement, name)
-        joined[name] = x
+        renamed[name] = x
+    return renamed
+
+
+def _check_whole(
+    tensors: Mapping[str, np.ndarray], unbiased: Collection[str] | None, spell: Callable[[str], str]
+) -> None:
+    """Refuses linear layers that lack a weight, or a bias that such a model has.
+
+    Zeros would take the place of such a tensor, or a model without it that of the model.
+    """
+    layers = _count_layers(tensors)
+    found = {name[match.end() :] for name in tensors if (match := _BLOCK.match(name))}
+    kinds = ("weight", "bias")
+    expected = [
+        f"{layer}.{kind}"
+        for group in _LINEAR
+        if any(f"{layer}.{kind}" in found for layer in group for kind in kinds)
+        for layer in group
+        for kind in kinds
+    ]
+    if found & set(_SEPARATE_BIASES):
+        expected = [x for x in expected if x != "attn.qkv.bias"] + list(_SEPARATE_BIASES)
+    if unbiased is None:
+        absent = set(expected) - found
+        unbiased = {x for group in _UNBIASED if group & set(expected) <= absent for x in group}
+    wanted = [f"blocks.{i}.{x}" for i in range(layers) for x in expected if x not in unbiased]
+    wanted += [f"{layer}.bias" for layer in _BIASED_LAYERS if f"{layer}.weight" in tensors]
+    if "norm_pre.weight" not in tensors:  # It has biases itself.
+        wanted.append("patch_embed.proj.bias")
+    require(tensors, wanted, spell)
+    for name in (f"blocks.{i}.{x}" for i in range(layers) for x in expected):
+        axes = 2 if name.endswith("weight") else 1
+        if name in tensors and tensors[name].ndim != axes:
+            shape = list(tensors[name].shape)
+            raise ValueError(f"{spell(name)} is {shape}: expected {axes} axes")
+
+
+def require(
+    tensors: Collection[str], wanted: Collection[str], spell: Callable[[str], str] = str
+) -> None:
+    """Raises `ValueError` if one of the wanted names is not among those of the tensors."""
+    missing = [spell(name) for name in wanted if name not in tensors]
+    if missing:
+        more = f" and {len(missing) - 1} more tensors are" if missing[1:] else " is"
+        raise ValueError(f"{missing[0]}{more} missing")
+
+
+def _check_shape(
+    name: str, x: np.ndarray, expected: tuple[int, ...], spell: Callable[[str], str]
+) -> None:
+    if x.shape != expected:
+        raise ValueError(f"{spell(name)} is {list(x.shape)}: expected {list(expected)}")
+
+
+def _join_parts(tensors: Mapping[str, np.ndarray], spell: Callable[[str], str]) -> _Arrays:
+    """Fuses tensors that `VisionTransformer` has fused; a bias that is absent becomes zeros."""
+    joined = dict(tensors)
+    width = joined["patch_embed.proj.weight"].shape[0]
     for i in range(_count_layers(joined)):
         for parts, whole in _FUSED:
-            arrays = [joined.pop(f"blocks.{i}.{part}", None) for part in parts]
-            like = next((x for x in arrays if x is not None), None)
-            if like is not None:  # Eva's keys have no bias.
-                arrays = [np.zeros_like(like) if x is None else x for x in arrays]
-                joined[f"blocks.{i}.{whole}"] = np.concatenate(arrays)
+            names = [f"blocks.{i}.{part}" for part in parts]
+            found = {name: joined.pop(name) for name in names if name in joined}
+            if not found:
+                continue
+            like = next(iter(found.values()))
+            square = (width,) * (2 if whole.endswith("weight") else 1)
+            expected = square if whole.startswith("attn.") else like.shape
+            for name, x in found.items():
+                _check_shape(name, x, expected, spell)
+            arrays = [found.get(name, np.zeros_like(like)) for name in names]
+            joined[f"blocks.{i}.{whole}"] = np.concatenate(arrays)
         # An index that follows from the grid, in files of older releases.
         joined.pop(f"blocks.{i}.attn.relative_position_index", None)
     _split_frequencies(joined)
@@ -564,14 +664,23 @@ def _add_slots(tokens: np.ndarray, slots: np.ndarray, *, start: int) -> np.ndarr
 
 
 def _read_heads(
-    rest: _Arrays, source: str, params: _Arrays, target: str, names: Sequence[str], heads: int
+    rest: _Arrays,
+    source: str,
+    params: _Arrays,
+    target: str,
+    names: Sequence[str],
+    heads: int,
+    spell: Callable[[str], str],
 ) -> None:
     """Splits a projection into those of `names`, and each of these into heads."""
     weight = rest.pop(f"{source}.weight", None)
     if weight is None:
         return
+    width = rest["patch_embed.proj.weight"].shape[0]
+    _check_shape(f"{source}.weight", weight, (len(names) * width, width), spell)
     bias = rest.pop(f"{source}.bias", None)
     bias = np.zeros_like(weight[:, 0]) if bias is None else bias
+    _check_shape(f"{source}.bias", bias, weight.shape[:1], spell)
     kernels = weight.reshape(len(names), heads, -1, weight.shape[1])
     biases = bias.reshape(len(names), heads, -1)
     for name, kernel, bias in zip(names, kernels, biases, strict=True):
@@ -579,7 +688,7 @@ def _read_heads(
         params[f"{target}/{name}/bias"] = bias
 
 
-def _split_gates(rest: _Arrays, layers: int) -> None:
+def _split_gates(rest: _Arrays, layers: int, spell: Callable[[str], str]) -> None:
     """Splits the layer of a packed SwiGLU into the gate and what the gate is applied to."""
     for i in range(layers):
         mlp = f"blocks.{i}.mlp"
@@ -588,6 +697,8 @@ def _split_gates(rest: _Arrays, layers: int) -> None:
             continue
         for suffix in ("weight", "bias"):
             if f"{mlp}.fc1.{suffix}" in rest:
+                if suffix == "bias":
+                    _check_shape(f"{mlp}.fc1.bias", rest[f"{mlp}.fc1.bias"], first.shape[:1], spell)
                 halves = np.split(rest[f"{mlp}.fc1.{suffix}"], 2)
                 rest[f"{mlp}.gate.{suffix}"], rest[f"{mlp}.fc1.{suffix}"] = halves
 
