@@ -161,12 +161,25 @@ def test_gram_anchoring_adds_its_loss():
 def test_the_average_becomes_the_gram_teacher_at_the_steps_that_are_given():
     objective = dino(gram_weight=1.0, gram_start={"steps": 3}, gram_updates=({"steps": 5},))
     params, average = (draw_params(objective, seed) for seed in (1, 2))
-    for step, due in ((2, False), (3, True), (4, False), (5, True)):
-        now, mean = objective.follow_average(params, average, jnp.int32(step))
+    steps = ((1, 2, False), (2, 3, True), (3, 4, False), (4, 5, True), (3, 9, True), (5, 9, False))
+    for before, step, due in steps:
+        now, mean = objective.follow_average(params, average, jnp.int32(before), jnp.int32(step))
         got = now["gram_teacher"]["embedding"]["kernel"]
         want = average["embedding"] if due else params["gram_teacher"]["embedding"]
         np.testing.assert_array_equal(got, want["kernel"])
         np.testing.assert_array_equal(got, mean["gram_teacher"]["embedding"]["kernel"])
+
+
+def test_a_gram_teacher_that_was_due_before_is_made_at_once():
+    """As in a run that resumes with fewer steps, so that a percentage of them has passed."""
+    objective = dino(gram_weight=1.0, gram_start={"steps": 9}, gram_updates=({"steps": 3},))
+    params, average = (draw_params(objective, seed) for seed in (1, 2))
+    unset = params | {"gram_teacher": jax.tree.map(np.zeros_like, params["gram_teacher"])}
+    for step, due in ((2, False), (7, True)):
+        now, _ = objective.follow_average(unset, average, jnp.int32(step), jnp.int32(step))
+        want = average["embedding"] if due else unset["gram_teacher"]["embedding"]
+        got = now["gram_teacher"]["embedding"]["kernel"]
+        np.testing.assert_array_equal(got, want["kernel"])
 
 
 def test_the_gram_teacher_is_of_the_start_unless_an_earlier_step_is_given():

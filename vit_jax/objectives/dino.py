@@ -246,13 +246,17 @@ class Dino(ImageObjective):
         return {_GRAM_TEACHER: params}
 
     def follow_average(
-        self, params: Params, average: Params, step: jax.Array
+        self, params: Params, average: Params, before: jax.Array, step: jax.Array | int
     ) -> tuple[Params, Params]:
         """Makes the average the Gram teacher, at the steps at which that is due."""
         if self.gram is None or not self.gram.updates:
             return params, average
-        due = jnp.isin(step, jnp.asarray(self.gram.updates))
-        old = params[_GRAM_TEACHER]
+        updates, old = jnp.asarray(self.gram.updates), params[_GRAM_TEACHER]
+        due = jnp.any((updates > before) & (updates <= step))
+        if self.gram.source is None:
+            # Fewer `total_steps` on resume may move the first update to before the step.
+            unset = ~jnp.any(old["embedding"]["kernel"])
+            due |= unset & jnp.any(updates <= step)
         gram = jax.tree.map(lambda x, a: jnp.where(due, a, x), old, {k: average[k] for k in old})
         return {**params, _GRAM_TEACHER: gram}, {**average, _GRAM_TEACHER: gram}
 
