@@ -655,7 +655,8 @@ def _by(size: tuple[int, ...]) -> str:
 def compare_preprocess(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """Returns one line for each difference between the preprocessing of weights and of a run.
 
-    `ours` has `mean`, `std` and `eval`, `theirs` those that are known; see `Weights.preprocess`.
+    `ours` has `mean`, `std` and `eval`, which may be None, and `theirs` those that are known; see
+    `Weights.preprocess`.
     """
     keys = {"mean": "objective.pixel_mean", "std": "objective.pixel_std"}
     notes = [
@@ -664,6 +665,6 @@ def compare_preprocess(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> li
         for name, key in keys.items()
         if name in theirs and not np.allclose(theirs[name], ours[name])
     ]
-    if theirs.get("eval") not in (None, ours["eval"]):
+    if None not in (theirs.get("eval"), ours["eval"]) and theirs["eval"] != ours["eval"]:
         notes.append(f"evaluation images: {theirs['eval']} there, {ours['eval']} here")
     return notes
