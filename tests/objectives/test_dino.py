@@ -296,6 +296,14 @@ def test_the_memory_of_the_scores_is_noted():
         ({"views": VIEWS | {"global": (2, 16, 16, 3)}}, "expected one of the same size"),
         ({"views": VIEWS | {"global": (1, 8, 8, 3)}}, r"1 of 8x8, with images of 16x16"),
         ({"views": VIEWS | {"local": (2, 32, 32, 3)}}, "32x32 are larger than the global crops"),
+        (
+            {"views": VIEWS | {"local": (2, 10, 8, 3)}},
+            r"data\.views\.local: crops of 10x8 can't be cut into patches of 4x4: .* such as 8x8",
+        ),
+        (
+            GRAM | {"views": VIEWS | {"gram": (2, 22, 22, 3)}},
+            r"data\.views\.gram: crops of 22x22 can't be cut into patches of 4x4: .* as 20x20",
+        ),
         ({"prototypes": 1}, r"objective\.prototypes=1: expected at least 2"),
         ({"prototypes": 10**8}, r"prototypes=100000000: the last layer would take [\d.,]+ GB"),
         ({"ibot_prototypes": 10}, r"objective\.ibot_prototypes=10: expected"),

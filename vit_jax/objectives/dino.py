@@ -8,7 +8,7 @@ anchoring.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -503,12 +503,12 @@ def make_dino(
       UserError: a value is out of its range, or values, crops and model do not go together.
     """
     _check_model(model)
-    _check_crops(image_shape, view_shapes)
+    _check_crops(model, image_shape, view_shapes)
     gram = None
     if gram_weight or gram_teacher is not None or gram_start is not None or gram_updates:
         steps = _count_gram_steps(gram_start, gram_updates, clock, total_steps)
         gram = _make_gram(gram_weight, gram_teacher, *steps, image_shape[2])
-    _check_gram_view(gram, image_shape, view_shapes, same_draws)
+    _check_gram_view(model, gram, image_shape, view_shapes, same_draws)
     positive = {
         "student_temp": student_temp,
         "teacher_temp": teacher_temp,
@@ -603,7 +603,9 @@ def _check_model(model: Any) -> None:
 
 
 def _check_crops(
-    image_shape: tuple[int, int, int], view_shapes: Mapping[str, tuple[int, int, int, int]]
+    model: VisionTransformer,
+    image_shape: tuple[int, int, int],
+    view_shapes: Mapping[str, tuple[int, int, int, int]],
 ) -> None:
     example = f"(({GLOBAL!r}, 1, LINE), ({LOCAL!r}, 8, LINE))"
     for name in view_shapes.keys() - {GLOBAL, LOCAL, GRAM}:
@@ -628,6 +630,20 @@ def _check_crops(
                 f"data.views.{LOCAL}: crops of {_text(local)} are larger than the global crops of "
                 f"{_text(image_shape)}: expected smaller ones"
             )
+        _check_patches(model, LOCAL, local)
+
+
+def _check_patches(model: VisionTransformer, name: str, shape: Sequence[int]) -> None:
+    """Raises `UserError` if crops of this height and width can't be cut into patches."""
+    size, stride = (shape[0], shape[1]), model.stride
+    try:
+        model.grid(size)
+    except UserError:
+        fits = [max(1, x // side) * side for x, side in zip(size, stride, strict=True)]
+        raise UserError(
+            f"data.views.{name}: crops of {_text(size)} can't be cut into patches of "
+            f"{_text(stride)}: expected another size in its line, such as {_text(fits)}"
+        ) from None
 
 
 def _text(shape: Any) -> str:
@@ -735,6 +751,7 @@ def _make_gram(
 
 
 def _check_gram_view(
+    model: VisionTransformer,
     gram: Gram | None,
     image_shape: tuple[int, int, int],
     view_shapes: Mapping[str, tuple[int, int, int, int]],
@@ -754,6 +771,7 @@ def _check_gram_view(
             f"data.views.{GRAM}: {count} of {_text(shape)}: expected 2, of the proportions of the "
             f"global crops of {_text(image_shape)}, and at least as large"
         )
+    _check_patches(model, GRAM, shape)
     # The first view has to be the second global crop, whose draws come second.
     if GRAM not in same_draws or next(iter(view_shapes)) != GLOBAL:
         raise UserError(
