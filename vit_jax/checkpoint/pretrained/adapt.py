@@ -39,7 +39,7 @@ _MAX_LISTED = 4  # parameters in one line of an error
 _QKV_BIAS = re.compile(r"encoderblock_\d+/.*/(query|key|value)/bias$")
 
 # Tokens whose position embeddings are in front of those of the patches.
-_TOKENS = ("cls", "dist")
+_TOKENS = {"cls": "a class token", "dist": "a distillation token"}
 
 # First convolution of a Vision Transformer, a Mixer and a hybrid; the last can't be resized.
 _EMBEDDINGS = ("embedding/kernel", "stem/kernel", "conv_root/kernel")
@@ -492,11 +492,13 @@ def _fit_posemb(
     # Only the number of tokens can be changed; _check_fit reports other differences.
     if len(theirs) != 3 or theirs[::2] != ours[::2]:
         return []
-    tokens = [sum(name in flat for name in _TOKENS) for flat in (params, initial)]
-    if tokens[0] != tokens[1]:
+    tokens = [[name for name in _TOKENS if name in flat] for flat in (params, initial)]
+    if len(tokens[0]) != len(tokens[1]):
+        given, own = (" and ".join(_TOKENS[name] for name in names) for names in tokens)
+        key = "distillation_token" if "dist" in tokens[0] + tokens[1] else "classifier"
         raise UserError(
-            f"init_from: {theirs[1]} position embeddings in the file, {tokens[0]} of them for "
-            f"class tokens; here {ours[1]}, and {tokens[1]}: set model.classifier as in the file"
+            f"init_from: the file has {given or 'no class token'}, and the model "
+            f"{own or 'none'}: set model.{key} as in the file"
         )
     num_patches = theirs[1] - num_class_tokens
     stated = [grid for grid in source_grids if grid and math.prod(grid) == num_patches]
