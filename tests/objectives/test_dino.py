@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-distillation: the loss from the outputs of model and heads in float64, and its parts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.models.compiled import compiled
+from vit_jax.checkpoint.pretrained.npz import write_npz
+from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.models.positions import resize_patches
 from vit_jax.models.variants import make_vit
 from vit_jax.objectives.block_masks import gather_masked
 from vit_jax.objectives.dino import make_dino
 from vit_jax.utils.durations import Clock
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.tree import flatten
 
 SIZES = {"patch_size": 4, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
 HEAD = {"prototypes": 12, "head_width": 8, "bottleneck": 6, "head_layers": 2}
@@ -189,6 +194,17 @@ def test_the_gram_teacher_is_of_the_start_unless_an_earlier_step_is_given():
         assert (gram.start, gram.updates) == (9, want)
 
 
+def test_a_gram_teacher_of_another_patch_is_refused(tmp_path):
+    vit = make_vit(num_classes=0, **(SIZES | {"patch_size": 8}))
+    init = functools.partial(vit.init, train=False)
+    shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    params = flatten(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+    path = str(tmp_path / "teacher.npz")
+    write_npz(path, Weights(params=params, layout="test"))
+    with pytest.raises(UserError, match=r"gram_teacher=.*it has patches of 8x8 and the model of 4"):
+        dino(gram_weight=1.0, gram_teacher=path).load_params()
+
+
 def test_parts_that_are_off_have_no_parameters():
     plain, full = dino(centering="sinkhorn"), dino(ibot_weight=1.0, ibot_head="separate")
     for objective in (plain, full):
@@ -307,6 +323,14 @@ def test_the_memory_of_the_scores_is_noted():
         ({"prototypes": 1}, r"objective\.prototypes=1: expected at least 2"),
         ({"prototypes": 10**8}, r"prototypes=100000000: the last layer would take [\d.,]+ GB"),
         ({"ibot_prototypes": 10}, r"objective\.ibot_prototypes=10: expected"),
+        ({"ibot_head": "separate"}, r"objective\.ibot_head='separate': expected objective\.ibot"),
+        ({"mask_ratio": (0.2, 0.5)}, r"objective\.mask_ratio=\(0\.2, 0\.5\): expected"),
+        ({"mask_share": 0.9}, r"objective\.mask_share=0\.9: expected objective\.ibot_weight"),
+        ({"sinkhorn_iterations": 5}, r"objective\.sinkhorn_iterations=5: expected the default"),
+        (
+            {"centering": "sinkhorn", "center_momentum": 0.5},
+            r"objective\.center_momentum=0\.5: expected the default with .*'sinkhorn'",
+        ),
         ({"student_temp": 0.0}, r"objective\.student_temp=0\.0"),
         ({"teacher_temp": -1.0}, r"objective\.teacher_temp=-1\.0"),
         ({"momentum": 1.5}, r"objective\.momentum=1\.5: expected 0 to 1"),

@@ -7,6 +7,7 @@ anchoring.
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -540,6 +541,21 @@ def make_dino(
                 f"objective.ibot_prototypes={ibot_prototypes}: expected objective.ibot_weight "
                 "above 0 and objective.ibot_head='separate' with it"
             )
+    if not ibot_weight:
+        _check_unused(
+            "expected objective.ibot_weight above 0 with it",
+            ibot_head=ibot_head,
+            mask_ratio=tuple(mask_ratio),
+            mask_share=mask_share,
+        )
+    _check_unused(
+        f"expected the default with objective.centering={centering!r}, which has no use for it",
+        **(
+            {"sinkhorn_iterations": sinkhorn_iterations}
+            if centering == "centering"
+            else {"center_momentum": center_momentum}
+        ),
+    )
     warmup = {
         "teacher_temp_warmup_steps": teacher_temp_warmup_steps,
         "teacher_temp_warmup_epochs": teacher_temp_warmup_epochs,
@@ -648,6 +664,14 @@ def _check_patches(model: VisionTransformer, name: str, shape: Sequence[int]) ->
 
 def _text(shape: Any) -> str:
     return f"{shape[0]}x{shape[1]}"
+
+
+def _check_unused(expected: str, **given: Any) -> None:
+    """Raises `UserError` unless these options of `make_dino`, which have no effect, are default."""
+    signature = inspect.signature(make_dino)
+    for key, value in given.items():
+        if value != signature.parameters[key].default:
+            raise UserError(f"objective.{key}={value!r}: {expected}")
 
 
 def _check_prototypes(key: str, count: int, bottleneck: int, batch_size: int) -> None:
@@ -800,10 +824,15 @@ def load_gram_teacher(
         weights = load_pretrained(source)
         kernel = weights.params.get("embedding/kernel")
         width = None if kernel is None else kernel.shape[-1]
-        if width != model.hidden_size:
+        same = "expected the same architecture, since the teacher of this run may replace it"
+        if kernel is None or width != model.hidden_size:
             raise UserError(
-                f"it has a width of {width} and the model one of {model.hidden_size}: expected the "
-                "same architecture, since the teacher of this run may replace it"
+                f"it has a width of {width} and the model one of {model.hidden_size}: {same}"
+            )
+        ours = shapes["embedding"]["kernel"].shape
+        if kernel.ndim == len(ours) == 4 and kernel.shape[:2] != ours[:2]:
+            raise UserError(
+                f"it has patches of {_text(kernel.shape)} and the model of {_text(ours)}: {same}"
             )
         params, notes = adapt_params(
             weights, zeros, target_grid=grid, num_class_tokens=model.num_class_tokens
