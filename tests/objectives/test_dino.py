@@ -22,6 +22,7 @@ from vit_jax.utils.tree import flatten
 SIZES = {"patch_size": 4, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
 HEAD = {"prototypes": 12, "head_width": 8, "bottleneck": 6, "head_layers": 2}
 VIEWS = {"global": (1, 16, 16, 3), "local": (3, 8, 8, 3)}
+ONE = {"global": (1, 16, 16, 3)}
 CLOCK = Clock(batch_size=4, epoch_examples=lambda: 40)
 GRAM = {"gram_weight": 2.0, "gram_start": {"steps": 3}}
 
@@ -326,6 +327,8 @@ def test_the_memory_of_the_scores_is_noted():
         ({"ibot_head": "separate"}, r"objective\.ibot_head='separate': expected objective\.ibot"),
         ({"mask_ratio": (0.2, 0.5)}, r"objective\.mask_ratio=\(0\.2, 0\.5\): expected"),
         ({"mask_share": 0.9}, r"objective\.mask_share=0\.9: expected objective\.ibot_weight"),
+        ({"teacher_temp_start": 0.02}, r"objective\.teacher_temp_start=0\.02: expected a warm-up"),
+        (GRAM | {"model": {"patch_size": 16}, "views": ONE}, "with one patch in images of 16x16"),
         ({"sinkhorn_iterations": 5}, r"objective\.sinkhorn_iterations=5: expected the default"),
         (
             {"centering": "sinkhorn", "center_momentum": 0.5},

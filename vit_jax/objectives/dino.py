@@ -562,7 +562,18 @@ def make_dino(
         "teacher_temp_warmup_examples": teacher_temp_warmup_examples,
         "teacher_temp_warmup_percent": teacher_temp_warmup_percent,
     }
+    if all(value is None for value in warmup.values()) and teacher_temp_start != teacher_temp:
+        _check_unused(
+            "expected a warm-up with it, such as objective.teacher_temp_warmup_percent=30",
+            teacher_temp_start=teacher_temp_start,
+        )
     grid = model.grid(image_shape[:2])
+    if gram is not None and math.prod(grid) < 2:
+        raise UserError(
+            f"objective.gram_weight={gram_weight} with one patch in images of "
+            f"{_text(image_shape)}, which has no cosine with another: expected a smaller "
+            "model.patch_size, or 0"
+        )
     masks = None
     if ibot_weight:
         masks = _make_masks(grid, mask_ratio, mask_share)
