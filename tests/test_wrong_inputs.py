@@ -97,6 +97,11 @@ CASES = {
         (TRAIN + "--dry_run --compile_cache=empty.txt", ["--compile_cache=empty.txt", "a folder"]),
         (TRAIN + "--dry_run --config.init_from=none.npz", ["init_from='none.npz'", "none.npz"]),
         (TRAIN + "--dry_run --config.init_from=model.npz", ["init_from does not fit the model"]),
+        (
+            "--config={root}/configs/digits_dino.py --workdir=new --dry_run "
+            "--config.objective.gram_weight=1 --config.objective.gram_teacher=none.npz",
+            ["objective.gram_teacher='none.npz'", "no such file"],
+        ),
         (TRAIN + "--dry_run --config.data.name=digitz", ["data.name='digitz'", "'digits'"]),
         (TRAIN + "--config=fails.py", ["--config=fails.py", "ZeroDivisionError"]),
         (TRAIN + "--config=syntax.py", ["--config=syntax.py", "SyntaxError"]),

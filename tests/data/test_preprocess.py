@@ -17,7 +17,7 @@ from vit_jax.data.ops import transforms as image_ops
 from vit_jax.data.ops.decode import ImageError, decode_image
 from vit_jax.data.ops.geometry import Method, resize_image
 from vit_jax.data.ops.transforms import apply
-from vit_jax.data.preprocess import OPS, parse_preprocess
+from vit_jax.data.preprocess import OPS, parse_preprocess, without_random
 from vit_jax.utils.errors import UserError
 from vit_jax.utils.registry import trust_parts
 
@@ -53,6 +53,26 @@ def test_a_line_is_read_into_operations_in_order():
         image_ops.InceptionCrop(224),
         image_ops.FlipLr(),
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("decode|resize(8)|flip_lr", "decode|resize(8)"),
+        ("decode | inception_crop(8, 20, method='area')|color_jitter(0.4)|luma", None),
+        ("decode|pad(4)|random_crop(8)", "decode|pad(4)|central_crop(8, 8)"),
+        (
+            "decode|random_scale(8, method='area')|random_crop(8, 6)",
+            "decode|resize_small(8, 'area')|central_crop(8, 6)",
+        ),
+        ("decode|inception_patches(4, 9)", "decode|patches(4, 9, 'bilinear_antialias')"),
+        ("decode(orient=True)|resize(8)", "decode(orient=True)|resize(8)"),
+    ],
+)
+def test_a_line_without_its_random_operations_gives_images_of_the_same_size(text, want):
+    got = without_random(text, key="data.preprocess")
+    assert got == (want or "decode|resize(8, method='area')|luma")
+    assert not any(isinstance(op, image_ops.Random) for op in parse(got))
 
 
 @pytest.mark.parametrize(

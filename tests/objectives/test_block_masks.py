@@ -30,6 +30,32 @@ def test_half_of_the_images_have_masks_of_all_ratios(grid, images, ratio):
         assert (row >= np.floor(patches * ends[:-1]) - 1e-6).all()
 
 
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("images", [2, 12, 48, 50, 66, 74, 80])
+def test_any_number_of_images_has_the_share_of_masks_as_near_as_a_group_allows(images, share):
+    masks = BlockMasks((4, 4), (0.1, 0.5), share)
+    group = masks.group(images)
+    assert images % group == 0
+    assert group >= min(16, images)
+    rounding = 1 if group == 16 else 0.5
+    assert abs(masks.masked(group) - share * group) <= max(rounding, 1 - share * group) + 1e-9
+
+
+def test_the_masks_of_a_batch_of_an_odd_size_have_their_share():
+    masks = BlockMasks((4, 4), (0.1, 0.5), 0.9)
+    drawn = np.asarray(masks.draw(jax.random.key(0), 66))
+    counts = drawn.sum(axis=1).reshape(3, 22)
+    np.testing.assert_array_equal((counts > 0).sum(axis=1), 20)
+    assert (counts.sum(axis=1) <= masks.capacity(22)).all()
+
+
+def test_the_masks_of_groups_of_16_stay_the_same():
+    for share, count in ((0.5, 8), (0.6, 9), (0.9, 14), (0.01, 1), (1.0, 16)):
+        masks = BlockMasks((4, 4), (0.1, 0.5), share)
+        assert {masks.group(images) for images in (16, 32, 176)} == {16}
+        assert masks.masked(16) == count
+
+
 def test_masks_are_blocks():
     """Most masked patches have a masked neighbour, unlike those of random patches."""
     drawn = np.asarray(BlockMasks((14, 14), (0.1, 0.5), 0.5).draw(jax.random.key(1), 64))

@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-distillation: the loss from the outputs of model and heads in float64, and its parts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.models.compiled import compiled
+from vit_jax.checkpoint.pretrained.npz import write_npz
+from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.models.positions import resize_patches
 from vit_jax.models.variants import make_vit
 from vit_jax.objectives.block_masks import gather_masked
 from vit_jax.objectives.dino import make_dino
 from vit_jax.utils.durations import Clock
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.tree import flatten
 
 SIZES = {"patch_size": 4, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
 HEAD = {"prototypes": 12, "head_width": 8, "bottleneck": 6, "head_layers": 2}
 VIEWS = {"global": (1, 16, 16, 3), "local": (3, 8, 8, 3)}
+ONE = {"global": (1, 16, 16, 3)}
 CLOCK = Clock(batch_size=4, epoch_examples=lambda: 40)
 GRAM = {"gram_weight": 2.0, "gram_start": {"steps": 3}}
 
@@ -161,12 +167,25 @@ def test_gram_anchoring_adds_its_loss():
 def test_the_average_becomes_the_gram_teacher_at_the_steps_that_are_given():
     objective = dino(gram_weight=1.0, gram_start={"steps": 3}, gram_updates=({"steps": 5},))
     params, average = (draw_params(objective, seed) for seed in (1, 2))
-    for step, due in ((2, False), (3, True), (4, False), (5, True)):
-        now, mean = objective.follow_average(params, average, jnp.int32(step))
+    steps = ((1, 2, False), (2, 3, True), (3, 4, False), (4, 5, True), (3, 9, True), (5, 9, False))
+    for before, step, due in steps:
+        now, mean = objective.follow_average(params, average, jnp.int32(before), jnp.int32(step))
         got = now["gram_teacher"]["embedding"]["kernel"]
         want = average["embedding"] if due else params["gram_teacher"]["embedding"]
         np.testing.assert_array_equal(got, want["kernel"])
         np.testing.assert_array_equal(got, mean["gram_teacher"]["embedding"]["kernel"])
+
+
+def test_a_gram_teacher_that_was_due_before_is_made_at_once():
+    """As in a run that resumes with fewer steps, so that a percentage of them has passed."""
+    objective = dino(gram_weight=1.0, gram_start={"steps": 9}, gram_updates=({"steps": 3},))
+    params, average = (draw_params(objective, seed) for seed in (1, 2))
+    unset = params | {"gram_teacher": jax.tree.map(np.zeros_like, params["gram_teacher"])}
+    for step, due in ((2, False), (7, True)):
+        now, _ = objective.follow_average(unset, average, jnp.int32(step), jnp.int32(step))
+        want = average["embedding"] if due else unset["gram_teacher"]["embedding"]
+        got = now["gram_teacher"]["embedding"]["kernel"]
+        np.testing.assert_array_equal(got, want["kernel"])
 
 
 def test_the_gram_teacher_is_of_the_start_unless_an_earlier_step_is_given():
@@ -174,6 +193,17 @@ def test_the_gram_teacher_is_of_the_start_unless_an_earlier_step_is_given():
         updates = tuple({"steps": step} for step in given)
         gram = dino(gram_weight=1.0, gram_start={"steps": 9}, gram_updates=updates).gram
         assert (gram.start, gram.updates) == (9, want)
+
+
+def test_a_gram_teacher_of_another_patch_is_refused(tmp_path):
+    vit = make_vit(num_classes=0, **(SIZES | {"patch_size": 8}))
+    init = functools.partial(vit.init, train=False)
+    shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    params = flatten(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+    path = str(tmp_path / "teacher.npz")
+    write_npz(path, Weights(params=params, layout="test"))
+    with pytest.raises(UserError, match=r"gram_teacher=.*it has patches of 8x8 and the model of 4"):
+        dino(gram_weight=1.0, gram_teacher=path).load_params()
 
 
 def test_parts_that_are_off_have_no_parameters():
@@ -283,9 +313,27 @@ def test_the_memory_of_the_scores_is_noted():
         ({"views": VIEWS | {"global": (2, 16, 16, 3)}}, "expected one of the same size"),
         ({"views": VIEWS | {"global": (1, 8, 8, 3)}}, r"1 of 8x8, with images of 16x16"),
         ({"views": VIEWS | {"local": (2, 32, 32, 3)}}, "32x32 are larger than the global crops"),
+        (
+            {"views": VIEWS | {"local": (2, 10, 8, 3)}},
+            r"data\.views\.local: crops of 10x8 can't be cut into patches of 4x4: .* such as 8x8",
+        ),
+        (
+            GRAM | {"views": VIEWS | {"gram": (2, 22, 22, 3)}},
+            r"data\.views\.gram: crops of 22x22 can't be cut into patches of 4x4: .* as 20x20",
+        ),
         ({"prototypes": 1}, r"objective\.prototypes=1: expected at least 2"),
         ({"prototypes": 10**8}, r"prototypes=100000000: the last layer would take [\d.,]+ GB"),
         ({"ibot_prototypes": 10}, r"objective\.ibot_prototypes=10: expected"),
+        ({"ibot_head": "separate"}, r"objective\.ibot_head='separate': expected objective\.ibot"),
+        ({"mask_ratio": (0.2, 0.5)}, r"objective\.mask_ratio=\(0\.2, 0\.5\): expected"),
+        ({"mask_share": 0.9}, r"objective\.mask_share=0\.9: expected objective\.ibot_weight"),
+        ({"teacher_temp_start": 0.02}, r"objective\.teacher_temp_start=0\.02: expected a warm-up"),
+        (GRAM | {"model": {"patch_size": 16}, "views": ONE}, "with one patch in images of 16x16"),
+        ({"sinkhorn_iterations": 5}, r"objective\.sinkhorn_iterations=5: expected the default"),
+        (
+            {"centering": "sinkhorn", "center_momentum": 0.5},
+            r"objective\.center_momentum=0\.5: expected the default with .*'sinkhorn'",
+        ),
         ({"student_temp": 0.0}, r"objective\.student_temp=0\.0"),
         ({"teacher_temp": -1.0}, r"objective\.teacher_temp=-1\.0"),
         ({"momentum": 1.5}, r"objective\.momentum=1\.5: expected 0 to 1"),

@@ -8,15 +8,18 @@ import pytest
 
 from tests.images import write_folder
 from tests.tiny import tiny_config
+from vit_jax.checkpoint.pretrained.adapt import compare_preprocess
 from vit_jax.checkpoint.pretrained.npz import write_npz
 from vit_jax.checkpoint.pretrained.weights import Weights
 from vit_jax.checkpoint.workdir import write_config
+from vit_jax.data.ops.transforms import Random
 from vit_jax.objectives.supervised import Supervised
 from vit_jax.optim.summary import describe_rates, group_params, summarize_params
 from vit_jax.training.experiment import Experiment
 from vit_jax.training.resume import open_workdir
 from vit_jax.training.run import make_longer_command
 from vit_jax.utils.errors import UserError
+from vit_jax.utils.registry import trust_parts
 from vit_jax.utils.tree import flatten
 
 
@@ -207,3 +210,28 @@ def test_evaluators_on_other_data_have_the_labels_of_the_run(tmp_path, said):
     # A classifier that is fit to the other data needs no classes of the run.
     (near,) = make("other", name="knn", train_split="test", k=(1,)).evaluators
     assert near.data.info.class_names == ("cat", "fox")
+
+
+@pytest.mark.parametrize(
+    ("line", "want"),
+    [
+        ("decode|inception_crop(8)|flip_lr", "decode|resize(8, method='bilinear')"),
+        ("decode|resize(8)|tests.training.test_experiment:half", None),
+    ],
+)
+def test_without_evaluators_images_are_prepared_without_random_choices(line, want, data_dir):
+    trust_parts("tests.training.test_experiment")
+    experiment = build(data_dir, evals={}, data__preprocess=line)
+    assert experiment.description["preprocess"]["eval"] == want
+    assert compare_preprocess({"eval": "decode"}, {"mean": 0.5, "std": 0.5, "eval": None}) == []
+
+
+class Half(Random):
+    """Halves images, as a stand-in for an operation from outside that changes their size."""
+
+    def change(self, image, rng):
+        return image[::2, ::2]
+
+
+def half():
+    return Half()

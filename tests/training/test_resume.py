@@ -2,14 +2,23 @@
 """A workdir belongs to one experiment: what may change on resume, and what may not."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
+from tests.training.test_step import Quadratic
+from vit_jax.checkpoint.state import TrainState
 from vit_jax.checkpoint.workdir import write_config
 from vit_jax.config.schema import Resume
+from vit_jax.observe.divergence import append_rollback
 from vit_jax.observe.ledger import Ledger
 from vit_jax.training.phases import Phases
-from vit_jax.training.resume import check_data, open_workdir
+from vit_jax.training.resume import check_data, open_workdir, restore
 from vit_jax.utils.errors import UserError
 
 CONFIG = {"seed": 0, "total_steps": 8, "model": {"patch_size": (2, 2), "variant": None}}
@@ -231,3 +240,34 @@ def test_other_records_are_refused_unless_allowed(said):
         check_data("w", before, now, Resume())
     check_data("w", before, now, Resume(allow="data.content"))
     assert "data.content is aa there" in said[-1]
+
+
+class Follower(Quadratic):
+    """Copies its average in the third update."""
+
+    keeps_average = True
+
+    def follow_average(self, params, average, before, step):
+        due = (before < 3) & (step >= 3)
+        return jax.tree.map(lambda x, a: jnp.where(due, a, x), params, average), average
+
+
+@pytest.mark.parametrize(("past", "value"), [(None, 1.0), (2, 1.0), (4, 2.0)])
+def test_what_is_due_in_a_step_that_is_left_out_is_done_on_resume(past, value, tmp_path, said):
+    ones, sharding = jnp.ones(2), SingleDeviceSharding(jax.devices()[0])
+    saved = TrainState(jnp.int32(1), {"kernel": ones}, (), {"kernel": 2 * ones})
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved
+    )
+    settings = SimpleNamespace(lora=SimpleNamespace(rank=0), init_from=None)
+    experiment: Any = SimpleNamespace(
+        objective=Follower(), settings=settings, abstract_state=shapes
+    )
+    checkpoints: Any = SimpleNamespace(
+        workdir=tmp_path, latest_step=lambda: 1, restore=lambda _: saved, path=str
+    )
+    if past is not None:
+        append_rollback(tmp_path, to=1, past=past, reason="loss")
+    start, state = restore(experiment, checkpoints)
+    assert start == int(state.step) == (past or 1)
+    np.testing.assert_array_equal(state.params["kernel"], [value, value])

@@ -293,3 +293,42 @@ def test_coupled_micro_batches_give_the_gradient_of_one_loss_of_the_batch(steps,
         large = jax.grad(lambda p: combine_pairs(p, encode(p, batch, rng))[0])
         large = jax.jit(large)(params)
         np.testing.assert_allclose(got["a"], large["a"], rtol=1e-5, atol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Follower(Quadratic):
+    """Copies the average into `copy` after the first update."""
+
+    objective_params = ("copy",)
+    frozen = ("copy/.*",)
+
+    def init(self, rng, batch):
+        return super().init(rng, batch) | {"copy": jax.tree.map(jnp.zeros_like, PART)}
+
+    def loss(self, params, batch, rng):
+        return super().loss({"layer": params["layer"]}, batch, rng)
+
+    def follow_average(self, params, average, before, step):
+        due = (before < 1) & (step >= 1)
+        copy = jax.tree.map(lambda a, x: jnp.where(due, a, x), average["layer"], params["copy"])
+        return params | {"copy": copy}, average | {"copy": copy}
+
+
+PART = {"kernel": jnp.full((2,), 4.0), "bias": jnp.full((2,), 4.0)}
+
+
+@pytest.mark.parametrize("max_loss", [None, 0.0], ids=["good", "skipped"])
+def test_a_step_that_is_skipped_copies_the_average_too(max_loss):
+    objective = Follower()
+    optimizer = make_optimizer(
+        base=sgd(momentum=0.0), lr=0.5, total_steps=10, schedule="constant", freeze=("copy/.*",)
+    )
+    start = init_state(jax.random.key(0), BATCH, objective=objective, tx=optimizer.tx, ema=True)
+    options = {"objective": objective, "optimizer": optimizer, "ema_decay": 0.5, "seed": 0}
+    state, _ = train_step(start, BATCH, on_divergence="skip", max_loss=max_loss, **options)
+    same = np.array_equal(state.params["layer"]["kernel"], start.params["layer"]["kernel"])
+    assert same == (max_loss is not None)
+    assert int(state.step) == 1
+    assert state.ema_params is not None
+    for tree in (state.params, state.ema_params):
+        np.testing.assert_array_equal(tree["copy"]["kernel"], state.ema_params["layer"]["kernel"])

@@ -3,7 +3,7 @@
 
 from vit_jax.data.calls import parse_call
 from vit_jax.data.ops import corruptions, patches, policies, transforms
-from vit_jax.data.ops.transforms import Op
+from vit_jax.data.ops.transforms import Op, Random
 
 OPS = transforms.OPS | policies.OPS | corruptions.OPS | patches.OPS
 
@@ -33,6 +33,34 @@ def parse_preprocess(text: str, *, key: str) -> tuple[Op, ...]:
       UserError: an unknown operation or argument; the error quotes the operation.
     """
     return tuple(_parse_op(part.strip(), key=key) for part in text.split("|"))
+
+
+def without_random(text: str, *, key: str) -> str:
+    """Returns a line without random operations.
+
+    A random crop becomes the central one, and a crop of a random scale the whole image at its size.
+
+    Args:
+      text: a line, see `parse_preprocess`.
+      key: the config key of the text, for errors.
+    """
+    parts = ((part.strip(), _parse_op(part.strip(), key=key)) for part in text.split("|"))
+    kept = (_find_counterpart(op) if isinstance(op, Random) else part for part, op in parts)
+    return "|".join(part for part in kept if part is not None)
+
+
+def _find_counterpart(op: Random) -> str | None:
+    """The operation that gives images of the same size without random choices; None for none."""
+    match op:
+        case transforms.RandomCrop():
+            return f"central_crop({op.height}, {op.width or op.height})"
+        case transforms.RandomScale():
+            return f"resize_small({op.size}, {op.method!r})"
+        case transforms.InceptionCrop():
+            return f"resize({op.size}, method={op.method!r})"
+        case patches.InceptionPatches():
+            return f"patches({op.size}, {op.budget}, {op.method!r})"
+    return None
 
 
 def _parse_op(text: str, *, key: str) -> Op:

@@ -160,11 +160,18 @@ class Objective(abc.ABC):
         raise NotImplementedError
 
     def follow_average(
-        self, params: Params, average: Params, step: jax.Array
+        self, params: Params, average: Params, before: jax.Array, step: jax.Array | int
     ) -> tuple[Params, Params]:
         """Copies parts of the average into frozen parameters; returns parameters and average.
 
-        Both have just been updated, and `step` is the number of updates, an int32 scalar.
+        It comes after every update, also one that `on_divergence` has left out, and when a run
+        resumes, which may leave out several.
+
+        Args:
+          params: of the train state.
+          average: of the train state.
+          before: number of updates at the last call, an int32 scalar.
+          step: number of updates now.
         """
         return params, average
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 _TRIES = 40
 _LEAST_AREA = 4
 _ASPECT = 0.3
-# Images among which shares are stratified. A group is a run of rows, so that on most meshes its
-# rows are on one device.
+# Images among which shares are stratified, at least. A group is a run of rows, so that on most
+# meshes its rows are on one device.
 _GROUP = 16
 
 
@@ -39,12 +39,19 @@ class BlockMasks:
     share: float
 
     def group(self, images: int) -> int:
-        """The number of images in a group, in a batch of `images`."""
-        return math.gcd(images, _GROUP)
+        """The number of images in a group, in a batch of `images`.
+
+        It does not depend on the mesh, so that the masks don't either. It is 16, or the next larger
+        divisor of `images`, since few images can't have any share of masks.
+        """
+        sizes = range(min(_GROUP, images), images + 1)
+        return next(size for size in sizes if images % size == 0)
 
     def masked(self, group: int) -> int:
-        """The number of images of a group that have a mask."""
-        return max(1, int(group * self.share))
+        """The number of images of a group that have a mask; at least 1."""
+        # Rounded down in groups of 16, whose masks runs under way have.
+        rounded = math.floor if group == _GROUP else round
+        return max(1, rounded(group * self.share))
 
     def capacity(self, group: int) -> int:
         """The greatest number of masked patches in a group of images."""

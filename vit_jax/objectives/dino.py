@@ -7,8 +7,9 @@ anchoring.
 """
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -246,13 +247,17 @@ class Dino(ImageObjective):
         return {_GRAM_TEACHER: params}
 
     def follow_average(
-        self, params: Params, average: Params, step: jax.Array
+        self, params: Params, average: Params, before: jax.Array, step: jax.Array | int
     ) -> tuple[Params, Params]:
         """Makes the average the Gram teacher, at the steps at which that is due."""
         if self.gram is None or not self.gram.updates:
             return params, average
-        due = jnp.isin(step, jnp.asarray(self.gram.updates))
-        old = params[_GRAM_TEACHER]
+        updates, old = jnp.asarray(self.gram.updates), params[_GRAM_TEACHER]
+        due = jnp.any((updates > before) & (updates <= step))
+        if self.gram.source is None:
+            # Fewer `total_steps` on resume may move the first update to before the step.
+            unset = ~jnp.any(old["embedding"]["kernel"])
+            due |= unset & jnp.any(updates <= step)
         gram = jax.tree.map(lambda x, a: jnp.where(due, a, x), old, {k: average[k] for k in old})
         return {**params, _GRAM_TEACHER: gram}, {**average, _GRAM_TEACHER: gram}
 
@@ -499,12 +504,12 @@ def make_dino(
       UserError: a value is out of its range, or values, crops and model do not go together.
     """
     _check_model(model)
-    _check_crops(image_shape, view_shapes)
+    _check_crops(model, image_shape, view_shapes)
     gram = None
     if gram_weight or gram_teacher is not None or gram_start is not None or gram_updates:
         steps = _count_gram_steps(gram_start, gram_updates, clock, total_steps)
         gram = _make_gram(gram_weight, gram_teacher, *steps, image_shape[2])
-    _check_gram_view(gram, image_shape, view_shapes, same_draws)
+    _check_gram_view(model, gram, image_shape, view_shapes, same_draws)
     positive = {
         "student_temp": student_temp,
         "teacher_temp": teacher_temp,
@@ -536,15 +541,41 @@ def make_dino(
                 f"objective.ibot_prototypes={ibot_prototypes}: expected objective.ibot_weight "
                 "above 0 and objective.ibot_head='separate' with it"
             )
+    if not ibot_weight:
+        _check_unused(
+            "expected objective.ibot_weight above 0 with it",
+            ibot_head=ibot_head,
+            mask_ratio=tuple(mask_ratio),
+            mask_share=mask_share,
+        )
+    _check_unused(
+        f"expected the default with objective.centering={centering!r}, which has no use for it",
+        **(
+            {"sinkhorn_iterations": sinkhorn_iterations}
+            if centering == "centering"
+            else {"center_momentum": center_momentum}
+        ),
+    )
     warmup = {
         "teacher_temp_warmup_steps": teacher_temp_warmup_steps,
         "teacher_temp_warmup_epochs": teacher_temp_warmup_epochs,
         "teacher_temp_warmup_examples": teacher_temp_warmup_examples,
         "teacher_temp_warmup_percent": teacher_temp_warmup_percent,
     }
+    if all(value is None for value in warmup.values()) and teacher_temp_start != teacher_temp:
+        _check_unused(
+            "expected a warm-up with it, such as objective.teacher_temp_warmup_percent=30",
+            teacher_temp_start=teacher_temp_start,
+        )
     grid = model.grid(image_shape[:2])
     if model.relative_positions:
         _check_grids(model, grid, view_shapes)
+    if gram is not None and math.prod(grid) < 2:
+        raise UserError(
+            f"objective.gram_weight={gram_weight} with one patch in images of "
+            f"{_text(image_shape)}, which has no cosine with another: expected a smaller "
+            "model.patch_size, or 0"
+        )
     masks = None
     if ibot_weight:
         masks = _make_masks(grid, mask_ratio, mask_share)
@@ -601,7 +632,9 @@ def _check_model(model: Any) -> None:
 
 
 def _check_crops(
-    image_shape: tuple[int, int, int], view_shapes: Mapping[str, tuple[int, int, int, int]]
+    model: VisionTransformer,
+    image_shape: tuple[int, int, int],
+    view_shapes: Mapping[str, tuple[int, int, int, int]],
 ) -> None:
     example = f"(({GLOBAL!r}, 1, LINE), ({LOCAL!r}, 8, LINE))"
     for name in view_shapes.keys() - {GLOBAL, LOCAL, GRAM}:
@@ -626,6 +659,20 @@ def _check_crops(
                 f"data.views.{LOCAL}: crops of {_text(local)} are larger than the global crops of "
                 f"{_text(image_shape)}: expected smaller ones"
             )
+        _check_patches(model, LOCAL, local)
+
+
+def _check_patches(model: VisionTransformer, name: str, shape: Sequence[int]) -> None:
+    """Raises `UserError` if crops of this height and width can't be cut into patches."""
+    size, stride = (shape[0], shape[1]), model.stride
+    try:
+        model.grid(size)
+    except UserError:
+        fits = [max(1, x // side) * side for x, side in zip(size, stride, strict=True)]
+        raise UserError(
+            f"data.views.{name}: crops of {_text(size)} can't be cut into patches of "
+            f"{_text(stride)}: expected another size in its line, such as {_text(fits)}"
+        ) from None
 
 
 def _check_grids(
@@ -645,6 +692,14 @@ def _check_grids(
 
 def _text(shape: Any) -> str:
     return f"{shape[0]}x{shape[1]}"
+
+
+def _check_unused(expected: str, **given: Any) -> None:
+    """Raises `UserError` unless these options of `make_dino`, which have no effect, are default."""
+    signature = inspect.signature(make_dino)
+    for key, value in given.items():
+        if value != signature.parameters[key].default:
+            raise UserError(f"objective.{key}={value!r}: {expected}")
 
 
 def _check_prototypes(key: str, count: int, bottleneck: int, batch_size: int) -> None:
@@ -748,6 +803,7 @@ def _make_gram(
 
 
 def _check_gram_view(
+    model: VisionTransformer,
     gram: Gram | None,
     image_shape: tuple[int, int, int],
     view_shapes: Mapping[str, tuple[int, int, int, int]],
@@ -767,6 +823,7 @@ def _check_gram_view(
             f"data.views.{GRAM}: {count} of {_text(shape)}: expected 2, of the proportions of the "
             f"global crops of {_text(image_shape)}, and at least as large"
         )
+    _check_patches(model, GRAM, shape)
     # The first view has to be the second global crop, whose draws come second.
     if GRAM not in same_draws or next(iter(view_shapes)) != GLOBAL:
         raise UserError(
@@ -795,10 +852,15 @@ def load_gram_teacher(
         weights = load_pretrained(source)
         kernel = weights.params.get("embedding/kernel")
         width = None if kernel is None else kernel.shape[-1]
-        if width != model.hidden_size:
+        same = "expected the same architecture, since the teacher of this run may replace it"
+        if kernel is None or width != model.hidden_size:
             raise UserError(
-                f"it has a width of {width} and the model one of {model.hidden_size}: expected the "
-                "same architecture, since the teacher of this run may replace it"
+                f"it has a width of {width} and the model one of {model.hidden_size}: {same}"
+            )
+        ours = shapes["embedding"]["kernel"].shape
+        if kernel.ndim == len(ours) == 4 and kernel.shape[:2] != ours[:2]:
+            raise UserError(
+                f"it has patches of {_text(kernel.shape)} and the model of {_text(ours)}: {same}"
             )
         params, notes = adapt_params(
             weights, zeros, target_grid=grid, num_class_tokens=model.num_class_tokens

@@ -147,7 +147,7 @@ def _describe_split(spec: DatasetSpec, *, train: bool) -> str:
 
 
 def _describe_weights(experiment: Experiment, saved: int | None) -> dict[str, str]:
-    """Checks the weights that a run begins with, and the teacher, as far as they are here."""
+    """Checks the weights that a run begins with, and its teachers, as far as they are here."""
     settings, rows = experiment.settings, {}
     teacher = settings.objective.get("teacher")
     if isinstance(teacher, str) and (url := find_missing(teacher)):
@@ -155,7 +155,19 @@ def _describe_weights(experiment: Experiment, saved: int | None) -> dict[str, st
     else:
         for number, note in enumerate(experiment.objective.notes()):
             rows[f"note {number + 1}"] = note
-    if settings.init_from is None or saved is not None:
+    if saved is not None:
+        return rows
+    gram = settings.objective.get("gram_teacher")
+    if isinstance(gram, str):
+        try:
+            url = find_missing(gram)
+        except UserError as e:
+            raise name_key("objective.gram_teacher", gram, e) from e
+        if url:
+            rows["gram_teacher"] = f"{gram}, to be downloaded from {url}"
+        else:
+            experiment.objective.load_params()
+    if settings.init_from is None:
         return rows
     try:
         url = find_missing(settings.init_from)

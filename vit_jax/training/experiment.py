@@ -26,7 +26,8 @@ from vit_jax.checkpoint.pretrained.weights import Loss, Weights
 from vit_jax.checkpoint.state import TrainState
 from vit_jax.config.build import Parts, build_parts
 from vit_jax.data.corrupt import CorruptCounter
-from vit_jax.data.pipeline import DatasetSpec, train_batches
+from vit_jax.data.pipeline import DatasetSpec, find_shapes, train_batches
+from vit_jax.data.preprocess import without_random
 from vit_jax.models.interface import Model, find_position_grid
 from vit_jax.models.lora import KERNEL_SCALE
 from vit_jax.models.lora import NAME as LORA
@@ -361,7 +362,6 @@ class Experiment(Parts):
         # A constructor outside of this package may take other arguments than its module has.
         model = _without_run(settings.model) if is_part(name) else _list_arguments(self.model)
         outside = is_part(name) or is_part(settings.objective["name"])
-        evaluated = self.evaluators[0].data if self.evaluators else self.train_data
         loss = settings.objective.get("loss")  # An objective from outside may have others.
         return {
             "model": {"name": name} | model,
@@ -370,13 +370,29 @@ class Experiment(Parts):
                 "mean": settings.objective.get("pixel_mean", 0.5),
                 "std": settings.objective.get("pixel_std", 0.5),
                 "image_size": self.train_data.image_shape()[:2],
-                "eval": evaluated.preprocess,
+                "eval": self._find_evaluation_line(),
             },
             "class_names": self.train_data.info.class_names,
             "loss": loss if loss in get_args(Loss) else None,
             **self._describe_tokenizer(),
             **({"lora": dataclasses.asdict(settings.lora)} if settings.lora.rank else {}),
         }
+
+    def _find_evaluation_line(self) -> str | None:
+        """The preprocessing line of images that are not trained on; None if no line is known."""
+        if self.evaluators:
+            return self.evaluators[0].data.preprocess
+        data, key = self.train_data, f"{self.train_data.key}.preprocess"
+        line = without_random(data.preprocess, key=key)
+        shape, with_maps = data.info.image_shape, data.info.unlabelled is not None
+        try:
+            ours, theirs = (
+                find_shapes(text, shape, key=key, with_maps=with_maps)
+                for text in (line, data.preprocess)
+            )
+        except UserError:
+            return None
+        return line if ours == theirs else None
 
     def _describe_tokenizer(self) -> dict[str, Any]:
         tokenizer = self.train_data.find_tokenizer()

@@ -33,6 +33,7 @@ from vit_jax.observe.jsonl import read_metrics
 from vit_jax.observe.ledger import Ledger, read_ledger
 from vit_jax.runtime.processes import broadcast_from_process_0, fail_together
 from vit_jax.training.experiment import Experiment
+from vit_jax.training.step import follow_average
 from vit_jax.utils.durations import LENGTH
 from vit_jax.utils.errors import UserError, describe_error
 from vit_jax.utils.files import check_writable
@@ -289,6 +290,14 @@ def restore(
     start = skip_past(saved, broadcast_from_process_0(rollbacks))
     if start > saved:
         log(f"steps {saved + 1} to {start} are left out: one of them diverged")
+    if start and experiment.objective.keeps_average:
+        follow = jax.jit(
+            functools.partial(follow_average, step=start, objective=experiment.objective),
+            donate_argnums=0,
+            out_shardings=jax.tree.map(lambda x: x.sharding, experiment.abstract_state),
+        )
+        state = follow(state)
+    elif start > saved:
         state = dataclasses.replace(state, step=state.step + (start - saved))
     return start, state
 

@@ -89,8 +89,8 @@ def train_step(
       split: places arrays `[micro-batches, batch, ...]` on the mesh.
       scatter: places the gradients on the mesh.
       on_divergence: with `skip`, a step with a metric that is not finite changes nothing but the
-        step number. Any policy adds the metric `grad_norms`, float32 `[layers]`, in the order of
-        `layer_names`.
+        step number and what follows the average. Any policy adds the metric `grad_norms`, float32
+        `[layers]`, in the order of `layer_names`.
       max_loss: a higher loss counts as diverged too.
 
     Returns:
@@ -148,7 +148,6 @@ def train_step(
         average, same = optimizer.rules.split(state.ema_params)
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, trained)
         ema_params, _ = objective.update_statistics(merge(average, same), statistics)
-        params, ema_params = objective.follow_average(params, ema_params, state.step + 1)
     new: Any = (params, opt_state, ema_params)
     if on_divergence == "skip":
         good = jnp.all(jnp.isfinite(jnp.stack([jnp.float32(x) for x in metrics.values()])))
@@ -158,7 +157,22 @@ def train_step(
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     if on_divergence is not None:
         metrics["grad_norms"] = _norms_by_layer(grads, sharded=optimizer.sharded)
-    return TrainState(state.step + 1, *new), metrics
+    new_state = follow_average(TrainState(state.step, *new), state.step + 1, objective=objective)
+    return new_state, metrics
+
+
+def follow_average(state: TrainState, step: jax.Array | int, *, objective: Objective) -> TrainState:
+    """Sets the number of updates, and makes the copies of the average that are due until then.
+
+    Args:
+      state: with the number of updates before.
+      step: number of updates to set, an int32 scalar.
+      objective: see `Objective.follow_average`.
+    """
+    params, average = state.params, state.ema_params
+    if average is not None:
+        params, average = objective.follow_average(params, average, state.step, step)
+    return TrainState(jnp.asarray(step, jnp.int32), params, state.opt_state, average)
 
 
 def _floats(params: Params) -> list[jax.Array]:

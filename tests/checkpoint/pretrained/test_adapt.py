@@ -275,6 +275,8 @@ def test_a_class_token_that_is_left_out_takes_its_position_along():
 def test_as_many_positions_of_other_tokens_are_refused(cls):
     source, target = make_params(0, tokens=25, cls=cls), make_params(1, tokens=25, cls=not cls)
     message = refusal(source, target, grid=(5, 5) if cls else (4, 6), prefix=1 - cls)
+    words = "a class token, and the model none" if cls else "no class token, and the model a class"
+    assert words in message
     assert "set model.classifier as in the file" in message
 
 

@@ -42,7 +42,7 @@ _MAX_LISTED = 4  # parameters in one line of an error
 _QKV_BIAS = re.compile(r"encoderblock_\d+/.*/(query|key|value)/bias$")
 
 # Tokens whose position embeddings are in front of those of the patches.
-_TOKENS = ("cls", "dist")
+_TOKENS = {"cls": "a class token", "dist": "a distillation token"}
 
 # First convolution of a Vision Transformer, a Mixer and a hybrid; the last can't be resized.
 _EMBEDDINGS = ("embedding/kernel", "stem/kernel", "conv_root/kernel")
@@ -517,11 +517,13 @@ def _fit_posemb(
     # Only the number of tokens can be changed; _check_fit reports other differences.
     if len(theirs) != 3 or theirs[::2] != ours[::2]:
         return []
-    tokens = [sum(name in flat for name in _TOKENS) for flat in (params, initial)]
-    if tokens[0] != tokens[1]:
+    tokens = [[name for name in _TOKENS if name in flat] for flat in (params, initial)]
+    if len(tokens[0]) != len(tokens[1]):
+        given, own = (" and ".join(_TOKENS[name] for name in names) for names in tokens)
+        key = "distillation_token" if "dist" in tokens[0] + tokens[1] else "classifier"
         raise UserError(
-            f"init_from: {theirs[1]} position embeddings in the file, {tokens[0]} of them for "
-            f"class tokens; here {ours[1]}, and {tokens[1]}: set model.classifier as in the file"
+            f"init_from: the file has {given or 'no class token'}, and the model "
+            f"{own or 'none'}: set model.{key} as in the file"
         )
     num_patches = theirs[1] - num_class_tokens
     stated = [grid for grid in source_grids if grid and math.prod(grid) == num_patches]
@@ -680,7 +682,8 @@ def _by(size: tuple[int, ...]) -> str:
 def compare_preprocess(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """Returns one line for each difference between the preprocessing of weights and of a run.
 
-    `ours` has `mean`, `std` and `eval`, `theirs` those that are known; see `Weights.preprocess`.
+    `ours` has `mean`, `std` and `eval`, which may be None, and `theirs` those that are known; see
+    `Weights.preprocess`.
     """
     keys = {"mean": "objective.pixel_mean", "std": "objective.pixel_std"}
     notes = [
@@ -689,6 +692,6 @@ def compare_preprocess(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> li
         for name, key in keys.items()
         if name in theirs and not np.allclose(theirs[name], ours[name])
     ]
-    if theirs.get("eval") not in (None, ours["eval"]):
+    if None not in (theirs.get("eval"), ours["eval"]) and theirs["eval"] != ours["eval"]:
         notes.append(f"evaluation images: {theirs['eval']} there, {ours['eval']} here")
     return notes
