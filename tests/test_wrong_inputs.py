@@ -614,7 +614,7 @@ CASES = {
         ("manifest:rows.csv new --part=64/64", ["--part=64/64", "0/64 to 63/64"]),
         ("manifest:rows.csv new --part=one", ["--part='one'", "NUMBER/COUNT"]),
         ("manifest:rows.csv new --part=0/2 --join", ["--join", "not allowed with"]),
-        ("manifest:rows.csv new --join", ["DST=", "new", "No such file"]),
+        ("manifest:rows.csv new --join", ["DST=", "new", "does not exist"]),
         ("manifest:rows.csv s3://bucket", ["DST='s3://bucket'", "s3://BUCKET/PATH"]),
     ],
     "data.check": [

@@ -75,7 +75,9 @@ class Lora:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self) if not self.rank else ():
-            if (value := getattr(self, field.name)) != field.default:
+            value = getattr(self, field.name)
+            # JSON has lists in place of tuples.
+            if (tuple(value) if isinstance(value, list) else value) != field.default:
                 raise UserError(
                     f"lora.{field.name}={value!r} without lora.rank: there are no adapters, and "
                     "all parameters are trained; expected a rank, such as --config.lora.rank=8"
